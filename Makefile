@@ -1,0 +1,51 @@
+# A fresh machine needs Python 3.10 or newer, git and make; everything else goes into .venv.
+# Written for make 3.81, which macOS still ships.
+
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format build clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
+
+setup: $(STAMP) ## make .venv with the reference set (PYTHON=python3.11 picks the interpreter)
+
+demo: setup ## run the demo (ARGS="--fast")
+	$(BIN)/lightning-unlearn demo $(ARGS)
+
+test: setup ## run the tests and doctests (ARGS="-k mixture")
+	$(BIN)/pytest $(ARGS)
+
+lint: setup ## check style, types and spelling
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/codespell
+
+format: setup ## mend what ruff can mend
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+build: setup ## build sdist and wheel into dist/
+	rm -rf dist
+	$(BIN)/python -m build
+
+clean: ## remove what the tools leave behind; .venv stays
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+# The stamp is written last, so that an interrupted set-up starts again.
+# pip is the last thing `venv` installs: with it there, the environment is complete.
+# --python, because an active conda or virtual environment would otherwise receive the packages.
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/pip || $(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed, got %d.%d: make setup PYTHON=python3.11" % sys.version_info[:2])'
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
+	$(BIN)/uv pip install --python $(BIN)/python -c constraints.txt -e '.[all,dev]'
+	@touch $@

@@ -1,0 +1,71 @@
+"""From gradients and activations to attributions.
+
+The paper (RLAP, step 2) takes the maximum of the gradient over the classes and never looks at the given label; that is
+:func:`class_max_attribution`. The label's own evidence is the *margin*: the logit of the given label minus the
+strongest other logit. Its gradient x activation, summed over the neurons of a layer, is what supports the given label
+at that layer.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def strongest_other(logits: Tensor, label: Tensor) -> Tensor:
+    """The strongest class other than the given one.
+
+    Args:
+        logits: (B, C) with C >= 2.
+        label: (B,) int64, the given classes.
+
+    Returns:
+        (B,) int64.
+
+    Raises:
+        ValueError: if there is only one class.
+
+    Example:
+        >>> strongest_other(torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([0]))
+        tensor([2])
+    """
+    if logits.shape[1] < 2:
+        raise ValueError(f"Expected logits of at least two classes, shape (B, C >= 2), but got {tuple(logits.shape)}.")
+    return logits.detach().scatter(1, label.unsqueeze(1), -torch.inf).argmax(dim=1)
+
+
+def label_margin(logits: Tensor, label: Tensor) -> Tensor:
+    """Logit of the given label minus the strongest other logit.
+
+    Args:
+        logits: (B, C) with C >= 2.
+        label: (B,) int64.
+
+    Returns:
+        (B,); positive where the model predicts the given label.
+
+    Example:
+        >>> label_margin(torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([1]))
+        tensor([-2.])
+    """
+    rival = strongest_other(logits, label)
+    return (logits.gather(1, label.unsqueeze(1)) - logits.gather(1, rival.unsqueeze(1))).squeeze(1)
+
+
+def class_max_attribution(class_gradients: Tensor, activation: Tensor) -> Tensor:
+    """The paper's attribution (RLAP, step 2): ``|max_c g_c * z|``, the maximum taken on the gradient.
+
+    Args:
+        class_gradients: (C, B, D, ...), gradient of each class's logit at the layer.
+        activation: (B, D, ...), the layer's activation z.
+
+    Returns:
+        (B, D); positions beyond the neuron's dimension (the pixels of a feature map) are summed before the magnitude is
+        taken, since they belong to one neuron.
+
+    Example:
+        >>> class_max_attribution(torch.tensor([[[1.0, -3.0]], [[2.0, -1.0]]]), torch.tensor([[5.0, 4.0]]))
+        tensor([[10.,  4.]])
+    """
+    product = class_gradients.amax(dim=0) * activation
+    return product.flatten(2).sum(dim=2).abs() if product.ndim > 2 else product.abs()

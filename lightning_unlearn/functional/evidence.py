@@ -1,0 +1,35 @@
+"""Label evidence gathered over training, a few numbers per sample.
+
+Evidence is averaged over training because the last model has memorised part of the noise: what survives memorisation is
+how the margin was while the network was still generalising (the idea of AUM, Pleiss et al. 2020, arXiv 2001.10528).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def update_majority(candidate: Tensor, votes: Tensor, choice: Tensor) -> tuple[Tensor, Tensor]:
+    """One step of the Boyer-Moore majority vote, for every sample at once.
+
+    Finds the class that was chosen in more than half of the passes, if there is one, in two integers per sample instead
+    of a count per class.
+
+    Args:
+        candidate: (N,) int64, the standing candidates.
+        votes: (N,) int64, the votes that the candidates have in hand; 0 at the start.
+        choice: (N,) int64, the classes chosen in this pass.
+
+    Returns:
+        the new ``candidate`` and ``votes``.
+
+    Example:
+        >>> import torch
+        >>> candidate, votes = torch.tensor([0]), torch.tensor([0])
+        >>> for choice in (4, 2, 4):
+        ...     candidate, votes = update_majority(candidate, votes, torch.tensor([choice]))
+        >>> candidate, votes
+        (tensor([4]), tensor([1]))
+    """
+    candidate = choice.where(votes == 0, candidate)
+    return candidate, votes + (candidate == choice).long() * 2 - 1

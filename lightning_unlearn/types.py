@@ -1,0 +1,271 @@
+"""The nouns that flow between the rooms of the package.
+
+Letters used throughout: ``N`` samples of the training set, ``n`` samples of one rank's share of them, ``B`` samples of
+a batch, ``D`` neurons of a layer, ``C`` classes.
+"""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass, fields
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+STATE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LayerPoint:
+    """Where in a model activations are read.
+
+    Args:
+        name: dotted path of the layer in the LightningModule.
+        at: the layer's ``"input"`` or its ``"output"``.
+    """
+
+    name: str
+    at: Literal["input", "output"] = "output"
+
+    def __str__(self) -> str:
+        return f"{self.at} of '{self.name}'"
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What the model says about one rank's share of the training set, a row per sample.
+
+    Args:
+        index: (n,) int64, position of the sample in the dataset.
+        weight: (n,) 1 for a row that counts, 0 for one that only pads the share to the length of the other ranks'.
+        label: (n,) int64, the given label.
+        margin: (n,) sum over the neurons of the margin attribution, averaged over the evidence passes.
+        loss: (n,) cross-entropy of the given label in the last pass, in nats.
+        prediction: (n,) int64, strongest class of the last pass.
+        rival: (n,) int64, the class other than the given one that was strongest in most passes.
+        rows: (n, D) per-neuron attributions of the last pass, for the recipes that ask for them, else None.
+    """
+
+    index: Tensor
+    weight: Tensor
+    label: Tensor
+    margin: Tensor
+    loss: Tensor
+    prediction: Tensor
+    rival: Tensor
+    rows: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None and value.shape[:1] != self.index.shape:
+                raise ValueError(
+                    f"Evidence.{field.name} must have one row per sample ({len(self.index)}), but has shape"
+                    f" {tuple(value.shape)}."
+                )
+
+
+@dataclass(frozen=True, eq=False)
+class Partition:
+    """Every training sample with the probability that it is clean, by dataset index.
+
+    Args:
+        clean_probability: (N,) float32, probability in [0, 1] that the sample is clean.
+        is_clean: (N,) bool, ``clean_probability`` at or above the threshold of the callback.
+        suggested_label: (N,) int64; the given label where the sample is clean.
+        noise_rate: estimated share of samples that are not clean, in [0, 1].
+        label: (N,) int64, the given labels.
+        label_evidence: (N,) float32, margin attribution averaged over the evidence passes; low speaks against the
+            label.
+        recipe: name of the recipe that made the partition.
+        layer: where the attributions were taken.
+        epoch: how many epochs were complete.
+        warning: why the partition should not be acted upon; empty if it can be.
+
+    Example:
+        >>> import torch
+        >>> partition = Partition(
+        ...     clean_probability=torch.tensor([0.9, 0.2]),
+        ...     is_clean=torch.tensor([True, False]),
+        ...     suggested_label=torch.tensor([3, 1]),
+        ...     noise_rate=0.45,
+        ...     label=torch.tensor([3, 7]),
+        ...     label_evidence=torch.tensor([4.0, -2.0]),
+        ...     recipe="label",
+        ...     layer="input of 'fc'",
+        ...     epoch=5,
+        ... )
+        >>> partition.clean_indices(), partition.suspect_indices()
+        (tensor([0]), tensor([1]))
+    """
+
+    clean_probability: Tensor
+    is_clean: Tensor
+    suggested_label: Tensor
+    noise_rate: float
+    label: Tensor
+    label_evidence: Tensor
+    recipe: str
+    layer: str
+    epoch: int
+    warning: str = ""
+
+    def __post_init__(self) -> None:
+        shape = self.clean_probability.shape
+        if len(shape) != 1:
+            raise ValueError(f"clean_probability must have shape (N,), but has {tuple(shape)}.")
+        for name, dtype in {
+            "clean_probability": torch.float32,
+            "is_clean": torch.bool,
+            "suggested_label": torch.int64,
+            "label": torch.int64,
+            "label_evidence": torch.float32,
+        }.items():
+            value = getattr(self, name)
+            if value.shape != shape or value.dtype != dtype:
+                raise ValueError(
+                    f"{name} must be {dtype} of shape {tuple(shape)}, but is {value.dtype} of shape"
+                    f" {tuple(value.shape)}."
+                )
+        low, high = self.clean_probability.aminmax() if len(self) else (torch.zeros(()), torch.zeros(()))
+        if not (0 <= low <= high <= 1 and 0 <= self.noise_rate <= 1):
+            raise ValueError(
+                f"Probabilities must lie in [0, 1], but clean_probability spans [{low:.4g}, {high:.4g}] and"
+                f" noise_rate is {self.noise_rate:.4g}."
+            )
+
+    def __len__(self) -> int:
+        return len(self.clean_probability)
+
+    @property
+    def is_actionable(self) -> bool:
+        """Whether there are samples on both sides and nothing speaks against acting on them."""
+        return not self.warning
+
+    def clean_indices(self) -> Tensor:
+        """Dataset indices of the clean samples, ascending, int64."""
+        return self.is_clean.nonzero().flatten()
+
+    def suspect_indices(self) -> Tensor:
+        """Dataset indices of the samples that are not clean, the most suspect first, int64.
+
+        Samples of equal probability come in the order of their evidence, weakest support for the label first.
+        """
+        suspects = (~self.is_clean).nonzero().flatten()
+        by_evidence = suspects[self.label_evidence[suspects].argsort(stable=True)]
+        return by_evidence[self.clean_probability[by_evidence].argsort(stable=True)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and primitives only, so that it loads with ``weights_only=True``."""
+        return {"version": STATE_VERSION, **{field.name: getattr(self, field.name) for field in fields(self)}}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> Partition:
+        """The partition that :meth:`state_dict` described.
+
+        Raises:
+            ValueError: if the state was written by another version of the format.
+        """
+        state = dict(state)
+        if (version := state.pop("version", None)) != STATE_VERSION:
+            raise ValueError(f"Expected a partition of format version {STATE_VERSION}, but got version {version}.")
+        return cls(**state)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes the partition to a file that :meth:`load` reads."""
+        torch.save(self.state_dict(), path)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Partition:
+        """Reads a partition that :meth:`save` wrote; no code is unpickled."""
+        return cls.from_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+
+    def to_csv(self, path: str | PathLike[str], *, suspects_only: bool = True) -> None:
+        """Writes a table of samples, the most suspect first.
+
+        Columns: ``index``, ``given_label``, ``suggested_label``, ``clean_probability``, ``label_evidence``,
+            ``is_clean``.
+
+        Args:
+            path: file to write.
+            suspects_only: leave out the samples that are clean.
+        """
+        order = self.suspect_indices()
+        if not suspects_only:
+            clean = self.clean_indices()
+            order = torch.cat([order, clean[self.clean_probability[clean].argsort(stable=True)]])
+        columns = (
+            order,
+            self.label[order],
+            self.suggested_label[order],
+            self.clean_probability[order],
+            self.label_evidence[order],
+            self.is_clean[order].int(),
+        )
+        with Path(path).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(
+                ["index", "given_label", "suggested_label", "clean_probability", "label_evidence", "is_clean"]
+            )
+            for index, given, suggested, probability, evidence, clean in zip(
+                *(column.tolist() for column in columns), strict=True
+            ):
+                writer.writerow([index, given, suggested, f"{probability:.6f}", f"{evidence:.6g}", clean])
+
+
+@dataclass(frozen=True, eq=False)
+class NeuronMask:
+    """Which neurons of a layer are kept.
+
+    Args:
+        layer: dotted path of the layer whose neurons are meant.
+        keep: (D,) bool, False for a pruned neuron.
+        sensitivity: (D,) float32, standardised coefficient of the neuron's activation in the regression on the
+            probability of being clean (paper, step 4); its magnitude ranks the neurons.
+    """
+
+    layer: str
+    keep: Tensor
+    sensitivity: Tensor
+
+    def __post_init__(self) -> None:
+        if self.keep.dtype != torch.bool or self.keep.ndim != 1 or self.keep.shape != self.sensitivity.shape:
+            raise ValueError(
+                f"keep must be bool of shape (D,) and sensitivity of the same shape, but they are {self.keep.dtype}"
+                f" {tuple(self.keep.shape)} and {tuple(self.sensitivity.shape)}."
+            )
+
+    def pruned_indices(self) -> Tensor:
+        """Indices of the pruned neurons, ascending, int64."""
+        return (~self.keep).nonzero().flatten()
+
+
+@runtime_checkable
+class PartitionSource(Protocol):
+    """A callback that publishes a partition. How the callbacks know each other without importing each other."""
+
+    at_epoch: int
+
+    @property
+    def regresses_on_probability(self) -> bool:
+        """Whether neurons are regressed on the probability of being clean, or (as in the paper) on the two clusters."""
+
+    def pull_partition(self, trainer: Any, pl_module: Any) -> Partition | None:
+        """The partition, drawn now if it is due, or None if it is not due yet."""
+
+    def split_batch(self, batch: Any) -> tuple[Any, Tensor]:
+        """The input of ``forward`` and the labels (B,) of a batch."""
+
+
+@runtime_checkable
+class MaskSource(Protocol):
+    """A callback that publishes a mask of pruned neurons."""
+
+    def pull_mask(self, trainer: Any, pl_module: Any) -> NeuronMask | None:
+        """The mask, made now if it is due, or None if it is not due yet or nothing was pruned."""
+
+    def target_layer(self) -> str:
+        """Dotted path of the layer that is or will be pruned; known from the start of training."""

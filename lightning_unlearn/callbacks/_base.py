@@ -1,0 +1,172 @@
+"""What the three callbacks share: when they act, how they find each other, one pass over the training set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from lightning_unlearn.callbacks._lightning import check_strategy, move_before_progress_bars, to_device, undisturbed
+from lightning_unlearn.capture import ForwardTrace, trace_forward
+from lightning_unlearn.data import check_labels, check_loader, indexed_batches, rank_share
+from lightning_unlearn.types import PartitionSource
+
+_MISSING_PARTNER = """{who} needs an AttributionPartitionCallback in the Trainer's callbacks, in any place, but found
+{found}. Add it in Python:
+    from lightning_unlearn import AttributionPartitionCallback
+    trainer = Trainer(callbacks=[AttributionPartitionCallback(at_epoch=20), {who}(...)])
+or in YAML:
+    trainer:
+      callbacks:
+        - class_path: lightning_unlearn.AttributionPartitionCallback
+          init_args: {{at_epoch: 20}}
+        - class_path: lightning_unlearn.{who}"""
+
+
+@dataclass(frozen=True, eq=False)
+class IndexedBatch:
+    """One batch of a pass in index order.
+
+    Args:
+        index: (B,) int64 on the CPU.
+        weight: (B,) float32 on the batch's device, 0 for padding.
+        x: the model's input.
+        label: (B,) int64.
+    """
+
+    index: Tensor
+    weight: Tensor
+    x: Any
+    label: Tensor
+
+
+class UnlearnCallback(Callback):
+    """Acts at the start of training and of every epoch, whenever :meth:`advance` finds that something is due.
+
+    Both hooks, because after a resume Lightning may skip the second; and never at the end of an epoch, where a
+    ModelCheckpoint would store changed weights under the metric of the unchanged ones.
+    """
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        check_strategy(trainer, type(self).__name__)
+        # Trainer sets some of its attributes without declaring them.
+        if overfit_batches := getattr(trainer, "overfit_batches", 0):
+            raise MisconfigurationException(
+                f"{type(self).__name__} needs all the training data, but the Trainer has"
+                f" overfit_batches={overfit_batches}; set it to 0."
+            )
+        move_before_progress_bars(trainer, self)
+        if trainer.current_epoch == 0:
+            # A fit from the start, with callbacks that may have seen another; a checkpoint's state is loaded after
+            # this.
+            self.reset()
+        self.check(trainer, pl_module)
+
+    def reset(self) -> None:
+        """Forgets an earlier fit."""
+
+    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuses, before anything has run, what could not work later."""
+
+    def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuses, before the first step, what only the loaders and a forward pass show."""
+
+    def advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Does what is due at this epoch boundary; a second call does nothing."""
+        raise NotImplementedError
+
+    def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gives back what was borrowed for the fit."""
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.begin(trainer, pl_module)
+        self.advance(trainer, pl_module)
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.advance(trainer, pl_module)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.undo(trainer, pl_module)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        # Lightning does not call teardown after an exception.
+        self.undo(trainer, pl_module)
+
+
+def find_partition_source(trainer: Trainer, who: str) -> PartitionSource:
+    """The one callback of the Trainer that publishes a partition.
+
+    Raises:
+        MisconfigurationException: if there is none or more than one; the message shows the lines to add.
+    """
+    callbacks: list[Any] = getattr(trainer, "callbacks", [])
+    sources = [callback for callback in callbacks if isinstance(callback, PartitionSource)]
+    if len(sources) != 1:
+        raise MisconfigurationException(_MISSING_PARTNER.format(who=who, found=len(sources) or "none"))
+    return sources[0]
+
+
+def logits_of(pl_module: LightningModule, x: Any) -> Tensor:
+    """The logits that ``forward`` returns.
+
+    Raises:
+        TypeError: if it does not return a tensor (B, C) with at least two classes.
+    """
+    logits = pl_module(*x) if isinstance(x, tuple) else pl_module(x)
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
+        found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise TypeError(
+            f"Expected forward of {type(pl_module).__name__} to return logits (B, C) with at least two classes, but it"
+            f" returned {found}."
+        )
+    return logits
+
+
+def train_loader(trainer: Trainer) -> DataLoader[Any]:
+    """The loader that the fit draws from, if its samples have an index."""
+    return check_loader(trainer.train_dataloader)
+
+
+def probe(trainer: Trainer, pl_module: LightningModule, source: PartitionSource) -> tuple[ForwardTrace, IndexedBatch]:
+    """One forward pass over the first samples, to fail before hours of training and to see what calls what."""
+    loader = train_loader(trainer)
+    index, weight = rank_share(len(loader.dataset), 0, 1)  # type: ignore[arg-type]  # its length has been checked
+    with undisturbed(trainer, pl_module), torch.no_grad():
+        indices, batch = next(indexed_batches(loader, index, in_process=True))
+        x, label = source.split_batch(to_device(trainer, pl_module, batch))
+        trace = trace_forward(pl_module, lambda value: logits_of(pl_module, value), x)
+    label = check_labels(label, len(indices), trace.output.shape[1])
+    return trace, IndexedBatch(indices, weight[: len(indices)].to(label.device), x, label)
+
+
+@torch.no_grad()
+def training_set(
+    trainer: Trainer, pl_module: LightningModule, source: PartitionSource, num_classes: int
+) -> Iterator[IndexedBatch]:
+    """This rank's share of the training set in index order. Use inside ``undisturbed``.
+
+    Yields:
+        batches, as many on every rank.
+    """
+    loader = train_loader(trainer)
+    index, weight = rank_share(len(loader.dataset), trainer.global_rank, trainer.world_size)  # type: ignore[arg-type]
+    done = 0
+    for indices, batch in indexed_batches(loader, index):
+        x, label = source.split_batch(to_device(trainer, pl_module, batch))
+        label = check_labels(label, len(indices), num_classes, int(indices[0]))
+        yield IndexedBatch(indices, weight[done : done + len(indices)].to(label.device), x, label)
+        done += len(indices)

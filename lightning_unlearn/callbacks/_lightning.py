@@ -1,0 +1,187 @@
+"""What the callbacks need of Lightning beyond its hooks, and all of its private API that they touch.
+
+Private names, checked on lightning 2.5.0 to 2.6.6 (``tests/callbacks/test_lightning.py`` fails when one goes missing):
+``FitLoop._data_source``, ``FitLoop._combined_loader``, ``LightningModule._on_before_batch_transfer``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch.utils.data import DataLoader
+
+SUPPORTED_STRATEGIES = (SingleDeviceStrategy, DDPStrategy)
+
+
+def check_strategy(trainer: Trainer, who: str) -> None:
+    """Refuses by name a strategy under which weights or samples are laid out in a way that is not handled.
+
+    Raises:
+        MisconfigurationException: naming what to use.
+    """
+    if not isinstance(trainer.strategy, SUPPORTED_STRATEGIES):
+        raise MisconfigurationException(
+            f"{who} works on a single device and with DDP, but the Trainer uses {type(trainer.strategy).__name__};"
+            " use Trainer(strategy='ddp') or Trainer(devices=1)."
+        )
+
+
+def move_before_progress_bars(trainer: Trainer, callback: Any) -> None:
+    """Lets a callback run before the progress bars, which read the number of batches when an epoch starts.
+
+    The hook loop that is running goes on over the old list, so the list is replaced and not changed.
+    """
+    callbacks: list[Any] = list(getattr(trainer, "callbacks", []))
+    callbacks.remove(callback)
+    position = next((i for i, other in enumerate(callbacks) if isinstance(other, ProgressBar)), len(callbacks))
+    callbacks.insert(min(position, len(callbacks)), callback)
+    setattr(trainer, "callbacks", callbacks)  # noqa: B010  (an attribute that Trainer sets without declaring it)
+
+
+@contextmanager
+def undisturbed(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+    """A pass over the data that leaves the fit as it was, also when it fails.
+
+    Inside, modules are in eval mode, the Trainer reports that it validates (so that augmentation in transfer hooks is
+    off), and compiled modules run eagerly (their graphs ignore hooks). Random states, training flags and the stage are
+    put back. Every rank must enter: where the pass fails on one, it fails on all, and none waits for another for ever.
+    """
+    training = [(module, module.training) for module in pl_module.modules()]
+    stage = trainer.state.stage
+    failure: BaseException | None = None
+    with isolate_rng():
+        try:
+            pl_module.eval()
+            trainer.state.stage = RunningStage.VALIDATING
+            with trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
+                yield
+        except BaseException as error:  # isolate_rng restores only where its block ends without an exception
+            failure = error
+        finally:
+            for module, flag in training:
+                module.training = flag
+            trainer.state.stage = stage
+    if failure is not None and not isinstance(failure, Exception):
+        raise failure
+    failed = trainer.strategy.reduce_boolean_decision(failure is not None, all=False)
+    if failure is not None:
+        raise failure
+    if failed:
+        raise RuntimeError("The pass over the training set failed on another rank, whose error says why.")
+
+
+def to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
+    """A batch as ``training_step`` would get it: converted, transferred, with the user's transfer hooks."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+class TrainDataSwap:
+    """Replaces the train loader of a running fit, and has Lightning recompute what depends on its length.
+
+    Lightning's own way, ``reload_dataloaders_every_n_epochs``, must be set in advance and calls the user's
+    ``train_dataloader`` again, or returns a loader passed to ``fit`` as it is.
+    """
+
+    def __init__(self) -> None:
+        self._source: Any = None
+        self._val_check_interval: int | float | None = None
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the loader is replaced."""
+        return self._source is not None
+
+    def attach(self, trainer: Trainer, change: Callable[[Any], Any], num_batches: Callable[[], int]) -> None:
+        """From now on, and after every reload, the fit draws from ``change(loader)``.
+
+        Args:
+            trainer: during ``fit``.
+            change: from the loader that the user gave, or the one in use, to the one to use.
+            num_batches: number of batches that the changed loader will have.
+        """
+        loop: Any = trainer.fit_loop
+        source = loop._data_source
+        original = type(source).dataloader.__get__(source)
+        live = loop._combined_loader
+        self._source = source
+        source.dataloader = lambda: change(original())
+        if live is None:
+            # Resuming: no loader yet, so Lightning asks for it, changed, when the loop starts.
+            return
+        live.flattened = [change(loader) for loader in live.flattened]
+        self._fit_val_check_interval(trainer, num_batches())
+        # Lightning's own loader is handed back to it, so that its workers survive.
+        source.dataloader = lambda: live
+        try:
+            loop._combined_loader = None
+            loop.setup_data()
+        finally:
+            source.dataloader = lambda: change(original())
+        for loader in loop._combined_loader.flattened:
+            if isinstance(loader, DataLoader) and hasattr(loader.sampler, "set_epoch"):
+                loader.sampler.set_epoch(trainer.current_epoch)
+
+    def _fit_val_check_interval(self, trainer: Trainer, num_batches: int) -> None:
+        # Lightning would raise, mid-run, if an integer interval exceeds the number of batches.
+        interval: int | float = trainer.val_check_interval
+        if isinstance(interval, int) and interval > num_batches and trainer.check_val_every_n_epoch is not None:
+            self._val_check_interval = interval
+            trainer.val_check_interval = 1.0
+
+    def detach(self, trainer: Trainer) -> None:
+        """Gives the fit the user's own loader again, from the next time that it asks for one."""
+        if self._source is not None:
+            self._source.__dict__.pop("dataloader", None)
+            self._source = None
+        if self._val_check_interval is not None:
+            trainer.val_check_interval = self._val_check_interval
+            self._val_check_interval = None
+
+
+def rewrap_ddp(trainer: Trainer) -> None:
+    """Wraps the module anew after ``requires_grad`` has changed, which a DDP wrapper notices only when it is made."""
+    strategy = trainer.strategy
+    if isinstance(strategy, DDPStrategy) and strategy.lightning_module is not None:
+        strategy.model = strategy.lightning_module
+        strategy.configure_ddp()
+
+
+@contextmanager
+def planned_epochs(trainer: Trainer, remaining: int | None) -> Iterator[None]:
+    """Lets ``Trainer.estimated_stepping_batches`` count the remaining epochs, for a schedule that starts now."""
+    loop = trainer.fit_loop
+    planned = loop.max_epochs
+    if remaining is not None:
+        loop.max_epochs = remaining
+    try:
+        yield
+    finally:
+        loop.max_epochs = planned
+
+
+def compute_device(trainer: Trainer) -> torch.device:
+    """Where sums are computed: the accelerator if it has double precision, else the CPU."""
+    device = trainer.strategy.root_device
+    return device if device.type == "cuda" else torch.device("cpu")
+
+
+def is_fast_dev_run(trainer: Trainer) -> bool:
+    """Whether the Trainer only runs a few batches, to see that nothing breaks."""
+    return bool(getattr(trainer, "fast_dev_run", False))
+
+
+def log_values(pl_module: LightningModule, values: dict[str, float]) -> None:
+    """Logs scalars that are equal on every rank, through the Trainer's loggers."""
+    for logger in pl_module.loggers:
+        logger.log_metrics(values, step=pl_module.global_step)

@@ -1,0 +1,281 @@
+"""When to swap the training data, and what is trained from then on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.types import LRSchedulerConfig
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from lightning_unlearn.callbacks._base import UnlearnCallback, find_partition_source, probe, train_loader
+from lightning_unlearn.callbacks._lightning import TrainDataSwap, planned_epochs, rewrap_ddp
+from lightning_unlearn.capture import resolve_layer
+from lightning_unlearn.data import CleanSubsetSampler, NarrowedLoaders, check_loader, shuffles
+from lightning_unlearn.types import MaskSource, PartitionSource
+
+MakeOptimizer = Callable[[Iterable[Any]], Optimizer]
+MakeScheduler = Callable[[Optimizer], LRScheduler]
+
+
+class CleanSubsetFinetuneCallback(UnlearnCallback):
+    """From the partition on, trains on the clean subset only (RLAP, step 5).
+
+    The loader stays the user's own (class, workers, collate function, transforms); only the indices it draws from
+    change. Lightning recomputes the number of batches, the validation interval and the progress bar's total. After the
+    fit, or an exception, loader, ``requires_grad`` and modes are as they were.
+
+    Args:
+        mode: ``"full"`` trains everything (the paper's F-FT), ``"layers"`` only some layers (L-FT); the rest is frozen,
+            statistics of its batch norms included.
+        layers: with ``mode="layers"``: dotted paths of the modules to train; by default the layer that the
+            SensitivityPruneCallback prunes and those that ``forward`` calls after it.
+        lr: with a value, ``configure_optimizers`` (or ``optimizer``) makes a fresh optimizer with this constant
+            learning rate; its own schedulers are dropped. Without, the optimizer and its schedule go on as they are.
+        optimizer: makes the optimizer from the trainable parameters, in YAML as ``class_path`` and ``init_args``.
+        lr_scheduler: makes the schedule from the optimizer, stepped once per epoch.
+
+    Raises:
+        ValueError: for arguments that do not fit, here; for an unknown layer when the fit is set up.
+        MisconfigurationException: without an AttributionPartitionCallback beside it, when the fit is set up.
+        TypeError: for a train loader whose sampler a subset would silently replace, when training starts.
+    """
+
+    def __init__(
+        self,
+        mode: Literal["full", "layers"] = "full",
+        *,
+        layers: list[str] | None = None,
+        lr: float | None = None,
+        optimizer: MakeOptimizer | None = None,
+        lr_scheduler: MakeScheduler | None = None,
+    ) -> None:
+        if mode not in ("full", "layers"):
+            raise ValueError(f"Expected mode to be 'full' or 'layers', but got '{mode}'.")
+        if mode == "full" and layers is not None:
+            raise ValueError(f"Expected layers only with mode='layers', but got mode='full' and layers={layers}.")
+        if layers is not None and not layers:
+            raise ValueError("Expected layers to name at least one module, but got an empty list.")
+        if lr is not None and lr <= 0:
+            raise ValueError(f"Expected lr to be greater than 0, but got {lr}.")
+        if lr_scheduler is not None and lr is None and optimizer is None:
+            raise ValueError("Expected lr or optimizer beside lr_scheduler, which schedules a fresh optimizer.")
+        self.mode = mode
+        self.layers = layers
+        self.lr = lr
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self._swap = TrainDataSwap()
+        self._narrowed = NarrowedLoaders()
+        self.reset()
+
+    @override
+    def reset(self) -> None:
+        self._source: PartitionSource | None = None
+        self._masks: MaskSource | None = None
+        self._clean: Tensor | None = None
+        self._frozen: dict[str, list[str]] = {"parameters": [], "norms": []}
+        self._remaining: int | None = None
+        self._done = False
+        self._order = {"shuffle": True, "seed": 0}
+        self._thawed: list[tuple[nn.Parameter, bool]] = []
+        self._modes: list[tuple[nn.Module, bool]] = []
+
+    @property
+    def is_active(self) -> bool:
+        """Whether training draws from the clean subset."""
+        return self._clean is not None
+
+    @override
+    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._source = find_partition_source(trainer, type(self).__name__)
+        callbacks: list[Any] = getattr(trainer, "callbacks", [])
+        self._masks = next((callback for callback in callbacks if isinstance(callback, MaskSource)), None)
+        for name in self.layers or ():
+            if not any(True for _ in resolve_layer(pl_module, name).parameters()):
+                raise ValueError(f"Expected layers to name modules with parameters, but '{name}' has none.")
+        if self.mode == "layers" and self.layers is None and self._masks is None:
+            raise MisconfigurationException(
+                "CleanSubsetFinetuneCallback(mode='layers') needs to know which layers to train: name them with"
+                " layers=[...], or add a SensitivityPruneCallback, whose layer and those after it are trained."
+            )
+
+    @override
+    def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.is_active:
+            # The seed that Lightning gives its own samplers.
+            seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
+            self._order = {"shuffle": shuffles(train_loader(trainer)), "seed": seed}
+        if self._makes_optimizer and len(trainer.optimizers) != 1:
+            raise MisconfigurationException(
+                "CleanSubsetFinetuneCallback can make a fresh optimizer in place of one, but the module has"
+                f" {len(trainer.optimizers)}; leave out lr, optimizer and lr_scheduler to keep them."
+            )
+
+    @override
+    def advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        source = self._partition_source()
+        partition = source.pull_partition(trainer, pl_module)
+        if not self._done and partition is not None:
+            if self._masks is not None:
+                self._masks.pull_mask(trainer, pl_module)
+            if partition.is_actionable:
+                self._start(trainer, pl_module, partition.clean_indices())
+            self._done = True
+        self._hold_modes(pl_module)
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # After a resume; before the state of the optimizer is restored, which must find the optimizer that it belongs
+        # to.
+        if self.is_active:
+            self._attach(trainer)
+            self._train_from_here(trainer, pl_module)
+            # A loader that configure_optimizers asked for already is asked for again when the loop starts.
+            loop: Any = trainer.fit_loop
+            loop._combined_loader = None
+
+    @override
+    def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._swap.detach(trainer)
+        self._narrowed.restore()
+        for parameter, requires_grad in self._thawed:
+            parameter.requires_grad_(requires_grad)
+        for module, training in self._modes:
+            module.training = training
+        self._thawed, self._modes = [], []
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and primitives, 8 bytes per clean sample."""
+        return {
+            "done": self._done,
+            "clean": self._clean,
+            "frozen": {kind: list(names) for kind, names in self._frozen.items()},
+            "remaining": self._remaining,
+            "order": dict(self._order),
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._done = state_dict["done"]
+        self._clean = state_dict["clean"]
+        self._frozen = {kind: list(names) for kind, names in state_dict["frozen"].items()}
+        self._remaining = state_dict["remaining"]
+        self._order = dict(state_dict["order"])
+
+    @property
+    def _makes_optimizer(self) -> bool:
+        return self.lr is not None or self.optimizer is not None
+
+    def _partition_source(self) -> PartitionSource:
+        if self._source is None:
+            raise RuntimeError("CleanSubsetFinetuneCallback must be set up by a Trainer first.")
+        return self._source
+
+    def _start(self, trainer: Trainer, pl_module: LightningModule, clean: Tensor) -> None:
+        batches = self._batches_after(trainer, clean)
+        if batches == 0:
+            rank_zero_warn(
+                f"The {len(clean)} clean samples do not fill one batch on each rank (drop_last=True), so training goes"
+                " on with all the data."
+            )
+            return
+        if self.mode == "layers":
+            self._frozen = self._names_to_freeze(trainer, pl_module)
+        before = trainer.num_training_batches
+        self._clean = clean
+        max_epochs = trainer.max_epochs
+        self._remaining = None if max_epochs in (None, -1) else max_epochs - trainer.current_epoch
+        self._attach(trainer)
+        self._train_from_here(trainer, pl_module)
+        trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+        rank_zero_info(
+            f"Fine-tuning from epoch {trainer.current_epoch} on {len(clean):,} clean samples,"
+            f" {trainer.num_training_batches} batches per epoch instead of {before}; {trained:,} parameters are"
+            " trained."
+        )
+
+    def _batches_after(self, trainer: Trainer, clean: Tensor) -> int:
+        loader = train_loader(trainer)
+        batch_sampler: Any = loader.batch_sampler
+        per_rank = -(-len(clean) // trainer.world_size)
+        size: int = batch_sampler.batch_size
+        return per_rank // size if batch_sampler.drop_last else -(-per_rank // size)
+
+    def _attach(self, trainer: Trainer) -> None:
+        clean = self._clean
+        if clean is None or self._swap.is_attached:
+            return
+
+        def narrow(loaders: Any) -> DataLoader[Any]:
+            sampler = CleanSubsetSampler(
+                clean,
+                num_replicas=trainer.world_size,
+                rank=trainer.global_rank,
+                shuffle=bool(self._order["shuffle"]),
+                seed=self._order["seed"],
+            )
+            return self._narrowed.narrow(check_loader(loaders), sampler)
+
+        self._swap.attach(trainer, narrow, lambda: self._batches_after(trainer, clean))
+
+    def _names_to_freeze(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, list[str]]:
+        parameters = [name for name, _ in pl_module.named_parameters()]
+        norms = [
+            name for name, module in pl_module.named_modules() if isinstance(module, nn.modules.batchnorm._NormBase)
+        ]
+        if self.layers is not None:
+            inside = tuple(f"{name}." for name in self.layers)
+            frozen = [name for name in parameters if not name.startswith(inside)]
+            return {"parameters": frozen, "norms": [n for n in norms if not f"{n}.".startswith(inside)]}
+        if self._masks is None:
+            raise RuntimeError("There is no layer to train from; this is an error in lightning_unlearn.")
+        trace, _ = probe(trainer, pl_module, self._partition_source())
+        before = set(trace.modules_before(self._masks.target_layer()))
+        frozen = [name for name in parameters if name.rpartition(".")[0] in before]
+        return {"parameters": frozen, "norms": [name for name in norms if name in before]}
+
+    def _train_from_here(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        named = dict(pl_module.named_parameters())
+        for name in self._frozen["parameters"]:
+            self._thawed.append((named[name], named[name].requires_grad))
+            named[name].requires_grad_(False)
+            named[name].grad = None
+        modules = dict(pl_module.named_modules())
+        self._modes += [(modules[name], modules[name].training) for name in self._frozen["norms"]]
+        self._hold_modes(pl_module)
+        if self._frozen["parameters"]:
+            rewrap_ddp(trainer)
+        if self._makes_optimizer:
+            self._make_optimizer(trainer, pl_module)
+
+    def _hold_modes(self, pl_module: LightningModule) -> None:
+        """Keeps frozen batch norms in eval mode; modes are not in a checkpoint, and Lightning sets them at its will."""
+        for module, _ in self._modes:
+            module.eval()
+
+    def _make_optimizer(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.optimizer is None:
+            with planned_epochs(trainer, self._remaining):
+                trainer.strategy.setup_optimizers(trainer)
+        else:
+            trained = [p for p in pl_module.parameters() if p.requires_grad]
+            trainer.strategy.optimizers = [self.optimizer(trained)]
+        optimizer = trainer.strategy.optimizers[0]
+        if self.lr is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr
+                group.pop("initial_lr", None)
+        schedulers = []
+        if self.lr_scheduler is not None:
+            schedulers.append(LRSchedulerConfig(self.lr_scheduler(optimizer)))
+        trainer.strategy.lr_scheduler_configs = schedulers

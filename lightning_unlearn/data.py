@@ -1,0 +1,218 @@
+"""Dataset index <-> batch row: the pass in index order, and the sampler that can be narrowed to a subset."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data.distributed import DistributedSampler
+
+MIN_SAMPLES = 10
+
+
+def check_loader(loaders: Any) -> DataLoader[Any]:
+    """The one train loader, if samples can be told apart by their index.
+
+    Raises:
+        TypeError: if it is not one DataLoader over a map-style dataset with a length.
+        ValueError: if it holds fewer than 10 samples, or does no batching of its own.
+    """
+    if not isinstance(loaders, DataLoader):
+        raise TypeError(
+            "Expected one torch.utils.data.DataLoader as the train loader, but got"
+            f" {type(loaders).__name__}; give the loader with the noisy data alone."
+        )
+    dataset = loaders.dataset
+    if isinstance(dataset, IterableDataset):
+        raise TypeError(
+            f"Expected a map-style dataset, but {type(dataset).__name__} is an IterableDataset, whose samples have no"
+            " index to be remembered by; give a dataset with __getitem__ and __len__."
+        )
+    if not hasattr(dataset, "__len__"):
+        raise TypeError(
+            f"Expected a dataset with a length, but {type(dataset).__name__} has no __len__; add one that returns the"
+            " number of samples."
+        )
+    if len(dataset) < MIN_SAMPLES:
+        raise ValueError(
+            f"Expected at least {MIN_SAMPLES} training samples to partition, but the dataset has {len(dataset)}."
+        )
+    if loaders.batch_sampler is None:
+        raise ValueError(
+            "Expected a DataLoader that batches samples, but it has batch_size=None; set a batch_size, so that each"
+            " item of the dataset is one sample."
+        )
+    return loaders
+
+
+def rank_share(total: int, rank: int, world_size: int) -> tuple[Tensor, Tensor]:
+    """The dataset indices that a rank scores, the same number on every rank.
+
+    Args:
+        total: N.
+        rank: of this process.
+        world_size: number of processes.
+
+    Returns:
+        index (n,) int64 and weight (n,) float32 with ``n = ceil(N / world_size)``; weight is 0 where the last index is
+        repeated only to make the shares equal.
+
+    Example:
+        >>> rank_share(5, rank=1, world_size=2)
+        (tensor([1, 3, 4]), tensor([1., 1., 0.]))
+    """
+    padded = -(-total // world_size) * world_size
+    index = torch.arange(rank, padded, world_size)
+    return index.clamp(max=total - 1), (index < total).float()
+
+
+def indexed_batches(
+    loader: DataLoader[Any], index: Tensor, *, in_process: bool = False
+) -> Iterator[tuple[Tensor, Any]]:
+    """The loader's dataset, transforms, collate function and workers, over the given samples in the given order.
+
+    Args:
+        loader: the user's; left as it is.
+        index: (n,) int64, dataset indices.
+        in_process: load without worker processes.
+
+    Yields:
+        the dataset indices of a batch, (B,) int64, and the batch.
+    """
+    batch_size = getattr(loader.batch_sampler, "batch_size", None) or loader.batch_size or 1
+    batches = list(BatchSampler(index.tolist(), batch_size, drop_last=False))
+    ordered = copy.copy(loader)
+    # Not through __init__, which a subclass may have changed; DataLoader refuses to have these set as attributes.
+    ordered.__dict__.update(
+        sampler=index.tolist(),
+        batch_sampler=batches,
+        batch_size=batch_size,
+        drop_last=False,
+        generator=None,
+        persistent_workers=False,
+        _iterator=None,
+    )
+    if in_process:
+        ordered.__dict__.update(num_workers=0, prefetch_factor=None, timeout=0)
+    for indices, batch in zip(batches, ordered, strict=True):
+        yield torch.tensor(indices), batch
+
+
+def split_batch(batch: Any) -> tuple[Any, Tensor]:
+    """The input and the labels of an ``(x, y)`` batch.
+
+    Raises:
+        TypeError: for any other batch.
+    """
+    if isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor):
+        return batch[0], batch[1]
+    found = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else type(batch).__name__
+    raise TypeError(
+        f"Expected a batch (x, y) with a tensor of labels y, but got a {found}; pass batch_to_xy=... to"
+        " AttributionPartitionCallback, a function from the batch to (x, y)."
+    )
+
+
+def check_labels(label: Tensor, num_rows: int, num_classes: int, first_index: int = 0) -> Tensor:
+    """The labels as int64, if each names a class.
+
+    Args:
+        label: what the batch holds.
+        num_rows: B.
+        num_classes: C.
+        first_index: dataset index of the first row, for the message.
+
+    Raises:
+        ValueError: if they are not integers of shape (B,) in [0, C).
+    """
+    if label.shape != (num_rows,) or label.is_floating_point() or label.is_complex():
+        raise ValueError(
+            f"Expected integer labels of shape ({num_rows},), one class index per sample, but got {label.dtype} of"
+            f" shape {tuple(label.shape)}; pass batch_to_xy=... to AttributionPartitionCallback to convert them."
+        )
+    low, high = label.min().item(), label.max().item()
+    if low < 0 or high >= num_classes:
+        raise ValueError(
+            f"Expected labels in [0, {num_classes}), as the model has {num_classes} outputs, but found"
+            f" {int(low if low < 0 else high)} in the batch that starts at dataset index {first_index}."
+        )
+    return label.long()
+
+
+class CleanSubsetSampler(DistributedSampler[int]):
+    """Draws the given dataset indices, split over the ranks; the order is a function of seed and epoch.
+
+    Args:
+        indices: (K,) int64, the dataset indices to draw from.
+        num_replicas: number of ranks.
+        rank: of this process.
+        shuffle: whether to reshuffle in each epoch.
+        seed: the same on every rank.
+
+    Example:
+        >>> list(CleanSubsetSampler(torch.tensor([3, 5, 8]), num_replicas=1, rank=0, shuffle=False, seed=0))
+        [3, 5, 8]
+    """
+
+    def __init__(self, indices: Tensor, *, num_replicas: int, rank: int, shuffle: bool, seed: int) -> None:
+        self.indices = indices.tolist()
+        positions: Any = range(len(self.indices))
+        super().__init__(positions, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)
+
+    def __iter__(self) -> Iterator[int]:
+        return (self.indices[position] for position in super().__iter__())
+
+
+def shuffles(loader: DataLoader[Any]) -> bool:
+    """Whether the loader's sampler shuffles.
+
+    Raises:
+        TypeError: for a sampler that means something of its own, which a uniform draw from a subset would lose.
+    """
+    sampler = getattr(loader.batch_sampler, "sampler", None)
+    if isinstance(sampler, DistributedSampler) and type(sampler).__iter__ in (
+        DistributedSampler.__iter__,
+        CleanSubsetSampler.__iter__,
+    ):
+        return bool(sampler.shuffle)
+    if isinstance(sampler, RandomSampler) and not sampler.replacement:
+        return True
+    if type(sampler) is SequentialSampler:
+        return False
+    found = type(sampler).__name__ if sampler is not None else f"{type(loader.batch_sampler).__name__} without .sampler"
+    raise TypeError(
+        "Expected the train loader to draw with a RandomSampler, SequentialSampler or DistributedSampler, but it"
+        f" draws with {found}, which narrowing to the clean subset would silently replace; use DataLoader(shuffle=...)."
+    )
+
+
+class NarrowedLoaders:
+    """Loaders whose samplers were replaced, and what to put back.
+
+    The loader object stays the user's own: its workers, collate function and subclass are untouched.
+    """
+
+    def __init__(self) -> None:
+        self._replaced: list[tuple[DataLoader[Any], Any, Any]] = []
+
+    def narrow(self, loader: DataLoader[Any], sampler: CleanSubsetSampler) -> DataLoader[Any]:
+        """Lets the loader draw from ``sampler``."""
+        batch_sampler: Any = loader.batch_sampler
+        if all(loader is not known for known, _, _ in self._replaced):
+            self._replaced.append((loader, batch_sampler.sampler, loader.sampler))
+        batch_sampler.sampler = sampler
+        # DataLoader forbids to set it; Lightning looks here to see that the sampler is distributed already.
+        loader.__dict__["sampler"] = sampler
+        return loader
+
+    def restore(self) -> None:
+        """Puts the users' samplers back."""
+        while self._replaced:
+            loader, batch_sampler_sampler, sampler = self._replaced.pop()
+            restored: Any = loader.batch_sampler
+            restored.sampler = batch_sampler_sampler
+            loader.__dict__["sampler"] = sampler

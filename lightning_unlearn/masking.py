@@ -1,0 +1,114 @@
+"""Holding pruned neurons at exactly zero while training goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+
+@dataclass(frozen=True, eq=False)
+class PrunedEntries:
+    """The entries of one parameter that belong to pruned neurons.
+
+    Args:
+        parameter: the parameter.
+        dimension: of the parameter that counts neurons.
+        neurons: (K,) int64, the pruned ones.
+    """
+
+    parameter: Tensor
+    dimension: int
+    neurons: Tensor
+
+    def zero_(self, tensor: Tensor) -> None:
+        """Sets these entries of a tensor shaped like the parameter to zero."""
+        tensor.index_fill_(self.dimension, self.neurons.to(tensor.device), 0)
+
+
+def neuron_entries(layer: nn.Module, norm: nn.Module | None, neurons: Tensor) -> list[PrunedEntries]:
+    """What to zero so that neurons of a layer are silent: weight rows, bias, and scale and shift of the norm after it.
+
+    Args:
+        layer: a Linear or convolution.
+        norm: the norm that takes the layer's output directly, if there is one. Without its shift a silent convolution
+            channel would still put out a constant.
+        neurons: (K,) int64.
+
+    Raises:
+        ValueError: if the weight is computed from others (weight norm, spectral norm), so that zeros would not last.
+    """
+    if parametrize.is_parametrized(layer):
+        raise ValueError(
+            f"Expected a {type(layer).__name__} with a plain weight, but its weight is parametrised (weight or spectral"
+            " norm); remove the parametrisation or name another layer to prune."
+        )
+    # A transposed convolution has its output channels second.
+    places = [(layer, "weight", int(isinstance(layer, nn.modules.conv._ConvTransposeNd))), (layer, "bias", 0)]
+    if norm is not None:
+        places += [(norm, "weight", 0), (norm, "bias", 0)]
+    return [
+        PrunedEntries(parameter, dimension, neurons)
+        for module, name, dimension in places
+        if isinstance(parameter := getattr(module, name), nn.Parameter)
+    ]
+
+
+def consumer_entries(head: nn.Linear, neurons: Tensor) -> list[PrunedEntries]:
+    """What to zero so that a Linear does not listen to some of its inputs: the columns of its weight."""
+    return [PrunedEntries(head.weight, 1, neurons)]
+
+
+class NeuronPruning:
+    """Zeroes entries of parameters and keeps them at zero.
+
+    Args:
+        entries: what to zero.
+    """
+
+    def __init__(self, entries: Sequence[PrunedEntries]) -> None:
+        self._entries = list(entries)
+        self._handles: dict[Optimizer, RemovableHandle] = {}
+
+    @torch.no_grad()
+    def zero_parameters(self) -> None:
+        """Sets the entries to zero."""
+        for entry in self._entries:
+            entry.zero_(entry.parameter)
+
+    @torch.no_grad()
+    def zero_gradients(self) -> None:
+        """Sets the entries of the gradients to zero, so that they do not count in the norm that clips them."""
+        for entry in self._entries:
+            if entry.parameter.grad is not None:
+                entry.zero_(entry.parameter.grad)
+
+    def watch(self, optimizer: Optimizer) -> None:
+        """Zeroes the entries in the optimizer's state now, and in the parameters after each of its steps.
+
+        Momentum would otherwise revive them. Watching an optimizer twice is the same as once.
+        """
+        if optimizer in self._handles:
+            return
+        with torch.no_grad():
+            for entry in self._entries:
+                for value in optimizer.state.get(entry.parameter, {}).values():
+                    if isinstance(value, Tensor) and value.shape == entry.parameter.shape:
+                        entry.zero_(value)
+
+        def after_step(*_: Any) -> None:
+            self.zero_parameters()
+
+        self._handles[optimizer] = optimizer.register_step_post_hook(after_step)
+
+    def release(self) -> None:
+        """Stops watching; the parameters stay as they are."""
+        for handle in self._handles.values():
+            handle.remove()
+        self._handles.clear()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -128,14 +128,19 @@ class _Moments:
         return _Moments(*(piece.reshape(part.shape) for piece, part in zip(pieces, parts, strict=True)))
 
 
-def _moments(rows: Tensor, weight: Tensor, responsibility: Callable[[Tensor], tuple[Tensor, Tensor]]) -> _Moments:
-    """Sums over this rank's rows; ``responsibility`` maps rows to (n, 2) probabilities and (n,) log-likelihoods."""
+def _moments(
+    rows: Tensor, weight: Tensor, responsibility: Callable[[Tensor], tuple[Tensor, Tensor]], centre: Tensor | float
+) -> _Moments:
+    """Sums over this rank's rows, seen from ``centre``.
+
+    ``responsibility`` maps such rows to (n, 2) probabilities and (n,) log-likelihoods.
+    """
     dimension = rows.shape[1]
     count = torch.zeros(2, dtype=torch.float64, device=rows.device)
     first, second = count.new_zeros(2, dimension), count.new_zeros(2, dimension, dimension)
     log_likelihood = count.new_zeros(1)
     for chunk, chunk_weight in zip(torch.split(rows, CHUNK), torch.split(weight, CHUNK), strict=True):
-        x, w = chunk.double(), chunk_weight.double()
+        x, w = chunk.double() - centre, chunk_weight.double()
         share, log_prob = responsibility(x)
         share = share * w.unsqueeze(1)
         count += share.sum(dim=0)
@@ -227,14 +232,16 @@ def fit_mixture(
     def whole(x: Tensor) -> tuple[Tensor, Tensor]:
         return x.new_tensor([1.0, 0.0]).expand(len(x), 2), x.new_zeros(len(x))
 
-    start = _maximise(_moments(rows, weight, whole).reduced(reduce), reg_covar=0.0)
-    centre, axis = start.mean[0], torch.linalg.eigh(start.covariance[0]).eigenvectors[:, -1]
+    # From the mean on, since the difference of two large sums would lose the covariance.
+    centre = _maximise(_moments(rows, weight, whole, 0.0).reduced(reduce), reg_covar=0.0).mean[0]
+    start = _maximise(_moments(rows, weight, whole, centre).reduced(reduce), reg_covar=0.0)
+    axis = torch.linalg.eigh(start.covariance[0]).eigenvectors[:, -1]
 
     def halves(x: Tensor) -> tuple[Tensor, Tensor]:
-        above = ((x - centre) @ axis > 0).to(x.dtype)
+        above = (x @ axis > 0).to(x.dtype)
         return torch.stack([1 - above, above], dim=1), x.new_zeros(len(x))
 
-    mixture = _maximise(_moments(rows, weight, halves).reduced(reduce), reg_covar)
+    mixture = _maximise(_moments(rows, weight, halves, centre).reduced(reduce), reg_covar)
     last = -math.inf
     for step in range(1, max_iter + 1):
 
@@ -242,7 +249,7 @@ def fit_mixture(
             log_prob = current.log_prob(x)
             return log_prob.softmax(dim=1), log_prob.logsumexp(dim=1)
 
-        moments = _moments(rows, weight, expected).reduced(reduce)
+        moments = _moments(rows, weight, expected, centre).reduced(reduce)
         mean_log_likelihood = (moments.log_likelihood / moments.count.sum()).item()
         converged = abs(mean_log_likelihood - last) < tol
         last = mean_log_likelihood
@@ -250,4 +257,4 @@ def fit_mixture(
         mixture = GaussianMixture(updated.weight, updated.mean, updated.covariance, last, step, converged)
         if converged:
             break
-    return mixture
+    return replace(mixture, mean=mixture.mean + centre)

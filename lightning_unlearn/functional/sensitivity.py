@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -96,7 +97,7 @@ def select_neurons(sensitivity: Tensor, amount: float) -> Tensor:
 
     Args:
         sensitivity: (D,).
-        amount: share of the neurons in (0, 1); ``int(amount * D)`` neurons are pruned, fewer if fewer have a
+        amount: share of the neurons in (0, 1); ``amount * D`` neurons, rounded down, are pruned, fewer if fewer have a
             sensitivity other than 0.
 
     Returns:
@@ -109,11 +110,13 @@ def select_neurons(sensitivity: Tensor, amount: float) -> Tensor:
         >>> select_neurons(torch.tensor([0.1, -0.9, 0.0, 0.3]), amount=0.5)
         tensor([ True, False,  True, False])
     """
-    count = int(amount * len(sensitivity))
+    neurons = len(sensitivity)
+    # A whole number may come out a little too small: 0.29 * 100 is 28.999999999999996.
+    count = math.floor(amount * neurons + 1e-9)
     if count < 1:
         raise ValueError(
-            f"amount={amount} of {len(sensitivity)} neurons is less than one neuron; use at least"
-            f" {1 / len(sensitivity):.4g}."
+            f"amount={amount} of {neurons} neurons is less than one neuron; use at least"
+            f" {math.ceil(1e6 / neurons) / 1e6:g}."
         )
     # A stable order, so that equal sensitivities are broken alike on every rank.
     strongest = sensitivity.abs().argsort(descending=True, stable=True)[:count]

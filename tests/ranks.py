@@ -1,0 +1,36 @@
+"""Ranks without processes: one thread each, and a sum that waits for all of them."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def run_ranks(work: Callable[[int, Callable[[Tensor], Tensor]], Any], world_size: int) -> list[Any]:
+    """Runs ``work(rank, reduce)`` on every rank at once and returns what each returned.
+
+    A rank that calls ``reduce`` more often than another, or with another shape, breaks the barrier or the sum.
+    """
+    barrier = Barrier(world_size, timeout=20)
+    parts: list[Any] = [None] * world_size
+
+    def on_rank(rank: int) -> Any:
+        def reduce(part: Tensor) -> Tensor:
+            parts[rank] = part.clone()
+            barrier.wait()
+            total = torch.stack(parts).sum(dim=0)
+            barrier.wait()
+            return total
+
+        try:
+            return work(rank, reduce)
+        except BaseException:
+            barrier.abort()
+            raise
+
+    with ThreadPoolExecutor(world_size) as pool:
+        futures = [pool.submit(on_rank, rank) for rank in range(world_size)]
+        return [future.result() for future in futures]

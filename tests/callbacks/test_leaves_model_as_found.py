@@ -1,0 +1,198 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lightning_unlearn import AttributionPartitionCallback
+from tests.toys import Blobs, BlobsData, Toy, adamw, assert_same_weights, convnet, fit, mlp, sgd, trio, weights
+
+
+def hooks_of(module):
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return {(name, kind): len(getattr(part, kind)) for name, part in module.named_modules() for kind in kinds}
+
+
+def rng():
+    return {
+        "torch": torch.random.get_rng_state(),
+        "numpy": torch.from_numpy(np.random.get_state()[1].astype(np.int64)),  # noqa: NPY002 (the global one is meant)
+        "python": torch.tensor(random.getstate()[1]),
+    }
+
+
+def found(module):
+    """All that a pass could disturb, beside the weights."""
+    return {
+        "hooks": hooks_of(module),
+        "training": {name: part.training for name, part in module.named_modules()},
+        "requires_grad": {name: p.requires_grad for name, p in module.named_parameters()},
+        "grads": {name: None if p.grad is None else p.grad.clone() for name, p in module.named_parameters()},
+        "rng": rng(),
+    }
+
+
+def assert_as_found(before, after):
+    for part in ("hooks", "training", "requires_grad"):
+        assert before[part] == after[part], part
+    for part in ("grads", "rng"):
+        for name, value in before[part].items():
+            if value is None:
+                assert after[part][name] is None, name
+            else:
+                assert value.equal(after[part][name]), name
+
+
+class Compared(AttributionPartitionCallback):
+    """Looks at the module before and after every turn, whatever happens in it."""
+
+    turns = 0
+
+    def advance(self, trainer, pl_module):
+        before, stage = found(pl_module), trainer.state.stage
+        try:
+            super().advance(trainer, pl_module)
+        finally:
+            self.turns += 1
+            assert_as_found(before, found(pl_module))
+            assert trainer.state.stage == stage
+
+
+@pytest.mark.parametrize("recipe", ["label", "rlap"])
+@pytest.mark.parametrize(
+    ("net", "data", "loader", "trainer"),
+    [
+        (lambda: mlp(0.3), {}, {}, {}),
+        (lambda: mlp(0.3), {"augment": "torch"}, {}, {}),
+        (lambda: mlp(0.3), {"augment": "numpy"}, {}, {}),
+        (lambda: mlp(0.3), {"augment": "torch"}, {"num_workers": 2, "persistent_workers": True}, {}),
+        (lambda: convnet(0.3), {"image": True}, {}, {"precision": "bf16-mixed"}),
+        (lambda: mlp(0.3), {}, {}, {"accumulate_grad_batches": 3, "gradient_clip_val": 0.5}),
+    ],
+    ids=["dropout and norm", "torch augmentation", "numpy augmentation", "workers", "bf16-mixed", "accumulation"],
+)
+def test_weights_are_bit_for_bit_those_of_a_fit_without_it(recipe, net, data, loader, trainer):
+    final = []
+    for callbacks in ([], [Compared(at_epoch=2, recipe=recipe)]):
+        module = Toy(net)
+        fit(module, BlobsData(Blobs(101, **data), **loader), callbacks, max_epochs=3, **trainer)
+        final.append(weights(module))
+    assert callbacks[0].turns == 4
+    assert len(callbacks[0].partition) == 101
+    assert_same_weights(*final)
+
+
+def test_modes_and_flags_of_the_user_survive():
+    module = Toy(lambda: mlp(0.3))
+    module.net[1].eval()
+    module.net[0].requires_grad_(False)
+    callback = Compared(at_epoch=2)
+    fit(module, BlobsData(Blobs(101)), [callback], max_epochs=3)
+    assert callback.turns == 4
+    assert not module.net[1].training
+    assert module.net[3].training
+    assert not module.net[0].weight.requires_grad
+
+
+class Breaks(Blobs):
+    """Raises in the pass over it that comes after the first epoch."""
+
+    def __getitem__(self, index):
+        if len(self.read) > 101 + 40 + 32:
+            raise OSError("the disk is gone")
+        return super().__getitem__(index)
+
+
+class BreaksInEval(Toy):
+    """Raises in the middle of a pass."""
+
+    def forward(self, x):
+        if not self.training and self.steps and x.sum() != 0:
+            random.random()
+            torch.rand(1)
+            raise ArithmeticError("not in eval mode")
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("module", "data", "error"),
+    [(Toy, Breaks, "the disk is gone"), (BreaksInEval, Blobs, "not in eval mode")],
+    ids=["dataset", "forward"],
+)
+def test_a_pass_that_fails_leaves_all_as_it_was(module, data, error):
+    callback, model = Compared(at_epoch=2), module(lambda: mlp(0.3))
+    with pytest.raises((OSError, ArithmeticError), match=error):
+        fit(model, BlobsData(data(101)), [callback], max_epochs=3, limit_val_batches=0)
+    assert callback.turns == 3  # the third is the one that failed: the comparison in it has been made
+    assert model.steps == 7
+
+
+class Halts(Exception):
+    pass
+
+
+@pytest.mark.parametrize("how", ["ends", "fails"])
+@pytest.mark.parametrize("mode", ["full", "layers"])
+def test_all_three_give_back_what_they_borrowed(how, mode):
+    class Stops(Toy):
+        def training_step(self, batch):
+            if how == "fails" and self.current_epoch == 3:
+                raise Halts
+            return super().training_step(batch)
+
+    data = BlobsData(Blobs(101))
+    module = Stops(lambda: mlp(0.3))
+    module.net[0].bias.requires_grad_(False)
+    before = found(module)
+    callbacks = trio(2, finetune={"mode": mode, "lr": 0.01})
+    if how == "fails":
+        with pytest.raises(Halts):
+            fit(module, data, callbacks, max_epochs=4)
+    else:
+        fit(module, data, callbacks, max_epochs=4)
+    after = found(module)
+    for part in ("hooks", "requires_grad", "training"):
+        assert before[part] == after[part], part
+    assert callbacks[2].is_active
+
+
+@pytest.mark.parametrize("optimizer", [sgd, adamw])
+def test_no_hook_is_left_on_the_optimizer(optimizer):
+    module = Toy(optimizer=optimizer)
+    trainer = fit(module, BlobsData(Blobs(101)), trio(2))
+    assert not trainer.optimizers[0]._optimizer_step_post_hooks
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.fill_(1.0)
+            parameter.grad = torch.ones_like(parameter)
+    trainer.optimizers[0].step()
+    assert all((p != 0).all() for p in module.parameters())
+
+
+def test_the_pass_sees_no_sample_twice_and_none_of_the_loaders_state():
+    data = Blobs(101)
+    loader_reads = []
+
+    class Counting(AttributionPartitionCallback):
+        def _gather(self, trainer, pl_module):
+            start = len(data.read)
+            evidence = super()._gather(trainer, pl_module)
+            loader_reads.append(data.read[start:])
+            return evidence
+
+    fit(Toy(), BlobsData(data), [Counting(at_epoch=2)], max_epochs=3)
+    assert loader_reads == [list(range(101))] * 2
+
+
+def test_a_layer_that_works_in_place_is_attributed_like_one_that_does_not():
+    evidence = []
+    for inplace in (False, True):
+
+        def net(inplace=inplace):
+            return nn.Sequential(nn.Linear(16, 12), nn.ReLU(inplace=inplace), nn.Linear(12, 4))
+
+        callback = AttributionPartitionCallback("net.0", at_epoch=1)
+        fit(Toy(net), BlobsData(Blobs(101)), [callback], max_epochs=2)
+        evidence.append(callback.partition.label_evidence)
+    assert evidence[0].equal(evidence[1])

@@ -143,7 +143,7 @@ class Partition:
     @property
     def is_actionable(self) -> bool:
         """Whether there are samples on both sides and nothing speaks against acting on them."""
-        return not self.warning
+        return not self.warning and 0 < int(self.is_clean.sum()) < len(self)
 
     def clean_indices(self) -> Tensor:
         """Dataset indices of the clean samples, ascending, int64."""

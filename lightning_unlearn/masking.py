@@ -42,17 +42,27 @@ def neuron_entries(layer: nn.Module, norm: nn.Module | None, neurons: Tensor) ->
         neurons: (K,) int64.
 
     Raises:
-        ValueError: if the weight is computed from others (weight norm, spectral norm), so that zeros would not last.
+        ValueError: if the weight is computed from others (weight norm, spectral norm), so that zeros would not last; or
+            for a transposed convolution in groups, where a slice of the weight serves one neuron of each group.
     """
-    if parametrize.is_parametrized(layer):
+    # The older functions of torch.nn.utils put a tensor that is no Parameter in the weight's place.
+    if parametrize.is_parametrized(layer) or not isinstance(layer.weight, nn.Parameter):
         raise ValueError(
             f"Expected a {type(layer).__name__} with a plain weight, but its weight is parametrised (weight or spectral"
-            " norm); remove the parametrisation or name another layer to prune."
+            " norm, or torch.nn.utils.prune); remove the parametrisation or name another layer to prune."
+        )
+    transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
+    if transposed and layer.groups != 1:
+        raise ValueError(
+            f"Expected a {type(layer).__name__} with groups=1, but it has groups={layer.groups}; name another layer to"
+            " prune."
         )
     # A transposed convolution has its output channels second.
-    places = [(layer, "weight", int(isinstance(layer, nn.modules.conv._ConvTransposeNd))), (layer, "bias", 0)]
+    places = [(layer, "weight", int(transposed)), (layer, "bias", 0)]
     if norm is not None:
-        places += [(norm, "weight", 0), (norm, "bias", 0)]
+        # A layer norm over several dimensions has the features of a Linear last, the channels of a convolution first.
+        dimension = -1 if isinstance(layer, nn.Linear) else 0
+        places += [(norm, "weight", dimension), (norm, "bias", dimension)]
     return [
         PrunedEntries(parameter, dimension, neurons)
         for module, name, dimension in places

@@ -179,11 +179,13 @@ def shuffles(loader: DataLoader[Any]) -> bool:
         CleanSubsetSampler.__iter__,
     ):
         return bool(sampler.shuffle)
-    if isinstance(sampler, RandomSampler) and not sampler.replacement:
+    if type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(sampler.data_source):
         return True
     if type(sampler) is SequentialSampler:
         return False
     found = type(sampler).__name__ if sampler is not None else f"{type(loader.batch_sampler).__name__} without .sampler"
+    if type(sampler) is RandomSampler:
+        found += " with replacement or num_samples"
     raise TypeError(
         "Expected the train loader to draw with a RandomSampler, SequentialSampler or DistributedSampler, but it"
         f" draws with {found}, which narrowing to the clean subset would silently replace; use DataLoader(shuffle=...)."

@@ -1,7 +1,8 @@
 """What the callbacks need of Lightning beyond its hooks, and all of its private API that they touch.
 
 Private names, checked on lightning 2.5.0 to 2.6.6 (``tests/callbacks/test_lightning.py`` fails when one goes missing):
-``FitLoop._data_source``, ``FitLoop._combined_loader``, ``LightningModule._on_before_batch_transfer``.
+``FitLoop._data_source``, ``FitLoop._combined_loader``, ``LightningModule._on_before_batch_transfer``, and
+``_average_model`` of ``StochasticWeightAveraging`` and (from 2.6) of ``WeightAveraging``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 SUPPORTED_STRATEGIES = (SingleDeviceStrategy, DDPStrategy)
@@ -102,40 +106,45 @@ class TrainDataSwap:
         """Whether the loader is replaced."""
         return self._source is not None
 
-    def attach(self, trainer: Trainer, change: Callable[[Any], Any], num_batches: Callable[[], int]) -> None:
+    def attach(self, trainer: Trainer, change: Callable[[Any], DataLoader[Any]]) -> None:
         """From now on, and after every reload, the fit draws from ``change(loader)``.
 
         Args:
             trainer: during ``fit``.
             change: from the loader that the user gave, or the one in use, to the one to use.
-            num_batches: number of batches that the changed loader will have.
         """
         loop: Any = trainer.fit_loop
         source = loop._data_source
         original = type(source).dataloader.__get__(source)
         live = loop._combined_loader
         self._source = source
-        source.dataloader = lambda: change(original())
+
+        def changed(given: Any) -> DataLoader[Any]:
+            loader = change(given)
+            self._fit_val_check_interval(trainer, limited_batches(trainer, len(loader)))
+            return loader
+
+        source.dataloader = lambda: changed(original())
         if live is None:
             # Resuming: no loader yet, so Lightning asks for it, changed, when the loop starts.
             return
-        live.flattened = [change(loader) for loader in live.flattened]
-        self._fit_val_check_interval(trainer, num_batches())
+        live.flattened = [changed(loader) for loader in live.flattened]
         # Lightning's own loader is handed back to it, so that its workers survive.
         source.dataloader = lambda: live
         try:
             loop._combined_loader = None
             loop.setup_data()
         finally:
-            source.dataloader = lambda: change(original())
-        for loader in loop._combined_loader.flattened:
-            if isinstance(loader, DataLoader) and hasattr(loader.sampler, "set_epoch"):
-                loader.sampler.set_epoch(trainer.current_epoch)
+            source.dataloader = lambda: changed(original())
 
     def _fit_val_check_interval(self, trainer: Trainer, num_batches: int) -> None:
         # Lightning would raise, mid-run, if an integer interval exceeds the number of batches.
         interval: int | float = trainer.val_check_interval
         if isinstance(interval, int) and interval > num_batches and trainer.check_val_every_n_epoch is not None:
+            rank_zero_warn(
+                f"An epoch on the clean subset has {num_batches} batches, fewer than val_check_interval={interval};"
+                " validation now runs at the end of the epoch."
+            )
             self._val_check_interval = interval
             trainer.val_check_interval = 1.0
 
@@ -168,6 +177,26 @@ def planned_epochs(trainer: Trainer, remaining: int | None) -> Iterator[None]:
         yield
     finally:
         loop.max_epochs = planned
+
+
+def limited_batches(trainer: Trainer, num_batches: int) -> int:
+    """How many batches of a train loader the Trainer uses in an epoch."""
+    limit: int | float = trainer.limit_train_batches
+    return min(num_batches, limit) if isinstance(limit, int) else int(num_batches * limit)
+
+
+def next_epoch(trainer: Trainer) -> int:
+    """The epoch that Lightning gives the samplers next; after a resume it is known before ``current_epoch`` is."""
+    current: Any = trainer.fit_loop.epoch_progress.current
+    return int(current.processed)
+
+
+def averaged_models(trainer: Trainer) -> list[nn.Module]:
+    """The models in which callbacks average the weights (EMA, SWA), built like the LightningModule."""
+    callbacks: list[Any] = getattr(trainer, "callbacks", [])
+    averages = [getattr(callback, "_average_model", None) for callback in callbacks]
+    modules = [average.module if isinstance(average, AveragedModel) else average for average in averages]
+    return [module for module in modules if isinstance(module, nn.Module)]
 
 
 def compute_device(trainer: Trainer) -> torch.device:

@@ -17,7 +17,13 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_unlearn.callbacks._base import UnlearnCallback, find_partition_source, probe, train_loader
-from lightning_unlearn.callbacks._lightning import TrainDataSwap, planned_epochs, rewrap_ddp
+from lightning_unlearn.callbacks._lightning import (
+    TrainDataSwap,
+    limited_batches,
+    next_epoch,
+    planned_epochs,
+    rewrap_ddp,
+)
 from lightning_unlearn.capture import resolve_layer
 from lightning_unlearn.data import CleanSubsetSampler, NarrowedLoaders, check_loader, shuffles
 from lightning_unlearn.types import MaskSource, PartitionSource
@@ -185,8 +191,8 @@ class CleanSubsetFinetuneCallback(UnlearnCallback):
         batches = self._batches_after(trainer, clean)
         if batches == 0:
             rank_zero_warn(
-                f"The {len(clean)} clean samples do not fill one batch on each rank (drop_last=True), so training goes"
-                " on with all the data."
+                f"The {len(clean)} clean samples do not fill one batch on each rank (drop_last, limit_train_batches),"
+                " so training goes on with all the data."
             )
             return
         if self.mode == "layers":
@@ -209,7 +215,7 @@ class CleanSubsetFinetuneCallback(UnlearnCallback):
         batch_sampler: Any = loader.batch_sampler
         per_rank = -(-len(clean) // trainer.world_size)
         size: int = batch_sampler.batch_size
-        return per_rank // size if batch_sampler.drop_last else -(-per_rank // size)
+        return limited_batches(trainer, per_rank // size if batch_sampler.drop_last else -(-per_rank // size))
 
     def _attach(self, trainer: Trainer) -> None:
         clean = self._clean
@@ -224,9 +230,11 @@ class CleanSubsetFinetuneCallback(UnlearnCallback):
                 shuffle=bool(self._order["shuffle"]),
                 seed=self._order["seed"],
             )
+            # Before Lightning makes an iterator, whose workers draw the first batches at once.
+            sampler.set_epoch(next_epoch(trainer))
             return self._narrowed.narrow(check_loader(loaders), sampler)
 
-        self._swap.attach(trainer, narrow, lambda: self._batches_after(trainer, clean))
+        self._swap.attach(trainer, narrow)
 
     def _names_to_freeze(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, list[str]]:
         parameters = [name for name, _ in pl_module.named_parameters()]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from typing_extensions import override
 
-from lightning_unlearn.callbacks._base import UnlearnCallback, logits_of, probe, training_set
+from lightning_unlearn.callbacks._base import UnlearnCallback, logits_of, probe, train_loader, training_set
 from lightning_unlearn.callbacks._lightning import compute_device, is_fast_dev_run, log_values, undisturbed
 from lightning_unlearn.capture import Attributor, check_reached, resolve_layer
 from lightning_unlearn.data import rank_share, split_batch
@@ -145,6 +145,9 @@ class AttributionPartitionCallback(UnlearnCallback):
             self._point = LayerPoint(self.layer, "output")
         check_reached(trace, self._point.name)
         self._num_classes = trace.output.shape[1]
+        known = self._partition.label if self._partition is not None else (self._gathered or {}).get("label")
+        if known is not None:
+            _check_same_size(len(known), len(train_loader(trainer).dataset))  # type: ignore[arg-type]  # has a length
 
     @override
     def advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -287,12 +290,16 @@ class AttributionPartitionCallback(UnlearnCallback):
         )
 
 
-def _check_same_data(before: Tensor, now: Tensor) -> None:
-    if len(before) != len(now):
+def _check_same_size(before: int, now: int) -> None:
+    if before != now:
         raise ValueError(
-            f"Expected the {len(before)} training samples of the evidence gathered so far, but the dataset now has"
-            f" {len(now)}; start again without the checkpoint, or give the data it was made with."
+            f"Expected the {before} training samples of the evidence gathered so far, but the dataset now has {now};"
+            " start again without the checkpoint, or give the data it was made with."
         )
+
+
+def _check_same_data(before: Tensor, now: Tensor) -> None:
+    _check_same_size(len(before), len(now))
     changed = int((before != now).sum())
     if changed:
         raise ValueError(

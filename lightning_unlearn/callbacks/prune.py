@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_unlearn.callbacks._base import UnlearnCallback, find_partition_source, logits_of, probe, training_set
-from lightning_unlearn.callbacks._lightning import log_values, undisturbed
+from lightning_unlearn.callbacks._lightning import averaged_models, log_values, undisturbed
 from lightning_unlearn.capture import (
     ForwardTrace,
     check_reached,
@@ -143,7 +143,7 @@ class SensitivityPruneCallback(UnlearnCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # After a resume: the weights come from the checkpoint already pruned, and are to stay so.
         if self._mask is not None:
-            self._hold(pl_module, self._mask)
+            self._hold(trainer, pl_module, self._mask)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -184,7 +184,7 @@ class SensitivityPruneCallback(UnlearnCallback):
         sensitivity = solve_sensitivity(self._regress(trainer, pl_module, partition), self.ridge).float().cpu()
         mask = NeuronMask(self.target_layer(), select_neurons(sensitivity, self.amount), sensitivity)
         self._mask = self._verified(trainer, pl_module, mask)
-        self._hold(pl_module, self._mask)
+        self._hold(trainer, pl_module, self._mask)
         pruned = self._mask.pruned_indices()
         if len(pruned) == 0:
             rank_zero_warn(f"No neuron of '{self._mask.layer}' tells noise from clean samples, so none was pruned.")
@@ -216,21 +216,24 @@ class SensitivityPruneCallback(UnlearnCallback):
             raise RuntimeError("The layer to prune is not resolved; this is an error in lightning_unlearn.")
         return self._point
 
-    def _entries(self, pl_module: LightningModule, neurons: Tensor) -> list[PrunedEntries]:
+    def _entries(self, model: nn.Module, neurons: Tensor) -> list[PrunedEntries]:
         entries: list[PrunedEntries] = []
         layer, norm, consumer = (self._names[part] for part in ("layer", "norm", "consumer"))
         if layer is not None:
-            module = None if norm is None else resolve_layer(pl_module, norm)
-            entries += neuron_entries(resolve_layer(pl_module, layer), module, neurons)
+            module = None if norm is None else resolve_layer(model, norm)
+            entries += neuron_entries(resolve_layer(model, layer), module, neurons)
         if consumer is not None:
-            head = resolve_layer(pl_module, consumer)
+            head = resolve_layer(model, consumer)
             if isinstance(head, nn.Linear):
                 entries += consumer_entries(head, neurons)
         return entries
 
-    def _hold(self, pl_module: LightningModule, mask: NeuronMask) -> None:
+    def _hold(self, trainer: Trainer, pl_module: LightningModule, mask: NeuronMask) -> None:
         self._pruning = NeuronPruning(self._entries(pl_module, mask.pruned_indices()))
         self._pruning.zero_parameters()
+        for average in averaged_models(trainer):
+            # Begun before the pruning, it would bring the neurons back.
+            NeuronPruning(self._entries(average, mask.pruned_indices())).zero_parameters()
 
     def _verified(self, trainer: Trainer, pl_module: LightningModule, mask: NeuronMask) -> NeuronMask:
         """The mask, with the feeding layer left alone where zeroing its rows does not silence the head's inputs.

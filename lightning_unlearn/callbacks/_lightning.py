@@ -45,9 +45,11 @@ def move_before_progress_bars(trainer: Trainer, callback: Any) -> None:
     The hook loop that is running goes on over the old list, so the list is replaced and not changed.
     """
     callbacks: list[Any] = list(getattr(trainer, "callbacks", []))
-    callbacks.remove(callback)
-    position = next((i for i, other in enumerate(callbacks) if isinstance(other, ProgressBar)), len(callbacks))
-    callbacks.insert(min(position, len(callbacks)), callback)
+    here = callbacks.index(callback)
+    bar = next((i for i, other in enumerate(callbacks[:here]) if isinstance(other, ProgressBar)), None)
+    if bar is None:
+        return
+    callbacks.insert(bar, callbacks.pop(here))
     setattr(trainer, "callbacks", callbacks)  # noqa: B010  (an attribute that Trainer sets without declaring it)
 
 

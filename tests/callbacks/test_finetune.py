@@ -1,0 +1,388 @@
+from functools import partial
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import TQDMProgressBar
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, StepLR
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler
+
+from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback
+from lightning_unlearn.data import CleanSubsetSampler
+from tests.toys import Blobs, BlobsData, IndexRecorder, Residual, Toy, adamw, convnet, fit, sgd, trio, weights
+
+# Blobs() has 203 samples, 50 of which are wrong and found to be: 13 batches of 16, then 10.
+FULL, CLEAN = 13, 10
+
+
+def partition_and_finetune(at_epoch=2, **finetune):
+    partition, _, tune = trio(at_epoch, finetune=finetune)
+    return partition, tune
+
+
+@pytest.mark.parametrize("optimizer", [{}, {"lr": 0.01}])
+@pytest.mark.parametrize("given", ["loader", "datamodule"])
+@pytest.mark.parametrize(
+    "loader",
+    [
+        {},
+        {"num_workers": 2},
+        {"num_workers": 2, "persistent_workers": True},
+        {"shuffle": False},
+    ],
+    ids=["shuffled", "workers", "persistent workers", "in order"],
+)
+def test_trains_on_the_clean_indices_alone_from_then_on(loader, given, optimizer):
+    data = BlobsData(Blobs(), **loader)
+    partition, finetune = partition_and_finetune(**optimizer)
+    record, module = IndexRecorder(data.train), Toy()
+    if given == "loader":
+        user_loader = data.train_dataloader()
+        L.seed_everything(0, verbose=False)
+        fit(module, user_loader, [partition, finetune, record])
+    else:
+        fit(module, data, [partition, finetune, record])
+        assert data.train_loaders_made == 1
+        assert module.validations_by_epoch == {0: 1, 1: 1, 2: 1, 3: 1}
+    clean = partition.partition.clean_indices().tolist()
+    assert set(clean) == set((~data.train.wrong).nonzero().flatten().tolist())
+    assert [sorted(record.by_epoch[epoch]) for epoch in range(4)] == [list(range(203))] * 2 + [clean] * 2
+    assert (record.by_epoch[2] != record.by_epoch[3]) == (loader.get("shuffle", True))
+    assert (record.by_epoch[2] != clean) == (loader.get("shuffle", True))
+    assert module.steps_by_epoch == {0: FULL, 1: FULL, 2: CLEAN, 3: CLEAN}
+
+
+@pytest.mark.parametrize(
+    ("trainer", "steps", "validations"),
+    [
+        ({"limit_train_batches": 0.5}, [6, 6, 5, 5], [1, 1, 1, 1]),
+        ({"limit_train_batches": 11}, [11, 11, 10, 10], [1, 1, 1, 1]),
+        ({"val_check_interval": 0.5}, [13, 13, 10, 10], [2, 2, 2, 2]),
+        ({"val_check_interval": 3}, [13, 13, 10, 10], [4, 4, 3, 3]),
+        ({"val_check_interval": 4, "check_val_every_n_epoch": None}, [13, 13, 10, 10], [3, 3, 3, 2]),
+        ({"accumulate_grad_batches": 3}, [13, 13, 10, 10], [1, 1, 1, 1]),
+        ({"check_val_every_n_epoch": 2}, [13, 13, 10, 10], [0, 1, 0, 1]),
+    ],
+    ids=str,
+)
+def test_lightning_recomputes_what_depends_on_the_number_of_batches(trainer, steps, validations):
+    module = Toy()
+    fit(module, BlobsData(Blobs()), partition_and_finetune(), **trainer)
+    assert list(module.steps_by_epoch.values()) == steps
+    assert [module.validations_by_epoch.get(epoch, 0) for epoch in range(4)] == validations
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "batches"),
+    [({"val_check_interval": 12}, 10), ({"val_check_interval": 6, "limit_train_batches": 0.5}, 5)],
+    ids=["too long for the subset", "too long for its limited part"],
+)
+def test_a_validation_interval_longer_than_the_subset_means_the_end_of_the_epoch(kwargs, batches):
+    module = Toy()
+    with pytest.warns(
+        UserWarning,
+        match=rf"has {batches} batches, fewer than val_check_interval={{}}".format(kwargs["val_check_interval"]),
+    ):
+        trainer = fit(module, BlobsData(Blobs()), partition_and_finetune(), **kwargs)
+    assert module.validations_by_epoch == {0: 1, 1: 1, 2: 1, 3: 1}
+    assert trainer.val_check_interval == kwargs["val_check_interval"]
+
+
+def test_optimizer_steps_with_accumulation():
+    module = Toy()
+    trainer = fit(module, BlobsData(Blobs()), partition_and_finetune(), accumulate_grad_batches=3)
+    assert trainer.global_step == 2 * 5 + 2 * 4
+
+
+def test_reloading_every_epoch_reloads_the_subset():
+    data = BlobsData(Blobs())
+    partition, finetune = partition_and_finetune()
+    record = IndexRecorder(data.train)
+    fit(Toy(), data, [partition, finetune, record], reload_dataloaders_every_n_epochs=1)
+    assert data.train_loaders_made == 4
+    clean = partition.partition.clean_indices().tolist()
+    assert [sorted(record.by_epoch[epoch]) for epoch in (2, 3)] == [clean] * 2
+    assert record.by_epoch[2] != record.by_epoch[3]
+
+
+def test_drop_last_drops_from_the_subset():
+    data = BlobsData(Blobs(), drop_last=True)
+    partition, finetune = partition_and_finetune()
+    record, module = IndexRecorder(data.train), Toy()
+    fit(module, data, [partition, finetune, record])
+    assert module.steps_by_epoch == {0: 12, 1: 12, 2: 9, 3: 9}
+    assert set(record.by_epoch[3]) < set(partition.partition.clean_indices().tolist())
+    assert len(set(record.by_epoch[3])) == 9 * 16
+
+
+def test_the_progress_bar_shows_the_new_number_of_batches():
+    totals = {}
+
+    class Bar(TQDMProgressBar):
+        def on_train_epoch_start(self, trainer, *args):
+            super().on_train_epoch_start(trainer, *args)
+            totals[trainer.current_epoch] = self.train_progress_bar.total
+
+    # Before ours in the list: it would read the total before it has changed.
+    fit(Toy(), BlobsData(Blobs()), [Bar(), *partition_and_finetune()], enable_progress_bar=True)
+    assert totals == {0: FULL, 1: FULL, 2: CLEAN, 3: CLEAN}
+
+
+class Halts(Exception):
+    pass
+
+
+class Stops(Toy):
+    def training_step(self, batch):
+        if self.current_epoch == 3:
+            raise Halts
+        return super().training_step(batch)
+
+
+@pytest.mark.parametrize("module", [Toy, Stops], ids=["after the fit", "after an exception"])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_the_users_loader_and_trainer_are_given_back(module, shuffle):
+    data = Blobs()
+    loader = DataLoader(data, batch_size=16, shuffle=shuffle, num_workers=1, persistent_workers=True)
+    sampler, batch_sampler = loader.sampler, loader.batch_sampler
+    finetune = partition_and_finetune(mode="full")[1]
+    model = module()
+    try:
+        fit(model, loader, [AttributionPartitionCallback(at_epoch=2), finetune])
+    except Halts:
+        assert module is Stops
+    assert finetune.is_active
+    assert loader.sampler is sampler
+    assert loader.batch_sampler is batch_sampler
+    assert batch_sampler.sampler is sampler
+    assert isinstance(sampler, RandomSampler if shuffle else SequentialSampler)
+    assert sum(len(y) for _, y in loader) == 203
+
+
+def test_a_fit_without_the_callbacks_afterwards_draws_everything():
+    data = BlobsData(Blobs())
+    fit(Toy(), data, partition_and_finetune())
+    record = IndexRecorder(data.train)
+    fit(Toy(), data, [record], max_epochs=1)
+    assert sorted(record.by_epoch[0]) == list(range(203))
+
+
+class BeforeSwap(L.Callback):
+    def on_train_epoch_end(self, trainer, pl_module):
+        if trainer.current_epoch == 1:
+            self.state = weights(pl_module)
+        if trainer.current_epoch == 2:
+            self.modes = {name: part.training for name, part in pl_module.named_modules()}
+            self.flags = {name: p.requires_grad for name, p in pl_module.named_parameters()}
+
+
+def unchanged(before, after):
+    return {name for name in before if before[name].equal(after[name])}
+
+
+def keys(module, *names):
+    return {key for key in module.state_dict() if key.startswith(tuple(f"{name}." for name in names))}
+
+
+@pytest.mark.parametrize("lr", [None, 0.01])
+@pytest.mark.parametrize("optimizer", [sgd, adamw])
+def test_only_the_pruned_layer_and_those_after_it_are_trained(optimizer, lr):
+    partition, prune, finetune = trio(2, finetune={"mode": "layers", "lr": lr})
+    moment, module = BeforeSwap(), Toy(optimizer=optimizer)
+    fit(module, BlobsData(Blobs()), [finetune, prune, partition, moment])
+    assert prune.target_layer() == "net.4"
+    frozen = keys(module, "net.0", "net.1")
+    assert {"net.1.running_mean", "net.1.num_batches_tracked"} <= frozen
+    assert unchanged(moment.state, weights(module)) == frozen
+    assert not moment.modes["net.1"]
+    assert moment.modes["net.5"]
+    assert {name for name, flag in moment.flags.items() if not flag} == frozen & set(moment.flags)
+    assert all(parameter.requires_grad for parameter in module.parameters())
+    assert module.net[1].training
+
+
+def test_a_convolution_in_the_middle():
+    partition, prune, finetune = trio(3, prune={"layer": "net.6"}, finetune={"mode": "layers", "lr": 0.01})
+    moment, module = BeforeSwap(), Toy(convnet, adamw)
+    moment.on_train_epoch_end = lambda trainer, m: trainer.current_epoch == 2 and setattr(moment, "state", weights(m))
+    fit(module, BlobsData(Blobs(image=True)), [partition, prune, finetune, moment], max_epochs=5)
+    assert unchanged(moment.state, weights(module)) == keys(module, "net.0", "net.1")
+
+
+def test_where_only_columns_of_the_head_are_pruned_the_head_alone_is_trained():
+    partition, prune, finetune = trio(2, finetune={"mode": "layers"})
+    moment, module = BeforeSwap(), Toy(Residual)
+    fit(module, BlobsData(Blobs()), [partition, prune, finetune, moment])
+    assert unchanged(moment.state, weights(module)) == keys(module, "net.stem", "net.block")
+
+
+def test_layers_by_name_without_pruning():
+    partition, finetune = partition_and_finetune(mode="layers", layers=["net.0", "net.1"])
+    moment, module = BeforeSwap(), Toy()
+    fit(module, BlobsData(Blobs()), [partition, finetune, moment])
+    assert unchanged(moment.state, weights(module)) == keys(module, "net.4", "net.5", "net.7")
+
+
+class Optimizers(L.Callback):
+    """Optimizer, schedulers and learning rate at every batch."""
+
+    def __init__(self):
+        self.optimizers, self.rates, self.schedulers = [], {}, {}
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        optimizer = trainer.optimizers[0]
+        if all(optimizer is not known for known in self.optimizers):
+            self.optimizers.append(optimizer)
+        self.rates.setdefault(trainer.current_epoch, []).append(optimizer.param_groups[0]["lr"])
+        self.schedulers[trainer.current_epoch] = [config.scheduler for config in trainer.lr_scheduler_configs]
+
+
+def step_lr(module):
+    optimizer = sgd(module)
+    return {"optimizer": optimizer, "lr_scheduler": StepLR(optimizer, 1, gamma=0.5)}
+
+
+def one_cycle(module, made):
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.05, momentum=0.9)
+    steps = module.trainer.estimated_stepping_batches
+    made.append(steps)
+    scheduler = OneCycleLR(optimizer, max_lr=0.1, total_steps=int(steps))
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def test_without_lr_optimizer_and_schedule_go_on():
+    watch = Optimizers()
+    fit(Toy(optimizer=step_lr), BlobsData(Blobs()), [*partition_and_finetune(), watch])
+    assert len(watch.optimizers) == 1
+    assert [rates[0] for rates in watch.rates.values()] == [0.05, 0.025, 0.0125, 0.00625]
+
+
+def test_without_lr_a_one_cycle_schedule_over_all_epochs_does_not_overrun():
+    made, watch = [], Optimizers()
+    module = Toy(optimizer=partial(one_cycle, made=made))
+    fit(module, BlobsData(Blobs()), [*partition_and_finetune(), watch])
+    assert made == [4 * FULL]
+    assert watch.schedulers[3][0].last_epoch == 2 * FULL + 2 * CLEAN
+
+
+@pytest.mark.parametrize("schedule", [sgd, step_lr], ids=["constant", "scheduled"])
+def test_lr_makes_a_fresh_optimizer_with_this_constant_rate(schedule):
+    watch = Optimizers()
+    fit(Toy(optimizer=schedule), BlobsData(Blobs()), [*partition_and_finetune(lr=0.007), watch])
+    assert len(watch.optimizers) == 2
+    assert watch.rates[2] + watch.rates[3] == [0.007] * 2 * CLEAN
+    assert watch.schedulers[3] == []
+
+
+def test_the_users_optimizer_is_remade_for_the_steps_that_remain():
+    made, watch = [], Optimizers()
+    module = Toy(optimizer=partial(one_cycle, made=made))
+    fit(module, BlobsData(Blobs()), [*partition_and_finetune(lr=0.007), watch], max_epochs=5)
+    assert made == [5 * FULL, 3 * CLEAN]
+    assert watch.rates[4] == [0.007] * CLEAN
+
+
+def test_an_optimizer_and_a_schedule_of_ones_own():
+    watch = Optimizers()
+    partition, prune, finetune = trio(
+        2,
+        finetune={
+            "mode": "layers",
+            "lr": 0.4,
+            "optimizer": partial(torch.optim.Adam, lr=1.0),
+            "lr_scheduler": partial(LambdaLR, lr_lambda=lambda epoch: 0.5**epoch),
+        },
+    )
+    module = Toy()
+    fit(module, BlobsData(Blobs()), [partition, prune, finetune, watch])
+    fresh = watch.optimizers[1]
+    assert isinstance(fresh, torch.optim.Adam)
+    names = {id(p): name for name, p in module.named_parameters()}
+    trained = {names[id(p)] for group in fresh.param_groups for p in group["params"]}
+    assert trained == {name for name, _ in module.named_parameters() if name[4] in "457"}
+    assert (watch.rates[2][0], watch.rates[3][0]) == (0.4, 0.2)
+
+
+class Everything(AttributionPartitionCallback):
+    """Calls all samples clean, or none."""
+
+    threshold_of = 0.5
+
+    def _publish(self, trainer, evidence, verdict):
+        same = torch.full_like(verdict.clean_probability, self.threshold_of)
+        super()._publish(trainer, evidence, type(verdict)(same, verdict.suggested_label))
+
+
+@pytest.mark.parametrize(("probability", "word"), [(0.9, "all"), (0.1, "none")])
+def test_a_partition_with_nothing_on_one_side_keeps_training_on_all_and_warns(probability, word):
+    data = BlobsData(Blobs())
+    _, prune, finetune = trio(2, finetune={"lr": 0.01})
+    partition = Everything(at_epoch=2)
+    partition.threshold_of = probability
+    record, watch = IndexRecorder(data.train), Optimizers()
+    with pytest.warns(UserWarning, match=f"goes on with all the data: it calls {word} of the 203 samples clean"):
+        fit(Toy(), data, [partition, prune, finetune, record, watch])
+    assert not finetune.is_active
+    assert [sorted(indices) for indices in record.by_epoch.values()] == [list(range(203))] * 4
+    assert len(watch.optimizers) == 1
+
+
+@pytest.mark.parametrize(
+    ("loader", "trainer"),
+    [({"batch_size": 180, "drop_last": True}, {}), ({"batch_size": 60}, {"limit_train_batches": 0.3})],
+    ids=["drop_last", "limit_train_batches"],
+)
+def test_a_subset_that_fills_no_batch_keeps_training_on_all_and_warns(loader, trainer):
+    partition, finetune = partition_and_finetune(3)
+    module = Toy(optimizer=adamw)
+    with pytest.warns(UserWarning, match="do not fill one batch on each rank"):
+        fit(module, BlobsData(Blobs(), **loader), [partition, finetune], max_epochs=5, **trainer)
+    assert partition.partition.is_actionable
+    assert module.steps_by_epoch == dict.fromkeys(range(5), 1)
+
+
+def test_a_distributed_sampler_of_the_user_is_narrowed_too():
+    data = BlobsData(Blobs(), by_epoch=True)
+    partition, finetune = partition_and_finetune()
+    record = IndexRecorder(data.train)
+    fit(Toy(), data, [partition, finetune, record])
+    clean = partition.partition.clean_indices()
+    for epoch in (2, 3):
+        sampler = CleanSubsetSampler(clean, num_replicas=1, rank=0, shuffle=True, seed=0)
+        sampler.set_epoch(epoch)
+        assert record.by_epoch[epoch] == list(sampler)
+    assert isinstance(data.trainer.train_dataloader.sampler, DistributedSampler)
+
+
+def test_two_optimizers_are_kept():
+    class Two(Toy):
+        def __init__(self):
+            super().__init__(manual=True)
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(self.net[i].parameters(), lr=0.05) for i in (0, 7)]
+
+        def training_step(self, batch):
+            self.steps_by_epoch[self.current_epoch] = self.steps_by_epoch.get(self.current_epoch, 0) + 1
+            loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
+            self.manual_backward(loss)
+            for optimizer in self.optimizers():
+                optimizer.step()
+                optimizer.zero_grad()
+
+    module = Two()
+    fit(module, BlobsData(Blobs()), trio(2))
+    assert module.steps_by_epoch[3] < FULL
+
+
+def test_is_active_says_whether_training_draws_from_the_subset():
+    active = []
+
+    class Asks(L.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            active.append(finetune.is_active)
+
+    finetune = CleanSubsetFinetuneCallback()
+    fit(Toy(), BlobsData(Blobs()), [finetune, AttributionPartitionCallback(at_epoch=2), Asks()])
+    assert active == [False, False, True, True]

@@ -44,12 +44,23 @@ def resolve_layer(model: nn.Module, name: str) -> nn.Module:
 
 @dataclass(frozen=True, eq=False)
 class ModuleCall:
-    """One call of a module in a forward pass."""
+    """One call of a module in a forward pass.
+
+    Args:
+        name: dotted path of the module.
+        module: the module.
+        inputs: its positional arguments.
+        output: what it returned.
+        versions: of each input, how often it had been changed in place when the module was entered.
+        output_version: the same of the output when the module was left.
+    """
 
     name: str
     module: nn.Module
     inputs: tuple[Any, ...]
     output: Any
+    versions: tuple[int, ...]
+    output_version: int
 
 
 class ForwardTrace:
@@ -101,10 +112,16 @@ class ForwardTrace:
         return before[-1].name if before and neuron_count(before[-1].module) == features else None
 
     def norm_after(self, name: str) -> str | None:
-        """The norm that takes the output of this layer directly, if there is one."""
-        output = self.calls_of(name)[0].output
+        """The norm that takes the output of this layer directly, if there is one.
+
+        An addition in place between the two, as in a residual block, keeps the tensor but is not direct.
+        """
+        layer = self.calls_of(name)[0]
         for call in self.calls:
-            if isinstance(call.module, _NORM) and any(value is output for value in call.inputs):
+            if isinstance(call.module, _NORM) and any(
+                value is layer.output and version == layer.output_version
+                for value, version in zip(call.inputs, call.versions, strict=True)
+            ):
                 return call.name
         return None
 
@@ -117,19 +134,25 @@ class ForwardTrace:
         return self.calls[:first]
 
 
+def _version(value: Any) -> int:
+    """How often a tensor has been changed in place; tensors of inference mode do not count it."""
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
+
+
 def trace_forward(model: nn.Module, forward: Forward, x: Any) -> ForwardTrace:
     """Runs the model once and records which of its submodules are called, in what order, with what."""
     calls: list[ModuleCall | None] = []
-    entered: dict[nn.Module, list[int]] = {}
+    entered: dict[nn.Module, list[tuple[int, tuple[int, ...]]]] = {}
     handles = []
 
-    def enter(module: nn.Module, _: Any) -> None:
-        entered.setdefault(module, []).append(len(calls))
+    def enter(module: nn.Module, inputs: Any) -> None:
+        entered.setdefault(module, []).append((len(calls), tuple(_version(value) for value in inputs)))
         calls.append(None)
 
     def leave(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            calls[entered[module].pop()] = ModuleCall(name, module, tuple(inputs), output)
+            position, versions = entered[module].pop()
+            calls[position] = ModuleCall(name, module, tuple(inputs), output, versions, _version(output))
 
         return hook
 
@@ -231,6 +254,24 @@ def tap(model: nn.Module, point: LayerPoint) -> Iterator[Callable[[], Tensor]]:
         handle.remove()
 
 
+@contextmanager
+def _fresh_leaves(module: nn.Module) -> Iterator[None]:
+    """Lets Captum, which has the layer's activation require grad, mark an alias of it where it is the user's input."""
+
+    def alias(value: Any) -> Any:
+        return value.detach() if isinstance(value, Tensor) and value.is_leaf else value
+
+    handles = [
+        module.register_forward_pre_hook(lambda _, inputs: tuple(alias(value) for value in inputs)),
+        module.register_forward_hook(lambda _, __, output: alias(output)),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @dataclass(frozen=True, eq=False)
 class MarginAttribution:
     """Attribution of the label margin in one batch.
@@ -319,7 +360,7 @@ class Attributor:
         grad_kwargs: dict[str, Any] | None = None,
     ) -> Tensor:
         method = LayerGradientXActivation(forward, self._module, multiply_by_inputs=multiply)
-        with warnings.catch_warnings():
+        with _fresh_leaves(self._module), warnings.catch_warnings():
             # vmap's notice that an operation has no batching rule and is looped over: slower, not wrong.
             warnings.filterwarnings("ignore", message="There is a performance drop")
             attribution: Tensor | tuple[Tensor, ...] = method.attribute(

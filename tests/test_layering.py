@@ -1,0 +1,123 @@
+"""Imports point one way, room by room. The table is that of CONTRIBUTING.md."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = "lightning_unlearn"
+ROOT = Path(__file__).parents[1] / PACKAGE
+FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
+
+# What a file may import of ours, by prefix; a file belongs to the longest prefix of its own name.
+MATH = {"types", "functional"}
+ALL_BELOW = {"types", "functional", "recipes", "capture", "data", "masking", "distributed"}
+SHARED = {"callbacks._base", "callbacks._lightning"}
+MAY_IMPORT = {
+    "types": set(),
+    "functional": MATH,
+    "recipes": MATH,
+    "capture": MATH,
+    "data": MATH,
+    "masking": MATH,
+    "distributed": MATH,
+    "callbacks._lightning": ALL_BELOW,
+    "callbacks._base": ALL_BELOW | {"callbacks._lightning"},
+    "callbacks.partition": ALL_BELOW | SHARED,
+    "callbacks.prune": ALL_BELOW | SHARED,
+    "callbacks.finetune": ALL_BELOW | SHARED,
+    "callbacks": ALL_BELOW | {"callbacks"},
+    "report": {"types"},
+}
+# Who may know a package of others.
+MAY_KNOW = {
+    "captum": {"capture"},
+    "lightning": {"callbacks", "cli", "demo"},
+    "pytorch_lightning": set(),
+}
+
+
+def is_within(name, room):
+    return name == room or name.startswith(f"{room}.")
+
+
+def imported(source):
+    """Dotted names of all imports in a module, also those within functions."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            # Both the module and the name, which may be a module too.
+            yield from (f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names)
+
+
+def violations(file, source):
+    """What a file of the package imports and must not."""
+    name = file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    room = max((room for room in MAY_IMPORT if is_within(name, room)), key=len, default=None)
+    for module in imported(source):
+        top, _, rest = module.partition(".")
+        if top == "":
+            yield f"{file} imports {module}, which is relative"
+        if top in MAY_KNOW and not any(is_within(name, knower) for knower in MAY_KNOW[top]):
+            yield f"{file} imports {module}, but only {sorted(MAY_KNOW[top])} may know {top}"
+        if top == PACKAGE and room is not None and not any(is_within(rest, other) for other in MAY_IMPORT[room]):
+            yield f"{file} imports {module}, but {room} may import {sorted(MAY_IMPORT[room])}"
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_imports_point_one_way(file):
+    assert list(violations(file, (ROOT / file).read_text(encoding="utf-8"))) == []
+
+
+def test_every_room_is_there_and_has_a_rule():
+    without_rule = {"__init__.py", "cli.py"}
+    for file in FILES:
+        name = file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        if file not in without_rule and not file.startswith("demo/"):
+            assert any(is_within(name, room) for room in MAY_IMPORT), f"{file} is in no room of the table"
+    for room in MAY_IMPORT.keys() - {"report"}:
+        path = room.replace(".", "/")
+        assert f"{path}.py" in FILES or f"{path}/__init__.py" in FILES
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("types.py", "from lightning_unlearn.functional import mixture"),
+        ("types.py", "import lightning_unlearn"),
+        ("functional/mixture.py", "from lightning_unlearn.callbacks.prune import SensitivityPruneCallback"),
+        ("functional/mixture.py", "from lightning_unlearn import data"),
+        ("functional/new.py", "def later():\n    import lightning_unlearn.capture"),
+        ("recipes.py", "from lightning_unlearn.data import rank_share"),
+        ("data.py", "import lightning.pytorch as pl"),
+        ("data.py", "from captum.attr import LayerGradientXActivation"),
+        ("callbacks/prune.py", "import captum"),
+        ("callbacks/prune.py", "from lightning_unlearn.callbacks.partition import AttributionPartitionCallback"),
+        ("callbacks/prune.py", "from lightning_unlearn.callbacks import AttributionPartitionCallback"),
+        ("callbacks/_lightning.py", "from lightning_unlearn.callbacks._base import UnlearnCallback"),
+        ("callbacks/finetune.py", "from lightning_unlearn.demo import run"),
+        ("callbacks/finetune.py", "from lightning_unlearn import cli"),
+        ("callbacks/finetune.py", "from pytorch_lightning import Trainer"),
+        ("masking.py", "from .types import NeuronMask"),
+        ("masking.py", "from . import types"),
+        ("__init__.py", "import captum"),
+    ],
+)
+def test_a_wrong_import_is_found(file, source):
+    assert len(list(violations(file, source))) == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("functional/mixture.py", "import torch\nfrom lightning_unlearn.types import Evidence"),
+        ("callbacks/prune.py", "import lightning\nfrom lightning_unlearn.callbacks._base import probe"),
+        ("callbacks/__init__.py", "from lightning_unlearn.callbacks.prune import SensitivityPruneCallback"),
+        ("capture.py", "from captum.attr import LayerGradientXActivation"),
+        ("cli.py", "import lightning"),
+        ("data.py", "import lightning_other"),
+    ],
+)
+def test_a_right_import_is_let_through(file, source):
+    assert list(violations(file, source)) == []

@@ -1,0 +1,178 @@
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, DistributedSampler
+
+from tests.toys import (
+    Blobs,
+    BlobsData,
+    IndexRecorder,
+    Toy,
+    adamw,
+    assert_same_weights,
+    fit,
+    mlp,
+    sgd,
+    trio,
+    weights,
+)
+
+EPOCHS, AT = 6, 3
+
+
+def halving(optimizer):
+    return LambdaLR(optimizer, lambda epoch: 0.5**epoch)
+
+
+def half_rate_in_the_middle(module):
+    """A closure over the remaining steps, which the optimizer's state does not hold."""
+    optimizer = adamw(module)
+    total = int(module.trainer.estimated_stepping_batches)
+    schedule = LambdaLR(optimizer, lambda step: 1.0 if step < total / 2 else 0.5)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+VARIANTS = {
+    "full": {},
+    "full, lr": {"lr": 0.01},
+    "layers": {"mode": "layers"},
+    "layers, lr": {"mode": "layers", "lr": 0.01},
+    "layers, optimizer": {"mode": "layers", "optimizer": lambda p: torch.optim.Adam(p, 0.01), "lr_scheduler": halving},
+}
+
+
+@pytest.mark.parametrize("optimizer", [sgd, half_rate_in_the_middle])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_resuming_after_any_epoch_equals_the_uninterrupted_fit(tmp_path, variant, optimizer):
+    def start(ckpt_path=None, callbacks=()):
+        data = BlobsData(Blobs(101), by_epoch=True)
+        ours = trio(AT, finetune=VARIANTS[variant])
+        module, record = Toy(optimizer=optimizer), IndexRecorder(data.train)
+        trainer = fit(
+            module,
+            data,
+            [*ours, record, *callbacks],
+            ckpt_path=ckpt_path,
+            max_epochs=EPOCHS,
+            enable_checkpointing=bool(callbacks),
+        )
+        return ours, module, record, trainer
+
+    keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    (partition, prune, _), whole, record, trainer = start(callbacks=[keep])
+    assert sorted(record.by_epoch[AT]) == partition.partition.clean_indices().tolist()
+    # Before any evidence, between the passes, right before the partition is drawn, and twice after it.
+    for epoch in range(EPOCHS - 1):
+        ours, module, again, trainer_again = start(tmp_path / f"epoch={epoch}.ckpt")
+        assert ours[0].partition.is_clean.equal(partition.partition.is_clean), epoch
+        for name in ("clean_probability", "label_evidence", "suggested_label", "label"):
+            torch.testing.assert_close(getattr(ours[0].partition, name), getattr(partition.partition, name), msg=name)
+        assert ours[0].partition.epoch == AT
+        assert ours[1].mask.keep.equal(prune.mask.keep)
+        assert ours[1].target_layer() == prune.target_layer()
+        assert again.by_epoch == {e: record.by_epoch[e] for e in range(epoch + 1, EPOCHS)}, epoch
+        assert_same_weights(weights(module), weights(whole), 1e-6)
+        assert trainer_again.optimizers[0].param_groups[0]["lr"] == trainer.optimizers[0].param_groups[0]["lr"]
+        assert all(parameter.requires_grad for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("when", ["validation", "last batch"])
+def test_resuming_from_other_ends_of_an_epoch(tmp_path, when):
+    kwargs = {"save_on_train_epoch_end": False} if when == "validation" else {"every_n_train_steps": 1}
+    final = []
+    keep = ModelCheckpoint(tmp_path, filename="{epoch}-{step}", save_top_k=-1, **kwargs)
+    for ckpt_path in (None, *range(2, 4)):
+        callbacks = trio(AT, finetune={"mode": "layers", "lr": 0.01})
+        if ckpt_path is not None:
+            path = max(tmp_path.glob(f"epoch={ckpt_path}-step=*.ckpt"), key=lambda p: int(p.stem.rpartition("=")[2]))
+        module = Toy()
+        fit(
+            module,
+            BlobsData(Blobs(101), by_epoch=True),
+            [*callbacks] if ckpt_path is not None else [*callbacks, keep],
+            ckpt_path=None if ckpt_path is None else path,
+            max_epochs=EPOCHS,
+            enable_checkpointing=ckpt_path is None,
+        )
+        final.append(weights(module))
+    for other in final[1:]:
+        assert_same_weights(other, final[0], 1e-6)
+
+
+class Workers(BlobsData):
+    def train_dataloader(self):
+        sampler = DistributedSampler(self.train, num_replicas=1, rank=0, seed=1)
+        return DataLoader(self.train, batch_size=16, sampler=sampler, num_workers=1)
+
+
+def test_the_clean_subset_is_drawn_in_the_same_order_with_workers(tmp_path):
+    data = Workers(Blobs(101))
+    keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    record, again = IndexRecorder(data.train), IndexRecorder(data.train)
+    fit(Toy(), data, [*trio(1), record, keep], max_epochs=4, enable_checkpointing=True)
+    fit(Toy(), Workers(data.train), [*trio(1), again], max_epochs=4, ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert again.by_epoch == {epoch: record.by_epoch[epoch] for epoch in (2, 3)}
+
+
+def test_a_validation_interval_longer_than_the_subset_survives(tmp_path):
+    keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    fit(Toy(), BlobsData(Blobs(101)), [*trio(1), keep], enable_checkpointing=True, val_check_interval=7, max_epochs=3)
+    module, callbacks = Toy(), trio(1)
+    with pytest.warns(UserWarning, match="fewer than val_check_interval=7"):
+        fit(
+            module,
+            BlobsData(Blobs(101)),
+            callbacks,
+            val_check_interval=7,
+            max_epochs=4,
+            ckpt_path=tmp_path / "epoch=1.ckpt",
+        )
+    assert module.steps_by_epoch == dict.fromkeys((2, 3), -(-len(callbacks[0].partition.clean_indices()) // 16))
+    assert module.validations_by_epoch == {2: 1, 3: 1}
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    fit(Toy(), BlobsData(Blobs(101)), [*trio(2), keep], enable_checkpointing=True)
+    return tmp_path
+
+
+@pytest.mark.parametrize("epoch", [1, 2], ids=["between the passes", "after the swap"])
+@pytest.mark.parametrize("size", [90, 110])
+def test_another_number_of_samples_is_refused(checkpoints, epoch, size):
+    module = Toy()
+    with pytest.raises(ValueError, match=f"Expected the 101 training samples .*, but the dataset now has {size}"):
+        fit(module, BlobsData(Blobs(size)), trio(2), ckpt_path=checkpoints / f"epoch={epoch}.ckpt")
+    assert module.steps == 0
+    assert all(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_a_new_fit_with_the_same_callbacks_starts_anew():
+    callbacks = trio(2, finetune={"mode": "layers", "lr": 0.01})
+    first, partitions, masks = [], [], []
+    for seed in (0, 1, 0):
+        module = Toy(lambda: mlp(0.2))
+        fit(module, BlobsData(Blobs(101, seed=seed)), callbacks)
+        assert module.steps_by_epoch[0] == 7
+        assert module.steps_by_epoch[3] < 7
+        first.append(weights(module))
+        partitions.append(callbacks[0].partition)
+        masks.append(callbacks[1].mask)
+    assert_same_weights(first[0], first[2])
+    assert not partitions[0].clean_probability.equal(partitions[1].clean_probability)
+    assert partitions[0].clean_probability.equal(partitions[2].clean_probability)
+    assert masks[0].sensitivity.equal(masks[2].sensitivity)
+
+
+def test_the_same_trainer_goes_on_where_it_stopped():
+    data, callbacks = BlobsData(Blobs(101)), trio(2, finetune={"mode": "layers"})
+    module, record = Toy(), IndexRecorder(data.train)
+    trainer = fit(module, data, [*callbacks, record])
+    drawn = callbacks[0].partition
+    trainer.fit_loop.max_epochs = 6
+    trainer.fit(module, datamodule=data)
+    assert callbacks[0].partition is drawn
+    assert sorted(record.by_epoch[5]) == drawn.clean_indices().tolist()
+    assert (module.net[4].weight[callbacks[1].mask.pruned_indices()] == 0).all()

@@ -119,7 +119,9 @@ class CleanSubsetFinetuneCallback(UnlearnCallback):
         if not self.is_active:
             # The seed that Lightning gives its own samplers.
             seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
-            self._order = {"shuffle": shuffles(train_loader(trainer)), "seed": seed}
+            loader = train_loader(trainer)
+            self._order = {"shuffle": shuffles(loader), "seed": seed}
+            _check_batch_sampler(loader.batch_sampler)
         if self._makes_optimizer and len(trainer.optimizers) != 1:
             raise MisconfigurationException(
                 "CleanSubsetFinetuneCallback can make a fresh optimizer in place of one, but the module has"
@@ -287,3 +289,11 @@ class CleanSubsetFinetuneCallback(UnlearnCallback):
         if self.lr_scheduler is not None:
             schedulers.append(LRSchedulerConfig(self.lr_scheduler(optimizer)))
         trainer.strategy.lr_scheduler_configs = schedulers
+
+
+def _check_batch_sampler(batch_sampler: Any) -> None:
+    if not (hasattr(batch_sampler, "batch_size") and hasattr(batch_sampler, "drop_last")):
+        raise TypeError(
+            "Expected the train loader's batch sampler to have .batch_size and .drop_last, as torch's BatchSampler has,"
+            f" but {type(batch_sampler).__name__} has not, so the batches of the clean subset could not be counted."
+        )

@@ -74,6 +74,16 @@ def test_label_rises_with_the_margin():
     assert probability.max() > 0.9
 
 
+def test_label_rises_with_the_margin_where_the_noisy_samples_are_the_wider_component():
+    noisy, _ = bimodal()
+    # The plain posterior would call the highest margins noisy, since only the wide component reaches them.
+    margin = torch.where(noisy, -2 + 3 * normal(N, seed=1), 2 + 0.3 * normal(N, seed=2))
+    probability = judge_label(make_evidence(noisy, margin, torch.zeros(N)), no_reduce).clean_probability
+    assert (probability[margin.argsort()].diff() >= 0).all()
+    assert margin.max() > 4
+    assert probability[margin.argmax()] > 0.9
+
+
 def test_label_falls_where_the_margin_is_turned_around():
     noisy, evidence = bimodal()
     turned = make_evidence(noisy, -evidence.margin, evidence.loss)

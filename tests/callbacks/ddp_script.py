@@ -1,0 +1,88 @@
+"""Run by test_ddp.py in a process of its own, which Lightning starts once more for the second rank.
+
+Usage: ddp_script.py FOLDER NUMBER_OF_PROCESSES SCENARIO...
+"""
+
+import sys
+from pathlib import Path
+
+import lightning as L
+import torch
+
+from lightning_unlearn import AttributionPartitionCallback
+from tests.toys import Blobs, BlobsData, IndexRecorder, Toy, fit, mlp, trio, weights
+
+AT = 2
+
+
+def still(module):
+    """Learns nothing, so that only the scoring differs between one process and two."""
+    return torch.optim.SGD(module.parameters(), lr=0.0)
+
+
+def pretrained():
+    """An MLP without norms, trained for a while on the same samples in every process alike."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        data = Blobs(101)
+        net = torch.nn.Sequential(torch.nn.Linear(16, 20), torch.nn.ReLU(), torch.nn.Linear(20, 4))
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        for _ in range(60):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(net(data.x), data.y).backward()
+            optimizer.step()
+    return net
+
+
+class Failing(AttributionPartitionCallback):
+    """Fails on one rank, in the middle of a pass."""
+
+    def _gather(self, trainer, pl_module):
+        if trainer.global_rank == 1:
+            self.split_batch = lambda _: 1 / 0
+        return super()._gather(trainer, pl_module)
+
+
+class Watched(L.Callback):
+    """Parameters and buffers when the last full epoch is over."""
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        if trainer.current_epoch == AT - 1:
+            self.before = weights(pl_module)
+
+
+def run(folder, devices, scenario):
+    distributed = {"devices": devices, "strategy": "ddp" if devices > 1 else "auto"}
+    data, watch = Blobs(101), Watched()
+    record = IndexRecorder(data)
+    if scenario == "fails":
+        fit(Toy(), BlobsData(data), [Failing(at_epoch=AT)], **distributed)
+        return
+    settings = {
+        "still": {"net": pretrained, "optimizer": still, "finetune": {}},
+        "still-rlap": {"net": pretrained, "optimizer": still, "finetune": {}, "recipe": "rlap"},
+        "layers": {"net": mlp, "finetune": {"mode": "layers", "lr": 0.02}},
+        "full": {"net": mlp, "finetune": {"lr": 0.02}},
+    }[scenario]
+    recipe = settings.get("recipe", "label")
+    partition, prune, finetune = trio(AT, finetune=settings["finetune"], recipe=recipe)
+    module = Toy(settings["net"], **({"optimizer": settings["optimizer"]} if "optimizer" in settings else {}))
+    trainer = fit(module, BlobsData(data), [finetune, record, prune, watch, partition], **distributed)
+    torch.save(
+        {
+            "partition": partition.partition.state_dict(),
+            "mask": prune.mask.keep if prune._mask is not None else None,
+            "sensitivity": prune.sensitivity if prune._mask is not None else None,
+            "read": record.by_epoch,
+            "before": watch.before,
+            "weights": weights(module),
+            "target": prune.target_layer(),
+        },
+        folder / f"{scenario}-{devices}-{trainer.global_rank}.pt",
+    )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for name in sys.argv[3:]:
+        run(Path(sys.argv[1]), int(sys.argv[2]), name)

@@ -1,0 +1,124 @@
+"""Two gloo processes on the CPU. One launch serves all the tests, since starting processes takes longest."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.callbacks.ddp_script import AT, run
+
+pytestmark = pytest.mark.ddp
+SCENARIOS = ("still", "still-rlap", "layers", "full")
+
+
+def launch(folder, *scenarios):
+    root = Path(__file__).parents[2]
+    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-W", "ignore", __file__.replace("test_ddp", "ddp_script"), str(folder), "2", *scenarios]
+    return subprocess.run(
+        command,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """The folder in which the ranks saved what they have, and how the process ended; the last scenario is to fail."""
+    folder = tmp_path_factory.mktemp("ddp")
+    return folder, launch(folder, *SCENARIOS, "fails")
+
+
+@pytest.fixture(scope="module")
+def ranks(launched):
+    """What each rank of two saved, by scenario."""
+    folder, done = launched
+    assert len(list(folder.glob("*.pt"))) == 2 * len(SCENARIOS), done.stderr[-4000:]
+    return {
+        name: [torch.load(folder / f"{name}-2-{rank}.pt", weights_only=True) for rank in range(2)] for name in SCENARIOS
+    }
+
+
+def assert_equal(one, other, name):
+    if isinstance(one, torch.Tensor):
+        assert one.equal(other), name
+    elif isinstance(one, dict):
+        for key in one:
+            assert_equal(one[key], other[key], f"{name}.{key}")
+    else:
+        assert one == other, name
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("what", ["partition", "mask", "sensitivity", "target"])
+def test_both_ranks_have_the_same(ranks, scenario, what):
+    assert_equal(ranks[scenario][0][what], ranks[scenario][1][what], what)
+
+
+@pytest.mark.parametrize("scenario", ["layers", "full"])
+def test_both_ranks_train_the_same_parameters(ranks, scenario):
+    one, other = (rank["weights"] for rank in ranks[scenario])
+    names = [name for name in one if "running" not in name]  # batch statistics are each rank's own
+    assert names
+    assert_equal({name: one[name] for name in names}, {name: other[name] for name in names}, "weights")
+
+
+@pytest.mark.parametrize("scenario", ["layers", "full", "still"])
+def test_the_ranks_share_the_clean_subset(ranks, scenario):
+    one, other = ranks[scenario]
+    clean = set(one["partition"]["is_clean"].nonzero().flatten().tolist())
+    assert 10 < len(clean) < 101
+    for epoch in range(AT):
+        assert set(one["read"][epoch]) | set(other["read"][epoch]) == set(range(101))
+    for epoch in range(AT, 4):
+        first, second = one["read"][epoch], other["read"][epoch]
+        assert set(first) | set(second) == clean
+        assert len(first) == len(second) == (len(clean) + 1) // 2
+        # One sample is drawn twice where an odd number is to be shared evenly.
+        assert len(set(first) & set(second)) <= len(clean) % 2
+    assert one["read"][AT] != one["read"][AT + 1]
+
+
+def test_layers_before_the_pruned_one_are_frozen(ranks):
+    for rank in ranks["layers"]:
+        assert rank["target"] == "net.4"
+        before, after = rank["before"], rank["weights"]
+        same = {name for name in before if before[name].equal(after[name])}
+        assert same == {name for name in before if name.startswith(("net.0.", "net.1."))}
+
+
+def test_pruned_neurons_are_zero(ranks):
+    for rank in ranks["full"]:
+        gone = ~rank["mask"]
+        assert gone.sum() == 3
+        assert (rank["weights"]["net.4.weight"][gone] == 0).all()
+        assert (rank["weights"]["net.7.weight"][:, gone] == 0).all()
+
+
+@pytest.mark.parametrize("scenario", ["still", "still-rlap"])
+def test_two_processes_find_what_one_finds(ranks, scenario, tmp_path):
+    run(tmp_path, 1, scenario)
+    alone, both = torch.load(tmp_path / f"{scenario}-1-0.pt", weights_only=True), ranks[scenario][0]
+    for name in ("clean_probability", "label_evidence"):
+        torch.testing.assert_close(both["partition"][name], alone["partition"][name], rtol=1e-5, atol=1e-5)
+    for name in ("is_clean", "suggested_label", "label"):
+        assert both["partition"][name].equal(alone["partition"][name]), name
+    assert both["partition"]["warning"] == alone["partition"]["warning"]
+    assert_equal(both["mask"], alone["mask"], "mask")
+    if alone["mask"] is not None:
+        torch.testing.assert_close(both["sensitivity"], alone["sensitivity"], rtol=1e-4, atol=1e-5)
+    assert (scenario == "still") == (alone["mask"] is not None)
+
+
+def test_an_error_on_one_rank_ends_both(launched):
+    _, done = launched
+    assert done.returncode != 0
+    assert "ZeroDivisionError" in done.stderr
+    assert "The pass over the training set failed on another rank" in done.stderr

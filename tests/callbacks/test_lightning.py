@@ -1,0 +1,124 @@
+"""The private API of Lightning that callbacks/_lightning.py stands on. A failure here names what a release took."""
+
+import inspect
+
+import lightning as L
+import pytest
+from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+
+from lightning_unlearn.callbacks import _lightning
+from lightning_unlearn.callbacks._lightning import TrainDataSwap, limited_batches, next_epoch, planned_epochs
+from tests.toys import Blobs, BlobsData, Toy, fit, make_trainer
+
+
+class Inside(L.Callback):
+    """Runs a check at the start of the second epoch of a fit."""
+
+    def __init__(self, check):
+        self.check, self.result = check, None
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 1:
+            self.result = self.check(trainer, pl_module)
+
+
+def inside(check, **kwargs):
+    callback = Inside(check)
+    fit(Toy(), BlobsData(Blobs(101)), [callback], max_epochs=2, **kwargs)
+    return callback.result
+
+
+def test_every_private_name_that_is_used_is_listed():
+    source = inspect.getsource(_lightning)
+    docstring, code = source.split('"""', 2)[1:]
+    for name in ("_data_source", "_combined_loader", "_on_before_batch_transfer", "_average_model"):
+        assert name in docstring, f"{name} is used in callbacks/_lightning.py but not listed in its docstring"
+        assert name in code, f"{name} is listed in callbacks/_lightning.py but not used"
+
+
+@pytest.mark.parametrize("name", ["_data_source", "_combined_loader", "setup_data", "epoch_progress", "max_epochs"])
+def test_the_fit_loop_has(name):
+    assert hasattr(make_trainer().fit_loop, name), f"Lightning {L.__version__}: FitLoop has no {name}"
+
+
+def test_the_module_has_its_transfer_hook():
+    name = "_on_before_batch_transfer"
+    assert hasattr(L.LightningModule, name), f"Lightning {L.__version__}: LightningModule has no {name}"
+    parameters = inspect.signature(L.LightningModule._on_before_batch_transfer).parameters
+    assert {"batch", "dataloader_idx"} <= set(parameters), f"Lightning {L.__version__}: {name} has other parameters"
+
+
+def test_averaging_callbacks_keep_their_model_where_it_is_looked_for():
+    assert hasattr(StochasticWeightAveraging(0.1), "_average_model"), f"Lightning {L.__version__}: SWA._average_model"
+    averaging = pytest.importorskip("lightning.pytorch.callbacks.weight_averaging")
+    assert hasattr(averaging.WeightAveraging(), "_average_model"), f"Lightning {L.__version__}: _average_model"
+
+
+def test_setup_data_asks_the_source_only_while_there_is_no_loader():
+    def check(trainer, _):
+        loop = trainer.fit_loop
+        before, data = loop._combined_loader, trainer.datamodule
+        assert isinstance(before, CombinedLoader)
+        assert len(before.flattened) == 1
+        loop.setup_data()
+        asked = [data.train_loaders_made]
+        loop._combined_loader = None
+        loop.setup_data()
+        asked.append(data.train_loaders_made)
+        return asked
+
+    assert inside(check) == [1, 2], f"Lightning {L.__version__}: FitLoop.setup_data works in another way"
+
+
+def test_the_source_asks_whatever_stands_on_it():
+    def check(trainer, _):
+        loop = trainer.fit_loop
+        loader = loop._data_source.dataloader()
+        short = BlobsData(Blobs(20)).train_dataloader()
+        loop._data_source.dataloader = lambda: short
+        loop._combined_loader = None
+        loop.setup_data()
+        batches = trainer.num_training_batches
+        del loop._data_source.dataloader
+        return len(loader), batches, len(loop._data_source.dataloader())
+
+    assert inside(check) == (7, 2, 7), (
+        f"Lightning {L.__version__}: FitLoop._data_source.dataloader works in another way"
+    )
+
+
+def test_what_is_attached_is_detached():
+    def check(trainer, _):
+        swap, source = TrainDataSwap(), trainer.fit_loop._data_source
+        swap.attach(trainer, lambda loader: loader)
+        attached = swap.is_attached, "dataloader" in source.__dict__
+        swap.detach(trainer)
+        return attached, (swap.is_attached, "dataloader" in source.__dict__)
+
+    assert inside(check) == ((True, True), (False, False))
+
+
+def test_the_epoch_that_samplers_get_is_known():
+    assert inside(lambda trainer, _: (next_epoch(trainer), trainer.current_epoch)) == (1, 1)
+
+
+@pytest.mark.parametrize(("limit", "batches"), [(1.0, 7), (3, 3), (30, 7), (0.5, 3), (0.01, 0)])
+def test_batches_are_limited_as_lightning_limits_them(limit, batches):
+    trainer = make_trainer(limit_train_batches=limit)
+    assert limited_batches(trainer, 7) == batches
+    if batches:
+        assert inside(lambda trainer, _: trainer.num_training_batches, limit_train_batches=limit) == batches
+
+
+def test_planned_epochs_are_what_estimated_stepping_batches_counts():
+    def check(trainer, _):
+        with planned_epochs(trainer, 5):
+            planned = trainer.estimated_stepping_batches
+        with planned_epochs(trainer, None):
+            same = trainer.estimated_stepping_batches
+        return planned, same, trainer.max_epochs
+
+    assert inside(check) == (35, 14, 2)
+    assert "max_epochs" in inspect.signature(_FitLoop.__init__).parameters

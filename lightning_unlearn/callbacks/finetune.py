@@ -24,7 +24,7 @@ from lightning_unlearn.callbacks._lightning import (
     planned_epochs,
     rewrap_ddp,
 )
-from lightning_unlearn.capture import resolve_layer
+from lightning_unlearn.capture import ForwardTrace, resolve_layer
 from lightning_unlearn.data import CleanSubsetSampler, NarrowedLoaders, check_loader, shuffles
 from lightning_unlearn.types import MaskSource, PartitionSource
 
@@ -232,6 +232,8 @@ class CleanSubsetFinetuneCallback(UnlearnCallback):
                 shuffle=bool(self._order["shuffle"]),
                 seed=self._order["seed"],
             )
+            # A loader that a reload has replaced is not held on to.
+            self._narrowed.restore()
             # Before Lightning makes an iterator, whose workers draw the first batches at once.
             sampler.set_epoch(next_epoch(trainer))
             return self._narrowed.narrow(check_loader(loaders), sampler)
@@ -250,9 +252,9 @@ class CleanSubsetFinetuneCallback(UnlearnCallback):
         if self._masks is None:
             raise RuntimeError("There is no layer to train from; this is an error in lightning_unlearn.")
         trace, _ = probe(trainer, pl_module, self._partition_source())
-        before = set(trace.modules_before(self._masks.target_layer()))
-        frozen = [name for name in parameters if name.rpartition(".")[0] in before]
-        return {"parameters": frozen, "norms": [name for name in norms if name in before]}
+        trained = _TrainedFrom(trace, self._masks.target_layer())
+        frozen = [name for name in parameters if not trained.has(name.rpartition(".")[0])]
+        return {"parameters": frozen, "norms": [name for name in norms if not trained.has(name)]}
 
     def _train_from_here(self, trainer: Trainer, pl_module: LightningModule) -> None:
         named = dict(pl_module.named_parameters())
@@ -289,6 +291,21 @@ class CleanSubsetFinetuneCallback(UnlearnCallback):
         if self.lr_scheduler is not None:
             schedulers.append(LRSchedulerConfig(self.lr_scheduler(optimizer)))
         trainer.strategy.lr_scheduler_configs = schedulers
+
+
+class _TrainedFrom:
+    """The modules that ``forward`` calls from one layer on, with all that they hold."""
+
+    def __init__(self, trace: ForwardTrace, layer: str) -> None:
+        called = [call.name for call in trace.calls]
+        self._called = set(called)
+        self._from_here = set(called[called.index(layer) :]) - set(trace.modules_before(layer))
+
+    def has(self, name: str) -> bool:
+        """Whether a module is among them; one that is not called itself goes with the nearest that holds it."""
+        while name and name not in self._called:
+            name = name.rpartition(".")[0]
+        return name in self._from_here
 
 
 def _check_batch_sampler(batch_sampler: Any) -> None:

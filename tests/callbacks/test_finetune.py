@@ -1,3 +1,5 @@
+import gc
+import weakref
 from functools import partial
 
 import lightning as L
@@ -106,6 +108,31 @@ def test_reloading_every_epoch_reloads_the_subset():
     assert record.by_epoch[2] != record.by_epoch[3]
 
 
+def test_loaders_that_a_reload_replaced_are_let_go():
+    made = []
+
+    class Remembered(BlobsData):
+        def train_dataloader(self):
+            loader = super().train_dataloader()
+            made.append(weakref.ref(loader))
+            return loader
+
+    class Counts(L.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            gc.collect()
+            self.alive = sum(loader() is not None for loader in made)
+
+    counts = Counts()
+    fit(
+        Toy(),
+        Remembered(Blobs(101)),
+        [*partition_and_finetune(), counts],
+        reload_dataloaders_every_n_epochs=1,
+        max_epochs=6,
+    )
+    assert (len(made), counts.alive) == (6, 1)
+
+
 def test_drop_last_drops_from_the_subset():
     data = BlobsData(Blobs(), drop_last=True)
     partition, finetune = partition_and_finetune()
@@ -144,7 +171,7 @@ class Stops(Toy):
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_the_users_loader_and_trainer_are_given_back(module, shuffle):
     data = Blobs()
-    loader = DataLoader(data, batch_size=16, shuffle=shuffle, num_workers=1, persistent_workers=True)
+    loader = DataLoader(data, batch_size=16, shuffle=shuffle)
     sampler, batch_sampler = loader.sampler, loader.batch_sampler
     finetune = partition_and_finetune(mode="full")[1]
     model = module()
@@ -215,6 +242,30 @@ def test_where_only_columns_of_the_head_are_pruned_the_head_alone_is_trained():
     moment, module = BeforeSwap(), Toy(Residual)
     fit(module, BlobsData(Blobs()), [partition, prune, finetune, moment])
     assert unchanged(moment.state, weights(module)) == keys(module, "net.stem", "net.block")
+
+
+class Attentive(nn.Module):
+    """Holds a parameter of its own and attentions, which use their output layers without calling them."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(16))
+        self.early, self.late = (nn.MultiheadAttention(size, 2, batch_first=True) for size in (16, 20))
+        self.body, self.head = nn.Linear(16, 20), nn.Linear(20, 4)
+
+    def forward(self, x):
+        x = (x * self.scale).unsqueeze(1)
+        x = self.body(self.early(x, x, x, need_weights=False)[0]).relu()
+        return self.head(self.late(x, x, x, need_weights=False)[0].squeeze(1))
+
+
+def test_what_is_not_called_itself_is_frozen_with_what_holds_it():
+    partition, prune, finetune = trio(2, prune={"layer": "net.body"}, finetune={"mode": "layers"})
+    moment, module = BeforeSwap(), Toy(Attentive, adamw)
+    fit(module, BlobsData(Blobs()), [partition, prune, finetune, moment])
+    frozen = {name for name, flag in moment.flags.items() if not flag}
+    assert frozen == keys(module, "net.early") | {"net.scale"}
+    assert unchanged(moment.state, weights(module)) == frozen
 
 
 def test_layers_by_name_without_pruning():

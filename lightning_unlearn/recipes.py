@@ -81,14 +81,14 @@ def _undecided(evidence: Evidence, what: str) -> Verdict:
 
 
 def judge_label(evidence: Evidence, reduce: Reduce) -> Verdict:
-    """A mixture on the averaged margin attribution; the component with the higher margin is clean.
+    """A mixture on the averaged support of the given label; the component with the higher support is clean.
 
     The model's own evidence decides which component is clean: where the layer supports the given label against every
-    other. The probability rises with the margin throughout.
+    other. The probability rises with the support throughout.
     """
-    rows = standardise(evidence.margin.unsqueeze(1), evidence.weight, reduce)
+    rows = standardise(evidence.support.unsqueeze(1), evidence.weight, reduce)
     mixture: GaussianMixture = fit_mixture(rows, evidence.weight, reduce=reduce)
-    clean = _higher_component(evidence.margin, mixture.posterior(rows), evidence.weight, reduce)
+    clean = _higher_component(evidence.support, mixture.posterior(rows), evidence.weight, reduce)
     if clean is None:
         return _undecided(evidence, "how well the model supports the given labels")
     return Verdict(mixture.posterior_monotone(rows, clean).float(), evidence.rival)

@@ -42,7 +42,8 @@ class Evidence:
         index: (n,) int64, position of the sample in the dataset.
         weight: (n,) 1 for a row that counts, 0 for one that only pads the share to the length of the other ranks'.
         label: (n,) int64, the given label.
-        margin: (n,) sum over the neurons of the margin attribution, averaged over the evidence passes.
+        support: (n,) in [0, 1], how strongly the layer supports the given label against the strongest other, averaged
+            over the evidence passes (see :func:`~lightning_unlearn.functional.label_support`).
         loss: (n,) cross-entropy of the given label in the last pass, in nats.
         prediction: (n,) int64, strongest class of the last pass.
         rival: (n,) int64, the class other than the given one that was strongest in most passes.
@@ -52,7 +53,7 @@ class Evidence:
     index: Tensor
     weight: Tensor
     label: Tensor
-    margin: Tensor
+    support: Tensor
     loss: Tensor
     prediction: Tensor
     rival: Tensor
@@ -78,8 +79,7 @@ class Partition:
         suggested_label: (N,) int64; the given label where the sample is clean.
         noise_rate: estimated share of samples that are not clean, in [0, 1].
         label: (N,) int64, the given labels.
-        label_evidence: (N,) float32, margin attribution averaged over the evidence passes; low speaks against the
-            label.
+        label_evidence: (N,) float32 in [0, 1], the support of the given label, averaged over the evidence passes.
         recipe: name of the recipe that made the partition.
         layer: where the attributions were taken.
         epoch: how many epochs were complete.

@@ -21,7 +21,7 @@ def make_evidence(noisy, margin, loss, rows=None):
         index=torch.arange(n),
         weight=torch.ones(n),
         label=torch.zeros(n, dtype=torch.int64),
-        margin=margin,
+        support=margin,
         loss=loss,
         prediction=torch.ones(n, dtype=torch.int64),
         rival=torch.full((n,), 2),
@@ -44,7 +44,7 @@ def bimodal(*, seed=0, separation=3.0):
 def share_of(evidence, rank, world_size):
     """One rank's share, with padding rows that would change the fit if they counted."""
     index, weight = rank_share(len(evidence.index), rank, world_size)
-    columns = {name: getattr(evidence, name)[index].clone() for name in ("margin", "loss", "rows")}
+    columns = {name: getattr(evidence, name)[index].clone() for name in ("support", "loss", "rows")}
     for column in columns.values():
         column[weight == 0] = 50.0
     return Evidence(
@@ -69,7 +69,7 @@ def test_clean_and_noisy_are_told_apart(judge):
 def test_label_rises_with_the_margin():
     _, evidence = bimodal(separation=1.5)
     probability = judge_label(evidence, no_reduce).clean_probability
-    assert (probability[evidence.margin.argsort()].diff() >= 0).all()
+    assert (probability[evidence.support.argsort()].diff() >= 0).all()
     assert probability.min() < 0.1
     assert probability.max() > 0.9
 
@@ -86,7 +86,7 @@ def test_label_rises_with_the_margin_where_the_noisy_samples_are_the_wider_compo
 
 def test_label_falls_where_the_margin_is_turned_around():
     noisy, evidence = bimodal()
-    turned = make_evidence(noisy, -evidence.margin, evidence.loss)
+    turned = make_evidence(noisy, -evidence.support, evidence.loss)
     probability = judge_label(turned, no_reduce).clean_probability
     assert ((probability > 0.5) == noisy).float().mean() > 0.97
 
@@ -99,7 +99,7 @@ def test_label_suggests_the_rival_and_rlap_the_prediction():
 
 def test_label_is_blind_to_the_loss():
     noisy, evidence = bimodal()
-    other = make_evidence(noisy, evidence.margin, normal(N, seed=9))
+    other = make_evidence(noisy, evidence.support, normal(N, seed=9))
     torch.testing.assert_close(
         judge_label(other, no_reduce).clean_probability, judge_label(evidence, no_reduce).clean_probability
     )
@@ -109,7 +109,7 @@ def test_rlap_calls_the_cluster_of_lower_loss_clean_wherever_it_lies():
     noisy, evidence = bimodal()
     for rows in (evidence.rows, -evidence.rows):
         for loss, suspect in ((evidence.loss, noisy), (3 - evidence.loss, ~noisy)):
-            verdict = judge_rlap(make_evidence(noisy, evidence.margin, loss, rows), no_reduce)
+            verdict = judge_rlap(make_evidence(noisy, evidence.support, loss, rows), no_reduce)
             assert ((verdict.clean_probability < 0.5) == suspect).float().mean() > 0.97
 
 
@@ -132,7 +132,7 @@ def test_constant_margins_cannot_be_told_apart():
 @pytest.mark.parametrize("loss", [torch.full((N,), 0.7), normal(N, seed=7).abs()], ids=["constant", "unrelated"])
 def test_clusters_of_equal_loss_cannot_be_told_apart(loss):
     noisy, evidence = bimodal()
-    verdict = judge_rlap(make_evidence(noisy, evidence.margin, loss, evidence.rows), no_reduce)
+    verdict = judge_rlap(make_evidence(noisy, evidence.support, loss, evidence.rows), no_reduce)
     assert "do not differ in the model's loss on them" in verdict.warning
     assert (verdict.clean_probability == 1).all()
     assert torch.equal(verdict.suggested_label, evidence.label)
@@ -141,7 +141,7 @@ def test_clusters_of_equal_loss_cannot_be_told_apart(loss):
 def test_rlap_without_rows_says_what_it_needs():
     noisy, evidence = bimodal()
     with pytest.raises(ValueError, match=r"'rlap' needs Evidence.rows, the per-neuron attributions \(n, D\)"):
-        judge_rlap(make_evidence(noisy, evidence.margin, evidence.loss), no_reduce)
+        judge_rlap(make_evidence(noisy, evidence.support, evidence.loss), no_reduce)
 
 
 @pytest.mark.parametrize("judge", [judge_label, judge_rlap])
@@ -162,7 +162,7 @@ def test_shards_give_the_verdict_of_the_whole(judge, world_size):
 def test_all_ranks_are_undecided_together():
     def judge(rank, reduce):
         share = share_of(make_evidence(noisy, torch.zeros(N), evidence.loss, evidence.rows), rank, 2)
-        share.margin.zero_()
+        share.support.zero_()
         return judge_label(share, reduce).warning
 
     noisy, evidence = bimodal()

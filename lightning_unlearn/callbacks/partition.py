@@ -20,12 +20,12 @@ from lightning_unlearn.capture import Attributor, check_reached, resolve_layer
 from lightning_unlearn.data import rank_share, split_batch
 from lightning_unlearn.distributed import place_by_index, sum_over_ranks
 from lightning_unlearn.functional.attribution import strongest_other
-from lightning_unlearn.functional.evidence import update_majority
+from lightning_unlearn.functional.evidence import label_support, update_majority
 from lightning_unlearn.recipes import Verdict, get_recipe
 from lightning_unlearn.types import Evidence, LayerPoint, Partition
 
 # What is remembered of every sample between passes.
-_GATHERED = ("label", "margin_sum", "candidate", "votes")
+_GATHERED = ("label", "support_sum", "candidate", "votes")
 
 
 class AttributionPartitionCallback(UnlearnCallback):
@@ -43,8 +43,8 @@ class AttributionPartitionCallback(UnlearnCallback):
             ``forward`` calls.
         at_epoch: number of complete epochs after which the partition is drawn; epoch ``at_epoch`` (counted from 0) is
             the first that can be trained on the clean subset.
-        recipe: ``"label"``: a mixture on the margin attribution of the given label, averaged over the evidence passes,
-            which finds wrong labels; ``"rlap"``: the paper's, blind to the given label.
+        recipe: ``"label"``: a mixture on the support of the given label (from its margin attribution), averaged over
+            the evidence passes, which finds wrong labels; ``"rlap"``: the paper's, blind to the given label.
         evidence_every_n_epochs: how often evidence is gathered before ``at_epoch``. A pass costs about as much as a
             validation pass over the training set. What has been memorised no longer shows, so recipes that average gain
             from early passes.
@@ -204,7 +204,7 @@ class AttributionPartitionCallback(UnlearnCallback):
                 seen = attributor.margin(batch.x, batch.label)
                 found = {
                     "label": batch.label,
-                    "margin_sum": seen.total(),
+                    "support_sum": label_support(seen.total()),
                     "loss": cross_entropy(seen.logits, batch.label, reduction="none"),
                     "prediction": seen.logits.argmax(dim=1),
                     "candidate": strongest_other(seen.logits, batch.label),
@@ -223,7 +223,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         latest["votes"] = torch.ones_like(latest["label"])
         if (before := self._gathered) is not None:
             _check_same_data(before["label"], latest["label"])
-            latest["margin_sum"] = before["margin_sum"] + latest["margin_sum"]
+            latest["support_sum"] = before["support_sum"] + latest["support_sum"]
             latest["candidate"], latest["votes"] = update_majority(
                 before["candidate"], before["votes"], latest["candidate"]
             )
@@ -238,7 +238,7 @@ class AttributionPartitionCallback(UnlearnCallback):
             index=index,
             weight=weight.to(device),
             label=latest["label"][index].to(device),
-            margin=(latest["margin_sum"][index] / (len(self._epochs_seen) + 1)).to(device),
+            support=(latest["support_sum"][index] / (len(self._epochs_seen) + 1)).to(device),
             loss=latest["loss"][index].to(device),
             prediction=latest["prediction"][index].to(device),
             rival=latest["candidate"][index].to(device),
@@ -266,7 +266,7 @@ class AttributionPartitionCallback(UnlearnCallback):
             suggested_label=torch.where(is_clean, gathered["label"], suggestion),
             noise_rate=1 - probability.double().mean().item(),
             label=gathered["label"],
-            label_evidence=gathered["margin_sum"] / (len(self._epochs_seen)),
+            label_evidence=gathered["support_sum"] / (len(self._epochs_seen)),
             recipe=self.recipe.name,
             layer=str(self._point),
             epoch=trainer.current_epoch,

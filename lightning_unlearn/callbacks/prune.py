@@ -42,7 +42,7 @@ class SensitivityPruneCallback(UnlearnCallback):
             the inputs of the last Linear that ``forward`` calls: its columns are pruned, and with them the neurons of
             the layer that feeds it, where that is one layer with nothing but element-wise functions and pooling
             between.
-        amount: share of the layer's neurons to prune, in (0, 1).
+        amount: share of the layer's live neurons to prune, in (0, 1); dead ones, which are constant, do not count.
         ridge: L2 penalty of the regression on standardised activations; 0 is the paper's least squares.
 
     Raises:

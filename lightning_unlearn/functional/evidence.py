@@ -9,6 +9,27 @@ from __future__ import annotations
 from torch import Tensor
 
 
+def label_support(margin: Tensor) -> Tensor:
+    """How strongly the given label is supported against the strongest other, between 0 and 1.
+
+    The logistic function of the margin: the probability of the given label if only these two were possible. Margins are
+    averaged over training in this form, because they grow as a network memorises, without bound; as they are, the last
+    passes, which know least, would outweigh the early ones.
+
+    Args:
+        margin: (B,), margin attribution summed over the neurons, in nats.
+
+    Returns:
+        (B,)
+
+    Example:
+        >>> import torch
+        >>> label_support(torch.tensor([0.0, 100.0]))
+        tensor([0.5000, 1.0000])
+    """
+    return margin.sigmoid()
+
+
 def update_majority(candidate: Tensor, votes: Tensor, choice: Tensor) -> tuple[Tensor, Tensor]:
     """One step of the Boyer-Moore majority vote, for every sample at once.
 

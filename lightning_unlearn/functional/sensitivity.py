@@ -95,31 +95,33 @@ def solve_sensitivity(sums: RegressionSums, ridge: float = 0.0) -> Tensor:
 def select_neurons(sensitivity: Tensor, amount: float) -> Tensor:
     """The neurons to keep when the ``amount`` of largest magnitude is pruned.
 
+    The share is taken of the *live* neurons, those with a sensitivity other than 0. A ReLU layer that has memorised its
+    data can have half of its neurons dead; half of all neurons would then be all that the network has left.
+
     Args:
         sensitivity: (D,).
-        amount: share of the neurons in (0, 1); ``amount * D`` neurons, rounded down, are pruned, fewer if fewer have a
-            sensitivity other than 0.
+        amount: share of the live neurons in (0, 1), rounded down.
 
     Returns:
         keep: (D,) bool.
 
     Raises:
-        ValueError: if the amount is less than one neuron.
+        ValueError: if the amount is less than one of all D neurons.
 
     Example:
-        >>> select_neurons(torch.tensor([0.1, -0.9, 0.0, 0.3]), amount=0.5)
+        >>> select_neurons(torch.tensor([0.1, -0.9, 0.0, 0.3]), amount=0.7)
         tensor([ True, False,  True, False])
     """
     neurons = len(sensitivity)
     # A whole number may come out a little too small: 0.29 * 100 is 28.999999999999996.
-    count = math.floor(amount * neurons + 1e-9)
-    if count < 1:
+    rounding = 1e-9
+    if amount * neurons + rounding < 1:
         raise ValueError(
             f"amount={amount} of {neurons} neurons is less than one neuron; use at least"
             f" {math.ceil(1e6 / neurons) / 1e6:g}."
         )
-    # A stable order, so that equal sensitivities are broken alike on every rank.
-    strongest = sensitivity.abs().argsort(descending=True, stable=True)[:count]
+    count = math.floor(amount * int((sensitivity != 0).sum()) + rounding)
     keep = torch.ones_like(sensitivity, dtype=torch.bool)
-    keep[strongest] = sensitivity[strongest] == 0
+    # A stable order, so that equal sensitivities are broken alike on every rank.
+    keep[sensitivity.abs().argsort(descending=True, stable=True)[:count]] = False
     return keep

@@ -41,7 +41,7 @@ class Watching(AttributionPartitionCallback):
         return super()._gather(trainer, pl_module)
 
 
-def naive_margin(net, data, layer, at_input):
+def naive_support(net, data, layer, at_input):
     """One sample at a time, plain Captum: its label's logit and the strongest other's are attributed separately."""
     out = []
     for x, y in zip(data.x, data.y, strict=True):
@@ -53,7 +53,7 @@ def naive_margin(net, data, layer, at_input):
             for target in (int(y), rival)
         )
         out.append((label - other).item())
-    return torch.tensor(out)
+    return torch.tensor(out).sigmoid()
 
 
 @pytest.mark.parametrize(("net", "image"), [(mlp, False), (convnet, True)])
@@ -133,7 +133,7 @@ def test_evidence_is_the_mean_over_the_passes_of_captum_on_the_model_as_it_was(n
     name = layer or ("net.head" if net is Swapped else "net.7")
     expected = torch.stack(
         [
-            naive_margin(model, data, model.get_submodule(name), at_input)
+            naive_support(model, data, model.get_submodule(name), at_input)
             for epoch, model in snapshots.nets.items()
             if epoch <= 3
         ]
@@ -181,7 +181,7 @@ def test_rows_are_in_dataset_order_however_the_loader_draws(make):
     callback, snapshots = AttributionPartitionCallback(at_epoch=1), Snapshots()
     fit(Toy(), make(data), [callback, snapshots], max_epochs=2)
     model = snapshots.nets[1]
-    expected = naive_margin(model, data, model.net[7], at_input=True)
+    expected = naive_support(model, data, model.net[7], at_input=True)
     torch.testing.assert_close(callback.partition.label_evidence, expected, rtol=1e-4, atol=1e-5)
     assert callback.partition.label.equal(data.y)
 
@@ -208,7 +208,7 @@ def test_transfer_hooks_are_applied_and_augmentation_is_off():
     fit(Toy(), TransferHooks(data), [callback, snapshots], max_epochs=2)
     model = snapshots.nets[1]
     data.x = data.x * 2
-    expected = naive_margin(model, data, model.net[7], at_input=True)
+    expected = naive_support(model, data, model.net[7], at_input=True)
     torch.testing.assert_close(callback.partition.label_evidence, expected, rtol=1e-4, atol=1e-5)
 
 

@@ -139,8 +139,15 @@ def test_a_whole_number_of_neurons_is_not_lost_to_rounding(amount, neurons, coun
     assert (~select_neurons(torch.arange(1.0, neurons + 1), amount)).sum() == count
 
 
-def test_neurons_without_sensitivity_are_kept():
-    assert select_neurons(torch.tensor([0.0, 0.0, 0.3, 0.0]), 0.75).tolist() == [True, True, False, True]
+def test_the_share_is_of_the_live_neurons():
+    dead = torch.zeros(6)
+    live = torch.tensor([0.2, -0.4, 0.1, 0.3])
+    keep = select_neurons(torch.cat([dead, live]), 0.5)
+    assert keep.tolist() == [True] * 6 + [True, False, True, False]
+
+
+def test_the_last_live_neuron_is_kept():
+    assert select_neurons(torch.tensor([0.0, 0.0, 0.3, 0.0]), 0.75).all()
 
 
 def test_equal_magnitudes_are_taken_in_order():

@@ -1,0 +1,87 @@
+"""The command ``lightning-unlearn``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning_unlearn
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lightning-unlearn", description=lightning_unlearn.__doc__)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {lightning_unlearn.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,fit}")
+    demo = commands.add_parser(
+        "demo",
+        help="train on digits with wrong labels, repair, and compare with controls",
+        description=(
+            "Trains a small network on scikit-learn's digits with 40 %% of the training labels wrong until it has memorised"
+            " them, then partitions, prunes and fine-tunes, beside every control. Needs no network."
+        ),
+    )
+    demo.add_argument("--fast", action="store_true", help="one seed instead of three")
+    demo.add_argument(
+        "--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="for suspects.csv (%(default)s)"
+    )
+    demo.add_argument("--json", type=Path, metavar="FILE", help="write the results here as well")
+    commands.add_parser(
+        "fit",
+        add_help=False,
+        help="LightningCLI's fit, with the callbacks in the YAML: lightning-unlearn fit --config run.yaml",
+    )
+    return parser
+
+
+def _fit(arguments: list[str]) -> None:
+    try:
+        from lightning.pytorch.cli import LightningCLI
+        from lightning.pytorch.utilities.rank_zero import rank_zero_only  # noqa: F401  (fails where Lightning is broken)
+    except ImportError as error:
+        raise SystemExit(f"lightning-unlearn fit needs LightningCLI: {error}") from error
+    # As with `python script.py`: a YAML names the user's own classes, which lie where the command is run.
+    sys.path.insert(0, str(Path.cwd()))
+    LightningCLI(args=["fit", *arguments], parser_kwargs={"prog": "lightning-unlearn"})
+
+
+def _versions() -> dict[str, str]:
+    packages = ("lightning-unlearn", "torch", "lightning", "captum", "torchmetrics", "scikit-learn")
+    return {"python": platform.python_version(), **{package: version(package) for package in packages}}
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from lightning_unlearn.demo.arms import Settings, run_demo, table
+
+    settings = Settings(seeds=(0,)) if options.fast else Settings()
+    outcomes = run_demo(settings, options.out)
+    print(f"\n{table(settings, outcomes)}\nSuspects: {options.out / 'suspects.csv'}")
+    if options.json is not None:
+        result: dict[str, Any] = {
+            "settings": asdict(settings),
+            "outcomes": [asdict(outcome) for outcome in outcomes],
+            "versions": _versions(),
+            "machine": platform.machine(),
+        }
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command.
+
+    Args:
+        arguments: instead of those of the process.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["fit"]:
+        # LightningCLI has its own parser, help included.
+        _fit(given[1:])
+        return
+    _demo(_parser().parse_args(given))

@@ -23,11 +23,11 @@ def _parser() -> argparse.ArgumentParser:
         "demo",
         help="train on digits with wrong labels, repair, and compare with controls",
         description=(
-            "Trains a small network on scikit-learn's digits with 40 %% of the training labels wrong until it has memorised"
-            " them, then partitions, prunes and fine-tunes, beside every control. Needs no network."
+            "Trains a small network on scikit-learn's digits with 40 %% of the training labels wrong until it has"
+            " memorised them, then partitions, prunes and fine-tunes, beside every control. Needs no network."
         ),
     )
-    demo.add_argument("--fast", action="store_true", help="one seed instead of three")
+    demo.add_argument("--fast", action="store_true", help="one seed instead of five")
     demo.add_argument(
         "--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="for suspects.csv (%(default)s)"
     )

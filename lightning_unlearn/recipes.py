@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_unlearn.functional.evidence import support_log_odds
 from lightning_unlearn.functional.mixture import GaussianMixture, Reduce, fit_mixture, standardise
 from lightning_unlearn.types import Evidence
 
@@ -81,12 +82,12 @@ def _undecided(evidence: Evidence, what: str) -> Verdict:
 
 
 def judge_label(evidence: Evidence, reduce: Reduce) -> Verdict:
-    """A mixture on the averaged support of the given label; the component with the higher support is clean.
+    """A mixture on the log-odds of the averaged support of the given label; the component with the higher is clean.
 
     The model's own evidence decides which component is clean: where the layer supports the given label against every
     other. The probability rises with the support throughout.
     """
-    rows = standardise(evidence.support.unsqueeze(1), evidence.weight, reduce)
+    rows = standardise(support_log_odds(evidence.support).unsqueeze(1), evidence.weight, reduce)
     mixture: GaussianMixture = fit_mixture(rows, evidence.weight, reduce=reduce)
     clean = _higher_component(evidence.support, mixture.posterior(rows), evidence.weight, reduce)
     if clean is None:

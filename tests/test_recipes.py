@@ -21,12 +21,16 @@ def make_evidence(noisy, margin, loss, rows=None):
         index=torch.arange(n),
         weight=torch.ones(n),
         label=torch.zeros(n, dtype=torch.int64),
-        support=margin,
+        support=margin.sigmoid(),
         loss=loss,
         prediction=torch.ones(n, dtype=torch.int64),
         rival=torch.full((n,), 2),
         rows=rows,
     )
+
+
+def margins(evidence):
+    return evidence.support.logit()
 
 
 def bimodal(*, seed=0, separation=3.0):
@@ -86,7 +90,7 @@ def test_label_rises_with_the_margin_where_the_noisy_samples_are_the_wider_compo
 
 def test_label_falls_where_the_margin_is_turned_around():
     noisy, evidence = bimodal()
-    turned = make_evidence(noisy, -evidence.support, evidence.loss)
+    turned = make_evidence(noisy, -margins(evidence), evidence.loss)
     probability = judge_label(turned, no_reduce).clean_probability
     assert ((probability > 0.5) == noisy).float().mean() > 0.97
 
@@ -99,7 +103,7 @@ def test_label_suggests_the_rival_and_rlap_the_prediction():
 
 def test_label_is_blind_to_the_loss():
     noisy, evidence = bimodal()
-    other = make_evidence(noisy, evidence.support, normal(N, seed=9))
+    other = make_evidence(noisy, margins(evidence), normal(N, seed=9))
     torch.testing.assert_close(
         judge_label(other, no_reduce).clean_probability, judge_label(evidence, no_reduce).clean_probability
     )
@@ -109,7 +113,7 @@ def test_rlap_calls_the_cluster_of_lower_loss_clean_wherever_it_lies():
     noisy, evidence = bimodal()
     for rows in (evidence.rows, -evidence.rows):
         for loss, suspect in ((evidence.loss, noisy), (3 - evidence.loss, ~noisy)):
-            verdict = judge_rlap(make_evidence(noisy, evidence.support, loss, rows), no_reduce)
+            verdict = judge_rlap(make_evidence(noisy, margins(evidence), loss, rows), no_reduce)
             assert ((verdict.clean_probability < 0.5) == suspect).float().mean() > 0.97
 
 
@@ -132,7 +136,7 @@ def test_constant_margins_cannot_be_told_apart():
 @pytest.mark.parametrize("loss", [torch.full((N,), 0.7), normal(N, seed=7).abs()], ids=["constant", "unrelated"])
 def test_clusters_of_equal_loss_cannot_be_told_apart(loss):
     noisy, evidence = bimodal()
-    verdict = judge_rlap(make_evidence(noisy, evidence.support, loss, evidence.rows), no_reduce)
+    verdict = judge_rlap(make_evidence(noisy, margins(evidence), loss, evidence.rows), no_reduce)
     assert "do not differ in the model's loss on them" in verdict.warning
     assert (verdict.clean_probability == 1).all()
     assert torch.equal(verdict.suggested_label, evidence.label)
@@ -141,7 +145,7 @@ def test_clusters_of_equal_loss_cannot_be_told_apart(loss):
 def test_rlap_without_rows_says_what_it_needs():
     noisy, evidence = bimodal()
     with pytest.raises(ValueError, match=r"'rlap' needs Evidence.rows, the per-neuron attributions \(n, D\)"):
-        judge_rlap(make_evidence(noisy, evidence.support, evidence.loss), no_reduce)
+        judge_rlap(make_evidence(noisy, margins(evidence), evidence.loss), no_reduce)
 
 
 @pytest.mark.parametrize("judge", [judge_label, judge_rlap])

@@ -1,7 +1,7 @@
 """The mathematics: tensors in, tensors out; no module, trainer, rank, file or global random state."""
 
 from lightning_unlearn.functional.attribution import class_max_attribution, label_margin, strongest_other
-from lightning_unlearn.functional.evidence import label_support, update_majority
+from lightning_unlearn.functional.evidence import label_support, support_log_odds, update_majority
 from lightning_unlearn.functional.mixture import GaussianMixture, fit_mixture, standardise
 from lightning_unlearn.functional.sensitivity import (
     RegressionSums,
@@ -22,5 +22,6 @@ __all__ = [
     "solve_sensitivity",
     "standardise",
     "strongest_other",
+    "support_log_odds",
     "update_majority",
 ]

@@ -40,15 +40,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _fit(arguments: list[str]) -> None:
+def _fit(arguments: Sequence[str] | None) -> None:
     try:
-        from lightning.pytorch.cli import LightningCLI
-        from lightning.pytorch.utilities.rank_zero import rank_zero_only  # noqa: F401  (fails where Lightning is broken)
+        import jsonargparse  # noqa: F401  (LightningCLI can be imported without it, but not made)
     except ImportError as error:
-        raise SystemExit(f"lightning-unlearn fit needs LightningCLI: {error}") from error
+        raise ImportError(
+            "lightning-unlearn fit needs jsonargparse, which is not installed: pip install 'lightning-unlearn[cli]'."
+        ) from error
+    from lightning.pytorch.cli import LightningCLI
+
     # As with `python script.py`: a YAML names the user's own classes, which lie where the command is run.
     sys.path.insert(0, str(Path.cwd()))
-    LightningCLI(args=["fit", *arguments], parser_kwargs={"prog": "lightning-unlearn"})
+    LightningCLI(args=None if arguments is None else list(arguments), parser_kwargs={"prog": "lightning-unlearn"})
 
 
 def _versions() -> dict[str, str]:
@@ -81,7 +84,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["fit"]:
-        # LightningCLI has its own parser, help included.
-        _fit(given[1:])
+        # LightningCLI has its own parser, help included, and reads the process's arguments itself.
+        _fit(arguments)
         return
     _demo(_parser().parse_args(given))
+
+
+if __name__ == "__main__":
+    main()

@@ -43,7 +43,8 @@ def neuron_entries(layer: nn.Module, norm: nn.Module | None, neurons: Tensor) ->
 
     Raises:
         ValueError: if the weight is computed from others (weight norm, spectral norm), so that zeros would not last; or
-            for a transposed convolution in groups, where a slice of the weight serves one neuron of each group.
+            for a transposed convolution in groups, where a slice of the weight serves one neuron of each group; for a
+            norm without scale and shift.
     """
     # The older functions of torch.nn.utils put a tensor that is no Parameter in the weight's place.
     if parametrize.is_parametrized(layer) or not isinstance(layer.weight, nn.Parameter):
@@ -60,6 +61,12 @@ def neuron_entries(layer: nn.Module, norm: nn.Module | None, neurons: Tensor) ->
     # A transposed convolution has its output channels second.
     places = [(layer, "weight", int(transposed)), (layer, "bias", 0)]
     if norm is not None:
+        if getattr(norm, "weight", None) is None:
+            raise ValueError(
+                f"Expected the {type(norm).__name__} that takes the layer's output to have a scale and shift, but it"
+                " has none (affine=False), so that a silent neuron would still put out a constant; name another layer to"
+                " prune."
+            )
         # A layer norm over several dimensions has the features of a Linear last, the channels of a convolution first.
         dimension = -1 if isinstance(layer, nn.Linear) else 0
         places += [(norm, "weight", dimension), (norm, "bias", dimension)]

@@ -48,6 +48,8 @@ class CleanSubsetFinetuneCallback(UnlearnCallback):
             learning rate; its own schedulers are dropped. Without, the optimizer and its schedule go on as they are.
         optimizer: makes the optimizer from the trainable parameters, in YAML as ``class_path`` and ``init_args``.
         lr_scheduler: makes the schedule from the optimizer, stepped once per epoch.
+        restart_optimizer: without ``lr`` and ``optimizer``: run the module's ``configure_optimizers`` again, so that
+            its schedule starts anew and is planned for the epochs and batches that remain.
 
     Raises:
         ValueError: for arguments that do not fit, here; for an unknown layer when the fit is set up.
@@ -63,6 +65,7 @@ class CleanSubsetFinetuneCallback(UnlearnCallback):
         lr: float | None = None,
         optimizer: MakeOptimizer | None = None,
         lr_scheduler: MakeScheduler | None = None,
+        restart_optimizer: bool = False,
     ) -> None:
         if mode not in ("full", "layers"):
             raise ValueError(f"Expected mode to be 'full' or 'layers', but got '{mode}'.")
@@ -74,11 +77,16 @@ class CleanSubsetFinetuneCallback(UnlearnCallback):
             raise ValueError(f"Expected lr to be greater than 0, but got {lr}.")
         if lr_scheduler is not None and lr is None and optimizer is None:
             raise ValueError("Expected lr or optimizer beside lr_scheduler, which schedules a fresh optimizer.")
+        if restart_optimizer and (lr is not None or optimizer is not None):
+            raise ValueError(
+                "Expected restart_optimizer without lr and optimizer, which make a fresh optimizer anyway."
+            )
         self.mode = mode
         self.layers = layers
         self.lr = lr
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
+        self.restart_optimizer = restart_optimizer
         self._swap = TrainDataSwap()
         self._narrowed = NarrowedLoaders()
         self.reset()
@@ -122,7 +130,7 @@ class CleanSubsetFinetuneCallback(UnlearnCallback):
             loader = train_loader(trainer)
             self._order = {"shuffle": shuffles(loader), "seed": seed}
             _check_batch_sampler(loader.batch_sampler)
-        if self._makes_optimizer and len(trainer.optimizers) != 1:
+        if self._makes_optimizer and not self.restart_optimizer and len(trainer.optimizers) != 1:
             raise MisconfigurationException(
                 "CleanSubsetFinetuneCallback can make a fresh optimizer in place of one, but the module has"
                 f" {len(trainer.optimizers)}; leave out lr, optimizer and lr_scheduler to keep them."
@@ -182,7 +190,7 @@ class CleanSubsetFinetuneCallback(UnlearnCallback):
 
     @property
     def _makes_optimizer(self) -> bool:
-        return self.lr is not None or self.optimizer is not None
+        return self.lr is not None or self.optimizer is not None or self.restart_optimizer
 
     def _partition_source(self) -> PartitionSource:
         if self._source is None:
@@ -282,11 +290,13 @@ class CleanSubsetFinetuneCallback(UnlearnCallback):
         else:
             trained = [p for p in pl_module.parameters() if p.requires_grad]
             trainer.strategy.optimizers = [self.optimizer(trained)]
+        if self.restart_optimizer:
+            return
         optimizer = trainer.strategy.optimizers[0]
+        _forget_schedule(optimizer)
         if self.lr is not None:
             for group in optimizer.param_groups:
                 group["lr"] = self.lr
-                group.pop("initial_lr", None)
         schedulers = []
         if self.lr_scheduler is not None:
             schedulers.append(LRSchedulerConfig(self.lr_scheduler(optimizer)))
@@ -306,6 +316,18 @@ class _TrainedFrom:
         while name and name not in self._called:
             name = name.rpartition(".")[0]
         return name in self._from_here
+
+
+def _forget_schedule(optimizer: Optimizer) -> None:
+    """Undoes what a scheduler that is dropped has written into the optimizer when it was made.
+
+    OneCycleLR and CyclicLR also set the momentum; it goes back to what the optimizer was made with.
+    """
+    for group in optimizer.param_groups:
+        if group.get("max_momentum") is not None:
+            group.update({key: optimizer.defaults[key] for key in ("momentum", "betas") if key in optimizer.defaults})
+        for key in ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum"):
+            group.pop(key, None)
 
 
 def _check_batch_sampler(batch_sampler: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -102,11 +104,9 @@ class SensitivityPruneCallback(UnlearnCallback):
         self._source = find_partition_source(trainer, type(self).__name__)
         if self.layer is not None:
             module = resolve_layer(pl_module, self.layer)
-            try:
+            with _naming(self.layer):
                 _check_amount(neuron_count(module), self.amount)
                 neuron_entries(module, None, torch.zeros(0, dtype=torch.int64))
-            except ValueError as error:
-                raise ValueError(f"SensitivityPruneCallback cannot prune layer '{self.layer}'. {error}") from None
 
     @override
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -117,6 +117,8 @@ class SensitivityPruneCallback(UnlearnCallback):
             check_reached(trace, self.layer)
             self._point = LayerPoint(self.layer, "output")
             self._names = {"layer": self.layer, "norm": trace.norm_after(self.layer), "consumer": None}
+            with _naming(self.layer):
+                self._entries(pl_module, torch.zeros(0, dtype=torch.int64))
             return
         head = trace.last_linear()
         check_reached(trace, head)
@@ -268,11 +270,29 @@ def _neurons(pl_module: LightningModule, point: LayerPoint, activation: Tensor) 
 
 
 def _feeder(trace: ForwardTrace, head: str) -> dict[str, str | None]:
-    """The layer and norm whose neurons are the head's inputs, as far as sizes tell."""
+    """The layer and norm whose neurons are the head's inputs, as far as sizes tell, if they can be pruned."""
     name = trace.feeder(head)
     if name is None or len(trace.calls_of(name)) != 1:
         return {}
-    return {"layer": name, "norm": trace.norm_after(name)}
+    norm = trace.norm_after(name)
+    try:
+        neuron_entries(
+            trace.calls_of(name)[0].module,
+            None if norm is None else trace.calls_of(norm)[0].module,
+            torch.zeros(0, dtype=torch.int64),
+        )
+    except ValueError:
+        return {}
+    return {"layer": name, "norm": norm}
+
+
+@contextmanager
+def _naming(layer: str) -> Iterator[None]:
+    """Says of which layer an error speaks."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"SensitivityPruneCallback cannot prune layer '{layer}'. {error}") from None
 
 
 def _check_amount(neurons: int, amount: float) -> None:

@@ -12,12 +12,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
+from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader, Subset
 from torchmetrics.functional.classification import binary_auroc
 from tqdm import tqdm
@@ -48,7 +49,8 @@ class Settings:
         repair_epochs: epochs on the clean subset.
         noise: share of wrong training labels.
         amount: share of the live neurons to prune.
-        lr: learning rate of the fine-tuning's AdamW, and of the controls of the same steps.
+        lr: learning rate at which the fine-tuning's AdamW starts; it falls to zero along a cosine. The controls of the
+            same steps have both.
         weight_decay: likewise. Strong, since what was memorised must fade while the loss on the subset is small.
         seeds: of the repeats: split, noise, initial weights and order.
     """
@@ -58,7 +60,7 @@ class Settings:
     noise: float = 0.4
     amount: float = 0.15
     lr: float = 3e-3
-    weight_decay: float = 1.0
+    weight_decay: float = 2.0
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
 
 
@@ -216,7 +218,7 @@ class _Repeat:
             [
                 AttributionPartitionCallback(at_epoch=self.first),
                 SensitivityPruneCallback(amount=self.settings.amount),
-                CleanSubsetFinetuneCallback(mode="layers", optimizer=self.optimizer),
+                self._finetune("layers"),
             ],
         )
         arms[ORACLE] = self._resume(
@@ -225,7 +227,7 @@ class _Repeat:
             [
                 _TruePartition(self._truth(partition), self.first),
                 SensitivityPruneCallback(amount=self.settings.amount),
-                CleanSubsetFinetuneCallback(mode="full", optimizer=self.optimizer),
+                self._finetune("full"),
             ],
         )
         order = (BASE, CONTINUE, RETRAIN_SHORT, RETRAIN, LFT, FFT, ORACLE)
@@ -251,7 +253,7 @@ class _Repeat:
             repair,
             partition,
             SensitivityPruneCallback(amount=self.settings.amount),
-            CleanSubsetFinetuneCallback(mode="full", optimizer=self.optimizer),
+            self._finetune("full"),
             keep,
         ]
         _trainer(self.last, callbacks).fit(model, datamodule=self.data)
@@ -273,16 +275,25 @@ class _Repeat:
     def _continue(self, checkpoint: Path, steps: int) -> Arm:
         """From the base's weights, with the optimizer and the steps of the fine-tuning: only the data differ."""
         model = DigitsClassifier.load_from_checkpoint(checkpoint, map_location="cpu")
-        self._use_optimizer(model)
         epochs = -(-steps // len(self.data.train_dataloader()))
+        self._train_like_fine_tuning(model, epochs)
         phase = _Phase(CONTINUE, 0, epochs)
         L.seed_everything(self.seed, verbose=False)
         _trainer(epochs, [phase], steps).fit(model, datamodule=self.data)
         return Arm(_accuracy(model, self.data), phase.seconds, phase.steps)
 
-    def _use_optimizer(self, model: DigitsClassifier) -> None:
-        """Trains the model with the optimizer of the fine-tuning."""
-        model.configure_optimizers = lambda: self.optimizer(model.parameters())  # type: ignore[method-assign]
+    def _finetune(self, mode: Literal["full", "layers"]) -> CleanSubsetFinetuneCallback:
+        schedule = partial(CosineAnnealingLR, T_max=self.settings.repair_epochs)
+        return CleanSubsetFinetuneCallback(mode, optimizer=self.optimizer, lr_scheduler=schedule)
+
+    def _train_like_fine_tuning(self, model: DigitsClassifier, epochs: int) -> None:
+        """Gives the model the optimizer and schedule of the fine-tuning."""
+
+        def configure_optimizers() -> Any:
+            optimizer = self.optimizer(model.parameters())
+            return [optimizer], [CosineAnnealingLR(optimizer, T_max=epochs)]
+
+        model.configure_optimizers = configure_optimizers  # type: ignore[method-assign]
 
     def _retrain(self, name: str, clean: Tensor, epochs: int, like_fine_tuning: bool = False) -> Arm:
         """From new weights, with the optimizer of the base or of the fine-tuning."""
@@ -290,7 +301,7 @@ class _Repeat:
         L.seed_everything(self.seed, verbose=False)
         model = DigitsClassifier()
         if like_fine_tuning:
-            self._use_optimizer(model)
+            self._train_like_fine_tuning(model, epochs)
         subset = Subset(self.data.train_data, clean.tolist())
         loader = DataLoader(subset, batch_size=self.data.batch_size, shuffle=True)
         _trainer(epochs, [phase]).fit(model, loader)
@@ -372,7 +383,7 @@ def table(settings: Settings, outcomes: list[Outcome]) -> str:
             "",
             *lines,
             "",
-            "Arms of the same steps use the optimizer of the fine-tuning; retraining starts from new weights, and 'as",
+            "Arms of the same steps have the optimizer of the fine-tuning; retraining starts from new weights, and 'as",
             "the base' has its optimizer and epochs. Seconds and steps below the base come on top of it; the base's",
             "include evidence passes, L-FT's and F-FT's partition and pruning.",
             f"Partition: AUROC {score['auroc']}, precision {score['precision']}, recall {score['recall']};"

@@ -334,6 +334,33 @@ def test_the_users_optimizer_is_remade_for_the_steps_that_remain():
     assert watch.rates[4] == [0.007] * CLEAN
 
 
+def test_lr_leaves_nothing_of_a_schedule_that_it_drops():
+    made, watch = [], Optimizers()
+    module = Toy(optimizer=partial(one_cycle, made=made))
+    fit(module, BlobsData(Blobs()), [*partition_and_finetune(lr=0.007), watch])
+    (group,) = module.optimizers().param_groups
+    assert group["lr"] == 0.007
+    assert group["momentum"] == module.optimizers().defaults["momentum"] == 0.9
+    assert not {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"} & set(group)
+
+
+def test_restart_runs_the_users_schedule_over_what_remains():
+    made, watch = [], Optimizers()
+    module = Toy(optimizer=partial(one_cycle, made=made))
+    fit(module, BlobsData(Blobs()), [*partition_and_finetune(restart_optimizer=True), watch])
+    assert made == [4 * FULL, 2 * CLEAN]
+    assert len(watch.optimizers) == 2
+    assert watch.schedulers[3][0].last_epoch == 2 * CLEAN
+    # It ends where the user planned it to end, which the schedule over all epochs would not have reached.
+    assert watch.rates[3][-1] < 1e-5
+
+
+def test_restart_keeps_a_schedule_per_epoch_too():
+    watch = Optimizers()
+    fit(Toy(optimizer=step_lr), BlobsData(Blobs()), [*partition_and_finetune(restart_optimizer=True), watch])
+    assert [rates[0] for rates in watch.rates.values()] == [0.05, 0.025, 0.05, 0.025]
+
+
 def test_an_optimizer_and_a_schedule_of_ones_own():
     watch = Optimizers()
     partition, prune, finetune = trio(

@@ -1,3 +1,5 @@
+from functools import partial
+
 import lightning as L
 import numpy as np
 import pytest
@@ -291,3 +293,34 @@ def test_a_partition_that_is_not_acted_upon_prunes_nothing():
     with pytest.raises(RuntimeError, match="the partition was not acted upon, so no neuron was pruned"):
         _ = prune.mask
     assert not changed(moment.before, moment.after)
+
+
+class Normed(nn.Module):
+    def __init__(self, affine=True, parametrised=False):
+        super().__init__()
+        self.fc = nn.Linear(16, 8)
+        if parametrised:
+            nn.utils.parametrizations.weight_norm(self.fc)
+        self.norm = nn.BatchNorm1d(8, affine=affine)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.norm(self.fc(x)).relu())
+
+
+def test_a_norm_that_cannot_be_silenced_is_refused_before_the_first_step():
+    module = Toy(partial(Normed, affine=False))
+    partition, prune, _ = trio(1, prune={"layer": "net.fc", "amount": 0.5})
+    with pytest.raises(ValueError, match=r"cannot prune layer 'net.fc'. .*BatchNorm1d .*affine=False"):
+        fit(module, BlobsData(Blobs()), [partition, prune])
+    assert module.steps == 0
+
+
+@pytest.mark.parametrize("net", [partial(Normed, affine=False), partial(Normed, parametrised=True)])
+def test_by_default_a_feeding_layer_that_cannot_be_pruned_is_left_alone(net):
+    module = Toy(net)
+    partition, prune, _ = trio(1, prune={"amount": 0.5})
+    fit(module, BlobsData(Blobs()), [partition, prune], max_epochs=2)
+    assert prune.mask.layer == "net.head"
+    assert (module.net.head.weight[:, prune.mask.pruned_indices()] == 0).all()
+    assert len(prune.mask.pruned_indices()) == 4

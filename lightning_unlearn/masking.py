@@ -64,7 +64,7 @@ def neuron_entries(layer: nn.Module, norm: nn.Module | None, neurons: Tensor) ->
         if getattr(norm, "weight", None) is None:
             raise ValueError(
                 f"Expected the {type(norm).__name__} that takes the layer's output to have a scale and shift, but it"
-                " has none (affine=False), so that a silent neuron would still put out a constant; name another layer to"
+                " has none (affine=False), so a silent neuron would still put out a constant; name another layer to"
                 " prune."
             )
         # A layer norm over several dimensions has the features of a Linear last, the channels of a convolution first.

@@ -352,7 +352,7 @@ def test_restart_runs_the_users_schedule_over_what_remains():
     assert len(watch.optimizers) == 2
     assert watch.schedulers[3][0].last_epoch == 2 * CLEAN
     # It ends where the user planned it to end, which the schedule over all epochs would not have reached.
-    assert watch.rates[3][-1] < 1e-5
+    assert watch.rates[3][-2] < 1e-5  # of the last step: what is seen at the end of a batch is the next rate
 
 
 def test_restart_keeps_a_schedule_per_epoch_too():

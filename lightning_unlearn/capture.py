@@ -87,17 +87,18 @@ class ForwardTrace:
             raise TypeError(f"Expected '{name}' to be a Linear, but it is a {type(module).__name__}.")
         return module
 
-    def last_linear(self) -> str:
-        """Dotted path of the last Linear that ``forward`` calls: the head.
+    def last_linear(self, num_classes: int) -> str:
+        """Dotted path of the last Linear with as many outputs as classes that ``forward`` calls: the head.
 
         Raises:
             ValueError: if it calls none.
         """
-        names = [call.name for call in self.calls if isinstance(call.module, nn.Linear)]
+        linears = [call for call in self.calls if isinstance(call.module, nn.Linear)]
+        names = [call.name for call in linears if call.module.out_features == num_classes]
         if not names:
             raise ValueError(
-                "Expected a model that calls at least one torch.nn.Linear, but forward calls none; name the layer to"
-                " attribute at with layer='...'."
+                f"Expected a model that calls a torch.nn.Linear with {num_classes} outputs, one for each class, but"
+                " forward calls none; name the layer with layer='...'."
             )
         return names[-1]
 
@@ -169,12 +170,13 @@ def trace_forward(model: nn.Module, forward: Forward, x: Any) -> ForwardTrace:
     return ForwardTrace([call for call in calls if call is not None], output)
 
 
-def check_reached(trace: ForwardTrace, name: str) -> None:
-    """Refuses a layer that ``forward`` does not call exactly once.
+def check_reached(trace: ForwardTrace, point: LayerPoint) -> None:
+    """Refuses a layer that ``forward`` does not call exactly once, or whose input it hands over by keyword.
 
     Raises:
         ValueError: naming the layer and how often it was called.
     """
+    name, at = point.name, point.at
     count = len(trace.calls_of(name))
     if count == 0:
         called = [call.name for call in trace.calls]
@@ -182,6 +184,11 @@ def check_reached(trace: ForwardTrace, name: str) -> None:
         raise ValueError(
             f"Layer '{name}' exists but is never reached in forward, so it has no activations to read."
             f" Layers that are reached: {', '.join(near)}."
+        )
+    if at == "input" and not trace.calls_of(name)[0].inputs:
+        raise ValueError(
+            f"Layer '{name}' is called with keyword arguments, so its input cannot be read; name the layer before it,"
+            " whose output is the same, with layer='...'."
         )
     if count > 1:
         raise ValueError(

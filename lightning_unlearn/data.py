@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -70,34 +71,44 @@ def rank_share(total: int, rank: int, world_size: int) -> tuple[Tensor, Tensor]:
     return index.clamp(max=total - 1), (index < total).float()
 
 
-def indexed_batches(
-    loader: DataLoader[Any], index: Tensor, *, in_process: bool = False
-) -> Iterator[tuple[Tensor, Any]]:
+def batch_size(loader: DataLoader[Any]) -> int:
+    """Samples per batch; of a batch sampler that does not say, as many as its first batch has.
+
+    Asking it draws from the global random state.
+    """
+    stated = getattr(loader.batch_sampler, "batch_size", None) or loader.batch_size
+    return int(stated) if stated else len(next(iter(loader.batch_sampler or [[0]])))
+
+
+def indexed_batches(loader: DataLoader[Any], index: Tensor, *, probing: bool = False) -> Iterator[tuple[Tensor, Any]]:
     """The loader's dataset, transforms, collate function and workers, over the given samples in the given order.
 
     Args:
         loader: the user's; left as it is.
         index: (n,) int64, dataset indices.
-        in_process: load without worker processes.
+        probing: only the first batch is wanted, so load it without worker processes, or, where each of them is
+            initialised by a function of the user's, with one.
 
     Yields:
         the dataset indices of a batch, (B,) int64, and the batch.
     """
-    batch_size = getattr(loader.batch_sampler, "batch_size", None) or loader.batch_size or 1
-    batches = list(BatchSampler(index.tolist(), batch_size, drop_last=False))
+    size = batch_size(loader)
+    batches = list(BatchSampler(index.tolist(), size, drop_last=False))
     ordered = copy.copy(loader)
     # Not through __init__, which a subclass may have changed; DataLoader refuses to have these set as attributes.
     ordered.__dict__.update(
         sampler=index.tolist(),
         batch_sampler=batches,
-        batch_size=batch_size,
+        batch_size=size,
         drop_last=False,
         generator=None,
         persistent_workers=False,
         _iterator=None,
     )
-    if in_process:
+    if probing and loader.worker_init_fn is None:
         ordered.__dict__.update(num_workers=0, prefetch_factor=None, timeout=0)
+    elif probing:
+        ordered.__dict__.update(num_workers=min(1, loader.num_workers))
     for indices, batch in zip(batches, ordered, strict=True):
         yield torch.tensor(indices), batch
 
@@ -152,19 +163,37 @@ class CleanSubsetSampler(DistributedSampler[int]):
         rank: of this process.
         shuffle: whether to reshuffle in each epoch.
         seed: the same on every rank.
+        leave_no_single: with a batch size: leave out one index of the epoch where the last batch would hold but one,
+            on which batch norm cannot be trained. The size of the subset is not the user's choice.
 
     Example:
         >>> list(CleanSubsetSampler(torch.tensor([3, 5, 8]), num_replicas=1, rank=0, shuffle=False, seed=0))
         [3, 5, 8]
     """
 
-    def __init__(self, indices: Tensor, *, num_replicas: int, rank: int, shuffle: bool, seed: int) -> None:
+    def __init__(
+        self,
+        indices: Tensor,
+        *,
+        num_replicas: int,
+        rank: int,
+        shuffle: bool,
+        seed: int,
+        leave_no_single: int | None = None,
+    ) -> None:
         self.indices = indices.tolist()
         positions: Any = range(len(self.indices))
         super().__init__(positions, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)
 
+        size = leave_no_single or 1
+        single = size > 1 and self.num_samples > size and self.num_samples % size == 1
+        self.count = self.num_samples - int(single)
+
+    def __len__(self) -> int:
+        return self.count
+
     def __iter__(self) -> Iterator[int]:
-        return (self.indices[position] for position in super().__iter__())
+        return (self.indices[position] for position in itertools.islice(super().__iter__(), self.count))
 
 
 def shuffles(loader: DataLoader[Any]) -> bool:

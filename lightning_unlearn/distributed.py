@@ -25,8 +25,10 @@ def sum_over_ranks(strategy: ReducingStrategy) -> Reduce:
     """A function that sums a tensor over the ranks of a strategy. Every rank must call it, with equal shapes."""
 
     def reduce(part: Tensor) -> Tensor:
-        # A copy, since collectives write in place; on the strategy's device, since NCCL sees no other.
-        return strategy.reduce(part.detach().clone().to(strategy.root_device), reduce_op="sum").to(part.device)
+        # A copy, since collectives write in place; on the strategy's device, since NCCL sees no other. But not on MPS,
+        # which has no double precision and is never one of several devices.
+        device = part.device if strategy.root_device.type == "mps" else strategy.root_device
+        return strategy.reduce(part.detach().clone().to(device), reduce_op="sum").to(part.device)
 
     return reduce
 

@@ -325,13 +325,15 @@ def test_trace_records_calls_in_the_order_of_entry():
 
 
 def test_last_linear_is_the_last_that_is_called():
-    assert traced(ConvNet).last_linear() == "fc"  # "unused" comes later in the model, but is not called
+    assert (
+        traced(ConvNet).last_linear(traced(ConvNet).output.shape[1]) == "fc"
+    )  # "unused" comes later in the model, but is not called
 
 
 def test_a_model_without_linear_is_refused():
     model = nn.Sequential(nn.Conv2d(2, C, 6), nn.Flatten())
-    with pytest.raises(ValueError, match=r"calls at least one torch.nn.Linear, .* name the layer .* layer='...'"):
-        trace_forward(model, model, IMAGES).last_linear()
+    with pytest.raises(ValueError, match=r"calls a torch.nn.Linear with 3 outputs, .* name the layer with layer='...'"):
+        trace_forward(model, model, IMAGES).last_linear(3)
 
 
 def test_linear_refuses_another_layer():
@@ -373,15 +375,15 @@ def test_modules_before_leaves_out_those_that_contain_the_layer():
 
 def test_a_layer_that_is_not_reached_is_refused():
     with pytest.raises(ValueError, match=r"'unused' exists but is never reached in forward.*Layers that are reached: "):
-        check_reached(traced(ConvNet), "unused")
+        check_reached(traced(ConvNet), LayerPoint("unused"))
 
 
 def test_a_layer_that_is_called_twice_is_refused():
     trace = traced(ConvNet)
     assert len(trace.calls_of("shared")) == 2
     with pytest.raises(ValueError, match=r"'shared' is called 2 times in one forward pass, .* name a layer that is"):
-        check_reached(trace, "shared")
-    check_reached(trace, "fc")
+        check_reached(trace, LayerPoint("shared"))
+    check_reached(trace, LayerPoint("fc", "input"))
 
 
 # Activations

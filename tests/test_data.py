@@ -164,7 +164,7 @@ def test_batches_come_in_the_order_of_the_index(num_workers, in_process):
         persistent_workers=num_workers > 0,
     )
     index = torch.tensor([5, 0, 22, 7, 7, 3])
-    found = batches_of(loader, index, in_process=in_process)
+    found = batches_of(loader, index, probing=in_process)
     assert [indices for indices, _ in found] == [[5, 0, 22, 7], [7, 3]]
     for indices, (x, y) in found:
         assert x.tolist() == indices
@@ -179,7 +179,7 @@ def test_in_process_starts_no_worker():
     loader = DataLoader(Where(), batch_size=8, num_workers=1, prefetch_factor=4, timeout=30)
     index = torch.arange(8)
     assert [batch.any().item() for _, batch in indexed_batches(loader, index)] == [True]
-    assert [batch.any().item() for _, batch in indexed_batches(loader, index, in_process=True)] == [False]
+    assert [batch.any().item() for _, batch in indexed_batches(loader, index, probing=True)] == [False]
 
 
 def test_the_collate_function_of_the_user_is_used():
@@ -196,7 +196,7 @@ def test_a_subclass_with_a_required_argument_is_copied():
 
 @pytest.mark.parametrize(
     ("batch_sampler", "size"),
-    [(Bucketed(RandomSampler(numbers()), 6, drop_last=True), 6), (OddsThenEvens(), 1)],
+    [(Bucketed(RandomSampler(numbers()), 6, drop_last=True), 6), (OddsThenEvens(), N // 2)],
     ids=["with batch_size", "without"],
 )
 def test_a_batch_sampler_of_the_users_own_does_not_change_the_order(batch_sampler, size):
@@ -222,7 +222,7 @@ def test_the_loader_of_the_user_is_left_as_it_is(num_workers):
         attributes, state = dict(loader.__dict__), generator.get_state()
         if passes:
             batches_of(loader, torch.arange(N))
-            next(indexed_batches(loader, torch.arange(N), in_process=True))
+            next(indexed_batches(loader, torch.arange(N), probing=True))
         assert loader.__dict__ == attributes
         assert torch.equal(generator.get_state(), state)
         return [x.tolist() for x, _ in loader]
@@ -461,3 +461,16 @@ def test_restored_loader_draws_as_if_it_had_never_been_narrowed():
 
     assert orders(narrow=True) == orders(narrow=False)
     assert np.concatenate(orders(narrow=True)).size == 2 * N
+
+
+@pytest.mark.parametrize(("count", "size", "drawn"), [(9, 4, 8), (8, 4, 8), (10, 4, 10), (9, 1, 9), (1, 4, 1)])
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_no_batch_of_one_is_left_where_that_is_asked_for(count, size, drawn, replicas):
+    indices = torch.arange(100, 100 + count * replicas)
+    samplers = [
+        CleanSubsetSampler(indices, num_replicas=replicas, rank=rank, shuffle=True, seed=0, leave_no_single=size)
+        for rank in range(replicas)
+    ]
+    seen = [list(sampler) for sampler in samplers]
+    assert [len(order) for order in seen] == [len(sampler) for sampler in samplers] == [drawn] * replicas
+    assert set(itertools.chain.from_iterable(seen)) <= set(indices.tolist())

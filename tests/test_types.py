@@ -23,7 +23,7 @@ def make_partition(**changes):
 
 
 def make_evidence(n=4, **changes):
-    floats = {name: torch.zeros(n) for name in ("weight", "margin", "loss")}
+    floats = {name: torch.zeros(n) for name in ("weight", "support", "loss")}
     integers = {name: torch.zeros(n, dtype=torch.int64) for name in ("label", "prediction", "rival")}
     return Evidence(**({"index": torch.arange(n)} | floats | integers | changes))
 
@@ -136,8 +136,8 @@ def test_csv_of_all_puts_the_clean_samples_last(tmp_path):
 
 def test_evidence_rows_must_match_the_index():
     assert make_evidence(rows=torch.zeros(4, 9)).rows.shape == (4, 9)
-    with pytest.raises(ValueError, match=r"Evidence.margin must have one row per sample \(4\), but has shape \(3,\)"):
-        make_evidence(margin=torch.zeros(3))
+    with pytest.raises(ValueError, match=r"Evidence.support must have one row per sample \(4\), but has shape \(3,\)"):
+        make_evidence(support=torch.zeros(3))
     with pytest.raises(ValueError, match=r"Evidence.rows must have one row per sample \(4\), but has shape \(5, 9\)"):
         make_evidence(rows=torch.zeros(5, 9))
     with pytest.raises(ValueError, match=r"Evidence.loss .* but has shape \(\)"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from lightning_unlearn.callbacks._lightning import check_strategy, move_before_progress_bars, to_device, undisturbed
 from lightning_unlearn.capture import ForwardTrace, trace_forward
-from lightning_unlearn.data import check_labels, check_loader, indexed_batches, rank_share
+from lightning_unlearn.data import batch_size, check_labels, check_loader, indexed_batches, rank_share
 from lightning_unlearn.types import PartitionSource
 
 _MISSING_PARTNER = """{who} needs an AttributionPartitionCallback in the Trainer's callbacks, in any place, but found
@@ -54,9 +54,12 @@ class UnlearnCallback(Callback):
     ModelCheckpoint would store changed weights under the metric of the unchanged ones.
     """
 
+    _fitting = False
+
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit":
+        self._fitting = stage == "fit"
+        if not self._fitting:
             return
         check_strategy(trainer, type(self).__name__)
         # Trainer sets some of its attributes without declaring them.
@@ -71,6 +74,22 @@ class UnlearnCallback(Callback):
             # this.
             self.reset()
         self.check(trainer, pl_module)
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # Lightning also restores callbacks for test and validate, often from a checkpoint of an earlier epoch: what a
+        # fit has found must not be lost to that.
+        if self._fitting or not self.has_acted:
+            self.restore(state_dict)
+
+    @property
+    def has_acted(self) -> bool:
+        """Whether there is a result that a user may ask for."""
+        raise NotImplementedError
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes over the state that ``state_dict`` described."""
+        raise NotImplementedError
 
     def reset(self) -> None:
         """Forgets an earlier fit."""
@@ -123,15 +142,25 @@ def find_partition_source(trainer: Trainer, who: str) -> PartitionSource:
 def logits_of(pl_module: LightningModule, x: Any) -> Tensor:
     """The logits that ``forward`` returns.
 
+    Args:
+        pl_module: the user's; ``forward`` may return the logits, or a mapping or object that holds them as ``logits``.
+        x: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+
     Raises:
         TypeError: if it does not return a tensor (B, C) with at least two classes.
     """
-    logits = pl_module(*x) if isinstance(x, tuple) else pl_module(x)
+    if type(pl_module).forward is LightningModule.forward:
+        raise TypeError(
+            f"Expected {type(pl_module).__name__} to have a forward that returns logits, but it has none; add"
+            " `def forward(self, x): return self.net(x)`, which training_step may call too."
+        )
+    output = pl_module(*x) if isinstance(x, tuple) else pl_module(**x) if isinstance(x, dict) else pl_module(x)
+    logits = output.get("logits", output) if isinstance(output, Mapping) else getattr(output, "logits", output)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
         found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
         raise TypeError(
-            f"Expected forward of {type(pl_module).__name__} to return logits (B, C) with at least two classes, but it"
-            f" returned {found}."
+            f"Expected forward of {type(pl_module).__name__} to return logits (B, C) with at least two classes, or"
+            f" something that holds them as 'logits', but it returned {found}."
         )
     return logits
 
@@ -144,13 +173,13 @@ def train_loader(trainer: Trainer) -> DataLoader[Any]:
 def probe(trainer: Trainer, pl_module: LightningModule, source: PartitionSource) -> tuple[ForwardTrace, IndexedBatch]:
     """One forward pass over the first samples, to fail before hours of training and to see what calls what."""
     loader = train_loader(trainer)
-    index, weight = rank_share(len(loader.dataset), 0, 1)  # type: ignore[arg-type]  # its length has been checked
+    size = min(batch_size(loader), len(loader.dataset))  # type: ignore[arg-type]  # its length has been checked
     with undisturbed(trainer, pl_module), torch.no_grad():
-        indices, batch = next(indexed_batches(loader, index, in_process=True))
+        indices, batch = next(indexed_batches(loader, torch.arange(size), probing=True))
         x, label = source.split_batch(to_device(trainer, pl_module, batch))
         trace = trace_forward(pl_module, lambda value: logits_of(pl_module, value), x)
     label = check_labels(label, len(indices), trace.output.shape[1])
-    return trace, IndexedBatch(indices, weight[: len(indices)].to(label.device), x, label)
+    return trace, IndexedBatch(indices, torch.ones(len(indices), device=label.device), x, label)
 
 
 @torch.no_grad()

@@ -37,6 +37,11 @@ def check_strategy(trainer: Trainer, who: str) -> None:
             f"{who} works on a single device and with DDP, but the Trainer uses {type(trainer.strategy).__name__};"
             " use Trainer(strategy='ddp') or Trainer(devices=1)."
         )
+    if type(trainer.strategy.launcher).__name__ == "_MultiProcessingLauncher":
+        rank_zero_warn(
+            f"Under a spawning or forking strategy the fit runs in other processes, so what {who} finds stays there:"
+            " read it from a checkpoint, or from a callback's on_train_end, or use Trainer(strategy='ddp') in a script."
+        )
 
 
 def move_before_progress_bars(trainer: Trainer, callback: Any) -> None:

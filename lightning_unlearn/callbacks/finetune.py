@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.utils.data import BatchSampler, DataLoader
 from typing_extensions import override
 
 from lightning_unlearn.callbacks._base import UnlearnCallback, find_partition_source, probe, train_loader
@@ -25,7 +28,7 @@ from lightning_unlearn.callbacks._lightning import (
     rewrap_ddp,
 )
 from lightning_unlearn.capture import ForwardTrace, resolve_layer
-from lightning_unlearn.data import CleanSubsetSampler, NarrowedLoaders, check_loader, shuffles
+from lightning_unlearn.data import CleanSubsetSampler, NarrowedLoaders, batch_size, check_loader, shuffles
 from lightning_unlearn.types import MaskSource, PartitionSource
 
 MakeOptimizer = Callable[[Iterable[Any]], Optimizer]
@@ -113,6 +116,7 @@ class CleanSubsetFinetuneCallback(UnlearnCallback):
         self._source = find_partition_source(trainer, type(self).__name__)
         callbacks: list[Any] = getattr(trainer, "callbacks", [])
         self._masks = next((callback for callback in callbacks if isinstance(callback, MaskSource)), None)
+        _check_schedule(self.lr_scheduler)
         for name in self.layers or ():
             if not any(True for _ in resolve_layer(pl_module, name).parameters()):
                 raise ValueError(f"Expected layers to name modules with parameters, but '{name}' has none.")
@@ -129,7 +133,7 @@ class CleanSubsetFinetuneCallback(UnlearnCallback):
             seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
             loader = train_loader(trainer)
             self._order = {"shuffle": shuffles(loader), "seed": seed}
-            _check_batch_sampler(loader.batch_sampler)
+            _check_batch_sampler(loader)
         if self._makes_optimizer and not self.restart_optimizer and len(trainer.optimizers) != 1:
             raise MisconfigurationException(
                 "CleanSubsetFinetuneCallback can make a fresh optimizer in place of one, but the module has"
@@ -163,9 +167,10 @@ class CleanSubsetFinetuneCallback(UnlearnCallback):
     def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._swap.detach(trainer)
         self._narrowed.restore()
-        for parameter, requires_grad in self._thawed:
+        # The first entry of each is the oldest, and has the last word.
+        for parameter, requires_grad in reversed(self._thawed):
             parameter.requires_grad_(requires_grad)
-        for module, training in self._modes:
+        for module, training in reversed(self._modes):
             module.training = training
         self._thawed, self._modes = [], []
 
@@ -180,13 +185,18 @@ class CleanSubsetFinetuneCallback(UnlearnCallback):
             "order": dict(self._order),
         }
 
+    @property
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._done = state_dict["done"]
-        self._clean = state_dict["clean"]
-        self._frozen = {kind: list(names) for kind, names in state_dict["frozen"].items()}
-        self._remaining = state_dict["remaining"]
-        self._order = dict(state_dict["order"])
+    def has_acted(self) -> bool:
+        return self._clean is not None
+
+    @override
+    def restore(self, state: dict[str, Any]) -> None:
+        self._done = state["done"]
+        self._clean = state["clean"]
+        self._frozen = {kind: list(names) for kind, names in state["frozen"].items()}
+        self._remaining = state["remaining"]
+        self._order = dict(state["order"])
 
     @property
     def _makes_optimizer(self) -> bool:
@@ -223,9 +233,21 @@ class CleanSubsetFinetuneCallback(UnlearnCallback):
     def _batches_after(self, trainer: Trainer, clean: Tensor) -> int:
         loader = train_loader(trainer)
         batch_sampler: Any = loader.batch_sampler
-        per_rank = -(-len(clean) // trainer.world_size)
+        per_rank = len(self._sampler(trainer, loader, clean))
         size: int = batch_sampler.batch_size
         return limited_batches(trainer, per_rank // size if batch_sampler.drop_last else -(-per_rank // size))
+
+    def _sampler(self, trainer: Trainer, loader: DataLoader[Any], clean: Tensor) -> CleanSubsetSampler:
+        batch_sampler: Any = loader.batch_sampler
+        norms = any(isinstance(module, nn.modules.batchnorm._NormBase) for module in trainer.lightning_module.modules())
+        return CleanSubsetSampler(
+            clean,
+            num_replicas=trainer.world_size,
+            rank=trainer.global_rank,
+            shuffle=bool(self._order["shuffle"]),
+            seed=self._order["seed"],
+            leave_no_single=batch_sampler.batch_size if norms else None,
+        )
 
     def _attach(self, trainer: Trainer) -> None:
         clean = self._clean
@@ -233,18 +255,13 @@ class CleanSubsetFinetuneCallback(UnlearnCallback):
             return
 
         def narrow(loaders: Any) -> DataLoader[Any]:
-            sampler = CleanSubsetSampler(
-                clean,
-                num_replicas=trainer.world_size,
-                rank=trainer.global_rank,
-                shuffle=bool(self._order["shuffle"]),
-                seed=self._order["seed"],
-            )
+            loader = check_loader(loaders)
+            sampler = self._sampler(trainer, loader, clean)
             # A loader that a reload has replaced is not held on to.
             self._narrowed.restore()
             # Before Lightning makes an iterator, whose workers draw the first batches at once.
             sampler.set_epoch(next_epoch(trainer))
-            return self._narrowed.narrow(check_loader(loaders), sampler)
+            return self._narrowed.narrow(loader, sampler)
 
         self._swap.attach(trainer, narrow)
 
@@ -330,9 +347,38 @@ def _forget_schedule(optimizer: Optimizer) -> None:
             group.pop(key, None)
 
 
-def _check_batch_sampler(batch_sampler: Any) -> None:
+def _check_schedule(make: MakeScheduler | None) -> None:
+    """Refuses early a scheduler that could not be stepped later."""
+    if make is None:
+        return
+    try:
+        trial = make(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.9))
+    except Exception:  # it may need more than a stand-in has; the real one is made when fine-tuning starts
+        return
+    if isinstance(trial, ReduceLROnPlateau):
+        raise ValueError(
+            "Expected lr_scheduler to make a scheduler that is stepped without a metric, but it makes a"
+            " ReduceLROnPlateau; use another, or restart_optimizer=True with a configure_optimizers that returns one."
+        )
+
+
+def _check_batch_sampler(loader: DataLoader[Any]) -> None:
+    batch_sampler: Any = loader.batch_sampler
     if not (hasattr(batch_sampler, "batch_size") and hasattr(batch_sampler, "drop_last")):
         raise TypeError(
             "Expected the train loader's batch sampler to have .batch_size and .drop_last, as torch's BatchSampler has,"
             f" but {type(batch_sampler).__name__} has not, so the batches of the clean subset could not be counted."
+        )
+    if type(batch_sampler).__iter__ is BatchSampler.__iter__:
+        return
+    # Whether it draws what its sampler gives it, seen on a copy that is given one batch of samples.
+    few = list(range(batch_size(loader)))
+    trial = copy.copy(batch_sampler)
+    trial.sampler = few
+    with isolate_rng():
+        drawn = {index for batch in trial for index in batch}
+    if not drawn <= set(few):
+        raise TypeError(
+            f"Expected a batch sampler that draws what its .sampler gives it, but {type(batch_sampler).__name__} draws"
+            " other samples too, so it cannot be narrowed to the clean subset; use DataLoader(shuffle=...)."
         )

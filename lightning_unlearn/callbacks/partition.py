@@ -138,16 +138,18 @@ class AttributionPartitionCallback(UnlearnCallback):
 
     @override
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        trace, _ = probe(trainer, pl_module, self)
+        trace, first = probe(trainer, pl_module, self)
+        self._num_classes = trace.output.shape[1]
         if self.layer is None:
-            self._point = LayerPoint(trace.last_linear(), "input")
+            self._point = LayerPoint(trace.last_linear(self._num_classes), "input")
         else:
             self._point = LayerPoint(self.layer, "output")
-        check_reached(trace, self._point.name)
-        self._num_classes = trace.output.shape[1]
+        check_reached(trace, self._point)
+        _warn_of_probabilities(trace.output)
         known = self._partition.label if self._partition is not None else (self._gathered or {}).get("label")
         if known is not None:
             _check_same_size(len(known), len(train_loader(trainer).dataset))  # type: ignore[arg-type]  # has a length
+            _check_same_labels(known[first.index], first.label.cpu())
 
     @override
     def advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -185,11 +187,16 @@ class AttributionPartitionCallback(UnlearnCallback):
             "partition": None if self._partition is None else self._partition.state_dict(),
         }
 
+    @property
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._epochs_seen = list(state_dict["epochs_seen"])
-        self._gathered = state_dict["gathered"]
-        partition = state_dict["partition"]
+    def has_acted(self) -> bool:
+        return self._partition is not None
+
+    @override
+    def restore(self, state: dict[str, Any]) -> None:
+        self._epochs_seen = list(state["epochs_seen"])
+        self._gathered = state["gathered"]
+        partition = state["partition"]
         self._partition = None if partition is None else Partition.from_state_dict(partition)
 
     def _gather(self, trainer: Trainer, pl_module: LightningModule) -> Evidence:
@@ -256,10 +263,6 @@ class AttributionPartitionCallback(UnlearnCallback):
             for value in (verdict.clean_probability, verdict.suggested_label)
         )
         is_clean = probability >= self.threshold
-        kept = int(is_clean.sum())
-        warning = verdict.warning
-        if not warning and kept in (0, total):
-            warning = f"it calls {'none' if kept == 0 else 'all'} of the {total} samples clean"
         self._partition = Partition(
             clean_probability=probability.float().clamp(0, 1),
             is_clean=is_clean,
@@ -270,7 +273,7 @@ class AttributionPartitionCallback(UnlearnCallback):
             recipe=self.recipe.name,
             layer=str(self._point),
             epoch=trainer.current_epoch,
-            warning=warning,
+            warning=verdict.warning or _one_sided(is_clean, gathered["label"]),
         )
         self._gathered = None
 
@@ -300,9 +303,31 @@ def _check_same_size(before: int, now: int) -> None:
 
 def _check_same_data(before: Tensor, now: Tensor) -> None:
     _check_same_size(len(before), len(now))
+    _check_same_labels(before, now)
+
+
+def _check_same_labels(before: Tensor, now: Tensor) -> None:
     changed = int((before != now).sum())
     if changed:
         raise ValueError(
             f"Expected every dataset index to keep its label, but {changed} of {len(now)} changed since the last"
-            " evidence pass; labels must be fixed per index."
+            " evidence pass; labels must be fixed per index, also where a fit is resumed."
+        )
+
+
+def _one_sided(is_clean: Tensor, label: Tensor) -> str:
+    """Why a partition leaves too little to train on, or nothing out; else empty."""
+    kept, total = int(is_clean.sum()), len(is_clean)
+    if kept in (0, total):
+        return f"it calls {'none' if kept == 0 else 'all'} of the {total} samples clean"
+    before, after = label.bincount(), label[is_clean].bincount(minlength=int(label.max()) + 1)
+    lost = ((before > 0) & (after == 0)).nonzero().flatten().tolist()
+    return f"it keeps no sample of {'class' if len(lost) == 1 else 'the classes'} {str(lost)[1:-1]}" if lost else ""
+
+
+def _warn_of_probabilities(logits: Tensor) -> None:
+    if (logits >= 0).all() and ((logits.float().sum(dim=1) - 1).abs() < 1e-2).all():
+        rank_zero_warn(
+            "forward seems to return probabilities, whose differences say little where the model is sure; return logits"
+            " (or log-probabilities) for a better partition."
         )

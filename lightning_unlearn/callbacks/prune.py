@@ -114,15 +114,16 @@ class SensitivityPruneCallback(UnlearnCallback):
             return
         trace, _ = probe(trainer, pl_module, self._partition_source())
         if self.layer is not None:
-            check_reached(trace, self.layer)
             self._point = LayerPoint(self.layer, "output")
+            check_reached(trace, self._point)
+            _check_not_the_classes(trace, self.layer)
             self._names = {"layer": self.layer, "norm": trace.norm_after(self.layer), "consumer": None}
             with _naming(self.layer):
                 self._entries(pl_module, torch.zeros(0, dtype=torch.int64))
             return
-        head = trace.last_linear()
-        check_reached(trace, head)
+        head = trace.last_linear(trace.output.shape[1])
         self._point = LayerPoint(head, "input")
+        check_reached(trace, self._point)
         _check_amount(trace.linear(head).in_features, self.amount)
         self._names = {"layer": None, "norm": None, "consumer": head, **_feeder(trace, head)}
 
@@ -170,11 +171,16 @@ class SensitivityPruneCallback(UnlearnCallback):
             "mask": None if mask is None else {"layer": mask.layer, "keep": mask.keep, "sensitivity": mask.sensitivity},
         }
 
+    @property
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._done = state_dict["done"]
-        self._names = dict(state_dict["names"])
-        mask = state_dict["mask"]
+    def has_acted(self) -> bool:
+        return self._mask is not None
+
+    @override
+    def restore(self, state: dict[str, Any]) -> None:
+        self._done = state["done"]
+        self._names = dict(state["names"])
+        mask = state["mask"]
         self._mask = None if mask is None else NeuronMask(**mask)
 
     def _partition_source(self) -> PartitionSource:
@@ -189,7 +195,11 @@ class SensitivityPruneCallback(UnlearnCallback):
         self._hold(trainer, pl_module, self._mask)
         pruned = self._mask.pruned_indices()
         if len(pruned) == 0:
-            rank_zero_warn(f"No neuron of '{self._mask.layer}' tells noise from clean samples, so none was pruned.")
+            rank_zero_warn(
+                f"No neuron was pruned: amount={self.amount} of the {int((sensitivity != 0).sum())} neurons of"
+                f" '{self._mask.layer}' whose activation varies is less than one."
+            )
+            return
         rank_zero_info(
             f"Pruned {len(pruned)} of {len(self._mask.keep)} neurons of '{self._mask.layer}', the most sensitive to"
             f" noise (standardised coefficients up to {self._mask.sensitivity.abs().max():.3f})."
@@ -241,7 +251,7 @@ class SensitivityPruneCallback(UnlearnCallback):
         """The mask, with the feeding layer left alone where zeroing its rows does not silence the head's inputs.
 
         It does not where something adds to them in between, such as a residual connection; then the columns of the head
-        alone are pruned, which silences the neurons for certain. Every rank sees the same batch.
+        alone are pruned, which silences the neurons for certain.
         """
         if self._names["consumer"] is None or self._names["layer"] is None:
             return mask
@@ -253,6 +263,8 @@ class SensitivityPruneCallback(UnlearnCallback):
             with tap(pl_module, point) as take:
                 probe(trainer, pl_module, source)
                 silent = bool((_neurons(pl_module, point, take())[:, pruned] == 0).all())
+                # Augmentation may show each rank another batch.
+                silent = trainer.strategy.reduce_boolean_decision(silent, all=True)
         finally:
             with torch.no_grad():
                 for entry, value in zip(entries, before, strict=True):
@@ -293,6 +305,16 @@ def _naming(layer: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"SensitivityPruneCallback cannot prune layer '{layer}'. {error}") from None
+
+
+def _check_not_the_classes(trace: ForwardTrace, layer: str) -> None:
+    call = trace.calls_of(layer)[0]
+    classes = trace.output.shape[1]
+    if call.output is trace.output or (neuron_count(call.module) == classes and layer == trace.last_linear(classes)):
+        raise ValueError(
+            f"SensitivityPruneCallback cannot prune layer '{layer}': its {classes} outputs are the classes. Leave layer"
+            " out to prune the neurons that it takes as input."
+        )
 
 
 def _check_amount(neurons: int, amount: float) -> None:

@@ -159,16 +159,18 @@ class _TruePartition(L.Callback):
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Lightning's lines about hardware and loaders, which the demo's table does not need."""
+    """Without Lightning's lines about hardware and loaders; on one thread, as more would only wait for each other."""
     logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
+    level, threads = logger.level, torch.get_num_threads()
     logger.setLevel(logging.ERROR)
+    torch.set_num_threads(1)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logger.setLevel(level)
+        torch.set_num_threads(threads)
 
 
 def _trainer(epochs: int, callbacks: list[L.Callback], steps: int = -1) -> L.Trainer:

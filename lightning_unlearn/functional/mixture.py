@@ -188,7 +188,10 @@ def standardise(rows: Tensor, weight: Tensor, reduce: Reduce = no_reduce) -> Ten
         squares += chunk_weight @ (chunk.double() - mean).square()
     scale = (reduce(squares) / total[-1]).sqrt()
     scale = torch.where(scale > 1e-12 * mean.abs().clamp(min=1e-300), scale, torch.inf)
-    return ((rows - mean) / scale).to(rows.dtype)
+    standardised = torch.empty_like(rows)
+    for chunk, out in zip(torch.split(rows, CHUNK), torch.split(standardised, CHUNK), strict=True):
+        out.copy_((chunk - mean) / scale)
+    return standardised
 
 
 def fit_mixture(
@@ -236,6 +239,8 @@ def fit_mixture(
     centre = _maximise(_moments(rows, weight, whole, 0.0).reduced(reduce), reg_covar=0.0).mean[0]
     start = _maximise(_moments(rows, weight, whole, centre).reduced(reduce), reg_covar=0.0)
     axis = torch.linalg.eigh(start.covariance[0]).eigenvectors[:, -1]
+    # An eigenvector's sign is the solver's choice, which another rank's library may make otherwise.
+    axis = axis * axis[axis.abs().argmax()].sign()
 
     def halves(x: Tensor) -> tuple[Tensor, Tensor]:
         above = (x @ axis > 0).to(x.dtype)

@@ -12,7 +12,7 @@ import torch
 from lightning_unlearn import AttributionPartitionCallback
 from tests.toys import Blobs, BlobsData, IndexRecorder, Toy, fit, mlp, trio, weights
 
-AT = 2
+AT = 5
 
 
 def still(module):
@@ -56,7 +56,7 @@ def run(folder, devices, scenario):
     data, watch = Blobs(101), Watched()
     record = IndexRecorder(data)
     if scenario == "fails":
-        fit(Toy(), BlobsData(data), [Failing(at_epoch=AT)], **distributed)
+        fit(Toy(), BlobsData(data), [Failing(at_epoch=AT)], max_epochs=AT + 2, **distributed)
         return
     settings = {
         "still": {"net": pretrained, "optimizer": still, "finetune": {}},
@@ -67,7 +67,9 @@ def run(folder, devices, scenario):
     recipe = settings.get("recipe", "label")
     partition, prune, finetune = trio(AT, finetune=settings["finetune"], recipe=recipe)
     module = Toy(settings["net"], **({"optimizer": settings["optimizer"]} if "optimizer" in settings else {}))
-    trainer = fit(module, BlobsData(data), [finetune, record, prune, watch, partition], **distributed)
+    trainer = fit(
+        module, BlobsData(data), [finetune, record, prune, watch, partition], max_epochs=AT + 2, **distributed
+    )
     torch.save(
         {
             "partition": partition.partition.state_dict(),

@@ -77,7 +77,7 @@ def test_the_ranks_share_the_clean_subset(ranks, scenario):
     assert 10 < len(clean) < 101
     for epoch in range(AT):
         assert set(one["read"][epoch]) | set(other["read"][epoch]) == set(range(101))
-    for epoch in range(AT, 4):
+    for epoch in range(AT, AT + 2):
         first, second = one["read"][epoch], other["read"][epoch]
         assert set(first) | set(second) == clean
         assert len(first) == len(second) == (len(clean) + 1) // 2

@@ -1,5 +1,6 @@
 import gc
 import weakref
+from dataclasses import replace
 from functools import partial
 
 import lightning as L
@@ -8,11 +9,24 @@ import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, StepLR
-from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback
 from lightning_unlearn.data import CleanSubsetSampler
-from tests.toys import Blobs, BlobsData, IndexRecorder, Residual, Toy, adamw, convnet, fit, sgd, trio, weights
+from tests.toys import (
+    Blobs,
+    BlobsData,
+    IndexRecorder,
+    Residual,
+    Toy,
+    adamw,
+    convnet,
+    fit,
+    make_trainer,
+    sgd,
+    trio,
+    weights,
+)
 
 # Blobs() has 203 samples, 50 of which are wrong and found to be: 13 batches of 16, then 10.
 FULL, CLEAN = 13, 10
@@ -464,3 +478,71 @@ def test_is_active_says_whether_training_draws_from_the_subset():
     finetune = CleanSubsetFinetuneCallback()
     fit(Toy(), BlobsData(Blobs()), [finetune, AttributionPartitionCallback(at_epoch=2), Asks()])
     assert active == [False, False, True, True]
+
+
+def plain():
+    return nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
+class FirstKept(AttributionPartitionCallback):
+    """Calls the first so many samples clean."""
+
+    kept = 0
+
+    def _publish(self, trainer, evidence, verdict):
+        order = torch.arange(len(evidence.index)).argsort()
+        clean = (order < self.kept).float()
+        super()._publish(trainer, evidence, replace(verdict, clean_probability=clean, warning=""))
+
+
+@pytest.mark.parametrize(("net", "batches"), [(convnet, 4), (plain, 5)], ids=["batch norm", "no batch norm"])
+def test_a_last_batch_of_one_is_left_out_where_batch_norm_could_not_be_trained(net, batches):
+    partition, finetune = FirstKept(at_epoch=1), CleanSubsetFinetuneCallback()
+    partition.kept = 65
+    module = Toy(net)
+    fit(module, BlobsData(Blobs(image=net is convnet)), [partition, finetune], max_epochs=2)
+    assert module.steps_by_epoch == {0: FULL, 1: batches}
+
+
+class OwnOrder(BatchSampler):
+    """Balances the classes in its own way, whatever its sampler says."""
+
+    def __iter__(self):
+        return iter([list(range(i, i + 16)) for i in range(0, 96, 16)])
+
+
+def test_a_batch_sampler_that_does_not_listen_to_its_sampler_is_refused():
+    data = Blobs()
+    loader = DataLoader(data, batch_sampler=OwnOrder(RandomSampler(data), 16, False))
+    module = Toy()
+    with pytest.raises(TypeError, match=r"draws what its \.sampler gives it, but OwnOrder draws other samples too"):
+        fit(module, loader, partition_and_finetune())
+    assert module.steps == 0
+
+
+def test_a_scheduler_that_needs_a_metric_is_refused_before_the_first_step():
+    make = torch.optim.lr_scheduler.ReduceLROnPlateau
+    module = Toy()
+    with pytest.raises(ValueError, match="makes a ReduceLROnPlateau; use another"):
+        fit(module, BlobsData(Blobs()), partition_and_finetune(lr=0.1, lr_scheduler=make))
+    assert module.steps == 0
+
+
+def test_gradients_are_asked_for_again_after_a_failure_and_a_second_fit():
+    class FailsOnce:
+        failed = False
+
+        def __call__(self, parameters):
+            if not self.failed:
+                self.failed = True
+                raise Halts
+            return torch.optim.SGD(parameters, lr=0.01)
+
+    module, data = Toy(), BlobsData(Blobs())
+    callbacks = trio(2, finetune={"mode": "layers", "optimizer": FailsOnce()})
+    trainer = make_trainer(callbacks)
+    with pytest.raises(Halts):
+        trainer.fit(module, datamodule=data)
+    assert all(parameter.requires_grad for parameter in module.parameters())
+    trainer.fit(module, datamodule=data)
+    assert all(parameter.requires_grad for parameter in module.parameters())

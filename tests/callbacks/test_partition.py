@@ -1,5 +1,7 @@
 import csv
 import re
+from dataclasses import replace
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -7,7 +9,7 @@ import torch
 from captum.attr import LayerGradientXActivation
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, get_worker_info
 
 from lightning_unlearn import AttributionPartitionCallback, Partition
 from tests.toys import CLASSES, Blobs, BlobsData, Swapped, Toy, adamw, auroc, convnet, fit, mlp
@@ -292,3 +294,113 @@ def test_a_dataset_whose_labels_change_between_passes_is_refused():
 
     with pytest.raises(ValueError, match=r"every dataset index to keep its label, but \d+ of 203 changed"):
         fit(Toy(), BlobsData(Drifting()), [AttributionPartitionCallback(at_epoch=3)])
+
+
+class Dressed(Toy):
+    """Returns its logits in something, as Hugging Face models do."""
+
+    as_mapping = True
+
+    def forward(self, x):
+        logits = self.net(x)
+        return {"logits": logits, "loss": None} if self.as_mapping else SimpleNamespace(logits=logits)
+
+    def training_step(self, batch):
+        x, y = batch
+        return nn.functional.cross_entropy(self.net(x), y)
+
+
+@pytest.mark.parametrize("as_mapping", [True, False])
+def test_logits_may_come_in_a_mapping_or_an_object(as_mapping):
+    plain, dressed = AttributionPartitionCallback(at_epoch=2), AttributionPartitionCallback(at_epoch=2)
+    fit(Toy(), BlobsData(Blobs()), [plain], max_epochs=3, limit_val_batches=0)
+    module = Dressed()
+    module.as_mapping = as_mapping
+    fit(module, BlobsData(Blobs()), [dressed], max_epochs=3, limit_val_batches=0)
+    assert dressed.partition.clean_probability.equal(plain.partition.clean_probability)
+
+
+def test_the_input_may_be_keyword_arguments():
+    plain = AttributionPartitionCallback(at_epoch=2)
+    named = AttributionPartitionCallback(at_epoch=2, batch_to_xy=lambda batch: ({"x": batch[0]}, batch[1]))
+    for callback in (plain, named):
+        fit(Toy(), BlobsData(Blobs()), [callback], max_epochs=3)
+    assert named.partition.clean_probability.equal(plain.partition.clean_probability)
+
+
+def test_a_module_without_forward_is_told_to_have_one():
+    class NoForward(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp()
+
+        def training_step(self, batch):
+            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    with pytest.raises(TypeError, match="Expected NoForward to have a forward that returns logits, but it has none"):
+        fit(NoForward(), BlobsData(Blobs()), [AttributionPartitionCallback(at_epoch=2)], limit_val_batches=0)
+
+
+def test_probabilities_instead_of_logits_are_warned_of():
+    with pytest.warns(UserWarning, match="forward seems to return probabilities"):
+        fit(
+            Toy(lambda: nn.Sequential(mlp(), nn.Softmax(1))),
+            BlobsData(Blobs()),
+            [AttributionPartitionCallback(at_epoch=2)],
+        )
+
+
+def test_a_partition_that_loses_a_class_is_not_acted_upon():
+    class Loses(AttributionPartitionCallback):
+        def _publish(self, trainer, evidence, verdict):
+            kept = (evidence.label != 2).float()
+            super()._publish(trainer, evidence, replace(verdict, clean_probability=kept))
+
+    partition = Loses(at_epoch=1)
+    with pytest.warns(UserWarning, match="not acted upon, .*: it keeps no sample of class 2"):
+        fit(Toy(), BlobsData(Blobs()), [partition], max_epochs=2)
+    assert not partition.partition.is_actionable
+
+
+def test_a_linear_called_after_the_head_is_not_taken_for_it():
+    class SideTrack(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.head, self.side = nn.Linear(16, 8), nn.Linear(8, 4), nn.Linear(8, 1)
+
+        def forward(self, x):
+            z = self.fc(x).relu()
+            logits = self.head(z)
+            self.seen = self.side(z)
+            return logits
+
+    callback = AttributionPartitionCallback(at_epoch=1)
+    fit(Toy(SideTrack), BlobsData(Blobs()), [callback], max_epochs=2)
+    assert callback.partition.layer == "input of 'net.head'"
+
+
+def test_files_opened_by_a_worker_are_there_in_the_first_look_too():
+    data = NeedsWorker(Blobs())
+    loader = DataLoader(data, batch_size=16, shuffle=True, num_workers=1, worker_init_fn=open_file)
+    callback = AttributionPartitionCallback(at_epoch=1)
+    fit(Toy(), loader, [callback], max_epochs=2)
+    assert callback.partition.label.equal(data.inner.y)
+
+
+class NeedsWorker(Dataset):
+    def __init__(self, inner):
+        self.inner, self.file = inner, None
+
+    def __len__(self):
+        return len(self.inner)
+
+    def __getitem__(self, index):
+        return self.file[index]
+
+
+def open_file(_):
+    dataset = get_worker_info().dataset
+    dataset.file = dataset.inner

@@ -166,7 +166,7 @@ def naive_sensitivity(activation, target):
     [
         (mlp, False, None, "label", 2),
         (mlp, False, "net.0", "label", 2),
-        (convnet, True, "net.0", "label", 2),
+        (convnet, True, "net.0", "label", 5),
         (convnet, True, "net.6", "rlap", 1),
     ],
 )
@@ -324,3 +324,28 @@ def test_by_default_a_feeding_layer_that_cannot_be_pruned_is_left_alone(net):
     assert prune.mask.layer == "net.head"
     assert (module.net.head.weight[:, prune.mask.pruned_indices()] == 0).all()
     assert len(prune.mask.pruned_indices()) == 4
+
+
+def test_the_classes_themselves_are_not_pruned():
+    module = Toy()
+    partition, prune, _ = trio(1, prune={"layer": "net.7", "amount": 0.5})
+    with pytest.raises(ValueError, match=r"cannot prune layer 'net.7': its 4 outputs are the classes. Leave layer out"):
+        fit(module, BlobsData(Blobs()), [partition, prune])
+    assert module.steps == 0
+
+
+def test_less_than_one_live_neuron_prunes_none_and_says_why():
+    class Dead(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.head = nn.Linear(16, 20), nn.Linear(20, 4)
+            with torch.no_grad():
+                self.fc.bias[3:] = -1e4
+
+        def forward(self, x):
+            return self.head(self.fc(x).relu())
+
+    partition, prune, _ = trio(1, prune={"amount": 0.1})
+    with pytest.warns(UserWarning, match=r"No neuron was pruned: amount=0.1 of the 3 neurons of 'net.fc' whose"):
+        fit(Toy(Dead), BlobsData(Blobs()), [partition, prune], max_epochs=2)
+    assert prune.mask.keep.all()

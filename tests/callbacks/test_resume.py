@@ -117,19 +117,19 @@ def test_the_clean_subset_is_drawn_in_the_same_order_with_workers(tmp_path):
 
 def test_a_validation_interval_longer_than_the_subset_survives(tmp_path):
     keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
-    fit(Toy(), BlobsData(Blobs(101)), [*trio(1), keep], enable_checkpointing=True, val_check_interval=7, max_epochs=3)
-    module, callbacks = Toy(), trio(1)
+    fit(Toy(), BlobsData(Blobs(101)), [*trio(3), keep], enable_checkpointing=True, val_check_interval=7, max_epochs=5)
+    module, callbacks = Toy(), trio(3)
     with pytest.warns(UserWarning, match="fewer than val_check_interval=7"):
         fit(
             module,
             BlobsData(Blobs(101)),
             callbacks,
             val_check_interval=7,
-            max_epochs=4,
-            ckpt_path=tmp_path / "epoch=1.ckpt",
+            max_epochs=6,
+            ckpt_path=tmp_path / "epoch=3.ckpt",
         )
-    assert module.steps_by_epoch == dict.fromkeys((2, 3), -(-len(callbacks[0].partition.clean_indices()) // 16))
-    assert module.validations_by_epoch == {2: 1, 3: 1}
+    assert module.steps_by_epoch == dict.fromkeys((4, 5), -(-len(callbacks[0].partition.clean_indices()) // 16))
+    assert module.validations_by_epoch == {4: 1, 5: 1}
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def test_another_number_of_samples_is_refused(checkpoints, epoch, size):
 
 
 def test_a_new_fit_with_the_same_callbacks_starts_anew():
-    callbacks = trio(2, finetune={"mode": "layers", "lr": 0.01})
+    callbacks = trio(3, finetune={"mode": "layers", "lr": 0.01})
     first, partitions, masks = [], [], []
     for seed in (0, 1, 0):
         module = Toy(lambda: mlp(0.2))
@@ -176,3 +176,22 @@ def test_the_same_trainer_goes_on_where_it_stopped():
     assert callbacks[0].partition is drawn
     assert sorted(record.by_epoch[5]) == drawn.clean_indices().tolist()
     assert (module.net[4].weight[callbacks[1].mask.pruned_indices()] == 0).all()
+
+
+def test_testing_an_earlier_checkpoint_does_not_lose_what_the_fit_found(tmp_path):
+    keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    callbacks = trio(3)
+    module = Toy()
+    trainer = fit(module, BlobsData(Blobs()), [*callbacks, keep], enable_checkpointing=True)
+    drawn, mask = callbacks[0].partition, callbacks[1].mask
+    trainer.validate(module, BlobsData(Blobs()), ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False)
+    assert callbacks[0].partition is drawn
+    assert callbacks[1].mask is mask
+    assert callbacks[2].is_active
+
+
+def test_other_labels_of_the_same_number_are_refused_on_resume(checkpoints):
+    module = Toy()
+    with pytest.raises(ValueError, match=r"every dataset index to keep its label, but \d+ of 16 changed"):
+        fit(module, BlobsData(Blobs(101, seed=1)), trio(2), ckpt_path=checkpoints / "epoch=2.ckpt")
+    assert module.steps == 0

@@ -87,14 +87,18 @@ class ForwardTrace:
             raise TypeError(f"Expected '{name}' to be a Linear, but it is a {type(module).__name__}.")
         return module
 
+    def heads(self, num_classes: int) -> list[str]:
+        """Dotted paths of the Linears with as many outputs as classes, in the order of the calls."""
+        linears = [call for call in self.calls if isinstance(call.module, nn.Linear)]
+        return [call.name for call in linears if call.module.out_features == num_classes]
+
     def last_linear(self, num_classes: int) -> str:
         """Dotted path of the last Linear with as many outputs as classes that ``forward`` calls: the head.
 
         Raises:
             ValueError: if it calls none.
         """
-        linears = [call for call in self.calls if isinstance(call.module, nn.Linear)]
-        names = [call.name for call in linears if call.module.out_features == num_classes]
+        names = self.heads(num_classes)
         if not names:
             raise ValueError(
                 f"Expected a model that calls a torch.nn.Linear with {num_classes} outputs, one for each class, but"

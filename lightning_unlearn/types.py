@@ -93,7 +93,7 @@ class Partition:
         ...     suggested_label=torch.tensor([3, 1]),
         ...     noise_rate=0.45,
         ...     label=torch.tensor([3, 7]),
-        ...     label_evidence=torch.tensor([4.0, -2.0]),
+        ...     label_evidence=torch.tensor([0.9, 0.1]),
         ...     recipe="label",
         ...     layer="input of 'fc'",
         ...     epoch=5,

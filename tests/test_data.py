@@ -153,8 +153,8 @@ def batches_of(loader, index, **kwargs):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("in_process", [False, True])
-def test_batches_come_in_the_order_of_the_index(num_workers, in_process):
+@pytest.mark.parametrize("probing", [False, True])
+def test_batches_come_in_the_order_of_the_index(num_workers, probing):
     loader = DataLoader(
         Doubling(),
         batch_size=4,
@@ -164,14 +164,14 @@ def test_batches_come_in_the_order_of_the_index(num_workers, in_process):
         persistent_workers=num_workers > 0,
     )
     index = torch.tensor([5, 0, 22, 7, 7, 3])
-    found = batches_of(loader, index, probing=in_process)
+    found = batches_of(loader, index, probing=probing)
     assert [indices for indices, _ in found] == [[5, 0, 22, 7], [7, 3]]
     for indices, (x, y) in found:
         assert x.tolist() == indices
         assert y.tolist() == [10 * i for i in indices]
 
 
-def test_in_process_starts_no_worker():
+def test_probing_starts_no_worker():
     class Where(Doubling):
         def __getitem__(self, index):
             return torch.tensor(torch.utils.data.get_worker_info() is not None)

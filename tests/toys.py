@@ -204,6 +204,20 @@ class Toy(L.LightningModule):
         return self.make_optimizer(self)
 
 
+class Plain(L.LightningModule):
+    """The same network in a module of a team that has not heard of this package, without a ``forward``."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+
+    def training_step(self, batch):
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
 class IndexRecorder(L.Callback):
     """The dataset indices of every training batch, by epoch.
 

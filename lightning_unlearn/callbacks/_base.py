@@ -126,6 +126,29 @@ class UnlearnCallback(Callback):
         self.undo(trainer, pl_module)
 
 
+class PartitionConsumer(UnlearnCallback):
+    """Acts on the partition that another callback of the Trainer publishes."""
+
+    @override
+    def reset(self) -> None:
+        self._source: PartitionSource | None = None
+
+    @override
+    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._source = find_partition_source(trainer, type(self).__name__)
+
+    @property
+    def source(self) -> PartitionSource:
+        """The callback that publishes the partition.
+
+        Raises:
+            RuntimeError: before a Trainer has set this callback up.
+        """
+        if self._source is None:
+            raise RuntimeError(f"{type(self).__name__} must be set up by a Trainer first.")
+        return self._source
+
+
 def find_partition_source(trainer: Trainer, who: str) -> PartitionSource:
     """The one callback of the Trainer that publishes a partition.
 
@@ -173,8 +196,8 @@ def train_loader(trainer: Trainer) -> DataLoader[Any]:
 def probe(trainer: Trainer, pl_module: LightningModule, source: PartitionSource) -> tuple[ForwardTrace, IndexedBatch]:
     """One forward pass over the first samples, to fail before hours of training and to see what calls what."""
     loader = train_loader(trainer)
-    size = min(batch_size(loader), len(loader.dataset))  # type: ignore[arg-type]  # its length has been checked
     with undisturbed(trainer, pl_module), torch.no_grad():
+        size = min(batch_size(loader), len(loader.dataset))  # type: ignore[arg-type]  # its length has been checked
         indices, batch = next(indexed_batches(loader, torch.arange(size), probing=True))
         x, label = source.split_batch(to_device(trainer, pl_module, batch))
         trace = trace_forward(pl_module, lambda value: logits_of(pl_module, value), x)

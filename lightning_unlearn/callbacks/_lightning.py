@@ -1,8 +1,9 @@
 """What the callbacks need of Lightning beyond its hooks, and all of its private API that they touch.
 
 Private names, checked on lightning 2.5.0 to 2.6.6 (``tests/callbacks/test_lightning.py`` fails when one goes missing):
-``FitLoop._data_source``, ``FitLoop._combined_loader``, ``LightningModule._on_before_batch_transfer``, and
-``_average_model`` of ``StochasticWeightAveraging`` and (from 2.6) of ``WeightAveraging``.
+``FitLoop._data_source``, ``FitLoop._combined_loader``, ``LightningModule._on_before_batch_transfer``, the name of
+``_MultiProcessingLauncher``, and ``_average_model`` of ``StochasticWeightAveraging`` and (from 2.6) of
+``WeightAveraging``.
 """
 
 from __future__ import annotations
@@ -143,6 +144,11 @@ class TrainDataSwap:
             loop.setup_data()
         finally:
             source.dataloader = lambda: changed(original())
+
+    def ask_again(self, trainer: Trainer) -> None:
+        """Has Lightning ask for the loader when the loop starts, also where ``configure_optimizers`` has asked."""
+        loop: Any = trainer.fit_loop
+        loop._combined_loader = None
 
     def _fit_val_check_interval(self, trainer: Trainer, num_batches: int) -> None:
         # Lightning would raise, mid-run, if an integer interval exceeds the number of batches.

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import BatchSampler, DataLoader
 from typing_extensions import override
 
-from lightning_unlearn.callbacks._base import UnlearnCallback, find_partition_source, probe, train_loader
+from lightning_unlearn.callbacks._base import PartitionConsumer, probe, train_loader
 from lightning_unlearn.callbacks._lightning import (
     TrainDataSwap,
     limited_batches,
@@ -29,13 +29,13 @@ from lightning_unlearn.callbacks._lightning import (
 )
 from lightning_unlearn.capture import ForwardTrace, resolve_layer
 from lightning_unlearn.data import CleanSubsetSampler, NarrowedLoaders, batch_size, check_loader, shuffles
-from lightning_unlearn.types import MaskSource, PartitionSource
+from lightning_unlearn.types import MaskSource
 
 MakeOptimizer = Callable[[Iterable[Any]], Optimizer]
 MakeScheduler = Callable[[Optimizer], LRScheduler]
 
 
-class CleanSubsetFinetuneCallback(UnlearnCallback):
+class CleanSubsetFinetuneCallback(PartitionConsumer):
     """From the partition on, trains on the clean subset only (RLAP, step 5).
 
     The loader stays the user's own (class, workers, collate function, transforms); only the indices it draws from
@@ -96,7 +96,7 @@ class CleanSubsetFinetuneCallback(UnlearnCallback):
 
     @override
     def reset(self) -> None:
-        self._source: PartitionSource | None = None
+        super().reset()
         self._masks: MaskSource | None = None
         self._clean: Tensor | None = None
         self._frozen: dict[str, list[str]] = {"parameters": [], "norms": []}
@@ -113,7 +113,7 @@ class CleanSubsetFinetuneCallback(UnlearnCallback):
 
     @override
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._source = find_partition_source(trainer, type(self).__name__)
+        super().check(trainer, pl_module)
         callbacks: list[Any] = getattr(trainer, "callbacks", [])
         self._masks = next((callback for callback in callbacks if isinstance(callback, MaskSource)), None)
         _check_schedule(self.lr_scheduler)
@@ -142,8 +142,7 @@ class CleanSubsetFinetuneCallback(UnlearnCallback):
 
     @override
     def advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        source = self._partition_source()
-        partition = source.pull_partition(trainer, pl_module)
+        partition = self.source.pull_partition(trainer, pl_module)
         if not self._done and partition is not None:
             if self._masks is not None:
                 self._masks.pull_mask(trainer, pl_module)
@@ -159,9 +158,7 @@ class CleanSubsetFinetuneCallback(UnlearnCallback):
         if self.is_active:
             self._attach(trainer)
             self._train_from_here(trainer, pl_module)
-            # A loader that configure_optimizers asked for already is asked for again when the loop starts.
-            loop: Any = trainer.fit_loop
-            loop._combined_loader = None
+            self._swap.ask_again(trainer)
 
     @override
     def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -201,11 +198,6 @@ class CleanSubsetFinetuneCallback(UnlearnCallback):
     @property
     def _makes_optimizer(self) -> bool:
         return self.lr is not None or self.optimizer is not None or self.restart_optimizer
-
-    def _partition_source(self) -> PartitionSource:
-        if self._source is None:
-            raise RuntimeError("CleanSubsetFinetuneCallback must be set up by a Trainer first.")
-        return self._source
 
     def _start(self, trainer: Trainer, pl_module: LightningModule, clean: Tensor) -> None:
         batches = self._batches_after(trainer, clean)
@@ -276,7 +268,7 @@ class CleanSubsetFinetuneCallback(UnlearnCallback):
             return {"parameters": frozen, "norms": [n for n in norms if not f"{n}.".startswith(inside)]}
         if self._masks is None:
             raise RuntimeError("There is no layer to train from; this is an error in lightning_unlearn.")
-        trace, _ = probe(trainer, pl_module, self._partition_source())
+        trace, _ = probe(trainer, pl_module, self.source)
         trained = _TrainedFrom(trace, self._masks.target_layer())
         frozen = [name for name in parameters if not trained.has(name.rpartition(".")[0])]
         return {"parameters": frozen, "norms": [name for name in norms if not trained.has(name)]}

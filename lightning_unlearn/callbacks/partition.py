@@ -39,8 +39,8 @@ class AttributionPartitionCallback(UnlearnCallback):
     Where the training set has random augmentation, the scores are those of augmented samples.
 
     Args:
-        layer: dotted path of the layer whose output is attributed; by default the input of the last Linear that
-            ``forward`` calls.
+        layer: dotted path of the layer whose output is attributed; by default the input of the last Linear with an
+            output per class that ``forward`` calls.
         at_epoch: number of complete epochs after which the partition is drawn; epoch ``at_epoch`` (counted from 0) is
             the first that can be trained on the clean subset.
         recipe: ``"label"``: a mixture on the support of the given label (from its margin attribution), averaged over
@@ -49,8 +49,8 @@ class AttributionPartitionCallback(UnlearnCallback):
             validation pass over the training set. What has been memorised no longer shows, so recipes that average gain
             from early passes.
         threshold: samples with a probability below it are not clean.
-        batch_to_xy: from a batch on the device to ``(x, y)``: the input of ``forward`` (a tensor, or a tuple of its
-            arguments) and the labels, (B,) int64. By default the batch itself must be ``(x, y)``.
+        batch_to_xy: from a batch on the device to ``(x, y)``: the input of ``forward`` (a tensor, or a tuple or dict
+            of its arguments) and the labels, (B,) int64. By default the batch itself must be ``(x, y)``.
 
     Raises:
         ValueError: for arguments out of range, here; for an unknown layer when the fit is set up; for a layer that is

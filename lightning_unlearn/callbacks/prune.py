@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_unlearn.callbacks._base import UnlearnCallback, find_partition_source, logits_of, probe, training_set
+from lightning_unlearn.callbacks._base import PartitionConsumer, logits_of, probe, training_set
 from lightning_unlearn.callbacks._lightning import averaged_models, log_values, undisturbed
 from lightning_unlearn.capture import (
     ForwardTrace,
@@ -28,10 +28,13 @@ from lightning_unlearn.capture import (
 from lightning_unlearn.distributed import sum_over_ranks
 from lightning_unlearn.functional.sensitivity import RegressionSums, regression_sums, select_neurons, solve_sensitivity
 from lightning_unlearn.masking import NeuronPruning, PrunedEntries, consumer_entries, neuron_entries
-from lightning_unlearn.types import LayerPoint, NeuronMask, Partition, PartitionSource
+from lightning_unlearn.types import LayerPoint, NeuronMask, Partition
+
+# To see whether entries could be zeroed, without zeroing any.
+_NO_NEURON = torch.zeros(0, dtype=torch.int64)
 
 
-class SensitivityPruneCallback(UnlearnCallback):
+class SensitivityPruneCallback(PartitionConsumer):
     """Prunes the neurons whose activations tell noise from clean samples (RLAP, step 4).
 
     When the partition has been drawn it streams the layer's activations over the training set, solves the least squares
@@ -41,9 +44,9 @@ class SensitivityPruneCallback(UnlearnCallback):
 
     Args:
         layer: dotted path of the Linear or convolution to prune, a convolution by channel. By default the neurons are
-            the inputs of the last Linear that ``forward`` calls: its columns are pruned, and with them the neurons of
-            the layer that feeds it, where that is one layer with nothing but element-wise functions and pooling
-            between.
+            the inputs of the last Linear with an output per class that ``forward`` calls: its columns are pruned, and
+            with them the neurons of the layer that feeds it, where that is one layer with nothing but element-wise
+            functions and pooling between.
         amount: share of the layer's live neurons to prune, in (0, 1); dead ones, which are constant, do not count.
         ridge: L2 penalty of the regression on standardised activations; 0 is the paper's least squares.
 
@@ -65,7 +68,7 @@ class SensitivityPruneCallback(UnlearnCallback):
 
     @override
     def reset(self) -> None:
-        self._source: PartitionSource | None = None
+        super().reset()
         # Resolved in begin: where activations are read, and the layer, norm and consumer whose entries are zeroed.
         self._point: LayerPoint | None = None
         self._names: dict[str, str | None] = {}
@@ -101,31 +104,35 @@ class SensitivityPruneCallback(UnlearnCallback):
 
     @override
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._source = find_partition_source(trainer, type(self).__name__)
+        super().check(trainer, pl_module)
         if self.layer is not None:
             module = resolve_layer(pl_module, self.layer)
             with _naming(self.layer):
                 _check_amount(neuron_count(module), self.amount)
-                neuron_entries(module, None, torch.zeros(0, dtype=torch.int64))
+                neuron_entries(module, None, _NO_NEURON)
 
     @override
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._done:
             return
-        trace, _ = probe(trainer, pl_module, self._partition_source())
+        trace, _ = probe(trainer, pl_module, self.source)
         if self.layer is not None:
             self._point = LayerPoint(self.layer, "output")
             check_reached(trace, self._point)
             _check_not_the_classes(trace, self.layer)
             self._names = {"layer": self.layer, "norm": trace.norm_after(self.layer), "consumer": None}
             with _naming(self.layer):
-                self._entries(pl_module, torch.zeros(0, dtype=torch.int64))
+                self._entries(pl_module, _NO_NEURON)
             return
         head = trace.last_linear(trace.output.shape[1])
         self._point = LayerPoint(head, "input")
         check_reached(trace, self._point)
         _check_amount(trace.linear(head).in_features, self.amount)
-        self._names = {"layer": None, "norm": None, "consumer": head, **_feeder(trace, head)}
+        self._names = {"consumer": head, **_feeder(trace, head)}
+        try:
+            self._entries(pl_module, _NO_NEURON)
+        except ValueError:
+            self._leave_feeder()
 
     @override
     def advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -133,7 +140,7 @@ class SensitivityPruneCallback(UnlearnCallback):
 
     def pull_mask(self, trainer: Trainer, pl_module: LightningModule) -> NeuronMask | None:
         """The mask, made now if it is due, or None if it is not due yet or nothing was pruned."""
-        partition = self._partition_source().pull_partition(trainer, pl_module)
+        partition = self.source.pull_partition(trainer, pl_module)
         if not self._done and partition is not None:
             if partition.is_actionable:
                 if self._point is None:
@@ -183,11 +190,6 @@ class SensitivityPruneCallback(UnlearnCallback):
         mask = state["mask"]
         self._mask = None if mask is None else NeuronMask(**mask)
 
-    def _partition_source(self) -> PartitionSource:
-        if self._source is None:
-            raise RuntimeError("SensitivityPruneCallback must be set up by a Trainer first.")
-        return self._source
-
     def _prune(self, trainer: Trainer, pl_module: LightningModule, partition: Partition) -> None:
         sensitivity = solve_sensitivity(self._regress(trainer, pl_module, partition), self.ridge).float().cpu()
         mask = NeuronMask(self.target_layer(), select_neurons(sensitivity, self.amount), sensitivity)
@@ -207,7 +209,7 @@ class SensitivityPruneCallback(UnlearnCallback):
         log_values(pl_module, {"unlearn/pruned_neurons": float(len(pruned))})
 
     def _regress(self, trainer: Trainer, pl_module: LightningModule, partition: Partition) -> RegressionSums:
-        source, point = self._partition_source(), self._read_point()
+        source, point = self.source, self._read_point()
         target = partition.clean_probability if source.regresses_on_probability else partition.is_clean.float()
         num_classes = int(partition.label.max()) + 1
         sums: RegressionSums | None = None
@@ -240,6 +242,10 @@ class SensitivityPruneCallback(UnlearnCallback):
                 entries += consumer_entries(head, neurons)
         return entries
 
+    def _leave_feeder(self) -> None:
+        """Prunes the columns of the head alone."""
+        self._names |= {"layer": None, "norm": None}
+
     def _hold(self, trainer: Trainer, pl_module: LightningModule, mask: NeuronMask) -> None:
         self._pruning = NeuronPruning(self._entries(pl_module, mask.pruned_indices()))
         self._pruning.zero_parameters()
@@ -255,7 +261,7 @@ class SensitivityPruneCallback(UnlearnCallback):
         """
         if self._names["consumer"] is None or self._names["layer"] is None:
             return mask
-        source, point, pruned = self._partition_source(), self._read_point(), mask.pruned_indices()
+        source, point, pruned = self.source, self._read_point(), mask.pruned_indices()
         entries = self._entries(pl_module, pruned)
         before = [entry.parameter.detach().clone() for entry in entries]
         NeuronPruning(entries).zero_parameters()
@@ -271,7 +277,7 @@ class SensitivityPruneCallback(UnlearnCallback):
                     entry.parameter.copy_(value)
         if silent:
             return mask
-        self._names |= {"layer": None, "norm": None}
+        self._leave_feeder()
         return replace(mask, layer=self.target_layer())
 
 
@@ -282,20 +288,11 @@ def _neurons(pl_module: LightningModule, point: LayerPoint, activation: Tensor) 
 
 
 def _feeder(trace: ForwardTrace, head: str) -> dict[str, str | None]:
-    """The layer and norm whose neurons are the head's inputs, as far as sizes tell, if they can be pruned."""
+    """The layer and norm whose neurons are the head's inputs, as far as sizes tell."""
     name = trace.feeder(head)
     if name is None or len(trace.calls_of(name)) != 1:
-        return {}
-    norm = trace.norm_after(name)
-    try:
-        neuron_entries(
-            trace.calls_of(name)[0].module,
-            None if norm is None else trace.calls_of(norm)[0].module,
-            torch.zeros(0, dtype=torch.int64),
-        )
-    except ValueError:
-        return {}
-    return {"layer": name, "norm": norm}
+        return {"layer": None, "norm": None}
+    return {"layer": name, "norm": trace.norm_after(name)}
 
 
 @contextmanager
@@ -308,9 +305,8 @@ def _naming(layer: str) -> Iterator[None]:
 
 
 def _check_not_the_classes(trace: ForwardTrace, layer: str) -> None:
-    call = trace.calls_of(layer)[0]
     classes = trace.output.shape[1]
-    if call.output is trace.output or (neuron_count(call.module) == classes and layer == trace.last_linear(classes)):
+    if trace.calls_of(layer)[0].output is trace.output or layer in trace.heads(classes)[-1:]:
         raise ValueError(
             f"SensitivityPruneCallback cannot prune layer '{layer}': its {classes} outputs are the classes. Leave layer"
             " out to prune the neurons that it takes as input."

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lightning_unlearn import AttributionPartitionCallback
 from tests.toys import Blobs, BlobsData, Toy, adamw, assert_same_weights, convnet, fit, mlp, sgd, trio, weights
@@ -126,6 +127,28 @@ def test_a_pass_that_fails_leaves_all_as_it_was(module, data, error):
         fit(model, BlobsData(data(101)), [callback], max_epochs=3, limit_val_batches=0)
     assert callback.turns == 3  # the third is the one that failed: the comparison in it has been made
     assert model.steps == 7
+
+
+class SaysNothing:
+    """A batch sampler that states no batch size, so that it has to be asked, and that draws from the global state."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __iter__(self):
+        return iter(torch.randperm(self.count).split(16))
+
+    def __len__(self):
+        return (self.count + 15) // 16
+
+
+def test_asking_a_batch_sampler_for_its_batch_size_draws_nothing_from_the_users_random_state():
+    final = []
+    for callbacks in ([], [AttributionPartitionCallback(at_epoch=2)]):
+        module, data = Toy(lambda: mlp(0.3)), Blobs(101)
+        fit(module, DataLoader(data, batch_sampler=SaysNothing(101)), callbacks, max_epochs=3)
+        final.append(weights(module))
+    assert_same_weights(*final)
 
 
 class Halts(Exception):

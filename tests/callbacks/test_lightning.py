@@ -9,7 +9,13 @@ from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
 from lightning_unlearn.callbacks import _lightning
-from lightning_unlearn.callbacks._lightning import TrainDataSwap, limited_batches, next_epoch, planned_epochs
+from lightning_unlearn.callbacks._lightning import (
+    TrainDataSwap,
+    check_strategy,
+    limited_batches,
+    next_epoch,
+    planned_epochs,
+)
 from tests.toys import Blobs, BlobsData, Toy, fit, make_trainer
 
 
@@ -122,3 +128,13 @@ def test_planned_epochs_are_what_estimated_stepping_batches_counts():
 
     assert inside(check) == (35, 14, 2)
     assert "max_epochs" in inspect.signature(_FitLoop.__init__).parameters
+
+
+def test_where_the_fit_runs_in_spawned_processes_it_says_that_results_stay_there():
+    with pytest.warns(UserWarning, match="so what Somebody finds stays there: read it from a checkpoint"):
+        check_strategy(L.Trainer(accelerator="cpu", devices=2, strategy="ddp_spawn", logger=False), "Somebody")
+
+
+def test_where_the_fit_runs_in_this_process_it_says_nothing(recwarn):
+    check_strategy(make_trainer(), "Somebody")
+    assert not [warning for warning in recwarn if "Somebody" in str(warning.message)]

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, get_worker_info
 
 from lightning_unlearn import AttributionPartitionCallback, Partition
-from tests.toys import CLASSES, Blobs, BlobsData, Swapped, Toy, adamw, auroc, convnet, fit, mlp
+from tests.toys import CLASSES, Blobs, BlobsData, Plain, Swapped, Toy, adamw, auroc, convnet, fit, mlp
 
 
 class Snapshots(L.Callback):
@@ -329,16 +329,8 @@ def test_the_input_may_be_keyword_arguments():
 
 
 def test_a_module_without_forward_is_told_to_have_one():
-    class NoForward(L.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.net = mlp()
-
-        def training_step(self, batch):
-            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=0.1)
+    class NoForward(Plain):
+        pass
 
     with pytest.raises(TypeError, match="Expected NoForward to have a forward that returns logits, but it has none"):
         fit(NoForward(), BlobsData(Blobs()), [AttributionPartitionCallback(at_epoch=2)], limit_val_batches=0)

@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveragi
 from torch import nn
 
 from lightning_unlearn import AttributionPartitionCallback, SensitivityPruneCallback
-from tests.toys import Blobs, BlobsData, Residual, Swapped, Toy, adamw, convnet, fit, mlp, sgd, trio, weights
+from tests.toys import Blobs, BlobsData, Plain, Residual, Swapped, Toy, adamw, convnet, fit, mlp, sgd, trio, weights
 
 
 def pruned_entries(module, prune, places):
@@ -202,20 +202,6 @@ def test_a_ridge_shrinks_the_coefficients():
     assert norms[1] < 0.5 * norms[0]
 
 
-class Plain(L.LightningModule):
-    """The same network without any of this package."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = mlp()
-
-    def training_step(self, batch):
-        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.0)
-
-
 def test_a_checkpoint_loads_strictly_into_the_plain_module(tmp_path):
     partition, prune, finetune = trio(2)
     saved = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
@@ -349,3 +335,21 @@ def test_less_than_one_live_neuron_prunes_none_and_says_why():
     with pytest.warns(UserWarning, match=r"No neuron was pruned: amount=0.1 of the 3 neurons of 'net.fc' whose"):
         fit(Toy(Dead), BlobsData(Blobs()), [partition, prune], max_epochs=2)
     assert prune.mask.keep.all()
+
+
+class Convolutions(nn.Module):
+    """Classifies without a Linear, and has a hidden layer with as many channels as there are classes."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.last = nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 3)
+
+    def forward(self, x):
+        return self.last(self.hidden(x).relu()).mean(dim=(2, 3))
+
+
+def test_a_hidden_layer_as_wide_as_the_classes_is_not_taken_for_them():
+    prune = SensitivityPruneCallback("net.hidden", amount=0.5)
+    partition = AttributionPartitionCallback("net.hidden", at_epoch=3)
+    fit(Toy(Convolutions), BlobsData(Blobs(image=True)), [partition, prune], max_epochs=4)
+    assert partition.partition.layer == "output of 'net.hidden'"

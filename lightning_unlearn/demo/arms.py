@@ -122,12 +122,12 @@ class _Phase(L.Callback):
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.current_epoch == self.first:
             self.started, self.steps = time.perf_counter(), trainer.global_step
-            self._bar = tqdm(total=self.last - self.first, desc=f"{self.name:<42}", unit=" epochs", leave=True)
+            self._bar = tqdm(total=self.last - self.first, desc=f"{self.name:<42}", unit=" epochs")
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._bar is not None:
             self._bar.update()
-            if trainer.current_epoch == self.last - 1 or trainer.should_stop:
+            if trainer.current_epoch == self.last - 1:
                 self._end(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -262,17 +262,20 @@ class _Repeat:
         checkpoint = self.folder / f"base-{self.seed}.ckpt"
         before = DigitsClassifier.load_from_checkpoint(checkpoint, map_location="cpu")
         arms = {
-            BASE: Arm(_accuracy(before, self.data), base.seconds, base.steps),
-            FFT: Arm(_accuracy(model, self.data), repair.seconds, repair.steps),
+            BASE: self._arm(before, base),
+            FFT: self._arm(model, repair),
         }
         return arms, partition.partition, checkpoint
+
+    def _arm(self, model: DigitsClassifier, phase: _Phase) -> Arm:
+        return Arm(_accuracy(model, self.data), phase.seconds, phase.steps)
 
     def _resume(self, name: str, checkpoint: Path, callbacks: list[L.Callback]) -> Arm:
         phase = _Phase(name, self.first, self.last)
         L.seed_everything(self.seed, verbose=False)
         model = DigitsClassifier()
         _trainer(self.last, [phase, *callbacks]).fit(model, datamodule=self.data, ckpt_path=checkpoint)
-        return Arm(_accuracy(model, self.data), phase.seconds, phase.steps)
+        return self._arm(model, phase)
 
     def _continue(self, checkpoint: Path, steps: int) -> Arm:
         """From the base's weights, with the optimizer and the steps of the fine-tuning: only the data differ."""
@@ -282,7 +285,7 @@ class _Repeat:
         phase = _Phase(CONTINUE, 0, epochs)
         L.seed_everything(self.seed, verbose=False)
         _trainer(epochs, [phase], steps).fit(model, datamodule=self.data)
-        return Arm(_accuracy(model, self.data), phase.seconds, phase.steps)
+        return self._arm(model, phase)
 
     def _finetune(self, mode: Literal["full", "layers"]) -> CleanSubsetFinetuneCallback:
         schedule = partial(CosineAnnealingLR, T_max=self.settings.repair_epochs)
@@ -307,7 +310,7 @@ class _Repeat:
         subset = Subset(self.data.train_data, clean.tolist())
         loader = DataLoader(subset, batch_size=self.data.batch_size, shuffle=True)
         _trainer(epochs, [phase]).fit(model, loader)
-        return Arm(_accuracy(model, self.data), phase.seconds, phase.steps)
+        return self._arm(model, phase)
 
     def _truth(self, partition: Partition) -> Partition:
         return replace(

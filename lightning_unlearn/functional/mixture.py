@@ -7,7 +7,7 @@ every rank solves for the same parameters.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -128,8 +128,22 @@ class _Moments:
         return _Moments(*(piece.reshape(part.shape) for piece, part in zip(pieces, parts, strict=True)))
 
 
+def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of several tensors, ``CHUNK`` at a time."""
+    return zip(*(torch.split(tensor, CHUNK) for tensor in tensors), strict=True)
+
+
+def _weighted_mean(rows: Tensor, weight: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor]:
+    """Mean (D,) of the rows of all ranks, and the sum () of their weights, in float64."""
+    total = torch.zeros(rows.shape[1] + 1, dtype=torch.float64, device=rows.device)
+    for chunk, w in _chunks(rows, weight.double()):
+        total += torch.cat([w @ chunk.double(), w.sum().reshape(1)])
+    total = reduce(total)
+    return total[:-1] / total[-1], total[-1]
+
+
 def _moments(
-    rows: Tensor, weight: Tensor, responsibility: Callable[[Tensor], tuple[Tensor, Tensor]], centre: Tensor | float
+    rows: Tensor, weight: Tensor, responsibility: Callable[[Tensor], tuple[Tensor, Tensor]], centre: Tensor
 ) -> _Moments:
     """Sums over this rank's rows, seen from ``centre``.
 
@@ -139,7 +153,7 @@ def _moments(
     count = torch.zeros(2, dtype=torch.float64, device=rows.device)
     first, second = count.new_zeros(2, dimension), count.new_zeros(2, dimension, dimension)
     log_likelihood = count.new_zeros(1)
-    for chunk, chunk_weight in zip(torch.split(rows, CHUNK), torch.split(weight, CHUNK), strict=True):
+    for chunk, chunk_weight in _chunks(rows, weight):
         x, w = chunk.double() - centre, chunk_weight.double()
         share, log_prob = responsibility(x)
         share = share * w.unsqueeze(1)
@@ -176,20 +190,15 @@ def standardise(rows: Tensor, weight: Tensor, reduce: Reduce = no_reduce) -> Ten
         tensor([[-1.,  0.],
                 [ 1.,  0.]])
     """
-    w = weight.double()
-    total = torch.zeros(rows.shape[1] + 1, dtype=torch.float64, device=rows.device)
-    for chunk, chunk_weight in zip(torch.split(rows, CHUNK), torch.split(w, CHUNK), strict=True):
-        total += torch.cat([chunk_weight @ chunk.double(), chunk_weight.sum().reshape(1)])
-    total = reduce(total)
-    mean = total[:-1] / total[-1]
+    mean, count = _weighted_mean(rows, weight, reduce)
     # The variance around the mean, not the difference of two large sums, which would lose small variances.
     squares = torch.zeros_like(mean)
-    for chunk, chunk_weight in zip(torch.split(rows, CHUNK), torch.split(w, CHUNK), strict=True):
-        squares += chunk_weight @ (chunk.double() - mean).square()
-    scale = (reduce(squares) / total[-1]).sqrt()
+    for chunk, w in _chunks(rows, weight.double()):
+        squares += w @ (chunk.double() - mean).square()
+    scale = (reduce(squares) / count).sqrt()
     scale = torch.where(scale > 1e-12 * mean.abs().clamp(min=1e-300), scale, torch.inf)
     standardised = torch.empty_like(rows)
-    for chunk, out in zip(torch.split(rows, CHUNK), torch.split(standardised, CHUNK), strict=True):
+    for chunk, out in _chunks(rows, standardised):
         out.copy_((chunk - mean) / scale)
     return standardised
 
@@ -236,7 +245,7 @@ def fit_mixture(
         return x.new_tensor([1.0, 0.0]).expand(len(x), 2), x.new_zeros(len(x))
 
     # From the mean on, since the difference of two large sums would lose the covariance.
-    centre = _maximise(_moments(rows, weight, whole, 0.0).reduced(reduce), reg_covar=0.0).mean[0]
+    centre, _ = _weighted_mean(rows, weight, reduce)
     start = _maximise(_moments(rows, weight, whole, centre).reduced(reduce), reg_covar=0.0)
     axis = torch.linalg.eigh(start.covariance[0]).eigenvectors[:, -1]
     # An eigenvector's sign is the solver's choice, which another rank's library may make otherwise.

@@ -1,6 +1,6 @@
 """scikit-learn's bundled digits with wrong training labels, and a network that memorises them.
 
-Neither class knows of lightning_unlearn: they are what a team already has.
+Neither class knows of the callbacks: they are what a team already has.
 """
 
 from __future__ import annotations
@@ -13,31 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.functional.classification import multiclass_accuracy
 
+from lightning_unlearn.noise import flip_labels
+
 CLASSES = 10
-
-
-def flip_labels(label: Tensor, rate: float, num_classes: int, generator: torch.Generator) -> Tensor:
-    """Replaces a share of the labels by another class, each of the others equally likely.
-
-    Args:
-        label: (N,) int64.
-        rate: share of the labels that are wrong afterwards, in [0, 1], to the nearest sample.
-        num_classes: C.
-        generator: source of randomness.
-
-    Returns:
-        (N,) int64.
-
-    Example:
-        >>> label = torch.zeros(10, dtype=torch.int64)
-        >>> (flip_labels(label, 0.4, 3, torch.Generator().manual_seed(0)) != label).sum()
-        tensor(4)
-    """
-    wrong = torch.randperm(len(label), generator=generator)[: round(rate * len(label))]
-    shift = torch.randint(1, num_classes, wrong.shape, generator=generator)
-    noisy = label.clone()
-    noisy[wrong] = (label[wrong] + shift) % num_classes
-    return noisy
 
 
 class DigitsDataModule(L.LightningDataModule):

@@ -1,4 +1,5 @@
 import math
+import threading
 import warnings
 
 import pytest
@@ -93,6 +94,75 @@ def test_separated_data_gives_what_sklearn_finds_from_its_own_start(dimension):
     assert_same_mixture(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+def wide_rows(n=3000, dimension=48, narrow=1.0):
+    """Two overlapping clouds, standardised, float32; along half of the axes the second is narrower."""
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(n, dimension, generator=generator)
+    second = torch.rand(n, 1, generator=generator) < 0.4
+    scale = torch.where(torch.arange(dimension) % 2 == 0, narrow, 1.3)
+    mixing = torch.eye(dimension) + 0.3 * torch.randn(dimension, dimension, generator=generator) / dimension**0.5
+    return standardise(torch.where(second, rows * scale + 0.5, rows) @ mixing, torch.ones(n))
+
+
+def assert_near_sklearn(ours, theirs):
+    assert ours.n_iter == theirs.n_iter_
+    assert ours.log_likelihood == pytest.approx(theirs.lower_bound_, rel=1e-5)
+    assert_same_mixture(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("narrow", [1.0, 1e-2, 1e-4], ids=["difference", "shared coordinates", "separate coordinates"])
+def test_wide_float32_rows_give_the_mixture_of_double_precision(narrow):
+    rows = wide_rows(narrow=narrow)
+    assert module._work_dtype(rows) == torch.float32
+    assert_near_sklearn(fit_mixture(rows, torch.ones(3000)), sklearn_from_our_start(rows.double()))
+
+
+def test_where_float32_products_are_rounded_the_work_is_done_in_float64(monkeypatch):
+    rows = wide_rows(100)
+    # What torch.set_float32_matmul_precision("medium") allows, and only some processors do.
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: torch.mm(a.bfloat16().float(), b))
+    assert module._work_dtype(rows) == torch.float64
+
+
+def test_rows_of_low_rank_can_be_fitted_in_float32():
+    rows = wide_rows(dimension=40)
+    rows = torch.cat([rows[:, :30], rows[:, :20] @ torch.ones(20, 10), torch.zeros(3000, 3)], dim=1)
+    mixture = fit_mixture(standardise(rows, torch.ones(3000)), torch.ones(3000))
+    assert math.isfinite(mixture.log_likelihood)
+    torch.linalg.cholesky(mixture.covariance)
+
+
+@pytest.mark.parametrize(("limit", "value"), [("SIMILAR", math.inf), ("NARROWEST", math.inf)])
+def test_every_way_to_the_moments_gives_the_same(monkeypatch, limit, value):
+    rows = two_clouds(500, 4, distance=1.5)
+    expected = fit_mixture(rows, torch.ones(500))
+    monkeypatch.setattr(module, limit, value)
+    got = fit_mixture(rows, torch.ones(500))
+    assert got.n_iter == expected.n_iter
+    for ours, theirs in zip(in_order(got), in_order(expected), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_ranks_that_choose_other_ways_agree(monkeypatch):
+    rows = two_clouds(400, 4, distance=1.5)
+    whole = fit_mixture(rows, torch.ones(400))
+    decided, shared = threading.local(), module._shared
+    monkeypatch.setattr(module, "_shared", lambda *args: None if decided.separate else shared(*args))
+
+    def fit(rank, reduce):
+        decided.separate = rank == 0
+        return fit_mixture(rows[rank::2], torch.ones(200), reduce=reduce)
+
+    for got in run_ranks(fit, 2):
+        for ours, theirs in zip(in_order(got), in_order(whole), strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_rows_that_require_a_gradient_can_be_fitted():
+    rows = two_clouds(50, 2, distance=2.0).requires_grad_()
+    assert not fit_mixture(rows, torch.ones(50)).mean.requires_grad
+
+
 def test_log_prob_and_posterior_match_scipy():
     rows = two_clouds(300, 3, distance=2.0)
     mixture = fit_mixture(rows, torch.ones(300))
@@ -116,7 +186,7 @@ def test_posterior_of_no_rows_has_two_columns():
 def test_chunks_change_nothing(monkeypatch):
     rows = two_clouds(500, 3, distance=1.5)
     whole = fit_mixture(standardise(rows, torch.ones(500)), torch.ones(500))
-    monkeypatch.setattr(module, "CHUNK", 64)
+    monkeypatch.setattr(module, "CHUNK", 3 * 64)
     chunked = fit_mixture(standardise(rows, torch.ones(500)), torch.ones(500))
     torch.testing.assert_close(chunked.covariance, whole.covariance)
     torch.testing.assert_close(chunked.posterior(rows), whole.posterior(rows))

@@ -3,21 +3,55 @@
 from __future__ import annotations
 
 import difflib
+import gc
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 import torch
-from captum.attr import LayerGradientXActivation
+from captum.attr import (
+    InternalInfluence,
+    LayerConductance,
+    LayerDeepLift,
+    LayerGradientXActivation,
+    LayerIntegratedGradients,
+)
 from torch import Tensor, nn
 
-from lightning_unlearn.functional.attribution import class_max_attribution, label_margin
+from lightning_unlearn.functional.attribution import logit_difference, neuron_magnitude, strongest_other
 from lightning_unlearn.types import LayerPoint
 
 Forward = Callable[[Any], Tensor]
 """From the model's input, as the batch holds it, to logits (B, C)."""
+
+GRADIENT_X_ACTIVATION = "gradient_x_activation"
+ATTRIBUTION_METHODS: Mapping[str, type] = MappingProxyType(
+    {
+        GRADIENT_X_ACTIVATION: LayerGradientXActivation,
+        "integrated_gradients": LayerIntegratedGradients,
+        "deeplift": LayerDeepLift,
+        "conductance": LayerConductance,
+        "internal_influence": InternalInfluence,
+    }
+)
+"""Captum's layer methods, by the names that users give."""
+
+# The integral from the baseline to the input: in how many steps, and how many of them lie in memory at a time.
+_STEPS = 16
+_STEPS_AT_ONCE = 4
+# Gradients of so many elements (64 MB in float32) are held at a time; with more classes they are taken in turns.
+_GRADIENT_ELEMENTS = 2**24
+# Rows on which the fast path is compared with Captum before it is used.
+_REHEARSAL_ROWS = 4
+
+# True in passes that are not the plain pass over the batch, which taps do not look at.
+_unwatched: ContextVar[bool] = ContextVar("_unwatched", default=False)
+
+Result = TypeVar("Result")
 
 # Convolutions and their norms have the neuron (channel) in dimension 1, everything else in the last one.
 _CONV = nn.modules.conv._ConvNd
@@ -105,6 +139,37 @@ class ForwardTrace:
                 " forward calls none; name the layer with layer='...'."
             )
         return names[-1]
+
+    def first_block(self, batch: int) -> LayerPoint | None:
+        """Where the first block of the model has seen the input.
+
+        It is the input of the second convolution, which is what the first convolution, its norm, activation and pooling
+        make of the input; without two convolutions at the start, the output of the first Linear or convolution.
+
+        Args:
+            batch: number of samples in this pass.
+
+        Returns:
+            None where ``forward`` calls no such layer just once on a floating-point row for each sample.
+        """
+        layers = [call for call in self.calls if isinstance(call.module, (nn.Linear, _CONV)) and call.inputs]
+        for call, at in ((layers[1:2], "input"), (layers[:1], "output")):
+            if not call or (at == "input" and not all(isinstance(layer.module, _CONV) for layer in layers[:2])):
+                continue
+            value = call[0].inputs[0] if at == "input" else call[0].output
+            is_rows = isinstance(value, Tensor) and value.is_floating_point() and len(value) == batch
+            if is_rows and len(self.calls_of(call[0].name)) == 1:
+                return LayerPoint(call[0].name, "input" if at == "input" else "output")
+        return None
+
+    def makes_logits(self, name: str) -> bool:
+        """Whether what this layer returns is what ``forward`` returns as logits, element for element."""
+        calls = self.calls_of(name)
+        # What is changed in place afterwards is another thing than what a hook on the layer sees.
+        if len(calls) != 1 or _version(calls[0].output) != calls[0].output_version:
+            return False
+        made = calls[0].output
+        return isinstance(made, Tensor) and made.shape == self.output.shape and bool(torch.equal(made, self.output))
 
     def feeder(self, head: str) -> str | None:
         """The layer whose neurons are, one to one, the input features of ``head``.
@@ -221,6 +286,27 @@ def neuron_dimension(module: nn.Module, ndim: int) -> int:
     return ndim - 1 if isinstance(module, (nn.Linear, nn.LayerNorm)) or ndim < 4 else 1
 
 
+def response(model: nn.Module, point: LayerPoint, activation: Tensor) -> Tensor:
+    """How strongly a layer responds: the norms, over its neurons, of their means and of their spreads over positions.
+
+    Noise on an input raises or lowers a rectified channel's mean, and its spread, alike in every place; these two
+    numbers tell corrupted images apart at an early layer, where deeper ones, trained to ignore it, do not.
+
+    Args:
+        model: holds the layer.
+        point: which.
+        activation: (B, ...), what the layer took or returned.
+
+    Returns:
+        (B, 2) float32; (B, 1), the norm, of a layer without positions.
+    """
+    by_neuron = activation.float().movedim(neuron_dimension(resolve_layer(model, point.name), activation.ndim), 1)
+    if by_neuron.ndim == 2:
+        return by_neuron.square().sum(dim=1, keepdim=True).sqrt()
+    spread, mean = torch.std_mean(by_neuron, dim=tuple(range(2, by_neuron.ndim)), correction=0)
+    return torch.stack([mean, spread], dim=1).square().sum(dim=2).sqrt()
+
+
 def neuron_means(activation: Tensor, dimension: int) -> Tensor:
     """One number per neuron: the mean over positions (pixels, tokens).
 
@@ -238,6 +324,9 @@ def neuron_means(activation: Tensor, dimension: int) -> Tensor:
 def tap(model: nn.Module, point: LayerPoint) -> Iterator[Callable[[], Tensor]]:
     """Reads a layer's activation in every forward pass inside the context.
 
+    Around :meth:`Attributor.margin` it sees one pass, however many the method makes; only where memory made it take the
+    batch in parts, there are more, which ``Attributor(watch=...)`` joins.
+
     Yields:
         a function that hands over the activation of the last pass, as the layer had it, and forgets it.
     """
@@ -246,7 +335,8 @@ def tap(model: nn.Module, point: LayerPoint) -> Iterator[Callable[[], Tensor]]:
 
     def keep(value: Any) -> None:
         # A copy, since an in-place function may follow the layer.
-        seen.append((value[0] if isinstance(value, tuple) else value).detach().clone())
+        if not _unwatched.get():
+            seen.append((value[0] if isinstance(value, tuple) else value).detach().clone())
 
     def take() -> Tensor:
         if len(seen) != 1:
@@ -265,12 +355,594 @@ def tap(model: nn.Module, point: LayerPoint) -> Iterator[Callable[[], Tensor]]:
         handle.remove()
 
 
+# Batches that do not fit
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: on a GPU (CUDA, ROCm, XPU), on Apple's (MPS), or on the CPU."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    signs = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory", "DefaultCPUAllocator")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+def take_rows(x: Any, rows: slice, total: int) -> Any:
+    """Some rows of a batch.
+
+    Args:
+        x: a tensor whose first dimension counts the samples, a list of a number or string for each sample, or a tuple,
+            list or dict of such; single numbers and strings, None and tensors without dimensions belong to all samples
+            and stay as they are.
+        rows: which.
+        total: B, the number of samples.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if isinstance(x, Tensor) and x.ndim > 0 and len(x) == total:
+        return x[rows]
+    if isinstance(x, (list, tuple)):
+        return _take_rows_of_sequence(x, rows, total)
+    if isinstance(x, dict):
+        return {name: take_rows(value, rows, total) for name, value in x.items()}
+    if x is None or isinstance(x, (int, float, str)) or (isinstance(x, Tensor) and x.ndim == 0):
+        return x
+    found = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+    raise ValueError(f"Expected tensors with {total} rows, or a tuple, list or dict of them, but got {found}.")
+
+
+def _take_rows_of_sequence(x: Any, rows: slice, total: int) -> Any:
+    if len(x) == total and all(isinstance(value, (int, float, str)) for value in x):
+        return x[rows]
+    if len(x) == total and isinstance(x, list):
+        raise ValueError(f"Expected tensors with {total} rows, but got a list of as many, perhaps one for each sample.")
+    parts = [take_rows(value, rows, total) for value in x]
+    return type(x)(*parts) if hasattr(x, "_fields") else type(x)(parts)
+
+
+class SmallerBatches:
+    """Calls a function on a batch, in parts where memory does not suffice for the whole of it.
+
+    When memory runs out the rows are halved until they fit; the size that fits is kept for the batches that follow.
+
+    Attributes:
+        rows: the most rows that are tried at a time; None as long as memory has sufficed for every batch.
+
+    Example:
+        >>> def mean(x, label):
+        ...     if len(x) > 2:
+        ...         raise torch.OutOfMemoryError("out of memory")
+        ...     return x.mean().item()
+        >>> in_parts = SmallerBatches()
+        >>> in_parts(mean, torch.arange(6.0), torch.zeros(6))
+        [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+        >>> in_parts.rows
+        1
+    """
+
+    def __init__(self) -> None:
+        self.rows: int | None = None
+
+    def __call__(self, function: Callable[[Any, Tensor], Result], x: Any, label: Tensor) -> list[Result]:
+        """What the function returns for each part, in the order of the rows.
+
+        Args:
+            function: of a part of ``x`` and the same part of ``label``; its result must not depend on the other rows.
+            x: see :func:`take_rows`; anything at all where memory suffices.
+            label: (B,), or anything with B rows.
+        """
+        results: list[Result] = []
+        start, total = 0, len(label)
+        while start < total:
+            size = min(self.rows or total, total - start)
+            # A batch that fits is handed over as it is, whatever it is made of.
+            part = x if size == total else take_rows(x, slice(start, start + size), total)
+            try:
+                results.append(function(part, label[start : start + size]))
+            except Exception as error:
+                if not is_out_of_memory(error) or size == 1:
+                    raise
+                _refuse_to_split(x, total, error)
+                self.rows = size // 2
+            else:
+                start += size
+                continue
+            # Here and not above: the error held the frames, and they what filled the memory.
+            _free()
+        return results
+
+
+def _refuse_to_split(x: Any, total: int, error: Exception) -> None:
+    """Lets the error pass, with a reason, where smaller batches cannot be made."""
+    try:
+        take_rows(x, slice(0, 1), total)
+    except ValueError as reason:
+        error.args = (f"{error}\nSmaller batches cannot be made of this one: {reason}",)
+        raise error from reason
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
+
+
+# Attribution
+
+
+@dataclass(frozen=True, eq=False)
+class MarginAttribution:
+    """Attribution of the label margin in one batch.
+
+    Args:
+        per_neuron: like the layer's activation, attribution of the margin.
+        logits: (B, C) float32, from the same forward pass.
+        class_max: (B, D) float32, the paper's attribution, where it was asked for.
+        watched: the activations of the other layers that were asked for, from the same forward pass.
+    """
+
+    per_neuron: Tensor
+    logits: Tensor
+    class_max: Tensor | None = None
+    watched: tuple[Tensor, ...] = ()
+
+    def total(self) -> Tensor:
+        """(B,) float32, the sum over all neurons: how strongly the layer supports the given label."""
+        return self.per_neuron.float().flatten(1).sum(dim=1)
+
+
+class Attributor:
+    """Attributes the logits of a model at one of its layers.
+
+    Gradient x activation takes a fast path: one forward pass that is recorded from the layer on only. Before the first
+    batch it is compared with Captum on a few rows, and where the two differ (the layer's input goes elsewhere too, or
+    ``forward`` switches recording itself) Captum is used throughout. All other methods are Captum's own; those that
+    compare with a baseline compare with an input of zeros. Nothing of a batch is kept; a batch that does not fit into
+    memory is taken in parts.
+
+    Args:
+        model: holds the layer; call in eval mode, since samples of a batch must not influence each other.
+        point: where to attribute.
+        forward: from a batch's input to logits.
+        method: one of :data:`ATTRIBUTION_METHODS`. Integrated gradients, conductance and internal influence take 16
+            forward and backward passes (for ``class_max``: for every class), DeepLift one of twice the size.
+        fast: False for Captum in every case.
+        watch: other layers whose activations are read in the same forward pass.
+
+    Raises:
+        ValueError: for an unknown method or layer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        point: LayerPoint,
+        forward: Forward,
+        method: str = GRADIENT_X_ACTIVATION,
+        *,
+        fast: bool = True,
+        watch: Sequence[LayerPoint] = (),
+    ) -> None:
+        self._point = point
+        self._layer = _CaptumLayer(model, point, forward, check_method(method))
+        self._fast_path = _FastPath(resolve_layer(model, point.name), point, forward)
+        self._watch = tuple(watch)
+        for watched in self._watch:
+            resolve_layer(model, watched.name)
+        # None: to be seen at the first batch.
+        self._is_fast: bool | None = None if fast and method == GRADIENT_X_ACTIVATION else False
+        self._in_parts = SmallerBatches()
+
+    @property
+    def is_fast(self) -> bool | None:
+        """Whether the fast path is taken; None before the first batch, where that is still to be seen."""
+        return self._is_fast
+
+    def margin(self, x: Any, label: Tensor) -> MarginAttribution:
+        """Attribution of the given label's logit minus the strongest other logit.
+
+        The strongest other class is that of the plain forward pass, also where a method looks at other inputs than x.
+
+        Args:
+            x: the model's input for B samples; a float tensor or a tuple of them for the methods with a baseline.
+            label: (B,) int64.
+
+        Raises:
+            TypeError: for an input without a baseline.
+            ValueError: for a layer with several tensors, or one that is not called exactly once, or a model that
+                DeepLift cannot attribute.
+        """
+        return self.attribute(x, label)
+
+    def class_max(self, x: Any, label: Tensor, num_classes: int) -> Tensor:
+        """The paper's attribution (step 2): the largest over the classes.
+
+        For gradient x activation the maximum is taken on the gradient, as in the paper, for the other methods on the
+        attribution.
+
+        Args:
+            x: the model's input for B samples.
+            label: (B,) int64; only its length and device are used.
+            num_classes: C, as many as the model has logits.
+
+        Returns:
+            (B, D) float32.
+        """
+        found = self.attribute(x, label, rows=True)
+        if found.class_max is None or found.logits.shape[1] != num_classes:
+            raise ValueError(f"Expected logits of {num_classes} classes, but got {found.logits.shape[1]}.")
+        return found.class_max
+
+    def attribute(self, x: Any, label: Tensor, *, rows: bool = False) -> MarginAttribution:
+        """The margin's attribution and, with ``rows``, the paper's, from the same forward pass.
+
+        Args:
+            x: as in :meth:`margin`.
+            label: (B,) int64.
+            rows: whether to add ``class_max``.
+        """
+
+        def of_part(part: Any, of_label: Tensor) -> MarginAttribution:
+            return self._attribute(part, of_label, rows)
+
+        # Nothing is recorded in inference mode, not even where recording is asked for.
+        with torch.inference_mode(False):
+            if self._is_fast is None:
+                self._is_fast = self._rehearse(x, label)
+            return _join(self._in_parts(of_part, x, label))
+
+    def _attribute(self, x: Any, label: Tensor, rows: bool) -> MarginAttribution:
+        with ExitStack() as stack:
+            takes = [stack.enter_context(tap(self._layer.model, watched)) for watched in self._watch]
+            path = self._fast_path if self._is_fast else self._layer
+            per_neuron, logits, class_max = path.attribute(x, label, rows)
+            return MarginAttribution(per_neuron, logits, class_max, tuple(take() for take in takes))
+
+    def _rehearse(self, x: Any, label: Tensor) -> bool:
+        """Whether the fast path says the same as Captum of the first rows."""
+        first = slice(0, _REHEARSAL_ROWS)
+        try:
+            rows = take_rows(x, first, len(label)), label[first]
+        except ValueError:
+            rows = x, label
+        with _not_watched():
+            agrees = all(self._in_parts(self._agrees, *rows))
+        if not agrees:
+            warnings.warn(
+                f"Every batch is recorded from end to end, which takes longer: a recording from the {self._point} on"
+                " does not hold all that Captum sees (it goes elsewhere too, or forward switches recording itself).",
+                stacklevel=4,
+            )
+        return agrees
+
+    def _agrees(self, x: Any, label: Tensor) -> bool:
+        try:
+            found, _, _ = self._fast_path.attribute(x, label, rows=False)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            return False  # if the fault lies elsewhere, Captum's pass over the batch will say so
+        expected, _, _ = self._layer.attribute(x, label, rows=False)
+        tolerance = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 2e-2
+        difference = (found.float() - expected.float()).norm()
+        # Not `<=`, which NaN never is: a model that has diverged gives both the same nothing.
+        return not bool(difference > tolerance * expected.float().norm())
+
+
+class _FastPath:
+    """Gradient x activation from one forward pass that is recorded from the layer on.
+
+    Args:
+        module: the layer.
+        point: where to attribute.
+        forward: from a batch's input to logits.
+    """
+
+    def __init__(self, module: nn.Module, point: LayerPoint, forward: Forward) -> None:
+        self._module = module
+        self._point = point
+        self._forward = forward
+        self._batched = True
+
+    def attribute(self, x: Any, label: Tensor, rows: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The margin's attribution, the logits, and, if asked for, the largest attribution over the classes."""
+        with _recorded_from(self._module, self._point) as recording:
+            out = self._forward(x)
+            activation = recording.activation(self._point)
+            with torch.enable_grad():
+                logits = out.float()
+                margin = logit_difference(logits, label, strongest_other(logits, label)).sum()
+            # In eval mode samples do not influence each other: the sum's gradient holds each sample's own.
+            (gradient,) = torch.autograd.grad(margin, activation, retain_graph=rows)
+            largest = self._largest_gradient(logits, activation, recording.is_head(out)) if rows else None
+        activation = activation.detach()
+        class_max = None if largest is None else per_neuron_magnitude(self._module, largest * activation.float())
+        return gradient * activation, logits.detach(), class_max
+
+    def _largest_gradient(self, logits: Tensor, activation: Tensor, is_head: bool) -> Tensor:
+        """The largest gradient over the classes, like the activation; float32."""
+        if is_head and isinstance(self._module, nn.Linear):
+            # The gradient of every sample's logits is the weight.
+            return self._module.weight.detach().float().amax(dim=0).expand(activation.shape)
+        with torch.enable_grad():
+            summed = logits.sum(dim=0)
+        largest = torch.tensor(-torch.inf, device=summed.device)
+        for one_hot in torch.split(torch.eye(len(summed), device=summed.device), self._classes_at_once(activation)):
+            found = self._class_gradients(summed, activation, one_hot).amax(dim=0)
+            largest = torch.maximum(largest, found.float())
+        return largest
+
+    def _classes_at_once(self, activation: Tensor) -> int:
+        return max(1, _GRADIENT_ELEMENTS // activation.numel()) if self._batched else 1
+
+    def _class_gradients(self, summed: Tensor, activation: Tensor, one_hot: Tensor) -> Tensor:
+        """(c, B, ...), for each row of ``one_hot`` (c, C), in one batched product if all operations allow it."""
+        if self._batched:
+            try:
+                with warnings.catch_warnings():
+                    # vmap's notice that an operation has no batching rule and is looped over: slower, not wrong.
+                    warnings.filterwarnings("ignore", message="There is a performance drop")
+                    return torch.autograd.grad(summed, activation, one_hot, retain_graph=True, is_grads_batched=True)[0]
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
+                self._batched = False  # a user's own operation that vmap cannot batch
+        gradients = [torch.autograd.grad(summed, activation, row, retain_graph=True)[0] for row in one_hot]
+        return torch.stack(gradients)
+
+
+class _Recording:
+    """What the hooks of :func:`_recorded_from` saw.
+
+    Attributes:
+        leaves: the layer's activation, for each call of it.
+        linear_output: of a Linear whose input is attributed, before other hooks see it; and its version.
+    """
+
+    def __init__(self) -> None:
+        self.leaves: list[Tensor] = []
+        self.linear_output: tuple[Tensor, int] | None = None
+
+    def activation(self, point: LayerPoint) -> Tensor:
+        """The one activation."""
+        if len(self.leaves) != 1:
+            raise ValueError(
+                f"Expected layer '{point.name}' to be called once in a forward pass, but it was {len(self.leaves)}."
+            )
+        return self.leaves[0]
+
+    def is_head(self, logits: Tensor) -> bool:
+        """Whether the Linear's output, as it was, is the logits."""
+        if self.linear_output is None:
+            return False
+        output, version = self.linear_output
+        return output is logits and version == _version(logits)
+
+
+@contextmanager
+def _recorded_from(module: nn.Module, point: LayerPoint) -> Iterator[_Recording]:
+    """In the forward passes inside, nothing is recorded up to the layer, everything from it on.
+
+    The layer's activation becomes a leaf of the graph, so that the gradient with respect to it is all that is computed:
+    not that of the layers before, nor that of any weight.
+    """
+    recording = _Recording()
+
+    def start(value: Any) -> Any:
+        tensor = _single(value, point)
+        # What was made in inference mode can take no part in a graph.
+        leaf = (tensor.clone() if tensor.is_inference() else tensor).detach().requires_grad_()
+        recording.leaves.append(leaf)
+        # The pass runs inside no_grad, which puts back what it found, also after an exception.
+        torch.set_grad_enabled(True)
+        # A copy: a function in place may follow, which a leaf forbids, and which would change the activation.
+        copy = leaf.clone()
+        return (copy,) if isinstance(value, tuple) else copy
+
+    def keep(_: nn.Module, __: Any, output: Tensor) -> None:
+        recording.linear_output = output, _version(output)
+
+    if point.at == "input":
+        handles = [module.register_forward_pre_hook(lambda _, inputs: start(inputs))]
+        if type(module) is nn.Linear:
+            handles.append(module.register_forward_hook(keep, prepend=True))
+    else:
+        handles = [module.register_forward_hook(lambda _, __, output: start(output))]
+    try:
+        with torch.no_grad():
+            yield recording
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _CaptumLayer:
+    """Captum's layer methods, for the margin and for every class.
+
+    Args:
+        model: holds the layer.
+        point: where to attribute.
+        forward: from a batch's input to logits.
+        method: one of :data:`ATTRIBUTION_METHODS`.
+    """
+
+    def __init__(self, model: nn.Module, point: LayerPoint, forward: Forward, method: str) -> None:
+        self.model = model
+        self._module = resolve_layer(model, point.name)
+        self._point = point
+        self._forward = forward
+        self._method = method
+
+    def attribute(self, x: Any, label: Tensor, rows: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As :meth:`_FastPath.attribute`; a plain pass first, which fixes the strongest other class."""
+        # Of gradient x activation the paper takes the maximum before it multiplies.
+        reads = tap(self.model, self._point) if rows and self._method == GRADIENT_X_ACTIVATION else nullcontext()
+        with reads as take, torch.no_grad():
+            logits = self._forward(x).float()
+            activation = None if take is None else take().float()
+        with _not_watched(), _fresh_leaves(self._module):
+            per_neuron = self._run(x, label, strongest_other(logits, label))
+            class_max = self._class_max(x, logits, activation) if rows else None
+        return per_neuron, logits, class_max
+
+    def _class_max(self, x: Any, logits: Tensor, activation: Tensor | None) -> Tensor:
+        """(B, D) float32, class after class."""
+        largest = torch.tensor(-torch.inf, device=logits.device)
+        for c in range(logits.shape[1]):
+            label = torch.full((len(logits),), c, device=logits.device)
+            largest = torch.maximum(largest, self._run(x, label, multiply=activation is None).float())
+        return per_neuron_magnitude(self._module, largest if activation is None else largest * activation)
+
+    def _run(self, x: Any, label: Tensor, rival: Tensor | None = None, *, multiply: bool = True) -> Tensor:
+        """Captum's attribution of a class's logit minus that of its rival, if it has one."""
+        classes = (label,) if rival is None else (label, rival)
+        if self._method == GRADIENT_X_ACTIVATION:
+            found = self._gradient_x_activation(x, classes, multiply)
+        elif self._method == "deeplift":
+            found = self._deeplift(x, classes)
+        else:
+            found = self._integrate(x, classes)
+        attribution: Tensor | tuple[Tensor, ...] = found
+        if isinstance(attribution, tuple):
+            raise ValueError(_several(self._point))
+        return attribution.detach()
+
+    def _score(self, x: Any, classes: tuple[Tensor, ...]) -> Tensor:
+        with _no_leaf_handed_on(self._module, self._point):
+            return logit_difference(self._forward(x).float(), *classes)
+
+    def _gradient_x_activation(self, x: Any, classes: tuple[Tensor, ...], multiply: bool) -> Any:
+        method = LayerGradientXActivation(lambda _: self._score(x, classes), self._module, multiply_by_inputs=multiply)
+        return method.attribute(classes[0].float(), attribute_to_layer_input=self._point.at == "input")
+
+    def _integrate(self, x: Any, classes: tuple[Tensor, ...]) -> Any:
+        inputs = _with_baseline(x, self._method)
+
+        def score(*values: Tensor) -> Tensor:
+            return self._score(_as_given(x, values[: len(inputs)]), values[len(inputs) :])
+
+        return ATTRIBUTION_METHODS[self._method](score, self._module).attribute(
+            inputs,
+            additional_forward_args=classes,
+            n_steps=_STEPS,
+            internal_batch_size=_STEPS_AT_ONCE * len(classes[0]),
+            attribute_to_layer_input=self._point.at == "input",
+        )
+
+    def _deeplift(self, x: Any, classes: tuple[Tensor, ...]) -> Any:
+        inputs = _with_baseline(x, self._method)
+
+        def score(*values: Tensor) -> Tensor:
+            return self._score(_as_given(x, values[: len(inputs)]), values[len(inputs) :])
+
+        with _deeplift_leaves_no_attributes(self.model):
+            try:
+                return LayerDeepLift(_Scored(self.model, score), self._module).attribute(
+                    inputs, additional_forward_args=classes, attribute_to_layer_input=self._point.at == "input"
+                )
+            except RuntimeError as error:
+                if "used more than once" not in str(error):
+                    raise
+                raise ValueError(
+                    "Expected a model that calls each of its activation modules (such as torch.nn.ReLU) once in a"
+                    " forward pass, which DeepLift needs, but one is called several times; make a module for each"
+                    f" call, or set method='integrated_gradients'. Captum says: {error}"
+                ) from error
+
+
+class _Scored(nn.Module):
+    """A model with a number per sample, since DeepLift hooks into modules."""
+
+    def __init__(self, model: nn.Module, score: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self._score = score
+
+    def forward(self, *values: Tensor) -> Tensor:
+        return self._score(*values)
+
+
+def check_method(method: str) -> str:
+    """The name of an attribution method, as it came.
+
+    Raises:
+        ValueError: if there is none of this name; the message lists all.
+    """
+    if method not in ATTRIBUTION_METHODS:
+        near = difflib.get_close_matches(str(method), ATTRIBUTION_METHODS, n=1, cutoff=0.4)
+        raise ValueError(
+            f"Expected method to be one of {', '.join(map(repr, ATTRIBUTION_METHODS))}, but got {method!r}."
+            + (f" Did you mean {near[0]!r}?" if near else "")
+        )
+    return method
+
+
+def per_neuron_magnitude(module: nn.Module, attribution: Tensor) -> Tensor:
+    """(B, D), the magnitude of an attribution that is shaped like the input or output of a layer."""
+    return neuron_magnitude(attribution.movedim(neuron_dimension(module, attribution.ndim), 1))
+
+
+def _join(parts: list[MarginAttribution]) -> MarginAttribution:
+    if len(parts) == 1:
+        return parts[0]
+    rows = [part.class_max for part in parts if part.class_max is not None]
+    return MarginAttribution(
+        torch.cat([part.per_neuron for part in parts]),
+        torch.cat([part.logits for part in parts]),
+        torch.cat(rows) if rows else None,
+        tuple(torch.cat(values) for values in zip(*(part.watched for part in parts), strict=True)),
+    )
+
+
+def _several(point: LayerPoint) -> str:
+    return f"Layer '{point.name}' has several tensors as its {point.at}; name a layer with one."
+
+
+def _single(value: Any, point: LayerPoint) -> Tensor:
+    """The one tensor of a layer's positional arguments or output."""
+    values = value if isinstance(value, tuple) else (value,)
+    if len(values) != 1 or not isinstance(values[0], Tensor):
+        raise ValueError(_several(point))
+    return values[0]
+
+
+def _with_baseline(x: Any, method: str) -> tuple[Tensor, ...]:
+    """The tensors of an input for which zeros are an input too."""
+    values = x if isinstance(x, tuple) else (x,)
+    wrong = [value for value in values if not (isinstance(value, Tensor) and value.is_floating_point())]
+    if wrong or not values:
+        found = wrong[0] if wrong else x
+        kind = f"a tensor of {found.dtype}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+        raise TypeError(
+            f"Expected x to be a float tensor, or a tuple of them, since method='{method}' compares it with zeros, but"
+            f" got {kind}; set method='{GRADIENT_X_ACTIVATION}', which takes any input."
+        )
+    return values
+
+
+def _as_given(x: Any, values: tuple[Tensor, ...]) -> Any:
+    return values if isinstance(x, tuple) else values[0]
+
+
+@contextmanager
+def _not_watched() -> Iterator[None]:
+    token = _unwatched.set(True)
+    try:
+        yield
+    finally:
+        _unwatched.reset(token)
+
+
 @contextmanager
 def _fresh_leaves(module: nn.Module) -> Iterator[None]:
     """Lets Captum, which has the layer's activation require grad, mark an alias of it where it is the user's input."""
 
     def alias(value: Any) -> Any:
-        return value.detach() if isinstance(value, Tensor) and value.is_leaf else value
+        if not isinstance(value, Tensor) or not value.is_leaf:
+            return value
+        return value.clone() if value.is_inference() else value.detach()
 
     handles = [
         module.register_forward_pre_hook(lambda _, inputs: tuple(alias(value) for value in inputs)),
@@ -283,102 +955,37 @@ def _fresh_leaves(module: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-@dataclass(frozen=True, eq=False)
-class MarginAttribution:
-    """Attribution of the label margin in one batch.
+@contextmanager
+def _no_leaf_handed_on(module: nn.Module, point: LayerPoint) -> Iterator[None]:
+    """Copies the leaf that Captum puts in place of the layer's activation, since functions in place refuse leaves.
 
-    Args:
-        per_neuron: like the layer's activation, gradient x activation of the margin.
-        logits: (B, C) float32, from the same forward pass.
+    To be entered in the forward pass: hooks run in the order in which they were registered.
     """
 
-    per_neuron: Tensor
-    logits: Tensor
+    def copy(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(copy(part) for part in value)
+        return value.clone() if isinstance(value, Tensor) and value.is_leaf and value.requires_grad else value
 
-    def total(self) -> Tensor:
-        """(B,) float32, the sum over all neurons: how strongly the layer supports the given label."""
-        return self.per_neuron.float().flatten(1).sum(dim=1)
+    if point.at == "input":
+        handle = module.register_forward_pre_hook(lambda _, inputs: copy(inputs))
+    else:
+        handle = module.register_forward_hook(lambda _, __, output: copy(output))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
-class Attributor:
-    """Captum's gradient x activation at one layer of a model.
-
-    Args:
-        model: holds the layer; call in eval mode, since samples of a batch must not influence each other.
-        point: where to attribute.
-        forward: from a batch's input to logits.
-    """
-
-    def __init__(self, model: nn.Module, point: LayerPoint, forward: Forward) -> None:
-        self._model = model
-        self._point = point
-        self._forward = forward
-        self._module = resolve_layer(model, point.name)
-
-    def margin(self, x: Any, label: Tensor) -> MarginAttribution:
-        """Attribution of the given label's logit minus the strongest other logit.
-
-        Args:
-            x: the model's input for B samples.
-            label: (B,) int64.
-        """
-        logits: list[Tensor] = []
-
-        def margin_of_batch(_: Tensor) -> Tensor:
-            out = self._forward(x).float()
-            logits.append(out.detach())
-            return label_margin(out, label)
-
-        return MarginAttribution(self._captum(margin_of_batch, label, multiply=True).detach(), logits[0])
-
-    def class_max(self, x: Any, label: Tensor, num_classes: int) -> Tensor:
-        """The paper's attribution (step 2), for all classes from one forward pass.
-
-        In eval mode samples do not influence each other, so the gradient of the batch's summed logit of a class holds
-        each sample's own gradient; Captum takes those C sums, and autograd differentiates them in one batched product.
-
-        Args:
-            x: the model's input for B samples.
-            label: (B,) int64; only its length and device are used.
-            num_classes: C.
-
-        Returns:
-            (B, D) float32.
-        """
-        one_hot = tuple(torch.eye(num_classes, device=label.device))
-
-        def summed_logits(_: Tensor) -> Tensor:
-            return self._forward(x).float().sum(dim=0)
-
-        with tap(self._model, self._point) as take:
-            gradients = self._captum(
-                summed_logits,
-                label,
-                multiply=False,
-                grad_kwargs={"grad_outputs": one_hot, "is_grads_batched": True},
-            )
-            activation = take()
-        dimension = neuron_dimension(self._module, activation.ndim)
-        return class_max_attribution(
-            gradients.float().movedim(dimension + 1, 2), activation.float().movedim(dimension, 1)
-        )
-
-    def _captum(
-        self,
-        forward: Callable[[Tensor], Tensor],
-        batch: Tensor,
-        multiply: bool,
-        grad_kwargs: dict[str, Any] | None = None,
-    ) -> Tensor:
-        method = LayerGradientXActivation(forward, self._module, multiply_by_inputs=multiply)
-        with _fresh_leaves(self._module), warnings.catch_warnings():
-            # vmap's notice that an operation has no batching rule and is looped over: slower, not wrong.
-            warnings.filterwarnings("ignore", message="There is a performance drop")
-            attribution: Tensor | tuple[Tensor, ...] = method.attribute(
-                batch.float(), attribute_to_layer_input=self._point.at == "input", grad_kwargs=grad_kwargs
-            )
-        if isinstance(attribution, tuple):
-            raise ValueError(
-                f"Layer '{self._point.name}' has several tensors as its {self._point.at}; name a layer with one."
-            )
-        return attribution
+@contextmanager
+def _deeplift_leaves_no_attributes(model: nn.Module) -> Iterator[None]:
+    """Takes away the tensors that Captum's DeepLift notes on the modules, and forgets there where it fails."""
+    names = ("input", "output", "input_ref")
+    before = {module: {name for name in names if name in vars(module)} for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, own in before.items():
+            for name in names:
+                if name in vars(module) and name not in own:
+                    delattr(module, name)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
+from typing_extensions import override
 
 MIN_SAMPLES = 10
 
@@ -212,7 +215,9 @@ def shuffles(loader: DataLoader[Any]) -> bool:
         return True
     if type(sampler) is SequentialSampler:
         return False
-    found = type(sampler).__name__ if sampler is not None else f"{type(loader.batch_sampler).__name__} without .sampler"
+    # By __class__, as a RememberedBatches goes by the user's.
+    batches = loader.batch_sampler.__class__.__name__
+    found = type(sampler).__name__ if sampler is not None else f"{batches} without .sampler"
     if type(sampler) is RandomSampler:
         found += " with replacement or num_samples"
     raise TypeError(
@@ -247,3 +252,153 @@ class NarrowedLoaders:
             restored: Any = loader.batch_sampler
             restored.sampler = batch_sampler_sampler
             loader.__dict__["sampler"] = sampler
+
+
+class RememberedBatches(BatchSampler):
+    """Yields what the user's batch sampler yields, and remembers which indices it has handed to a DataLoader.
+
+    In everything else it is the user's own: attributes are read and set there, and ``isinstance`` sees its class.
+    Iterating makes a :class:`RememberedIteration`, so that what somebody else draws is not mixed up with the training
+    epoch. A DataLoader asks for batches ahead of delivering them but delivers in the same order (unless it has workers
+    and ``in_order=False``), so the k-th batch delivered is the k-th that its iteration has drawn.
+
+    Args:
+        batches: the user's batch sampler, or whatever iterable of batches stands in for one.
+
+    Example:
+        >>> batches = RememberedBatches(BatchSampler(range(5), batch_size=2, drop_last=False))
+        >>> iteration = iter(batches)
+        >>> next(iteration), next(iteration), batches.batch_size
+        ([0, 1], [2, 3], 2)
+        >>> iteration.drawn(1)
+        tensor([2, 3])
+    """
+
+    def __init__(self, batches: Any) -> None:
+        # Not super().__init__: there is no sampler here, and setting an attribute sets the user's.
+        self.__dict__["_inner"] = batches
+        self.__dict__["_remembers"] = True
+
+    @property  # type: ignore[misc]  # isinstance asks for it: who looks for the user's class shall find it
+    def __class__(self) -> type:
+        return type(self._inner)
+
+    @override
+    def __iter__(self) -> RememberedIteration:
+        return RememberedIteration(self, iter(self._inner))
+
+    @override
+    def __len__(self) -> int:
+        return len(self._inner)
+
+    def __getattr__(self, name: str) -> Any:
+        # While a copy is being made there is nothing to ask yet.
+        if name == "_inner" or (name.startswith("__") and name.endswith("__")):
+            raise AttributeError(name)
+        return getattr(self._inner, name)
+
+    @override
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._inner, name, value)
+
+    def __copy__(self) -> Any:
+        # The user's own: who makes a copy to change it must not change what the fit draws from.
+        return copy.copy(self._inner)
+
+    @override
+    def __reduce__(self) -> Any:
+        # By name, since pickle would look at __class__.
+        return RememberedBatches, (self._inner,)
+
+    @property
+    def remembers(self) -> bool:
+        """Whether batches are still remembered."""
+        return bool(self.__dict__["_remembers"])
+
+    def release(self) -> Any:
+        """The user's batch sampler; iterations under way go on, but remember nothing more."""
+        self.__dict__["_remembers"] = False
+        return self._inner
+
+
+class RememberedIteration(Iterator[Any]):
+    """One iteration over the batches, which keeps every batch until a later one is asked for.
+
+    Args:
+        owner: whose iteration it is.
+        batches: the iterator of the user's batch sampler.
+    """
+
+    def __init__(self, owner: RememberedBatches, batches: Iterator[Any]) -> None:
+        self._owner = owner
+        self._batches = batches
+        self._kept: deque[Any] = deque()
+        self._first = 0  # the position of what has been kept longest
+
+    @override
+    def __next__(self) -> Any:
+        batch = next(self._batches)
+        if self._owner.remembers:
+            # A copy: who yields a list may fill it again.
+            self._kept.append(tuple(batch) if isinstance(batch, list) else batch)
+        else:
+            self._kept.clear()
+        return batch
+
+    def drawn(self, position: int) -> Tensor | None:
+        """The dataset indices of a batch, (B,) int64, or None if it is not known or not made of integers.
+
+        Args:
+            position: counted from 0; positions before it are forgotten.
+        """
+        while self._kept and self._first < position:
+            self._kept.popleft()
+            self._first += 1
+        if not self._kept or self._first != position:
+            return None
+        try:
+            # By way of numpy, which reads Python's integers several times faster.
+            index = torch.as_tensor(np.asarray(self._kept[0]))
+        except (TypeError, ValueError, RuntimeError):
+            return None
+        whole = not index.is_floating_point() and not index.is_complex() and index.dtype != torch.bool
+        return index.long() if whole and index.ndim == 1 else None
+
+
+def remember_batches(loader: DataLoader[Any]) -> None:
+    """From its next iteration on, the loader remembers its batches; see :func:`delivered_indices`."""
+    if not isinstance(loader.batch_sampler, RememberedBatches):
+        _put_batch_sampler(loader, RememberedBatches(loader.batch_sampler))
+
+
+def forget_batches(loader: DataLoader[Any]) -> None:
+    """Gives the loader the user's batch sampler again; an iteration under way is not disturbed."""
+    batches = loader.batch_sampler
+    if isinstance(batches, RememberedBatches):
+        _put_batch_sampler(loader, batches.release())
+
+
+def _put_batch_sampler(loader: DataLoader[Any], batches: Any) -> None:
+    # DataLoader forbids to set it.
+    loader.__dict__["batch_sampler"] = batches
+    # Persistent workers belong to an iterator that is started again, not made again, and has its own reference.
+    iterator = getattr(loader, "_iterator", None)
+    if iterator is not None:
+        iterator._index_sampler = batches
+
+
+def delivered_indices(iterator: Any, waiting: int = 0) -> Tensor | None:
+    """The dataset indices of the batch that a loader's iterator delivered last, in the order of its rows.
+
+    Args:
+        iterator: of a DataLoader; torch's ``_sampler_iter`` and ``_num_yielded`` are read, which have no public twin.
+        waiting: how many batches, delivered later, to leave out.
+
+    Returns:
+        (B,) int64, or None where that is not known: the loader does not remember its batches, its iteration is older
+        than that, or it is not torch's own.
+    """
+    iteration = getattr(iterator, "_sampler_iter", None)
+    if not isinstance(iteration, RememberedIteration):
+        return None
+    return iteration.drawn(iterator._num_yielded - 1 - waiting)

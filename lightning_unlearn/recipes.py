@@ -1,21 +1,54 @@
-"""From evidence to the probability that a sample is clean, by name."""
+"""From evidence to the probability that a sample is clean, by name.
+
+A recipe is a function from :class:`~lightning_unlearn.types.Evidence`, one rank's share of it, and a function that sums
+over ranks, to a :class:`Verdict`. None needs a Trainer, a noise mask, a clean set or a noise rate.
+"""
 
 from __future__ import annotations
 
 import difflib
+import importlib
+import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.metadata import entry_points
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_unlearn.functional.evidence import support_log_odds
+from lightning_unlearn.functional.evidence import confident_disagreement, shift_to_rate
+from lightning_unlearn.functional.latent import ROWS, fit_latent_classes, fit_transition, given_posterior, log_odds_of
 from lightning_unlearn.functional.mixture import GaussianMixture, Reduce, fit_mixture, standardise
 from lightning_unlearn.types import Evidence
 
+ENTRY_POINTS = "lightning_unlearn.recipes"
+"""Group in which other packages offer recipes."""
+
 # Standard errors by which the components' means must differ before one is called clean.
 _DECISIVE = 3.0
+
+# Label evidence. Likelihoods of Gaussians in many correlated coordinates are too sure of themselves: they are tempered
+# where the transition matrix and the rate are estimated, and more so where they are added to the model's own logits,
+# which under noise are not sure enough.
+_TEMPER = 0.7
+_WEIGHT = 0.15
+_LOGITS = 1.5
+# Logits of the first guess are sharpened, as a network under noise is unsure of what it knows.
+_SHARPEN = 4.0
+# Share of the given labels that a part of training must predict to count as memorised.
+_MEMORISED = 0.9
+# Gate: disagreement of the most confident quarter, over the mean uncertainty that noise-free data would leave.
+_UNEXPLAINED = 1.5
+
+# Input evidence. Gate: the share of samples between the two groups, and how much less sure the model is of one of them,
+# in standard deviations.
+_BETWEEN = 0.01
+_LESS_SURE = 0.5
+
+# What a gate that is closed leaves of the doubt: nothing is suspect, and the order stays.
+_NO_DOUBT = 0.01
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,12 +58,24 @@ class Verdict:
     Args:
         clean_probability: (n,) float32.
         suggested_label: (n,) int64, for a sample that turns out not to be clean.
+        label_probability: (n,) float32, probability that the given label is right; None if it was not asked.
+        input_probability: (n,) float32, probability that the input is intact; None if it was not asked.
+        noise_matrix: (C, C) float32, row k the estimated probabilities of what a sample of class k is called; None if
+            it was not estimated. The same on every rank.
+        notes: what the gates said, for the log. The same on every rank.
         warning: why the verdict should not be acted upon; empty if it can be. The same on every rank.
     """
 
     clean_probability: Tensor
     suggested_label: Tensor
+    label_probability: Tensor | None = None
+    input_probability: Tensor | None = None
+    noise_matrix: Tensor | None = None
+    notes: tuple[str, ...] = ()
     warning: str = ""
+
+
+Judge = Callable[[Evidence, Reduce], Verdict]
 
 
 @dataclass(frozen=True)
@@ -41,13 +86,15 @@ class Recipe:
         name: for configuration and messages.
         judge: from this rank's evidence, and the function that sums over ranks, to a verdict.
         needs_rows: whether it needs the per-neuron attributions ``Evidence.rows``.
+        needs_response: whether it looks at ``Evidence.response``, an early layer's response to the input.
         averages: whether evidence of earlier epochs counts.
         soft: whether neurons are regressed on the probability (else, as in the paper, on the two clusters).
     """
 
     name: str
-    judge: Callable[[Evidence, Reduce], Verdict]
+    judge: Judge
     needs_rows: bool = False
+    needs_response: bool = False
     averages: bool = True
     soft: bool = True
 
@@ -77,22 +124,182 @@ def _undecided(evidence: Evidence, what: str) -> Verdict:
     return Verdict(
         torch.ones_like(evidence.weight),
         evidence.label,
-        f"the two groups found do not differ in {what}, so which of them is clean cannot be told",
+        warning=f"the two groups found do not differ in {what}, so which of them is clean cannot be told",
+    )
+
+
+def _rival(evidence: Evidence) -> Tensor:
+    """(n,) int64, the class other than the given one that the model was most for on the whole."""
+    scores = evidence.attribution.mean(dim=1) @ evidence.basis.T
+    return scores.scatter(1, evidence.label.unsqueeze(1), -torch.inf).argmax(dim=1)
+
+
+def _not_memorised(evidence: Evidence, reduce: Reduce) -> tuple[Tensor, int]:
+    """The blocks of ``Evidence.attribution`` that say more than the given labels do.
+
+    A network that has memorised its labels repeats them, right or wrong. Blocks are dropped from the last on while they
+    predict nearly all the given labels; the first one stays, as it comes from the time before.
+
+    Returns:
+        (n, P', r), and how many of these blocks are averages over training.
+    """
+    blocks, w = evidence.attribution, evidence.weight.double()
+    agrees = torch.stack(
+        [
+            w.sum(),
+            *(w @ ((block @ evidence.basis.T).argmax(1) == evidence.label).double() for block in blocks.unbind(1)),
+        ]
+    )
+    agrees = reduce(agrees)
+    kept = blocks.shape[1]
+    while kept > 1 and agrees[kept] > _MEMORISED * agrees[0]:
+        kept -= 1
+    return blocks[:, :kept], max(1, min(kept, blocks.shape[1] - 1))
+
+
+@dataclass(frozen=True, eq=False)
+class _LabelModel:
+    """What latent classes say of a data set.
+
+    Args:
+        log_odds: (n,), of the given label being right.
+        predicted: (n,) int64, the likeliest true class without the given label.
+        confidence: (n,), log-odds of that class.
+        suggested: (n,) int64, the likeliest true class other than the given one.
+        transition: (C, C), how the classes are called.
+        rate: share of labels that are wrong by the latent classes alone.
+        uncertainty: share of the true classes that the latent classes expect to get wrong without the given label.
+    """
+
+    log_odds: Tensor
+    predicted: Tensor
+    confidence: Tensor
+    suggested: Tensor
+    transition: Tensor
+    rate: float
+    uncertainty: float
+
+
+def _label_model(evidence: Evidence, reduce: Reduce) -> _LabelModel:
+    y, w = evidence.label, evidence.weight.double()
+    basis = evidence.basis.double()
+    blocks, of_training = _not_memorised(evidence, reduce)
+    rows = blocks.flatten(1)
+
+    def first_guess(x: Tensor) -> Tensor:
+        mean = x.reshape(len(x), -1, basis.shape[1])[:, :of_training].mean(dim=1)
+        return (_SHARPEN * mean.double() @ basis.T).softmax(dim=1)
+
+    classes = fit_latent_classes(rows, y, w, first_guess, evidence.num_classes, reduce=reduce)
+
+    def tempered(part: slice) -> Tensor:
+        return _TEMPER * classes.log_likelihood(rows[part])
+
+    transition = fit_transition(tempered, y, w, classes.transition, reduce=reduce)
+    sums = w.new_zeros(3)
+    columns = []
+    # In parts, as there are C numbers for every sample.
+    for first in range(0, len(y), ROWS):
+        part = slice(first, first + ROWS)
+        label, likelihood = y[part].unsqueeze(1), classes.log_likelihood(rows[part])
+        wrong = 1 - given_posterior(_TEMPER * likelihood, y[part], transition).gather(1, label).squeeze(1).exp()
+        unsure = 1 - likelihood.softmax(dim=1).amax(dim=1)
+        sums += torch.stack([torch.ones_like(wrong), wrong, unsure]) @ w[part]
+        score = _WEIGHT * likelihood + _LOGITS * blocks[part, -2:].mean(dim=1).double() @ basis.T
+        posterior = given_posterior(score, y[part], transition)
+        predicted = score.argmax(dim=1)
+        suggested = posterior.scatter(1, label, -torch.inf).argmax(dim=1)
+        columns.append((log_odds_of(posterior, y[part]), predicted, log_odds_of(score, predicted), suggested))
+    number, total_wrong, total_unsure = reduce(sums).tolist()
+    log_odds, predicted, confidence, suggested = (torch.cat(parts) for parts in zip(*columns, strict=True))
+    return _LabelModel(
+        log_odds, predicted, confidence, suggested, transition, total_wrong / number, total_unsure / number
     )
 
 
 def judge_label(evidence: Evidence, reduce: Reduce) -> Verdict:
-    """A mixture on the log-odds of the averaged support of the given label; the component with the higher is clean.
+    """The posterior that the given label is right, from true classes behind the given ones.
 
-    The model's own evidence decides which component is clean: where the layer supports the given label against every
-    other. The probability rises with the support throughout.
+    A latent-class model (:mod:`~lightning_unlearn.functional.latent`) on the class attributions of the first and the
+    second half of training and of the last pass gives every sample a likelihood under each true class, and how classes
+    are called. The likelihoods, weakened, are added to the model's own logits; the probability of the given label under
+    both, and under the transition matrix, is set to the noise rate that the latent classes alone estimate.
+
+    The gate: without noise, a classifier is wrong on the average sample as often as it expects to be, and on its most
+    confident quarter far less. If the most confident quarter of every class disagrees with the labels more than 1.5
+    times as often as the *average* sample is expected to, uncertainty does not explain it, and there are wrong labels;
+    else nothing is suspect.
     """
-    rows = standardise(support_log_odds(evidence.support).unsqueeze(1), evidence.weight, reduce)
-    mixture: GaussianMixture = fit_mixture(rows, evidence.weight, reduce=reduce)
-    clean = _higher_component(evidence.support, mixture.posterior(rows), evidence.weight, reduce)
-    if clean is None:
-        return _undecided(evidence, "how well the model supports the given labels")
-    return Verdict(mixture.posterior_monotone(rows, clean).float(), evidence.rival)
+    model, w = _label_model(evidence, reduce), evidence.weight
+    rate = min(max(model.rate, 1e-6), 1 - 1e-6)
+    probability = (model.log_odds + shift_to_rate(model.log_odds, w, rate, reduce=reduce)).sigmoid().float()
+    agrees = model.predicted == evidence.label
+    disagreement = confident_disagreement(
+        model.confidence, agrees, model.predicted, w, evidence.num_classes, reduce=reduce
+    )
+    found = disagreement > _UNEXPLAINED * model.uncertainty
+    matrix = model.transition.float()
+    if not found:
+        probability = 1 - _NO_DOUBT * (1 - probability)
+        matrix = torch.eye(len(matrix), device=matrix.device)
+    note = (
+        f"labels: {disagreement:.1%} of the most confident samples disagree, {model.uncertainty:.1%} expected of the"
+        f" average one: {'wrong labels' if found else 'no sign of wrong labels'}"
+    )
+    return Verdict(probability, model.suggested, label_probability=probability, noise_matrix=matrix, notes=(note,))
+
+
+def judge_input(evidence: Evidence, reduce: Reduce) -> Verdict:
+    """The probability that the input is intact, from an early layer's response to it.
+
+    A mixture on the response. The gate: fewer than one per cent of the samples lie between the two groups, and the
+    model was less sure of one of them in the course of training; that one is the corrupted one. Two kinds of intact
+    inputs, such as recordings of two microphones, differ too, but run into each other.
+    """
+    intact = torch.ones_like(evidence.weight)
+    if evidence.response is None:
+        return Verdict(intact, evidence.label, notes=("inputs: no early layer to look at",))
+    w, u = evidence.weight.double(), evidence.uncertainty.double()
+    rows = standardise(evidence.response.double(), evidence.weight, reduce)
+    mixture = fit_mixture(rows, evidence.weight, reduce=reduce)
+    share = mixture.posterior(rows)
+    between = ((share[:, 0] > 0.1) & (share[:, 0] < 0.9)).double()
+    sums = reduce(torch.cat([torch.stack([w, w * between, w * u, w * u * u]).sum(dim=1), w @ share, (w * u) @ share]))
+    number, ambiguous = sums[0], (sums[1] / sums[0]).item()
+    deviation = (sums[3] / number - (sums[2] / number) ** 2).clamp(min=1e-12).sqrt()
+    group = sums[4:6]
+    means = sums[6:8] / group.clamp(min=1e-9)
+    gap = ((means[1] - means[0]) / deviation).item()
+    clean = 0 if gap > 0 else 1
+    found = bool((group > 1).all()) and ambiguous <= _BETWEEN and abs(gap) >= _LESS_SURE
+    probability = share[:, clean].float()
+    note = (
+        f"inputs: two groups, the smaller of {group.min() / number:.1%}, {ambiguous:.1%} of the samples between them,"
+        f" the model less sure of one by {abs(gap):.2f} standard deviations:"
+        f" {'corrupted inputs' if found else 'no sign of corrupted inputs'}"
+    )
+    if not found:
+        probability = intact
+    return Verdict(probability, evidence.label, input_probability=probability, notes=(note,))
+
+
+def judge_auto(evidence: Evidence, reduce: Reduce) -> Verdict:
+    """Both kinds of evidence, each behind its gate: p(clean) is the product.
+
+    The latent classes are fitted on the samples whose input is intact.
+    """
+    inputs = judge_input(evidence, reduce)
+    intact = inputs.clean_probability
+    kept = replace(evidence, weight=evidence.weight * (intact >= 0.5))
+    labels = judge_label(kept, reduce)
+    return Verdict(
+        labels.clean_probability * intact,
+        labels.suggested_label,
+        label_probability=labels.label_probability,
+        input_probability=inputs.input_probability,
+        noise_matrix=labels.noise_matrix,
+        notes=labels.notes + inputs.notes,
+    )
 
 
 def judge_rlap(evidence: Evidence, reduce: Reduce) -> Verdict:
@@ -113,27 +320,127 @@ def judge_rlap(evidence: Evidence, reduce: Reduce) -> Verdict:
     return Verdict(share[:, clean].float(), evidence.prediction)
 
 
+def _judge_score(score: Tensor, evidence: Evidence, reduce: Reduce) -> Verdict:
+    """A mixture on one number per sample, the component with the higher mean being clean."""
+    rows = standardise(score.double().unsqueeze(1), evidence.weight, reduce)
+    mixture: GaussianMixture = fit_mixture(rows, evidence.weight, reduce=reduce)
+    mean = mixture.mean.squeeze(1)
+    if mean[0] == mean[1]:
+        return _undecided(evidence, "the score")
+    probability = mixture.posterior_monotone(rows, int(mean[1] > mean[0])).float()
+    return Verdict(probability, _rival(evidence), label_probability=probability)
+
+
+def judge_loss(evidence: Evidence, reduce: Reduce) -> Verdict:
+    """Baseline: a mixture on the last pass's loss (Arazo et al. 2019, DivideMix), the lower being clean."""
+    return _judge_score(-evidence.loss, evidence, reduce)
+
+
+def judge_aum(evidence: Evidence, reduce: Reduce) -> Verdict:
+    """Baseline: a mixture on the margin averaged over training (AUM, Pleiss et al. 2020), the higher being clean."""
+    return _judge_score(evidence.mean_margin, evidence, reduce)
+
+
+def judge_argmax(evidence: Evidence, reduce: Reduce) -> Verdict:
+    """Baseline: a sample is clean if the model predicts its label; the probability is that against the rival alone."""
+    probability = evidence.margin.sigmoid().float()
+    return Verdict(probability, evidence.prediction, label_probability=probability)
+
+
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
+        Recipe("auto", judge_auto, needs_response=True),
         Recipe("label", judge_label),
+        Recipe("input", judge_input, needs_response=True),
         Recipe("rlap", judge_rlap, needs_rows=True, averages=False, soft=False),
+        Recipe("loss", judge_loss, averages=False),
+        Recipe("aum", judge_aum),
+        Recipe("argmax", judge_argmax, averages=False),
     )
 }
 
 
-def get_recipe(name: str) -> Recipe:
-    """The recipe of a name.
+def get_recipe(recipe: str | Recipe | Callable[..., Any]) -> Recipe:
+    """The recipe of a name, of a dotted path, or of a function.
+
+    Args:
+        recipe: a name of :data:`RECIPES`; a name in the entry-point group ``lightning_unlearn.recipes``; the dotted
+            path of a function or a :class:`Recipe`; or one of these. A function takes
+            :class:`~lightning_unlearn.types.Evidence`, and, if it has a second parameter without a default, the
+            function that sums over ranks; it returns p(clean), (n,), or a :class:`Verdict`.
 
     Raises:
         ValueError: if there is none; the message lists those there are.
+        TypeError: if it is neither a name nor a function.
 
     Example:
-        >>> get_recipe("label").needs_rows
+        >>> get_recipe("auto").needs_rows
         False
+        >>> get_recipe(lambda evidence: evidence.support).name
+        '<lambda>'
     """
-    if name in RECIPES:
-        return RECIPES[name]
-    near = difflib.get_close_matches(name, RECIPES, n=1)
+    if isinstance(recipe, Recipe):
+        return recipe
+    if callable(recipe):
+        return Recipe(getattr(recipe, "__name__", type(recipe).__name__), _as_judge(recipe), needs_response=True)
+    if not isinstance(recipe, str):
+        raise TypeError(
+            f"Expected recipe to be a name, a dotted path or a function, but got a {type(recipe).__name__}."
+        )
+    if recipe in RECIPES:
+        return RECIPES[recipe]
+    offered = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+    if recipe in offered:
+        return replace(get_recipe(offered[recipe].load()), name=recipe)
+    if "." in recipe and all(part.isidentifier() for part in recipe.split(".")):
+        return replace(get_recipe(_import(recipe)), name=recipe)
+    names = [*RECIPES, *offered]
+    near = difflib.get_close_matches(recipe, names, n=1)
     hint = f" Did you mean '{near[0]}'?" if near else ""
-    raise ValueError(f"Expected recipe to be one of {', '.join(map(repr, RECIPES))}, but got '{name}'.{hint}")
+    raise ValueError(
+        f"Expected recipe to be one of {', '.join(map(repr, names))}, or the dotted path of a function, but got"
+        f" '{recipe}'.{hint}"
+    )
+
+
+def _import(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"Expected recipe to be the dotted path of a function that can be imported, but '{path}' cannot: {error}."
+        ) from error
+    if not callable(found) and not isinstance(found, Recipe):
+        raise ValueError(f"Expected recipe '{path}' to be a function, but it is a {type(found).__name__}.")
+    return found
+
+
+def _as_judge(function: Callable[..., Any]) -> Judge:
+    """A user's function as a judge, its answer checked."""
+    # A second parameter with a default is a setting of the user's own.
+    parameters = [
+        parameter
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY
+    ]
+    takes_reduce = len(parameters) > 1 and parameters[1].default is inspect.Parameter.empty
+    name = getattr(function, "__name__", type(function).__name__)
+
+    def judge(evidence: Evidence, reduce: Reduce) -> Verdict:
+        answer: Any = function(evidence, reduce) if takes_reduce else function(evidence)
+        verdict = answer if isinstance(answer, Verdict) else Verdict(answer, _rival(evidence))
+        probability: Any = verdict.clean_probability
+        shape = evidence.index.shape
+        if not isinstance(probability, Tensor) or probability.shape != shape:
+            found = tuple(probability.shape) if isinstance(probability, Tensor) else type(probability).__name__
+            raise ValueError(f"Expected recipe '{name}' to return p(clean) of shape {tuple(shape)}, but got {found}.")
+        if not bool(((probability >= 0) & (probability <= 1)).all()):
+            raise ValueError(
+                f"Expected recipe '{name}' to return probabilities in [0, 1], but they span"
+                f" {probability.min():.4g} to {probability.max():.4g}."
+            )
+        return replace(verdict, clean_probability=probability.float())
+
+    return judge

@@ -15,7 +15,10 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-STATE_VERSION = 1
+STATE_VERSION = 2
+
+REASONS = ("none", "label", "input", "both")
+"""Why a sample is not clean; ``Partition.reason`` holds positions in this tuple."""
 
 
 @dataclass(frozen=True)
@@ -42,31 +45,70 @@ class Evidence:
         index: (n,) int64, position of the sample in the dataset.
         weight: (n,) 1 for a row that counts, 0 for one that only pads the share to the length of the other ranks'.
         label: (n,) int64, the given label.
+        attribution: (n, P, r) class attributions in the coordinates ``basis``: the mean over the first half of
+            training, over the second half, and the last pass, in eval mode; P is less where there were too few epochs.
+        basis: (C, r), orthonormal columns; ``attribution @ basis.T`` are attributions of the classes, less their mean.
+        margin: (n,) attribution of the given label's logit less the strongest other, in the last pass.
+        mean_margin: (n,) the same, averaged over all passes: the area under the margin (AUM).
         support: (n,) in [0, 1], how strongly the layer supports the given label against the strongest other, averaged
-            over the evidence passes (see :func:`~lightning_unlearn.functional.label_support`).
+            over all passes (see :func:`~lightning_unlearn.functional.label_support`).
+        uncertainty: (n,) entropy of the predicted classes, averaged over all passes, in nats.
         loss: (n,) cross-entropy of the given label in the last pass, in nats.
         prediction: (n,) int64, strongest class of the last pass.
-        rival: (n,) int64, the class other than the given one that was strongest in most passes.
+        response: (n, 2) how strongly an early layer responds to the input in the last pass: the norms, over its
+            neurons, of their means and of their spreads over positions; (n, 1) for a layer without positions; None
+            where there is no such layer.
         rows: (n, D) per-neuron attributions of the last pass, for the recipes that ask for them, else None.
     """
 
     index: Tensor
     weight: Tensor
     label: Tensor
+    attribution: Tensor
+    basis: Tensor
+    margin: Tensor
+    mean_margin: Tensor
     support: Tensor
+    uncertainty: Tensor
     loss: Tensor
     prediction: Tensor
-    rival: Tensor
+    response: Tensor | None = None
     rows: Tensor | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return len(self.basis)
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is not None and value.shape[:1] != self.index.shape:
+            if field.name != "basis" and value is not None and value.shape[:1] != self.index.shape:
                 raise ValueError(
                     f"Evidence.{field.name} must have one row per sample ({len(self.index)}), but has shape"
                     f" {tuple(value.shape)}."
                 )
+
+
+@dataclass(frozen=True)
+class ClassSummary:
+    """What was found among the samples of one given label.
+
+    Args:
+        label: the given label.
+        samples: how many samples have it.
+        suspects: how many of them are not clean.
+        noise_rate: estimated share of them that is not clean.
+        confused_with: the class that most of those with a wrong label are suggested to be; None if there are none.
+        confused_samples: how many of them.
+    """
+
+    label: int
+    samples: int
+    suspects: int
+    noise_rate: float
+    confused_with: int | None
+    confused_samples: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,11 +117,16 @@ class Partition:
 
     Args:
         clean_probability: (N,) float32, probability in [0, 1] that the sample is clean.
-        is_clean: (N,) bool, ``clean_probability`` at or above the threshold of the callback.
+        is_clean: (N,) bool, ``clean_probability`` at or above the threshold of the callback, or among the likeliest of
+            a class of which too few would be left.
         suggested_label: (N,) int64; the given label where the sample is clean.
         noise_rate: estimated share of samples that are not clean, in [0, 1].
         label: (N,) int64, the given labels.
-        label_evidence: (N,) float32 in [0, 1], the support of the given label, averaged over the evidence passes.
+        label_evidence: (N,) float32 in [0, 1], the support of the given label, averaged over the passes.
+        input_evidence: (N,) float32 in [0, 1], the probability that the input is intact; 1 where it was not asked.
+        reason: (N,) uint8, why a sample is not clean: a position in :data:`REASONS`; 0 for a clean one.
+        noise_matrix: (C, C) float32, row k the estimated probabilities of what a sample of class k is called; (0, 0)
+            where the recipe does not estimate it.
         recipe: name of the recipe that made the partition.
         layer: where the attributions were taken.
         epoch: how many epochs were complete.
@@ -94,6 +141,9 @@ class Partition:
         ...     noise_rate=0.45,
         ...     label=torch.tensor([3, 7]),
         ...     label_evidence=torch.tensor([0.9, 0.1]),
+        ...     input_evidence=torch.ones(2),
+        ...     reason=torch.tensor([0, 1], dtype=torch.uint8),
+        ...     noise_matrix=torch.zeros(0, 0),
         ...     recipe="label",
         ...     layer="input of 'fc'",
         ...     epoch=5,
@@ -108,6 +158,9 @@ class Partition:
     noise_rate: float
     label: Tensor
     label_evidence: Tensor
+    input_evidence: Tensor
+    reason: Tensor
+    noise_matrix: Tensor
     recipe: str
     layer: str
     epoch: int
@@ -123,6 +176,8 @@ class Partition:
             "suggested_label": torch.int64,
             "label": torch.int64,
             "label_evidence": torch.float32,
+            "input_evidence": torch.float32,
+            "reason": torch.uint8,
         }.items():
             value = getattr(self, name)
             if value.shape != shape or value.dtype != dtype:
@@ -130,6 +185,8 @@ class Partition:
                     f"{name} must be {dtype} of shape {tuple(shape)}, but is {value.dtype} of shape"
                     f" {tuple(value.shape)}."
                 )
+        if len(self) and int(self.reason.max()) >= len(REASONS):
+            raise ValueError(f"reason must hold numbers below {len(REASONS)}, but holds {int(self.reason.max())}.")
         low, high = self.clean_probability.aminmax() if len(self) else (torch.zeros(()), torch.zeros(()))
         if not (0 <= low <= high <= 1 and 0 <= self.noise_rate <= 1):
             raise ValueError(
@@ -157,6 +214,34 @@ class Partition:
         suspects = (~self.is_clean).nonzero().flatten()
         by_evidence = suspects[self.label_evidence[suspects].argsort(stable=True)]
         return by_evidence[self.clean_probability[by_evidence].argsort(stable=True)]
+
+    def reasons(self) -> list[str]:
+        """Why each sample is not clean, in words: ``"none"``, ``"label"``, ``"input"`` or ``"both"``."""
+        return [REASONS[code] for code in self.reason.tolist()]
+
+    def class_summary(self) -> list[ClassSummary]:
+        """What was found in each class of given labels, the class with the largest share of suspects first."""
+        classes = int(torch.cat([self.label, self.suggested_label]).max()) + 1 if len(self) else 0
+        suspect = ~self.is_clean
+        wrong = suspect & ((self.reason == REASONS.index("label")) | (self.reason == REASONS.index("both")))
+        moved = torch.zeros(classes, classes, dtype=torch.int64)
+        moved.index_put_((self.label[wrong], self.suggested_label[wrong]), torch.tensor(1), accumulate=True)
+        moved.fill_diagonal_(0)
+        samples, suspects = (x.bincount(minlength=classes) for x in (self.label, self.label[suspect]))
+        doubt = torch.zeros(classes, dtype=torch.float64).index_add_(0, self.label, 1 - self.clean_probability.double())
+        rows = [
+            ClassSummary(
+                label=c,
+                samples=int(samples[c]),
+                suspects=int(suspects[c]),
+                noise_rate=float(doubt[c] / samples[c]),
+                confused_with=int(moved[c].argmax()) if bool(moved[c].any()) else None,
+                confused_samples=int(moved[c].max()),
+            )
+            for c in range(classes)
+            if samples[c] > 0
+        ]
+        return sorted(rows, key=lambda row: -row.suspects / row.samples)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and primitives only, so that it loads with ``weights_only=True``."""
@@ -187,7 +272,7 @@ class Partition:
         """Writes a table of samples, the most suspect first.
 
         Columns: ``index``, ``given_label``, ``suggested_label``, ``clean_probability``, ``label_evidence``,
-            ``is_clean``.
+            ``input_evidence``, ``reason``, ``is_clean``.
 
         Args:
             path: file to write.
@@ -197,23 +282,20 @@ class Partition:
         if not suspects_only:
             clean = self.clean_indices()
             order = torch.cat([order, clean[self.clean_probability[clean].argsort(stable=True)]])
-        columns = (
-            order,
-            self.label[order],
-            self.suggested_label[order],
-            self.clean_probability[order],
-            self.label_evidence[order],
-            self.is_clean[order].int(),
-        )
+        columns = {
+            "index": order.tolist(),
+            "given_label": self.label[order].tolist(),
+            "suggested_label": self.suggested_label[order].tolist(),
+            "clean_probability": [f"{value:.6f}" for value in self.clean_probability[order].tolist()],
+            "label_evidence": [f"{value:.6g}" for value in self.label_evidence[order].tolist()],
+            "input_evidence": [f"{value:.6g}" for value in self.input_evidence[order].tolist()],
+            "reason": [REASONS[code] for code in self.reason[order].tolist()],
+            "is_clean": self.is_clean[order].int().tolist(),
+        }
         with Path(path).open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(
-                ["index", "given_label", "suggested_label", "clean_probability", "label_evidence", "is_clean"]
-            )
-            for index, given, suggested, probability, evidence, clean in zip(
-                *(column.tolist() for column in columns), strict=True
-            ):
-                writer.writerow([index, given, suggested, f"{probability:.6f}", f"{evidence:.6g}", clean])
+            writer.writerow(columns)
+            writer.writerows(zip(*columns.values(), strict=True))
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,18 +1,32 @@
 import copy
+import gc
+import warnings
 
 import pytest
 import torch
-from captum.attr import LayerGradientXActivation
+from captum.attr import (
+    InternalInfluence,
+    LayerConductance,
+    LayerDeepLift,
+    LayerGradientXActivation,
+    LayerIntegratedGradients,
+)
 from torch import nn
 from torch.nn import functional as F
 
+from lightning_unlearn import capture
 from lightning_unlearn.capture import (
+    ATTRIBUTION_METHODS,
     Attributor,
+    SmallerBatches,
     check_reached,
+    is_out_of_memory,
     neuron_count,
     neuron_dimension,
     neuron_means,
     resolve_layer,
+    response,
+    take_rows,
     tap,
     trace_forward,
 )
@@ -20,6 +34,15 @@ from lightning_unlearn.functional import label_margin, strongest_other
 from lightning_unlearn.types import LayerPoint
 
 C = 4
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Toys this small are slower on more threads, much slower where others use the cores too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class ConvNet(nn.Module):
@@ -133,20 +156,25 @@ def naive_class_max(model, point):
     return product.flatten(2).sum(dim=2).abs() if product.ndim == 4 else product.abs()
 
 
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "captum"])
 @pytest.mark.parametrize(("net", "point"), POINTS, ids=str)
-def test_margin_is_what_captum_says_of_the_two_classes(net, point):
+def test_margin_is_what_captum_says_of_the_two_classes(net, point, fast):
     model = make(net)
-    found = Attributor(model, point, model).margin(IMAGES, LABEL)
+    attributor = Attributor(model, point, model, fast=fast)
+    found = attributor.margin(IMAGES, LABEL)
+    assert attributor.is_fast is fast
     torch.testing.assert_close(found.per_neuron, naive_margin(model, point), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found.logits, model(IMAGES).detach())
     torch.testing.assert_close(found.total(), found.per_neuron.flatten(1).sum(dim=1))
     assert not found.per_neuron.requires_grad
+    assert not found.logits.requires_grad
 
 
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "captum"])
 @pytest.mark.parametrize(("net", "point"), POINTS, ids=str)
-def test_class_max_is_what_captum_says_class_by_class(net, point):
+def test_class_max_is_what_captum_says_class_by_class(net, point, fast):
     model = make(net)
-    found = Attributor(model, point, model).class_max(IMAGES, LABEL, C)
+    found = Attributor(model, point, model, fast=fast).class_max(IMAGES, LABEL, C)
     torch.testing.assert_close(found, naive_class_max(model, point), rtol=1e-5, atol=1e-6)
     assert not found.requires_grad
 
@@ -307,6 +335,518 @@ def test_an_unknown_layer_is_refused_with_near_names():
         resolve_layer(model, "")
 
 
+# The fast path
+
+
+class Residual(nn.Module):
+    """The input of the norm goes past it too; of ``early`` even before."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Linear(4, 5)
+        self.norm = nn.LayerNorm(5)
+        self.mlp = nn.Linear(5, 5)
+        self.fc = nn.Linear(5, C)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.fc(x + F.gelu(self.mlp(self.norm(x))))
+
+
+class SwitchesRecording(nn.Module):
+    """Puts back, after the layer, that nothing is recorded."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden = nn.Linear(4, 5)
+        self.fc = nn.Linear(5, C)
+
+    def forward(self, x):
+        with torch.enable_grad():
+            hidden = self.hidden(x)
+        return self.fc(F.gelu(hidden))
+
+
+@pytest.mark.parametrize(
+    ("net", "point"),
+    [(Residual, LayerPoint("norm", "input")), (SwitchesRecording, LayerPoint("hidden"))],
+    ids=["residual", "switches recording"],
+)
+def test_where_the_fast_path_would_say_something_else_captum_is_used(net, point):
+    torch.manual_seed(0)
+    model, x = net(), torch.randn(7, 4)
+    attributor = Attributor(model, point, model)
+    with torch.no_grad(), pytest.warns(UserWarning, match="Every batch is recorded from end to end"):
+        found = attributor.attribute(x, LABEL, rows=True)
+    assert attributor.is_fast is False
+    expected = Attributor(model, point, model, fast=False).attribute(x, LABEL, rows=True)
+    torch.testing.assert_close(found.per_neuron, expected.per_neuron)
+    torch.testing.assert_close(found.class_max, expected.class_max)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attributor.margin(x, LABEL)  # said once
+
+
+def test_the_fast_path_records_from_the_layer_on_only():
+    model, recorded = make(ConvNet), {}
+    names = ["conv", "norm", "hidden", "shared", "fc"]
+    for name in names:
+        module = model.get_submodule(name)
+        module.register_forward_hook(lambda _, __, output, name=name: recorded.update({name: output.requires_grad}))
+    attributor = Attributor(model, LayerPoint("hidden"), model)
+    attributor.margin(IMAGES, LABEL)
+    recorded.clear()
+    attributor.margin(IMAGES, LABEL)
+    assert recorded == {"conv": False, "norm": False, "hidden": False, "shared": True, "fc": True}
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_modes_of_recording_are_put_back(mode, fails):
+    model = make(ConvNet)
+
+    def forward(x):
+        logits = model(x)
+        if fails:
+            raise KeyError
+        return logits
+
+    with mode():
+        before = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        attributor = Attributor(model, LayerPoint("conv", "input"), forward)
+        if fails:
+            with pytest.raises(KeyError):
+                attributor.margin(IMAGES, LABEL)
+        else:
+            # Made in inference mode, where it is on.
+            found = attributor.attribute(IMAGES + 0, LABEL, rows=True)
+        assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == before
+    if not fails:
+        expected = naive_margin(model, LayerPoint("conv", "input"))
+        torch.testing.assert_close(found.per_neuron, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("point", [LayerPoint("conv"), LayerPoint("hidden"), LayerPoint("fc", "input")], ids=str)
+def test_one_pass_gives_both(point):
+    model, passes = make(ConvNet), []
+
+    def forward(x):
+        passes.append(len(x))
+        return model(x)
+
+    attributor = Attributor(model, point, forward)
+    attributor.margin(IMAGES, LABEL)
+    passes.clear()
+    found = attributor.attribute(IMAGES, LABEL, rows=True)
+    assert passes == [7]
+    torch.testing.assert_close(found.per_neuron, naive_margin(model, point), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.class_max, naive_class_max(model, point), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("elements", [1, 2 * 7 * 6, 10**9], ids=["one by one", "two at a time", "all at once"])
+def test_many_classes_are_taken_in_turns(monkeypatch, elements):
+    monkeypatch.setattr(capture, "_GRADIENT_ELEMENTS", elements)
+    model, point, taken = make(ConvNet), LayerPoint("hidden"), []
+    grad = torch.autograd.grad
+
+    def counted(*args, **kwargs):
+        found = grad(*args, **kwargs)
+        taken.extend([len(found[0])] if kwargs.get("is_grads_batched") else [])
+        return found
+
+    monkeypatch.setattr(torch.autograd, "grad", counted)
+    found = Attributor(model, point, model).class_max(IMAGES, LABEL, C)
+    assert taken == {1: [1, 1, 1, 1], 2 * 7 * 6: [2, 2], 10**9: [4]}[elements]
+    monkeypatch.undo()
+    torch.testing.assert_close(found, naive_class_max(model, point), rtol=1e-5, atol=1e-6)
+
+
+class NotBatched(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 3 * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if gradient.sum().item() == 0:  # what vmap cannot do
+            return gradient
+        return 3 * gradient
+
+
+def test_an_operation_that_cannot_be_batched_is_taken_class_by_class():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, C)), torch.randn(7, 3)
+    for scale in (NotBatched.apply, lambda logits: 3 * logits):
+        found = Attributor(model, LayerPoint("1", "input"), lambda x, scale=scale: scale(model(x))).class_max(
+            x, LABEL, C
+        )
+        expected = 3 * (model[0](x) * model[1].weight.amax(dim=0)).abs()
+        torch.testing.assert_close(found, expected.detach())
+
+
+@pytest.mark.parametrize(
+    "head",
+    [lambda x: x, lambda x: x * 2, lambda x: x.mul_(2), lambda x: x.log_softmax(1)],
+    ids=["as is", "*", "*=", "log"],
+)
+def test_what_follows_the_head_counts(head):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 5), nn.GELU(), nn.Linear(5, C)), torch.randn(7, 3)
+    point = LayerPoint("2", "input")
+    found, expected = (
+        Attributor(model, point, lambda x: head(model(x)), fast=fast).class_max(x, LABEL, C) for fast in (True, False)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_hook_that_changes_the_heads_output_counts():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, C)), torch.randn(7, 3)
+    model[1].register_forward_hook(lambda _, __, output: 2 * output)
+    point = LayerPoint("1", "input")
+    found, expected = (Attributor(model, point, model, fast=fast).class_max(x, LABEL, C) for fast in (True, False))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("method", "fast"), [("gradient_x_activation", True), *((method, False) for method in ATTRIBUTION_METHODS)]
+)
+def test_tap_and_watch_read_other_layers_in_the_same_pass(method, fast):
+    torch.manual_seed(0)
+    model = make(Plain)
+    watch = (LayerPoint("conv"), LayerPoint("fc", "input"))
+    attributor = Attributor(model, LayerPoint("hidden"), model, method, fast=fast, watch=watch)
+    with tap(model, watch[0]) as take, tap(model, watch[1]) as take_input:
+        model(IMAGES)
+        expected = take(), take_input()
+        for _ in range(2):
+            watched = attributor.attribute(IMAGES, LABEL, rows=True).watched
+            torch.testing.assert_close((take(), take_input()), expected)
+            torch.testing.assert_close(watched, expected)
+    assert hooks_of(model) == 0
+
+
+def test_nothing_of_a_batch_is_kept():
+    model = make(ConvNet)
+    attributor = Attributor(model, LayerPoint("conv"), model)
+
+    def tensors():
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+    attributor.attribute(IMAGES, LABEL, rows=True)
+    gc.collect()
+    gc.disable()  # what only the collector would free piles up in between
+    try:
+        before = tensors()
+        for _ in range(5):
+            attributor.attribute(IMAGES, LABEL, rows=True)
+        assert tensors() <= before
+    finally:
+        gc.enable()
+
+
+def test_a_layer_that_is_called_twice_or_never_is_refused():
+    model = make(ConvNet)
+    for name, count in (("shared", 2), ("unused", 0)):
+        with pytest.raises(ValueError, match=f"Expected layer '{name}' to be called once .* but it was {count}"):
+            Attributor(model, LayerPoint(name), model).margin(IMAGES, LABEL)
+
+
+def test_another_number_of_classes_is_refused():
+    model = make(ConvNet)
+    with pytest.raises(ValueError, match="Expected logits of 9 classes, but got 4"):
+        Attributor(model, LayerPoint("fc", "input"), model).class_max(IMAGES, LABEL, 9)
+
+
+# Captum's other methods
+
+
+class Plain(nn.Module):
+    """Every activation is a module and called once, as DeepLift needs it; one works in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 5, 3)
+        self.norm = nn.BatchNorm2d(5)
+        self.act = nn.ReLU(inplace=True)
+        self.pool = nn.MaxPool2d(2)
+        self.hidden = nn.Linear(5 * 4, 6)
+        self.act2 = nn.ReLU()
+        self.fc = nn.Linear(6, C)
+
+    def forward(self, x):
+        x = self.pool(self.act(self.norm(self.conv(x))))
+        return self.fc(self.act2(self.hidden(x.flatten(1))))
+
+
+CAPTUM = {
+    "integrated_gradients": (LayerIntegratedGradients, {"n_steps": 16}),
+    "conductance": (LayerConductance, {"n_steps": 16}),
+    "internal_influence": (InternalInfluence, {"n_steps": 16}),
+    "deeplift": (LayerDeepLift, {}),
+}
+METHOD_POINTS = [LayerPoint("norm"), LayerPoint("hidden"), LayerPoint("hidden", "input"), LayerPoint("fc", "input")]
+
+
+def plainly(method, point, target):
+    """Captum's class, called as its documentation does, for one class of every row."""
+    # In place, plain Captum fails for integrated gradients, as functions in place refuse the leaf it hands on.
+    model = make(Plain)
+    model.act.inplace = False
+    kind, options = CAPTUM[method]
+    found = kind(model, resolve_layer(model, point.name)).attribute(
+        IMAGES.clone(), target=target, attribute_to_layer_input=point.at == "input", **options
+    )
+    return (found[0] if isinstance(found, tuple) else found).detach()
+
+
+@pytest.mark.parametrize("point", METHOD_POINTS, ids=str)
+@pytest.mark.parametrize("method", CAPTUM)
+def test_margin_of_a_method_is_the_difference_of_captums_classes(method, point):
+    model = make(Plain)
+    rival = strongest_other(model(IMAGES), LABEL)
+    with torch.no_grad():
+        found = Attributor(model, point, model, method).margin(IMAGES, LABEL)
+    expected = plainly(method, point, LABEL) - plainly(method, point, rival)
+    torch.testing.assert_close(found.per_neuron, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.logits, model(IMAGES).detach())
+    assert hooks_of(model) == 0
+    assert not found.per_neuron.requires_grad
+
+
+@pytest.mark.parametrize("point", METHOD_POINTS, ids=str)
+@pytest.mark.parametrize("method", CAPTUM)
+def test_class_max_of_a_method_is_the_largest_of_captums_classes(method, point):
+    model = make(Plain)
+    found = Attributor(model, point, model, method).class_max(IMAGES, LABEL, C)
+    largest = torch.stack([plainly(method, point, c) for c in range(C)]).amax(dim=0)
+    expected = (largest.flatten(2).sum(dim=2) if largest.ndim > 2 else largest).abs()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert hooks_of(model) == 0
+
+
+@pytest.mark.parametrize("method", CAPTUM)
+def test_a_method_takes_a_tuple_and_leaves_the_model_as_found(method):
+    model, x = make(Plain), (IMAGES.clone(), torch.ones(7, 1, 1, 1))
+    model.fc.input = "the user's own"
+    before = copy.deepcopy(model.state_dict()), [set(vars(module)) for module in model.modules()]
+    scaled = Attributor(model, LayerPoint("hidden"), lambda pair: model(pair[0] * pair[1]), method)
+    found = scaled.margin(x, LABEL).per_neuron
+    assert (found != 0).any()
+    assert all(torch.equal(before[0][name], value) for name, value in model.state_dict().items())
+    assert [set(vars(module)) for module in model.modules()] == before[1]
+    assert model.fc.input == "the user's own"
+    assert hooks_of(model) == 0
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+    assert not any(value.requires_grad for value in x)
+    assert torch.equal(x[0], IMAGES)
+
+
+@pytest.mark.parametrize(("method", "most"), [("integrated_gradients", 4), ("conductance", 4), ("deeplift", 2)])
+def test_a_method_holds_few_steps_at_a_time(method, most):
+    model, seen = make(Plain), []
+
+    def forward(x):
+        seen.append(len(x))
+        return model(x)
+
+    Attributor(model, LayerPoint("hidden"), forward, method).margin(IMAGES, LABEL)
+    assert max(seen) == most * len(IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("x", "got"),
+    [
+        (torch.zeros(7, 2, dtype=torch.int64), "a tensor of torch.int64"),
+        ((IMAGES, torch.zeros(7, dtype=torch.bool)), "a tensor of torch.bool"),
+        ({"images": IMAGES}, "a dict"),
+        ((), "a tuple"),
+    ],
+    ids=["integers", "a mask", "dict", "nothing"],
+)
+@pytest.mark.parametrize("method", CAPTUM)
+def test_an_input_without_a_baseline_is_refused(method, x, got):
+    model = make(Plain)
+    expected = f"float tensor, or a tuple of them, since method='{method}' .* but got {got}; set method='gradient_x_"
+    with pytest.raises(TypeError, match=expected):
+        Attributor(model, LayerPoint("hidden"), lambda _: model(IMAGES), method).margin(x, LABEL)
+
+
+def test_deeplift_refuses_an_activation_that_is_called_twice():
+    class Reuses(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act = nn.ReLU()
+            self.hidden = nn.Linear(3, 5)
+            self.middle = nn.Linear(5, 5)
+            self.fc = nn.Linear(5, C)
+
+        def forward(self, x):
+            return self.fc(self.act(self.middle(self.act(self.hidden(x)))))
+
+    torch.manual_seed(0)
+    model = Reuses()
+    with pytest.raises(ValueError, match=r"calls each of its activation modules .* once .*'integrated_gradients'"):
+        Attributor(model, LayerPoint("hidden"), model, "deeplift").margin(torch.randn(7, 3), LABEL)
+    assert hooks_of(model) == 0
+    assert not {"input", "output"} & set(vars(model.act))
+
+
+@pytest.mark.parametrize(
+    ("method", "hint"),
+    [("deep_lift", r" Did you mean 'deeplift'\?"), ("zzz", ""), ("Conductance", r" Did you mean 'conductance'\?")],
+)
+def test_an_unknown_method_is_refused_at_once(method, hint):
+    model = make(Plain)
+    names = ".*".join(ATTRIBUTION_METHODS)
+    with pytest.raises(ValueError, match=f"{names}.*but got '{method}'\\.{hint}$"):
+        Attributor(model, LayerPoint("hidden"), model, method)
+
+
+# Memory
+
+
+def short_of_memory(function, most, message="CUDA out of memory. Tried to allocate 2 GiB"):
+    """The function, for as many rows; ``sizes`` of the batches it was called with."""
+    sizes = []
+
+    def limited(x):
+        first = x
+        while not isinstance(first, torch.Tensor):
+            first = next(iter(first.values())) if isinstance(first, dict) else first[0]
+        sizes.append(len(first))
+        if len(first) > most:
+            raise RuntimeError(message)
+        return function(x)
+
+    return limited, sizes
+
+
+@pytest.mark.parametrize(
+    ("structure", "back"),
+    [
+        (lambda x: x, lambda x: x),
+        (lambda x: (x, None, 1.5), lambda x: x[0]),
+        (lambda x: {"images": [x], "scale": torch.tensor(1.0)}, lambda x: x["images"][0]),
+    ],
+    ids=["tensor", "tuple", "dict"],
+)
+@pytest.mark.parametrize("most", [1, 3])
+def test_a_batch_that_does_not_fit_is_taken_in_parts(most, structure, back):
+    model, point = make(ConvNet), LayerPoint("hidden")
+    expected = Attributor(model, point, model, watch=[LayerPoint("conv")]).attribute(IMAGES, LABEL, rows=True)
+    forward, sizes = short_of_memory(lambda x: model(back(x)), most)
+    attributor = Attributor(model, point, forward, watch=[LayerPoint("conv")])
+    found = attributor.attribute(structure(IMAGES), LABEL, rows=True)
+    for name in ("per_neuron", "logits", "class_max"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name))
+    torch.testing.assert_close(found.watched, expected.watched)
+    assert attributor.is_fast
+    sizes.clear()
+    attributor.margin(structure(IMAGES), LABEL)
+    assert max(sizes) <= most  # the size is remembered
+    assert sum(sizes) == 7
+    assert hooks_of(model) == 0
+
+
+@pytest.mark.parametrize("method", CAPTUM)
+def test_other_methods_are_taken_in_parts_too(method):
+    model = make(Plain)
+    forward, sizes = short_of_memory(model, 12)
+    found = Attributor(model, LayerPoint("hidden"), forward, method).margin(IMAGES, LABEL)
+    expected = Attributor(model, LayerPoint("hidden"), model, method).margin(IMAGES, LABEL)
+    torch.testing.assert_close(found.per_neuron, expected.per_neuron, rtol=1e-5, atol=1e-5)
+    assert max(sizes) > 12
+
+
+def test_one_row_that_does_not_fit_is_an_error():
+    model = make(ConvNet)
+    forward, sizes = short_of_memory(model, 0)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        Attributor(model, LayerPoint("hidden"), forward).margin(IMAGES, LABEL)
+    assert min(sizes) == 1
+    assert hooks_of(model) == 0
+
+
+def test_a_batch_that_cannot_be_split_keeps_its_error_and_says_so():
+    tries = []
+
+    def fails(x, label):
+        tries.append(len(label))
+        raise torch.OutOfMemoryError("out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError, match=r"out of memory\n.*Expected tensors with 7 rows.*but got a set"):
+        SmallerBatches()(fails, {1, 2}, LABEL)
+    with pytest.raises(torch.OutOfMemoryError, match=r"out of memory\n.*but got a tensor of shape \(3, 7\)"):
+        SmallerBatches()(fails, torch.zeros(3, 7), LABEL)
+    assert tries == [7, 7]
+
+
+def test_another_error_is_not_tried_again():
+    forward, sizes = short_of_memory(make(ConvNet), 4, message="mat1 and mat2 shapes cannot be multiplied")
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        Attributor(make(ConvNet), LayerPoint("hidden"), forward, fast=False).margin(IMAGES, LABEL)
+    assert sizes == [7]
+
+
+def test_parts_that_are_done_are_not_done_again():
+    done = []
+
+    def first_rows_are_small(x, label):
+        if len(x) > (4 if x[0] == 0 else 1):
+            raise MemoryError
+        done.extend(x.tolist())
+        return len(x)
+
+    in_parts = SmallerBatches()
+    assert in_parts(first_rows_are_small, torch.arange(8), torch.zeros(8)) == [4, 1, 1, 1, 1]
+    assert done == list(range(8))
+    assert in_parts.rows == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 18 GB)"), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (MemoryError(), True),
+        (RuntimeError("shape mismatch"), False),
+        (ValueError("out of memory"), False),
+    ],
+    ids=str,
+)
+def test_is_out_of_memory(error, expected):
+    assert is_out_of_memory(error) is expected
+
+
+def test_memory_that_the_cpu_does_not_have_is_noticed():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60)
+    assert is_out_of_memory(caught.value)
+
+
+def test_take_rows_keeps_the_structure():
+    from collections import namedtuple
+
+    pair = namedtuple("pair", "left right")(IMAGES, [LABEL, "name", None])
+    found = take_rows(pair, slice(2, 5), 7)
+    assert type(found) is type(pair)
+    assert torch.equal(found.left, IMAGES[2:5])
+    assert torch.equal(found.right[0], LABEL[2:5])
+    assert found.right[1:] == ["name", None]
+
+
+def test_take_rows_of_a_list_of_samples():
+    assert take_rows((list("abcdefg"), IMAGES), slice(2, 5), 7)[0] == ["c", "d", "e"]
+    assert take_rows(list(range(7)), slice(0, 2), 7) == [0, 1]
+    with pytest.raises(ValueError, match="but got a list of as many, perhaps one for each sample"):
+        take_rows([torch.zeros(7)] * 7, slice(0, 2), 7)
+    with pytest.raises(ValueError, match=r"Expected tensors with 7 rows, .* but got a tensor of shape \(3, 7\)"):
+        take_rows([torch.zeros(3, 7)], slice(0, 2), 7)
+
+
 # Trace
 
 
@@ -386,7 +926,191 @@ def test_a_layer_that_is_called_twice_is_refused():
     check_reached(trace, LayerPoint("fc", "input"))
 
 
+# Blocks and logits that the trace finds
+
+
+class Text(nn.Module):
+    """Tokens that are embedded, then a Linear for each, or one for their mean."""
+
+    def __init__(self, pooled):
+        super().__init__()
+        self.pooled = pooled
+        self.embedding = nn.Embedding(9, 5)
+        self.body = nn.Linear(5, 6)
+        self.fc = nn.Linear(6, C)
+
+    def forward(self, x):
+        x = self.embedding(x)
+        x = self.body(x.mean(dim=1) if self.pooled else x).relu()
+        return self.fc(x if self.pooled else x.mean(dim=1))
+
+
+class Repeated(nn.Module):
+    """Convolutions and a Linear, called in the order of their names."""
+
+    def __init__(self, order):
+        super().__init__()
+        self.order = order
+        self.a, self.b = (nn.Conv2d(2, 2, 3, padding=1) for _ in range(2))
+        self.fc = nn.Linear(72, C)
+
+    def forward(self, x):
+        for name in self.order:
+            x = getattr(self, name)(x).relu()
+        return self.fc(x.flatten(1))
+
+
+class Frames(nn.Module):
+    """The rows that the convolutions see are frames, of which a sample has two."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(1, 3, 3), nn.Conv2d(3, 3, 3)
+        self.fc = nn.Linear(6, C)
+
+    def forward(self, x):
+        x = self.b(self.a(x.reshape(-1, 1, 6, 6)).relu()).mean(dim=(2, 3))
+        return self.fc(x.reshape(-1, 6))
+
+
+def blocks(*layers):
+    return nn.Sequential(*layers)
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "point"),
+    [
+        (
+            blocks(nn.Conv2d(2, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(5, 6, 2), nn.Flatten()),
+            IMAGES,
+            LayerPoint("4", "input"),
+        ),
+        (ResNetLike(), IMAGES, LayerPoint("block", "input")),
+        (ConvNet(), IMAGES, LayerPoint("conv")),  # the next layer is a Linear
+        (TokenNet(), IMAGES, LayerPoint("patch")),
+        (blocks(nn.Flatten(), nn.Linear(72, 6), nn.ReLU(), nn.Linear(6, C)), IMAGES, LayerPoint("1")),
+        (blocks(nn.Flatten(), nn.Linear(72, C)), IMAGES, LayerPoint("1")),
+        (Text(pooled=False), torch.arange(28).reshape(7, 4) % 9, LayerPoint("body")),
+        (Text(pooled=True), torch.arange(28).reshape(7, 4) % 9, LayerPoint("body")),
+        (Repeated("ab"), IMAGES, LayerPoint("b", "input")),
+        (Repeated("abb"), IMAGES, LayerPoint("a")),
+        (Repeated("aa"), IMAGES, None),
+        (Repeated("aba"), IMAGES, LayerPoint("b", "input")),
+        (Frames(), IMAGES, None),
+        (blocks(nn.Flatten(), nn.ReLU()), IMAGES, None),
+    ],
+    ids=[
+        "convolutions",
+        "resnet",
+        "one convolution",
+        "tokens",
+        "mlp",
+        "one linear",
+        "text",
+        "pooled text",
+        "two",
+        "the second twice",
+        "the first twice",
+        "the first again later",
+        "frames",
+        "no layer",
+    ],
+)
+def test_first_block(model, x, point):
+    model.eval()
+    trace = trace_forward(model, model, x)
+    assert trace.first_block(len(x)) == point
+    if point is not None:
+        with tap(model, point) as take, torch.no_grad():
+            model(x)
+            assert response(model, point, take()).shape[0] == len(x)
+
+
+def test_first_block_reads_what_the_first_block_made():
+    model = make(ResNetLike)
+    point = trace_forward(model, model, IMAGES).first_block(len(IMAGES))
+    with tap(model, point) as take, torch.no_grad():
+        model(IMAGES)
+        torch.testing.assert_close(take(), F.relu(model.stem(IMAGES)))
+
+
+class Logits(nn.Module):
+    """A head, and what is done with its output."""
+
+    def __init__(self, after):
+        super().__init__()
+        self.after = after
+        self.body = nn.Linear(3, C)
+        self.fc = nn.Linear(C, C)
+        self.unused = nn.Linear(C, C)
+
+    def forward(self, x):
+        return self.after(self, self.fc(self.body(x)))
+
+
+@pytest.mark.parametrize(
+    ("after", "expected"),
+    [
+        (lambda model, out: out, True),
+        (lambda model, out: out.clone(), True),
+        (lambda model, out: out.log_softmax(dim=1), False),
+        (lambda model, out: out / 2, False),
+        (lambda model, out: out.div_(2), False),
+        (lambda model, out: out[:, :2], False),
+        (lambda model, out: model.fc(out), False),
+        (lambda model, out: model.body(torch.zeros(len(out), 3)), False),
+    ],
+    ids=["as it is", "copied", "log-softmax", "scaled", "scaled in place", "cut", "called twice", "another's"],
+)
+def test_makes_logits(after, expected):
+    torch.manual_seed(0)
+    model = Logits(after)
+    trace = trace_forward(model, model, torch.randn(5, 3))
+    assert trace.makes_logits("fc") is expected
+    assert not trace.makes_logits("unused")
+    assert not trace.makes_logits("body")
+
+
 # Activations
+
+
+def naive_response(by_neuron):
+    """By hand, from (B, D, positions)."""
+    out = []
+    for sample in by_neuron:
+        means = [sum(neuron) / len(neuron) for neuron in sample]
+        spreads = [
+            (sum((v - m) ** 2 for v in neuron) / len(neuron)) ** 0.5 for neuron, m in zip(sample, means, strict=True)
+        ]
+        out.append([sum(v * v for v in values) ** 0.5 for values in (means, spreads)])
+    return torch.tensor(out)
+
+
+@pytest.mark.parametrize(
+    ("layer", "point", "shape", "to_neurons"),
+    [
+        (nn.Conv2d(3, 5, 1), LayerPoint("0"), (4, 5, 3, 2), lambda x: x.reshape(4, 5, 6)),
+        (nn.Conv2d(3, 5, 1), LayerPoint("0", "input"), (4, 3, 3, 2), lambda x: x.reshape(4, 3, 6)),
+        (nn.Conv1d(3, 5, 1), LayerPoint("0"), (4, 5, 6), lambda x: x),
+        (nn.Linear(3, 5), LayerPoint("0"), (4, 6, 5), lambda x: x.transpose(1, 2)),
+        (nn.Linear(3, 5), LayerPoint("0"), (4, 3, 2, 5), lambda x: x.reshape(4, 6, 5).transpose(1, 2)),
+        (nn.ReLU(), LayerPoint("0"), (4, 5, 3, 2), lambda x: x.reshape(4, 5, 6)),
+    ],
+    ids=["convolution", "its input", "sequence", "tokens", "grid of tokens", "function"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_response_matches_a_loop(layer, point, shape, to_neurons, dtype):
+    activation = (2 + torch.randn(shape, generator=torch.Generator().manual_seed(0))).to(dtype)
+    found = response(nn.Sequential(layer), point, activation)
+    assert found.shape == (4, 2)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, naive_response(to_neurons(activation.float()).tolist()))
+
+
+def test_response_of_a_layer_without_positions_is_one_norm():
+    activation = torch.tensor([[3.0, -4.0], [0.0, 2.0]])
+    found = response(nn.Sequential(nn.Linear(3, 2)), LayerPoint("0"), activation)
+    assert found.tolist() == [[5.0], [2.0]]
 
 
 def test_tap_hands_over_each_pass_once():

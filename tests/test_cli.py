@@ -36,7 +36,8 @@ class TeamModel(L.LightningModule):
 class TeamData(L.LightningDataModule):
     def train_dataloader(self):
         x = torch.randn(201, 8, generator=torch.Generator().manual_seed(0))
-        y = (x[:, 0] > 0).long()
+        y = torch.arange(201) % 2
+        x[:, 0] += 4 * y - 2
         y[:40] = 1 - y[:40]
         return DataLoader(TensorDataset(x, y), batch_size=16, shuffle=True)
 """
@@ -72,7 +73,7 @@ trainer:
         optimizer: {class_path: torch.optim.Adam, init_args: {lr: 1.0e-3}}
         lr_scheduler: {class_path: torch.optim.lr_scheduler.CosineAnnealingLR, init_args: {T_max: 3}}
     - class_path: lightning_unlearn.AttributionPartitionCallback
-      init_args: {at_epoch: 5}
+      init_args: {at_epoch: 5, recipe: auto}
     - class_path: lightning_unlearn.SensitivityPruneCallback
       init_args: {layer: encoder.0, amount: 0.25}
     - class_path: lightning.pytorch.callbacks.ModelCheckpoint

@@ -1,4 +1,6 @@
+import copy
 import itertools
+import pickle
 
 import numpy as np
 import pytest
@@ -21,10 +23,14 @@ from torch.utils.data import (
 from lightning_unlearn.data import (
     CleanSubsetSampler,
     NarrowedLoaders,
+    RememberedBatches,
     check_labels,
     check_loader,
+    delivered_indices,
+    forget_batches,
     indexed_batches,
     rank_share,
+    remember_batches,
     shuffles,
     split_batch,
 )
@@ -474,3 +480,149 @@ def test_no_batch_of_one_is_left_where_that_is_asked_for(count, size, drawn, rep
     seen = [list(sampler) for sampler in samplers]
     assert [len(order) for order in seen] == [len(sampler) for sampler in samplers] == [drawn] * replicas
     assert set(itertools.chain.from_iterable(seen)) <= set(indices.tolist())
+
+
+def test_the_last_batch_delivered_is_known_though_workers_are_ahead():
+    for workers in (0, 2):
+        loader = DataLoader(Doubling(), batch_size=4, shuffle=True, num_workers=workers)
+        remember_batches(loader)
+        for _ in range(2):
+            iterator = iter(loader)
+            assert delivered_indices(iterator) is None
+            seen = [(delivered_indices(iterator), x) for x, _ in iterator]
+            assert len(seen) == 6
+            assert all(index.equal(x) for index, x in seen)
+
+
+def test_batches_that_wait_are_left_out():
+    loader = DataLoader(numbers(), batch_size=4)
+    remember_batches(loader)
+    iterator = iter(loader)
+    next(iterator), next(iterator)
+    assert delivered_indices(iterator, waiting=1).tolist() == [0, 1, 2, 3]
+    assert delivered_indices(iterator).tolist() == [4, 5, 6, 7]
+    assert delivered_indices(iterator).tolist() == [4, 5, 6, 7]
+    assert delivered_indices(iterator, waiting=1) is None
+
+
+def test_iterations_do_not_mix():
+    loader = DataLoader(numbers(), batch_size=4, shuffle=True)
+    remember_batches(loader)
+    one, other = iter(loader), iter(loader)
+    for _ in range(5):
+        first, second = next(one)[0], next(other)[0]
+        next(iter(loader.batch_sampler))
+        assert delivered_indices(one).equal(first)
+        assert delivered_indices(other).equal(second)
+
+
+def test_remembered_batches_are_the_users_in_all_else():
+    class Bucket(BatchSampler):
+        epoch = 0
+
+        def set_epoch(self, epoch):
+            self.epoch = epoch
+
+    mine = Bucket(RandomSampler(range(N)), 4, drop_last=True)
+    loader = DataLoader(numbers(), batch_sampler=mine)
+    remember_batches(loader)
+    remember_batches(loader)
+    batches = loader.batch_sampler
+    assert type(batches) is RememberedBatches
+    assert isinstance(batches, Bucket)
+    assert batches.release() is mine
+    assert len(loader) == len(batches) == 5
+    assert (batches.batch_size, batches.drop_last, batches.sampler) == (4, True, mine.sampler)
+    batches.set_epoch(3)
+    batches.sampler = sampler = SequentialSampler(range(N))
+    assert mine.epoch == 3
+    assert mine.sampler is sampler
+    assert not hasattr(batches, "nothing")
+    for made in (copy.deepcopy(batches), pickle.loads(pickle.dumps(RememberedBatches([[1], [2]])))):
+        assert type(made) is RememberedBatches
+        assert list(made)
+
+
+def test_who_changes_a_shallow_copy_of_remembered_batches_does_not_change_what_is_drawn():
+    loader = DataLoader(numbers(), batch_size=4, shuffle=True)
+    mine, shuffling = loader.batch_sampler, loader.sampler
+    remember_batches(loader)
+    trial = copy.copy(loader.batch_sampler)
+    trial.sampler = [7, 8]
+    assert type(trial) is BatchSampler
+    assert list(trial) == [[7, 8]]
+    assert mine.sampler is loader.batch_sampler.sampler is shuffling
+    assert sorted(i for batch in loader.batch_sampler for i in batch) == list(range(N))
+
+
+def test_narrowing_reaches_the_users_batch_sampler_and_is_restored_in_any_order():
+    loader = DataLoader(numbers(), batch_size=4, shuffle=True)
+    batches, sampler = loader.batch_sampler, loader.sampler
+    remember_batches(loader)
+    narrowed = NarrowedLoaders()
+    narrowed.narrow(loader, clean_sampler([2]))
+    iterator = iter(loader)
+    assert next(iterator)[0].tolist() == delivered_indices(iterator).tolist() == [2]
+    forget_batches(loader)
+    assert loader.batch_sampler is batches
+    narrowed.restore()
+    assert batches.sampler is loader.sampler is sampler
+
+
+def test_what_is_forgotten_is_not_kept():
+    loader = DataLoader(numbers(), batch_size=4, num_workers=1, persistent_workers=True)
+    mine = loader.batch_sampler
+    started = iter(loader)
+    remember_batches(loader)
+    assert delivered_indices(started) is None  # it began before
+    iterator = iter(loader)
+    next(iterator)
+    assert delivered_indices(iterator).tolist() == [0, 1, 2, 3]
+    forget_batches(loader)
+    forget_batches(loader)
+    assert loader.batch_sampler is mine
+    next(iterator)
+    assert delivered_indices(iterator) is None
+    assert [x.tolist() for x, _ in loader] == [list(range(i, min(i + 4, N))) for i in range(0, N, 4)]
+    assert iter(loader)._index_sampler is mine
+
+
+@pytest.mark.parametrize(
+    ("batch", "index"),
+    [
+        ([1, 2], [1, 2]),
+        ((1, 2), [1, 2]),
+        (np.array([1, 2]), [1, 2]),
+        ([np.int64(1), np.int64(2)], [1, 2]),
+        (torch.tensor([1, 2]), [1, 2]),
+        ([torch.tensor(1), torch.tensor(2)], [1, 2]),
+        (range(1, 3), [1, 2]),
+        ([(1, 0), (2, 0)], None),
+        (["a", "b"], None),
+        ([1.0, 2.0], None),
+        ([True, False], None),
+        (7, None),
+    ],
+)
+def test_a_batch_is_known_if_it_is_a_row_of_integers(batch, index):
+    iteration = iter(RememberedBatches([batch]))
+    assert next(iteration) is batch
+    drawn = iteration.drawn(0)
+    assert index is None if drawn is None else drawn.tolist() == index and drawn.dtype == torch.int64
+
+
+def test_a_list_that_is_filled_again_is_remembered_as_it_was():
+    def batches():
+        batch = []
+        for start in (0, 2):
+            batch[:] = [start, start + 1]
+            yield batch
+
+    iteration = iter(RememberedBatches(batches()))
+    next(iteration), next(iteration)
+    assert [iteration.drawn(0).tolist(), iteration.drawn(1).tolist()] == [[0, 1], [2, 3]]
+
+
+def test_the_iterator_of_something_else_knows_no_indices():
+    assert delivered_indices(iter([1, 2])) is None
+    assert delivered_indices(iter(DataLoader(numbers(), batch_size=4))) is None

@@ -4,7 +4,16 @@ from dataclasses import FrozenInstanceError, replace
 import pytest
 import torch
 
-from lightning_unlearn.types import Evidence, LayerPoint, MaskSource, NeuronMask, Partition, PartitionSource
+from lightning_unlearn.types import (
+    REASONS,
+    ClassSummary,
+    Evidence,
+    LayerPoint,
+    MaskSource,
+    NeuronMask,
+    Partition,
+    PartitionSource,
+)
 
 
 def make_partition(**changes):
@@ -14,7 +23,10 @@ def make_partition(**changes):
         "suggested_label": torch.tensor([3, 1, 2, 0, 5]),
         "noise_rate": 0.56,
         "label": torch.tensor([3, 7, 4, 0, 6]),
-        "label_evidence": torch.tensor([4.0, -2.0, -1.0, 3.0, -5.0]),
+        "label_evidence": torch.tensor([0.9, 0.4, 0.45, 0.8, 0.25]),
+        "input_evidence": torch.tensor([1.0, 0.75, 0.125, 1.0, 1.0]),
+        "reason": torch.tensor([0, 1, 3, 0, 1], dtype=torch.uint8),
+        "noise_matrix": torch.eye(8),
         "recipe": "label",
         "layer": "input of 'fc'",
         "epoch": 5,
@@ -23,9 +35,10 @@ def make_partition(**changes):
 
 
 def make_evidence(n=4, **changes):
-    floats = {name: torch.zeros(n) for name in ("weight", "support", "loss")}
-    integers = {name: torch.zeros(n, dtype=torch.int64) for name in ("label", "prediction", "rival")}
-    return Evidence(**({"index": torch.arange(n)} | floats | integers | changes))
+    floats = {name: torch.zeros(n) for name in ("weight", "margin", "mean_margin", "support", "uncertainty", "loss")}
+    integers = {name: torch.zeros(n, dtype=torch.int64) for name in ("label", "prediction")}
+    attribution = {"attribution": torch.zeros(n, 3, 2), "basis": torch.zeros(3, 2)}
+    return Evidence(**({"index": torch.arange(n)} | floats | integers | attribution | changes))
 
 
 def test_layer_point_reads_as_words():
@@ -77,6 +90,11 @@ def test_frozen():
         ({"suggested_label": torch.zeros(5)}, "suggested_label must be torch.int64 .* but is torch.float32"),
         ({"label": torch.zeros(5, dtype=torch.int32)}, "label must be torch.int64 .* but is torch.int32"),
         ({"label_evidence": torch.zeros(6)}, r"label_evidence must be .* shape \(5,\).* of shape \(6,\)"),
+        ({"input_evidence": torch.ones(4)}, r"input_evidence must be .* shape \(5,\).* of shape \(4,\)"),
+        ({"input_evidence": torch.ones(5).half()}, "input_evidence must be torch.float32 .* but is torch.float16"),
+        ({"reason": torch.zeros(5, dtype=torch.int64)}, "reason must be torch.uint8 .* but is torch.int64"),
+        ({"reason": torch.zeros(5, 1, dtype=torch.uint8)}, r"reason must be .* of shape \(5,\).* \(5, 1\)"),
+        ({"reason": torch.tensor([0, 1, 2, 3, 4], dtype=torch.uint8)}, "numbers below 4, but holds 4"),
         ({"clean_probability": torch.tensor([0, 0.5, 1.25, 0, 0])}, r"in \[0, 1\], but .* spans \[0, 1.25\]"),
         ({"clean_probability": torch.tensor([-0.5, 0.5, 1, 0, 0])}, r"in \[0, 1\], but .* spans \[-0.5, 1\]"),
         ({"clean_probability": torch.tensor([torch.nan, 0.5, 1, 0, 0])}, r"in \[0, 1\], but .* spans \[nan"),
@@ -98,19 +116,31 @@ def test_save_and_load(tmp_path):
         assert torch.equal(got, value) if isinstance(value, torch.Tensor) else got == value
 
 
+def test_a_partition_of_an_empty_set_is_kept_too(tmp_path):
+    partition = make_partition(
+        **{name: value[:0] for name, value in vars(make_partition()).items() if isinstance(value, torch.Tensor)}
+    )
+    partition.save(tmp_path / "partition.pt")
+    assert len(Partition.load(tmp_path / "partition.pt")) == 0
+    assert partition.class_summary() == []
+    assert partition.reasons() == []
+
+
 def test_state_of_another_version_is_refused():
     state = make_partition().state_dict()
-    with pytest.raises(ValueError, match="Expected a partition of format version 1, but got version 99"):
+    with pytest.raises(ValueError, match="Expected a partition of format version 2, but got version 1"):
+        Partition.from_state_dict(state | {"version": 1})
+    with pytest.raises(ValueError, match="Expected a partition of format version 2, but got version 99"):
         Partition.from_state_dict(state | {"version": 99})
     del state["version"]
-    with pytest.raises(ValueError, match="format version 1, but got version None"):
+    with pytest.raises(ValueError, match="format version 2, but got version None"):
         Partition.from_state_dict(state)
 
 
 def test_from_state_dict_leaves_the_state_as_it_is():
     state = make_partition().state_dict()
     Partition.from_state_dict(state)
-    assert state["version"] == 1
+    assert state["version"] == 2
 
 
 def read_csv(path):
@@ -120,11 +150,12 @@ def read_csv(path):
 
 def test_csv_of_the_suspects(tmp_path):
     make_partition().to_csv(tmp_path / "suspects.csv")
+    columns = "index given_label suggested_label clean_probability label_evidence input_evidence reason is_clean"
     assert read_csv(tmp_path / "suspects.csv") == [
-        ["index", "given_label", "suggested_label", "clean_probability", "label_evidence", "is_clean"],
-        ["2", "4", "2", "0.100000", "-1", "0"],
-        ["4", "6", "5", "0.200000", "-5", "0"],
-        ["1", "7", "1", "0.200000", "-2", "0"],
+        columns.split(),
+        ["2", "4", "2", "0.100000", "0.45", "0.125", "both", "0"],
+        ["4", "6", "5", "0.200000", "0.25", "1", "label", "0"],
+        ["1", "7", "1", "0.200000", "0.4", "0.75", "label", "0"],
     ]
 
 
@@ -134,12 +165,93 @@ def test_csv_of_all_puts_the_clean_samples_last(tmp_path):
     assert [row[-1] for row in read_csv(tmp_path / "all.csv")[1:]] == ["0", "0", "0", "1", "1"]
 
 
+def test_reasons_in_words():
+    assert REASONS == ("none", "label", "input", "both")
+    assert make_partition().reasons() == ["none", "label", "both", "none", "label"]
+
+
+def random_partition(n=200, classes=5, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    probability = torch.rand(n, generator=generator)
+    # Class 3 is never given, but suggested.
+    label = torch.tensor([0, 1, 2, 4])[torch.randint(0, 4, (n,), generator=generator)]
+    reason = torch.randint(1, 4, (n,), generator=generator, dtype=torch.uint8)
+    is_clean = probability > 0.1 + 0.15 * label  # so that the last class has most suspects
+    return make_partition(
+        clean_probability=probability,
+        is_clean=is_clean,
+        # For half of them their own.
+        suggested_label=torch.where(
+            torch.rand(n, generator=generator) < 0.5, label, torch.randint(0, classes, (n,), generator=generator)
+        ),
+        label=label,
+        label_evidence=probability,
+        input_evidence=probability,
+        reason=reason * ~is_clean,
+    )
+
+
+def naive_summary(partition):
+    rows = []
+    for c in range(5):
+        members = [i for i in range(len(partition)) if partition.label[i] == c]
+        if not members:
+            continue
+        suspects = [i for i in members if not partition.is_clean[i]]
+        moved = [partition.suggested_label[i].item() for i in suspects if partition.reasons()[i] in ("label", "both")]
+        moved = [k for k in moved if k != c]
+        counts = [moved.count(k) for k in range(5)]
+        most = max(counts)
+        rows.append(
+            ClassSummary(
+                label=c,
+                samples=len(members),
+                suspects=len(suspects),
+                noise_rate=pytest.approx(
+                    sum(1 - partition.clean_probability[i].item() for i in members) / len(members)
+                ),
+                confused_with=counts.index(most) if most else None,
+                confused_samples=most,
+            )
+        )
+    return sorted(rows, key=lambda row: -row.suspects / row.samples)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_class_summary_matches_a_loop(seed):
+    partition = random_partition(seed=seed)
+    found = partition.class_summary()
+    assert [row.label for row in found] == [4, 2, 1, 0]
+    assert found == naive_summary(partition)
+    assert sum(row.samples for row in found) == len(partition)
+
+
+def test_a_class_of_corrupted_inputs_is_confused_with_none():
+    reason = torch.tensor([0, 2, 2, 0, 2], dtype=torch.uint8)
+    partition = make_partition(label=torch.tensor([0, 1, 1, 1, 1]), reason=reason)
+    (first, second) = partition.class_summary()
+    assert (first.label, first.samples, first.suspects) == (1, 4, 3)
+    assert (first.confused_with, first.confused_samples) == (None, 0)
+    assert first.noise_rate == pytest.approx((0.8 + 0.9 + 0.2 + 0.8) / 4)
+    assert (second.label, second.suspects, second.confused_with) == (0, 0, None)
+
+
+def test_evidence_counts_the_classes_of_its_basis():
+    assert make_evidence().num_classes == 3
+    # The one field without a row per sample.
+    assert make_evidence(basis=torch.zeros(7, 2)).num_classes == 7
+
+
 def test_evidence_rows_must_match_the_index():
     assert make_evidence(rows=torch.zeros(4, 9)).rows.shape == (4, 9)
     with pytest.raises(ValueError, match=r"Evidence.support must have one row per sample \(4\), but has shape \(3,\)"):
         make_evidence(support=torch.zeros(3))
     with pytest.raises(ValueError, match=r"Evidence.rows must have one row per sample \(4\), but has shape \(5, 9\)"):
         make_evidence(rows=torch.zeros(5, 9))
+    with pytest.raises(ValueError, match=r"Evidence.attribution must .* \(4\), but has shape \(3, 3, 2\)"):
+        make_evidence(attribution=torch.zeros(3, 3, 2))
+    with pytest.raises(ValueError, match=r"Evidence.response must .* \(4\), but has shape \(2, 4\)"):
+        make_evidence(response=torch.zeros(2, 4))
     with pytest.raises(ValueError, match=r"Evidence.loss .* but has shape \(\)"):
         replace(make_evidence(), loss=torch.tensor(0.0))
 

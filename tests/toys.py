@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback, SensitivityPruneCallback
+from lightning_unlearn.types import Evidence
 
 CLASSES = 4
 FEATURES = 16
@@ -267,6 +268,11 @@ def trio(
         SensitivityPruneCallback(**(prune or {})),
         CleanSubsetFinetuneCallback(**(finetune or {})),
     )
+
+
+def by_margin(evidence: Evidence) -> Tensor:
+    """A recipe of a user's own."""
+    return evidence.mean_margin.sigmoid()
 
 
 def weights(module: nn.Module) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
 """What the callbacks need of Lightning beyond its hooks, and all of its private API that they touch.
 
 Private names, checked on lightning 2.5.0 to 2.6.6 (``tests/callbacks/test_lightning.py`` fails when one goes missing):
-``FitLoop._data_source``, ``FitLoop._combined_loader``, ``LightningModule._on_before_batch_transfer``, the name of
+``FitLoop._data_source``, ``FitLoop._combined_loader``, ``FitLoop._load_combined_loader_states``,
+``FitLoop._data_fetcher``, ``CombinedLoader._iterator``, ``LightningModule._on_before_batch_transfer``, the name of
 ``_MultiProcessingLauncher``, and ``_average_model`` of ``StochasticWeightAveraging`` and (from 2.6) of
 ``WeightAveraging``.
 """
@@ -169,6 +170,58 @@ class TrainDataSwap:
         if self._val_check_interval is not None:
             trainer.val_check_interval = self._val_check_interval
             self._val_check_interval = None
+
+
+class TrainLoaderWatch:
+    """Shows the train loaders of a fit when they are ready and no iterator has been made of them yet.
+
+    That is before ``on_train_start``, where workers have long begun with the first epoch, and after Lightning has put
+    its own samplers in; and again whenever it reloads them.
+    """
+
+    def __init__(self) -> None:
+        self._loop: Any = None
+
+    def attach(self, trainer: Trainer, show: Callable[[list[Any]], None]) -> None:
+        """From now on, in ``setup`` at the latest, ``show`` is called with the loaders."""
+        loop: Any = trainer.fit_loop
+        if self._loop is not None or not hasattr(loop, "_load_combined_loader_states"):
+            # Without the moment there is nothing to show; who watches finds the loaders when the epoch starts.
+            return
+        original = loop._load_combined_loader_states
+
+        def shown() -> None:
+            original()
+            show(list(loop._combined_loader.flattened))
+
+        loop._load_combined_loader_states = shown
+        self._loop = loop
+
+    def detach(self) -> None:
+        """Stops watching."""
+        if self._loop is not None:
+            self._loop.__dict__.pop("_load_combined_loader_states", None)
+            self._loop = None
+
+
+def live_loaders(trainer: Trainer) -> list[Any]:
+    """The train loaders that the fit draws from; empty before they are made."""
+    loop: Any = trainer.fit_loop
+    return [] if loop._combined_loader is None else list(loop._combined_loader.flattened)
+
+
+def live_iterator(trainer: Trainer) -> tuple[Any, int]:
+    """The iterator that the batch in hand came from, and how many later batches Lightning has drawn from it already.
+
+    Returns:
+        None and 0 where there are several loaders, or none, or a ``training_step`` draws its batches itself.
+    """
+    fetcher = getattr(trainer.fit_loop, "_data_fetcher", None)
+    iterators = getattr(getattr(getattr(fetcher, "iterator", None), "_iterator", None), "iterators", [])
+    if len(iterators) != 1 or hasattr(fetcher, "iterator_wrapper"):
+        return None, 0
+    # Where the number of batches is not known, Lightning is one ahead, to see which is the last.
+    return iterators[0], len(getattr(fetcher, "batches", []))
 
 
 def rewrap_ddp(trainer: Trainer) -> None:

@@ -355,13 +355,14 @@ def _check_schedule(make: MakeScheduler | None) -> None:
 
 
 def _check_batch_sampler(loader: DataLoader[Any]) -> None:
+    # Its class and not its type: while training steps are read, it is the user's with a memory.
     batch_sampler: Any = loader.batch_sampler
     if not (hasattr(batch_sampler, "batch_size") and hasattr(batch_sampler, "drop_last")):
         raise TypeError(
             "Expected the train loader's batch sampler to have .batch_size and .drop_last, as torch's BatchSampler has,"
-            f" but {type(batch_sampler).__name__} has not, so the batches of the clean subset could not be counted."
+            f" but {batch_sampler.__class__.__name__} has not, so the batches of the clean subset could not be counted."
         )
-    if type(batch_sampler).__iter__ is BatchSampler.__iter__:
+    if batch_sampler.__class__.__iter__ is BatchSampler.__iter__:
         return
     # Whether it draws what its sampler gives it, seen on a copy that is given one batch of samples.
     few = list(range(batch_size(loader)))
@@ -371,6 +372,7 @@ def _check_batch_sampler(loader: DataLoader[Any]) -> None:
         drawn = {index for batch in trial for index in batch}
     if not drawn <= set(few):
         raise TypeError(
-            f"Expected a batch sampler that draws what its .sampler gives it, but {type(batch_sampler).__name__} draws"
-            " other samples too, so it cannot be narrowed to the clean subset; use DataLoader(shuffle=...)."
+            "Expected a batch sampler that draws what its .sampler gives it, but"
+            f" {batch_sampler.__class__.__name__} draws other samples too, so it cannot be narrowed to the clean"
+            " subset; use DataLoader(shuffle=...)."
         )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -16,25 +17,36 @@ from typing_extensions import override
 
 from lightning_unlearn.callbacks._base import UnlearnCallback, logits_of, probe, train_loader, training_set
 from lightning_unlearn.callbacks._lightning import compute_device, is_fast_dev_run, log_values, undisturbed
-from lightning_unlearn.capture import Attributor, check_reached, resolve_layer
+from lightning_unlearn.callbacks._training_pass import TrainingPassReader
+from lightning_unlearn.capture import (
+    GRADIENT_X_ACTIVATION,
+    Attributor,
+    ForwardTrace,
+    check_method,
+    check_reached,
+    resolve_layer,
+    response,
+)
 from lightning_unlearn.data import rank_share, split_batch
 from lightning_unlearn.distributed import place_by_index, sum_over_ranks
-from lightning_unlearn.functional.attribution import strongest_other
-from lightning_unlearn.functional.evidence import label_support, update_majority
-from lightning_unlearn.recipes import Verdict, get_recipe
-from lightning_unlearn.types import Evidence, LayerPoint, Partition
-
-# What is remembered of every sample between passes.
-_GATHERED = ("label", "support_sum", "candidate", "votes")
+from lightning_unlearn.recipes import Recipe, Verdict, get_recipe
+from lightning_unlearn.trajectory import Trajectory
+from lightning_unlearn.types import REASONS, Evidence, LayerPoint, Partition
 
 
 class AttributionPartitionCallback(UnlearnCallback):
     """Attributes every training sample and gives it a probability of being clean (RLAP, steps 2 and 3).
 
-    After every ``evidence_every_n_epochs`` epochs, and when ``at_epoch`` epochs on all the data are complete, it passes
-    over the training set in index order, in eval mode, sharded over the ranks, with the DataModule's transforms and
-    transfer hooks, and takes Captum's gradient x activation at a layer. The pass changes nothing: the weights after the
-    fit are bit for bit those of a fit without it, until another callback acts on the partition.
+    Evidence is gathered over training, because what has been memorised no longer shows: from the outputs of the
+    training steps themselves, at no cost (at the head's input, the sum of gradient x activation of a class's logit is
+    that logit less the bias). Where a row's output does not belong to one sample and its label (MixUp, CutMix, two
+    views, several forward calls in a step), this is noticed, said in the log, and replaced by passes over the training
+    set after every ``evidence_every_n_epochs`` epochs.
+
+    When ``at_epoch`` epochs on all the data are complete, there is one such pass in any case: in index order, in eval
+    mode, sharded over the ranks, with the DataModule's transforms and transfer hooks. It takes the attribution of the
+    given label's margin at a layer. It changes nothing: the weights after the fit are bit for bit those of a fit
+    without it, until another callback acts on the partition.
 
     Where the training set has random augmentation, the scores are those of augmented samples.
 
@@ -43,12 +55,19 @@ class AttributionPartitionCallback(UnlearnCallback):
             output per class that ``forward`` calls.
         at_epoch: number of complete epochs after which the partition is drawn; epoch ``at_epoch`` (counted from 0) is
             the first that can be trained on the clean subset.
-        recipe: ``"label"``: a mixture on the support of the given label (from its margin attribution), averaged over
-            the evidence passes, which finds wrong labels; ``"rlap"``: the paper's, blind to the given label.
-        evidence_every_n_epochs: how often evidence is gathered before ``at_epoch``. A pass costs about as much as a
-            validation pass over the training set. What has been memorised no longer shows, so recipes that average gain
-            from early passes.
+        recipe: ``"auto"``: wrong labels and corrupted inputs, each only if there is a sign of any; ``"label"`` or
+            ``"input"``: one of the two; ``"rlap"``: the paper's, blind to the given label; ``"loss"``, ``"aum"``,
+            ``"argmax"``: baselines; or the dotted path of a function from evidence to p(clean), or that function (see
+            :func:`~lightning_unlearn.recipes.get_recipe`).
+        evidence: ``"training"``: read the training steps, and fall back where that is not possible; ``"passes"``: only
+            passes in eval mode.
+        evidence_every_n_epochs: how often there is a pass before ``at_epoch``, where training steps are not read. It
+            costs about as much as a validation pass over the training set.
+        method: of attribution, one of ``lightning_unlearn.capture.ATTRIBUTION_METHODS``.
+        input_layer: dotted path of the early layer whose output shows corrupted inputs; by default what the first block
+            makes of the input.
         threshold: samples with a probability below it are not clean.
+        min_class_share: share of each class's samples that is kept in any case, the likeliest; rounded up.
         batch_to_xy: from a batch on the device to ``(x, y)``: the input of ``forward`` (a tensor, or a tuple or dict
             of its arguments) and the labels, (B,) int64. By default the batch itself must be ``(x, y)``.
 
@@ -65,20 +84,26 @@ class AttributionPartitionCallback(UnlearnCallback):
         RuntimeError: There is no partition yet: it is drawn when 20 epochs are complete.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (each is an option of its own)
         self,
         layer: str | None = None,
         *,
         at_epoch: int,
-        recipe: str = "label",
+        recipe: str | Callable[..., Any] = "auto",
+        evidence: Literal["training", "passes"] = "training",
         evidence_every_n_epochs: int = 1,
+        method: str = GRADIENT_X_ACTIVATION,
+        input_layer: str | None = None,
         threshold: float = 0.5,
+        min_class_share: float = 0.1,
         batch_to_xy: Callable[[Any], tuple[Any, Tensor]] | None = None,
     ) -> None:
         if at_epoch < 1:
             raise ValueError(
                 f"Expected at_epoch to be at least 1, the number of epochs trained on all the data, but got {at_epoch}."
             )
+        if evidence not in ("training", "passes"):
+            raise ValueError(f"Expected evidence to be 'training' or 'passes', but got {evidence!r}.")
         if evidence_every_n_epochs < 1:
             raise ValueError(
                 f"Expected evidence_every_n_epochs to be at least 1, but got {evidence_every_n_epochs}; for a single"
@@ -86,22 +111,32 @@ class AttributionPartitionCallback(UnlearnCallback):
             )
         if not 0 < threshold < 1:
             raise ValueError(f"Expected threshold to lie in (0, 1), but got {threshold}.")
+        if not 0 <= min_class_share < 1:
+            raise ValueError(f"Expected min_class_share to lie in [0, 1), but got {min_class_share}.")
         self.layer = layer
         self.at_epoch = at_epoch
-        self.recipe = get_recipe(recipe)
+        self.recipe: Recipe = get_recipe(recipe)
+        self.evidence = evidence
         self.evidence_every_n_epochs = evidence_every_n_epochs
+        self.method = check_method(method)
+        self.input_layer = input_layer
         self.threshold = threshold
+        self.min_class_share = min_class_share
         self.split_batch = batch_to_xy or split_batch
+        self._reader = TrainingPassReader(split=self.split_batch, sink=self)
         self.reset()
 
     @override
     def reset(self) -> None:
         self._point: LayerPoint | None = None
+        self._early: LayerPoint | None = None
         self._num_classes = 0
-        # By dataset index and over the passes so far, the same on every rank; None before the first pass.
-        self._gathered: dict[str, Tensor] | None = None
+        # What earlier epochs showed, the same on every rank; None before the first and once the partition is drawn.
+        self._trajectory: Trajectory | None = None
         self._epochs_seen: list[int] = []
         self._partition: Partition | None = None
+        self._has_said_fallback = False
+        self._reader.reset()
 
     @property
     def partition(self) -> Partition:
@@ -121,9 +156,15 @@ class AttributionPartitionCallback(UnlearnCallback):
 
     def gathers_evidence(self, epoch: int) -> bool:
         """Whether a pass is due when ``epoch`` epochs are complete."""
-        if self._partition is not None or epoch in self._epochs_seen or epoch < 1:
+        if self._partition is not None or epoch < 1:
             return False
-        return epoch >= self.at_epoch or (self.recipe.averages and epoch % self.evidence_every_n_epochs == 0)
+        if epoch >= self.at_epoch:
+            return True
+        return self.recipe.averages and epoch not in self._epochs_seen and epoch % self.evidence_every_n_epochs == 0
+
+    @property
+    def _reads_training(self) -> bool:
+        return self.evidence == "training" and self.recipe.averages and self._partition is None
 
     @override
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -133,8 +174,11 @@ class AttributionPartitionCallback(UnlearnCallback):
                 "Expected at_epoch to be less than the Trainer's max_epochs, so that epochs are left after the"
                 f" partition, but got at_epoch={self.at_epoch} and max_epochs={max_epochs}."
             )
-        if self.layer is not None:
-            resolve_layer(pl_module, self.layer)
+        for layer in (self.layer, self.input_layer):
+            if layer is not None:
+                resolve_layer(pl_module, layer)
+        if self._reads_training:
+            self._reader.attach(trainer)
 
     @override
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -145,11 +189,104 @@ class AttributionPartitionCallback(UnlearnCallback):
         else:
             self._point = LayerPoint(self.layer, "output")
         check_reached(trace, self._point)
+        self._early = self._early_point(trace, len(first.index))
         _warn_of_probabilities(trace.output)
-        known = self._partition.label if self._partition is not None else (self._gathered or {}).get("label")
+        total = len(train_loader(trainer).dataset)  # type: ignore[arg-type]  # has a length
+        known = self._trajectory.label if self._trajectory is not None else None
+        if self._partition is not None:
+            known = self._partition.label
         if known is not None:
-            _check_same_size(len(known), len(train_loader(trainer).dataset))  # type: ignore[arg-type]  # has a length
+            _check_same_size(len(known), total)
             _check_same_labels(known[first.index], first.label.cpu())
+        if self._trajectory is None and self._partition is None:
+            self._trajectory = Trajectory(total, self._num_classes)
+        if self._reads_training:
+            self._start_reading(trainer, pl_module, trace)
+
+    def _early_point(self, trace: ForwardTrace, batch: int) -> LayerPoint | None:
+        if not self.recipe.needs_response:
+            return None
+        if self.input_layer is None:
+            return trace.first_block(batch)
+        point = LayerPoint(self.input_layer, "output")
+        check_reached(trace, point)
+        return point
+
+    def _start_reading(self, trainer: Trainer, pl_module: LightningModule, trace: ForwardTrace) -> None:
+        heads = [name for name in trace.heads(self._num_classes) if trace.makes_logits(name)]
+        if heads:
+            self._reader.start(trainer, pl_module, heads[-1])
+        else:
+            self._reader.give_up("no Linear of the model returns what forward returns as logits")
+        if self._reader.reason:
+            self._say_fallback()
+
+    def _say_fallback(self) -> None:
+        if self._has_said_fallback:
+            return
+        self._has_said_fallback = True
+        rank_zero_info(
+            f"Label evidence is not read from the training steps ({self._reader.reason}); instead there is a pass over"
+            f" the training set every {self.evidence_every_n_epochs} epoch(s)."
+        )
+
+    def observe(self, index: Tensor, logits: Tensor, label: Tensor) -> None:
+        """Takes rows of the training steps.
+
+        Args:
+            index: (B,) int64 on the CPU.
+            logits: (B, C).
+            label: (B,) int64.
+        """
+        if self._trajectory is not None:
+            self._trajectory.observe(index, logits, label)
+
+    def forget(self) -> None:
+        """Drops what the training steps showed: it cannot be trusted."""
+        self._epochs_seen = []
+        if self._trajectory is not None:
+            self._trajectory.forget()
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_start(trainer, pl_module)
+        if self._reads_training:
+            self._reader.start_epoch(trainer)
+        else:
+            self._reader.detach()
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._reads_training:
+            self._reader.start_batch(trainer, batch)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._reads_training:
+            self._reader.end_batch()
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._reads_training or self._trajectory is None:
+            return
+        if not self._reader.end_epoch(trainer):
+            self._say_fallback()
+            return
+        reduce = sum_over_ranks(trainer.strategy)
+        # Counted in complete epochs: what epoch 0 shows is known when one is complete.
+        self._trajectory.merge(self._half(trainer.current_epoch + 1), reduce)
+        if reduce(torch.tensor(float(self._reader.rows_read))).item() > 0:
+            self._epochs_seen.append(trainer.current_epoch + 1)
+
+    def _half(self, epoch: int) -> int:
+        """The half of training to which the evidence of the ``epoch``-th epoch belongs."""
+        return 0 if epoch <= self.at_epoch // 2 else 1
+
+    @override
+    def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._reader.detach()
 
     @override
     def advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -162,12 +299,17 @@ class AttributionPartitionCallback(UnlearnCallback):
             started = time.perf_counter()
             if self._point is None:
                 self.begin(trainer, pl_module)
-            evidence = self._gather(trainer, pl_module)
-            self._epochs_seen.append(epoch)
-            if epoch >= self.at_epoch:
+            if epoch < self.at_epoch:
+                self._observe_pass(trainer, pl_module)
+                self._trajectory_in_use.merge(self._half(epoch), sum_over_ranks(trainer.strategy))
+            else:
+                self._reader.detach()
+                evidence, label = self._evidence(trainer, self._observe_pass(trainer, pl_module))
                 verdict = self.recipe.judge(evidence, sum_over_ranks(trainer.strategy))
-                self._publish(trainer, evidence, verdict)
-                self._report(pl_module, time.perf_counter() - started)
+                self._publish(trainer, evidence, verdict, label)
+                self._report(pl_module, verdict, time.perf_counter() - started)
+            if epoch not in self._epochs_seen:
+                self._epochs_seen.append(epoch)
         return self._partition
 
     @override
@@ -180,11 +322,16 @@ class AttributionPartitionCallback(UnlearnCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and primitives: 28 bytes per sample while evidence is gathered, 25 once the partition is drawn."""
+        """Tensors and primitives.
+
+        While evidence is gathered, ``8 r + 28`` bytes per sample with ``r = min(C - 1, 64)``; 30 once the partition is
+        drawn.
+        """
         return {
             "epochs_seen": list(self._epochs_seen),
-            "gathered": None if self._gathered is None else dict(self._gathered),
+            "trajectory": None if self._trajectory is None else self._trajectory.state_dict(),
             "partition": None if self._partition is None else self._partition.state_dict(),
+            "reader": self._reader.state_dict(),
         }
 
     @property
@@ -195,102 +342,159 @@ class AttributionPartitionCallback(UnlearnCallback):
     @override
     def restore(self, state: dict[str, Any]) -> None:
         self._epochs_seen = list(state["epochs_seen"])
-        self._gathered = state["gathered"]
-        partition = state["partition"]
+        trajectory, partition = state["trajectory"], state["partition"]
+        self._trajectory = None if trajectory is None else Trajectory.from_state_dict(trajectory)
         self._partition = None if partition is None else Partition.from_state_dict(partition)
+        self._reader.load_state_dict(state["reader"])
 
-    def _gather(self, trainer: Trainer, pl_module: LightningModule) -> Evidence:
-        """Passes over the training set and adds what it shows to what earlier passes showed."""
+    @property
+    def _trajectory_in_use(self) -> Trajectory:
+        if self._trajectory is None:
+            raise RuntimeError("No evidence is being gathered; this is an error in lightning_unlearn.")
+        return self._trajectory
+
+    def _observe_pass(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor]:
+        """Passes over this rank's share of the training set.
+
+        Returns:
+            what the pass showed, one row for each sample of the share.
+        """
         if self._point is None:
             raise RuntimeError("The layer to attribute at is not resolved; this is an error in lightning_unlearn.")
-        attributor = Attributor(pl_module, self._point, lambda x: logits_of(pl_module, x))
+        is_last = trainer.current_epoch >= self.at_epoch
+        watch = (self._early,) if is_last and self._early is not None else ()
+        attributor = Attributor(pl_module, self._point, lambda x: logits_of(pl_module, x), self.method, watch=watch)
+        trajectory = self._trajectory_in_use
         columns: dict[str, list[Tensor]] = {}
-        rows: list[Tensor] = []
         with undisturbed(trainer, pl_module):
             for batch in training_set(trainer, pl_module, self, self._num_classes):
-                seen = attributor.margin(batch.x, batch.label)
+                seen = attributor.attribute(batch.x, batch.label, rows=is_last and self.recipe.needs_rows)
+                margin, counts = seen.total(), batch.weight > 0
+                of_samples = counts.cpu()
+                _check_same_labels(trajectory.label[batch.index], batch.label.cpu())
+                trajectory.observe(batch.index[of_samples], seen.logits[counts], batch.label[counts], margin[counts])
+                if not is_last:
+                    continue
                 found = {
                     "label": batch.label,
-                    "support_sum": label_support(seen.total()),
+                    "margin": margin,
                     "loss": cross_entropy(seen.logits, batch.label, reduction="none"),
                     "prediction": seen.logits.argmax(dim=1),
-                    "candidate": strongest_other(seen.logits, batch.label),
+                    "last": seen.logits @ trajectory.basis.to(seen.logits.device),
                 }
+                if watch:
+                    found["response"] = response(pl_module, watch[0], seen.watched[0])
+                if seen.class_max is not None:
+                    found["rows"] = seen.class_max
                 for name, value in found.items():
                     columns.setdefault(name, []).append(value.cpu())
-                if self.recipe.needs_rows:
-                    rows.append(attributor.class_max(batch.x, batch.label, self._num_classes).cpu())
-        return self._merge(trainer, {name: torch.cat(parts) for name, parts in columns.items()}, rows)
+        return {name: torch.cat(parts) for name, parts in columns.items()}
 
-    def _merge(self, trainer: Trainer, share: dict[str, Tensor], rows: list[Tensor]) -> Evidence:
-        total = len(trainer.train_dataloader.dataset)  # type: ignore[union-attr]  # checked in begin
-        index, weight = rank_share(total, trainer.global_rank, trainer.world_size)
-        reduce = sum_over_ranks(trainer.strategy)
-        latest = {name: place_by_index(index, weight, value, total, reduce) for name, value in share.items()}
-        latest["votes"] = torch.ones_like(latest["label"])
-        if (before := self._gathered) is not None:
-            _check_same_data(before["label"], latest["label"])
-            latest["support_sum"] = before["support_sum"] + latest["support_sum"]
-            latest["candidate"], latest["votes"] = update_majority(
-                before["candidate"], before["votes"], latest["candidate"]
-            )
-        if latest["label"].min() == latest["label"].max():
+    def _evidence(self, trainer: Trainer, share: dict[str, Tensor]) -> tuple[Evidence, Tensor]:
+        """This rank's evidence, and (N,) the given labels of the whole training set.
+
+        Args:
+            trainer: of the fit.
+            share: what the last pass showed.
+        """
+        trajectory, reduce = self._trajectory_in_use, sum_over_ranks(trainer.strategy)
+        index, weight = rank_share(len(trajectory), trainer.global_rank, trainer.world_size)
+        halves = trajectory.halves(index)
+        trajectory.merge(1, reduce)
+        scores = trajectory.scores(index)
+        last = share["last"]
+        # A sample that was not drawn in one half of training is as it was in the other, or in the last pass.
+        blocks = [half.where(half.isfinite(), last) for half in halves]
+        label = place_by_index(index, weight, share["label"], len(trajectory), reduce)
+        if label.min() == label.max():
             raise ValueError(
-                f"Expected training labels of at least two classes, but all {total} samples have label"
-                f" {int(latest['label'][0])}; there is nothing to tell apart."
+                f"Expected training labels of at least two classes, but all {len(label)} samples have label"
+                f" {int(label[0])}; there is nothing to tell apart."
             )
-        self._gathered = {name: latest[name] for name in _GATHERED}
         device = compute_device(trainer)
-        return Evidence(
+        evidence = Evidence(
             index=index,
             weight=weight.to(device),
-            label=latest["label"][index].to(device),
-            support=(latest["support_sum"][index] / (len(self._epochs_seen) + 1)).to(device),
-            loss=latest["loss"][index].to(device),
-            prediction=latest["prediction"][index].to(device),
-            rival=latest["candidate"][index].to(device),
-            rows=torch.cat(rows).to(device) if rows else None,
+            label=share["label"].to(device),
+            attribution=torch.stack([*blocks, last], dim=1).to(device),
+            basis=trajectory.basis.to(device),
+            margin=share["margin"].to(device),
+            mean_margin=scores["margin"].to(device),
+            support=scores["support"].to(device),
+            uncertainty=scores["uncertainty"].to(device),
+            loss=share["loss"].to(device),
+            prediction=share["prediction"].to(device),
+            response=share["response"].to(device) if "response" in share else None,
+            rows=share["rows"].to(device) if "rows" in share else None,
         )
+        return evidence, label
 
-    def _publish(self, trainer: Trainer, evidence: Evidence, verdict: Verdict) -> None:
-        gathered = self._gathered
-        if gathered is None:
-            raise RuntimeError("No evidence has been gathered; this is an error in lightning_unlearn.")
-        total, reduce = len(gathered["label"]), sum_over_ranks(trainer.strategy)
-        weight = evidence.weight.cpu()
-        probability, suggestion = (
-            place_by_index(evidence.index, weight, value.cpu(), total, reduce)
-            for value in (verdict.clean_probability, verdict.suggested_label)
+    def _publish(self, trainer: Trainer, evidence: Evidence, verdict: Verdict, label: Tensor) -> None:
+        total, reduce, weight = len(label), sum_over_ranks(trainer.strategy), evidence.weight.cpu()
+
+        def of_all(values: Tensor) -> Tensor:
+            return place_by_index(evidence.index, weight, values.cpu(), total, reduce)
+
+        certain = torch.ones_like(evidence.weight)
+        probability = of_all(verdict.clean_probability).float().clamp(0, 1)
+        of_label, of_input = (
+            of_all(certain if values is None else values).float().clamp(0, 1)
+            for values in (verdict.label_probability, verdict.input_probability)
         )
-        is_clean = probability >= self.threshold
+        is_clean = _keep_some(probability >= self.threshold, probability, label, self.min_class_share)
         self._partition = Partition(
-            clean_probability=probability.float().clamp(0, 1),
+            clean_probability=probability,
             is_clean=is_clean,
-            suggested_label=torch.where(is_clean, gathered["label"], suggestion),
-            noise_rate=1 - probability.double().mean().item(),
-            label=gathered["label"],
-            label_evidence=gathered["support_sum"] / (len(self._epochs_seen)),
+            suggested_label=torch.where(is_clean, label, of_all(verdict.suggested_label)),
+            noise_rate=min(max(1 - probability.double().mean().item(), 0.0), 1.0),
+            label=label,
+            label_evidence=of_all(evidence.support).float().clamp(0, 1),
+            input_evidence=of_input,
+            reason=_reasons(is_clean, of_label, of_input, self.threshold),
+            noise_matrix=torch.zeros(0, 0) if verdict.noise_matrix is None else verdict.noise_matrix.cpu().float(),
             recipe=self.recipe.name,
             layer=str(self._point),
             epoch=trainer.current_epoch,
-            warning=verdict.warning or _one_sided(is_clean, gathered["label"]),
+            warning=verdict.warning or _one_sided(is_clean, label),
         )
-        self._gathered = None
+        self._trajectory = None
 
-    def _report(self, pl_module: LightningModule, seconds: float) -> None:
+    def _report(self, pl_module: LightningModule, verdict: Verdict, seconds: float) -> None:
         partition = self.partition
         suspects = len(partition.suspect_indices())
         rank_zero_info(
-            f"Partition after {partition.epoch} epochs ({partition.recipe}, {partition.layer}, {len(self._epochs_seen)}"
-            f" evidence passes, the last {seconds:.1f} s): {suspects:,} of {len(partition):,} samples are suspect,"
-            f" estimated noise rate {partition.noise_rate:.1%}."
+            f"Partition after {partition.epoch} epochs ({partition.recipe}, {partition.layer}, evidence of"
+            f" {len(self._epochs_seen)} epochs and a pass of {seconds:.1f} s): {suspects:,} of {len(partition):,}"
+            f" samples are suspect, estimated noise rate {partition.noise_rate:.1%}."
         )
+        for note in verdict.notes:
+            rank_zero_info(f"  {note}")
         if partition.warning:
             rank_zero_warn(f"The partition is not acted upon, training goes on with all the data: {partition.warning}.")
         log_values(
             pl_module,
             {"unlearn/noise_rate": partition.noise_rate, "unlearn/kept_share": 1 - suspects / len(partition)},
         )
+
+
+def _keep_some(is_clean: Tensor, probability: Tensor, label: Tensor, share: float) -> Tensor:
+    """The samples to keep: the clean ones, and in each class at least a share of its samples, the likeliest."""
+    kept = is_clean.clone()
+    for c in label.bincount().nonzero().flatten().tolist():
+        members = (label == c).nonzero().flatten()
+        least = math.ceil(share * len(members))
+        if int(is_clean[members].sum()) < least:
+            kept[members[probability[members].argsort(descending=True, stable=True)[:least]]] = True
+    return kept
+
+
+def _reasons(is_clean: Tensor, of_label: Tensor, of_input: Tensor, threshold: float) -> Tensor:
+    """(N,) uint8, positions in ``REASONS``. A sample below the threshold only in the product is so for the likelier."""
+    label, corrupted = of_label < threshold, of_input < threshold
+    neither = ~label & ~corrupted
+    label, corrupted = label | (neither & (of_label <= of_input)), corrupted | (neither & (of_label > of_input))
+    reason = label * REASONS.index("label") + corrupted * REASONS.index("input")
+    return torch.where(is_clean, 0, reason).to(torch.uint8)
 
 
 def _check_same_size(before: int, now: int) -> None:
@@ -301,13 +505,9 @@ def _check_same_size(before: int, now: int) -> None:
         )
 
 
-def _check_same_data(before: Tensor, now: Tensor) -> None:
-    _check_same_size(len(before), len(now))
-    _check_same_labels(before, now)
-
-
 def _check_same_labels(before: Tensor, now: Tensor) -> None:
-    changed = int((before != now).sum())
+    """Refuses other labels than those seen before, of which -1 is none."""
+    changed = int(((before >= 0) & (before != now)).sum())
     if changed:
         raise ValueError(
             f"Expected every dataset index to keep its label, but {changed} of {len(now)} changed since the last"

@@ -23,7 +23,7 @@ def strongest_other(logits: Tensor, label: Tensor) -> Tensor:
         (B,) int64.
 
     Raises:
-        ValueError: if there is only one class.
+        ValueError: if there is only one class, or not a row for each label.
 
     Example:
         >>> strongest_other(torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([0]))
@@ -31,7 +31,28 @@ def strongest_other(logits: Tensor, label: Tensor) -> Tensor:
     """
     if logits.shape[1] < 2:
         raise ValueError(f"Expected logits of at least two classes, shape (B, C >= 2), but got {tuple(logits.shape)}.")
+    if len(logits) != len(label):
+        raise ValueError(f"Expected a row of logits for each of {len(label)} labels, but got {len(logits)}.")
     return logits.detach().scatter(1, label.unsqueeze(1), -torch.inf).argmax(dim=1)
+
+
+def logit_difference(logits: Tensor, label: Tensor, other: Tensor | None = None) -> Tensor:
+    """Logit of one class minus that of another.
+
+    Args:
+        logits: (B, C).
+        label: (B,) int64.
+        other: (B,) int64; without it nothing is subtracted.
+
+    Returns:
+        (B,).
+
+    Example:
+        >>> logit_difference(torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([1]), torch.tensor([2]))
+        tensor([-1.])
+    """
+    given = logits.gather(1, label.unsqueeze(1)).squeeze(1)
+    return given if other is None else given - logits.gather(1, other.unsqueeze(1)).squeeze(1)
 
 
 def label_margin(logits: Tensor, label: Tensor) -> Tensor:
@@ -48,8 +69,7 @@ def label_margin(logits: Tensor, label: Tensor) -> Tensor:
         >>> label_margin(torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([1]))
         tensor([-2.])
     """
-    rival = strongest_other(logits, label)
-    return (logits.gather(1, label.unsqueeze(1)) - logits.gather(1, rival.unsqueeze(1))).squeeze(1)
+    return logit_difference(logits, label, strongest_other(logits, label))
 
 
 def class_max_attribution(class_gradients: Tensor, activation: Tensor) -> Tensor:
@@ -60,12 +80,27 @@ def class_max_attribution(class_gradients: Tensor, activation: Tensor) -> Tensor
         activation: (B, D, ...), the layer's activation z.
 
     Returns:
-        (B, D); positions beyond the neuron's dimension (the pixels of a feature map) are summed before the magnitude is
-        taken, since they belong to one neuron.
+        (B, D), see :func:`neuron_magnitude`.
 
     Example:
         >>> class_max_attribution(torch.tensor([[[1.0, -3.0]], [[2.0, -1.0]]]), torch.tensor([[5.0, 4.0]]))
         tensor([[10.,  4.]])
     """
-    product = class_gradients.amax(dim=0) * activation
-    return product.flatten(2).sum(dim=2).abs() if product.ndim > 2 else product.abs()
+    return neuron_magnitude(class_gradients.amax(dim=0) * activation)
+
+
+def neuron_magnitude(attribution: Tensor) -> Tensor:
+    """One magnitude per neuron.
+
+    Args:
+        attribution: (B, D, ...).
+
+    Returns:
+        (B, D); positions beyond the neuron's dimension (the pixels of a feature map) are summed before the magnitude is
+        taken, since they belong to one neuron.
+
+    Example:
+        >>> neuron_magnitude(torch.tensor([[[1.0, -3.0], [2.0, 2.0]]]))
+        tensor([[2., 4.]])
+    """
+    return attribution.flatten(2).sum(dim=2).abs() if attribution.ndim > 2 else attribution.abs()

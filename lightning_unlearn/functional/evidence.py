@@ -6,7 +6,12 @@ how the margin was while the network was still generalising (the idea of AUM, Pl
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+from lightning_unlearn.functional.mixture import Reduce, no_reduce
+
+_BINS = 2_000
 
 
 def label_support(margin: Tensor) -> Tensor:
@@ -23,53 +28,86 @@ def label_support(margin: Tensor) -> Tensor:
         (B,)
 
     Example:
-        >>> import torch
         >>> label_support(torch.tensor([0.0, 100.0]))
         tensor([0.5000, 1.0000])
     """
     return margin.sigmoid()
 
 
-def support_log_odds(support: Tensor) -> Tensor:
-    """The averaged support on the scale of the margin, where its two groups are closer to Gaussian.
-
-    The inverse of :func:`label_support`: after one pass it is the margin attribution itself.
-
-    Args:
-        support: (n,) in [0, 1].
-
-    Returns:
-        (n,) in nats, limited to those of a support of one in a million from either end.
-
-    Example:
-        >>> import torch
-        >>> support_log_odds(label_support(torch.tensor([-2.0, 0.0, 3.0]))).round(decimals=3)
-        tensor([-2.,  0.,  3.])
-    """
-    return support.logit(eps=1e-6)
-
-
-def update_majority(candidate: Tensor, votes: Tensor, choice: Tensor) -> tuple[Tensor, Tensor]:
-    """One step of the Boyer-Moore majority vote, for every sample at once.
-
-    Finds the class that was chosen in more than half of the passes, if there is one, in two integers per sample instead
-    of a count per class.
+def confident_disagreement(
+    log_odds: Tensor,
+    agrees: Tensor,
+    group: Tensor,
+    weight: Tensor,
+    num_groups: int,
+    *,
+    share: float = 0.25,
+    reduce: Reduce = no_reduce,
+) -> float:
+    """How often the most confident samples of each group disagree.
 
     Args:
-        candidate: (N,) int64, the standing candidates.
-        votes: (N,) int64, the votes that the candidates have in hand; 0 at the start.
-        choice: (N,) int64, the classes chosen in this pass.
+        log_odds: (n,), how confident a sample is.
+        agrees: (n,) bool.
+        group: (n,) int64, such as the predicted class.
+        weight: (n,), 0 for a row that does not count.
+        num_groups: number of groups.
+        share: of each group's samples that are asked.
+        reduce: sums over the ranks.
 
     Returns:
-        the new ``candidate`` and ``votes``.
+        share of those asked that disagree, in [0, 1]; each group counts by its size.
 
     Example:
-        >>> import torch
-        >>> candidate, votes = torch.tensor([0]), torch.tensor([0])
-        >>> for choice in (4, 2, 4):
-        ...     candidate, votes = update_majority(candidate, votes, torch.tensor([choice]))
-        >>> candidate, votes
-        (tensor([4]), tensor([1]))
+        >>> confident_disagreement(
+        ...     torch.tensor([9.0, 8.0, 1.0, 0.0]),
+        ...     torch.tensor([True, False, False, False]),
+        ...     torch.zeros(4, dtype=torch.int64),
+        ...     torch.ones(4),
+        ...     1,
+        ...     share=0.5,
+        ... )
+        0.5
     """
-    candidate = choice.where(votes == 0, candidate)
-    return candidate, votes + (candidate == choice).long() * 2 - 1
+    # Histograms, whose sums need no rank's rows; from the most confident bin down.
+    level = ((40 - log_odds.double().clamp(-40, 40)) * (_BINS - 1) / 80).long()
+    counts = torch.zeros(2, num_groups * _BINS, dtype=torch.float64, device=log_odds.device)
+    place = group * _BINS + level
+    counts[0].index_add_(0, place, weight.double())
+    counts[1].index_add_(0, place, weight.double() * (~agrees).double())
+    asked, disagree = reduce(counts).reshape(2, num_groups, _BINS)
+    wanted = share * asked.sum(dim=1, keepdim=True)
+    before = asked.cumsum(dim=1) - asked
+    part = ((wanted - before) / asked.clamp(min=1e-9)).clamp(0, 1)
+    return float((part * disagree).sum() / (part * asked).sum().clamp(min=1e-9))
+
+
+def shift_to_rate(log_odds: Tensor, weight: Tensor, rate: float, *, reduce: Reduce = no_reduce) -> float:
+    """What to add to the log-odds of being clean so that the mean probability of *not* being clean is a given rate.
+
+    Args:
+        log_odds: (n,).
+        weight: (n,), 0 for a row that does not count.
+        rate: in (0, 1).
+        reduce: sums over the ranks.
+
+    Returns:
+        the shift, between -40 and 40, to about a hundredth.
+
+    Example:
+        >>> shift = shift_to_rate(torch.tensor([-5.0, 5.0]), torch.ones(2), 0.2)
+        >>> round((-(torch.tensor([-5.0, 5.0]) + shift)).sigmoid().mean().item(), 2)
+        0.2
+    """
+    # A histogram again: one collective instead of one for each step of the search.
+    width = 80 / _BINS
+    level = ((log_odds.double().clamp(-40, 40 - 1e-6) + 40) / width).long()
+    counts = torch.zeros(_BINS, dtype=torch.float64, device=log_odds.device).index_add_(0, level, weight.double())
+    counts = reduce(counts)
+    centres = (torch.arange(_BINS, device=counts.device) + 0.5) * width - 40
+    low, high = -40.0, 40.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        mean = (counts * (-(centres + middle)).sigmoid()).sum() / counts.sum()
+        low, high = (middle, high) if mean > rate else (low, middle)
+    return (low + high) / 2

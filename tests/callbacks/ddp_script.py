@@ -4,12 +4,16 @@ Usage: ddp_script.py FOLDER NUMBER_OF_PROCESSES SCENARIO...
 """
 
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import lightning as L
 import torch
+from torch.utils.data import DataLoader
 
 from lightning_unlearn import AttributionPartitionCallback
+from tests.callbacks import test_training_evidence as evidence
+from tests.callbacks.test_training_pass import BATCH, Coded, Net
 from tests.toys import Blobs, BlobsData, IndexRecorder, Toy, fit, mlp, trio, weights
 
 AT = 5
@@ -37,10 +41,10 @@ def pretrained():
 class Failing(AttributionPartitionCallback):
     """Fails on one rank, in the middle of a pass."""
 
-    def _gather(self, trainer, pl_module):
+    def _observe_pass(self, trainer, pl_module):
         if trainer.global_rank == 1:
             self.split_batch = lambda _: 1 / 0
-        return super()._gather(trainer, pl_module)
+        return super()._observe_pass(trainer, pl_module)
 
 
 class Watched(L.Callback):
@@ -58,11 +62,15 @@ def run(folder, devices, scenario):
     if scenario == "fails":
         fit(Toy(), BlobsData(data), [Failing(at_epoch=AT)], max_epochs=AT + 2, **distributed)
         return
+    if scenario == "evidence":
+        run_evidence(folder, distributed)
+        return
     settings = {
         "still": {"net": pretrained, "optimizer": still, "finetune": {}},
         "still-rlap": {"net": pretrained, "optimizer": still, "finetune": {}, "recipe": "rlap"},
         "layers": {"net": mlp, "finetune": {"mode": "layers", "lr": 0.02}},
         "full": {"net": mlp, "finetune": {"lr": 0.02}},
+        "auto": {"net": mlp, "finetune": {"lr": 0.02}, "recipe": "auto"},
     }[scenario]
     recipe = settings.get("recipe", "label")
     partition, prune, finetune = trio(AT, finetune=settings["finetune"], recipe=recipe)
@@ -82,6 +90,20 @@ def run(folder, devices, scenario):
         },
         folder / f"{scenario}-{devices}-{trainer.global_rank}.pt",
     )
+
+
+def run_evidence(folder, distributed):
+    recipe, moment, module = evidence.Keeps(), evidence.LastLogits(), Net(net=evidence.small)
+    callback = AttributionPartitionCallback(at_epoch=evidence.AT, recipe=recipe)
+    loader = DataLoader(Coded(), batch_size=BATCH, shuffle=True)
+    trainer = fit(module, loader, [callback, moment], max_epochs=evidence.AT + 1, **distributed)
+    found = {
+        "evidence": {field.name: getattr(recipe.evidence, field.name) for field in fields(recipe.evidence)},
+        "noted": evidence.rows_of(module.noted),
+        "before": moment.before,
+        "partition": callback.partition.state_dict(),
+    }
+    torch.save(found, folder / f"evidence-{trainer.global_rank}.pt")
 
 
 if __name__ == "__main__":

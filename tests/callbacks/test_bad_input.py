@@ -42,6 +42,31 @@ def refused(error, match, callbacks, *, module=None, data=None, steps=0, **train
             lambda: AttributionPartitionCallback(at_epoch=2, recipe="lable"),
             "recipe to be one of .*'label'.*'rlap'.* but got 'lable'. Did you mean 'label'",
         ),
+        (
+            lambda: AttributionPartitionCallback(at_epoch=2, evidence="x"),
+            "evidence to be 'training' or 'passes', but got 'x'",
+        ),
+        (
+            lambda: AttributionPartitionCallback(at_epoch=2, min_class_share=1.0),
+            r"min_class_share to lie in \[0, 1\), but got 1.0",
+        ),
+        (
+            lambda: AttributionPartitionCallback(at_epoch=2, min_class_share=-0.1),
+            r"min_class_share to lie in \[0, 1\), but got -0.1",
+        ),
+        (lambda: AttributionPartitionCallback(at_epoch=2, method="deplift"), "'deplift'"),
+        (
+            lambda: AttributionPartitionCallback(at_epoch=2, recipe="tests.toys.nothing"),
+            "can be imported, but 'tests.toys.nothing' cannot: .*has no attribute 'nothing'",
+        ),
+        (
+            lambda: AttributionPartitionCallback(at_epoch=2, recipe="no_such_package.recipe"),
+            "can be imported, but 'no_such_package.recipe' cannot: No module named 'no_such_package'",
+        ),
+        (
+            lambda: AttributionPartitionCallback(at_epoch=2, recipe="tests.toys.CLASSES"),
+            "recipe 'tests.toys.CLASSES' to be a function, but it is a int",
+        ),
         (lambda: SensitivityPruneCallback(amount=0), r"amount to lie in \(0, 1\), .* but got 0"),
         (lambda: SensitivityPruneCallback(amount=1.0), r"amount to lie in \(0, 1\), .* but got 1.0"),
         (lambda: SensitivityPruneCallback(amount=-0.1), r"amount to lie in \(0, 1\), .* but got -0.1"),
@@ -68,13 +93,14 @@ def test_arguments_out_of_range(make, match):
     "callbacks",
     [
         lambda: [AttributionPartitionCallback("net.77", at_epoch=2)],
+        lambda: [AttributionPartitionCallback(at_epoch=2, input_layer="net.77")],
         lambda: [AttributionPartitionCallback(at_epoch=2), SensitivityPruneCallback("net.77")],
         lambda: [
             AttributionPartitionCallback(at_epoch=2),
             CleanSubsetFinetuneCallback("layers", layers=["net.7", "net.77"]),
         ],
     ],
-    ids=["partition", "prune", "finetune"],
+    ids=["partition", "input_layer", "prune", "finetune"],
 )
 def test_an_unknown_layer_lists_the_near_names(callbacks):
     refused(
@@ -86,12 +112,13 @@ def test_an_unknown_layer_lists_the_near_names(callbacks):
     "callbacks",
     [
         lambda: [AttributionPartitionCallback("net.unused", at_epoch=2)],
+        lambda: [AttributionPartitionCallback(at_epoch=2, input_layer="net.unused")],
         lambda: [
             AttributionPartitionCallback(at_epoch=2),
             SensitivityPruneCallback("net.unused", amount=0.4),
         ],
     ],
-    ids=["partition", "prune"],
+    ids=["partition", "input_layer", "prune"],
 )
 def test_a_layer_that_is_never_reached(callbacks):
     refused(
@@ -243,7 +270,8 @@ def test_batches_that_are_not_inputs_and_labels(change, error, match):
     refused(error, match, [AttributionPartitionCallback(at_epoch=2)], data=collated(change))
 
 
-def test_a_wrong_label_further_in_is_found_by_the_first_pass_with_its_place():
+@pytest.mark.parametrize(("evidence", "steps"), [("passes", 3), ("training", 6)])
+def test_a_wrong_label_further_in_is_found_by_the_first_pass_with_its_place(evidence, steps):
     data = Blobs(40)
     data.y[25] = 7
     # The loss never sees it, so that nothing but the pass can find it.
@@ -252,23 +280,23 @@ def test_a_wrong_label_further_in_is_found_by_the_first_pass_with_its_place():
     refused(
         ValueError,
         "but found 7 in the batch that starts at dataset index 24",
-        [AttributionPartitionCallback(at_epoch=2)],
+        [AttributionPartitionCallback(at_epoch=2, evidence=evidence)],
         module=module,
         data=loader,
-        steps=3,
+        steps=steps,
     )
 
 
 def test_labels_that_are_all_equal():
     data = Blobs(40)
     data.y[:] = 2
-    # Known when every label has been seen, in the first pass.
+    # Known when every label has been seen, in the last pass.
     refused(
         ValueError,
         "at least two classes, but all 40 samples have label 2; there is nothing to tell apart",
         [AttributionPartitionCallback(at_epoch=2)],
         data=BlobsData(data),
-        steps=3,
+        steps=6,
     )
 
 

@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightning_unlearn.types import Evidence
 from tests.callbacks.ddp_script import AT, run
+from tests.callbacks.test_training_evidence import assert_is_what_the_steps_showed, last_logits, small
+from tests.callbacks.test_training_pass import Coded
 
 pytestmark = pytest.mark.ddp
-SCENARIOS = ("still", "still-rlap", "layers", "full")
+SCENARIOS = ("still", "still-rlap", "layers", "full", "auto")
 
 
 def launch(folder, *scenarios):
@@ -33,14 +36,14 @@ def launch(folder, *scenarios):
 def launched(tmp_path_factory):
     """The folder in which the ranks saved what they have, and how the process ended; the last scenario is to fail."""
     folder = tmp_path_factory.mktemp("ddp")
-    return folder, launch(folder, *SCENARIOS, "fails")
+    return folder, launch(folder, *SCENARIOS, "evidence", "fails")
 
 
 @pytest.fixture(scope="module")
 def ranks(launched):
     """What each rank of two saved, by scenario."""
     folder, done = launched
-    assert len(list(folder.glob("*.pt"))) == 2 * len(SCENARIOS), done.stderr[-4000:]
+    assert len(list(folder.glob("*.pt"))) == 2 * len(SCENARIOS) + 2, done.stderr[-4000:]
     return {
         name: [torch.load(folder / f"{name}-2-{rank}.pt", weights_only=True) for rank in range(2)] for name in SCENARIOS
     }
@@ -62,7 +65,26 @@ def test_both_ranks_have_the_same(ranks, scenario, what):
     assert_equal(ranks[scenario][0][what], ranks[scenario][1][what], what)
 
 
-@pytest.mark.parametrize("scenario", ["layers", "full"])
+def test_the_ranks_evidence_is_what_the_training_steps_of_all_ranks_showed(ranks, launched):
+    folder, _ = launched
+    found = [torch.load(folder / f"evidence-{rank}.pt", weights_only=True) for rank in range(2)]
+    data = Coded()
+    noted = [
+        tuple(torch.cat(parts) for parts in zip(*epochs, strict=True))
+        for epochs in zip(*(rank["noted"] for rank in found), strict=True)
+    ]
+    logits, bias = last_logits(small, found[0]["before"], data)
+    shares = [
+        assert_is_what_the_steps_showed(Evidence(**rank["evidence"]), noted, logits, bias, data) for rank in found
+    ]
+    assert shares[0] | shares[1] == set(range(101))
+    assert not shares[0] & shares[1]
+    # Each rank saw about one half of the rows, so nobody could have computed this alone.
+    assert max(len(rank["noted"][0][0]) for rank in found) == 51
+    assert_equal(found[0]["partition"], found[1]["partition"], "partition")
+
+
+@pytest.mark.parametrize("scenario", ["layers", "full", "auto"])
 def test_both_ranks_train_the_same_parameters(ranks, scenario):
     one, other = (rank["weights"] for rank in ranks[scenario])
     names = [name for name in one if "running" not in name]  # batch statistics are each rank's own
@@ -106,8 +128,13 @@ def test_pruned_neurons_are_zero(ranks):
 def test_two_processes_find_what_one_finds(ranks, scenario, tmp_path):
     run(tmp_path, 1, scenario)
     alone, both = torch.load(tmp_path / f"{scenario}-1-0.pt", weights_only=True), ranks[scenario][0]
-    for name in ("clean_probability", "label_evidence"):
-        torch.testing.assert_close(both["partition"][name], alone["partition"][name], rtol=1e-5, atol=1e-5)
+    # A sample that was drawn twice to make the ranks' shares equal counts once more in the average over training.
+    drawn = [i for rank in ranks[scenario] for epoch in range(AT) for i in rank["read"][epoch]]
+    once = torch.tensor(drawn).bincount() == AT
+    assert 101 - AT <= once.sum() < 101
+    for name, rows in (("clean_probability", slice(None)), ("label_evidence", once)):
+        one, other = both["partition"][name][rows], alone["partition"][name][rows]
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
     for name in ("is_clean", "suggested_label", "label"):
         assert both["partition"][name].equal(alone["partition"][name]), name
     assert both["partition"]["warning"] == alone["partition"]["warning"]

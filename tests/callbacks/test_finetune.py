@@ -1,6 +1,5 @@
 import gc
 import weakref
-from dataclasses import replace
 from functools import partial
 
 import lightning as L
@@ -396,22 +395,13 @@ def test_an_optimizer_and_a_schedule_of_ones_own():
     assert (watch.rates[2][0], watch.rates[3][0]) == (0.4, 0.2)
 
 
-class Everything(AttributionPartitionCallback):
-    """Calls all samples clean, or none."""
-
-    threshold_of = 0.5
-
-    def _publish(self, trainer, evidence, verdict):
-        same = torch.full_like(verdict.clean_probability, self.threshold_of)
-        super()._publish(trainer, evidence, type(verdict)(same, verdict.suggested_label))
-
-
 @pytest.mark.parametrize(("probability", "word"), [(0.9, "all"), (0.1, "none")])
 def test_a_partition_with_nothing_on_one_side_keeps_training_on_all_and_warns(probability, word):
     data = BlobsData(Blobs())
     _, prune, finetune = trio(2, finetune={"lr": 0.01})
-    partition = Everything(at_epoch=2)
-    partition.threshold_of = probability
+    partition = AttributionPartitionCallback(
+        at_epoch=2, recipe=lambda evidence: torch.full_like(evidence.weight, probability), min_class_share=0
+    )
     record, watch = IndexRecorder(data.train), Optimizers()
     with pytest.warns(UserWarning, match=f"goes on with all the data: it calls {word} of the 203 samples clean"):
         fit(Toy(), data, [partition, prune, finetune, record, watch])
@@ -484,21 +474,12 @@ def plain():
     return nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
 
 
-class FirstKept(AttributionPartitionCallback):
-    """Calls the first so many samples clean."""
-
-    kept = 0
-
-    def _publish(self, trainer, evidence, verdict):
-        order = torch.arange(len(evidence.index)).argsort()
-        clean = (order < self.kept).float()
-        super()._publish(trainer, evidence, replace(verdict, clean_probability=clean, warning=""))
-
-
 @pytest.mark.parametrize(("net", "batches"), [(convnet, 4), (plain, 5)], ids=["batch norm", "no batch norm"])
 def test_a_last_batch_of_one_is_left_out_where_batch_norm_could_not_be_trained(net, batches):
-    partition, finetune = FirstKept(at_epoch=1), CleanSubsetFinetuneCallback()
-    partition.kept = 65
+    partition = AttributionPartitionCallback(
+        at_epoch=1, recipe=lambda evidence: (evidence.index < 65).float(), min_class_share=0
+    )
+    finetune = CleanSubsetFinetuneCallback()
     module = Toy(net)
     fit(module, BlobsData(Blobs(image=net is convnet)), [partition, finetune], max_epochs=2)
     assert module.steps_by_epoch == {0: FULL, 1: batches}

@@ -7,12 +7,23 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_unlearn import AttributionPartitionCallback
+from lightning_unlearn.callbacks._training_pass import _HeadHook
 from tests.toys import Blobs, BlobsData, Toy, adamw, assert_same_weights, convnet, fit, mlp, sgd, trio, weights
 
 
 def hooks_of(module):
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return {(name, kind): len(getattr(part, kind)) for name, part in module.named_modules() for kind in kinds}
+
+
+def of_passes(hooks, module):
+    """Without the one that reads the training steps until the partition is drawn."""
+    reads = {(name, "_forward_hooks"): has_reader(part) for name, part in module.named_modules()}
+    return {key: count - reads.get(key, 0) for key, count in hooks.items()}
+
+
+def has_reader(part):
+    return sum(isinstance(hook, _HeadHook) for hook in part._forward_hooks.values())
 
 
 def rng():
@@ -26,7 +37,7 @@ def rng():
 def found(module):
     """All that a pass could disturb, beside the weights."""
     return {
-        "hooks": hooks_of(module),
+        "hooks": of_passes(hooks_of(module), module),
         "training": {name: part.training for name, part in module.named_modules()},
         "requires_grad": {name: p.requires_grad for name, p in module.named_parameters()},
         "grads": {name: None if p.grad is None else p.grad.clone() for name, p in module.named_parameters()},
@@ -60,7 +71,11 @@ class Compared(AttributionPartitionCallback):
             assert trainer.state.stage == stage
 
 
-@pytest.mark.parametrize("recipe", ["label", "rlap"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"recipe": "label"}, {"recipe": "rlap"}, {"evidence": "passes"}],
+    ids=["auto", "label", "rlap", "auto by passes"],
+)
 @pytest.mark.parametrize(
     ("net", "data", "loader", "trainer"),
     [
@@ -73,14 +88,15 @@ class Compared(AttributionPartitionCallback):
     ],
     ids=["dropout and norm", "torch augmentation", "numpy augmentation", "workers", "bf16-mixed", "accumulation"],
 )
-def test_weights_are_bit_for_bit_those_of_a_fit_without_it(recipe, net, data, loader, trainer):
+def test_weights_are_bit_for_bit_those_of_a_fit_without_it(settings, net, data, loader, trainer):
     final = []
-    for callbacks in ([], [Compared(at_epoch=2, recipe=recipe)]):
+    for callbacks in ([], [Compared(at_epoch=2, **settings)]):
         module = Toy(net)
         fit(module, BlobsData(Blobs(101, **data), **loader), callbacks, max_epochs=3, **trainer)
         final.append(weights(module))
     assert callbacks[0].turns == 4
     assert len(callbacks[0].partition) == 101
+    assert not any(hooks_of(module).values())
     assert_same_weights(*final)
 
 
@@ -122,7 +138,7 @@ class BreaksInEval(Toy):
     ids=["dataset", "forward"],
 )
 def test_a_pass_that_fails_leaves_all_as_it_was(module, data, error):
-    callback, model = Compared(at_epoch=2), module(lambda: mlp(0.3))
+    callback, model = Compared(at_epoch=2, evidence="passes"), module(lambda: mlp(0.3))
     with pytest.raises((OSError, ArithmeticError), match=error):
         fit(model, BlobsData(data(101)), [callback], max_epochs=3, limit_val_batches=0)
     assert callback.turns == 3  # the third is the one that failed: the comparison in it has been made
@@ -199,13 +215,13 @@ def test_the_pass_sees_no_sample_twice_and_none_of_the_loaders_state():
     loader_reads = []
 
     class Counting(AttributionPartitionCallback):
-        def _gather(self, trainer, pl_module):
+        def _observe_pass(self, trainer, pl_module):
             start = len(data.read)
-            evidence = super()._gather(trainer, pl_module)
+            share = super()._observe_pass(trainer, pl_module)
             loader_reads.append(data.read[start:])
-            return evidence
+            return share
 
-    fit(Toy(), BlobsData(data), [Counting(at_epoch=2)], max_epochs=3)
+    fit(Toy(), BlobsData(data), [Counting(at_epoch=2, evidence="passes")], max_epochs=3)
     assert loader_reads == [list(range(101))] * 2
 
 

@@ -11,8 +11,11 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning_unlearn.callbacks import _lightning
 from lightning_unlearn.callbacks._lightning import (
     TrainDataSwap,
+    TrainLoaderWatch,
     check_strategy,
     limited_batches,
+    live_iterator,
+    live_loaders,
     next_epoch,
     planned_epochs,
 )
@@ -39,12 +42,31 @@ def inside(check, **kwargs):
 def test_every_private_name_that_is_used_is_listed():
     source = inspect.getsource(_lightning)
     docstring, code = source.split('"""', 2)[1:]
-    for name in ("_data_source", "_combined_loader", "_on_before_batch_transfer", "_average_model"):
+    for name in (
+        "_data_source",
+        "_combined_loader",
+        "_load_combined_loader_states",
+        "_data_fetcher",
+        "_iterator",
+        "_on_before_batch_transfer",
+        "_average_model",
+    ):
         assert name in docstring, f"{name} is used in callbacks/_lightning.py but not listed in its docstring"
         assert name in code, f"{name} is listed in callbacks/_lightning.py but not used"
 
 
-@pytest.mark.parametrize("name", ["_data_source", "_combined_loader", "setup_data", "epoch_progress", "max_epochs"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "_data_source",
+        "_combined_loader",
+        "_load_combined_loader_states",
+        "_data_fetcher",
+        "setup_data",
+        "epoch_progress",
+        "max_epochs",
+    ],
+)
 def test_the_fit_loop_has(name):
     assert hasattr(make_trainer().fit_loop, name), f"Lightning {L.__version__}: FitLoop has no {name}"
 
@@ -104,6 +126,39 @@ def test_what_is_attached_is_detached():
         return attached, (swap.is_attached, "dataloader" in source.__dict__)
 
     assert inside(check) == ((True, True), (False, False))
+
+
+class Watching(L.Callback):
+    """Notes the train loaders as they are shown, and whether an iterator has been made of them by then."""
+
+    def __init__(self):
+        self.watch, self.shown = TrainLoaderWatch(), []
+
+    def setup(self, trainer, pl_module, stage):
+        self.watch.attach(trainer, lambda loaders: self.shown.append((loaders, live_iterator(trainer)[0])))
+
+    def teardown(self, trainer, pl_module, stage):
+        self.watch.detach()
+
+
+def test_train_loaders_are_shown_before_an_iterator_is_made_and_at_every_reload():
+    watching = Watching()
+    trainer = fit(Toy(), BlobsData(Blobs(101)), [watching], max_epochs=3, reload_dataloaders_every_n_epochs=1)
+    # At the second epoch the iterator of the first is still there, of the loader that was replaced.
+    assert [iterator is None for _, iterator in watching.shown[:1]] == [True]
+    assert len({id(loaders[0]) for loaders, _ in watching.shown}) == 3
+    assert "_load_combined_loader_states" not in trainer.fit_loop.__dict__
+    assert live_loaders(make_trainer()) == []
+
+
+def test_the_live_iterator_is_that_of_the_train_loader():
+    def check(trainer, _):
+        return live_loaders(trainer), live_iterator(trainer), trainer.train_dataloader
+
+    loaders, (iterator, waiting), loader = inside(check)
+    assert loaders == [loader]
+    assert iterator._index_sampler is loader.batch_sampler, f"Lightning {L.__version__}: the fetcher's iterators"
+    assert waiting == 0
 
 
 def test_the_epoch_that_samplers_get_is_known():

@@ -1,6 +1,5 @@
 import csv
 import re
-from dataclasses import replace
 from types import SimpleNamespace
 
 import lightning as L
@@ -12,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, get_worker_info
 
 from lightning_unlearn import AttributionPartitionCallback, Partition
+from lightning_unlearn.callbacks import partition as partition_module
 from tests.toys import CLASSES, Blobs, BlobsData, Plain, Swapped, Toy, adamw, auroc, convnet, fit, mlp
 
 
@@ -38,9 +38,9 @@ class Watching(AttributionPartitionCallback):
         super().reset()
         self.passes = []
 
-    def _gather(self, trainer, pl_module):
+    def _observe_pass(self, trainer, pl_module):
         self.passes.append((trainer.current_epoch, pl_module.steps))
-        return super()._gather(trainer, pl_module)
+        return super()._observe_pass(trainer, pl_module)
 
 
 def naive_support(net, data, layer, at_input):
@@ -94,7 +94,7 @@ def test_the_papers_recipe_says_why_there_is_none():
     ("every", "passes"), [(1, [1, 2, 3]), (2, [2, 3]), (5, [3])], ids=["each epoch", "every other", "at the end alone"]
 )
 def test_passes_when_epochs_are_complete(every, passes):
-    callback = Watching(at_epoch=3, evidence_every_n_epochs=every)
+    callback = Watching(at_epoch=3, evidence="passes", evidence_every_n_epochs=every)
     module = Toy()
     fit(module, BlobsData(Blobs()), [callback], max_epochs=5)
     assert callback.passes == [(epoch, 13 * epoch) for epoch in passes]
@@ -102,9 +102,16 @@ def test_passes_when_epochs_are_complete(every, passes):
 
 
 def test_a_recipe_that_does_not_average_passes_once():
-    callback = Watching(at_epoch=3, recipe="rlap")
+    callback = Watching(at_epoch=3, recipe="rlap", evidence="passes")
     fit(Toy(), BlobsData(Blobs()), [callback])
     assert [epoch for epoch, _ in callback.passes] == [3]
+
+
+@pytest.mark.parametrize("recipe", ["auto", "rlap"])
+def test_where_training_is_read_there_is_one_pass(recipe):
+    callback = Watching(at_epoch=3, recipe=recipe)
+    fit(Toy(), BlobsData(Blobs()), [callback])
+    assert callback.passes == [(3, 39)]
 
 
 def test_before_it_exists_the_error_names_the_epoch():
@@ -130,7 +137,7 @@ def test_fast_dev_run_neither_partitions_nor_complains(recwarn):
 )
 def test_evidence_is_the_mean_over_the_passes_of_captum_on_the_model_as_it_was(net, image, layer, at_input):
     data = Blobs(41, image=image)
-    callback, snapshots = AttributionPartitionCallback(layer, at_epoch=3, evidence_every_n_epochs=1), Snapshots()
+    callback, snapshots = AttributionPartitionCallback(layer, at_epoch=3, evidence="passes"), Snapshots()
     fit(Toy(net), BlobsData(data), [callback, snapshots])
     name = layer or ("net.head" if net is Swapped else "net.7")
     expected = torch.stack(
@@ -180,7 +187,7 @@ class OwnLoader(DataLoader):
 )
 def test_rows_are_in_dataset_order_however_the_loader_draws(make):
     data = Blobs(101)
-    callback, snapshots = AttributionPartitionCallback(at_epoch=1), Snapshots()
+    callback, snapshots = AttributionPartitionCallback(at_epoch=1, evidence="passes"), Snapshots()
     fit(Toy(), make(data), [callback, snapshots], max_epochs=2)
     model = snapshots.nets[1]
     expected = naive_support(model, data, model.net[7], at_input=True)
@@ -206,7 +213,7 @@ class TransferHooks(BlobsData):
 
 def test_transfer_hooks_are_applied_and_augmentation_is_off():
     data = Blobs(41)
-    callback, snapshots = AttributionPartitionCallback(at_epoch=1), Snapshots()
+    callback, snapshots = AttributionPartitionCallback(at_epoch=1, evidence="passes"), Snapshots()
     fit(Toy(), TransferHooks(data), [callback, snapshots], max_epochs=2)
     model = snapshots.nets[1]
     data.x = data.x * 2
@@ -279,21 +286,30 @@ def test_state_is_tensors_and_primitives(tmp_path):
 
 
 def test_the_threshold_decides_what_is_clean():
-    loose, strict = (AttributionPartitionCallback(at_epoch=1, threshold=t) for t in (0.01, 0.99))
+    loose, strict = (
+        AttributionPartitionCallback(at_epoch=1, recipe="label", threshold=t, min_class_share=0) for t in (0.01, 0.99)
+    )
     for callback in (loose, strict):
         fit(Toy(convnet), BlobsData(Blobs(noise=0.4, image=True)), [callback], max_epochs=2)
         assert callback.partition.is_clean.equal(callback.partition.clean_probability >= callback.threshold)
     assert strict.partition.is_clean.sum() < loose.partition.is_clean.sum()
 
 
-def test_a_dataset_whose_labels_change_between_passes_is_refused():
+def test_a_dataset_whose_labels_change_is_refused_between_passes_and_not_read_in_training(monkeypatch):
     class Drifting(Blobs):
         def __getitem__(self, index):
             x, y = super().__getitem__(index)
             return x, (y + len(self.read) // 500) % CLASSES
 
-    with pytest.raises(ValueError, match=r"every dataset index to keep its label, but \d+ of 203 changed"):
-        fit(Toy(), BlobsData(Drifting()), [AttributionPartitionCallback(at_epoch=3)])
+    with pytest.raises(ValueError, match=r"every dataset index to keep its label, but \d+ of 16 changed"):
+        fit(Toy(), BlobsData(Drifting()), [AttributionPartitionCallback(at_epoch=3, evidence="passes")])
+    # Training steps are no longer read then.
+    said = []
+    monkeypatch.setattr(partition_module, "rank_zero_info", said.append)
+    callback = AttributionPartitionCallback(at_epoch=3)
+    fit(Toy(), BlobsData(Drifting()), [callback])
+    assert [line for line in said if "rows have another label than the one seen before" in line] == said[:1]
+    assert not callback.partition.label.equal(Drifting().y)
 
 
 class Dressed(Toy):
@@ -345,13 +361,12 @@ def test_probabilities_instead_of_logits_are_warned_of():
         )
 
 
-def test_a_partition_that_loses_a_class_is_not_acted_upon():
-    class Loses(AttributionPartitionCallback):
-        def _publish(self, trainer, evidence, verdict):
-            kept = (evidence.label != 2).float()
-            super()._publish(trainer, evidence, replace(verdict, clean_probability=kept))
+def condemns_class_2(evidence):
+    return (evidence.label != 2).float()
 
-    partition = Loses(at_epoch=1)
+
+def test_a_partition_that_loses_a_class_is_not_acted_upon():
+    partition = AttributionPartitionCallback(at_epoch=1, recipe=condemns_class_2, min_class_share=0)
     with pytest.warns(UserWarning, match="not acted upon, .*: it keeps no sample of class 2"):
         fit(Toy(), BlobsData(Blobs()), [partition], max_epochs=2)
     assert not partition.partition.is_actionable

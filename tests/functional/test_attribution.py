@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from lightning_unlearn.functional import class_max_attribution, label_margin, strongest_other
+from lightning_unlearn.functional.attribution import logit_difference, neuron_magnitude
 
 
 def naive_class_max(gradients, activation):
@@ -67,3 +68,30 @@ def test_strongest_other_leaves_the_logits_as_they_are():
 def test_one_class_is_refused(function):
     with pytest.raises(ValueError, match=r"at least two classes, shape \(B, C >= 2\), but got \(3, 1\)"):
         function(torch.zeros(3, 1), torch.zeros(3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("function", [strongest_other, label_margin])
+def test_more_or_fewer_rows_than_labels_are_refused(function):
+    for rows in (2, 4):
+        with pytest.raises(ValueError, match=f"a row of logits for each of 3 labels, but got {rows}"):
+            function(torch.zeros(rows, 5), torch.zeros(3, dtype=torch.int64))
+
+
+def test_logit_difference_without_another_class_is_the_logit():
+    logits = torch.tensor([[3.0, 1.0, 2.0], [0.0, 8.0, -torch.inf]])
+    label, other = torch.tensor([0, 1]), torch.tensor([2, 0])
+    assert logit_difference(logits, label).tolist() == [3.0, 8.0]
+    assert logit_difference(logits, label, other).tolist() == [1.0, 8.0]
+
+
+@pytest.mark.parametrize(
+    ("attribution", "expected"),
+    [
+        (torch.tensor([[1.0, -2.0]]), [[1.0, 2.0]]),
+        (torch.tensor([[[1.0, -3.0], [2.0, 2.0]]]), [[2.0, 4.0]]),
+        (torch.tensor([[[[1.0, -3.0], [1.0, 0.0]]]]), [[1.0]]),
+    ],
+    ids=["neurons", "tokens", "pixels"],
+)
+def test_neuron_magnitude_sums_the_positions_first(attribution, expected):
+    assert neuron_magnitude(attribution).tolist() == expected

@@ -1,0 +1,444 @@
+"""Label evidence from the forward passes of training: whose row is whose, and when that can no longer be told.
+
+Nothing of the fit is changed: the batch sampler is the user's with a memory, the head's output is copied, and the
+gradient that the loss sends to it is looked at. Who drives a :class:`TrainingPassReader` calls, in this order,
+``attach`` in ``setup``, ``start`` in ``on_train_start``, ``start_epoch`` in ``on_train_epoch_start``, ``start_batch``
+and ``end_batch`` in ``on_train_batch_start`` and ``on_train_batch_end``, ``end_epoch`` in ``on_train_epoch_end``, and
+``detach`` in ``teardown`` and ``on_exception``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_unlearn.callbacks._lightning import TrainLoaderWatch, live_iterator, live_loaders
+from lightning_unlearn.capture import resolve_layer
+from lightning_unlearn.data import check_loader, delivered_indices, forget_batches, remember_batches
+
+# The rows of so many batches are checked, and handed on, together: one wait for the accelerator instead of many.
+WINDOW = 16
+# A pull on another class counts from this share of the row's largest gradient on,
+_CLEAR_PULL = 0.1
+# and is taken for mixing where so many rows, and such a share of an epoch's rows so far, show it. A loss of the given
+# label alone shows none; MixUp with probability 0.1 a few per cent.
+_MIN_PULLED = 4
+_MAX_SHARE = 0.01
+# With two classes: rows whose label has a smaller probability than any usual smoothing asks for.
+_UNSURE = 0.7
+
+
+class EvidenceSink(Protocol):
+    """Who takes the evidence."""
+
+    def observe(self, index: Tensor, logits: Tensor, label: Tensor) -> None:
+        """Takes rows of the training forward pass, of one or several batches.
+
+        Args:
+            index: (B,) int64 on the CPU, the dataset index of each row; the same index may come twice.
+            logits: (B, C) float32 on the device.
+            label: (B,) int64 on the device.
+        """
+
+    def forget(self) -> None:
+        """Drops all that was observed in this fit: it cannot be trusted."""
+
+
+def pulled_elsewhere(logits: Tensor, gradient: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows whose loss raises the logit of a class that is not the given label, as a mixed target does.
+
+    A loss of the given label alone treats all other classes alike: whatever it is (cross-entropy with class weights or
+    label smoothing, focal, binary, squared error), of two other classes the one with the smaller logit is never pushed
+    down harder. So a row counts if its most negative gradient among the other classes is clearly negative *and* clearly
+    below that of the other class with the smallest logit. Both are relative to the row's largest gradient, so that no
+    scale matters (reduction, accumulation, mixed precision, weights of samples).
+
+    With two classes there is only one other: there a row counts if the loss raises it above the label although the
+    label's probability is below 0.7. What leaves the label at least 0.7 of the target is not seen then.
+
+    Args:
+        logits: (B, C).
+        gradient: (B, C), of the loss with respect to the logits.
+        label: (B,) int64.
+
+    Returns:
+        (B,) bool, the rows that can be judged, since their gradient is finite and not zero; (B,) bool, those of them
+        that are pulled elsewhere.
+
+    Example:
+        >>> logits, label = torch.tensor([[0.5, 0.3, -1.0]]), torch.tensor([0])
+        >>> alone = logits.softmax(dim=1) - torch.tensor([[1.0, 0.0, 0.0]])
+        >>> mixed = logits.softmax(dim=1) - torch.tensor([[0.5, 0.5, 0.0]])
+        >>> pulled_elsewhere(logits, alone, label)[1], pulled_elsewhere(logits, mixed, label)[1]
+        (tensor([False]), tensor([True]))
+    """
+    gradient = gradient.float()
+    largest = gradient.abs().amax(dim=1)
+    judged = largest.isfinite() & (largest > 0)
+    given = torch.arange(logits.shape[1], device=label.device) == label.unsqueeze(1)
+    others = gradient.masked_fill(given, torch.inf)
+    lowest = others.amin(dim=1)
+    if logits.shape[1] == 2:
+        probability, at_label = (x.gather(1, label.unsqueeze(1)).squeeze(1) for x in (logits.softmax(dim=1), gradient))
+        return judged, judged & (probability < _UNSURE) & (lowest <= at_label)
+    at_smallest = others.gather(1, logits.masked_fill(given, torch.inf).argmin(dim=1, keepdim=True)).squeeze(1)
+    clear = _CLEAR_PULL * largest
+    return judged, judged & (lowest < -clear) & (at_smallest - lowest > clear)
+
+
+@dataclass(eq=False)
+class _Step:
+    """One training step, from its batch to its gradient.
+
+    Args:
+        index: (B,) int64 on the CPU.
+        label: (B,) int64 on the device.
+        calls: how often the head was called with gradients.
+        logits: (B, C) float32, of the first call.
+        gradient: like the logits, what the loss sent to them; None before a backward pass.
+        fault: why the first call's output cannot be used.
+    """
+
+    index: Tensor
+    label: Tensor
+    calls: int = 0
+    logits: Tensor | None = None
+    gradient: Tensor | None = None
+    fault: str = ""
+
+    def take(self, output: Any) -> None:
+        """Takes what the head returned."""
+        self.calls += 1
+        if self.calls > 1:
+            return
+        if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(self.label):
+            shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            self.fault = f"its output {shape} has not one row for each of the batch's {len(self.label)} labels"
+            return
+        try:
+            output.register_hook(self.add_gradient)  # type: ignore[no-untyped-call]
+        except RuntimeError as error:  # within transforms of torch.func
+            self.fault = f"its output cannot be watched ({error})"
+            return
+        # A copy, since a function in place may follow.
+        self.logits = output.detach().to(torch.float32, copy=True)
+
+    def add_gradient(self, gradient: Tensor) -> None:
+        """Adds what one backward pass sent; there may be one for each term of the loss."""
+        gradient = gradient.detach()
+        self.gradient = gradient if self.gradient is None else self.gradient + gradient
+
+
+def _take_nothing(module: nn.Module, inputs: Any, output: Any) -> None:
+    """The hook of a copy."""
+
+
+def _inert() -> Callable[[nn.Module, Any, Any], None]:
+    return _take_nothing
+
+
+class _HeadHook:
+    """The forward hook on the head. A copy of the model, or a pickled one, has a hook that does nothing."""
+
+    def __init__(self) -> None:
+        self.step: _Step | None = None
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        # A compiled graph must not change, nor break, on our account: there the hook is as if it were not there.
+        if torch.compiler.is_compiling() or self.step is None:
+            return
+        # A call without gradients trains nothing: a teacher's, or that of a metric.
+        if not isinstance(output, Tensor) or output.requires_grad:
+            self.step.take(output)
+
+    def __reduce__(self) -> Any:
+        return _inert, ()
+
+
+class TrainingPassReader:
+    """Reads (dataset index, logits, given label) of every row from the forward passes of training.
+
+    Rows reach the sink in windows of up to 16 batches, after the check of their window: until then they lie on the
+    device, with their gradient (at most ``16 x B x 2C`` floats). Per sample it keeps 4 bytes on the device, the label
+    last seen, to notice when an index and its label no longer belong together.
+
+    It gives up, for good and with a ``reason``, where a row's output no longer belongs to one sample and its label:
+    several calls of the head in a step, other than one row per label, labels that are not one integer per row or that
+    change for an index, rows whose loss pulls towards another class (MixUp, CutMix; see :func:`pulled_elsewhere`); and
+    where that cannot be checked: a compiled head, no gradient at the logits, batches drawn out of order. Then
+    everything is put back and the sink forgets. A single epoch whose batches cannot be told, as may happen on a resume,
+    is only left out. Batches that do not train (a skipped step) are left out as well.
+
+    ``reason`` is why it gave up, empty while it reads; ``rows_read`` is how many rows the sink got in the last epoch.
+
+    Args:
+        split: from a batch on the device to (x, label).
+        sink: takes the evidence.
+
+    Example:
+        >>> class Sink:
+        ...     def observe(self, index, logits, label): ...
+        ...     def forget(self): ...
+        >>> TrainingPassReader(split=lambda batch: batch, sink=Sink()).is_reading
+        False
+    """
+
+    def __init__(self, *, split: Callable[[Any], tuple[Any, Tensor]], sink: EvidenceSink) -> None:
+        self._split = split
+        self._sink = sink
+        self._watch = TrainLoaderWatch()
+        self._hook = _HeadHook()
+        self._handle: Any = None
+        self._head = ""
+        self._loaders: list[DataLoader[Any]] = []
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets an earlier fit."""
+        self.detach()
+        self.reason = ""
+        self.rows_read = 0
+        self._agreed = False
+        self._size = 0
+        self._seen: Tensor | None = None
+        self._has_judged = False
+        self._unknown_epochs = 0
+        self._begin_epoch()
+
+    def _begin_epoch(self) -> None:
+        self._held: list[_Step] = []
+        self._unchecked = 0
+        self._unchecked_why = ""
+        self._judged = 0
+        self._pulled = 0
+        self._epoch_rows = 0
+        self._is_unknown = False
+        self._is_blind = False
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether training steps are read: it was started, and has not given up."""
+        return self._handle is not None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whether it gave up, and why."""
+        return {"reason": self.reason}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Stays given up where the fit that is resumed had given up."""
+        self.reason = str(state["reason"])
+
+    def attach(self, trainer: Trainer) -> None:
+        """Watches for the train loaders. Call in ``setup`` of a fit: later, the first epoch is not read."""
+        self._watch.attach(trainer, self._remember)
+
+    def start(self, trainer: Trainer, pl_module: LightningModule, head: str) -> None:
+        """Starts to read. Call in ``on_train_start``.
+
+        Args:
+            trainer: of the fit.
+            pl_module: the user's.
+            head: dotted path of the module whose output is the logits that ``forward`` returns.
+        """
+        if self.reason:
+            self.detach()
+            return
+        loaders = live_loaders(trainer)
+        fault = _fault_of_loaders(loaders)
+        if fault:
+            self.give_up(fault)
+            return
+        self._remember(loaders)
+        module = resolve_layer(pl_module, head)
+        self._size = len(loaders[0].dataset)
+        self._head = head
+        self._handle = self._handle or module.register_forward_hook(self._hook)
+
+    def start_epoch(self, trainer: Trainer) -> None:
+        """Looks whether the loader is still the same. Call in ``on_train_epoch_start``."""
+        if self.is_reading:
+            self._remember(live_loaders(trainer))
+
+    def start_batch(self, trainer: Trainer, batch: Any) -> None:
+        """Notes whose rows come next. Call in ``on_train_batch_start``, on the batch as it is given there."""
+        self._hook.step = None
+        if not self.is_reading or self._is_unknown:
+            return
+        index = delivered_indices(*live_iterator(trainer))
+        if index is None:
+            self._is_unknown = True
+            return
+        label = self._labels_of(batch, len(index))
+        if label is not None:
+            self._hook.step = _Step(index, label)
+
+    def end_batch(self) -> None:
+        """Takes what the step has shown. Call in ``on_train_batch_end``."""
+        step, self._hook.step = self._hook.step, None
+        if step is None or not self.is_reading:
+            return
+        if step.calls > 1:
+            self.give_up(f"training_step calls '{self._head}' {step.calls} times, not once")
+        elif step.fault:
+            self.give_up(f"training_step calls '{self._head}', but {step.fault}")
+        elif step.gradient is None:
+            self._unchecked += 1
+            self._unchecked_why = (
+                f"a training step calls '{self._head}' without sending a gradient to its output"
+                if step.calls
+                else f"a training step does not call '{self._head}' with gradients, or calls it compiled"
+            )
+        else:
+            self._held.append(step)
+        if len(self._held) + self._unchecked >= WINDOW:
+            self._close_window()
+
+    def end_epoch(self, trainer: Trainer) -> bool:
+        """Whether it goes on reading, the same on every rank. Every rank must call it, in ``on_train_epoch_end``."""
+        if self.is_reading:
+            self._close_window()
+        if self.is_reading:
+            self._judge_epoch()
+        if not self._agreed:
+            self._agreed = trainer.strategy.reduce_boolean_decision(bool(self.reason), all=False)
+            if self._agreed and not self.reason:
+                self.give_up("another rank gave up")
+        self.rows_read = self._epoch_rows
+        self._begin_epoch()
+        return not self._agreed
+
+    def detach(self) -> None:
+        """Puts everything back and reads no more. May be called at any time, and again."""
+        self._watch.detach()
+        self._hook.step = None
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+        for loader in self._loaders:
+            forget_batches(loader)
+        self._loaders = []
+        self._seen = None
+        self._held = []
+
+    def _remember(self, loaders: list[Any]) -> None:
+        """Lets the loader in use remember its batches, and gives back those it has replaced."""
+        if self.reason or _fault_of_loaders(loaders):
+            return
+        for loader in self._loaders:
+            if all(loader is not other for other in loaders):
+                forget_batches(loader)
+        self._loaders = loaders
+        for loader in loaders:
+            remember_batches(loader)
+
+    def _labels_of(self, batch: Any, num_rows: int) -> Tensor | None:
+        """The batch's labels, (B,) int64; None, having given up, where there is not one class index per row."""
+        try:
+            label = self._split(batch)[1]
+        except Exception as error:
+            self.give_up(f"the batch of a training step cannot be split into input and labels ({error})")
+            return None
+        fault = _fault_of_labels(label, num_rows)
+        if fault:
+            self.give_up(fault)
+            return None
+        # A copy, since training_step may permute them in place.
+        return label.to(torch.int64, copy=True)
+
+    def _close_window(self) -> None:
+        """Checks the rows held back and hands them on."""
+        held, unchecked = self._held, self._unchecked
+        self._held, self._unchecked = [], 0
+        if unchecked > len(held):
+            self.give_up(self._unchecked_why)
+        elif held:
+            self._check(held)
+
+    def _check(self, held: list[_Step]) -> None:
+        index = torch.cat([step.index for step in held])
+        logits = torch.cat([step.logits for step in held if step.logits is not None])
+        gradient = torch.cat([step.gradient for step in held if step.gradient is not None])
+        label = torch.cat([step.label for step in held]).to(logits.device)
+        if index.min() < 0 or index.max() >= self._size:
+            self.give_up(f"the train loader draws indices outside [0, {self._size})")
+            return
+        legal = (label >= 0) & (label < logits.shape[1])
+        judged, pulled = pulled_elsewhere(logits, gradient, label.where(legal, 0))
+        counts = torch.stack([judged.sum(), pulled.sum(), (~legal).sum(), self._relabelled(index, label)])
+        num_judged, num_pulled, num_illegal, num_relabelled = counts.tolist()  # the one wait for the device
+        self._judged += num_judged
+        self._pulled += num_pulled
+        fault = self._fault_of_counts(num_illegal, num_relabelled)
+        if fault:
+            self.give_up(fault)
+        elif num_judged or self._has_judged:
+            self._has_judged = True
+            self._epoch_rows += len(index)
+            self._sink.observe(index, logits, label)
+        else:
+            self._is_blind = True
+
+    def _fault_of_counts(self, num_illegal: int, num_relabelled: int) -> str:
+        if num_illegal:
+            return f"{num_illegal} labels of training batches name no class that '{self._head}' has an output for"
+        if num_relabelled:
+            return (
+                f"{num_relabelled} rows have another label than the one seen before at their dataset index, as where"
+                " collate_fn reorders a batch"
+            )
+        if self._pulled >= _MIN_PULLED and self._pulled > _MAX_SHARE * self._judged:
+            return (
+                f"the loss pulls {self._pulled / self._judged:.0%} of the rows towards another class than their label,"
+                " as MixUp and CutMix do"
+            )
+        return ""
+
+    def _relabelled(self, index: Tensor, label: Tensor) -> Tensor:
+        """How many rows have another label than their index had before; a scalar on the device."""
+        if self._seen is None:
+            self._seen = torch.full((self._size,), -1, dtype=torch.int32, device=label.device)
+        where = index.to(label.device, non_blocking=True)
+        before = self._seen[where]
+        self._seen[where] = label.int()
+        return ((before >= 0) & (before != label)).sum()
+
+    def _judge_epoch(self) -> None:
+        """Gives up where an epoch has shown nothing that can be checked, for want of a gradient or of indices."""
+        if self._is_unknown:
+            self._unknown_epochs += 1
+            if self._unknown_epochs > 1:
+                self.give_up("the train loader's batches cannot be matched with dataset indices")
+        elif self._is_blind and not self._has_judged:
+            self.give_up("the gradient of the loss at the logits is zero or not finite in all rows of an epoch")
+
+    def give_up(self, reason: str) -> None:
+        self.reason = self.reason or reason
+        self.detach()
+        self._sink.forget()
+
+
+def _fault_of_loaders(loaders: list[Any]) -> str:
+    """Why batches of these train loaders cannot be matched with dataset indices; empty if they can."""
+    try:
+        loader = check_loader(loaders[0] if len(loaders) == 1 else loaders)
+    except (TypeError, ValueError) as error:
+        return f"the train loader does not draw batches of dataset indices ({error})"
+    # in_order is new in torch 2.6.
+    if loader.num_workers > 0 and not getattr(loader, "in_order", True):
+        return "the train loader has in_order=False, so its workers deliver batches in any order"
+    return ""
+
+
+def _fault_of_labels(label: Any, num_rows: int) -> str:
+    """Why these are not the labels of the rows drawn; empty if they may be. Does not look at their values."""
+    if not isinstance(label, Tensor):
+        return f"the labels of a training step are not a tensor but {type(label).__name__}"
+    if label.is_floating_point() or label.is_complex() or label.ndim != 1:
+        return f"the labels of a training step are not one integer per row but {label.dtype} {tuple(label.shape)}"
+    return "" if len(label) == num_rows else f"a batch of {num_rows} dataset indices has {len(label)} rows"

@@ -1,0 +1,288 @@
+"""True classes behind given labels: a Gaussian mixture over classes, seen through a noisy labeller.
+
+A sample has a true class k, drawn from the prior. Its evidence x, what the model said of each class in the course of
+training, is Gaussian around the mean of class k, whatever the sample is called. The label that it was given is drawn
+from row k of the transition matrix. Expectation maximisation fits all of it from ``(x, given label)`` alone: no mask,
+no clean set, no noise rate.
+
+It sees what no margin sees. Where two in five of every class c are called c + 1, a network that has learned this gives
+every sample of class c both c and c + 1; whether the label is right then does not show in how far it leads, but in
+*which* pair of classes stands out, and that is what the means of the classes hold. Lee et al. (2019, "Robust inference
+via generative classifiers") put Gaussian classes on a trained network's features; here the rows are the class
+attributions over training, and the transition matrix is fitted with them.
+
+Every step reduces sums that ranks can add: counts (C, C), first moments (C, d), and second moments (C, d, d), or (d, d)
+where there are many classes. Nothing is held per sample beside the rows, labels and weights that are given: 4 d + 16
+bytes a sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_unlearn.functional.mixture import Reduce, no_reduce
+
+ROWS = 8_192
+"""Rows that are held in double precision at a time."""
+
+OWN_COVARIANCE = 0.2
+"""How far the covariance of a large class is its own; the rest is the one that all classes share."""
+
+MOST_MOMENTS = 2**20
+"""Numbers of the classes' own second moments, above which there is only the shared one."""
+
+_RIDGE = 1e-3
+_STEPS = 5
+
+
+@dataclass(frozen=True, eq=False)
+class LatentClasses:
+    """Gaussian classes and how they are called.
+
+    Args:
+        prior: (C,) float64, share of each true class.
+        mean: (C, d) float64, of the rows.
+        factor: (C, d, d) float64, or (1, d, d) for all of them: lower Cholesky factor of the covariance.
+        transition: (C, C) float64, row k the probabilities of what a sample of class k is called.
+    """
+
+    prior: Tensor
+    mean: Tensor
+    factor: Tensor
+    transition: Tensor
+
+    def log_likelihood(self, rows: Tensor) -> Tensor:
+        """Log of prior x density of each true class, whatever the label.
+
+        Args:
+            rows: (n, d).
+
+        Returns:
+            (n, C) float64.
+        """
+        out = rows.new_empty(len(rows), len(self.prior), dtype=torch.float64)
+        for chunk, into in zip(torch.split(rows, ROWS), torch.split(out, ROWS), strict=True):
+            into.copy_(self._of_chunk(chunk.double()))
+        return out
+
+    def _of_chunk(self, x: Tensor) -> Tensor:
+        constant = self.prior.clamp(min=1e-300).log() - 0.5 * x.shape[1] * math.log(2 * math.pi)
+        if len(self.factor) == 1:
+            whitened = _whiten(x, self.factor[0])
+            means = _whiten(self.mean, self.factor[0])
+            distance = whitened.square().sum(1, keepdim=True) - 2 * whitened @ means.T + means.square().sum(1)
+        else:
+            columns = [
+                _whiten(x - mean, factor).square().sum(1) for mean, factor in zip(self.mean, self.factor, strict=True)
+            ]
+            distance = torch.stack(columns, dim=1)
+        half_log_det = self.factor.diagonal(dim1=1, dim2=2).log().sum(1)
+        log_density: Tensor = constant - half_log_det - 0.5 * distance
+        return log_density
+
+
+def _whiten(x: Tensor, factor: Tensor) -> Tensor:
+    whitened: Tensor = torch.linalg.solve_triangular(factor, x.T, upper=False).T
+    return whitened
+
+
+def given_posterior(log_likelihood: Tensor, label: Tensor, transition: Tensor) -> Tensor:
+    """Log-probability of each true class, given the evidence and what the sample is called.
+
+    Args:
+        log_likelihood: (n, C), see :meth:`LatentClasses.log_likelihood`.
+        label: (n,) int64.
+        transition: (C, C).
+
+    Returns:
+        (n, C) float64, log-probabilities.
+    """
+    return (log_likelihood.double() + transition.clamp(min=1e-300).log().T[label]).log_softmax(dim=1)
+
+
+def log_odds_of(log_probability: Tensor, label: Tensor) -> Tensor:
+    """Log-odds of one class against all the others.
+
+    Args:
+        log_probability: (n, C) log-probabilities, or anything that differs from them by a constant per row.
+        label: (n,) int64.
+
+    Returns:
+        (n,)
+
+    Example:
+        >>> log_odds_of(torch.tensor([[0.5, 0.25, 0.25]]).log(), torch.tensor([0]))
+        tensor([0.])
+    """
+    column = label.unsqueeze(1)
+    own = log_probability.gather(1, column).squeeze(1)
+    return own - log_probability.scatter(1, column, -torch.inf).logsumexp(dim=1)
+
+
+def _one_hot(label: Tensor, num_classes: int) -> Tensor:
+    return torch.nn.functional.one_hot(label, num_classes).double()
+
+
+def _row_chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(torch.split(tensor, ROWS) for tensor in tensors), strict=True)
+
+
+def _smoothed(counts: Tensor) -> Tensor:
+    """Rows of counts as probabilities; one sample more, spread over the row, so that nothing is impossible."""
+    counts = counts + 1 / len(counts)
+    return counts / counts.sum(dim=1, keepdim=True)
+
+
+def fit_transition(
+    log_likelihood: Tensor | Callable[[slice], Tensor],
+    label: Tensor,
+    weight: Tensor,
+    start: Tensor,
+    *,
+    reduce: Reduce = no_reduce,
+    steps: int = 10,
+) -> Tensor:
+    """The transition matrix that explains the given labels best, the classes' likelihoods being known.
+
+    Args:
+        log_likelihood: (n, C) of the true classes; or a function from some rows to theirs, so that not all are held.
+        label: (n,) int64.
+        weight: (n,), 0 for a row that does not count.
+        start: (C, C) to start from.
+        reduce: sums over the ranks.
+        steps: of expectation maximisation.
+
+    Returns:
+        (C, C) float64.
+    """
+    transition = start
+    for _ in range(steps):
+        counts = torch.zeros_like(start)
+        for first in range(0, len(label), ROWS):
+            rows = slice(first, first + ROWS)
+            ll = log_likelihood[rows] if isinstance(log_likelihood, Tensor) else log_likelihood(rows)
+            share = given_posterior(ll, label[rows], transition).exp() * weight[rows].double().unsqueeze(1)
+            counts += share.T @ _one_hot(label[rows], len(start))
+        transition = _smoothed(reduce(counts))
+    return transition
+
+
+def fit_latent_classes(
+    rows: Tensor,
+    label: Tensor,
+    weight: Tensor,
+    start: Callable[[Tensor], Tensor],
+    num_classes: int,
+    *,
+    reduce: Reduce = no_reduce,
+) -> LatentClasses:
+    """Fits the classes by expectation maximisation.
+
+    Args:
+        rows: (n, d), this rank's rows; finite.
+        label: (n,) int64, the given labels.
+        weight: (n,), 0 for a row that does not count.
+        start: from rows (m, d) to a first guess (m, C) of the probabilities of the true classes.
+        num_classes: C.
+        reduce: sums over the ranks.
+
+    Returns:
+        the classes, the same on every rank.
+
+    Raises:
+        ValueError: on rows that are not finite, on every rank alike.
+
+    Example:
+        >>> rows = torch.tensor([[-1.0], [-1.2], [-0.8], [1.0], [1.2], [0.8]])
+        >>> label = torch.tensor([0, 0, 1, 1, 1, 1])  # the third is wrong
+        >>> sides = lambda x: torch.stack([x[:, 0] < 0, x[:, 0] > 0], dim=1).double()
+        >>> fit_latent_classes(rows, label, torch.ones(6), sides, 2).transition.round(decimals=1)
+        tensor([[0.6000, 0.4000],
+                [0.1000, 0.9000]], dtype=torch.float64)
+    """
+    dimension = rows.shape[1]
+    own = num_classes * dimension**2 <= MOST_MOMENTS
+    # From the mean on, since the difference of two large sums would lose the covariance.
+    total = rows.new_zeros(dimension + 1, dtype=torch.float64)
+    for x, w in _row_chunks(rows, weight):
+        total += torch.cat([w.double() @ x.double(), w.double().sum().reshape(1)])
+    total = reduce(total)
+    centre = total[:-1] / total[-1]
+    if not centre.isfinite().all():  # as NaN and infinity leave no sum finite, on any rank
+        raise ValueError(
+            "The latent classes need finite evidence, but some rows hold NaN or infinity: has training diverged?"
+        )
+
+    def first_guess(x: Tensor, y: Tensor) -> Tensor:
+        return start(x + centre).double()
+
+    classes = _maximise(_moments(rows, centre, (label, weight), first_guess, num_classes, own), reduce)
+    for _ in range(_STEPS - 1):
+
+        def expected(x: Tensor, y: Tensor, current: LatentClasses = classes) -> Tensor:
+            return given_posterior(current._of_chunk(x), y, current.transition).exp()
+
+        classes = _maximise(_moments(rows, centre, (label, weight), expected, num_classes, own), reduce)
+    return LatentClasses(classes.prior, classes.mean + centre, classes.factor, classes.transition)
+
+
+@dataclass(frozen=True, eq=False)
+class _Moments:
+    """Counts (C, C) of true and given class, first (C, d) and second (C or 1, d, d) moments."""
+
+    counts: Tensor
+    first: Tensor
+    second: Tensor
+
+
+def _moments(
+    rows: Tensor,
+    centre: Tensor,
+    label_and_weight: tuple[Tensor, Tensor],
+    share_of: Callable[[Tensor, Tensor], Tensor],
+    num_classes: int,
+    own: bool,
+) -> _Moments:
+    """Sums over this rank's rows, seen from ``centre``; ``share_of`` maps such rows and labels to (m, C)."""
+    dimension = rows.shape[1]
+    zeros = rows.new_zeros
+    counts = zeros(num_classes, num_classes, dtype=torch.float64)
+    first = zeros(num_classes, dimension, dtype=torch.float64)
+    second = zeros(num_classes if own else 1, dimension, dimension, dtype=torch.float64)
+    for chunk, y, w in _row_chunks(rows, *label_and_weight):
+        x = chunk.double() - centre
+        share = share_of(x, y) * w.double().unsqueeze(1)
+        counts += share.T @ _one_hot(y, num_classes)
+        first += share.T @ x
+        for k in range(len(second)):
+            by = share[:, k : k + 1] if own else w.double().unsqueeze(1)
+            second[k] += (x * by).T @ x
+    return _Moments(counts, first, second)
+
+
+def _maximise(part: _Moments, reduce: Reduce) -> LatentClasses:
+    pieces = (part.counts, part.first, part.second)
+    flat = reduce(torch.cat([piece.flatten() for piece in pieces]))
+    counts, first, second = (
+        piece.reshape(shape.shape)
+        for piece, shape in zip(torch.split(flat, [piece.numel() for piece in pieces]), pieces, strict=True)
+    )
+    number = counts.sum(dim=1)
+    # A class without samples keeps the overall mean and covariance: nothing is drawn to it, nothing divides by zero.
+    present = number > 1e-6
+    mean = torch.where(present.unsqueeze(1), first / number.clamp(min=1e-6).unsqueeze(1), 0)
+    dimension, samples = first.shape[1], number.sum()
+    between = torch.einsum("k,kd,ke->de", number, mean, mean)
+    shared = (second.sum(dim=0) - between) / samples
+    shared.diagonal().add_((_RIDGE * shared.trace() / dimension).clamp(min=1e-12))
+    covariance = shared.unsqueeze(0)
+    if len(second) == len(number):
+        within = second / number.clamp(min=1e-6).reshape(-1, 1, 1) - mean.unsqueeze(2) * mean.unsqueeze(1)
+        trust = (OWN_COVARIANCE * number / (number + dimension)).reshape(-1, 1, 1)
+        covariance = torch.where(present.reshape(-1, 1, 1), trust * within + (1 - trust) * shared, shared)
+    return LatentClasses(number / samples, mean, torch.linalg.cholesky(covariance), _smoothed(counts))

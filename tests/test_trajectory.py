@@ -1,0 +1,251 @@
+import io
+
+import pytest
+import torch
+
+from lightning_unlearn.functional.mixture import no_reduce
+from lightning_unlearn.trajectory import MOST_COORDINATES, Trajectory, class_coordinates
+from tests.ranks import run_ranks
+
+N, C = 23, 4
+
+
+def passes(seed=0, count=3, batch=7):
+    """(half, batches of index, logits, label) for a few passes over all samples but the last two."""
+    generator = torch.Generator().manual_seed(seed)
+    label = torch.randint(0, C, (N,), generator=generator)
+    for p in range(count):
+        order = torch.randperm(N - 2, generator=generator)
+        yield (
+            int(p > 0),
+            [
+                (index, 3 * torch.randn(len(index), C, generator=generator), label[index])
+                for index in order.split(batch)
+            ],
+        )
+
+
+def gathered(plan, reduce=no_reduce, rank=0, world_size=1):
+    trajectory = Trajectory(N, C)
+    for half, batches in plan:
+        for index, logits, label in batches:
+            rows = slice(rank, None, world_size)
+            trajectory.observe(index[rows], logits[rows], label[rows])
+        trajectory.merge(half, reduce)
+    return trajectory
+
+
+def naive(plan):
+    """Lists of the logits of every sample in every half, and of its scores in all."""
+    halves = [[[] for _ in range(N)] for _ in range(2)]
+    scores = [[] for _ in range(N)]
+    for half, batches in plan:
+        for index, logits, label in batches:
+            for i, row, y in zip(index.tolist(), logits, label.tolist(), strict=True):
+                halves[half][i].append(row)
+                margin = row[y] - max(row[c] for c in range(C) if c != y)
+                p = row.softmax(dim=0)
+                entropy = -sum(q * q.log() for q in p)
+                scores[i].append(torch.stack([margin, 1 / (1 + (-margin).exp()), entropy]))
+    return halves, scores
+
+
+def assert_equal(found, expected):
+    everyone = torch.arange(N)
+    for a, b in zip(found.halves(everyone), expected.halves(everyone), strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True)
+    for name, value in expected.scores(everyone).items():
+        torch.testing.assert_close(found.scores(everyone)[name], value)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10, 65, 66, 200])
+def test_coordinates_are_orthonormal_and_blind_to_a_constant(classes):
+    basis = class_coordinates(classes)
+    assert basis.dtype == torch.float32
+    assert basis.shape == (classes, min(classes - 1, MOST_COORDINATES))
+    torch.testing.assert_close(basis.T @ basis, torch.eye(basis.shape[1]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(basis.sum(dim=0), torch.zeros(basis.shape[1]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10, 65])
+def test_coordinates_of_few_classes_lose_nothing(classes):
+    logits = torch.randn(20, classes, generator=torch.Generator().manual_seed(0))
+    basis = class_coordinates(classes)
+    expected = logits - logits.mean(dim=1, keepdim=True)
+    torch.testing.assert_close(logits @ basis @ basis.T, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_coordinates_of_many_classes_keep_distances_roughly():
+    classes = 200
+    logits = torch.randn(40, classes, generator=torch.Generator().manual_seed(1))
+    centred = logits - logits.mean(dim=1, keepdim=True)
+    before, after = torch.pdist(centred), torch.pdist(logits @ class_coordinates(classes))
+    ratio = after / before
+    assert ratio.std() / ratio.mean() < 0.1
+    # An orthonormal map keeps r of C - 1 dimensions.
+    assert ratio.mean().item() == pytest.approx((MOST_COORDINATES / (classes - 1)) ** 0.5, rel=0.05)
+
+
+def test_coordinates_are_always_the_same():
+    torch.manual_seed(0)
+    first = class_coordinates(100)
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    assert torch.equal(class_coordinates(100), first)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_halves_and_scores_match_a_loop():
+    plan = list(passes())
+    trajectory = gathered(plan)
+    halves, scores = naive(plan)
+    seen = torch.arange(N - 2)
+    basis = class_coordinates(C)
+    found = trajectory.halves(seen)
+    assert len(found) == 2
+    for half in range(2):
+        expected = torch.stack([torch.stack(halves[half][i]).mean(dim=0) @ basis for i in seen])
+        torch.testing.assert_close(found[half], expected, atol=1e-5, rtol=1e-5)
+    expected = torch.stack([torch.stack(scores[i]).mean(dim=0) for i in seen])
+    for column, name in enumerate(("margin", "support", "uncertainty")):
+        torch.testing.assert_close(trajectory.scores(seen)[name], expected[:, column], atol=1e-5, rtol=1e-5)
+
+
+def test_rows_come_in_the_order_asked():
+    trajectory = gathered(list(passes()))
+    order = torch.tensor([5, 0, 5])
+    assert torch.equal(trajectory.halves(order)[0], trajectory.halves(torch.arange(N))[0][order])
+    assert torch.equal(trajectory.scores(order)["margin"], trajectory.scores(torch.arange(N))["margin"][order])
+
+
+def test_a_sample_seen_twice_in_one_call_counts_twice():
+    logits = torch.tensor([[2.0, 0, 0, 0], [0.0, 4, 0, 0], [6.0, 0, 0, 0]])
+    trajectory = Trajectory(N, C)
+    trajectory.observe(torch.tensor([3, 3, 4]), logits, torch.zeros(3, dtype=torch.int64))
+    trajectory.merge(0, no_reduce)
+    (half,) = trajectory.halves(torch.tensor([3, 4]))
+    torch.testing.assert_close(half, torch.stack([logits[:2].mean(dim=0), logits[2]]) @ class_coordinates(C))
+    assert trajectory.scores(torch.tensor([3, 4]))["margin"].tolist() == [(2 - 4) / 2, 6]
+
+
+def test_samples_that_a_half_has_not_seen_are_nan_in_it():
+    trajectory = Trajectory(N, C)
+    assert trajectory.halves(torch.arange(N)) == []
+    one = torch.zeros(1, dtype=torch.int64)
+    trajectory.observe(one + 2, torch.randn(1, C), one)
+    trajectory.merge(1, no_reduce)
+    (half,) = trajectory.halves(torch.arange(N))
+    assert half.isnan().all(dim=1).nonzero().flatten().tolist() == [i for i in range(N) if i != 2]
+    assert half[2].isfinite().all()
+    trajectory.observe(one + 5, torch.randn(1, C), one)
+    trajectory.merge(0, no_reduce)
+    first, second = trajectory.halves(torch.tensor([2, 5]))
+    assert first.isnan().all(dim=1).tolist() == [True, False]
+    assert second.isnan().all(dim=1).tolist() == [False, True]
+
+
+def test_nothing_counts_before_the_merge():
+    trajectory = gathered(list(passes()))
+    other = gathered(list(passes()))
+    other.observe(torch.arange(5), torch.randn(5, C), torch.zeros(5, dtype=torch.int64))
+    assert_equal(other, trajectory)
+    other.drop_fresh()
+    other.merge(0, no_reduce)
+    assert_equal(other, trajectory)
+
+
+def test_a_margin_of_attributions_takes_the_place_of_that_of_the_logits():
+    margin = torch.tensor([-1.0, 2.0])
+    trajectory = Trajectory(N, C)
+    trajectory.observe(torch.arange(2), torch.randn(2, C), torch.zeros(2, dtype=torch.int64), margin)
+    trajectory.merge(0, no_reduce)
+    scores = trajectory.scores(torch.arange(2))
+    assert torch.equal(scores["margin"], margin)
+    torch.testing.assert_close(scores["support"], margin.sigmoid())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_logits_of_another_precision_that_require_grad(dtype):
+    logits = torch.randn(3, C).to(dtype).requires_grad_()
+    trajectory, expected = Trajectory(N, C), Trajectory(N, C)
+    label = torch.zeros(3, dtype=torch.int64)
+    trajectory.observe(torch.arange(3), logits, label)
+    expected.observe(torch.arange(3), logits.detach().float(), label)
+    for each in (trajectory, expected):
+        each.merge(0, no_reduce)
+    assert_equal(trajectory, expected)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_merge_to_what_one_has(world_size, monkeypatch):
+    monkeypatch.setattr("lightning_unlearn.trajectory._ROWS", 10)  # several collectives
+    plan = list(passes())
+    whole = gathered(plan)
+    ranks = run_ranks(lambda rank, reduce: gathered(plan, reduce, rank, world_size), world_size)
+    for trajectory in ranks:
+        assert_equal(trajectory, whole)
+    # Labels stay where they were seen.
+    labels = torch.stack([trajectory.label for trajectory in ranks])
+    assert torch.equal(labels.amax(dim=0), whole.label)
+    assert ((labels == -1) | (labels == whole.label)).all()
+    assert (labels == -1).sum(dim=1).min() > 2
+    assert whole.label[-2:].tolist() == [-1, -1]
+
+
+def test_forget_leaves_what_a_new_one_holds():
+    trajectory = gathered(list(passes()))
+    trajectory.observe(torch.arange(3), torch.randn(3, C), torch.zeros(3, dtype=torch.int64))
+    trajectory.forget()
+    assert trajectory.halves(torch.arange(N)) == []
+    assert (trajectory.label == -1).all()
+    for half, batches in passes(seed=1):
+        for batch in batches:
+            trajectory.observe(*batch)
+        trajectory.merge(half, no_reduce)
+    assert_equal(trajectory, gathered(list(passes(seed=1))))
+
+
+def saved_and_loaded(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def test_state_goes_into_a_checkpoint_and_back():
+    first, second, third = passes()
+    whole = gathered([first, second, third])
+    before = gathered([first, second])
+    resumed = Trajectory.from_state_dict(saved_and_loaded(before.state_dict()))
+    assert (len(resumed), resumed.num_classes) == (N, C)
+    assert torch.equal(resumed.label, before.label)
+    half, batches = third
+    for batch in batches:
+        resumed.observe(*batch)
+    resumed.merge(half, no_reduce)
+    assert_equal(resumed, whole)
+
+
+def test_state_is_a_copy():
+    trajectory = gathered(list(passes()))
+    state = trajectory.state_dict()
+    resumed = Trajectory.from_state_dict(state)
+    trajectory.forget()
+    assert_equal(resumed, gathered(list(passes())))
+    assert state["halves"].abs().sum() > 0
+
+
+def tensor_bytes(values):
+    return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
+
+
+@pytest.mark.parametrize(("classes", "held", "saved"), [(10, 152, 100), (65, 812, 540), (200, 812, 540), (2, 56, 36)])
+def test_bytes_per_sample(classes, held, saved):
+    # Of ten thousand, less nothing at all, so that the basis does not count.
+    def grown(of):
+        return (tensor_bytes(of(Trajectory(10_000, classes))) - tensor_bytes(of(Trajectory(0, classes)))) / 10_000
+
+    assert grown(lambda trajectory: vars(trajectory).values()) == held
+    assert grown(lambda trajectory: trajectory.state_dict().values()) == saved
+    r = min(classes - 1, MOST_COORDINATES)
+    assert (held, saved) == (12 * r + 44, 8 * r + 28)

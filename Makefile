@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format build clean
+.PHONY: help setup demo test bench lint format build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -21,6 +21,9 @@ demo: setup ## run the demo (ARGS="--fast")
 
 test: setup ## run the tests and doctests (ARGS="-k mixture")
 	$(BIN)/pytest $(ARGS)
+
+bench: setup ## measure the partition on real data (ARGS="--data DIR --cases spoken-sym40 --seeds 0")
+	$(BIN)/python -m benchmarks.partition $(ARGS)
 
 lint: setup ## check style, types and spelling
 	$(BIN)/ruff check

@@ -1,0 +1,1 @@
+"""Measurements of lightning_unlearn. Not part of the package: run from a checkout."""

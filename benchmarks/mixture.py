@@ -1,0 +1,170 @@
+"""Time and likelihood of the two-component mixture, beside scikit-learn's, and its growth with the number of rows.
+
+    python -m benchmarks.mixture                             # 50,000 x 256 beside scikit-learn, then 10,000 to 1.28 M
+    python -m benchmarks.mixture --skip growth --threads 1   # where other programs share the processor
+    python -m benchmarks.mixture --device cuda --out mixture.json
+
+All fits of a repeat follow each other in the same process, so that they meet the same load.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import sklearn
+import torch
+from sklearn.mixture import GaussianMixture as SklearnMixture
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+
+from lightning_unlearn.functional import GaussianMixture, fit_mixture, standardise
+
+GROWTH = (10_000, 40_000, 160_000, 640_000, 1_280_000)
+SEED = 0
+
+
+def attributions(n: int, dimension: int, device: str) -> Tensor:
+    """Rows (n, D) float32 like standardised attributions: two Gaussians near each other, with correlated columns.
+
+    A third of the rows is of the second component, whose mean lies 3 standard deviations off in one direction, and
+    whose covariance is 1 to 2 times that of the first along the other's axes.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+    mixing = torch.randn(dimension, dimension, generator=generator) / dimension**0.5 + 0.5 * torch.eye(dimension)
+    shift = torch.randn(dimension, generator=generator)
+    shift *= 3 / shift.norm()
+    wider = (1 + torch.rand(dimension, generator=generator)).sqrt()
+    rows = torch.empty(n, dimension)
+    for chunk in torch.split(rows, 65_536):  # in place: 1.28 million rows are 1.3 GB
+        second = (torch.rand(len(chunk), 1, generator=generator) < 1 / 3).float()
+        source = torch.randn(chunk.shape, generator=generator)
+        chunk.copy_((source * (1 + second * (wider - 1)) + second * shift) @ mixing)
+    return standardise(rows, torch.ones(n)).to(device)
+
+
+def timed(fit: Callable[[], Any], device: str) -> tuple[float, float, Any]:
+    """Wall seconds, processor seconds of all threads, and what ``fit`` returns."""
+    wait = torch.cuda.synchronize if device.startswith("cuda") else (lambda: None)
+    wait()
+    wall, processor = time.perf_counter(), time.process_time()
+    result = fit()
+    wait()
+    return time.perf_counter() - wall, time.process_time() - processor, result
+
+
+def mean_log_likelihood(mixture: GaussianMixture, rows: Tensor) -> float:
+    """In nats, in double precision for every fit: a score in float32 would differ by its rounding."""
+    return sum(float(mixture.log_prob(chunk).logsumexp(dim=1).sum()) for chunk in torch.split(rows, 16_384)) / len(rows)
+
+
+def ours(rows: Tensor) -> dict[str, float]:
+    """One fit of ours."""
+    weight = torch.ones(len(rows), device=rows.device)
+    wall, processor, mixture = timed(lambda: fit_mixture(rows, weight), rows.device.type)
+    likelihood = mean_log_likelihood(mixture, rows)
+    return {"wall": wall, "processor": processor, "steps": mixture.n_iter, "log_likelihood": likelihood}
+
+
+def theirs(rows: Tensor, dtype: torch.dtype) -> dict[str, float]:
+    """One fit of scikit-learn's, with its defaults, on the CPU of the same machine."""
+    array = rows.cpu().to(dtype).numpy()
+    model = SklearnMixture(2, covariance_type="full", tol=1e-3, reg_covar=1e-6, n_init=1, random_state=SEED)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns where 100 steps do not suffice; the table has the steps
+        wall, processor, _ = timed(lambda: model.fit(array), "cpu")
+    fitted = (torch.from_numpy(x).double() for x in (model.weights_, model.means_, model.covariances_))
+    likelihood = mean_log_likelihood(GaussianMixture(*fitted), rows.cpu())
+    return {"wall": wall, "processor": processor, "steps": model.n_iter_, "log_likelihood": likelihood}
+
+
+def summary(runs: list[dict[str, float]]) -> dict[str, float]:
+    """Medians over the repeats, and seconds per EM step."""
+    middle = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+    return middle | {"wall_per_step": middle["wall"] / middle["steps"]}
+
+
+def compare(args: argparse.Namespace) -> dict[str, Any]:
+    """Ours and scikit-learn's on the same rows, in turns."""
+    rows = attributions(args.rows, args.dim, args.device)
+    fits = {
+        "ours": lambda: ours(rows),
+        "scikit-learn, float32 rows": lambda: theirs(rows, torch.float32),
+        "scikit-learn, float64 rows": lambda: theirs(rows, torch.float64),
+    }
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in fits}
+    for _ in range(args.repeats):
+        for name, fit in fits.items():
+            runs[name].append(fit())
+    table = {name: summary(of_name) for name, of_name in runs.items()}
+    base = table["ours"]
+    print(f"\n{args.rows:,} x {args.dim}, median of {args.repeats}\n")
+    print(
+        "| fit | wall s | processor s | steps | wall s per step | mean log-likelihood | wall / ours | per step / ours |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for name, row in table.items():
+        print(
+            f"| {name} | {row['wall']:.2f} | {row['processor']:.2f} | {row['steps']:.0f} | {row['wall_per_step']:.3f}"
+            f" | {row['log_likelihood']:.4f} | {row['wall'] / base['wall']:.2f}"
+            f" | {row['wall_per_step'] / base['wall_per_step']:.2f} |"
+        )
+    return {"rows": args.rows, "dim": args.dim, "summary": table, "runs": runs}
+
+
+def growth(args: argparse.Namespace) -> list[dict[str, float]]:
+    """Ours on more and more rows."""
+    everything = attributions(max(args.growth), args.dim, "cpu")
+    table = []
+    print("\n| rows | wall s | steps | wall s per step | processor µs per row and step | mean log-likelihood |")
+    print("|---|---|---|---|---|---|")
+    for n in args.growth:
+        rows = everything[:n].to(args.device)
+        row = {"rows": n} | summary([ours(rows) for _ in range(args.repeats)])
+        table.append(row)
+        print(
+            f"| {n:,} | {row['wall']:.2f} | {row['steps']:.0f} | {row['wall_per_step']:.3f}"
+            f" | {1e6 * row['processor'] / row['steps'] / n:.2f} | {row['log_likelihood']:.4f} |",
+            flush=True,
+        )
+    return table
+
+
+def main() -> None:
+    """Runs both tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=50_000)
+    parser.add_argument("--dim", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, help="processor threads for both (default: all)")
+    parser.add_argument("--growth", type=int, nargs="+", default=GROWTH, metavar="ROWS")
+    parser.add_argument("--skip", choices=["compare", "growth"], nargs="+", default=[])
+    parser.add_argument("--out", type=Path, help="JSON file")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    result: dict[str, Any] = {
+        "torch": torch.__version__,
+        "scikit_learn": sklearn.__version__,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.processor(),
+    }
+    with threadpool_limits(args.threads):
+        if "compare" not in args.skip:
+            result["compare"] = compare(args)
+        if "growth" not in args.skip:
+            result["growth"] = growth(args)
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

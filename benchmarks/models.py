@@ -1,0 +1,103 @@
+"""The networks of the benchmarks: plain LightningModules that know nothing of lightning_unlearn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torchmetrics.functional.classification import multiclass_accuracy
+
+
+def _block(inputs: int, outputs: int, *, pool: bool) -> nn.Sequential:
+    layers = [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+    return nn.Sequential(*layers, nn.MaxPool2d(2)) if pool else nn.Sequential(*layers)
+
+
+class SmallClassifier(L.LightningModule):
+    """3 x 3 convolutions, a hidden linear layer and a head.
+
+    Args:
+        channels: of the input.
+        stages: channels of every convolution, and whether the image is halved after it.
+        hidden: neurons of the linear layer before the head.
+        mirror: whether training mirrors half of the images and shifts all of them by up to two pixels.
+        lr: highest learning rate of Adam.
+        decay: whether the learning rate falls to zero (one cycle) or stays.
+    """
+
+    def __init__(
+        self,
+        channels: int = 3,
+        stages: tuple[tuple[int, bool], ...] = ((32, True), (64, False), (64, True), (128, False), (128, True)),
+        hidden: int = 128,
+        mirror: bool = True,
+        lr: float = 3e-3,
+        decay: bool = True,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        widths = [channels, *(width for width, _ in stages)]
+        self.blocks = nn.Sequential(
+            *(_block(widths[i], width, pool=pool) for i, (width, pool) in enumerate(stages)), nn.AdaptiveAvgPool2d(2)
+        )
+        self.fc = nn.Linear(4 * widths[-1], hidden)
+        self.head = nn.Linear(hidden, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, 10) of normalised images."""
+        return self.head(self.fc(self.blocks(x).flatten(1)).relu())
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Cross-entropy of the given labels, on mirrored and shifted images if asked for."""
+        x, y = batch
+        return nn.functional.cross_entropy(self(_augment(x) if self.hparams["mirror"] else x), y)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Logs the accuracy as ``test_acc``."""
+        self.log("test_acc", multiclass_accuracy(self(batch[0]), batch[1], num_classes=10, average="micro"))
+
+    def configure_optimizers(self) -> Any:
+        """Adam, with or without a schedule."""
+        optimizer = torch.optim.Adam(self.parameters(), lr=self.hparams["lr"])
+        if not self.hparams["decay"]:
+            return optimizer
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, self.hparams["lr"], total_steps=int(self.trainer.estimated_stepping_batches)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _augment(x: Tensor) -> Tensor:
+    """Mirrors each image with probability one half and shifts the batch by up to two pixels."""
+    flip = torch.rand(len(x), device=x.device) < 0.5
+    x = torch.where(flip.reshape(-1, 1, 1, 1), x.flip(3), x)
+    down, right = torch.randint(-2, 3, (2,)).tolist()
+    return torch.roll(x, (down, right), dims=(2, 3))
+
+
+def cifar_classifier() -> SmallClassifier:
+    """The small network of the CPU scale for 32 x 32 images."""
+    return SmallClassifier()
+
+
+def spoken_classifier() -> SmallClassifier:
+    """Three convolution blocks on spectrograms, with a learning rate that stays: it memorises."""
+    return SmallClassifier(
+        channels=1, stages=((16, True), (32, True), (64, True)), hidden=64, mirror=False, lr=1e-3, decay=False
+    )
+
+
+class ResNetClassifier(SmallClassifier):
+    """ResNet-18 for 32 x 32 images: a 3 x 3 convolution first, without pooling after it."""
+
+    def __init__(self, lr: float = 3e-3) -> None:
+        super().__init__(stages=((8, True),), lr=lr)
+        from torchvision.models import resnet18
+
+        net = resnet18(num_classes=10)
+        stem = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1, bias=False), net.bn1, net.relu)
+        self.blocks = nn.Sequential(stem, net.layer1, net.layer2, net.layer3, net.layer4, net.avgpool)
+        self.fc = nn.Identity()
+        self.head = net.fc

@@ -42,6 +42,12 @@ _MEMORISED = 0.9
 # Gate: disagreement of the most confident quarter, over the mean uncertainty that noise-free data would leave.
 _UNEXPLAINED = 1.5
 
+_LABEL_FINDINGS = {
+    (True, True): "wrong labels",
+    (False, True): "no sign of wrong labels",
+    (False, False): "some class is called by another's name more often than by its own, so nothing can be told",
+}
+
 # Input evidence. Gate: the share of samples between the two groups, and how much less sure the model is of one of them,
 # in standard deviations.
 _BETWEEN = 0.01
@@ -228,7 +234,8 @@ def judge_label(evidence: Evidence, reduce: Reduce) -> Verdict:
     The gate: without noise, a classifier is wrong on the average sample as often as it expects to be, and on its most
     confident quarter far less. If the most confident quarter of every class disagrees with the labels more than 1.5
     times as often as the *average* sample is expected to, uncertainty does not explain it, and there are wrong labels;
-    else nothing is suspect.
+    else nothing is suspect. Nor is anything where a class is called by another's name more often than by its own: which
+    of the two it is cannot be told then, and a network that has hardly learned yet looks like that.
     """
     model, w = _label_model(evidence, reduce), evidence.weight
     rate = min(max(model.rate, 1e-6), 1 - 1e-6)
@@ -237,14 +244,16 @@ def judge_label(evidence: Evidence, reduce: Reduce) -> Verdict:
     disagreement = confident_disagreement(
         model.confidence, agrees, model.predicted, w, evidence.num_classes, reduce=reduce
     )
-    found = disagreement > _UNEXPLAINED * model.uncertainty
     matrix = model.transition.float()
+    is_given = reduce(w.new_zeros(len(matrix)).index_add_(0, evidence.label, w)) > 0
+    is_named = bool((matrix.diagonal() >= matrix.amax(dim=1))[is_given].all())
+    found = is_named and disagreement > _UNEXPLAINED * model.uncertainty
     if not found:
         probability = 1 - _NO_DOUBT * (1 - probability)
         matrix = torch.eye(len(matrix), device=matrix.device)
     note = (
         f"labels: {disagreement:.1%} of the most confident samples disagree, {model.uncertainty:.1%} expected of the"
-        f" average one: {'wrong labels' if found else 'no sign of wrong labels'}"
+        f" average one: {_LABEL_FINDINGS[found, is_named]}"
     )
     return Verdict(probability, model.suggested, label_probability=probability, noise_matrix=matrix, notes=(note,))
 

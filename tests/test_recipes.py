@@ -708,3 +708,11 @@ def test_a_second_parameter_with_a_default_is_a_setting():
 
     evidence = scene()[-1]
     torch.testing.assert_close(get_recipe(scaled).judge(evidence, no_reduce).clean_probability, evidence.support / 2)
+
+
+def test_nothing_is_suspect_where_a_class_is_called_by_another_name_more_often_than_by_its_own():
+    swapped = CLEAN.clone()
+    swapped[0] = 0.3 * CLEAN[0] + 0.7 * CLEAN[1]
+    verdict = judge_label(scene(swapped)[-1], no_reduce)
+    assert "nothing can be told" in verdict.notes[0]
+    assert not flagged(verdict).any()

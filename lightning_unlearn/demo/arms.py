@@ -390,7 +390,7 @@ def table(settings: Settings, outcomes: list[Outcome]) -> str:
             "",
             "Arms of the same steps have the optimizer of the fine-tuning; retraining starts from new weights, and 'as",
             "the base' has its optimizer and epochs. Seconds and steps below the base come on top of it; the base's",
-            "include evidence passes, L-FT's and F-FT's partition and pruning.",
+            "include reading the evidence, L-FT's and F-FT's its last pass, partition and pruning.",
             f"Partition: AUROC {score['auroc']}, precision {score['precision']}, recall {score['recall']};"
             f" estimated noise rate {score['noise_rate']};",
             f"suggested label right for {score['suggested_right']} of the wrong labels found.",

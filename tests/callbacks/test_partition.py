@@ -287,7 +287,7 @@ def test_state_is_tensors_and_primitives(tmp_path):
 
 def test_the_threshold_decides_what_is_clean():
     loose, strict = (
-        AttributionPartitionCallback(at_epoch=1, recipe="label", threshold=t, min_class_share=0) for t in (0.01, 0.99)
+        AttributionPartitionCallback(at_epoch=1, recipe="aum", threshold=t, min_class_share=0) for t in (0.01, 0.99)
     )
     for callback in (loose, strict):
         fit(Toy(convnet), BlobsData(Blobs(noise=0.4, image=True)), [callback], max_epochs=2)

@@ -51,13 +51,19 @@ def assert_same(found, expected, **tolerance):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), **tolerance)
 
 
+def happened(true, given):
+    """(C, C), what the samples drawn of each class were called; the draw differs between versions of torch."""
+    counts = torch.zeros(C, C).double().index_put_((true, given), torch.tensor(1.0).double(), accumulate=True)
+    return counts / counts.sum(dim=1, keepdim=True)
+
+
 @pytest.mark.parametrize("transition", [SYMMETRIC, ASYMMETRIC, torch.eye(C)], ids=["symmetric", "asymmetric", "clean"])
 def test_prior_means_and_transition_are_recovered(transition):
     rows, given, true = draw(transition, 4000)
     classes = fit(rows, given)
     torch.testing.assert_close(classes.prior, PRIOR, atol=0.03, rtol=0)
     torch.testing.assert_close(classes.mean, MEAN.double(), atol=0.15, rtol=0)
-    torch.testing.assert_close(classes.transition, transition.double(), atol=0.06, rtol=0)
+    torch.testing.assert_close(classes.transition, happened(true, given), atol=0.04, rtol=0)
     covariance = classes.factor @ classes.factor.mT
     torch.testing.assert_close(covariance, torch.eye(D).double().expand(C, D, D), atol=0.15, rtol=0)
     posterior = given_posterior(classes.log_likelihood(rows), given, classes.transition)
@@ -275,13 +281,13 @@ def test_rows_far_from_the_origin_keep_their_covariance():
 
 @pytest.mark.parametrize("transition", [SYMMETRIC, ASYMMETRIC], ids=["symmetric", "asymmetric"])
 def test_fit_transition_finds_it_from_the_true_likelihoods(transition):
-    rows, given, _ = draw(transition, 4000)
+    rows, given, true = draw(transition, 4000)
     classes = LatentClasses(PRIOR, MEAN.double(), torch.eye(D).double().unsqueeze(0), torch.eye(C).double())
     flat = torch.full((C, C), 1 / C).double()
     found = fit_transition(classes.log_likelihood(rows), given, torch.ones(4000), flat)
     torch.testing.assert_close(found.sum(dim=1), torch.ones(C).double())
     assert (found > 0).all()
-    torch.testing.assert_close(found, transition.double(), atol=0.05, rtol=0)
+    torch.testing.assert_close(found, happened(true, given), atol=0.04, rtol=0)
 
 
 def test_one_step_of_the_transition_matches_a_loop():

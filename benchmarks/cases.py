@@ -136,18 +136,13 @@ def make(case: Case, seed: int, data: Path) -> Noisy:
     corrupted = torch.zeros(len(given), dtype=torch.bool)
     train, test = source.train, source.test
     if case.leaking:
-        train, corrupted = _corrupt(case, replace_train(source, (train - mean) / std), seed)
+        train, corrupted = _corrupt(case, replace(source, train=(train - mean) / std), seed)
         test = (test - mean) / std
     else:
         if case.sigma:
             train, corrupted = _corrupt(case, source, seed)
         train, test = (train - mean) / std, (test - mean) / std
     return Noisy(train, given, source.true_label, given != source.true_label, corrupted, test, source.test_label)
-
-
-def replace_train(source: Source, train: Tensor) -> Source:
-    """The source with other training images."""
-    return replace(source, train=train)
 
 
 def _given_labels(case: Case, source: Source, seed: int) -> Tensor:

@@ -153,13 +153,13 @@ class ForwardTrace:
             None where ``forward`` calls no such layer just once on a floating-point row for each sample.
         """
         layers = [call for call in self.calls if isinstance(call.module, (nn.Linear, _CONV)) and call.inputs]
-        for call, at in ((layers[1:2], "input"), (layers[:1], "output")):
-            if not call or (at == "input" and not all(isinstance(layer.module, _CONV) for layer in layers[:2])):
-                continue
-            value = call[0].inputs[0] if at == "input" else call[0].output
+        found = [(LayerPoint(call.name, "output"), call.output) for call in layers[:1]]
+        if all(isinstance(call.module, _CONV) for call in layers[:2]):
+            found = [(LayerPoint(call.name, "input"), call.inputs[0]) for call in layers[1:2]] + found
+        for point, value in found:
             is_rows = isinstance(value, Tensor) and value.is_floating_point() and len(value) == batch
-            if is_rows and len(self.calls_of(call[0].name)) == 1:
-                return LayerPoint(call[0].name, "input" if at == "input" else "output")
+            if is_rows and len(self.calls_of(point.name)) == 1:
+                return point
         return None
 
     def makes_logits(self, name: str) -> bool:

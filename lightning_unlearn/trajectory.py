@@ -117,10 +117,6 @@ class Trajectory:
             self._scores[rows] += fresh[:, coordinates + 1 :]
         self._fresh.zero_()
 
-    def drop_fresh(self) -> None:
-        """Forgets what was observed since the last merge."""
-        self._fresh.zero_()
-
     def forget(self) -> None:
         """Forgets everything."""
         for tensor in (self._halves, self._scores, self._fresh):

@@ -1,7 +1,11 @@
-"""Ranks without processes: one thread each, and a sum that waits for all of them."""
+"""Ranks without processes (a thread each, and a sum that waits for all of them), and scripts that start processes."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from threading import Barrier
 from typing import Any
 
@@ -34,3 +38,17 @@ def run_ranks(work: Callable[[int, Callable[[Tensor], Tensor]], Any], world_size
     with ThreadPoolExecutor(world_size) as pool:
         futures = [pool.submit(on_rank, rank) for rank in range(world_size)]
         return [future.result() for future in futures]
+
+
+def run_script(script: Path, folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Runs ``script folder arguments...``, which starts its ranks itself, with the checkout on its path."""
+    path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", script, folder, *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )

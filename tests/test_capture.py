@@ -36,15 +36,6 @@ from lightning_unlearn.types import LayerPoint
 C = 4
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Toys this small are slower on more threads, much slower where others use the cores too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class ConvNet(nn.Module):
     """Convolution, in-place ReLU, pooling, two Linears; ``unused`` is never called, ``shared`` twice."""
 

@@ -36,15 +36,6 @@ NOISE = {"symmetric": SYMMETRIC, "asymmetric": ASYMMETRIC}
 HERE = __name__
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small products are slower on more threads, much slower where others use the cores too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def normal(*shape, seed):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 

@@ -149,9 +149,6 @@ def test_nothing_counts_before_the_merge():
     other = gathered(list(passes()))
     other.observe(torch.arange(5), torch.randn(5, C), torch.zeros(5, dtype=torch.int64))
     assert_equal(other, trajectory)
-    other.drop_fresh()
-    other.merge(0, no_reduce)
-    assert_equal(other, trajectory)
 
 
 def test_a_margin_of_attributions_takes_the_place_of_that_of_the_logits():

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_unlearn.functional.mixture import Reduce, no_reduce
+from lightning_unlearn.functional.mixture import Reduce, no_reduce, reduce_together, weighted_mean
 
 ROWS = 8_192
 """Rows that are held in double precision at a time."""
@@ -208,11 +208,7 @@ def fit_latent_classes(
     dimension = rows.shape[1]
     own = num_classes * dimension**2 <= MOST_MOMENTS
     # From the mean on, since the difference of two large sums would lose the covariance.
-    total = rows.new_zeros(dimension + 1, dtype=torch.float64)
-    for x, w in _row_chunks(rows, weight):
-        total += torch.cat([w.double() @ x.double(), w.double().sum().reshape(1)])
-    total = reduce(total)
-    centre = total[:-1] / total[-1]
+    centre, _ = weighted_mean(rows, weight, reduce)
     if not centre.isfinite().all():  # as NaN and infinity leave no sum finite, on any rank
         raise ValueError(
             "The latent classes need finite evidence, but some rows hold NaN or infinity: has training diverged?"
@@ -266,12 +262,7 @@ def _moments(
 
 
 def _maximise(part: _Moments, reduce: Reduce) -> LatentClasses:
-    pieces = (part.counts, part.first, part.second)
-    flat = reduce(torch.cat([piece.flatten() for piece in pieces]))
-    counts, first, second = (
-        piece.reshape(shape.shape)
-        for piece, shape in zip(torch.split(flat, [piece.numel() for piece in pieces]), pieces, strict=True)
-    )
+    counts, first, second = reduce_together(reduce, part.counts, part.first, part.second)
     number = counts.sum(dim=1)
     # A class without samples keeps the overall mean and covariance: nothing is drawn to it, nothing divides by zero.
     present = number > 1e-6

@@ -41,6 +41,13 @@ def no_reduce(total: Tensor) -> Tensor:
     return total
 
 
+def reduce_together(reduce: Reduce, *parts: Tensor) -> list[Tensor]:
+    """Sums several tensors of one dtype over the ranks, each as it is, in one collective."""
+    flat = reduce(torch.cat([part.flatten() for part in parts]))
+    pieces = torch.split(flat, [part.numel() for part in parts])
+    return [piece.reshape(part.shape) for piece, part in zip(pieces, parts, strict=True)]
+
+
 @dataclass(frozen=True, eq=False)
 class GaussianMixture:
     """Two Gaussians with full covariance.
@@ -228,10 +235,7 @@ class _Moments:
 
     def reduced(self, reduce: Reduce) -> _Moments:
         """The same, summed over the ranks in one collective."""
-        parts = (self.count, self.first, self.second, self.log_likelihood)
-        flat = reduce(torch.cat([part.flatten() for part in parts]))
-        pieces = torch.split(flat, [part.numel() for part in parts])
-        return _Moments(*(piece.reshape(part.shape) for piece, part in zip(pieces, parts, strict=True)))
+        return _Moments(*reduce_together(reduce, self.count, self.first, self.second, self.log_likelihood))
 
 
 def _chunk_length(rows: Tensor) -> int:
@@ -279,8 +283,14 @@ def _symmetric(upper: Tensor) -> Tensor:
     return upper.triu() + upper.triu(1).mT
 
 
-def _weighted_mean(rows: Tensor, weight: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor]:
-    """Mean (D,) of the rows of all ranks, and the sum () of their weights, in float64."""
+def weighted_mean(rows: Tensor, weight: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor]:
+    """Mean (D,) of the rows of all ranks, and the sum () of their weights, in float64.
+
+    Args:
+        rows: (n, D).
+        weight: (n,), 0 for a row that does not count.
+        reduce: sums over the ranks.
+    """
     total = torch.zeros(rows.shape[1] + 1, dtype=torch.float64, device=rows.device)
     for chunk, w in _chunks(rows, weight.double()):
         total += torch.cat([w @ chunk.double(), w.sum().reshape(1)])
@@ -380,7 +390,7 @@ def standardise(rows: Tensor, weight: Tensor, reduce: Reduce = no_reduce) -> Ten
         tensor([[-1.,  0.],
                 [ 1.,  0.]])
     """
-    mean, count = _weighted_mean(rows, weight, reduce)
+    mean, count = weighted_mean(rows, weight, reduce)
     # The variance around the mean, not the difference of two large sums, which would lose small variances.
     squares = torch.zeros_like(mean)
     for chunk, w in _chunks(rows, weight.double()):
@@ -466,7 +476,7 @@ def fit_mixture(
         tensor([-2.,  2.], dtype=torch.float64)
     """
     rows = rows.detach()
-    mean, _ = _weighted_mean(rows, weight, reduce)
+    mean, _ = weighted_mean(rows, weight, reduce)
     if not mean.isfinite().all():  # as NaN and infinity leave no sum finite, on any rank
         raise ValueError(
             "The mixture needs finite evidence, but some rows hold NaN or infinity: has training diverged?"

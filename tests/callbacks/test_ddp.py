@@ -1,8 +1,5 @@
 """Two gloo processes on the CPU. One launch serves all the tests, since starting processes takes longest."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,24 +9,14 @@ from lightning_unlearn.types import Evidence
 from tests.callbacks.ddp_script import AT, run
 from tests.callbacks.test_training_evidence import assert_is_what_the_steps_showed, last_logits, small
 from tests.callbacks.test_training_pass import Coded
+from tests.ranks import run_script
 
 pytestmark = pytest.mark.ddp
 SCENARIOS = ("still", "still-rlap", "layers", "full", "auto")
 
 
 def launch(folder, *scenarios):
-    root = Path(__file__).parents[2]
-    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-W", "ignore", __file__.replace("test_ddp", "ddp_script"), str(folder), "2", *scenarios]
-    return subprocess.run(
-        command,
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-    )
+    return run_script(Path(__file__).with_name("ddp_script.py"), folder, "2", *scenarios)
 
 
 @pytest.fixture(scope="module")

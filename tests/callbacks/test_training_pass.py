@@ -1,10 +1,7 @@
 """Every sample carries its index in its first feature, so that whose row is whose can be told without the reader."""
 
 import copy
-import os
 import pickle
-import subprocess
-import sys
 import types
 from pathlib import Path
 
@@ -18,6 +15,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 from lightning_unlearn.callbacks import _training_pass
 from lightning_unlearn.callbacks._training_pass import WINDOW, TrainingPassReader, pulled_elsewhere
 from lightning_unlearn.data import RememberedBatches, split_batch
+from tests.ranks import run_script
 from tests.toys import Toy, assert_same_weights, fit, make_trainer, mlp, sgd, weights
 
 N = 101
@@ -810,16 +808,7 @@ def test_the_judgement_does_not_depend_on_scale_and_leaves_out_rows_without_grad
 
 @pytest.mark.ddp
 def test_each_rank_reads_its_own_rows_and_all_give_up_together(tmp_path):
-    path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", Path(__file__).with_name("training_pass_script.py"), tmp_path],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-    )
+    done = run_script(Path(__file__).with_name("training_pass_script.py"), tmp_path)
     assert len(list(tmp_path.glob("*.pt"))) == 6, done.stderr[-4000:]
     for name in ("reads", "own sampler"):
         ranks = [torch.load(tmp_path / f"{name}-{rank}.pt") for rank in range(2)]

@@ -18,15 +18,6 @@ SYMMETRIC = 0.6 * torch.eye(C) + 0.1
 ASYMMETRIC = 0.6 * torch.eye(C) + 0.4 * torch.eye(C).roll(1, dims=1)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small products are slower on more threads, much slower where others use the cores too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def draw(transition, n=2000, *, seed=0, apart=1.0):
     """Rows, given and true labels."""
     generator = torch.Generator().manual_seed(seed)

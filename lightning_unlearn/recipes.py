@@ -64,6 +64,8 @@ class Verdict:
     Args:
         clean_probability: (n,) float32.
         suggested_label: (n,) int64, for a sample that turns out not to be clean.
+        suggested_probability: (n,) float32, probability that the suggested label is right and the input intact; None
+            where the recipe does not say, which counts as all that p(clean) leaves.
         label_probability: (n,) float32, probability that the given label is right; None if it was not asked.
         input_probability: (n,) float32, probability that the input is intact; None if it was not asked.
         noise_matrix: (C, C) float32, row k the estimated probabilities of what a sample of class k is called; None if
@@ -74,6 +76,7 @@ class Verdict:
 
     clean_probability: Tensor
     suggested_label: Tensor
+    suggested_probability: Tensor | None = None
     label_probability: Tensor | None = None
     input_probability: Tensor | None = None
     noise_matrix: Tensor | None = None
@@ -134,10 +137,15 @@ def _undecided(evidence: Evidence, what: str) -> Verdict:
     )
 
 
-def _rival(evidence: Evidence) -> Tensor:
-    """(n,) int64, the class other than the given one that the model was most for on the whole."""
+def _rival(evidence: Evidence) -> tuple[Tensor, Tensor]:
+    """The class other than the given one that the model was most for on the whole, and its share among the others.
+
+    Returns:
+        (n,) int64 and (n,) float32 in [0, 1].
+    """
     scores = evidence.attribution.mean(dim=1) @ evidence.basis.T
-    return scores.scatter(1, evidence.label.unsqueeze(1), -torch.inf).argmax(dim=1)
+    share, rival = scores.scatter(1, evidence.label.unsqueeze(1), -torch.inf).softmax(dim=1).max(dim=1)
+    return rival, share
 
 
 def _not_memorised(evidence: Evidence, reduce: Reduce) -> tuple[Tensor, int]:
@@ -172,6 +180,7 @@ class _LabelModel:
         predicted: (n,) int64, the likeliest true class without the given label.
         confidence: (n,), log-odds of that class.
         suggested: (n,) int64, the likeliest true class other than the given one.
+        suggested_share: (n,) in [0, 1], its probability among those other classes.
         transition: (C, C), how the classes are called.
         rate: share of labels that are wrong by the latent classes alone.
         uncertainty: share of the true classes that the latent classes expect to get wrong without the given label.
@@ -181,6 +190,7 @@ class _LabelModel:
     predicted: Tensor
     confidence: Tensor
     suggested: Tensor
+    suggested_share: Tensor
     transition: Tensor
     rate: float
     uncertainty: float
@@ -214,12 +224,19 @@ def _label_model(evidence: Evidence, reduce: Reduce) -> _LabelModel:
         score = _WEIGHT * likelihood + _LOGITS * blocks[part, -2:].mean(dim=1).double() @ basis.T
         posterior = given_posterior(score, y[part], transition)
         predicted = score.argmax(dim=1)
-        suggested = posterior.scatter(1, label, -torch.inf).argmax(dim=1)
-        columns.append((log_odds_of(posterior, y[part]), predicted, log_odds_of(score, predicted), suggested))
+        share, suggested = posterior.scatter(1, label, -torch.inf).softmax(dim=1).max(dim=1)
+        columns.append((log_odds_of(posterior, y[part]), predicted, log_odds_of(score, predicted), suggested, share))
     number, total_wrong, total_unsure = reduce(sums).tolist()
-    log_odds, predicted, confidence, suggested = (torch.cat(parts) for parts in zip(*columns, strict=True))
+    log_odds, predicted, confidence, suggested, suggested_share = map(torch.cat, zip(*columns, strict=True))
     return _LabelModel(
-        log_odds, predicted, confidence, suggested, transition, total_wrong / number, total_unsure / number
+        log_odds=log_odds,
+        predicted=predicted,
+        confidence=confidence,
+        suggested=suggested,
+        suggested_share=suggested_share,
+        transition=transition,
+        rate=total_wrong / number,
+        uncertainty=total_unsure / number,
     )
 
 
@@ -255,7 +272,14 @@ def judge_label(evidence: Evidence, reduce: Reduce) -> Verdict:
         f"labels: {disagreement:.1%} of the most confident samples disagree, {model.uncertainty:.1%} expected of the"
         f" average one: {_LABEL_FINDINGS[found, is_named]}"
     )
-    return Verdict(probability, model.suggested, label_probability=probability, noise_matrix=matrix, notes=(note,))
+    return Verdict(
+        probability,
+        model.suggested,
+        (1 - probability) * model.suggested_share.float(),
+        label_probability=probability,
+        noise_matrix=matrix,
+        notes=(note,),
+    )
 
 
 def judge_input(evidence: Evidence, reduce: Reduce) -> Verdict:
@@ -301,9 +325,11 @@ def judge_auto(evidence: Evidence, reduce: Reduce) -> Verdict:
     intact = inputs.clean_probability
     kept = replace(evidence, weight=evidence.weight * (intact >= 0.5))
     labels = judge_label(kept, reduce)
+    suggested = labels.suggested_probability
     return Verdict(
         labels.clean_probability * intact,
         labels.suggested_label,
+        None if suggested is None else suggested * intact,
         label_probability=labels.label_probability,
         input_probability=inputs.input_probability,
         noise_matrix=labels.noise_matrix,
@@ -326,7 +352,9 @@ def judge_rlap(evidence: Evidence, reduce: Reduce) -> Verdict:
     clean = _higher_component(-evidence.loss, share, evidence.weight, reduce)
     if clean is None:
         return _undecided(evidence, "the model's loss on them")
-    return Verdict(share[:, clean].float(), evidence.prediction)
+    probability = share[:, clean].float()
+    # The paper's clusters speak of the sample and not of its label: the model's word is all there is.
+    return Verdict(probability, evidence.prediction, (1 - probability) * _confidence(evidence))
 
 
 def _judge_score(score: Tensor, evidence: Evidence, reduce: Reduce) -> Verdict:
@@ -337,7 +365,13 @@ def _judge_score(score: Tensor, evidence: Evidence, reduce: Reduce) -> Verdict:
     if mean[0] == mean[1]:
         return _undecided(evidence, "the score")
     probability = mixture.posterior_monotone(rows, int(mean[1] > mean[0])).float()
-    return Verdict(probability, _rival(evidence), label_probability=probability)
+    rival, share = _rival(evidence)
+    return Verdict(probability, rival, (1 - probability) * share, label_probability=probability)
+
+
+def _confidence(evidence: Evidence) -> Tensor:
+    """(n,) in [0, 1], the model's probability of its own prediction in the last pass."""
+    return (evidence.attribution[:, -1] @ evidence.basis.T).softmax(dim=1).amax(dim=1)
 
 
 def judge_loss(evidence: Evidence, reduce: Reduce) -> Verdict:
@@ -353,7 +387,9 @@ def judge_aum(evidence: Evidence, reduce: Reduce) -> Verdict:
 def judge_argmax(evidence: Evidence, reduce: Reduce) -> Verdict:
     """Baseline: a sample is clean if the model predicts its label; the probability is that against the rival alone."""
     probability = evidence.margin.sigmoid().float()
-    return Verdict(probability, evidence.prediction, label_probability=probability)
+    return Verdict(
+        probability, evidence.prediction, (1 - probability) * _confidence(evidence), label_probability=probability
+    )
 
 
 RECIPES: dict[str, Recipe] = {
@@ -439,7 +475,7 @@ def _as_judge(function: Callable[..., Any]) -> Judge:
 
     def judge(evidence: Evidence, reduce: Reduce) -> Verdict:
         answer: Any = function(evidence, reduce) if takes_reduce else function(evidence)
-        verdict = answer if isinstance(answer, Verdict) else Verdict(answer, _rival(evidence))
+        verdict = answer if isinstance(answer, Verdict) else Verdict(answer, _rival(evidence)[0])
         probability: Any = verdict.clean_probability
         shape = evidence.index.shape
         if not isinstance(probability, Tensor) or probability.shape != shape:

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 
 REASONS = ("none", "label", "input", "both")
 """Why a sample is not clean; ``Partition.reason`` holds positions in this tuple."""
@@ -120,6 +120,7 @@ class Partition:
         is_clean: (N,) bool, ``clean_probability`` at or above the threshold of the callback, or among the likeliest of
             a class of which too few would be left.
         suggested_label: (N,) int64; the given label where the sample is clean.
+        suggested_probability: (N,) float32, probability in [0, 1] that ``suggested_label`` is right.
         noise_rate: estimated share of samples that are not clean, in [0, 1].
         label: (N,) int64, the given labels.
         label_evidence: (N,) float32 in [0, 1], the support of the given label, averaged over the passes.
@@ -138,6 +139,7 @@ class Partition:
         ...     clean_probability=torch.tensor([0.9, 0.2]),
         ...     is_clean=torch.tensor([True, False]),
         ...     suggested_label=torch.tensor([3, 1]),
+        ...     suggested_probability=torch.tensor([0.9, 0.7]),
         ...     noise_rate=0.45,
         ...     label=torch.tensor([3, 7]),
         ...     label_evidence=torch.tensor([0.9, 0.1]),
@@ -155,6 +157,7 @@ class Partition:
     clean_probability: Tensor
     is_clean: Tensor
     suggested_label: Tensor
+    suggested_probability: Tensor
     noise_rate: float
     label: Tensor
     label_evidence: Tensor
@@ -174,6 +177,7 @@ class Partition:
             "clean_probability": torch.float32,
             "is_clean": torch.bool,
             "suggested_label": torch.int64,
+            "suggested_probability": torch.float32,
             "label": torch.int64,
             "label_evidence": torch.float32,
             "input_evidence": torch.float32,
@@ -306,18 +310,25 @@ class NeuronMask:
         layer: dotted path of the layer whose neurons are meant.
         keep: (D,) bool, False for a pruned neuron.
         sensitivity: (D,) float32, standardised coefficient of the neuron's activation in the regression on the
-            probability of being clean (paper, step 4); its magnitude ranks the neurons.
+            probability of being clean (paper, step 4); below zero for a neuron that is active for noise. With another
+            criterion, its score.
+        standard_error: (D,) float32, of the sensitivity; None where the criterion has none.
     """
 
     layer: str
     keep: Tensor
     sensitivity: Tensor
+    standard_error: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.keep.dtype != torch.bool or self.keep.ndim != 1 or self.keep.shape != self.sensitivity.shape:
             raise ValueError(
                 f"keep must be bool of shape (D,) and sensitivity of the same shape, but they are {self.keep.dtype}"
                 f" {tuple(self.keep.shape)} and {tuple(self.sensitivity.shape)}."
+            )
+        if self.standard_error is not None and self.standard_error.shape != self.keep.shape:
+            raise ValueError(
+                f"standard_error must have shape {tuple(self.keep.shape)}, but has {tuple(self.standard_error.shape)}."
             )
 
     def pruned_indices(self) -> Tensor:
@@ -330,6 +341,10 @@ class PartitionSource(Protocol):
     """A callback that publishes a partition. How the callbacks know each other without importing each other."""
 
     at_epoch: int
+
+    @property
+    def is_dry_run(self) -> bool:
+        """Whether nothing is to be changed: who would act says what it would do instead."""
 
     @property
     def regresses_on_probability(self) -> bool:
@@ -350,4 +365,7 @@ class MaskSource(Protocol):
         """The mask, made now if it is due, or None if it is not due yet or nothing was pruned."""
 
     def target_layer(self) -> str:
-        """Dotted path of the layer that is or will be pruned; known from the start of training."""
+        """Dotted path of the layer that is or will be pruned, of several the first; known from the start."""
+
+    def silence(self) -> None:
+        """Sets what belongs to pruned neurons to zero again, for who has just changed weights."""

@@ -21,6 +21,7 @@ def make_partition(**changes):
         "clean_probability": torch.tensor([0.9, 0.2, 0.1, 0.8, 0.2]),
         "is_clean": torch.tensor([True, False, False, True, False]),
         "suggested_label": torch.tensor([3, 1, 2, 0, 5]),
+        "suggested_probability": torch.tensor([0.9, 0.7, 0.5, 0.8, 0.6]),
         "noise_rate": 0.56,
         "label": torch.tensor([3, 7, 4, 0, 6]),
         "label_evidence": torch.tensor([0.9, 0.4, 0.45, 0.8, 0.25]),
@@ -88,6 +89,7 @@ def test_frozen():
         ),
         ({"is_clean": torch.zeros(4, dtype=torch.bool)}, r"is_clean must be .*bool of shape \(5,\).* shape \(4,\)"),
         ({"suggested_label": torch.zeros(5)}, "suggested_label must be torch.int64 .* but is torch.float32"),
+        ({"suggested_probability": torch.ones(4)}, r"suggested_probability must be .* shape \(5,\).* of shape \(4,\)"),
         ({"label": torch.zeros(5, dtype=torch.int32)}, "label must be torch.int64 .* but is torch.int32"),
         ({"label_evidence": torch.zeros(6)}, r"label_evidence must be .* shape \(5,\).* of shape \(6,\)"),
         ({"input_evidence": torch.ones(4)}, r"input_evidence must be .* shape \(5,\).* of shape \(4,\)"),
@@ -128,19 +130,19 @@ def test_a_partition_of_an_empty_set_is_kept_too(tmp_path):
 
 def test_state_of_another_version_is_refused():
     state = make_partition().state_dict()
-    with pytest.raises(ValueError, match="Expected a partition of format version 2, but got version 1"):
+    with pytest.raises(ValueError, match="Expected a partition of format version 3, but got version 1"):
         Partition.from_state_dict(state | {"version": 1})
-    with pytest.raises(ValueError, match="Expected a partition of format version 2, but got version 99"):
+    with pytest.raises(ValueError, match="Expected a partition of format version 3, but got version 99"):
         Partition.from_state_dict(state | {"version": 99})
     del state["version"]
-    with pytest.raises(ValueError, match="format version 2, but got version None"):
+    with pytest.raises(ValueError, match="format version 3, but got version None"):
         Partition.from_state_dict(state)
 
 
 def test_from_state_dict_leaves_the_state_as_it_is():
     state = make_partition().state_dict()
     Partition.from_state_dict(state)
-    assert state["version"] == 2
+    assert state["version"] == 3
 
 
 def read_csv(path):
@@ -184,6 +186,7 @@ def random_partition(n=200, classes=5, seed=0):
         suggested_label=torch.where(
             torch.rand(n, generator=generator) < 0.5, label, torch.randint(0, classes, (n,), generator=generator)
         ),
+        suggested_probability=probability,
         label=label,
         label_evidence=probability,
         input_evidence=probability,
@@ -274,10 +277,16 @@ def test_mask_refuses_what_does_not_fit(keep, sensitivity, found):
         NeuronMask("fc", keep, sensitivity)
 
 
+def test_mask_refuses_errors_of_another_layer():
+    with pytest.raises(ValueError, match=r"standard_error must have shape \(3,\), but has \(4,\)"):
+        NeuronMask("fc", torch.ones(3, dtype=torch.bool), torch.zeros(3), torch.zeros(4))
+
+
 def test_sources_are_recognised_by_what_they_publish():
     class Publishes:
         at_epoch = 3
         regresses_on_probability = True
+        is_dry_run = False
 
         def pull_partition(self, trainer, pl_module): ...
 
@@ -287,6 +296,8 @@ def test_sources_are_recognised_by_what_they_publish():
         def pull_mask(self, trainer, pl_module): ...
 
         def target_layer(self): ...
+
+        def silence(self): ...
 
     assert isinstance(Publishes(), PartitionSource)
     assert not isinstance(Masks(), PartitionSource)

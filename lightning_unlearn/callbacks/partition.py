@@ -68,6 +68,8 @@ class AttributionPartitionCallback(UnlearnCallback):
             makes of the input.
         threshold: samples with a probability below it are not clean.
         min_class_share: share of each class's samples that is kept in any case, the likeliest; rounded up.
+        action: ``"report"`` for a dry run: the partition is drawn, but nothing is pruned or fine-tuned; the log says
+            what would be, and what it would cost.
         batch_to_xy: from a batch on the device to ``(x, y)``: the input of ``forward`` (a tensor, or a tuple or dict
             of its arguments) and the labels, (B,) int64. By default the batch itself must be ``(x, y)``.
 
@@ -96,6 +98,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         input_layer: str | None = None,
         threshold: float = 0.5,
         min_class_share: float = 0.1,
+        action: Literal["act", "report"] = "act",
         batch_to_xy: Callable[[Any], tuple[Any, Tensor]] | None = None,
     ) -> None:
         if at_epoch < 1:
@@ -113,8 +116,11 @@ class AttributionPartitionCallback(UnlearnCallback):
             raise ValueError(f"Expected threshold to lie in (0, 1), but got {threshold}.")
         if not 0 <= min_class_share < 1:
             raise ValueError(f"Expected min_class_share to lie in [0, 1), but got {min_class_share}.")
+        if action not in ("act", "report"):
+            raise ValueError(f"Expected action to be 'act' or 'report', but got {action!r}.")
         self.layer = layer
         self.at_epoch = at_epoch
+        self.action = action
         self.recipe: Recipe = get_recipe(recipe)
         self.evidence = evidence
         self.evidence_every_n_epochs = evidence_every_n_epochs
@@ -148,6 +154,11 @@ class AttributionPartitionCallback(UnlearnCallback):
         if self._partition is None:
             raise RuntimeError(f"There is no partition yet: it is drawn when {self.at_epoch} epochs are complete.")
         return self._partition
+
+    @property
+    def is_dry_run(self) -> bool:
+        """Whether nothing is pruned or fine-tuned, only reported."""
+        return self.action == "report"
 
     @property
     def regresses_on_probability(self) -> bool:
@@ -442,10 +453,13 @@ class AttributionPartitionCallback(UnlearnCallback):
             for values in (verdict.label_probability, verdict.input_probability)
         )
         is_clean = _keep_some(probability >= self.threshold, probability, label, self.min_class_share)
+        suggested = verdict.suggested_probability
+        of_suggested = 1 - probability if suggested is None else of_all(suggested).float().clamp(0, 1)
         self._partition = Partition(
             clean_probability=probability,
             is_clean=is_clean,
             suggested_label=torch.where(is_clean, label, of_all(verdict.suggested_label)),
+            suggested_probability=torch.where(is_clean, probability, of_suggested),
             noise_rate=min(max(1 - probability.double().mean().item(), 0.0), 1.0),
             label=label,
             label_evidence=of_all(evidence.support).float().clamp(0, 1),

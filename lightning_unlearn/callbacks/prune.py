@@ -102,6 +102,11 @@ class SensitivityPruneCallback(PartitionConsumer):
             raise RuntimeError("The layer to prune is known when training starts.")
         return name
 
+    def silence(self) -> None:
+        """Sets what belongs to pruned neurons to zero again, for who has just changed weights."""
+        if self._pruning is not None:
+            self._pruning.zero_parameters()
+
     @override
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().check(trainer, pl_module)

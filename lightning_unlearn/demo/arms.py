@@ -145,6 +145,7 @@ class _TruePartition(L.Callback):
     """Publishes the partition that knows the true labels: the best that any partition could do."""
 
     regresses_on_probability = True
+    is_dry_run = False
 
     def __init__(self, truth: Partition, at_epoch: int) -> None:
         self.truth = truth
@@ -318,6 +319,7 @@ class _Repeat:
             clean_probability=(~self.wrong).float(),
             is_clean=~self.wrong,
             suggested_label=self.data.true_label,
+            suggested_probability=torch.ones(len(self.wrong)),
             noise_rate=self.wrong.float().mean().item(),
             recipe="truth",
             warning="",

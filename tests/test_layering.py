@@ -12,7 +12,7 @@ FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
 # What a file may import of ours, by prefix; a file belongs to the longest prefix of its own name.
 MATH = {"types", "functional"}
 ALL_BELOW = {"types", "functional", "recipes", "trajectory", "capture", "data", "masking", "distributed"}
-SHARED = {"callbacks._base", "callbacks._lightning", "callbacks._training_pass"}
+SHARED = {"callbacks._base", "callbacks._lightning", "callbacks._training_pass", "callbacks._validation"}
 MAY_IMPORT = {
     "types": set(),
     "functional": MATH,
@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "callbacks._lightning": ALL_BELOW,
     "callbacks._training_pass": ALL_BELOW | {"callbacks._lightning"},
     "callbacks._base": ALL_BELOW | {"callbacks._lightning"},
+    "callbacks._validation": ALL_BELOW | {"callbacks._base", "callbacks._lightning"},
     "callbacks.partition": ALL_BELOW | SHARED,
     "callbacks.prune": ALL_BELOW | SHARED,
     "callbacks.finetune": ALL_BELOW | SHARED,

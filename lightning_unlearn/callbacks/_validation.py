@@ -1,0 +1,225 @@
+"""How good the model is right now: on the fit's own validation data, or on some of the training samples.
+
+Private names, checked on lightning 2.5.0 to 2.6.6: ``_combined_loader`` and ``_last_val_dl_reload_epoch`` of the
+evaluation loop.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data.distributed import DistributedSampler
+
+from lightning_unlearn.callbacks._base import logits_of, train_loader
+from lightning_unlearn.callbacks._lightning import to_device, undisturbed
+from lightning_unlearn.capture import SmallerBatches
+from lightning_unlearn.data import check_labels, indexed_batches, rank_share
+from lightning_unlearn.distributed import sum_over_ranks
+from lightning_unlearn.types import PartitionSource
+
+# What each Trainer has been told already; it is told once.
+_said: WeakKeyDictionary[Trainer, set[str]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well the model does on some samples.
+
+    Args:
+        accuracy: share of the samples whose strongest class is the given label.
+        loss: mean cross-entropy of the given label, in nats.
+        samples: how many samples, each counted once.
+    """
+
+    accuracy: float
+    loss: float
+    samples: int
+
+    def __str__(self) -> str:
+        return f"accuracy {self.accuracy:.3f}, loss {self.loss:.3f} on {self.samples:,} samples"
+
+
+class _Tally:
+    """Sums over samples that make a :class:`Score`: right ones, losses, samples, ranks that could not go on."""
+
+    def __init__(self, pl_module: LightningModule, num_classes: int) -> None:
+        self._pl_module = pl_module
+        self._num_classes = num_classes
+        self._in_parts = SmallerBatches()
+        self.sums = torch.zeros(4, dtype=torch.float64)
+
+    def add(self, x: Any, label: Tensor, weight: Tensor) -> None:
+        """Counts a batch; a row of weight 0 does not count."""
+        label = check_labels(label, len(label), self._num_classes)
+        done = 0
+        for logits in self._in_parts(lambda part, _: logits_of(self._pl_module, part).float(), x, label):
+            rows = slice(done, done + len(logits))
+            done += len(logits)
+            losses = cross_entropy(logits, label[rows], reduction="none")
+            columns = torch.stack([logits.argmax(dim=1) == label[rows], losses, torch.ones_like(losses)], dim=1)
+            self.sums[:3] += (columns.double().cpu() * weight[rows].double().cpu().unsqueeze(1)).sum(dim=0)
+
+    def give_up(self) -> None:
+        """Notes that a score would not be one."""
+        self.sums[3] = 1
+
+    def score(self, trainer: Trainer) -> Score | None:
+        """The score over all ranks, each of which must ask; None where one gave up or there are no samples."""
+        right, loss, samples, failed = sum_over_ranks(trainer.strategy)(self.sums).tolist()
+        return None if failed or samples == 0 else Score(right / samples, loss / samples, round(samples))
+
+
+def score_validation(
+    trainer: Trainer, pl_module: LightningModule, source: PartitionSource, num_classes: int
+) -> Score | None:
+    """How well the model does on the fit's own validation loaders, within ``limit_val_batches``.
+
+    Every rank must call it. Where a DistributedSampler repeats samples to make the ranks' shares equal, they are
+    counted once; a sampler of the user's own that does so may have a few counted twice.
+
+    Args:
+        trainer: of the running fit.
+        pl_module: the user's.
+        source: knows how to split a batch.
+        num_classes: C.
+
+    Returns:
+        None, with one line in the log that says why, where there is no loader, a batch cannot be split into input and
+        labels, or labels are not class indices.
+    """
+    tally, reason = _Tally(pl_module, num_classes), ""
+    with undisturbed(trainer, pl_module), torch.no_grad():
+        loaders = _validation_loaders(trainer)
+        # Anything may be in a validation loader, and not to know a score must not end the fit.
+        try:
+            for loader, limit in loaders:
+                with _as_it_was(loader) as batches:
+                    _count(trainer, pl_module, source, tally, itertools.islice(batches, limit))
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            tally.give_up()
+    score = tally.score(trainer)
+    if score is None:
+        _say_once(trainer, reason or "the fit has no validation batches")
+    return score
+
+
+def score_samples(
+    trainer: Trainer, pl_module: LightningModule, source: PartitionSource, index: Tensor, num_classes: int
+) -> Score:
+    """How well the model does on samples of the training set, against their given labels.
+
+    Every rank must call it. Two calls in a row see the same augmentation.
+
+    Args:
+        trainer: of the running fit.
+        pl_module: the user's.
+        source: knows how to split a batch.
+        index: (K,) int64, dataset indices, the same on every rank.
+        num_classes: C.
+
+    Raises:
+        ValueError: without a sample, or for labels that are not class indices.
+    """
+    if len(index) == 0:
+        raise ValueError("Expected at least one sample to score, but got none.")
+    tally, loader = _Tally(pl_module, num_classes), train_loader(trainer)
+    place, weight = rank_share(len(index), trainer.global_rank, trainer.world_size)
+    done = 0
+    with undisturbed(trainer, pl_module), torch.no_grad():
+        for rows, batch in indexed_batches(loader, index.cpu()[place]):
+            x, label = source.split_batch(to_device(trainer, pl_module, batch))
+            tally.add(x, label, weight[done : done + len(rows)])
+            done += len(rows)
+    score = tally.score(trainer)
+    if score is None:
+        raise RuntimeError("The samples yielded no batch; this is an error in lightning_unlearn.")
+    return score
+
+
+def _count(
+    trainer: Trainer, pl_module: LightningModule, source: PartitionSource, tally: _Tally, batches: Iterable[Any]
+) -> None:
+    for batch, weigh in batches:
+        x, label = source.split_batch(to_device(trainer, pl_module, batch))
+        tally.add(x, label, weigh(len(label)))
+
+
+def _validation_loaders(trainer: Trainer) -> list[tuple[Any, int | None]]:
+    """The validation loaders of the fit, each with how many batches are drawn of it; None for all.
+
+    Lightning makes them before the first validation; where that has not been, it makes them now. Inside
+    ``undisturbed``, on every rank.
+    """
+    loop: Any = trainer.fit_loop.epoch_loop.val_loop
+    if getattr(loop, "_combined_loader", None) is None:
+        reloaded = getattr(loop, "_last_val_dl_reload_epoch", None)
+        loop.setup_data()
+        # When the user's loaders are due to be made again is as it was.
+        loop._last_val_dl_reload_epoch = reloaded
+    combined = getattr(loop, "_combined_loader", None)
+    loaders = [] if combined is None else list(combined.flattened)
+    limits = [None if math.isinf(limit) else int(limit) for limit in trainer.num_val_batches[: len(loaders)]]
+    return list(zip(loaders, limits, strict=True))
+
+
+@contextmanager
+def _as_it_was(loader: Any) -> Iterator[Iterator[tuple[Any, Callable[[int], Tensor]]]]:
+    """Draws from a loader and leaves it, its workers and the generators that it draws from as they were.
+
+    Yields:
+        each batch with a function from its number of rows to their weights.
+    """
+    batches = getattr(loader, "batch_sampler", None)
+    holders = (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None))
+    generators = [
+        value for holder in holders if isinstance(value := getattr(holder, "generator", None), torch.Generator)
+    ]
+    states = [generator.get_state() for generator in generators]
+    if isinstance(loader, DataLoader):
+        # Its workers end with the iteration; through __dict__, since DataLoader refuses to have these set.
+        loader = copy.copy(loader)
+        loader.__dict__.update(persistent_workers=False, _iterator=None)
+    try:
+        yield _weighed(loader)
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+def _weighed(loader: Any) -> Iterator[tuple[Any, Callable[[int], Tensor]]]:
+    sampler = getattr(loader, "sampler", None)
+    plain = type(getattr(loader, "batch_sampler", None)) is BatchSampler
+    done = 0
+
+    def weigh(rows: int) -> Tensor:
+        nonlocal done
+        position = torch.arange(done, done + rows)
+        done += rows
+        if not (plain and isinstance(sampler, DistributedSampler)):
+            return torch.ones(rows)
+        # What is drawn beyond the data set's length is drawn only to make the ranks' shares equal.
+        total: Any = sampler.dataset
+        return (position * sampler.num_replicas + sampler.rank < len(total)).float()
+
+    for batch in loader:
+        yield batch, weigh
+
+
+def _say_once(trainer: Trainer, reason: str) -> None:
+    if reason not in _said.setdefault(trainer, set()):
+        _said[trainer].add(reason)
+        rank_zero_info(f"There is no score on validation data to go by: {reason}.")

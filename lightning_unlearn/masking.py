@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +81,43 @@ def neuron_entries(layer: nn.Module, norm: nn.Module | None, neurons: Tensor) ->
 def consumer_entries(head: nn.Linear, neurons: Tensor) -> list[PrunedEntries]:
     """What to zero so that a Linear does not listen to some of its inputs: the columns of its weight."""
     return [PrunedEntries(head.weight, 1, neurons)]
+
+
+def snapshot(entries: Sequence[PrunedEntries]) -> Callable[[], None]:
+    """Remembers the parameters that entries belong to.
+
+    Returns:
+        a function that puts them back, bit for bit.
+    """
+    before = [(entry.parameter, entry.parameter.detach().clone()) for entry in entries]
+
+    @torch.no_grad()
+    def restore() -> None:
+        for parameter, value in before:
+            parameter.copy_(value)
+
+    return restore
+
+
+@contextmanager
+def silenced(entries: Sequence[PrunedEntries]) -> Iterator[None]:
+    """Inside, the entries are zero; afterwards they are as they were."""
+    restore = snapshot(entries)
+    NeuronPruning(entries).zero_parameters()
+    try:
+        yield
+    finally:
+        restore()
+
+
+def owners(model: nn.Module, module: nn.Module) -> list[str]:
+    """Dotted paths of the other modules that hold one of a module's own parameters, which are tied."""
+    own = {id(parameter) for parameter in module.parameters(recurse=False)}
+    return [
+        name
+        for name, other in model.named_modules()
+        if other is not module and any(id(parameter) in own for parameter in other.parameters(recurse=False))
+    ]
 
 
 class NeuronPruning:

@@ -2,163 +2,225 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_unlearn.callbacks._base import PartitionConsumer, logits_of, probe, training_set
-from lightning_unlearn.callbacks._lightning import averaged_models, log_values, undisturbed
-from lightning_unlearn.capture import (
-    ForwardTrace,
-    check_reached,
-    neuron_count,
-    neuron_dimension,
-    neuron_means,
-    resolve_layer,
-    tap,
-)
-from lightning_unlearn.distributed import sum_over_ranks
-from lightning_unlearn.functional.sensitivity import RegressionSums, regression_sums, select_neurons, solve_sensitivity
-from lightning_unlearn.masking import NeuronPruning, PrunedEntries, consumer_entries, neuron_entries
-from lightning_unlearn.types import LayerPoint, NeuronMask, Partition
+from lightning_unlearn.callbacks._base import PartitionConsumer, probe
+from lightning_unlearn.callbacks._criteria import SENSITIVITY, Method, Ranking, Subject, rank_neurons
+from lightning_unlearn.callbacks._guard import Gauge, Outcome, make_gauge, prune_in_steps
+from lightning_unlearn.callbacks._lightning import averaged_models, log_values
+from lightning_unlearn.callbacks._prune_sites import PruneSite, check_layer, default_site, named_site
+from lightning_unlearn.capture import ForwardTrace, neuron_dimension, neuron_means, resolve_layer, tap
+from lightning_unlearn.functional.selection import share_of
+from lightning_unlearn.masking import NeuronPruning, PrunedEntries, silenced
+from lightning_unlearn.types import NeuronMask, Partition
 
-# To see whether entries could be zeroed, without zeroing any.
-_NO_NEURON = torch.zeros(0, dtype=torch.int64)
+_STATE_VERSION = 2
 
 
 class SensitivityPruneCallback(PartitionConsumer):
     """Prunes the neurons whose activations tell noise from clean samples (RLAP, step 4).
 
-    When the partition has been drawn it streams the layer's activations over the training set, solves the least squares
-    of the probability of being clean on them, and prunes the neurons of largest standardised coefficient: weight row,
-    bias, and scale and shift of a norm that follows directly. They stay exactly zero through all further training, and
-    in every checkpoint, which loads with ``strict=True`` into the plain module.
+    When the partition has been drawn it streams the layers' activations over the training set, regresses the
+    probability of being clean on them, and prunes, worst first and up to a share, the neurons that are significantly
+    more active for noise: weight row, bias, and scale and shift of a norm that follows. They stay exactly zero through
+    all further training, and in every checkpoint, which loads with ``strict=True`` into the plain module. Where none is
+    significant, none is pruned.
+
+    A guard prunes in steps and takes back what hurts: a step after which validation accuracy (without validation data,
+    the loss on held-back samples that are surely clean) is worse than before the pruning by more than a tolerance.
+
+    With the recipe ``"rlap"`` the regression is the paper's: least squares of the two clusters, neurons of largest
+    magnitude, whatever their sign, without a test.
 
     Args:
-        layer: dotted path of the Linear or convolution to prune, a convolution by channel. By default the neurons are
-            the inputs of the last Linear with an output per class that ``forward`` calls: its columns are pruned, and
-            with them the neurons of the layer that feeds it, where that is one layer with nothing but element-wise
-            functions and pooling between.
-        amount: share of the layer's live neurons to prune, in (0, 1); dead ones, which are constant, do not count.
-        ridge: L2 penalty of the regression on standardised activations; 0 is the paper's least squares.
+        layer: dotted path of the Linear or convolution to prune, a convolution by channel; or several of them. Inside a
+            residual branch, what is pruned is the branch's contribution. By default the neurons are the inputs of the
+            last Linear with an output per class that ``forward`` calls: its columns are pruned, and with them the
+            neurons of the layer that feeds it, where that is one layer with nothing but element-wise functions and
+            pooling between.
+        amount: share of each layer's live neurons to prune at most, in (0, 1), over all rounds of partition and
+            pruning; dead neurons, which are constant, do not count.
+        criterion: ``"sensitivity"``, or one to compare it with, which prunes ``amount`` in any case: ``"random"``;
+            ``"magnitude"`` of the weights, smallest first; the importance for suspect samples over that for clean ones
+            (``"mean_abs_ratio"``, ``"rms_ratio"``, ``"std_ratio"``, ``"frequency_ratio"`` of activations, ``"taylor"``
+            and ``"hessian"`` of the loss of the given labels), largest first.
+        regression: ``"ridge"``, in one pass from sums; or ``"logistic"``, which holds a layer's activations in memory
+            and is replaced by ridge where they take more than 256 MB on a rank.
+        ridge: L2 penalty on standardised coefficients, per sample; by default 0.001, which steadies neurons that are
+            nearly collinear and hardly moves the rest, and 0 for the least squares of recipe ``"rlap"``.
+        significance: level of the test, the expected share of innocent neurons among those that pass it (Benjamini and
+            Hochberg); None for no test: all neurons of the harmful sign may be pruned.
+        guard: whether to measure, and take back what hurts.
+        guard_tolerance: by how much validation accuracy may fall (0.01 is one point), or the loss rise, in nats.
+        guard_steps: in how many steps to prune; each costs a pass over the validation data.
+        seed: of the criterion ``"random"``.
 
     Raises:
         ValueError: for arguments out of range, here; for a layer that is unknown or cannot be pruned, when the fit is
             set up; for one that is not reached, or too small for ``amount``, when training starts.
         MisconfigurationException: without an AttributionPartitionCallback beside it, when the fit is set up.
+
+    Example:
+        >>> SensitivityPruneCallback(["fc1", "fc2"], criterion="taylors")
+        Traceback (most recent call last):
+        ValueError: Expected criterion to be one of 'sensitivity', ... Did you mean 'taylor'?
     """
 
-    def __init__(self, layer: str | None = None, *, amount: float = 0.15, ridge: float = 0.0) -> None:
+    def __init__(  # noqa: PLR0913  (each is an option of its own)
+        self,
+        layer: str | list[str] | None = None,
+        *,
+        amount: float = 0.15,
+        criterion: str = SENSITIVITY,
+        regression: Literal["ridge", "logistic"] = "ridge",
+        ridge: float | None = None,
+        significance: float | None = 0.05,
+        guard: bool = True,
+        guard_tolerance: float = 0.01,
+        guard_steps: int = 4,
+        seed: int = 0,
+    ) -> None:
         if not 0 < amount < 1:
             raise ValueError(f"Expected amount to lie in (0, 1), the share of neurons to prune, but got {amount}.")
-        if ridge < 0:
-            raise ValueError(f"Expected ridge to be at least 0, but got {ridge}.")
+        if guard_tolerance < 0:
+            raise ValueError(f"Expected guard_tolerance to be at least 0, but got {guard_tolerance}.")
+        if guard_steps < 1:
+            raise ValueError(f"Expected guard_steps to be at least 1, but got {guard_steps}.")
+        names = [layer] if isinstance(layer, str) else layer
+        if names is not None and (not names or len(set(names)) < len(names)):
+            raise ValueError(f"Expected layer to name at least one layer, and each once, but got {layer}.")
         self.layer = layer
         self.amount = amount
-        self.ridge = ridge
+        self.method = Method(criterion, regression, ridge, significance, seed)
+        self.guard = guard
+        self.guard_tolerance = guard_tolerance
+        self.guard_steps = guard_steps
         self.reset()
 
     @override
     def reset(self) -> None:
         super().reset()
-        # Resolved in begin: where activations are read, and the layer, norm and consumer whose entries are zeroed.
-        self._point: LayerPoint | None = None
-        self._names: dict[str, str | None] = {}
+        # Resolved in begin, in the order in which forward calls them.
+        self._sites: list[PruneSite] = []
+        self._masks: list[NeuronMask] = []
+        # Of each layer, how many neurons were live when it was first pruned: what ``amount`` is a share of.
+        self._live: list[int] = []
+        # Of the partition that was acted upon last; -1 before the first.
+        self._epoch = -1
+        # In a dry run: the masks say what would be pruned, and nothing is.
+        self._is_proposal = False
+        self._note = ""
         self._pruning: NeuronPruning | None = None
-        self._mask: NeuronMask | None = None
-        self._done = False
 
     @property
-    def mask(self) -> NeuronMask:
-        """Which neurons are kept.
+    def masks(self) -> tuple[NeuronMask, ...]:
+        """Which neurons are kept, for each layer, in the order in which ``forward`` calls them.
+
+        In a dry run, which would be kept.
 
         Raises:
-            RuntimeError: before there is one, saying when there will be, or if the partition was not acted upon.
+            RuntimeError: before there are any, saying when there will be, or if the partition was not acted upon.
         """
-        if self._mask is None:
-            if self._done:
+        if not self._masks:
+            if self._epoch >= 0:
                 raise RuntimeError("There is no mask: the partition was not acted upon, so no neuron was pruned.")
             when = "when the partition is drawn" if self._source is None else f"at epoch {self._source.at_epoch}"
             raise RuntimeError(f"There is no mask yet: neurons are pruned {when}.")
-        return self._mask
+        return tuple(self._masks)
+
+    @property
+    def mask(self) -> NeuronMask:
+        """The mask of the one layer; raises like :attr:`masks`, and where there are several."""
+        masks = self.masks
+        if len(masks) > 1:
+            names = ", ".join(repr(mask.layer) for mask in masks)
+            raise RuntimeError(f"There are {len(masks)} masks, of the layers {names}: use .masks.")
+        return masks[0]
 
     @property
     def sensitivity(self) -> Tensor:
-        """(D,) float32, standardised coefficient of every neuron; raises like :attr:`mask`."""
+        """(D,) float32, standardised coefficient of every neuron of the one layer; raises like :attr:`mask`."""
         return self.mask.sensitivity
 
     def target_layer(self) -> str:
         """Dotted path of the layer that is or will be pruned: the first whose parameters are touched."""
-        name = self._names.get("layer") or self._names.get("consumer")
-        if name is None:
+        if not self._sites:
             raise RuntimeError("The layer to prune is known when training starts.")
-        return name
+        return self._sites[0].target
 
     def silence(self) -> None:
         """Sets what belongs to pruned neurons to zero again, for who has just changed weights."""
         if self._pruning is not None:
             self._pruning.zero_parameters()
 
+    def describe(self) -> str:
+        """What was done, in one clause; empty where no neuron was to be pruned."""
+        if not any(len(mask.pruned_indices()) for mask in self._masks) and not self._note:
+            return ""
+        verb = "would prune" if self._is_proposal else "pruned"
+        counts = [f"{len(mask.pruned_indices())} of {len(mask.keep)} neurons of '{mask.layer}'" for mask in self._masks]
+        return f"{verb} {' and '.join(counts)}{f' ({self._note})' if self._note else ''}"
+
     @override
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().check(trainer, pl_module)
-        if self.layer is not None:
-            module = resolve_layer(pl_module, self.layer)
-            with _naming(self.layer):
-                _check_amount(neuron_count(module), self.amount)
-                neuron_entries(module, None, _NO_NEURON)
+        for name in self._names():
+            check_layer(pl_module, name, self.amount)
+
+    def _names(self) -> list[str]:
+        return [self.layer] if isinstance(self.layer, str) else list(self.layer or ())
 
     @override
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._done:
+        if self._masks:
             return
-        trace, _ = probe(trainer, pl_module, self.source)
-        if self.layer is not None:
-            self._point = LayerPoint(self.layer, "output")
-            check_reached(trace, self._point)
-            _check_not_the_classes(trace, self.layer)
-            self._names = {"layer": self.layer, "norm": trace.norm_after(self.layer), "consumer": None}
-            with _naming(self.layer):
-                self._entries(pl_module, _NO_NEURON)
+
+        def trace() -> ForwardTrace:
+            return probe(trainer, pl_module, self.source)[0]
+
+        first = trace()
+        if self.layer is None:
+            site = default_site(pl_module, self.amount, first)
+            # Every other neuron, so that an operation that mixes neurons shows too.
+            every_other = torch.arange(0, first.linear(site.name).in_features, 2)
+            self._sites = [self._verified(trainer, pl_module, site, every_other)]
             return
-        head = trace.last_linear(trace.output.shape[1])
-        self._point = LayerPoint(head, "input")
-        check_reached(trace, self._point)
-        _check_amount(trace.linear(head).in_features, self.amount)
-        self._names = {"consumer": head, **_feeder(trace, head)}
-        try:
-            self._entries(pl_module, _NO_NEURON)
-        except ValueError:
-            self._leave_feeder()
+        sites = {name: named_site(pl_module, name, trace, first) for name in self._names()}
+        called = [call.name for call in first.calls if call.name in sites]
+        self._sites = [sites[name] for name in called]
 
     @override
     def advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.pull_mask(trainer, pl_module)
 
     def pull_mask(self, trainer: Trainer, pl_module: LightningModule) -> NeuronMask | None:
-        """The mask, made now if it is due, or None if it is not due yet or nothing was pruned."""
+        """The mask (of several layers, the first), made now if it is due; None if it is not due or nothing is pruned.
+
+        Every partition of the fit is acted upon once. What was pruned stays so, and counts in ``amount``.
+        """
         partition = self.source.pull_partition(trainer, pl_module)
-        if not self._done and partition is not None:
+        if partition is not None and partition.epoch > self._epoch:
             if partition.is_actionable:
-                if self._point is None:
+                if not self._sites:
                     self.begin(trainer, pl_module)
                 self._prune(trainer, pl_module, partition)
-            self._done = True
-        return self._mask
+            self._epoch = partition.epoch
+        return self._masks[0] if self._masks and not self._is_proposal else None
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # After a resume: the weights come from the checkpoint already pruned, and are to stay so.
-        if self._mask is not None:
-            self._hold(trainer, pl_module, self._mask)
+        if self._masks and not self._is_proposal:
+            self._hold(trainer, pl_module)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -175,148 +237,166 @@ class SensitivityPruneCallback(PartitionConsumer):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and primitives, 5 bytes per neuron."""
-        mask = self._mask
+        """Tensors and primitives, 9 bytes per neuron."""
         return {
-            "done": self._done,
-            "names": dict(self._names),
-            "mask": None if mask is None else {"layer": mask.layer, "keep": mask.keep, "sensitivity": mask.sensitivity},
+            "version": _STATE_VERSION,
+            "epoch": self._epoch,
+            "is_proposal": self._is_proposal,
+            "note": self._note,
+            "sites": [asdict(site) for site in self._sites],
+            "live": list(self._live),
+            "masks": [
+                {
+                    "layer": mask.layer,
+                    "keep": mask.keep,
+                    "sensitivity": mask.sensitivity,
+                    "standard_error": mask.standard_error,
+                }
+                for mask in self._masks
+            ],
         }
 
     @property
     @override
     def has_acted(self) -> bool:
-        return self._mask is not None
+        return bool(self._masks)
 
     @override
     def restore(self, state: dict[str, Any]) -> None:
-        self._done = state["done"]
-        self._names = dict(state["names"])
-        mask = state["mask"]
-        self._mask = None if mask is None else NeuronMask(**mask)
+        if (version := state.get("version")) != _STATE_VERSION:
+            raise ValueError(f"Expected a pruning state of format version {_STATE_VERSION}, but got version {version}.")
+        self._epoch = state["epoch"]
+        self._is_proposal = state["is_proposal"]
+        self._note = state["note"]
+        self._sites = [PruneSite(**site) for site in state["sites"]]
+        self._live = list(state["live"])
+        self._masks = [NeuronMask(**mask) for mask in state["masks"]]
 
     def _prune(self, trainer: Trainer, pl_module: LightningModule, partition: Partition) -> None:
-        sensitivity = solve_sensitivity(self._regress(trainer, pl_module, partition), self.ridge).float().cpu()
-        mask = NeuronMask(self.target_layer(), select_neurons(sensitivity, self.amount), sensitivity)
-        self._mask = self._verified(trainer, pl_module, mask)
-        self._hold(trainer, pl_module, self._mask)
-        pruned = self._mask.pruned_indices()
-        if len(pruned) == 0:
-            rank_zero_warn(
-                f"No neuron was pruned: amount={self.amount} of the {int((sensitivity != 0).sum())} neurons of"
-                f" '{self._mask.layer}' whose activation varies is less than one."
-            )
-            return
-        rank_zero_info(
-            f"Pruned {len(pruned)} of {len(self._mask.keep)} neurons of '{self._mask.layer}', the most sensitive to"
-            f" noise (standardised coefficients up to {self._mask.sensitivity.abs().max():.3f})."
-        )
-        log_values(pl_module, {"unlearn/pruned_neurons": float(len(pruned))})
+        num_classes = probe(trainer, pl_module, self.source)[0].output.shape[1]
+        gauge = None
+        if self.guard:
+            gauge = make_gauge(trainer, pl_module, self.source, partition, num_classes, self.guard_tolerance)
+        rankings = self._rank(trainer, pl_module, partition, gauge, num_classes)
+        self._live = self._live or [ranking.live for ranking in rankings]
+        proposal = [
+            ranking.order[: max(0, share_of(self.amount, live) - self._count_pruned(at))]
+            for at, (ranking, live) in enumerate(zip(rankings, self._live, strict=True))
+        ]
+        self._sites = [
+            self._verified(trainer, pl_module, site, neurons)
+            for site, neurons in zip(self._sites, proposal, strict=True)
+        ]
+        outcome = Outcome(proposal)
+        if gauge is not None and any(len(neurons) for neurons in proposal):
+            outcome = prune_in_steps(pl_module, self._sites, proposal, gauge, self.guard_steps)
+        self._masks = [
+            self._mask_of(at, ranking, kept)
+            for at, (ranking, kept) in enumerate(zip(rankings, outcome.kept, strict=True))
+        ]
+        self._is_proposal = self.source.is_dry_run
+        self._report(pl_module, rankings, proposal, outcome, gauge)
+        if not self._is_proposal:
+            self._hold(trainer, pl_module)
 
-    def _regress(self, trainer: Trainer, pl_module: LightningModule, partition: Partition) -> RegressionSums:
-        source, point = self.source, self._read_point()
-        target = partition.clean_probability if source.regresses_on_probability else partition.is_clean.float()
-        num_classes = int(partition.label.max()) + 1
-        sums: RegressionSums | None = None
-        with undisturbed(trainer, pl_module), tap(pl_module, point) as take:
-            for batch in training_set(trainer, pl_module, source, num_classes):
-                with torch.no_grad():
-                    logits_of(pl_module, batch.x)
-                activation = _neurons(pl_module, point, take())
-                part = regression_sums(activation.cpu(), target[batch.index], batch.weight.cpu())
-                sums = part if sums is None else sums + part
-        if sums is None:
-            raise RuntimeError("The training set yielded no batch; this is an error in lightning_unlearn.")
-        reduce = sum_over_ranks(trainer.strategy)
-        return RegressionSums(reduce(sums.xtx), reduce(sums.xty), reduce(sums.yty))
+    def _rank(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        partition: Partition,
+        gauge: Gauge | None,
+        num_classes: int,
+    ) -> list[Ranking]:
+        held = torch.zeros(0, dtype=torch.int64) if gauge is None else gauge.held
+        gone = [~mask.keep for mask in self._masks] if self._holds() else [None] * len(self._sites)
+        subject = Subject(partition, held, gone)
+        return rank_neurons(trainer, pl_module, self.source, self._sites, self.method, subject, num_classes)
 
-    def _read_point(self) -> LayerPoint:
-        if self._point is None:
-            raise RuntimeError("The layer to prune is not resolved; this is an error in lightning_unlearn.")
-        return self._point
+    def _holds(self) -> bool:
+        """Whether neurons have been pruned before, and not only proposed."""
+        return bool(self._masks) and not self._is_proposal
 
-    def _entries(self, model: nn.Module, neurons: Tensor) -> list[PrunedEntries]:
-        entries: list[PrunedEntries] = []
-        layer, norm, consumer = (self._names[part] for part in ("layer", "norm", "consumer"))
-        if layer is not None:
-            module = None if norm is None else resolve_layer(model, norm)
-            entries += neuron_entries(resolve_layer(model, layer), module, neurons)
-        if consumer is not None:
-            head = resolve_layer(model, consumer)
-            if isinstance(head, nn.Linear):
-                entries += consumer_entries(head, neurons)
-        return entries
+    def _count_pruned(self, at: int) -> int:
+        return len(self._masks[at].pruned_indices()) if self._holds() else 0
 
-    def _leave_feeder(self) -> None:
-        """Prunes the columns of the head alone."""
-        self._names |= {"layer": None, "norm": None}
+    def _mask_of(self, at: int, ranking: Ranking, pruned: Tensor) -> NeuronMask:
+        """The mask with what was pruned before; of that, the score is the one that it was pruned for."""
+        keep = torch.ones(len(ranking.score), dtype=torch.bool)
+        score, error = ranking.score, ranking.standard_error
+        if self._holds():
+            before = self._masks[at]
+            keep = before.keep.clone()
+            score = torch.where(keep, score, before.sensitivity)
+            if error is not None and before.standard_error is not None:
+                error = torch.where(keep, error, before.standard_error)
+        keep[pruned] = False
+        return NeuronMask(self._sites[at].target, keep, score, error)
 
-    def _hold(self, trainer: Trainer, pl_module: LightningModule, mask: NeuronMask) -> None:
-        self._pruning = NeuronPruning(self._entries(pl_module, mask.pruned_indices()))
+    def _report(
+        self,
+        pl_module: LightningModule,
+        rankings: Sequence[Ranking],
+        proposal: Sequence[Tensor],
+        outcome: Outcome,
+        gauge: Gauge | None,
+    ) -> None:
+        for mask, ranking, proposed, live in zip(self._masks, rankings, proposal, self._live, strict=True):
+            if share_of(self.amount, live) == 0:
+                rank_zero_warn(
+                    f"No neuron was pruned: amount={self.amount} of the {live} neurons of '{mask.layer}' whose"
+                    " activation varies is less than one."
+                )
+            elif len(ranking.order) == 0:
+                level = self.method.significance
+                rank_zero_info(
+                    f"No neuron of '{mask.layer}' is pruned: of its {ranking.live} live neurons, none is"
+                    f" {'' if level is None else 'significantly '}more active for noise"
+                    f"{'' if level is None else f' (at a level of {level})'}."
+                )
+            elif len(proposed):
+                rank_zero_info(
+                    f"{len(ranking.order)} of the {ranking.live} live neurons of '{mask.layer}' may be pruned"
+                    f" ({self.method.criterion}); the {len(proposed)} worst are proposed, amount={self.amount}."
+                )
+        proposed_all = sum(len(neurons) for neurons in proposal)
+        if outcome.rolled_back:
+            self._note = f"{outcome.rolled_back} of {proposed_all} proposed were rolled back: {outcome.reason}"
+        elif gauge is not None and proposed_all:
+            self._note = gauge.between(outcome.after)
+        if proposed_all:
+            rank_zero_info(f"The pruning {'is a dry run: it ' if self._is_proposal else ''}{self.describe()}.")
+            pruned = sum(len(mask.pruned_indices()) for mask in self._masks)
+            log_values(pl_module, {"unlearn/pruned_neurons": 0.0 if self._is_proposal else float(pruned)})
+
+    def _entries(self, model: torch.nn.Module) -> list[PrunedEntries]:
+        return [
+            entry
+            for site, mask in zip(self._sites, self._masks, strict=True)
+            for entry in site.entries(model, mask.pruned_indices())
+        ]
+
+    def _hold(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._pruning is not None:
+            self._pruning.release()
+        self._pruning = NeuronPruning(self._entries(pl_module))
         self._pruning.zero_parameters()
         for average in averaged_models(trainer):
             # Begun before the pruning, it would bring the neurons back.
-            NeuronPruning(self._entries(average, mask.pruned_indices())).zero_parameters()
+            NeuronPruning(self._entries(average)).zero_parameters()
 
-    def _verified(self, trainer: Trainer, pl_module: LightningModule, mask: NeuronMask) -> NeuronMask:
-        """The mask, with the feeding layer left alone where zeroing its rows does not silence the head's inputs.
+    def _verified(self, trainer: Trainer, pl_module: LightningModule, site: PruneSite, neurons: Tensor) -> PruneSite:
+        """The site, with the feeding layer left alone where zeroing its rows does not silence the head's inputs.
 
         It does not where something adds to them in between, such as a residual connection; then the columns of the head
         alone are pruned, which silences the neurons for certain.
         """
-        if self._names["consumer"] is None or self._names["layer"] is None:
-            return mask
-        source, point, pruned = self.source, self._read_point(), mask.pruned_indices()
-        entries = self._entries(pl_module, pruned)
-        before = [entry.parameter.detach().clone() for entry in entries]
-        NeuronPruning(entries).zero_parameters()
-        try:
-            with tap(pl_module, point) as take:
-                probe(trainer, pl_module, source)
-                silent = bool((_neurons(pl_module, point, take())[:, pruned] == 0).all())
-                # Augmentation may show each rank another batch.
-                silent = trainer.strategy.reduce_boolean_decision(silent, all=True)
-        finally:
-            with torch.no_grad():
-                for entry, value in zip(entries, before, strict=True):
-                    entry.parameter.copy_(value)
-        if silent:
-            return mask
-        self._leave_feeder()
-        return replace(mask, layer=self.target_layer())
-
-
-def _neurons(pl_module: LightningModule, point: LayerPoint, activation: Tensor) -> Tensor:
-    """(B, D) float32."""
-    dimension = neuron_dimension(resolve_layer(pl_module, point.name), activation.ndim)
-    return neuron_means(activation.float(), dimension)
-
-
-def _feeder(trace: ForwardTrace, head: str) -> dict[str, str | None]:
-    """The layer and norm whose neurons are the head's inputs, as far as sizes tell."""
-    name = trace.feeder(head)
-    if name is None or len(trace.calls_of(name)) != 1:
-        return {"layer": None, "norm": None}
-    return {"layer": name, "norm": trace.norm_after(name)}
-
-
-@contextmanager
-def _naming(layer: str) -> Iterator[None]:
-    """Says of which layer an error speaks."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"SensitivityPruneCallback cannot prune layer '{layer}'. {error}") from None
-
-
-def _check_not_the_classes(trace: ForwardTrace, layer: str) -> None:
-    classes = trace.output.shape[1]
-    if trace.calls_of(layer)[0].output is trace.output or layer in trace.heads(classes)[-1:]:
-        raise ValueError(
-            f"SensitivityPruneCallback cannot prune layer '{layer}': its {classes} outputs are the classes. Leave layer"
-            " out to prune the neurons that it takes as input."
-        )
-
-
-def _check_amount(neurons: int, amount: float) -> None:
-    select_neurons(torch.zeros(neurons), amount)
+        if site.consumer is None or site.layer is None:
+            return site
+        with silenced(site.entries(pl_module, neurons)), tap(pl_module, site.point) as take:
+            probe(trainer, pl_module, self.source)
+            activation = take().float()
+        dimension = neuron_dimension(resolve_layer(pl_module, site.name), activation.ndim)
+        silent = bool((neuron_means(activation, dimension)[:, neurons] == 0).all())
+        # Augmentation may show each rank another batch.
+        silent = trainer.strategy.reduce_boolean_decision(silent, all=True)
+        return site if silent else replace(site, layer=None, norm=None)

@@ -2,27 +2,33 @@
 
 from lightning_unlearn.functional.attribution import class_max_attribution, label_margin, strongest_other
 from lightning_unlearn.functional.evidence import confident_disagreement, label_support, shift_to_rate
+from lightning_unlearn.functional.importance import NeuronSums, importance_ratio, magnitude, neuron_sums
 from lightning_unlearn.functional.latent import LatentClasses, fit_latent_classes, fit_transition, given_posterior
+from lightning_unlearn.functional.logistic import fit_logistic
 from lightning_unlearn.functional.mixture import GaussianMixture, fit_mixture, standardise
-from lightning_unlearn.functional.sensitivity import (
-    RegressionSums,
-    regression_sums,
-    select_neurons,
-    solve_sensitivity,
-)
+from lightning_unlearn.functional.selection import benjamini_hochberg, harmful_neurons, select_neurons
+from lightning_unlearn.functional.sensitivity import RegressionSums, Sensitivity, regression_sums, solve_sensitivity
 
 __all__ = [
     "GaussianMixture",
     "LatentClasses",
+    "NeuronSums",
     "RegressionSums",
+    "Sensitivity",
+    "benjamini_hochberg",
     "class_max_attribution",
     "confident_disagreement",
     "fit_latent_classes",
+    "fit_logistic",
     "fit_mixture",
     "fit_transition",
     "given_posterior",
+    "harmful_neurons",
+    "importance_ratio",
     "label_margin",
     "label_support",
+    "magnitude",
+    "neuron_sums",
     "regression_sums",
     "select_neurons",
     "shift_to_rate",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +9,41 @@ from torch import Tensor
 
 # A neuron whose standard deviation is below this share of its root mean square is constant up to rounding.
 _CONSTANT = 1e-6
+# Directions of the activations with less than this share of the largest variance are rounding.
+_SINGULAR = 1e-9
+
+
+@dataclass(frozen=True, eq=False)
+class Sensitivity:
+    """What a regression of the probability of being clean on the activations of D neurons found.
+
+    Args:
+        coefficient: (D,) float64, for one standard deviation of the neuron more; below zero for a neuron that is more
+            active for noise; 0 for one that is constant.
+        standard_error: (D,) float64, of the coefficient; inf where the samples do not determine it.
+        is_live: (D,) bool, False for a neuron that is constant.
+    """
+
+    coefficient: Tensor
+    standard_error: Tensor
+    is_live: Tensor
+
+    def p_value(self) -> Tensor:
+        """(D,) float64, of the two-sided z test that the coefficient is 0; 1 where nothing is known.
+
+        Example:
+            >>> one = torch.ones(1, dtype=torch.float64)
+            >>> Sensitivity(1.96 * one, one, one.bool()).p_value()
+            tensor([0.0500], dtype=torch.float64)
+        """
+        p = torch.special.erfc((self.coefficient / self.standard_error).abs() / 2**0.5)
+        return torch.where(self.is_live & self.standard_error.isfinite(), p, 1.0)
+
+    @classmethod
+    def unknown(cls, is_live: Tensor) -> Sensitivity:
+        """Nothing was found."""
+        nothing = torch.zeros(is_live.shape, dtype=torch.float64)
+        return cls(nothing, torch.full_like(nothing, torch.inf), is_live)
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,84 +78,76 @@ def regression_sums(activation: Tensor, target: Tensor, weight: Tensor) -> Regre
         tensor([[10.,  4.],
                 [ 4.,  2.]], dtype=torch.float64)
     """
-    if activation.ndim != 2 or target.shape != activation.shape[:1] or weight.shape != target.shape:
-        raise ValueError(
-            "Expected activation (B, D), target (B,) and weight (B,), but got"
-            f" {tuple(activation.shape)}, {tuple(target.shape)} and {tuple(weight.shape)}."
-        )
+    check_rows(activation, target, weight)
     z = torch.cat([activation.double(), activation.new_ones(len(activation), 1, dtype=torch.float64)], dim=1)
     y = target.double()
     weighted = z * weight.double().unsqueeze(1)
     return RegressionSums(weighted.T @ z, weighted.T @ y, (weight.double() * y * y).sum())
 
 
-def solve_sensitivity(sums: RegressionSums, ridge: float = 0.0) -> Tensor:
-    """Standardised coefficients of ``y = X w + b``.
+def check_rows(activation: Tensor, target: Tensor, weight: Tensor) -> None:
+    """Refuses shapes other than (B, D), (B,) and (B,)."""
+    if activation.ndim != 2 or target.shape != activation.shape[:1] or weight.shape != target.shape:
+        raise ValueError(
+            "Expected activation (B, D), target (B,) and weight (B,), but got"
+            f" {tuple(activation.shape)}, {tuple(target.shape)} and {tuple(weight.shape)}."
+        )
+
+
+def is_varying(variance: Tensor, mean_square: Tensor) -> Tensor:
+    """(D,) bool, whether neurons vary by more than rounding."""
+    return variance.clamp(min=0).sqrt() > _CONSTANT * mean_square.clamp(min=0).sqrt()
+
+
+def solve_sensitivity(sums: RegressionSums, ridge: float = 0.0) -> Sensitivity:
+    """Standardised coefficients of ``y = X w + b``, and how sure they are.
 
     The coefficient of a neuron is multiplied with the neuron's standard deviation and divided by the target's, so that
     neurons of different scale compare. The paper ranks the raw ``|w|``; on activations of equal scale the two agree.
 
+    With ``ridge`` 0 the standard errors are those of least squares: the square root of the diagonal of
+    ``s^2 / N * R^+`` with the correlation matrix R of the neurons and the residual variance s^2, on as many degrees of
+    freedom as there are samples beyond the rank of the neurons and the mean. Neurons that are nearly collinear share a
+    coefficient, and what cannot be told apart has a large error. With a ridge they are those of the shrunk
+    coefficients, ``s^2 / N * (R + ridge I)^-1 R (R + ridge I)^-1``, which leaves out the bias towards 0.
+
     Args:
         sums: over all samples.
-        ridge: L2 penalty on the standardised coefficients, per sample (``R + ridge * I`` with the correlation matrix
-            R); with 0 the minimum-norm solution of ordinary least squares.
+        ridge: L2 penalty on the standardised coefficients, per sample (``R + ridge * I``); with 0 the minimum-norm
+            solution of ordinary least squares.
 
     Returns:
-        (D,) float64; 0 for a neuron that is constant, and everywhere if the target is constant.
+        coefficients, 0 for a neuron that is constant, and everywhere if the target is constant.
 
     Example:
-        >>> x = torch.tensor([[0.0, 1.0], [1.0, 1.0], [2.0, 1.0]])
-        >>> solve_sensitivity(regression_sums(x, torch.tensor([0.0, 0.5, 1.0]), torch.ones(3)))
-        tensor([1., 0.], dtype=torch.float64)
+        >>> x = torch.tensor([[0.0, 1.0], [1.0, 1.0], [2.0, 1.0], [3.0, 1.0]])
+        >>> found = solve_sensitivity(regression_sums(x, torch.tensor([0.0, 1.0, 0.0, 1.0]), torch.ones(4)))
+        >>> found.coefficient, found.standard_error
+        (tensor([0.4472, 0.0000], dtype=torch.float64), tensor([0.6325,    inf], dtype=torch.float64))
     """
     count = sums.xtx[-1, -1]
     mean_x, mean_y = sums.xtx[:-1, -1] / count, sums.xty[-1] / count
     covariance = sums.xtx[:-1, :-1] / count - torch.outer(mean_x, mean_x)
     cross = sums.xty[:-1] / count - mean_x * mean_y
     variance_y = sums.yty / count - mean_y**2
-    scale = covariance.diagonal().clamp(min=0).sqrt()
-    alive = scale > _CONSTANT * (sums.xtx.diagonal()[:-1] / count).sqrt()
-    sensitivity = torch.zeros_like(scale)
-    if not alive.any() or variance_y <= _CONSTANT**2:
-        return sensitivity
-    scale = scale[alive]
-    correlation = covariance[alive][:, alive] / torch.outer(scale, scale)
-    correlation.diagonal().add_(ridge)
-    with_target = cross[alive] / (scale * variance_y.sqrt())
-    sensitivity[alive] = torch.linalg.pinv(correlation, hermitian=True, rtol=1e-9) @ with_target
-    return sensitivity
+    live = is_varying(covariance.diagonal(), sums.xtx.diagonal()[:-1] / count)
+    found = Sensitivity.unknown(live)
+    if not live.any() or variance_y <= _CONSTANT**2:
+        return found
+    scale = covariance.diagonal()[live].sqrt()
+    correlation = covariance[live][:, live] / torch.outer(scale, scale)
+    with_target = cross[live] / (scale * variance_y.sqrt())
 
+    variances, axes = torch.linalg.eigh(correlation)
+    variances = torch.where(variances > _SINGULAR * variances[-1], variances, 0.0)
+    shrunk = torch.where(variances > 0, 1 / (variances + ridge), 0.0)
+    coefficient = axes @ (shrunk * (axes.T @ with_target))
+    found.coefficient[live] = coefficient
 
-def select_neurons(sensitivity: Tensor, amount: float) -> Tensor:
-    """The neurons to keep when the ``amount`` of largest magnitude is pruned.
-
-    The share is taken of the *live* neurons, those with a sensitivity other than 0. A ReLU layer that has memorised its
-    data can have half of its neurons dead; half of all neurons would then be all that the network has left.
-
-    Args:
-        sensitivity: (D,).
-        amount: share of the live neurons in (0, 1), rounded down.
-
-    Returns:
-        keep: (D,) bool.
-
-    Raises:
-        ValueError: if the amount is less than one of all D neurons.
-
-    Example:
-        >>> select_neurons(torch.tensor([0.1, -0.9, 0.0, 0.3]), amount=0.7)
-        tensor([ True, False,  True, False])
-    """
-    neurons = len(sensitivity)
-    # A whole number may come out a little too small: 0.29 * 100 is 28.999999999999996.
-    rounding = 1e-9
-    if amount * neurons + rounding < 1:
-        raise ValueError(
-            f"amount={amount} of {neurons} neurons is less than one neuron; use at least"
-            f" {math.ceil(1e6 / neurons) / 1e6:g}."
-        )
-    count = math.floor(amount * int((sensitivity != 0).sum()) + rounding)
-    keep = torch.ones_like(sensitivity, dtype=torch.bool)
-    # A stable order, so that equal sensitivities are broken alike on every rank.
-    keep[sensitivity.abs().argsort(descending=True, stable=True)[:count]] = False
-    return keep
+    freedom = count - 1 - (variances * shrunk).sum()
+    unexplained = 1 - 2 * coefficient @ with_target + coefficient @ correlation @ coefficient
+    if freedom >= 1:
+        # In units of the target's variance; what is less than rounding is not known to be less.
+        residual = unexplained.clamp(min=torch.finfo(torch.float64).eps) / freedom
+        found.standard_error[live] = (residual * (axes.square() @ (variances * shrunk.square()))).sqrt()
+    return found

@@ -73,7 +73,9 @@ def run(folder, devices, scenario):
         "auto": {"net": mlp, "finetune": {"lr": 0.02}, "recipe": "auto"},
     }[scenario]
     recipe = settings.get("recipe", "label")
-    partition, prune, finetune = trio(AT, finetune=settings["finetune"], recipe=recipe)
+    # The regression alone: what it finds is what is pruned.
+    plain = {"significance": None, "guard": False}
+    partition, prune, finetune = trio(AT, prune=plain, finetune=settings["finetune"], recipe=recipe)
     module = Toy(settings["net"], **({"optimizer": settings["optimizer"]} if "optimizer" in settings else {}))
     trainer = fit(
         module, BlobsData(data), [finetune, record, prune, watch, partition], max_epochs=AT + 2, **distributed
@@ -81,8 +83,8 @@ def run(folder, devices, scenario):
     torch.save(
         {
             "partition": partition.partition.state_dict(),
-            "mask": prune.mask.keep if prune._mask is not None else None,
-            "sensitivity": prune.sensitivity if prune._mask is not None else None,
+            "mask": prune.mask.keep if prune.has_acted else None,
+            "sensitivity": prune.sensitivity if prune.has_acted else None,
             "read": record.by_epoch,
             "before": watch.before,
             "weights": weights(module),

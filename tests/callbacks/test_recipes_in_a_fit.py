@@ -94,7 +94,7 @@ def test_on_clean_data_nothing_is_flagged_and_training_is_left_as_it_was(evidenc
         final.append(weights(module))
     partition, prune, finetune = ours
     assert not finetune.is_active
-    assert prune._mask is None
+    assert not prune.has_acted
     assert partition.partition.is_clean.all()
     assert set(partition.partition.reasons()) == {"none"}
     assert not partition.partition.is_actionable

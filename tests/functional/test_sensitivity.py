@@ -26,7 +26,7 @@ def z_score(values):
 
 def sensitivity_of(activation, target, weight=None, ridge=0.0):
     weight = torch.ones(len(target)) if weight is None else weight
-    return solve_sensitivity(regression_sums(activation, target, weight), ridge)
+    return solve_sensitivity(regression_sums(activation, target, weight), ridge).coefficient
 
 
 def test_matches_least_squares_on_standardised_data():
@@ -46,7 +46,10 @@ def test_batches_add_up_to_the_whole():
     weight = torch.rand(len(target))
     sums = [regression_sums(*batch) for batch in zip(*(t.split(17) for t in (activation, target, weight)), strict=True)]
     torch.testing.assert_close(
-        solve_sensitivity(reduce(add, sums)), sensitivity_of(activation, target, weight), rtol=1e-9, atol=1e-12
+        solve_sensitivity(reduce(add, sums)).coefficient,
+        sensitivity_of(activation, target, weight),
+        rtol=1e-9,
+        atol=1e-12,
     )
 
 
@@ -54,7 +57,7 @@ def test_rows_of_weight_zero_do_not_count():
     activation, target = problem()
     padded = torch.cat([activation, 100 * torch.ones(5, 6)])
     sums = regression_sums(padded, torch.cat([target, torch.ones(5)]), torch.cat([torch.ones(200), torch.zeros(5)]))
-    torch.testing.assert_close(solve_sensitivity(sums), sensitivity_of(activation, target))
+    torch.testing.assert_close(solve_sensitivity(sums).coefficient, sensitivity_of(activation, target))
 
 
 def test_weight_two_is_the_row_twice():

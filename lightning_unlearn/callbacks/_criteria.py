@@ -1,0 +1,304 @@
+"""One pass over the training set that ranks the neurons of some layers, by the criterion of a given name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+
+from lightning_unlearn.callbacks._base import IndexedBatch, logits_of, training_set
+from lightning_unlearn.callbacks._lightning import undisturbed
+from lightning_unlearn.callbacks._prune_sites import PruneSite
+from lightning_unlearn.capture import SmallerBatches, loss_gradients, neuron_dimension, resolve_layer, tap
+from lightning_unlearn.data import rank_share
+from lightning_unlearn.distributed import sum_over_ranks
+from lightning_unlearn.functional.importance import NeuronSums, importance_ratio, magnitude, neuron_sums
+from lightning_unlearn.functional.logistic import fit_logistic
+from lightning_unlearn.functional.mixture import Reduce
+from lightning_unlearn.functional.selection import harmful_neurons, in_order
+from lightning_unlearn.functional.sensitivity import RegressionSums, Sensitivity, regression_sums, solve_sensitivity
+from lightning_unlearn.types import Partition, PartitionSource
+
+SENSITIVITY = "sensitivity"
+RATIOS = ("mean_abs_ratio", "rms_ratio", "std_ratio", "frequency_ratio")
+GRADIENTS = ("taylor", "hessian")
+CRITERIA = (SENSITIVITY, "random", "magnitude", *RATIOS, *GRADIENTS)
+"""By what neurons are ranked: the regression on p(clean), and what it is compared with."""
+
+# A logistic regression holds this many bytes of activations, on each rank, at most.
+LOGISTIC_BYTES = 256 * 2**20
+# L2 penalty on standardised coefficients. It shrinks a direction in which neurons hardly differ, with a thousandth of
+# the variance of one neuron, to half: what collinear neurons have in common stays, what tells them apart is noise.
+RIDGE = 1e-3
+
+
+@dataclass(frozen=True)
+class Method:
+    """How neurons are ranked; see ``SensitivityPruneCallback``."""
+
+    criterion: str
+    regression: str
+    ridge: float | None
+    significance: float | None
+    seed: int
+
+    def __post_init__(self) -> None:
+        check_name("criterion", self.criterion, CRITERIA)
+        check_name("regression", self.regression, ("ridge", "logistic"))
+        if self.ridge is not None and self.ridge < 0:
+            raise ValueError(f"Expected ridge to be at least 0, but got {self.ridge}.")
+        if self.significance is not None and not 0 < self.significance < 1:
+            raise ValueError(
+                f"Expected significance to lie in (0, 1), or None for no test, but got {self.significance}."
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """What a criterion says of the neurons of one layer.
+
+    Args:
+        score: (D,) float32, the standardised coefficient, or the criterion's own number, of which the largest are
+            pruned first.
+        standard_error: (D,) float32, of a coefficient.
+        order: (K,) int64, the neurons that may be pruned, the worst first.
+        live: how many neurons vary.
+    """
+
+    score: Tensor
+    standard_error: Tensor | None
+    order: Tensor
+    live: int
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """What neurons are ranked for.
+
+    Args:
+        partition: which samples are noise.
+        held: (H,) int64, samples that are left out.
+        gone: for each layer, (D,) bool, neurons that have been pruned before; None where none has.
+    """
+
+    partition: Partition
+    held: Tensor
+    gone: Sequence[Tensor | None]
+
+
+class _Reader(Protocol):
+    """Gathers, over the batches of one rank, what its criterion needs of one layer."""
+
+    def add(self, values: Tensor, product: Tensor | None, batch: IndexedBatch) -> None:
+        """Takes the activations (B, P, D) of a batch, and the sum over positions of gradient x activation (B, D)."""
+
+    def rank(self, reduce: Reduce) -> Ranking:
+        """What all ranks have seen; every rank must ask."""
+
+
+def check_name(argument: str, value: str, names: Sequence[str]) -> None:
+    """Refuses a name that is none of the given ones, with the nearest of them."""
+    if value not in names:
+        near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.4)
+        raise ValueError(
+            f"Expected {argument} to be one of {', '.join(map(repr, names))}, but got {value!r}."
+            + (f" Did you mean {near[0]!r}?" if near else "")
+        )
+
+
+def rank_neurons(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    source: PartitionSource,
+    sites: Sequence[PruneSite],
+    method: Method,
+    subject: Subject,
+    num_classes: int,
+) -> list[Ranking]:
+    """The neurons of each layer, ranked in one pass over the training set. Every rank must call it."""
+    weight = torch.ones(len(subject.partition))
+    weight[subject.held] = 0
+    make = _maker(trainer, pl_module, source, method, subject.partition, weight)
+    readers: list[_Reader] = [make(site) for site in sites]
+    watch = _gradients if method.criterion in GRADIENTS else _activations
+    # Ratios are of what a neuron does at each position; the rest is of its mean over them.
+    reads = _Reads(pl_module, sites, by_position=method.criterion in RATIOS)
+    with undisturbed(trainer, pl_module):
+        for batch, seen in watch(reads, training_set(trainer, pl_module, source, num_classes)):
+            for reader, gone, (values, product) in zip(readers, subject.gone, seen, strict=True):
+                # What only the head's columns silence is still active, and must not be told apart by.
+                active = values if gone is None else values.masked_fill(gone.to(values.device), 0)
+                reader.add(active.cpu(), None if product is None else product.cpu(), batch)
+    return [reader.rank(sum_over_ranks(trainer.strategy)) for reader in readers]
+
+
+@dataclass(frozen=True, eq=False)
+class _Reads:
+    """Of which layers activations are read, and whether at each position or their mean."""
+
+    pl_module: LightningModule
+    sites: Sequence[PruneSite]
+    by_position: bool
+
+    def values(self, site: PruneSite, activation: Tensor) -> Tensor:
+        """(B, P, D) float32, with P = 1 for the mean over positions."""
+        rows = self._rows(site, activation)
+        return rows if self.by_position else rows.mean(dim=1, keepdim=True)
+
+    def total(self, site: PruneSite, product: Tensor) -> Tensor:
+        """(B, D) float32, the sum over positions."""
+        return self._rows(site, product).sum(dim=1)
+
+    def _rows(self, site: PruneSite, activation: Tensor) -> Tensor:
+        dimension = neuron_dimension(resolve_layer(self.pl_module, site.name), activation.ndim)
+        rows = activation.float().movedim(dimension, -1)
+        return rows.reshape(len(rows), -1, rows.shape[-1])
+
+
+Seen = list[tuple[Tensor, Tensor | None]]
+
+
+def _activations(reads: _Reads, batches: Iterator[IndexedBatch]) -> Iterator[tuple[IndexedBatch, Seen]]:
+    with ExitStack() as stack:
+        takes = [stack.enter_context(tap(reads.pl_module, site.point)) for site in reads.sites]
+        for batch in batches:
+            with torch.no_grad():
+                logits_of(reads.pl_module, batch.x)
+            yield batch, [(reads.values(s, take()), None) for s, take in zip(reads.sites, takes, strict=True)]
+
+
+def _gradients(reads: _Reads, batches: Iterator[IndexedBatch]) -> Iterator[tuple[IndexedBatch, Seen]]:
+    in_parts, points = SmallerBatches(), [site.point for site in reads.sites]
+
+    def of_part(x: Any, label: Tensor) -> list[tuple[Tensor, Tensor]]:
+        found = loss_gradients(reads.pl_module, points, lambda value: logits_of(reads.pl_module, value), x, label)
+        return [
+            (reads.values(site, a), reads.total(site, a.float() * g.float()))
+            for site, (a, g) in zip(reads.sites, found, strict=True)
+        ]
+
+    for batch in batches:
+        by_site = zip(*in_parts(of_part, batch.x, batch.label), strict=True)
+        yield batch, [(torch.cat([v for v, _ in parts]), torch.cat([p for _, p in parts])) for parts in by_site]
+
+
+def _maker(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    source: PartitionSource,
+    method: Method,
+    partition: Partition,
+    weight: Tensor,
+) -> Callable[[PruneSite], _Reader]:
+    soft = source.regresses_on_probability
+    target = partition.clean_probability if soft else partition.is_clean.float()
+    rows = len(rank_share(len(partition), trainer.global_rank, trainer.world_size)[0])
+
+    def make(site: PruneSite) -> _Reader:
+        if method.criterion != SENSITIVITY:
+            score = None
+            if method.criterion == "random":
+                generator = torch.Generator().manual_seed(method.seed + partition.epoch)
+                score = torch.rand(_width(pl_module, site), generator=generator)
+            elif method.criterion == "magnitude":
+                score = -magnitude(*site.weight(pl_module)).cpu()
+            return _StatisticReader(method.criterion, partition.is_clean, weight, score)
+        if method.regression == "logistic":
+            held = rows * _width(pl_module, site) * 4
+            if held <= LOGISTIC_BYTES:
+                return _LogisticReader(method, target, weight, soft)
+            rank_zero_info(
+                f"A logistic regression on the neurons of '{site.target}' would hold {held / 2**20:,.0f} MB of"
+                f" activations on each rank, more than {LOGISTIC_BYTES / 2**20:,.0f} MB; a ridge regression is taken."
+            )
+        return _RidgeReader(method, target, weight, soft)
+
+    return make
+
+
+def _width(pl_module: LightningModule, site: PruneSite) -> int:
+    weight, dimension = site.weight(pl_module)
+    return weight.shape[dimension]
+
+
+def _ranked(found: Sensitivity, method: Method, soft: bool) -> Ranking:
+    if soft:
+        order = harmful_neurons(found, method.significance)
+    else:
+        order = in_order(found.coefficient.abs(), found.is_live & (found.coefficient != 0))
+    return Ranking(found.coefficient.float(), found.standard_error.float(), order, int((found.is_live).sum()))
+
+
+class _RidgeReader:
+    def __init__(self, method: Method, target: Tensor, weight: Tensor, soft: bool) -> None:
+        self._method, self._target, self._weight, self._soft = method, target, weight, soft
+        self._sums: RegressionSums | None = None
+
+    def add(self, values: Tensor, product: Tensor | None, batch: IndexedBatch) -> None:
+        weight = self._weight[batch.index] * batch.weight.cpu()
+        part = regression_sums(values.mean(dim=1), self._target[batch.index], weight)
+        self._sums = part if self._sums is None else self._sums + part
+
+    def rank(self, reduce: Reduce) -> Ranking:
+        if self._sums is None:
+            raise RuntimeError("The training set yielded no batch; this is an error in lightning_unlearn.")
+        sums = RegressionSums(reduce(self._sums.xtx), reduce(self._sums.xty), reduce(self._sums.yty))
+        ridge = self._method.ridge
+        if ridge is None:
+            ridge = RIDGE if self._soft else 0.0  # the paper has none
+        return _ranked(solve_sensitivity(sums, ridge), self._method, self._soft)
+
+
+class _LogisticReader:
+    def __init__(self, method: Method, target: Tensor, weight: Tensor, soft: bool) -> None:
+        self._method, self._target, self._weight, self._soft = method, target, weight, soft
+        self._rows: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def add(self, values: Tensor, product: Tensor | None, batch: IndexedBatch) -> None:
+        weight = self._weight[batch.index] * batch.weight.cpu()
+        self._rows.append((values.mean(dim=1), self._target[batch.index], weight))
+
+    def rank(self, reduce: Reduce) -> Ranking:
+        activation, target, weight = (torch.cat(column) for column in zip(*self._rows, strict=True))
+        self._rows.clear()
+        ridge = RIDGE if self._method.ridge is None else self._method.ridge
+        return _ranked(fit_logistic(activation, target, weight, reduce, ridge), self._method, self._soft)
+
+
+class _StatisticReader:
+    """Sums over the suspect and over the clean samples; a score that needs none still needs to know who is live."""
+
+    def __init__(self, criterion: str, is_clean: Tensor, weight: Tensor, score: Tensor | None) -> None:
+        self._statistic = criterion.removesuffix("_ratio")
+        self._uses_gradient = criterion in GRADIENTS
+        self._score = score
+        self._groups = (weight * ~is_clean, weight * is_clean)
+        self._values: list[NeuronSums] = []
+        self._products: list[NeuronSums] = []
+
+    def add(self, values: Tensor, product: Tensor | None, batch: IndexedBatch) -> None:
+        weights = [group[batch.index] * batch.weight.cpu() for group in self._groups]
+        self._values = _added(self._values, [neuron_sums(values, weight) for weight in weights])
+        if product is not None:
+            self._products = _added(self._products, [neuron_sums(product, weight) for weight in weights])
+
+    def rank(self, reduce: Reduce) -> Ranking:
+        suspect, clean = (sums.reduced(reduce) for sums in self._values)
+        live = (suspect + clean).is_live()
+        score = self._score
+        if self._uses_gradient:
+            suspect, clean = (sums.reduced(reduce) for sums in self._products)
+        if score is None:
+            score = importance_ratio(suspect, clean, self._statistic)
+        return Ranking(score.float(), None, in_order(score, live), int(live.sum()))
+
+
+def _added(sums: list[NeuronSums], parts: list[NeuronSums]) -> list[NeuronSums]:
+    return [one + part for one, part in zip(sums, parts, strict=True)] if sums else parts

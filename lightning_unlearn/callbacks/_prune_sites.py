@@ -1,0 +1,226 @@
+"""Where neurons are read and what belongs to them: the layer, the norm after it, or the columns that listen to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_unlearn.capture import ForwardTrace, ModuleCall, check_reached, neuron_count, resolve_layer
+from lightning_unlearn.functional.selection import check_amount
+from lightning_unlearn.masking import PrunedEntries, consumer_entries, neuron_entries, owners, silenced
+from lightning_unlearn.types import LayerPoint
+
+Trace = Callable[[], ForwardTrace]
+"""Runs the model on the first samples."""
+
+# To see whether entries could be zeroed, without zeroing any.
+_NO_NEURON = torch.zeros(0, dtype=torch.int64)
+_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+
+
+@dataclass(frozen=True)
+class PruneSite:
+    """The neurons of one layer.
+
+    Args:
+        name: dotted path of the layer where their activations are read.
+        at: whether they are its outputs or its inputs.
+        layer: dotted path of the layer whose weight rows and biases they are, if it is pruned.
+        norm: of the norm whose scale and shift belong to them.
+        consumer: of the Linear whose columns listen to them.
+    """
+
+    name: str
+    at: Literal["input", "output"] = "output"
+    layer: str | None = None
+    norm: str | None = None
+    consumer: str | None = None
+
+    @property
+    def point(self) -> LayerPoint:
+        """Where their activations are read."""
+        return LayerPoint(self.name, self.at)
+
+    @property
+    def target(self) -> str:
+        """The first layer whose parameters are touched."""
+        return self.layer or self.consumer or self.name
+
+    def entries(self, model: nn.Module, neurons: Tensor) -> list[PrunedEntries]:
+        """What to zero so that these neurons are silent."""
+        entries: list[PrunedEntries] = []
+        if self.layer is not None:
+            norm = None if self.norm is None else resolve_layer(model, self.norm)
+            entries += neuron_entries(resolve_layer(model, self.layer), norm, neurons)
+        if self.consumer is not None:
+            head = resolve_layer(model, self.consumer)
+            if isinstance(head, nn.Linear):
+                entries += consumer_entries(head, neurons)
+        return entries
+
+    def weight(self, model: nn.Module) -> tuple[Tensor, int]:
+        """The weight that neurons are measured by, and its dimension that counts them."""
+        module: Any = resolve_layer(model, self.target)
+        transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+        return module.weight, int(self.layer is None or transposed)
+
+
+def check_layer(model: nn.Module, name: str, amount: float) -> None:
+    """Refuses, before anything has run, a layer whose neurons cannot be pruned.
+
+    Raises:
+        ValueError: naming the layer, and what to name instead.
+    """
+    module = resolve_layer(model, name)
+    with _naming(name):
+        try:
+            neurons = neuron_count(module)
+        except ValueError as error:
+            raise ValueError(f"{error}{_instead(name, module)}") from None
+        check_amount(amount, neurons)
+        neuron_entries(module, None, _NO_NEURON)
+        _check_not_tied(model, module)
+
+
+def named_site(model: nn.Module, name: str, trace: Trace, first: ForwardTrace) -> PruneSite:
+    """The outputs of a layer.
+
+    A layer inside a residual branch is one of these: what is silent is its contribution to the stream.
+
+    Args:
+        model: holds the layer.
+        name: dotted path of a Linear or convolution.
+        trace: runs the model again.
+        first: what it has shown already.
+
+    Raises:
+        ValueError: for a layer whose output is something else by the time that it is used; naming it.
+    """
+    check_reached(first, LayerPoint(name, "output"))
+    _check_not_the_classes(first, name)
+    module = resolve_layer(model, name)
+    call = first.calls_of(name)[0]
+    with _naming(name):
+        _check_rows(call.output, first.output)
+        norm, near = first.norm_after(name), _norm_further_on(first, call)
+        if call.is_changed or (norm is None and near is not None):
+            every = torch.arange(neuron_count(module))
+            with silenced(neuron_entries(module, None, every)):
+                silent = trace()
+            if call.is_changed and not _is_constant(silent.calls_of(name)[0].output):
+                raise ValueError(_ADDED.format(before=_before(first, name)))
+            if norm is None and near is not None and _is_constant(silent.calls_of(near)[0].inputs[0]):
+                norm = near
+        site = PruneSite(name, layer=name, norm=norm)
+        if norm is not None:
+            check_reached(first, LayerPoint(norm, "output"))
+            _check_not_tied(model, resolve_layer(model, norm))
+        site.entries(model, _NO_NEURON)
+    return site
+
+
+_ADDED = (
+    "Something is added to its output in place (a residual connection) before it is used, so that its rows are not the"
+    " neurons; {before}, or write `h = h + x` in place of `h += x` to prune what this layer contributes to the sum."
+)
+
+
+def default_site(model: nn.Module, amount: float, first: ForwardTrace) -> PruneSite:
+    """The inputs of the last Linear with an output per class, with the layer that feeds it as far as sizes tell.
+
+    Whether nothing but element-wise functions and pooling lies between the two is for the caller to check, by its
+    effect.
+
+    Raises:
+        ValueError: if there is no such Linear, or it has too few inputs, or shares its weight.
+    """
+    head = first.last_linear(first.output.shape[1])
+    check_reached(first, LayerPoint(head, "input"))
+    linear = first.linear(head)
+    check_amount(amount, linear.in_features)
+    with _naming(head):
+        _check_not_tied(model, linear)
+    alone = PruneSite(head, "input", consumer=head)
+    layer = first.feeder(head)
+    if layer is None or len(first.calls_of(layer)) != 1:
+        return alone
+    site = PruneSite(head, "input", layer=layer, norm=first.norm_after(layer), consumer=head)
+    try:
+        site.entries(model, _NO_NEURON)
+        for name in (site.layer, site.norm):
+            if name is not None:
+                _check_not_tied(model, resolve_layer(model, name))
+    except ValueError:
+        return alone
+    return site
+
+
+@contextmanager
+def _naming(layer: str) -> Iterator[None]:
+    """Says of which layer an error speaks."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"SensitivityPruneCallback cannot prune layer '{layer}'. {error}") from None
+
+
+def _instead(name: str, module: nn.Module) -> str:
+    inside = [f"'{name}.{inner}'" for inner, part in module.named_modules() if isinstance(part, _LAYERS)]
+    if not inside:
+        return " Name the Linear or convolution that feeds it."
+    return f" Name one inside it: {', '.join(inside[:5])}{', ...' if len(inside) > 5 else ''}."
+
+
+def _before(trace: ForwardTrace, name: str) -> str:
+    before = [c.name for c in trace.calls if isinstance(c.module, _LAYERS) and c.name != name]
+    before = [other for other in before if other in trace.modules_before(name)]
+    return f"name the layer before it, '{before[-1]}'" if before else "name another layer"
+
+
+def _check_not_tied(model: nn.Module, module: nn.Module) -> None:
+    if others := owners(model, module):
+        raise ValueError(
+            f"Its parameters are shared with '{others[0]}' (tied weights), whose neurons would be pruned too; untie"
+            " them or name another layer."
+        )
+
+
+def _check_not_the_classes(trace: ForwardTrace, layer: str) -> None:
+    classes = trace.output.shape[1]
+    if trace.calls_of(layer)[0].output is trace.output or layer in trace.heads(classes)[-1:]:
+        raise ValueError(
+            f"SensitivityPruneCallback cannot prune layer '{layer}': its {classes} outputs are the classes. Leave layer"
+            " out to prune the neurons that it takes as input."
+        )
+
+
+def _check_rows(output: Tensor, logits: Tensor) -> None:
+    if len(output) != len(logits):
+        raise ValueError(
+            f"Its output has {len(output)} rows for {len(logits)} samples, so that a row is not a sample; name a layer"
+            " whose output has the samples first."
+        )
+
+
+def _norm_further_on(trace: ForwardTrace, call: ModuleCall) -> str | None:
+    """The norm that is entered next, if it has as many neurons and no layer with neurons of its own comes before it."""
+    after = trace.calls[trace.calls.index(call) + 1 :]
+    for later in after:
+        if isinstance(later.module, _NORMS) and later.inputs:
+            weight: Any = later.module.weight
+            size = 0 if weight is None else weight.shape[-1 if isinstance(call.module, nn.Linear) else 0]
+            return later.name if size == neuron_count(call.module) else None
+        if isinstance(later.module, _LAYERS):
+            return None
+    return None
+
+
+def _is_constant(value: Tensor) -> bool:
+    """Whether samples do not differ in it."""
+    return bool(((value - value[:1]).abs() <= 1e-6 * value.abs().max()).all())

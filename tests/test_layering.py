@@ -13,6 +13,7 @@ FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
 MATH = {"types", "functional"}
 ALL_BELOW = {"types", "functional", "recipes", "trajectory", "capture", "data", "masking", "distributed"}
 SHARED = {"callbacks._base", "callbacks._lightning", "callbacks._training_pass", "callbacks._validation"}
+PRUNING = {"callbacks._prune_sites", "callbacks._criteria", "callbacks._guard"}
 MAY_IMPORT = {
     "types": set(),
     "functional": MATH,
@@ -28,7 +29,10 @@ MAY_IMPORT = {
     "callbacks._base": ALL_BELOW | {"callbacks._lightning"},
     "callbacks._validation": ALL_BELOW | {"callbacks._base", "callbacks._lightning"},
     "callbacks.partition": ALL_BELOW | SHARED,
-    "callbacks.prune": ALL_BELOW | SHARED,
+    "callbacks._prune_sites": ALL_BELOW,
+    "callbacks._criteria": ALL_BELOW | SHARED | {"callbacks._prune_sites"},
+    "callbacks._guard": ALL_BELOW | SHARED | {"callbacks._prune_sites"},
+    "callbacks.prune": ALL_BELOW | SHARED | PRUNING,
     "callbacks.finetune": ALL_BELOW | SHARED,
     "callbacks": ALL_BELOW | {"callbacks"},
     "report": {"types"},

@@ -356,7 +356,7 @@ class SensitivityPruneCallback(PartitionConsumer):
             elif len(proposed):
                 rank_zero_info(
                     f"{len(ranking.order)} of the {ranking.live} live neurons of '{mask.layer}' may be pruned"
-                    f" ({self.method.criterion}); the {len(proposed)} worst are proposed, amount={self.amount}."
+                    f" ({self.method.criterion}); proposed, the worst first: {len(proposed)} (amount={self.amount})."
                 )
         proposed_all = sum(len(neurons) for neurons in proposal)
         if outcome.rolled_back:
@@ -364,7 +364,8 @@ class SensitivityPruneCallback(PartitionConsumer):
         elif gauge is not None and proposed_all:
             self._note = gauge.between(outcome.after)
         if proposed_all:
-            rank_zero_info(f"The pruning {'is a dry run: it ' if self._is_proposal else ''}{self.describe()}.")
+            done = self.describe()
+            rank_zero_info(f"Dry run: {done}." if self._is_proposal else f"{done[:1].upper()}{done[1:]}.")
             pruned = sum(len(mask.pruned_indices()) for mask in self._masks)
             log_values(pl_module, {"unlearn/pruned_neurons": 0.0 if self._is_proposal else float(pruned)})
 

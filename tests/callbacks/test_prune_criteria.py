@@ -1,0 +1,279 @@
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from lightning_unlearn import SensitivityPruneCallback
+from lightning_unlearn.callbacks import _criteria
+from lightning_unlearn.callbacks._criteria import CRITERIA, GRADIENTS, RATIOS
+from lightning_unlearn.capture import loss_gradients
+from lightning_unlearn.types import LayerPoint
+from tests.callbacks.published import FLAG, Planted, PlantedData, Published, make_partition
+from tests.callbacks.test_leaves_model_as_found import hooks_of
+from tests.toys import Blobs, BlobsData, Toy, convnet, fit, mlp
+
+STATISTICS = {
+    "mean_abs_ratio": lambda a: np.abs(a).mean(axis=0),
+    "rms_ratio": lambda a: np.sqrt((a**2).mean(axis=0)),
+    "std_ratio": lambda a: a.std(axis=0),
+    "frequency_ratio": lambda a: (a > 0).mean(axis=0),
+    "taylor": lambda a: np.abs(a.mean(axis=0)),
+    "hessian": lambda a: (a**2).mean(axis=0),
+}
+
+
+def still(module):
+    return torch.optim.SGD(module.parameters(), lr=0.0)
+
+
+def by_hand(module, layer, at, x, y):
+    """Activations (N, D, ...) and gradients of each sample's loss, one sample and one backward pass at a time."""
+    activations, gradients = [], []
+    part = module.get_submodule(layer)
+
+    def keep(value):
+        value.retain_grad()
+        activations.append(value)
+
+    if at == "output":
+        handle = part.register_forward_hook(lambda _, __, output: keep(output))
+    else:
+        handle = part.register_forward_pre_hook(lambda _, inputs: keep(inputs[0]))
+    for i in range(len(x)):
+        cross_entropy(module(x[i : i + 1]), y[i : i + 1]).backward()
+        gradients.append(activations[-1].grad)
+    handle.remove()
+    module.zero_grad()
+    return torch.cat(activations).detach(), torch.cat(gradients)
+
+
+class NotInPlace(nn.Module):
+    """The convolutional toy, without functions in place, so that gradients can be retained."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = convnet()
+        self.net[2] = nn.ReLU()
+        self.net[7] = nn.ReLU()
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def run(criterion, layer, image=True, size=101, **arguments):
+    data = Blobs(size, image=image)
+    probability = torch.rand(size, generator=torch.Generator().manual_seed(1))
+    module = Toy(NotInPlace if image else mlp, still)
+    # So that the norms' statistics are not those of a fit.
+    callback = SensitivityPruneCallback(layer, criterion=criterion, amount=0.3, guard=False, **arguments)
+    untouched = Toy(NotInPlace if image else mlp, still)
+
+    class Remembers(Published):
+        def pull_partition(self, trainer, pl_module):
+            if trainer.current_epoch == 1 and not callback.has_acted:
+                untouched.load_state_dict(pl_module.state_dict())
+            return super().pull_partition(trainer, pl_module)
+
+    published = Remembers(make_partition(probability, data.y))
+    fit(module, BlobsData(data), [published, callback], max_epochs=2)
+    return callback, untouched.eval(), data, probability >= 0.5
+
+
+@pytest.mark.parametrize("criterion", [*RATIOS, *GRADIENTS])
+@pytest.mark.parametrize("layer", ["net.net.0", "net.net.6", None])
+def test_a_ratio_is_that_of_the_samples_one_by_one(criterion, layer):
+    callback, module, data, is_clean = run(criterion, layer)
+    a, g = by_hand(module, layer or "net.net.8", "output" if layer else "input", data.x, data.y)
+    a, g = (v.flatten(2).movedim(2, 1).double().numpy() if v.ndim == 4 else v[:, None].double().numpy() for v in (a, g))
+    # Of gradient x activation, a sample has one number: what it loses where all positions are silent.
+    rows = (a * g).sum(axis=1, keepdims=True) if criterion in GRADIENTS else a
+    above, below = (STATISTICS[criterion](rows[mask.numpy()].reshape(-1, a.shape[2])) for mask in (~is_clean, is_clean))
+    used = below > 0
+    # What only suspects use comes first, what nobody uses last.
+    expected = torch.where(torch.from_numpy(above > 0), 1e4, 0.0)
+    expected[torch.from_numpy(used)] = torch.from_numpy(above[used] / below[used]).float()
+    torch.testing.assert_close(callback.sensitivity[used], expected[used], rtol=1e-3, atol=1e-5)
+    live = torch.from_numpy(a.reshape(-1, a.shape[2]).std(axis=0) > 1e-6)
+    count = int(0.3 * live.sum())
+    worst = torch.where(live, expected, -1).argsort(descending=True)[:count]
+    assert count >= 3
+    assert set(callback.mask.pruned_indices().tolist()) == set(worst.tolist())
+    assert callback.mask.standard_error is None
+
+
+@pytest.mark.parametrize(("layer", "parameter"), [("net.net.0", "net.net.0.weight"), (None, "net.net.6.weight")])
+def test_magnitude_prunes_the_smallest_rows(layer, parameter):
+    callback, module, data, _ = run("magnitude", layer)
+    norms = module.get_parameter(parameter).detach().flatten(1).norm(dim=1)
+    torch.testing.assert_close(callback.sensitivity, -norms)
+    activation, _ = by_hand(module, layer or "net.net.8", "output" if layer else "input", data.x, data.y)
+    live = activation.flatten(2).mean(dim=2).std(dim=0) > 0 if layer else activation.std(dim=0) > 0
+    smallest = torch.where(live, norms, torch.inf).argsort()[: int(0.3 * live.sum())]
+    assert set(callback.mask.pruned_indices().tolist()) == set(smallest.tolist())
+    assert len(smallest) >= 3
+
+
+def test_random_depends_on_the_seed_alone():
+    pruned = [run("random", "net.4", image=False, seed=seed)[0].mask.pruned_indices().tolist() for seed in (0, 0, 1)]
+    assert pruned[0] == pruned[1] != pruned[2]
+    assert len(pruned[0]) == 6
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_every_criterion_works_on_several_layers_at_once(criterion):
+    callback, module, _, _ = run(criterion, ["net.0", "net.4"], image=False, significance=None)
+    assert [mask.layer for mask in callback.masks] == ["net.0", "net.4"]
+    for layer, mask in zip(("net.0", "net.4"), callback.masks, strict=True):
+        alone = run(criterion, layer, image=False, significance=None)[0].mask
+        torch.testing.assert_close(mask.sensitivity, alone.sensitivity)
+        assert mask.keep.equal(alone.keep)
+        assert len(mask.pruned_indices()) > 0
+    assert not any(hooks_of(module).values())
+
+
+def test_logistic_regression_is_that_of_sklearn():
+    data = PlantedData()
+    probability = data.probability()
+    callback = SensitivityPruneCallback("fc", regression="logistic", ridge=1e-2, guard=False, amount=0.5)
+    fit(Planted(), data, [callback, Published(make_partition(probability, data.y))], max_epochs=2)
+    x = data.x[:, :7].double().numpy()
+    x = (x - x.mean(axis=0)) / x.std(axis=0)
+    target = probability.double().numpy()
+    model = LogisticRegression(C=1 / (1e-2 * 400), tol=1e-12, max_iter=1000)
+    weight = np.stack([target, 1 - target], axis=1).ravel()
+    model.fit(np.repeat(x, 2, axis=0), np.tile([1, 0], 400), sample_weight=weight)
+    expected = torch.from_numpy(model.coef_[0]).float()
+    torch.testing.assert_close(callback.sensitivity[:7], expected, rtol=1e-3, atol=1e-4)
+    assert callback.sensitivity[7] == 0
+    assert callback.mask.pruned_indices().tolist() == [FLAG]
+    assert (callback.mask.standard_error[:7] > 0).all()
+
+
+def test_too_many_activations_for_memory_are_regressed_by_ridge(monkeypatch):
+    said = []
+    monkeypatch.setattr(_criteria, "LOGISTIC_BYTES", 400 * 8 * 4 - 1)
+    monkeypatch.setattr(_criteria, "rank_zero_info", said.append)
+    data, found = PlantedData(), []
+    for regression in ("logistic", "ridge"):
+        callback = SensitivityPruneCallback("fc", regression=regression, guard=False)
+        fit(Planted(), data, [callback, Published(make_partition(data.probability(), data.y))], max_epochs=2)
+        found.append(callback.sensitivity)
+    assert found[0].equal(found[1])
+    assert len(said) == 1
+    assert said[0].startswith(
+        "A logistic regression on the neurons of 'fc' would hold 0 MB of activations on each rank"
+    )
+    assert said[0].endswith("a ridge regression is taken.")
+
+
+@pytest.mark.parametrize("significance", [0.05, 1e-9])
+def test_the_papers_regression_knows_no_test_no_sign_and_no_ridge(significance):
+    data = PlantedData()
+    callback = SensitivityPruneCallback("fc", amount=0.3, guard=False, significance=significance)
+    partition = make_partition(data.probability(), data.y)
+    fit(Planted(), data, [callback, Published(partition, soft=False)], max_epochs=2)
+    x, y = data.x[:, :7].double(), partition.is_clean.double()
+    x, y = ((v - v.mean(dim=0)) / v.std(dim=0, correction=0) for v in (x, y))
+    expected = torch.linalg.lstsq(x, y.unsqueeze(1)).solution[:, 0]
+    torch.testing.assert_close(callback.sensitivity[:7], expected.float(), rtol=1e-4, atol=1e-5)
+    assert set(callback.mask.pruned_indices().tolist()) == set(expected.abs().argsort()[-2:].tolist())
+    assert (expected[callback.mask.pruned_indices()] > 0).any()  # one that is active for clean samples
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"criterion": "talyor"}, "Expected criterion to be one of 'sensitivity', .*Did you mean 'taylor'?"),
+        ({"criterion": "xyz"}, r"but got 'xyz'\.$"),
+        (
+            {"regression": "logit"},
+            "Expected regression to be one of 'ridge', 'logistic', but got 'logit'. Did you mean 'logi",
+        ),
+        ({"ridge": -1.0}, "Expected ridge to be at least 0, but got -1.0"),
+        ({"significance": 0.0}, r"Expected significance to lie in \(0, 1\), or None for no test, but got 0.0"),
+        ({"guard_steps": 0}, "Expected guard_steps to be at least 1, but got 0"),
+        ({"guard_tolerance": -0.1}, "Expected guard_tolerance to be at least 0, but got -0.1"),
+        ({"layer": []}, r"Expected layer to name at least one layer, and each once, but got \[\]"),
+        ({"layer": ["a", "b", "a"]}, "each once"),
+    ],
+)
+def test_arguments_out_of_range(arguments, match):
+    with pytest.raises(ValueError, match=match):
+        SensitivityPruneCallback(**arguments)
+
+
+# Gradients at a layer
+
+
+@pytest.mark.parametrize("net", [NotInPlace, convnet])
+def test_gradients_are_those_of_the_samples_one_by_one(net):
+    torch.manual_seed(0)
+    model = Toy(NotInPlace).eval()
+    data = Blobs(20, image=True)
+    prefix = "net.net" if net is NotInPlace else "net"
+    points = [LayerPoint(f"{prefix}.0"), LayerPoint(f"{prefix}.6"), LayerPoint(f"{prefix}.8", "input")]
+    # With functions in place, the same numbers.
+    other = Toy(net).eval()
+    other.load_state_dict({name.replace("net.net", prefix): v for name, v in model.state_dict().items()})
+    found = loss_gradients(other, points, other, data.x, data.y)
+    for (activation, gradient), layer, at in zip(
+        found, ("net.net.0", "net.net.6", "net.net.8"), ("output", "output", "input"), strict=True
+    ):
+        a, g = by_hand(model, layer, at, data.x, data.y)
+        torch.testing.assert_close(activation, a, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(gradient, g, rtol=1e-4, atol=1e-7)
+        assert not activation.requires_grad
+    assert all(p.grad is None for p in other.parameters())
+    assert not any(hooks_of(other).values())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradients_where_nothing_is_recorded_or_all_is_frozen(mode):
+    model, data = Toy(mlp).eval().requires_grad_(False), Blobs(20)
+    free = Toy(mlp).eval()
+    point = [LayerPoint("net.4")]
+    with mode():
+        found = loss_gradients(model, point, model, data.x, data.y)[0]
+    expected = loss_gradients(free, point, free, data.x, data.y)[0]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_gradients_agree_with_finite_differences():
+    model, data = Toy(mlp).eval().double(), Blobs(6)
+    x = data.x.double()
+    ((activation, gradient),) = loss_gradients(model, [LayerPoint("net.4")], model, x, data.y)
+    bias, step = model.net[4].bias, 1e-6
+    for neuron in (0, 7, 19):
+        losses = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                bias[neuron] += sign * step
+                losses.append(cross_entropy(model(x), data.y, reduction="sum").item())
+                bias[neuron] -= sign * step
+        assert (losses[0] - losses[1]) / (2 * step) == pytest.approx(gradient[:, neuron].sum().item(), abs=1e-6)
+    assert activation.shape == gradient.shape == (6, 20)
+
+
+class Twice(nn.Module):
+    def __init__(self, records=True):
+        super().__init__()
+        self.fc, self.head = nn.Linear(16, 16), nn.Linear(16, 4)
+        self.records = records
+
+    def forward(self, x):
+        with torch.set_grad_enabled(self.records):
+            return self.head(self.fc(self.fc(x)))
+
+
+def test_gradients_that_cannot_be_had_are_refused():
+    data = Blobs(6)
+    twice, silent = Twice().eval(), Twice(records=False).eval()
+    with pytest.raises(ValueError, match="Expected layer 'fc' to be called once in a forward pass, but it was 2"):
+        loss_gradients(twice, [LayerPoint("fc")], twice, data.x, data.y)
+    with pytest.raises(ValueError, match="Expected a forward that can be differentiated"):
+        loss_gradients(silent, [LayerPoint("head", "input")], silent, data.x, data.y)
+    assert not any(hooks_of(twice).values())
+    assert not any(hooks_of(silent).values())

@@ -5,6 +5,7 @@ from lightning_unlearn.callbacks import (
     CleanSubsetFinetuneCallback,
     SensitivityPruneCallback,
 )
+from lightning_unlearn.shrinking import shrink
 from lightning_unlearn.types import NeuronMask, Partition
 
 __version__ = "0.1.0"
@@ -16,4 +17,5 @@ __all__ = [
     "Partition",
     "SensitivityPruneCallback",
     "__version__",
+    "shrink",
 ]

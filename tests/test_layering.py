@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "masking": MATH,
     "distributed": MATH,
     "noise": set(),
+    "shrinking": {"types", "masking"},
     "callbacks._lightning": ALL_BELOW,
     "callbacks._training_pass": ALL_BELOW | {"callbacks._lightning"},
     "callbacks._base": ALL_BELOW | {"callbacks._lightning"},
@@ -42,6 +43,7 @@ MAY_KNOW = {
     "captum": {"capture"},
     "lightning": {"callbacks", "cli", "demo"},
     "pytorch_lightning": set(),
+    "torch_pruning": {"shrinking"},
 }
 
 
@@ -114,6 +116,9 @@ def test_every_room_is_there_and_has_a_rule():
         ("masking.py", "from .types import NeuronMask"),
         ("masking.py", "from . import types"),
         ("__init__.py", "import captum"),
+        ("masking.py", "import torch_pruning"),
+        ("shrinking.py", "from lightning_unlearn.capture import neuron_count"),
+        ("shrinking.py", "import lightning.pytorch as pl"),
     ],
 )
 def test_a_wrong_import_is_found(file, source):
@@ -131,6 +136,8 @@ def test_a_wrong_import_is_found(file, source):
         ("callbacks/__init__.py", "from lightning_unlearn.callbacks.prune import SensitivityPruneCallback"),
         ("capture.py", "from captum.attr import LayerGradientXActivation"),
         ("cli.py", "import lightning"),
+        ("shrinking.py", "def later():\n    import torch_pruning"),
+        ("shrinking.py", "from lightning_unlearn.masking import neuron_entries"),
         ("data.py", "import lightning_other"),
     ],
 )

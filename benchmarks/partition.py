@@ -36,7 +36,7 @@ from benchmarks.sources import DATA
 from lightning_unlearn.functional.attribution import label_margin
 from lightning_unlearn.functional.mixture import no_reduce
 from lightning_unlearn.recipes import get_recipe
-from lightning_unlearn.trajectory import Trajectory
+from lightning_unlearn.trajectory import PHASES, Trajectory
 from lightning_unlearn.types import Evidence
 
 BASELINES = ("paper", "loss", "loss mixture", "AUM", "argmax", "cleanlab", "cleanlab 5-fold")
@@ -72,17 +72,17 @@ def evidence_of(recording: Any, epochs: int | None = None) -> Evidence:
     trajectory = Trajectory(len(label), last.shape[1])
     for epoch in range(epochs):
         trajectory.observe(index, training[epoch], label)
-        trajectory.merge(0 if epoch < epochs // 2 else 1, no_reduce)
-    halves = trajectory.halves(index)
+        trajectory.merge(epoch * PHASES // epochs, no_reduce)
+    phases = trajectory.phases(index)
     trajectory.observe(index, last, label)
-    trajectory.merge(1, no_reduce)
+    trajectory.merge(None, no_reduce)
     scores = trajectory.scores(index)
     mean, spread = torch.from_numpy(recording["early"]).chunk(2, dim=1)
     return Evidence(
         index=index,
         weight=torch.ones(len(label)),
         label=label,
-        attribution=torch.stack([*halves, last @ trajectory.basis], dim=1),
+        attribution=torch.stack([*phases, last @ trajectory.basis], dim=1),
         basis=trajectory.basis,
         margin=label_margin(last, label),
         mean_margin=scores["margin"],

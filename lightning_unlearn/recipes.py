@@ -41,6 +41,8 @@ _SHARPEN = 4.0
 _MEMORISED = 0.9
 # Gate: disagreement of the most confident quarter, over the mean uncertainty that noise-free data would leave.
 _UNEXPLAINED = 1.5
+# How many times as unexplained a shorter view must find it to be taken instead.
+_CLEARER = 1.25
 
 _LABEL_FINDINGS = {
     (True, True): "wrong labels",
@@ -148,14 +150,24 @@ def _rival(evidence: Evidence) -> tuple[Tensor, Tensor]:
     return rival, share
 
 
-def _not_memorised(evidence: Evidence, reduce: Reduce) -> tuple[Tensor, int]:
-    """The blocks of ``Evidence.attribution`` that say more than the given labels do.
+@dataclass(frozen=True, eq=False)
+class _View:
+    """A part of what a sample's class attributions were, early and late and in the end.
 
-    A network that has memorised its labels repeats them, right or wrong. Blocks are dropped from the last on while they
-    predict nearly all the given labels; the first one stays, as it comes from the time before.
+    Args:
+        blocks: (n, P', r), at most three: two of training, one of the last pass.
+        of_training: how many of them are averages over training.
+    """
 
-    Returns:
-        (n, P', r), and how many of these blocks are averages over training.
+    blocks: Tensor
+    of_training: int
+
+
+def _views(evidence: Evidence, reduce: Reduce) -> list[_View]:
+    """What may be looked at: training up to the end of one of its phases, with or without the last pass, longest first.
+
+    A network that has memorised its labels repeats them, right or wrong. So views that end in a block which predicts
+    nearly all the given labels are left out, but for the shortest one, which comes from the time before.
     """
     blocks, w = evidence.attribution, evidence.weight.double()
     agrees = torch.stack(
@@ -165,10 +177,20 @@ def _not_memorised(evidence: Evidence, reduce: Reduce) -> tuple[Tensor, int]:
         ]
     )
     agrees = reduce(agrees)
-    kept = blocks.shape[1]
-    while kept > 1 and agrees[kept] > _MEMORISED * agrees[0]:
-        kept -= 1
-    return blocks[:, :kept], max(1, min(kept, blocks.shape[1] - 1))
+    *informs, last_informs = (agrees[1:] <= _MEMORISED * agrees[0]).tolist()
+    last = blocks[:, -1:]
+    if not informs:
+        return [_View(last, 1)]
+    views = []
+    for phases in range(len(informs), 0, -1):
+        if phases > 1 and not informs[phases - 1]:
+            continue
+        halves = [part.mean(dim=1) for part in blocks[:, :phases].tensor_split(2, dim=1) if part.shape[1]]
+        of_training = torch.stack(halves, dim=1)
+        if last_informs:
+            views.append(_View(torch.cat([of_training, last], dim=1), len(halves)))
+        views.append(_View(of_training, len(halves)))
+    return views
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,6 +206,8 @@ class _LabelModel:
         transition: (C, C), how the classes are called.
         rate: share of labels that are wrong by the latent classes alone.
         uncertainty: share of the true classes that the latent classes expect to get wrong without the given label.
+        disagreement: share of the most confident samples whose given label is not what is predicted.
+        is_named: whether every class goes by its own name more often than by another's.
     """
 
     log_odds: Tensor
@@ -194,12 +218,33 @@ class _LabelModel:
     transition: Tensor
     rate: float
     uncertainty: float
+    disagreement: float
+    is_named: bool
+
+    @property
+    def unexplained(self) -> float:
+        """How many times as often the most confident samples disagree as uncertainty explains of the average one."""
+        return self.disagreement / max(self.uncertainty, 1e-9) if self.is_named else 0.0
 
 
 def _label_model(evidence: Evidence, reduce: Reduce) -> _LabelModel:
+    """The latent classes of the view that shows wrong labels most clearly.
+
+    That is not the one of most samples suspected, but the one in which the most confident samples disagree with their
+    labels for the least reason. What was half memorised in the end speaks for wrong labels as if they were right; what
+    was hardly learned yet is unsure of everything. A shorter view must be clearly better than a longer one.
+    """
+    best, *others = (_fit_view(view, evidence, reduce) for view in _views(evidence, reduce))
+    for model in others:
+        if model.unexplained > _CLEARER * best.unexplained:
+            best = model
+    return best
+
+
+def _fit_view(view: _View, evidence: Evidence, reduce: Reduce) -> _LabelModel:
     y, w = evidence.label, evidence.weight.double()
     basis = evidence.basis.double()
-    blocks, of_training = _not_memorised(evidence, reduce)
+    blocks, of_training = view.blocks, view.of_training
     rows = blocks.flatten(1)
 
     def first_guess(x: Tensor) -> Tensor:
@@ -228,6 +273,10 @@ def _label_model(evidence: Evidence, reduce: Reduce) -> _LabelModel:
         columns.append((log_odds_of(posterior, y[part]), predicted, log_odds_of(score, predicted), suggested, share))
     number, total_wrong, total_unsure = reduce(sums).tolist()
     log_odds, predicted, confidence, suggested, suggested_share = map(torch.cat, zip(*columns, strict=True))
+    disagreement = confident_disagreement(
+        confidence, predicted == y, predicted, evidence.weight, evidence.num_classes, reduce=reduce
+    )
+    is_given = reduce(w.new_zeros(len(transition)).index_add_(0, y, w)) > 0
     return _LabelModel(
         log_odds=log_odds,
         predicted=predicted,
@@ -237,6 +286,8 @@ def _label_model(evidence: Evidence, reduce: Reduce) -> _LabelModel:
         transition=transition,
         rate=total_wrong / number,
         uncertainty=total_unsure / number,
+        disagreement=disagreement,
+        is_named=bool((transition.diagonal() >= transition.amax(dim=1))[is_given].all()),
     )
 
 
@@ -244,9 +295,10 @@ def judge_label(evidence: Evidence, reduce: Reduce) -> Verdict:
     """The posterior that the given label is right, from true classes behind the given ones.
 
     A latent-class model (:mod:`~lightning_unlearn.functional.latent`) on the class attributions of the first and the
-    second half of training and of the last pass gives every sample a likelihood under each true class, and how classes
-    are called. The likelihoods, weakened, are added to the model's own logits; the probability of the given label under
-    both, and under the transition matrix, is set to the noise rate that the latent classes alone estimate.
+    second half of training, as far as it was not memorised, and of the last pass gives every sample a likelihood under
+    each true class, and how classes are called. The likelihoods, weakened, are added to the model's own logits; the
+    probability of the given label under both, and under the transition matrix, is set to the noise rate that the latent
+    classes alone estimate.
 
     The gate: without noise, a classifier is wrong on the average sample as often as it expects to be, and on its most
     confident quarter far less. If the most confident quarter of every class disagrees with the labels more than 1.5
@@ -257,20 +309,14 @@ def judge_label(evidence: Evidence, reduce: Reduce) -> Verdict:
     model, w = _label_model(evidence, reduce), evidence.weight
     rate = min(max(model.rate, 1e-6), 1 - 1e-6)
     probability = (model.log_odds + shift_to_rate(model.log_odds, w, rate, reduce=reduce)).sigmoid().float()
-    agrees = model.predicted == evidence.label
-    disagreement = confident_disagreement(
-        model.confidence, agrees, model.predicted, w, evidence.num_classes, reduce=reduce
-    )
     matrix = model.transition.float()
-    is_given = reduce(w.new_zeros(len(matrix)).index_add_(0, evidence.label, w)) > 0
-    is_named = bool((matrix.diagonal() >= matrix.amax(dim=1))[is_given].all())
-    found = is_named and disagreement > _UNEXPLAINED * model.uncertainty
+    found = model.unexplained > _UNEXPLAINED
     if not found:
         probability = 1 - _NO_DOUBT * (1 - probability)
         matrix = torch.eye(len(matrix), device=matrix.device)
     note = (
-        f"labels: {disagreement:.1%} of the most confident samples disagree, {model.uncertainty:.1%} expected of the"
-        f" average one: {_LABEL_FINDINGS[found, is_named]}"
+        f"labels: {model.disagreement:.1%} of the most confident samples disagree, {model.uncertainty:.1%} expected of"
+        f" the average one: {_LABEL_FINDINGS[found, model.is_named]}"
     )
     return Verdict(
         probability,

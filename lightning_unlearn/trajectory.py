@@ -2,12 +2,12 @@
 
 At the head's input, gradient x activation of a class's logit, summed over the neurons, is that logit less the head's
 bias. So the logits of the training steps, which cost nothing, are the class attributions of every sample, one pass an
-epoch. What is kept of them are sums: of the attributions, in coordinates of the classes' differences, over the first
-and over the second half of the epochs before the partition (what is memorised shows late, what is hard shows early), of
-the margin, of the support of the given label, and of the uncertainty.
+epoch. What is kept of them are sums: of the attributions, in coordinates of the classes' differences, over each quarter
+of the epochs before the partition (what is memorised shows late, what is hard shows early), of the margin, of the
+support of the given label, and of the uncertainty.
 
-**Memory.** With ``r = min(C - 1, 64)``: 12 r + 44 bytes per sample, on the CPU (152 for 10 classes, 812 for 65 and
-more), of which 8 r + 28 go into a checkpoint.
+**Memory.** With ``r = min(C - 1, 64)``: 20 r + 56 bytes per sample, on the CPU (236 for 10 classes, 1,336 for 65 and
+more), of which 16 r + 40 go into a checkpoint.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from lightning_unlearn.functional.evidence import label_support
 from lightning_unlearn.functional.mixture import Reduce
 
 MOST_COORDINATES = 64
+PHASES = 4
+"""Into how many parts the training before the partition is divided."""
 
 _ROWS = 65_536
 
@@ -69,9 +71,9 @@ class Trajectory:
         self.basis = class_coordinates(num_classes)
         coordinates = self.basis.shape[1]
         # Columns: the coordinates, then how often the sample was seen.
-        self._halves = torch.zeros(2, total, coordinates + 1)
-        # Columns: margin, support of the given label, uncertainty.
-        self._scores = torch.zeros(total, 3)
+        self._phases = torch.zeros(PHASES, total, coordinates + 1)
+        # Columns: how often the sample was seen, margin, support of the given label, uncertainty.
+        self._scores = torch.zeros(total, 4)
         self._fresh = torch.zeros(total, coordinates + 4)
         self.label = torch.full((total,), -1)
 
@@ -102,53 +104,55 @@ class Trajectory:
         self._fresh.index_add_(0, index, rows.cpu())
         self.label[index] = label.cpu()
 
-    def merge(self, half: int, reduce: Reduce) -> None:
-        """Adds what was observed since the last merge, on any rank, to one half. Every rank must call it.
+    def merge(self, phase: int | None, reduce: Reduce) -> None:
+        """Adds what was observed since the last merge, on any rank, to one phase. Every rank must call it.
 
         Args:
-            half: 0 or 1.
+            phase: from 0 to ``PHASES - 1``; None for what belongs to none of them and only counts in the scores.
             reduce: sums over the ranks.
         """
         coordinates = self.basis.shape[1]
         for first in range(0, len(self), _ROWS):
             rows = slice(first, first + _ROWS)
             fresh = reduce(self._fresh[rows])
-            self._halves[half, rows] += fresh[:, : coordinates + 1]
-            self._scores[rows] += fresh[:, coordinates + 1 :]
+            if phase is not None:
+                self._phases[phase, rows] += fresh[:, : coordinates + 1]
+            self._scores[rows] += fresh[:, coordinates:]
         self._fresh.zero_()
 
     def forget(self) -> None:
         """Forgets everything."""
-        for tensor in (self._halves, self._scores, self._fresh):
+        for tensor in (self._phases, self._scores, self._fresh):
             tensor.zero_()
         self.label.fill_(-1)
 
-    def halves(self, index: Tensor) -> list[Tensor]:
-        """The mean class attributions of some samples over each half of training that holds anything.
+    def phases(self, index: Tensor) -> list[Tensor]:
+        """The mean class attributions of some samples over each phase of training that holds anything.
 
         Args:
             index: (n,) int64.
 
         Returns:
-            up to two of (n, r), with NaN in the rows of samples that this half has not seen.
+            up to ``PHASES`` of (n, r), with NaN in the rows of samples that this phase has not seen.
         """
         seen = []
-        for half in self._halves:
-            if bool((half[:, -1] > 0).any()):
-                count = half[index, -1:]
-                seen.append(half[index, :-1] / count.where(count > 0, torch.nan))
+        for phase in self._phases:
+            if bool((phase[:, -1] > 0).any()):
+                count = phase[index, -1:]
+                seen.append(phase[index, :-1] / count.where(count > 0, torch.nan))
         return seen
 
     def scores(self, index: Tensor) -> dict[str, Tensor]:
         """``margin``, ``support`` and ``uncertainty`` of some samples, each (n,), averaged over all that was merged."""
-        count = self._halves[:, index, -1].sum(dim=0).clamp(min=1)
-        return dict(zip(("margin", "support", "uncertainty"), (self._scores[index].T / count).unbind(), strict=True))
+        count, *sums = self._scores[index].unbind(dim=1)
+        names = ("margin", "support", "uncertainty")
+        return {name: total / count.clamp(min=1) for name, total in zip(names, sums, strict=True)}
 
     def state_dict(self) -> dict[str, Any]:
         """What was merged, the same on every rank, and the labels that this one has seen."""
         return {
             "num_classes": self.num_classes,
-            "halves": self._halves.clone(),
+            "phases": self._phases.clone(),
             "scores": self._scores.clone(),
             "label": self.label.clone(),
         }
@@ -158,7 +162,7 @@ class Trajectory:
         """The trajectory that :meth:`state_dict` described."""
         trajectory = cls(len(state["scores"]), state["num_classes"])
         for name, tensor in (
-            ("halves", trajectory._halves),
+            ("phases", trajectory._phases),
             ("scores", trajectory._scores),
             ("label", trajectory.label),
         ):

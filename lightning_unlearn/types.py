@@ -45,8 +45,8 @@ class Evidence:
         index: (n,) int64, position of the sample in the dataset.
         weight: (n,) 1 for a row that counts, 0 for one that only pads the share to the length of the other ranks'.
         label: (n,) int64, the given label.
-        attribution: (n, P, r) class attributions in the coordinates ``basis``: the mean over the first half of
-            training, over the second half, and the last pass, in eval mode; P is less where there were too few epochs.
+        attribution: (n, P, r) class attributions in the coordinates ``basis``: the mean over each quarter of training,
+            then the last pass, in eval mode; P is less than five where there were too few epochs.
         basis: (C, r), orthonormal columns; ``attribution @ basis.T`` are attributions of the classes, less their mean.
         margin: (n,) attribution of the given label's logit less the strongest other, in the last pass.
         mean_margin: (n,) the same, averaged over all passes: the area under the margin (AUM).

@@ -14,7 +14,9 @@ from lightning_unlearn.recipes import (
     RECIPES,
     Recipe,
     Verdict,
+    _fit_view,
     _label_model,
+    _views,
     get_recipe,
     judge_argmax,
     judge_aum,
@@ -189,6 +191,24 @@ def test_blocks_that_repeat_the_given_labels_are_dropped():
     wrong = evidence.label != true
     for judge in (judge_loss, judge_argmax):
         assert auroc(judge(evidence, no_reduce).clean_probability, wrong) < 0.6
+
+
+@pytest.mark.parametrize("noise", NOISE)
+def test_what_was_half_memorised_is_left_out(noise):
+    # From the second quarter on, more and more of the wrong labels are repeated, the right ones anyway.
+    true, evidence = scene(NOISE[noise], n=4 * N)
+    wrong = evidence.label != true
+    early = evidence.attribution[:, 1] @ evidence.basis.T
+    fitted = torch.rand(4 * N, generator=torch.Generator().manual_seed(4))
+    repeats = 8 * torch.eye(C)[evidence.label] + normal(4 * N, C, seed=1)
+    blocks = [torch.where((fitted < share).unsqueeze(1), repeats, early) for share in (0, 0.2, 0.5, 0.7, 0.7)]
+    found = judge_label(make_evidence(blocks, evidence.label), no_reduce)
+    assert auroc(found.clean_probability, wrong) > 0.94
+    assert (flagged(found) == wrong).float().mean() > 0.88
+    # All of training together, which is no more than nine tenths repeated either, would keep the gate closed.
+    (longest, *_) = _views(make_evidence(blocks, evidence.label), no_reduce)
+    assert longest.blocks.shape[1] == 3
+    assert _fit_view(longest, make_evidence(blocks, evidence.label), no_reduce).unexplained < 1.5
 
 
 def test_the_first_block_stays_even_if_it_repeats_the_labels():

@@ -4,20 +4,20 @@ import pytest
 import torch
 
 from lightning_unlearn.functional.mixture import no_reduce
-from lightning_unlearn.trajectory import MOST_COORDINATES, Trajectory, class_coordinates
+from lightning_unlearn.trajectory import MOST_COORDINATES, PHASES, Trajectory, class_coordinates
 from tests.ranks import run_ranks
 
 N, C = 23, 4
 
 
 def passes(seed=0, count=3, batch=7):
-    """(half, batches of index, logits, label) for a few passes over all samples but the last two."""
+    """(phase, batches of index, logits, label) for a few passes over all samples but the last two."""
     generator = torch.Generator().manual_seed(seed)
     label = torch.randint(0, C, (N,), generator=generator)
     for p in range(count):
         order = torch.randperm(N - 2, generator=generator)
         yield (
-            int(p > 0),
+            (0, 3, 3)[p % 3],
             [
                 (index, 3 * torch.randn(len(index), C, generator=generator), label[index])
                 for index in order.split(batch)
@@ -27,32 +27,32 @@ def passes(seed=0, count=3, batch=7):
 
 def gathered(plan, reduce=no_reduce, rank=0, world_size=1):
     trajectory = Trajectory(N, C)
-    for half, batches in plan:
+    for phase, batches in plan:
         for index, logits, label in batches:
             rows = slice(rank, None, world_size)
             trajectory.observe(index[rows], logits[rows], label[rows])
-        trajectory.merge(half, reduce)
+        trajectory.merge(phase, reduce)
     return trajectory
 
 
 def naive(plan):
-    """Lists of the logits of every sample in every half, and of its scores in all."""
-    halves = [[[] for _ in range(N)] for _ in range(2)]
+    """Lists of the logits of every sample in every phase, and of its scores in all."""
+    phases = [[[] for _ in range(N)] for _ in range(PHASES)]
     scores = [[] for _ in range(N)]
-    for half, batches in plan:
+    for phase, batches in plan:
         for index, logits, label in batches:
             for i, row, y in zip(index.tolist(), logits, label.tolist(), strict=True):
-                halves[half][i].append(row)
+                phases[phase][i].append(row)
                 margin = row[y] - max(row[c] for c in range(C) if c != y)
                 p = row.softmax(dim=0)
                 entropy = -sum(q * q.log() for q in p)
                 scores[i].append(torch.stack([margin, 1 / (1 + (-margin).exp()), entropy]))
-    return halves, scores
+    return phases, scores
 
 
 def assert_equal(found, expected):
     everyone = torch.arange(N)
-    for a, b in zip(found.halves(everyone), expected.halves(everyone), strict=True):
+    for a, b in zip(found.phases(everyone), expected.phases(everyone), strict=True):
         torch.testing.assert_close(a, b, equal_nan=True)
     for name, value in expected.scores(everyone).items():
         torch.testing.assert_close(found.scores(everyone)[name], value)
@@ -95,17 +95,17 @@ def test_coordinates_are_always_the_same():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_halves_and_scores_match_a_loop():
+def test_phases_and_scores_match_a_loop():
     plan = list(passes())
     trajectory = gathered(plan)
-    halves, scores = naive(plan)
+    phases, scores = naive(plan)
     seen = torch.arange(N - 2)
     basis = class_coordinates(C)
-    found = trajectory.halves(seen)
+    found = trajectory.phases(seen)
     assert len(found) == 2
-    for half in range(2):
-        expected = torch.stack([torch.stack(halves[half][i]).mean(dim=0) @ basis for i in seen])
-        torch.testing.assert_close(found[half], expected, atol=1e-5, rtol=1e-5)
+    for mean, phase in zip(found, (0, 3), strict=True):
+        expected = torch.stack([torch.stack(phases[phase][i]).mean(dim=0) @ basis for i in seen])
+        torch.testing.assert_close(mean, expected, atol=1e-5, rtol=1e-5)
     expected = torch.stack([torch.stack(scores[i]).mean(dim=0) for i in seen])
     for column, name in enumerate(("margin", "support", "uncertainty")):
         torch.testing.assert_close(trajectory.scores(seen)[name], expected[:, column], atol=1e-5, rtol=1e-5)
@@ -114,7 +114,7 @@ def test_halves_and_scores_match_a_loop():
 def test_rows_come_in_the_order_asked():
     trajectory = gathered(list(passes()))
     order = torch.tensor([5, 0, 5])
-    assert torch.equal(trajectory.halves(order)[0], trajectory.halves(torch.arange(N))[0][order])
+    assert torch.equal(trajectory.phases(order)[0], trajectory.phases(torch.arange(N))[0][order])
     assert torch.equal(trajectory.scores(order)["margin"], trajectory.scores(torch.arange(N))["margin"][order])
 
 
@@ -123,25 +123,38 @@ def test_a_sample_seen_twice_in_one_call_counts_twice():
     trajectory = Trajectory(N, C)
     trajectory.observe(torch.tensor([3, 3, 4]), logits, torch.zeros(3, dtype=torch.int64))
     trajectory.merge(0, no_reduce)
-    (half,) = trajectory.halves(torch.tensor([3, 4]))
-    torch.testing.assert_close(half, torch.stack([logits[:2].mean(dim=0), logits[2]]) @ class_coordinates(C))
+    (phase,) = trajectory.phases(torch.tensor([3, 4]))
+    torch.testing.assert_close(phase, torch.stack([logits[:2].mean(dim=0), logits[2]]) @ class_coordinates(C))
     assert trajectory.scores(torch.tensor([3, 4]))["margin"].tolist() == [(2 - 4) / 2, 6]
 
 
-def test_samples_that_a_half_has_not_seen_are_nan_in_it():
+def test_samples_that_a_phase_has_not_seen_are_nan_in_it():
     trajectory = Trajectory(N, C)
-    assert trajectory.halves(torch.arange(N)) == []
+    assert trajectory.phases(torch.arange(N)) == []
     one = torch.zeros(1, dtype=torch.int64)
     trajectory.observe(one + 2, torch.randn(1, C), one)
     trajectory.merge(1, no_reduce)
-    (half,) = trajectory.halves(torch.arange(N))
-    assert half.isnan().all(dim=1).nonzero().flatten().tolist() == [i for i in range(N) if i != 2]
-    assert half[2].isfinite().all()
+    (phase,) = trajectory.phases(torch.arange(N))
+    assert phase.isnan().all(dim=1).nonzero().flatten().tolist() == [i for i in range(N) if i != 2]
+    assert phase[2].isfinite().all()
     trajectory.observe(one + 5, torch.randn(1, C), one)
     trajectory.merge(0, no_reduce)
-    first, second = trajectory.halves(torch.tensor([2, 5]))
+    first, second = trajectory.phases(torch.tensor([2, 5]))
     assert first.isnan().all(dim=1).tolist() == [True, False]
     assert second.isnan().all(dim=1).tolist() == [False, True]
+
+
+def test_what_belongs_to_no_phase_counts_in_the_scores_alone():
+    trajectory, everyone = gathered(list(passes())), torch.arange(N)
+    before = [phase.clone() for phase in trajectory.phases(everyone)]
+    score = trajectory.scores(everyone)["margin"][0]
+    trajectory.observe(torch.tensor([0]), torch.tensor([[9.0, 0, 0, 0]]), torch.tensor([0]))
+    trajectory.merge(None, no_reduce)
+    for one, other in zip(before, trajectory.phases(everyone), strict=True):
+        assert torch.equal(one.isnan(), other.isnan())
+        assert torch.equal(one.nan_to_num(), other.nan_to_num())
+    # Three passes before, one more now.
+    torch.testing.assert_close(trajectory.scores(everyone)["margin"][0], (3 * score + 9) / 4)
 
 
 def test_nothing_counts_before_the_merge():
@@ -193,12 +206,12 @@ def test_forget_leaves_what_a_new_one_holds():
     trajectory = gathered(list(passes()))
     trajectory.observe(torch.arange(3), torch.randn(3, C), torch.zeros(3, dtype=torch.int64))
     trajectory.forget()
-    assert trajectory.halves(torch.arange(N)) == []
+    assert trajectory.phases(torch.arange(N)) == []
     assert (trajectory.label == -1).all()
-    for half, batches in passes(seed=1):
+    for phase, batches in passes(seed=1):
         for batch in batches:
             trajectory.observe(*batch)
-        trajectory.merge(half, no_reduce)
+        trajectory.merge(phase, no_reduce)
     assert_equal(trajectory, gathered(list(passes(seed=1))))
 
 
@@ -216,10 +229,10 @@ def test_state_goes_into_a_checkpoint_and_back():
     resumed = Trajectory.from_state_dict(saved_and_loaded(before.state_dict()))
     assert (len(resumed), resumed.num_classes) == (N, C)
     assert torch.equal(resumed.label, before.label)
-    half, batches = third
+    phase, batches = third
     for batch in batches:
         resumed.observe(*batch)
-    resumed.merge(half, no_reduce)
+    resumed.merge(phase, no_reduce)
     assert_equal(resumed, whole)
 
 
@@ -229,14 +242,16 @@ def test_state_is_a_copy():
     resumed = Trajectory.from_state_dict(state)
     trajectory.forget()
     assert_equal(resumed, gathered(list(passes())))
-    assert state["halves"].abs().sum() > 0
+    assert state["phases"].abs().sum() > 0
 
 
 def tensor_bytes(values):
     return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
 
 
-@pytest.mark.parametrize(("classes", "held", "saved"), [(10, 152, 100), (65, 812, 540), (200, 812, 540), (2, 56, 36)])
+@pytest.mark.parametrize(
+    ("classes", "held", "saved"), [(10, 236, 184), (65, 1336, 1064), (200, 1336, 1064), (2, 76, 56)]
+)
 def test_bytes_per_sample(classes, held, saved):
     # Of ten thousand, less nothing at all, so that the basis does not count.
     def grown(of):
@@ -245,4 +260,4 @@ def test_bytes_per_sample(classes, held, saved):
     assert grown(lambda trajectory: vars(trajectory).values()) == held
     assert grown(lambda trajectory: trajectory.state_dict().values()) == saved
     r = min(classes - 1, MOST_COORDINATES)
-    assert (held, saved) == (12 * r + 44, 8 * r + 28)
+    assert (held, saved) == (20 * r + 56, 16 * r + 40)

@@ -30,7 +30,7 @@ from lightning_unlearn.capture import (
 from lightning_unlearn.data import rank_share, split_batch
 from lightning_unlearn.distributed import place_by_index, sum_over_ranks
 from lightning_unlearn.recipes import Recipe, Verdict, get_recipe
-from lightning_unlearn.trajectory import Trajectory
+from lightning_unlearn.trajectory import PHASES, Trajectory
 from lightning_unlearn.types import REASONS, Evidence, LayerPoint, Partition
 
 
@@ -287,13 +287,13 @@ class AttributionPartitionCallback(UnlearnCallback):
             return
         reduce = sum_over_ranks(trainer.strategy)
         # Counted in complete epochs: what epoch 0 shows is known when one is complete.
-        self._trajectory.merge(self._half(trainer.current_epoch + 1), reduce)
+        self._trajectory.merge(self._phase(trainer.current_epoch + 1), reduce)
         if reduce(torch.tensor(float(self._reader.rows_read))).item() > 0:
             self._epochs_seen.append(trainer.current_epoch + 1)
 
-    def _half(self, epoch: int) -> int:
-        """The half of training to which the evidence of the ``epoch``-th epoch belongs."""
-        return 0 if epoch <= self.at_epoch // 2 else 1
+    def _phase(self, epoch: int) -> int:
+        """The quarter of training to which the evidence of the ``epoch``-th epoch belongs."""
+        return (epoch - 1) * PHASES // self.at_epoch
 
     @override
     def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -312,7 +312,7 @@ class AttributionPartitionCallback(UnlearnCallback):
                 self.begin(trainer, pl_module)
             if epoch < self.at_epoch:
                 self._observe_pass(trainer, pl_module)
-                self._trajectory_in_use.merge(self._half(epoch), sum_over_ranks(trainer.strategy))
+                self._trajectory_in_use.merge(self._phase(epoch), sum_over_ranks(trainer.strategy))
             else:
                 self._reader.detach()
                 evidence, label = self._evidence(trainer, self._observe_pass(trainer, pl_module))
@@ -335,7 +335,7 @@ class AttributionPartitionCallback(UnlearnCallback):
     def state_dict(self) -> dict[str, Any]:
         """Tensors and primitives.
 
-        While evidence is gathered, ``8 r + 28`` bytes per sample with ``r = min(C - 1, 64)``; 30 once the partition is
+        While evidence is gathered, ``16 r + 40`` bytes per sample with ``r = min(C - 1, 64)``; 34 once the partition is
         drawn.
         """
         return {
@@ -410,12 +410,12 @@ class AttributionPartitionCallback(UnlearnCallback):
         """
         trajectory, reduce = self._trajectory_in_use, sum_over_ranks(trainer.strategy)
         index, weight = rank_share(len(trajectory), trainer.global_rank, trainer.world_size)
-        halves = trajectory.halves(index)
-        trajectory.merge(1, reduce)
+        phases = trajectory.phases(index)
+        trajectory.merge(None, reduce)
         scores = trajectory.scores(index)
         last = share["last"]
-        # A sample that was not drawn in one half of training is as it was in the other, or in the last pass.
-        blocks = [half.where(half.isfinite(), last) for half in halves]
+        # A sample that was not drawn in one phase of training is as it was in the last pass.
+        blocks = [phase.where(phase.isfinite(), last) for phase in phases]
         label = place_by_index(index, weight, share["label"], len(trajectory), reduce)
         if label.min() == label.max():
             raise ValueError(

@@ -70,8 +70,10 @@ def assert_is_what_the_steps_showed(evidence, noted, last, bias, data):
     last_margin = margins(last, data.y, bias.double())
     for i, row in found.items():
         of_epochs = [logits[index == i].double() for index, logits in noted[:AT]]
-        halves = [torch.cat(of_epochs[: AT // 2]), torch.cat(of_epochs[AT // 2 :])]
-        means = [half.mean(dim=0) if len(half) else last[i].double() for half in halves] + [last[i].double()]
+        # Quarters of training, counted in complete epochs.
+        phases = [[e for e in range(AT) if e * 4 // AT == phase] for phase in range(4)]
+        seen = [torch.cat([of_epochs[e] for e in phase]) for phase in phases if phase]
+        means = [rows.mean(dim=0) if len(rows) else last[i].double() for rows in seen] + [last[i].double()]
         expected = torch.stack([mean - mean.mean() for mean in means])
         torch.testing.assert_close(attributed[row].double(), expected, rtol=1e-4, atol=1e-4)
         steps = torch.cat(of_epochs)

@@ -63,7 +63,9 @@ class Sparing(SensitivityPruneCallback):
 def test_rounds_add_up_to_the_amount(layer, optimizer):
     data, prune = Blobs(101), Sparing(layer, amount=0.15 if layer != "net.0" else 0.1, **ANY)
     watch = Watch(prune, layer or "net.4")
-    fit(Toy(optimizer=optimizer), BlobsData(data), [prune, rounds(data, 1, 2, 3, 4, 5), watch], max_epochs=7)
+    module = Toy(optimizer=optimizer)
+    trainer = fit(module, BlobsData(data), [prune, rounds(data, 1, 2, 3, 4, 5), watch], max_epochs=7)
+    assert not trainer.optimizers[0]._optimizer_step_post_hooks  # of no round
     # 0.15 of 20 and 0.1 of 32 are three: no more, though five rounds would take one each.
     assert [len(pruned) for pruned in watch.pruned] == [0, 1, 2, 3, 3, 3, 3]
     assert all(set(before) <= set(after) for before, after in pairwise(watch.pruned))

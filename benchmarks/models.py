@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -101,3 +102,33 @@ class ResNetClassifier(SmallClassifier):
         self.blocks = nn.Sequential(stem, net.layer1, net.layer2, net.layer3, net.layer4, net.avgpool)
         self.fc = nn.Identity()
         self.head = net.fc
+
+
+class StopAfter(L.Callback):
+    """Ends a fit after some epochs, although the Trainer has been told of one more."""
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Asks the Trainer to stop."""
+        if trainer.current_epoch == self.epochs - 1:
+            trainer.should_stop = True
+
+
+def train_with(
+    model: L.LightningModule,
+    make_optimizer: Callable[[Any], torch.optim.Optimizer],
+    make_schedule: Callable[[Any], Any] | None,
+    interval: str,
+) -> None:
+    """Gives a network another optimizer and schedule than its own."""
+
+    def configure_optimizers() -> Any:
+        optimizer = make_optimizer(model.parameters())
+        if make_schedule is None:
+            return optimizer
+        schedule = {"scheduler": make_schedule(optimizer), "interval": interval}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    model.configure_optimizers = configure_optimizers

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_unlearn.demo import DigitsDataModule
+
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -85,3 +87,11 @@ def spoken_digits(path: Path) -> Source:
         test=((test - low) / (high - low)).clamp(0, 1),
         test_label=torch.tensor([digit for _, digit in rows[True]]),
     )
+
+
+def digits(seed: int) -> Source:
+    """Scikit-learn's handwritten digits, 1 x 8 x 8; a random third is for testing, the demo's."""
+    module = DigitsDataModule(noise=0.0, seed=seed)
+    module.setup()
+    (train, label), (test, test_label) = module.train_data.tensors, module.test_data.tensors
+    return Source(train, label, None, test, test_label)

@@ -1,0 +1,298 @@
+"""The ways to go on from a network that was trained on noise, and the ways to do without it.
+
+A unit is a case in a regime with a seed. Its base is trained once, in a fit that gathers evidence; what fine-tunes goes
+on from its checkpoint, and so does "continue", with the optimizer, the schedule and the number of steps that F-FT had.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.types import LRSchedulerConfig
+from torch import Tensor
+from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
+from torch.utils.data import DataLoader
+
+from benchmarks.cases import CLASSES, Case, Noisy, make
+from benchmarks.elr import regularise_early_learning
+from benchmarks.models import StopAfter, train_with
+from benchmarks.partition import Answer, scores
+from benchmarks.plans import BASE, ELR, FFT, REPAIRS, RETRAIN, STEPS_OF, Plan, Repair, plan_of
+from benchmarks.record import Rows, as_it_is
+from lightning_unlearn import (
+    AttributionPartitionCallback,
+    CleanSubsetFinetuneCallback,
+    Partition,
+    SensitivityPruneCallback,
+)
+from lightning_unlearn.types import Evidence
+
+
+def where_and_when() -> dict[str, Any]:
+    """What a later reader of a number wants to know: the table may be made of runs of several days."""
+    describe = ["git", "describe", "--always", "--dirty"]
+    commit = ""
+    if shutil.which("git"):
+        commit = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=False).stdout
+    return {
+        "date": str(datetime.datetime.now(tz=datetime.timezone.utc).date()),
+        "commit": commit.strip() or "unknown",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+class _TrainOn(L.Callback):
+    """The user's plan for the time after the base, which holds where a partition is not acted upon: as "continue"."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Before the partition is drawn: whoever acts on it has the last word."""
+        optimizer = self.plan.optimizer(pl_module.parameters())
+        trainer.strategy.optimizers = [optimizer]
+        schedule = CosineAnnealingLR(optimizer, T_max=self.plan.repair_epochs)
+        trainer.strategy.lr_scheduler_configs = [LRSchedulerConfig(schedule)]
+
+
+class Unit:
+    """A case in a regime with a seed, and its folder.
+
+    Args:
+        case: which.
+        regime: ``"fresh"`` or ``"memorised"``.
+        seed: of data, noise, weights and order.
+        folder: where checkpoint, partition and results are kept.
+        data: folder with ``cifar10n.npz`` and ``fsdd.zip``.
+        accelerator: of the Trainer.
+        fast: only to see that everything runs: 500 samples and few epochs.
+    """
+
+    def __init__(
+        self, case: Case, regime: str, seed: int, *, folder: Path, data: Path, accelerator: str, fast: bool
+    ) -> None:
+        self.case, self.regime, self.seed = case, regime, seed
+        self.folder, self.source, self.accelerator, self.fast = folder, data, accelerator, fast
+        self.plan = plan_of(case, regime, fast=fast)
+
+    def settings(self) -> dict[str, Any]:
+        """All that its results depend on."""
+        return {"case": asdict(self.case), "plan": asdict(self.plan), "seed": self.seed, "fast": self.fast}
+
+    def run(self, arm: str) -> dict[str, Any]:
+        """What an arm comes to: test accuracy, seconds, steps and what else is worth knowing."""
+        if arm not in (BASE, ELR):
+            self.result(BASE)
+        if arm == RETRAIN or arm in STEPS_OF:
+            self.result(STEPS_OF.get(arm, FFT))
+        L.seed_everything(self.seed, verbose=False)
+        if arm in REPAIRS:
+            return self._resume(arm)
+        if arm in STEPS_OF:
+            return self._continue(self.result(STEPS_OF[arm])["steps"])
+        return {BASE: self._base, RETRAIN: self._retrain, ELR: self._elr}[arm]()
+
+    def result(self, arm: str) -> dict[str, Any]:
+        """What an arm came to, run now if it has not been."""
+        file = self.folder / f"{arm}.json"
+        if not file.exists():
+            found = self.run(arm)
+            row = {
+                "case": self.case.name,
+                "regime": self.regime,
+                "seed": self.seed,
+                "arm": arm,
+                **found,
+                **where_and_when(),
+            }
+            part = file.with_suffix(".part")
+            part.write_text(json.dumps(row, indent=1), encoding="utf-8")
+            part.rename(file)
+        return json.loads(file.read_text(encoding="utf-8"))
+
+    @cached_property
+    def data(self) -> Noisy:
+        """The data of the case."""
+        data = make(self.case, self.seed, self.source)
+        if not self.fast:
+            return data
+        # A stride, since the spoken digits come in order.
+        few = slice(None, None, len(data.train) // 500)
+        names = ("train", "given_label", "true_label", "wrong_label", "corrupted")
+        return replace(data, **{name: getattr(data, name)[few] for name in names})
+
+    @property
+    def bad(self) -> Tensor:
+        """(N,) bool, the truth: what is better not trained on."""
+        return self.data.wrong_label | self.data.corrupted
+
+    @property
+    def checkpoint(self) -> Path:
+        """Of the base, after its last epoch."""
+        return self.folder / "base.ckpt"
+
+    def _base(self) -> dict[str, Any]:
+        plan, loader = self.plan, self._loader()
+        model = self._base_network()
+        keep = ModelCheckpoint(
+            self.folder,
+            filename="base",
+            every_n_epochs=plan.base_epochs,
+            save_top_k=-1,
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
+        )
+        callbacks = [AttributionPartitionCallback(at_epoch=plan.base_epochs), StopAfter(plan.base_epochs), keep]
+        # One epoch more than is run, since the partition wants to have one left after it.
+        found = self._fit(model, loader, callbacks, plan.base_epochs + 1)
+        return found | {"memorised": self._memorised(model), "samples": len(self.data.train)}
+
+    def _resume(self, arm: str) -> dict[str, Any]:
+        repair, plan = REPAIRS[arm], self.plan
+        partition = self._partitioner(repair)
+        finetune = CleanSubsetFinetuneCallback(
+            repair.mode,
+            on_noisy=repair.on_noisy,
+            optimizer=plan.optimizer,
+            lr_scheduler=partial(CosineAnnealingLR, T_max=plan.repair_epochs),
+        )
+        prune = None if repair.prune is None else SensitivityPruneCallback(**repair.prune)
+        callbacks = [_TrainOn(plan), partition, *([] if prune is None else [prune]), finetune]
+        last = plan.base_epochs + plan.repair_epochs
+        found = self._fit(self._base_network(), self._loader(), callbacks, last, resume=True)
+        if arm == FFT:
+            partition.partition.save(self.folder / "partition.pt")
+        pruned = 0 if prune is None or not prune.has_acted else sum(len(m.pruned_indices()) for m in prune.masks)
+        quality = self._quality(partition.partition)
+        return found | {"acted": finetune.is_active, "pruned": pruned, "partition": quality}
+
+    def _partitioner(self, repair: Repair) -> AttributionPartitionCallback:
+        plan, bad = self.plan, self.bad
+
+        def truth(evidence: Evidence) -> Tensor:
+            return (~bad).float()[evidence.index.cpu()].to(evidence.label.device)
+
+        options: dict[str, Any] = {"at_epoch": plan.base_epochs}
+        if repair.rounds:
+            options["every_n_epochs"] = max(1, plan.repair_epochs // 3)
+        if repair.knows_truth:
+            options |= {"recipe": truth, "min_class_share": 0.0}
+        return AttributionPartitionCallback(**options)
+
+    def _continue(self, steps: int) -> dict[str, Any]:
+        """All the data, with the optimizer and the steps of another arm: only the data differ."""
+        loader = self._loader()
+        epochs = -(-steps // len(loader))
+        model = self._network()
+        model.load_state_dict(torch.load(self.checkpoint, map_location="cpu", weights_only=True)["state_dict"])
+        train_with(model, self.plan.optimizer, partial(CosineAnnealingLR, T_max=epochs), "epoch")
+        return self._fit(model, loader, [], epochs, steps=steps)
+
+    def _retrain(self) -> dict[str, Any]:
+        """The kept subset, from new weights, for as many epochs as the base had."""
+        loader = self._loader(Partition.load(self.folder / "partition.pt").clean_indices())
+        return self._fit(self._one_cycle(loader), loader, [], self.plan.base_epochs)
+
+    def _elr(self) -> dict[str, Any]:
+        """All the data, from new weights, for as many epochs as the base had."""
+        total = len(self.data.train)
+        loader = self._loader(label=torch.stack([self.data.given_label, torch.arange(total)], dim=1))
+        model = self._one_cycle(loader)
+        regularise_early_learning(model, total, CLASSES)
+        return self._fit(model, loader, [], self.plan.base_epochs)
+
+    def _loader(self, index: Tensor | None = None, label: Tensor | None = None) -> DataLoader[Any]:
+        index = torch.arange(len(self.data.train)) if index is None else index
+        if len(index) % self.case.batch == 1:
+            index = index[:-1]  # batch norm cannot be trained on one sample
+        label = self.data.given_label if label is None else label
+        rows = Rows(self.data.train[index], label[index])
+        return DataLoader(rows, self.case.batch, shuffle=True, collate_fn=as_it_is)
+
+    def _network(self) -> L.LightningModule:
+        model = self.case.network().to(memory_format=torch.channels_last)
+        model.hparams["mirror"] = self.plan.mirror
+        return model
+
+    def _base_network(self) -> L.LightningModule:
+        model, plan = self._network(), self.plan
+        schedule = self._cycle(self._loader(), plan.base_lr) if plan.base_decays else None
+        train_with(model, partial(torch.optim.Adam, lr=plan.base_lr), schedule, "step")
+        return model
+
+    def _one_cycle(self, loader: DataLoader[Any]) -> L.LightningModule:
+        model = self._network()
+        train_with(model, self.plan.optimizer, self._cycle(loader, self.plan.lr), "step")
+        return model
+
+    def _cycle(self, loader: DataLoader[Any], lr: float) -> Callable[[Any], Any]:
+        return partial(OneCycleLR, max_lr=lr, total_steps=self.plan.base_epochs * len(loader))
+
+    def _trainer(self, epochs: int, callbacks: list[L.Callback], steps: int) -> L.Trainer:
+        return L.Trainer(
+            max_epochs=epochs,
+            max_steps=steps,
+            callbacks=callbacks,
+            logger=False,
+            enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            accelerator=self.accelerator,
+            devices=1,
+            precision=self.plan.precision,
+        )
+
+    def _fit(
+        self,
+        model: L.LightningModule,
+        loader: DataLoader[Any],
+        callbacks: list[L.Callback],
+        epochs: int,
+        *,
+        steps: int = -1,
+        resume: bool = False,
+    ) -> dict[str, Any]:
+        """Trains and tests; of a fit that is resumed, seconds and steps are those after the base."""
+        trainer = self._trainer(epochs, callbacks, steps)
+        started = time.perf_counter(), time.process_time()
+        trainer.fit(model, loader, ckpt_path=self.checkpoint if resume else None)
+        seconds = {"seconds": time.perf_counter() - started[0], "process_seconds": time.process_time() - started[1]}
+        taken = trainer.global_step - (self.result(BASE)["steps"] if resume else 0)
+        tests = DataLoader(Rows(self.data.test, self.data.test_label), 500, collate_fn=as_it_is)
+        accuracy = self._trainer(1, [], -1).test(model, tests, verbose=False)[0]["test_acc"]
+        return {"accuracy": accuracy, **seconds, "steps": taken}
+
+    @torch.no_grad()
+    def _memorised(self, model: L.LightningModule) -> float | None:
+        """The share of the wrong labels that the network predicts."""
+        wrong = self.data.wrong_label
+        if not wrong.any():
+            return None
+        model.eval()
+        answers = [model(part.to(model.device)).argmax(dim=1).cpu() for part in self.data.train[wrong].split(500)]
+        return (torch.cat(answers) == self.data.given_label[wrong]).float().mean().item()
+
+    def _quality(self, partition: Partition) -> dict[str, Any]:
+        """How good the partition is, judged with the truth that it never saw."""
+        found, bad = ~partition.is_clean, self.bad
+        answer = Answer(partition.clean_probability.numpy(), found.numpy(), partition.noise_rate)
+        of_wrong = found & self.data.wrong_label
+        right = (partition.suggested_label == self.data.true_label)[of_wrong]
+        return scores(answer, bad.numpy()) | {
+            "warning": partition.warning,
+            "suggested_right": right.float().mean().item() if len(right) else None,
+        }

@@ -1,0 +1,120 @@
+import doctest
+import math
+
+import pytest
+import torch
+
+# The sdist has the tests, but not the benchmarks.
+pytest.importorskip("benchmarks", reason="not a checkout")
+from benchmarks import elr, repair_tables
+from benchmarks.elr import EarlyLearning
+from benchmarks.repair_tables import Results, Verdict, best_fixed, gap_closed, tables, verdicts
+
+
+def row(arm, accuracy, seed=0, case="spoken-sym40", regime="memorised", **more):
+    found = {"seconds": 10.0, "process_seconds": 10.0, "steps": 100}
+    return {"case": case, "regime": regime, "seed": seed, "arm": arm, "accuracy": accuracy, **found, **more}
+
+
+def naive_regularisers(steps, total, classes, strength, memory):
+    """One sample and one class at a time."""
+    target = [[0.0] * classes for _ in range(total)]
+    answers = []
+    for logits, index in steps:
+        logs = []
+        for line, i in zip(logits.tolist(), index.tolist(), strict=True):
+            exps = [math.exp(value) for value in line]
+            p = [min(max(value / sum(exps), 1e-4), 1 - 1e-4) for value in exps]
+            target[i] = [memory * t + (1 - memory) * q / sum(p) for t, q in zip(target[i], p, strict=True)]
+            logs.append(math.log(1 - sum(t * q for t, q in zip(target[i], p, strict=True))))
+        answers.append(strength * sum(logs) / len(logs))
+    return answers
+
+
+def test_early_learning_is_the_formula_over_several_steps():
+    torch.manual_seed(0)
+    steps = [(10 * torch.randn(4, 3), torch.randperm(6)[:4]) for _ in range(5)]
+    regulariser = EarlyLearning(total=6, classes=3, strength=3.0, memory=0.7)
+    found = [regulariser(logits, index).item() for logits, index in steps]
+    assert found == pytest.approx(naive_regularisers(steps, 6, 3, 3.0, 0.7), rel=1e-4)
+
+
+def test_early_learning_pulls_to_what_was_predicted_first():
+    regulariser, index = EarlyLearning(total=1, classes=2), torch.tensor([0])
+    for _ in range(10):
+        regulariser(torch.tensor([[3.0, 0.0]]), index)
+    logits = torch.zeros(1, 2, requires_grad=True)
+    regulariser(logits, index).backward()
+    assert logits.grad[0, 0] < 0 < logits.grad[0, 1]
+    assert not regulariser.target.requires_grad
+
+
+@pytest.mark.parametrize("module", [elr, repair_tables])
+def test_the_examples_are_right(module):
+    assert doctest.testmod(module).failed == 0
+
+
+def test_there_is_no_gap_to_close_where_the_oracle_is_no_better():
+    assert gap_closed(0.9, base=0.905, oracle=0.91) is None
+    assert gap_closed(0.7, base=0.8, oracle=0.9) == -1
+
+
+def test_a_lead_is_over_the_seeds_that_both_arms_have():
+    rows = [row("F-FT", 0.9, 0), row("F-FT", 0.1, 1), row("continue", 0.8, 0)]
+    assert Results(rows).lead("spoken-sym40", "memorised", "F-FT", "continue") == pytest.approx(10)
+    assert Results(rows).lead("spoken-sym40", "memorised", "F-FT", "retrain") is None
+
+
+def test_relabelling_is_judged_against_as_many_steps_as_it_had():
+    rows = [row("continue", 0.5), row("continue, steps of relabel", 0.8), row("relabel", 0.9), row("weigh", 0.9)]
+    gain = {arm: Results(rows).gain("spoken-sym40", "memorised", arm) for arm in ("relabel", "weigh")}
+    assert gain == {"relabel": pytest.approx(10), "weigh": pytest.approx(40)}
+
+
+def test_verdicts_are_reached_at_the_bound_and_missed_beyond_it():
+    assert Verdict("", "", 0.7 - 0.65, 0.05).reached
+    assert not Verdict("", "", 0.04, 0.05).reached
+    assert Verdict("", "", 0.35, 0.35, at_most=True).reached
+    assert not Verdict("", "", 0.36, 0.35, at_most=True).reached
+
+
+def test_memorised_targets_are_judged_with_the_numbers_there_are():
+    rows = [
+        row("base", 0.6),
+        row("F-FT", 0.86, process_seconds=3.0),
+        row("continue", 0.8),
+        row("retrain", 0.84),
+        row("oracle", 0.9),
+    ]
+    found = {verdict.target: verdict for verdict in verdicts(Results(rows))}
+    assert {target.removeprefix("memorised: "): verdict.reached for target, verdict in found.items()} == {
+        "points by which F-FT is ahead of continue": True,
+        "points by which F-FT is ahead of retrain": False,
+        "time of F-FT relative to retrain": True,
+        "share of the gap closed by F-FT": True,
+    }
+
+
+def test_the_worst_arm_is_judged_on_clean_data():
+    clean = {"case": "digits-clean", "regime": "fresh"}
+    rows = [row("continue", 0.9, **clean), row("F-FT", 0.9, **clean), row("weigh", 0.89, **clean)]
+    (verdict,) = verdicts(Results(rows))
+    assert (verdict.note, verdict.value, verdict.reached) == ("weigh", pytest.approx(-1), False)
+
+
+def test_the_best_arm_is_one_for_all_cases():
+    rows = [
+        row(arm, accuracy, case=case, regime="fresh")
+        for case, of in {
+            "spoken-sym40": {"continue": 0.5, "F-FT": 0.9, "weigh": 0.8},
+            "spoken-both": {"continue": 0.5, "F-FT": 0.5, "weigh": 0.7},
+        }.items()
+        for arm, accuracy in of.items()
+    ]
+    assert best_fixed(Results(rows), "fresh") == "weigh"
+
+
+def test_tables_have_a_column_for_every_arm_that_ran():
+    text = tables(Results([row("base", 0.6), row("base", 0.7, 1), row("ELR", 0.8)]))
+    assert "| case | base | ELR |" in text
+    assert "| spoken-sym40 | 65.0 ± 7.1 | 80.0 |" in text

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
@@ -222,6 +223,36 @@ def live_iterator(trainer: Trainer) -> tuple[Any, int]:
         return None, 0
     # Where the number of batches is not known, Lightning is one ahead, to see which is the last.
     return iterators[0], len(getattr(fetcher, "batches", []))
+
+
+class BatchHook:
+    """Changes training batches as the loader delivers them, before any transfer hook of the user's.
+
+    No public hook may put another batch in the place of the one delivered.
+    """
+
+    def __init__(self) -> None:
+        self._module: LightningModule | None = None
+
+    def attach(self, trainer: Trainer, pl_module: LightningModule, change: Callable[[Any], Any]) -> None:
+        """From now on training gets ``change(batch)``; validation and passes of ours are left alone."""
+        self.detach()
+
+        def _on_before_batch_transfer(module: LightningModule, batch: Any, dataloader_idx: int = 0) -> Any:
+            if module is pl_module and trainer.training:
+                batch = change(batch)
+            return type(module)._on_before_batch_transfer(module, batch, dataloader_idx)
+
+        # In the instance's own dictionary, where it hides the method and nothing else. A bound method of the same name:
+        # a copy of the module has it bound to itself, a pickled one finds its class's.
+        pl_module.__dict__["_on_before_batch_transfer"] = MethodType(_on_before_batch_transfer, pl_module)
+        self._module = pl_module
+
+    def detach(self) -> None:
+        """Leaves the batches alone again."""
+        if self._module is not None:
+            self._module.__dict__.pop("_on_before_batch_transfer", None)
+            self._module = None
 
 
 def rewrap_ddp(trainer: Trainer) -> None:

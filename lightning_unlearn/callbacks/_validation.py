@@ -164,6 +164,8 @@ def _validation_loaders(trainer: Trainer) -> list[tuple[Any, int | None]]:
     Lightning makes them before the first validation; where that has not been, it makes them now. Inside
     ``undisturbed``, on every rank.
     """
+    if not trainer.enable_validation:
+        return []
     loop: Any = trainer.fit_loop.epoch_loop.val_loop
     if getattr(loop, "_combined_loader", None) is None:
         reloaded = getattr(loop, "_last_val_dl_reload_epoch", None)

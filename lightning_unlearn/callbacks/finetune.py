@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
+import time
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -13,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.types import LRSchedulerConfig
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import BatchSampler, DataLoader
@@ -27,26 +28,43 @@ from lightning_unlearn.callbacks._lightning import (
     planned_epochs,
     rewrap_ddp,
 )
+from lightning_unlearn.callbacks._relabel import Relabelling, check_relabelling
 from lightning_unlearn.capture import ForwardTrace, resolve_layer
-from lightning_unlearn.data import CleanSubsetSampler, NarrowedLoaders, batch_size, check_loader, shuffles
-from lightning_unlearn.types import MaskSource
+from lightning_unlearn.data import (
+    CleanSubsetSampler,
+    NarrowedLoaders,
+    OnNoisy,
+    TrainingDraw,
+    batch_size,
+    check_loader,
+    shuffles,
+    training_draw,
+)
+from lightning_unlearn.types import MaskSource, Partition
 
 MakeOptimizer = Callable[[Iterable[Any]], Optimizer]
 MakeScheduler = Callable[[Optimizer], LRScheduler]
 
 
 class CleanSubsetFinetuneCallback(PartitionConsumer):
-    """From the partition on, trains on the clean subset only (RLAP, step 5).
+    """From the partition on, trains on the clean subset (RLAP, step 5), and on what can be made of the rest.
 
     The loader stays the user's own (class, workers, collate function, transforms); only the indices it draws from
     change. Lightning recomputes the number of batches, the validation interval and the progress bar's total. After the
-    fit, or an exception, loader, ``requires_grad`` and modes are as they were.
+    fit, or an exception, loader, ``requires_grad`` and modes are as they were. Where the partition is drawn again in
+    later rounds, the subset follows.
 
     Args:
         mode: ``"full"`` trains everything (the paper's F-FT), ``"layers"`` only some layers (L-FT); the rest is frozen,
             statistics of its batch norms included.
         layers: with ``mode="layers"``: dotted paths of the modules to train; by default the layer that the
             SensitivityPruneCallback prunes and those that ``forward`` calls after it.
+        on_noisy: what becomes of samples that are not clean. ``"drop"``: they are left out. ``"weigh"``: every sample
+            is drawn in an epoch with its probability of being clean. ``"relabel"``: where the label is wrong and the
+            suggested one is probable enough, the sample is trained on under the suggested label, which takes the given
+            one's place in the batch on its way in; the data set is not changed.
+        relabel_threshold: the least probability of a suggested label that is used.
+        reset_head: give the head (the last Linear with an output per class) new initial weights first.
         lr: with a value, ``configure_optimizers`` (or ``optimizer``) makes a fresh optimizer with this constant
             learning rate; its own schedulers are dropped. Without, the optimizer and its schedule go on as they are.
         optimizer: makes the optimizer from the trainable parameters, in YAML as ``class_path`` and ``init_args``.
@@ -60,11 +78,14 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         TypeError: for a train loader whose sampler a subset would silently replace, when training starts.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (each is an option of its own)
         self,
         mode: Literal["full", "layers"] = "full",
         *,
         layers: list[str] | None = None,
+        on_noisy: OnNoisy = "drop",
+        relabel_threshold: float = 0.8,
+        reset_head: bool = False,
         lr: float | None = None,
         optimizer: MakeOptimizer | None = None,
         lr_scheduler: MakeScheduler | None = None,
@@ -76,32 +97,37 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
             raise ValueError(f"Expected layers only with mode='layers', but got mode='full' and layers={layers}.")
         if layers is not None and not layers:
             raise ValueError("Expected layers to name at least one module, but got an empty list.")
-        if lr is not None and lr <= 0:
-            raise ValueError(f"Expected lr to be greater than 0, but got {lr}.")
-        if lr_scheduler is not None and lr is None and optimizer is None:
-            raise ValueError("Expected lr or optimizer beside lr_scheduler, which schedules a fresh optimizer.")
-        if restart_optimizer and (lr is not None or optimizer is not None):
-            raise ValueError(
-                "Expected restart_optimizer without lr and optimizer, which make a fresh optimizer anyway."
-            )
+        if on_noisy not in get_args(OnNoisy):
+            raise ValueError(f"Expected on_noisy to be 'drop', 'weigh' or 'relabel', but got {on_noisy!r}.")
+        if not 0 < relabel_threshold <= 1:
+            raise ValueError(f"Expected relabel_threshold to lie in (0, 1], but got {relabel_threshold}.")
+        _check_optimizer_arguments(lr, optimizer, lr_scheduler, restart_optimizer)
         self.mode = mode
         self.layers = layers
+        self.on_noisy = on_noisy
+        self.relabel_threshold = relabel_threshold
+        self.reset_head = reset_head
         self.lr = lr
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.restart_optimizer = restart_optimizer
         self._swap = TrainDataSwap()
         self._narrowed = NarrowedLoaders()
+        self._relabelling = Relabelling()
         self.reset()
 
     @override
     def reset(self) -> None:
         super().reset()
         self._masks: MaskSource | None = None
-        self._clean: Tensor | None = None
+        self._draw: TrainingDraw | None = None
+        self._partition_epoch = 0
+        # Batches of the first epoch after the swap, for which a schedule of steps may be planned.
+        self._planned_batches = 0
         self._frozen: dict[str, list[str]] = {"parameters": [], "norms": []}
         self._remaining: int | None = None
-        self._done = False
+        self._epoch_started = 0.0
+        self._seconds_per_epoch = 0.0
         self._order = {"shuffle": True, "seed": 0}
         self._thawed: list[tuple[nn.Parameter, bool]] = []
         self._modes: list[tuple[nn.Module, bool]] = []
@@ -109,7 +135,28 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
     @property
     def is_active(self) -> bool:
         """Whether training draws from the clean subset."""
-        return self._clean is not None
+        return self._draw is not None
+
+    @property
+    def draw(self) -> TrainingDraw:
+        """Which samples are trained on, how often, and under which labels.
+
+        Raises:
+            RuntimeError: before there is one, saying when there will be, or if the partition was not acted upon.
+        """
+        if self._draw is None:
+            if self._partition_epoch:
+                raise RuntimeError("Training goes on with all the data: the partition was not acted upon.")
+            when = "when the partition is drawn" if self._source is None else f"at epoch {self._source.at_epoch}"
+            raise RuntimeError(f"Training is on all the data yet: it is narrowed {when}.")
+        return self._draw
+
+    def describe(self) -> str:
+        """What was done, in one clause; empty where nothing was."""
+        if self._draw is None:
+            return ""
+        kind = "F-FT" if self.mode == "full" else "L-FT"
+        return f"trained on {_samples_of(self._draw)} from epoch {self.source.at_epoch} on ({kind})"
 
     @override
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -134,36 +181,62 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
             loader = train_loader(trainer)
             self._order = {"shuffle": shuffles(loader), "seed": seed}
             _check_batch_sampler(loader)
+            if self.on_noisy == "relabel" or self.reset_head:
+                self._check_head_and_labels(trainer, pl_module)
         if self._makes_optimizer and not self.restart_optimizer and len(trainer.optimizers) != 1:
             raise MisconfigurationException(
                 "CleanSubsetFinetuneCallback can make a fresh optimizer in place of one, but the module has"
                 f" {len(trainer.optimizers)}; leave out lr, optimizer and lr_scheduler to keep them."
             )
 
+    def _check_head_and_labels(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trace, _ = probe(trainer, pl_module, self.source)
+        classes = trace.output.shape[1]
+        if self.on_noisy == "relabel":
+            check_relabelling(trainer, pl_module, self.source.split_batch, classes)
+        if self.reset_head:
+            head = trace.last_linear(classes)
+            if self.layers is not None and not f"{head}.".startswith(tuple(f"{name}." for name in self.layers)):
+                raise ValueError(
+                    f"Expected layers to hold the head '{head}' where reset_head=True, since new weights must be"
+                    f" trained, but got {self.layers}; add '{head}'."
+                )
+
     @override
     def advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
         partition = self.source.pull_partition(trainer, pl_module)
-        if not self._done and partition is not None:
+        if partition is not None and partition.epoch > self._partition_epoch:
             if self._masks is not None:
                 self._masks.pull_mask(trainer, pl_module)
-            if partition.is_actionable:
-                self._start(trainer, pl_module, partition.clean_indices())
-            self._done = True
+            if self.source.is_dry_run:
+                self._report_dry_run(trainer, pl_module, partition)
+            elif partition.is_actionable:
+                draw = training_draw(partition, self.on_noisy, self.relabel_threshold)
+                (self._renew if self.is_active else self._start)(trainer, pl_module, draw)
+            self._partition_epoch = partition.epoch
         self._hold_modes(pl_module)
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_start(trainer, pl_module)
+        self._epoch_started = time.perf_counter()
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._seconds_per_epoch = time.perf_counter() - self._epoch_started
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # After a resume; before the state of the optimizer is restored, which must find the optimizer that it belongs
         # to.
         if self.is_active:
-            self._attach(trainer)
+            self._attach(trainer, pl_module)
             self._train_from_here(trainer, pl_module)
             self._swap.ask_again(trainer)
 
     @override
     def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._swap.detach(trainer)
-        self._narrowed.restore()
+        self._leave_loader(trainer)
         # The first entry of each is the oldest, and has the last word.
         for parameter, requires_grad in reversed(self._thawed):
             parameter.requires_grad_(requires_grad)
@@ -173,10 +246,11 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and primitives, 8 bytes per clean sample."""
+        """Tensors and primitives, 8 bytes per clean sample; 12 per sample to weigh, 16 to re-label."""
         return {
-            "done": self._done,
-            "clean": self._clean,
+            "partition_epoch": self._partition_epoch,
+            "draw": None if self._draw is None else self._draw.state_dict(),
+            "planned_batches": self._planned_batches,
             "frozen": {kind: list(names) for kind, names in self._frozen.items()},
             "remaining": self._remaining,
             "order": dict(self._order),
@@ -185,12 +259,13 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
     @property
     @override
     def has_acted(self) -> bool:
-        return self._clean is not None
+        return self._draw is not None
 
     @override
     def restore(self, state: dict[str, Any]) -> None:
-        self._done = state["done"]
-        self._clean = state["clean"]
+        self._partition_epoch = state["partition_epoch"]
+        self._draw = None if state["draw"] is None else TrainingDraw(**state["draw"])
+        self._planned_batches = state["planned_batches"]
         self._frozen = {kind: list(names) for kind, names in state["frozen"].items()}
         self._remaining = state["remaining"]
         self._order = dict(state["order"])
@@ -199,63 +274,123 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
     def _makes_optimizer(self) -> bool:
         return self.lr is not None or self.optimizer is not None or self.restart_optimizer
 
-    def _start(self, trainer: Trainer, pl_module: LightningModule, clean: Tensor) -> None:
-        batches = self._batches_after(trainer, clean)
-        if batches == 0:
-            rank_zero_warn(
-                f"The {len(clean)} clean samples do not fill one batch on each rank (drop_last, limit_train_batches),"
-                " so training goes on with all the data."
-            )
+    def _start(self, trainer: Trainer, pl_module: LightningModule, draw: TrainingDraw) -> None:
+        if not self._fills_batches(trainer, draw):
             return
         if self.mode == "layers":
             self._frozen = self._names_to_freeze(trainer, pl_module)
         before = trainer.num_training_batches
-        self._clean = clean
-        max_epochs = trainer.max_epochs
-        self._remaining = None if max_epochs in (None, -1) else max_epochs - trainer.current_epoch
-        self._attach(trainer)
+        self._draw = draw
+        self._remaining = _remaining_epochs(trainer)
+        self._attach(trainer, pl_module)
+        self._planned_batches = int(trainer.num_training_batches)
+        if self.reset_head:
+            self._reset_head(trainer, pl_module)
         self._train_from_here(trainer, pl_module)
         trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
         rank_zero_info(
-            f"Fine-tuning from epoch {trainer.current_epoch} on {len(clean):,} clean samples,"
+            f"Fine-tuning from epoch {trainer.current_epoch} on {_samples_of(draw)},"
             f" {trainer.num_training_batches} batches per epoch instead of {before}; {trained:,} parameters are"
             " trained."
         )
 
-    def _batches_after(self, trainer: Trainer, clean: Tensor) -> int:
+    def _renew(self, trainer: Trainer, pl_module: LightningModule, draw: TrainingDraw) -> None:
+        """Follows a partition that was drawn again."""
+        if not self._fills_batches(trainer, draw):
+            return
+        self._leave_loader(trainer)
+        self._draw = draw
+        self._attach(trainer, pl_module)
+        rank_zero_info(
+            f"Fine-tuning goes on from epoch {trainer.current_epoch} on {_samples_of(draw)},"
+            f" {trainer.num_training_batches} batches per epoch."
+        )
+
+    def _report_dry_run(self, trainer: Trainer, pl_module: LightningModule, partition: Partition) -> None:
+        if not partition.is_actionable:
+            return
+        draw = training_draw(partition, self.on_noisy, self.relabel_threshold)
+        before, after = int(trainer.num_training_batches), self._batches_after(trainer, draw)
+        cost, epochs = "", _remaining_epochs(trainer)
+        if epochs is not None:
+            seconds = [epochs * batches * self._seconds_per_epoch / max(1, before) for batches in (after, before)]
+            cost = (
+                f", {epochs} epochs of {after} batches instead of {before}: at the last epoch's speed about"
+                f" {seconds[0]:.1f} s instead of {seconds[1]:.1f} s"
+            )
+        rank_zero_info(f"Dry run: would train on {_samples_of(draw)}{cost}.")
+
+    def _fills_batches(self, trainer: Trainer, draw: TrainingDraw) -> bool:
+        if self._batches_after(trainer, draw) > 0:
+            return True
+        rank_zero_warn(
+            f"The {len(draw.index)} samples to train on do not fill one batch on each rank (drop_last,"
+            " limit_train_batches), so training goes on with the data it has."
+        )
+        return False
+
+    def _batches_after(self, trainer: Trainer, draw: TrainingDraw) -> int:
         loader = train_loader(trainer)
         batch_sampler: Any = loader.batch_sampler
-        per_rank = len(self._sampler(trainer, loader, clean))
+        per_rank = len(self._sampler(trainer, loader, draw))
         size: int = batch_sampler.batch_size
         return limited_batches(trainer, per_rank // size if batch_sampler.drop_last else -(-per_rank // size))
 
-    def _sampler(self, trainer: Trainer, loader: DataLoader[Any], clean: Tensor) -> CleanSubsetSampler:
+    def _sampler(self, trainer: Trainer, loader: DataLoader[Any], draw: TrainingDraw) -> CleanSubsetSampler:
         batch_sampler: Any = loader.batch_sampler
         norms = any(isinstance(module, nn.modules.batchnorm._NormBase) for module in trainer.lightning_module.modules())
         return CleanSubsetSampler(
-            clean,
+            draw.index,
             num_replicas=trainer.world_size,
             rank=trainer.global_rank,
             shuffle=bool(self._order["shuffle"]),
             seed=self._order["seed"],
             leave_no_single=batch_sampler.batch_size if norms else None,
+            at_most=self._most_samples(trainer, batch_sampler.batch_size),
+            probability=draw.probability,
         )
 
-    def _attach(self, trainer: Trainer) -> None:
-        clean = self._clean
-        if clean is None or self._swap.is_attached:
+    def _most_samples(self, trainer: Trainer, batch_size: int) -> int | None:
+        """A schedule of steps was planned for the first subset: a larger one of a later round must not overrun it."""
+        steps = any(config.interval == "step" for config in trainer.lr_scheduler_configs)
+        return self._planned_batches * batch_size * trainer.world_size if steps and self._planned_batches else None
+
+    def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        draw = self._draw
+        if draw is None or self._swap.is_attached:
             return
+        relabels = draw.new_label is not None
 
         def narrow(loaders: Any) -> DataLoader[Any]:
             loader = check_loader(loaders)
-            sampler = self._sampler(trainer, loader, clean)
+            sampler = self._sampler(trainer, loader, draw)
             # A loader that a reload has replaced is not held on to.
             self._narrowed.restore()
             # Before Lightning makes an iterator, whose workers draw the first batches at once.
             sampler.set_epoch(next_epoch(trainer))
-            return self._narrowed.narrow(loader, sampler)
+            return self._narrowed.narrow(loader, sampler, remembers=relabels)
 
         self._swap.attach(trainer, narrow)
+        if draw.new_label is not None:
+            self._relabelling.attach(trainer, pl_module, self.source.split_batch, draw.new_label)
+
+    def _leave_loader(self, trainer: Trainer) -> None:
+        self._relabelling.detach()
+        self._swap.detach(trainer)
+        self._narrowed.restore()
+
+    def _reset_head(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trace, _ = probe(trainer, pl_module, self.source)
+        head = trace.linear(trace.last_linear(trace.output.shape[1]))
+        # The same weights on every rank, and no draw from the user's random state.
+        with isolate_rng():
+            torch.manual_seed(self._order["seed"] + trainer.current_epoch)
+            head.reset_parameters()
+        for optimizer in trainer.optimizers:
+            for parameter in head.parameters():
+                optimizer.state.pop(parameter, None)
+        if self._masks is not None:
+            self._masks.silence()
 
     def _names_to_freeze(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, list[str]]:
         parameters = [name for name, _ in pl_module.named_parameters()]
@@ -325,6 +460,30 @@ class _TrainedFrom:
         while name and name not in self._called:
             name = name.rpartition(".")[0]
         return name in self._from_here
+
+
+def _samples_of(draw: TrainingDraw) -> str:
+    """What a draw holds, in words."""
+    if draw.probability is not None:
+        return f"{len(draw.index):,} samples, each drawn as often as it is likely to be clean"
+    changed = len(draw.relabelled)
+    kept = f"{len(draw.index) - changed:,} clean samples"
+    return f"{kept} and {changed:,} re-labelled ones" if draw.new_label is not None else kept
+
+
+def _remaining_epochs(trainer: Trainer) -> int | None:
+    return None if trainer.max_epochs in (None, -1) else trainer.max_epochs - trainer.current_epoch
+
+
+def _check_optimizer_arguments(
+    lr: float | None, optimizer: MakeOptimizer | None, lr_scheduler: MakeScheduler | None, restart_optimizer: bool
+) -> None:
+    if lr is not None and lr <= 0:
+        raise ValueError(f"Expected lr to be greater than 0, but got {lr}.")
+    if lr_scheduler is not None and lr is None and optimizer is None:
+        raise ValueError("Expected lr or optimizer beside lr_scheduler, which schedules a fresh optimizer.")
+    if restart_optimizer and (lr is not None or optimizer is not None):
+        raise ValueError("Expected restart_optimizer without lr and optimizer, which make a fresh optimizer anyway.")
 
 
 def _forget_schedule(optimizer: Optimizer) -> None:

@@ -17,7 +17,9 @@ from typing_extensions import override
 
 from lightning_unlearn.callbacks._base import UnlearnCallback, logits_of, probe, train_loader, training_set
 from lightning_unlearn.callbacks._lightning import compute_device, is_fast_dev_run, log_values, undisturbed
+from lightning_unlearn.callbacks._summary import outlook, summarise
 from lightning_unlearn.callbacks._training_pass import TrainingPassReader
+from lightning_unlearn.callbacks._validation import score_validation
 from lightning_unlearn.capture import (
     GRADIENT_X_ACTIVATION,
     Attributor,
@@ -31,7 +33,7 @@ from lightning_unlearn.data import rank_share, split_batch
 from lightning_unlearn.distributed import place_by_index, sum_over_ranks
 from lightning_unlearn.recipes import Recipe, Verdict, get_recipe
 from lightning_unlearn.trajectory import PHASES, Trajectory
-from lightning_unlearn.types import REASONS, Evidence, LayerPoint, Partition
+from lightning_unlearn.types import REASONS, Evidence, LayerPoint, Partition, PartitionRound, RepairSummary
 
 
 class AttributionPartitionCallback(UnlearnCallback):
@@ -50,11 +52,18 @@ class AttributionPartitionCallback(UnlearnCallback):
 
     Where the training set has random augmentation, the scores are those of augmented samples.
 
+    With ``every_n_epochs`` the partition is drawn again as the model gets cleaner, from what was seen before the first
+    one and from a new pass, until hardly a sample changes sides.
+
+    When the fit ends, :attr:`summary` says what was found and done and whether it helped.
+
     Args:
         layer: dotted path of the layer whose output is attributed; by default the input of the last Linear with an
             output per class that ``forward`` calls.
         at_epoch: number of complete epochs after which the partition is drawn; epoch ``at_epoch`` (counted from 0) is
             the first that can be trained on the clean subset.
+        every_n_epochs: draw the partition again after so many further epochs, and again; None for once.
+        stable_share: it is not drawn again once less than this share of the samples has changed sides.
         recipe: ``"auto"``: wrong labels and corrupted inputs, each only if there is a sign of any; ``"label"`` or
             ``"input"``: one of the two; ``"rlap"``: the paper's, blind to the given label; ``"loss"``, ``"aum"``,
             ``"argmax"``: baselines; or the dotted path of a function from evidence to p(clean), or that function (see
@@ -91,6 +100,8 @@ class AttributionPartitionCallback(UnlearnCallback):
         layer: str | None = None,
         *,
         at_epoch: int,
+        every_n_epochs: int | None = None,
+        stable_share: float = 0.01,
         recipe: str | Callable[..., Any] = "auto",
         evidence: Literal["training", "passes"] = "training",
         evidence_every_n_epochs: int = 1,
@@ -101,26 +112,19 @@ class AttributionPartitionCallback(UnlearnCallback):
         action: Literal["act", "report"] = "act",
         batch_to_xy: Callable[[Any], tuple[Any, Tensor]] | None = None,
     ) -> None:
-        if at_epoch < 1:
-            raise ValueError(
-                f"Expected at_epoch to be at least 1, the number of epochs trained on all the data, but got {at_epoch}."
-            )
-        if evidence not in ("training", "passes"):
-            raise ValueError(f"Expected evidence to be 'training' or 'passes', but got {evidence!r}.")
-        if evidence_every_n_epochs < 1:
-            raise ValueError(
-                f"Expected evidence_every_n_epochs to be at least 1, but got {evidence_every_n_epochs}; for a single"
-                " pass set it to at_epoch."
-            )
+        _check_epochs(at_epoch, evidence_every_n_epochs, every_n_epochs)
+        _check_one_of("evidence", evidence, ("training", "passes"))
+        _check_one_of("action", action, ("act", "report"))
         if not 0 < threshold < 1:
             raise ValueError(f"Expected threshold to lie in (0, 1), but got {threshold}.")
-        if not 0 <= min_class_share < 1:
-            raise ValueError(f"Expected min_class_share to lie in [0, 1), but got {min_class_share}.")
-        if action not in ("act", "report"):
-            raise ValueError(f"Expected action to be 'act' or 'report', but got {action!r}.")
+        for name, share in (("min_class_share", min_class_share), ("stable_share", stable_share)):
+            if not 0 <= share < 1:
+                raise ValueError(f"Expected {name} to lie in [0, 1), but got {share}.")
         self.layer = layer
         self.at_epoch = at_epoch
         self.action = action
+        self.every_n_epochs = every_n_epochs
+        self.stable_share = stable_share
         self.recipe: Recipe = get_recipe(recipe)
         self.evidence = evidence
         self.evidence_every_n_epochs = evidence_every_n_epochs
@@ -137,10 +141,15 @@ class AttributionPartitionCallback(UnlearnCallback):
         self._point: LayerPoint | None = None
         self._early: LayerPoint | None = None
         self._num_classes = 0
-        # What earlier epochs showed, the same on every rank; None before the first and once the partition is drawn.
+        # What earlier epochs showed, the same on every rank; None before the first and once no partition is to follow.
         self._trajectory: Trajectory | None = None
         self._epochs_seen: list[int] = []
         self._partition: Partition | None = None
+        self._rounds: list[PartitionRound] = []
+        self._is_stable = False
+        self._memorised: float | None = None
+        self._accuracy: dict[str, float | None] = {"before": None, "after": None}
+        self._summary: RepairSummary | None = None
         self._has_said_fallback = False
         self._reader.reset()
 
@@ -156,6 +165,22 @@ class AttributionPartitionCallback(UnlearnCallback):
         return self._partition
 
     @property
+    def rounds(self) -> tuple[PartitionRound, ...]:
+        """Every drawing of the partition so far, the first one first."""
+        return tuple(self._rounds)
+
+    @property
+    def summary(self) -> RepairSummary:
+        """What was found, done and gained.
+
+        Raises:
+            RuntimeError: before the fit has ended.
+        """
+        if self._summary is None:
+            raise RuntimeError("There is no summary yet: it is made when a fit that has drawn a partition ends.")
+        return self._summary
+
+    @property
     def is_dry_run(self) -> bool:
         """Whether nothing is pruned or fine-tuned, only reported."""
         return self.action == "report"
@@ -167,11 +192,18 @@ class AttributionPartitionCallback(UnlearnCallback):
 
     def gathers_evidence(self, epoch: int) -> bool:
         """Whether a pass is due when ``epoch`` epochs are complete."""
-        if self._partition is not None or epoch < 1:
+        if self._partition is not None:
+            return self._is_next_due(epoch)
+        if epoch < 1:
             return False
         if epoch >= self.at_epoch:
             return True
         return self.recipe.averages and epoch not in self._epochs_seen and epoch % self.evidence_every_n_epochs == 0
+
+    def _is_next_due(self, epoch: int) -> bool:
+        if self.every_n_epochs is None or self._is_stable or not self._rounds:
+            return False
+        return epoch >= self._rounds[-1].epoch + self.every_n_epochs
 
     @property
     def _reads_training(self) -> bool:
@@ -314,35 +346,88 @@ class AttributionPartitionCallback(UnlearnCallback):
                 self._observe_pass(trainer, pl_module)
                 self._trajectory_in_use.merge(self._phase(epoch), sum_over_ranks(trainer.strategy))
             else:
-                self._reader.detach()
-                evidence, label = self._evidence(trainer, self._observe_pass(trainer, pl_module))
-                verdict = self.recipe.judge(evidence, sum_over_ranks(trainer.strategy))
-                self._publish(trainer, evidence, verdict, label)
-                self._report(pl_module, verdict, time.perf_counter() - started)
+                self._draw(trainer, pl_module, started)
             if epoch not in self._epochs_seen:
                 self._epochs_seen.append(epoch)
         return self._partition
 
+    def _draw(self, trainer: Trainer, pl_module: LightningModule, started: float) -> None:
+        self._reader.detach()
+        share = self._observe_pass(trainer, pl_module)
+        evidence, label = self._evidence(trainer, share)
+        verdict = self.recipe.judge(evidence, sum_over_ranks(trainer.strategy))
+        before, drawn = self._partition, self._made(trainer, evidence, verdict, label)
+        changed = 1.0 if before is None else (before.is_clean != drawn.is_clean).float().mean().item()
+        self._rounds.append(PartitionRound(drawn.epoch, len(drawn.suspect_indices()), drawn.noise_rate, changed))
+        self._is_stable = changed < self.stable_share
+        # A later partition that cannot be acted upon does not undo what an earlier one has led to.
+        if before is None or drawn.is_actionable:
+            self._partition = drawn
+        if before is None:
+            self._memorised = self._share_memorised(trainer, evidence, drawn)
+            self._report(pl_module, drawn, verdict, time.perf_counter() - started)
+            if self._acts(trainer):
+                self._accuracy["before"] = self._validate(trainer, pl_module)
+        else:
+            self._report_round(pl_module, drawn, changed)
+        if self.every_n_epochs is None or self._is_stable:
+            self._trajectory = None
+
+    def _acts(self, trainer: Trainer) -> bool:
+        """Whether another callback is to act on the partition."""
+        others = [callback for callback in getattr(trainer, "callbacks", []) if hasattr(callback, "describe")]
+        return bool(others) and self.partition.is_actionable and not self.is_dry_run
+
+    def _validate(self, trainer: Trainer, pl_module: LightningModule) -> float | None:
+        score = score_validation(trainer, pl_module, self, self._num_classes)
+        return None if score is None else score.accuracy
+
+    def _share_memorised(self, trainer: Trainer, evidence: Evidence, partition: Partition) -> float | None:
+        """Of the samples suspected for their label, how many the network gives that label nevertheless."""
+        wrong = partition.reason[evidence.index].eq(REASONS.index("label")).to(evidence.weight.device)
+        counted = evidence.weight * wrong
+        fitted = counted * (evidence.prediction == evidence.label)
+        suspects, memorised = sum_over_ranks(trainer.strategy)(torch.stack([counted.sum(), fitted.sum()])).tolist()
+        return memorised / suspects if suspects else None
+
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._partition is None and not is_fast_dev_run(trainer):
-            rank_zero_warn(
-                f"Training ended after {trainer.current_epoch} epochs, before the partition at at_epoch="
-                f"{self.at_epoch}: nothing was partitioned, pruned or fine-tuned."
-            )
+        if self._partition is None:
+            if not is_fast_dev_run(trainer):
+                rank_zero_warn(
+                    f"Training ended after {trainer.current_epoch} epochs, before the partition at at_epoch="
+                    f"{self.at_epoch}: nothing was partitioned, pruned or fine-tuned."
+                )
+            return
+        if self._acts(trainer) and self._accuracy["before"] is not None:
+            self._accuracy["after"] = self._validate(trainer, pl_module)
+        callbacks: list[Any] = getattr(trainer, "callbacks", [])
+        done = [callback.describe() for callback in callbacks if hasattr(callback, "describe")]
+        self._summary = summarise(
+            self._partition,
+            memorised=self._memorised,
+            done=tuple(clause for clause in done if clause),
+            accuracy=(self._accuracy["before"], self._accuracy["after"]),
+            is_dry_run=self.is_dry_run,
+        )
+        rank_zero_info(self._summary.advice)
 
     @override
     def state_dict(self) -> dict[str, Any]:
         """Tensors and primitives.
 
         While evidence is gathered, ``16 r + 40`` bytes per sample with ``r = min(C - 1, 64)``; 34 once the partition is
-        drawn.
+        drawn, and both as long as it may be drawn again.
         """
         return {
             "epochs_seen": list(self._epochs_seen),
             "trajectory": None if self._trajectory is None else self._trajectory.state_dict(),
             "partition": None if self._partition is None else self._partition.state_dict(),
             "reader": self._reader.state_dict(),
+            "rounds": [vars(drawn) | {} for drawn in self._rounds],
+            "is_stable": self._is_stable,
+            "memorised": self._memorised,
+            "accuracy_before": self._accuracy["before"],
         }
 
     @property
@@ -357,6 +442,10 @@ class AttributionPartitionCallback(UnlearnCallback):
         self._trajectory = None if trajectory is None else Trajectory.from_state_dict(trajectory)
         self._partition = None if partition is None else Partition.from_state_dict(partition)
         self._reader.load_state_dict(state["reader"])
+        self._rounds = [PartitionRound(**drawn) for drawn in state["rounds"]]
+        self._is_stable = state["is_stable"]
+        self._memorised = state["memorised"]
+        self._accuracy["before"] = state["accuracy_before"]
 
     @property
     def _trajectory_in_use(self) -> Trajectory:
@@ -440,7 +529,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         )
         return evidence, label
 
-    def _publish(self, trainer: Trainer, evidence: Evidence, verdict: Verdict, label: Tensor) -> None:
+    def _made(self, trainer: Trainer, evidence: Evidence, verdict: Verdict, label: Tensor) -> Partition:
         total, reduce, weight = len(label), sum_over_ranks(trainer.strategy), evidence.weight.cpu()
 
         def of_all(values: Tensor) -> Tensor:
@@ -455,7 +544,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         is_clean = _keep_some(probability >= self.threshold, probability, label, self.min_class_share)
         suggested = verdict.suggested_probability
         of_suggested = 1 - probability if suggested is None else of_all(suggested).float().clamp(0, 1)
-        self._partition = Partition(
+        return Partition(
             clean_probability=probability,
             is_clean=is_clean,
             suggested_label=torch.where(is_clean, label, of_all(verdict.suggested_label)),
@@ -471,10 +560,8 @@ class AttributionPartitionCallback(UnlearnCallback):
             epoch=trainer.current_epoch,
             warning=verdict.warning or _one_sided(is_clean, label),
         )
-        self._trajectory = None
 
-    def _report(self, pl_module: LightningModule, verdict: Verdict, seconds: float) -> None:
-        partition = self.partition
+    def _report(self, pl_module: LightningModule, partition: Partition, verdict: Verdict, seconds: float) -> None:
         suspects = len(partition.suspect_indices())
         rank_zero_info(
             f"Partition after {partition.epoch} epochs ({partition.recipe}, {partition.layer}, evidence of"
@@ -485,10 +572,47 @@ class AttributionPartitionCallback(UnlearnCallback):
             rank_zero_info(f"  {note}")
         if partition.warning:
             rank_zero_warn(f"The partition is not acted upon, training goes on with all the data: {partition.warning}.")
-        log_values(
-            pl_module,
-            {"unlearn/noise_rate": partition.noise_rate, "unlearn/kept_share": 1 - suspects / len(partition)},
+        elif self._memorised is not None:
+            rank_zero_info(f"  {outlook(self._memorised)}")
+        _log_partition(pl_module, partition)
+
+    def _report_round(self, pl_module: LightningModule, drawn: Partition, changed: float) -> None:
+        suspects = len(drawn.suspect_indices())
+        end = "; it is stable, and not drawn again" if self._is_stable else ""
+        if drawn.is_actionable:
+            _log_partition(pl_module, drawn)
+        else:
+            end += f"; it is not acted upon ({drawn.warning}), the one before stays"
+        rank_zero_info(
+            f"Partition drawn again after {drawn.epoch} epochs: {suspects:,} of {len(drawn):,} samples are suspect,"
+            f" estimated noise rate {drawn.noise_rate:.1%}, {changed:.1%} changed sides{end}."
         )
+
+
+def _check_epochs(at_epoch: int, evidence_every_n_epochs: int, every_n_epochs: int | None) -> None:
+    if at_epoch < 1:
+        raise ValueError(
+            f"Expected at_epoch to be at least 1, the number of epochs trained on all the data, but got {at_epoch}."
+        )
+    if evidence_every_n_epochs < 1:
+        raise ValueError(
+            f"Expected evidence_every_n_epochs to be at least 1, but got {evidence_every_n_epochs}; for a single"
+            " pass set it to at_epoch."
+        )
+    if every_n_epochs is not None and every_n_epochs < 1:
+        raise ValueError(
+            f"Expected every_n_epochs to be at least 1, or None for one partition, but got {every_n_epochs}."
+        )
+
+
+def _check_one_of(name: str, value: str, allowed: tuple[str, str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"Expected {name} to be {allowed[0]!r} or {allowed[1]!r}, but got {value!r}.")
+
+
+def _log_partition(pl_module: LightningModule, partition: Partition) -> None:
+    kept = partition.is_clean.float().mean().item()
+    log_values(pl_module, {"unlearn/noise_rate": partition.noise_rate, "unlearn/kept_share": kept})
 
 
 def _keep_some(is_clean: Tensor, probability: Tensor, label: Tensor, share: float) -> Tensor:

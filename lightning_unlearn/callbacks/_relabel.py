@@ -1,0 +1,120 @@
+"""Training batches with other labels than the data set gives: replaced on the way in, nothing changed at the source.
+
+A batch is known by the dataset indices that the loader has drawn for it, so workers, shuffling and DDP make no
+difference, and neither the data set nor its samples are touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+from lightning_unlearn.callbacks._base import train_loader
+from lightning_unlearn.callbacks._lightning import BatchHook, live_iterator, to_device, undisturbed
+from lightning_unlearn.data import batch_size, delivered_indices, indexed_batches
+
+SplitBatch = Callable[[Any], tuple[Any, Tensor]]
+
+_ADVICE = "; use on_noisy='drop' or 'weigh', which need no other labels"
+
+
+def with_labels(batch: Any, split: SplitBatch, new: Tensor) -> Any:
+    """The batch with other labels; the one given stays as it is.
+
+    Args:
+        batch: a tuple, list, dict, named tuple or dataclass, nested or not, that holds the tensor of labels.
+        split: finds it.
+        new: (B,), the labels; -1 where the given one stays.
+
+    Raises:
+        TypeError: if the labels are not one integer per row, or are not in the batch as they are but made of it.
+
+    Example:
+        >>> batch = (torch.zeros(2, 3), torch.tensor([4, 5]))
+        >>> with_labels(batch, lambda batch: batch, torch.tensor([-1, 7]))[1]
+        tensor([4, 7])
+    """
+    label = split(batch)[1]
+    if label.is_floating_point() or label.shape != new.shape:
+        raise TypeError(
+            f"Expected one integer label per row, {tuple(new.shape)}, to be replaced in a training batch, but got"
+            f" {label.dtype} {tuple(label.shape)}{_ADVICE}."
+        )
+    replaced = torch.where(new.to(label.device) >= 0, new.to(label), label)
+    found = []
+
+    def put(value: Tensor) -> Tensor:
+        if value is not label:
+            return value
+        found.append(value)
+        return replaced
+
+    changed = apply_to_collection(batch, Tensor, put)
+    if not found:
+        raise TypeError(
+            "Expected the labels of a training batch to be one of its tensors, so that they can be replaced, but"
+            f" batch_to_xy makes them of something else{_ADVICE}."
+        )
+    return changed
+
+
+class Relabelling:
+    """Replaces labels in the training batches of a fit, from :meth:`attach` to :meth:`detach`."""
+
+    def __init__(self) -> None:
+        self._hook = BatchHook()
+
+    def attach(self, trainer: Trainer, pl_module: LightningModule, split: SplitBatch, new_label: Tensor) -> None:
+        """From now on training batches have the new labels.
+
+        Args:
+            trainer: of the running fit, whose train loader remembers its batches.
+            pl_module: the user's.
+            split: finds the labels in a batch as the loader delivers it.
+            new_label: (N,) int64, -1 for the given one.
+        """
+
+        def change(batch: Any) -> Any:
+            index = delivered_indices(*live_iterator(trainer))
+            if index is None:
+                raise RuntimeError(
+                    f"The dataset indices of a training batch are not known, so it cannot be re-labelled{_ADVICE}."
+                )
+            return with_labels(batch, split, new_label[index])
+
+        self._hook.attach(trainer, pl_module, change)
+
+    def detach(self) -> None:
+        """Leaves the batches alone again."""
+        self._hook.detach()
+
+
+def check_relabelling(trainer: Trainer, pl_module: LightningModule, split: SplitBatch, num_classes: int) -> None:
+    """Refuses, before the first step, batches whose labels could not be replaced later.
+
+    Raises:
+        TypeError: saying what is in the way.
+    """
+    loader = train_loader(trainer)
+    iterator, _ = live_iterator(trainer)
+    if not hasattr(iterator, "_sampler_iter") or (loader.num_workers > 0 and not getattr(loader, "in_order", True)):
+        raise TypeError(
+            "Expected a train loader of torch's own iteration that delivers batches in the order drawn, so that they"
+            f" can be re-labelled, but {type(loader).__name__} does not (or training_step draws batches itself, or"
+            f" in_order=False){_ADVICE}."
+        )
+    with undisturbed(trainer, pl_module), torch.no_grad():
+        size = min(batch_size(loader), len(loader.dataset))  # type: ignore[arg-type]  # its length has been checked
+        _, batch = next(indexed_batches(loader, torch.arange(size), probing=True))
+        new = (split(batch)[1] + 1) % num_classes
+        arrived = split(to_device(trainer, pl_module, with_labels(batch, split, new)))[1]
+    if not arrived.cpu().equal(new.cpu()):
+        raise TypeError(
+            "Expected labels that are replaced in a training batch to arrive in training_step as they are, but the"
+            f" transfer hooks change them{_ADVICE}."
+        )

@@ -1,0 +1,92 @@
+"""What a fit with repair comes to, in words: found, done, gained, and when it was not worth it."""
+
+from __future__ import annotations
+
+from lightning_unlearn.types import Partition, RepairSummary
+
+# A network that gives so many of the suspects their given label has memorised them.
+MEMORISED = 0.5
+# On validation data, less is no gain: training on would have moved it as much.
+_POINTS = 0.003
+
+
+def outlook(memorised: float) -> str:
+    """What to expect of dropping the suspects, from the share of them that the network has memorised.
+
+    Measured (``benchmarks/results``): where the wrong labels were memorised, fine-tuning on the clean subset won many
+    points over training on; where they were not, it won next to nothing, and re-labelling a little.
+    """
+    if memorised >= MEMORISED:
+        return (
+            f"The network has memorised them (it gives {memorised:.0%} of those suspected for their label that label):"
+            " fine-tuning on the clean subset should pay."
+        )
+    return (
+        f"The network has not memorised them (it gives {memorised:.0%} of those suspected for their label that label):"
+        " expect little more of dropping them than of training on; on_noisy='relabel' makes use of them."
+    )
+
+
+def summarise(
+    partition: Partition,
+    *,
+    memorised: float | None,
+    done: tuple[str, ...],
+    accuracy: tuple[float | None, float | None],
+    is_dry_run: bool = False,
+) -> RepairSummary:
+    """The summary of a fit.
+
+    Args:
+        partition: the last one that was acted upon, or the one that was not.
+        memorised: see :class:`~lightning_unlearn.types.RepairSummary`.
+        done: a clause for each callback that did something.
+        accuracy: on the validation data, before and after; None where not known.
+        is_dry_run: whether nothing was to be changed.
+    """
+    suspects = len(partition.suspect_indices())
+    sentences = [_found(partition, suspects)]
+    if partition.is_actionable:
+        if memorised is not None:
+            sentences.append(outlook(memorised))
+        sentences += [_done(done, is_dry_run), _gained(*accuracy, done)]
+    before, after = accuracy
+    return RepairSummary(
+        samples=len(partition),
+        suspects=suspects,
+        noise_rate=partition.noise_rate,
+        memorised=memorised,
+        done=done,
+        accuracy_before=before,
+        accuracy_after=after,
+        advice=" ".join(sentence for sentence in sentences if sentence),
+    )
+
+
+def _found(partition: Partition, suspects: int) -> str:
+    if not suspects:
+        return f"No sign of noise in the {len(partition):,} training samples: nothing was changed."
+    reasons = partition.reasons()
+    counts = {word: reasons.count(word) for word in ("label", "input", "both") if word in reasons}
+    why = ", ".join(f"{count:,} for {word}" for word, count in counts.items())
+    found = (
+        f"{suspects:,} of {len(partition):,} training samples are suspect ({why}), estimated noise rate"
+        f" {partition.noise_rate:.1%}."
+    )
+    return f"{found} Nothing was changed: {partition.warning}." if partition.warning else found
+
+
+def _done(done: tuple[str, ...], is_dry_run: bool) -> str:
+    if is_dry_run:
+        return "Dry run: nothing was changed."
+    return f"Done: {'; '.join(done)}." if done else "Nothing was done about it: no callback acts on the partition."
+
+
+def _gained(before: float | None, after: float | None, done: tuple[str, ...]) -> str:
+    if before is None or after is None:
+        return "" if not done else "Without validation data it is not known whether it helped."
+    gain = after - before
+    text = f"Validation accuracy {before:.3f} before, {after:.3f} after: {100 * gain:+.1f} points"
+    if gain < _POINTS:
+        return f"{text}, so it did not pay here."
+    return f"{text}; a fit that trains on with the same steps tells how much of that is due to the repair."

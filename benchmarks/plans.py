@@ -56,7 +56,7 @@ REGIMES = (FRESH, MEMORISED)
 _DIGITS = Plan(40, 20, weight_decay=2.0, precision="32-true")
 PLANS: dict[tuple[str, str], Plan] = {
     ("cifar", FRESH): Plan(12, 6, base_lr=3e-3, base_decays=True, mirror=True),
-    ("cifar", MEMORISED): Plan(30, 6),
+    ("cifar", MEMORISED): Plan(24, 6),
     ("spoken", FRESH): Plan(8, 12),
     ("spoken", MEMORISED): Plan(80, 12),
     ("digits", FRESH): replace(_DIGITS, base_epochs=8),

@@ -116,7 +116,7 @@ def test_a_yaml_runs_through_our_command_and_a_users_own_cli_alike(team):
     (team / "ours.yaml").write_text(with_classes + CALLBACKS)
     # A module in the folder where the command is run is found, as a team's script would find it.
     shown = run(["-m", "lightning_unlearn.cli", "fit", "--config", "ours.yaml"], team)
-    assert "Partition after 5 epochs" in shown
+    assert "Partition after 6 epochs" in shown
     assert "Pruned 4 of 16 neurons of 'encoder.0'" in shown
     assert "Fine-tuning from epoch 6" in shown
     ours = partition_of_checkpoint(team)

@@ -84,7 +84,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         *,
         layers: list[str] | None = None,
         on_noisy: OnNoisy = "drop",
-        relabel_threshold: float = 0.8,
+        relabel_threshold: float = 0.7,
         reset_head: bool = False,
         lr: float | None = None,
         optimizer: MakeOptimizer | None = None,

@@ -29,6 +29,7 @@ from lightning_unlearn import (
     Partition,
     SensitivityPruneCallback,
 )
+from lightning_unlearn.data import OnNoisy
 from lightning_unlearn.demo.digits import DigitsClassifier, DigitsDataModule
 
 BASE = "base"
@@ -37,6 +38,7 @@ RETRAIN_SHORT = "retrain on the subset, same steps"
 RETRAIN = "retrain on the subset, as the base"
 LFT = "L-FT (fine-tune pruned layer and after)"
 FFT = "F-FT (fine-tune all layers)"
+RELABEL = "F-FT, wrong labels replaced"
 ORACLE = "F-FT on the truly clean subset"
 
 
@@ -224,6 +226,15 @@ class _Repeat:
                 self._finetune("layers"),
             ],
         )
+        arms[RELABEL] = self._resume(
+            RELABEL,
+            checkpoint,
+            [
+                AttributionPartitionCallback(at_epoch=self.first),
+                SensitivityPruneCallback(amount=self.settings.amount),
+                self._finetune("full", on_noisy="relabel"),
+            ],
+        )
         arms[ORACLE] = self._resume(
             ORACLE,
             checkpoint,
@@ -233,7 +244,7 @@ class _Repeat:
                 self._finetune("full"),
             ],
         )
-        order = (BASE, CONTINUE, RETRAIN_SHORT, RETRAIN, LFT, FFT, ORACLE)
+        order = (BASE, CONTINUE, RETRAIN_SHORT, RETRAIN, LFT, FFT, RELABEL, ORACLE)
         return Outcome(
             self.seed, {name: arms[name] for name in order}, self._detection(partition, memorised)
         ), partition
@@ -288,9 +299,9 @@ class _Repeat:
         _trainer(epochs, [phase], steps).fit(model, datamodule=self.data)
         return self._arm(model, phase)
 
-    def _finetune(self, mode: Literal["full", "layers"]) -> CleanSubsetFinetuneCallback:
+    def _finetune(self, mode: Literal["full", "layers"], on_noisy: OnNoisy = "drop") -> CleanSubsetFinetuneCallback:
         schedule = partial(CosineAnnealingLR, T_max=self.settings.repair_epochs)
-        return CleanSubsetFinetuneCallback(mode, optimizer=self.optimizer, lr_scheduler=schedule)
+        return CleanSubsetFinetuneCallback(mode, on_noisy=on_noisy, optimizer=self.optimizer, lr_scheduler=schedule)
 
     def _train_like_fine_tuning(self, model: DigitsClassifier, epochs: int) -> None:
         """Gives the model the optimizer and schedule of the fine-tuning."""
@@ -392,7 +403,8 @@ def table(settings: Settings, outcomes: list[Outcome]) -> str:
             "",
             "Arms of the same steps have the optimizer of the fine-tuning; retraining starts from new weights, and 'as",
             "the base' has its optimizer and epochs. Seconds and steps below the base come on top of it; the base's",
-            "include reading the evidence, L-FT's and F-FT's its last pass, partition and pruning.",
+            "include reading the evidence, L-FT's and F-FT's its last pass, partition and pruning. With wrong labels",
+            "replaced there are more samples, so more steps.",
             f"Partition: AUROC {score['auroc']}, precision {score['precision']}, recall {score['recall']};"
             f" estimated noise rate {score['noise_rate']};",
             f"suggested label right for {score['suggested_right']} of the wrong labels found.",

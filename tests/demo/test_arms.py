@@ -13,6 +13,7 @@ from lightning_unlearn.demo.arms import (
     FFT,
     LFT,
     ORACLE,
+    RELABEL,
     RETRAIN,
     RETRAIN_SHORT,
     Settings,
@@ -31,12 +32,13 @@ def small(tmp_path_factory):
 
 def test_every_arm_runs_and_those_of_the_same_steps_have_them(small):
     _, (outcome,), _ = small
-    assert list(outcome.arms) == [BASE, CONTINUE, RETRAIN_SHORT, RETRAIN, LFT, FFT, ORACLE]
+    assert list(outcome.arms) == [BASE, CONTINUE, RETRAIN_SHORT, RETRAIN, LFT, FFT, RELABEL, ORACLE]
     steps = outcome.arms[FFT].steps
     assert outcome.arms[BASE].steps == 3 * 19
     assert 0 < steps < 2 * 19
     assert outcome.arms[CONTINUE].steps == outcome.arms[RETRAIN_SHORT].steps == outcome.arms[LFT].steps == steps
     assert outcome.arms[RETRAIN].steps == steps // 2 * 3
+    assert steps <= outcome.arms[RELABEL].steps <= 2 * 19
     assert all(arm.seconds > 0 for arm in outcome.arms.values())
 
 

@@ -105,6 +105,7 @@ REPAIRS: dict[str, Repair] = {
     RELABEL: Repair(on_noisy="relabel"),
     "rounds": Repair(rounds=True),
     "rounds + relabel": Repair(on_noisy="relabel", rounds=True),
+    "rounds + weigh": Repair(on_noisy="weigh", rounds=True),
     "oracle": Repair(knows_truth=True),
 }
 # Arms that are trained for as many steps as another one was.

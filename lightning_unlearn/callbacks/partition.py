@@ -442,6 +442,9 @@ class AttributionPartitionCallback(UnlearnCallback):
         self._trajectory = None if trajectory is None else Trajectory.from_state_dict(trajectory)
         self._partition = None if partition is None else Partition.from_state_dict(partition)
         self._reader.load_state_dict(state["reader"])
+        if self._partition is not None:
+            # It watches since setup, and would make the loader forget the batches that are to be re-labelled.
+            self._reader.detach()
         self._rounds = [PartitionRound(**drawn) for drawn in state["rounds"]]
         self._is_stable = state["is_stable"]
         self._memorised = state["memorised"]

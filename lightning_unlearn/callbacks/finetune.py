@@ -122,6 +122,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         self._masks: MaskSource | None = None
         self._draw: TrainingDraw | None = None
         self._partition_epoch = 0
+        self._first_epoch = 0
         # Batches of the first epoch after the swap, for which a schedule of steps may be planned.
         self._planned_batches = 0
         self._frozen: dict[str, list[str]] = {"parameters": [], "norms": []}
@@ -156,7 +157,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         if self._draw is None:
             return ""
         kind = "F-FT" if self.mode == "full" else "L-FT"
-        return f"trained on {_samples_of(self._draw)} from epoch {self.source.at_epoch} on ({kind})"
+        return f"trained on {_samples_of(self._draw)} from epoch {self._first_epoch} on ({kind})"
 
     @override
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -249,6 +250,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         """Tensors and primitives, 8 bytes per clean sample; 12 per sample to weigh, 16 to re-label."""
         return {
             "partition_epoch": self._partition_epoch,
+            "first_epoch": self._first_epoch,
             "draw": None if self._draw is None else self._draw.state_dict(),
             "planned_batches": self._planned_batches,
             "frozen": {kind: list(names) for kind, names in self._frozen.items()},
@@ -264,6 +266,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
     @override
     def restore(self, state: dict[str, Any]) -> None:
         self._partition_epoch = state["partition_epoch"]
+        self._first_epoch = state["first_epoch"]
         self._draw = None if state["draw"] is None else TrainingDraw(**state["draw"])
         self._planned_batches = state["planned_batches"]
         self._frozen = {kind: list(names) for kind, names in state["frozen"].items()}
@@ -281,6 +284,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
             self._frozen = self._names_to_freeze(trainer, pl_module)
         before = trainer.num_training_batches
         self._draw = draw
+        self._first_epoch = trainer.current_epoch
         self._remaining = _remaining_epochs(trainer)
         self._attach(trainer, pl_module)
         self._planned_batches = int(trainer.num_training_batches)

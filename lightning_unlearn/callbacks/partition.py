@@ -201,7 +201,8 @@ class AttributionPartitionCallback(UnlearnCallback):
         return self.recipe.averages and epoch not in self._epochs_seen and epoch % self.evidence_every_n_epochs == 0
 
     def _is_next_due(self, epoch: int) -> bool:
-        if self.every_n_epochs is None or self._is_stable or not self._rounds:
+        # A checkpoint of a fit with one partition holds nothing to draw another one from.
+        if self.every_n_epochs is None or self._trajectory is None or not self._rounds:
             return False
         return epoch >= self._rounds[-1].epoch + self.every_n_epochs
 
@@ -235,6 +236,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         self._early = self._early_point(trace, len(first.index))
         _warn_of_probabilities(trace.output)
         total = len(train_loader(trainer).dataset)  # type: ignore[arg-type]  # has a length
+        self._warn_where_no_round_follows()
         known = self._trajectory.label if self._trajectory is not None else None
         if self._partition is not None:
             known = self._partition.label
@@ -245,6 +247,13 @@ class AttributionPartitionCallback(UnlearnCallback):
             self._trajectory = Trajectory(total, self._num_classes)
         if self._reads_training:
             self._start_reading(trainer, pl_module, trace)
+
+    def _warn_where_no_round_follows(self) -> None:
+        if self.every_n_epochs is not None and self.has_acted and self._trajectory is None and not self._is_stable:
+            rank_zero_warn(
+                f"every_n_epochs={self.every_n_epochs} has no effect here: the checkpoint is of a fit without it, which"
+                " kept nothing to draw the partition again from; start again without the checkpoint."
+            )
 
     def _early_point(self, trace: ForwardTrace, batch: int) -> LayerPoint | None:
         if not self.recipe.needs_response:
@@ -360,16 +369,19 @@ class AttributionPartitionCallback(UnlearnCallback):
         changed = 1.0 if before is None else (before.is_clean != drawn.is_clean).float().mean().item()
         self._rounds.append(PartitionRound(drawn.epoch, len(drawn.suspect_indices()), drawn.noise_rate, changed))
         self._is_stable = changed < self.stable_share
+        # The one that others act upon first, or the first of all until there is one.
+        is_first = before is None or (drawn.is_actionable and not before.is_actionable)
         # A later partition that cannot be acted upon does not undo what an earlier one has led to.
-        if before is None or drawn.is_actionable:
+        if is_first or drawn.is_actionable:
             self._partition = drawn
-        if before is None:
+        if is_first:
             self._memorised = self._share_memorised(trainer, evidence, drawn)
+        if before is None:
             self._report(pl_module, drawn, verdict, time.perf_counter() - started)
-            if self._acts(trainer):
-                self._accuracy["before"] = self._validate(trainer, pl_module)
         else:
             self._report_round(pl_module, drawn, changed)
+        if is_first and self._acts(trainer):
+            self._accuracy["before"] = self._validate(trainer, pl_module)
         if self.every_n_epochs is None or self._is_stable:
             self._trajectory = None
 

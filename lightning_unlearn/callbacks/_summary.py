@@ -8,6 +8,7 @@ from lightning_unlearn.types import Partition, RepairSummary
 MEMORISED = 0.5
 # On validation data, less is no gain: training on would have moved it as much.
 _POINTS = 0.003
+_NOTHING = "Nothing was done about it: no callback acted on the partition."
 
 
 def outlook(memorised: float) -> str:
@@ -49,7 +50,12 @@ def summarise(
     if partition.is_actionable:
         if memorised is not None:
             sentences.append(outlook(memorised))
-        sentences += [_done(done, is_dry_run), _gained(*accuracy, done)]
+        if is_dry_run:
+            sentences.append(f"Dry run: {'; '.join(('nothing was changed', *done))}.")
+        elif done:
+            sentences += [f"Done: {'; '.join(done)}.", _gained(*accuracy)]
+        else:
+            sentences.append(_NOTHING)
     before, after = accuracy
     return RepairSummary(
         samples=len(partition),
@@ -59,7 +65,7 @@ def summarise(
         done=done,
         accuracy_before=before,
         accuracy_after=after,
-        advice=" ".join(sentence for sentence in sentences if sentence),
+        advice=" ".join(sentences),
     )
 
 
@@ -76,15 +82,9 @@ def _found(partition: Partition, suspects: int) -> str:
     return f"{found} Nothing was changed: {partition.warning}." if partition.warning else found
 
 
-def _done(done: tuple[str, ...], is_dry_run: bool) -> str:
-    if is_dry_run:
-        return "Dry run: nothing was changed."
-    return f"Done: {'; '.join(done)}." if done else "Nothing was done about it: no callback acts on the partition."
-
-
-def _gained(before: float | None, after: float | None, done: tuple[str, ...]) -> str:
+def _gained(before: float | None, after: float | None) -> str:
     if before is None or after is None:
-        return "" if not done else "Without validation data it is not known whether it helped."
+        return "Without validation data it is not known whether it helped."
     gain = after - before
     text = f"Validation accuracy {before:.3f} before, {after:.3f} after: {100 * gain:+.1f} points"
     if gain < _POINTS:

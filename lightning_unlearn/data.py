@@ -311,7 +311,10 @@ def training_draw(partition: Partition, on_noisy: OnNoisy, relabel_threshold: fl
     if on_noisy == "drop":
         return TrainingDraw(partition.clean_indices())
     wrong = ~clean & (partition.reason == REASONS.index("label"))
-    sure = wrong & (partition.suggested_probability >= relabel_threshold)
+    # A recipe that suggests what the network predicts suggests the given label again where that was memorised.
+    sure = (
+        wrong & (partition.suggested_probability >= relabel_threshold) & (partition.suggested_label != partition.label)
+    )
     new_label = torch.where(sure, partition.suggested_label, -1)
     return TrainingDraw((clean | sure).nonzero().flatten(), new_label=new_label)
 

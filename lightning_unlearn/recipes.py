@@ -41,8 +41,11 @@ _SHARPEN = 4.0
 _MEMORISED = 0.9
 # Gate: disagreement of the most confident quarter, over the mean uncertainty that noise-free data would leave.
 _UNEXPLAINED = 1.5
-# How many times as unexplained a shorter view must find it to be taken instead.
+# A shorter view is taken instead if it finds so many times as much unexplained, and more than so much; less will do
+# where other parts of training were memorised outright, if it is not much less sure.
 _CLEARER = 1.25
+_STRIKING = 3.0
+_LESS_SURE_BY = 1.5
 
 _LABEL_FINDINGS = {
     (True, True): "wrong labels",
@@ -157,10 +160,12 @@ class _View:
     Args:
         blocks: (n, P', r), at most three: two of training, one of the last pass.
         of_training: how many of them are averages over training.
+        is_part: whether the rest was left out because it was memorised.
     """
 
     blocks: Tensor
     of_training: int
+    is_part: bool = False
 
 
 def _views(evidence: Evidence, reduce: Reduce) -> list[_View]:
@@ -181,15 +186,15 @@ def _views(evidence: Evidence, reduce: Reduce) -> list[_View]:
     last = blocks[:, -1:]
     if not informs:
         return [_View(last, 1)]
-    views = []
+    views, is_part = [], not (last_informs and all(informs))
     for phases in range(len(informs), 0, -1):
         if phases > 1 and not informs[phases - 1]:
             continue
         halves = [part.mean(dim=1) for part in blocks[:, :phases].tensor_split(2, dim=1) if part.shape[1]]
         of_training = torch.stack(halves, dim=1)
         if last_informs:
-            views.append(_View(torch.cat([of_training, last], dim=1), len(halves)))
-        views.append(_View(of_training, len(halves)))
+            views.append(_View(torch.cat([of_training, last], dim=1), len(halves), is_part))
+        views.append(_View(of_training, len(halves), is_part))
     return views
 
 
@@ -232,11 +237,16 @@ def _label_model(evidence: Evidence, reduce: Reduce) -> _LabelModel:
 
     That is not the one of most samples suspected, but the one in which the most confident samples disagree with their
     labels for the least reason. What was half memorised in the end speaks for wrong labels as if they were right; what
-    was hardly learned yet is unsure of everything. A shorter view must be clearly better than a longer one.
+    was hardly learned yet is unsure of everything. Of several views of clean data some will look suspicious by chance,
+    so a shorter view must be far clearer than a longer one.
     """
-    best, *others = (_fit_view(view, evidence, reduce) for view in _views(evidence, reduce))
-    for model in others:
-        if model.unexplained > _CLEARER * best.unexplained:
+    views = _views(evidence, reduce)
+    longest = best = _fit_view(views[0], evidence, reduce)
+    for view in views[1:]:
+        model = _fit_view(view, evidence, reduce)
+        striking = model.unexplained > _STRIKING
+        sure = model.uncertainty <= _LESS_SURE_BY * longest.uncertainty
+        if model.unexplained > _CLEARER * best.unexplained and (striking or (view.is_part and sure)):
             best = model
     return best
 

@@ -331,7 +331,7 @@ class RepairSummary:
             partition was drawn; None if there were none.
         done: what the callbacks did, a clause for each.
         accuracy_before: on the validation data when the first partition was drawn; None where it is not known.
-        accuracy_after: likewise, at the end of the fit.
+        accuracy_after: likewise, at the end of the fit; of the averaged weights where a callback averages them.
         advice: all of this in one paragraph, with what it means.
     """
 

@@ -137,6 +137,26 @@ class PartitionConsumer(UnlearnCallback):
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._source = find_partition_source(trainer, type(self).__name__)
 
+    def describe(self) -> str:
+        """What was done, in one clause; empty where nothing was."""
+        raise NotImplementedError
+
+    @property
+    def _is_dry_run(self) -> bool:
+        return self._source is not None and self._source.is_dry_run
+
+    def refuse_dry_run(self) -> None:
+        """Refuses to call a fit a dry run that goes on from a checkpoint in which weights or data were changed.
+
+        Raises:
+            MisconfigurationException: saying what to do.
+        """
+        if self._is_dry_run:
+            raise MisconfigurationException(
+                f"action='report' changes nothing, but in the checkpoint {type(self).__name__} has acted already; set"
+                " action='act', or resume from a checkpoint of before the partition."
+            )
+
     @property
     def source(self) -> PartitionSource:
         """The callback that publishes the partition.

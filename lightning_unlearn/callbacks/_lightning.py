@@ -61,6 +61,16 @@ def move_before_progress_bars(trainer: Trainer, callback: Any) -> None:
     setattr(trainer, "callbacks", callbacks)  # noqa: B010  (an attribute that Trainer sets without declaring it)
 
 
+def move_behind_averages(trainer: Trainer, callback: Any) -> None:
+    """Lets a callback run after those that average weights, which put the average in the model's place in the end."""
+    callbacks: list[Any] = list(getattr(trainer, "callbacks", []))
+    last = max((i for i, other in enumerate(callbacks) if hasattr(other, "_average_model")), default=-1)
+    here = callbacks.index(callback)
+    if here < last:
+        callbacks.insert(last, callbacks.pop(here))
+        setattr(trainer, "callbacks", callbacks)  # noqa: B010  (an attribute that Trainer sets without declaring it)
+
+
 @contextmanager
 def undisturbed(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
     """A pass over the data that leaves the fit as it was, also when it fails.

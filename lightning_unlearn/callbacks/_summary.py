@@ -24,7 +24,8 @@ def outlook(memorised: float) -> str:
         )
     return (
         f"The network has not memorised them (it gives {memorised:.0%} of those suspected for their label that label):"
-        " expect little more of dropping them than of training on; on_noisy='relabel' makes use of them."
+        " expect little more of dropping them than of training on; every_n_epochs and on_noisy='relabel' make more of"
+        " them."
     )
 
 
@@ -88,5 +89,5 @@ def _gained(before: float | None, after: float | None) -> str:
     gain = after - before
     text = f"Validation accuracy {before:.3f} before, {after:.3f} after: {100 * gain:+.1f} points"
     if gain < _POINTS:
-        return f"{text}, so it did not pay here."
+        return f"{text}, no gain to speak of."
     return f"{text}; a fit that trains on with the same steps tells how much of that is due to the repair."

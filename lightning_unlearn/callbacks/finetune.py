@@ -23,6 +23,7 @@ from typing_extensions import override
 from lightning_unlearn.callbacks._base import PartitionConsumer, probe, train_loader
 from lightning_unlearn.callbacks._lightning import (
     TrainDataSwap,
+    averaged_models,
     limited_batches,
     next_epoch,
     planned_epochs,
@@ -127,8 +128,8 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         self._planned_batches = 0
         self._frozen: dict[str, list[str]] = {"parameters": [], "norms": []}
         self._remaining: int | None = None
-        self._epoch_started = 0.0
-        self._seconds_per_epoch = 0.0
+        self._epoch_started: float | None = None
+        self._seconds_per_epoch: float | None = None
         self._order = {"shuffle": True, "seed": 0}
         self._thawed: list[tuple[nn.Parameter, bool]] = []
         self._modes: list[tuple[nn.Module, bool]] = []
@@ -152,6 +153,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
             raise RuntimeError(f"Training is on all the data yet: it is narrowed {when}.")
         return self._draw
 
+    @override
     def describe(self) -> str:
         """What was done, in one clause; empty where nothing was."""
         if self._draw is None:
@@ -224,13 +226,16 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._seconds_per_epoch = time.perf_counter() - self._epoch_started
+        # A fit that is resumed within an epoch has not seen its start.
+        if self._epoch_started is not None:
+            self._seconds_per_epoch = time.perf_counter() - self._epoch_started
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # After a resume; before the state of the optimizer is restored, which must find the optimizer that it belongs
         # to.
         if self.is_active:
+            self.refuse_dry_run()
             self._attach(trainer, pl_module)
             self._train_from_here(trainer, pl_module)
             self._swap.ask_again(trainer)
@@ -250,6 +255,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         """Tensors and primitives, 8 bytes per clean sample; 12 per sample to weigh, 16 to re-label."""
         return {
             "partition_epoch": self._partition_epoch,
+            "was_dry_run": self._is_dry_run,
             "first_epoch": self._first_epoch,
             "draw": None if self._draw is None else self._draw.state_dict(),
             "planned_batches": self._planned_batches,
@@ -265,7 +271,8 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
 
     @override
     def restore(self, state: dict[str, Any]) -> None:
-        self._partition_epoch = state["partition_epoch"]
+        # What a dry run has only spoken of is still to be done in a fit that acts.
+        self._partition_epoch = 0 if state["was_dry_run"] and not self._is_dry_run else state["partition_epoch"]
         self._first_epoch = state["first_epoch"]
         self._draw = None if state["draw"] is None else TrainingDraw(**state["draw"])
         self._planned_batches = state["planned_batches"]
@@ -317,11 +324,10 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         before, after = int(trainer.num_training_batches), self._batches_after(trainer, draw)
         cost, epochs = "", _remaining_epochs(trainer)
         if epochs is not None:
+            cost = f", {epochs} epochs of {after} batches instead of {before}"
+        if epochs is not None and self._seconds_per_epoch is not None:
             seconds = [epochs * batches * self._seconds_per_epoch / max(1, before) for batches in (after, before)]
-            cost = (
-                f", {epochs} epochs of {after} batches instead of {before}: at the last epoch's speed about"
-                f" {seconds[0]:.1f} s instead of {seconds[1]:.1f} s"
-            )
+            cost += f": at the last epoch's speed about {seconds[0]:.1f} s instead of {seconds[1]:.1f} s"
         rank_zero_info(f"Dry run: would train on {_samples_of(draw)}{cost}.")
 
     def _fills_batches(self, trainer: Trainer, draw: TrainingDraw) -> bool:
@@ -385,7 +391,8 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
 
     def _reset_head(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trace, _ = probe(trainer, pl_module, self.source)
-        head = trace.linear(trace.last_linear(trace.output.shape[1]))
+        name = trace.last_linear(trace.output.shape[1])
+        head = trace.linear(name)
         # The same weights on every rank, and no draw from the user's random state.
         with isolate_rng():
             torch.manual_seed(self._order["seed"] + trainer.current_epoch)
@@ -393,6 +400,9 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         for optimizer in trainer.optimizers:
             for parameter in head.parameters():
                 optimizer.state.pop(parameter, None)
+        for average in averaged_models(trainer):
+            # Begun before, it would bring the old head back.
+            resolve_layer(average, name).load_state_dict(head.state_dict())
         if self._masks is not None:
             self._masks.silence()
 

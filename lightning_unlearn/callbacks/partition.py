@@ -15,8 +15,21 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from typing_extensions import override
 
-from lightning_unlearn.callbacks._base import UnlearnCallback, logits_of, probe, train_loader, training_set
-from lightning_unlearn.callbacks._lightning import compute_device, is_fast_dev_run, log_values, undisturbed
+from lightning_unlearn.callbacks._base import (
+    PartitionConsumer,
+    UnlearnCallback,
+    logits_of,
+    probe,
+    train_loader,
+    training_set,
+)
+from lightning_unlearn.callbacks._lightning import (
+    compute_device,
+    is_fast_dev_run,
+    log_values,
+    move_behind_averages,
+    undisturbed,
+)
 from lightning_unlearn.callbacks._summary import outlook, summarise
 from lightning_unlearn.callbacks._training_pass import TrainingPassReader
 from lightning_unlearn.callbacks._validation import score_validation
@@ -212,6 +225,7 @@ class AttributionPartitionCallback(UnlearnCallback):
 
     @override
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        move_behind_averages(trainer, self)
         max_epochs = trainer.max_epochs
         if max_epochs is not None and 0 <= max_epochs <= self.at_epoch and not is_fast_dev_run(trainer):
             raise MisconfigurationException(
@@ -387,8 +401,7 @@ class AttributionPartitionCallback(UnlearnCallback):
 
     def _acts(self, trainer: Trainer) -> bool:
         """Whether another callback is to act on the partition."""
-        others = [callback for callback in getattr(trainer, "callbacks", []) if hasattr(callback, "describe")]
-        return bool(others) and self.partition.is_actionable and not self.is_dry_run
+        return bool(_consumers(trainer)) and self.partition.is_actionable and not self.is_dry_run
 
     def _validate(self, trainer: Trainer, pl_module: LightningModule) -> float | None:
         score = score_validation(trainer, pl_module, self, self._num_classes)
@@ -413,8 +426,7 @@ class AttributionPartitionCallback(UnlearnCallback):
             return
         if self._acts(trainer) and self._accuracy["before"] is not None:
             self._accuracy["after"] = self._validate(trainer, pl_module)
-        callbacks: list[Any] = getattr(trainer, "callbacks", [])
-        done = [callback.describe() for callback in callbacks if hasattr(callback, "describe")]
+        done = [callback.describe() for callback in _consumers(trainer)]
         self._summary = summarise(
             self._partition,
             memorised=self._memorised,
@@ -602,6 +614,11 @@ class AttributionPartitionCallback(UnlearnCallback):
             f"Partition drawn again after {drawn.epoch} epochs: {suspects:,} of {len(drawn):,} samples are suspect,"
             f" estimated noise rate {drawn.noise_rate:.1%}, {changed:.1%} changed sides{end}."
         )
+
+
+def _consumers(trainer: Trainer) -> list[PartitionConsumer]:
+    callbacks: list[Any] = getattr(trainer, "callbacks", [])
+    return [callback for callback in callbacks if isinstance(callback, PartitionConsumer)]
 
 
 def _check_epochs(at_epoch: int, evidence_every_n_epochs: int, every_n_epochs: int | None) -> None:

@@ -162,6 +162,7 @@ class SensitivityPruneCallback(PartitionConsumer):
         if self._pruning is not None:
             self._pruning.zero_parameters()
 
+    @override
     def describe(self) -> str:
         """What was done, in one clause; empty where no neuron was to be pruned."""
         if not any(len(mask.pruned_indices()) for mask in self._masks) and not self._note:
@@ -208,6 +209,9 @@ class SensitivityPruneCallback(PartitionConsumer):
         Every partition of the fit is acted upon once. What was pruned stays so, and counts in ``amount``.
         """
         partition = self.source.pull_partition(trainer, pl_module)
+        # What a dry run has proposed is still to be done in a fit that acts.
+        if self._is_proposal and not self._is_dry_run:
+            self._forget_proposal()
         if partition is not None and partition.epoch > self._epoch:
             if partition.is_actionable:
                 if not self._sites:
@@ -216,10 +220,14 @@ class SensitivityPruneCallback(PartitionConsumer):
             self._epoch = partition.epoch
         return self._masks[0] if self._masks and not self._is_proposal else None
 
+    def _forget_proposal(self) -> None:
+        self._masks, self._live, self._note, self._epoch, self._is_proposal = [], [], "", 0, False
+
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # After a resume: the weights come from the checkpoint already pruned, and are to stay so.
         if self._masks and not self._is_proposal:
+            self.refuse_dry_run()
             self._hold(trainer, pl_module)
 
     @override

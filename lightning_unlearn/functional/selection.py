@@ -42,8 +42,9 @@ def benjamini_hochberg(p_value: Tensor, level: float) -> Tensor:
 def harmful_neurons(found: Sensitivity, significance: float | None = None) -> Tensor:
     """The neurons that are more active for noise, the most harmful first.
 
-    With a level of significance, only those of whom it is sure: a two-sided z test of each live neuron, and of all of
-    them together after Benjamini and Hochberg. That bounds the expected share of innocent neurons among those that are
+    With a level of significance, only those of whom it is sure: a one-sided test of each live neuron (neurons that are
+    surely active for clean samples must not lend the others their certainty), and of all of them together after
+    Benjamini and Hochberg. That bounds the expected share of innocent neurons among those that are
     named, which is what a pruned network pays for; a bound on the chance of a single one (Bonferroni) would name hardly
     any in a wide layer.
 
@@ -66,7 +67,7 @@ def harmful_neurons(found: Sensitivity, significance: float | None = None) -> Te
     harmful = found.is_live & (found.coefficient < 0)
     if significance is not None:
         sure = torch.zeros_like(harmful)
-        sure[found.is_live] = benjamini_hochberg(found.p_value()[found.is_live], significance)
+        sure[found.is_live] = benjamini_hochberg(found.harmful_p_value()[found.is_live], significance)
         harmful &= sure
     return in_order(-found.coefficient, harmful)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,21 +23,43 @@ class Sensitivity:
             active for noise; 0 for one that is constant.
         standard_error: (D,) float64, of the coefficient; inf where the samples do not determine it.
         is_live: (D,) bool, False for a neuron that is constant.
+        freedom: degrees of freedom of the residuals that the errors come from.
     """
 
     coefficient: Tensor
     standard_error: Tensor
     is_live: Tensor
+    freedom: float = math.inf
 
     def p_value(self) -> Tensor:
-        """(D,) float64, of the two-sided z test that the coefficient is 0; 1 where nothing is known.
+        """(D,) float64, of the two-sided test that the coefficient is 0; 1 where nothing is known.
 
         Example:
             >>> one = torch.ones(1, dtype=torch.float64)
             >>> Sensitivity(1.96 * one, one, one.bool()).p_value()
             tensor([0.0500], dtype=torch.float64)
         """
-        p = torch.special.erfc((self.coefficient / self.standard_error).abs() / 2**0.5)
+        return self._where_known(torch.special.erfc(self._z().abs() / 2**0.5))
+
+    def harmful_p_value(self) -> Tensor:
+        """(D,) float64, of the one-sided test that the neuron is not more active for noise; 1 where nothing is known.
+
+        Example:
+            >>> one = torch.ones(2, dtype=torch.float64)
+            >>> Sensitivity(torch.tensor([-1.645, 1.645]).double(), one, one.bool()).harmful_p_value()
+            tensor([0.0500, 0.9500], dtype=torch.float64)
+        """
+        return self._where_known(torch.special.erfc(-self._z() / 2**0.5) / 2)
+
+    def _z(self) -> Tensor:
+        """Student's t as the normal deviate of the same probability (Wallace 1959)."""
+        t = self.coefficient / self.standard_error
+        if math.isinf(self.freedom):
+            return t
+        shrunk = (self.freedom * (t.square() / self.freedom).log1p()).sqrt()
+        return t.sign() * shrunk * (8 * self.freedom + 1) / (8 * self.freedom + 3)
+
+    def _where_known(self, p: Tensor) -> Tensor:
         return torch.where(self.is_live & self.standard_error.isfinite(), p, 1.0)
 
     @classmethod
@@ -150,4 +173,5 @@ def solve_sensitivity(sums: RegressionSums, ridge: float = 0.0) -> Sensitivity:
         # In units of the target's variance; what is less than rounding is not known to be less.
         residual = unexplained.clamp(min=torch.finfo(torch.float64).eps) / freedom
         found.standard_error[live] = (residual * (axes.square() @ (variances * shrunk.square()))).sqrt()
+        found = replace(found, freedom=freedom.item())
     return found

@@ -20,7 +20,7 @@ def make_partition(probability, label, epoch=1, warning=""):
     return Partition(
         clean_probability=probability.float(),
         is_clean=is_clean,
-        suggested_label=label,
+        suggested_label=torch.where(is_clean, label, (label + 1) % CLASSES),
         suggested_probability=torch.ones(len(label)),
         noise_rate=1 - probability.mean().item(),
         label=label,

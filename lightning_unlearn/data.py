@@ -112,6 +112,7 @@ def indexed_batches(loader: DataLoader[Any], index: Tensor, *, probing: bool = F
         drop_last=False,
         generator=None,
         persistent_workers=False,
+        in_order=True,
         _iterator=None,
     )
     if probing and loader.worker_init_fn is None:

@@ -123,7 +123,11 @@ def test_a_wrong_label_is_replaced_where_the_suggested_one_is_probable_enough_an
     for i in range(len(partition)):
         if partition.is_clean[i]:
             index.append(i)
-        elif REASONS[partition.reason[i]] == "label" and partition.suggested_probability[i] >= least:
+        elif (
+            REASONS[partition.reason[i]] == "label"
+            and partition.suggested_probability[i] >= least
+            and partition.suggested_label[i] != partition.label[i]
+        ):
             index.append(i)
             new[i] = partition.suggested_label[i].item()
     assert draw.index.tolist() == index

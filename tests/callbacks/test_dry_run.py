@@ -7,10 +7,23 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback, SensitivityPruneCallback
 from tests.callbacks.published import Planted, PlantedData, Published, make_partition
-from tests.toys import Blobs, BlobsData, IndexRecorder, Toy, adamw, assert_same_weights, fit, mlp, trio, weights
+from tests.toys import (
+    CLASSES,
+    Blobs,
+    BlobsData,
+    IndexRecorder,
+    Toy,
+    adamw,
+    assert_same_weights,
+    fit,
+    mlp,
+    trio,
+    weights,
+)
 
 LOGGER = "lightning.pytorch.utilities.rank_zero"
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
@@ -83,6 +96,7 @@ def test_so_they_are_with_augmentation(alone):
 def test_the_log_says_what_would_be_trained_on_and_what_that_would_cost(said, on_noisy, wording):
     data = Blobs()
     partition = make_partition(torch.where(torch.arange(203) < 152, 0.95, 0.05), data.y, epoch=2)
+    object.__setattr__(partition, "suggested_label", (data.y + 1) % CLASSES)
     source = Published(partition, is_dry_run=True)
     finetune, module = CleanSubsetFinetuneCallback(on_noisy=on_noisy), Toy()
     fit(module, BlobsData(data), [source, finetune], max_epochs=6)
@@ -161,7 +175,8 @@ def test_every_round_is_reported_once_also_where_the_fit_is_resumed(said, tmp_pa
         )
         assert [drawn.epoch for drawn in callbacks[0].rounds] == [2, 4]
         reported = [text for text in said()[lines:] if "would train" in text]
-        assert len(reported) == {None: 2, 1: 2, 2: 1, 3: 1}[epoch], epoch
+        left = [int(re.search(r"(\d) epochs of", text)[1]) for text in reported]
+        assert left == {None: [4, 2], 1: [4, 2], 2: [2], 3: [2]}[epoch], epoch
         assert not callbacks[2].is_active
         assert all(sorted(indices) == list(range(101)) for indices in record.by_epoch.values())
         final.append(weights(module))
@@ -202,3 +217,25 @@ def test_no_validation_data_are_read_for_a_dry_run():
 def test_other_actions_are_refused():
     with pytest.raises(ValueError, match="Expected action to be 'act' or 'report', but got 'dry'"):
         AttributionPartitionCallback(at_epoch=1, action="dry")
+
+
+def test_what_a_dry_run_spoke_of_is_done_where_it_is_resumed_in_earnest(tmp_path):
+    keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    data = Blobs(101)
+    fit(Toy(), BlobsData(data), [*trio(2, action="report"), keep], enable_checkpointing=True)
+    callbacks, record, module = trio(2), IndexRecorder(data), Toy()
+    fit(module, BlobsData(data), [*callbacks, record], max_epochs=5, ckpt_path=tmp_path / "epoch=2.ckpt")
+    assert [sorted(record.by_epoch[epoch]) for epoch in (3, 4)] == [callbacks[0].partition.clean_indices().tolist()] * 2
+    assert callbacks[2].is_active
+    assert "from epoch 3 on" in callbacks[2].describe()
+
+
+def test_a_fit_that_has_acted_cannot_be_resumed_as_a_dry_run(tmp_path):
+    keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    fit(Toy(), BlobsData(Blobs(101)), [*trio(2), keep], enable_checkpointing=True)
+    module = Toy()
+    with pytest.raises(MisconfigurationException, match="action='report' changes nothing, but in the checkpoint"):
+        fit(module, BlobsData(Blobs(101)), trio(2, action="report"), max_epochs=5, ckpt_path=tmp_path / "epoch=2.ckpt")
+    assert module.steps == 0
+    assert "_on_before_batch_transfer" not in module.__dict__
+    fit(module, BlobsData(Blobs(101)), trio(2, action="report"), max_epochs=5, ckpt_path=tmp_path / "epoch=1.ckpt")

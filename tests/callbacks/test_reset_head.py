@@ -166,3 +166,14 @@ def test_a_resumed_fit_has_the_same_head(tmp_path, epoch):
         fit(module, data, callbacks, ckpt_path=path, max_epochs=5, enable_checkpointing=path is None)
         final.append(weights(module))
     assert_same_weights(*final, 1e-6)
+
+
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_averages_begun_before_have_the_new_head_too(place):
+    averaging = pytest.importorskip("lightning.pytorch.callbacks.weight_averaging").EMAWeightAveraging(decay=0.999)
+    ours, module, swap = trio(AT, finetune={"reset_head": True}), Toy(optimizer=adamw), Swap()
+    callbacks = [averaging, *ours, swap] if place == "first" else [*ours, swap, averaging]
+    fit(module, BlobsData(Blobs(101)), callbacks, max_epochs=AT + 1)
+    # The final weights are the average, which has hardly moved from what it was at the swap.
+    new, old = swap.after["net.7.weight"], swap.before["net.7.weight"]
+    assert (module.net[7].weight - new).abs().max() < 0.05 < (new - old).abs().max()

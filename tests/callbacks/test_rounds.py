@@ -109,13 +109,15 @@ def test_training_follows_the_partition_of_each_round():
 @pytest.mark.parametrize("on_noisy", ["weigh", "relabel"])
 def test_so_do_weights_and_new_labels(on_noisy):
     (partition, _, finetune), follows, _ = drawn_again(growing(), finetune={"on_noisy": on_noisy})
-    assert finetune.draw.index.tolist() == list(range(SIZE)) if on_noisy == "weigh" else list(range(95))
-    drawn = partition.partition
+    drawn, draw = partition.partition, finetune.draw
     if on_noisy == "weigh":
-        assert finetune.draw.probability.equal(drawn.clean_probability)
+        assert draw.index.tolist() == list(range(SIZE))
+        assert draw.probability.equal(drawn.clean_probability)
         assert len(follows.record.by_epoch[7]) == int(drawn.clean_probability.double().sum())
     else:
-        assert set(finetune.draw.relabelled.tolist()) == set(finetune.draw.index.tolist()) - set(range(95))
+        assert sorted(draw.index.tolist()) == sorted([*range(95), *draw.relabelled.tolist()])
+        assert len(draw.relabelled) > 0
+        assert sorted(follows.record.by_epoch[7]) == draw.index.tolist()
     # Our own passes saw the labels as they are given.
     assert drawn.label.equal(Blobs(SIZE).y)
 
@@ -318,3 +320,48 @@ def test_rounds_reload_and_workers_go_together():
             assert clean <= set(drawn)
         assert set(follows.record.by_epoch[3]) == set(callbacks[2].draw.index.tolist())
         assert [len(clean) for clean in follows.clean] == [101, 40, 70, 95]
+
+
+def test_a_schedule_of_steps_is_not_overrun_where_the_fit_is_resumed_between_rounds_either(tmp_path):
+    keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    final = []
+    for epoch in (None, 1, 2, 3, 4):
+        recipe, made = growing(), []
+        recipe.calls = 0 if epoch is None else sum(at <= epoch for at in (2, 4))
+        callbacks = trio(
+            2,
+            finetune={"restart_optimizer": True, "on_noisy": "relabel"},
+            recipe=recipe,
+            every_n_epochs=2,
+            stable_share=0,
+            min_class_share=0,
+        )
+        module, beside = Toy(optimizer=partial(one_cycle, made=made)), [keep] if epoch is None else []
+        fit(
+            module,
+            BlobsData(Blobs(SIZE), by_epoch=True),
+            [*callbacks, *beside],
+            ckpt_path=None if epoch is None else tmp_path / f"epoch={epoch}.ckpt",
+            max_epochs=6,
+            enable_checkpointing=epoch is None,
+        )
+        steps, schedule = made[-1]
+        assert schedule.last_epoch == steps, epoch
+        assert len(callbacks[0].partition.clean_indices()) == 70
+        final.append((weights(module), callbacks[2].draw.index.tolist()))
+    for other in final[1:]:
+        assert_same_weights(other[0], final[0][0], 1e-6)
+        assert other[1] == final[0][1]
+
+
+def test_a_fit_that_goes_on_with_the_same_trainer_draws_on():
+    data = Blobs(SIZE)
+    callbacks = trio(2, recipe=growing(), every_n_epochs=2, stable_share=0, min_class_share=0)
+    follows, module = Follows(callbacks[0], data), Toy(optimizer=adamw)
+    trainer = fit(module, BlobsData(data), [*callbacks, follows], max_epochs=5)
+    assert [drawn.epoch for drawn in callbacks[0].rounds] == [2, 4]
+    trainer.fit_loop.max_epochs = 8
+    trainer.fit(module, datamodule=BlobsData(data))
+    assert [drawn.epoch for drawn in callbacks[0].rounds] == [2, 4, 6]
+    for epoch, clean in enumerate(follows.clean):
+        assert sorted(follows.record.by_epoch[epoch]) == clean, epoch

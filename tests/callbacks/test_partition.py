@@ -1,4 +1,5 @@
 import csv
+import logging
 import re
 from types import SimpleNamespace
 
@@ -411,3 +412,10 @@ class NeedsWorker(Dataset):
 def open_file(_):
     dataset = get_worker_info().dataset
     dataset.file = dataset.inner
+
+
+@pytest.mark.parametrize(("size", "few"), [(199, True), (200, False)])
+def test_few_samples_for_a_class_are_spoken_of(size, few, caplog):
+    caplog.set_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero")
+    fit(Toy(), BlobsData(Blobs(size)), [AttributionPartitionCallback(at_epoch=1)], max_epochs=2)
+    assert any("fewer than 50 samples for a class" in record.getMessage() for record in caplog.records) is few

@@ -328,9 +328,9 @@ class RepairSummary:
         suspects: how many samples the last partition does not call clean.
         noise_rate: its estimate.
         memorised: share of the samples suspected for their label to which the network gave that label when the first
-            partition was drawn; None if there were none.
+            partition that was acted upon was drawn; None if there were none.
         done: what the callbacks did, a clause for each.
-        accuracy_before: on the validation data when the first partition was drawn; None where it is not known.
+        accuracy_before: on the validation data at the same time; None where it is not known.
         accuracy_after: likewise, at the end of the fit; of the averaged weights where a callback averages them.
         advice: all of this in one paragraph, with what it means.
     """

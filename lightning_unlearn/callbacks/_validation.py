@@ -194,7 +194,8 @@ def _as_it_was(loader: Any) -> Iterator[Iterator[tuple[Any, Callable[[int], Tens
     if isinstance(loader, DataLoader):
         # Its workers end with the iteration; through __dict__, since DataLoader refuses to have these set.
         loader = copy.copy(loader)
-        loader.__dict__.update(persistent_workers=False, _iterator=None)
+        # In order, since what a batch counts depends on its place; torch before 2.6 knows no other.
+        loader.__dict__.update(persistent_workers=False, in_order=True, _iterator=None)
     try:
         yield _weighed(loader)
     finally:

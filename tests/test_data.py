@@ -11,18 +11,13 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     Dataset,
-    DistributedSampler,
     IterableDataset,
     RandomSampler,
     SequentialSampler,
-    SubsetRandomSampler,
     TensorDataset,
-    WeightedRandomSampler,
 )
 
 from lightning_unlearn.data import (
-    CleanSubsetSampler,
-    NarrowedLoaders,
     RememberedBatches,
     check_labels,
     check_loader,
@@ -31,7 +26,6 @@ from lightning_unlearn.data import (
     indexed_batches,
     rank_share,
     remember_batches,
-    shuffles,
     split_batch,
 )
 
@@ -304,184 +298,6 @@ def test_labels_out_of_range_are_refused_with_the_dataset_index(label, found):
         check_labels(torch.tensor(label), num_rows=3, num_classes=3, first_index=640)
 
 
-# CleanSubsetSampler
-
-
-def drawn(indices, epoch=0, world_size=1, **kwargs):
-    out = []
-    for rank in range(world_size):
-        options = {"shuffle": True, "seed": 0} | kwargs
-        sampler = CleanSubsetSampler(torch.tensor(indices), num_replicas=world_size, rank=rank, **options)
-        sampler.set_epoch(epoch)
-        out.append(list(sampler))
-        assert len(out[-1]) == len(sampler)
-    return out
-
-
-SUBSET = [3, 5, 8, 13, 21, 34, 55]
-
-
-def test_each_epoch_covers_the_subset_in_another_order():
-    (first,), (again,), (second,), (other_seed,) = (
-        drawn(SUBSET),
-        drawn(SUBSET),
-        drawn(SUBSET, epoch=1),
-        drawn(SUBSET, seed=10),
-    )
-    assert sorted(first) == sorted(second) == sorted(other_seed) == SUBSET
-    assert first == again
-    assert len({tuple(order) for order in (first, second, other_seed)}) == 3
-
-
-def test_without_shuffling_the_order_is_that_of_the_indices():
-    assert drawn(SUBSET, shuffle=False) == drawn(SUBSET, shuffle=False, epoch=3) == [SUBSET]
-
-
-@pytest.mark.parametrize("world_size", [2, 3, 7, 11])
-def test_ranks_share_the_subset_up_to_padding(world_size):
-    ranks = drawn(SUBSET, world_size=world_size)
-    assert len({len(rank) for rank in ranks}) == 1
-    together = list(itertools.chain.from_iterable(ranks))
-    assert set(together) == set(SUBSET)
-    assert len(together) == -(-len(SUBSET) // world_size) * world_size  # no more repeats than equal lengths need
-
-
-def test_one_sample_on_many_ranks():
-    assert drawn([42], world_size=3) == [[42]] * 3
-
-
-# shuffles
-
-
-@pytest.mark.parametrize(
-    ("loader", "expected"),
-    [
-        (DataLoader(numbers(), shuffle=True), True),
-        (DataLoader(numbers(), shuffle=False), False),
-        (DataLoader(numbers(), sampler=DistributedSampler(numbers(), 2, 0, shuffle=True)), True),
-        (DataLoader(numbers(), sampler=DistributedSampler(numbers(), 2, 0, shuffle=False)), False),
-        (
-            DataLoader(
-                numbers(), sampler=CleanSubsetSampler(torch.arange(5), num_replicas=1, rank=0, shuffle=False, seed=0)
-            ),
-            False,
-        ),
-        (DataLoader(numbers(), batch_sampler=BatchSampler(RandomSampler(numbers()), 4, drop_last=False)), True),
-    ],
-    ids=["random", "sequential", "distributed", "distributed in order", "narrowed", "batch sampler"],
-)
-def test_which_samplers_shuffle(loader, expected):
-    assert shuffles(loader) is expected
-
-
-class MyDistributed(DistributedSampler):
-    def __iter__(self):
-        return iter([0])
-
-
-class MyRandom(RandomSampler):
-    def __iter__(self):
-        return iter([0])
-
-
-class MySequential(SequentialSampler):
-    pass
-
-
-@pytest.mark.parametrize(
-    ("loader", "found"),
-    [
-        (DataLoader(numbers(), sampler=WeightedRandomSampler(torch.ones(N), N)), "WeightedRandomSampler"),
-        (DataLoader(numbers(), sampler=SubsetRandomSampler(range(5))), "SubsetRandomSampler"),
-        (DataLoader(numbers(), sampler=RandomSampler(numbers(), replacement=True)), "RandomSampler"),
-        (DataLoader(numbers(), sampler=RandomSampler(numbers(), num_samples=5)), "RandomSampler"),
-        (DataLoader(numbers(), sampler=MyRandom(numbers())), "MyRandom"),
-        (DataLoader(numbers(), sampler=MySequential(numbers())), "MySequential"),
-        (DataLoader(numbers(), sampler=MyDistributed(numbers(), 2, 0)), "MyDistributed"),
-        (DataLoader(numbers(), batch_sampler=OddsThenEvens()), "OddsThenEvens without .sampler"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_samplers_with_a_meaning_of_their_own_are_refused(loader, found):
-    with pytest.raises(TypeError, match=rf"RandomSampler, SequentialSampler or Dist.*, but it draws with {found}\b.*"):
-        shuffles(loader)
-
-
-def test_the_refusal_says_how_a_random_sampler_differs():
-    for sampler in (RandomSampler(numbers(), replacement=True), RandomSampler(numbers(), num_samples=5)):
-        with pytest.raises(TypeError, match=r"RandomSampler with replacement or num_samples,"):
-            shuffles(DataLoader(numbers(), sampler=sampler))
-
-
-# NarrowedLoaders
-
-
-def clean_sampler(indices=(1, 4, 9)):
-    return CleanSubsetSampler(torch.tensor(indices), num_replicas=1, rank=0, shuffle=True, seed=0)
-
-
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_narrow_and_restore(num_workers):
-    loader = RequiredArgumentLoader(
-        "train", Doubling(), batch_size=2, shuffle=True, num_workers=num_workers, persistent_workers=num_workers > 0
-    )
-    list(loader)
-    before, user_sampler = dict(loader.__dict__), loader.sampler
-    narrowed, sampler = NarrowedLoaders(), clean_sampler()
-
-    assert narrowed.narrow(loader, sampler) is loader
-    assert len(loader) == 2
-    assert loader.sampler is sampler
-    assert sorted(torch.cat([x for x, _ in loader]).tolist()) == [1, 4, 9]
-
-    narrowed.restore()
-    assert loader.__dict__ == before
-    assert loader.batch_sampler.sampler is user_sampler
-    assert sorted(torch.cat([x for x, _ in loader]).tolist()) == list(range(N))
-
-
-def test_narrowing_twice_restores_the_users_sampler():
-    loader, other = (DataLoader(numbers(), batch_size=4, shuffle=True) for _ in range(2))
-    mine, others = loader.sampler, other.sampler
-    narrowed = NarrowedLoaders()
-    narrowed.narrow(loader, clean_sampler())
-    narrowed.narrow(other, clean_sampler())
-    narrowed.narrow(loader, clean_sampler([2]))
-    assert [x.tolist() for x, _ in loader] == [[2]]
-
-    narrowed.restore()
-    narrowed.restore()
-    assert loader.sampler is loader.batch_sampler.sampler is mine
-    assert other.sampler is other.batch_sampler.sampler is others
-
-
-def test_restored_loader_draws_as_if_it_had_never_been_narrowed():
-    def orders(narrow):
-        loader = DataLoader(numbers(), batch_size=5, shuffle=True, generator=torch.Generator().manual_seed(3))
-        first = [x.tolist() for x, _ in loader]
-        if narrow:
-            narrowed = NarrowedLoaders()
-            narrowed.narrow(loader, clean_sampler())
-            narrowed.restore()
-        return first + [x.tolist() for x, _ in loader]
-
-    assert orders(narrow=True) == orders(narrow=False)
-    assert np.concatenate(orders(narrow=True)).size == 2 * N
-
-
-@pytest.mark.parametrize(("count", "size", "drawn"), [(9, 4, 8), (8, 4, 8), (10, 4, 10), (9, 1, 9), (1, 4, 1)])
-@pytest.mark.parametrize("replicas", [1, 2])
-def test_no_batch_of_one_is_left_where_that_is_asked_for(count, size, drawn, replicas):
-    indices = torch.arange(100, 100 + count * replicas)
-    samplers = [
-        CleanSubsetSampler(indices, num_replicas=replicas, rank=rank, shuffle=True, seed=0, leave_no_single=size)
-        for rank in range(replicas)
-    ]
-    seen = [list(sampler) for sampler in samplers]
-    assert [len(order) for order in seen] == [len(sampler) for sampler in samplers] == [drawn] * replicas
-    assert set(itertools.chain.from_iterable(seen)) <= set(indices.tolist())
-
-
 def test_the_last_batch_delivered_is_known_though_workers_are_ahead():
     for workers in (0, 2):
         loader = DataLoader(Doubling(), batch_size=4, shuffle=True, num_workers=workers)
@@ -553,20 +369,6 @@ def test_who_changes_a_shallow_copy_of_remembered_batches_does_not_change_what_i
     assert list(trial) == [[7, 8]]
     assert mine.sampler is loader.batch_sampler.sampler is shuffling
     assert sorted(i for batch in loader.batch_sampler for i in batch) == list(range(N))
-
-
-def test_narrowing_reaches_the_users_batch_sampler_and_is_restored_in_any_order():
-    loader = DataLoader(numbers(), batch_size=4, shuffle=True)
-    batches, sampler = loader.batch_sampler, loader.sampler
-    remember_batches(loader)
-    narrowed = NarrowedLoaders()
-    narrowed.narrow(loader, clean_sampler([2]))
-    iterator = iter(loader)
-    assert next(iterator)[0].tolist() == delivered_indices(iterator).tolist() == [2]
-    forget_batches(loader)
-    assert loader.batch_sampler is batches
-    narrowed.restore()
-    assert batches.sampler is loader.sampler is sampler
 
 
 def test_what_is_forgotten_is_not_kept():

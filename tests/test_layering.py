@@ -11,7 +11,7 @@ FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
 
 # What a file may import of ours, by prefix; a file belongs to the longest prefix of its own name.
 MATH = {"types", "functional"}
-ALL_BELOW = {"types", "functional", "recipes", "trajectory", "capture", "data", "masking", "distributed"}
+ALL_BELOW = {"types", "functional", "recipes", "trajectory", "capture", "data", "sampling", "masking", "distributed"}
 SHARED = {"callbacks._base", "callbacks._lightning", "callbacks._training_pass", "callbacks._validation"}
 PRUNING = {"callbacks._prune_sites", "callbacks._criteria", "callbacks._guard"}
 MAY_IMPORT = {
@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "trajectory": MATH,
     "capture": MATH,
     "data": MATH,
+    "sampling": MATH | {"data"},
     "masking": MATH,
     "distributed": MATH,
     "noise": set(),

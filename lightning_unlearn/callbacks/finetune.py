@@ -31,13 +31,12 @@ from lightning_unlearn.callbacks._lightning import (
 )
 from lightning_unlearn.callbacks._relabel import Relabelling, check_relabelling
 from lightning_unlearn.capture import ForwardTrace, resolve_layer
-from lightning_unlearn.data import (
+from lightning_unlearn.data import batch_size, check_loader
+from lightning_unlearn.sampling import (
     CleanSubsetSampler,
     NarrowedLoaders,
     OnNoisy,
     TrainingDraw,
-    batch_size,
-    check_loader,
     shuffles,
     training_draw,
 )

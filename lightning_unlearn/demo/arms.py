@@ -29,8 +29,8 @@ from lightning_unlearn import (
     Partition,
     SensitivityPruneCallback,
 )
-from lightning_unlearn.data import OnNoisy
 from lightning_unlearn.demo.digits import DigitsClassifier, DigitsDataModule
+from lightning_unlearn.sampling import OnNoisy
 
 BASE = "base"
 CONTINUE = "continue on all data, same steps"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_unlearn.data import CleanSubsetSampler
+from lightning_unlearn.sampling import CleanSubsetSampler
 from tests.callbacks.rounds_script import AT, EPOCHS, SIZE
 from tests.callbacks.test_ddp import assert_equal
 from tests.ranks import run_script

@@ -15,7 +15,7 @@ def outlook(memorised: float) -> str:
     """What to expect of dropping the suspects, from the share of them that the network has memorised.
 
     Measured (``benchmarks/results/repair-cpu.md``): where the wrong labels were memorised, fine-tuning on the clean
-    subset was 6 to 37 points ahead of training on. Where they were not, it was between 6 points behind and 3 ahead;
+    subset was 6 to 33 points ahead of training on. Where they were not, it was between 1 point behind and 3 ahead;
     with the partition drawn again as the model got cleaner, it was ahead in every case.
     """
     given = f"(it gives {memorised:.0%} of those suspected for their label that label)"

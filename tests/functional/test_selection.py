@@ -4,6 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import false_discovery_control
+from scipy.stats import t as student
 
 from lightning_unlearn.functional import Sensitivity, benjamini_hochberg, harmful_neurons, select_neurons
 from lightning_unlearn.functional.selection import check_amount, in_order, share_of
@@ -104,3 +105,23 @@ def test_less_than_one_neuron_is_refused_with_an_amount_that_works(neurons, leas
     with pytest.raises(ValueError, match=rf"amount=0.001 of {neurons} neurons is less than one.* at least {least}\."):
         select_neurons(torch.ones(neurons), 0.001)
     assert (~select_neurons(torch.ones(neurons), float(least))).sum() == 1
+
+
+def test_neurons_of_clean_samples_do_not_make_others_suspect():
+    # Of a hundred neurons fifty are surely active for clean samples; one of the rest is at -2.3 by chance. In a
+    # two-sided test of all together the fifty would carry it over the threshold (.0214 < .05 * 51 / 100).
+    z = torch.zeros(100).double()
+    z[:50], z[99] = 10.0, -2.3
+    found = Sensitivity(z, torch.ones(100).double(), torch.ones(100, dtype=torch.bool))
+    assert benjamini_hochberg(found.p_value(), 0.05)[99]
+    assert len(harmful_neurons(found, significance=0.05)) == 0
+    z[98] = -6.0
+    assert harmful_neurons(found, significance=0.05).tolist() == [98]
+
+
+@pytest.mark.parametrize(("t", "freedom"), [(2.0, 5.0), (-3.0, 12.0), (1.0, 40.0)])
+def test_few_degrees_of_freedom_count_as_in_students_test(t, freedom):
+    one = torch.ones(1).double()
+    found = Sensitivity(t * one, one, one.bool(), freedom=freedom)
+    assert found.p_value().item() == pytest.approx(2 * student.sf(abs(t), freedom), rel=0.03)
+    assert found.harmful_p_value().item() == pytest.approx(student.cdf(t, freedom), rel=0.03)

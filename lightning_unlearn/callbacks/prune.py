@@ -218,7 +218,7 @@ class SensitivityPruneCallback(PartitionConsumer):
                     self.begin(trainer, pl_module)
                 self._prune(trainer, pl_module, partition)
             self._epoch = partition.epoch
-        return self._masks[0] if self._masks and not self._is_proposal else None
+        return self._masks[0] if self._holds() else None
 
     def _forget_proposal(self) -> None:
         self._masks, self._live, self._note, self._epoch, self._is_proposal = [], [], "", 0, False
@@ -226,7 +226,7 @@ class SensitivityPruneCallback(PartitionConsumer):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # After a resume: the weights come from the checkpoint already pruned, and are to stay so.
-        if self._masks and not self._is_proposal:
+        if self._holds():
             self.refuse_dry_run()
             self._hold(trainer, pl_module)
 

@@ -13,7 +13,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_unlearn.callbacks._lightning import check_strategy, move_before_progress_bars, to_device, undisturbed
+from lightning_unlearn.callbacks._lightning import (
+    callbacks_of,
+    check_strategy,
+    move_before_progress_bars,
+    to_device,
+    undisturbed,
+)
 from lightning_unlearn.capture import ForwardTrace, trace_forward
 from lightning_unlearn.data import batch_size, check_labels, check_loader, indexed_batches, rank_share
 from lightning_unlearn.types import PartitionSource
@@ -175,8 +181,7 @@ def find_partition_source(trainer: Trainer, who: str) -> PartitionSource:
     Raises:
         MisconfigurationException: if there is none or more than one; the message shows the lines to add.
     """
-    callbacks: list[Any] = getattr(trainer, "callbacks", [])
-    sources = [callback for callback in callbacks if isinstance(callback, PartitionSource)]
+    sources = [callback for callback in callbacks_of(trainer) if isinstance(callback, PartitionSource)]
     if len(sources) != 1:
         raise MisconfigurationException(_MISSING_PARTNER.format(who=who, found=len(sources) or "none"))
     return sources[0]

@@ -47,28 +47,37 @@ def check_strategy(trainer: Trainer, who: str) -> None:
         )
 
 
+def callbacks_of(trainer: Trainer) -> list[Any]:
+    """The Trainer's callbacks, an attribute that it sets without declaring it."""
+    return list(getattr(trainer, "callbacks", []))
+
+
+def _put_callbacks(trainer: Trainer, callbacks: list[Any]) -> None:
+    setattr(trainer, "callbacks", callbacks)  # noqa: B010  (see callbacks_of)
+
+
 def move_before_progress_bars(trainer: Trainer, callback: Any) -> None:
     """Lets a callback run before the progress bars, which read the number of batches when an epoch starts.
 
     The hook loop that is running goes on over the old list, so the list is replaced and not changed.
     """
-    callbacks: list[Any] = list(getattr(trainer, "callbacks", []))
+    callbacks = callbacks_of(trainer)
     here = callbacks.index(callback)
     bar = next((i for i, other in enumerate(callbacks[:here]) if isinstance(other, ProgressBar)), None)
     if bar is None:
         return
     callbacks.insert(bar, callbacks.pop(here))
-    setattr(trainer, "callbacks", callbacks)  # noqa: B010  (an attribute that Trainer sets without declaring it)
+    _put_callbacks(trainer, callbacks)
 
 
 def move_behind_averages(trainer: Trainer, callback: Any) -> None:
     """Lets a callback run after those that average weights, which put the average in the model's place in the end."""
-    callbacks: list[Any] = list(getattr(trainer, "callbacks", []))
+    callbacks = callbacks_of(trainer)
     last = max((i for i, other in enumerate(callbacks) if hasattr(other, "_average_model")), default=-1)
     here = callbacks.index(callback)
     if here < last:
         callbacks.insert(last, callbacks.pop(here))
-        setattr(trainer, "callbacks", callbacks)  # noqa: B010  (an attribute that Trainer sets without declaring it)
+        _put_callbacks(trainer, callbacks)
 
 
 @contextmanager
@@ -300,8 +309,7 @@ def next_epoch(trainer: Trainer) -> int:
 
 def averaged_models(trainer: Trainer) -> list[nn.Module]:
     """The models in which callbacks average the weights (EMA, SWA), built like the LightningModule."""
-    callbacks: list[Any] = getattr(trainer, "callbacks", [])
-    averages = [getattr(callback, "_average_model", None) for callback in callbacks]
+    averages = [getattr(callback, "_average_model", None) for callback in callbacks_of(trainer)]
     modules = [average.module if isinstance(average, AveragedModel) else average for average in averages]
     return [module for module in modules if isinstance(module, nn.Module)]
 

@@ -24,6 +24,7 @@ from lightning_unlearn.callbacks._base import PartitionConsumer, probe, train_lo
 from lightning_unlearn.callbacks._lightning import (
     TrainDataSwap,
     averaged_models,
+    callbacks_of,
     limited_batches,
     next_epoch,
     planned_epochs,
@@ -163,8 +164,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
     @override
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().check(trainer, pl_module)
-        callbacks: list[Any] = getattr(trainer, "callbacks", [])
-        self._masks = next((callback for callback in callbacks if isinstance(callback, MaskSource)), None)
+        self._masks = next((callback for callback in callbacks_of(trainer) if isinstance(callback, MaskSource)), None)
         _check_schedule(self.lr_scheduler)
         for name in self.layers or ():
             if not any(True for _ in resolve_layer(pl_module, name).parameters()):

@@ -24,6 +24,7 @@ from lightning_unlearn.callbacks._base import (
     training_set,
 )
 from lightning_unlearn.callbacks._lightning import (
+    callbacks_of,
     compute_device,
     is_fast_dev_run,
     log_values,
@@ -627,8 +628,7 @@ def _few_samples(total: int, num_classes: int) -> list[str]:
 
 
 def _consumers(trainer: Trainer) -> list[PartitionConsumer]:
-    callbacks: list[Any] = getattr(trainer, "callbacks", [])
-    return [callback for callback in callbacks if isinstance(callback, PartitionConsumer)]
+    return [callback for callback in callbacks_of(trainer) if isinstance(callback, PartitionConsumer)]
 
 
 def _check_epochs(at_epoch: int, evidence_every_n_epochs: int, every_n_epochs: int | None) -> None:

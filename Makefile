@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 ARGS ?=
+JOBS ?= auto
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -19,8 +20,9 @@ setup: $(STAMP) ## make .venv with the reference set (PYTHON=python3.11 picks th
 demo: setup ## run the demo (ARGS="--fast")
 	$(BIN)/lightning-unlearn demo $(ARGS)
 
-test: setup ## run the tests and doctests (ARGS="-k mixture")
-	$(BIN)/pytest $(ARGS)
+# A file's tests go to one process, since they share what is slow to make.
+test: setup ## run the tests and doctests (ARGS="-k mixture", JOBS=1)
+	$(BIN)/pytest -n $(JOBS) --maxprocesses 8 --dist loadfile $(ARGS)
 
 bench: setup ## measure the partition on real data (ARGS="--data DIR --cases spoken-sym40 --seeds 0")
 	$(BIN)/python -m benchmarks.partition $(ARGS)

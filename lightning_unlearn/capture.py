@@ -60,16 +60,36 @@ _CHANNEL_FIRST = (_CONV, nn.modules.batchnorm._NormBase, nn.GroupNorm)
 _NORM = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 
 
+# What torch.compile, and torch's wrapper for activation checkpointing, put into dotted paths.
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
+
+
+def plain_name(name: str) -> str:
+    """A dotted path as the model's author writes it, without what wrappers put in.
+
+    Example:
+        >>> plain_name("net._orig_mod.fc.weight")
+        'net.fc.weight'
+    """
+    return ".".join(part for part in name.split(".") if part not in _WRAPPED)
+
+
+def named_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The submodules by :func:`plain_name`; of a wrapper and what it wraps, what it wraps."""
+    modules = {plain_name(name): module for name, module in model.named_modules()}
+    modules.pop("", None)
+    return modules
+
+
 def resolve_layer(model: nn.Module, name: str) -> nn.Module:
-    """The module at a dotted path.
+    """The module at a dotted path, with or without what wrappers put into it.
 
     Raises:
         ValueError: if there is none; the message lists the nearest names.
     """
-    modules: dict[str, nn.Module] = dict(model.named_modules())
-    modules.pop("", None)
-    if name in modules:
-        return modules[name]
+    modules = named_layers(model)
+    if plain_name(name) in modules:
+        return modules[plain_name(name)]
     near = difflib.get_close_matches(name, modules, n=5, cutoff=0.4) or list(modules)[:10]
     raise ValueError(
         f"Expected layer to be the dotted path of a module of {type(model).__name__}, but got '{name}'."
@@ -82,7 +102,7 @@ class ModuleCall:
     """One call of a module in a forward pass.
 
     Args:
-        name: dotted path of the module.
+        name: dotted path of the module, see :func:`plain_name`.
         module: the module.
         inputs: its positional arguments.
         output: what it returned.
@@ -233,10 +253,9 @@ def trace_forward(model: nn.Module, forward: Forward, x: Any) -> ForwardTrace:
         return hook
 
     try:
-        for name, module in model.named_modules():
-            if name:
-                handles.append(module.register_forward_pre_hook(enter))
-                handles.append(module.register_forward_hook(leave(name)))
+        for name, module in named_layers(model).items():
+            handles.append(module.register_forward_pre_hook(enter))
+            handles.append(module.register_forward_hook(leave(name)))
         with torch.no_grad():
             output = forward(x)
     finally:

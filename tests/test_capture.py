@@ -12,6 +12,7 @@ from captum.attr import (
     LayerIntegratedGradients,
 )
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn import functional as F
 
 from lightning_unlearn import capture
@@ -21,6 +22,7 @@ from lightning_unlearn.capture import (
     SmallerBatches,
     check_reached,
     is_out_of_memory,
+    named_layers,
     neuron_count,
     neuron_dimension,
     neuron_means,
@@ -307,6 +309,31 @@ def test_a_layer_with_several_tensors_is_refused():
     model = Splits()
     with pytest.raises(ValueError, match="Layer 'pair' has several tensors as its output; name a layer with one"):
         Attributor(model, LayerPoint("pair"), model).margin(torch.randn(7, 5, 3), LABEL)
+
+
+class Wrapped(nn.Module):
+    """Holds a compiled block and a checkpointed one."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = torch.compile(nn.Sequential(nn.Linear(4, 3), nn.ReLU()), backend="eager")
+        self.two = checkpoint_wrapper(nn.Sequential(nn.Linear(3, 2)))
+
+    def forward(self, x):
+        return self.two(self.one(x))
+
+
+def test_layers_go_by_the_names_that_their_author_gave():
+    model = Wrapped()
+    assert list(named_layers(model)) == ["one", "one.0", "one.1", "two", "two.0"]
+    for name in ("one.0", "one._orig_mod.0"):
+        assert resolve_layer(model, name) is model.one._orig_mod[0]
+    # Not the wrapper, whose class says nothing.
+    assert resolve_layer(model, "one") is model.one._orig_mod
+    assert resolve_layer(model, "two._checkpoint_wrapped_module.0") is resolve_layer(model, "two.0")
+    with torch.compiler.set_stance("force_eager"):
+        trace = trace_forward(model, model, torch.ones(5, 4))
+    assert [call.name for call in trace.calls] == ["one", "one.0", "one.1", "two", "two.0"]
 
 
 def test_an_unknown_layer_is_refused_with_near_names():

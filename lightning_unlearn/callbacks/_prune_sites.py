@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_unlearn.capture import ForwardTrace, ModuleCall, check_reached, neuron_count, resolve_layer
+from lightning_unlearn.capture import ForwardTrace, ModuleCall, check_reached, named_layers, neuron_count, resolve_layer
 from lightning_unlearn.functional.selection import check_amount
 from lightning_unlearn.masking import PrunedEntries, consumer_entries, neuron_entries, owners, silenced
 from lightning_unlearn.types import LayerPoint
@@ -171,7 +171,7 @@ def _naming(layer: str) -> Iterator[None]:
 
 
 def _instead(name: str, module: nn.Module) -> str:
-    inside = [f"'{name}.{inner}'" for inner, part in module.named_modules() if isinstance(part, _LAYERS)]
+    inside = [f"'{name}.{inner}'" for inner, part in named_layers(module).items() if isinstance(part, _LAYERS)]
     if not inside:
         return " Name the Linear or convolution that feeds it."
     return f" Name one inside it: {', '.join(inside[:5])}{', ...' if len(inside) > 5 else ''}."

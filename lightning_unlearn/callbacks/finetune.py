@@ -31,7 +31,7 @@ from lightning_unlearn.callbacks._lightning import (
     rewrap_ddp,
 )
 from lightning_unlearn.callbacks._relabel import Relabelling, check_relabelling
-from lightning_unlearn.capture import ForwardTrace, resolve_layer
+from lightning_unlearn.capture import ForwardTrace, named_layers, plain_name, resolve_layer
 from lightning_unlearn.data import batch_size, check_loader
 from lightning_unlearn.sampling import (
     CleanSubsetSampler,
@@ -198,7 +198,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
             check_relabelling(trainer, pl_module, self.source.split_batch, classes)
         if self.reset_head:
             head = trace.last_linear(classes)
-            if self.layers is not None and not f"{head}.".startswith(tuple(f"{name}." for name in self.layers)):
+            if self.layers is not None and not f"{head}.".startswith(_inside(self.layers)):
                 raise ValueError(
                     f"Expected layers to hold the head '{head}' where reset_head=True, since new weights must be"
                     f" trained, but got {self.layers}; add '{head}'."
@@ -406,12 +406,14 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
             self._masks.silence()
 
     def _names_to_freeze(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, list[str]]:
-        parameters = [name for name, _ in pl_module.named_parameters()]
+        parameters = [plain_name(name) for name, _ in pl_module.named_parameters()]
         norms = [
-            name for name, module in pl_module.named_modules() if isinstance(module, nn.modules.batchnorm._NormBase)
+            name
+            for name, module in named_layers(pl_module).items()
+            if isinstance(module, nn.modules.batchnorm._NormBase)
         ]
         if self.layers is not None:
-            inside = tuple(f"{name}." for name in self.layers)
+            inside = _inside(self.layers)
             frozen = [name for name in parameters if not name.startswith(inside)]
             return {"parameters": frozen, "norms": [n for n in norms if not f"{n}.".startswith(inside)]}
         if self._masks is None:
@@ -422,12 +424,12 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         return {"parameters": frozen, "norms": [name for name in norms if not trained.has(name)]}
 
     def _train_from_here(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        named = dict(pl_module.named_parameters())
+        named = {plain_name(name): parameter for name, parameter in pl_module.named_parameters()}
         for name in self._frozen["parameters"]:
             self._thawed.append((named[name], named[name].requires_grad))
             named[name].requires_grad_(False)
             named[name].grad = None
-        modules = dict(pl_module.named_modules())
+        modules = named_layers(pl_module)
         self._modes += [(modules[name], modules[name].training) for name in self._frozen["norms"]]
         self._hold_modes(pl_module)
         if self._frozen["parameters"]:
@@ -473,6 +475,11 @@ class _TrainedFrom:
         while name and name not in self._called:
             name = name.rpartition(".")[0]
         return name in self._from_here
+
+
+def _inside(layers: list[str]) -> tuple[str, ...]:
+    """What the names of all that these modules hold begin with."""
+    return tuple(f"{plain_name(name)}." for name in layers)
 
 
 def _samples_of(draw: TrainingDraw) -> str:

@@ -40,6 +40,7 @@ from lightning_unlearn.capture import (
     ForwardTrace,
     check_method,
     check_reached,
+    plain_name,
     resolve_layer,
     response,
 )
@@ -249,7 +250,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         if self.layer is None:
             self._point = LayerPoint(trace.last_linear(self._num_classes), "input")
         else:
-            self._point = LayerPoint(self.layer, "output")
+            self._point = LayerPoint(plain_name(self.layer), "output")
         check_reached(trace, self._point)
         self._early = self._early_point(trace, len(first.index))
         _warn_of_probabilities(trace.output)
@@ -278,7 +279,7 @@ class AttributionPartitionCallback(UnlearnCallback):
             return None
         if self.input_layer is None:
             return trace.first_block(batch)
-        point = LayerPoint(self.input_layer, "output")
+        point = LayerPoint(plain_name(self.input_layer), "output")
         check_reached(trace, point)
         return point
 

@@ -18,7 +18,7 @@ from lightning_unlearn.callbacks._criteria import SENSITIVITY, Method, Ranking, 
 from lightning_unlearn.callbacks._guard import Gauge, Outcome, make_gauge, prune_in_steps
 from lightning_unlearn.callbacks._lightning import averaged_models, log_values
 from lightning_unlearn.callbacks._prune_sites import PruneSite, check_layer, default_site, named_site
-from lightning_unlearn.capture import ForwardTrace, neuron_dimension, neuron_means, resolve_layer, tap
+from lightning_unlearn.capture import ForwardTrace, neuron_dimension, neuron_means, plain_name, resolve_layer, tap
 from lightning_unlearn.functional.selection import share_of
 from lightning_unlearn.masking import NeuronPruning, PrunedEntries, silenced
 from lightning_unlearn.types import NeuronMask, Partition
@@ -178,7 +178,8 @@ class SensitivityPruneCallback(PartitionConsumer):
             check_layer(pl_module, name, self.amount)
 
     def _names(self) -> list[str]:
-        return [self.layer] if isinstance(self.layer, str) else list(self.layer or ())
+        names = [self.layer] if isinstance(self.layer, str) else list(self.layer or ())
+        return [plain_name(name) for name in names]
 
     @override
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:

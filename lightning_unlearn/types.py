@@ -132,6 +132,7 @@ class Partition:
         layer: where the attributions were taken.
         epoch: how many epochs were complete.
         warning: why the partition should not be acted upon; empty if it can be.
+        fingerprint: of the training set (see :mod:`lightning_unlearn.fingerprint`); empty where it is not known.
 
     Example:
         >>> import torch
@@ -168,6 +169,7 @@ class Partition:
     layer: str
     epoch: int
     warning: str = ""
+    fingerprint: str = ""
 
     def __post_init__(self) -> None:
         shape = self.clean_probability.shape

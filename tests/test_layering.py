@@ -11,7 +11,18 @@ FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
 
 # What a file may import of ours, by prefix; a file belongs to the longest prefix of its own name.
 MATH = {"types", "functional"}
-ALL_BELOW = {"types", "functional", "recipes", "trajectory", "capture", "data", "sampling", "masking", "distributed"}
+ALL_BELOW = {
+    "types",
+    "functional",
+    "recipes",
+    "trajectory",
+    "capture",
+    "data",
+    "sampling",
+    "masking",
+    "distributed",
+    "fingerprint",
+}
 SHARED = {"callbacks._base", "callbacks._lightning", "callbacks._training_pass", "callbacks._validation"}
 PRUNING = {"callbacks._prune_sites", "callbacks._criteria", "callbacks._guard"}
 MAY_IMPORT = {
@@ -26,6 +37,7 @@ MAY_IMPORT = {
     "distributed": MATH,
     "noise": set(),
     "shrinking": {"types", "masking"},
+    "fingerprint": set(),
     "callbacks._lightning": ALL_BELOW,
     "callbacks._training_pass": ALL_BELOW | {"callbacks._lightning"},
     "callbacks._base": ALL_BELOW | {"callbacks._lightning"},

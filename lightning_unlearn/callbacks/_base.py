@@ -231,6 +231,20 @@ def probe(trainer: Trainer, pl_module: LightningModule, source: PartitionSource)
 
 
 @torch.no_grad()
+def given_labels(trainer: Trainer, pl_module: LightningModule, source: PartitionSource, index: Tensor) -> Tensor:
+    """(n,) int64 on the CPU, the labels of some samples. Use inside ``undisturbed``.
+
+    Args:
+        trainer: of the running fit.
+        pl_module: the user's.
+        source: knows how to split a batch.
+        index: (n,) int64, dataset indices.
+    """
+    batches = indexed_batches(train_loader(trainer), index, probing=True)
+    return torch.cat([source.split_batch(to_device(trainer, pl_module, batch))[1].long().cpu() for _, batch in batches])
+
+
+@torch.no_grad()
 def training_set(
     trainer: Trainer, pl_module: LightningModule, source: PartitionSource, num_classes: int
 ) -> Iterator[IndexedBatch]:

@@ -18,6 +18,7 @@ from typing_extensions import override
 from lightning_unlearn.callbacks._base import (
     PartitionConsumer,
     UnlearnCallback,
+    given_labels,
     logits_of,
     probe,
     train_loader,
@@ -46,6 +47,7 @@ from lightning_unlearn.capture import (
 )
 from lightning_unlearn.data import rank_share, split_batch
 from lightning_unlearn.distributed import place_by_index, sum_over_ranks
+from lightning_unlearn.fingerprint import check_fingerprint, fingerprint, sampled_indices
 from lightning_unlearn.recipes import Recipe, Verdict, get_recipe
 from lightning_unlearn.trajectory import PHASES, Trajectory
 from lightning_unlearn.types import REASONS, Evidence, LayerPoint, Partition, PartitionRound, RepairSummary
@@ -99,6 +101,9 @@ class AttributionPartitionCallback(UnlearnCallback):
             what would be, and what it would cost.
         batch_to_xy: from a batch on the device to ``(x, y)``: the input of ``forward`` (a tensor, or a tuple or dict
             of its arguments) and the labels, (B,) int64. By default the batch itself must be ``(x, y)``.
+        check_data: refuse to resume on training data of which more than a quarter of 16 sampled items have another
+            content than in the fit that wrote the checkpoint (not compared under random augmentation). Their number and
+            labels are checked in any case.
 
     Raises:
         ValueError: for arguments out of range, here; for an unknown layer when the fit is set up; for a layer that is
@@ -129,6 +134,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         min_class_share: float = 0.1,
         action: Literal["act", "report"] = "act",
         batch_to_xy: Callable[[Any], tuple[Any, Tensor]] | None = None,
+        check_data: bool = True,
     ) -> None:
         _check_epochs(at_epoch, evidence_every_n_epochs, every_n_epochs)
         _check_one_of("evidence", evidence, ("training", "passes"))
@@ -151,6 +157,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         self.threshold = threshold
         self.min_class_share = min_class_share
         self.split_batch = batch_to_xy or split_batch
+        self.check_data = check_data
         self._reader = TrainingPassReader(split=self.split_batch, sink=self)
         self.reset()
 
@@ -159,6 +166,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         self._point: LayerPoint | None = None
         self._early: LayerPoint | None = None
         self._num_classes = 0
+        self._fingerprint = ""
         # What earlier epochs showed, the same on every rank; None before the first and once no partition is to follow.
         self._trajectory: Trajectory | None = None
         self._epochs_seen: list[int] = []
@@ -262,10 +270,26 @@ class AttributionPartitionCallback(UnlearnCallback):
         if known is not None:
             _check_same_size(len(known), total)
             _check_same_labels(known[first.index], first.label.cpu())
+        self._recognise_data(trainer, pl_module, known)
         if self._trajectory is None and self._partition is None:
             self._trajectory = Trajectory(total, self._num_classes)
         if self._reads_training:
             self._start_reading(trainer, pl_module, trace)
+
+    def _recognise_data(self, trainer: Trainer, pl_module: LightningModule, known: Tensor | None) -> None:
+        """Takes the data's fingerprint, and after a resume compares it and the labels of the sampled items.
+
+        Within ``undisturbed``, so that where one rank refuses its data, all do.
+        """
+        loader = train_loader(trainer)
+        with undisturbed(trainer, pl_module):
+            found = fingerprint(loader)
+            if known is not None:
+                index = sampled_indices(len(known))
+                _check_same_labels(known[index], given_labels(trainer, pl_module, self, index))
+            if self.check_data:
+                check_fingerprint(self._fingerprint, found)
+        self._fingerprint = found
 
     def _warn_where_no_round_follows(self) -> None:
         if self.every_n_epochs is not None and self.has_acted and self._trajectory is None and not self._is_stable:
@@ -453,6 +477,7 @@ class AttributionPartitionCallback(UnlearnCallback):
             "trajectory": None if self._trajectory is None else self._trajectory.state_dict(),
             "partition": None if self._partition is None else self._partition.state_dict(),
             "reader": self._reader.state_dict(),
+            "fingerprint": self._fingerprint,
             "rounds": [vars(drawn) | {} for drawn in self._rounds],
             "is_stable": self._is_stable,
             "memorised": self._memorised,
@@ -471,6 +496,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         self._trajectory = None if trajectory is None else Trajectory.from_state_dict(trajectory)
         self._partition = None if partition is None else Partition.from_state_dict(partition)
         self._reader.load_state_dict(state["reader"])
+        self._fingerprint = state["fingerprint"]
         if self._partition is not None:
             # It watches since setup, and would make the loader forget the batches that are to be re-labelled.
             self._reader.detach()
@@ -591,6 +617,7 @@ class AttributionPartitionCallback(UnlearnCallback):
             layer=str(self._point),
             epoch=trainer.current_epoch,
             warning=verdict.warning or _one_sided(is_clean, label),
+            fingerprint=self._fingerprint,
         )
 
     def _report(self, pl_module: LightningModule, partition: Partition, verdict: Verdict, seconds: float) -> None:

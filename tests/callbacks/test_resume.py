@@ -4,6 +4,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, DistributedSampler
 
+from lightning_unlearn.fingerprint import fingerprint
 from tests.toys import (
     Blobs,
     BlobsData,
@@ -195,3 +196,42 @@ def test_other_labels_of_the_same_number_are_refused_on_resume(checkpoints):
     with pytest.raises(ValueError, match=r"every dataset index to keep its label, but \d+ of 16 changed"):
         fit(module, BlobsData(Blobs(101, seed=1)), trio(2), ckpt_path=checkpoints / "epoch=2.ckpt")
     assert module.steps == 0
+
+
+class Shifted(Blobs):
+    """The same labels with other inputs."""
+
+    def __init__(self, size, shift=0.0, **kwargs):
+        super().__init__(size, **kwargs)
+        self.x = self.x + shift
+
+
+@pytest.mark.parametrize("epoch", [1, 2], ids=["between the passes", "after the swap"])
+def test_other_inputs_with_the_same_labels_are_refused_on_resume(checkpoints, epoch):
+    module, path = Toy(), checkpoints / f"epoch={epoch}.ckpt"
+    with pytest.raises(ValueError, match="100% of 16 sampled items have another content; give the data"):
+        fit(module, BlobsData(Shifted(101, 0.01)), trio(2), ckpt_path=path)
+    assert module.steps == 0
+    callbacks = trio(2, check_data=False)
+    fit(module, BlobsData(Shifted(101, 0.01)), callbacks, ckpt_path=path)
+    assert module.steps > 0
+    assert callbacks[0].partition.is_clean.any()
+
+
+@pytest.mark.parametrize("augment", ["torch", "numpy"])
+def test_random_augmentation_is_not_taken_for_other_data(tmp_path, augment):
+    keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    for first, then in ((augment, augment), (augment, ""), ("", augment)):
+        fit(Toy(), BlobsData(Blobs(101, augment=first)), [*trio(2), keep], enable_checkpointing=True)
+        callbacks = trio(2)
+        fit(Toy(), BlobsData(Blobs(101, augment=then)), callbacks, ckpt_path=tmp_path / "epoch=1.ckpt")
+        assert callbacks[0].partition.fingerprint.startswith("101:")
+
+
+def test_the_partition_carries_the_fingerprint(tmp_path):
+    callbacks = trio(2)
+    fit(Toy(), BlobsData(Blobs(101)), callbacks)
+    drawn = callbacks[0].partition
+    assert drawn.fingerprint == fingerprint(DataLoader(Blobs(101)))
+    drawn.save(tmp_path / "partition.pt")
+    assert type(drawn).load(tmp_path / "partition.pt").fingerprint == drawn.fingerprint

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning_unlearn
+from lightning_unlearn.storage import replacing, target_file, target_folder
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,18 +63,23 @@ def _versions() -> dict[str, str]:
 def _demo(options: argparse.Namespace) -> None:
     from lightning_unlearn.demo.arms import Settings, run_demo, table
 
+    # Before the work, not after it.
+    try:
+        out, result_file = target_folder(options.out), None if options.json is None else target_file(options.json)
+    except ValueError as error:
+        raise SystemExit(f"lightning-unlearn demo: {error}") from error
     settings = Settings(seeds=(0,)) if options.fast else Settings()
-    outcomes = run_demo(settings, options.out)
-    print(f"\n{table(settings, outcomes)}\nSuspects: {options.out / 'suspects.csv'}")
-    if options.json is not None:
+    outcomes = run_demo(settings, out)
+    print(f"\n{table(settings, outcomes)}\nSuspects: {out / 'suspects.csv'}")
+    if result_file is not None:
         result: dict[str, Any] = {
             "settings": asdict(settings),
             "outcomes": [asdict(outcome) for outcome in outcomes],
             "versions": _versions(),
             "machine": platform.machine(),
         }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        with replacing(result_file) as file:
+            file.write((json.dumps(result, indent=2) + "\n").encode())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_unlearn.masking import neuron_entries
+from lightning_unlearn.storage import replacing, source_file
 
 FORMAT = "lightning_unlearn.shrunk.1"
 
@@ -636,19 +637,21 @@ def save_shrunk(model: nn.Module, path: str | PathLike[str]) -> None:
         if not isinstance(value, Tensor):
             raise ValueError(f"Expected a state of tensors, but '{key}' is a {type(value).__name__}; leave it out.")
     sizes = {name: own for name, module in model.named_modules() if (own := _sizes(module))}
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"format": FORMAT, "state": dict(state), "sizes": sizes}, path)
+    with replacing(path) as file:
+        torch.save({"format": FORMAT, "state": dict(state), "sizes": sizes}, file)
 
 
 def _sizes(module: nn.Module) -> dict[str, Any]:
     """The attributes that say how large a layer is; a module of the user's own may mean other things by the names."""
     attributes = {name: vars(module)[name] for name in _SIZES if name in vars(module)}
-    return {name: x for name, x in attributes.items() if isinstance(x, int) or name == "normalized_shape"}
+    return {name: x for name, x in attributes.items() if _is_size(name, x)}
 
 
 def load_shrunk(model: _Model, path: str | PathLike[str]) -> _Model:
     """Makes a full-size model as small as a saved one, and loads that; no code is unpickled.
+
+    The file is read with ``torch.load(weights_only=True)``, which makes tensors and plain values and refuses all else;
+    of the model, only tensors and the numbers that say how large a layer is are set.
 
     Args:
         model: a new instance of the class that was shrunk, made with the same arguments; it is changed in place, and
@@ -661,9 +664,8 @@ def load_shrunk(model: _Model, path: str | PathLike[str]) -> _Model:
     Raises:
         ValueError: for another file, or one of another model; then nothing was changed.
     """
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"Expected a file that save_shrunk wrote, but {path} is another; check the path.")
+    path = source_file(path)
+    content = _content(path)
     state, own = content["state"], model.state_dict(keep_vars=True)
     modules = dict(model.named_modules())
     strangers = [f"the model has no layer '{name}'" for name in content["sizes"].keys() - modules.keys()]
@@ -679,6 +681,34 @@ def load_shrunk(model: _Model, path: str | PathLike[str]) -> _Model:
             setattr(modules[name], attribute, size)
     model.load_state_dict(state)
     return model
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """What :func:`save_shrunk` wrote, if it was that."""
+    with path.open("rb") as file:
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # broken, or more than tensors and plain values, in one of many ways
+            raise ValueError(
+                f"Expected a file that save_shrunk wrote, but {path} cannot be read as one; check the path, or save it"
+                " again."
+            ) from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"Expected a file that save_shrunk wrote, but {path} is another; check the path.")
+    state, sizes = content.get("state"), content.get("sizes")
+    if not (
+        isinstance(state, dict)
+        and all(isinstance(value, Tensor) for value in state.values())
+        and isinstance(sizes, dict)
+        and all(isinstance(own, dict) and all(map(_is_size, own, own.values())) for own in sizes.values())
+    ):
+        raise ValueError(f"Expected {path} to hold tensors and sizes of layers only, but it holds more; save it again.")
+    return content
+
+
+def _is_size(name: Any, value: Any) -> bool:
+    numbers = value if isinstance(value, (tuple, list)) else (value,)
+    return name in _SIZES and all(type(number) is int for number in numbers)
 
 
 def _mismatches(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Iterator[str]:

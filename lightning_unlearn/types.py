@@ -6,16 +6,18 @@ a batch, ``D`` neurons of a layer, ``C`` classes.
 
 from __future__ import annotations
 
-import csv
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from os import PathLike
-from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from lightning_unlearn.storage import load_record, save_record, write_csv
+
 STATE_VERSION = 3
+MASK_VERSION = 1
 
 REASONS = ("none", "label", "input", "both")
 """Why a sample is not clean; ``Partition.reason`` holds positions in this tuple."""
@@ -266,42 +268,73 @@ class Partition:
         return cls(**state)
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Writes the partition to a file that :meth:`load` reads."""
-        torch.save(self.state_dict(), path)
+        """Writes the partition to a file that :meth:`load` reads: an npz archive of arrays, without a pickle.
+
+        Args:
+            path: file to write, under this very name; folders are made. What was there is replaced in one step.
+        """
+        save_record(self, STATE_VERSION, path)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Partition:
-        """Reads a partition that :meth:`save` wrote; no code is unpickled."""
-        return cls.from_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        """Reads a partition that :meth:`save` wrote; no code is unpickled.
 
-    def to_csv(self, path: str | PathLike[str], *, suspects_only: bool = True) -> None:
+        Raises:
+            ValueError: for any other file, saying what to do.
+        """
+        return load_record(cls, STATE_VERSION, path)
+
+    def to_csv(
+        self, path: str | PathLike[str], *, suspects_only: bool = True, class_names: Sequence[str] | None = None
+    ) -> None:
         """Writes a table of samples, the most suspect first.
 
         Columns: ``index``, ``given_label``, ``suggested_label``, ``clean_probability``, ``label_evidence``,
-            ``input_evidence``, ``reason``, ``is_clean``.
+            ``input_evidence``, ``reason``, ``is_clean``; with names, ``given_class`` and ``suggested_class`` beside the
+            labels.
 
         Args:
-            path: file to write.
+            path: file to write; folders are made.
             suspects_only: leave out the samples that are clean.
+            class_names: the name of every class, by label. One that a spreadsheet would take for a formula gets a
+                single quote in front.
+
+        Raises:
+            ValueError: if there is not one name per class.
         """
+        names = None if class_names is None else self._class_names(class_names)
         order = self.suspect_indices()
         if not suspects_only:
             clean = self.clean_indices()
             order = torch.cat([order, clean[self.clean_probability[clean].argsort(stable=True)]])
+        given, suggested = self.label[order].tolist(), self.suggested_label[order].tolist()
         columns = {
             "index": order.tolist(),
-            "given_label": self.label[order].tolist(),
-            "suggested_label": self.suggested_label[order].tolist(),
+            "given_label": given,
+            **_named("given_class", given, names),
+            "suggested_label": suggested,
+            **_named("suggested_class", suggested, names),
             "clean_probability": [f"{value:.6f}" for value in self.clean_probability[order].tolist()],
             "label_evidence": [f"{value:.6g}" for value in self.label_evidence[order].tolist()],
             "input_evidence": [f"{value:.6g}" for value in self.input_evidence[order].tolist()],
             "reason": [REASONS[code] for code in self.reason[order].tolist()],
             "is_clean": self.is_clean[order].int().tolist(),
         }
-        with Path(path).open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(columns)
-            writer.writerows(zip(*columns.values(), strict=True))
+        write_csv(path, columns)
+
+    def _class_names(self, class_names: Sequence[str]) -> dict[int, str]:
+        # A recipe that estimates no noise does not say how many classes there are.
+        classes = len(self.noise_matrix)
+        seen = int(torch.cat([self.label, self.suggested_label]).max()) + 1 if len(self) else 0
+        if isinstance(class_names, str) or len(class_names) < seen or (classes and len(class_names) != classes):
+            found = f"the text {class_names!r}" if isinstance(class_names, str) else f"{len(class_names)} names"
+            raise ValueError(f"Expected class_names to name each of {classes or seen} classes, but got {found}.")
+        return {label: str(name) for label, name in enumerate(class_names)}
+
+
+def _named(title: str, labels: list[int], names: dict[int, str] | None) -> dict[str, list[Any]]:
+    """The column of the labels' names, if they have any."""
+    return {} if names is None else {title: [names.get(label, "") for label in labels]}
 
 
 @dataclass(frozen=True)
@@ -379,6 +412,23 @@ class NeuronMask:
     def pruned_indices(self) -> Tensor:
         """Indices of the pruned neurons, ascending, int64."""
         return (~self.keep).nonzero().flatten()
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes the mask to a file that :meth:`load` reads: an npz archive of arrays, without a pickle.
+
+        Args:
+            path: file to write, under this very name; folders are made. What was there is replaced in one step.
+        """
+        save_record(self, MASK_VERSION, path)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> NeuronMask:
+        """Reads a mask that :meth:`save` wrote; no code is unpickled.
+
+        Raises:
+            ValueError: for any other file, saying what to do.
+        """
+        return load_record(cls, MASK_VERSION, path)
 
 
 @runtime_checkable

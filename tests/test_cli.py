@@ -177,3 +177,21 @@ def test_a_missing_extra_is_named(missing, arguments, advice, monkeypatch, tmp_p
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises((ImportError, SystemExit), match=advice):
         main(arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "file"], "Expected a folder to write to, but file is a file; give another"),
+        (["--out", "file/below"], "Expected a folder to write to, but .* is a file"),
+        (["--json", "folder"], "Expected a file to write, but folder is a folder; give a name in it"),
+    ],
+)
+def test_where_nothing_can_be_written_the_demo_says_so_before_it_trains(arguments, message, tmp_path, monkeypatch):
+    pytest.importorskip("sklearn")
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    Path("folder").mkdir()
+    monkeypatch.setattr("lightning_unlearn.demo.arms.run_demo", lambda *_: pytest.fail("it trained"))
+    with pytest.raises(SystemExit, match=f"lightning-unlearn demo: {message}"):
+        main(["demo", "--fast", *arguments])

@@ -26,7 +26,8 @@ ALL_BELOW = {
 SHARED = {"callbacks._base", "callbacks._lightning", "callbacks._training_pass", "callbacks._validation"}
 PRUNING = {"callbacks._prune_sites", "callbacks._criteria", "callbacks._guard"}
 MAY_IMPORT = {
-    "types": set(),
+    "storage": set(),
+    "types": {"storage"},
     "functional": MATH,
     "recipes": MATH,
     "trajectory": MATH,
@@ -36,8 +37,8 @@ MAY_IMPORT = {
     "masking": MATH,
     "distributed": MATH,
     "noise": set(),
-    "shrinking": {"types", "masking"},
     "fingerprint": set(),
+    "shrinking": {"types", "masking", "storage"},
     "callbacks._lightning": ALL_BELOW,
     "callbacks._training_pass": ALL_BELOW | {"callbacks._lightning"},
     "callbacks._base": ALL_BELOW | {"callbacks._lightning"},

@@ -1,8 +1,10 @@
+import pickle
 import subprocess
 import sys
 import textwrap
 import warnings
 from itertools import pairwise
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -14,7 +16,7 @@ from torch import nn
 
 import lightning_unlearn
 from lightning_unlearn import shrink
-from lightning_unlearn.shrinking import ModelCost, compare, load_shrunk, measure, save_shrunk
+from lightning_unlearn.shrinking import FORMAT, ModelCost, compare, load_shrunk, measure, save_shrunk
 from tests.toys import (
     FEATURES,
     Blobs,
@@ -789,6 +791,55 @@ def test_another_file(tmp_path):
     torch.save(convnet().state_dict(), tmp_path / "other.pt")
     with pytest.raises(ValueError, match="Expected a file that save_shrunk wrote"):
         load_shrunk(convnet(), tmp_path / "other.pt")
+
+
+class Evil:
+    """Leaves a file behind when it is unpickled."""
+
+    def __reduce__(self):
+        return exec, ("open('ran', 'w').close()",)
+
+
+def shrunk_file(**changes):
+    return {"format": FORMAT, "state": shrunk_convnet().state_dict(), "sizes": {"0": {"out_channels": 12}}} | changes
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: shrunk_file(state=Evil()), "cannot be read as one; check the path, or save it again"),
+        (lambda: shrunk_file(state={"0.weight": 3}), "to hold tensors and sizes of layers only"),
+        (lambda: shrunk_file(state=None), "to hold tensors and sizes of layers only"),
+        (lambda: shrunk_file(sizes=None), "to hold tensors and sizes of layers only"),
+        (lambda: shrunk_file(sizes={"0": {"forward": 1}}), "to hold tensors and sizes of layers only"),
+        (lambda: shrunk_file(sizes={"0": {"__class__": 1}}), "to hold tensors and sizes of layers only"),
+        (lambda: shrunk_file(sizes={"0": {"out_channels": "1"}}), "to hold tensors and sizes of layers only"),
+        (lambda: shrunk_file(sizes={"0": 3}), "to hold tensors and sizes of layers only"),
+    ],
+)
+def test_a_file_that_would_do_more_is_refused(tmp_path, monkeypatch, make, match):
+    monkeypatch.chdir(tmp_path)
+    torch.save(make(), "bad.pt")
+    net = convnet()
+    before = weights(net)
+    with pytest.raises(ValueError, match=match):
+        load_shrunk(net, "bad.pt")
+    assert not Path("ran").exists()
+    assert_same_weights(before, weights(net))
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04", pickle.dumps(Evil())])
+def test_a_broken_file_is_refused(tmp_path, content):
+    (tmp_path / "bad.pt").write_bytes(content)
+    with pytest.raises(ValueError, match="cannot be read as one"):
+        load_shrunk(convnet(), tmp_path / "bad.pt")
+
+
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(ValueError, match=r"Expected a file to write, but .* is a folder"):
+        save_shrunk(convnet(), tmp_path)
+    with pytest.raises(ValueError, match=r"Expected a file to read, but .* is a folder"):
+        load_shrunk(convnet(), tmp_path)
 
 
 def test_a_state_that_is_no_tensor(tmp_path):

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +32,7 @@ from lightning_unlearn import (
 )
 from lightning_unlearn.demo.digits import DigitsClassifier, DigitsDataModule
 from lightning_unlearn.sampling import OnNoisy
+from lightning_unlearn.storage import target_folder
 
 BASE = "base"
 CONTINUE = "continue on all data, same steps"
@@ -358,9 +360,9 @@ class _Repeat:
         )
 
 
-def run_demo(settings: Settings, out: Path) -> list[Outcome]:
-    """Runs every seed; writes ``suspects.csv`` and ``partition.pt`` of the first to ``out``."""
-    out.mkdir(parents=True, exist_ok=True)
+def run_demo(settings: Settings, out: str | PathLike[str]) -> list[Outcome]:
+    """Runs every seed; writes ``suspects.csv`` and ``partition.npz`` of the first to the folder ``out``."""
+    out = target_folder(out)
     outcomes = []
     with tempfile.TemporaryDirectory() as folder, _quiet():
         for number, seed in enumerate(settings.seeds):
@@ -370,7 +372,7 @@ def run_demo(settings: Settings, out: Path) -> list[Outcome]:
             outcomes.append(outcome)
             if number == 0:
                 partition.to_csv(out / "suspects.csv")
-                partition.save(out / "partition.pt")
+                partition.save(out / "partition.npz")
     return outcomes
 
 

@@ -46,7 +46,7 @@ def test_the_partition_finds_the_wrong_labels_and_is_written(small):
     _, (outcome,), out = small
     assert outcome.detection.auroc > 0.9
     assert outcome.detection.memorised < 0.2
-    partition = Partition.load(out / "partition.pt")
+    partition = Partition.load(out / "partition.npz")
     with (out / "suspects.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [int(row["index"]) for row in rows] == partition.suspect_indices().tolist()

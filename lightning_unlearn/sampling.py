@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,10 +10,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
-from lightning_unlearn.data import forget_batches, remember_batches
+from lightning_unlearn.data import batch_size, forget_batches, remember_batches
+from lightning_unlearn.drawing import Drawing, drawing_of
 from lightning_unlearn.types import REASONS, Partition
 
 OnNoisy = Literal["drop", "weigh", "relabel"]
@@ -20,42 +22,37 @@ OnNoisy = Literal["drop", "weigh", "relabel"]
 
 
 class CleanSubsetSampler(DistributedSampler[int]):
-    """Draws the given dataset indices, split over the ranks; the order is a function of seed and epoch.
+    """Draws indices in a given way, split over the ranks; the order is a function of seed and epoch.
 
     Args:
-        indices: (K,) int64, the dataset indices to draw from.
+        drawing: which indices are drawn in an epoch, and how many.
         num_replicas: number of ranks.
         rank: of this process.
-        shuffle: whether to reshuffle in each epoch.
         seed: the same on every rank.
         leave_no_single: with a batch size: leave out one index of the epoch where the last batch would hold but one,
             on which batch norm cannot be trained. The size of the subset is not the user's choice.
         at_most: with a number: no more indices than that are drawn in an epoch, of all ranks together.
-        probability: (K,) in [0, 1], with which an index is drawn in an epoch, or None for all of them. As many as
-            their sum, rounded down, are drawn, none twice.
 
     Example:
-        >>> list(CleanSubsetSampler(torch.tensor([3, 5, 8]), num_replicas=1, rank=0, shuffle=False, seed=0))
+        >>> from lightning_unlearn.drawing import evenly
+        >>> drawing = evenly(torch.tensor([3, 5, 8]), shuffle=False)
+        >>> list(CleanSubsetSampler(drawing, num_replicas=1, rank=0, seed=0))
         [3, 5, 8]
     """
 
-    def __init__(  # noqa: PLR0913  (each is an option of its own)
+    def __init__(
         self,
-        indices: Tensor,
+        drawing: Drawing,
         *,
         num_replicas: int,
         rank: int,
-        shuffle: bool,
         seed: int,
         leave_no_single: int | None = None,
         at_most: int | None = None,
-        probability: Tensor | None = None,
     ) -> None:
-        self.indices = indices.tolist()
-        self.probability = probability
-        number = len(self.indices) if probability is None else max(1, int(probability.double().sum() + 1e-6))
-        positions: Any = range(number)
-        super().__init__(positions, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)
+        self.drawing = drawing
+        positions: Any = range(drawing.number)
+        super().__init__(positions, num_replicas=num_replicas, rank=rank, shuffle=drawing.shuffle, seed=seed)
 
         size = leave_no_single or 1
         single = size > 1 and self.num_samples > size and self.num_samples % size == 1
@@ -67,39 +64,9 @@ class CleanSubsetSampler(DistributedSampler[int]):
         return self.count
 
     def __iter__(self) -> Iterator[int]:
-        drawn = self.indices if self.probability is None else self._drawn(self.probability)
+        # The same on every rank, each of which takes its share of it.
+        drawn = self.drawing.draw(torch.Generator().manual_seed(self.seed + self.epoch)).tolist()
         return (drawn[position] for position in itertools.islice(super().__iter__(), self.count))
-
-    def _drawn(self, probability: Tensor) -> list[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        chosen = draw_with_probability(probability, generator)
-        return [self.indices[position] for position in chosen.sort().values.tolist()]
-
-
-def draw_with_probability(probability: Tensor, generator: torch.Generator) -> Tensor:
-    """Draws each item with its own probability, none twice, and always the same number of them.
-
-    Systematic sampling in random order (Madow 1949): the probabilities, laid end to end, are a ruler, and every unit of
-    it is hit once. So the expected loss over the draws is the loss weighted with the probabilities.
-
-    Args:
-        probability: (K,) in [0, 1]; scaled down a little where their sum is not whole.
-        generator: source of randomness, on the CPU.
-
-    Returns:
-        (k,) int64, positions, in random order; k is the sum of the probabilities rounded down, at least 1.
-
-    Example:
-        >>> draw_with_probability(torch.tensor([1.0, 0.0, 1.0]), torch.Generator().manual_seed(0)).sort().values
-        tensor([0, 2])
-    """
-    weight = probability.double()
-    total = weight.sum()
-    number = max(1, int(total + 1e-6))
-    order = torch.randperm(len(weight), generator=generator)
-    ruler = (weight[order] * (number / total)).cumsum(dim=0)
-    marks = torch.arange(number) + torch.rand(1, generator=generator, dtype=torch.float64)
-    return order[torch.searchsorted(ruler, marks, right=True).clamp(max=len(weight) - 1)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,31 +142,73 @@ def training_draw(partition: Partition, on_noisy: OnNoisy, relabel_threshold: fl
     return TrainingDraw((clean | sure).nonzero().flatten(), new_label=new_label)
 
 
-def shuffles(loader: DataLoader[Any]) -> bool:
-    """Whether the loader's sampler shuffles.
+def check_drawing(loader: DataLoader[Any], sampler: Any, *, ranks: int = 1) -> Drawing:
+    """How the user's sampler draws.
+
+    Args:
+        loader: the user's, for the message.
+        sampler: what its batch sampler draws from.
+        ranks: see :func:`drawing_of`.
 
     Raises:
-        TypeError: for a sampler that means something of its own, which a uniform draw from a subset would lose.
+        TypeError: for a sampler that means something of its own, which a draw from a subset would lose.
     """
-    sampler = getattr(loader.batch_sampler, "sampler", None)
-    if isinstance(sampler, DistributedSampler) and type(sampler).__iter__ in (
-        DistributedSampler.__iter__,
-        CleanSubsetSampler.__iter__,
-    ):
-        return bool(sampler.shuffle)
-    if type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(sampler.data_source):
-        return True
-    if type(sampler) is SequentialSampler:
-        return False
+    drawing = sampler.drawing if type(sampler) is CleanSubsetSampler else drawing_of(sampler, ranks=ranks)
+    if drawing is not None:
+        return drawing
     # By __class__, as a RememberedBatches goes by the user's.
     batches = loader.batch_sampler.__class__.__name__
     found = type(sampler).__name__ if sampler is not None else f"{batches} without .sampler"
-    if type(sampler) is RandomSampler:
-        found += " with replacement or num_samples"
     raise TypeError(
-        "Expected the train loader to draw with a RandomSampler, SequentialSampler or DistributedSampler, but it"
-        f" draws with {found}, which narrowing to the clean subset would silently replace; use DataLoader(shuffle=...)."
+        "Expected the train loader to draw with one of torch's samplers (RandomSampler, SequentialSampler,"
+        " SubsetRandomSampler, WeightedRandomSampler, DistributedSampler), but it draws with"
+        f" {found}, which narrowing to the clean subset would silently replace; use DataLoader(shuffle=...), or a"
+        " WeightedRandomSampler, whose weights are kept."
     )
+
+
+def fault_of_batch_sampler(loader: DataLoader[Any]) -> str:
+    """Why the batches of a subset could not be drawn and counted with the loader's batch sampler; empty if they can.
+
+    Draws from the global random state where the batch sampler is not torch's own.
+    """
+    batches: Any = loader.batch_sampler
+    # Its class and not its type: while training steps are read, it is the user's with a memory.
+    kind = batches.__class__
+    has_size = isinstance(getattr(batches, "batch_size", None), int)
+    if not (has_size and hasattr(batches, "drop_last") and hasattr(kind, "__len__")):
+        return (
+            "Expected the train loader's batch sampler to have a length, .batch_size and .drop_last, as torch's"
+            f" BatchSampler has, but {kind.__name__} has not, so the batches of the clean subset could not be counted;"
+            " use DataLoader(batch_size=...), or add them."
+        )
+    plain = kind.__iter__ is BatchSampler.__iter__ and kind.__len__ is BatchSampler.__len__
+    if plain and not hasattr(kind, "sampler"):
+        return ""
+    # Whether it draws what its sampler gives it, seen on a copy that is given one batch of samples and one more.
+    few = list(range(batch_size(loader) + 1))
+    try:
+        trial = copy.copy(batches)
+        trial.sampler = few
+        told = len(trial)
+        drawn = [{int(index) for index in batch} for batch in itertools.islice(trial, len(few))]
+    except (AttributeError, TypeError, ValueError, IndexError) as error:
+        return (
+            f"Expected a batch sampler that draws what its .sampler gives it, but {kind.__name__} does not when it is"
+            f" given another ({error}), so it cannot be narrowed to the clean subset; use DataLoader(shuffle=...)."
+        )
+    if not set().union(*drawn) <= set(few):
+        return (
+            f"Expected a batch sampler that draws what its .sampler gives it, but {kind.__name__} draws other samples"
+            " too, so it cannot be narrowed to the clean subset; use DataLoader(shuffle=...)."
+        )
+    if told != len(drawn):
+        return (
+            f"Expected a batch sampler whose length is the number of its batches, but {kind.__name__} makes"
+            f" {len(drawn)} of {len(few)} samples and says {told}, so the batches of the clean subset could not be"
+            " counted; compute __len__ from .sampler."
+        )
+    return ""
 
 
 class NarrowedLoaders:
@@ -224,6 +233,15 @@ class NarrowedLoaders:
         if remembers:
             remember_batches(loader)
         return loader
+
+    def samplers_of(self, loader: DataLoader[Any]) -> tuple[Any, Any]:
+        """What the user's batch sampler draws from (None if it does not say), and ``loader.sampler``.
+
+        The user's, also while they are replaced.
+        """
+        replaced = (samplers for known, *samplers in self._replaced if known is loader)
+        drawn_from, own = next(replaced, (getattr(loader.batch_sampler, "sampler", None), loader.sampler))
+        return drawn_from, own
 
     def restore(self) -> None:
         """Puts the users' samplers back."""

@@ -1,6 +1,7 @@
 """What is trained on after a partition, against loops that do the same one sample at a time; and the loaders for it."""
 
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -13,8 +14,6 @@ from torch.utils.data import (
     DataLoader,
     DistributedSampler,
     RandomSampler,
-    SequentialSampler,
-    SubsetRandomSampler,
     WeightedRandomSampler,
 )
 
@@ -23,71 +22,21 @@ from lightning_unlearn.data import (
     forget_batches,
     remember_batches,
 )
+from lightning_unlearn.drawing import evenly
 from lightning_unlearn.sampling import (
     CleanSubsetSampler,
     NarrowedLoaders,
     TrainingDraw,
-    draw_with_probability,
-    shuffles,
+    check_drawing,
+    fault_of_batch_sampler,
     training_draw,
 )
 from lightning_unlearn.types import REASONS, Partition
-from tests.test_data import Doubling, N, OddsThenEvens, RequiredArgumentLoader, numbers
+from tests.test_data import Bucketed, Doubling, N, OddsThenEvens, RequiredArgumentLoader, numbers
 
 QUICK = settings(max_examples=60, deadline=None)
 INPUT = {REASONS.index("input"), REASONS.index("both")}
 tenths = st.integers(0, 10).map(lambda tenth: tenth / 10)
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
-
-
-@QUICK
-@given(st.lists(st.floats(0.01, 1), min_size=1, max_size=40), st.integers(0, 1000))
-def test_as_many_as_the_probabilities_sum_to_are_drawn_and_none_twice(probability, seed):
-    weight = torch.tensor(probability)
-    drawn = draw_with_probability(weight, seeded(seed))
-    assert drawn.dtype == torch.int64
-    assert len(drawn) == len(set(drawn.tolist())) == max(1, int(weight.double().sum() + 1e-6))
-    assert set(drawn.tolist()) <= set(range(len(weight)))
-
-
-@QUICK
-@given(st.lists(tenths, min_size=2, max_size=30), st.integers(0, 1000))
-def test_what_is_certain_is_always_drawn_and_what_is_impossible_never(probability, seed):
-    weight = torch.tensor([*probability, 1.0, 0.0])
-    # Made to sum to a whole number, so that nothing is scaled.
-    weight = torch.cat([weight, (torch.ceil(weight.double().sum()) - weight.double().sum()).float()[None]])
-    drawn = set(draw_with_probability(weight, seeded(seed)).tolist())
-    assert set((weight == 1).nonzero().flatten().tolist()) <= drawn
-    assert not set((weight == 0).nonzero().flatten().tolist()) & drawn
-
-
-def test_ten_tenths_are_one():
-    assert len(draw_with_probability(torch.full((10,), 0.1), seeded(0))) == 1
-    assert len(draw_with_probability(torch.full((1000,), 0.75), seeded(0))) == 750
-    assert len(draw_with_probability(torch.tensor([0.2, 0.3]), seeded(0))) == 1
-
-
-@settings(max_examples=4, deadline=None)
-@given(st.lists(st.integers(1, 9), min_size=5, max_size=20), st.integers(0, 1000))
-def test_each_is_drawn_as_often_as_its_probability(probability, seed):
-    weight = torch.tensor(probability).double() / 10
-    expected = weight * max(1, int(weight.sum() + 1e-6)) / weight.sum()
-    draws, generator = 1000, seeded(seed)
-    counts = sum(torch.bincount(draw_with_probability(weight, generator), minlength=len(weight)) for _ in range(draws))
-    for count, p in zip(counts.tolist(), expected.tolist(), strict=True):
-        low, high = binom.ppf([1e-7, 1 - 1e-7], draws, p)
-        assert low <= count <= high, p
-
-
-def test_the_draw_takes_its_randomness_from_the_generator_alone():
-    state = torch.random.get_rng_state()
-    weight = torch.rand(50, generator=seeded(1))
-    draws = [draw_with_probability(weight, seeded(seed)).tolist() for seed in (5, 5, 6)]
-    assert draws[0] == draws[1] != draws[2]
-    assert torch.random.get_rng_state().equal(state)
 
 
 @st.composite
@@ -174,11 +123,12 @@ def test_a_draw_comes_back_from_its_state(partition, on_noisy):
         assert value is None or value.equal(other)
 
 
-def ranks_of(world_size, epoch=0, **kwargs):
+def ranks_of(world_size, epoch=0, *, indices, probability=None, shuffle=True, **kwargs):
     """What each rank draws in an epoch."""
     made = []
     for rank in range(world_size):
-        sampler = CleanSubsetSampler(num_replicas=world_size, rank=rank, **{"shuffle": True, "seed": 3, **kwargs})
+        drawing = evenly(indices, shuffle=shuffle).narrowed(indices, probability)
+        sampler = CleanSubsetSampler(drawing, num_replicas=world_size, rank=rank, **{"seed": 3, **kwargs})
         sampler.set_epoch(epoch)
         made.append(list(sampler))
         assert len(sampler) == len(made[-1])
@@ -247,7 +197,8 @@ def test_the_draw_is_a_function_of_seed_and_epoch():
 def test_over_the_epochs_each_index_is_drawn_as_often_as_it_is_probable():
     weight = torch.tensor([1.0] * 4 + [0.5] * 10 + [0.1] * 10)  # sums to 10
     counts = torch.zeros(24, dtype=torch.int64)
-    sampler = CleanSubsetSampler(torch.arange(24), num_replicas=1, rank=0, shuffle=True, seed=0, probability=weight)
+    drawing = evenly(torch.arange(24)).narrowed(torch.arange(24), weight)
+    sampler = CleanSubsetSampler(drawing, num_replicas=1, rank=0, seed=0)
     epochs = 800
     for epoch in range(epochs):
         sampler.set_epoch(epoch)
@@ -261,11 +212,11 @@ def test_over_the_epochs_each_index_is_drawn_as_often_as_it_is_probable():
 # CleanSubsetSampler
 
 
-def drawn(indices, epoch=0, world_size=1, **kwargs):
+def drawn(indices, epoch=0, world_size=1, *, shuffle=True, seed=0):
     out = []
     for rank in range(world_size):
-        options = {"shuffle": True, "seed": 0} | kwargs
-        sampler = CleanSubsetSampler(torch.tensor(indices), num_replicas=world_size, rank=rank, **options)
+        drawing = evenly(torch.tensor(indices), shuffle=shuffle)
+        sampler = CleanSubsetSampler(drawing, num_replicas=world_size, rank=rank, seed=seed)
         sampler.set_epoch(epoch)
         out.append(list(sampler))
         assert len(out[-1]) == len(sampler)
@@ -304,28 +255,7 @@ def test_one_sample_on_many_ranks():
     assert drawn([42], world_size=3) == [[42]] * 3
 
 
-# shuffles
-
-
-@pytest.mark.parametrize(
-    ("loader", "expected"),
-    [
-        (DataLoader(numbers(), shuffle=True), True),
-        (DataLoader(numbers(), shuffle=False), False),
-        (DataLoader(numbers(), sampler=DistributedSampler(numbers(), 2, 0, shuffle=True)), True),
-        (DataLoader(numbers(), sampler=DistributedSampler(numbers(), 2, 0, shuffle=False)), False),
-        (
-            DataLoader(
-                numbers(), sampler=CleanSubsetSampler(torch.arange(5), num_replicas=1, rank=0, shuffle=False, seed=0)
-            ),
-            False,
-        ),
-        (DataLoader(numbers(), batch_sampler=BatchSampler(RandomSampler(numbers()), 4, drop_last=False)), True),
-    ],
-    ids=["random", "sequential", "distributed", "distributed in order", "narrowed", "batch sampler"],
-)
-def test_which_samplers_shuffle(loader, expected):
-    assert shuffles(loader) is expected
+# check_drawing
 
 
 class MyDistributed(DistributedSampler):
@@ -338,40 +268,122 @@ class MyRandom(RandomSampler):
         return iter([0])
 
 
-class MySequential(SequentialSampler):
-    pass
+class MyWeighted(WeightedRandomSampler):
+    def __len__(self):
+        return 7
 
 
 @pytest.mark.parametrize(
     ("loader", "found"),
     [
-        (DataLoader(numbers(), sampler=WeightedRandomSampler(torch.ones(N), N)), "WeightedRandomSampler"),
-        (DataLoader(numbers(), sampler=SubsetRandomSampler(range(5))), "SubsetRandomSampler"),
-        (DataLoader(numbers(), sampler=RandomSampler(numbers(), replacement=True)), "RandomSampler"),
-        (DataLoader(numbers(), sampler=RandomSampler(numbers(), num_samples=5)), "RandomSampler"),
         (DataLoader(numbers(), sampler=MyRandom(numbers())), "MyRandom"),
-        (DataLoader(numbers(), sampler=MySequential(numbers())), "MySequential"),
+        (DataLoader(numbers(), sampler=MyWeighted(torch.ones(N), N)), "MyWeighted"),
         (DataLoader(numbers(), sampler=MyDistributed(numbers(), 2, 0)), "MyDistributed"),
         (DataLoader(numbers(), batch_sampler=OddsThenEvens()), "OddsThenEvens without .sampler"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_samplers_with_a_meaning_of_their_own_are_refused(loader, found):
-    with pytest.raises(TypeError, match=rf"RandomSampler, SequentialSampler or Dist.*, but it draws with {found}\b.*"):
-        shuffles(loader)
+    sampler, _ = NarrowedLoaders().samplers_of(loader)
+    with pytest.raises(TypeError, match=rf"one of torch's samplers .*, but it draws with {found}, which.* weights are"):
+        check_drawing(loader, sampler)
 
 
-def test_the_refusal_says_how_a_random_sampler_differs():
-    for sampler in (RandomSampler(numbers(), replacement=True), RandomSampler(numbers(), num_samples=5)):
-        with pytest.raises(TypeError, match=r"RandomSampler with replacement or num_samples,"):
-            shuffles(DataLoader(numbers(), sampler=sampler))
+def test_a_narrowed_sampler_draws_as_it_does():
+    sampler = clean_sampler()
+    assert check_drawing(DataLoader(numbers()), sampler) is sampler.drawing
+
+
+# fault_of_batch_sampler
+
+
+class Reversed(BatchSampler):
+    """Its own order, of what it is given."""
+
+    def __iter__(self):
+        return (tuple(torch.tensor(index) for index in batch) for batch in reversed(list(super().__iter__())))
+
+
+class Longer(Reversed):
+    def __len__(self):
+        return 99
+
+
+class Remembers(BatchSampler):
+    """Has read its sampler when it was made."""
+
+    def __init__(self, sampler, batch_size, drop_last):
+        super().__init__(sampler, batch_size, drop_last)
+        self.batches = list(super().__iter__())
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+class Forever(BatchSampler):
+    def __iter__(self):
+        return itertools.repeat([N - 1])
+
+
+class Pairs(BatchSampler):
+    def __iter__(self):
+        return ([(index, 0) for index in batch] for batch in super().__iter__())
+
+
+class Fixed(BatchSampler):
+    """Its sampler cannot be set."""
+
+    sampler = property(lambda self: range(N), lambda self, value: self.refuse(value))
+
+    def __init__(self):
+        self.batch_size, self.drop_last = 4, False
+
+    def refuse(self, value):
+        if len(value) != N:
+            raise AttributeError("read-only")
+
+
+class Endless:
+    batch_size, drop_last, sampler = 4, False, range(N)
+
+    def __iter__(self):
+        return itertools.repeat([0])
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("kind", [BatchSampler, Reversed, Bucketed])
+def test_batch_samplers_that_draw_what_they_are_given_are_let_through(kind, drop_last):
+    mine = kind(RandomSampler(numbers()), 4, drop_last)
+    before = dict(vars(mine))
+    assert fault_of_batch_sampler(DataLoader(numbers(), batch_sampler=mine)) == ""
+    assert vars(mine) == before
+
+
+@pytest.mark.parametrize(
+    ("batches", "fault"),
+    [
+        (Longer(range(N), 4, False), "whose length is the number of its batches, but Longer makes 2 of 5 .* says 99"),
+        (Remembers(RandomSampler(numbers()), 4, False), "but Remembers draws other samples too"),
+        (Forever(range(N), 4, False), "but Forever draws other samples too"),
+        (Pairs(range(N), 4, False), r"Pairs does not when it is given another \(int\(\) argument"),
+        (Fixed(), r"Fixed does not when it is given another \(read-only\)"),
+        (Endless(), r"to have a length, .batch_size and .drop_last, as torch's BatchSampler has, but Endless has not"),
+        (OddsThenEvens(), "but OddsThenEvens has not"),
+        ([[0, 1], [2, 3]], "but list has not"),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
+)
+def test_batch_samplers_that_cannot_be_narrowed_are_named(batches, fault):
+    loader = DataLoader(numbers(), batch_sampler=batches)
+    assert re.search(fault, fault_of_batch_sampler(loader))
+    assert loader.batch_sampler is batches
 
 
 # NarrowedLoaders
 
 
 def clean_sampler(indices=(1, 4, 9)):
-    return CleanSubsetSampler(torch.tensor(indices), num_replicas=1, rank=0, shuffle=True, seed=0)
+    return CleanSubsetSampler(evenly(torch.tensor(indices)), num_replicas=1, rank=0, seed=0)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -386,6 +398,7 @@ def test_narrow_and_restore(num_workers):
     assert narrowed.narrow(loader, sampler) is loader
     assert len(loader) == 2
     assert loader.sampler is sampler
+    assert narrowed.samplers_of(loader) == (user_sampler, user_sampler)
     assert sorted(torch.cat([x for x, _ in loader]).tolist()) == [1, 4, 9]
 
     narrowed.restore()
@@ -428,7 +441,7 @@ def test_restored_loader_draws_as_if_it_had_never_been_narrowed():
 def test_no_batch_of_one_is_left_where_that_is_asked_for(count, size, drawn, replicas):
     indices = torch.arange(100, 100 + count * replicas)
     samplers = [
-        CleanSubsetSampler(indices, num_replicas=replicas, rank=rank, shuffle=True, seed=0, leave_no_single=size)
+        CleanSubsetSampler(evenly(indices), num_replicas=replicas, rank=rank, seed=0, leave_no_single=size)
         for rank in range(replicas)
     ]
     seen = [list(sampler) for sampler in samplers]

@@ -3,8 +3,9 @@
 Private names, checked on lightning 2.5.0 to 2.6.6 (``tests/callbacks/test_lightning.py`` fails when one goes missing):
 ``FitLoop._data_source``, ``FitLoop._combined_loader``, ``FitLoop._load_combined_loader_states``,
 ``FitLoop._data_fetcher``, ``CombinedLoader._iterator``, ``LightningModule._on_before_batch_transfer``, the name of
-``_MultiProcessingLauncher``, and ``_average_model`` of ``StochasticWeightAveraging`` and (from 2.6) of
-``WeightAveraging``.
+``_MultiProcessingLauncher``, ``Trainer._accelerator_connector`` (``use_distributed_sampler``, ``is_distributed``), the
+``_sampler`` within a ``DistributedSamplerWrapper``, and ``_average_model`` of ``StochasticWeightAveraging`` and (from
+2.6) of ``WeightAveraging``.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
+from torch.utils.data.distributed import DistributedSampler
 
 SUPPORTED_STRATEGIES = (SingleDeviceStrategy, DDPStrategy)
 
@@ -242,6 +244,33 @@ def live_iterator(trainer: Trainer) -> tuple[Any, int]:
         return None, 0
     # Where the number of batches is not known, Lightning is one ahead, to see which is the last.
     return iterators[0], len(getattr(fetcher, "batches", []))
+
+
+def users_sampler(trainer: Trainer, loader: DataLoader[Any], drawn_from: Any, own: Any) -> tuple[Any, bool]:
+    """What the user's train loader draws from, and whether Lightning splits that over the ranks.
+
+    It is the same before Lightning has put its own samplers in and after. Lightning wraps the user's sampler to split
+    it, shuffled; in the place of a RandomSampler or SequentialSampler it puts a DistributedSampler over the data set,
+    whatever they were asked for.
+
+    Args:
+        trainer: during ``fit``.
+        loader: a train loader.
+        drawn_from: its batch sampler's ``.sampler``.
+        own: its ``.sampler``, which is another one where the user gave a batch sampler.
+
+    Returns:
+        the user's sampler, or the one that takes its place; and whether it is split (and not itself a part).
+    """
+    if type(drawn_from).__name__ == "DistributedSamplerWrapper":
+        return drawn_from.dataset._sampler, True
+    connector: Any = trainer._accelerator_connector
+    splits = connector.use_distributed_sampler and connector.is_distributed
+    if not splits or isinstance(drawn_from, DistributedSampler) or isinstance(own, DistributedSampler):
+        return drawn_from, False
+    if isinstance(own, (RandomSampler, SequentialSampler)):
+        return DistributedSampler(loader.dataset, num_replicas=1, rank=0, shuffle=True), True
+    return drawn_from, True
 
 
 class BatchHook:

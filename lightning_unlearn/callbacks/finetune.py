@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_unlearn.callbacks._base import PartitionConsumer, probe, train_loader
@@ -29,16 +29,19 @@ from lightning_unlearn.callbacks._lightning import (
     next_epoch,
     planned_epochs,
     rewrap_ddp,
+    users_sampler,
 )
 from lightning_unlearn.callbacks._relabel import Relabelling, check_relabelling
 from lightning_unlearn.capture import ForwardTrace, named_layers, plain_name, resolve_layer
-from lightning_unlearn.data import batch_size, check_loader
+from lightning_unlearn.data import check_loader
+from lightning_unlearn.drawing import Drawing
 from lightning_unlearn.sampling import (
     CleanSubsetSampler,
     NarrowedLoaders,
     OnNoisy,
     TrainingDraw,
-    shuffles,
+    check_drawing,
+    fault_of_batch_sampler,
     training_draw,
 )
 from lightning_unlearn.types import MaskSource, Partition
@@ -51,9 +54,12 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
     """From the partition on, trains on the clean subset (RLAP, step 5), and on what can be made of the rest.
 
     The loader stays the user's own (class, workers, collate function, transforms); only the indices it draws from
-    change. Lightning recomputes the number of batches, the validation interval and the progress bar's total. After the
-    fit, or an exception, loader, ``requires_grad`` and modes are as they were. Where the partition is drawn again in
-    later rounds, the subset follows.
+    change, and not the way in which it draws them: of a WeightedRandomSampler the weights of the samples that are left
+    count (times their probability with ``on_noisy="weigh"``), and an epoch has fewer draws by the share of weight that
+    is gone. Where Lightning does not split samplers over the ranks, one that draws with replacement draws its number on
+    every rank, as before. Lightning recomputes the number of batches, the validation interval and the progress bar's
+    total. After the fit, or an exception, loader, ``requires_grad`` and modes are as they were. Where the partition is
+    drawn again in later rounds, the subset follows.
 
     Args:
         mode: ``"full"`` trains everything (the paper's F-FT), ``"layers"`` only some layers (L-FT); the rest is frozen,
@@ -130,7 +136,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         self._remaining: int | None = None
         self._epoch_started: float | None = None
         self._seconds_per_epoch: float | None = None
-        self._order = {"shuffle": True, "seed": 0}
+        self._seed = 0
         self._thawed: list[tuple[nn.Parameter, bool]] = []
         self._modes: list[tuple[nn.Module, bool]] = []
 
@@ -179,9 +185,9 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.is_active:
             # The seed that Lightning gives its own samplers.
-            seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
+            self._seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
             loader = train_loader(trainer)
-            self._order = {"shuffle": shuffles(loader), "seed": seed}
+            self._drawing(trainer, loader)
             _check_batch_sampler(loader)
             if self.on_noisy == "relabel" or self.reset_head:
                 self._check_head_and_labels(trainer, pl_module)
@@ -260,7 +266,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
             "planned_batches": self._planned_batches,
             "frozen": {kind: list(names) for kind, names in self._frozen.items()},
             "remaining": self._remaining,
-            "order": dict(self._order),
+            "seed": self._seed,
         }
 
     @property
@@ -277,7 +283,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         self._planned_batches = state["planned_batches"]
         self._frozen = {kind: list(names) for kind, names in state["frozen"].items()}
         self._remaining = state["remaining"]
-        self._order = dict(state["order"])
+        self._seed = state["seed"]
 
     @property
     def _makes_optimizer(self) -> bool:
@@ -334,7 +340,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
             return True
         rank_zero_warn(
             f"The {len(draw.index)} samples to train on do not fill one batch on each rank (drop_last,"
-            " limit_train_batches), so training goes on with the data it has."
+            " limit_train_batches, weights of zero), so training goes on with the data it has."
         )
         return False
 
@@ -348,16 +354,22 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
     def _sampler(self, trainer: Trainer, loader: DataLoader[Any], draw: TrainingDraw) -> CleanSubsetSampler:
         batch_sampler: Any = loader.batch_sampler
         norms = any(isinstance(module, nn.modules.batchnorm._NormBase) for module in trainer.lightning_module.modules())
+        one_batch = batch_sampler.batch_size * trainer.world_size
         return CleanSubsetSampler(
-            draw.index,
+            self._drawing(trainer, loader).narrowed(draw.index, draw.probability, at_least=one_batch),
             num_replicas=trainer.world_size,
             rank=trainer.global_rank,
-            shuffle=bool(self._order["shuffle"]),
-            seed=self._order["seed"],
+            seed=self._seed,
             leave_no_single=batch_sampler.batch_size if norms else None,
             at_most=self._most_samples(trainer, batch_sampler.batch_size),
-            probability=draw.probability,
         )
+
+    def _drawing(self, trainer: Trainer, loader: DataLoader[Any]) -> Drawing:
+        """How the user's loader draws, also while it is narrowed."""
+        sampler, is_split = users_sampler(trainer, loader, *self._narrowed.samplers_of(loader))
+        drawing = check_drawing(loader, sampler, ranks=1 if is_split else trainer.world_size)
+        # Lightning shuffles what it splits.
+        return replace(drawing, shuffle=drawing.shuffle or is_split)
 
     def _most_samples(self, trainer: Trainer, batch_size: int) -> int | None:
         """A schedule of steps was planned for the first subset: a larger one of a later round must not overrun it."""
@@ -372,9 +384,9 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
 
         def narrow(loaders: Any) -> DataLoader[Any]:
             loader = check_loader(loaders)
-            sampler = self._sampler(trainer, loader, draw)
             # A loader that a reload has replaced is not held on to.
             self._narrowed.restore()
+            sampler = self._sampler(trainer, loader, draw)
             # Before Lightning makes an iterator, whose workers draw the first batches at once.
             sampler.set_epoch(next_epoch(trainer))
             return self._narrowed.narrow(loader, sampler, remembers=relabels)
@@ -394,7 +406,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         head = trace.linear(name)
         # The same weights on every rank, and no draw from the user's random state.
         with isolate_rng():
-            torch.manual_seed(self._order["seed"] + trainer.current_epoch)
+            torch.manual_seed(self._seed + trainer.current_epoch)
             head.reset_parameters()
         for optimizer in trainer.optimizers:
             for parameter in head.parameters():
@@ -534,24 +546,7 @@ def _check_schedule(make: MakeScheduler | None) -> None:
 
 
 def _check_batch_sampler(loader: DataLoader[Any]) -> None:
-    # Its class and not its type: while training steps are read, it is the user's with a memory.
-    batch_sampler: Any = loader.batch_sampler
-    if not (hasattr(batch_sampler, "batch_size") and hasattr(batch_sampler, "drop_last")):
-        raise TypeError(
-            "Expected the train loader's batch sampler to have .batch_size and .drop_last, as torch's BatchSampler has,"
-            f" but {batch_sampler.__class__.__name__} has not, so the batches of the clean subset could not be counted."
-        )
-    if batch_sampler.__class__.__iter__ is BatchSampler.__iter__:
-        return
-    # Whether it draws what its sampler gives it, seen on a copy that is given one batch of samples.
-    few = list(range(batch_size(loader)))
-    trial = copy.copy(batch_sampler)
-    trial.sampler = few
     with isolate_rng():
-        drawn = {index for batch in trial for index in batch}
-    if not drawn <= set(few):
-        raise TypeError(
-            "Expected a batch sampler that draws what its .sampler gives it, but"
-            f" {batch_sampler.__class__.__name__} draws other samples too, so it cannot be narrowed to the clean"
-            " subset; use DataLoader(shuffle=...)."
-        )
+        fault = fault_of_batch_sampler(loader)
+    if fault:
+        raise TypeError(fault)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, WeightedRandomSampler
 
 from lightning_unlearn import AttributionPartitionCallback
 from tests.callbacks import test_training_evidence as evidence
@@ -47,6 +47,13 @@ class Failing(AttributionPartitionCallback):
         return super()._observe_pass(trainer, pl_module)
 
 
+def weights_of(data):
+    """The first class twice as often as others, and ten samples not at all."""
+    weight = 1.0 + (data.clean == 0)
+    weight[:10] = 0
+    return weight
+
+
 class Watched(L.Callback):
     """Parameters and buffers when the last full epoch is over."""
 
@@ -65,12 +72,18 @@ def run(folder, devices, scenario):
     if scenario == "evidence":
         run_evidence(folder, distributed)
         return
+    loader = {}
+    if scenario.startswith("weighted"):
+        loader = {"shuffle": None, "sampler": WeightedRandomSampler(weights_of(data), 150)}
+        distributed["use_distributed_sampler"] = scenario == "weighted"
     settings = {
         "still": {"net": pretrained, "optimizer": still, "finetune": {}},
         "still-rlap": {"net": pretrained, "optimizer": still, "finetune": {}, "recipe": "rlap"},
         "layers": {"net": mlp, "finetune": {"mode": "layers", "lr": 0.02}},
         "full": {"net": mlp, "finetune": {"lr": 0.02}},
         "auto": {"net": mlp, "finetune": {"lr": 0.02}, "recipe": "auto"},
+        "weighted": {"net": mlp, "finetune": {}},
+        "weighted-each": {"net": mlp, "finetune": {}},
     }[scenario]
     recipe = settings.get("recipe", "label")
     # The regression alone: what it finds is what is pruned.
@@ -78,7 +91,7 @@ def run(folder, devices, scenario):
     partition, prune, finetune = trio(AT, prune=plain, finetune=settings["finetune"], recipe=recipe)
     module = Toy(settings["net"], **({"optimizer": settings["optimizer"]} if "optimizer" in settings else {}))
     trainer = fit(
-        module, BlobsData(data), [finetune, record, prune, watch, partition], max_epochs=AT + 2, **distributed
+        module, BlobsData(data, **loader), [finetune, record, prune, watch, partition], max_epochs=AT + 2, **distributed
     )
     torch.save(
         {

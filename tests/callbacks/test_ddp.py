@@ -4,15 +4,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import WeightedRandomSampler
 
+from lightning_unlearn.drawing import drawing_of
+from lightning_unlearn.sampling import CleanSubsetSampler
 from lightning_unlearn.types import Evidence
-from tests.callbacks.ddp_script import AT, run
+from tests.callbacks.ddp_script import AT, run, weights_of
 from tests.callbacks.test_training_evidence import assert_is_what_the_steps_showed, last_logits, small
 from tests.callbacks.test_training_pass import Coded
 from tests.ranks import run_script
+from tests.toys import Blobs
 
 pytestmark = pytest.mark.ddp
-SCENARIOS = ("still", "still-rlap", "layers", "full", "auto")
+SCENARIOS = ("still", "still-rlap", "layers", "full", "auto", "weighted", "weighted-each")
 
 
 def launch(folder, *scenarios):
@@ -93,6 +97,23 @@ def test_the_ranks_share_the_clean_subset(ranks, scenario):
         # One sample is drawn twice where an odd number is to be shared evenly.
         assert len(set(first) & set(second)) <= len(clean) % 2
     assert one["read"][AT] != one["read"][AT + 1]
+
+
+@pytest.mark.parametrize(("scenario", "ranks_draw"), [("weighted", 1), ("weighted-each", 2)])
+def test_the_ranks_share_a_weighted_draw_of_what_is_clean(ranks, scenario, ranks_draw):
+    """150 draws of all the data: of both ranks together, or (without Lightning's splitting) of each."""
+    weight = weights_of(Blobs(101)).double()
+    clean = ranks[scenario][0]["partition"]["is_clean"]
+    number = round(150 * ranks_draw * (weight[clean].sum() / weight.sum()).item())
+    drawing = drawing_of(WeightedRandomSampler(weight, 150), ranks=ranks_draw).narrowed(clean.nonzero().flatten())
+    assert drawing.number == number
+    for epoch in range(AT, AT + 2):
+        for rank in range(2):
+            assert len(ranks[scenario][rank]["read"][0]) == 75 * ranks_draw
+            sampler = CleanSubsetSampler(drawing, num_replicas=2, rank=rank, seed=0)
+            sampler.set_epoch(epoch)
+            assert ranks[scenario][rank]["read"][epoch] == list(sampler)
+            assert len(sampler) == -(-number // 2)
 
 
 def test_layers_before_the_pruned_one_are_frozen(ranks):

@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, StepLR
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback
+from lightning_unlearn.drawing import evenly
 from lightning_unlearn.sampling import CleanSubsetSampler
 from tests.toys import (
     Blobs,
@@ -431,7 +432,7 @@ def test_a_distributed_sampler_of_the_user_is_narrowed_too():
     fit(Toy(), data, [partition, finetune, record])
     clean = partition.partition.clean_indices()
     for epoch in (2, 3):
-        sampler = CleanSubsetSampler(clean, num_replicas=1, rank=0, shuffle=True, seed=0)
+        sampler = CleanSubsetSampler(evenly(clean), num_replicas=1, rank=0, seed=0)
         sampler.set_epoch(epoch)
         assert record.by_epoch[epoch] == list(sampler)
     assert isinstance(data.trainer.train_dataloader.sampler, DistributedSampler)

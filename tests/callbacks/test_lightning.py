@@ -1,12 +1,18 @@
 """The private API of Lightning that callbacks/_lightning.py stands on. A failure here names what a release took."""
 
 import inspect
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.trainer.connectors.data_connector import _get_distributed_sampler
+from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, SequentialSampler
+from torch.utils.data import SubsetRandomSampler as Subset
 
 from lightning_unlearn.callbacks import _lightning
 from lightning_unlearn.callbacks._lightning import (
@@ -18,6 +24,7 @@ from lightning_unlearn.callbacks._lightning import (
     live_loaders,
     next_epoch,
     planned_epochs,
+    users_sampler,
 )
 from tests.toys import Blobs, BlobsData, Toy, fit, make_trainer
 
@@ -50,6 +57,8 @@ def test_every_private_name_that_is_used_is_listed():
         "_iterator",
         "_on_before_batch_transfer",
         "_average_model",
+        "_accelerator_connector",
+        "_sampler",
     ):
         assert name in docstring, f"{name} is used in callbacks/_lightning.py but not listed in its docstring"
         assert name in code, f"{name} is listed in callbacks/_lightning.py but not used"
@@ -193,3 +202,51 @@ def test_where_the_fit_runs_in_spawned_processes_it_says_that_results_stay_there
 def test_where_the_fit_runs_in_this_process_it_says_nothing(recwarn):
     check_strategy(make_trainer(), "Somebody")
     assert not [warning for warning in recwarn if "Somebody" in str(warning.message)]
+
+
+class TwoRanks:
+    """A DDP Trainer's answers, without the processes."""
+
+    world_size = 2
+
+    def __init__(self, *, splits=True):
+        self._accelerator_connector = SimpleNamespace(use_distributed_sampler=splits, is_distributed=True)
+
+
+def drawn_from(trainer, loader):
+    return users_sampler(trainer, loader, loader.batch_sampler.sampler, loader.sampler)
+
+
+def test_the_users_sampler_is_found_before_and_after_lightning_has_wrapped_it():
+    data = Blobs(20)
+    mine = Subset(range(5))
+    wrapped = DistributedSamplerWrapper(mine, num_replicas=2, rank=0)
+    assert drawn_from(TwoRanks(), DataLoader(data, sampler=mine)) == (mine, True)
+    assert drawn_from(TwoRanks(), DataLoader(data, sampler=wrapped)) == (mine, True)
+    assert drawn_from(TwoRanks(splits=False), DataLoader(data, sampler=mine)) == (mine, False)
+    own = DistributedSampler(data, num_replicas=2, rank=0, shuffle=False)
+    assert drawn_from(TwoRanks(), DataLoader(data, sampler=own)) == (own, False)
+    assert drawn_from(TwoRanks(), DataLoader(data, batch_sampler=BatchSampler(own, 4, False)))[0] is own
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [
+        {"sampler": RandomSampler(range(20), replacement=True, num_samples=3)},
+        {"sampler": SequentialSampler(range(5))},
+        {"batch_sampler": BatchSampler(Subset(range(5)), 4, False)},
+    ],
+    ids=["with replacement", "in order", "batch sampler"],
+)
+def test_what_lightning_puts_in_the_place_of_a_sampler_is_known_before_it_does(loader):
+    loader = DataLoader(Blobs(20), **loader)
+    sampler, is_split = drawn_from(TwoRanks(), loader)
+    lightnings = _get_distributed_sampler(loader, True, 0, RunningStage.TRAINING, num_replicas=1, rank=0)
+    assert type(sampler) is type(lightnings) is DistributedSampler
+    assert (sampler.dataset, sampler.shuffle, is_split) == (lightnings.dataset, lightnings.shuffle, True)
+
+
+def test_whether_lightning_splits_samplers_is_where_it_was():
+    for splits in (True, False):
+        connector = make_trainer(use_distributed_sampler=splits)._accelerator_connector
+        assert (connector.use_distributed_sampler, connector.is_distributed) == (splits, False)

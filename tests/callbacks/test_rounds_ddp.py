@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightning_unlearn.drawing import evenly
 from lightning_unlearn.sampling import CleanSubsetSampler
 from tests.callbacks.rounds_script import AT, EPOCHS, SIZE
 from tests.callbacks.test_ddp import assert_equal
@@ -74,9 +75,8 @@ def test_the_ranks_share_the_weighed_draw_of_the_epoch(ranks):
         draw = ranks["weigh"][0]["draws"][epoch]
         shares = [[index for index, _ in share] for share in epochs_of(ranks, "weigh", epoch)]
         for rank, share in enumerate(shares):
-            sampler = CleanSubsetSampler(
-                draw["index"], num_replicas=2, rank=rank, shuffle=True, seed=0, probability=draw["probability"]
-            )
+            drawing = evenly(torch.arange(SIZE)).narrowed(draw["index"], draw["probability"])
+            sampler = CleanSubsetSampler(drawing, num_replicas=2, rank=rank, seed=0)
             sampler.set_epoch(epoch)
             assert share == list(sampler)
         number = int(draw["probability"].double().sum() + 1e-6)

@@ -1,0 +1,169 @@
+"""How a loader draws the indices of an epoch, read off its sampler, and the same way of drawing from fewer of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data.distributed import DistributedSampler
+
+Way = Literal["evenly", "with replacement", "without replacement"]
+"""``"evenly"``: each index as often as its weight says; else by lot, one draw after the other."""
+
+
+@dataclass(frozen=True, eq=False)
+class Drawing:
+    """How the indices of an epoch are drawn.
+
+    Args:
+        index: (M,) int64, the dataset indices to draw from; one that is there twice is drawn twice as often.
+        weight: (M,) float64, not negative; the chances of an index are in proportion to it.
+        number: how many are drawn in an epoch, by all ranks together.
+        way: of drawing. ``"without replacement"`` is that of a WeightedRandomSampler: by lot, none twice.
+        shuffle: whether their order is random; where not, it is that of ``index``.
+
+    Example:
+        >>> drawing = evenly(torch.tensor([3, 5, 8]))
+        >>> drawing.number, drawing.draw(torch.Generator()).tolist()
+        (3, [3, 5, 8])
+    """
+
+    index: Tensor
+    weight: Tensor
+    number: int
+    way: Way = "evenly"
+    shuffle: bool = True
+
+    def draw(self, generator: torch.Generator) -> Tensor:
+        """The indices of one epoch, (number,) int64; where they are not drawn by lot, in the order of ``index``.
+
+        Args:
+            generator: source of randomness, on the CPU.
+        """
+        if not self.number:
+            return self.index[:0]
+        if self.way != "evenly":
+            places = torch.multinomial(
+                self.weight, self.number, replacement=self.way == "with replacement", generator=generator
+            )
+            return self.index[places]
+        if self.number == len(self.index) and bool((self.weight == self.weight[0]).all()):
+            return self.index
+        return self.index[draw_evenly(self.weight, self.number, generator).sort().values]
+
+    def narrowed(self, index: Tensor, probability: Tensor | None = None, *, at_least: int = 1) -> Drawing:
+        """Draws in the same way from some of the indices, each as often as before.
+
+        So the number of draws shrinks with what is left out: it is rounded down where indices are drawn evenly, so that
+        none comes oftener than before, else to the nearest.
+
+        Args:
+            index: (K,) int64, what to keep.
+            probability: (K,) in [0, 1], by which the weights are multiplied; None for 1.
+            at_least: where an index may come again, draw so many, for a batch to be filled; but no more than before.
+
+        Returns:
+            what draws nothing (``number`` is 0) where no weight is left.
+        """
+        size = 1 + int(torch.cat([self.index, index]).max()) if len(self.index) else 0
+        kept = torch.zeros(size, dtype=torch.float64)
+        kept[index] = 1.0 if probability is None else probability.double()
+        share = kept[self.index]
+        weight = self.weight * share
+        chosen = weight > 0
+        if not bool(chosen.any()):
+            return replace(self, index=self.index[:0], weight=self.weight[:0], number=0)
+        number = self.number * (weight.sum() / self.weight.sum()).item()
+        if self.way == "evenly":
+            count = max(1, int(number + 1e-6))
+        elif self.way == "with replacement":
+            count = max(1, round(number), min(self.number, at_least))
+        else:
+            # An index that has any weight is drawn once or not at all, and surely if all are drawn.
+            possible = self.weight > 0
+            number = self.number * (share[possible].sum() / possible.sum()).item()
+            count = min(max(1, round(number)), int(chosen.sum()))
+        return replace(self, index=self.index[chosen], weight=weight[chosen], number=count)
+
+
+def evenly(index: Tensor, *, shuffle: bool = True, number: int | None = None) -> Drawing:
+    """Draws each index once, or ``number`` in all, each equally often as far as that goes.
+
+    Args:
+        index: (M,) int64.
+        shuffle: whether in random order.
+        number: of draws in an epoch; by default M.
+    """
+    weight = torch.ones(len(index), dtype=torch.float64)
+    return Drawing(index, weight, len(index) if number is None else number, shuffle=shuffle)
+
+
+def drawing_of(sampler: Any, *, ranks: int = 1) -> Drawing | None:
+    """How a sampler of torch's draws; None for one that means something of its own, which cannot be looked into.
+
+    Args:
+        sampler: a sampler, or a list of indices. A subclass that draws as its base does is read like it.
+        ranks: how many processes draw ``num_samples`` each, where that is not the number for all of them together.
+
+    Example:
+        >>> drawing = drawing_of(WeightedRandomSampler([0.0, 1.0, 3.0], num_samples=8))
+        >>> drawing.weight.tolist(), drawing.number, drawing.way
+        ([0.0, 1.0, 3.0], 8, 'with replacement')
+    """
+    if isinstance(sampler, (list, tuple, range)):
+        return evenly(torch.tensor(list(sampler), dtype=torch.int64), shuffle=False)
+    if _draws_as(sampler, DistributedSampler):
+        return evenly(torch.arange(len(sampler.dataset)), shuffle=bool(sampler.shuffle))
+    if _draws_as(sampler, SequentialSampler):
+        return evenly(torch.arange(len(sampler.data_source)), shuffle=False)
+    if _draws_as(sampler, SubsetRandomSampler):
+        return evenly(torch.as_tensor(sampler.indices, dtype=torch.int64))
+    if _draws_as(sampler, WeightedRandomSampler):
+        index, weight = torch.arange(len(sampler.weights)), sampler.weights.double()
+        return _by_lot(index, weight, sampler.num_samples, sampler.replacement, ranks)
+    if _draws_as(sampler, RandomSampler):
+        index = torch.arange(len(sampler.data_source))
+        if not sampler.replacement:
+            return evenly(index, number=sampler.num_samples)
+        return _by_lot(index, torch.ones(len(index), dtype=torch.float64), sampler.num_samples, True, ranks)
+    return None
+
+
+def _draws_as(sampler: Any, kind: type[Any]) -> bool:
+    return isinstance(sampler, kind) and all(
+        getattr(type(sampler), name) is getattr(kind, name) for name in ("__iter__", "__len__")
+    )
+
+
+def _by_lot(index: Tensor, weight: Tensor, number: int, replacement: bool, ranks: int) -> Drawing:
+    if replacement:
+        return Drawing(index, weight, number * ranks, "with replacement")
+    return Drawing(index, weight, min(number * ranks, int((weight > 0).sum())), "without replacement")
+
+
+def draw_evenly(weight: Tensor, number: int, generator: torch.Generator) -> Tensor:
+    """Draws each item as often as its weight says on average, in any one draw at most one time more or less.
+
+    Systematic sampling in random order (Madow 1949): the weights, laid end to end, are a ruler, and every unit of it is
+    hit once. So the expected loss over the draws is the loss weighted with the weights.
+
+    Args:
+        weight: (K,), not negative, one of them positive; scaled so that their sum is ``number``.
+        number: of draws.
+        generator: source of randomness, on the CPU.
+
+    Returns:
+        (number,) int64, positions, in random order.
+
+    Example:
+        >>> draw_evenly(torch.tensor([1.0, 0.0, 1.0]), 2, torch.Generator().manual_seed(0)).sort().values
+        tensor([0, 2])
+    """
+    weight = weight.double()
+    order = torch.randperm(len(weight), generator=generator)
+    ruler = (weight[order] * (number / weight.sum())).cumsum(dim=0)
+    marks = torch.arange(number) + torch.rand(1, generator=generator, dtype=torch.float64)
+    return order[torch.searchsorted(ruler, marks, right=True).clamp(max=len(weight) - 1)]

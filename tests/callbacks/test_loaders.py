@@ -1,0 +1,199 @@
+"""Loaders as users write them: narrowed to the clean subset in the way that they draw, or refused before a step."""
+
+import lightning as L
+import pytest
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+
+from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback
+from lightning_unlearn.drawing import drawing_of
+from lightning_unlearn.sampling import CleanSubsetSampler
+from tests.toys import Blobs, IndexRecorder, Toy, auroc, fit, trio
+
+N, AT = 203, 2
+
+
+class ByClass(WeightedRandomSampler):
+    """As users write it: each class as often as the others."""
+
+    def __init__(self, data, number):
+        count = torch.bincount(data.y)
+        super().__init__(1.0 / count[data.y], number)
+
+
+def never(data):
+    """A third of the samples are held back by the weights."""
+    weight = torch.ones(len(data))
+    weight[: N // 3] = 0
+    return weight
+
+
+# name -> sampler, from the data; all of them are 203 draws or fewer.
+SAMPLERS = {
+    "weighted": lambda data: WeightedRandomSampler(torch.rand(N, generator=torch.Generator().manual_seed(5)) + 0.1, N),
+    "weighted by class": lambda data: ByClass(data, 160),
+    "weights of zero": lambda data: WeightedRandomSampler(never(data), N),
+    "weighted without replacement": lambda data: WeightedRandomSampler(never(data) + 0.5, 100, replacement=False),
+    "with replacement": lambda data: RandomSampler(data, replacement=True),
+    "fewer than there are": lambda data: RandomSampler(data, num_samples=120),
+    "subset": lambda data: SubsetRandomSampler(range(40, N)),
+    "batch sampler": lambda data: BatchSampler(WeightedRandomSampler(never(data), N), 16, drop_last=True),
+}
+
+
+def loader_of(name, data, **kwargs):
+    sampler = SAMPLERS[name](data)
+    if isinstance(sampler, BatchSampler):
+        return DataLoader(data, batch_sampler=sampler, **kwargs)
+    return DataLoader(data, batch_size=16, sampler=sampler, **kwargs)
+
+
+def expected(loader, partition, epoch, **kwargs):
+    """What is drawn in an epoch after the partition, from the sampler that the user gave."""
+    drawing = drawing_of(loader.batch_sampler.sampler).narrowed(partition.clean_indices(), at_least=16, **kwargs)
+    sampler = CleanSubsetSampler(drawing, num_replicas=1, rank=0, seed=0, leave_no_single=16)
+    sampler.set_epoch(epoch)
+    drawn = list(sampler)
+    return drawn[: len(drawn) // 16 * 16] if loader.batch_sampler.drop_last else drawn
+
+
+class Halts(Exception):
+    pass
+
+
+class Stops(Toy):
+    def training_step(self, batch):
+        if self.current_epoch == AT + 1:
+            raise Halts
+        return super().training_step(batch)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_users_sampler_draws_from_the_clean_ones_as_it_did_from_all(name):
+    data = Blobs()
+    loader = loader_of(name, data)
+    before, sampler, number = dict(vars(loader)), loader.batch_sampler.sampler, len(loader.batch_sampler.sampler)
+    partition, _, finetune = trio(AT)
+    record, module = IndexRecorder(data), Toy()
+    fit(module, loader, [partition, finetune, record])
+    assert finetune.is_active
+    clean = set(partition.partition.clean_indices().tolist())
+    assert clean < set(range(N))
+    for epoch in (AT, AT + 1):
+        assert record.by_epoch[epoch] == expected(loader, partition.partition, epoch)
+        assert set(record.by_epoch[epoch]) <= clean
+    assert record.by_epoch[AT] != record.by_epoch[AT + 1]
+    # About as many fewer as are not clean; and what the weights hold back is held back still.
+    assert 0.6 * number < len(record.by_epoch[AT]) < 0.95 * number
+    # The partition is of all samples, of those too that were never drawn, and as good as with any loader.
+    assert len(partition.partition) == N
+    assert auroc(1 - partition.partition.clean_probability, data.wrong) > 0.95
+    assert vars(loader) == before
+    assert loader.batch_sampler.sampler is sampler
+
+
+def test_evidence_is_read_from_a_loader_that_repeats_samples_and_leaves_others_out():
+    data = Blobs()
+    partition = trio(AT)[0]
+    record = IndexRecorder(data)
+    fit(Toy(), loader_of("weights of zero", data), [partition, record], max_epochs=AT + 1)
+    drawn = [index for epoch in range(AT) for index in record.by_epoch[epoch]]
+    assert min(drawn) == N // 3
+    assert len(set(record.by_epoch[0])) < len(record.by_epoch[0])
+    assert partition._reader.reason == ""
+    assert partition._epochs_seen == [1, 2]
+
+
+def test_the_users_sampler_is_back_after_an_exception():
+    loader = loader_of("weighted", Blobs())
+    before, sampler = dict(vars(loader)), loader.sampler
+    finetune = trio(AT)[2]
+    with pytest.raises(Halts):
+        fit(Stops(), loader, [trio(AT)[0], finetune])
+    assert finetune.is_active
+    assert vars(loader) == before
+    assert loader.batch_sampler.sampler is sampler
+
+
+def test_weights_are_multiplied_by_the_probability_of_being_clean():
+    data = Blobs()
+    loader = loader_of("weighted by class", data)
+    partition, _, finetune = trio(AT, finetune={"on_noisy": "weigh"})
+    record = IndexRecorder(data)
+    fit(Toy(), loader, [partition, finetune, record])
+    draw = finetune.draw
+    share = torch.zeros(N, dtype=torch.float64)
+    share[draw.index] = draw.probability.double()
+    weight = loader.sampler.weights
+    assert len(record.by_epoch[AT]) == round(160 * ((weight * share).sum() / weight.sum()).item())
+    drawing = drawing_of(loader.sampler).narrowed(draw.index, draw.probability)
+    torch.testing.assert_close(drawing.weight, (weight * share)[draw.index])
+    sampler = CleanSubsetSampler(drawing, num_replicas=1, rank=0, seed=0)
+    sampler.set_epoch(AT)
+    assert record.by_epoch[AT] == list(sampler)
+
+
+def test_new_weights_of_a_later_epoch_are_followed():
+    """As deferred re-weighting does, with a loader that is made anew in every epoch."""
+    data = Blobs()
+    made = []
+
+    class Deferred(Toy):
+        def train_dataloader(self):
+            weight = torch.ones(N)
+            if self.current_epoch >= AT:
+                weight[100 - 10 * self.current_epoch :] = 0
+            made.append(DataLoader(data, batch_size=16, sampler=WeightedRandomSampler(weight, N)))
+            return made[-1]
+
+    partition, _, finetune = trio(AT)
+    record, module = IndexRecorder(data), Deferred()
+    fit(module, None, [partition, finetune, record], reload_dataloaders_every_n_epochs=1)
+    assert len(made) == 4
+    for epoch in (AT, AT + 1):
+        assert record.by_epoch[epoch] == expected(made[epoch], partition.partition, epoch)
+        assert max(record.by_epoch[epoch]) < 100 - 10 * epoch
+
+
+def test_a_resumed_fit_draws_with_the_weights_too(tmp_path):
+    def run(ckpt_path=None, **kwargs):
+        data = Blobs()
+        record, callbacks = IndexRecorder(data), trio(AT)
+        trainer = fit(
+            Toy(), loader_of("weighted", data), [*callbacks, record], ckpt_path=ckpt_path, max_epochs=4, **kwargs
+        )
+        return trainer, record.by_epoch
+
+    trainer, whole = run()
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    state = torch.load(tmp_path / "end.ckpt", weights_only=True)
+    assert "weight" not in str(state["callbacks"]["CleanSubsetFinetuneCallback"]["draw"].keys())
+
+    class Saves(L.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            if trainer.current_epoch == AT:
+                trainer.save_checkpoint(tmp_path / "middle.ckpt")
+
+    data = Blobs()
+    fit(Toy(), loader_of("weighted", data), [*trio(AT), Saves()], max_epochs=4)
+    _, resumed = run(tmp_path / "middle.ckpt")
+    assert resumed == {AT + 1: whole[AT + 1]}
+
+
+def test_where_no_weight_is_left_training_goes_on_with_all_and_says_so():
+    data = Blobs()
+    weight = data.wrong.float()
+    loader = DataLoader(data, batch_size=16, sampler=WeightedRandomSampler(weight, 64))
+    record = IndexRecorder(data)
+    partition = AttributionPartitionCallback(
+        at_epoch=1, recipe=lambda evidence: (~data.wrong[evidence.index]).float(), min_class_share=0
+    )
+    with pytest.warns(UserWarning, match="do not fill one batch on each rank .drop_last, limit_train_batches, weights"):
+        fit(Toy(), loader, [partition, CleanSubsetFinetuneCallback(), record], max_epochs=2)
+    assert len(record.by_epoch[1]) == 64

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
+import torch.utils.checkpoint
 from captum.attr import (
     InternalInfluence,
     LayerConductance,
@@ -613,10 +614,20 @@ class Attributor:
             return self._attribute(part, of_label, rows)
 
         # Nothing is recorded in inference mode, not even where recording is asked for.
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), _without_recomputation():
             if self._is_fast is None:
                 self._is_fast = self._rehearse(x, label)
             return _join(self._in_parts(of_part, x, label))
+
+    def rehearse(self, x: Any, label: Tensor, *, rows: bool = False) -> None:
+        """Attributes the first rows of a batch, to refuse what cannot be attributed before hours of training.
+
+        Args:
+            x: as in :meth:`margin`.
+            label: (B,) int64.
+            rows: whether ``class_max`` will be asked for.
+        """
+        self.attribute(*_first_rows(x, label), rows=rows)
 
     def _attribute(self, x: Any, label: Tensor, rows: bool) -> MarginAttribution:
         with ExitStack() as stack:
@@ -627,13 +638,8 @@ class Attributor:
 
     def _rehearse(self, x: Any, label: Tensor) -> bool:
         """Whether the fast path says the same as Captum of the first rows."""
-        first = slice(0, _REHEARSAL_ROWS)
-        try:
-            rows = take_rows(x, first, len(label)), label[first]
-        except ValueError:
-            rows = x, label
         with _not_watched():
-            agrees = all(self._in_parts(self._agrees, *rows))
+            agrees = all(self._in_parts(self._agrees, *_first_rows(x, label)))
         if not agrees:
             warnings.warn(
                 f"Every batch is recorded from end to end, which takes longer: a recording from the {self._point} on"
@@ -654,6 +660,15 @@ class Attributor:
         difference = (found.float() - expected.float()).norm()
         # Not `<=`, which NaN never is: a model that has diverged gives both the same nothing.
         return not bool(difference > tolerance * expected.float().norm())
+
+
+def _first_rows(x: Any, label: Tensor) -> tuple[Any, Tensor]:
+    """A few samples of a batch; all of one that cannot be taken apart."""
+    first = slice(0, _REHEARSAL_ROWS)
+    try:
+        return take_rows(x, first, len(label)), label[first]
+    except ValueError:
+        return x, label
 
 
 class _FastPath:
@@ -807,7 +822,7 @@ class _CaptumLayer:
         with reads as take, torch.no_grad():
             logits = self._forward(x).float()
             activation = None if take is None else take().float()
-        with _not_watched(), _fresh_leaves(self._module):
+        with _not_watched(), _fresh_leaves(self._module), _naming_what_is_not_recorded(self._point):
             per_neuron = self._run(x, label, strongest_other(logits, label))
             class_max = self._class_max(x, logits, activation) if rows else None
         return per_neuron, logits, class_max
@@ -961,6 +976,54 @@ def _not_watched() -> Iterator[None]:
 
 
 @contextmanager
+def _naming_what_is_not_recorded(point: LayerPoint) -> Iterator[None]:
+    """Says what to do where the logits do not depend, as far as is recorded, on the layer."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "not have been used in the graph" not in str(error) and "does not require grad" not in str(error):
+            raise
+        raise ValueError(_not_recorded(point)) from error
+
+
+def _not_recorded(point: LayerPoint) -> str:
+    return (
+        f"Expected gradients of the logits to reach layer '{point.name}', but forward does not record how they depend"
+        f" on its {point.at}: it is called inside torch.no_grad(), or something between is detached. Name a later layer"
+        " with layer='...', or let forward record."
+    )
+
+
+@contextmanager
+def _without_recomputation() -> Iterator[None]:
+    """Has ``torch.utils.checkpoint`` keep what a backward pass needs, in place of computing it a second time.
+
+    The second time it would not meet the hooks that were there the first time, and give gradients at another point; and
+    its reentrant variant cannot be differentiated from the middle. There is no public switch, so the two private names
+    that it goes by are replaced (torch 2.6 to 2.11 have them, a test fails when one goes missing).
+    """
+
+    class Called:
+        @staticmethod
+        def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+            return function(*args)
+
+    def generator(function: Any, preserve: bool, context_fn: Any, *_: Any, **__: Any) -> Iterator[None]:
+        with context_fn()[0]:
+            yield
+
+    names = {"CheckpointFunction": Called, "_checkpoint_without_reentrant_generator": generator}
+    before = {name: vars(torch.utils.checkpoint)[name] for name in names if name in vars(torch.utils.checkpoint)}
+    for name in before:
+        setattr(torch.utils.checkpoint, name, names[name])
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(torch.utils.checkpoint, name, value)
+
+
+@contextmanager
 def _fresh_leaves(module: nn.Module) -> Iterator[None]:
     """Lets Captum, which has the layer's activation require grad, mark an alias of it where it is the user's input."""
 
@@ -1037,8 +1100,8 @@ def loss_gradients(
         for each layer its activation and the gradient, both shaped like what the layer took or returned.
 
     Raises:
-        ValueError: for a layer with several tensors, or one that is not called exactly once, or a ``forward`` that
-            switches recording off.
+        ValueError: for a layer with several tensors, or one that is not called exactly once, or whose effect on the
+            logits is not recorded.
     """
     seen: list[list[Tensor]] = [[] for _ in points]
 
@@ -1062,6 +1125,7 @@ def loss_gradients(
             stack.callback(handle.remove)
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(_without_recomputation())
         loss = cross_entropy(forward(x).float(), label, reduction="sum")
     for point, calls in zip(points, seen, strict=True):
         if len(calls) != 1:
@@ -1071,5 +1135,11 @@ def loss_gradients(
     if not loss.requires_grad:
         raise ValueError("Expected a forward that can be differentiated, but it switches recording off.")
     activations = [calls[0] for calls in seen]
-    gradients = torch.autograd.grad(loss, activations, allow_unused=True, materialize_grads=True)
-    return [(a.detach(), g) for a, g in zip(activations, gradients, strict=True)]
+    gradients = torch.autograd.grad(loss, activations, allow_unused=True)
+    return [_reached(point, a.detach(), g) for point, a, g in zip(points, activations, gradients, strict=True)]
+
+
+def _reached(point: LayerPoint, activation: Tensor, gradient: Tensor | None) -> tuple[Tensor, Tensor]:
+    if gradient is None:
+        raise ValueError(_not_recorded(point))
+    return activation, gradient

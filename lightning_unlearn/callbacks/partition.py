@@ -273,6 +273,9 @@ class AttributionPartitionCallback(UnlearnCallback):
         self._recognise_data(trainer, pl_module, known)
         if self._trajectory is None and self._partition is None:
             self._trajectory = Trajectory(total, self._num_classes)
+        if self._trajectory is not None:
+            with undisturbed(trainer, pl_module):
+                self._attributor(pl_module).rehearse(first.x, first.label, rows=self.recipe.needs_rows)
         if self._reads_training:
             self._start_reading(trainer, pl_module, trace)
 
@@ -511,17 +514,20 @@ class AttributionPartitionCallback(UnlearnCallback):
             raise RuntimeError("No evidence is being gathered; this is an error in lightning_unlearn.")
         return self._trajectory
 
+    def _attributor(self, pl_module: LightningModule, watch: tuple[LayerPoint, ...] = ()) -> Attributor:
+        if self._point is None:
+            raise RuntimeError("The layer to attribute at is not resolved; this is an error in lightning_unlearn.")
+        return Attributor(pl_module, self._point, lambda x: logits_of(pl_module, x), self.method, watch=watch)
+
     def _observe_pass(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor]:
         """Passes over this rank's share of the training set.
 
         Returns:
             what the pass showed, one row for each sample of the share.
         """
-        if self._point is None:
-            raise RuntimeError("The layer to attribute at is not resolved; this is an error in lightning_unlearn.")
         is_last = trainer.current_epoch >= self.at_epoch
         watch = (self._early,) if is_last and self._early is not None else ()
-        attributor = Attributor(pl_module, self._point, lambda x: logits_of(pl_module, x), self.method, watch=watch)
+        attributor = self._attributor(pl_module, watch)
         trajectory = self._trajectory_in_use
         columns: dict[str, list[Tensor]] = {}
         with undisturbed(trainer, pl_module):

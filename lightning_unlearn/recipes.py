@@ -77,6 +77,7 @@ class Verdict:
             it was not estimated. The same on every rank.
         notes: what the gates said, for the log. The same on every rank.
         warning: why the verdict should not be acted upon; empty if it can be. The same on every rank.
+        unusable: (n,) bool, samples that must not be trained on in any case; None where there are none.
     """
 
     clean_probability: Tensor
@@ -87,6 +88,7 @@ class Verdict:
     noise_matrix: Tensor | None = None
     notes: tuple[str, ...] = ()
     warning: str = ""
+    unusable: Tensor | None = None
 
 
 Judge = Callable[[Evidence, Reduce], Verdict]

@@ -64,6 +64,7 @@ class Trajectory:
 
     Attributes:
         label: (N,) int64, the given labels that this rank has seen, -1 for others.
+        rows_left_out: of what this rank observed since the last merge, how many rows were NaN or infinite.
     """
 
     def __init__(self, total: int, num_classes: int) -> None:
@@ -76,12 +77,13 @@ class Trajectory:
         self._scores = torch.zeros(total, 4)
         self._fresh = torch.zeros(total, coordinates + 4)
         self.label = torch.full((total,), -1)
+        self.rows_left_out = 0
 
     def __len__(self) -> int:
         return self._scores.shape[0]
 
     def observe(self, index: Tensor, logits: Tensor, label: Tensor, margin: Tensor | None = None) -> None:
-        """Takes rows of a pass.
+        """Takes rows of a pass, but for those that are not finite: one such step would outlast all others in a sum.
 
         Args:
             index: (B,) int64, dataset indices; the same may come twice.
@@ -100,9 +102,13 @@ class Trajectory:
             ],
             dim=1,
         )
-        index = index.cpu()
-        self._fresh.index_add_(0, index, rows.cpu())
+        index, rows = index.cpu(), rows.cpu()
         self.label[index] = label.cpu()
+        finite = rows.isfinite().all(dim=1)
+        if not finite.all():
+            self.rows_left_out += int((~finite).sum())
+            index, rows = index[finite], rows[finite]
+        self._fresh.index_add_(0, index, rows)
 
     def merge(self, phase: int | None, reduce: Reduce) -> None:
         """Adds what was observed since the last merge, on any rank, to one phase. Every rank must call it.
@@ -119,12 +125,14 @@ class Trajectory:
                 self._phases[phase, rows] += fresh[:, : coordinates + 1]
             self._scores[rows] += fresh[:, coordinates:]
         self._fresh.zero_()
+        self.rows_left_out = 0
 
     def forget(self) -> None:
         """Forgets everything."""
         for tensor in (self._phases, self._scores, self._fresh):
             tensor.zero_()
         self.label.fill_(-1)
+        self.rows_left_out = 0
 
     def phases(self, index: Tensor) -> list[Tensor]:
         """The mean class attributions of some samples over each phase of training that holds anything.

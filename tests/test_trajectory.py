@@ -174,6 +174,40 @@ def test_a_margin_of_attributions_takes_the_place_of_that_of_the_logits():
     torch.testing.assert_close(scores["support"], margin.sigmoid())
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_step_that_overflowed_leaves_no_trace(value):
+    # As under 16-bit training, whose loss scale is found by overflowing: once in three passes, for five samples.
+    plan = list(passes())
+    whole = gathered(plan)
+    overflowed = Trajectory(N, C)
+    for phase, batches in plan:
+        for index, logits, label in batches:
+            overflowed.observe(index, logits, label)
+        if phase == 0:
+            index = torch.arange(5)
+            broken = torch.randn(5, C)
+            broken[:, 1] = value
+            overflowed.observe(index, broken, whole.label[:5])
+            assert overflowed.rows_left_out == 5
+        overflowed.merge(phase, no_reduce)
+        assert overflowed.rows_left_out == 0
+    assert_equal(overflowed, whole)
+
+
+def test_a_margin_that_is_not_finite_leaves_its_row_out_but_not_its_label():
+    trajectory = Trajectory(N, C)
+    trajectory.observe(torch.arange(2), torch.randn(2, C), torch.tensor([1, 2]), torch.tensor([torch.nan, 1.0]))
+    assert trajectory.rows_left_out == 1
+    trajectory.merge(0, no_reduce)
+    (phase,) = trajectory.phases(torch.arange(2))
+    assert phase.isnan().any(dim=1).tolist() == [True, False]
+    assert trajectory.scores(torch.arange(2))["margin"].tolist() == [0, 1]
+    assert trajectory.label[:2].tolist() == [1, 2]
+    trajectory.observe(torch.arange(1), torch.full((1, C), torch.nan), torch.tensor([1]))
+    trajectory.forget()
+    assert trajectory.rows_left_out == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_logits_of_another_precision_that_require_grad(dtype):
     logits = torch.randn(3, C).to(dtype).requires_grad_()

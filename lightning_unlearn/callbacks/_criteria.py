@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_unlearn.callbacks._base import IndexedBatch, logits_of, training_set
@@ -130,13 +130,23 @@ def rank_neurons(
     watch = _gradients if method.criterion in GRADIENTS else _activations
     # Ratios are of what a neuron does at each position; the rest is of its mean over them.
     reads = _Reads(pl_module, sites, by_position=method.criterion in RATIOS)
+    left_out = torch.zeros(2, dtype=torch.float64)
     with undisturbed(trainer, pl_module):
-        for batch, seen in watch(reads, training_set(trainer, pl_module, source, num_classes)):
+        for whole, part in watch(reads, training_set(trainer, pl_module, source, num_classes)):
+            batch, seen = _finite_only(whole, part)
+            left_out += torch.stack([(whole.weight - batch.weight).sum(), whole.weight.sum()]).cpu()
             for reader, gone, (values, product) in zip(readers, subject.gone, seen, strict=True):
                 # What only the head's columns silence is still active, and must not be told apart by.
                 active = values if gone is None else values.masked_fill(gone.to(values.device), 0)
                 reader.add(active.cpu(), None if product is None else product.cpu(), batch)
-    return [reader.rank(sum_over_ranks(trainer.strategy)) for reader in readers]
+    reduce = sum_over_ranks(trainer.strategy)
+    broken, total = (int(x) for x in reduce(left_out).tolist())
+    if broken:
+        rank_zero_warn(
+            f"Neurons are ranked without {broken:,} of {total:,} training samples, for which activations"
+            f"{' or gradients' if method.criterion in GRADIENTS else ''} are NaN or infinite."
+        )
+    return [reader.rank(reduce) for reader in readers]
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,6 +173,20 @@ class _Reads:
 
 
 Seen = list[tuple[Tensor, Tensor | None]]
+
+
+def _finite_only(batch: IndexedBatch, seen: Seen) -> tuple[IndexedBatch, Seen]:
+    """Zero, without weight, for samples of which a neuron of any layer has a number that is not finite."""
+    found = [tensor for pair in seen for tensor in pair if tensor is not None]
+    finite = torch.stack([tensor.isfinite().flatten(1).all(dim=1) for tensor in found]).all(dim=0)
+    if finite.all():
+        return batch, seen
+
+    def cleared(tensor: Tensor) -> Tensor:
+        return tensor.where(finite.reshape(-1, *(1,) * (tensor.ndim - 1)), 0)
+
+    cleaned: Seen = [(cleared(values), None if product is None else cleared(product)) for values, product in seen]
+    return replace(batch, weight=batch.weight * finite.to(batch.weight.device)), cleaned
 
 
 def _activations(reads: _Reads, batches: Iterator[IndexedBatch]) -> Iterator[tuple[IndexedBatch, Seen]]:

@@ -69,7 +69,9 @@ class _Tally:
             rows = slice(done, done + len(logits))
             done += len(logits)
             losses = cross_entropy(logits, label[rows], reduction="none")
-            columns = torch.stack([logits.argmax(dim=1) == label[rows], losses, torch.ones_like(losses)], dim=1)
+            # The largest of numbers that are not numbers is the first, which for some labels would be right.
+            right = (logits.argmax(dim=1) == label[rows]) & ~logits.isnan().any(dim=1)
+            columns = torch.stack([right, losses, torch.ones_like(losses)], dim=1)
             self.sums[:3] += (columns.double().cpu() * weight[rows].double().cpu().unsqueeze(1)).sum(dim=0)
 
     def give_up(self) -> None:

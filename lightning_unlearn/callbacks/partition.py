@@ -48,6 +48,7 @@ from lightning_unlearn.capture import (
 from lightning_unlearn.data import rank_share, split_batch
 from lightning_unlearn.distributed import place_by_index, sum_over_ranks
 from lightning_unlearn.fingerprint import check_fingerprint, fingerprint, sampled_indices
+from lightning_unlearn.finite import check_rows_left_out, first_not_finite, judge_finite
 from lightning_unlearn.recipes import Recipe, Verdict, get_recipe
 from lightning_unlearn.trajectory import PHASES, Trajectory
 from lightning_unlearn.types import REASONS, Evidence, LayerPoint, Partition, PartitionRound, RepairSummary
@@ -372,11 +373,18 @@ class AttributionPartitionCallback(UnlearnCallback):
         if not self._reader.end_epoch(trainer):
             self._say_fallback()
             return
-        reduce = sum_over_ranks(trainer.strategy)
         # Counted in complete epochs: what epoch 0 shows is known when one is complete.
-        self._trajectory.merge(self._phase(trainer.current_epoch + 1), reduce)
-        if reduce(torch.tensor(float(self._reader.rows_read))).item() > 0:
+        if self._merge(trainer, pl_module, trainer.current_epoch + 1, self._reader.rows_read) > 0:
             self._epochs_seen.append(trainer.current_epoch + 1)
+
+    def _merge(self, trainer: Trainer, pl_module: LightningModule, epoch: int, rows: int) -> int:
+        """Adds what this rank observed in an epoch, and returns how many rows that all ranks observed are finite."""
+        trajectory, reduce = self._trajectory_in_use, sum_over_ranks(trainer.strategy)
+        left_out, total = (int(x) for x in reduce(torch.tensor([trajectory.rows_left_out, rows]).double()).tolist())
+        trajectory.merge(self._phase(epoch), reduce)
+        if said := check_rows_left_out(pl_module, left_out, total, epoch, reduce):
+            rank_zero_warn(said)
+        return total - left_out
 
     def _phase(self, epoch: int) -> int:
         """The quarter of training to which the evidence of the ``epoch``-th epoch belongs."""
@@ -398,8 +406,8 @@ class AttributionPartitionCallback(UnlearnCallback):
             if self._point is None:
                 self.begin(trainer, pl_module)
             if epoch < self.at_epoch:
-                self._observe_pass(trainer, pl_module)
-                self._trajectory_in_use.merge(self._phase(epoch), sum_over_ranks(trainer.strategy))
+                share = self._observe_pass(trainer, pl_module)
+                self._merge(trainer, pl_module, epoch, len(share["label"]))
             else:
                 self._draw(trainer, pl_module, started)
             if epoch not in self._epochs_seen:
@@ -410,7 +418,8 @@ class AttributionPartitionCallback(UnlearnCallback):
         self._reader.detach()
         share = self._observe_pass(trainer, pl_module)
         evidence, label = self._evidence(trainer, share)
-        verdict = self.recipe.judge(evidence, sum_over_ranks(trainer.strategy))
+        fault = first_not_finite(pl_module)
+        verdict = judge_finite(self.recipe, evidence, sum_over_ranks(trainer.strategy), fault)
         before, drawn = self._partition, self._made(trainer, evidence, verdict, label)
         changed = 1.0 if before is None else (before.is_clean != drawn.is_clean).float().mean().item()
         self._rounds.append(PartitionRound(drawn.epoch, len(drawn.suspect_indices()), drawn.noise_rate, changed))
@@ -538,6 +547,7 @@ class AttributionPartitionCallback(UnlearnCallback):
                 _check_same_labels(trajectory.label[batch.index], batch.label.cpu())
                 trajectory.observe(batch.index[of_samples], seen.logits[counts], batch.label[counts], margin[counts])
                 if not is_last:
+                    columns.setdefault("label", []).append(batch.label.cpu())
                     continue
                 found = {
                     "label": batch.label,
@@ -605,7 +615,12 @@ class AttributionPartitionCallback(UnlearnCallback):
             of_all(certain if values is None else values).float().clamp(0, 1)
             for values in (verdict.label_probability, verdict.input_probability)
         )
-        is_clean = _keep_some(probability >= self.threshold, probability, label, self.min_class_share)
+        usable = torch.ones(total, dtype=torch.bool)
+        if verdict.unusable is not None:
+            usable = of_all(verdict.unusable.float()) == 0
+        is_clean = _keep_some(
+            (probability >= self.threshold) & usable, probability, label, self.min_class_share, usable
+        )
         suggested = verdict.suggested_probability
         of_suggested = 1 - probability if suggested is None else of_all(suggested).float().clamp(0, 1)
         return Partition(
@@ -691,11 +706,11 @@ def _log_partition(pl_module: LightningModule, partition: Partition) -> None:
     log_values(pl_module, {"unlearn/noise_rate": partition.noise_rate, "unlearn/kept_share": kept})
 
 
-def _keep_some(is_clean: Tensor, probability: Tensor, label: Tensor, share: float) -> Tensor:
-    """The samples to keep: the clean ones, and in each class at least a share of its samples, the likeliest."""
+def _keep_some(is_clean: Tensor, probability: Tensor, label: Tensor, share: float, usable: Tensor) -> Tensor:
+    """The samples to keep: the clean ones, and in each class at least a share of its usable samples, the likeliest."""
     kept = is_clean.clone()
-    for c in label.bincount().nonzero().flatten().tolist():
-        members = (label == c).nonzero().flatten()
+    for c in label[usable].bincount().nonzero().flatten().tolist():
+        members = ((label == c) & usable).nonzero().flatten()
         least = math.ceil(share * len(members))
         if int(is_clean[members].sum()) < least:
             kept[members[probability[members].argsort(descending=True, stable=True)[:least]]] = True

@@ -392,16 +392,19 @@ class SwitchesRecording(nn.Module):
     [(Residual, LayerPoint("norm", "input")), (SwitchesRecording, LayerPoint("hidden"))],
     ids=["residual", "switches recording"],
 )
-def test_where_the_fast_path_would_say_something_else_captum_is_used(net, point):
+@pytest.mark.parametrize("broken", [False, True], ids=["", "one sample is NaN"])
+def test_where_the_fast_path_would_say_something_else_captum_is_used(net, point, broken):
     torch.manual_seed(0)
     model, x = net(), torch.randn(7, 4)
+    if broken:
+        x[0] = torch.nan
     attributor = Attributor(model, point, model)
     with torch.no_grad(), pytest.warns(UserWarning, match="Every batch is recorded from end to end"):
         found = attributor.attribute(x, LABEL, rows=True)
     assert attributor.is_fast is False
     expected = Attributor(model, point, model, fast=False).attribute(x, LABEL, rows=True)
-    torch.testing.assert_close(found.per_neuron, expected.per_neuron)
-    torch.testing.assert_close(found.class_max, expected.class_max)
+    torch.testing.assert_close(found.per_neuron, expected.per_neuron, equal_nan=True)
+    torch.testing.assert_close(found.class_max, expected.class_max, equal_nan=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         attributor.margin(x, LABEL)  # said once
@@ -1142,13 +1145,22 @@ class Logits(nn.Module):
     ],
     ids=["as it is", "copied", "log-softmax", "scaled", "scaled in place", "cut", "called twice", "another's"],
 )
-def test_makes_logits(after, expected):
+@pytest.mark.parametrize("broken", [0, 2], ids=["", "two samples are NaN"])
+def test_makes_logits(after, expected, broken):
     torch.manual_seed(0)
     model = Logits(after)
-    trace = trace_forward(model, model, torch.randn(5, 3))
+    x = torch.randn(5, 3)
+    x[:broken] = torch.nan
+    trace = trace_forward(model, model, x)
     assert trace.makes_logits("fc") is expected
     assert not trace.makes_logits("unused")
     assert not trace.makes_logits("body")
+
+
+def test_what_makes_logits_cannot_be_told_from_nan_alone():
+    model = Logits(lambda model, out: out)
+    trace = trace_forward(model, model, torch.full((5, 3), torch.nan))
+    assert not trace.makes_logits("fc")
 
 
 # Activations

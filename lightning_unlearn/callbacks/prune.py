@@ -406,7 +406,9 @@ class SensitivityPruneCallback(PartitionConsumer):
             probe(trainer, pl_module, self.source)
             activation = take().float()
         dimension = neuron_dimension(resolve_layer(pl_module, site.name), activation.ndim)
-        silent = bool((neuron_means(activation, dimension)[:, neurons] == 0).all())
+        means = neuron_means(activation, dimension)
+        # Nothing silences a neuron whose input is NaN.
+        silent = bool((means[means.isfinite().all(dim=1)][:, neurons] == 0).all())
         # Augmentation may show each rank another batch.
         silent = trainer.strategy.reduce_boolean_decision(silent, all=True)
         return site if silent else replace(site, layer=None, norm=None)

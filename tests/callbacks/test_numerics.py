@@ -22,9 +22,9 @@ class BrokenBlobs(Blobs):
         )
 
 
-def layer_norms():
+def no_norms():
     """Without a batch norm, whose running averages would keep a NaN."""
-    return nn.Sequential(nn.Linear(FEATURES, 32), nn.LayerNorm(32), nn.ReLU(), nn.Linear(32, CLASSES))
+    return nn.Sequential(nn.Linear(FEATURES, 32), nn.ReLU(), nn.Linear(32, CLASSES))
 
 
 class LeavesRowsOut(Toy):
@@ -47,8 +47,10 @@ class LeavesStepsOut(Toy):
 @pytest.fixture(scope="module", params=[(LeavesRowsOut, "passes"), (LeavesStepsOut, "training")], ids=str)
 def broken(request):
     module, evidence = request.param
-    data, callbacks = BrokenBlobs(size=400), trio(3, evidence=evidence, finetune={"lr": 0.01})
-    module = module(layer_norms, adamw)
+    data = BrokenBlobs(size=400)
+    prune = {"significance": None, "guard_tolerance": 1.0}
+    callbacks = trio(3, evidence=evidence, prune=prune, finetune={"lr": 0.01})
+    module = module(no_norms, adamw)
     fit(module, BlobsData(data, batch_size=4), callbacks, max_epochs=5)
     assert callbacks[0]._reader.reason == ""
     return data, module, callbacks
@@ -77,6 +79,15 @@ def test_after_the_partition_broken_inputs_are_no_longer_trained_on(broken):
     assert torch.tensor([data.x[i].isfinite().all() for i in data.read[-300:]]).all()
 
 
+def test_a_broken_input_in_the_first_batch_does_not_hide_what_feeds_the_head(broken):
+    # Else only the head's columns would be pruned, and no rows of the layer before it.
+    _, module, (_, prune, _) = broken
+    assert BROKEN.min() < 4  # in the first batch
+    pruned = prune.mask.pruned_indices()
+    assert len(pruned) > 0
+    assert (module.net[0].bias[pruned] == 0).all()
+
+
 def test_a_table_of_broken_inputs_can_be_written(broken, tmp_path):
     _, _, (partition, _, _) = broken
     partition.partition.to_csv(tmp_path / "suspects.csv")
@@ -86,7 +97,7 @@ def test_a_table_of_broken_inputs_can_be_written(broken, tmp_path):
     assert sum(row.samples for row in partition.partition.class_summary()) == 400
 
 
-@pytest.mark.parametrize("net", [layer_norms, convnet])
+@pytest.mark.parametrize("net", [no_norms, convnet])
 def test_a_class_whose_inputs_are_all_broken_is_not_trained_on(net):
     # The least share of each class must not be made of them; and without the class nothing is acted upon.
     image = net is convnet
@@ -106,7 +117,7 @@ def test_weights_that_are_nan_end_the_fit_at_once():
             with torch.no_grad():
                 self.net[0].bias[0] = torch.nan
 
-    module = Diverges(layer_norms, adamw)
+    module = Diverges(no_norms, adamw)
     with pytest.raises(ValueError, match=r"those of .* samples are NaN or infinite, and so is the model's net\.0\."):
         fit(module, BlobsData(Blobs()), [AttributionPartitionCallback(at_epoch=50)], max_epochs=60)
     assert module.current_epoch <= 2

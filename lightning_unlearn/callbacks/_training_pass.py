@@ -227,12 +227,14 @@ class TrainingPassReader:
         return self._handle is not None
 
     def state_dict(self) -> dict[str, Any]:
-        """Whether it gave up, and why."""
-        return {"reason": self.reason}
+        """Whether it gave up, and why; and what it would give up for sooner or later."""
+        return {"reason": self.reason, "unknown_epochs": self._unknown_epochs, "has_judged": self._has_judged}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Stays given up where the fit that is resumed had given up."""
         self.reason = str(state["reason"])
+        self._unknown_epochs = int(state["unknown_epochs"])
+        self._has_judged = bool(state["has_judged"])
 
     def attach(self, trainer: Trainer) -> None:
         """Watches for the train loaders. Call in ``setup`` of a fit: later, the first epoch is not read."""

@@ -235,3 +235,68 @@ def test_the_partition_carries_the_fingerprint(tmp_path):
     assert drawn.fingerprint == fingerprint(DataLoader(Blobs(101)))
     drawn.save(tmp_path / "partition.pt")
     assert type(drawn).load(tmp_path / "partition.pt").fingerprint == drawn.fingerprint
+
+
+class Resumable(DataLoader):
+    """A loader that knows how far it is, as torchdata's does; Lightning keeps that in the checkpoint."""
+
+    given = first = 0
+
+    def __iter__(self):
+        first, self.first = self.first, 0
+        return self._from(first, super().__iter__())
+
+    def _from(self, first, batches):
+        for number, batch in enumerate(batches, start=1):
+            if number > first:
+                self.given = number
+                yield batch
+
+    def state_dict(self):
+        return {"given": self.given % len(self)}
+
+    def load_state_dict(self, state):
+        self.first = state["given"]
+
+
+class ResumableData(BlobsData):
+    def train_dataloader(self):
+        sampler = DistributedSampler(self.train, num_replicas=1, rank=0, seed=1)
+        return Resumable(self.train, batch_size=16, sampler=sampler)
+
+
+@pytest.mark.parametrize(
+    ("evidence", "finetune"),
+    [("passes", {}), ("passes", {"mode": "layers", "lr": 0.01}), ("training", {})],
+    ids=["full", "layers, lr", "training steps that cannot be read"],
+)
+def test_within_an_epoch_a_loader_that_resumes_makes_it_exact(tmp_path, evidence, finetune):
+    keep = ModelCheckpoint(tmp_path, filename="{epoch}-{step}", save_top_k=-1, every_n_train_steps=3)
+    module, data, callbacks = Toy(), ResumableData(Blobs(101)), trio(2, finetune=finetune, evidence=evidence)
+    fit(module, data, [*callbacks, keep], enable_checkpointing=True, val_check_interval=1.0)
+    paths = sorted(tmp_path.glob("*.ckpt"))
+    assert len(paths) > 5
+    for path in paths:
+        again, ours = Toy(), trio(2, finetune=finetune, evidence=evidence)
+        fit(again, ResumableData(data.train), ours, ckpt_path=path)
+        assert_same_weights(weights(again), weights(module))
+        assert ours[0].partition.clean_probability.equal(callbacks[0].partition.clean_probability)
+        assert ours[1].mask.keep.equal(callbacks[1].mask.keep)
+
+
+def test_within_an_epoch_lightning_begins_the_data_of_the_epoch_again(tmp_path):
+    """Of a loader that does not resume, it draws the first batches twice and leaves out the last: not exact, but sound.
+
+    The partition then also lacks what the training steps before the checkpoint have shown.
+    """
+    keep = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=4)
+    fit(Toy(), BlobsData(Blobs(101), by_epoch=True), [*trio(2), keep], enable_checkpointing=True)
+    for path in sorted(tmp_path.glob("*.ckpt")):
+        data, callbacks, module = BlobsData(Blobs(101), by_epoch=True), trio(2), Toy()
+        record = IndexRecorder(data.train)
+        trainer = fit(module, data, [*callbacks, record], ckpt_path=path, max_epochs=5)
+        clean = callbacks[0].partition.clean_indices().tolist()
+        assert callbacks[0].partition.epoch == 2
+        assert sorted(record.by_epoch[4]) == clean
+        assert all(set(record.by_epoch.get(epoch, [])) <= set(clean) for epoch in (2, 3))
+        assert trainer.current_epoch == 5

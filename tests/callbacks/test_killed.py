@@ -1,0 +1,128 @@
+"""A fit that is killed (SIGKILL) anywhere and resumed with ckpt_path="last" ends as one that never was.
+
+From checkpoints at the end of epochs. Within an epoch Lightning itself does not resume exactly (see test_resume.py).
+"""
+
+import random
+import signal
+
+import pytest
+import torch
+
+from tests.callbacks import forked, kill_script
+from tests.callbacks.kill_script import VARIANTS
+
+FULL, LAYERS, OPTIMIZER, RELABEL, WEIGH = VARIANTS
+POINTS = [
+    # In warm-up, before the first checkpoint and after it.
+    (FULL, "training step", 3, "before"),
+    (LAYERS, "optimizer step", 9, "after"),
+    (WEIGH, "reading a sample in a pass", 120, "before"),
+    # In the pass at the end of warm-up, between partition and prune, in the guard, between prune and fine-tuning.
+    (FULL, "reading a sample in a pass", 150, "before"),
+    (RELABEL, "attributing a batch", 5, "after"),
+    (FULL, "reporting the partition", 1, "before"),
+    (LAYERS, "drawing the partition", 1, "after"),
+    (FULL, "pruning", 1, "before"),
+    (LAYERS, "measuring in the guard", 2, "after"),
+    (FULL, "holding at zero", 1, "before"),
+    (WEIGH, "holding at zero", 2, "after"),
+    (OPTIMIZER, "starting to fine-tune", 1, "before"),
+    (LAYERS, "starting to fine-tune", 1, "after"),
+    # In fine-tuning, and in a later round.
+    (OPTIMIZER, "reading a training sample", 260, "before"),
+    (RELABEL, "drawing the partition", 2, "after"),
+    (WEIGH, "validation step", 9, "before"),
+    # While a checkpoint is written.
+    (FULL, "making a checkpoint", 4, "before"),
+    (RELABEL, "putting a checkpoint in its place", 5, "before"),
+    (LAYERS, "putting a checkpoint in its place", 6, "after"),
+]
+RANDOM_POINTS = 2
+"""Of each variant."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forks():
+    forked.start("tests.callbacks.kill_script")
+
+
+def train(folder, variant, kill=None):
+    folder.mkdir(exist_ok=True, parents=True)
+    code = forked.run(kill_script.train, folder, variant, kill)
+    assert code == (-signal.SIGKILL if kill else 0), (folder / "log.txt").read_text()[-3000:]
+    return None if kill else torch.load(folder / "result.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def unharmed(tmp_path_factory):
+    """What a fit finds that is never killed."""
+    found = {}
+
+    def of(variant):
+        if variant not in found:
+            found[variant] = train(tmp_path_factory.mktemp("unharmed"), variant)
+        return found[variant]
+
+    return of
+
+
+def assert_equal(one, other, at=""):
+    """Tensors bit for bit, and all that holds them."""
+    assert type(one) is type(other), at
+    if isinstance(one, torch.Tensor):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True, msg=at)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), at
+        for key in one:
+            assert_equal(one[key], other[key], f"{at}.{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), at
+        for position, pair in enumerate(zip(one, other, strict=True)):
+            assert_equal(*pair, f"{at}[{position}]")
+    else:
+        assert one == other, at
+
+
+def assert_ends_alike(resumed, unharmed):
+    for part in ("states", "weights", "optimizer"):
+        assert_equal(resumed[part], unharmed[part], part)
+    assert resumed["drawn"].items() <= unharmed["drawn"].items()
+
+
+def test_a_fit_that_is_not_killed_does_what_is_to_be_tested(unharmed):
+    for variant in VARIANTS:
+        partition, prune, finetune = unharmed(variant)["states"]
+        assert not partition["partition"]["is_clean"].all(), variant
+        assert not prune["masks"][0]["keep"].all(), variant
+        assert finetune["draw"] is not None, variant
+        assert len(partition["rounds"]) == (3 if variant == RELABEL else 2 if variant == WEIGH else 1), variant
+        if variant == RELABEL:
+            assert (finetune["draw"]["new_label"] >= 0).any()
+
+
+@pytest.mark.parametrize(("variant", "place", "call", "moment"), POINTS)
+def test_killed_at(tmp_path, unharmed, variant, place, call, moment):
+    train(tmp_path, variant, (place, call, moment))
+    has_checkpoint = any((tmp_path / "checkpoints").glob("last*.ckpt"))
+    resumed = train(tmp_path, variant)
+    assert (0 in resumed["drawn"]) != has_checkpoint
+    assert_ends_alike(resumed, unharmed(variant))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_killed_at_random(tmp_path, unharmed, variant):
+    draw = random.Random(list(VARIANTS).index(variant))
+    for number in range(RANDOM_POINTS):
+        place = draw.choice(sorted(unharmed(variant)["counts"]))
+        point = (place, draw.randint(1, unharmed(variant)["counts"][place]), draw.choice(["before", "after"]))
+        folder = tmp_path / str(number)
+        train(folder, variant, point)
+        assert_ends_alike(train(folder, variant), unharmed(variant))
+
+
+def test_killed_again_and_again(tmp_path, unharmed):
+    # In epoch 1 twice, at its end, in epoch 2, and in the one after it.
+    for place, call in [("training step", 10), ("training step", 2), ("pruning", 1)] + [("training step", 9)] * 2:
+        train(tmp_path, LAYERS, (place, call, "after"))
+    assert_ends_alike(train(tmp_path, LAYERS), unharmed(LAYERS))

@@ -1,12 +1,17 @@
 """Finds the training samples that are wrong, prunes the neurons that carry them, and fine-tunes on the rest."""
 
-from lightning_unlearn.callbacks import (
-    AttributionPartitionCallback,
-    CleanSubsetFinetuneCallback,
-    SensitivityPruneCallback,
-)
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from lightning_unlearn.shrinking import shrink
 from lightning_unlearn.types import NeuronMask, Partition
+
+if TYPE_CHECKING:
+    from lightning_unlearn.callbacks import (
+        AttributionPartitionCallback,
+        CleanSubsetFinetuneCallback,
+        SensitivityPruneCallback,
+    )
 
 __version__ = "0.1.0"
 
@@ -19,3 +24,19 @@ __all__ = [
     "__version__",
     "shrink",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The callbacks, when they are asked for: reading a partition takes no Lightning.
+
+    Every time anew, so that pytorch_lightning, imported in the meantime, finds that they are callbacks of its own too.
+    """
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    callbacks = import_module("lightning_unlearn.callbacks")
+    callbacks.join_packages()
+    return getattr(callbacks, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -25,7 +25,13 @@ ALL_BELOW = {
     "distributed",
     "fingerprint",
 }
-SHARED = {"callbacks._base", "callbacks._lightning", "callbacks._training_pass", "callbacks._validation"}
+SHARED = {
+    "callbacks._packages",
+    "callbacks._base",
+    "callbacks._lightning",
+    "callbacks._training_pass",
+    "callbacks._validation",
+}
 PRUNING = {"callbacks._prune_sites", "callbacks._criteria", "callbacks._guard"}
 MAY_IMPORT = {
     "storage": set(),
@@ -43,9 +49,10 @@ MAY_IMPORT = {
     "noise": set(),
     "fingerprint": set(),
     "shrinking": {"types", "masking", "storage"},
-    "callbacks._lightning": ALL_BELOW,
+    "callbacks._packages": set(),
+    "callbacks._lightning": ALL_BELOW | {"callbacks._packages"},
     "callbacks._training_pass": ALL_BELOW | {"callbacks._lightning"},
-    "callbacks._base": ALL_BELOW | {"callbacks._lightning"},
+    "callbacks._base": ALL_BELOW | {"callbacks._lightning", "callbacks._packages"},
     "callbacks._validation": ALL_BELOW | {"callbacks._base", "callbacks._lightning"},
     "callbacks._summary": {"types"},
     "callbacks._relabel": ALL_BELOW | {"callbacks._base", "callbacks._lightning"},

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
@@ -20,6 +19,7 @@ from lightning_unlearn.callbacks._lightning import (
     to_device,
     undisturbed,
 )
+from lightning_unlearn.callbacks._packages import EitherCallback, MisconfigurationException, has_forward
 from lightning_unlearn.capture import ForwardTrace, trace_forward
 from lightning_unlearn.data import batch_size, check_labels, check_loader, indexed_batches, rank_share
 from lightning_unlearn.types import PartitionSource
@@ -53,7 +53,7 @@ class IndexedBatch:
     label: Tensor
 
 
-class UnlearnCallback(Callback):
+class UnlearnCallback(EitherCallback):
     """Acts at the start of training and of every epoch, whenever :meth:`advance` finds that something is due.
 
     Both hooks, because after a resume Lightning may skip the second; and never at the end of an epoch, where a
@@ -197,7 +197,7 @@ def logits_of(pl_module: LightningModule, x: Any) -> Tensor:
     Raises:
         TypeError: if it does not return a tensor (B, C) with at least two classes.
     """
-    if type(pl_module).forward is LightningModule.forward:
+    if not has_forward(pl_module):
         raise TypeError(
             f"Expected {type(pl_module).__name__} to have a forward that returns logits, but it has none; add"
             " `def forward(self, x): return self.net(x)`, which training_step may call too."

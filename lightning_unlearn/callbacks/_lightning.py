@@ -17,10 +17,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.trainer.states import RunningStage
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
@@ -28,7 +24,9 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
-SUPPORTED_STRATEGIES = (SingleDeviceStrategy, DDPStrategy)
+from lightning_unlearn.callbacks._packages import MisconfigurationException, is_a
+
+SUPPORTED_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
 
 
 def check_strategy(trainer: Trainer, who: str) -> None:
@@ -37,7 +35,7 @@ def check_strategy(trainer: Trainer, who: str) -> None:
     Raises:
         MisconfigurationException: naming what to use.
     """
-    if not isinstance(trainer.strategy, SUPPORTED_STRATEGIES):
+    if not is_a(trainer.strategy, *SUPPORTED_STRATEGIES):
         raise MisconfigurationException(
             f"{who} works on a single device and with DDP, but the Trainer uses {type(trainer.strategy).__name__};"
             " use Trainer(strategy='ddp') or Trainer(devices=1)."
@@ -65,7 +63,7 @@ def move_before_progress_bars(trainer: Trainer, callback: Any) -> None:
     """
     callbacks = callbacks_of(trainer)
     here = callbacks.index(callback)
-    bar = next((i for i, other in enumerate(callbacks[:here]) if isinstance(other, ProgressBar)), None)
+    bar = next((i for i, other in enumerate(callbacks[:here]) if is_a(other, "ProgressBar")), None)
     if bar is None:
         return
     callbacks.insert(bar, callbacks.pop(here))
@@ -96,7 +94,7 @@ def undisturbed(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
     with isolate_rng():
         try:
             pl_module.eval()
-            trainer.state.stage = RunningStage.VALIDATING
+            trainer.validating = True
             with trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
                 yield
         except BaseException as error:  # isolate_rng restores only where its block ends without an exception
@@ -305,8 +303,8 @@ class BatchHook:
 
 def rewrap_ddp(trainer: Trainer) -> None:
     """Wraps the module anew after ``requires_grad`` has changed, which a DDP wrapper notices only when it is made."""
-    strategy = trainer.strategy
-    if isinstance(strategy, DDPStrategy) and strategy.lightning_module is not None:
+    strategy: Any = trainer.strategy
+    if is_a(strategy, "DDPStrategy") and strategy.lightning_module is not None:
         strategy.model = strategy.lightning_module
         strategy.configure_ddp()
 

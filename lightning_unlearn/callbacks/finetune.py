@@ -10,7 +10,6 @@ from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.types import LRSchedulerConfig
@@ -31,6 +30,7 @@ from lightning_unlearn.callbacks._lightning import (
     rewrap_ddp,
     users_sampler,
 )
+from lightning_unlearn.callbacks._packages import MisconfigurationException
 from lightning_unlearn.callbacks._relabel import Relabelling, check_relabelling
 from lightning_unlearn.capture import ForwardTrace, named_layers, plain_name, resolve_layer
 from lightning_unlearn.data import check_loader

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -32,6 +31,7 @@ from lightning_unlearn.callbacks._lightning import (
     move_behind_averages,
     undisturbed,
 )
+from lightning_unlearn.callbacks._packages import MisconfigurationException
 from lightning_unlearn.callbacks._summary import outlook, summarise
 from lightning_unlearn.callbacks._training_pass import TrainingPassReader
 from lightning_unlearn.callbacks._validation import score_validation

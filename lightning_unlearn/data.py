@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,32 +23,43 @@ def check_loader(loaders: Any) -> DataLoader[Any]:
         TypeError: if it is not one DataLoader over a map-style dataset with a length.
         ValueError: if it holds fewer than 10 samples, or does no batching of its own.
     """
-    if not isinstance(loaders, DataLoader):
-        raise TypeError(
-            "Expected one torch.utils.data.DataLoader as the train loader, but got"
-            f" {type(loaders).__name__}; give the loader with the noisy data alone."
-        )
-    dataset = loaders.dataset
+    dataset = getattr(loaders, "dataset", loaders)
     if isinstance(dataset, IterableDataset):
         raise TypeError(
             f"Expected a map-style dataset, but {type(dataset).__name__} is an IterableDataset, whose samples have no"
-            " index to be remembered by; give a dataset with __getitem__ and __len__."
+            " index to be remembered by; give a dataset with __getitem__ and __len__ (a stream or shards may be written"
+            " out once as files, or a Hugging Face dataset)."
         )
-    if not hasattr(dataset, "__len__"):
+    if not isinstance(loaders, DataLoader):
+        raise TypeError(
+            "Expected one torch.utils.data.DataLoader as the train loader, but got"
+            f" {type(loaders).__name__}; give the loader with the noisy data alone{_instead_of(loaders)}."
+        )
+    try:
+        size = len(dataset)
+    except (TypeError, NotImplementedError) as error:
         raise TypeError(
             f"Expected a dataset with a length, but {type(dataset).__name__} has no __len__; add one that returns the"
-            " number of samples."
-        )
-    if len(dataset) < MIN_SAMPLES:
-        raise ValueError(
-            f"Expected at least {MIN_SAMPLES} training samples to partition, but the dataset has {len(dataset)}."
-        )
+            f" number of samples ({error})."
+        ) from error
+    if size < MIN_SAMPLES:
+        raise ValueError(f"Expected at least {MIN_SAMPLES} training samples to partition, but the dataset has {size}.")
     if loaders.batch_sampler is None:
         raise ValueError(
             "Expected a DataLoader that batches samples, but it has batch_size=None; set a batch_size, so that each"
             " item of the dataset is one sample."
         )
     return loaders
+
+
+def _instead_of(loaders: Any) -> str:
+    """What to do with the rest of what was given as the train loader."""
+    if isinstance(loaders, (Mapping, list, tuple)):
+        return (
+            ", and draw from the others in training_step (`next(self.others)`, with `self.others ="
+            " itertools.cycle(loader)`), or join their data sets with torch's ConcatDataset"
+        )
+    return ", not wrapped; what the wrapper does can be done in collate_fn or on_before_batch_transfer"
 
 
 def rank_share(total: int, rank: int, world_size: int) -> tuple[Tensor, Tensor]:
@@ -92,9 +103,12 @@ def indexed_batches(loader: DataLoader[Any], index: Tensor, *, probing: bool = F
 
     Yields:
         the dataset indices of a batch, (B,) int64, and the batch.
+
+    Raises:
+        TypeError: for a subclass whose ``__iter__`` does not deliver the batches drawn, one for one.
     """
     size = batch_size(loader)
-    batches = list(BatchSampler(index.tolist(), size, drop_last=False))
+    batches = _HandedOut(BatchSampler(index.tolist(), size, drop_last=False))
     ordered = copy.copy(loader)
     # Not through __init__, which a subclass may have changed; DataLoader refuses to have these set as attributes.
     ordered.__dict__.update(
@@ -111,8 +125,57 @@ def indexed_batches(loader: DataLoader[Any], index: Tensor, *, probing: bool = F
         ordered.__dict__.update(num_workers=0, prefetch_factor=None, timeout=0)
     elif probing:
         ordered.__dict__.update(num_workers=min(1, loader.num_workers))
-    for indices, batch in zip(batches, ordered, strict=True):
-        yield torch.tensor(indices), batch
+    delivered = 0
+    for batch in ordered:
+        if delivered >= batches.handed:
+            raise TypeError(_own_iteration(loader))
+        yield torch.tensor(batches.batches[delivered]), batch
+        delivered += 1
+    if delivered < len(batches):
+        raise TypeError(_own_iteration(loader))
+
+
+def check_iteration(loader: DataLoader[Any]) -> None:
+    """Tries three batches with a subclass that iterates in its own way.
+
+    Raises:
+        TypeError: if it does not deliver them one for one.
+    """
+    if type(loader).__iter__ is DataLoader.__iter__:
+        return
+    few = min(3 * batch_size(loader), len(loader.dataset))  # type: ignore[arg-type]  # its length has been checked
+    for _ in indexed_batches(loader, torch.arange(few), probing=True):
+        pass
+
+
+def _own_iteration(loader: DataLoader[Any]) -> str:
+    return (
+        "Expected a train loader that delivers the batches which its batch sampler draws, one for one, but"
+        f" {type(loader).__name__} has an __iter__ of its own that does not, so that samples cannot be told apart; use"
+        " torch's DataLoader, and do in collate_fn or on_before_batch_transfer what it does."
+    )
+
+
+class _HandedOut:
+    """Batches of indices, and how many of them a loader has asked for.
+
+    Args:
+        batches: lists of dataset indices.
+    """
+
+    def __init__(self, batches: Iterable[list[int]]) -> None:
+        self.batches = list(batches)
+        self.handed = 0
+        # Subclasses that keep one iterator for ever put a sampler of batches there, and count them.
+        self.sampler = self.batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self.batches:
+            self.handed += 1
+            yield batch
+
+    def __len__(self) -> int:
+        return len(self.batches)
 
 
 def split_batch(batch: Any) -> tuple[Any, Tensor]:

@@ -19,6 +19,7 @@ from torch.utils.data import (
 
 from lightning_unlearn.data import (
     RememberedBatches,
+    check_iteration,
     check_labels,
     check_loader,
     delivered_indices,
@@ -117,6 +118,99 @@ def test_a_dataset_without_length_is_refused():
     loader = DataLoader(Endless(), sampler=SequentialSampler(range(20)))
     with pytest.raises(TypeError, match="a dataset with a length, but Endless has no __len__; add one"):
         check_loader(loader)
+
+
+def test_a_length_that_cannot_be_asked_for_is_none():
+    class Unknown(Doubling):
+        def __len__(self):
+            raise NotImplementedError("shards are not counted")
+
+    with pytest.raises(TypeError, match=r"Unknown has no __len__; add one .* \(shards are not counted\)"):
+        check_loader(DataLoader(Unknown(), sampler=range(20)))
+
+
+@pytest.mark.parametrize(
+    ("loaders", "instead"),
+    [
+        ({"a": DataLoader(numbers())}, r"alone, and draw from the others in training_step .* or join .* ConcatDataset"),
+        (iter(DataLoader(numbers())), "alone, not wrapped; what the wrapper does can be done in collate_fn or"),
+    ],
+)
+def test_what_is_not_one_loader_is_told_what_to_do(loaders, instead):
+    with pytest.raises(TypeError, match=instead):
+        check_loader(loaders)
+
+
+class Ahead(DataLoader):
+    """Draws one batch ahead, as those do that copy to the device in the meantime."""
+
+    def __iter__(self):
+        batches = super().__iter__()
+        ahead = next(batches, None)
+        while ahead is not None:
+            now, ahead = ahead, next(batches, None)
+            yield now
+
+
+class Pairwise(DataLoader):
+    """Two batches in one."""
+
+    def __iter__(self):
+        batches = super().__iter__()
+        for one, other in zip(batches, batches, strict=False):
+            yield tuple(torch.cat(parts) for parts in zip(one, other, strict=True))
+
+
+class Twice(DataLoader):
+    """Each batch once more in the end."""
+
+    def __iter__(self):
+        batches = list(super().__iter__())
+        return iter(batches + batches)
+
+
+class OneForEver(DataLoader):
+    """One iterator for all epochs, as timm and YOLO have."""
+
+    class Repeats:
+        def __init__(self, sampler):
+            self.sampler = sampler
+
+        def __iter__(self):
+            while True:
+                yield from self.sampler
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        object.__setattr__(self, "batch_sampler", self.Repeats(self.batch_sampler))
+        self.iterator = super().__iter__()
+
+    def __len__(self):
+        return len(self.batch_sampler.sampler)
+
+    def __iter__(self):
+        for _ in range(len(self)):
+            yield next(self.iterator)
+
+
+class Elsewhere(DataLoader):
+    """Does not ask its batch sampler."""
+
+    def __iter__(self):
+        return iter([torch.utils.data.default_collate([self.dataset[i] for i in range(4)])] * 3)
+
+
+def test_a_loader_that_draws_ahead_is_let_through():
+    loader = Ahead(numbers(), batch_size=4, shuffle=True)
+    check_iteration(loader)
+    assert [x.tolist() for _, (x, _) in indexed_batches(loader, torch.arange(6))] == [[0, 1, 2, 3], [4, 5]]
+
+
+@pytest.mark.parametrize("kind", [Pairwise, Twice, OneForEver, Elsewhere])
+def test_a_loader_that_does_not_deliver_what_is_drawn_is_refused(kind):
+    loader = kind(numbers(), batch_size=4)
+    with pytest.raises(TypeError, match=rf"one for one, but {kind.__name__} has an __iter__ of its own that does not"):
+        check_iteration(loader)
 
 
 def test_too_few_samples_are_refused():

@@ -21,7 +21,7 @@ from lightning_unlearn.callbacks._lightning import (
 )
 from lightning_unlearn.callbacks._packages import EitherCallback, MisconfigurationException, has_forward
 from lightning_unlearn.capture import ForwardTrace, trace_forward
-from lightning_unlearn.data import batch_size, check_labels, check_loader, indexed_batches, rank_share
+from lightning_unlearn.data import batch_size, check_iteration, check_labels, check_loader, indexed_batches, rank_share
 from lightning_unlearn.types import PartitionSource
 
 _MISSING_PARTNER = """{who} needs an AttributionPartitionCallback in the Trainer's callbacks, in any place, but found
@@ -222,6 +222,7 @@ def probe(trainer: Trainer, pl_module: LightningModule, source: PartitionSource)
     """One forward pass over the first samples, to fail before hours of training and to see what calls what."""
     loader = train_loader(trainer)
     with undisturbed(trainer, pl_module), torch.no_grad():
+        check_iteration(loader)
         size = min(batch_size(loader), len(loader.dataset))  # type: ignore[arg-type]  # its length has been checked
         indices, batch = next(indexed_batches(loader, torch.arange(size), probing=True))
         x, label = source.split_batch(to_device(trainer, pl_module, batch))

@@ -540,6 +540,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         trajectory = self._trajectory_in_use
         columns: dict[str, list[Tensor]] = {}
         with undisturbed(trainer, pl_module):
+            _check_same_size(len(trajectory), len(train_loader(trainer).dataset))  # type: ignore[arg-type]
             for batch in training_set(trainer, pl_module, self, self._num_classes):
                 seen = attributor.attribute(batch.x, batch.label, rows=is_last and self.recipe.needs_rows)
                 margin, counts = seen.total(), batch.weight > 0
@@ -730,7 +731,8 @@ def _check_same_size(before: int, now: int) -> None:
     if before != now:
         raise ValueError(
             f"Expected the {before} training samples of the evidence gathered so far, but the dataset now has {now};"
-            " start again without the checkpoint, or give the data it was made with."
+            " it must keep its length during a fit, and a checkpoint goes on with the data it was made with (or start"
+            " again without it)."
         )
 
 

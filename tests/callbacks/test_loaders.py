@@ -1,8 +1,11 @@
 """Loaders as users write them: narrowed to the clean subset in the way that they draw, or refused before a step."""
 
+import itertools
+
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -14,6 +17,7 @@ from torch.utils.data import (
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback
 from lightning_unlearn.drawing import drawing_of
 from lightning_unlearn.sampling import CleanSubsetSampler
+from tests.test_data import Ahead, Elsewhere, OneForEver, Pairwise
 from tests.toys import Blobs, IndexRecorder, Toy, auroc, fit, trio
 
 N, AT = 203, 2
@@ -61,6 +65,194 @@ def expected(loader, partition, epoch, **kwargs):
     sampler.set_epoch(epoch)
     drawn = list(sampler)
     return drawn[: len(drawn) // 16 * 16] if loader.batch_sampler.drop_last else drawn
+
+
+# How else a loader may be made; name -> from the data.
+
+
+class Flavoured(DataLoader):
+    """A subclass with an ``__init__`` of its own."""
+
+    def __init__(self, data, *, flavour):
+        super().__init__(data, batch_size=16, shuffle=True)
+        self.flavour = flavour
+
+
+class OfTensors(BatchSampler):
+    """Pools of batches, each a tensor."""
+
+    def __iter__(self):
+        return (torch.tensor(batch) for batch in reversed(list(super().__iter__())))
+
+
+class OfTuples(BatchSampler):
+    def __iter__(self):
+        return (tuple(batch) for batch in super().__iter__())
+
+
+def collate_with(scale):
+    """A closure, which cannot be pickled."""
+    return lambda rows: (scale * torch.stack([x for x, _ in rows]), torch.stack([y for _, y in rows]))
+
+
+def seed_worker(worker):
+    torch.manual_seed(worker)
+
+
+LOADERS = {
+    "subclass with its own __init__": lambda data: Flavoured(data, flavour="x"),
+    "subclass that draws ahead": lambda data: Ahead(data, 16, shuffle=True),
+    "batches of tensors": lambda data: DataLoader(data, batch_sampler=OfTensors(RandomSampler(data), 16, False)),
+    "batches of tuples": lambda data: DataLoader(data, batch_sampler=OfTuples(RandomSampler(data), 16, False)),
+    "pinned memory": lambda data: DataLoader(data, 16, shuffle=True, pin_memory=True),
+    "generator": lambda data: DataLoader(data, 16, shuffle=True, generator=torch.Generator().manual_seed(4)),
+    "closure": lambda data: DataLoader(data, 16, shuffle=True, collate_fn=collate_with(1.0)),
+    "list of indices": lambda data: DataLoader(data, 16, sampler=list(range(N - 1, -1, -1))),
+    "all that workers take": lambda data: DataLoader(
+        data,
+        16,
+        shuffle=True,
+        num_workers=2,
+        persistent_workers=True,
+        prefetch_factor=3,
+        multiprocessing_context="fork",
+        worker_init_fn=seed_worker,
+        timeout=30,
+        in_order=False,
+        collate_fn=collate_with(1.0),
+    ),
+    "combined loader of one": lambda data: CombinedLoader(DataLoader(data, 16, shuffle=True), "min_size"),
+}
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_loaders_as_they_are_made(name):
+    data = Blobs()
+    loader = LOADERS[name](data)
+    partition, _, finetune = trio(AT)
+    record = IndexRecorder(data)
+    fit(Toy(), loader, [partition, finetune, record])
+    clean = partition.partition.clean_indices().tolist()
+    assert set(clean) == set((~data.wrong).nonzero().flatten().tolist())
+    for epoch in range(4):
+        assert sorted(record.by_epoch[epoch]) == (list(range(N)) if epoch < AT else clean)
+
+
+def several(data):
+    return {"noisy": DataLoader(data, 16), "other": DataLoader(data, 16)}
+
+
+class Stored:
+    """A wrapper that is no DataLoader."""
+
+    def __init__(self, data):
+        self.loader = DataLoader(data, 16)
+
+    def __iter__(self):
+        return iter(self.loader)
+
+    def __len__(self):
+        return len(self.loader)
+
+
+class Episodes(BatchSampler):
+    """Few-shot tasks, without end."""
+
+    def __iter__(self):
+        return itertools.repeat(list(range(16)))
+
+
+class WrongLength(BatchSampler):
+    """Says what it had in the beginning."""
+
+    def __init__(self, sampler):
+        super().__init__(sampler, 16, False)
+        self.number = super().__len__()
+
+    def __iter__(self):
+        return super().__iter__()
+
+    def __len__(self):
+        return self.number
+
+
+class NoLength:
+    batch_size, drop_last = 16, False
+
+    def __init__(self, data):
+        self.sampler = RandomSampler(data)
+
+    def __iter__(self):
+        return iter(BatchSampler(self.sampler, 16, False))
+
+
+class OfPairs(BatchSampler):
+    """An index and a resolution."""
+
+    def __iter__(self):
+        return ([(index, 32) for index in batch] for batch in super().__iter__())
+
+
+class OfResolutions(Blobs):
+    def __getitem__(self, index):
+        return super().__getitem__(index[0] if isinstance(index, tuple) else index)
+
+
+class Curriculum(RandomSampler):
+    def __iter__(self):
+        return iter(range(16))
+
+
+REFUSED = {
+    "several": (several, "got dict; give the loader with the noisy data alone, and draw from the others in"),
+    "a list": (lambda data: list(several(data).values()), "got list; give the loader with the noisy data alone, and"),
+    "combined": (lambda data: CombinedLoader(several(data), "max_size_cycle"), "got dict; give the loader with the"),
+    "no DataLoader": (Stored, "got Stored; give the loader with the noisy data alone, not wrapped"),
+    "two batches in one": (lambda data: Pairwise(data, 16), "but Pairwise has an __iter__ of its own"),
+    "one iterator for ever": (lambda data: OneForEver(data, 16), "but OneForEver has an __iter__ of its own"),
+    "not from its batch sampler": (lambda data: Elsewhere(data, 16), "but Elsewhere has an __iter__ of its own"),
+    "no batches": (lambda data: DataLoader(data, None), "has batch_size=None; set a batch_size"),
+    "batches without end": (
+        lambda data: DataLoader(data, batch_sampler=Episodes(RandomSampler(data), 16, False)),
+        "Episodes makes 17 of 17 samples and says 2",
+    ),
+    "stale length": (
+        lambda data: DataLoader(data, batch_sampler=WrongLength(RandomSampler(data))),
+        "WrongLength makes 2 of 17 samples and says 13",
+    ),
+    "no length": (
+        lambda data: DataLoader(data, batch_sampler=NoLength(data)),
+        "to have a length, .batch_size and .drop_last, as torch's BatchSampler has, but NoLength has not",
+    ),
+    "pairs": (
+        lambda data: DataLoader(OfResolutions(), batch_sampler=OfPairs(RandomSampler(data), 16, False)),
+        "but OfPairs does not when it is given another",
+    ),
+    "fixed batches": (
+        lambda data: DataLoader(data, batch_sampler=[[0, 1], [2, 3]]),
+        "draws with list without",
+    ),
+    "sampler of one's own": (
+        lambda data: DataLoader(data, 16, sampler=Curriculum(data)),
+        "draws with Curriculum",
+    ),
+}
+
+
+@pytest.mark.parametrize("given", ["loader", "datamodule"])
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_narrowed_is_refused_before_the_first_step(name, given):
+    make, message = REFUSED[name]
+    data = Blobs()
+
+    class Data(L.LightningDataModule):
+        def train_dataloader(self):
+            return make(data)
+
+    module = Toy()
+    with pytest.raises(TypeError if name != "no batches" else ValueError, match=message):
+        fit(module, make(data) if given == "loader" else Data(), trio(AT))
+    assert module.steps == 0
 
 
 class Halts(Exception):

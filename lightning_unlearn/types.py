@@ -117,6 +117,9 @@ class ClassSummary:
 class Partition:
     """Every training sample with the probability that it is clean, by dataset index.
 
+    An index is a position in ``loader.dataset``: with a Subset, in the Subset, whose ``indices`` lead to what it is a
+    subset of; with a ConcatDataset, counted through. Samples that the loader's sampler leaves out have one too.
+
     Args:
         clean_probability: (N,) float32, probability in [0, 1] that the sample is clean.
         is_clean: (N,) bool, ``clean_probability`` at or above the threshold of the callback, or among the likeliest of

@@ -331,6 +331,27 @@ def test_weights_are_multiplied_by_the_probability_of_being_clean():
     assert record.by_epoch[AT] == list(sampler)
 
 
+def test_what_a_weighted_sampler_draws_is_relabelled():
+    data = Blobs()
+    partition, _, finetune = trio(AT, finetune={"on_noisy": "relabel"})
+    seen = {}
+
+    class Sees(IndexRecorder):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+            if trainer.current_epoch >= AT:
+                indices = self.by_epoch[trainer.current_epoch][-len(batch[1]) :]
+                seen.update(zip(indices, batch[1].tolist(), strict=True))
+
+    fit(Toy(), loader_of("weights of zero", data), [partition, finetune, Sees(data)])
+    new = finetune.draw.new_label
+    assert len(seen) > 50
+    assert all(label == (new[index] if new[index] >= 0 else data.y[index]) for index, label in seen.items())
+    changed = [index for index in seen if new[index] >= 0]
+    assert len(changed) > 5
+    assert all(seen[index] == data.clean[index] for index in changed)
+
+
 def test_new_weights_of_a_later_epoch_are_followed():
     """As deferred re-weighting does, with a loader that is made anew in every epoch."""
     data = Blobs()

@@ -196,8 +196,9 @@ class ForwardTrace:
         if len(calls) != 1 or _version(calls[0].output) != calls[0].output_version:
             return False
         made = calls[0].output
-        if not isinstance(made, Tensor) or made.shape != self.output.shape:
+        if not isinstance(made, Tensor) or made.shape not in (self.output.shape, self.output.squeeze(1).shape):
             return False
+        made = made.reshape(self.output.shape)
         # A broken sample makes both NaN, which is equal to nothing.
         broken = made.isnan() & self.output.isnan()
         return bool(((made == self.output) | broken).all()) and not bool(broken.all())
@@ -1099,7 +1100,7 @@ def loss_gradients(
         points: which; each is called once in a forward pass.
         forward: from a batch's input to logits.
         x: the model's input for B samples.
-        label: (B,) int64.
+        label: (B,) int64, -1 for one that does not count.
 
     Returns:
         for each layer its activation and the gradient, both shaped like what the layer took or returned.
@@ -1131,7 +1132,7 @@ def loss_gradients(
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_without_recomputation())
-        loss = cross_entropy(forward(x).float(), label, reduction="sum")
+        loss = cross_entropy(forward(x).float(), label, reduction="sum", ignore_index=-1)
     for point, calls in zip(points, seen, strict=True):
         if len(calls) != 1:
             raise ValueError(

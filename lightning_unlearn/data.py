@@ -178,47 +178,6 @@ class _HandedOut:
         return len(self.batches)
 
 
-def split_batch(batch: Any) -> tuple[Any, Tensor]:
-    """The input and the labels of an ``(x, y)`` batch.
-
-    Raises:
-        TypeError: for any other batch.
-    """
-    if isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor):
-        return batch[0], batch[1]
-    found = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else type(batch).__name__
-    raise TypeError(
-        f"Expected a batch (x, y) with a tensor of labels y, but got a {found}; pass batch_to_xy=... to"
-        " AttributionPartitionCallback, a function from the batch to (x, y)."
-    )
-
-
-def check_labels(label: Tensor, num_rows: int, num_classes: int, first_index: int = 0) -> Tensor:
-    """The labels as int64, if each names a class.
-
-    Args:
-        label: what the batch holds.
-        num_rows: B.
-        num_classes: C.
-        first_index: dataset index of the first row, for the message.
-
-    Raises:
-        ValueError: if they are not integers of shape (B,) in [0, C).
-    """
-    if label.shape != (num_rows,) or label.is_floating_point() or label.is_complex():
-        raise ValueError(
-            f"Expected integer labels of shape ({num_rows},), one class index per sample, but got {label.dtype} of"
-            f" shape {tuple(label.shape)}; pass batch_to_xy=... to AttributionPartitionCallback to convert them."
-        )
-    low, high = label.min().item(), label.max().item()
-    if low < 0 or high >= num_classes:
-        raise ValueError(
-            f"Expected labels in [0, {num_classes}), as the model has {num_classes} outputs, but found"
-            f" {int(low if low < 0 else high)} in the batch that starts at dataset index {first_index}."
-        )
-    return label.long()
-
-
 class RememberedBatches(BatchSampler):
     """Yields what the user's batch sampler yields, and remembers which indices it has handed to a DataLoader.
 

@@ -76,8 +76,8 @@ class TrainingDraw:
     Args:
         index: (K,) int64, dataset indices, ascending.
         probability: (K,) float32, with which each is drawn in an epoch; None for all in every epoch.
-        new_label: (N,) int64, the label to train with in place of the given one, -1 for the given one; None where no
-            label is replaced.
+        new_label: (N,) int64, or (N, L) of a multi-label task, the label to train with in place of the given one, -1
+            for the given one; None where no label is replaced.
     """
 
     index: Tensor
@@ -92,7 +92,7 @@ class TrainingDraw:
     def relabelled(self) -> Tensor:
         """(R,) int64, the dataset indices whose label is replaced."""
         none = torch.zeros(0, dtype=torch.int64)
-        return none if self.new_label is None else (self.new_label >= 0).nonzero().flatten()
+        return none if self.new_label is None else _any_label(self.new_label >= 0).nonzero().flatten()
 
 
 def training_draw(partition: Partition, on_noisy: OnNoisy, relabel_threshold: float) -> TrainingDraw:
@@ -135,11 +135,15 @@ def training_draw(partition: Partition, on_noisy: OnNoisy, relabel_threshold: fl
         return TrainingDraw(partition.clean_indices())
     wrong = ~clean & (partition.reason == REASONS.index("label"))
     # A recipe that suggests what the network predicts suggests the given label again where that was memorised.
-    sure = (
-        wrong & (partition.suggested_probability >= relabel_threshold) & (partition.suggested_label != partition.label)
-    )
-    new_label = torch.where(sure, partition.suggested_label, -1)
+    differs = _any_label(partition.suggested_label != partition.label)
+    sure = wrong & (partition.suggested_probability >= relabel_threshold) & differs
+    new_label = torch.where(sure.unsqueeze(1) if partition.is_multilabel else sure, partition.suggested_label, -1)
     return TrainingDraw((clean | sure).nonzero().flatten(), new_label=new_label)
+
+
+def _any_label(of_label: Tensor) -> Tensor:
+    """(N,) bool of (N,), or of (N, L)."""
+    return of_label.any(dim=1) if of_label.ndim == 2 else of_label
 
 
 def check_drawing(loader: DataLoader[Any], sampler: Any, *, ranks: int = 1) -> Drawing:

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from lightning_unlearn.storage import load_record, save_record, write_csv
 
-STATE_VERSION = 3
+STATE_VERSION = 4
 MASK_VERSION = 1
+
+_NONE = torch.zeros(0, 0)
 
 REASONS = ("none", "label", "input", "both")
 """Why a sample is not clean; ``Partition.reason`` holds positions in this tuple."""
@@ -124,11 +126,13 @@ class Partition:
         clean_probability: (N,) float32, probability in [0, 1] that the sample is clean.
         is_clean: (N,) bool, ``clean_probability`` at or above the threshold of the callback, or among the likeliest of
             a class of which too few would be left.
-        suggested_label: (N,) int64; the given label where the sample is clean.
+        suggested_label: (N,) int64; the given label where the sample is clean. Of a multi-label task (N, L).
         suggested_probability: (N,) float32, probability in [0, 1] that ``suggested_label`` is right.
         noise_rate: estimated share of samples that are not clean, in [0, 1].
-        label: (N,) int64, the given labels.
-        label_evidence: (N,) float32 in [0, 1], the support of the given label, averaged over the passes.
+        label: (N,) int64, the given labels, -1 for one that is to be ignored, whose sample is not judged. Of a
+            multi-label task (N, L), 1 for a label that the sample has, and 0.
+        label_evidence: (N,) float32 in [0, 1], the support of the given label, averaged over the passes; of several
+            labels that of the weakest.
         input_evidence: (N,) float32 in [0, 1], the probability that the input is intact; 1 where it was not asked.
         reason: (N,) uint8, why a sample is not clean: a position in :data:`REASONS`; 0 for a clean one.
         noise_matrix: (C, C) float32, row k the estimated probabilities of what a sample of class k is called; (0, 0)
@@ -138,6 +142,8 @@ class Partition:
         epoch: how many epochs were complete.
         warning: why the partition should not be acted upon; empty if it can be.
         fingerprint: of the training set (see :mod:`lightning_unlearn.fingerprint`); empty where it is not known.
+        label_probability: (N, L) float32 of a multi-label task, the probability that each label (or its absence) is
+            right, of which ``clean_probability`` is the least; else (0, 0).
 
     Example:
         >>> import torch
@@ -175,11 +181,13 @@ class Partition:
     epoch: int
     warning: str = ""
     fingerprint: str = ""
+    label_probability: Tensor = _NONE
 
     def __post_init__(self) -> None:
         shape = self.clean_probability.shape
         if len(shape) != 1:
             raise ValueError(f"clean_probability must have shape (N,), but has {tuple(shape)}.")
+        of_labels = torch.Size([*shape, *self.label_probability.shape[1:]]) if self.is_multilabel else shape
         for name, dtype in {
             "clean_probability": torch.float32,
             "is_clean": torch.bool,
@@ -191,9 +199,10 @@ class Partition:
             "reason": torch.uint8,
         }.items():
             value = getattr(self, name)
-            if value.shape != shape or value.dtype != dtype:
+            expected = of_labels if name in ("label", "suggested_label") else shape
+            if value.shape != expected or value.dtype != dtype:
                 raise ValueError(
-                    f"{name} must be {dtype} of shape {tuple(shape)}, but is {value.dtype} of shape"
+                    f"{name} must be {dtype} of shape {tuple(expected)}, but is {value.dtype} of shape"
                     f" {tuple(value.shape)}."
                 )
         if len(self) and int(self.reason.max()) >= len(REASONS):
@@ -207,6 +216,11 @@ class Partition:
 
     def __len__(self) -> int:
         return len(self.clean_probability)
+
+    @property
+    def is_multilabel(self) -> bool:
+        """Whether a sample may have several labels."""
+        return self.label_probability.numel() > 0
 
     @property
     def is_actionable(self) -> bool:
@@ -232,14 +246,18 @@ class Partition:
 
     def class_summary(self) -> list[ClassSummary]:
         """What was found in each class of given labels, the class with the largest share of suspects first."""
+        if self.is_multilabel:
+            return self._label_summary()
         classes = int(torch.cat([self.label, self.suggested_label]).max()) + 1 if len(self) else 0
         suspect = ~self.is_clean
+        judged = self.label >= 0
         wrong = suspect & ((self.reason == REASONS.index("label")) | (self.reason == REASONS.index("both")))
         moved = torch.zeros(classes, classes, dtype=torch.int64)
         moved.index_put_((self.label[wrong], self.suggested_label[wrong]), torch.tensor(1), accumulate=True)
         moved.fill_diagonal_(0)
-        samples, suspects = (x.bincount(minlength=classes) for x in (self.label, self.label[suspect]))
-        doubt = torch.zeros(classes, dtype=torch.float64).index_add_(0, self.label, 1 - self.clean_probability.double())
+        samples, suspects = (self.label[x].bincount(minlength=classes) for x in (judged, judged & suspect))
+        doubt = torch.zeros(classes, dtype=torch.float64)
+        doubt.index_add_(0, self.label[judged], 1 - self.clean_probability[judged].double())
         rows = [
             ClassSummary(
                 label=c,
@@ -251,6 +269,22 @@ class Partition:
             )
             for c in range(classes)
             if samples[c] > 0
+        ]
+        return sorted(rows, key=lambda row: -row.suspects / row.samples)
+
+    def _label_summary(self) -> list[ClassSummary]:
+        """Of each label, among the samples that have it: how many have it wrongly."""
+        wrong = self.suggested_label != self.label
+        rows = [
+            ClassSummary(
+                label=c,
+                samples=len(members),
+                suspects=int(wrong[members, c].sum()),
+                noise_rate=float(1 - self.label_probability[members, c].double().mean()),
+                confused_with=None,
+                confused_samples=0,
+            )
+            for c, members in class_members(self.label)
         ]
         return sorted(rows, key=lambda row: -row.suspects / row.samples)
 
@@ -310,12 +344,12 @@ class Partition:
         if not suspects_only:
             clean = self.clean_indices()
             order = torch.cat([order, clean[self.clean_probability[clean].argsort(stable=True)]])
-        given, suggested = self.label[order].tolist(), self.suggested_label[order].tolist()
+        given, suggested = self.label[order], self.suggested_label[order]
         columns = {
             "index": order.tolist(),
-            "given_label": given,
+            "given_label": _label_cells(given),
             **_named("given_class", given, names),
-            "suggested_label": suggested,
+            "suggested_label": _label_cells(suggested),
             **_named("suggested_class", suggested, names),
             "clean_probability": [f"{value:.6f}" for value in self.clean_probability[order].tolist()],
             "label_evidence": [f"{value:.6g}" for value in self.label_evidence[order].tolist()],
@@ -329,15 +363,52 @@ class Partition:
         # A recipe that estimates no noise does not say how many classes there are.
         classes = len(self.noise_matrix)
         seen = int(torch.cat([self.label, self.suggested_label]).max()) + 1 if len(self) else 0
+        if self.is_multilabel:
+            classes = self.label.shape[1]
         if isinstance(class_names, str) or len(class_names) < seen or (classes and len(class_names) != classes):
             found = f"the text {class_names!r}" if isinstance(class_names, str) else f"{len(class_names)} names"
             raise ValueError(f"Expected class_names to name each of {classes or seen} classes, but got {found}.")
         return {label: str(name) for label, name in enumerate(class_names)}
 
 
-def _named(title: str, labels: list[int], names: dict[int, str] | None) -> dict[str, list[Any]]:
+def _named(title: str, label: Tensor, names: dict[int, str] | None) -> dict[str, list[Any]]:
     """The column of the labels' names, if they have any."""
-    return {} if names is None else {title: [names.get(label, "") for label in labels]}
+    if names is None:
+        return {}
+    if label.ndim == 1:
+        return {title: [names.get(one, "") for one in label.tolist()]}
+    return {title: ["; ".join(names[one] for one in row.nonzero().flatten().tolist()) for row in label == 1]}
+
+
+def class_members(label: Tensor) -> list[tuple[int, Tensor]]:
+    """The classes that are given, each with the samples that are given it.
+
+    Args:
+        label: (N,) int64, -1 for none; or (N, L), 1 for a label that the sample has.
+
+    Returns:
+        pairs of a class and (K,) int64 positions, ascending.
+
+    Example:
+        >>> class_members(torch.tensor([2, 0, 2, -1]))
+        [(0, tensor([1])), (2, tensor([0, 2]))]
+    """
+    if label.ndim == 2:
+        columns = [(c, (column == 1).nonzero().flatten()) for c, column in enumerate(label.T)]
+        return [(c, members) for c, members in columns if len(members)]
+    order = label.argsort(stable=True)
+    order = order[int((label < 0).sum()) :]
+    counts = label[order].bincount()
+    classes = counts.nonzero().flatten()
+    members = order.tensor_split(counts[classes].cumsum(dim=0)[:-1])
+    return list(zip(classes.tolist(), members, strict=True))
+
+
+def _label_cells(label: Tensor) -> list[Any]:
+    """A class index for each sample, or the labels that it has, as in ``0 3``."""
+    if label.ndim == 1:
+        return label.tolist()
+    return [" ".join(map(str, row.nonzero().flatten().tolist())) for row in label == 1]
 
 
 @dataclass(frozen=True)
@@ -439,6 +510,8 @@ class PartitionSource(Protocol):
     """A callback that publishes a partition. How the callbacks know each other without importing each other."""
 
     at_epoch: int
+    reading: Any
+    """How batches, outputs and labels are read: a :class:`~lightning_unlearn.targets.Reading`."""
 
     @property
     def is_dry_run(self) -> bool:
@@ -450,9 +523,6 @@ class PartitionSource(Protocol):
 
     def pull_partition(self, trainer: Any, pl_module: Any) -> Partition | None:
         """The partition, drawn now if it is due, or None if it is not due yet."""
-
-    def split_batch(self, batch: Any) -> tuple[Any, Tensor]:
-        """The input of ``forward`` and the labels (B,) of a batch."""
 
 
 @runtime_checkable

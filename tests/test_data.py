@@ -20,14 +20,12 @@ from torch.utils.data import (
 from lightning_unlearn.data import (
     RememberedBatches,
     check_iteration,
-    check_labels,
     check_loader,
     delivered_indices,
     forget_batches,
     indexed_batches,
     rank_share,
     remember_batches,
-    split_batch,
 )
 
 N = 23
@@ -336,60 +334,6 @@ def test_a_pass_draws_from_the_global_generator_as_any_loader_does():
     first, second = passed(), passed()
     assert torch.equal(first, second)
     assert torch.equal(torch.get_rng_state(), before)
-
-
-# split_batch and check_labels
-
-
-@pytest.mark.parametrize("kind", [tuple, list])
-def test_a_pair_is_split(kind):
-    x, y = torch.zeros(2, 3), torch.tensor([0, 1])
-    assert split_batch(kind([x, y])) == (x, y)
-
-
-@pytest.mark.parametrize(
-    ("batch", "found"),
-    [
-        ({"x": 0, "y": 1}, "dict of 2"),
-        ((torch.zeros(2), torch.zeros(2), torch.zeros(2)), "tuple of 3"),
-        ([torch.zeros(2), [0, 1]], "list of 2"),
-        (torch.zeros(2, 3), "Tensor of 2"),
-        (7, "int"),
-    ],
-)
-def test_another_batch_is_refused(batch, found):
-    with pytest.raises(
-        TypeError, match=rf"batch \(x, y\) with a tensor of labels y, but got a {found}; pass batch_to_xy"
-    ):
-        split_batch(batch)
-
-
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool])
-def test_integer_labels_become_int64(dtype):
-    label = check_labels(torch.tensor([0, 1, 1], dtype=dtype), num_rows=3, num_classes=2)
-    assert label.dtype == torch.int64
-    assert label.tolist() == [0, 1, 1]
-
-
-@pytest.mark.parametrize(
-    ("label", "found"),
-    [
-        (torch.zeros(3), r"torch.float32 of shape \(3,\)"),
-        (torch.zeros(3, 1, dtype=torch.int64), r"torch.int64 of shape \(3, 1\)"),
-        (torch.zeros(2, dtype=torch.int64), r"torch.int64 of shape \(2,\)"),
-        (torch.zeros(3, dtype=torch.complex64), r"torch.complex64 of shape \(3,\)"),
-    ],
-)
-def test_labels_of_another_kind_are_refused(label, found):
-    with pytest.raises(ValueError, match=rf"integer labels of shape \(3,\).* but got {found}; pass batch_to_xy"):
-        check_labels(label, num_rows=3, num_classes=2)
-
-
-@pytest.mark.parametrize(("label", "found"), [([0, 5, 1], "5"), ([0, -1, 9], "-1"), ([3, 0, 0], "3")])
-def test_labels_out_of_range_are_refused_with_the_dataset_index(label, found):
-    message = rf"labels in \[0, 3\), as the model has 3 outputs, but found {found} in the batch .* dataset index 640"
-    with pytest.raises(ValueError, match=message):
-        check_labels(torch.tensor(label), num_rows=3, num_classes=3, first_index=640)
 
 
 def test_the_last_batch_delivered_is_known_though_workers_are_ahead():

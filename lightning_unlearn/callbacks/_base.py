@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -21,7 +21,8 @@ from lightning_unlearn.callbacks._lightning import (
 )
 from lightning_unlearn.callbacks._packages import EitherCallback, MisconfigurationException, has_forward
 from lightning_unlearn.capture import ForwardTrace, trace_forward
-from lightning_unlearn.data import batch_size, check_iteration, check_labels, check_loader, indexed_batches, rank_share
+from lightning_unlearn.data import batch_size, check_iteration, check_loader, indexed_batches, rank_share
+from lightning_unlearn.targets import Reading
 from lightning_unlearn.types import PartitionSource
 
 _MISSING_PARTNER = """{who} needs an AttributionPartitionCallback in the Trainer's callbacks, in any place, but found
@@ -44,7 +45,8 @@ class IndexedBatch:
         index: (B,) int64 on the CPU.
         weight: (B,) float32 on the batch's device, 0 for padding.
         x: the model's input.
-        label: (B,) int64.
+        label: (U,) int64, class labels of the batch's rows, -1 for one that is to be ignored; the rows are the samples,
+            but in a multi-label task (see :class:`~lightning_unlearn.targets.Reading`).
     """
 
     index: Tensor
@@ -187,30 +189,28 @@ def find_partition_source(trainer: Trainer, who: str) -> PartitionSource:
     return sources[0]
 
 
-def logits_of(pl_module: LightningModule, x: Any) -> Tensor:
-    """The logits that ``forward`` returns.
+def reading_of(source: PartitionSource) -> Reading:
+    """How batches, outputs and labels are read."""
+    return cast("Reading", source.reading)
 
-    Args:
-        pl_module: the user's; ``forward`` may return the logits, or a mapping or object that holds them as ``logits``.
-        x: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+
+def output_of(source: PartitionSource, pl_module: LightningModule, x: Any) -> Tensor:
+    """The logits that ``forward`` returns, (B, K).
 
     Raises:
-        TypeError: if it does not return a tensor (B, C) with at least two classes.
+        TypeError: if the module has no ``forward``, or it takes another input or returns something else.
     """
     if not has_forward(pl_module):
         raise TypeError(
             f"Expected {type(pl_module).__name__} to have a forward that returns logits, but it has none; add"
             " `def forward(self, x): return self.net(x)`, which training_step may call too."
         )
-    output = pl_module(*x) if isinstance(x, tuple) else pl_module(**x) if isinstance(x, dict) else pl_module(x)
-    logits = output.get("logits", output) if isinstance(output, Mapping) else getattr(output, "logits", output)
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
-        found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise TypeError(
-            f"Expected forward of {type(pl_module).__name__} to return logits (B, C) with at least two classes, or"
-            f" something that holds them as 'logits', but it returned {found}."
-        )
-    return logits
+    return reading_of(source).output(pl_module, x)
+
+
+def logits_of(source: PartitionSource, pl_module: LightningModule, x: Any) -> Tensor:
+    """Rows (U, C) of class logits; see :class:`~lightning_unlearn.targets.Reading`."""
+    return reading_of(source).logits(output_of(source, pl_module, x))
 
 
 def train_loader(trainer: Trainer) -> DataLoader[Any]:
@@ -225,15 +225,17 @@ def probe(trainer: Trainer, pl_module: LightningModule, source: PartitionSource)
         check_iteration(loader)
         size = min(batch_size(loader), len(loader.dataset))  # type: ignore[arg-type]  # its length has been checked
         indices, batch = next(indexed_batches(loader, torch.arange(size), probing=True))
-        x, label = source.split_batch(to_device(trainer, pl_module, batch))
-        trace = trace_forward(pl_module, lambda value: logits_of(pl_module, value), x)
-    label = check_labels(label, len(indices), trace.output.shape[1])
+        reading = reading_of(source)
+        x, label = reading.split(to_device(trainer, pl_module, batch))
+        trace = trace_forward(pl_module, lambda value: output_of(source, pl_module, value), x)
+    reading.settle(trace.output, label)
+    label = reading.labels(label, len(indices))
     return trace, IndexedBatch(indices, torch.ones(len(indices), device=label.device), x, label)
 
 
 @torch.no_grad()
 def given_labels(trainer: Trainer, pl_module: LightningModule, source: PartitionSource, index: Tensor) -> Tensor:
-    """(n,) int64 on the CPU, the labels of some samples. Use inside ``undisturbed``.
+    """(U,) int64 on the CPU, the labels of the rows of some samples. Use inside ``undisturbed``.
 
     Args:
         trainer: of the running fit.
@@ -241,24 +243,25 @@ def given_labels(trainer: Trainer, pl_module: LightningModule, source: Partition
         source: knows how to split a batch.
         index: (n,) int64, dataset indices.
     """
-    batches = indexed_batches(train_loader(trainer), index, probing=True)
-    return torch.cat([source.split_batch(to_device(trainer, pl_module, batch))[1].long().cpu() for _, batch in batches])
+    reading, found = reading_of(source), []
+    for indices, batch in indexed_batches(train_loader(trainer), index, probing=True):
+        label = reading.split(to_device(trainer, pl_module, batch))[1]
+        found.append(reading.labels(label, len(indices), int(indices[0])).cpu())
+    return torch.cat(found)
 
 
 @torch.no_grad()
-def training_set(
-    trainer: Trainer, pl_module: LightningModule, source: PartitionSource, num_classes: int
-) -> Iterator[IndexedBatch]:
+def training_set(trainer: Trainer, pl_module: LightningModule, source: PartitionSource) -> Iterator[IndexedBatch]:
     """This rank's share of the training set in index order. Use inside ``undisturbed``.
 
     Yields:
         batches, as many on every rank.
     """
-    loader = train_loader(trainer)
+    loader, reading = train_loader(trainer), reading_of(source)
     index, weight = rank_share(len(loader.dataset), trainer.global_rank, trainer.world_size)  # type: ignore[arg-type]
     done = 0
     for indices, batch in indexed_batches(loader, index):
-        x, label = source.split_batch(to_device(trainer, pl_module, batch))
-        label = check_labels(label, len(indices), num_classes, int(indices[0]))
+        x, label = reading.split(to_device(trainer, pl_module, batch))
+        label = reading.labels(label, len(indices), int(indices[0]))
         yield IndexedBatch(indices, weight[done : done + len(indices)].to(label.device), x, label)
         done += len(indices)

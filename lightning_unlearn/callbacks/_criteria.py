@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_unlearn.callbacks._base import IndexedBatch, logits_of, training_set
+from lightning_unlearn.callbacks._base import IndexedBatch, logits_of, output_of, reading_of, training_set
 from lightning_unlearn.callbacks._lightning import undisturbed
 from lightning_unlearn.callbacks._prune_sites import PruneSite
 from lightning_unlearn.capture import SmallerBatches, loss_gradients, neuron_dimension, resolve_layer, tap
@@ -120,7 +120,6 @@ def rank_neurons(
     sites: Sequence[PruneSite],
     method: Method,
     subject: Subject,
-    num_classes: int,
 ) -> list[Ranking]:
     """The neurons of each layer, ranked in one pass over the training set. Every rank must call it."""
     weight = torch.ones(len(subject.partition))
@@ -129,10 +128,10 @@ def rank_neurons(
     readers: list[_Reader] = [make(site) for site in sites]
     watch = _gradients if method.criterion in GRADIENTS else _activations
     # Ratios are of what a neuron does at each position; the rest is of its mean over them.
-    reads = _Reads(pl_module, sites, by_position=method.criterion in RATIOS)
+    reads = _Reads(source, pl_module, sites, by_position=method.criterion in RATIOS)
     left_out = torch.zeros(2, dtype=torch.float64)
     with undisturbed(trainer, pl_module):
-        for whole, part in watch(reads, training_set(trainer, pl_module, source, num_classes)):
+        for whole, part in watch(reads, training_set(trainer, pl_module, source)):
             batch, seen = _finite_only(whole, part)
             left_out += torch.stack([(whole.weight - batch.weight).sum(), whole.weight.sum()]).cpu()
             for reader, gone, (values, product) in zip(readers, subject.gone, seen, strict=True):
@@ -153,6 +152,7 @@ def rank_neurons(
 class _Reads:
     """Of which layers activations are read, and whether at each position or their mean."""
 
+    source: PartitionSource
     pl_module: LightningModule
     sites: Sequence[PruneSite]
     by_position: bool
@@ -194,22 +194,27 @@ def _activations(reads: _Reads, batches: Iterator[IndexedBatch]) -> Iterator[tup
         takes = [stack.enter_context(tap(reads.pl_module, site.point)) for site in reads.sites]
         for batch in batches:
             with torch.no_grad():
-                logits_of(reads.pl_module, batch.x)
+                output_of(reads.source, reads.pl_module, batch.x)
             yield batch, [(reads.values(s, take()), None) for s, take in zip(reads.sites, takes, strict=True)]
 
 
 def _gradients(reads: _Reads, batches: Iterator[IndexedBatch]) -> Iterator[tuple[IndexedBatch, Seen]]:
     in_parts, points = SmallerBatches(), [site.point for site in reads.sites]
 
+    rows = reading_of(reads.source).rows_per_sample
+
     def of_part(x: Any, label: Tensor) -> list[tuple[Tensor, Tensor]]:
-        found = loss_gradients(reads.pl_module, points, lambda value: logits_of(reads.pl_module, value), x, label)
+        def forward(value: Any) -> Tensor:
+            return logits_of(reads.source, reads.pl_module, value)
+
+        found = loss_gradients(reads.pl_module, points, forward, x, label.flatten())
         return [
             (reads.values(site, a), reads.total(site, a.float() * g.float()))
             for site, (a, g) in zip(reads.sites, found, strict=True)
         ]
 
     for batch in batches:
-        by_site = zip(*in_parts(of_part, batch.x, batch.label), strict=True)
+        by_site = zip(*in_parts(of_part, batch.x, batch.label.reshape(-1, rows)), strict=True)
         yield batch, [(torch.cat([v for v, _ in parts]), torch.cat([p for _, p in parts])) for parts in by_site]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_unlearn.callbacks._prune_sites import PruneSite
 from lightning_unlearn.callbacks._validation import Score, score_samples, score_validation
 from lightning_unlearn.masking import NeuronPruning, snapshot
-from lightning_unlearn.types import Partition, PartitionSource
+from lightning_unlearn.types import Partition, PartitionSource, class_members
 
 HELD_SHARE = 0.1
 HELD_MOST = 2000
@@ -63,18 +63,17 @@ def make_gauge(
     pl_module: LightningModule,
     source: PartitionSource,
     partition: Partition,
-    num_classes: int,
     tolerance: float,
 ) -> Gauge:
     """Measures on the validation data of the fit or, without any, on confident clean samples of the training set."""
-    before = score_validation(trainer, pl_module, source, num_classes)
+    before = score_validation(trainer, pl_module, source)
     if before is not None:
         nothing = torch.zeros(0, dtype=torch.int64)
-        return Gauge(before, lambda: score_validation(trainer, pl_module, source, num_classes), nothing, tolerance)
+        return Gauge(before, lambda: score_validation(trainer, pl_module, source), nothing, tolerance)
     held = held_back(partition)
 
     def measure() -> Score:
-        return score_samples(trainer, pl_module, source, held, num_classes)
+        return score_samples(trainer, pl_module, source, held)
 
     return Gauge(measure(), measure, held, tolerance)
 
@@ -84,11 +83,13 @@ def held_back(partition: Partition) -> Tensor:
     clean = partition.clean_indices()
     share = min(HELD_SHARE, HELD_MOST / max(len(clean), 1))
     held = []
-    for c in partition.label[clean].bincount().nonzero().flatten().tolist():
-        of_class = clean[partition.label[clean] == c]
+    for _, members in class_members(partition.label[clean]):
+        of_class = clean[members]
         likeliest = of_class[partition.clean_probability[of_class].argsort(descending=True, stable=True)]
         held.append(likeliest[: max(1, int(share * len(of_class)))])
-    return torch.cat(held)[:HELD_MOST].sort().values
+    chosen = torch.zeros(len(partition), dtype=torch.bool)
+    chosen[torch.cat(held)] = True
+    return chosen.nonzero().flatten()[:HELD_MOST]
 
 
 @dataclass(frozen=True, eq=False)

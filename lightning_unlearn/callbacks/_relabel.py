@@ -6,7 +6,6 @@ difference, and neither the data set nor its samples are touched.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,35 +16,40 @@ from torch import Tensor
 from lightning_unlearn.callbacks._base import train_loader
 from lightning_unlearn.callbacks._lightning import BatchHook, live_iterator, to_device, undisturbed
 from lightning_unlearn.data import batch_size, delivered_indices, indexed_batches
-
-SplitBatch = Callable[[Any], tuple[Any, Tensor]]
+from lightning_unlearn.targets import Reading
 
 _ADVICE = "; use on_noisy='drop' or 'weigh', which need no other labels"
 
 
-def with_labels(batch: Any, split: SplitBatch, new: Tensor) -> Any:
+def with_labels(batch: Any, reading: Reading, new: Tensor) -> Any:
     """The batch with other labels; the one given stays as it is.
 
     Args:
         batch: a tuple, list, dict, named tuple or dataclass, nested or not, that holds the tensor of labels.
-        split: finds it.
-        new: (B,), the labels; -1 where the given one stays.
+        reading: finds it, and knows its form.
+        new: (U,) int64, the classes of the batch's rows; -1 where the given one stays.
 
     Raises:
-        TypeError: if the labels are not one integer per row, or are not in the batch as they are but made of it.
+        TypeError: if the labels have not the form that the first batch had, or are not in the batch as they are but
+            made of it.
 
     Example:
+        >>> reading = Reading()
+        >>> reading.settle(torch.zeros(2, 9), torch.tensor([4, 5]))
         >>> batch = (torch.zeros(2, 3), torch.tensor([4, 5]))
-        >>> with_labels(batch, lambda batch: batch, torch.tensor([-1, 7]))[1]
+        >>> with_labels(batch, reading, torch.tensor([-1, 7]))[1]
         tensor([4, 7])
     """
-    label = split(batch)[1]
-    if label.is_floating_point() or label.shape != new.shape:
+    label = reading.split(batch)[1]
+    try:
+        rows = len(reading.classes(label, len(label)))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"The labels of a training batch cannot be replaced{_ADVICE}. {error}") from error
+    if rows != len(new):
         raise TypeError(
-            f"Expected one integer label per row, {tuple(new.shape)}, to be replaced in a training batch, but got"
-            f" {label.dtype} {tuple(label.shape)}{_ADVICE}."
+            f"Expected labels of {len(new)} rows to be replaced in a training batch, but got {rows}{_ADVICE}."
         )
-    replaced = torch.where(new.to(label.device) >= 0, new.to(label), label)
+    replaced = reading.replaced(label, new)
     found = []
 
     def put(value: Tensor) -> Tensor:
@@ -69,14 +73,14 @@ class Relabelling:
     def __init__(self) -> None:
         self._hook = BatchHook()
 
-    def attach(self, trainer: Trainer, pl_module: LightningModule, split: SplitBatch, new_label: Tensor) -> None:
+    def attach(self, trainer: Trainer, pl_module: LightningModule, reading: Reading, new_label: Tensor) -> None:
         """From now on training batches have the new labels.
 
         Args:
             trainer: of the running fit, whose train loader remembers its batches.
             pl_module: the user's.
-            split: finds the labels in a batch as the loader delivers it.
-            new_label: (N,) int64, -1 for the given one.
+            reading: finds the labels in a batch as the loader delivers it.
+            new_label: (N,) int64, or (N, L) of a multi-label task; -1 for the given one.
         """
 
         def change(batch: Any) -> Any:
@@ -85,7 +89,7 @@ class Relabelling:
                 raise RuntimeError(
                     f"The dataset indices of a training batch are not known, so it cannot be re-labelled{_ADVICE}."
                 )
-            return with_labels(batch, split, new_label[index])
+            return with_labels(batch, reading, new_label[index].flatten())
 
         self._hook.attach(trainer, pl_module, change)
 
@@ -94,7 +98,7 @@ class Relabelling:
         self._hook.detach()
 
 
-def check_relabelling(trainer: Trainer, pl_module: LightningModule, split: SplitBatch, num_classes: int) -> None:
+def check_relabelling(trainer: Trainer, pl_module: LightningModule, reading: Reading) -> None:
     """Refuses, before the first step, batches whose labels could not be replaced later.
 
     Raises:
@@ -111,9 +115,9 @@ def check_relabelling(trainer: Trainer, pl_module: LightningModule, split: Split
     with undisturbed(trainer, pl_module), torch.no_grad():
         size = min(batch_size(loader), len(loader.dataset))  # type: ignore[arg-type]  # its length has been checked
         _, batch = next(indexed_batches(loader, torch.arange(size), probing=True))
-        new = (split(batch)[1] + 1) % num_classes
-        arrived = split(to_device(trainer, pl_module, with_labels(batch, split, new)))[1]
-    if not arrived.cpu().equal(new.cpu()):
+        new = (reading.labels(reading.split(batch)[1], size) + 1) % reading.num_classes
+        _, arrived = reading.split(to_device(trainer, pl_module, with_labels(batch, reading, new)))
+    if not reading.classes(arrived, size).cpu().equal(new.cpu()):
         raise TypeError(
             "Expected labels that are replaced in a training batch to arrive in training_step as they are, but the"
             f" transfer hooks change them{_ADVICE}."

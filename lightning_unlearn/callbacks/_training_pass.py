@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from lightning_unlearn.callbacks._lightning import TrainLoaderWatch, live_iterator, live_loaders
 from lightning_unlearn.capture import resolve_layer
 from lightning_unlearn.data import check_loader, delivered_indices, forget_batches, remember_batches
+from lightning_unlearn.targets import IGNORED, Reading
 
 # The rows of so many batches are checked, and handed on, together: one wait for the accelerator instead of many.
 WINDOW = 16
@@ -97,16 +98,18 @@ class _Step:
     """One training step, from its batch to its gradient.
 
     Args:
-        index: (B,) int64 on the CPU.
-        label: (B,) int64 on the device.
+        index: (U,) int64 on the CPU, of rows (see :class:`~lightning_unlearn.targets.Reading`).
+        label: (U,) int64 on the device.
+        reading: knows the rows of an output.
         calls: how often the head was called with gradients.
-        logits: (B, C) float32, of the first call.
+        logits: (U, C) float32, of the first call.
         gradient: like the logits, what the loss sent to them; None before a backward pass.
         fault: why the first call's output cannot be used.
     """
 
     index: Tensor
     label: Tensor
+    reading: Reading
     calls: int = 0
     logits: Tensor | None = None
     gradient: Tensor | None = None
@@ -117,9 +120,12 @@ class _Step:
         self.calls += 1
         if self.calls > 1:
             return
-        if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(self.label):
+        samples = len(self.label) // self.reading.rows_per_sample
+        columns = self.reading.num_outputs
+        expected = [(samples, columns), (samples,)] if columns == 1 else [(samples, columns)]
+        if not isinstance(output, Tensor) or tuple(output.shape) not in expected:
             shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            self.fault = f"its output {shape} has not one row for each of the batch's {len(self.label)} labels"
+            self.fault = f"its output {shape} has not one row for each of the batch's {samples} labels"
             return
         try:
             output.register_hook(self.add_gradient)  # type: ignore[no-untyped-call]
@@ -127,11 +133,11 @@ class _Step:
             self.fault = f"its output cannot be watched ({error})"
             return
         # A copy, since a function in place may follow.
-        self.logits = output.detach().to(torch.float32, copy=True)
+        self.logits = self.reading.logits(output.detach().to(torch.float32, copy=True))
 
     def add_gradient(self, gradient: Tensor) -> None:
         """Adds what one backward pass sent; there may be one for each term of the loss."""
-        gradient = gradient.detach()
+        gradient = self.reading.gradients(gradient.detach())
         self.gradient = gradient if self.gradient is None else self.gradient + gradient
 
 
@@ -178,19 +184,19 @@ class TrainingPassReader:
     ``reason`` is why it gave up, empty while it reads; ``rows_read`` is how many rows the sink got in the last epoch.
 
     Args:
-        split: from a batch on the device to (x, label).
+        reading: how batches, outputs and labels are read.
         sink: takes the evidence.
 
     Example:
         >>> class Sink:
         ...     def observe(self, index, logits, label): ...
         ...     def forget(self): ...
-        >>> TrainingPassReader(split=lambda batch: batch, sink=Sink()).is_reading
+        >>> TrainingPassReader(reading=Reading(), sink=Sink()).is_reading
         False
     """
 
-    def __init__(self, *, split: Callable[[Any], tuple[Any, Tensor]], sink: EvidenceSink) -> None:
-        self._split = split
+    def __init__(self, *, reading: Reading, sink: EvidenceSink) -> None:
+        self._reading = reading
         self._sink = sink
         self._watch = TrainLoaderWatch()
         self._hook = _HeadHook()
@@ -258,7 +264,7 @@ class TrainingPassReader:
             return
         self._remember(loaders)
         module = resolve_layer(pl_module, head)
-        self._size = len(loaders[0].dataset)
+        self._size = len(loaders[0].dataset) * self._reading.rows_per_sample
         self._head = head
         self._handle = self._handle or module.register_forward_hook(self._hook)
 
@@ -278,7 +284,7 @@ class TrainingPassReader:
             return
         label = self._labels_of(batch, len(index))
         if label is not None:
-            self._hook.step = _Step(index, label)
+            self._hook.step = _Step(self._reading.row_indices(index), label, self._reading)
 
     def end_batch(self) -> None:
         """Takes what the step has shown. Call in ``on_train_batch_end``."""
@@ -340,18 +346,21 @@ class TrainingPassReader:
             remember_batches(loader)
 
     def _labels_of(self, batch: Any, num_rows: int) -> Tensor | None:
-        """The batch's labels, (B,) int64; None, having given up, where there is not one class index per row."""
+        """Class labels of the batch's rows, (U,) int64; None, having given up, where they have another form."""
         try:
-            label = self._split(batch)[1]
+            label = self._reading.split(batch)[1]
         except Exception as error:
             self.give_up(f"the batch of a training step cannot be split into input and labels ({error})")
             return None
-        fault = _fault_of_labels(label, num_rows)
-        if fault:
-            self.give_up(fault)
+        try:
+            if len(label) != num_rows:
+                self.give_up(f"a batch of {num_rows} dataset indices has {len(label)} rows")
+                return None
+            # A copy, since training_step may permute them in place.
+            return self._reading.classes(label, num_rows).clone()
+        except (TypeError, ValueError) as error:
+            self.give_up(f"the labels of a training step have another form than those of a pass ({error})")
             return None
-        # A copy, since training_step may permute them in place.
-        return label.to(torch.int64, copy=True)
 
     def _close_window(self) -> None:
         """Checks the rows held back and hands them on."""
@@ -363,17 +372,16 @@ class TrainingPassReader:
             self._check(held)
 
     def _check(self, held: list[_Step]) -> None:
-        index = torch.cat([step.index for step in held])
-        logits = torch.cat([step.logits for step in held if step.logits is not None])
-        gradient = torch.cat([step.gradient for step in held if step.gradient is not None])
-        label = torch.cat([step.label for step in held]).to(logits.device)
+        index, logits, gradient, label = _labelled_rows(held)
+        if len(index) == 0:
+            return
         if index.min() < 0 or index.max() >= self._size:
             self.give_up(f"the train loader draws indices outside [0, {self._size})")
             return
         legal = (label >= 0) & (label < logits.shape[1])
         judged, pulled = pulled_elsewhere(logits, gradient, label.where(legal, 0))
         counts = torch.stack([judged.sum(), pulled.sum(), (~legal).sum(), self._relabelled(index, label)])
-        num_judged, num_pulled, num_illegal, num_relabelled = counts.tolist()  # the one wait for the device
+        num_judged, num_pulled, num_illegal, num_relabelled = counts.tolist()  # a wait for the device
         self._judged += num_judged
         self._pulled += num_pulled
         fault = self._fault_of_counts(num_illegal, num_relabelled)
@@ -425,6 +433,18 @@ class TrainingPassReader:
         self._sink.forget()
 
 
+def _labelled_rows(held: list[_Step]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Indices, logits, gradients and labels of some steps, without the rows whose label is to be ignored."""
+    index = torch.cat([step.index for step in held])
+    logits = torch.cat([step.logits for step in held if step.logits is not None])
+    gradient = torch.cat([step.gradient for step in held if step.gradient is not None])
+    label = torch.cat([step.label for step in held]).to(logits.device)
+    counted = (label != IGNORED).nonzero().flatten()
+    if len(counted) == len(label):
+        return index, logits, gradient, label
+    return index[counted.cpu()], logits[counted], gradient[counted], label[counted]
+
+
 def _fault_of_loaders(loaders: list[Any]) -> str:
     """Why batches of these train loaders cannot be matched with dataset indices; empty if they can."""
     try:
@@ -435,12 +455,3 @@ def _fault_of_loaders(loaders: list[Any]) -> str:
     if loader.num_workers > 0 and not getattr(loader, "in_order", True):
         return "the train loader has in_order=False, so its workers deliver batches in any order"
     return ""
-
-
-def _fault_of_labels(label: Any, num_rows: int) -> str:
-    """Why these are not the labels of the rows drawn; empty if they may be. Does not look at their values."""
-    if not isinstance(label, Tensor):
-        return f"the labels of a training step are not a tensor but {type(label).__name__}"
-    if label.is_floating_point() or label.is_complex() or label.ndim != 1:
-        return f"the labels of a training step are not one integer per row but {label.dtype} {tuple(label.shape)}"
-    return "" if len(label) == num_rows else f"a batch of {num_rows} dataset indices has {len(label)} rows"

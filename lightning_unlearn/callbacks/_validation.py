@@ -23,11 +23,12 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import BatchSampler, DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
-from lightning_unlearn.callbacks._base import logits_of, train_loader
+from lightning_unlearn.callbacks._base import logits_of, reading_of, train_loader
 from lightning_unlearn.callbacks._lightning import to_device, undisturbed
 from lightning_unlearn.capture import SmallerBatches
-from lightning_unlearn.data import check_labels, indexed_batches, rank_share
+from lightning_unlearn.data import indexed_batches, rank_share
 from lightning_unlearn.distributed import sum_over_ranks
+from lightning_unlearn.targets import IGNORED
 from lightning_unlearn.types import PartitionSource
 
 # What each Trainer has been told already; it is told once.
@@ -55,24 +56,26 @@ class Score:
 class _Tally:
     """Sums over samples that make a :class:`Score`: right ones, losses, samples, ranks that could not go on."""
 
-    def __init__(self, pl_module: LightningModule, num_classes: int) -> None:
+    def __init__(self, pl_module: LightningModule, source: PartitionSource) -> None:
         self._pl_module = pl_module
-        self._num_classes = num_classes
+        self._source = source
         self._in_parts = SmallerBatches()
         self.sums = torch.zeros(4, dtype=torch.float64)
 
     def add(self, x: Any, label: Tensor, weight: Tensor) -> None:
         """Counts a batch; a row of weight 0 does not count."""
-        label = check_labels(label, len(label), self._num_classes)
+        reading = reading_of(self._source)
+        target = reading.labels(label, len(label))
+        counts = reading.by_row(weight.to(target.device)) * (target >= 0) / reading.rows_per_sample
         done = 0
-        for logits in self._in_parts(lambda part, _: logits_of(self._pl_module, part).float(), x, label):
+        for logits in self._in_parts(lambda part, _: logits_of(self._source, self._pl_module, part).float(), x, label):
             rows = slice(done, done + len(logits))
             done += len(logits)
-            losses = cross_entropy(logits, label[rows], reduction="none")
+            losses = cross_entropy(logits, target[rows], reduction="none", ignore_index=IGNORED)
             # The largest of numbers that are not numbers is the first, which for some labels would be right.
-            right = (logits.argmax(dim=1) == label[rows]) & ~logits.isnan().any(dim=1)
+            right = (logits.argmax(dim=1) == target[rows]) & ~logits.isnan().any(dim=1)
             columns = torch.stack([right, losses, torch.ones_like(losses)], dim=1)
-            self.sums[:3] += (columns.double().cpu() * weight[rows].double().cpu().unsqueeze(1)).sum(dim=0)
+            self.sums[:3] += (columns.double().cpu() * counts[rows].double().cpu().unsqueeze(1)).sum(dim=0)
 
     def give_up(self) -> None:
         """Notes that a score would not be one."""
@@ -84,9 +87,7 @@ class _Tally:
         return None if failed or samples == 0 else Score(right / samples, loss / samples, round(samples))
 
 
-def score_validation(
-    trainer: Trainer, pl_module: LightningModule, source: PartitionSource, num_classes: int
-) -> Score | None:
+def score_validation(trainer: Trainer, pl_module: LightningModule, source: PartitionSource) -> Score | None:
     """How well the model does on the fit's own validation loaders, within ``limit_val_batches``.
 
     Every rank must call it. Where a DistributedSampler repeats samples to make the ranks' shares equal, they are
@@ -96,13 +97,12 @@ def score_validation(
         trainer: of the running fit.
         pl_module: the user's.
         source: knows how to split a batch.
-        num_classes: C.
 
     Returns:
         None, with one line in the log that says why, where there is no loader, a batch cannot be split into input and
         labels, or labels are not class indices.
     """
-    tally, reason = _Tally(pl_module, num_classes), ""
+    tally, reason = _Tally(pl_module, source), ""
     with undisturbed(trainer, pl_module), torch.no_grad():
         loaders = _validation_loaders(trainer)
         # Anything may be in a validation loader, and not to know a score must not end the fit.
@@ -119,9 +119,7 @@ def score_validation(
     return score
 
 
-def score_samples(
-    trainer: Trainer, pl_module: LightningModule, source: PartitionSource, index: Tensor, num_classes: int
-) -> Score:
+def score_samples(trainer: Trainer, pl_module: LightningModule, source: PartitionSource, index: Tensor) -> Score:
     """How well the model does on samples of the training set, against their given labels.
 
     Every rank must call it. Two calls in a row see the same augmentation.
@@ -131,19 +129,18 @@ def score_samples(
         pl_module: the user's.
         source: knows how to split a batch.
         index: (K,) int64, dataset indices, the same on every rank.
-        num_classes: C.
 
     Raises:
         ValueError: without a sample, or for labels that are not class indices.
     """
     if len(index) == 0:
         raise ValueError("Expected at least one sample to score, but got none.")
-    tally, loader = _Tally(pl_module, num_classes), train_loader(trainer)
+    tally, loader = _Tally(pl_module, source), train_loader(trainer)
     place, weight = rank_share(len(index), trainer.global_rank, trainer.world_size)
     done = 0
     with undisturbed(trainer, pl_module), torch.no_grad():
         for rows, batch in indexed_batches(loader, index.cpu()[place]):
-            x, label = source.split_batch(to_device(trainer, pl_module, batch))
+            x, label = reading_of(source).split(to_device(trainer, pl_module, batch))
             tally.add(x, label, weight[done : done + len(rows)])
             done += len(rows)
     score = tally.score(trainer)
@@ -156,7 +153,7 @@ def _count(
     trainer: Trainer, pl_module: LightningModule, source: PartitionSource, tally: _Tally, batches: Iterable[Any]
 ) -> None:
     for batch, weigh in batches:
-        x, label = source.split_batch(to_device(trainer, pl_module, batch))
+        x, label = reading_of(source).split(to_device(trainer, pl_module, batch))
         tally.add(x, label, weigh(len(label)))
 
 

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_unlearn.callbacks._base import PartitionConsumer, probe, train_loader
+from lightning_unlearn.callbacks._base import PartitionConsumer, probe, reading_of, train_loader
 from lightning_unlearn.callbacks._lightning import (
     TrainDataSwap,
     averaged_models,
@@ -201,7 +201,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         trace, _ = probe(trainer, pl_module, self.source)
         classes = trace.output.shape[1]
         if self.on_noisy == "relabel":
-            check_relabelling(trainer, pl_module, self.source.split_batch, classes)
+            check_relabelling(trainer, pl_module, reading_of(self.source))
         if self.reset_head:
             head = trace.last_linear(classes)
             if self.layers is not None and not f"{head}.".startswith(_inside(self.layers)):
@@ -393,7 +393,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
 
         self._swap.attach(trainer, narrow)
         if draw.new_label is not None:
-            self._relabelling.attach(trainer, pl_module, self.source.split_batch, draw.new_label)
+            self._relabelling.attach(trainer, pl_module, reading_of(self.source), draw.new_label)
 
     def _leave_loader(self, trainer: Trainer) -> None:
         self._relabelling.detach()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,7 +13,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from typing_extensions import override
 
+from lightning_unlearn.callbacks._assembly import Cut, Judged, assemble, notes_of
 from lightning_unlearn.callbacks._base import (
+    IndexedBatch,
     PartitionConsumer,
     UnlearnCallback,
     given_labels,
@@ -39,17 +40,20 @@ from lightning_unlearn.capture import (
     GRADIENT_X_ACTIVATION,
     Attributor,
     ForwardTrace,
+    MarginAttribution,
     check_method,
     check_reached,
     plain_name,
     resolve_layer,
     response,
 )
-from lightning_unlearn.data import rank_share, split_batch
+from lightning_unlearn.data import rank_share
 from lightning_unlearn.distributed import place_by_index, sum_over_ranks
 from lightning_unlearn.fingerprint import check_fingerprint, fingerprint, sampled_indices
 from lightning_unlearn.finite import check_rows_left_out, first_not_finite, judge_finite
-from lightning_unlearn.recipes import Recipe, Verdict, get_recipe
+from lightning_unlearn.functional.attribution import label_margin
+from lightning_unlearn.recipes import Recipe, get_recipe
+from lightning_unlearn.targets import IGNORED, Reading, SoftLabels, Task
 from lightning_unlearn.trajectory import PHASES, Trajectory
 from lightning_unlearn.types import REASONS, Evidence, LayerPoint, Partition, PartitionRound, RepairSummary
 
@@ -100,8 +104,17 @@ class AttributionPartitionCallback(UnlearnCallback):
         min_class_share: share of each class's samples that is kept in any case, the likeliest; rounded up.
         action: ``"report"`` for a dry run: the partition is drawn, but nothing is pruned or fine-tuned; the log says
             what would be, and what it would cost.
+        task: ``"multiclass"``; ``"binary"``, one logit; ``"multilabel"``, a logit for each label, of which a sample may
+            have several, and each of which is judged by itself; or ``"auto"``: as the first batch looks.
+        soft_labels: ``"refuse"`` labels that are probabilities, or take the class of the largest (``"argmax"``). Labels
+            with a single 1 in each row are taken as they are.
+        ignore_index: a label that means none, as in ``torch.nn.functional.cross_entropy``: such a sample is not judged,
+            and stays in training as it is; None for no such label.
         batch_to_xy: from a batch on the device to ``(x, y)``: the input of ``forward`` (a tensor, or a tuple or dict
-            of its arguments) and the labels, (B,) int64. By default the batch itself must be ``(x, y)``.
+            of its arguments) and the labels. By default a batch is ``(x, y)``, ``(x1, x2, ..., y)``, or a dict, named
+            tuple or dataclass with labels under a usual name (see :func:`~lightning_unlearn.targets.split_batch`).
+        logits_from: from what ``forward`` returns to logits; by default that itself, its ``logits``, or the first of
+            a tuple.
         check_data: refuse to resume on training data of which more than a quarter of 16 sampled items have another
             content than in the fit that wrote the checkpoint (not compared under random augmentation). Their number and
             labels are checked in any case.
@@ -134,7 +147,11 @@ class AttributionPartitionCallback(UnlearnCallback):
         threshold: float = 0.5,
         min_class_share: float = 0.1,
         action: Literal["act", "report"] = "act",
+        task: Task = "auto",
+        soft_labels: SoftLabels = "refuse",
+        ignore_index: int | None = -100,
         batch_to_xy: Callable[[Any], tuple[Any, Tensor]] | None = None,
+        logits_from: Callable[[Any], Tensor] | None = None,
         check_data: bool = True,
     ) -> None:
         _check_epochs(at_epoch, evidence_every_n_epochs, every_n_epochs)
@@ -157,16 +174,22 @@ class AttributionPartitionCallback(UnlearnCallback):
         self.input_layer = input_layer
         self.threshold = threshold
         self.min_class_share = min_class_share
-        self.split_batch = batch_to_xy or split_batch
+        self.reading = Reading(
+            task=task,
+            soft_labels=soft_labels,
+            ignore_index=ignore_index,
+            batch_to_xy=batch_to_xy,
+            logits_from=logits_from,
+        )
         self.check_data = check_data
-        self._reader = TrainingPassReader(split=self.split_batch, sink=self)
+        self._reader = TrainingPassReader(reading=self.reading, sink=self)
         self.reset()
 
     @override
     def reset(self) -> None:
         self._point: LayerPoint | None = None
         self._early: LayerPoint | None = None
-        self._num_classes = 0
+        self.reading.forget()
         self._fingerprint = ""
         # What earlier epochs showed, the same on every rank; None before the first and once no partition is to follow.
         self._trajectory: Trajectory | None = None
@@ -255,30 +278,34 @@ class AttributionPartitionCallback(UnlearnCallback):
     @override
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trace, first = probe(trainer, pl_module, self)
-        self._num_classes = trace.output.shape[1]
         if self.layer is None:
-            self._point = LayerPoint(trace.last_linear(self._num_classes), "input")
+            self._point = LayerPoint(trace.last_linear(self.reading.num_outputs), "input")
         else:
             self._point = LayerPoint(plain_name(self.layer), "output")
         check_reached(trace, self._point)
         self._early = self._early_point(trace, len(first.index))
+        self._check_several_labels()
         _warn_of_probabilities(trace.output)
-        total = len(train_loader(trainer).dataset)  # type: ignore[arg-type]  # has a length
+        total, rows = len(train_loader(trainer).dataset), self.reading.rows_per_sample  # type: ignore[arg-type]
         self._warn_where_no_round_follows()
         known = self._trajectory.label if self._trajectory is not None else None
         if self._partition is not None:
-            known = self._partition.label
+            known = self._partition.label.flatten()
         if known is not None:
-            _check_same_size(len(known), total)
-            _check_same_labels(known[first.index], first.label.cpu())
+            _check_same_size(len(known) // rows, total)
+            _check_same_labels(known[self.reading.row_indices(first.index)], first.label.cpu())
         self._recognise_data(trainer, pl_module, known)
         if self._trajectory is None and self._partition is None:
-            self._trajectory = Trajectory(total, self._num_classes)
-        if self._trajectory is not None:
-            with undisturbed(trainer, pl_module):
-                self._attributor(pl_module).rehearse(first.x, first.label, rows=self.recipe.needs_rows)
+            self._trajectory = Trajectory(total * rows, self.reading.num_classes)
+        self._rehearse(trainer, pl_module, first)
         if self._reads_training:
             self._start_reading(trainer, pl_module, trace)
+
+    def _rehearse(self, trainer: Trainer, pl_module: LightningModule, first: IndexedBatch) -> None:
+        if self._trajectory is None or self.reading.task == "multilabel":
+            return
+        with undisturbed(trainer, pl_module):
+            self._attributor(pl_module).rehearse(first.x, first.label.clamp(min=0), rows=self.recipe.needs_rows)
 
     def _recognise_data(self, trainer: Trainer, pl_module: LightningModule, known: Tensor | None) -> None:
         """Takes the data's fingerprint, and after a resume compares it and the labels of the sampled items.
@@ -289,8 +316,10 @@ class AttributionPartitionCallback(UnlearnCallback):
         with undisturbed(trainer, pl_module):
             found = fingerprint(loader)
             if known is not None:
-                index = sampled_indices(len(known))
-                _check_same_labels(known[index], given_labels(trainer, pl_module, self, index))
+                index = sampled_indices(len(known) // self.reading.rows_per_sample)
+                _check_same_labels(
+                    known[self.reading.row_indices(index)], given_labels(trainer, pl_module, self, index)
+                )
             if self.check_data:
                 check_fingerprint(self._fingerprint, found)
         self._fingerprint = found
@@ -303,7 +332,8 @@ class AttributionPartitionCallback(UnlearnCallback):
             )
 
     def _early_point(self, trace: ForwardTrace, batch: int) -> LayerPoint | None:
-        if not self.recipe.needs_response:
+        # Whether an input is corrupted is not asked of the labels of a multi-label task, each by itself.
+        if not self.recipe.needs_response or self.reading.task == "multilabel":
             return None
         if self.input_layer is None:
             return trace.first_block(batch)
@@ -311,8 +341,23 @@ class AttributionPartitionCallback(UnlearnCallback):
         check_reached(trace, point)
         return point
 
+    def _check_several_labels(self) -> None:
+        if self.reading.task != "multilabel":
+            return
+        found = {
+            "layer": (self.layer, self.layer is not None),
+            "method": (self.method, self.method != GRADIENT_X_ACTIVATION),
+            "recipe": (self.recipe.name, self.recipe.needs_rows),
+        }
+        for name, (value, is_wrong) in found.items():
+            if is_wrong:
+                raise ValueError(
+                    "Expected a multi-label task to be attributed at the input of its head by"
+                    f" {GRADIENT_X_ACTIVATION}, but got {name}={value!r}; leave {name} out."
+                )
+
     def _start_reading(self, trainer: Trainer, pl_module: LightningModule, trace: ForwardTrace) -> None:
-        heads = [name for name in trace.heads(self._num_classes) if trace.makes_logits(name)]
+        heads = [name for name in trace.heads(self.reading.num_outputs) if trace.makes_logits(name)]
         if heads:
             self._reader.start(trainer, pl_module, heads[-1])
         else:
@@ -417,10 +462,8 @@ class AttributionPartitionCallback(UnlearnCallback):
     def _draw(self, trainer: Trainer, pl_module: LightningModule, started: float) -> None:
         self._reader.detach()
         share = self._observe_pass(trainer, pl_module)
-        evidence, label = self._evidence(trainer, share)
-        fault = first_not_finite(pl_module)
-        verdict = judge_finite(self.recipe, evidence, sum_over_ranks(trainer.strategy), fault)
-        before, drawn = self._partition, self._made(trainer, evidence, verdict, label)
+        judged, label = self._judged(trainer, pl_module, share)
+        before, drawn = self._partition, self._made(trainer, judged, label)
         changed = 1.0 if before is None else (before.is_clean != drawn.is_clean).float().mean().item()
         self._rounds.append(PartitionRound(drawn.epoch, len(drawn.suspect_indices()), drawn.noise_rate, changed))
         self._is_stable = changed < self.stable_share
@@ -430,9 +473,9 @@ class AttributionPartitionCallback(UnlearnCallback):
         if is_first or drawn.is_actionable:
             self._partition = drawn
         if is_first:
-            self._memorised = self._share_memorised(trainer, evidence, drawn)
+            self._memorised = self._share_memorised(trainer, judged, drawn)
         if before is None:
-            self._report(pl_module, drawn, verdict, time.perf_counter() - started)
+            self._report(pl_module, drawn, notes_of(judged), time.perf_counter() - started)
         else:
             self._report_round(pl_module, drawn, changed)
         if is_first and self._acts(trainer):
@@ -445,15 +488,20 @@ class AttributionPartitionCallback(UnlearnCallback):
         return bool(_consumers(trainer)) and self.partition.is_actionable and not self.is_dry_run
 
     def _validate(self, trainer: Trainer, pl_module: LightningModule) -> float | None:
-        score = score_validation(trainer, pl_module, self, self._num_classes)
+        score = score_validation(trainer, pl_module, self)
         return None if score is None else score.accuracy
 
-    def _share_memorised(self, trainer: Trainer, evidence: Evidence, partition: Partition) -> float | None:
-        """Of the samples suspected for their label, how many the network gives that label nevertheless."""
-        wrong = partition.reason[evidence.index].eq(REASONS.index("label")).to(evidence.weight.device)
-        counted = evidence.weight * wrong
-        fitted = counted * (evidence.prediction == evidence.label)
-        suspects, memorised = sum_over_ranks(trainer.strategy)(torch.stack([counted.sum(), fitted.sum()])).tolist()
+    def _share_memorised(self, trainer: Trainer, judged: Sequence[Judged], partition: Partition) -> float | None:
+        """Of the labels suspected to be wrong, how many the network gives nevertheless."""
+        sums = torch.zeros(2)
+        by_label = partition.reason.eq(REASONS.index("label"))
+        for at, one in enumerate(judged):
+            evidence, wrong = one.evidence, by_label
+            if partition.is_multilabel:
+                wrong = wrong & (partition.suggested_label != partition.label)[:, at]
+            counted = (evidence.weight * wrong[evidence.index].to(evidence.weight.device)).cpu()
+            sums += torch.stack([counted.sum(), counted[(evidence.prediction == evidence.label).cpu()].sum()])
+        suspects, memorised = sum_over_ranks(trainer.strategy)(sums).tolist()
         return memorised / suspects if suspects else None
 
     @override
@@ -526,71 +574,102 @@ class AttributionPartitionCallback(UnlearnCallback):
     def _attributor(self, pl_module: LightningModule, watch: tuple[LayerPoint, ...] = ()) -> Attributor:
         if self._point is None:
             raise RuntimeError("The layer to attribute at is not resolved; this is an error in lightning_unlearn.")
-        return Attributor(pl_module, self._point, lambda x: logits_of(pl_module, x), self.method, watch=watch)
+        return Attributor(pl_module, self._point, lambda x: logits_of(self, pl_module, x), self.method, watch=watch)
 
     def _observe_pass(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor]:
         """Passes over this rank's share of the training set.
 
         Returns:
-            what the pass showed, one row for each sample of the share.
+            what the pass showed, one row for each row of the share; see :class:`~lightning_unlearn.targets.Reading`.
         """
         is_last = trainer.current_epoch >= self.at_epoch
-        watch = (self._early,) if is_last and self._early is not None else ()
+        watch: tuple[LayerPoint, ...] = (self._early,) if is_last and self._early is not None else ()
         attributor = self._attributor(pl_module, watch)
-        trajectory = self._trajectory_in_use
+
+        def attribute(x: Any, label: Tensor) -> MarginAttribution:
+            if self.reading.task == "multilabel":
+                with torch.no_grad():
+                    return _of_several_labels(logits_of(self, pl_module, x), label)
+            return attributor.attribute(x, label, rows=is_last and self.recipe.needs_rows)
+
+        reading, trajectory = self.reading, self._trajectory_in_use
         columns: dict[str, list[Tensor]] = {}
         with undisturbed(trainer, pl_module):
-            _check_same_size(len(trajectory), len(train_loader(trainer).dataset))  # type: ignore[arg-type]
-            for batch in training_set(trainer, pl_module, self, self._num_classes):
-                seen = attributor.attribute(batch.x, batch.label, rows=is_last and self.recipe.needs_rows)
-                margin, counts = seen.total(), batch.weight > 0
-                of_samples = counts.cpu()
-                _check_same_labels(trajectory.label[batch.index], batch.label.cpu())
-                trajectory.observe(batch.index[of_samples], seen.logits[counts], batch.label[counts], margin[counts])
+            samples: int = len(train_loader(trainer).dataset)  # type: ignore[arg-type]
+            _check_same_size(len(trajectory) // reading.rows_per_sample, samples)
+            for batch in training_set(trainer, pl_module, self):
+                label = batch.label.clamp(min=0)
+                seen = attribute(batch.x, label)
+                margin, index = seen.total(), reading.row_indices(batch.index)
+                counts = (reading.by_row(batch.weight) > 0) & (batch.label != IGNORED)
+                _check_same_labels(trajectory.label[index], batch.label.cpu())
+                trajectory.observe(index[counts.cpu()], seen.logits[counts], label[counts], margin[counts])
                 if not is_last:
                     columns.setdefault("label", []).append(batch.label.cpu())
                     continue
-                found = {
-                    "label": batch.label,
-                    "margin": margin,
-                    "loss": cross_entropy(seen.logits, batch.label, reduction="none"),
-                    "prediction": seen.logits.argmax(dim=1),
-                    "last": seen.logits @ trajectory.basis.to(seen.logits.device),
-                }
-                if watch:
-                    found["response"] = response(pl_module, watch[0], seen.watched[0])
-                if seen.class_max is not None:
-                    found["rows"] = seen.class_max
+                found = {"label": batch.label, "last": seen.logits @ trajectory.basis.to(seen.logits.device)}
+                found |= _seen_in_the_last_pass(seen, label, margin)
+                found |= {} if not seen.watched else {"response": response(pl_module, watch[0], seen.watched[0])}
                 for name, value in found.items():
                     columns.setdefault(name, []).append(value.cpu())
         return {name: torch.cat(parts) for name, parts in columns.items()}
 
-    def _evidence(self, trainer: Trainer, share: dict[str, Tensor]) -> tuple[Evidence, Tensor]:
-        """This rank's evidence, and (N,) the given labels of the whole training set.
+    def _judged(
+        self, trainer: Trainer, pl_module: LightningModule, share: dict[str, Tensor]
+    ) -> tuple[list[Judged], Tensor]:
+        """What the recipe makes of each label, and the given labels of the whole training set, (N,) or (N, L).
 
         Args:
             trainer: of the fit.
-            share: what the last pass showed.
+            pl_module: whose weights are looked at.
+            share: what the last pass showed of this rank's rows.
         """
         trajectory, reduce = self._trajectory_in_use, sum_over_ranks(trainer.strategy)
-        index, weight = rank_share(len(trajectory), trainer.global_rank, trainer.world_size)
-        phases = trajectory.phases(index)
+        rows = self.reading.rows_per_sample
+        total = len(trajectory) // rows
+        index, weight = rank_share(total, trainer.global_rank, trainer.world_size)
         trajectory.merge(None, reduce)
-        scores = trajectory.scores(index)
-        last = share["last"]
+        label = place_by_index(index, weight, share["label"].reshape(-1, rows), total, reduce)
+        judged, fault = [], first_not_finite(pl_module)
+        for at, given in enumerate(label.unbind(dim=1)):
+            known = given[given >= 0]
+            is_one_sided = len(known) == 0 or bool(known.min() == known.max())
+            if is_one_sided and rows == 1:
+                raise ValueError(
+                    f"Expected training labels of at least two classes, but all {len(known)} samples have label"
+                    f" {int(known[0])}; there is nothing to tell apart."
+                    if len(known)
+                    else f"Expected labels to judge, but all {total} samples have ignore_index="
+                    f"{self.reading.ignore_index}."
+                )
+            of_label = {name: value[at::rows] for name, value in share.items()}
+            evidence = self._evidence(trainer, of_label, index, weight, index * rows + at)
+            verdict = None if is_one_sided else judge_finite(self.recipe, evidence, reduce, fault)
+            judged.append(Judged(evidence, weight, verdict))
+        return judged, label if self.reading.task == "multilabel" else label.flatten()
+
+    def _evidence(
+        self, trainer: Trainer, share: dict[str, Tensor], index: Tensor, weight: Tensor, rows: Tensor
+    ) -> Evidence:
+        """This rank's evidence.
+
+        Args:
+            trainer: of the fit.
+            share: what the last pass showed of one label of each of this rank's samples.
+            index: (n,) int64, the samples.
+            weight: (n,), 0 for one that only pads.
+            rows: (n,) int64, their rows in the trajectory.
+        """
+        trajectory, last = self._trajectory_in_use, share["last"]
         # A sample that was not drawn in one phase of training is as it was in the last pass.
-        blocks = [phase.where(phase.isfinite(), last) for phase in phases]
-        label = place_by_index(index, weight, share["label"], len(trajectory), reduce)
-        if label.min() == label.max():
-            raise ValueError(
-                f"Expected training labels of at least two classes, but all {len(label)} samples have label"
-                f" {int(label[0])}; there is nothing to tell apart."
-            )
+        blocks = [phase.where(phase.isfinite(), last) for phase in trajectory.phases(rows)]
+        scores = trajectory.scores(rows)
         device = compute_device(trainer)
-        evidence = Evidence(
+        counts = weight * (share["label"] != IGNORED)
+        return Evidence(
             index=index,
-            weight=weight.to(device),
-            label=share["label"].to(device),
+            weight=counts.to(device),
+            label=share["label"].clamp(min=0).to(device),
             attribution=torch.stack([*blocks, last], dim=1).to(device),
             basis=trajectory.basis.to(device),
             margin=share["margin"].to(device),
@@ -602,54 +681,27 @@ class AttributionPartitionCallback(UnlearnCallback):
             response=share["response"].to(device) if "response" in share else None,
             rows=share["rows"].to(device) if "rows" in share else None,
         )
-        return evidence, label
 
-    def _made(self, trainer: Trainer, evidence: Evidence, verdict: Verdict, label: Tensor) -> Partition:
-        total, reduce, weight = len(label), sum_over_ranks(trainer.strategy), evidence.weight.cpu()
-
-        def of_all(values: Tensor) -> Tensor:
-            return place_by_index(evidence.index, weight, values.cpu(), total, reduce)
-
-        certain = torch.ones_like(evidence.weight)
-        probability = of_all(verdict.clean_probability).float().clamp(0, 1)
-        of_label, of_input = (
-            of_all(certain if values is None else values).float().clamp(0, 1)
-            for values in (verdict.label_probability, verdict.input_probability)
-        )
-        usable = torch.ones(total, dtype=torch.bool)
-        if verdict.unusable is not None:
-            usable = of_all(verdict.unusable.float()) == 0
-        is_clean = _keep_some(
-            (probability >= self.threshold) & usable, probability, label, self.min_class_share, usable
-        )
-        suggested = verdict.suggested_probability
-        of_suggested = 1 - probability if suggested is None else of_all(suggested).float().clamp(0, 1)
-        return Partition(
-            clean_probability=probability,
-            is_clean=is_clean,
-            suggested_label=torch.where(is_clean, label, of_all(verdict.suggested_label)),
-            suggested_probability=torch.where(is_clean, probability, of_suggested),
-            noise_rate=min(max(1 - probability.double().mean().item(), 0.0), 1.0),
-            label=label,
-            label_evidence=of_all(evidence.support).float().clamp(0, 1),
-            input_evidence=of_input,
-            reason=_reasons(is_clean, of_label, of_input, self.threshold),
-            noise_matrix=torch.zeros(0, 0) if verdict.noise_matrix is None else verdict.noise_matrix.cpu().float(),
+    def _made(self, trainer: Trainer, judged: Sequence[Judged], label: Tensor) -> Partition:
+        return assemble(
+            judged,
+            label,
+            Cut(self.threshold, self.min_class_share),
+            sum_over_ranks(trainer.strategy),
             recipe=self.recipe.name,
             layer=str(self._point),
             epoch=trainer.current_epoch,
-            warning=verdict.warning or _one_sided(is_clean, label),
             fingerprint=self._fingerprint,
         )
 
-    def _report(self, pl_module: LightningModule, partition: Partition, verdict: Verdict, seconds: float) -> None:
+    def _report(self, pl_module: LightningModule, partition: Partition, notes: list[str], seconds: float) -> None:
         suspects = len(partition.suspect_indices())
         rank_zero_info(
             f"Partition after {partition.epoch} epochs ({partition.recipe}, {partition.layer}, evidence of"
             f" {len(self._epochs_seen)} epochs and a pass of {seconds:.1f} s): {suspects:,} of {len(partition):,}"
             f" samples are suspect, estimated noise rate {partition.noise_rate:.1%}."
         )
-        for note in (*verdict.notes, *_few_samples(len(partition), self._num_classes)):
+        for note in (*notes, *_few_samples(len(partition), self.reading.num_classes)):
             rank_zero_info(f"  {note}")
         if partition.warning:
             rank_zero_warn(f"The partition is not acted upon, training goes on with all the data: {partition.warning}.")
@@ -707,26 +759,6 @@ def _log_partition(pl_module: LightningModule, partition: Partition) -> None:
     log_values(pl_module, {"unlearn/noise_rate": partition.noise_rate, "unlearn/kept_share": kept})
 
 
-def _keep_some(is_clean: Tensor, probability: Tensor, label: Tensor, share: float, usable: Tensor) -> Tensor:
-    """The samples to keep: the clean ones, and in each class at least a share of its usable samples, the likeliest."""
-    kept = is_clean.clone()
-    for c in label[usable].bincount().nonzero().flatten().tolist():
-        members = ((label == c) & usable).nonzero().flatten()
-        least = math.ceil(share * len(members))
-        if int(is_clean[members].sum()) < least:
-            kept[members[probability[members].argsort(descending=True, stable=True)[:least]]] = True
-    return kept
-
-
-def _reasons(is_clean: Tensor, of_label: Tensor, of_input: Tensor, threshold: float) -> Tensor:
-    """(N,) uint8, positions in ``REASONS``. A sample below the threshold only in the product is so for the likelier."""
-    label, corrupted = of_label < threshold, of_input < threshold
-    neither = ~label & ~corrupted
-    label, corrupted = label | (neither & (of_label <= of_input)), corrupted | (neither & (of_label > of_input))
-    reason = label * REASONS.index("label") + corrupted * REASONS.index("input")
-    return torch.where(is_clean, 0, reason).to(torch.uint8)
-
-
 def _check_same_size(before: int, now: int) -> None:
     if before != now:
         raise ValueError(
@@ -746,14 +778,20 @@ def _check_same_labels(before: Tensor, now: Tensor) -> None:
         )
 
 
-def _one_sided(is_clean: Tensor, label: Tensor) -> str:
-    """Why a partition leaves too little to train on, or nothing out; else empty."""
-    kept, total = int(is_clean.sum()), len(is_clean)
-    if kept in (0, total):
-        return f"it calls {'none' if kept == 0 else 'all'} of the {total} samples clean"
-    before, after = label.bincount(), label[is_clean].bincount(minlength=int(label.max()) + 1)
-    lost = ((before > 0) & (after == 0)).nonzero().flatten().tolist()
-    return f"it keeps no sample of {'class' if len(lost) == 1 else 'the classes'} {str(lost)[1:-1]}" if lost else ""
+def _seen_in_the_last_pass(seen: MarginAttribution, label: Tensor, margin: Tensor) -> dict[str, Tensor]:
+    rows = {} if seen.class_max is None else {"rows": seen.class_max}
+    return {
+        "margin": margin,
+        "loss": cross_entropy(seen.logits, label, reduction="none"),
+        "prediction": seen.logits.argmax(dim=1),
+        **rows,
+    }
+
+
+def _of_several_labels(logits: Tensor, label: Tensor) -> MarginAttribution:
+    """Each label's margin: at the head's input its logit is, less the bias, the sum of gradient x activation."""
+    logits = logits.float()
+    return MarginAttribution(label_margin(logits, label).unsqueeze(1), logits)
 
 
 def _warn_of_probabilities(logits: Tensor) -> None:

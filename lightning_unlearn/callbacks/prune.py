@@ -282,11 +282,10 @@ class SensitivityPruneCallback(PartitionConsumer):
         self._masks = [NeuronMask(**mask) for mask in state["masks"]]
 
     def _prune(self, trainer: Trainer, pl_module: LightningModule, partition: Partition) -> None:
-        num_classes = probe(trainer, pl_module, self.source)[0].output.shape[1]
         gauge = None
         if self.guard:
-            gauge = make_gauge(trainer, pl_module, self.source, partition, num_classes, self.guard_tolerance)
-        rankings = self._rank(trainer, pl_module, partition, gauge, num_classes)
+            gauge = make_gauge(trainer, pl_module, self.source, partition, self.guard_tolerance)
+        rankings = self._rank(trainer, pl_module, partition, gauge)
         self._live = self._live or [ranking.live for ranking in rankings]
         proposal = [
             ranking.order[: max(0, share_of(self.amount, live) - self._count_pruned(at))]
@@ -314,12 +313,11 @@ class SensitivityPruneCallback(PartitionConsumer):
         pl_module: LightningModule,
         partition: Partition,
         gauge: Gauge | None,
-        num_classes: int,
     ) -> list[Ranking]:
         held = torch.zeros(0, dtype=torch.int64) if gauge is None else gauge.held
         gone = [~mask.keep for mask in self._masks] if self._holds() else [None] * len(self._sites)
         subject = Subject(partition, held, gone)
-        return rank_neurons(trainer, pl_module, self.source, self._sites, self.method, subject, num_classes)
+        return rank_neurons(trainer, pl_module, self.source, self._sites, self.method, subject)
 
     def _holds(self) -> bool:
         """Whether neurons have been pruned before, and not only proposed."""

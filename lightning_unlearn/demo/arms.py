@@ -33,6 +33,7 @@ from lightning_unlearn import (
 from lightning_unlearn.demo.digits import DigitsClassifier, DigitsDataModule
 from lightning_unlearn.sampling import OnNoisy
 from lightning_unlearn.storage import target_folder
+from lightning_unlearn.targets import Reading
 
 BASE = "base"
 CONTINUE = "continue on all data, same steps"
@@ -154,12 +155,10 @@ class _TruePartition(L.Callback):
     def __init__(self, truth: Partition, at_epoch: int) -> None:
         self.truth = truth
         self.at_epoch = at_epoch
+        self.reading = Reading()
 
     def pull_partition(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Partition | None:
         return self.truth if trainer.current_epoch >= self.at_epoch else None
-
-    def split_batch(self, batch: Any) -> tuple[Any, Tensor]:
-        return batch[0], batch[1]
 
 
 @contextmanager

@@ -43,7 +43,7 @@ class Failing(AttributionPartitionCallback):
 
     def _observe_pass(self, trainer, pl_module):
         if trainer.global_rank == 1:
-            self.split_batch = lambda _: 1 / 0
+            self.reading.split = lambda _: 1 / 0
         return super()._observe_pass(trainer, pl_module)
 
 

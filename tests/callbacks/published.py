@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, one_hot
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_unlearn.data import split_batch
+from lightning_unlearn.targets import Reading
 from lightning_unlearn.types import Partition
 
 CLASSES = 4
@@ -49,7 +49,7 @@ class Published(L.Callback):
         self.at_epoch = min(partition.epoch for partition in partitions)
         self.is_dry_run = is_dry_run
         self.regresses_on_probability = soft
-        self.split_batch = split_batch
+        self.reading = Reading()
 
     def pull_partition(self, trainer, pl_module):
         due = [partition for partition in self.partitions if partition.epoch <= trainer.current_epoch]

@@ -190,9 +190,9 @@ def test_a_module_without_parameters_cannot_be_trained():
     refused(ValueError, "modules with parameters, but 'net.2' has none", [partition, finetune])
 
 
-class OneLogit(Toy):
-    def __init__(self):
-        super().__init__(lambda: nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 1)))
+class ThreeDimensions(Toy):
+    def forward(self, x):
+        return self.net(x).unsqueeze(2)
 
 
 class NoTensor(Toy):
@@ -201,12 +201,14 @@ class NoTensor(Toy):
 
 
 @pytest.mark.parametrize(
-    ("module", "found"), [(OneLogit, r"shape \(16, 1\)"), (NoTensor, "dict")], ids=["one logit", "a dict"]
+    ("module", "found"),
+    [(ThreeDimensions, r"torch.float32 \(16, 4, 1\)"), (NoTensor, "dict")],
+    ids=["three dimensions", "a dict"],
 )
-def test_a_forward_that_returns_no_logits_of_several_classes(module, found):
+def test_a_forward_that_returns_no_logits(module, found):
     refused(
         TypeError,
-        rf"forward of {module.__name__} to return logits \(B, C\) with at least two classes, or .* returned {found}",
+        rf"forward of {module.__name__} to return logits \(B, C\), or .* returned {found}; pass logits_from=",
         [AttributionPartitionCallback(at_epoch=2)],
         module=module(),
         limit_val_batches=0,
@@ -252,11 +254,16 @@ def collated(change):
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
-        (lambda x, y: {"x": x, "y": y}, TypeError, "batch .x, y. .* but got a dict of 2; pass batch_to_xy="),
-        (lambda x, y: (x, y, y), TypeError, "but got a tuple of 3; pass batch_to_xy="),
-        (lambda x, y: x, TypeError, "but got a Tensor of 8; pass batch_to_xy="),
+        (lambda x, y: {"x": x, "cls": y}, TypeError, "labels under one of .* but it has 'x', 'cls'; pass batch_to"),
+        (
+            lambda x, y: (x, y, y),
+            TypeError,
+            "inputs in a batch as forward takes, 1, but .* it has 2; pass batch_to_xy=",
+        ),
+        (lambda x, y: {"x": x, "z": x, "y": [0] * len(y)}, TypeError, "but it has 'x', 'z', 'y'; pass batch_to"),
+        (lambda x, y: x, TypeError, "but got a Tensor of 8; pass batch_to"),
         (lambda x, y: (x, y.float()), ValueError, r"integer labels of shape \(8,\).* torch.float32 of shape \(8,\)"),
-        (lambda x, y: (x, y.unsqueeze(1)), ValueError, r"integer labels of shape \(8,\).* of shape \(8, 1\)"),
+        (lambda x, y: (x, y.reshape(2, 4)), ValueError, r"integer labels of shape \(8,\).* of shape \(2, 4\)"),
         (
             lambda x, y: (x, y + 1),
             ValueError,
@@ -264,7 +271,7 @@ def collated(change):
         ),
         (lambda x, y: (x, y - 1), ValueError, r"labels in \[0, 4\), .* but found -1 in the batch"),
     ],
-    ids=["dict", "triple", "no labels", "float labels", "label column", "label too large", "negative label"],
+    ids=["dict", "triple", "list", "no labels", "float labels", "label matrix", "label too large", "negative label"],
 )
 def test_batches_that_are_not_inputs_and_labels(change, error, match):
     refused(error, match, [AttributionPartitionCallback(at_epoch=2)], data=collated(change))

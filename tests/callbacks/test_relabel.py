@@ -17,7 +17,8 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 
 from lightning_unlearn import CleanSubsetFinetuneCallback
 from lightning_unlearn.callbacks._relabel import with_labels
-from lightning_unlearn.data import indexed_batches, split_batch
+from lightning_unlearn.data import indexed_batches
+from lightning_unlearn.targets import Reading, split_batch
 from lightning_unlearn.types import REASONS
 from tests.callbacks.published import Published, make_partition
 from tests.toys import CLASSES, Blobs, BlobsData, Toy, assert_same_weights, fit, mlp, trio, weights
@@ -43,7 +44,7 @@ def known(data, split=split_batch):
     object.__setattr__(partition, "suggested_probability", torch.where(kind == 1, 0.5, 0.9))
     partition.reason[kind == 2] = INPUT
     source = Published(partition)
-    source.split_batch = split
+    source.reading = Reading(batch_to_xy=split)
     return source
 
 
@@ -562,10 +563,16 @@ def test_beside_accumulation_clipping_and_a_dropout():
 NEW = torch.tensor([-1, 3, 0])
 
 
+def settled(split=None, task="multiclass", outputs=4):
+    reading = Reading(task=task, batch_to_xy=split)
+    reading.settle(torch.zeros(2, outputs), torch.zeros(2, dtype=torch.int64))
+    return reading
+
+
 def test_only_the_labels_of_a_batch_are_replaced_and_in_a_copy():
     x, y, other = torch.zeros(3, 2), torch.tensor([1, 1, 1]), torch.tensor([1, 1, 1])
     batch = {"x": x, "pair": [y, other], "same": y, "word": "a"}
-    changed = with_labels(batch, lambda b: (b["x"], b["pair"][0]), NEW)
+    changed = with_labels(batch, settled(lambda b: (b["x"], b["pair"][0])), NEW)
     assert changed["pair"][0].tolist() == changed["same"].tolist() == [1, 3, 0]
     assert changed["x"] is x
     assert changed["pair"][1] is other
@@ -577,15 +584,16 @@ def test_only_the_labels_of_a_batch_are_replaced_and_in_a_copy():
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (torch.ones(3), r"Expected one integer label per row, \(3,\), .*, but got torch.float32 \(3,\)"),
-        (torch.ones(2, dtype=torch.int64), r"but got torch.int64 \(2,\)"),
-        (torch.ones(3, 4, dtype=torch.int64), r"but got torch.int64 \(3, 4\)"),
+        (torch.ones(3), r"cannot be replaced; .*integer labels of shape \(3,\),.* but got torch.float32 of"),
+        (torch.ones(2, dtype=torch.int64), r"labels of 3 rows .*, but got 2; "),
+        (torch.ones(3, 5, dtype=torch.int64), r"cannot be replaced; .* but got torch.int64 of shape \(3, 5\)"),
     ],
-    ids=["floats", "too few", "one-hot"],
+    ids=["floats", "too few", "columns"],
 )
 def test_labels_that_are_not_one_integer_per_row_are_not_replaced(labels, message):
-    with pytest.raises(TypeError, match=message + r".*use on_noisy='drop' or 'weigh'"):
-        with_labels((torch.zeros(3, 2), labels), split_batch, NEW)
+    with pytest.raises(TypeError, match=message) as error:
+        with_labels((torch.zeros(3, 2), labels), settled(), NEW)
+    assert "use on_noisy='drop' or 'weigh'" in str(error.value)
 
 
 def test_weighing_draws_as_many_in_every_epoch_and_each_as_often_as_it_is_likely_clean():

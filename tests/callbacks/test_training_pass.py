@@ -14,9 +14,10 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 
 from lightning_unlearn.callbacks import _training_pass
 from lightning_unlearn.callbacks._training_pass import WINDOW, TrainingPassReader, pulled_elsewhere
-from lightning_unlearn.data import RememberedBatches, split_batch
+from lightning_unlearn.data import RememberedBatches
+from lightning_unlearn.targets import Reading, split_batch
 from tests.ranks import run_script
-from tests.toys import Toy, assert_same_weights, fit, make_trainer, mlp, sgd, weights
+from tests.toys import CLASSES, Toy, assert_same_weights, fit, make_trainer, mlp, sgd, weights
 
 N = 101
 BATCH = 8
@@ -67,7 +68,8 @@ class Driver(L.Callback):
 
     def __init__(self, head=HEAD, split=split_batch, late=False):
         self.sink = Sink()
-        self.reader = TrainingPassReader(split=split, sink=self.sink)
+        self.reading = Reading(batch_to_xy=split)
+        self.reader = TrainingPassReader(reading=self.reading, sink=self.sink)
         self.head, self.late, self.goes_on, self.rows_read = head, late, [], []
 
     def setup(self, trainer, pl_module, stage):
@@ -77,6 +79,9 @@ class Driver(L.Callback):
             self.reader.attach(trainer)
 
     def on_train_start(self, trainer, pl_module):
+        head = dict(pl_module.named_modules()).get(self.head)
+        outputs = getattr(head, "out_features", CLASSES)
+        self.reading.settle(torch.zeros(2, outputs), torch.zeros(2, dtype=torch.int64))
         self.reader.start(trainer, pl_module, self.head)
 
     def on_train_epoch_start(self, trainer, pl_module):
@@ -511,7 +516,7 @@ def forward_only(module, x, y):
 
 def soft_labels(module, batch, _):
     x, y = batch
-    return x, one_hot(y) if module.trainer.training else y
+    return x, 0.9 * one_hot(y) + 0.025 if module.trainer.training else y
 
 
 def doubled(module, batch, _):
@@ -519,13 +524,13 @@ def doubled(module, batch, _):
 
 
 def as_dict(module, batch, _):
-    return {"x": batch[0], "y": batch[1]}
+    return {"x": batch[0], "answer": batch[1]}
 
 
 @pytest.mark.parametrize(
     ("hook", "reason"),
     [
-        (soft_labels, r"not one integer per row but torch.float32 \(8, 4\)"),
+        (soft_labels, r"\d+ labels of training batches name no class"),
         (doubled, "a batch of 8 dataset indices has 16 rows"),
         (as_dict, "cannot be split into input and labels"),
     ],
@@ -624,17 +629,34 @@ def test_a_step_that_draws_its_own_batches_is_not_read():
     assert "cannot be matched" in driver.reader.reason
 
 
-def test_labels_that_name_no_class():
+def ignoring_three(number):
+    """A step without the third class, whose label becomes another number."""
+
     def ignoring(module, x, y):
-        return F.cross_entropy(module(x), y.where(y != 3, -100))
+        return F.cross_entropy(module(x), y, ignore_index=number)
 
     def relabel(module, batch, _):
-        return batch[0], batch[1].where(batch[1] != 3, -100)
+        return batch[0], batch[1].where(batch[1] != 3, number)
 
     module = Net(ignoring)
     module.on_after_batch_transfer = types.MethodType(relabel, module)
-    driver, _ = run(DataLoader(Coded(), batch_size=BATCH), module)
+    return module
+
+
+def test_labels_that_name_no_class():
+    driver, _ = run(DataLoader(Coded(), batch_size=BATCH), ignoring_three(-7))
     assert "name no class that 'net.7' has an output for" in driver.reader.reason
+
+
+def test_rows_with_the_label_to_ignore_are_left_out():
+    data = Coded()
+    driver, _ = run(DataLoader(data, batch_size=BATCH), ignoring_three(-100))
+    assert driver.reader.reason == ""
+    labels = torch.stack([y for _, y in data])
+    for epoch in range(len(driver.goes_on)):
+        index, _, label = driver.sink.rows(epoch)
+        assert sorted(index.tolist()) == (labels != 3).nonzero().flatten().tolist()
+        assert label.equal(labels[index])
 
 
 @pytest.mark.parametrize("full", [False, True])

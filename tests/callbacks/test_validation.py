@@ -18,6 +18,7 @@ from tests.callbacks.test_leaves_model_as_found import hooks_of
 from tests.toys import CLASSES, Blobs, BlobsData, Toy, fit, mlp, weights
 
 SOURCE = AttributionPartitionCallback(at_epoch=1)
+SOURCE.reading.settle(torch.zeros(2, CLASSES), torch.zeros(2, dtype=torch.int64))
 
 
 class Asks(L.Callback):
@@ -34,7 +35,7 @@ class Asks(L.Callback):
 
 
 def validation(trainer, pl_module):
-    return score_validation(trainer, pl_module, SOURCE, CLASSES)
+    return score_validation(trainer, pl_module, SOURCE)
 
 
 def by_hand(model, x, y):
@@ -184,7 +185,7 @@ class Order(L.Callback):
 @pytest.mark.parametrize("make", [shuffled, lambda: DataLoader(Blobs(45, augment="torch", seed=7), 16)])
 def test_the_fit_goes_on_as_without_a_score(make):
     seen = []
-    for asking in ([], [Asks(validation), Asks(lambda *a: score_samples(*a, SOURCE, torch.arange(20), CLASSES))]):
+    for asking in ([], [Asks(validation), Asks(lambda *a: score_samples(*a, SOURCE, torch.arange(20)))]):
         module, order = Toy(lambda: mlp(dropout=0.3)), Order()
         fit(module, Data(make), [*asking, order], max_epochs=3)
         seen.append((weights(module), torch.cat(order.batches)))
@@ -198,7 +199,7 @@ def test_the_fit_goes_on_as_without_a_score(make):
 def test_samples_are_scored_by_dataset_index(index):
     index = torch.tensor(index)
     data = Data(lambda: DataLoader(HELD_OUT, 16))
-    asks = Asks(lambda trainer, module: score_samples(trainer, module, SOURCE, index, CLASSES))
+    asks = Asks(lambda trainer, module: score_samples(trainer, module, SOURCE, index))
     fit(Toy(), data, [asks], max_epochs=2)
     assert_is(asks.score, by_hand(asks.model, data.train.x[index], data.train.y[index]))
 
@@ -208,7 +209,7 @@ def test_two_scores_in_a_row_see_the_same_augmentation():
     data.train.augment = "numpy"
 
     def ask(trainer, module):
-        return [score_samples(trainer, module, SOURCE, torch.arange(50), CLASSES) for _ in range(2)]
+        return [score_samples(trainer, module, SOURCE, torch.arange(50)) for _ in range(2)]
 
     asks = Asks(ask)
     fit(Toy(), data, [asks], max_epochs=2)
@@ -219,7 +220,7 @@ def test_two_scores_in_a_row_see_the_same_augmentation():
 
 def test_no_samples_have_no_score():
     with pytest.raises(ValueError, match="Expected at least one sample to score"):
-        score_samples(None, None, SOURCE, torch.zeros(0, dtype=torch.int64), CLASSES)
+        score_samples(None, None, SOURCE, torch.zeros(0, dtype=torch.int64))
 
 
 def test_memory_that_does_not_suffice_for_a_batch_is_used_in_parts():
@@ -253,7 +254,7 @@ def test_what_a_distributed_sampler_repeats_is_counted_once(shuffle, size, world
 def test_a_rank_that_cannot_go_on_leaves_none_with_a_score():
     reduced = torch.tensor([8.0, 4.0, 10.0, 1.0], dtype=torch.float64)
     strategy = SimpleNamespace(root_device=torch.device("cpu"), reduce=lambda tensor, reduce_op: reduced)
-    tally = _validation._Tally(None, CLASSES)
+    tally = _validation._Tally(None, SOURCE)
     assert tally.score(SimpleNamespace(strategy=strategy)) is None
     reduced[3] = 0
     assert tally.score(SimpleNamespace(strategy=strategy)) == Score(0.8, 0.4, 10)

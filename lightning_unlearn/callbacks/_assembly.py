@@ -1,0 +1,207 @@
+"""From what a recipe says of each rank's share to one partition of the training set."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lightning_unlearn.distributed import place_by_index
+from lightning_unlearn.functional.mixture import Reduce
+from lightning_unlearn.recipes import Verdict
+from lightning_unlearn.types import REASONS, Evidence, Partition, class_members
+
+_NO_MATRIX = torch.zeros(0, 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """What was seen of one rank's share of the samples, and what a recipe made of it.
+
+    Args:
+        evidence: of this rank's share.
+        weight: (n,), 0 for a row that only pads the share; where the label is to be ignored, the evidence's is 0 too.
+        verdict: None where there was nothing to judge, as all samples have the same label.
+    """
+
+    evidence: Evidence
+    weight: Tensor
+    verdict: Verdict | None
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """What makes a sample clean.
+
+    Args:
+        threshold: the least probability.
+        min_class_share: share of each class's samples that is kept in any case.
+    """
+
+    threshold: float
+    min_class_share: float
+
+
+@dataclass(frozen=True, eq=False)
+class _Column:
+    """What is known of every sample's one label; (N,) each."""
+
+    probability: Tensor
+    of_label: Tensor
+    of_input: Tensor
+    support: Tensor
+    suggested: Tensor
+    of_suggested: Tensor
+    usable: Tensor
+
+
+def assemble(  # noqa: PLR0913  (what a partition says of itself)
+    judged: Sequence[Judged],
+    label: Tensor,
+    cut: Cut,
+    reduce: Reduce,
+    *,
+    recipe: str,
+    layer: str,
+    epoch: int,
+    fingerprint: str = "",
+) -> Partition:
+    """The partition, the same on every rank, each of which must ask.
+
+    Args:
+        judged: this rank's share, for each label of a sample; of a multi-class task there is one.
+        label: (N,) int64 the given labels, or (N, L) of a multi-label task; -1 for one that is to be ignored.
+        cut: what makes a sample clean.
+        reduce: sums over the ranks.
+        recipe: its name.
+        layer: where the attributions were taken.
+        epoch: how many epochs are complete.
+        fingerprint: of the training set.
+    """
+    warning = _warning(judged)
+    if label.ndim > 1:
+        # One label that cannot be told apart says nothing, and nothing against the others.
+        judged = [replace(one, verdict=None) if one.verdict and one.verdict.warning else one for one in judged]
+    columns = [_column(one, given, reduce) for one, given in zip(judged, label.reshape(len(label), -1).T, strict=True)]
+    one = columns[0] if label.ndim == 1 else _joined(columns, label, cut.threshold)
+    is_clean = _keep_some(
+        (one.probability >= cut.threshold) & one.usable, one.probability, label, cut.min_class_share, one.usable
+    )
+    first = judged[0].verdict
+    matrix = None if first is None or label.ndim > 1 else first.noise_matrix
+    kept = is_clean.unsqueeze(1) if label.ndim > 1 else is_clean
+    return Partition(
+        clean_probability=one.probability,
+        is_clean=is_clean,
+        suggested_label=torch.where(kept, label, one.suggested),
+        suggested_probability=torch.where(is_clean, one.probability, one.of_suggested),
+        noise_rate=min(max(1 - one.probability.double().mean().item(), 0.0), 1.0),
+        label=label,
+        label_evidence=one.support,
+        input_evidence=one.of_input,
+        reason=_reasons(is_clean, one.of_label, one.of_input, cut.threshold),
+        noise_matrix=_NO_MATRIX if matrix is None else matrix.cpu().float(),
+        recipe=recipe,
+        layer=layer,
+        epoch=epoch,
+        warning=warning or _one_sided(is_clean, label),
+        fingerprint=fingerprint,
+        label_probability=_NO_MATRIX if label.ndim == 1 else torch.stack([c.probability for c in columns], dim=1),
+    )
+
+
+def notes_of(judged: Sequence[Judged]) -> list[str]:
+    """What the gates said, for the log."""
+    if len(judged) == 1:
+        return [] if judged[0].verdict is None else list(judged[0].verdict.notes)
+    same = [str(at) for at, one in enumerate(judged) if one.verdict is None]
+    notes = [f"label {at}: {note}" for at, one in enumerate(judged) if one.verdict for note in one.verdict.notes]
+    return [*notes, *([f"labels that are the same in all samples are not judged: {', '.join(same)}"] if same else [])]
+
+
+def _column(one: Judged, given: Tensor, reduce: Reduce) -> _Column:
+    evidence, verdict, known = one.evidence, one.verdict, given >= 0
+    certain = torch.ones_like(one.weight)
+
+    def of_all(values: Tensor | None) -> Tensor:
+        placed = place_by_index(
+            evidence.index, one.weight, (certain if values is None else values).cpu(), len(given), reduce
+        )
+        return placed.float().clamp(0, 1)
+
+    if verdict is None:
+        everywhere = torch.ones(len(given))
+        return _Column(everywhere, everywhere, everywhere, of_all(evidence.support), given, everywhere, everywhere > 0)
+    probability = of_all(verdict.clean_probability)
+    of_suggested = verdict.suggested_probability
+    suggested = place_by_index(evidence.index, one.weight, verdict.suggested_label.cpu(), len(given), reduce)
+    usable = torch.ones(len(given), dtype=torch.bool)
+    if verdict.unusable is not None:
+        usable = of_all(verdict.unusable.float()) == 0
+    # A sample whose label is to be ignored is not judged.
+    return _Column(
+        probability.where(known, 1),
+        of_all(verdict.label_probability).where(known, 1),
+        of_all(verdict.input_probability).where(known, 1),
+        of_all(evidence.support).where(known, 1),
+        suggested.where(known, given),
+        (1 - probability if of_suggested is None else of_all(of_suggested)).where(known, 1),
+        usable | ~known,
+    )
+
+
+def _joined(columns: Sequence[_Column], label: Tensor, threshold: float) -> _Column:
+    """Of a sample with several labels: it is as clean as the most doubtful of them."""
+    probability = torch.stack([column.probability for column in columns], dim=1)
+    wrong = probability < threshold
+    suggested = torch.where(wrong, torch.stack([column.suggested for column in columns], dim=1), label)
+    of_suggested = torch.stack([column.of_suggested for column in columns], dim=1)
+    return _Column(
+        probability.amin(dim=1),
+        torch.stack([column.of_label for column in columns], dim=1).amin(dim=1),
+        torch.stack([column.of_input for column in columns], dim=1).amin(dim=1),
+        torch.stack([column.support for column in columns], dim=1).amin(dim=1),
+        suggested,
+        torch.where(wrong, of_suggested, probability).amin(dim=1),
+        torch.stack([column.usable for column in columns], dim=1).all(dim=1),
+    )
+
+
+def _warning(judged: Sequence[Judged]) -> str:
+    warnings = [one.verdict.warning if one.verdict else "" for one in judged]
+    if len(judged) == 1:
+        return warnings[0]
+    said = [f"label {at}: {warning}" for at, warning in enumerate(warnings) if warning]
+    return "; ".join(said) if len(said) == len(judged) else ""
+
+
+def _keep_some(is_clean: Tensor, probability: Tensor, label: Tensor, share: float, usable: Tensor) -> Tensor:
+    """The samples to keep: the clean ones, and in each class at least a share of its usable samples, the likeliest."""
+    kept = is_clean.clone()
+    for _, of_class in class_members(label):
+        members = of_class[usable[of_class]]
+        least = math.ceil(share * len(members))
+        if int(is_clean[members].sum()) < least:
+            kept[members[probability[members].argsort(descending=True, stable=True)[:least]]] = True
+    return kept
+
+
+def _reasons(is_clean: Tensor, of_label: Tensor, of_input: Tensor, threshold: float) -> Tensor:
+    """(N,) uint8, positions in ``REASONS``. A sample below the threshold only in the product is so for the likelier."""
+    label, corrupted = of_label < threshold, of_input < threshold
+    neither = ~label & ~corrupted
+    label, corrupted = label | (neither & (of_label <= of_input)), corrupted | (neither & (of_label > of_input))
+    reason = label * REASONS.index("label") + corrupted * REASONS.index("input")
+    return torch.where(is_clean, 0, reason).to(torch.uint8)
+
+
+def _one_sided(is_clean: Tensor, label: Tensor) -> str:
+    """Why a partition leaves too little to train on, or nothing out; else empty."""
+    kept, total = int(is_clean.sum()), len(is_clean)
+    if kept in (0, total):
+        return f"it calls {'none' if kept == 0 else 'all'} of the {total} samples clean"
+    lost = [c for c, members in class_members(label) if not bool(is_clean[members].any())]
+    return f"it keeps no sample of {'class' if len(lost) == 1 else 'the classes'} {str(lost)[1:-1]}" if lost else ""

@@ -1,0 +1,382 @@
+"""What a batch, a model's output and a label mean: where the input and the labels are, and which classes they name."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, cast, get_args
+
+import torch
+from torch import Tensor, nn
+
+Task = Literal["auto", "multiclass", "binary", "multilabel"]
+"""The kinds of classification, by torchmetrics' names; ``"auto"``: as the first batch looks."""
+SoftLabels = Literal["refuse", "argmax"]
+"""What becomes of labels that are probabilities."""
+
+LABEL_NAMES = ("labels", "label", "targets", "target", "y")
+"""Where labels lie in a batch with names, the first that is there."""
+IGNORED = -1
+"""What a label is that is to be ignored."""
+
+_ILLEGAL = -2
+# Of a row of probabilities that is one class outright, in any floating-point precision.
+_ROUNDING = 1e-3
+
+
+def split_batch(batch: Any) -> tuple[Any, Tensor]:
+    """The input and the labels of a batch of a common kind.
+
+    Args:
+        batch: ``(x, y)``; ``(x1, x2, ..., y)``, several inputs; or a mapping, dataclass or named tuple that holds the
+            labels under one of :data:`LABEL_NAMES`.
+
+    Returns:
+        the input: ``x``; a tuple of several inputs; or a dict of all but the labels.
+
+    Raises:
+        TypeError: for any other batch.
+
+    Example:
+        >>> split_batch({"input_ids": torch.zeros(2, 3), "labels": torch.tensor([0, 1])})[1]
+        tensor([0, 1])
+    """
+    named = _named_values(batch)
+    if named is not None:
+        name = next((name for name in LABEL_NAMES if isinstance(named.get(name), Tensor)), None)
+        if name is not None:
+            return {key: value for key, value in named.items() if key != name}, cast("Tensor", named[name])
+        if not isinstance(batch, tuple):
+            raise TypeError(
+                f"Expected a batch with labels under one of the names {', '.join(map(repr, LABEL_NAMES))}, but it has"
+                f" {', '.join(map(repr, named)) or 'none'}; pass batch_to_xy=... to AttributionPartitionCallback, a"
+                " function from the batch to (x, y)."
+            )
+    if isinstance(batch, (tuple, list)) and len(batch) >= 2 and isinstance(batch[-1], Tensor):
+        return (batch[0] if len(batch) == 2 else tuple(batch[:-1])), batch[-1]
+    found = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else type(batch).__name__
+    raise TypeError(
+        f"Expected a batch (x, y) with a tensor of labels y, or a dict with labels, but got a {found}; pass"
+        " batch_to_xy=... to AttributionPartitionCallback, a function from the batch to (x, y)."
+    )
+
+
+def _named_values(batch: Any) -> dict[str, Any] | None:
+    if isinstance(batch, Mapping):
+        return dict(batch)
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        return {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    return batch._asdict() if isinstance(batch, tuple) and hasattr(batch, "_asdict") else None
+
+
+def call_forward(module: nn.Module, x: Any) -> Any:
+    """Calls a model on the input that :func:`split_batch`, or a function of the user's, has found.
+
+    A dict goes to the parameters of ``forward`` by name, what ``forward`` does not name is left out; where it takes one
+    argument of another name, it gets the only value, or the whole dict.
+
+    Args:
+        module: the model.
+        x: a tensor, a tuple of positional arguments, or a dict.
+
+    Raises:
+        TypeError: if ``forward`` takes other arguments; the message names them.
+    """
+    # Of a compiled module the one inside: the wrapper's forward takes anything.
+    parameters = list(inspect.signature(getattr(module, "_orig_mod", module).forward).parameters.values())
+    if isinstance(x, tuple):
+        _check_positional(parameters, x)
+        return module(*x)
+    if not isinstance(x, dict):
+        return module(x)
+    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return module(**x)
+    required = [p.name for p in parameters if p.name in named and p.default is p.empty]
+    if set(required) <= set(x) and named & set(x):
+        return module(**{name: value for name, value in x.items() if name in named})
+    if len(required) <= 1 and named:
+        return module(next(iter(x.values())) if len(x) == 1 else x)
+    raise TypeError(
+        f"Expected a batch with {', '.join(map(repr, required))}, which forward takes, but besides the labels it has"
+        f" {', '.join(map(repr, x))}; pass batch_to_xy=... to AttributionPartitionCallback, a function from the batch"
+        " to (x, y) with x a tensor, or a tuple or dict of forward's arguments."
+    )
+
+
+def _check_positional(parameters: list[inspect.Parameter], x: tuple[Any, ...]) -> None:
+    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    required = [p for p in places if p.default is p.empty]
+    if len(x) < len(required) or (len(x) > len(places) and all(p.kind is not p.VAR_POSITIONAL for p in parameters)):
+        raise TypeError(
+            f"Expected as many inputs in a batch as forward takes, {len(required)}"
+            f"{f' to {len(places)}' if len(places) > len(required) else ''}, but besides the last, the labels, it has"
+            f" {len(x)}; pass batch_to_xy=... to AttributionPartitionCallback, a function from the batch to (x, y)."
+        )
+
+
+def logits_in(output: Any) -> Any:
+    """The logits in what ``forward`` returned: ``output.logits``, ``output["logits"]``, the first of a tuple, or it."""
+    if isinstance(output, Mapping):
+        return output.get("logits", output)
+    if hasattr(output, "logits"):
+        return output.logits
+    return output[0] if isinstance(output, (tuple, list)) and output else output
+
+
+class Reading:
+    """How batches, outputs and labels are read. What is ``"auto"`` is settled by the first batch.
+
+    **Rows.** Everything downstream sees rows of class logits (U, C) with class labels (U,). Of a multi-class task they
+    are the samples; a binary task's one logit z becomes those of two classes, -z/2 and z/2, whose softmax is its
+    sigmoid; of a multi-label task each label of each sample is such a binary row, sample by sample: U = B L.
+
+    Args:
+        task: kind of classification.
+        soft_labels: ``"refuse"`` labels that are probabilities, or take the class of the largest (``"argmax"``).
+        ignore_index: a label that means none, as in ``torch.nn.functional.cross_entropy``; None for no such label.
+        batch_to_xy: from a batch to the input and the labels, by default :func:`split_batch`.
+        logits_from: from what ``forward`` returns to logits, by default :func:`logits_in`.
+
+    Raises:
+        ValueError: for an unknown task or treatment of soft labels.
+    """
+
+    def __init__(
+        self,
+        *,
+        task: Task = "auto",
+        soft_labels: SoftLabels = "refuse",
+        ignore_index: int | None = -100,
+        batch_to_xy: Callable[[Any], tuple[Any, Tensor]] | None = None,
+        logits_from: Callable[[Any], Tensor] | None = None,
+    ) -> None:
+        for name, value, allowed in (
+            ("task", task, get_args(Task)),
+            ("soft_labels", soft_labels, get_args(SoftLabels)),
+        ):
+            if value not in allowed:
+                raise ValueError(f"Expected {name} to be one of {', '.join(map(repr, allowed))}, but got {value!r}.")
+        self.wanted = task
+        self.soft_labels = soft_labels
+        self.ignore_index = ignore_index
+        self.split = batch_to_xy or split_batch
+        self._logits_from = logits_from or logits_in
+        self.forget()
+
+    def forget(self) -> None:
+        """Unsettles what an earlier model's first batch has settled."""
+        self._task: Task = "auto"
+        self.num_outputs = 0
+
+    @property
+    def task(self) -> Task:
+        """The kind of classification.
+
+        Raises:
+            RuntimeError: before the first batch.
+        """
+        if self._task == "auto":
+            raise RuntimeError("The task is not settled yet; this is an error in lightning_unlearn.")
+        return self._task
+
+    @property
+    def num_classes(self) -> int:
+        """C, the number of classes of a row."""
+        return self.num_outputs if self.task == "multiclass" else 2
+
+    @property
+    def rows_per_sample(self) -> int:
+        """1, or for a multi-label task the number of labels."""
+        return self.num_outputs if self.task == "multilabel" else 1
+
+    def output(self, model: nn.Module, x: Any) -> Tensor:
+        """The logits that a model returns, (B, K), one column for a binary task.
+
+        Raises:
+            TypeError: if it returns something else.
+        """
+        logits = self._logits_from(call_forward(model, x))
+        if not isinstance(logits, Tensor) or logits.ndim not in (1, 2) or not logits.is_floating_point():
+            found = f"{logits.dtype} {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+            raise TypeError(
+                f"Expected forward of {type(model).__name__} to return logits (B, C), or (B,) of a binary task, or"
+                f" something that holds them as 'logits', but it returned {found}; pass logits_from=... to"
+                " AttributionPartitionCallback, a function from what forward returns to the logits."
+            )
+        return logits.unsqueeze(1) if logits.ndim == 1 else logits
+
+    def settle(self, output: Tensor, label: Any) -> None:
+        """Settles the task by the first batch; later calls do nothing.
+
+        Args:
+            output: (B, K).
+            label: as the batch holds it.
+
+        Raises:
+            ValueError: if the task asked for does not fit.
+        """
+        if self._task != "auto":
+            return
+        outputs = output.shape[1]
+        task = self._seen_task(outputs, label) if self.wanted == "auto" else self.wanted
+        if (task == "binary") != (outputs == 1) and task != "multilabel":
+            kind = "one logit" if task == "binary" else "a logit for each class, at least two,"
+            raise ValueError(
+                f"Expected forward to return {kind} per sample, as task='{task}' says, but it returned {outputs}; set"
+                f" task='{'multiclass' if task == 'binary' else 'binary'}'."
+            )
+        self._task, self.num_outputs = task, outputs
+
+    def _seen_task(self, outputs: int, label: Any) -> Task:
+        if outputs == 1:
+            return "binary"
+        if not isinstance(label, Tensor) or label.ndim != 2 or label.shape[1] != outputs:
+            return "multiclass"
+        known = label if self.ignore_index is None else label[label != self.ignore_index]
+        bits = bool(((known == 0) | (known == 1)).all())
+        # A row with no or several ones, or with ignored entries, is not that of a class.
+        return "multilabel" if bits and bool((label.sum(dim=1) != 1).any()) else "multiclass"
+
+    def logits(self, output: Tensor) -> Tensor:
+        """Rows (U, C) of class logits.
+
+        Args:
+            output: (B, K), or (B,) of a binary task.
+        """
+        if self.task == "multiclass":
+            return output
+        half = output.reshape(-1, 1) / 2
+        return torch.cat([-half, half], dim=1)
+
+    def gradients(self, gradient: Tensor) -> Tensor:
+        """Rows (U, C) of the gradient of the loss at the class logits, up to a factor, from that at the output."""
+        if self.task == "multiclass":
+            return gradient
+        flat = gradient.reshape(-1, 1)
+        return torch.cat([-flat, flat], dim=1)
+
+    def row_indices(self, index: Tensor) -> Tensor:
+        """(U,) int64, the rows of samples (B,) by their dataset index."""
+        count = self.rows_per_sample
+        if count == 1:
+            return index
+        return (index.unsqueeze(1) * count + torch.arange(count, device=index.device)).flatten()
+
+    def by_row(self, values: Tensor) -> Tensor:
+        """(U,), a value (B,) for each sample repeated for each of its rows."""
+        return values if self.rows_per_sample == 1 else values.repeat_interleave(self.rows_per_sample, dim=0)
+
+    def classes(self, label: Any, num_samples: int) -> Tensor:
+        """Class labels of rows, without looking at values, so that no accelerator is waited for.
+
+        Args:
+            label: as the batch holds it.
+            num_samples: B.
+
+        Returns:
+            (U,) int64: ``IGNORED`` for none, and below it for what is no label.
+
+        Raises:
+            ValueError: if they have not the right shape or type.
+        """
+        if not isinstance(label, Tensor) or label.is_complex():
+            raise ValueError(f"Expected a tensor of labels, but got {_kind(label)}{_CONVERT}")
+        if self.task == "multiclass":
+            if label.ndim == 2 and label.shape == (num_samples, self.num_outputs):
+                return self._largest(label)
+            return self._indices(label, num_samples)
+        shapes = [(num_samples, self.num_outputs)] if self.task == "multilabel" else [(num_samples,), (num_samples, 1)]
+        if tuple(label.shape) not in shapes:
+            raise ValueError(
+                f"Expected labels of shape {shapes[0]}, 0 or 1 for each logit, but got {_kind(label)}{_CONVERT}"
+            )
+        return self._bits(label.flatten())
+
+    def _indices(self, label: Tensor, num_samples: int) -> Tensor:
+        if tuple(label.shape) not in ((num_samples,), (num_samples, 1)) or label.is_floating_point():
+            raise ValueError(
+                f"Expected integer labels of shape ({num_samples},), one class index per sample, or of shape"
+                f" ({num_samples}, {self.num_outputs}), a column for each class, but got {_kind(label)}{_CONVERT}"
+            )
+        value = label.flatten().long()
+        legal = (value >= 0) & (value < self.num_outputs)
+        return self._without_ignored(value.where(legal, _ILLEGAL), label.flatten())
+
+    def _largest(self, label: Tensor) -> Tensor:
+        largest, value = label.max(dim=1)
+        rows = label.double()
+        legal = (rows >= 0).all(dim=1) & (largest > 0) & rows.isfinite().all(dim=1)
+        if self.soft_labels == "refuse":
+            legal &= (rows.sum(dim=1) - 1).abs().le(_ROUNDING) & (largest.double() >= 1 - _ROUNDING)
+        return value.where(legal, _ILLEGAL)
+
+    def _bits(self, label: Tensor) -> Tensor:
+        value = label.double()
+        legal = (value >= 0) & (value <= 1)
+        if self.soft_labels == "refuse":
+            legal &= (value == 0) | (value == 1)
+        return self._without_ignored((value > 0.5).long().where(legal, _ILLEGAL), label)
+
+    def _without_ignored(self, value: Tensor, label: Tensor) -> Tensor:
+        return value if self.ignore_index is None else value.masked_fill(label == self.ignore_index, IGNORED)
+
+    def labels(self, label: Any, num_samples: int, first_index: int = 0) -> Tensor:
+        """Class labels of rows, each of which names a class or is ignored.
+
+        Args:
+            label: as the batch holds it.
+            num_samples: B.
+            first_index: dataset index of the first sample, for the message.
+
+        Returns:
+            (U,) int64 in [0, C), ``IGNORED`` for none.
+
+        Raises:
+            ValueError: if a label names no class.
+        """
+        found = self.classes(label, num_samples)
+        illegal = (found == _ILLEGAL).nonzero().flatten()
+        if len(illegal):
+            at = int(illegal[0]) // self.rows_per_sample
+            raise ValueError(self._complaint(label[at], first_index))
+        return found
+
+    def _complaint(self, label: Tensor, first_index: int) -> str:
+        where = f"in the batch that starts at dataset index {first_index}"
+        shown = label.item() if label.numel() == 1 else [round(value, 4) for value in label.flatten()[:8].tolist()]
+        if self.task == "multiclass" and label.numel() == 1:
+            return (
+                f"Expected labels in [0, {self.num_outputs}), as the model has {self.num_outputs} outputs, but found"
+                f" {shown} {where}; set ignore_index={shown} if it means no label."
+            )
+        if self.task == "multiclass":
+            return (
+                f"Expected labels with a single 1 in each row, but found {shown} {where}; set soft_labels='argmax' to"
+                " take the class of the largest, or task='multilabel' if there may be several."
+            )
+        return (
+            f"Expected labels 0 or 1 of a {self.task} task, but found {shown} {where}; set soft_labels='argmax' to"
+            " round probabilities, or ignore_index to the value that means no label."
+        )
+
+    def replaced(self, label: Tensor, new: Tensor) -> Tensor:
+        """A batch's labels, in the form they have, with other classes in their place.
+
+        Args:
+            label: as the batch holds it.
+            new: (U,) int64, -1 where the given one stays.
+        """
+        new = new.to(label.device)
+        if self.task == "multiclass" and label.ndim == 2 and label.shape[1] == self.num_outputs:
+            rows = torch.nn.functional.one_hot(new.clamp(min=0), self.num_outputs).to(label.dtype)
+            return torch.where((new >= 0).unsqueeze(1), rows, label)
+        return torch.where(new.reshape(label.shape) >= 0, new.reshape(label.shape).to(label.dtype), label)
+
+
+_CONVERT = "; pass batch_to_xy=... to AttributionPartitionCallback to convert them."
+
+
+def _kind(label: Any) -> str:
+    return f"{label.dtype} of shape {tuple(label.shape)}" if isinstance(label, Tensor) else type(label).__name__

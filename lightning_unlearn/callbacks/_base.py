@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
@@ -35,6 +36,28 @@ or in YAML:
         - class_path: lightning_unlearn.AttributionPartitionCallback
           init_args: {{at_epoch: 20}}
         - class_path: lightning_unlearn.{who}"""
+
+
+def _has_pruned(state: dict[str, Any]) -> bool:
+    return not state["is_proposal"] and any(not mask["keep"].all() for mask in state["masks"])
+
+
+def _has_narrowed(state: dict[str, Any]) -> bool:
+    return state["draw"] is not None
+
+
+# Where one of ours has acted in a checkpoint and is missing in the fit that goes on from it: how its state tells, and
+# what is lost.
+_MISSED = {
+    "SensitivityPruneCallback": (
+        _has_pruned,
+        "the neurons that it has pruned are no longer held at zero, and training may bring them back",
+    ),
+    "CleanSubsetFinetuneCallback": (
+        _has_narrowed,
+        "training goes on with all the data, all layers and the optimizer of configure_optimizers",
+    ),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +105,12 @@ class UnlearnCallback(EitherCallback):
             # this.
             self.reset()
         self.check(trainer, pl_module)
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        ours = [callback for callback in callbacks_of(trainer) if isinstance(callback, UnlearnCallback)]
+        if self._fitting and self is ours[0]:
+            _warn_of_missing({callback.state_key for callback in ours}, checkpoint.get("callbacks", {}))
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -132,6 +161,15 @@ class UnlearnCallback(EitherCallback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         # Lightning does not call teardown after an exception.
         self.undo(trainer, pl_module)
+
+
+def _warn_of_missing(here: set[str], states: dict[str, Any]) -> None:
+    for name, (has_acted, consequence) in _MISSED.items():
+        if name in states and name not in here and has_acted(states[name]):
+            rank_zero_warn(
+                f"The checkpoint is of a fit in which {name} has acted, but the Trainer has none: {consequence}. Add it"
+                " again, unless that is what you want."
+            )
 
 
 class PartitionConsumer(UnlearnCallback):

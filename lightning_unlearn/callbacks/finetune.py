@@ -74,7 +74,9 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         reset_head: give the head (the last Linear with an output per class) new initial weights first.
         lr: with a value, ``configure_optimizers`` (or ``optimizer``) makes a fresh optimizer with this constant
             learning rate; its own schedulers are dropped. Without, the optimizer and its schedule go on as they are.
-        optimizer: makes the optimizer from the trainable parameters, in YAML as ``class_path`` and ``init_args``.
+        optimizer: makes the optimizer from the trainable parameters, in YAML as ``class_path`` and ``init_args``. With
+            frozen layers a fit goes on from its checkpoints only with this callback: of fewer parameters there is less
+            state. The weights load anywhere.
         lr_scheduler: makes the schedule from the optimizer, stepped once per epoch.
         restart_optimizer: without ``lr`` and ``optimizer``: run the module's ``configure_optimizers`` again, so that
             its schedule starts anew and is planned for the epochs and batches that remain.

@@ -9,7 +9,7 @@ import signal
 import pytest
 import torch
 
-from tests.callbacks import forked, kill_script
+from tests.callbacks import forked, kill_script, plain_script
 from tests.callbacks.kill_script import VARIANTS
 
 FULL, LAYERS, OPTIMIZER, RELABEL, WEIGH = VARIANTS
@@ -44,7 +44,7 @@ RANDOM_POINTS = 2
 
 @pytest.fixture(scope="module", autouse=True)
 def _forks():
-    forked.start("tests.callbacks.kill_script")
+    forked.start("tests.callbacks.kill_script", "tests.callbacks.plain_script")
 
 
 def train(folder, variant, kill=None):
@@ -61,7 +61,8 @@ def unharmed(tmp_path_factory):
 
     def of(variant):
         if variant not in found:
-            found[variant] = train(tmp_path_factory.mktemp("unharmed"), variant)
+            folder = tmp_path_factory.mktemp("unharmed")
+            found[variant] = {**train(folder, variant), "last": folder / "checkpoints" / "last.ckpt"}
         return found[variant]
 
     return of
@@ -126,3 +127,23 @@ def test_killed_again_and_again(tmp_path, unharmed):
     for place, call in [("training step", 10), ("training step", 2), ("pruning", 1)] + [("training step", 9)] * 2:
         train(tmp_path, LAYERS, (place, call, "after"))
     assert_ends_alike(train(tmp_path, LAYERS), unharmed(LAYERS))
+
+
+@pytest.mark.parametrize("variant", [FULL, LAYERS, RELABEL])
+def test_where_the_package_is_not_installed_its_checkpoint_is_like_any_other(tmp_path, unharmed, variant):
+    code = forked.run(plain_script.use, unharmed(variant)["last"], tmp_path / "result.pt")
+    assert code == 0, (tmp_path / "log.txt").read_text()[-3000:]
+    found = torch.load(tmp_path / "result.pt", weights_only=True)
+    assert_equal(found["loaded"], unharmed(variant)["weights"])
+    assert_equal(found["resumed"], unharmed(variant)["weights"])
+    assert found["epochs"] == kill_script.EPOCHS + 1
+    assert found["val_loss"].isfinite()
+    pruned = ~unharmed(variant)["states"][1]["masks"][0]["keep"]
+    assert pruned.any()
+    assert (found["loaded"]["net.4.weight"][pruned] == 0).all()
+    assert (found["loaded"]["net.7.weight"][:, pruned] == 0).all()
+
+
+def test_an_optimizer_of_some_layers_is_not_one_of_all_without_the_package(tmp_path, unharmed):
+    assert forked.run(plain_script.use, unharmed(OPTIMIZER)["last"], tmp_path / "result.pt") == 1
+    assert "parameter group that doesn't match the size" in (tmp_path / "log.txt").read_text()

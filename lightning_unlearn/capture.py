@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lightning_unlearn.functional.attribution import logit_difference, neuron_magnitude, strongest_other
+from lightning_unlearn.sharding import whole
 from lightning_unlearn.types import LayerPoint
 
 Forward = Callable[[Any], Tensor]
@@ -52,6 +53,8 @@ _REHEARSAL_ROWS = 4
 
 # True in passes that are not the plain pass over the batch, which taps do not look at.
 _unwatched: ContextVar[bool] = ContextVar("_unwatched", default=False)
+# True where every rank must take as many passes as the others.
+_whole: ContextVar[bool] = ContextVar("_whole", default=False)
 
 Result = TypeVar("Result")
 
@@ -431,6 +434,16 @@ def _take_rows_of_sequence(x: Any, rows: slice, total: int) -> Any:
     return type(x)(*parts) if hasattr(x, "_fields") else type(x)(parts)
 
 
+@contextmanager
+def whole_batches() -> Iterator[None]:
+    """Inside, no batch is taken in parts: where memory does not suffice, that is an error."""
+    token = _whole.set(True)
+    try:
+        yield
+    finally:
+        _whole.reset(token)
+
+
 class SmallerBatches:
     """Calls a function on a batch, in parts where memory does not suffice for the whole of it.
 
@@ -471,7 +484,7 @@ class SmallerBatches:
             try:
                 results.append(function(part, label[start : start + size]))
             except Exception as error:
-                if not is_out_of_memory(error) or size == 1:
+                if not is_out_of_memory(error) or size == 1 or _whole.get():
                     raise
                 _refuse_to_split(x, total, error)
                 self.rows = size // 2
@@ -541,6 +554,8 @@ class Attributor:
             forward and backward passes (for ``class_max``: for every class), DeepLift one of twice the size.
         fast: False for Captum in every case.
         watch: other layers whose activations are read in the same forward pass.
+        agree: from whether the fast path may be taken here to whether it may on every rank, where ranks meet in the
+            passes and must take as many.
 
     Raises:
         ValueError: for an unknown method or layer.
@@ -555,6 +570,7 @@ class Attributor:
         *,
         fast: bool = True,
         watch: Sequence[LayerPoint] = (),
+        agree: Callable[[bool], bool] = bool,
     ) -> None:
         self._point = point
         self._layer = _CaptumLayer(model, point, forward, check_method(method))
@@ -565,6 +581,7 @@ class Attributor:
         # None: to be seen at the first batch.
         self._is_fast: bool | None = None if fast and method == GRADIENT_X_ACTIVATION else False
         self._in_parts = SmallerBatches()
+        self._agree = agree
 
     @property
     def is_fast(self) -> bool | None:
@@ -644,7 +661,7 @@ class Attributor:
     def _rehearse(self, x: Any, label: Tensor) -> bool:
         """Whether the fast path says the same as Captum of the first rows."""
         with _not_watched():
-            agrees = all(self._in_parts(self._agrees, *_first_rows(x, label)))
+            agrees = self._agree(all(self._in_parts(self._agrees, *_first_rows(x, label))))
         if not agrees:
             warnings.warn(
                 f"Every batch is recorded from end to end, which takes longer: a recording from the {self._point} on"
@@ -711,7 +728,7 @@ class _FastPath:
         """The largest gradient over the classes, like the activation; float32."""
         if is_head and isinstance(self._module, nn.Linear):
             # The gradient of every sample's logits is the weight.
-            return self._module.weight.detach().float().amax(dim=0).expand(activation.shape)
+            return whole(self._module.weight).float().amax(dim=0).expand(activation.shape)
         with torch.enable_grad():
             summed = logits.sum(dim=0)
         largest = torch.tensor(-torch.inf, device=summed.device)

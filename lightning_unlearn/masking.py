@@ -13,6 +13,8 @@ from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_unlearn.sharding import local_part, local_positions
+
 
 @dataclass(frozen=True, eq=False)
 class PrunedEntries:
@@ -29,8 +31,9 @@ class PrunedEntries:
     neurons: Tensor
 
     def zero_(self, tensor: Tensor) -> None:
-        """Sets these entries of a tensor shaped like the parameter to zero."""
-        tensor.index_fill_(self.dimension, self.neurons.to(tensor.device), 0)
+        """Sets these entries of a tensor shaped, and sharded, like the parameter to zero."""
+        here = local_positions(tensor, self.dimension, self.neurons)
+        local_part(tensor).index_fill_(self.dimension, here.to(tensor.device), 0)
 
 
 def neuron_entries(layer: nn.Module, norm: nn.Module | None, neurons: Tensor) -> list[PrunedEntries]:

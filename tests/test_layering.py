@@ -10,10 +10,8 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
 
 # What a file may import of ours, by prefix; a file belongs to the longest prefix of its own name.
-MATH = {"types", "functional"}
-ALL_BELOW = {
-    "types",
-    "functional",
+MATH = {"types", "functional", "sharding"}
+ALL_BELOW = MATH | {
     "recipes",
     "finite",
     "trajectory",
@@ -30,6 +28,7 @@ SHARED = {
     "callbacks._packages",
     "callbacks._base",
     "callbacks._lightning",
+    "callbacks._strategies",
     "callbacks._training_pass",
     "callbacks._validation",
 }
@@ -37,6 +36,7 @@ PRUNING = {"callbacks._prune_sites", "callbacks._criteria", "callbacks._guard"}
 MAY_IMPORT = {
     "storage": set(),
     "types": {"storage"},
+    "sharding": set(),
     "functional": MATH,
     "recipes": MATH,
     "finite": MATH | {"recipes"},
@@ -54,8 +54,9 @@ MAY_IMPORT = {
     "callbacks._packages": set(),
     "callbacks._lightning": ALL_BELOW | {"callbacks._packages"},
     "callbacks._training_pass": ALL_BELOW | {"callbacks._lightning"},
-    "callbacks._base": ALL_BELOW | {"callbacks._lightning", "callbacks._packages"},
-    "callbacks._validation": ALL_BELOW | {"callbacks._base", "callbacks._lightning"},
+    "callbacks._strategies": {"callbacks._lightning", "callbacks._packages"},
+    "callbacks._base": ALL_BELOW | {"callbacks._lightning", "callbacks._packages", "callbacks._strategies"},
+    "callbacks._validation": ALL_BELOW | {"callbacks._base", "callbacks._lightning", "callbacks._strategies"},
     "callbacks._summary": {"types"},
     "callbacks._assembly": MATH | {"recipes", "distributed"},
     "callbacks._relabel": ALL_BELOW | {"callbacks._base", "callbacks._lightning"},

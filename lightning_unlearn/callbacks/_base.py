@@ -15,14 +15,15 @@ from typing_extensions import override
 
 from lightning_unlearn.callbacks._lightning import (
     callbacks_of,
-    check_strategy,
     move_before_progress_bars,
     to_device,
     undisturbed,
 )
 from lightning_unlearn.callbacks._packages import EitherCallback, MisconfigurationException, has_forward
+from lightning_unlearn.callbacks._strategies import check_strategy
 from lightning_unlearn.capture import ForwardTrace, trace_forward
 from lightning_unlearn.data import batch_size, check_iteration, check_loader, indexed_batches, rank_share
+from lightning_unlearn.sharding import reshard
 from lightning_unlearn.targets import Reading
 from lightning_unlearn.types import PartitionSource
 
@@ -86,10 +87,13 @@ class UnlearnCallback(EitherCallback):
     """
 
     _fitting = False
+    # What a checkpoint's state is to be put into that comes after on_fit_start, as where a strategy shards weights.
+    _late: tuple[Trainer, LightningModule] | None = None
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._fitting = stage == "fit"
+        self._late = None
         if not self._fitting:
             return
         check_strategy(trainer, type(self).__name__)
@@ -118,6 +122,14 @@ class UnlearnCallback(EitherCallback):
         # fit has found must not be lost to that.
         if self._fitting or not self.has_acted:
             self.restore(state_dict)
+        if self._late is not None:
+            self.resume(*self._late)
+            self._late = None
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._fitting and trainer.strategy.restore_checkpoint_after_setup:
+            self._late = trainer, pl_module
 
     @property
     def has_acted(self) -> bool:
@@ -137,6 +149,9 @@ class UnlearnCallback(EitherCallback):
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuses, before the first step, what only the loaders and a forward pass show."""
 
+    def resume(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes up what a checkpoint's state says was under way; does nothing in a fit from the start."""
+
     def advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Does what is due at this epoch boundary; a second call does nothing."""
         raise NotImplementedError
@@ -145,12 +160,20 @@ class UnlearnCallback(EitherCallback):
         """Gives back what was borrowed for the fit."""
 
     @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Before the state of the optimizer is restored, which must find the optimizer that it belongs to.
+        self.resume(trainer, pl_module)
+
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        reshard(pl_module)
         self.begin(trainer, pl_module)
         self.advance(trainer, pl_module)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A validation may have left weights whole.
+        reshard(pl_module)
         self.advance(trainer, pl_module)
 
     @override

@@ -11,7 +11,7 @@ Private names, checked on lightning 2.5.0 to 2.6.6 (``tests/callbacks/test_light
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import MethodType
 from typing import Any
 
@@ -24,27 +24,19 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
-from lightning_unlearn.callbacks._packages import MisconfigurationException, is_a
+from lightning_unlearn.callbacks._packages import is_a
+from lightning_unlearn.capture import whole_batches
+from lightning_unlearn.sharding import reshard
 
-SUPPORTED_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
+
+def runs_in_other_processes(trainer: Trainer) -> bool:
+    """Whether the fit runs in processes that are spawned or forked for it and end with it."""
+    return type(trainer.strategy.launcher).__name__ == "_MultiProcessingLauncher"
 
 
-def check_strategy(trainer: Trainer, who: str) -> None:
-    """Refuses by name a strategy under which weights or samples are laid out in a way that is not handled.
-
-    Raises:
-        MisconfigurationException: naming what to use.
-    """
-    if not is_a(trainer.strategy, *SUPPORTED_STRATEGIES):
-        raise MisconfigurationException(
-            f"{who} works on a single device and with DDP, but the Trainer uses {type(trainer.strategy).__name__};"
-            " use Trainer(strategy='ddp') or Trainer(devices=1)."
-        )
-    if type(trainer.strategy.launcher).__name__ == "_MultiProcessingLauncher":
-        rank_zero_warn(
-            f"Under a spawning or forking strategy the fit runs in other processes, so what {who} finds stays there:"
-            " read it from a checkpoint, or from a callback's on_train_end, or use Trainer(strategy='ddp') in a script."
-        )
+def averages_weights(callback: Any) -> bool:
+    """Whether a callback averages the weights (EMA, SWA)."""
+    return hasattr(callback, "_average_model")
 
 
 def callbacks_of(trainer: Trainer) -> list[Any]:
@@ -73,11 +65,26 @@ def move_before_progress_bars(trainer: Trainer, callback: Any) -> None:
 def move_behind_averages(trainer: Trainer, callback: Any) -> None:
     """Lets a callback run after those that average weights, which put the average in the model's place in the end."""
     callbacks = callbacks_of(trainer)
-    last = max((i for i, other in enumerate(callbacks) if hasattr(other, "_average_model")), default=-1)
+    last = max((i for i, other in enumerate(callbacks) if averages_weights(other)), default=-1)
     here = callbacks.index(callback)
     if here < last:
         callbacks.insert(last, callbacks.pop(here))
         _put_callbacks(trainer, callbacks)
+
+
+@contextmanager
+def _as_in_validation(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+    training = [(module, module.training) for module in pl_module.modules()]
+    stage = trainer.state.stage
+    try:
+        pl_module.eval()
+        trainer.validating = True
+        with trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for module, flag in training:
+            module.training = flag
+        trainer.state.stage = stage
 
 
 @contextmanager
@@ -87,24 +94,23 @@ def undisturbed(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
     Inside, modules are in eval mode, the Trainer reports that it validates (so that augmentation in transfer hooks is
     off), and compiled modules run eagerly (their graphs ignore hooks). Random states, training flags and the stage are
     put back. Every rank must enter: where the pass fails on one, it fails on all, and none waits for another for ever.
+
+    Where FSDP2 shards the weights, ranks meet in every forward pass. There a rank that fails ends at once, and so do
+    those that then wait for it in vain; and no batch is halved for want of memory, which would be one pass more.
     """
-    training = [(module, module.training) for module in pl_module.modules()]
-    stage = trainer.state.stage
+    sharded = reshard(pl_module)
     failure: BaseException | None = None
     with isolate_rng():
         try:
-            pl_module.eval()
-            trainer.validating = True
-            with trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
+            with _as_in_validation(trainer, pl_module), whole_batches() if sharded else nullcontext():
                 yield
         except BaseException as error:  # isolate_rng restores only where its block ends without an exception
             failure = error
-        finally:
-            for module, flag in training:
-                module.training = flag
-            trainer.state.stage = stage
-    if failure is not None and not isinstance(failure, Exception):
+    reshard(pl_module)
+    if failure is not None and (sharded or not isinstance(failure, Exception)):
         raise failure
+    if sharded:
+        return
     failed = trainer.strategy.reduce_boolean_decision(failure is not None, all=False)
     if failure is not None:
         raise failure

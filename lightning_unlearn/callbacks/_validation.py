@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,11 +25,14 @@ from torch.utils.data.distributed import DistributedSampler
 
 from lightning_unlearn.callbacks._base import logits_of, reading_of, train_loader
 from lightning_unlearn.callbacks._lightning import to_device, undisturbed
+from lightning_unlearn.callbacks._strategies import shards_weights
 from lightning_unlearn.capture import SmallerBatches
 from lightning_unlearn.data import indexed_batches, rank_share
 from lightning_unlearn.distributed import sum_over_ranks
 from lightning_unlearn.targets import IGNORED
 from lightning_unlearn.types import PartitionSource
+
+_Item = TypeVar("_Item")
 
 # What each Trainer has been told already; it is told once.
 _said: WeakKeyDictionary[Trainer, set[str]] = WeakKeyDictionary()
@@ -62,10 +65,13 @@ class _Tally:
         self._in_parts = SmallerBatches()
         self.sums = torch.zeros(4, dtype=torch.float64)
 
+    def check(self, label: Tensor) -> Tensor:
+        """The targets of a batch's rows; raises for labels that cannot be read."""
+        return reading_of(self._source).labels(label, len(label))
+
     def add(self, x: Any, label: Tensor, weight: Tensor) -> None:
         """Counts a batch; a row of weight 0 does not count."""
-        reading = reading_of(self._source)
-        target = reading.labels(label, len(label))
+        reading, target = reading_of(self._source), self.check(label)
         counts = reading.by_row(weight.to(target.device)) * (target >= 0) / reading.rows_per_sample
         done = 0
         for logits in self._in_parts(lambda part, _: logits_of(self._source, self._pl_module, part).float(), x, label):
@@ -111,6 +117,9 @@ def score_validation(trainer: Trainer, pl_module: LightningModule, source: Parti
                 with _as_it_was(loader) as batches:
                     _count(trainer, pl_module, source, tally, itertools.islice(batches, limit))
         except Exception as error:
+            if shards_weights(trainer) and not isinstance(error, _OutOfStep):
+                # Others wait in the forward pass in which this rank has failed, and not for its score.
+                raise
             reason = f"{type(error).__name__}: {error}"
             tally.give_up()
     score = tally.score(trainer)
@@ -152,9 +161,42 @@ def score_samples(trainer: Trainer, pl_module: LightningModule, source: Partitio
 def _count(
     trainer: Trainer, pl_module: LightningModule, source: PartitionSource, tally: _Tally, batches: Iterable[Any]
 ) -> None:
-    for batch, weigh in batches:
-        x, label = reading_of(source).split(to_device(trainer, pl_module, batch))
-        tally.add(x, label, weigh(len(label)))
+    def split() -> Iterator[tuple[Any, Tensor, Tensor]]:
+        for batch, weigh in batches:
+            x, label = reading_of(source).split(to_device(trainer, pl_module, batch))
+            tally.check(label)
+            yield x, label, weigh(len(label))
+
+    for x, label, weight in _in_step(trainer, split()) if shards_weights(trainer) else split():
+        tally.add(x, label, weight)
+
+
+class _OutOfStep(ValueError):
+    """A rank has no batch where another has one."""
+
+
+def _in_step(trainer: Trainer, batches: Iterator[_Item]) -> Iterator[_Item]:
+    """The batches, where ranks meet in each forward pass, so that every rank takes as many.
+
+    Raises:
+        _OutOfStep: on every rank, where one cannot go on with the others.
+    """
+    while True:
+        item, error = None, None
+        try:
+            item = next(batches, None)
+        except Exception as failure:
+            error = failure
+        one_has, all_have = (
+            trainer.strategy.reduce_boolean_decision(item is not None, all=of_all) for of_all in (False, True)
+        )
+        if error is not None:
+            raise _OutOfStep(f"{type(error).__name__}: {error}") from error
+        if one_has and not all_have:
+            raise _OutOfStep("another rank has more or fewer batches, or could not go on")
+        if item is None:
+            return
+        yield item
 
 
 def _validation_loaders(trainer: Trainer) -> list[tuple[Any, int | None]]:

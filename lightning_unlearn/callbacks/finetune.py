@@ -32,6 +32,7 @@ from lightning_unlearn.callbacks._lightning import (
 )
 from lightning_unlearn.callbacks._packages import MisconfigurationException
 from lightning_unlearn.callbacks._relabel import Relabelling, check_relabelling
+from lightning_unlearn.callbacks._strategies import refuse_where_sharded, shards_weights
 from lightning_unlearn.capture import ForwardTrace, named_layers, plain_name, resolve_layer
 from lightning_unlearn.data import check_loader
 from lightning_unlearn.drawing import Drawing
@@ -140,6 +141,8 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         self._seconds_per_epoch: float | None = None
         self._seed = 0
         self._thawed: list[tuple[nn.Parameter, bool]] = []
+        # Frozen by having no gradient, where requires_grad is not looked at.
+        self._unmoved: list[nn.Parameter] = []
         self._modes: list[tuple[nn.Module, bool]] = []
 
     @property
@@ -172,6 +175,14 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
     @override
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().check(trainer, pl_module)
+        refuse_where_sharded(
+            trainer,
+            type(self).__name__,
+            reset_head=self.reset_head,
+            lr=self.lr is not None,
+            optimizer=self.optimizer is not None,
+            restart_optimizer=self.restart_optimizer,
+        )
         self._masks = next((callback for callback in callbacks_of(trainer) if isinstance(callback, MaskSource)), None)
         _check_schedule(self.lr_scheduler)
         for name in self.layers or ():
@@ -238,14 +249,19 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
             self._seconds_per_epoch = time.perf_counter() - self._epoch_started
 
     @override
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # After a resume; before the state of the optimizer is restored, which must find the optimizer that it belongs
-        # to.
+    def resume(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.is_active:
             self.refuse_dry_run()
+            self._leave_loader(trainer)
             self._attach(trainer, pl_module)
             self._train_from_here(trainer, pl_module)
             self._swap.ask_again(trainer)
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        # An optimizer leaves alone what has no gradient, its weight decay and momentum included.
+        for parameter in self._unmoved:
+            parameter.grad = None
 
     @override
     def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -255,7 +271,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
             parameter.requires_grad_(requires_grad)
         for module, training in reversed(self._modes):
             module.training = training
-        self._thawed, self._modes = [], []
+        self._thawed, self._unmoved, self._modes = [], [], []
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -305,7 +321,9 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         if self.reset_head:
             self._reset_head(trainer, pl_module)
         self._train_from_here(trainer, pl_module)
-        trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+        frozen = set(self._frozen["parameters"])
+        named = pl_module.named_parameters()
+        trained = sum(p.numel() for n, p in named if p.requires_grad and plain_name(n) not in frozen)
         rank_zero_info(
             f"Fine-tuning from epoch {trainer.current_epoch} on {_samples_of(draw)},"
             f" {trainer.num_training_batches} batches per epoch instead of {before}; {trained:,} parameters are"
@@ -440,9 +458,13 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
     def _train_from_here(self, trainer: Trainer, pl_module: LightningModule) -> None:
         named = {plain_name(name): parameter for name, parameter in pl_module.named_parameters()}
         for name in self._frozen["parameters"]:
-            self._thawed.append((named[name], named[name].requires_grad))
-            named[name].requires_grad_(False)
             named[name].grad = None
+            if shards_weights(trainer):
+                # FSDP2 has seen requires_grad when it sharded the weights, and does not look again.
+                self._unmoved.append(named[name])
+            else:
+                self._thawed.append((named[name], named[name].requires_grad))
+                named[name].requires_grad_(False)
         modules = named_layers(pl_module)
         self._modes += [(modules[name], modules[name].training) for name in self._frozen["norms"]]
         self._hold_modes(pl_module)

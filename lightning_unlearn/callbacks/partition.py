@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -33,6 +34,7 @@ from lightning_unlearn.callbacks._lightning import (
     undisturbed,
 )
 from lightning_unlearn.callbacks._packages import MisconfigurationException
+from lightning_unlearn.callbacks._strategies import shards_weights
 from lightning_unlearn.callbacks._summary import outlook, summarise
 from lightning_unlearn.callbacks._training_pass import TrainingPassReader
 from lightning_unlearn.callbacks._validation import score_validation
@@ -305,7 +307,9 @@ class AttributionPartitionCallback(UnlearnCallback):
         if self._trajectory is None or self.reading.task == "multilabel":
             return
         with undisturbed(trainer, pl_module):
-            self._attributor(pl_module).rehearse(first.x, first.label.clamp(min=0), rows=self.recipe.needs_rows)
+            self._attributor(trainer, pl_module).rehearse(
+                first.x, first.label.clamp(min=0), rows=self.recipe.needs_rows
+            )
 
     def _recognise_data(self, trainer: Trainer, pl_module: LightningModule, known: Tensor | None) -> None:
         """Takes the data's fingerprint, and after a resume compares it and the labels of the sampled items.
@@ -571,10 +575,15 @@ class AttributionPartitionCallback(UnlearnCallback):
             raise RuntimeError("No evidence is being gathered; this is an error in lightning_unlearn.")
         return self._trajectory
 
-    def _attributor(self, pl_module: LightningModule, watch: tuple[LayerPoint, ...] = ()) -> Attributor:
+    def _attributor(
+        self, trainer: Trainer, pl_module: LightningModule, watch: tuple[LayerPoint, ...] = ()
+    ) -> Attributor:
         if self._point is None:
             raise RuntimeError("The layer to attribute at is not resolved; this is an error in lightning_unlearn.")
-        return Attributor(pl_module, self._point, lambda x: logits_of(self, pl_module, x), self.method, watch=watch)
+        agree = partial(trainer.strategy.reduce_boolean_decision, all=True) if shards_weights(trainer) else bool
+        return Attributor(
+            pl_module, self._point, lambda x: logits_of(self, pl_module, x), self.method, watch=watch, agree=agree
+        )
 
     def _observe_pass(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor]:
         """Passes over this rank's share of the training set.
@@ -584,7 +593,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         """
         is_last = trainer.current_epoch >= self.at_epoch
         watch: tuple[LayerPoint, ...] = (self._early,) if is_last and self._early is not None else ()
-        attributor = self._attributor(pl_module, watch)
+        attributor = self._attributor(trainer, pl_module, watch)
 
         def attribute(x: Any, label: Tensor) -> MarginAttribution:
             if self.reading.task == "multilabel":

@@ -225,8 +225,8 @@ class SensitivityPruneCallback(PartitionConsumer):
         self._masks, self._live, self._note, self._epoch, self._is_proposal = [], [], "", 0, False
 
     @override
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # After a resume: the weights come from the checkpoint already pruned, and are to stay so.
+    def resume(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # The weights come from the checkpoint already pruned, and are to stay so.
         if self._holds():
             self.refuse_dry_run()
             self._hold(trainer, pl_module)

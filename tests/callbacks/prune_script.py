@@ -10,7 +10,7 @@ import torch
 
 from lightning_unlearn import SensitivityPruneCallback
 from lightning_unlearn.callbacks._validation import score_samples, score_validation
-from tests.callbacks.published import CLASSES, Planted, PlantedData, Published, make_partition
+from tests.callbacks.published import Planted, PlantedData, Published, make_partition
 from tests.callbacks.test_prune_guard import class_zero_is_suspect
 from tests.toys import fit, weights
 
@@ -40,8 +40,8 @@ class Scores(SensitivityPruneCallback):
     def _prune(self, trainer, pl_module, partition):
         index = torch.tensor([3, 5, 5, 100, 7])
         self.scores = [
-            score_samples(trainer, pl_module, self.source, index, CLASSES),
-            score_validation(trainer, pl_module, self.source, CLASSES),
+            score_samples(trainer, pl_module, self.source, index),
+            score_validation(trainer, pl_module, self.source),
         ]
         super()._prune(trainer, pl_module, partition)
 

@@ -1,7 +1,6 @@
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import (
@@ -14,7 +13,7 @@ from torch.utils.data import (
 )
 
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback, SensitivityPruneCallback
-from tests.toys import Blobs, BlobsData, Residual, Swapped, Toy, fit, make_trainer, mlp, trio
+from tests.toys import Blobs, BlobsData, Residual, Swapped, Toy, fit, mlp, trio
 
 
 def refused(error, match, callbacks, *, module=None, data=None, steps=0, **trainer):
@@ -396,23 +395,6 @@ def test_overfit_batches(who):
         [callbacks[who]],
         overfit_batches=0.5,
     )
-
-
-class FSDPStrategy(Strategy):
-    """Stands in for Lightning's, which needs CUDA."""
-
-
-@pytest.mark.parametrize("who", range(3))
-def test_a_strategy_that_shards_is_refused_by_name(who, monkeypatch):
-    callback = trio(2)[who]
-    trainer = make_trainer([callback])
-    for name in ("root_device", "all_gather", "barrier", "broadcast", "is_global_zero", "model_to_device", "reduce"):
-        monkeypatch.setattr(FSDPStrategy, name, getattr(SingleDeviceStrategy, name))
-    monkeypatch.setattr(FSDPStrategy, "__abstractmethods__", frozenset())
-    monkeypatch.setattr(trainer._accelerator_connector, "strategy", FSDPStrategy())
-    name = type(callback).__name__
-    with pytest.raises(MisconfigurationException, match=f"{name} works on .* DDP, but the Trainer uses FSDPStrategy"):
-        callback.setup(trainer, Toy(), "fit")
 
 
 def test_a_fresh_optimizer_in_place_of_several():

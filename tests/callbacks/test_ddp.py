@@ -46,6 +46,10 @@ def assert_equal(one, other, name):
     elif isinstance(one, dict):
         for key in one:
             assert_equal(one[key], other[key], f"{name}.{key}")
+    elif isinstance(one, list):
+        assert len(one) == len(other), name
+        for mine, yours in zip(one, other, strict=True):
+            assert_equal(mine, yours, name)
     else:
         assert one == other, name
 

@@ -18,12 +18,12 @@ from lightning_unlearn.callbacks import _lightning
 from lightning_unlearn.callbacks._lightning import (
     TrainDataSwap,
     TrainLoaderWatch,
-    check_strategy,
     limited_batches,
     live_iterator,
     live_loaders,
     next_epoch,
     planned_epochs,
+    runs_in_other_processes,
     users_sampler,
 )
 from tests.toys import Blobs, BlobsData, Toy, fit, make_trainer
@@ -194,16 +194,6 @@ def test_planned_epochs_are_what_estimated_stepping_batches_counts():
     assert "max_epochs" in inspect.signature(_FitLoop.__init__).parameters
 
 
-def test_where_the_fit_runs_in_spawned_processes_it_says_that_results_stay_there():
-    with pytest.warns(UserWarning, match="so what Somebody finds stays there: read it from a checkpoint"):
-        check_strategy(L.Trainer(accelerator="cpu", devices=2, strategy="ddp_spawn", logger=False), "Somebody")
-
-
-def test_where_the_fit_runs_in_this_process_it_says_nothing(recwarn):
-    check_strategy(make_trainer(), "Somebody")
-    assert not [warning for warning in recwarn if "Somebody" in str(warning.message)]
-
-
 class TwoRanks:
     """A DDP Trainer's answers, without the processes."""
 
@@ -250,3 +240,10 @@ def test_whether_lightning_splits_samplers_is_where_it_was():
     for splits in (True, False):
         connector = make_trainer(use_distributed_sampler=splits)._accelerator_connector
         assert (connector.use_distributed_sampler, connector.is_distributed) == (splits, False)
+
+
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork"])
+def test_spawning_and_forking_strategies_are_known_by_their_launcher(strategy):
+    assert runs_in_other_processes(L.Trainer(accelerator="cpu", devices=2, strategy=strategy, logger=False))
+    assert not runs_in_other_processes(L.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False))
+    assert not runs_in_other_processes(make_trainer())

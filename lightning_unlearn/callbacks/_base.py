@@ -112,6 +112,8 @@ class UnlearnCallback(EitherCallback):
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._fitting and trainer.strategy.restore_checkpoint_after_setup:
+            self._late = trainer, pl_module
         ours = [callback for callback in callbacks_of(trainer) if isinstance(callback, UnlearnCallback)]
         if self._fitting and self is ours[0]:
             _warn_of_missing({callback.state_key for callback in ours}, checkpoint.get("callbacks", {}))
@@ -125,11 +127,6 @@ class UnlearnCallback(EitherCallback):
         if self._late is not None:
             self.resume(*self._late)
             self._late = None
-
-    @override
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self._fitting and trainer.strategy.restore_checkpoint_after_setup:
-            self._late = trainer, pl_module
 
     @property
     def has_acted(self) -> bool:

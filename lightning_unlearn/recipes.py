@@ -19,7 +19,14 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.functional.evidence import confident_disagreement, shift_to_rate
-from lightning_unlearn.functional.latent import ROWS, fit_latent_classes, fit_transition, given_posterior, log_odds_of
+from lightning_unlearn.functional.latent import (
+    LatentClasses,
+    fit_latent_classes,
+    fit_transition,
+    given_posterior,
+    log_odds_of,
+    rows_at_a_time,
+)
 from lightning_unlearn.functional.mixture import GaussianMixture, Reduce, fit_mixture, standardise
 from lightning_unlearn.types import Evidence
 
@@ -37,6 +44,8 @@ _WEIGHT = 0.15
 _LOGITS = 1.5
 # Logits of the first guess are sharpened, as a network under noise is unsure of what it knows.
 _SHARPEN = 4.0
+# Log-likelihoods, of each sample under each class, that are held in double precision: 128 MiB.
+_MOST_HELD = 2**24
 # Share of the given labels that a part of training must predict to count as memorised.
 _MEMORISED = 0.9
 # Gate: disagreement of the most confident quarter, over the mean uncertainty that noise-free data would leave.
@@ -47,11 +56,11 @@ _CLEARER = 1.25
 _STRIKING = 3.0
 _LESS_SURE_BY = 1.5
 
-_LABEL_FINDINGS = {
-    (True, True): "wrong labels",
-    (False, True): "no sign of wrong labels",
-    (False, False): "some class is called by another's name more often than by its own, so nothing can be told",
-}
+# A class is not known to the model if it predicts it of less than this share of the samples that are called so.
+_SELDOM = 0.05
+
+_NOT_NAMED = "some class is called by another's name more often than by its own, so nothing can be told"
+_NOT_KNOWN = "the model tells fewer than two classes, or than half of them, from the others, so nothing can be told"
 
 # Input evidence. Gate: the share of samples between the two groups, and how much less sure the model is of one of them,
 # in standard deviations.
@@ -74,7 +83,7 @@ class Verdict:
         label_probability: (n,) float32, probability that the given label is right; None if it was not asked.
         input_probability: (n,) float32, probability that the input is intact; None if it was not asked.
         noise_matrix: (C, C) float32, row k the estimated probabilities of what a sample of class k is called; None if
-            it was not estimated. The same on every rank.
+            it was not estimated, as with more than 2,048 classes. The same on every rank.
         notes: what the gates said, for the log. The same on every rank.
         warning: why the verdict should not be acted upon; empty if it can be. The same on every rank.
         unusable: (n,) bool, samples that must not be trained on in any case; None where there are none.
@@ -210,11 +219,11 @@ class _LabelModel:
         confidence: (n,), log-odds of that class.
         suggested: (n,) int64, the likeliest true class other than the given one.
         suggested_share: (n,) in [0, 1], its probability among those other classes.
-        transition: (C, C), how the classes are called.
+        transition: (C, C), how the classes are called; with very many, (C,), how often by their own name.
         rate: share of labels that are wrong by the latent classes alone.
         uncertainty: share of the true classes that the latent classes expect to get wrong without the given label.
         disagreement: share of the most confident samples whose given label is not what is predicted.
-        is_named: whether every class goes by its own name more often than by another's.
+        objection: why nothing can be told; empty if it can.
     """
 
     log_odds: Tensor
@@ -226,12 +235,12 @@ class _LabelModel:
     rate: float
     uncertainty: float
     disagreement: float
-    is_named: bool
+    objection: str
 
     @property
     def unexplained(self) -> float:
         """How many times as often the most confident samples disagree as uncertainty explains of the average one."""
-        return self.disagreement / max(self.uncertainty, 1e-9) if self.is_named else 0.0
+        return 0.0 if self.objection else self.disagreement / max(self.uncertainty, 1e-9)
 
 
 def _label_model(evidence: Evidence, reduce: Reduce) -> _LabelModel:
@@ -255,8 +264,7 @@ def _label_model(evidence: Evidence, reduce: Reduce) -> _LabelModel:
 
 def _fit_view(view: _View, evidence: Evidence, reduce: Reduce) -> _LabelModel:
     y, w = evidence.label, evidence.weight.double()
-    basis = evidence.basis.double()
-    blocks, of_training = view.blocks, view.of_training
+    basis, blocks, of_training = evidence.basis.double(), view.blocks, view.of_training
     rows = blocks.flatten(1)
 
     def first_guess(x: Tensor) -> Tensor:
@@ -265,16 +273,14 @@ def _fit_view(view: _View, evidence: Evidence, reduce: Reduce) -> _LabelModel:
 
     classes = fit_latent_classes(rows, y, w, first_guess, evidence.num_classes, reduce=reduce)
 
-    def tempered(part: slice) -> Tensor:
-        return _TEMPER * classes.log_likelihood(rows[part])
-
-    transition = fit_transition(tempered, y, w, classes.transition, reduce=reduce)
-    sums = w.new_zeros(3)
-    columns = []
+    likelihood_of = _held(classes, rows)
+    transition = fit_transition(lambda part: _TEMPER * likelihood_of(part), y, w, classes.transition, reduce=reduce)
+    columns, sums = [], w.new_zeros(3)
     # In parts, as there are C numbers for every sample.
-    for first in range(0, len(y), ROWS):
-        part = slice(first, first + ROWS)
-        label, likelihood = y[part].unsqueeze(1), classes.log_likelihood(rows[part])
+    length = rows_at_a_time(evidence.num_classes)
+    for first in range(0, len(y), length):
+        part = slice(first, first + length)
+        label, likelihood = y[part].unsqueeze(1), likelihood_of(part)
         wrong = 1 - given_posterior(_TEMPER * likelihood, y[part], transition).gather(1, label).squeeze(1).exp()
         unsure = 1 - likelihood.softmax(dim=1).amax(dim=1)
         sums += torch.stack([torch.ones_like(wrong), wrong, unsure]) @ w[part]
@@ -288,7 +294,6 @@ def _fit_view(view: _View, evidence: Evidence, reduce: Reduce) -> _LabelModel:
     disagreement = confident_disagreement(
         confidence, predicted == y, predicted, evidence.weight, evidence.num_classes, reduce=reduce
     )
-    is_given = reduce(w.new_zeros(len(transition)).index_add_(0, y, w)) > 0
     return _LabelModel(
         log_odds=log_odds,
         predicted=predicted,
@@ -299,8 +304,35 @@ def _fit_view(view: _View, evidence: Evidence, reduce: Reduce) -> _LabelModel:
         rate=total_wrong / number,
         uncertainty=total_unsure / number,
         disagreement=disagreement,
-        is_named=bool((transition.diagonal() >= transition.amax(dim=1))[is_given].all()),
+        objection=_objection(transition, predicted, y, w, reduce),
     )
+
+
+def _held(classes: LatentClasses, rows: Tensor) -> Callable[[slice], Tensor]:
+    """From some of the rows to their log-likelihoods, which are asked for again and again: held if not too many."""
+    if len(rows) * len(classes.prior) > _MOST_HELD:
+        return lambda part: classes.log_likelihood(rows[part])
+    return classes.log_likelihood(rows).__getitem__
+
+
+def _objection(transition: Tensor, predicted: Tensor, label: Tensor, weight: Tensor, reduce: Reduce) -> str:
+    """Why classes and names cannot be told apart; empty if they can.
+
+    A network that is dead, or has fallen back on the larger classes, calls all others wrong however they are labelled.
+    """
+    zeros = weight.new_zeros(len(transition))
+    given, guessed = reduce(torch.stack([zeros.index_add(0, of, weight) for of in (label, predicted)]))
+    if not _goes_by_own_name(transition)[given > 0].all():
+        return _NOT_NAMED
+    known = (guessed >= _SELDOM * given)[given > 0]
+    return "" if known.sum() >= max(2, len(known) / 2) else _NOT_KNOWN
+
+
+def _goes_by_own_name(transition: Tensor) -> Tensor:
+    """(C,) bool, whether a class has no other name more often than its own."""
+    if transition.ndim == 2:
+        return transition.diagonal() >= transition.amax(dim=1)
+    return transition >= (1 - transition) / max(len(transition) - 1, 1)
 
 
 def judge_label(evidence: Evidence, reduce: Reduce) -> Verdict:
@@ -316,19 +348,20 @@ def judge_label(evidence: Evidence, reduce: Reduce) -> Verdict:
     confident quarter far less. If the most confident quarter of every class disagrees with the labels more than 1.5
     times as often as the *average* sample is expected to, uncertainty does not explain it, and there are wrong labels;
     else nothing is suspect. Nor is anything where a class is called by another's name more often than by its own: which
-    of the two it is cannot be told then, and a network that has hardly learned yet looks like that.
+    of the two it is cannot be told then, and a network that has hardly learned yet looks like that. Nor is anything
+    where the model predicts hardly more than one class, or fewer than half of them.
     """
     model, w = _label_model(evidence, reduce), evidence.weight
     rate = min(max(model.rate, 1e-6), 1 - 1e-6)
     probability = (model.log_odds + shift_to_rate(model.log_odds, w, rate, reduce=reduce)).sigmoid().float()
-    matrix = model.transition.float()
+    matrix = model.transition.float() if model.transition.ndim == 2 else None
     found = model.unexplained > _UNEXPLAINED
     if not found:
         probability = 1 - _NO_DOUBT * (1 - probability)
-        matrix = torch.eye(len(matrix), device=matrix.device)
+        matrix = None if matrix is None else torch.eye(len(matrix), device=matrix.device)
     note = (
         f"labels: {model.disagreement:.1%} of the most confident samples disagree, {model.uncertainty:.1%} expected of"
-        f" the average one: {_LABEL_FINDINGS[found, model.is_named]}"
+        f" the average one: {model.objection or ('wrong labels' if found else 'no sign of wrong labels')}"
     )
     return Verdict(
         probability,

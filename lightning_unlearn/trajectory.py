@@ -44,15 +44,22 @@ def class_coordinates(num_classes: int) -> Tensor:
         >>> ((torch.tensor([2.0, 1.0, 0.0]) @ basis) @ basis.T).round(decimals=3).abs()
         tensor([1., 0., 1.])
     """
-    helmert = torch.zeros(num_classes, num_classes - 1, dtype=torch.float64)
-    for j in range(1, num_classes):
-        helmert[:j, j - 1] = 1
-        helmert[j, j - 1] = -j
-        helmert[:, j - 1] /= (j * (j + 1)) ** 0.5
     if num_classes - 1 > MOST_COORDINATES:
         draw = torch.randn(num_classes - 1, MOST_COORDINATES, generator=torch.Generator().manual_seed(0)).double()
-        helmert = helmert @ torch.linalg.qr(draw)[0]
-    return helmert.float()
+        return _times_helmert(torch.linalg.qr(draw)[0]).float()
+    return _times_helmert(torch.eye(num_classes - 1, dtype=torch.float64)).float()
+
+
+def _times_helmert(matrix: Tensor) -> Tensor:
+    """The product (C, r) of Helmert's basis (C, C - 1) with a matrix (C - 1, r), without the former.
+
+    Its column j is 1 in the first j rows and -j in the one below, over its norm.
+    """
+    j = torch.arange(1, len(matrix) + 1, dtype=torch.float64).unsqueeze(1)
+    scaled = matrix / (j * (j + 1)).sqrt()
+    below = scaled.flip(0).cumsum(0).flip(0)
+    nothing = scaled.new_zeros(1, scaled.shape[1])
+    return torch.cat([below, nothing]) - torch.cat([nothing, j * scaled])
 
 
 class Trajectory:

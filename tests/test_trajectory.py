@@ -10,6 +10,15 @@ from tests.ranks import run_ranks
 N, C = 23, 4
 
 
+def helmert(classes):
+    """Column j, by its definition: 1 in the first j rows, -j in the next, over its norm."""
+    basis = torch.zeros(classes, classes - 1).double()
+    for j in range(1, classes):
+        basis[:j, j - 1] = 1 / (j * (j + 1)) ** 0.5
+        basis[j, j - 1] = -j / (j * (j + 1)) ** 0.5
+    return basis
+
+
 def passes(seed=0, count=3, batch=7):
     """(phase, batches of index, logits, label) for a few passes over all samples but the last two."""
     generator = torch.Generator().manual_seed(seed)
@@ -56,6 +65,22 @@ def assert_equal(found, expected):
         torch.testing.assert_close(a, b, equal_nan=True)
     for name, value in expected.scores(everyone).items():
         torch.testing.assert_close(found.scores(everyone)[name], value)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10, 65, 66, 200])
+def test_coordinates_are_helmerts_or_a_random_part_of_them(classes):
+    expected = helmert(classes)
+    if classes - 1 > MOST_COORDINATES:
+        generator = torch.Generator().manual_seed(0)
+        draw = torch.randn(classes - 1, MOST_COORDINATES, generator=generator).double()
+        expected = expected @ torch.linalg.qr(draw)[0]
+    torch.testing.assert_close(class_coordinates(classes), expected.float(), atol=1e-6, rtol=1e-6)
+
+
+def test_coordinates_of_very_many_classes_are_made_without_a_square_matrix():
+    basis = class_coordinates(30_000)  # 7 GB else
+    torch.testing.assert_close(basis.T @ basis, torch.eye(MOST_COORDINATES), atol=1e-4, rtol=0)
+    torch.testing.assert_close(basis.sum(dim=0), torch.zeros(MOST_COORDINATES), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("classes", [2, 3, 10, 65, 66, 200])

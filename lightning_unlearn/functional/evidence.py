@@ -12,6 +12,8 @@ from torch import Tensor
 from lightning_unlearn.functional.mixture import Reduce, no_reduce
 
 _BINS = 2_000
+# Numbers in the histograms of all groups together; with very many groups each has fewer bins.
+_MOST_NUMBERS = 2**22
 
 
 def label_support(margin: Tensor) -> Tensor:
@@ -70,12 +72,13 @@ def confident_disagreement(
         0.5
     """
     # Histograms, whose sums need no rank's rows; from the most confident bin down.
-    level = ((40 - log_odds.double().clamp(-40, 40)) * (_BINS - 1) / 80).long()
-    counts = torch.zeros(2, num_groups * _BINS, dtype=torch.float64, device=log_odds.device)
-    place = group * _BINS + level
+    bins = max(2, min(_BINS, _MOST_NUMBERS // num_groups))
+    level = ((40 - log_odds.double().clamp(-40, 40)) * (bins - 1) / 80).long()
+    counts = torch.zeros(2, num_groups * bins, dtype=torch.float64, device=log_odds.device)
+    place = group * bins + level
     counts[0].index_add_(0, place, weight.double())
     counts[1].index_add_(0, place, weight.double() * (~agrees).double())
-    asked, disagree = reduce(counts).reshape(2, num_groups, _BINS)
+    asked, disagree = reduce(counts).reshape(2, num_groups, bins)
     wanted = share * asked.sum(dim=1, keepdim=True)
     before = asked.cumsum(dim=1) - asked
     part = ((wanted - before) / asked.clamp(min=1e-9)).clamp(0, 1)

@@ -12,8 +12,9 @@ via generative classifiers") put Gaussian classes on a trained network's feature
 attributions over training, and the transition matrix is fitted with them.
 
 Every step reduces sums that ranks can add: counts (C, C), first moments (C, d), and second moments (C, d, d), or (d, d)
-where there are many classes. Nothing is held per sample beside the rows, labels and weights that are given: 4 d + 16
-bytes a sample.
+where there are many classes. Of very many, a transition matrix would have more entries than there are samples to tell
+them: there it has one number a class, how often it goes by its own name, and all other names are alike. Nothing is held
+per sample beside the rows, labels and weights that are given: 4 d + 16 bytes a sample.
 """
 
 from __future__ import annotations
@@ -28,7 +29,13 @@ from torch import Tensor
 from lightning_unlearn.functional.mixture import Reduce, no_reduce, reduce_together, weighted_mean
 
 ROWS = 8_192
-"""Rows that are held in double precision at a time."""
+"""Rows that are held in double precision at a time, at most."""
+
+MOST_NUMBERS = 2**23
+"""Numbers, one for each class of a row, that are held at a time."""
+
+MOST_NAMES = 2_048
+"""Classes up to which there is a number for every name that each may go by."""
 
 OWN_COVARIANCE = 0.2
 """How far the covariance of a large class is its own; the rest is the one that all classes share."""
@@ -37,6 +44,8 @@ MOST_MOMENTS = 2**20
 """Numbers of the classes' own second moments, above which there is only the shared one."""
 
 _RIDGE = 1e-3
+# Share of the total variance below which the variance within classes is rounding.
+_ROUNDING = 1e-9
 _STEPS = 5
 
 
@@ -48,7 +57,8 @@ class LatentClasses:
         prior: (C,) float64, share of each true class.
         mean: (C, d) float64, of the rows.
         factor: (C, d, d) float64, or (1, d, d) for all of them: lower Cholesky factor of the covariance.
-        transition: (C, C) float64, row k the probabilities of what a sample of class k is called.
+        transition: (C, C) float64, row k the probabilities of what a sample of class k is called; or (C,), the
+            probabilities of its own name, the others being alike.
     """
 
     prior: Tensor
@@ -66,7 +76,8 @@ class LatentClasses:
             (n, C) float64.
         """
         out = rows.new_empty(len(rows), len(self.prior), dtype=torch.float64)
-        for chunk, into in zip(torch.split(rows, ROWS), torch.split(out, ROWS), strict=True):
+        length = rows_at_a_time(len(self.prior))
+        for chunk, into in zip(torch.split(rows, length), torch.split(out, length), strict=True):
             into.copy_(self._of_chunk(chunk.double()))
         return out
 
@@ -91,18 +102,33 @@ def _whiten(x: Tensor, factor: Tensor) -> Tensor:
     return whitened
 
 
+def rows_at_a_time(num_classes: int) -> int:
+    """How many rows of so many classes are worked on together."""
+    return max(1, min(ROWS, MOST_NUMBERS // num_classes))
+
+
 def given_posterior(log_likelihood: Tensor, label: Tensor, transition: Tensor) -> Tensor:
     """Log-probability of each true class, given the evidence and what the sample is called.
 
     Args:
         log_likelihood: (n, C), see :meth:`LatentClasses.log_likelihood`.
         label: (n,) int64.
-        transition: (C, C).
+        transition: (C, C) or (C,), see :class:`LatentClasses`.
 
     Returns:
         (n, C) float64, log-probabilities.
     """
-    return (log_likelihood.double() + transition.clamp(min=1e-300).log().T[label]).log_softmax(dim=1)
+    return _joint(log_likelihood, label, transition).log_softmax(dim=1)
+
+
+def _joint(log_likelihood: Tensor, label: Tensor, transition: Tensor) -> Tensor:
+    """(n, C), log-probability of the evidence and the name of each sample under each true class."""
+    if transition.ndim == 2:
+        return log_likelihood.double() + transition.clamp(min=1e-300).log().T[label]
+    own, other = (x.clamp(min=1e-300).log() for x in (transition, (1 - transition) / max(len(transition) - 1, 1)))
+    joint = log_likelihood.double() + other
+    joint[torch.arange(len(label), device=label.device), label] += (own - other)[label]
+    return joint
 
 
 def log_odds_of(log_probability: Tensor, label: Tensor) -> Tensor:
@@ -124,17 +150,38 @@ def log_odds_of(log_probability: Tensor, label: Tensor) -> Tensor:
     return own - log_probability.scatter(1, column, -torch.inf).logsumexp(dim=1)
 
 
-def _one_hot(label: Tensor, num_classes: int) -> Tensor:
-    return torch.nn.functional.one_hot(label, num_classes).double()
+def _row_chunks(num_classes: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(torch.split(tensor, rows_at_a_time(num_classes)) for tensor in tensors), strict=True)
 
 
-def _row_chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    return zip(*(torch.split(tensor, ROWS) for tensor in tensors), strict=True)
+def _no_counts(like: Tensor, num_classes: int) -> Tensor:
+    """Of true class and given name, (C, C); with very many classes of true class, and of those by its own name (C, 2).
+
+    The names come first, as whole rows are added.
+    """
+    names = num_classes if num_classes <= MOST_NAMES else 2
+    return like.new_zeros(names, num_classes, dtype=torch.float64)
+
+
+def _is_square(counts: Tensor) -> bool:
+    return counts.shape[0] == counts.shape[1]
+
+
+def _count(counts: Tensor, share: Tensor, label: Tensor) -> None:
+    """Adds shares (n, C) of the true classes of samples of these names."""
+    if _is_square(counts):
+        counts.index_add_(0, label, share)
+    else:
+        counts[0] += share.sum(dim=0)
+        counts[1].index_add_(0, label, share.gather(1, label.unsqueeze(1)).squeeze(1))
 
 
 def _smoothed(counts: Tensor) -> Tensor:
-    """Rows of counts as probabilities; one sample more, spread over the row, so that nothing is impossible."""
-    counts = counts + 1 / len(counts)
+    """Counts as probabilities; one sample more of each class, spread over the names, so that nothing is impossible."""
+    each = 1 / counts.shape[1]
+    if not _is_square(counts):
+        return (counts[1] + each) / (counts[0] + 1)
+    counts = counts.T + each
     return counts / counts.sum(dim=1, keepdim=True)
 
 
@@ -153,21 +200,22 @@ def fit_transition(
         log_likelihood: (n, C) of the true classes; or a function from some rows to theirs, so that not all are held.
         label: (n,) int64.
         weight: (n,), 0 for a row that does not count.
-        start: (C, C) to start from.
+        start: (C, C) or (C,) to start from, see :class:`LatentClasses`.
         reduce: sums over the ranks.
         steps: of expectation maximisation.
 
     Returns:
-        (C, C) float64.
+        float64 of the shape of ``start``.
     """
     transition = start
+    length = rows_at_a_time(len(start))
     for _ in range(steps):
-        counts = torch.zeros_like(start)
-        for first in range(0, len(label), ROWS):
-            rows = slice(first, first + ROWS)
+        counts = start.new_zeros(len(start) if start.ndim == 2 else 2, len(start))
+        for first in range(0, len(label), length):
+            rows = slice(first, first + length)
             ll = log_likelihood[rows] if isinstance(log_likelihood, Tensor) else log_likelihood(rows)
-            share = given_posterior(ll, label[rows], transition).exp() * weight[rows].double().unsqueeze(1)
-            counts += share.T @ _one_hot(label[rows], len(start))
+            share = _joint(ll, label[rows], transition).softmax(dim=1) * weight[rows].double().unsqueeze(1)
+            _count(counts, share, label[rows])
         transition = _smoothed(reduce(counts))
     return transition
 
@@ -221,7 +269,7 @@ def fit_latent_classes(
     for _ in range(_STEPS - 1):
 
         def expected(x: Tensor, y: Tensor, current: LatentClasses = classes) -> Tensor:
-            return given_posterior(current._of_chunk(x), y, current.transition).exp()
+            return _joint(current._of_chunk(x), y, current.transition).softmax(dim=1)
 
         classes = _maximise(_moments(rows, centre, (label, weight), expected, num_classes, own), reduce)
     return LatentClasses(classes.prior, classes.mean + centre, classes.factor, classes.transition)
@@ -229,7 +277,7 @@ def fit_latent_classes(
 
 @dataclass(frozen=True, eq=False)
 class _Moments:
-    """Counts (C, C) of true and given class, first (C, d) and second (C or 1, d, d) moments."""
+    """Counts of names and true classes, first (C, d) and second (C or 1, d, d) moments."""
 
     counts: Tensor
     first: Tensor
@@ -247,13 +295,13 @@ def _moments(
     """Sums over this rank's rows, seen from ``centre``; ``share_of`` maps such rows and labels to (m, C)."""
     dimension = rows.shape[1]
     zeros = rows.new_zeros
-    counts = zeros(num_classes, num_classes, dtype=torch.float64)
+    counts = _no_counts(rows, num_classes)
     first = zeros(num_classes, dimension, dtype=torch.float64)
     second = zeros(num_classes if own else 1, dimension, dimension, dtype=torch.float64)
-    for chunk, y, w in _row_chunks(rows, *label_and_weight):
+    for chunk, y, w in _row_chunks(num_classes, rows, *label_and_weight):
         x = chunk.double() - centre
         share = share_of(x, y) * w.double().unsqueeze(1)
-        counts += share.T @ _one_hot(y, num_classes)
+        _count(counts, share, y)
         first += share.T @ x
         for k in range(len(second)):
             by = share[:, k : k + 1] if own else w.double().unsqueeze(1)
@@ -263,14 +311,16 @@ def _moments(
 
 def _maximise(part: _Moments, reduce: Reduce) -> LatentClasses:
     counts, first, second = reduce_together(reduce, part.counts, part.first, part.second)
-    number = counts.sum(dim=1)
+    number = counts.sum(dim=0) if _is_square(counts) else counts[0]
     # A class without samples keeps the overall mean and covariance: nothing is drawn to it, nothing divides by zero.
     present = number > 1e-6
     mean = torch.where(present.unsqueeze(1), first / number.clamp(min=1e-6).unsqueeze(1), 0)
     dimension, samples = first.shape[1], number.sum()
     between = torch.einsum("k,kd,ke->de", number, mean, mean)
     shared = (second.sum(dim=0) - between) / samples
-    shared.diagonal().add_((_RIDGE * shared.trace() / dimension).clamp(min=1e-12))
+    # What classes that do not vary leave is the rounding of two large sums, which may be less than nothing.
+    rounding = _ROUNDING * second.sum(dim=0).diagonal().abs().sum() / samples / dimension
+    shared.diagonal().add_((_RIDGE * shared.trace() / dimension).clamp(min=rounding.clamp(min=1e-12)))
     covariance = shared.unsqueeze(0)
     if len(second) == len(number):
         within = second / number.clamp(min=1e-6).reshape(-1, 1, 1) - mean.unsqueeze(2) * mean.unsqueeze(1)

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_unlearn.functional import confident_disagreement, shift_to_rate
+from lightning_unlearn.functional import confident_disagreement, evidence, shift_to_rate
 from tests.ranks import run_ranks
 
 
@@ -114,3 +114,11 @@ def test_infinite_log_odds_have_a_shift_too():
     x = torch.tensor([-torch.inf, torch.inf, 0.0])
     shift = shift_to_rate(x, torch.ones(3), 0.5)
     assert (-(x + shift)).sigmoid().mean().item() == pytest.approx(0.5, abs=0.01)
+
+
+def test_very_many_groups_have_coarser_histograms(monkeypatch):
+    sample = draw(300, 3, 1)
+    expected = confident_disagreement(*sample, 3)
+    assert confident_disagreement(*sample, 100_000) == pytest.approx(expected, abs=0.02)
+    monkeypatch.setattr(evidence, "_MOST_NUMBERS", 3 * 400)
+    assert confident_disagreement(*sample, 3) == pytest.approx(expected, abs=0.02)

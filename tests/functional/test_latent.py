@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.stats import multivariate_normal
 
 from lightning_unlearn.functional import LatentClasses, fit_latent_classes, fit_transition, given_posterior, latent
-from lightning_unlearn.functional.latent import ROWS, log_odds_of
+from lightning_unlearn.functional.latent import ROWS, log_odds_of, rows_at_a_time
 from tests.ranks import run_ranks
 
 C, D = 4, 3
@@ -305,3 +305,85 @@ def test_rows_that_are_not_finite_are_refused_on_every_rank(value):
     rows, given, _ = draw(SYMMETRIC, 20)
     rows[4, 1] = value
     assert run_ranks(work, 2) == [True, True]
+
+
+# Very many classes
+
+
+@pytest.fixture
+def compact(monkeypatch):
+    """As with more classes than there is a number for every name of."""
+    monkeypatch.setattr(latent, "MOST_NAMES", C - 1)
+
+
+def full(own):
+    """(C, C), the matrix that one number a class stands for."""
+    matrix = ((1 - own) / (len(own) - 1)).unsqueeze(1).repeat(1, len(own))
+    return matrix.diagonal_scatter(own)
+
+
+@pytest.mark.usefixtures("compact")
+def test_with_very_many_classes_other_names_are_alike():
+    rows, given, true = draw(SYMMETRIC, 4000)
+    classes = fit(rows, given)
+    assert classes.transition.shape == (C,)
+    torch.testing.assert_close(classes.transition, happened(true, given).diagonal(), atol=0.04, rtol=0)
+    found = given_posterior(classes.log_likelihood(rows), given, classes.transition)
+    expected = given_posterior(classes.log_likelihood(rows), given, full(classes.transition))
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found.exp().sum(dim=1), torch.ones(4000).double())
+
+
+@pytest.mark.usefixtures("compact")
+def test_one_step_with_very_many_classes_matches_a_loop():
+    _, given, _ = draw(SYMMETRIC, 30)
+    log_likelihood = torch.randn(30, C, generator=torch.Generator().manual_seed(5)).double()
+    weight = (torch.arange(30) % 3 > 0).float()
+    start = torch.tensor([0.6, 0.5, 0.9, 0.3]).double()
+    own, total = np.full(C, 1 / C), np.ones(C)
+    for i in range(30):
+        p = [math.exp(log_likelihood[i, k]) * full(start)[k, given[i]].item() for k in range(C)]
+        for k in range(C):
+            total[k] += weight[i].item() * p[k] / sum(p)
+            own[k] += (given[i] == k).item() * weight[i].item() * p[k] / sum(p)
+    found = fit_transition(log_likelihood, given, weight, start, steps=1)
+    torch.testing.assert_close(found, torch.tensor(own / total))
+
+
+@pytest.mark.usefixtures("compact")
+def test_ranks_fit_very_many_classes_as_one_does():
+    rows, given, _ = draw(SYMMETRIC, 301)
+    whole = fit(rows, given)
+
+    def work(rank, reduce):
+        share, label, weight = padded_shares((rows, given), rank, 2)
+        return fit(share, label, weight, reduce=reduce)
+
+    for classes in run_ranks(work, 2):
+        assert_same(classes, whole)
+
+
+def test_fewer_rows_at_a_time_of_more_classes(monkeypatch):
+    assert rows_at_a_time(10) == rows_at_a_time(1024) == ROWS
+    assert rows_at_a_time(10_000) == 838
+    assert rows_at_a_time(10**9) == 1
+    rows, given, _ = draw(SYMMETRIC, 301)
+    whole = fit(rows, given)
+    monkeypatch.setattr(latent, "MOST_NUMBERS", 7 * C)
+    assert rows_at_a_time(C) == 7
+    assert_same(fit(rows, given), whole)
+    torch.testing.assert_close(whole.log_likelihood(rows), fit(rows, given).log_likelihood(rows))
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e6, 1e15])
+def test_classes_that_do_not_vary_can_be_factorised(scale):
+    # Their variance is the rounding of two large sums, which had no factor where it came out negative.
+    true = torch.arange(700) % C
+    given = torch.where(torch.arange(700) % 10 == 0, (true + 1) % C, true)
+    rows = (scale * MEAN[true]).double() + 0.1 * scale
+    first = torch.nn.functional.one_hot(true, C).double()
+    classes = fit_latent_classes(
+        rows, given, torch.ones(700), lambda x: first[((x.unsqueeze(1) - rows[:C]).abs().sum(2)).argmin(1)], C
+    )
+    assert classes.log_likelihood(rows).argmax(dim=1).equal(true)
+    torch.testing.assert_close(classes.transition, happened(true, given), atol=0.02, rtol=0)

@@ -895,7 +895,8 @@ class _CaptumLayer:
         )
 
     def _deeplift(self, x: Any, classes: tuple[Tensor, ...]) -> Any:
-        inputs = _with_baseline(x, self._method)
+        # Its hooks on activations ask for a gradient there, also behind layers whose parameters are frozen.
+        inputs = tuple(value.detach().requires_grad_() for value in _with_baseline(x, self._method))
 
         def score(*values: Tensor) -> Tensor:
             return self._score(_as_given(x, values[: len(inputs)]), values[len(inputs) :])

@@ -89,6 +89,16 @@ class Trajectory:
     def __len__(self) -> int:
         return self._scores.shape[0]
 
+    def coordinates(self, logits: Tensor) -> Tensor:
+        """Logits in the coordinates ``basis``, (B, r) float32.
+
+        Args:
+            logits: (B, C).
+        """
+        # Autocast, which passes of a fit in mixed precision run under, would multiply in half precision.
+        with torch.autocast(logits.device.type, enabled=False):
+            return logits.float() @ self.basis.to(logits.device)
+
     def observe(self, index: Tensor, logits: Tensor, label: Tensor, margin: Tensor | None = None) -> None:
         """Takes rows of a pass, but for those that are not finite: one such step would outlast all others in a sum.
 
@@ -104,7 +114,7 @@ class Trajectory:
         entropy = -(log_probability.exp() * log_probability).sum(dim=1)
         rows = torch.cat(
             [
-                logits @ self.basis.to(logits.device),
+                self.coordinates(logits),
                 torch.stack([torch.ones_like(margin), margin, label_support(margin), entropy], dim=1),
             ],
             dim=1,

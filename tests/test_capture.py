@@ -715,6 +715,17 @@ def test_deeplift_refuses_an_activation_that_is_called_twice():
     assert not {"input", "output"} & set(vars(model.act))
 
 
+def test_deeplift_sees_through_frozen_layers():
+    x, label, found = torch.randn(7, 6), torch.arange(7) % C, []
+    for frozen in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, C)).eval()
+        model[0].requires_grad_(not frozen)
+        found.append(Attributor(model, LayerPoint("2", "input"), model, "deeplift").attribute(x, label).per_neuron)
+    assert found[0].equal(found[1])
+    assert not x.requires_grad
+
+
 class Checkpointed(nn.Module):
     """Computes its middle a second time in the backward pass, or not at all."""
 

@@ -320,3 +320,15 @@ def test_bytes_per_sample(classes, held, saved):
     assert grown(lambda trajectory: trajectory.state_dict().values()) == saved
     r = min(classes - 1, MOST_COORDINATES)
     assert (held, saved) == (20 * r + 56, 16 * r + 40)
+
+
+def test_under_autocast_sums_are_in_single_precision():
+    logits, label = torch.randn(9, 5, generator=torch.Generator().manual_seed(0)), torch.arange(9) % 5
+    plain, mixed = Trajectory(9, 5), Trajectory(9, 5)
+    plain.observe(torch.arange(9), logits, label)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed.observe(torch.arange(9), logits, label)
+        assert mixed.coordinates(logits).equal(plain.coordinates(logits))
+    for trajectory in (plain, mixed):
+        trajectory.merge(0, lambda part: part)
+    assert plain.phases(torch.arange(9))[0].equal(mixed.phases(torch.arange(9))[0])

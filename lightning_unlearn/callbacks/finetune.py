@@ -431,11 +431,11 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         for optimizer in trainer.optimizers:
             for parameter in head.parameters():
                 optimizer.state.pop(parameter, None)
+        if self._masks is not None:
+            self._masks.silence()
         for average in averaged_models(trainer):
             # Begun before, it would bring the old head back.
             resolve_layer(average, name).load_state_dict(head.state_dict())
-        if self._masks is not None:
-            self._masks.silence()
 
     def _names_to_freeze(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, list[str]]:
         parameters = [plain_name(name) for name, _ in pl_module.named_parameters()]

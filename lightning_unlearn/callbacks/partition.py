@@ -616,7 +616,7 @@ class AttributionPartitionCallback(UnlearnCallback):
                 if not is_last:
                     columns.setdefault("label", []).append(batch.label.cpu())
                     continue
-                found = {"label": batch.label, "last": seen.logits @ trajectory.basis.to(seen.logits.device)}
+                found = {"label": batch.label, "last": trajectory.coordinates(seen.logits)}
                 found |= _seen_in_the_last_pass(seen, label, margin)
                 found |= {} if not seen.watched else {"response": response(pl_module, watch[0], seen.watched[0])}
                 for name, value in found.items():

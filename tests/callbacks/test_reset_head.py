@@ -177,3 +177,13 @@ def test_averages_begun_before_have_the_new_head_too(place):
     # The final weights are the average, which has hardly moved from what it was at the swap.
     new, old = swap.after["net.7.weight"], swap.before["net.7.weight"]
     assert (module.net[7].weight - new).abs().max() < 0.05 < (new - old).abs().max()
+
+
+def test_averages_begun_before_do_not_bring_pruned_columns_back_with_the_new_head():
+    averaging = pytest.importorskip("lightning.pytorch.callbacks.weight_averaging").EMAWeightAveraging(decay=0.9)
+    prune = {"criterion": "magnitude", "guard": False}
+    ours, module = trio(AT, prune=prune, finetune={"reset_head": True}), Toy(optimizer=adamw)
+    fit(module, BlobsData(Blobs(101)), [averaging, *ours], max_epochs=AT + 1)
+    pruned = ours[1].mask.pruned_indices()
+    assert len(pruned) > 0
+    assert (module.net[7].weight[:, pruned] == 0).all()

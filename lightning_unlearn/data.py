@@ -92,6 +92,14 @@ def batch_size(loader: DataLoader[Any]) -> int:
     return int(stated) if stated else len(next(iter(loader.batch_sampler or [[0]])))
 
 
+def apart(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """A copy that delivers in the order drawn, and whose iterations, and their workers, are its own."""
+    other = copy.copy(loader)
+    # Not through __init__, which a subclass may have changed; DataLoader refuses to have these set as attributes.
+    other.__dict__.update(persistent_workers=False, in_order=True, _iterator=None)
+    return other
+
+
 def indexed_batches(loader: DataLoader[Any], index: Tensor, *, probing: bool = False) -> Iterator[tuple[Tensor, Any]]:
     """The loader's dataset, transforms, collate function and workers, over the given samples in the given order.
 
@@ -109,17 +117,9 @@ def indexed_batches(loader: DataLoader[Any], index: Tensor, *, probing: bool = F
     """
     size = batch_size(loader)
     batches = _HandedOut(BatchSampler(index.tolist(), size, drop_last=False))
-    ordered = copy.copy(loader)
-    # Not through __init__, which a subclass may have changed; DataLoader refuses to have these set as attributes.
+    ordered = apart(loader)
     ordered.__dict__.update(
-        sampler=index.tolist(),
-        batch_sampler=batches,
-        batch_size=size,
-        drop_last=False,
-        generator=None,
-        persistent_workers=False,
-        in_order=True,
-        _iterator=None,
+        sampler=index.tolist(), batch_sampler=batches, batch_size=size, drop_last=False, generator=None
     )
     if probing and loader.worker_init_fn is None:
         ordered.__dict__.update(num_workers=0, prefetch_factor=None, timeout=0)
@@ -309,6 +309,11 @@ def _put_batch_sampler(loader: DataLoader[Any], batches: Any) -> None:
     iterator = getattr(loader, "_iterator", None)
     if iterator is not None:
         iterator._index_sampler = batches
+
+
+def is_torchs_iterator(iterator: Any) -> bool:
+    """Whether an iterator tells :func:`delivered_indices` what it draws."""
+    return hasattr(iterator, "_sampler_iter")
 
 
 def delivered_indices(iterator: Any, waiting: int = 0) -> Tensor | None:

@@ -1,15 +1,20 @@
 """What the callbacks need of Lightning beyond its hooks, and all of its private API that they touch.
 
-Private names, checked on lightning 2.5.0 to 2.6.6 (``tests/callbacks/test_lightning.py`` fails when one goes missing):
-``FitLoop._data_source``, ``FitLoop._combined_loader``, ``FitLoop._load_combined_loader_states``,
-``FitLoop._data_fetcher``, ``CombinedLoader._iterator``, ``LightningModule._on_before_batch_transfer``, the name of
-``_MultiProcessingLauncher``, ``Trainer._accelerator_connector`` (``use_distributed_sampler``, ``is_distributed``), the
-``_sampler`` within a ``DistributedSamplerWrapper``, and ``_average_model`` of ``StochasticWeightAveraging`` and (from
-2.6) of ``WeightAveraging``.
+Private names, checked on lightning 2.5.0 to 2.6.6 (``tests/callbacks/test_lightning.py`` fails when one goes missing or
+is used elsewhere):
+
+- of the fit loop ``_data_source``, ``_combined_loader``, ``_load_combined_loader_states`` and ``_data_fetcher``;
+- of the evaluation loop ``_combined_loader`` and ``_last_val_dl_reload_epoch``;
+- ``_iterator`` of the CombinedLoader, ``_on_before_batch_transfer`` of the LightningModule;
+- ``_accelerator_connector`` of the Trainer, with ``use_distributed_sampler`` and ``is_distributed``;
+- ``_sampler`` of the data set within a ``DistributedSamplerWrapper``;
+- ``_average_model`` of ``StochasticWeightAveraging`` and, from 2.6 on, of ``WeightAveraging``;
+- the name of ``_MultiProcessingLauncher``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import MethodType
@@ -248,6 +253,26 @@ def live_iterator(trainer: Trainer) -> tuple[Any, int]:
         return None, 0
     # Where the number of batches is not known, Lightning is one ahead, to see which is the last.
     return iterators[0], len(getattr(fetcher, "batches", []))
+
+
+def validation_loaders(trainer: Trainer) -> list[tuple[Any, int | None]]:
+    """The validation loaders of the fit, each with how many batches are drawn of it; None for all.
+
+    Lightning makes them before the first validation; where that has not been, it makes them now. Inside
+    ``undisturbed``, on every rank.
+    """
+    if not trainer.enable_validation:
+        return []
+    loop: Any = trainer.fit_loop.epoch_loop.val_loop
+    if getattr(loop, "_combined_loader", None) is None:
+        reloaded = getattr(loop, "_last_val_dl_reload_epoch", None)
+        loop.setup_data()
+        # When the user's loaders are due to be made again is as it was.
+        loop._last_val_dl_reload_epoch = reloaded
+    combined = getattr(loop, "_combined_loader", None)
+    loaders = [] if combined is None else list(combined.flattened)
+    limits = [None if math.isinf(limit) else int(limit) for limit in trainer.num_val_batches[: len(loaders)]]
+    return list(zip(loaders, limits, strict=True))
 
 
 def users_sampler(trainer: Trainer, loader: DataLoader[Any], drawn_from: Any, own: Any) -> tuple[Any, bool]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_unlearn.callbacks._base import train_loader
 from lightning_unlearn.callbacks._lightning import BatchHook, live_iterator, to_device, undisturbed
-from lightning_unlearn.data import batch_size, delivered_indices, indexed_batches
+from lightning_unlearn.data import batch_size, delivered_indices, indexed_batches, is_torchs_iterator
 from lightning_unlearn.targets import Reading
 
 _ADVICE = "; use on_noisy='drop' or 'weigh', which need no other labels"
@@ -106,7 +106,7 @@ def check_relabelling(trainer: Trainer, pl_module: LightningModule, reading: Rea
     """
     loader = train_loader(trainer)
     iterator, _ = live_iterator(trainer)
-    if not hasattr(iterator, "_sampler_iter") or (loader.num_workers > 0 and not getattr(loader, "in_order", True)):
+    if not is_torchs_iterator(iterator) or (loader.num_workers > 0 and not getattr(loader, "in_order", True)):
         raise TypeError(
             "Expected a train loader of torch's own iteration that delivers batches in the order drawn, so that they"
             f" can be re-labelled, but {type(loader).__name__} does not (or training_step draws batches itself, or"

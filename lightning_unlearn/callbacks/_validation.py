@@ -1,14 +1,8 @@
-"""How good the model is right now: on the fit's own validation data, or on some of the training samples.
-
-Private names, checked on lightning 2.5.0 to 2.6.6: ``_combined_loader`` and ``_last_val_dl_reload_epoch`` of the
-evaluation loop.
-"""
+"""How good the model is right now: on the fit's own validation data, or on some of the training samples."""
 
 from __future__ import annotations
 
-import copy
 import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,10 +18,10 @@ from torch.utils.data import BatchSampler, DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_unlearn.callbacks._base import logits_of, reading_of, train_loader
-from lightning_unlearn.callbacks._lightning import to_device, undisturbed
+from lightning_unlearn.callbacks._lightning import to_device, undisturbed, validation_loaders
 from lightning_unlearn.callbacks._strategies import shards_weights
 from lightning_unlearn.capture import SmallerBatches
-from lightning_unlearn.data import indexed_batches, rank_share
+from lightning_unlearn.data import apart, indexed_batches, rank_share
 from lightning_unlearn.distributed import sum_over_ranks
 from lightning_unlearn.targets import IGNORED
 from lightning_unlearn.types import PartitionSource
@@ -110,7 +104,7 @@ def score_validation(trainer: Trainer, pl_module: LightningModule, source: Parti
     """
     tally, reason = _Tally(pl_module, source), ""
     with undisturbed(trainer, pl_module), torch.no_grad():
-        loaders = _validation_loaders(trainer)
+        loaders = validation_loaders(trainer)
         # Anything may be in a validation loader, and not to know a score must not end the fit.
         try:
             for loader, limit in loaders:
@@ -199,26 +193,6 @@ def _in_step(trainer: Trainer, batches: Iterator[_Item]) -> Iterator[_Item]:
         yield item
 
 
-def _validation_loaders(trainer: Trainer) -> list[tuple[Any, int | None]]:
-    """The validation loaders of the fit, each with how many batches are drawn of it; None for all.
-
-    Lightning makes them before the first validation; where that has not been, it makes them now. Inside
-    ``undisturbed``, on every rank.
-    """
-    if not trainer.enable_validation:
-        return []
-    loop: Any = trainer.fit_loop.epoch_loop.val_loop
-    if getattr(loop, "_combined_loader", None) is None:
-        reloaded = getattr(loop, "_last_val_dl_reload_epoch", None)
-        loop.setup_data()
-        # When the user's loaders are due to be made again is as it was.
-        loop._last_val_dl_reload_epoch = reloaded
-    combined = getattr(loop, "_combined_loader", None)
-    loaders = [] if combined is None else list(combined.flattened)
-    limits = [None if math.isinf(limit) else int(limit) for limit in trainer.num_val_batches[: len(loaders)]]
-    return list(zip(loaders, limits, strict=True))
-
-
 @contextmanager
 def _as_it_was(loader: Any) -> Iterator[Iterator[tuple[Any, Callable[[int], Tensor]]]]:
     """Draws from a loader and leaves it, its workers and the generators that it draws from as they were.
@@ -233,10 +207,8 @@ def _as_it_was(loader: Any) -> Iterator[Iterator[tuple[Any, Callable[[int], Tens
     ]
     states = [generator.get_state() for generator in generators]
     if isinstance(loader, DataLoader):
-        # Its workers end with the iteration; through __dict__, since DataLoader refuses to have these set.
-        loader = copy.copy(loader)
-        # In order, since what a batch counts depends on its place; torch before 2.6 knows no other.
-        loader.__dict__.update(persistent_workers=False, in_order=True, _iterator=None)
+        # In order, since what a batch counts depends on its place; its workers end with the iteration.
+        loader = apart(loader)
     try:
         yield _weighed(loader)
     finally:

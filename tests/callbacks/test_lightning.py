@@ -1,6 +1,9 @@
 """The private API of Lightning that callbacks/_lightning.py stands on. A failure here names what a release took."""
 
+import ast
 import inspect
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import lightning as L
@@ -28,6 +31,8 @@ from lightning_unlearn.callbacks._lightning import (
 )
 from tests.toys import Blobs, BlobsData, Toy, fit, make_trainer
 
+PACKAGE = Path(_lightning.__file__).parents[1]
+
 
 class Inside(L.Callback):
     """Runs a check at the start of the second epoch of a fit."""
@@ -46,51 +51,168 @@ def inside(check, **kwargs):
     return callback.result
 
 
-def test_every_private_name_that_is_used_is_listed():
+def is_private(name):
+    return name.startswith("_") and not name.startswith("__") and name.isidentifier()
+
+
+BY_NAME = ("getattr", "hasattr", "setattr", "delattr", "pop", "get", "setdefault", "update")
+
+
+def constants(node):
+    return [str(part.value) for part in ast.walk(node) if isinstance(part, ast.Constant)]
+
+
+def private_names(tree):
+    """Names of other objects than ``self``: as attributes, by name, and as keys of ``__dict__``."""
+    for node in ast.walk(tree):
+        found = []
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) not in ("self", "cls"):
+            found = [node.attr]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in BY_NAME:
+            found = [name for part in node.args for name in constants(part)]
+            found += [keyword.arg or "" for keyword in node.keywords]
+        elif isinstance(node, (ast.Subscript, ast.Compare)):
+            found = constants(node)
+        yield from ((name, node.lineno) for name in found)
+
+
+def defined_here(tree):
+    """Names that a file gives its own classes, their attributes and its functions."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef)):
+            yield from (part.name for part in node.body if isinstance(part, (ast.FunctionDef, ast.ClassDef)))
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
+            yield node.attr
+        elif isinstance(node, ast.Subscript) and ast.unparse(node.value) == "self.__dict__":
+            yield from constants(node)
+
+
+def foreign_private_names(source):
+    tree = ast.parse(source)
+    own = set(defined_here(tree))
+    return {(name, line) for name, line in private_names(tree) if is_private(name) and name not in own}
+
+
+def test_every_private_name_that_is_used_is_listed_and_tested():
     source = inspect.getsource(_lightning)
-    docstring, code = source.split('"""', 2)[1:]
-    for name in (
-        "_data_source",
-        "_combined_loader",
-        "_load_combined_loader_states",
-        "_data_fetcher",
-        "_iterator",
-        "_on_before_batch_transfer",
-        "_average_model",
-        "_accelerator_connector",
-        "_sampler",
-    ):
-        assert name in docstring, f"{name} is used in callbacks/_lightning.py but not listed in its docstring"
-        assert name in code, f"{name} is listed in callbacks/_lightning.py but not used"
+    docstring = source.split('"""', 2)[1]
+    used = {name for name, _ in foreign_private_names(source)}
+    listed = set(re.findall(r"``(_\w+)``", docstring))
+    assert used == listed, "callbacks/_lightning.py: what its docstring lists and what it uses differ"
+    assert used == {*PRIVATE, "_MultiProcessingLauncher"}
+
+
+# What else is private and used, and why there is no public way.
+ELSEWHERE = {
+    "data.py": {
+        "_iterator": "a copy of a DataLoader makes its own iterator",
+        "_index_sampler": "persistent workers go on with the batch sampler that their iterator has",
+        "_sampler_iter": "what the iterator of a DataLoader draws from",
+        "_num_yielded": "how many batches it has delivered",
+    },
+    "capture.py": {
+        "_ConvNd": "torch's class of all convolutions",
+        "_NormBase": "torch's class of all batch norms",
+        "_fields": "of a named tuple, public by its documentation",
+    },
+    "masking.py": {"_ConvTransposeNd": "torch's class"},
+    "shrinking.py": {"_ConvNd": "torch's class", "_NormBase": "torch's class"},
+    "callbacks/_prune_sites.py": {
+        "_ConvNd": "torch's class",
+        "_ConvTransposeNd": "torch's class",
+        "_NormBase": "torch's class",
+    },
+    "callbacks/finetune.py": {"_NormBase": "torch's class"},
+}
+
+
+@pytest.mark.parametrize("file", sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py")))
+def test_no_private_name_is_used_elsewhere(file):
+    if file == "callbacks/_lightning.py":
+        return
+    found = foreign_private_names((PACKAGE / file).read_text(encoding="utf-8"))
+    strange = [f"{name} (line {line})" for name, line in sorted(found) if name not in ELSEWHERE.get(file, {})]
+    assert not strange, f"{file} uses {strange}: move it to callbacks/_lightning.py, or say in ELSEWHERE why it stays"
+    assert {name for name, _ in found} >= set(ELSEWHERE.get(file, {})), f"{file} no longer uses all of ELSEWHERE"
 
 
 @pytest.mark.parametrize(
-    "name",
+    "line",
     [
-        "_data_source",
-        "_combined_loader",
-        "_load_combined_loader_states",
-        "_data_fetcher",
-        "setup_data",
-        "epoch_progress",
-        "max_epochs",
+        "loop._data_source.dataloader()",
+        "getattr(loop, '_data_source', None)",
+        "loop.__dict__.pop('_data_source')",
+        "loop.__dict__['_data_source'] = 1",
+        "loop.__dict__.update(_data_source=None)",
+        "self.loop._data_source = None",
+        "'_data_source' in vars(loop)",
     ],
 )
+def test_a_private_name_is_found(line):
+    assert foreign_private_names(line) == {("_data_source", 1)}
+
+
+def test_what_is_ones_own_is_let_through():
+    source = (
+        "class Mine:\n    def __init__(self):\n        self._x = 1\n    def add(self, other):\n        return other._x"
+    )
+    assert foreign_private_names(source) == set()
+
+
+def launcher():
+    return type(make_trainer(devices=2, strategy="ddp_spawn").strategy.launcher)
+
+
+def averaging():
+    return pytest.importorskip("lightning.pytorch.callbacks.weight_averaging").WeightAveraging()
+
+
+def wrapped_sampler():
+    return DistributedSamplerWrapper([1, 2], num_replicas=1, rank=0).dataset
+
+
+# The objects that have them, and what of them must be there.
+PRIVATE = {
+    "_data_source": lambda: [(make_trainer().fit_loop, ())],
+    "_combined_loader": lambda: [(make_trainer().fit_loop, ()), (make_trainer().fit_loop.epoch_loop.val_loop, ())],
+    "_load_combined_loader_states": lambda: [(make_trainer().fit_loop, ())],
+    "_data_fetcher": lambda: [(make_trainer().fit_loop, ())],
+    "_last_val_dl_reload_epoch": lambda: [(make_trainer().fit_loop.epoch_loop.val_loop, ())],
+    "_iterator": lambda: [(CombinedLoader([]), ())],
+    "_on_before_batch_transfer": lambda: [(L.LightningModule(), ())],
+    "_accelerator_connector": lambda: [(make_trainer(), ("use_distributed_sampler", "is_distributed"))],
+    "_sampler": lambda: [(wrapped_sampler(), ())],
+    "_average_model": lambda: [(StochasticWeightAveraging(0.1), ())],
+}
+
+
+@pytest.mark.parametrize("name", PRIVATE)
+def test_lightning_has(name):
+    for holder, parts in PRIVATE[name]():
+        what = f"Lightning {L.__version__}: {type(holder).__name__} has no {name}"
+        assert hasattr(holder, name), what
+        assert [part for part in parts if not hasattr(getattr(holder, name), part)] == [], what
+
+
+def test_weight_averaging_has_its_model():
+    assert hasattr(averaging(), "_average_model"), f"Lightning {L.__version__}: WeightAveraging has no _average_model"
+
+
+def test_classes_that_are_known_by_name_have_it():
+    assert launcher().__name__ == "_MultiProcessingLauncher", f"Lightning {L.__version__}: the launcher is another"
+    assert DistributedSamplerWrapper.__name__ == "DistributedSamplerWrapper"
+
+
+@pytest.mark.parametrize("name", ["setup_data", "epoch_progress", "max_epochs"])
 def test_the_fit_loop_has(name):
     assert hasattr(make_trainer().fit_loop, name), f"Lightning {L.__version__}: FitLoop has no {name}"
 
 
-def test_the_module_has_its_transfer_hook():
-    name = "_on_before_batch_transfer"
-    assert hasattr(L.LightningModule, name), f"Lightning {L.__version__}: LightningModule has no {name}"
+def test_the_transfer_hook_has_its_parameters():
     parameters = inspect.signature(L.LightningModule._on_before_batch_transfer).parameters
-    assert {"batch", "dataloader_idx"} <= set(parameters), f"Lightning {L.__version__}: {name} has other parameters"
-
-
-def test_averaging_callbacks_keep_their_model_where_it_is_looked_for():
-    assert hasattr(StochasticWeightAveraging(0.1), "_average_model"), f"Lightning {L.__version__}: SWA._average_model"
-    averaging = pytest.importorskip("lightning.pytorch.callbacks.weight_averaging")
-    assert hasattr(averaging.WeightAveraging(), "_average_model"), f"Lightning {L.__version__}: _average_model"
+    assert {"batch", "dataloader_idx"} <= set(parameters), (
+        f"Lightning {L.__version__}: _on_before_batch_transfer has other parameters"
+    )
 
 
 def test_setup_data_asks_the_source_only_while_there_is_no_loader():

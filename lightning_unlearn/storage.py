@@ -131,9 +131,9 @@ def load_record(kind: type[_Record], version: int, path: str | PathLike[str]) ->
         try:
             about, tensors = _read(file, {field.name for field in dataclasses.fields(kind)})  # type: ignore[arg-type]
         except _PickledError:
-            convert = f"{kind.__name__}.from_state_dict(torch.load({str(source)!r}, weights_only=True)).save(...)"
-            earlier = f"; if an earlier version made it and you trust it: {convert}" * hasattr(kind, "from_state_dict")
-            raise ValueError(f"{wanted} it holds a pickle, which may run code. Make it again{earlier}.") from None
+            raise ValueError(
+                f"{wanted} it holds a pickle, which may run code, as did the files of earlier versions; make it again."
+            ) from None
         except Exception as error:  # broken in one of many ways
             raise ValueError(f"{wanted} it cannot be read ({error}); {advice}.") from error
     if about.get("format") != _format(kind):

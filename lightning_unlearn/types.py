@@ -205,6 +205,8 @@ class Partition:
                     f"{name} must be {dtype} of shape {tuple(expected)}, but is {value.dtype} of shape"
                     f" {tuple(value.shape)}."
                 )
+        for name in ("noise_matrix", "label_probability"):
+            _check_matrix(name, getattr(self, name))
         if len(self) and int(self.reason.max()) >= len(REASONS):
             raise ValueError(f"reason must hold numbers below {len(REASONS)}, but holds {int(self.reason.max())}.")
         low, high = self.clean_probability.aminmax() if len(self) else (torch.zeros(()), torch.zeros(()))
@@ -371,6 +373,13 @@ class Partition:
         return {label: str(name) for label, name in enumerate(class_names)}
 
 
+def _check_matrix(name: str, value: Tensor) -> None:
+    if value.ndim != 2 or value.dtype != torch.float32:
+        raise ValueError(
+            f"{name} must be torch.float32 with two dimensions, but is {value.dtype} {tuple(value.shape)}."
+        )
+
+
 def _named(title: str, label: Tensor, names: dict[int, str] | None) -> dict[str, list[Any]]:
     """The column of the labels' names, if they have any."""
     if names is None:
@@ -478,6 +487,8 @@ class NeuronMask:
                 f"keep must be bool of shape (D,) and sensitivity of the same shape, but they are {self.keep.dtype}"
                 f" {tuple(self.keep.shape)} and {tuple(self.sensitivity.shape)}."
             )
+        if not self.sensitivity.is_floating_point():
+            raise ValueError(f"sensitivity must be of a floating type, but is {self.sensitivity.dtype}.")
         if self.standard_error is not None and self.standard_error.shape != self.keep.shape:
             raise ValueError(
                 f"standard_error must have shape {tuple(self.keep.shape)}, but has {tuple(self.standard_error.shape)}."

@@ -115,6 +115,10 @@ ELSEWHERE = {
         "_NormBase": "torch's class of all batch norms",
         "_fields": "of a named tuple, public by its documentation",
     },
+    "targets.py": {
+        "_asdict": "of a named tuple, public by its documentation",
+        "_orig_mod": "what torch.compile wraps",
+    },
     "masking.py": {"_ConvTransposeNd": "torch's class"},
     "shrinking.py": {"_ConvNd": "torch's class", "_NormBase": "torch's class"},
     "callbacks/_prune_sites.py": {

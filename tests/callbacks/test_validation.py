@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, TensorDataset
@@ -259,11 +258,3 @@ def test_a_rank_that_cannot_go_on_leaves_none_with_a_score():
     reduced[3] = 0
     assert tally.score(SimpleNamespace(strategy=strategy)) == Score(0.8, 0.4, 10)
     assert str(Score(0.8, 0.4, 1000)) == "accuracy 0.800, loss 0.400 on 1,000 samples"
-
-
-@pytest.mark.parametrize("name", ["_combined_loader", "_last_val_dl_reload_epoch"])
-def test_the_private_names_are_there(name):
-    loop = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False).fit_loop.epoch_loop.val_loop
-    assert isinstance(loop, _EvaluationLoop)
-    assert hasattr(loop, name)
-    assert name in _validation.__doc__

@@ -157,10 +157,28 @@ class ForwardTrace:
         return [call.name for call in linears if call.module.out_features == num_classes]
 
     def last_linear(self, num_classes: int) -> str:
-        """Dotted path of the last Linear with as many outputs as classes that ``forward`` calls: the head.
+        """Dotted path of the head: the last Linear with as many outputs as classes, of those that make the logits.
 
         Raises:
-            ValueError: if it calls none.
+            ValueError: if ``forward`` calls none, or one that is only a part of the head, as with an adapter beside it.
+        """
+        head = self.head(num_classes)
+        if head not in self.heads(num_classes):
+            module = self.calls_of(head)[0].module
+            raise ValueError(
+                f"Expected the head to be a torch.nn.Linear, but '{head}', which makes the logits, is a"
+                f" {type(module).__name__} around one; name the layer with layer='...'."
+            )
+        return head
+
+    def head(self, num_classes: int) -> str:
+        """Dotted path of what makes class logits of features.
+
+        It is the last Linear with as many outputs as classes, of those that make the logits; or the module around it
+        that takes the Linear's input and makes the logits with an adapter's help, as LoRA does.
+
+        Raises:
+            ValueError: if ``forward`` calls no such Linear.
         """
         names = self.heads(num_classes)
         if not names:
@@ -168,7 +186,28 @@ class ForwardTrace:
                 f"Expected a model that calls a torch.nn.Linear with {num_classes} outputs, one for each class, but"
                 " forward calls none; name the layer with layer='...'."
             )
-        return names[-1]
+        made = [name for name in names if self.makes_logits(name)]
+        around = [call.name for call in self.calls if self._is_around(call, names) and self.makes_logits(call.name)]
+        return (made or around or names)[-1]
+
+    def _is_around(self, call: ModuleCall, names: Sequence[str]) -> bool:
+        """Whether a module gives its own input to one of these that it holds."""
+        inside = [name for name in names if name.startswith(f"{call.name}.")]
+        taken = [inner.inputs[0] for name in inside for inner in self.calls_of(name) if inner.inputs]
+        return bool(call.inputs) and any(value is call.inputs[0] for value in taken)
+
+    def logit_maker(self, num_classes: int) -> str | None:
+        """Dotted path of the module whose output is what ``forward`` returns as logits; None if there is none.
+
+        Args:
+            num_classes: C.
+        """
+        made = [call for call in self.calls if self.makes_logits(call.name)]
+        # Of those within each other only such as pass on what the outermost returns, not what it casts or adds to.
+        names = [call.name for call in made if _is_same(call.output, made[0].output)]
+        heads = [name for name in self.heads(num_classes) if name in names]
+        candidates = heads or names
+        return candidates[-1] if candidates else None
 
     def first_block(self, batch: int) -> LayerPoint | None:
         """Where the first block of the model has seen the input.
@@ -193,13 +232,20 @@ class ForwardTrace:
         return None
 
     def makes_logits(self, name: str) -> bool:
-        """Whether what this layer returns is what ``forward`` returns as logits, element for element."""
+        """Whether what this layer returns is what ``forward`` returns as logits: the tensor itself, or a cast of it.
+
+        Equal numbers do not suffice: what is added later may be zero now, as an adapter is when it is new.
+        """
         calls = self.calls_of(name)
         # What is changed in place afterwards is another thing than what a hook on the layer sees.
         if len(calls) != 1 or _version(calls[0].output) != calls[0].output_version:
             return False
         made = calls[0].output
         if not isinstance(made, Tensor) or made.shape not in (self.output.shape, self.output.squeeze(1).shape):
+            return False
+        if _is_same(made, self.output):
+            return True
+        if made.dtype == self.output.dtype:
             return False
         made = made.reshape(self.output.shape)
         # A broken sample makes both NaN, which is equal to nothing.
@@ -237,6 +283,12 @@ class ForwardTrace:
     def _before(self, name: str) -> list[ModuleCall]:
         first = next(i for i, call in enumerate(self.calls) if call.name == name)
         return self.calls[:first]
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same memory, perhaps in another shape."""
+    same = one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+    return same and one.numel() == other.numel() and one.dtype == other.dtype
 
 
 def _version(value: Any) -> int:

@@ -49,6 +49,11 @@ def fingerprint(loader: DataLoader[Any]) -> str:
     return f"{total}:{''.join(first) if first == second else ''}"
 
 
+def varies(fingerprint: str) -> bool:
+    """Whether items differed from one reading to the next."""
+    return fingerprint.endswith(":")
+
+
 def share_changed(before: str, now: str) -> float:
     """The share of the sampled items whose content differs between two fingerprints, in [0, 1].
 

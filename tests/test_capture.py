@@ -1146,7 +1146,10 @@ class Logits(nn.Module):
     ("after", "expected"),
     [
         (lambda model, out: out, True),
-        (lambda model, out: out.clone(), True),
+        (lambda model, out: out.view(5, C), True),
+        (lambda model, out: out.double(), True),
+        # Zero now, and something else once it is trained.
+        (lambda model, out: out + torch.zeros(C), False),
         (lambda model, out: out.log_softmax(dim=1), False),
         (lambda model, out: out / 2, False),
         (lambda model, out: out.div_(2), False),
@@ -1154,7 +1157,18 @@ class Logits(nn.Module):
         (lambda model, out: model.fc(out), False),
         (lambda model, out: model.body(torch.zeros(len(out), 3)), False),
     ],
-    ids=["as it is", "copied", "log-softmax", "scaled", "scaled in place", "cut", "called twice", "another's"],
+    ids=[
+        "as it is",
+        "viewed",
+        "cast",
+        "added to",
+        "log-softmax",
+        "scaled",
+        "scaled in place",
+        "cut",
+        "called twice",
+        "another's",
+    ],
 )
 @pytest.mark.parametrize("broken", [0, 2], ids=["", "two samples are NaN"])
 def test_makes_logits(after, expected, broken):
@@ -1168,8 +1182,8 @@ def test_makes_logits(after, expected, broken):
     assert not trace.makes_logits("body")
 
 
-def test_what_makes_logits_cannot_be_told_from_nan_alone():
-    model = Logits(lambda model, out: out)
+def test_what_a_cast_makes_of_logits_cannot_be_told_from_nan_alone():
+    model = Logits(lambda model, out: out.double())
     trace = trace_forward(model, model, torch.full((5, 3), torch.nan))
     assert not trace.makes_logits("fc")
 

@@ -20,9 +20,10 @@ from lightning_unlearn.callbacks._lightning import (
     undisturbed,
 )
 from lightning_unlearn.callbacks._packages import EitherCallback, MisconfigurationException, has_forward
+from lightning_unlearn.callbacks._scoring import scoring_loader, train_loader
 from lightning_unlearn.callbacks._strategies import check_strategy
 from lightning_unlearn.capture import ForwardTrace, trace_forward
-from lightning_unlearn.data import batch_size, check_iteration, check_loader, indexed_batches, rank_share
+from lightning_unlearn.data import batch_size, check_iteration, indexed_batches, rank_share
 from lightning_unlearn.sharding import reshard
 from lightning_unlearn.targets import Reading
 from lightning_unlearn.types import PartitionSource
@@ -271,16 +272,11 @@ def logits_of(source: PartitionSource, pl_module: LightningModule, x: Any) -> Te
     return reading_of(source).logits(output_of(source, pl_module, x))
 
 
-def train_loader(trainer: Trainer) -> DataLoader[Any]:
-    """The loader that the fit draws from, if its samples have an index."""
-    return check_loader(trainer.train_dataloader)
-
-
 def probe(trainer: Trainer, pl_module: LightningModule, source: PartitionSource) -> tuple[ForwardTrace, IndexedBatch]:
     """One forward pass over the first samples, to fail before hours of training and to see what calls what."""
-    loader = train_loader(trainer)
     with undisturbed(trainer, pl_module), torch.no_grad():
-        check_iteration(loader)
+        check_iteration(train_loader(trainer))
+        loader = scoring_loader(trainer)
         size = min(batch_size(loader), len(loader.dataset))  # type: ignore[arg-type]  # its length has been checked
         indices, batch = next(indexed_batches(loader, torch.arange(size), probing=True))
         reading = reading_of(source)
@@ -292,17 +288,20 @@ def probe(trainer: Trainer, pl_module: LightningModule, source: PartitionSource)
 
 
 @torch.no_grad()
-def given_labels(trainer: Trainer, pl_module: LightningModule, source: PartitionSource, index: Tensor) -> Tensor:
+def given_labels(
+    trainer: Trainer, pl_module: LightningModule, source: PartitionSource, loader: DataLoader[Any], index: Tensor
+) -> Tensor:
     """(U,) int64 on the CPU, the labels of the rows of some samples. Use inside ``undisturbed``.
 
     Args:
         trainer: of the running fit.
         pl_module: the user's.
         source: knows how to split a batch.
+        loader: of the training set.
         index: (n,) int64, dataset indices.
     """
     reading, found = reading_of(source), []
-    for indices, batch in indexed_batches(train_loader(trainer), index, probing=True):
+    for indices, batch in indexed_batches(loader, index, probing=True):
         label = reading.split(to_device(trainer, pl_module, batch))[1]
         found.append(reading.labels(label, len(indices), int(indices[0])).cpu())
     return torch.cat(found)
@@ -315,7 +314,7 @@ def training_set(trainer: Trainer, pl_module: LightningModule, source: Partition
     Yields:
         batches, as many on every rank.
     """
-    loader, reading = train_loader(trainer), reading_of(source)
+    loader, reading = scoring_loader(trainer), reading_of(source)
     index, weight = rank_share(len(loader.dataset), trainer.global_rank, trainer.world_size)  # type: ignore[arg-type]
     done = 0
     for indices, batch in indexed_batches(loader, index):

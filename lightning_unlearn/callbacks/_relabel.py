@@ -13,8 +13,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from lightning_unlearn.callbacks._base import train_loader
 from lightning_unlearn.callbacks._lightning import BatchHook, live_iterator, to_device, undisturbed
+from lightning_unlearn.callbacks._scoring import train_loader
 from lightning_unlearn.data import batch_size, delivered_indices, indexed_batches, is_torchs_iterator
 from lightning_unlearn.targets import Reading
 

@@ -181,7 +181,8 @@ class TrainingPassReader:
     everything is put back and the sink forgets. A single epoch whose batches cannot be told, as may happen on a resume,
     is only left out. Batches that do not train (a skipped step) are left out as well.
 
-    ``reason`` is why it gave up, empty while it reads; ``rows_read`` is how many rows the sink got in the last epoch.
+    ``head`` is the module that is read; ``reason`` is why it gave up, empty while it reads; ``rows_read`` is how many
+    rows the sink got in the last epoch.
 
     Args:
         reading: how batches, outputs and labels are read.
@@ -201,7 +202,7 @@ class TrainingPassReader:
         self._watch = TrainLoaderWatch()
         self._hook = _HeadHook()
         self._handle: Any = None
-        self._head = ""
+        self.head = ""
         self._loaders: list[DataLoader[Any]] = []
         self.reset()
 
@@ -265,7 +266,7 @@ class TrainingPassReader:
         self._remember(loaders)
         module = resolve_layer(pl_module, head)
         self._size = len(loaders[0].dataset) * self._reading.rows_per_sample
-        self._head = head
+        self.head = head
         self._handle = self._handle or module.register_forward_hook(self._hook)
 
     def start_epoch(self, trainer: Trainer) -> None:
@@ -292,15 +293,15 @@ class TrainingPassReader:
         if step is None or not self.is_reading:
             return
         if step.calls > 1:
-            self.give_up(f"training_step calls '{self._head}' {step.calls} times, not once")
+            self.give_up(f"training_step calls '{self.head}' {step.calls} times, not once")
         elif step.fault:
-            self.give_up(f"training_step calls '{self._head}', but {step.fault}")
+            self.give_up(f"training_step calls '{self.head}', but {step.fault}")
         elif step.gradient is None:
             self._unchecked += 1
             self._unchecked_why = (
-                f"a training step calls '{self._head}' without sending a gradient to its output"
+                f"a training step calls '{self.head}' without sending a gradient to its output"
                 if step.calls
-                else f"a training step does not call '{self._head}' with gradients, or calls it compiled"
+                else f"a training step does not call '{self.head}' with gradients, or calls it compiled"
             )
         else:
             self._held.append(step)
@@ -396,7 +397,7 @@ class TrainingPassReader:
 
     def _fault_of_counts(self, num_illegal: int, num_relabelled: int) -> str:
         if num_illegal:
-            return f"{num_illegal} labels of training batches name no class that '{self._head}' has an output for"
+            return f"{num_illegal} labels of training batches name no class that '{self.head}' has an output for"
         if num_relabelled:
             return (
                 f"{num_relabelled} rows have another label than the one seen before at their dataset index, as where"

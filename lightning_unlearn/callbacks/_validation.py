@@ -17,8 +17,9 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import BatchSampler, DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
-from lightning_unlearn.callbacks._base import logits_of, reading_of, train_loader
+from lightning_unlearn.callbacks._base import logits_of, reading_of
 from lightning_unlearn.callbacks._lightning import to_device, undisturbed, validation_loaders
+from lightning_unlearn.callbacks._scoring import scoring_loader
 from lightning_unlearn.callbacks._strategies import shards_weights
 from lightning_unlearn.capture import SmallerBatches
 from lightning_unlearn.data import apart, indexed_batches, rank_share
@@ -138,7 +139,7 @@ def score_samples(trainer: Trainer, pl_module: LightningModule, source: Partitio
     """
     if len(index) == 0:
         raise ValueError("Expected at least one sample to score, but got none.")
-    tally, loader = _Tally(pl_module, source), train_loader(trainer)
+    tally, loader = _Tally(pl_module, source), scoring_loader(trainer)
     place, weight = rank_share(len(index), trainer.global_rank, trainer.world_size)
     done = 0
     with undisturbed(trainer, pl_module), torch.no_grad():

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_unlearn.callbacks._base import PartitionConsumer, probe, reading_of, train_loader
+from lightning_unlearn.callbacks._base import PartitionConsumer, probe, reading_of
 from lightning_unlearn.callbacks._lightning import (
     TrainDataSwap,
     averaged_models,
@@ -32,6 +32,7 @@ from lightning_unlearn.callbacks._lightning import (
 )
 from lightning_unlearn.callbacks._packages import MisconfigurationException
 from lightning_unlearn.callbacks._relabel import Relabelling, check_relabelling
+from lightning_unlearn.callbacks._scoring import train_loader
 from lightning_unlearn.callbacks._strategies import refuse_where_sharded, shards_weights
 from lightning_unlearn.capture import ForwardTrace, named_layers, plain_name, resolve_layer
 from lightning_unlearn.data import check_loader

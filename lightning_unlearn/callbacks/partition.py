@@ -22,7 +22,6 @@ from lightning_unlearn.callbacks._base import (
     given_labels,
     logits_of,
     probe,
-    train_loader,
     training_set,
 )
 from lightning_unlearn.callbacks._lightning import (
@@ -34,6 +33,13 @@ from lightning_unlearn.callbacks._lightning import (
     undisturbed,
 )
 from lightning_unlearn.callbacks._packages import MisconfigurationException
+from lightning_unlearn.callbacks._scoring import (
+    OFFER,
+    forget_scoring_loader,
+    offers_scoring_loader,
+    scoring_loader,
+    train_loader,
+)
 from lightning_unlearn.callbacks._strategies import shards_weights
 from lightning_unlearn.callbacks._summary import outlook, summarise
 from lightning_unlearn.callbacks._training_pass import TrainingPassReader
@@ -51,7 +57,7 @@ from lightning_unlearn.capture import (
 )
 from lightning_unlearn.data import rank_share
 from lightning_unlearn.distributed import place_by_index, sum_over_ranks
-from lightning_unlearn.fingerprint import check_fingerprint, fingerprint, sampled_indices
+from lightning_unlearn.fingerprint import check_fingerprint, fingerprint, sampled_indices, varies
 from lightning_unlearn.finite import check_rows_left_out, first_not_finite, judge_finite
 from lightning_unlearn.functional.attribution import label_margin
 from lightning_unlearn.recipes import Recipe, get_recipe
@@ -61,6 +67,11 @@ from lightning_unlearn.types import REASONS, Evidence, LayerPoint, Partition, Pa
 
 # Samples per class below which clean data of a weak model were called noisy in four of ten simulated sets.
 _FEW = 50
+_AUGMENTED = (
+    "Items of the training set differ from one reading to the next (random augmentation), so a pass scores samples as"
+    f" they are augmented at that moment; a DataModule with {OFFER}(), which returns a loader of the same samples in"
+    " the same order without augmentation, has them scored as they are."
+)
 
 
 class AttributionPartitionCallback(UnlearnCallback):
@@ -77,7 +88,9 @@ class AttributionPartitionCallback(UnlearnCallback):
     given label's margin at a layer. It changes nothing: the weights after the fit are bit for bit those of a fit
     without it, until another callback acts on the partition.
 
-    Where the training set has random augmentation, the scores are those of augmented samples.
+    Where the training set has random augmentation, the scores are those of augmented samples, which is said once. A
+    DataModule (or LightningModule) may offer a method ``attribution_dataloader()`` that returns a loader of the same
+    samples, in the same order, without augmentation: the passes draw from it then.
 
     With ``every_n_epochs`` the partition is drawn again as the model gets cleaner, from what was seen before the first
     one and from a new pass, until hardly a sample changes sides.
@@ -265,6 +278,7 @@ class AttributionPartitionCallback(UnlearnCallback):
     @override
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         move_behind_averages(trainer, self)
+        forget_scoring_loader(trainer)
         max_epochs = trainer.max_epochs
         if max_epochs is not None and 0 <= max_epochs <= self.at_epoch and not is_fast_dev_run(trainer):
             raise MisconfigurationException(
@@ -281,7 +295,7 @@ class AttributionPartitionCallback(UnlearnCallback):
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trace, first = probe(trainer, pl_module, self)
         if self.layer is None:
-            self._point = LayerPoint(trace.last_linear(self.reading.num_outputs), "input")
+            self._point = LayerPoint(trace.head(self.reading.num_outputs), "input")
         else:
             self._point = LayerPoint(plain_name(self.layer), "output")
         check_reached(trace, self._point)
@@ -316,17 +330,30 @@ class AttributionPartitionCallback(UnlearnCallback):
 
         Within ``undisturbed``, so that where one rank refuses its data, all do.
         """
-        loader = train_loader(trainer)
+        loader = scoring_loader(trainer)
         with undisturbed(trainer, pl_module):
             found = fingerprint(loader)
+            index = sampled_indices(len(loader.dataset))  # type: ignore[arg-type]
+            if known is None and offers_scoring_loader(trainer):
+                self._check_offered(trainer, pl_module, index)
             if known is not None:
-                index = sampled_indices(len(known) // self.reading.rows_per_sample)
-                _check_same_labels(
-                    known[self.reading.row_indices(index)], given_labels(trainer, pl_module, self, index)
-                )
+                given = given_labels(trainer, pl_module, self, loader, index)
+                _check_same_labels(known[self.reading.row_indices(index)], given)
             if self.check_data:
                 check_fingerprint(self._fingerprint, found)
         self._fingerprint = found
+        if varies(found):
+            rank_zero_info(_AUGMENTED)
+
+    def _check_offered(self, trainer: Trainer, pl_module: LightningModule, index: Tensor) -> None:
+        expected, found = (
+            given_labels(trainer, pl_module, self, loader(trainer), index) for loader in (train_loader, scoring_loader)
+        )
+        if differ := int((expected != found).sum()):
+            raise ValueError(
+                f"Expected {OFFER}() to return a loader of the training set's samples in the same order, but {differ}"
+                f" of {len(found)} labels that were compared differ."
+            )
 
     def _warn_where_no_round_follows(self) -> None:
         if self.every_n_epochs is not None and self.has_acted and self._trajectory is None and not self._is_stable:
@@ -361,11 +388,11 @@ class AttributionPartitionCallback(UnlearnCallback):
                 )
 
     def _start_reading(self, trainer: Trainer, pl_module: LightningModule, trace: ForwardTrace) -> None:
-        heads = [name for name in trace.heads(self.reading.num_outputs) if trace.makes_logits(name)]
-        if heads:
-            self._reader.start(trainer, pl_module, heads[-1])
+        maker = trace.logit_maker(self.reading.num_outputs)
+        if maker is not None:
+            self._reader.start(trainer, pl_module, maker)
         else:
-            self._reader.give_up("no Linear of the model returns what forward returns as logits")
+            self._reader.give_up("no module of the model returns what forward returns as logits")
         if self._reader.reason:
             self._say_fallback()
 
@@ -463,7 +490,21 @@ class AttributionPartitionCallback(UnlearnCallback):
                 self._epochs_seen.append(epoch)
         return self._partition
 
+    def _check_reader(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Drops what the training steps showed if it were not the logits, as where an adapter has grown beside."""
+        if not self._reader.is_reading:
+            return
+        trace, _ = probe(trainer, pl_module, self)
+        reads_logits = trace.makes_logits(self._reader.head)
+        if not trainer.strategy.reduce_boolean_decision(reads_logits, all=True):
+            rank_zero_warn(
+                f"What '{self._reader.head}' returns is no longer what forward returns as logits, so the evidence of"
+                " the training steps is dropped; set evidence='passes' to have passes over the training set instead."
+            )
+            self.forget()
+
     def _draw(self, trainer: Trainer, pl_module: LightningModule, started: float) -> None:
+        self._check_reader(trainer, pl_module)
         self._reader.detach()
         share = self._observe_pass(trainer, pl_module)
         judged, label = self._judged(trainer, pl_module, share)

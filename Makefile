@@ -8,12 +8,16 @@ JOBS ?= auto
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
+UV ?= $(BIN)/uv
+OLDEST := .venv-oldest
+OLDEST_PYTHON ?= 3.10
+OLDEST_STAMP := $(OLDEST)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench lint format build clean
+.PHONY: help setup demo test test-oldest bench lint format build clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' Makefile
 
 setup: $(STAMP) ## make .venv with the reference set (PYTHON=python3.11 picks the interpreter)
 
@@ -23,6 +27,9 @@ demo: setup ## run the demo (ARGS="--fast")
 # A file's tests go to one process, since they share what is slow to make.
 test: setup ## run the tests and doctests (ARGS="-k mixture", JOBS=1)
 	$(BIN)/pytest -n $(JOBS) --maxprocesses 8 --dist loadfile $(ARGS)
+
+test-oldest: $(OLDEST_STAMP) ## run them with the oldest versions that are supported (ARGS="-k mixture", UV=uv)
+	$(OLDEST)/bin/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile $(ARGS)
 
 bench: setup ## measure the partition on real data (ARGS="--data DIR --cases spoken-sym40 --seeds 0")
 	$(BIN)/python -m benchmarks.partition $(ARGS)
@@ -41,9 +48,9 @@ build: setup ## build sdist and wheel into dist/
 	rm -rf dist
 	$(BIN)/python -m build
 
-clean: ## remove what the tools leave behind; .venv stays
+clean: ## remove what the tools leave behind; .venv and .venv-oldest stay
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	find . -path "./$(VENV)*" -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 # The stamp is written last, so that an interrupted set-up starts again.
 # pip is the last thing `venv` installs: with it there, the environment is complete.
@@ -53,4 +60,13 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
 	$(BIN)/uv pip install --python $(BIN)/python -c constraints.txt -e '.[all,dev]'
+	@touch $@
+
+# Lightning by name: it caps packaging and fsspec, and left to itself the resolver raises Lightning instead of them.
+# Where there is no such Python and none can be fetched, the one at hand.
+$(OLDEST_STAMP): pyproject.toml
+	@command -v $(UV) > /dev/null || $(MAKE) setup
+	$(UV) venv --clear --python $(OLDEST_PYTHON) $(OLDEST) || $(UV) venv --clear $(OLDEST)
+	$(UV) pip install --python $(OLDEST)/bin/python --resolution lowest-direct -e '.[all,dev]' \
+	  lightning==2.5.0 pytorch-lightning==2.5.0
 	@touch $@

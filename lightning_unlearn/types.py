@@ -254,9 +254,7 @@ class Partition:
         suspect = ~self.is_clean
         judged = self.label >= 0
         wrong = suspect & ((self.reason == REASONS.index("label")) | (self.reason == REASONS.index("both")))
-        moved = torch.zeros(classes, classes, dtype=torch.int64)
-        moved.index_put_((self.label[wrong], self.suggested_label[wrong]), torch.tensor(1), accumulate=True)
-        moved.fill_diagonal_(0)
+        confused = _most_confused(self.label[wrong], self.suggested_label[wrong])
         samples, suspects = (self.label[x].bincount(minlength=classes) for x in (judged, judged & suspect))
         doubt = torch.zeros(classes, dtype=torch.float64)
         doubt.index_add_(0, self.label[judged], 1 - self.clean_probability[judged].double())
@@ -266,8 +264,8 @@ class Partition:
                 samples=int(samples[c]),
                 suspects=int(suspects[c]),
                 noise_rate=float(doubt[c] / samples[c]),
-                confused_with=int(moved[c].argmax()) if bool(moved[c].any()) else None,
-                confused_samples=int(moved[c].max()),
+                confused_with=confused.get(c, (None, 0))[0],
+                confused_samples=confused.get(c, (None, 0))[1],
             )
             for c in range(classes)
             if samples[c] > 0
@@ -418,6 +416,17 @@ def _label_cells(label: Tensor) -> list[Any]:
     if label.ndim == 1:
         return label.tolist()
     return [" ".join(map(str, row.nonzero().flatten().tolist())) for row in label == 1]
+
+
+def _most_confused(label: Tensor, suggested: Tensor) -> dict[int, tuple[int, int]]:
+    """Of each label, the other one that most of its samples are suggested to be, the first of several, and how many."""
+    other = suggested != label
+    pairs, counts = torch.stack([label[other], suggested[other]]).unique(dim=1, return_counts=True)
+    found: dict[int, tuple[int, int]] = {}
+    for c, to, count in zip(*pairs.tolist(), counts.tolist(), strict=True):
+        if count > found.get(c, (0, 0))[1]:
+            found[c] = to, count
+    return found
 
 
 @dataclass(frozen=True)

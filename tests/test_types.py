@@ -220,6 +220,27 @@ def naive_summary(partition):
     return sorted(rows, key=lambda row: -row.suspects / row.samples)
 
 
+def test_class_summary_of_very_many_classes():
+    # A square of all classes would be 80 GB.
+    label, suggested = torch.tensor([99_999, 7, 7, 7, 7]), torch.tensor([0, 5, 4, 5, 7])
+    found = make_partition(
+        label=label, suggested_label=suggested, is_clean=torch.zeros(5, dtype=torch.bool), reason=torch.ones(5).byte()
+    ).class_summary()
+    assert [(row.label, row.samples, row.confused_with, row.confused_samples) for row in found] == [
+        (7, 4, 5, 2),
+        (99_999, 1, 0, 1),
+    ]
+
+
+def test_class_summary_takes_the_first_of_equal_names():
+    one = torch.ones(5, dtype=torch.int64)
+    partition = make_partition(
+        label=one, suggested_label=torch.tensor([3, 2, 3, 2, 1]), is_clean=one == 0, reason=one.byte()
+    )
+    assert (partition.class_summary()[0].confused_with, partition.class_summary()[0].confused_samples) == (2, 2)
+    assert make_partition(is_clean=one > 0, reason=torch.zeros(5).byte()).class_summary()[0].confused_with is None
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_class_summary_matches_a_loop(seed):
     partition = random_partition(seed=seed)

@@ -6,6 +6,7 @@ a batch, ``D`` neurons of a layer, ``C`` classes.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from os import PathLike
@@ -421,9 +422,9 @@ def _label_cells(label: Tensor) -> list[Any]:
 def _most_confused(label: Tensor, suggested: Tensor) -> dict[int, tuple[int, int]]:
     """Of each label, the other one that most of its samples are suggested to be, the first of several, and how many."""
     other = suggested != label
-    pairs, counts = torch.stack([label[other], suggested[other]]).unique(dim=1, return_counts=True)
+    counts = Counter(zip(label[other].tolist(), suggested[other].tolist(), strict=True))
     found: dict[int, tuple[int, int]] = {}
-    for c, to, count in zip(*pairs.tolist(), counts.tolist(), strict=True):
+    for (c, to), count in sorted(counts.items()):
         if count > found.get(c, (0, 0))[1]:
             found[c] = to, count
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -147,21 +147,28 @@ class NeuronPruning:
             if entry.parameter.grad is not None:
                 entry.zero_(entry.parameter.grad)
 
-    def watch(self, optimizer: Optimizer) -> None:
+    def watch(self, optimizer: Optimizer, beside: Iterable[Optimizer] = ()) -> None:
         """Zeroes the entries in the optimizer's state now, and in the parameters after each of its steps.
 
         Momentum would otherwise revive them. Watching an optimizer twice is the same as once.
+
+        Args:
+            optimizer: which.
+            beside: all optimizers of the fit. What another of them steps is left alone: it may be between its own
+                forward and backward pass, which a change would break.
         """
         if optimizer in self._handles:
             return
+        elsewhere = {p for other in beside if other is not optimizer for p in _stepped(other)} - _stepped(optimizer)
+        own = NeuronPruning([entry for entry in self._entries if entry.parameter not in elsewhere])
         with torch.no_grad():
-            for entry in self._entries:
+            for entry in own._entries:
                 for value in optimizer.state.get(entry.parameter, {}).values():
                     if isinstance(value, Tensor) and value.shape == entry.parameter.shape:
                         entry.zero_(value)
 
         def after_step(*_: Any) -> None:
-            self.zero_parameters()
+            own.zero_parameters()
 
         self._handles[optimizer] = optimizer.register_step_post_hook(after_step)
 
@@ -170,3 +177,8 @@ class NeuronPruning:
         for handle in self._handles.values():
             handle.remove()
         self._handles.clear()
+
+
+def _stepped(optimizer: Optimizer) -> set[Any]:
+    """The parameters that an optimizer steps."""
+    return {parameter for group in optimizer.param_groups for parameter in group["params"]}

@@ -112,6 +112,21 @@ def test_parameters_that_the_optimizer_does_not_train_are_no_trouble():
     assert len(optimizer.state) == 0
 
 
+def test_what_another_optimizer_steps_may_be_between_its_forward_and_backward_pass():
+    net, other = conv_net(), nn.Parameter(torch.ones(2))
+    pruning = NeuronPruning(conv_entries(net))
+    pruning.zero_parameters()
+    optimizers = [OPTIMIZERS["sgd"]([other]), OPTIMIZERS["sgd"](net.parameters())]
+    for _ in range(2):
+        losses = [other.sum(), net(torch.randn(3, 2, 4, 4)).square().mean()]
+        for optimizer, loss in zip(optimizers, losses, strict=True):
+            optimizer.zero_grad()
+            loss.backward()
+            pruning.watch(optimizer, optimizers)
+            optimizer.step()
+        assert (pruned_values(net) == 0).all()
+
+
 def test_gradients_are_zeroed_and_no_others():
     net = conv_net()
     net(torch.randn(3, 2, 4, 4)).square().sum().backward()

@@ -287,6 +287,26 @@ def probe(trainer: Trainer, pl_module: LightningModule, source: PartitionSource)
     return trace, IndexedBatch(indices, torch.ones(len(indices), device=label.device), x, label)
 
 
+def check_classifies(trainer: Trainer, pl_module: LightningModule, trace: ForwardTrace) -> None:
+    """Refuses networks that are trained in turns, as a GAN's, where ``forward`` may be any of them.
+
+    Raises:
+        MisconfigurationException: where one of several optimizers trains nothing that ``forward`` calls.
+    """
+    called = {parameter for call in trace.calls for parameter in call.module.parameters()}
+    called |= set(pl_module.parameters(recurse=False))
+    names = {parameter: name for name, parameter in pl_module.named_parameters()}
+    for number, optimizer in enumerate(trainer.optimizers):
+        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if len(trainer.optimizers) > 1 and called.isdisjoint(trained):
+            raise MisconfigurationException(
+                f"Expected one network that classifies, but forward of {type(pl_module).__name__} calls nothing that"
+                f" optimizer {number} trains ({', '.join(names.get(p, '?') for p in trained[:3])}, ...), as where a"
+                " GAN's networks are trained in turns. If forward is the classifier all the same, name its layer with"
+                " layer='...'."
+            )
+
+
 @torch.no_grad()
 def given_labels(
     trainer: Trainer, pl_module: LightningModule, source: PartitionSource, loader: DataLoader[Any], index: Tensor

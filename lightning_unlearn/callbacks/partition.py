@@ -19,6 +19,7 @@ from lightning_unlearn.callbacks._base import (
     IndexedBatch,
     PartitionConsumer,
     UnlearnCallback,
+    check_classifies,
     given_labels,
     logits_of,
     probe,
@@ -295,6 +296,7 @@ class AttributionPartitionCallback(UnlearnCallback):
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trace, first = probe(trainer, pl_module, self)
         if self.layer is None:
+            check_classifies(trainer, pl_module, trace)
             self._point = LayerPoint(trace.head(self.reading.num_outputs), "input")
         else:
             self._point = LayerPoint(plain_name(self.layer), "output")
@@ -554,8 +556,8 @@ class AttributionPartitionCallback(UnlearnCallback):
         if self._partition is None:
             if not is_fast_dev_run(trainer):
                 rank_zero_warn(
-                    f"Training ended after {trainer.current_epoch} epochs, before the partition at at_epoch="
-                    f"{self.at_epoch}: nothing was partitioned, pruned or fine-tuned."
+                    f"Training ended in epoch {trainer.current_epoch - 1} (counted from 0), before the partition at the"
+                    f" start of epoch {self.at_epoch} (at_epoch): nothing was partitioned, pruned or fine-tuned."
                 )
             return
         if self._acts(trainer) and self._accuracy["before"] is not None:

@@ -235,7 +235,7 @@ class SensitivityPruneCallback(PartitionConsumer):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if self._pruning is not None:
             # Here, so that an optimizer that another callback has made meanwhile is watched too.
-            self._pruning.watch(optimizer)
+            self._pruning.watch(optimizer, trainer.optimizers)
             self._pruning.zero_gradients()
 
     @override

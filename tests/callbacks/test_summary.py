@@ -62,7 +62,7 @@ def a_fit(*, optimizer=memorising, at=AT, epochs=6, data=None, beside=(), dry=Fa
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{line}:UserWarning")
-    for line in ("You defined a `validation_step`", "Training ended after")
+    for line in ("You defined a `validation_step`", "Training ended in epoch")
 ]
 
 

@@ -33,6 +33,8 @@ class CleanSubsetSampler(DistributedSampler[int]):
             on which batch norm cannot be trained. The size of the subset is not the user's choice.
         at_most: with a number: no more indices than that are drawn in an epoch, of all ranks together.
 
+    ``is_single`` says whether a batch of one cannot be left out, since it is a rank's only one.
+
     Example:
         >>> from lightning_unlearn.drawing import evenly
         >>> drawing = evenly(torch.tensor([3, 5, 8]), shuffle=False)
@@ -59,6 +61,7 @@ class CleanSubsetSampler(DistributedSampler[int]):
         self.count = self.num_samples - int(single)
         if at_most is not None:
             self.count = min(self.count, at_most // num_replicas)
+        self.is_single = size > 1 and self.count == 1
 
     def __len__(self) -> int:
         return self.count

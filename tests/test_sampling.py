@@ -461,3 +461,16 @@ def test_narrowing_reaches_the_users_batch_sampler_and_is_restored_in_any_order(
     assert loader.batch_sampler is batches
     narrowed.restore()
     assert batches.sampler is loader.sampler is sampler
+
+
+@pytest.mark.parametrize(
+    ("number", "replicas", "size", "single"), [(1, 2, 8, True), (2, 2, 8, True), (3, 2, 8, False), (1, 1, 1, False)]
+)
+def test_a_batch_of_one_that_cannot_be_left_out_is_known(number, replicas, size, single):
+    indices = torch.arange(number)
+    for rank in range(replicas):
+        sampler = CleanSubsetSampler(
+            evenly(indices), num_replicas=replicas, rank=rank, seed=0, leave_no_single=size if size > 1 else None
+        )
+        assert sampler.is_single == single
+    assert not CleanSubsetSampler(evenly(indices), num_replicas=replicas, rank=0, seed=0).is_single

@@ -357,12 +357,13 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         rank_zero_info(f"Dry run: would train on {_samples_of(draw)}{cost}.")
 
     def _fills_batches(self, trainer: Trainer, draw: TrainingDraw) -> bool:
-        if self._batches_after(trainer, draw) > 0:
+        if self._batches_after(trainer, draw) == 0:
+            why = "do not fill one batch on each rank (drop_last, limit_train_batches, weights of zero)"
+        elif self._sampler(trainer, train_loader(trainer), draw).is_single:
+            why = "leave each rank a batch of one sample, on which batch norm cannot be trained"
+        else:
             return True
-        rank_zero_warn(
-            f"The {len(draw.index)} samples to train on do not fill one batch on each rank (drop_last,"
-            " limit_train_batches, weights of zero), so training goes on with the data it has."
-        )
+        rank_zero_warn(f"The {len(draw.index)} samples to train on {why}, so training goes on with the data it has.")
         return False
 
     def _batches_after(self, trainer: Trainer, draw: TrainingDraw) -> int:

@@ -1,0 +1,174 @@
+"""Run by test_ddp_kinds.py in a process of its own, which Lightning starts once more for the second rank.
+
+Usage: ddp_kinds_script.py FOLDER
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler
+
+from lightning_unlearn import CleanSubsetFinetuneCallback
+from tests.callbacks.published import Published, make_partition
+from tests.toys import Blobs, BlobsData, IndexRecorder, Toy, fit, mlp, trio, weights
+
+SIZE, AT, BATCH = 103, 2, 8
+SPAWNING = ("ddp_notebook", "ddp_spawn")
+
+
+def plain():
+    """No batch norm, whose statistics are each rank's own."""
+    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 20), nn.ReLU(), nn.Linear(20, 4))
+
+
+class WithSpare(Toy):
+    """Has a parameter that no step uses."""
+
+    def __init__(self, net):
+        super().__init__(net)
+        self.spare = nn.Linear(3, 3)
+
+
+class OwnSampler(BlobsData):
+    def train_dataloader(self):
+        sampler = DistributedSampler(self.train, self.trainer.world_size, self.trainer.global_rank, seed=5)
+        return DataLoader(self.train, batch_size=BATCH, sampler=sampler)
+
+
+def averaging():
+    """Lightning's moving average of the weights, new in 2.6."""
+    kind = getattr(L.pytorch.callbacks, "EMAWeightAveraging", None)
+    return [] if kind is None else [kind(decay=0.8)]
+
+
+SCENARIOS = {
+    "static": {"strategy": lambda: DDPStrategy(static_graph=True)},
+    "static layers": {"strategy": lambda: DDPStrategy(static_graph=True), "finetune": {"mode": "layers"}},
+    "unused": {
+        "strategy": lambda: DDPStrategy(find_unused_parameters=True),
+        "finetune": {"mode": "layers", "lr": 0.02},
+        "module": WithSpare,
+    },
+    "unsplit": {"trainer": {"use_distributed_sampler": False}},
+    "own sampler": {"trainer": {"use_distributed_sampler": False}, "data": OwnSampler},
+    "averages": {"callbacks": averaging},
+    "rounds": {"partition": {"every_n_epochs": 2, "stable_share": 0}, "finetune": {"on_noisy": "weigh"}, "epochs": 6},
+}
+
+
+def fit_one(name, *more, devices=2, **kwargs):
+    """What a fit has found and made on this rank."""
+    chosen, data = SCENARIOS[name], Blobs(SIZE)
+    module, record, before = chosen.get("module", Toy)(plain), IndexRecorder(data), Before()
+    partition, prune, finetune = trio(
+        AT,
+        prune={"significance": None, "guard": False},
+        finetune=chosen.get("finetune"),
+        **{"recipe": "label", **chosen.get("partition", {})},
+    )
+    strategy = chosen.get("strategy", lambda: "ddp")() if devices > 1 else "auto"
+    trainer = fit(
+        module,
+        chosen.get("data", BlobsData)(data, batch_size=BATCH),
+        [before, finetune, record, prune, partition, *chosen.get("callbacks", list)(), *more],
+        **{
+            "max_epochs": chosen.get("epochs", AT + 2),
+            "devices": devices,
+            "strategy": strategy,
+            **chosen.get("trainer", {}),
+            **kwargs,
+        },
+    )
+    return {
+        "partition": partition.partition.state_dict(),
+        "rounds": [drawn.epoch for drawn in partition.rounds],
+        "mask": prune.mask.keep,
+        "read": record.by_epoch,
+        "batches": trainer.num_training_batches,
+        "requires_grad": all(p.requires_grad for p in module.parameters()),
+        "before": before.weights,
+        "weights": weights(module),
+    }
+
+
+class Before(L.Callback):
+    """The weights when fine-tuning begins."""
+
+    weights = None
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == AT:
+            self.weights = weights(pl_module)
+
+
+def few(clean, net=plain, **loader):
+    """A fit in which only some samples are clean, known in advance."""
+    data = Blobs(SIZE)
+    probability = torch.full((SIZE,), 0.1)
+    probability[:clean] = 0.9
+    record, module = IndexRecorder(data), Toy(net)
+    finetune = CleanSubsetFinetuneCallback()
+    published = Published(make_partition(probability, data.y))
+    fit(
+        module,
+        BlobsData(data, batch_size=BATCH, **loader),
+        [finetune, record, published],
+        max_epochs=3,
+        devices=2,
+        strategy="ddp",
+    )
+    return {
+        "read": record.by_epoch,
+        "is_active": finetune.is_active,
+        "weights": {name: value for name, value in weights(module).items() if "running" not in name},
+    }
+
+
+FEW = {
+    "one": lambda: few(1),
+    "three": lambda: few(3),
+    "one with norms": lambda: few(1, mlp),
+    "no full batch": lambda: few(12, drop_last=True),
+}
+
+
+def elsewhere(folder, strategy):
+    """A fit in other processes, which leave a checkpoint."""
+    partition, prune, finetune = trio(AT, recipe="label", prune={"significance": None, "guard": False})
+    keep = ModelCheckpoint(folder / strategy, "last", save_on_train_epoch_end=True)
+    fit(
+        Toy(plain),
+        BlobsData(Blobs(SIZE), batch_size=BATCH),
+        [partition, prune, finetune, keep],
+        max_epochs=AT + 2,
+        devices=2,
+        strategy=strategy,
+        enable_checkpointing=True,
+    )
+    torch.save({"is here": partition.has_acted}, folder / f"{strategy}.pt")
+
+
+def run(folder):
+    if "LOCAL_RANK" not in os.environ:
+        # Before this process is one of a group itself.
+        for strategy in SPAWNING:
+            elsewhere(folder, strategy)
+    found = {"few": {name: make() for name, make in FEW.items()}}
+    kept = ModelCheckpoint(folder / "rounds", "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    for name in SCENARIOS:
+        found[name] = fit_one(name, kept, enable_checkpointing=True) if name == "rounds" else fit_one(name)
+    # Between two rounds.
+    path = folder / "rounds" / f"epoch={AT}.ckpt"
+    found["resumed"] = fit_one("rounds", ckpt_path=path)
+    torch.save(found, folder / f"{torch.distributed.get_rank()}.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    run(Path(sys.argv[1]))

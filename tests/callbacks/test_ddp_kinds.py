@@ -1,0 +1,116 @@
+"""Kinds of DDP, and of the data that two ranks get, on two gloo processes. One launch serves all the tests."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_unlearn import Partition
+from tests.callbacks.ddp_kinds_script import AT, FEW, SCENARIOS, SIZE, SPAWNING, averaging, plain
+from tests.callbacks.test_ddp import assert_equal
+from tests.ranks import run_script
+from tests.toys import Toy
+
+pytestmark = pytest.mark.ddp
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the ranks saved what they have."""
+    folder = tmp_path_factory.mktemp("kinds")
+    done = run_script(Path(__file__).with_name("ddp_kinds_script.py"), folder)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(folder):
+    """What each rank of two saved."""
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", [*SCENARIOS, "resumed"])
+def test_both_ranks_find_and_make_the_same(ranks, name):
+    one, other = ({**rank[name], "read": None} for rank in ranks)
+    assert_equal(one, other, name)
+    assert one["requires_grad"]
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_wrong_labels_are_found_and_pruned_neurons_are_zero(ranks, name):
+    if name == "averages" and not averaging():
+        pytest.skip("Lightning has averages from 2.6 on.")
+    found = ranks[0][name]
+    assert (~found["partition"]["is_clean"]).sum() == 25
+    gone = ~found["mask"]
+    assert gone.sum() == 2
+    assert (found["weights"]["net.2.weight"][gone] == 0).all()
+    assert (found["weights"]["net.4.weight"][:, gone] == 0).all()
+    assert (found["weights"]["net.2.weight"][~gone] != 0).any(dim=1).all()
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_the_ranks_share_the_clean_subset(ranks, name):
+    one, other = (rank[name]["read"] for rank in ranks)
+    clean = set(ranks[0][name]["partition"]["is_clean"].nonzero().flatten().tolist())
+    for epoch in range(AT):
+        # Where nobody splits the data, each rank has all of it.
+        assert len(one[epoch]) == len(other[epoch]) == (SIZE if name == "unsplit" else SIZE // 2 + 1)
+        assert set(one[epoch]) | set(other[epoch]) == set(range(SIZE))
+    for epoch in range(AT, len(one)):
+        assert set(one[epoch]) | set(other[epoch]) == clean
+        assert len(one[epoch]) == len(other[epoch]) == (len(clean) + 1) // 2
+        assert len(set(one[epoch]) & set(other[epoch])) == len(clean) % 2
+
+
+@pytest.mark.parametrize("name", ["static layers", "unused"])
+def test_layers_are_frozen_under_every_kind_of_ddp(ranks, name):
+    found = ranks[0][name]
+    same = {key for key, value in found["before"].items() if value.equal(found["weights"][key])}
+    assert same == {key for key in found["before"] if key.startswith(("net.0.", "spare."))}
+    found = ranks[0]["static"]
+    assert not any(value.equal(found["weights"][key]) for key, value in found["before"].items())
+
+
+def test_a_fit_that_is_resumed_between_rounds_ends_as_one_that_was_not_interrupted(ranks):
+    for rank in ranks:
+        never, resumed = ({**rank[name], "read": None, "before": None} for name in ("rounds", "resumed"))
+        assert never["rounds"] == [AT, AT + 2]
+        assert_equal(resumed, never, "rounds")
+
+
+@pytest.mark.parametrize(("name", "clean"), [("one", 1), ("three", 3)])
+def test_fewer_clean_samples_than_a_batch_for_each_rank(ranks, name, clean):
+    one, other = (rank["few"][name] for rank in ranks)
+    assert one["is_active"]
+    for epoch in (1, 2):
+        assert set(one["read"][epoch]) | set(other["read"][epoch]) == set(range(clean))
+        assert len(one["read"][epoch]) == len(other["read"][epoch]) == (clean + 1) // 2
+
+
+@pytest.mark.parametrize("name", ["one with norms", "no full batch"])
+def test_what_leaves_a_rank_nothing_to_train_on_leaves_training_as_it_is(ranks, name):
+    one, other = (rank["few"][name] for rank in ranks)
+    assert not one["is_active"]
+    for epoch in range(3):
+        assert len(one["read"][epoch]) == len(other["read"][epoch]) == (SIZE // 2 + 1) // 8 * 8 + 4 * ("norms" in name)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_with_few_clean_samples_both_ranks_train_the_same_weights(ranks, name):
+    one, other = (rank["few"][name]["weights"] for rank in ranks)
+    assert_equal(one, other, name)
+    assert all(bool(value.isfinite().all()) for value in one.values())
+
+
+@pytest.mark.parametrize("strategy", SPAWNING)
+def test_what_a_fit_in_other_processes_finds_is_in_its_checkpoint(folder, strategy):
+    assert torch.load(folder / f"{strategy}.pt", weights_only=True) == {"is here": False}
+    checkpoint = torch.load(folder / strategy / "last.ckpt", weights_only=True)
+    partition = Partition.from_state_dict(checkpoint["callbacks"]["AttributionPartitionCallback"]["partition"])
+    assert len(partition.suspect_indices()) == 25
+    gone = ~checkpoint["callbacks"]["SensitivityPruneCallback"]["masks"][0]["keep"]
+    assert gone.sum() == 2
+    module = Toy(plain)
+    module.load_state_dict(checkpoint["state_dict"], strict=True)
+    assert (module.net[2].weight[gone] == 0).all()

@@ -90,7 +90,7 @@ def test_an_index_is_a_position_in_the_data_set_of_the_loader(name):
     data = make(blobs)
     where = list(range(203)) if where is None else data.indices if where == "indices" else where
     # Without it, a batch of Hugging Face is not a pair.
-    partition, _, finetune = trio(AT, batch_to_xy=as_pair)
+    partition, _, finetune = trio(AT)
     drawn = Drawn(blobs)
     fit(Pairs(), DataLoader(data, 16, shuffle=True), [partition, finetune, drawn])
     found = partition.partition

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from benchmarks.models import cifar_classifier
 from lightning_unlearn.capture import Attributor, resolve_layer
 from lightning_unlearn.functional import label_margin
+from lightning_unlearn.storage import target_file
 from lightning_unlearn.types import LayerPoint
 
 CLASSES = 10
@@ -200,7 +201,7 @@ def main() -> None:
     results = [measure(case, args) for case in args.case or CASES]
     print(table(results))
     if args.out:
-        args.out.write_text(json.dumps(results, indent=1), encoding="utf-8")
+        target_file(args.out).write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

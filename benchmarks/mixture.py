@@ -26,6 +26,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from lightning_unlearn.functional import GaussianMixture, fit_mixture, standardise
+from lightning_unlearn.storage import target_file
 
 GROWTH = (10_000, 40_000, 160_000, 640_000, 1_280_000)
 SEED = 0
@@ -163,7 +164,7 @@ def main() -> None:
         if "growth" not in args.skip:
             result["growth"] = growth(args)
     if args.out:
-        args.out.write_text(json.dumps(result, indent=2))
+        target_file(args.out).write_text(json.dumps(result, indent=2), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Finds the training samples that are wrong, prunes the neurons that carry them, and fine-tunes on the rest."""
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from lightning_unlearn.shrinking import shrink
@@ -27,15 +28,17 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The callbacks, when they are asked for: reading a partition takes no Lightning.
+    """The callbacks, and the rooms of the package, when they are asked for: reading a partition takes no Lightning.
 
     Every time anew, so that pytorch_lightning, imported in the meantime, finds that they are callbacks of its own too.
     """
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    callbacks = import_module("lightning_unlearn.callbacks")
-    callbacks.join_packages()
-    return getattr(callbacks, name)
+    if name in __all__:
+        callbacks = import_module("lightning_unlearn.callbacks")
+        callbacks.join_packages()
+        return getattr(callbacks, name)
+    if not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

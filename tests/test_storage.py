@@ -1,5 +1,6 @@
 """Files that were not written by us, and files that must not be lost. How many bad files: see ``BAD``."""
 
+import ast
 import csv
 import io
 import json
@@ -17,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import lightning_unlearn
 from lightning_unlearn import NeuronMask, Partition
 from lightning_unlearn.storage import (
     load_record,
@@ -183,6 +185,67 @@ def mask_of(**arrays):
     description = {"format": "lightning_unlearn.NeuronMask", "version": 1, "values": {"layer": "fc"}}
     found = {"about": np.array(json.dumps(description)), "keep": np.ones(2, bool), "sensitivity": np.zeros(2, "f4")}
     return archive({f"{name}.npy": member(array) for name, array in (found | arrays).items()})
+
+
+PACKAGE = Path(lightning_unlearn.__path__[0])
+FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+
+
+def runs_code(source):
+    """Lines that would unpickle or run what a file or a text holds."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
+            if {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "yaml"} & set(names):
+                yield node.lineno
+        elif isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            if (
+                called in ("eval", "exec", "np.load", "numpy.load")
+                or (called == "torch.load" and given.get("weights_only") != "True")
+                or (called.endswith("read_array") and given.get("allow_pickle") != "False")
+            ):
+                yield node.lineno
+
+
+def writes(source):
+    """Lines that write a file past ``replacing``."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func).split(".")[-1]
+            mode = [part.value for part in node.args if isinstance(part, ast.Constant) and isinstance(part.value, str)]
+            if name in ("write_text", "write_bytes") or (name == "open" and any(set("wax") & set(m) for m in mode)):
+                yield node.lineno
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_nothing_unpickles_and_every_file_is_written_one_way(file):
+    source = (PACKAGE / file).read_text(encoding="utf-8")
+    assert list(runs_code(source)) == []
+    assert file == "storage.py" or list(writes(source)) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import pickle",
+        "from pickle import load",
+        "import yaml",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "np.load(path)",
+        "np.lib.format.read_array(file)",
+        "eval(text)",
+    ],
+)
+def test_what_would_run_code_is_found(line):
+    assert list(runs_code(line)) == [1]
+
+
+@pytest.mark.parametrize("line", ["path.write_text('x')", "open(path, 'w')", "path.open('ab')", "path.open('xb')"])
+def test_what_writes_is_found(line):
+    assert list(writes(line)) == [1]
 
 
 @pytest.fixture(autouse=True)

@@ -104,6 +104,8 @@ def test_the_log_lines_of_pytorch_lightning_stay_in_its_own_logger(tmp_path):
 import pytorch_lightning as pl
 from lightning_utilities.core import rank_zero
 before = rank_zero.log
+import lightning_unlearn
+assert callable(lightning_unlearn.recipes.get_recipe) and not hasattr(lightning_unlearn, "no_such_room")
 from lightning_unlearn import AttributionPartitionCallback
 print(before.name, rank_zero.log is before, issubclass(AttributionPartitionCallback, pl.Callback))
 """

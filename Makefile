@@ -4,6 +4,8 @@
 PYTHON ?= python3
 ARGS ?=
 JOBS ?= auto
+CASES ?= 2000
+FIRST ?= 0
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,7 +16,7 @@ OLDEST_PYTHON ?= 3.10
 OLDEST_STAMP := $(OLDEST)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-oldest bench lint format build clean
+.PHONY: help setup demo test fuzz test-oldest bench lint format build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -30,6 +32,10 @@ test: setup ## run the tests and doctests (ARGS="-k mixture", JOBS=1)
 
 test-oldest: $(OLDEST_STAMP) ## run them with the oldest versions that are supported (ARGS="-k mixture", UV=uv)
 	$(OLDEST)/bin/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile $(ARGS)
+
+# The suite runs the first 200.
+fuzz: setup ## run random fits (CASES=2000 FIRST=0: from seed FIRST on)
+	FUZZ_CASES=$(CASES) FUZZ_FIRST=$(FIRST) $(BIN)/pytest -n $(JOBS) --maxprocesses 8 tests/test_fuzz.py $(ARGS)
 
 bench: setup ## measure the partition on real data (ARGS="--data DIR --cases spoken-sym40 --seeds 0")
 	$(BIN)/python -m benchmarks.partition $(ARGS)

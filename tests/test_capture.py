@@ -33,6 +33,7 @@ from lightning_unlearn.capture import (
     take_rows,
     tap,
     trace_forward,
+    whole_batches,
 )
 from lightning_unlearn.functional import label_margin, strongest_other
 from lightning_unlearn.types import LayerPoint
@@ -841,6 +842,26 @@ def test_a_batch_that_does_not_fit_is_taken_in_parts(most, structure, back):
     assert max(sizes) <= most  # the size is remembered
     assert sum(sizes) == 7
     assert hooks_of(model) == 0
+
+
+def test_where_ranks_must_take_as_many_passes_no_batch_is_taken_in_parts():
+    model, point = make(ConvNet), LayerPoint("hidden")
+    forward, _ = short_of_memory(model, 3)
+    with whole_batches(), pytest.raises(RuntimeError, match="out of memory"):
+        Attributor(model, point, forward, "integrated_gradients").margin(IMAGES, LABEL)
+    Attributor(model, point, forward).margin(IMAGES, LABEL)  # outside, it is
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_the_fast_path_is_taken_where_all_ranks_agree(everywhere):
+    model, point, asked = make(ConvNet), LayerPoint("hidden"), []
+    attributor = Attributor(model, point, model, agree=lambda here: asked.append(here) or everywhere)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = attributor.margin(IMAGES, LABEL)
+    assert asked == [True]
+    assert attributor.is_fast is everywhere
+    torch.testing.assert_close(found.per_neuron, Attributor(model, point, model).margin(IMAGES, LABEL).per_neuron)
 
 
 @pytest.mark.parametrize("method", CAPTUM)

@@ -2,6 +2,9 @@ import logging
 
 import pytest
 
+# Doctests are sought in every file, by importing it; after this one Lightning's log lines would go to another logger.
+collect_ignore = ["pytorch_lightning_script.py"]
+
 
 @pytest.fixture(autouse=True)
 def _quiet(monkeypatch, tmp_path):

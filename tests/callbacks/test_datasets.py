@@ -180,7 +180,7 @@ REFUSED = {
     "stream with a length": (lambda: DataLoader(SizedStream(), 16), "SizedStream is an IterableDataset"),
     "stream that loads itself": (SizedStream, "SizedStream is an IterableDataset"),
     "Hugging Face's": (
-        lambda: DataLoader(hugging_face(Blobs()).to_iterable_dataset(), 16),
+        lambda: DataLoader(hugging_face(Blobs()).with_format(None).to_iterable_dataset(), 16),
         "IterableDataset, whose samples have no index",
     ),
     "no length": (lambda: DataLoader(Uncounted(), 16, sampler=range(203)), "Uncounted has no __len__; add one"),

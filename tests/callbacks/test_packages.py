@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import lightning as L
@@ -20,6 +21,10 @@ from tests.toys import Plain, Toy, make_trainer
 ROOT = Path(__file__).parents[2]
 CALLBACKS = ROOT / "lightning_unlearn" / "callbacks"
 SCRIPT = Path(__file__).with_name("pytorch_lightning_script.py")
+
+
+# Not imported in this process, where Lightning's log lines would then go to another logger.
+pytestmark = pytest.mark.skipif(find_spec("pytorch_lightning") is None, reason="pytorch_lightning is not installed")
 
 
 def python(*arguments, cwd):
@@ -39,7 +44,6 @@ def python(*arguments, cwd):
 
 @pytest.fixture(scope="module")
 def team(tmp_path_factory):
-    pytest.importorskip("pytorch_lightning.cli")
     folder = tmp_path_factory.mktemp("team")
     python(SCRIPT, "found.json", cwd=folder)
     return json.loads((folder / "found.json").read_text())
@@ -99,7 +103,6 @@ def test_a_package_is_imported_only_when_it_is_needed(team):
 
 
 def test_the_log_lines_of_pytorch_lightning_stay_in_its_own_logger(tmp_path):
-    pytest.importorskip("pytorch_lightning")
     code = """
 import pytorch_lightning as pl
 from lightning_utilities.core import rank_zero
@@ -145,6 +148,10 @@ def test_a_forward_of_ones_own_is_told_from_lightnings():
     assert not has_forward(Plain())
     assert not has_forward(Ours())
     assert not has_forward(type("Mine", (Theirs,), {})())
+
+
+def test_the_other_package_is_not_imported_where_the_tests_run():
+    assert "pytorch_lightning" not in sys.modules
 
 
 def test_our_exception_is_lightnings():

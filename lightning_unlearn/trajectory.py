@@ -144,6 +144,11 @@ class Trajectory:
         self._fresh.zero_()
         self.rows_left_out = 0
 
+    def drop(self) -> None:
+        """Forgets what was observed since the last merge, by a pass that did not reach its end."""
+        self._fresh.zero_()
+        self.rows_left_out = 0
+
     def forget(self) -> None:
         """Forgets everything."""
         for tensor in (self._phases, self._scores, self._fresh):

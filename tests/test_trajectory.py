@@ -332,3 +332,16 @@ def test_under_autocast_sums_are_in_single_precision():
     for trajectory in (plain, mixed):
         trajectory.merge(0, lambda part: part)
     assert plain.phases(torch.arange(9))[0].equal(mixed.phases(torch.arange(9))[0])
+
+
+def test_a_pass_that_did_not_reach_its_end_leaves_nothing():
+    plan = list(passes())
+    whole, again = gathered(plan), gathered(plan[:2])
+    for index, logits, label in plan[2][1][:2]:
+        again.observe(index, logits * torch.nan if len(index) < 3 else logits, label)
+    again.drop()
+    for index, logits, label in plan[2][1]:
+        again.observe(index, logits, label)
+    again.merge(plan[2][0], no_reduce)
+    for name, value in whole.state_dict().items():
+        assert value == again.state_dict()[name] if isinstance(value, int) else value.equal(again.state_dict()[name])

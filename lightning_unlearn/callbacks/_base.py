@@ -16,6 +16,7 @@ from typing_extensions import override
 from lightning_unlearn.callbacks._lightning import (
     callbacks_of,
     move_before_progress_bars,
+    restore_order,
     to_device,
     undisturbed,
 )
@@ -176,11 +177,15 @@ class UnlearnCallback(EitherCallback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.undo(trainer, pl_module)
+        self._give_back(trainer, pl_module)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         # Lightning does not call teardown after an exception.
+        self._give_back(trainer, pl_module)
+
+    def _give_back(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        restore_order(trainer)
         self.undo(trainer, pl_module)
 
 

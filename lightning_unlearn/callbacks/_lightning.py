@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import MethodType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -49,7 +50,12 @@ def callbacks_of(trainer: Trainer) -> list[Any]:
     return list(getattr(trainer, "callbacks", []))
 
 
+# The callbacks as the user gave them, of each Trainer in which ours have moved.
+_given: WeakKeyDictionary[Trainer, list[Any]] = WeakKeyDictionary()
+
+
 def _put_callbacks(trainer: Trainer, callbacks: list[Any]) -> None:
+    _given.setdefault(trainer, callbacks_of(trainer))
     setattr(trainer, "callbacks", callbacks)  # noqa: B010  (see callbacks_of)
 
 
@@ -75,6 +81,13 @@ def move_behind_averages(trainer: Trainer, callback: Any) -> None:
     if here < last:
         callbacks.insert(last, callbacks.pop(here))
         _put_callbacks(trainer, callbacks)
+
+
+def restore_order(trainer: Trainer) -> None:
+    """Puts the callbacks in the order in which the user gave them, unless others have come or gone."""
+    given, now = _given.pop(trainer, None), callbacks_of(trainer)
+    if given is not None and sorted(map(id, given)) == sorted(map(id, now)):
+        setattr(trainer, "callbacks", given)  # noqa: B010  (see callbacks_of)
 
 
 @contextmanager

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
@@ -314,14 +315,16 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         if self.mode == "layers":
             self._frozen = self._names_to_freeze(trainer, pl_module)
         before = trainer.num_training_batches
-        self._draw = draw
-        self._first_epoch = trainer.current_epoch
-        self._remaining = _remaining_epochs(trainer)
-        self._attach(trainer, pl_module)
-        self._planned_batches = int(trainer.num_training_batches)
-        if self.reset_head:
-            self._reset_head(trainer, pl_module)
-        self._train_from_here(trainer, pl_module)
+        with self._all_or_nothing(trainer, pl_module):
+            self._draw = draw
+            self._first_epoch = trainer.current_epoch
+            self._remaining = _remaining_epochs(trainer)
+            self._attach(trainer, pl_module)
+            self._planned_batches = int(trainer.num_training_batches)
+            self._train_from_here(trainer, pl_module)
+            # Last, since nothing brings the old weights back.
+            if self.reset_head:
+                self._reset_head(trainer, pl_module)
         frozen = set(self._frozen["parameters"])
         named = pl_module.named_parameters()
         trained = sum(p.numel() for n, p in named if p.requires_grad and plain_name(n) not in frozen)
@@ -330,6 +333,26 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
             f" {trainer.num_training_batches} batches per epoch instead of {before}; {trained:,} parameters are"
             " trained."
         )
+
+    @contextmanager
+    def _all_or_nothing(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+        """Where an optimizer or a loader of the user's cannot be made, the fit is as if it had not begun to be changed.
+
+        A checkpoint that is written of the exception then fits its optimizer.
+        """
+        strategy = trainer.strategy
+        optimizers, schedules = strategy.optimizers, strategy.lr_scheduler_configs
+        # A loader that is iterated anew has drawn from it.
+        random_state = torch.get_rng_state()
+        try:
+            yield
+        except BaseException:
+            self.undo(trainer, pl_module)
+            strategy.optimizers, strategy.lr_scheduler_configs = optimizers, schedules
+            torch.set_rng_state(random_state)
+            self._draw, self._first_epoch, self._planned_batches, self._remaining = None, 0, 0, None
+            self._frozen = {"parameters": [], "norms": []}
+            raise
 
     def _renew(self, trainer: Trainer, pl_module: LightningModule, draw: TrainingDraw) -> None:
         """Follows a partition that was drawn again."""

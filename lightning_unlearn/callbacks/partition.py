@@ -483,6 +483,8 @@ class AttributionPartitionCallback(UnlearnCallback):
             started = time.perf_counter()
             if self._point is None:
                 self.begin(trainer, pl_module)
+            # A pass that failed, in a fit that goes on, is not counted besides this one.
+            self._trajectory_in_use.drop()
             if epoch < self.at_epoch:
                 share = self._observe_pass(trainer, pl_module)
                 self._merge(trainer, pl_module, epoch, len(share["label"]))
@@ -511,28 +513,32 @@ class AttributionPartitionCallback(UnlearnCallback):
         share = self._observe_pass(trainer, pl_module)
         judged, label = self._judged(trainer, pl_module, share)
         before, drawn = self._partition, self._made(trainer, judged, label)
+        seconds = time.perf_counter() - started
         changed = 1.0 if before is None else (before.is_clean != drawn.is_clean).float().mean().item()
-        self._rounds.append(PartitionRound(drawn.epoch, len(drawn.suspect_indices()), drawn.noise_rate, changed))
-        self._is_stable = changed < self.stable_share
         # The one that others act upon first, or the first of all until there is one.
         is_first = before is None or (drawn.is_actionable and not before.is_actionable)
+        memorised, accuracy = self._memorised, self._accuracy["before"]
+        if is_first:
+            memorised = self._share_memorised(trainer, judged, drawn)
+        if is_first and self._acts(trainer, drawn):
+            accuracy = self._validate(trainer, pl_module)
+        # Published after all that may fail, and all at once.
+        self._rounds.append(PartitionRound(drawn.epoch, len(drawn.suspect_indices()), drawn.noise_rate, changed))
+        self._is_stable = changed < self.stable_share
+        self._memorised, self._accuracy["before"] = memorised, accuracy
         # A later partition that cannot be acted upon does not undo what an earlier one has led to.
         if is_first or drawn.is_actionable:
             self._partition = drawn
-        if is_first:
-            self._memorised = self._share_memorised(trainer, judged, drawn)
-        if before is None:
-            self._report(pl_module, drawn, notes_of(judged), time.perf_counter() - started)
-        else:
-            self._report_round(pl_module, drawn, changed)
-        if is_first and self._acts(trainer):
-            self._accuracy["before"] = self._validate(trainer, pl_module)
         if self.every_n_epochs is None or self._is_stable:
             self._trajectory = None
+        if before is None:
+            self._report(pl_module, drawn, notes_of(judged), seconds)
+        else:
+            self._report_round(pl_module, drawn, changed)
 
-    def _acts(self, trainer: Trainer) -> bool:
+    def _acts(self, trainer: Trainer, partition: Partition) -> bool:
         """Whether another callback is to act on the partition."""
-        return bool(_consumers(trainer)) and self.partition.is_actionable and not self.is_dry_run
+        return bool(_consumers(trainer)) and partition.is_actionable and not self.is_dry_run
 
     def _validate(self, trainer: Trainer, pl_module: LightningModule) -> float | None:
         score = score_validation(trainer, pl_module, self)
@@ -560,7 +566,7 @@ class AttributionPartitionCallback(UnlearnCallback):
                     f" start of epoch {self.at_epoch} (at_epoch): nothing was partitioned, pruned or fine-tuned."
                 )
             return
-        if self._acts(trainer) and self._accuracy["before"] is not None:
+        if self._acts(trainer, self._partition) and self._accuracy["before"] is not None:
             self._accuracy["after"] = self._validate(trainer, pl_module)
         done = [callback.describe() for callback in _consumers(trainer)]
         self._summary = summarise(

@@ -286,26 +286,28 @@ class SensitivityPruneCallback(PartitionConsumer):
         if self.guard:
             gauge = make_gauge(trainer, pl_module, self.source, partition, self.guard_tolerance)
         rankings = self._rank(trainer, pl_module, partition, gauge)
-        self._live = self._live or [ranking.live for ranking in rankings]
+        lives = self._live or [ranking.live for ranking in rankings]
         proposal = [
             ranking.order[: max(0, share_of(self.amount, live) - self._count_pruned(at))]
-            for at, (ranking, live) in enumerate(zip(rankings, self._live, strict=True))
+            for at, (ranking, live) in enumerate(zip(rankings, lives, strict=True))
         ]
-        self._sites = [
+        sites = [
             self._verified(trainer, pl_module, site, neurons)
             for site, neurons in zip(self._sites, proposal, strict=True)
         ]
         outcome = Outcome(proposal)
         if gauge is not None and any(len(neurons) for neurons in proposal):
-            outcome = prune_in_steps(pl_module, self._sites, proposal, gauge, self.guard_steps)
+            outcome = prune_in_steps(pl_module, sites, proposal, gauge, self.guard_steps)
+        # After all that may fail, and all at once.
+        self._live, self._sites, self._epoch = lives, sites, partition.epoch
         self._masks = [
             self._mask_of(at, ranking, kept)
             for at, (ranking, kept) in enumerate(zip(rankings, outcome.kept, strict=True))
         ]
         self._is_proposal = self.source.is_dry_run
-        self._report(pl_module, rankings, proposal, outcome, gauge)
         if not self._is_proposal:
             self._hold(trainer, pl_module)
+        self._report(pl_module, rankings, proposal, outcome, gauge)
 
     def _rank(
         self,

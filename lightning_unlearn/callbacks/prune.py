@@ -184,6 +184,8 @@ class SensitivityPruneCallback(PartitionConsumer):
     @override
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._masks:
+            # A source that has not looked at a batch since the resume learns what its labels mean.
+            probe(trainer, pl_module, self.source)
             return
 
         def trace() -> ForwardTrace:

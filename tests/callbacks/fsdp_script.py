@@ -41,7 +41,7 @@ def plain():
     return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 20), nn.ReLU(), nn.Linear(20, 4))
 
 
-def shard(module, net, by_layer=True, reshard_after_forward=None):
+def shard(module, net, by_layer=True, **kwargs):
     """What a user does in ``configure_model``, which does nothing without a mesh."""
     if module.device_mesh is None or any(isinstance(part, FSDPModule) for part in module.modules()):
         return
@@ -49,7 +49,7 @@ def shard(module, net, by_layer=True, reshard_after_forward=None):
     for layer in net.children() if by_layer else ():
         if list(layer.parameters()):
             fully_shard(layer, mesh=mesh)
-    fully_shard(net, mesh=mesh, reshard_after_forward=reshard_after_forward)
+    fully_shard(net, mesh=mesh, **kwargs)
 
 
 class Sharded(Toy):

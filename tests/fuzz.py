@@ -13,7 +13,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, StochasticWeightAveraging
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
 from torch.optim import lr_scheduler
 from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Dataset, RandomSampler, Subset
 from torch.utils.data.distributed import DistributedSampler
@@ -74,7 +74,18 @@ class Samples(Dataset[Any]):
         clean = present[torch.randint(0, len(present), (size,), generator=generator)]
         self.x = centre[clean] + torch.randn(size, *case.shape, generator=generator)
         wrong = torch.rand(size, generator=generator) < case.noise
-        self.y = torch.where(wrong, present[torch.randint(0, len(present), (size,), generator=generator)], clean)
+        y = torch.where(wrong, present[torch.randint(0, len(present), (size,), generator=generator)], clean)
+        self.label, self.given = y, y
+        if case.kind == "one-hot":
+            self.given = one_hot(y, case.classes).float()
+        elif case.kind == "binary":
+            self.given = y.float().unsqueeze(1)
+        elif case.kind == "multi-label":
+            self.label = one_hot(y, case.classes) | one_hot(clean, case.classes)
+            self.given = self.label.float()
+        elif case.kind == "ignored":
+            self.given = torch.where(torch.rand(size, generator=generator) < 0.1, -100, y)
+            self.label = torch.where(self.given < 0, -1, y)
         self.case, self.bomb = case, bomb or Bomb()
 
     def __len__(self) -> int:
@@ -82,11 +93,11 @@ class Samples(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         self.bomb.tick("dataset")
-        x, y = self.x[index], self.y[index]
+        x, y = self.x[index], self.given[index]
         if self.case.augments:
             x = x.clone()
             x.view(-1)[KEY:] += 0.1 * torch.randn(x.numel() - KEY)
-        return form(self.case.batch, x, int(y) if self.case.plain_int else y)
+        return form(self.case.batch, x, int(y) if self.case.plain_int and y.ndim == 0 else y)
 
 
 def keys(x: Tensor) -> list[bytes]:
@@ -224,8 +235,10 @@ class Model(L.LightningModule):
 
     def _loss(self, batch: Any) -> Tensor:
         x, y = xy(batch)
-        logits = self(x)
-        return cross_entropy(logits["logits"] if self.case.returns_dict else logits, y)
+        logits = self(x)["logits"] if self.case.returns_dict else self(x)
+        if self.case.kind in ("binary", "multi-label"):
+            return binary_cross_entropy_with_logits(logits, y)
+        return cross_entropy(logits, y)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         self.bomb.tick("training step")
@@ -274,6 +287,7 @@ class Case:
     size: int = 0
     noise: float = 0.0
     augments: bool = False
+    kind: str = "index"
     plain_int: bool = False
     batch: str = "tuple"
     wrap: str = "plain"
@@ -298,15 +312,15 @@ class Case:
     compares: bool = False
 
     def datasets(self, bomb: Bomb) -> tuple[Dataset[Any], Tensor, Tensor]:
-        """The training set, and (N, ...) what its samples are and (N,) their labels."""
+        """The training set, and (N, ...) what its samples are and (N,) or (N, L) their labels."""
         whole = Samples(self, self.size, self.seed, bomb)
         if self.wrap == "concat":
             half = Samples(self, max(1, self.size // 2), self.seed + 1, bomb)
-            return ConcatDataset([whole, half]), torch.cat([whole.x, half.x]), torch.cat([whole.y, half.y])
+            return ConcatDataset([whole, half]), torch.cat([whole.x, half.x]), torch.cat([whole.label, half.label])
         if self.wrap == "subset":
             some = torch.randperm(self.size, generator=torch.Generator().manual_seed(self.seed))[: self.size - 2]
-            return Subset(whole, some.tolist()), whole.x[some], whole.y[some]
-        return whole, whole.x, whole.y
+            return Subset(whole, some.tolist()), whole.x[some], whole.label[some]
+        return whole, whole.x, whole.label
 
     def train_loader(self, dataset: Any) -> DataLoader[Any]:
         size = self.loader["batch_size"]
@@ -381,19 +395,21 @@ def draw_partition(rng: random.Random, case: Case) -> dict[str, Any]:
     )
     if rng.random() < 0.3:
         drawn["batch_to_xy"] = xy
+    if case.kind == "multi-label":
+        # The first batch may have a single 1 in each row, as one-hot labels have.
+        drawn["task"] = "multilabel"
     return drawn
 
 
 def draw_prune(rng: random.Random, case: Case) -> dict[str, Any]:
-    drawn = some(
+    drawn = some(rng, {"criterion": lambda: rng.choice(CRITERIA), "guard": lambda: rng.random() < 0.2}, 0.7)
+    drawn |= some(
         rng,
         {
-            "amount": lambda: rng.choice([0.05, 0.3, 0.9]),
-            "criterion": lambda: rng.choice(CRITERIA),
+            "amount": lambda: rng.choice([0.15, 0.3, 0.3, 0.9]),
             "regression": lambda: rng.choice(["ridge", "logistic"]),
             "ridge": lambda: rng.choice([0.0, 0.1]),
             "significance": lambda: rng.choice([None, 0.5]),
-            "guard": lambda: rng.random() < 0.5,
             "guard_tolerance": lambda: rng.choice([0.0, 0.5]),
             "guard_steps": lambda: rng.choice([1, 9]),
         },
@@ -480,12 +496,22 @@ def draw_data(rng: random.Random, case: Case) -> None:
     case.as_module = rng.random() < 0.5
 
 
+def draw_labels(rng: random.Random, case: Case) -> None:
+    case.kind = rng.choice(["index"] * 7 + ["one-hot", "binary", "multi-label", "ignored"])
+    if case.kind == "binary":
+        case.classes, case.present = 2, [0, 1]
+    elif case.kind == "ignored":
+        # The loss of a batch without a label is no number.
+        case.loader["batch_size"] = 500
+
+
 def draw_case(seed: int) -> Case:
     """The fit of this seed."""
     rng = random.Random(seed)
     case = Case(seed)
     draw_data(rng, case)
-    case.net, case.net_is = draw_net(rng, case.shape, case.classes)
+    draw_labels(rng, case)
+    case.net, case.net_is = draw_net(rng, case.shape, 1 if case.kind == "binary" else case.classes)
     case.frozen, case.eval_part = rng.random() < 0.1, rng.random() < 0.1
     case.returns_dict = rng.random() < 0.1
     case.manual = rng.random() < 0.1

@@ -153,6 +153,22 @@ def _undecided(evidence: Evidence, what: str) -> Verdict:
     )
 
 
+def _calls_all_the_same(evidence: Evidence, reduce: Reduce) -> Verdict | None:
+    """A verdict that is not to be acted upon where the last pass predicts one class of all samples, else None.
+
+    Of a dead network, or one that has fallen back on the largest class, a score says what a sample is called, not more.
+    """
+    zeros = evidence.weight.new_zeros(evidence.num_classes).double()
+    counts = reduce(zeros.index_add(0, evidence.prediction, evidence.weight.double()))
+    if int((counts > 0).sum()) > 1:
+        return None
+    return Verdict(
+        torch.ones_like(evidence.weight),
+        evidence.label,
+        warning="the model predicts the same class of all samples, so nothing can be told",
+    )
+
+
 def _rival(evidence: Evidence) -> tuple[Tensor, Tensor]:
     """The class other than the given one that the model was most for on the whole, and its share among the others.
 
@@ -450,6 +466,8 @@ def judge_rlap(evidence: Evidence, reduce: Reduce) -> Verdict:
 
 def _judge_score(score: Tensor, evidence: Evidence, reduce: Reduce) -> Verdict:
     """A mixture on one number per sample, the component with the higher mean being clean."""
+    if blind := _calls_all_the_same(evidence, reduce):
+        return blind
     rows = standardise(score.double().unsqueeze(1), evidence.weight, reduce)
     mixture: GaussianMixture = fit_mixture(rows, evidence.weight, reduce=reduce)
     mean = mixture.mean.squeeze(1)
@@ -477,6 +495,8 @@ def judge_aum(evidence: Evidence, reduce: Reduce) -> Verdict:
 
 def judge_argmax(evidence: Evidence, reduce: Reduce) -> Verdict:
     """Baseline: a sample is clean if the model predicts its label; the probability is that against the rival alone."""
+    if blind := _calls_all_the_same(evidence, reduce):
+        return blind
     probability = evidence.margin.sigmoid().float()
     return Verdict(
         probability, evidence.prediction, (1 - probability) * _confidence(evidence), label_probability=probability

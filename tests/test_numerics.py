@@ -162,6 +162,18 @@ def test_a_dead_network_that_prefers_a_class_is_no_sign_of_wrong_labels():
                                      " nothing can be told")  # fmt: skip
 
 
+@pytest.mark.parametrize("recipe", ["loss", "aum", "argmax"])
+def test_baselines_say_nothing_of_a_network_that_predicts_one_class(recipe):
+    evidence = evidence_of(*EDGES["dead network"]())
+    warned = "the model predicts the same class of all samples, so nothing can be told"
+    assert judged(recipe, evidence).warning == warned
+    shards = run_ranks(lambda rank, reduce: RECIPES[recipe].judge(share_of(evidence, rank, 3), reduce).warning, 3)
+    assert shards == [warned] * 3
+    # One sample of another class is enough to be no longer so.
+    evidence.prediction[5] = 1
+    assert judged(recipe, evidence).warning == ""
+
+
 @pytest.mark.parametrize(("classes", "known"), [(2, 1), (5, 2), (6, 2)])
 def test_a_network_that_has_fallen_back_on_some_classes(classes, known):
     # A tenth of the samples has one of the other classes, none of which is ever predicted.

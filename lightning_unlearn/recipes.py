@@ -386,6 +386,7 @@ def judge_label(evidence: Evidence, reduce: Reduce) -> Verdict:
         label_probability=probability,
         noise_matrix=matrix,
         notes=(note,),
+        warning=model.objection,
     )
 
 
@@ -433,6 +434,7 @@ def judge_auto(evidence: Evidence, reduce: Reduce) -> Verdict:
     kept = replace(evidence, weight=evidence.weight * (intact >= 0.5))
     labels = judge_label(kept, reduce)
     suggested = labels.suggested_probability
+    corrupted = reduce((evidence.weight * (intact < 0.5)).double().sum()).item() > 0
     return Verdict(
         labels.clean_probability * intact,
         labels.suggested_label,
@@ -441,6 +443,7 @@ def judge_auto(evidence: Evidence, reduce: Reduce) -> Verdict:
         input_probability=inputs.input_probability,
         noise_matrix=labels.noise_matrix,
         notes=labels.notes + inputs.notes,
+        warning="" if corrupted else labels.warning,
     )
 
 
@@ -592,11 +595,13 @@ def _as_judge(function: Callable[..., Any]) -> Judge:
         if not isinstance(probability, Tensor) or probability.shape != shape:
             found = tuple(probability.shape) if isinstance(probability, Tensor) else type(probability).__name__
             raise ValueError(f"Expected recipe '{name}' to return p(clean) of shape {tuple(shape)}, but got {found}.")
-        if not bool(((probability >= 0) & (probability <= 1)).all()):
-            raise ValueError(
-                f"Expected recipe '{name}' to return probabilities in [0, 1], but they span"
-                f" {probability.min():.4g} to {probability.max():.4g}."
+        illegal = ~((probability >= 0) & (probability <= 1)).all()
+        # Together, as the others would wait for a rank that has given up.
+        if reduce(illegal.double()).item() > 0:
+            here = (
+                f"they span {probability.min():.4g} to {probability.max():.4g}" if illegal else "another rank's do not"
             )
+            raise ValueError(f"Expected recipe '{name}' to return probabilities in [0, 1], but {here}.")
         return replace(verdict, clean_probability=probability.float())
 
     return judge

@@ -621,7 +621,7 @@ def test_a_function_of_two_parameters_can_sum_over_ranks():
         return total
 
     get_recipe(users).judge(evidence, counted)
-    assert len(calls) == 1
+    assert len(calls) == 2  # its own, and whether all ranks returned probabilities
 
 
 @pytest.mark.parametrize(
@@ -665,6 +665,21 @@ def test_a_wrong_answer_is_refused(answer, message):
 
     with pytest.raises(ValueError, match=message):
         get_recipe(f).judge(scene()[1], no_reduce)
+
+
+def test_a_wrong_answer_on_one_rank_is_refused_on_all():
+    evidence = scene()[1]
+    evidence.support[7] = torch.nan  # of rank 0
+
+    def judge(rank, reduce):
+        with pytest.raises(ValueError, match=r"'support_of' to return probabilities in \[0, 1\], but (.*)\.$") as error:
+            get_recipe(support_of).judge(share_of(evidence, rank, 7), reduce)
+        return str(error.value)
+
+    assert N % 7 == 0  # none pads
+    here, *there = run_ranks(judge, 7)
+    assert "they span nan to nan" in here
+    assert all("another rank's do not" in message for message in there)
 
 
 def test_a_dotted_path_is_a_recipe():

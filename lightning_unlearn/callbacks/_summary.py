@@ -69,6 +69,8 @@ def summarise(
 
 
 def _found(partition: Partition, suspects: int) -> str:
+    if not suspects and partition.warning and not partition.warning.startswith("it calls all"):
+        return f"Nothing is known of the {len(partition):,} training samples, nothing was changed: {partition.warning}."
     if not suspects:
         return f"No sign of noise in the {len(partition):,} training samples: nothing was changed."
     reasons = partition.reasons()

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
 
 from lightning_unlearn import AttributionPartitionCallback, SensitivityPruneCallback
-from lightning_unlearn.callbacks._validation import _Tally
 from tests.toys import CLASSES, FEATURES, Blobs, BlobsData, Toy, adamw, auroc, convnet, fit, trio, weights
 
 BROKEN = torch.tensor([1, 30, 31, 77])
@@ -184,12 +184,70 @@ def test_neurons_are_ranked_without_the_samples_that_break_them(broken, method):
     assert len(prune.mask.pruned_indices()) > 0
 
 
-def test_a_model_that_has_diverged_is_right_about_no_class():
-    # Else it would be about class 0: the accuracy would look like that of a guess.
-    tally = _Tally(Toy(lambda: nn.Sequential(nn.Linear(FEATURES, CLASSES)), adamw), CLASSES)
-    x = torch.zeros(3, FEATURES)
-    x[1] = torch.nan
-    with torch.no_grad():
-        tally.add(x, tally._pl_module(x).nan_to_num(nan=-9.0).argmax(dim=1), torch.ones(3))
-    assert tally.sums[0] == 2
-    assert tally.sums[2] == 3
+def test_logits_that_are_nan_are_right_about_no_class():
+    # Else they would be about class 0, and the accuracy that of a guess.
+    class Validation(BlobsData):
+        def val_dataloader(self):
+            data = BrokenBlobs(32, broken=torch.arange(32))
+            data.y[:] = 0
+            return DataLoader(data, batch_size=16)
+
+    callbacks = trio(2, finetune={"lr": 0.01})
+    fit(Toy(no_norms, adamw), Validation(Blobs()), callbacks, max_epochs=3)
+    assert callbacks[2].is_active
+    assert (callbacks[0].summary.accuracy_before, callbacks[0].summary.accuracy_after) == (0, 0)
+
+
+class Dead(nn.Module):
+    """Its ReLUs never fire, so that all samples have the logits of the bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(FEATURES, 32), nn.Linear(32, CLASSES)
+        nn.init.constant_(self.body.bias, -1e4)
+
+    def forward(self, x):
+        return self.head(self.body(x).relu())
+
+
+@pytest.mark.parametrize("recipe", ["auto", "label", "loss", "aum", "argmax", "rlap"])
+def test_a_dead_network_changes_nothing_and_says_so(recipe):
+    callbacks = trio(2, recipe=recipe, finetune={"lr": 0.01})
+    with pytest.warns(
+        UserWarning, match=r"not acted upon.* (nothing|so which of them is clean cannot) (can )?be told\."
+    ):
+        fit(Toy(Dead, adamw), BlobsData(Blobs()), callbacks, max_epochs=4, limit_val_batches=0)
+    partition, _, finetune = callbacks
+    assert partition.partition.is_clean.all()
+    assert not finetune.is_active
+    assert partition.summary.advice.startswith("Nothing is known of the 203 training samples, nothing was changed: ")
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "64-true"])
+@pytest.mark.parametrize("evidence", ["training", "passes"])
+def test_logits_of_any_precision(precision, evidence):
+    data, callbacks = Blobs(), trio(2, evidence=evidence, finetune={"lr": 0.01})
+    fit(Toy(no_norms, adamw), BlobsData(data), callbacks, max_epochs=3, limit_val_batches=0, precision=precision)
+    assert auroc(callbacks[0].partition.clean_probability, ~data.wrong) > 0.95
+
+
+def test_ten_samples():
+    data, callback = Blobs(10), AttributionPartitionCallback(at_epoch=2)
+    with pytest.warns(UserWarning, match="it calls all of the 10 samples clean|nothing can be told"):
+        fit(Toy(no_norms, adamw), BlobsData(data), [callback], max_epochs=3)
+    assert len(callback.partition) == 10
+    assert sum(row.samples for row in callback.partition.class_summary()) == 10
+
+
+def test_ten_thousand_classes_in_a_fit(tmp_path):
+    def wide():
+        return nn.Sequential(nn.Linear(FEATURES, 8), nn.ReLU(), nn.Linear(8, 10_000))
+
+    data, callback = Blobs(32), AttributionPartitionCallback(at_epoch=1)
+    data.y *= 3000
+    module = Toy(wide, adamw)
+    fit(module, BlobsData(data), [callback], max_epochs=2, limit_val_batches=0)
+    assert callback.partition.noise_matrix.shape == (0, 0)
+    assert {row.label for row in callback.partition.class_summary()} <= {0, 3000, 6000, 9000}
+    callback.partition.to_csv(tmp_path / "all.csv", suspects_only=False)
+    assert len((tmp_path / "all.csv").read_text().splitlines()) == 33

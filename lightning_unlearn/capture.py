@@ -646,7 +646,8 @@ class Attributor:
         The strongest other class is that of the plain forward pass, also where a method looks at other inputs than x.
 
         Args:
-            x: the model's input for B samples; a float tensor or a tuple of them for the methods with a baseline.
+            x: the model's input for B samples; a float tensor, or a tuple or dict of them, for the methods with a
+                baseline.
             label: (B,) int64.
 
         Raises:
@@ -1026,19 +1027,21 @@ def _single(value: Any, point: LayerPoint) -> Tensor:
 
 def _with_baseline(x: Any, method: str) -> tuple[Tensor, ...]:
     """The tensors of an input for which zeros are an input too."""
-    values = x if isinstance(x, tuple) else (x,)
+    values = x if isinstance(x, tuple) else tuple(x.values()) if isinstance(x, dict) else (x,)
     wrong = [value for value in values if not (isinstance(value, Tensor) and value.is_floating_point())]
     if wrong or not values:
         found = wrong[0] if wrong else x
         kind = f"a tensor of {found.dtype}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
         raise TypeError(
-            f"Expected x to be a float tensor, or a tuple of them, since method='{method}' compares it with zeros, but"
-            f" got {kind}; set method='{GRADIENT_X_ACTIVATION}', which takes any input."
+            f"Expected x to be a float tensor, or a tuple or dict of them, since method='{method}' compares it with"
+            f" zeros, but got {kind}; set method='{GRADIENT_X_ACTIVATION}', which takes any input."
         )
     return values
 
 
 def _as_given(x: Any, values: tuple[Tensor, ...]) -> Any:
+    if isinstance(x, dict):
+        return dict(zip(x, values, strict=True))
     return values if isinstance(x, tuple) else values[0]
 
 

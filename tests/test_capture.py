@@ -683,17 +683,28 @@ def test_a_method_holds_few_steps_at_a_time(method, most):
     [
         (torch.zeros(7, 2, dtype=torch.int64), "a tensor of torch.int64"),
         ((IMAGES, torch.zeros(7, dtype=torch.bool)), "a tensor of torch.bool"),
-        ({"images": IMAGES}, "a dict"),
+        ({"images": IMAGES, "mask": torch.zeros(7, dtype=torch.bool)}, "a tensor of torch.bool"),
         ((), "a tuple"),
+        ({}, "a dict"),
     ],
-    ids=["integers", "a mask", "dict", "nothing"],
+    ids=["integers", "a mask", "a mask in a dict", "nothing", "an empty dict"],
 )
 @pytest.mark.parametrize("method", CAPTUM)
 def test_an_input_without_a_baseline_is_refused(method, x, got):
     model = make(Plain)
-    expected = f"float tensor, or a tuple of them, since method='{method}' .* but got {got}; set method='gradient_x_"
+    expected = (
+        f"float tensor, or a tuple or dict of them, since method='{method}' .* but got {got}; set method='gradient_x_"
+    )
     with pytest.raises(TypeError, match=expected):
         Attributor(model, LayerPoint("hidden"), lambda _: model(IMAGES), method).margin(x, LABEL)
+
+
+@pytest.mark.parametrize("method", CAPTUM)
+def test_a_dict_of_float_tensors_has_a_baseline(method):
+    model = make(Plain)
+    plain = Attributor(model, LayerPoint("hidden"), model, method).margin(IMAGES, LABEL)
+    named = Attributor(model, LayerPoint("hidden"), lambda x: model(x["images"]), method)
+    assert named.margin({"images": IMAGES}, LABEL).per_neuron.equal(plain.per_neuron)
 
 
 def test_deeplift_refuses_an_activation_that_is_called_twice():

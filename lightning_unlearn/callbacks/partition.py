@@ -583,7 +583,8 @@ class AttributionPartitionCallback(UnlearnCallback):
         """Tensors and primitives.
 
         While evidence is gathered, ``16 r + 40`` bytes per sample with ``r = min(C - 1, 64)``; 34 once the partition is
-        drawn, and both as long as it may be drawn again.
+        drawn, and both as long as it may be drawn again; about 140 bytes for the fingerprint.
+        A checkpoint that is written within an epoch lacks what the training steps of that epoch have shown so far.
         """
         return {
             "epochs_seen": list(self._epochs_seen),

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.data import WeightedRandomSampler
+from torch.utils.data import DataLoader, WeightedRandomSampler
 
 from lightning_unlearn.drawing import drawing_of
+from lightning_unlearn.fingerprint import fingerprint
 from lightning_unlearn.sampling import CleanSubsetSampler
 from lightning_unlearn.types import Evidence
 from tests.callbacks.ddp_script import AT, run, weights_of
@@ -150,6 +151,7 @@ def test_two_processes_find_what_one_finds(ranks, scenario, tmp_path):
     for name in ("is_clean", "suggested_label", "label"):
         assert both["partition"][name].equal(alone["partition"][name]), name
     assert both["partition"]["warning"] == alone["partition"]["warning"]
+    assert both["partition"]["fingerprint"] == alone["partition"]["fingerprint"] == fingerprint(DataLoader(Blobs(101)))
     assert_equal(both["mask"], alone["mask"], "mask")
     if alone["mask"] is not None:
         torch.testing.assert_close(both["sensitivity"], alone["sensitivity"], rtol=1e-4, atol=1e-5)

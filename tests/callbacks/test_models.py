@@ -304,10 +304,11 @@ def test_all_three_work_and_the_warm_up_is_as_without_them(name):
     assert_repaired(module, *callbacks, head=head, wrong=data.wrong)
 
 
-def test_a_text_classifier_in_the_manner_of_hugging_face():
+@pytest.mark.parametrize("given", [{}, {"batch_to_xy": without_labels}], ids=["as it is", "with batch_to_xy"])
+def test_a_text_classifier_in_the_manner_of_hugging_face(given):
     data = Sentences()
     loader = loader_of(data, collate_fn=pad)
-    repaired = repair(lambda: TextClassifier(TextNet, adam), loader, batch_to_xy=without_labels)
+    repaired = repair(lambda: TextClassifier(TextNet, adam), loader, **given)
     assert_repaired(*repaired, head="net.classifier", wrong=data.wrong)
 
 

@@ -200,7 +200,7 @@ def test_resuming_in_the_warm_up_gives_the_partition_of_an_uninterrupted_fit(tmp
         states = torch.load(path, weights_only=True)["callbacks"]
         (state,) = (value for key, value in states.items() if "AttributionPartition" in key)
         assert state["partition"] is None
-        assert state["reader"] == {"reason": reason}
+        assert state["reader"]["reason"] == reason
         # A fit that fell back makes its passes at the start of the next epoch.
         assert state["epochs_seen"] == list(range(1, epoch + 2 if step is None else epoch + 1))
         again, again_kept = start(AT + 1, path)

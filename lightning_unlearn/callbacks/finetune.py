@@ -320,7 +320,8 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
             self._first_epoch = trainer.current_epoch
             self._remaining = _remaining_epochs(trainer)
             self._attach(trainer, pl_module)
-            self._planned_batches = int(trainer.num_training_batches)
+            # Before limit_train_batches, which is applied to what a loader has whenever it is loaded again.
+            self._planned_batches = len(train_loader(trainer))
             self._train_from_here(trainer, pl_module)
             # Last, since nothing brings the old weights back.
             if self.reset_head:

@@ -243,6 +243,8 @@ class SensitivityPruneCallback(PartitionConsumer):
     @override
     def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._pruning is not None:
+            # An optimizer that calls its closure after a change, as LBFGS does, may have been stopped in between.
+            self._pruning.zero_parameters()
             self._pruning.release()
             self._pruning = None
 

@@ -122,6 +122,13 @@ def test_reloading_every_epoch_reloads_the_subset():
     assert record.by_epoch[2] != record.by_epoch[3]
 
 
+def test_a_limit_is_applied_once_where_a_schedule_of_steps_and_reloads_go_together():
+    module = Toy(optimizer=partial(one_cycle, made=[]))
+    settings = {"limit_train_batches": 0.5, "reload_dataloaders_every_n_epochs": 1}
+    fit(module, BlobsData(Blobs()), partition_and_finetune(), **settings)
+    assert list(module.steps_by_epoch.values()) == [6, 6, 5, 5]
+
+
 def test_loaders_that_a_reload_replaced_are_let_go():
     made = []
 

@@ -362,3 +362,19 @@ def test_a_hidden_layer_as_wide_as_the_classes_is_not_taken_for_them():
     partition = AttributionPartitionCallback("net.hidden", at_epoch=3)
     fit(Toy(Convolutions), BlobsData(Blobs(image=True)), [partition, prune], max_epochs=4)
     assert partition.partition.layer == "output of 'net.hidden'"
+
+
+def test_pruned_neurons_are_zero_where_an_optimizer_fails_between_two_calls_of_its_closure():
+    class Fails(Toy):
+        def training_step(self, batch):
+            if self.current_epoch == 2 and self.trainer.optimizers[0].state and self.steps % 3 == 1:
+                raise ArithmeticError
+            return super().training_step(batch)
+
+    module = Fails(optimizer=lambda m: torch.optim.LBFGS(m.parameters(), lr=0.05, max_iter=3))
+    _, prune, _ = callbacks = trio(2, prune={"criterion": "magnitude", "guard": False})
+    with pytest.raises(ArithmeticError):
+        fit(module, BlobsData(Blobs(101)), callbacks)
+    pruned = prune.mask.pruned_indices()
+    assert (module.net[7].weight[:, pruned] == 0).all()
+    assert (module.net[4].weight[pruned] == 0).all()

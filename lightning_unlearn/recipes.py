@@ -35,6 +35,7 @@ ENTRY_POINTS = "lightning_unlearn.recipes"
 
 # Standard errors by which the components' means must differ before one is called clean.
 _DECISIVE = 3.0
+_LONE = 1.5
 
 # Label evidence. Likelihoods of Gaussians in many correlated coordinates are too sure of themselves: they are tempered
 # where the transition matrix and the rate are estimated, and more so where they are added to the model's own logits,
@@ -125,7 +126,7 @@ class Recipe:
 
 
 def _higher_component(score: Tensor, share: Tensor, weight: Tensor, reduce: Reduce) -> int | None:
-    """The component with the higher mean score, or None if the means are too close to tell.
+    """The component with the higher mean score, or None if the means are too close to tell, or one is a lone sample's.
 
     Args:
         score: (n,), higher is cleaner.
@@ -135,7 +136,8 @@ def _higher_component(score: Tensor, share: Tensor, weight: Tensor, reduce: Redu
     """
     s, w = score.double().unsqueeze(1), share * weight.double().unsqueeze(1)
     count, first, second = reduce(torch.stack([w.sum(0), (w * s).sum(0), (w * s * s).sum(0)]))
-    if (count < 1).any():
+    # A sample that is far from all others, by an overflow say, draws a component to itself.
+    if (count < _LONE).any():
         return None
     mean = first / count
     standard_error = ((second / count - mean**2).clamp(min=0) / count).sum().sqrt()
@@ -149,7 +151,10 @@ def _undecided(evidence: Evidence, what: str) -> Verdict:
     return Verdict(
         torch.ones_like(evidence.weight),
         evidence.label,
-        warning=f"the two groups found do not differ in {what}, so which of them is clean cannot be told",
+        warning=(
+            f"the two groups found do not differ in {what}, or one of them is a single sample, so which of them is"
+            " clean cannot be told"
+        ),
     )
 
 
@@ -474,7 +479,8 @@ def _judge_score(score: Tensor, evidence: Evidence, reduce: Reduce) -> Verdict:
     rows = standardise(score.double().unsqueeze(1), evidence.weight, reduce)
     mixture: GaussianMixture = fit_mixture(rows, evidence.weight, reduce=reduce)
     mean = mixture.mean.squeeze(1)
-    if mean[0] == mean[1]:
+    count = reduce(mixture.posterior(rows).double().T @ evidence.weight.double())
+    if mean[0] == mean[1] or bool((count < _LONE).any()):
         return _undecided(evidence, "the score")
     probability = mixture.posterior_monotone(rows, int(mean[1] > mean[0])).float()
     rival, share = _rival(evidence)

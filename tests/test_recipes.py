@@ -459,6 +459,18 @@ def test_baselines_suggest_the_strongest_other(judge):
     assert (suggested != evidence.label).all()
 
 
+@pytest.mark.parametrize("size", [1e3, 1e6, 1e12])
+@pytest.mark.parametrize(("judge", "column", "sign"), [(judge_loss, "loss", -1), (judge_aum, "mean_margin", 1)])
+@pytest.mark.parametrize("side", [-1, 1])
+def test_a_lone_sample_far_from_all_others_does_not_make_them_clean_unsaid(judge, column, sign, size, side):
+    true, evidence = scene(SYMMETRIC)
+    score = torch.where(evidence.label != true, -2 + normal(N, seed=1), 2 + 0.3 * normal(N, seed=2))
+    score[7] = side * size
+    verdict = judge(replace(evidence, **{column: sign * score}), no_reduce)
+    wrong = evidence.label != true
+    assert "one of them is a single sample" in verdict.warning or (flagged(verdict) == wrong).float().mean() > 0.9
+
+
 @pytest.mark.parametrize(("judge", "column"), [(judge_loss, "loss"), (judge_aum, "mean_margin")])
 def test_a_constant_score_cannot_be_told_apart(judge, column):
     _, evidence = scene()

@@ -9,3 +9,12 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _not_deterministic():
+    """What ``Trainer(deterministic=True, benchmark=True)`` sets holds for the process, and would meet later tests."""
+    benchmark = torch.backends.cudnn.benchmark
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.benchmark = benchmark

@@ -242,7 +242,7 @@ def tied_head():
     net = tied()
     net.two = nn.Linear(FEATURES, CLASSES)
     net.two.weight = net.head.weight
-    net.run = lambda self, x: 0 * self.two(x) + self.head(self.one(x).relu())
+    net.run = lambda self, x: (self.two(x), self.head(self.one(x).relu()))[1]
     return net
 
 

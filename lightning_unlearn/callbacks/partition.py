@@ -338,8 +338,10 @@ class AttributionPartitionCallback(UnlearnCallback):
             index = sampled_indices(len(loader.dataset))  # type: ignore[arg-type]
             if known is None and offers_scoring_loader(trainer):
                 self._check_offered(trainer, pl_module, index)
+            # Also where there is nothing to compare them with: one of them may not be of the task that the first batch
+            # seemed to be of.
+            given = given_labels(trainer, pl_module, self, loader, index)
             if known is not None:
-                given = given_labels(trainer, pl_module, self, loader, index)
                 _check_same_labels(known[self.reading.row_indices(index)], given)
             if self.check_data:
                 check_fingerprint(self._fingerprint, found)

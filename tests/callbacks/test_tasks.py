@@ -104,6 +104,18 @@ def test_several_labels_are_judged_each_by_itself(evidence, tmp_path):
     assert (tmp_path / "suspects.csv").read_text().splitlines()[1].startswith(f"{first},{given},")
 
 
+def test_a_first_batch_that_looks_like_one_of_several_classes_is_noticed_before_the_first_step():
+    x, y, _ = separable(3, 0.1)
+    y[:32] = one_hot(torch.arange(32) % 3, 3)
+    module = Bits(3)
+    with pytest.raises(ValueError, match="or task='multilabel' if there may be several"):
+        fit(module, loader(x, y.float()), trio(AT), max_epochs=EPOCHS)
+    assert module.steps == 0
+    partition, *_ = ours = trio(AT, task="multilabel")
+    fit(Bits(3), loader(x, y.float()), ours, max_epochs=EPOCHS)
+    assert partition.partition.is_multilabel
+
+
 def test_single_labels_of_several_are_replaced():
     x, y, wrong = separable(3, 0.1)
     partition, _, finetune = callbacks = trio(AT, finetune={"on_noisy": "relabel"}, recipe="label")

@@ -238,7 +238,8 @@ def test_the_patience_of_early_stopping_is_counted_across_the_swap():
         ),
         ({"save_top_k": -1, "save_on_train_epoch_end": True}, {"epoch=0-step=7.ckpt", "epoch=1-step=14.ckpt"}),
     ],
-    ids=str,
+    # Not the sets, whose order differs between the processes of pytest-xdist.
+    ids=["last", "best", "every steps", "every epoch"],
 )
 def test_checkpoints_from_before_the_swap_hold_what_was_trained_and_later_ones_zeros(settings, names, tmp_path):
     module, callbacks = Toy(optimizer=adamw), trio(AT, prune=PRUNES_IN_ANY_CASE)

@@ -15,6 +15,8 @@ from lightning_unlearn.recipes import Verdict
 from lightning_unlearn.types import REASONS, Evidence, Partition, class_members
 
 _NO_MATRIX = torch.zeros(0, 0)
+# So many labels of a multi-label task are named in the log.
+_MOST_LABELS = 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,13 +115,18 @@ def assemble(  # noqa: PLR0913  (what a partition says of itself)
     )
 
 
-def notes_of(judged: Sequence[Judged]) -> list[str]:
-    """What the gates said, for the log."""
-    if len(judged) == 1:
-        return [] if judged[0].verdict is None else list(judged[0].verdict.notes)
-    same = [str(at) for at, one in enumerate(judged) if one.verdict is None]
-    notes = [f"label {at}: {note}" for at, one in enumerate(judged) if one.verdict for note in one.verdict.notes]
-    return [*notes, *([f"labels that are the same in all samples are not judged: {', '.join(same)}"] if same else [])]
+def notes_of(judged: Sequence[Judged], partition: Partition) -> list[str]:
+    """What the gates said, for the log; of a multi-label task what was found at which labels."""
+    if not partition.is_multilabel:
+        return [note for one in judged if one.verdict for note in one.verdict.notes]
+    wrong = (partition.suggested_label != partition.label).float().mean(dim=0)
+    shares = sorted(((share, at) for at, share in enumerate(wrong.tolist()) if share), reverse=True)
+    said = [f"label {at} ({share:.1%} of the samples)" for share, at in shares[:_MOST_LABELS]]
+    found = f"{', '.join(said)}{', ...' if len(shares) > _MOST_LABELS else ''}" if said else "none"
+    notes = [f"labels with wrong values: {len(shares)} of {len(judged)}: {found}"]
+    if same := [str(at) for at, one in enumerate(judged) if one.verdict is None]:
+        notes.append(f"labels that are the same in all samples are not judged: {', '.join(same)}")
+    return notes
 
 
 def _column(one: Judged, given: Tensor, reduce: Reduce) -> _Column:

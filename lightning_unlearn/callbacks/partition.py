@@ -534,7 +534,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         if self.every_n_epochs is None or self._is_stable:
             self._trajectory = None
         if before is None:
-            self._report(pl_module, drawn, notes_of(judged), seconds)
+            self._report(pl_module, drawn, notes_of(judged, drawn), seconds)
         else:
             self._report_round(pl_module, drawn, changed)
 

@@ -140,11 +140,16 @@ def test_single_labels_of_several_are_replaced():
     assert (torch.stack([seen[i] for i in sorted(seen)]).long() == right[trained]).float().mean() > 0.99
 
 
-def test_a_label_that_all_samples_have_is_not_judged(caplog):
+def test_a_label_that_all_samples_have_is_not_judged(monkeypatch):
+    said = []
+    monkeypatch.setattr("lightning_unlearn.callbacks.partition.rank_zero_info", said.append)
     x, y, wrong = separable(2, 0.1)
     y = torch.cat([y, torch.ones(SIZE, 1, dtype=torch.int64)], dim=1)
     partition, *_ = callbacks = trio(AT, recipe="label")
     fit(Bits(3), loader(x, y.float()), callbacks, max_epochs=EPOCHS)
+    (found,) = [line for line in said if "labels with wrong values: 2 of 3: label" in line]
+    assert "label 2" not in found
+    assert "  labels that are the same in all samples are not judged: 2" in said
     drawn = partition.partition
     assert (drawn.label_probability[:, 2] == 1).all()
     assert auroc(-drawn.label_probability[:, 0], wrong[:, 0]) > 0.99

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -88,6 +90,8 @@ class UnlearnCallback(EitherCallback):
     ModelCheckpoint would store changed weights under the metric of the unchanged ones.
     """
 
+    seconds = 0.0
+    """How long this callback's own work between epochs has taken since the fit was started or resumed."""
     _fitting = False
     # What a checkpoint's state is to be put into that comes after on_fit_start, as where a strategy shards weights.
     _late: tuple[Trainer, LightningModule] | None = None
@@ -98,6 +102,7 @@ class UnlearnCallback(EitherCallback):
         self._late = None
         if not self._fitting:
             return
+        self.seconds = 0.0
         check_strategy(trainer, type(self).__name__)
         # Trainer sets some of its attributes without declaring them.
         if overfit_batches := getattr(trainer, "overfit_batches", 0):
@@ -157,6 +162,15 @@ class UnlearnCallback(EitherCallback):
 
     def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gives back what was borrowed for the fit."""
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Counts what is done inside in :attr:`seconds`. Not around what asks another callback of ours."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - started
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

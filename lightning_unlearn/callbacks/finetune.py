@@ -235,7 +235,8 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
                 self._report_dry_run(trainer, pl_module, partition)
             elif partition.is_actionable:
                 draw = training_draw(partition, self.on_noisy, self.relabel_threshold)
-                (self._renew if self.is_active else self._start)(trainer, pl_module, draw)
+                with self.timed():
+                    (self._renew if self.is_active else self._start)(trainer, pl_module, draw)
             self._partition_epoch = partition.epoch
         self._hold_modes(pl_module)
 

@@ -480,21 +480,24 @@ class AttributionPartitionCallback(UnlearnCallback):
 
     def pull_partition(self, trainer: Trainer, pl_module: LightningModule) -> Partition | None:
         """The partition, drawn now if it is due, or None if it is not due yet."""
-        epoch = trainer.current_epoch
-        if self.gathers_evidence(epoch):
-            started = time.perf_counter()
-            if self._point is None:
-                self.begin(trainer, pl_module)
-            # A pass that failed, in a fit that goes on, is not counted besides this one.
-            self._trajectory_in_use.drop()
-            if epoch < self.at_epoch:
-                share = self._observe_pass(trainer, pl_module)
-                self._merge(trainer, pl_module, epoch, len(share["label"]))
-            else:
-                self._draw(trainer, pl_module, started)
-            if epoch not in self._epochs_seen:
-                self._epochs_seen.append(epoch)
+        if self.gathers_evidence(trainer.current_epoch):
+            with self.timed():
+                self._gather(trainer, pl_module)
         return self._partition
+
+    def _gather(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        epoch, started = trainer.current_epoch, time.perf_counter()
+        if self._point is None:
+            self.begin(trainer, pl_module)
+        # A pass that failed, in a fit that goes on, is not counted besides this one.
+        self._trajectory_in_use.drop()
+        if epoch < self.at_epoch:
+            share = self._observe_pass(trainer, pl_module)
+            self._merge(trainer, pl_module, epoch, len(share["label"]))
+        else:
+            self._draw(trainer, pl_module, started)
+        if epoch not in self._epochs_seen:
+            self._epochs_seen.append(epoch)
 
     def _check_reader(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Drops what the training steps showed if it were not the logits, as where an adapter has grown beside."""

@@ -219,7 +219,8 @@ class SensitivityPruneCallback(PartitionConsumer):
             if partition.is_actionable:
                 if not self._sites:
                     self.begin(trainer, pl_module)
-                self._prune(trainer, pl_module, partition)
+                with self.timed():
+                    self._prune(trainer, pl_module, partition)
             self._epoch = partition.epoch
         return self._masks[0] if self._holds() else None
 

@@ -3,6 +3,7 @@
 import copy
 import logging
 from dataclasses import replace
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -104,6 +105,27 @@ def test_what_was_done_is_what_the_callbacks_say(repaired):
     kept = int(partition.partition.is_clean.sum())
     assert finetune.describe() == f"trained on {kept} clean samples from epoch {SOME} on (F-FT)"
     assert finetune.describe() in partition.summary.advice
+
+
+def test_what_the_callbacks_took_is_counted_once_and_anew_in_each_fit(monkeypatch):
+    now = [0]
+
+    def slowly(function, seconds):
+        def run(*given):
+            now[0] += seconds
+            return function(*given)
+
+        return run
+
+    partition, prune, finetune = callbacks = trio(1)
+    monkeypatch.setattr("lightning_unlearn.callbacks._base.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    # The one that prunes asks the one that partitions, whose time is not its own.
+    monkeypatch.setattr(partition, "_judged", slowly(partition._judged, 100))
+    monkeypatch.setattr(prune, "_rank", slowly(prune._rank, 10))
+    monkeypatch.setattr(finetune, "_attach", slowly(finetune._attach, 1))
+    for _ in range(2):
+        fit(Toy(mlp), BlobsData(Blobs()), reversed(callbacks), max_epochs=2)
+        assert [callback.seconds for callback in callbacks] == [100, 10, 1]
 
 
 def test_the_validation_loaders_may_be_limited():

@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "recipes": MATH,
     "finite": MATH | {"recipes"},
     "trajectory": MATH,
-    "capture": MATH,
+    "capture": MATH | {"capture"},
     "data": MATH,
     "targets": set(),
     "drawing": set(),
@@ -75,7 +75,7 @@ MAY_IMPORT = {
 }
 # Who may know a package of others.
 MAY_KNOW = {
-    "captum": {"capture"},
+    "captum": {"capture.methods"},
     "lightning": {"callbacks", "cli", "demo"},
     "pytorch_lightning": set(),
     "torch_pruning": {"shrinking"},
@@ -142,6 +142,8 @@ def test_every_room_is_there_and_has_a_rule():
         ("data.py", "import lightning.pytorch as pl"),
         ("data.py", "from captum.attr import LayerGradientXActivation"),
         ("callbacks/prune.py", "import captum"),
+        ("capture/attributor.py", "import captum"),
+        ("capture/memory.py", "from lightning_unlearn.data import rank_share"),
         ("callbacks/prune.py", "from lightning_unlearn.callbacks.partition import AttributionPartitionCallback"),
         ("callbacks/prune.py", "from lightning_unlearn.callbacks import AttributionPartitionCallback"),
         ("callbacks/_lightning.py", "from lightning_unlearn.callbacks._base import UnlearnCallback"),
@@ -169,7 +171,7 @@ def test_a_wrong_import_is_found(file, source):
         ("callbacks/partition.py", "from lightning_unlearn.callbacks._training_pass import TrainingPass"),
         ("callbacks/partition.py", "from lightning_unlearn.trajectory import Trajectory"),
         ("callbacks/__init__.py", "from lightning_unlearn.callbacks.prune import SensitivityPruneCallback"),
-        ("capture.py", "from captum.attr import LayerGradientXActivation"),
+        ("capture/methods.py", "from captum.attr import LayerGradientXActivation"),
         ("cli.py", "import lightning"),
         ("shrinking.py", "def later():\n    import torch_pruning"),
         ("shrinking.py", "from lightning_unlearn.masking import neuron_entries"),

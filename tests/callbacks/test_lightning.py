@@ -110,11 +110,12 @@ ELSEWHERE = {
         "_sampler_iter": "what the iterator of a DataLoader draws from",
         "_num_yielded": "how many batches it has delivered",
     },
-    "capture.py": {
+    "capture/calls.py": {"_version": "how often a tensor has been changed in place, which nothing else tells"},
+    "capture/layers.py": {
         "_ConvNd": "torch's class of all convolutions",
         "_NormBase": "torch's class of all batch norms",
-        "_fields": "of a named tuple, public by its documentation",
     },
+    "capture/memory.py": {"_fields": "of a named tuple, public by its documentation"},
     "targets.py": {
         "_asdict": "of a named tuple, public by its documentation",
         "_orig_mod": "what torch.compile wraps",

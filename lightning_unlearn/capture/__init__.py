@@ -1,0 +1,44 @@
+"""Activations and attributions of a layer. The only room that knows Captum and forward hooks; it leaves none behind."""
+
+from lightning_unlearn.capture.attributor import Attributor, MarginAttribution
+from lightning_unlearn.capture.calls import Forward, ModuleCall
+from lightning_unlearn.capture.layers import (
+    named_layers,
+    neuron_count,
+    neuron_dimension,
+    neuron_means,
+    plain_name,
+    resolve_layer,
+    response,
+)
+from lightning_unlearn.capture.loss import loss_gradients
+from lightning_unlearn.capture.memory import SmallerBatches, is_out_of_memory, take_rows, whole_batches
+from lightning_unlearn.capture.methods import ATTRIBUTION_METHODS, GRADIENT_X_ACTIVATION, check_method
+from lightning_unlearn.capture.tapping import tap
+from lightning_unlearn.capture.tracing import ForwardTrace, check_reached, trace_forward
+
+__all__ = [
+    "ATTRIBUTION_METHODS",
+    "GRADIENT_X_ACTIVATION",
+    "Attributor",
+    "Forward",
+    "ForwardTrace",
+    "MarginAttribution",
+    "ModuleCall",
+    "SmallerBatches",
+    "check_method",
+    "check_reached",
+    "is_out_of_memory",
+    "loss_gradients",
+    "named_layers",
+    "neuron_count",
+    "neuron_dimension",
+    "neuron_means",
+    "plain_name",
+    "resolve_layer",
+    "response",
+    "take_rows",
+    "tap",
+    "trace_forward",
+    "whole_batches",
+]

@@ -1,0 +1,74 @@
+"""Reads a layer's activation in passing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_unlearn.capture.layers import resolve_layer
+from lightning_unlearn.types import LayerPoint
+
+# True in passes that are not the plain pass over the batch, which taps do not look at.
+_unwatched: ContextVar[bool] = ContextVar("_unwatched", default=False)
+
+
+@contextmanager
+def tap(model: nn.Module, point: LayerPoint) -> Iterator[Callable[[], Tensor]]:
+    """Reads a layer's activation in every forward pass inside the context.
+
+    Around :meth:`Attributor.margin` it sees one pass, however many the method makes; only where memory made it take the
+    batch in parts, there are more, which ``Attributor(watch=...)`` joins.
+
+    Yields:
+        a function that hands over the activation of the last pass, as the layer had it, and forgets it.
+    """
+    module = resolve_layer(model, point.name)
+    seen: list[Tensor] = []
+
+    def keep(value: Any) -> None:
+        # A copy, since an in-place function may follow the layer.
+        if not _unwatched.get():
+            seen.append((value[0] if isinstance(value, tuple) else value).detach().clone())
+
+    def take() -> Tensor:
+        if len(seen) != 1:
+            raise ValueError(
+                f"Expected layer '{point.name}' to be called once in a forward pass, but it was {len(seen)}."
+            )
+        return seen.pop()
+
+    if point.at == "input":
+        handle = module.register_forward_pre_hook(lambda _, inputs: keep(inputs))
+    else:
+        handle = module.register_forward_hook(lambda _, __, output: keep(output))
+    try:
+        yield take
+    finally:
+        handle.remove()
+
+
+def several_tensors(point: LayerPoint) -> str:
+    """What to say of a layer that takes or returns several tensors."""
+    return f"Layer '{point.name}' has several tensors as its {point.at}; name a layer with one."
+
+
+def single_tensor(value: Any, point: LayerPoint) -> Tensor:
+    """The one tensor of a layer's positional arguments or output."""
+    values = value if isinstance(value, tuple) else (value,)
+    if len(values) != 1 or not isinstance(values[0], Tensor):
+        raise ValueError(several_tensors(point))
+    return values[0]
+
+
+@contextmanager
+def not_watched() -> Iterator[None]:
+    """Inside, taps look at no forward pass."""
+    token = _unwatched.set(True)
+    try:
+        yield
+    finally:
+        _unwatched.reset(token)

@@ -232,9 +232,9 @@ class Reading:
     def _seen_task(self, outputs: int, label: Any) -> Task:
         if outputs == 1:
             return "binary"
-        if not isinstance(label, Tensor) or label.ndim != 2 or label.shape[1] != outputs:
+        if not _is_dense(label) or label.ndim != 2 or label.shape[1] != outputs:
             return "multiclass"
-        known = label if self.ignore_index is None else label[label != self.ignore_index]
+        known = label[~self._is_ignored(label)]
         bits = bool(((known == 0) | (known == 1)).all())
         # A row with no or several ones, or with ignored entries, is not that of a class.
         return "multilabel" if bits and bool((label.sum(dim=1) != 1).any()) else "multiclass"
@@ -281,8 +281,8 @@ class Reading:
         Raises:
             ValueError: if they have not the right shape or type.
         """
-        if not isinstance(label, Tensor) or label.is_complex():
-            raise ValueError(f"Expected a tensor of labels, but got {_kind(label)}{_CONVERT}")
+        if not _is_dense(label) or label.is_complex():
+            raise ValueError(f"Expected a dense tensor of labels, but got {_kind(label)}{_CONVERT}")
         if self.task == "multiclass":
             if label.ndim == 2 and label.shape == (num_samples, self.num_outputs):
                 return self._largest(label)
@@ -320,7 +320,13 @@ class Reading:
         return self._without_ignored((value > 0.5).long().where(legal, _ILLEGAL), label)
 
     def _without_ignored(self, value: Tensor, label: Tensor) -> Tensor:
-        return value if self.ignore_index is None else value.masked_fill(label == self.ignore_index, IGNORED)
+        return value.masked_fill(self._is_ignored(label), IGNORED)
+
+    def _is_ignored(self, label: Tensor) -> Tensor:
+        if self.ignore_index is None:
+            return torch.zeros_like(label, dtype=torch.bool)
+        # Not as bytes, in which -100 is 156.
+        return (label if label.is_floating_point() else label.long()) == self.ignore_index
 
     def labels(self, label: Any, num_samples: int, first_index: int = 0) -> Tensor:
         """Class labels of rows, each of which names a class or is ignored.
@@ -378,5 +384,14 @@ class Reading:
 _CONVERT = "; pass batch_to_xy=... to AttributionPartitionCallback to convert them."
 
 
+def _is_dense(label: Any) -> bool:
+    return isinstance(label, Tensor) and label.layout == torch.strided and not label.is_nested
+
+
 def _kind(label: Any) -> str:
-    return f"{label.dtype} of shape {tuple(label.shape)}" if isinstance(label, Tensor) else type(label).__name__
+    if not isinstance(label, Tensor):
+        return type(label).__name__
+    if label.is_nested:
+        return "a nested tensor"
+    layout = "" if label.layout == torch.strided else f"{label.layout} and "
+    return f"{layout}{label.dtype} of shape {tuple(label.shape)}"

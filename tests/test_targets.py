@@ -260,7 +260,9 @@ def test_rows_that_are_no_probabilities_are_refused(soft, row):
         (settled(), torch.zeros(2, dtype=torch.int64), r"but got torch.int64 of shape \(2,\)"),
         (settled(), torch.zeros(4, 2, dtype=torch.int64), r"but got torch.int64 of shape \(4, 2\)"),
         (settled(), torch.zeros(4, dtype=torch.complex64), r"but got torch.complex64 of shape \(4,\)"),
-        (settled(), [0, 1, 2, 0], "a tensor of labels, but got list"),
+        (settled(), [0, 1, 2, 0], "a dense tensor of labels, but got list"),
+        (settled(label=SEVERAL.to_sparse()), SEVERAL.to_sparse(), r"but got torch.sparse_coo and torch.int64 of shape"),
+        (settled(), torch.nested.nested_tensor([torch.zeros(1)], layout=torch.jagged), "but got a nested tensor"),
         (settled(1), torch.zeros(4, 2), r"labels of shape \(4,\), 0 or 1 for each logit, but got torch.float32 of"),
         (settled(label=SEVERAL), torch.zeros(4), r"labels of shape \(4, 3\), 0 or 1 for each logit, but got"),
     ],
@@ -287,6 +289,12 @@ def test_the_label_to_ignore():
     assert reading.labels(torch.tensor([[1, -1, 0]]), 1).tolist() == [1, IGNORED, 0]
     with pytest.raises(ValueError, match="found -100"):
         settled(ignore_index=None).labels(torch.tensor([0, -100]), 2)
+
+
+def test_a_byte_of_156_is_not_the_label_to_ignore():
+    label = torch.tensor([0, 156, 2, 1], dtype=torch.uint8)
+    assert settled(200).labels(label, 4).tolist() == [0, 156, 2, 1]
+    assert settled(200, ignore_index=156).labels(label, 4).tolist() == [0, IGNORED, 2, 1]
 
 
 def test_the_rows_of_one_logit_have_the_loss_of_one_logit():

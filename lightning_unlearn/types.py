@@ -10,12 +10,16 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from os import PathLike
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from lightning_unlearn.storage import load_record, save_record, write_csv
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 STATE_VERSION = 4
 MASK_VERSION = 1
@@ -360,6 +364,31 @@ class Partition:
         }
         write_csv(path, columns)
 
+    def plot(
+        self,
+        ax: Axes | Sequence[Axes] | None = None,
+        *,
+        kind: Literal["both", "histogram", "confusion"] = "both",
+        class_names: Sequence[str] | None = None,
+    ) -> tuple[Figure, Any]:
+        """Draws the histogram of p(clean) with the cut, and which labels are suggested for which given ones.
+
+        Args:
+            ax: where to draw; two axes for both. By default in a new figure.
+            kind: both, or one of the two.
+            class_names: the name of every class, by label.
+
+        Returns:
+            the matplotlib figure and its axes, two of them for both.
+
+        Raises:
+            ImportError: without matplotlib: ``pip install 'lightning-unlearn[plot]'``.
+            ValueError: for another kind, or too few or too many axes or names.
+        """
+        from lightning_unlearn.plots import plot_partition
+
+        return plot_partition(self, ax, kind=kind, class_names=class_names)
+
     def _class_names(self, class_names: Sequence[str]) -> dict[int, str]:
         # A recipe that estimates no noise does not say how many classes there are.
         classes = len(self.noise_matrix)
@@ -524,6 +553,22 @@ class NeuronMask:
             ValueError: for any other file, saying what to do.
         """
         return load_record(cls, MASK_VERSION, path)
+
+    def plot(self, ax: Axes | None = None) -> tuple[Figure, Axes]:
+        """Draws the sensitivity of every neuron with its standard error, the lowest first; pruned ones are marked.
+
+        Args:
+            ax: where to draw; by default in a new figure.
+
+        Returns:
+            the matplotlib figure and its axes.
+
+        Raises:
+            ImportError: without matplotlib: ``pip install 'lightning-unlearn[plot]'``.
+        """
+        from lightning_unlearn.plots import plot_mask
+
+        return plot_mask(self, ax)
 
 
 @runtime_checkable

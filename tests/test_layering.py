@@ -36,7 +36,8 @@ SHARED = {
 PRUNING = {"callbacks._prune_sites", "callbacks._criteria", "callbacks._guard"}
 MAY_IMPORT = {
     "storage": set(),
-    "types": {"storage"},
+    "types": {"storage", "plots"},  # when it is asked to draw
+    "plots": {"types"},
     "sharding": set(),
     "functional": MATH,
     "recipes": MATH,

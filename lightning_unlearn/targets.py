@@ -360,7 +360,8 @@ class Reading:
         if self.task == "multiclass":
             return (
                 f"Expected labels with a single 1 in each row, but found {shown} {where}; set soft_labels='argmax' to"
-                " take the class of the largest, or task='multilabel' if there may be several."
+                " take the class of the largest, or task='multilabel' if there may be several. Where samples are mixed"
+                " (MixUp, CutMix), offer attribution_dataloader(), a loader that does not mix them."
             )
         return (
             f"Expected labels 0 or 1 of a {self.task} task, but found {shown} {where}; set soft_labels='argmax' to"

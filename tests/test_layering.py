@@ -64,7 +64,7 @@ MAY_IMPORT = {
     | {"callbacks._base", "callbacks._lightning", "callbacks._scoring", "callbacks._strategies"},
     "callbacks._summary": {"types"},
     "callbacks._assembly": MATH | {"recipes", "distributed"},
-    "callbacks._relabel": ALL_BELOW | {"callbacks._lightning", "callbacks._scoring"},
+    "callbacks._relabel": ALL_BELOW | {"callbacks._base", "callbacks._lightning", "callbacks._scoring"},
     "callbacks.partition": ALL_BELOW | SHARED | {"callbacks._summary", "callbacks._assembly"},
     "callbacks._prune_sites": ALL_BELOW,
     "callbacks._criteria": ALL_BELOW | SHARED | {"callbacks._prune_sites"},

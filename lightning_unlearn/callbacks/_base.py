@@ -347,6 +347,27 @@ def given_labels(
 
 
 @torch.no_grad()
+def labels_vary(
+    trainer: Trainer, pl_module: LightningModule, reading: Reading, loader: DataLoader[Any], index: Tensor
+) -> bool:
+    """Whether labels differ from one reading to the next, as where samples are mixed. Use inside ``undisturbed``.
+
+    Args:
+        trainer: of the running fit.
+        pl_module: the user's.
+        reading: knows how to split a batch.
+        loader: of the training set.
+        index: (n,) int64, dataset indices.
+    """
+
+    def read() -> list[Tensor]:
+        batches = indexed_batches(loader, index, probing=True)
+        return [reading.split(to_device(trainer, pl_module, batch))[1] for _, batch in batches]
+
+    return not all(torch.equal(one, other) for one, other in zip(read(), read(), strict=True))
+
+
+@torch.no_grad()
 def training_set(trainer: Trainer, pl_module: LightningModule, source: PartitionSource) -> Iterator[IndexedBatch]:
     """This rank's share of the training set in index order. Use inside ``undisturbed``.
 

@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
+from lightning_unlearn.callbacks._base import labels_vary
 from lightning_unlearn.callbacks._lightning import BatchHook, live_iterator, to_device, undisturbed
 from lightning_unlearn.callbacks._scoring import train_loader
 from lightning_unlearn.data import batch_size, delivered_indices, indexed_batches, is_torchs_iterator
@@ -114,6 +115,11 @@ def check_relabelling(trainer: Trainer, pl_module: LightningModule, reading: Rea
         )
     with undisturbed(trainer, pl_module), torch.no_grad():
         size = min(batch_size(loader), len(loader.dataset))  # type: ignore[arg-type]  # its length has been checked
+        if labels_vary(trainer, pl_module, reading, loader, torch.arange(size)):
+            raise TypeError(
+                "Expected training batches with the labels of their samples, so that they can be replaced, but they"
+                f" differ from one reading to the next, as where collate_fn mixes samples{_ADVICE}."
+            )
         _, batch = next(indexed_batches(loader, torch.arange(size), probing=True))
         new = (reading.labels(reading.split(batch)[1], size) + 1) % reading.num_classes
         _, arrived = reading.split(to_device(trainer, pl_module, with_labels(batch, reading, new)))

@@ -21,6 +21,7 @@ from lightning_unlearn.callbacks._base import (
     UnlearnCallback,
     check_classifies,
     given_labels,
+    labels_vary,
     logits_of,
     probe,
     training_set,
@@ -72,6 +73,12 @@ _AUGMENTED = (
     "Items of the training set differ from one reading to the next (random augmentation), so a pass scores samples as"
     f" they are augmented at that moment; a DataModule with {OFFER}(), which returns a loader of the same samples in"
     " the same order without augmentation, has them scored as they are."
+)
+
+_MIXED = (
+    "Expected a sample to have the same label whenever it is read, but it differs, as where samples are mixed (MixUp,"
+    f" CutMix). Where collate_fn mixes them, let the DataModule offer {OFFER}(), a loader of the same samples in the"
+    " same order that does not; a transfer hook shall mix only if self.trainer.training."
 )
 
 
@@ -341,6 +348,8 @@ class AttributionPartitionCallback(UnlearnCallback):
             # Also where there is nothing to compare them with: one of them may not be of the task that the first batch
             # seemed to be of.
             given = given_labels(trainer, pl_module, self, loader, index)
+            if labels_vary(trainer, pl_module, self.reading, loader, index):
+                raise ValueError(_MIXED)
             if known is not None:
                 _check_same_labels(known[self.reading.row_indices(index)], given)
             if self.check_data:
@@ -350,6 +359,9 @@ class AttributionPartitionCallback(UnlearnCallback):
             rank_zero_info(_AUGMENTED)
 
     def _check_offered(self, trainer: Trainer, pl_module: LightningModule, index: Tensor) -> None:
+        if labels_vary(trainer, pl_module, self.reading, train_loader(trainer), index):
+            # Samples are mixed in training, which the offer is there to spare the passes.
+            return
         expected, found = (
             given_labels(trainer, pl_module, self, loader(trainer), index) for loader in (train_loader, scoring_loader)
         )

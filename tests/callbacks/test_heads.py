@@ -4,7 +4,8 @@ import lightning as L
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.nn.functional import one_hot
+from torch.utils.data import DataLoader, default_collate
 
 from lightning_unlearn import AttributionPartitionCallback
 from lightning_unlearn.callbacks._scoring import OFFER
@@ -224,4 +225,48 @@ def test_an_offer_that_is_no_loader_is_refused():
     data.attribution_dataloader = lambda: [1, 2, 3]
     with pytest.raises(TypeError, match=r"Expected one torch.utils.data.DataLoader"):
         fit(module, data, trio(AT), max_epochs=EPOCHS)
+    assert module.steps == 0
+
+
+def mixing(samples):
+    """A collate function for MixUp, which makes soft labels."""
+    x, y = default_collate(samples)
+    share, other = float(torch.rand(1)), torch.randperm(len(x))
+    hot = one_hot(y, CLASSES).float()
+    return share * x + (1 - share) * x[other], share * hot + (1 - share) * hot[other]
+
+
+class Unvalidated(Toy):
+    validation_step = None
+
+
+@pytest.mark.parametrize("soft_labels", ["refuse", "argmax"])
+def test_what_collate_fn_mixes_is_scored_unmixed_where_a_loader_is_offered(soft_labels):
+    data = BlobsData(Blobs(SIZE), collate_fn=mixing)
+    data.attribution_dataloader = lambda: DataLoader(data.train, batch_size=50)
+    partition, _, finetune = ours = trio(AT, soft_labels=soft_labels)
+    fit(Unvalidated(), data, ours, max_epochs=EPOCHS)
+    assert partition._reader.reason
+    assert partition.partition.label.equal(data.train.y)
+    assert auroc(-partition.partition.clean_probability, data.train.wrong) > 0.95
+    assert finetune.is_active
+
+
+@pytest.mark.parametrize(
+    ("offers", "settings", "error", "message"),
+    [
+        (False, {}, ValueError, r"a single 1 in each row, .* mixed .*, offer attribution_dataloader\(\)"),
+        (False, {"soft_labels": "argmax"}, ValueError, r"same label whenever it is read, .* offer attribution_dataloa"),
+        (True, {"finetune": {"on_noisy": "relabel"}}, TypeError, "differ from .*, as where collate_fn mixes samples"),
+    ],
+    ids=["soft", "the largest", "re-labelled"],
+)
+def test_mixed_samples_that_cannot_be_judged_or_relabelled_are_refused_before_the_first_step(
+    offers, settings, error, message
+):
+    data, module = BlobsData(Blobs(40), collate_fn=mixing), Unvalidated()
+    if offers:
+        data.attribution_dataloader = lambda: DataLoader(data.train, batch_size=50)
+    with pytest.raises(error, match=message):
+        fit(module, data, trio(1, **settings), max_epochs=2)
     assert module.steps == 0

@@ -28,6 +28,7 @@ SHARED = {
     "callbacks._packages",
     "callbacks._base",
     "callbacks._lightning",
+    "callbacks._loggers",
     "callbacks._scoring",
     "callbacks._strategies",
     "callbacks._training_pass",
@@ -63,6 +64,7 @@ MAY_IMPORT = {
     "callbacks._validation": ALL_BELOW
     | {"callbacks._base", "callbacks._lightning", "callbacks._scoring", "callbacks._strategies"},
     "callbacks._summary": {"types"},
+    "callbacks._loggers": {"types", "plots", "callbacks._lightning", "callbacks._packages"},
     "callbacks._assembly": MATH | {"recipes", "distributed"},
     "callbacks._relabel": ALL_BELOW | {"callbacks._base", "callbacks._lightning", "callbacks._scoring"},
     "callbacks.partition": ALL_BELOW | SHARED | {"callbacks._summary", "callbacks._assembly"},

@@ -34,6 +34,7 @@ from lightning_unlearn.callbacks._lightning import (
     move_behind_averages,
     undisturbed,
 )
+from lightning_unlearn.callbacks._loggers import log_partition
 from lightning_unlearn.callbacks._packages import MisconfigurationException
 from lightning_unlearn.callbacks._scoring import (
     OFFER,
@@ -510,6 +511,7 @@ class AttributionPartitionCallback(UnlearnCallback):
             self._draw(trainer, pl_module, started)
         if epoch not in self._epochs_seen:
             self._epochs_seen.append(epoch)
+        log_values(pl_module, {"unlearn/seconds_pass": time.perf_counter() - started})
 
     def _check_reader(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Drops what the training steps showed if it were not the logits, as where an adapter has grown beside."""
@@ -538,7 +540,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         if is_first:
             memorised = self._share_memorised(trainer, judged, drawn)
         if is_first and self._acts(trainer, drawn):
-            accuracy = self._validate(trainer, pl_module)
+            accuracy = self._validate(trainer, pl_module, "before")
         # Published after all that may fail, and all at once.
         self._rounds.append(PartitionRound(drawn.epoch, len(drawn.suspect_indices()), drawn.noise_rate, changed))
         self._is_stable = changed < self.stable_share
@@ -557,9 +559,12 @@ class AttributionPartitionCallback(UnlearnCallback):
         """Whether another callback is to act on the partition."""
         return bool(_consumers(trainer)) and partition.is_actionable and not self.is_dry_run
 
-    def _validate(self, trainer: Trainer, pl_module: LightningModule) -> float | None:
+    def _validate(self, trainer: Trainer, pl_module: LightningModule, when: str) -> float | None:
         score = score_validation(trainer, pl_module, self)
-        return None if score is None else score.accuracy
+        if score is None:
+            return None
+        log_values(pl_module, {f"unlearn/val_accuracy_{when}": score.accuracy})
+        return score.accuracy
 
     def _share_memorised(self, trainer: Trainer, judged: Sequence[Judged], partition: Partition) -> float | None:
         """Of the labels suspected to be wrong, how many the network gives nevertheless."""
@@ -584,7 +589,7 @@ class AttributionPartitionCallback(UnlearnCallback):
                 )
             return
         if self._acts(trainer, self._partition) and self._accuracy["before"] is not None:
-            self._accuracy["after"] = self._validate(trainer, pl_module)
+            self._accuracy["after"] = self._validate(trainer, pl_module, "after")
         done = [callback.describe() for callback in _consumers(trainer)]
         self._summary = summarise(
             self._partition,
@@ -783,13 +788,13 @@ class AttributionPartitionCallback(UnlearnCallback):
             rank_zero_warn(f"The partition is not acted upon, training goes on with all the data: {partition.warning}.")
         elif self._memorised is not None:
             rank_zero_info(f"  {outlook(self._memorised)}")
-        _log_partition(pl_module, partition)
+        log_partition(pl_module, partition)
 
     def _report_round(self, pl_module: LightningModule, drawn: Partition, changed: float) -> None:
         suspects = len(drawn.suspect_indices())
         end = "; it is stable, and not drawn again" if self._is_stable else ""
         if drawn.is_actionable:
-            _log_partition(pl_module, drawn)
+            log_partition(pl_module, drawn)
         else:
             end += f"; it is not acted upon ({drawn.warning}), the one before stays"
         rank_zero_info(
@@ -828,11 +833,6 @@ def _check_epochs(at_epoch: int, evidence_every_n_epochs: int, every_n_epochs: i
 def _check_one_of(name: str, value: str, allowed: tuple[str, str]) -> None:
     if value not in allowed:
         raise ValueError(f"Expected {name} to be {allowed[0]!r} or {allowed[1]!r}, but got {value!r}.")
-
-
-def _log_partition(pl_module: LightningModule, partition: Partition) -> None:
-    kept = partition.is_clean.float().mean().item()
-    log_values(pl_module, {"unlearn/noise_rate": partition.noise_rate, "unlearn/kept_share": kept})
 
 
 def _check_same_size(before: int, now: int) -> None:

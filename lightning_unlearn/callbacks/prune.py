@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from lightning_unlearn.callbacks._base import PartitionConsumer, probe
 from lightning_unlearn.callbacks._criteria import SENSITIVITY, Method, Ranking, Subject, rank_neurons
 from lightning_unlearn.callbacks._guard import Gauge, Outcome, make_gauge, prune_in_steps
 from lightning_unlearn.callbacks._lightning import averaged_models, log_values
+from lightning_unlearn.callbacks._loggers import log_masks
 from lightning_unlearn.callbacks._prune_sites import PruneSite, check_layer, default_site, named_site
 from lightning_unlearn.capture import ForwardTrace, neuron_dimension, neuron_means, plain_name, resolve_layer, tap
 from lightning_unlearn.functional.selection import share_of
@@ -287,9 +289,10 @@ class SensitivityPruneCallback(PartitionConsumer):
         self._masks = [NeuronMask(**mask) for mask in state["masks"]]
 
     def _prune(self, trainer: Trainer, pl_module: LightningModule, partition: Partition) -> None:
-        gauge = None
+        gauge, started = None, time.perf_counter()
         if self.guard:
             gauge = make_gauge(trainer, pl_module, self.source, partition, self.guard_tolerance)
+        guard = time.perf_counter() - started
         rankings = self._rank(trainer, pl_module, partition, gauge)
         lives = self._live or [ranking.live for ranking in rankings]
         proposal = [
@@ -302,7 +305,9 @@ class SensitivityPruneCallback(PartitionConsumer):
         ]
         outcome = Outcome(proposal)
         if gauge is not None and any(len(neurons) for neurons in proposal):
+            steps_started = time.perf_counter()
             outcome = prune_in_steps(pl_module, sites, proposal, gauge, self.guard_steps)
+            guard += time.perf_counter() - steps_started
         # After all that may fail, and all at once.
         self._live, self._sites, self._epoch = lives, sites, partition.epoch
         self._masks = [
@@ -313,6 +318,9 @@ class SensitivityPruneCallback(PartitionConsumer):
         if not self._is_proposal:
             self._hold(trainer, pl_module)
         self._report(pl_module, rankings, proposal, outcome, gauge)
+        pruning = time.perf_counter() - started - guard
+        log_values(pl_module, {"unlearn/seconds_pruning": pruning, "unlearn/seconds_guard": guard})
+        log_masks(pl_module, self._masks)
 
     def _rank(
         self,

@@ -44,11 +44,11 @@ or in YAML:
 
 
 def _has_pruned(state: dict[str, Any]) -> bool:
-    return not state["is_proposal"] and any(not mask["keep"].all() for mask in state["masks"])
+    return not state.get("is_proposal") and any(not mask["keep"].all() for mask in state.get("masks", ()))
 
 
 def _has_narrowed(state: dict[str, Any]) -> bool:
-    return state["draw"] is not None
+    return state.get("draw") is not None
 
 
 # Where one of ours has acted in a checkpoint and is missing in the fit that goes on from it: how its state tells, and
@@ -92,6 +92,9 @@ class UnlearnCallback(EitherCallback):
 
     seconds = 0.0
     """How long this callback's own work between epochs has taken since the fit was started or resumed."""
+    # Of what ``state_dict`` describes; a checkpoint with another is not taken over.
+    state_version = 1
+
     _fitting = False
     # What a checkpoint's state is to be put into that comes after on_fit_start, as where a strategy shards weights.
     _late: tuple[Trainer, LightningModule] | None = None
@@ -130,10 +133,23 @@ class UnlearnCallback(EitherCallback):
         # Lightning also restores callbacks for test and validate, often from a checkpoint of an earlier epoch: what a
         # fit has found must not be lost to that.
         if self._fitting or not self.has_acted:
-            self.restore(state_dict)
+            self._restore_known(state_dict)
         if self._late is not None:
             self.resume(*self._late)
             self._late = None
+
+    def _restore_known(self, state: dict[str, Any]) -> None:
+        found, expected, who = state.get("version"), self.state_version, type(self).__name__
+        if found == expected:
+            self.restore(state)
+            return
+        said = f"Expected a state of {who} in format version {expected}, but the checkpoint has version {found}"
+        if self._fitting:
+            raise ValueError(
+                f"{said}; go on with the version of lightning_unlearn that wrote it, or start again from its weights"
+                " without ckpt_path."
+            )
+        rank_zero_warn(f"{said}; weights are not affected, but what {who} had found is not known here.")
 
     @property
     def has_acted(self) -> bool:

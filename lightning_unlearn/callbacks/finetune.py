@@ -280,6 +280,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
     def state_dict(self) -> dict[str, Any]:
         """Tensors and primitives, 8 bytes per clean sample; 12 per sample to weigh, 16 to re-label."""
         return {
+            "version": self.state_version,
             "partition_epoch": self._partition_epoch,
             "was_dry_run": self._is_dry_run,
             "first_epoch": self._first_epoch,

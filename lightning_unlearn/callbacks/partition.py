@@ -214,6 +214,8 @@ class AttributionPartitionCallback(UnlearnCallback):
         self._point: LayerPoint | None = None
         self._early: LayerPoint | None = None
         self.reading.forget()
+        # What a checkpoint's labels were taken for; empty before the first batch.
+        self._task = ""
         self._fingerprint = ""
         # What earlier epochs showed, the same on every rank; None before the first and once no partition is to follow.
         self._trajectory: Trajectory | None = None
@@ -311,6 +313,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         check_reached(trace, self._point)
         self._early = self._early_point(trace, len(first.index))
         self._check_several_labels()
+        self._task = _same_task(self._task, self.reading.task)
         _warn_of_probabilities(trace.output)
         total, rows = len(train_loader(trainer).dataset), self.reading.rows_per_sample  # type: ignore[arg-type]
         self._warn_where_no_round_follows()
@@ -609,6 +612,8 @@ class AttributionPartitionCallback(UnlearnCallback):
         A checkpoint that is written within an epoch lacks what the training steps of that epoch have shown so far.
         """
         return {
+            "version": self.state_version,
+            "task": self._task,
             "epochs_seen": list(self._epochs_seen),
             "trajectory": None if self._trajectory is None else self._trajectory.state_dict(),
             "partition": None if self._partition is None else self._partition.state_dict(),
@@ -627,6 +632,7 @@ class AttributionPartitionCallback(UnlearnCallback):
 
     @override
     def restore(self, state: dict[str, Any]) -> None:
+        self._task = state["task"]
         self._epochs_seen = list(state["epochs_seen"])
         trajectory, partition = state["trajectory"], state["partition"]
         self._trajectory = None if trajectory is None else Trajectory.from_state_dict(trajectory)
@@ -833,6 +839,15 @@ def _check_epochs(at_epoch: int, evidence_every_n_epochs: int, every_n_epochs: i
 def _check_one_of(name: str, value: str, allowed: tuple[str, str]) -> None:
     if value not in allowed:
         raise ValueError(f"Expected {name} to be {allowed[0]!r} or {allowed[1]!r}, but got {value!r}.")
+
+
+def _same_task(before: str, now: str) -> str:
+    if before not in ("", now):
+        raise ValueError(
+            f"Expected a {before} task, as in the checkpoint, but the first batch has labels of a {now} task; give the"
+            f" data it was made with, set task='{before}' if these are its labels, or start again without it."
+        )
+    return now
 
 
 def _check_same_size(before: int, now: int) -> None:

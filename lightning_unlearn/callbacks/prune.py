@@ -25,8 +25,6 @@ from lightning_unlearn.functional.selection import share_of
 from lightning_unlearn.masking import NeuronPruning, PrunedEntries, silenced
 from lightning_unlearn.types import NeuronMask, Partition
 
-_STATE_VERSION = 2
-
 
 class SensitivityPruneCallback(PartitionConsumer):
     """Prunes the neurons whose activations tell noise from clean samples (RLAP, step 4).
@@ -76,6 +74,8 @@ class SensitivityPruneCallback(PartitionConsumer):
         Traceback (most recent call last):
         ValueError: Expected criterion to be one of 'sensitivity', ... Did you mean 'taylor'?
     """
+
+    state_version = 2
 
     def __init__(  # noqa: PLR0913  (each is an option of its own)
         self,
@@ -255,7 +255,7 @@ class SensitivityPruneCallback(PartitionConsumer):
     def state_dict(self) -> dict[str, Any]:
         """Tensors and primitives, 9 bytes per neuron."""
         return {
-            "version": _STATE_VERSION,
+            "version": self.state_version,
             "epoch": self._epoch,
             "is_proposal": self._is_proposal,
             "note": self._note,
@@ -279,8 +279,6 @@ class SensitivityPruneCallback(PartitionConsumer):
 
     @override
     def restore(self, state: dict[str, Any]) -> None:
-        if (version := state.get("version")) != _STATE_VERSION:
-            raise ValueError(f"Expected a pruning state of format version {_STATE_VERSION}, but got version {version}.")
         self._epoch = state["epoch"]
         self._is_proposal = state["is_proposal"]
         self._note = state["note"]

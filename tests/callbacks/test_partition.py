@@ -302,7 +302,7 @@ def test_a_dataset_whose_labels_change_is_refused_between_passes_and_not_read_in
     class Drifting(Blobs):
         def __getitem__(self, index):
             x, y = super().__getitem__(index)
-            return x, (y + len(self.read) // 500) % CLASSES
+            return x, (y + len(self.read) // 600) % CLASSES
 
     with pytest.raises(ValueError, match=r"every dataset index to keep its label, but \d+ of 16 changed"):
         fit(Toy(), BlobsData(Drifting()), [AttributionPartitionCallback(at_epoch=3, evidence="passes")])

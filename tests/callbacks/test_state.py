@@ -17,6 +17,7 @@ from tests.toys import (
     Toy,
     assert_same_weights,
     fit,
+    make_trainer,
     mlp,
     trio,
     weights,
@@ -181,6 +182,22 @@ def test_added_later_they_act_when_the_fit_goes_on(tmp_path, first):
     assert sorted(record.by_epoch[2]) == ours[0].partition.clean_indices().tolist()
     if first:
         assert ours[0].partition.clean_probability.equal(callbacks[0].partition.clean_probability)
+
+
+@pytest.mark.parametrize("name", [PARTITION, PRUNE, FINETUNE])
+def test_a_state_of_another_version_ends_a_fit_and_leaves_validation_alone(whole, tmp_path, name):
+    checkpoint = torch.load(whole[0] / "epoch=1.ckpt", weights_only=True)
+    del checkpoint["callbacks"][name]["version"]
+    path = tmp_path / "old.ckpt"
+    torch.save(checkpoint, path)
+    data = BlobsData(Blobs(101))
+    said = rf"state of {name} in format version \d, but the checkpoint has version None; "
+    with pytest.raises(ValueError, match=f"{said}go on with the version of lightning_unlearn that wrote it"):
+        fit(Toy(), data, trio(AT), ckpt_path=path, max_epochs=EPOCHS)
+    with pytest.warns(UserWarning, match=f"{said}weights are not affected"):
+        make_trainer(trio(AT)).validate(Toy(), data, ckpt_path=path, verbose=False)
+    # Nor is it stumbled over where the callback is left out.
+    make_trainer([]).validate(Toy(), data, ckpt_path=path, verbose=False)
 
 
 def test_keys_do_not_depend_on_what_a_user_may_tune():

@@ -353,3 +353,23 @@ def test_validation_batches_are_read_alike():
     fit(ValidatesDicts(), Data(), callbacks, max_epochs=EPOCHS)
     assert partition.summary.accuracy_before is not None
     assert partition.summary.accuracy_after >= partition.summary.accuracy_before - 0.05
+
+
+@pytest.mark.parametrize("several_first", [True, False])
+@pytest.mark.parametrize("at_epoch", [1, 2])
+def test_a_fit_is_not_resumed_with_another_kind_of_labels(tmp_path, several_first, at_epoch):
+    x, y, _ = separable(3, 0.1, size=40)
+    several, single = DataLoader(TensorDataset(x, y.float()), 40), DataLoader(TensorDataset(x, y[:, 0]), 40)
+
+    class Either(Bits):
+        def training_step(self, batch):
+            return super().training_step(batch) if batch[1].ndim == 2 else cross_entropy(self(batch[0]), batch[1])
+
+    first, second = (several, single) if several_first else (single, several)
+    trainer = fit(Either(3), first, trio(at_epoch), max_epochs=3, max_steps=2)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    module = Either(3)
+    tasks = ("multilabel", "multiclass") if several_first else ("multiclass", "multilabel")
+    with pytest.raises(ValueError, match=rf"a {tasks[0]} task, as in the checkpoint, but .* a {tasks[1]} task; give"):
+        fit(module, second, trio(at_epoch), ckpt_path=tmp_path / "last.ckpt", max_epochs=3)
+    assert module.steps == 0

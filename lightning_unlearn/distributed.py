@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from lightning_unlearn.functional.mixture import Reduce
+
+_Made = TypeVar("_Made")
 
 
 class ReducingStrategy(Protocol):
@@ -52,3 +55,32 @@ def place_by_index(index: Tensor, weight: Tensor, values: Tensor, total: int, re
     placed = values.new_zeros(total, *values.shape[1:])
     placed[index[counts]] = values[counts]
     return reduce(placed)
+
+
+class BroadcastingStrategy(Protocol):
+    """The part of a Lightning strategy that is used here."""
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this is rank 0 of all nodes."""
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """The object of one rank, on every rank."""
+
+
+def on_rank_zero(strategy: BroadcastingStrategy, make: Callable[[], _Made]) -> _Made:
+    """What rank 0 makes, on every rank; and what it raises, too. Every rank must call it.
+
+    A file may lie on the first node alone, or be edited while others read it.
+    """
+    made: _Made | None = None
+    error: Exception | None = None
+    if strategy.is_global_zero:
+        try:
+            made = make()
+        except Exception as raised:  # of whatever kind, the others must not wait for what does not come
+            error = raised
+    made, error = strategy.broadcast((made, error))
+    if error is not None:
+        raise error
+    return cast("_Made", made)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from hashlib import blake2b
@@ -15,8 +16,11 @@ from torch.utils.data import DataLoader
 
 SAMPLED = 16
 _DIGITS = 8
+# Of each item, in a mark: enough to tell data sets apart, of which several items differ.
+_DIGITS_OF_MARK = 2
+_MARK = re.compile(r"n(\d+)-((?:[0-9a-f]{2})*)")
 # Content that still varies rarely, after two equal readings of all items, must not look like other data.
-_MOST_CHANGED = 0.25
+MOST_CHANGED = 0.25
 
 
 def sampled_indices(total: int) -> Tensor:
@@ -65,11 +69,7 @@ def share_changed(before: str, now: str) -> float:
     """
     if not before or not now:
         return 0.0
-    (size, content), (other_size, other_content) = (value.split(":") for value in (before, now))
-    if size != other_size:
-        return 1.0
-    pairs = list(zip(_pieces(content), _pieces(other_content), strict=False))
-    return sum(one != other for one, other in pairs) / len(pairs) if pairs else 0.0
+    return _share_changed(before.split(":"), now.split(":"), _DIGITS)
 
 
 def check_fingerprint(before: str, now: str) -> None:
@@ -79,7 +79,7 @@ def check_fingerprint(before: str, now: str) -> None:
         ValueError: saying what to do.
     """
     share = share_changed(before, now)
-    if share > _MOST_CHANGED:
+    if share > MOST_CHANGED:
         raise ValueError(
             f"Expected the training data that the checkpoint was made with, but {share:.0%} of {SAMPLED} sampled items"
             " have another content; give the data it was made with, or start again without the checkpoint. Where only"
@@ -87,8 +87,53 @@ def check_fingerprint(before: str, now: str) -> None:
         )
 
 
-def _pieces(content: str) -> Iterator[str]:
-    return (content[at : at + _DIGITS] for at in range(0, len(content), _DIGITS))
+def mark_of(fingerprint: str) -> str:
+    """A fingerprint in one short word that no spreadsheet takes for a number, a time or a formula.
+
+    Example:
+        >>> mark_of("20:00aaaaaa11bbbbbb"), mark_of("20:"), mark_of("")
+        ('n20-0011', 'n20-', '')
+    """
+    size, colon, content = fingerprint.partition(":")
+    if not colon:
+        return ""
+    return f"n{size}-{''.join(piece[:_DIGITS_OF_MARK] for piece in _pieces(content))}"
+
+
+def is_mark(text: str) -> bool:
+    """Whether a text is one that :func:`mark_of` returns."""
+    return text == "" or _MARK.fullmatch(text) is not None
+
+
+def mark_differs(mark: str, fingerprint: str) -> float:
+    """The share of the sampled items whose content differs between a mark and a fingerprint, in [0, 1].
+
+    As :func:`share_changed`; more than a quarter is another data set.
+
+    Example:
+        >>> (
+        ...     mark_differs("n20-0011", "20:00aaaaaa22bbbbbb"),
+        ...     mark_differs("n20-", "20:00aaaaaa"),
+        ...     mark_differs("n9-", "20:"),
+        ... )
+        (0.5, 0.0, 1.0)
+    """
+    now = mark_of(fingerprint)
+    if not mark or not now:
+        return 0.0
+    return _share_changed(mark.split("-"), now.split("-"), _DIGITS_OF_MARK)
+
+
+def _share_changed(before: Sequence[str], now: Sequence[str], digits: int) -> float:
+    (size, content), (other_size, other_content) = before, now
+    if size != other_size:
+        return 1.0
+    pairs = list(zip(_pieces(content, digits), _pieces(other_content, digits), strict=False))
+    return sum(one != other for one, other in pairs) / len(pairs) if pairs else 0.0
+
+
+def _pieces(content: str, digits: int = _DIGITS) -> Iterator[str]:
+    return (content[at : at + digits] for at in range(0, len(content), digits))
 
 
 def _read(loader: DataLoader[Any], index: Tensor, seed: int) -> list[str]:

@@ -15,7 +15,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from lightning_unlearn.data import batch_size, forget_batches, remember_batches
 from lightning_unlearn.drawing import Drawing, drawing_of
-from lightning_unlearn.types import REASONS, Partition
+from lightning_unlearn.types import Partition
 
 OnNoisy = Literal["drop", "weigh", "relabel"]
 """What becomes of the samples that are not clean."""
@@ -136,10 +136,7 @@ def training_draw(partition: Partition, on_noisy: OnNoisy, relabel_threshold: fl
         return TrainingDraw(index, weight[index])
     if on_noisy == "drop":
         return TrainingDraw(partition.clean_indices())
-    wrong = ~clean & (partition.reason == REASONS.index("label"))
-    # A recipe that suggests what the network predicts suggests the given label again where that was memorised.
-    differs = _any_label(partition.suggested_label != partition.label)
-    sure = wrong & (partition.suggested_probability >= relabel_threshold) & differs
+    sure = partition.worth_relabelling(relabel_threshold)
     new_label = torch.where(sure.unsqueeze(1) if partition.is_multilabel else sure, partition.suggested_label, -1)
     return TrainingDraw((clean | sure).nonzero().flatten(), new_label=new_label)
 

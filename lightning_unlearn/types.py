@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from lightning_unlearn.fingerprint import mark_of
 from lightning_unlearn.storage import load_record, save_record, write_csv
 
 if TYPE_CHECKING:
@@ -28,6 +29,9 @@ _NONE = torch.zeros(0, 0)
 
 REASONS = ("none", "label", "input", "both")
 """Why a sample is not clean; ``Partition.reason`` holds positions in this tuple."""
+
+DECISIONS = ("keep", "drop", "relabel")
+"""What becomes of a sample."""
 
 
 @dataclass(frozen=True)
@@ -251,6 +255,31 @@ class Partition:
         """Why each sample is not clean, in words: ``"none"``, ``"label"``, ``"input"`` or ``"both"``."""
         return [REASONS[code] for code in self.reason.tolist()]
 
+    def worth_relabelling(self, threshold: float = 0.7) -> Tensor:
+        """(N,) bool, the samples whose label is wrong, and another one likely enough.
+
+        A sample whose input is corrupted is not worth a new label.
+
+        Args:
+            threshold: the least probability of a suggested label that is used.
+        """
+        # A recipe that suggests what the network predicts suggests the given label again where that was memorised.
+        differs = self.suggested_label != self.label
+        differs = differs.any(dim=1) if self.is_multilabel else differs
+        wrong = ~self.is_clean & (self.reason == REASONS.index("label"))
+        return wrong & (self.suggested_probability >= threshold) & differs
+
+    def decisions(self, threshold: float = 0.7) -> list[str]:
+        """What becomes of each sample unless a person decides otherwise: ``"keep"``, ``"drop"`` or ``"relabel"``.
+
+        ``"relabel"`` is for a CleanSubsetFinetuneCallback with ``on_noisy="relabel"``; others drop such a sample.
+
+        Args:
+            threshold: the least probability of a suggested label that is used.
+        """
+        code = torch.where(self.is_clean, 0, torch.where(self.worth_relabelling(threshold), 2, 1))
+        return [DECISIONS[one] for one in code.tolist()]
+
     def class_summary(self) -> list[ClassSummary]:
         """What was found in each class of given labels, the class with the largest share of suspects first."""
         if self.is_multilabel:
@@ -332,8 +361,12 @@ class Partition:
         """Writes a table of samples, the most suspect first.
 
         Columns: ``index``, ``given_label``, ``suggested_label``, ``clean_probability``, ``label_evidence``,
-            ``input_evidence``, ``reason``, ``is_clean``; with names, ``given_class`` and ``suggested_class`` beside the
-            labels.
+            ``input_evidence``, ``reason``, ``is_clean``, ``decision``, ``dataset``; with names, ``given_class`` and
+            ``suggested_class`` beside the labels.
+
+        A person may edit ``decision`` (see :meth:`decisions`) and ``suggested_label`` in a spreadsheet;
+        ``AttributionPartitionCallback(review=path)`` goes by it in the next fit. ``dataset`` says in every row of
+        which data set it is, so that it outlives sorted, deleted and copied rows.
 
         Args:
             path: file to write; folders are made.
@@ -345,7 +378,7 @@ class Partition:
             ValueError: if there is not one name per class.
         """
         names = None if class_names is None else self._class_names(class_names)
-        order = self.suspect_indices()
+        decisions, order = self.decisions(), self.suspect_indices()
         if not suspects_only:
             clean = self.clean_indices()
             order = torch.cat([order, clean[self.clean_probability[clean].argsort(stable=True)]])
@@ -361,6 +394,8 @@ class Partition:
             "input_evidence": [f"{value:.6g}" for value in self.input_evidence[order].tolist()],
             "reason": [REASONS[code] for code in self.reason[order].tolist()],
             "is_clean": self.is_clean[order].int().tolist(),
+            "decision": [decisions[index] for index in order.tolist()],
+            "dataset": [mark_of(self.fingerprint)] * len(order),
         }
         write_csv(path, columns)
 

@@ -1,7 +1,10 @@
+from threading import Event
+
+import pytest
 import torch
 
 from lightning_unlearn.data import rank_share
-from lightning_unlearn.distributed import place_by_index, sum_over_ranks
+from lightning_unlearn.distributed import on_rank_zero, place_by_index, sum_over_ranks
 from lightning_unlearn.functional.mixture import no_reduce
 from tests.ranks import run_ranks
 
@@ -71,3 +74,37 @@ def test_dtype_and_further_dimensions_are_kept():
     placed = place_by_index(index, weight, torch.tensor([[1, 2], [3, 4]]), 3, no_reduce)
     assert placed.dtype == torch.int64
     assert placed.tolist() == [[3, 4], [1, 2], [0, 0]]
+
+
+class Broadcasts:
+    """One of several ranks, which are threads: all wait for rank 0."""
+
+    def __init__(self, rank, sent, arrived):
+        self.is_global_zero, self.sent, self.arrived = rank == 0, sent, arrived
+
+    def broadcast(self, obj, src=0):
+        if self.is_global_zero:
+            self.sent.append(obj)
+            self.arrived.set()
+        assert self.arrived.wait(10)
+        return self.sent[0]
+
+
+def test_what_rank_0_makes_is_there_on_every_rank():
+    sent, arrived = [], Event()
+    made = run_ranks(lambda rank, _: on_rank_zero(Broadcasts(rank, sent, arrived), lambda: f"by {rank}"), 3)
+    assert made == ["by 0"] * 3
+
+
+def test_what_rank_0_raises_is_raised_on_every_rank():
+    sent, arrived = [], Event()
+
+    def fails():
+        raise ValueError("line 3")
+
+    def work(rank, _):
+        with pytest.raises(ValueError, match="line 3"):
+            on_rank_zero(Broadcasts(rank, sent, arrived), fails)
+        return True
+
+    assert run_ranks(work, 2) == [True, True]

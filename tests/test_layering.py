@@ -18,6 +18,7 @@ ALL_BELOW = MATH | {
     "capture",
     "data",
     "targets",
+    "review",
     "drawing",
     "sampling",
     "masking",
@@ -37,7 +38,8 @@ SHARED = {
 PRUNING = {"callbacks._prune_sites", "callbacks._criteria", "callbacks._guard"}
 MAY_IMPORT = {
     "storage": set(),
-    "types": {"storage", "plots"},  # when it is asked to draw
+    "types": {"storage", "fingerprint", "plots"},  # the last when it is asked to draw
+    "review": {"types", "storage", "fingerprint"},
     "plots": {"types"},
     "sharding": set(),
     "functional": MATH,
@@ -65,9 +67,10 @@ MAY_IMPORT = {
     | {"callbacks._base", "callbacks._lightning", "callbacks._scoring", "callbacks._strategies"},
     "callbacks._summary": {"types"},
     "callbacks._loggers": {"types", "plots", "callbacks._lightning", "callbacks._packages"},
-    "callbacks._assembly": MATH | {"recipes", "distributed"},
+    "callbacks._assembly": MATH | {"recipes", "distributed", "review"},
+    "callbacks._reviewing": ALL_BELOW | {"callbacks._base", "callbacks._lightning", "callbacks._scoring"},
     "callbacks._relabel": ALL_BELOW | {"callbacks._base", "callbacks._lightning", "callbacks._scoring"},
-    "callbacks.partition": ALL_BELOW | SHARED | {"callbacks._summary", "callbacks._assembly"},
+    "callbacks.partition": ALL_BELOW | SHARED | {"callbacks._summary", "callbacks._assembly", "callbacks._reviewing"},
     "callbacks._prune_sites": ALL_BELOW,
     "callbacks._criteria": ALL_BELOW | SHARED | {"callbacks._prune_sites"},
     "callbacks._guard": ALL_BELOW | SHARED | {"callbacks._prune_sites"},

@@ -154,17 +154,32 @@ def test_csv_of_the_suspects(tmp_path):
     make_partition().to_csv(tmp_path / "suspects.csv")
     columns = "index given_label suggested_label clean_probability label_evidence input_evidence reason is_clean"
     assert read_csv(tmp_path / "suspects.csv") == [
-        columns.split(),
-        ["2", "4", "2", "0.100000", "0.45", "0.125", "both", "0"],
-        ["4", "6", "5", "0.200000", "0.25", "1", "label", "0"],
-        ["1", "7", "1", "0.200000", "0.4", "0.75", "label", "0"],
+        [*columns.split(), "decision", "dataset"],
+        ["2", "4", "2", "0.100000", "0.45", "0.125", "both", "0", "drop", ""],
+        ["4", "6", "5", "0.200000", "0.25", "1", "label", "0", "drop", ""],
+        ["1", "7", "1", "0.200000", "0.4", "0.75", "label", "0", "relabel", ""],
     ]
+
+
+def test_csv_says_in_every_row_of_which_data_set_it_is(tmp_path):
+    make_partition(fingerprint="5:0011223344556677").to_csv(tmp_path / "suspects.csv")
+    assert [row[-1] for row in read_csv(tmp_path / "suspects.csv")] == ["dataset", *["n5-0044"] * 3]
+
+
+def test_what_is_done_by_default():
+    partition = make_partition()
+    assert partition.decisions() == ["keep", "relabel", "drop", "keep", "drop"]
+    # 4 is suggested to be 5 with probability 0.6, and 2 has a corrupted input.
+    assert partition.decisions(0.6) == ["keep", "relabel", "drop", "keep", "relabel"]
+    same = make_partition(suggested_label=partition.label)
+    assert same.decisions() == ["keep", "drop", "drop", "keep", "drop"]
 
 
 def test_csv_of_all_puts_the_clean_samples_last(tmp_path):
     make_partition().to_csv(tmp_path / "all.csv", suspects_only=False)
     assert [row[0] for row in read_csv(tmp_path / "all.csv")[1:]] == ["2", "4", "1", "3", "0"]
-    assert [row[-1] for row in read_csv(tmp_path / "all.csv")[1:]] == ["0", "0", "0", "1", "1"]
+    assert [row[-3] for row in read_csv(tmp_path / "all.csv")[1:]] == ["0", "0", "0", "1", "1"]
+    assert [row[-2] for row in read_csv(tmp_path / "all.csv")[1:]] == ["drop", "drop", "relabel", "keep", "keep"]
 
 
 def test_reasons_in_words():

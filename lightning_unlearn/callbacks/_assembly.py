@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_unlearn.distributed import place_by_index
 from lightning_unlearn.functional.mixture import Reduce
 from lightning_unlearn.recipes import Verdict
+from lightning_unlearn.review import DROP, KEEP, RELABEL, Decided
 from lightning_unlearn.types import REASONS, Evidence, Partition, class_members
 
 _NO_MATRIX = torch.zeros(0, 0)
@@ -70,6 +71,7 @@ def assemble(  # noqa: PLR0913  (what a partition says of itself)
     layer: str,
     epoch: int,
     fingerprint: str = "",
+    decided: Decided | None = None,
 ) -> Partition:
     """The partition, the same on every rank, each of which must ask.
 
@@ -82,12 +84,20 @@ def assemble(  # noqa: PLR0913  (what a partition says of itself)
         layer: where the attributions were taken.
         epoch: how many epochs are complete.
         fingerprint: of the training set.
+        decided: what a person has decided of some samples, which holds whatever the recipe says. Where that should not
+            be acted upon, the other samples are clean.
     """
-    warning = _warning(judged)
+    warning = objection_of(judged)
+    if decided is not None and warning:
+        judged, warning = [replace(one, verdict=None) for one in judged], ""
     if label.ndim > 1:
         # One label that cannot be told apart says nothing, and nothing against the others.
         judged = [replace(one, verdict=None) if one.verdict and one.verdict.warning else one for one in judged]
     columns = [_column(one, given, reduce) for one, given in zip(judged, label.reshape(len(label), -1).T, strict=True)]
+    if decided is not None:
+        new_label = decided.new_label.reshape(len(label), -1).unbind(dim=1)
+        given = label.reshape(len(label), -1).unbind(dim=1)
+        columns = [_reviewed(*each, decided.decision) for each in zip(columns, given, new_label, strict=True)]
     one = columns[0] if label.ndim == 1 else _joined(columns, label, cut.threshold)
     is_clean = _keep_some(
         (one.probability >= cut.threshold) & one.usable, one.probability, label, cut.min_class_share, one.usable
@@ -160,6 +170,31 @@ def _column(one: Judged, given: Tensor, reduce: Reduce) -> _Column:
     )
 
 
+def _reviewed(one: _Column, given: Tensor, new: Tensor, decision: Tensor) -> _Column:
+    """What is known of every sample's one label, with what a person has decided.
+
+    Args:
+        one: what the recipe says.
+        given: (N,) the label.
+        new: (N,) that to train with, -1 for the given one.
+        decision: (N,) int8, positions in ``DECISIONS``, -1 where nothing is decided.
+    """
+    dropped, moved = decision == DROP, decision == RELABEL
+    # Of several labels, those that stay are right.
+    wrong = moved & (new >= 0) & (new != given)
+    right = (decision == KEEP) | (moved & ~wrong)
+    return _Column(
+        one.probability.masked_fill(right, 1).masked_fill(dropped | wrong, 0),
+        one.of_label.masked_fill(right, 1).masked_fill(wrong, 0),
+        one.of_input.masked_fill(right | wrong, 1),
+        one.support,
+        torch.where(wrong, new, torch.where(right, given, one.suggested)),
+        # Too little for a new label.
+        one.of_suggested.masked_fill(right | wrong, 1).masked_fill(dropped, 0),
+        (one.usable | right) & ~dropped & ~wrong,
+    )
+
+
 def _joined(columns: Sequence[_Column], label: Tensor, threshold: float) -> _Column:
     """Of a sample with several labels: it is as clean as the most doubtful of them."""
     probability = torch.stack([column.probability for column in columns], dim=1)
@@ -177,7 +212,8 @@ def _joined(columns: Sequence[_Column], label: Tensor, threshold: float) -> _Col
     )
 
 
-def _warning(judged: Sequence[Judged]) -> str:
+def objection_of(judged: Sequence[Judged]) -> str:
+    """Why what the recipe says should not be acted upon; empty if it can be."""
     warnings = [one.verdict.warning if one.verdict else "" for one in judged]
     if len(judged) == 1:
         return warnings[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from os import PathLike
 from typing import Any, Literal
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from typing_extensions import override
 
-from lightning_unlearn.callbacks._assembly import Cut, Judged, assemble, notes_of
+from lightning_unlearn.callbacks._assembly import Cut, Judged, assemble, notes_of, objection_of
 from lightning_unlearn.callbacks._base import (
     IndexedBatch,
     PartitionConsumer,
@@ -36,6 +37,7 @@ from lightning_unlearn.callbacks._lightning import (
 )
 from lightning_unlearn.callbacks._loggers import log_partition
 from lightning_unlearn.callbacks._packages import MisconfigurationException
+from lightning_unlearn.callbacks._reviewing import check_agrees, fit_to_data, open_review
 from lightning_unlearn.callbacks._scoring import (
     OFFER,
     forget_scoring_loader,
@@ -64,6 +66,7 @@ from lightning_unlearn.fingerprint import check_fingerprint, fingerprint, sample
 from lightning_unlearn.finite import check_rows_left_out, first_not_finite, judge_finite
 from lightning_unlearn.functional.attribution import label_margin
 from lightning_unlearn.recipes import Recipe, get_recipe
+from lightning_unlearn.review import Decided, Review, Table
 from lightning_unlearn.targets import IGNORED, Reading, SoftLabels, Task
 from lightning_unlearn.trajectory import PHASES, Trajectory
 from lightning_unlearn.types import REASONS, Evidence, LayerPoint, Partition, PartitionRound, RepairSummary
@@ -128,6 +131,11 @@ class AttributionPartitionCallback(UnlearnCallback):
         min_class_share: share of each class's samples that is kept in any case, the likeliest; rounded up.
         action: ``"report"`` for a dry run: the partition is drawn, but nothing is pruned or fine-tuned; the log says
             what would be, and what it would cost.
+        review: a table of :meth:`Partition.to_csv <lightning_unlearn.types.Partition.to_csv>` in which a person has
+            edited ``decision`` (and ``suggested_label``). It holds for the samples that it names, whatever the recipe
+            says: ``keep``: clean for certain; ``drop``: not trained on, not even for ``min_class_share``; ``relabel``:
+            trained on under the suggested label with ``CleanSubsetFinetuneCallback(on_noisy="relabel")``, else
+            dropped. Rank 0 reads it when the fit is set up; checkpoints keep it.
         task: ``"multiclass"``; ``"binary"``, one logit; ``"multilabel"``, a logit for each label, of which a sample may
             have several, and each of which is judged by itself; or ``"auto"``: as the first batch looks.
         soft_labels: ``"refuse"`` labels that are probabilities, or take the class of the largest (``"argmax"``). Labels
@@ -140,12 +148,13 @@ class AttributionPartitionCallback(UnlearnCallback):
         logits_from: from what ``forward`` returns to logits; by default that itself, its ``logits``, or the first of
             a tuple.
         check_data: refuse to resume on training data of which more than a quarter of 16 sampled items have another
-            content than in the fit that wrote the checkpoint (not compared under random augmentation). Their number and
-            labels are checked in any case.
+            content than in the fit that wrote the checkpoint or ``review`` (not compared under random augmentation).
+            Their number and labels are checked in any case.
 
     Raises:
-        ValueError: for arguments out of range, here; for an unknown layer when the fit is set up; for a layer that is
-            not reached, or labels out of range, when training starts.
+        ValueError: for arguments out of range, here; for an unknown layer, or a ``review`` that is not as written,
+            when the fit is set up; for a layer that is not reached, labels out of range, or a ``review`` of other data,
+            when training starts.
         TypeError: for a dataset without index or length, or a batch that is not ``(x, y)``, when training starts.
         MisconfigurationException: if ``at_epoch`` is not before the Trainer's ``max_epochs``, or for a strategy that is
             not supported, when the fit is set up.
@@ -171,6 +180,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         threshold: float = 0.5,
         min_class_share: float = 0.1,
         action: Literal["act", "report"] = "act",
+        review: str | PathLike[str] | None = None,
         task: Task = "auto",
         soft_labels: SoftLabels = "refuse",
         ignore_index: int | None = -100,
@@ -198,6 +208,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         self.input_layer = input_layer
         self.threshold = threshold
         self.min_class_share = min_class_share
+        self.review = review
         self.reading = Reading(
             task=task,
             soft_labels=soft_labels,
@@ -217,6 +228,9 @@ class AttributionPartitionCallback(UnlearnCallback):
         # What a checkpoint's labels were taken for; empty before the first batch.
         self._task = ""
         self._fingerprint = ""
+        # What the file holds; and that, once it has been found to fit the data, or what a checkpoint has of it.
+        self._table: Table | None = None
+        self._review: Review | None = None
         # What earlier epochs showed, the same on every rank; None before the first and once no partition is to follow.
         self._trajectory: Trajectory | None = None
         self._epochs_seen: list[int] = []
@@ -299,6 +313,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         for layer in (self.layer, self.input_layer):
             if layer is not None:
                 resolve_layer(pl_module, layer)
+        self._table = open_review(trainer, self.review)
         if self._reads_training:
             self._reader.attach(trainer)
 
@@ -361,6 +376,31 @@ class AttributionPartitionCallback(UnlearnCallback):
         self._fingerprint = found
         if varies(found):
             rank_zero_info(_AUGMENTED)
+        self._take_review(trainer, pl_module)
+
+    def _take_review(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._table is None:
+            return
+        review = fit_to_data(trainer, pl_module, self, self._table, self._fingerprint, content=self.check_data)
+        if self._partition is not None:
+            check_agrees(self._review, review)
+        self._review = review
+
+    def _decided(self, judged: Sequence[Judged], label: Tensor) -> Decided | None:
+        """What a person has decided of each sample; None where nobody has."""
+        if self._review is None:
+            return None
+        decided = self._review.laid_over(label)
+        if decided.stale:
+            rank_zero_warn(
+                f"{decided.stale:,} decisions of {self._review.path} do not count: the labels of their samples are no"
+                " longer what given_label says."
+            )
+        if objection := objection_of(judged):
+            rank_zero_warn(
+                f"All samples of which {self._review.path} decides nothing are taken for clean: {objection}."
+            )
+        return decided
 
     def _check_offered(self, trainer: Trainer, pl_module: LightningModule, index: Tensor) -> None:
         if labels_vary(trainer, pl_module, self.reading, train_loader(trainer), index):
@@ -623,6 +663,7 @@ class AttributionPartitionCallback(UnlearnCallback):
             "is_stable": self._is_stable,
             "memorised": self._memorised,
             "accuracy_before": self._accuracy["before"],
+            "review": None if self._review is None else self._review.state_dict(),
         }
 
     @property
@@ -646,6 +687,9 @@ class AttributionPartitionCallback(UnlearnCallback):
         self._is_stable = state["is_stable"]
         self._memorised = state["memorised"]
         self._accuracy["before"] = state["accuracy_before"]
+        # Not in checkpoints of earlier versions.
+        review = state.get("review")
+        self._review = None if review is None else Review(**review)
 
     @property
     def _trajectory_in_use(self) -> Trajectory:
@@ -779,6 +823,7 @@ class AttributionPartitionCallback(UnlearnCallback):
             layer=str(self._point),
             epoch=trainer.current_epoch,
             fingerprint=self._fingerprint,
+            decided=self._decided(judged, label),
         )
 
     def _report(self, pl_module: LightningModule, partition: Partition, notes: list[str], seconds: float) -> None:
@@ -788,6 +833,8 @@ class AttributionPartitionCallback(UnlearnCallback):
             f" {len(self._epochs_seen)} epochs and a pass of {seconds:.1f} s): {suspects:,} of {len(partition):,}"
             f" samples are suspect, estimated noise rate {partition.noise_rate:.1%}."
         )
+        if self._review is not None:
+            rank_zero_info(f"  {self._review.counts()}")
         for note in (*notes, *_few_samples(len(partition), self.reading.num_classes)):
             rank_zero_info(f"  {note}")
         if partition.warning:

@@ -47,6 +47,8 @@ def averaging():
     return [] if kind is None else [kind(decay=0.8)]
 
 
+# Right labels, of which a person says that they are to go.
+DROPPED = Blobs(SIZE).wrong.logical_not().nonzero().flatten()[:5].tolist()
 SCENARIOS = {
     "static": {"strategy": lambda: DDPStrategy(static_graph=True)},
     "static layers": {"strategy": lambda: DDPStrategy(static_graph=True), "finetune": {"mode": "layers"}},
@@ -62,7 +64,7 @@ SCENARIOS = {
 }
 
 
-def fit_one(name, *more, devices=2, **kwargs):
+def fit_one(name, *more, devices=2, review=None, **kwargs):
     """What a fit has found and made on this rank."""
     chosen, data = SCENARIOS[name], Blobs(SIZE)
     module, record, before = chosen.get("module", Toy)(plain), IndexRecorder(data), Before()
@@ -70,6 +72,7 @@ def fit_one(name, *more, devices=2, **kwargs):
         AT,
         prune={"significance": None, "guard": False},
         finetune=chosen.get("finetune"),
+        review=review,
         **{"recipe": "label", **chosen.get("partition", {})},
     )
     strategy = chosen.get("strategy", lambda: "ddp")() if devices > 1 else "auto"
@@ -138,6 +141,14 @@ FEW = {
 }
 
 
+def reviewed(folder):
+    """A fit with a table that only rank 0 has."""
+    path, rank = folder / "suspects.csv", torch.distributed.get_rank()
+    if rank == 0:
+        path.write_text("".join(["index,decision\n", *(f"{index},drop\n" for index in DROPPED)]))
+    return fit_one("static", review=path if rank == 0 else folder / "nowhere.csv")
+
+
 def elsewhere(folder, strategy):
     """A fit in other processes, which leave a checkpoint."""
     partition, prune, finetune = trio(AT, recipe="label", prune={"significance": None, "guard": False})
@@ -166,6 +177,7 @@ def run(folder):
     # Between two rounds.
     path = folder / "rounds" / f"epoch={AT}.ckpt"
     found["resumed"] = fit_one("rounds", ckpt_path=path)
+    found["reviewed"] = reviewed(folder)
     torch.save(found, folder / f"{torch.distributed.get_rank()}.pt")
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_unlearn import Partition
-from tests.callbacks.ddp_kinds_script import AT, FEW, SCENARIOS, SIZE, SPAWNING, averaging, plain
+from tests.callbacks.ddp_kinds_script import AT, DROPPED, FEW, SCENARIOS, SIZE, SPAWNING, averaging, plain
 from tests.callbacks.test_ddp import assert_equal
 from tests.ranks import run_script
 from tests.toys import Toy
@@ -29,7 +29,7 @@ def ranks(folder):
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-@pytest.mark.parametrize("name", [*SCENARIOS, "resumed"])
+@pytest.mark.parametrize("name", [*SCENARIOS, "resumed", "reviewed"])
 def test_both_ranks_find_and_make_the_same(ranks, name):
     one, other = ({**rank[name], "read": None} for rank in ranks)
     assert_equal(one, other, name)
@@ -77,6 +77,14 @@ def test_a_fit_that_is_resumed_between_rounds_ends_as_one_that_was_not_interrupt
         never, resumed = ({**rank[name], "read": None, "before": None} for name in ("rounds", "resumed"))
         assert never["rounds"] == [AT, AT + 2]
         assert_equal(resumed, never, "rounds")
+
+
+def test_decisions_of_a_table_that_only_rank_0_has_hold_on_both_ranks(ranks):
+    for rank in ranks:
+        found = rank["reviewed"]["partition"]
+        assert (found["clean_probability"][DROPPED] == 0).all()
+        assert (~found["is_clean"]).sum() == 25 + len(DROPPED)
+        assert not set(DROPPED) & set(rank["reviewed"]["read"][AT])
 
 
 @pytest.mark.parametrize(("name", "clean"), [("one", 1), ("three", 3)])

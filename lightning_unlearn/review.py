@@ -1,0 +1,388 @@
+"""What a person has decided about samples: read from a table that has been through a spreadsheet, and laid over labels.
+
+The table is what :meth:`~lightning_unlearn.types.Partition.to_csv` writes. Only the columns ``index`` and ``decision``
+are needed, ``suggested_label`` where a sample is re-labelled, in any order and among others. Rows that are missing, or
+whose decision is empty, leave the decision to the recipe.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_unlearn.fingerprint import MOST_CHANGED, is_mark, mark_differs
+from lightning_unlearn.storage import source_file
+from lightning_unlearn.types import DECISIONS
+
+KEEP, DROP, RELABEL = range(len(DECISIONS))
+UNDECIDED = -1
+
+_SEPARATORS = ",;\t|"
+_NEEDED = {"index", "decision"}
+# A number that pandas has read beside an empty cell is written with a decimal place, which some languages set a comma
+# before. Not "1,000", which may be a thousand.
+_WHOLE = re.compile(r"(\d+)(?:[.,]0)?")
+_COMPARED = 16
+_UNKNOWN = -2
+
+
+@dataclass(frozen=True)
+class Row:
+    """One decision, as it stands in the file.
+
+    Args:
+        line: of the file, counted from 1.
+        index: of the sample.
+        decision: position in ``DECISIONS``.
+        new: the classes to train with where it is re-labelled, else empty.
+        given: the classes that the file says it was given; None if it does not say.
+    """
+
+    line: int
+    index: int
+    decision: int
+    new: tuple[int, ...]
+    given: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a file holds.
+
+    Args:
+        path: of the file.
+        mark: of the data set that it is of (see :func:`~lightning_unlearn.fingerprint.mark_of`); empty if not known.
+        rows: those with a decision.
+    """
+
+    path: str
+    mark: str
+    rows: tuple[Row, ...]
+
+
+def read_review(path: str | PathLike[str]) -> Table:
+    """Reads the decisions of a file, and refuses what can be seen to be wrong without the data.
+
+    Args:
+        path: a file of separated values (comma, semicolon, tab or bar), UTF-8 with or without a mark, UTF-16, or of
+            another encoding that has ASCII in it.
+
+    Raises:
+        ValueError: with the line, saying what is expected there.
+        FileNotFoundError: where there is no such file.
+    """
+    source = source_file(path)
+    try:
+        raw = source.read_bytes()
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"Expected review to name a file of decisions, as Partition.to_csv writes it, but there is no {source};"
+            " give its path, or leave review out (a checkpoint has the decisions that it was made with)."
+        ) from None
+    if raw.startswith(b"PK"):
+        raise ValueError(f"Expected {source} to be a file of separated values, but it is a workbook; save it as CSV.")
+    rows, marks = [], {}
+    lines: dict[int, int] = {}
+    names: dict[int, tuple[str, int]] = {}
+    for line, cells in _cells(source, _decoded(raw)):
+        row = _row(f"{source}, line {line}", line, cells)
+        if row is None:
+            continue
+        if first := lines.get(row.index):
+            raise ValueError(
+                f"{source}, line {line}: expected each index once, but {row.index} is in line {first} too; delete one."
+            )
+        lines[row.index] = line
+        _check_names(source, row, cells, names)
+        marks[cells.get("dataset", "")] = line
+        rows.append(row)
+    return Table(str(source), _one_mark(source, marks), tuple(rows))
+
+
+def _decoded(raw: bytes) -> str:
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return raw.decode("utf-16")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        # What is read of it is ASCII, but for the names of classes, which are only compared with each other.
+        return raw.decode("latin-1")
+
+
+def _cells(source: Path, text: str) -> Iterator[tuple[int, Mapping[str, str]]]:
+    """The rows with anything in them, by title in small letters, and where they end."""
+    skipped, separators = 0, _SEPARATORS
+    if text[:4].lower() == "sep=":
+        # What Excel writes for itself.
+        skipped, separators = 1, text[4:5]
+    for separator in separators:
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+        for _ in range(skipped):
+            next(reader, None)
+        titles = [title.strip().lower() for title in next(reader, [])]
+        if set(titles) >= _NEEDED:
+            break
+    else:
+        found = (text.splitlines()[skipped : skipped + 1] or [""])[0][:80]
+        raise ValueError(
+            f"{source}, line {skipped + 1}: expected titles with 'index' and 'decision' among them, as Partition.to_csv"
+            f" writes them, but found {found!r}."
+        )
+    if twice := [title for title in titles if title and titles.count(title) > 1]:
+        raise ValueError(f"{source}, line {skipped + 1}: expected each title once, but {twice[0]!r} is there twice.")
+    for row in reader:
+        cells = dict(zip(titles, (cell.strip() for cell in row), strict=False))
+        if any(cells.values()):
+            yield reader.line_num, cells
+
+
+def _row(where: str, line: int, cells: Mapping[str, str]) -> Row | None:
+    """A row, or None where nothing is decided in it."""
+    word = cells.get("decision", "").lower()
+    if not word:
+        return None
+    if word not in DECISIONS:
+        raise ValueError(f"{where}: expected decision to be keep, drop or relabel, but it is {word!r}.")
+    index = _whole(cells.get("index", ""))
+    if index is None:
+        raise ValueError(f"{where}: expected index to be the number of a sample, but it is {cells.get('index', '')!r}.")
+    decision, given = DECISIONS.index(word), None
+    if "given_label" in cells:
+        given = _classes(cells["given_label"])
+    if decision != RELABEL:
+        return Row(line, index, decision, (), given)
+    new = _classes(cells["suggested_label"]) if "suggested_label" in cells else None
+    if new is None:
+        found = cells.get("suggested_label", "no such column")
+        raise ValueError(
+            f"{where}: expected suggested_label to be the class to train with (a number, of a multi-label task several"
+            f" with a blank between), but it is {found!r}."
+        )
+    if new == given:
+        raise ValueError(
+            f"{where}: expected another suggested_label than the given one, {cells['given_label']!r}, for a sample that"
+            " is re-labelled; write keep, or give another."
+        )
+    return Row(line, index, decision, new, given)
+
+
+def _whole(text: str) -> int | None:
+    found = _WHOLE.fullmatch(text)
+    return int(found[1]) if found else None
+
+
+def _classes(text: str) -> tuple[int, ...] | None:
+    """The classes that a cell names; None where it names something else."""
+    found = [-1 if part == "-1" else _whole(part) for part in text.split()]
+    return None if None in found else tuple(sorted({one for one in found if one is not None}))
+
+
+def _check_names(source: Path, row: Row, cells: Mapping[str, str], names: dict[int, tuple[str, int]]) -> None:
+    """Notices where only one of a class's number and name has been edited."""
+    for title, classes in (("given", row.given), ("suggested", row.new)):
+        name = cells.get(f"{title}_class", "")
+        if not name or classes is None or len(classes) != 1:
+            continue
+        known, line = names.setdefault(classes[0], (name, row.line))
+        if known != name:
+            raise ValueError(
+                f"{source}, line {row.line}: expected {title}_class to be {known!r}, as class {classes[0]} is called in"
+                f" line {line}, but it is {name!r}; {title}_label is what counts: mend it, and let the name agree or"
+                " empty its cell."
+            )
+
+
+def _one_mark(source: Path, marks: Mapping[str, int]) -> str:
+    """The mark in the column ``dataset``, which rows that were added by hand may lack."""
+    for mark, line in marks.items():
+        if not is_mark(mark):
+            raise ValueError(
+                f"{source}, line {line}: expected dataset as Partition.to_csv has written it, but it is {mark!r};"
+                " empty the cell if it is lost."
+            )
+    known = [mark for mark in marks if mark]
+    if len(known) > 1:
+        raise ValueError(
+            f"{source}, line {marks[known[1]]}: expected all rows to be of one data set, but dataset is {known[1]!r}"
+            f" where it is {known[0]!r} in other lines; keep to the file of one."
+        )
+    return known[0] if known else ""
+
+
+@dataclass(frozen=True, eq=False)
+class Review:
+    """Decisions about samples of a data set that they have been found to fit.
+
+    Args:
+        path: of the file.
+        line: (K,) int64, of the file.
+        index: (K,) int64, of the samples.
+        decision: (K,) int8, position in ``DECISIONS``.
+        new_label: (K,) int64, of a multi-label task (K, L), the label to train with where it is re-labelled, else -1.
+        given_label: likewise, the label that the file says it was given; -2 where it does not say.
+    """
+
+    path: str
+    line: Tensor
+    index: Tensor
+    decision: Tensor
+    new_label: Tensor
+    given_label: Tensor
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and primitives."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def counts(self) -> str:
+        """How many decisions there are, in words."""
+        kept, dropped, relabelled = (int((self.decision == code).sum()) for code in (KEEP, DROP, RELABEL))
+        return f"decided in {self.path}: {kept:,} samples to keep, {dropped:,} to drop, {relabelled:,} to re-label"
+
+    def agrees_with(self, other: Review) -> bool:
+        """Whether the same is decided of the same samples, in whatever order."""
+        mine, others = ((one.index.argsort(), one) for one in (self, other))
+        return all(
+            torch.equal(getattr(mine[1], name)[mine[0]], getattr(others[1], name)[others[0]])
+            for name in ("index", "decision", "new_label")
+        )
+
+    def compared(self) -> Tensor:
+        """(M,) int64, positions of up to 16 decisions, spread over them, to compare labels of."""
+        known = (~_of_any_label(self.given_label == _UNKNOWN)).nonzero().flatten()
+        count = min(len(known), _COMPARED)
+        return known[torch.arange(count) * (len(known) - 1) // max(count - 1, 1)]
+
+    def check_labels(self, positions: Tensor, label: Tensor) -> None:
+        """Refuses labels that are not those that the file says were given.
+
+        Args:
+            positions: (M,) int64, of decisions.
+            label: (M,) int64 or (M, L), the labels of their samples.
+
+        Raises:
+            ValueError: with the line.
+        """
+        given = self.given_label[positions]
+        differ = _of_any_label((given != label) & (label >= 0)).nonzero().flatten()
+        if len(differ):
+            at = int(positions[differ[0]])
+            raise ValueError(
+                f"{self.path}, line {int(self.line[at])}: expected given_label to be the label of sample"
+                f" {int(self.index[at])}, {label[differ[0]].tolist()}, but it is {given[differ[0]].tolist()}: the file"
+                " is of another data set, or the label has been changed since; take a file of this one, or delete the"
+                " rows of labels that have been mended."
+            )
+
+    def laid_over(self, label: Tensor) -> Decided:
+        """What is decided of each sample of the data set.
+
+        Args:
+            label: (N,) int64 or (N, L), the given labels, -1 for one that is to be ignored.
+        """
+        decision = torch.full((len(label),), UNDECIDED, dtype=torch.int8)
+        new = torch.full_like(label, -1)
+        given = label[self.index]
+        stale = (self.given_label != _UNKNOWN) & (given >= 0) & (self.given_label != given)
+        holds = ~_of_any_label(stale)
+        decision[self.index[holds]] = self.decision[holds]
+        new[self.index[holds]] = self.new_label[holds]
+        if label.ndim == 2:
+            new = new.where(label >= 0, -1)
+        return Decided(decision, new, int((~holds).sum()))
+
+
+@dataclass(frozen=True, eq=False)
+class Decided:
+    """What is decided of each sample.
+
+    Args:
+        decision: (N,) int8, position in ``DECISIONS``, -1 where nothing is decided.
+        new_label: (N,) int64 or (N, L), the label to train with, -1 for the given one.
+        stale: how many decisions do not count, since the label has been changed after they were made.
+    """
+
+    decision: Tensor
+    new_label: Tensor
+    stale: int
+
+
+def settle(
+    table: Table, *, total: int, classes: int, labels: int | None = None, fingerprint: str = "", content: bool = True
+) -> Review:
+    """Decisions that fit a data set.
+
+    Args:
+        table: what a file holds.
+        total: N.
+        classes: C, that a label may name.
+        labels: L of a multi-label task, else None.
+        fingerprint: of the data set.
+        content: whether to compare that, or only the length.
+
+    Raises:
+        ValueError: with the line, for what does not fit.
+    """
+    share = mark_differs(table.mark, fingerprint if content else f"{total}:")
+    if share > MOST_CHANGED:
+        was = table.mark[1:].partition("-")[0]
+        how = f"{was} samples" if was != str(total) else f"as many, but {share:.0%} of those compared differ"
+        raise ValueError(
+            f"Expected {table.path} to be of this training set of {total} samples, but it is of another ({how}); give"
+            " the file that was written of this one. Where only the preprocessing has changed, on purpose, set"
+            " check_data=False."
+        )
+    for row in table.rows:
+        _check_fits(table.path, row, total, classes, single=labels is None)
+    return Review(
+        path=table.path,
+        line=torch.tensor([row.line for row in table.rows], dtype=torch.int64),
+        index=torch.tensor([row.index for row in table.rows], dtype=torch.int64),
+        decision=torch.tensor([row.decision for row in table.rows], dtype=torch.int8),
+        new_label=_labels([row.new if row.decision == RELABEL else None for row in table.rows], labels, -1),
+        given_label=_labels([row.given for row in table.rows], labels, _UNKNOWN),
+    )
+
+
+def _check_fits(path: str, row: Row, total: int, classes: int, *, single: bool) -> None:
+    where = f"{path}, line {row.line}"
+    if row.index >= total:
+        raise ValueError(f"{where}: expected index to lie in [0, {total}), but it is {row.index}.")
+    if row.decision != RELABEL:
+        return
+    if single and len(row.new) != 1:
+        raise ValueError(f"{where}: expected suggested_label to be one class, but it is {list(row.new)}.")
+    if wrong := [one for one in row.new if not 0 <= one < classes]:
+        raise ValueError(
+            f"{where}: expected suggested_label to lie in [0, {classes}), as the model has {classes} classes, but it is"
+            f" {wrong[0]}."
+        )
+
+
+def _of_any_label(one: Tensor) -> Tensor:
+    """(K,) bool of (K,), or of (K, L)."""
+    return one.any(dim=1) if one.ndim == 2 else one
+
+
+def _labels(found: list[tuple[int, ...] | None], labels: int | None, unknown: int) -> Tensor:
+    """(K,) int64, or (K, L) with 1 for each that a sample has."""
+    if labels is None:
+        return torch.tensor([one[0] if one else unknown for one in found], dtype=torch.int64)
+    placed = torch.zeros(len(found), labels, dtype=torch.int64)
+    for at, one in enumerate(found):
+        if one is None:
+            placed[at] = unknown
+        else:
+            placed[at, [label for label in one if 0 <= label < labels]] = 1
+    return placed

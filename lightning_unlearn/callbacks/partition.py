@@ -586,7 +586,7 @@ class AttributionPartitionCallback(UnlearnCallback):
             accuracy = self._validate(trainer, pl_module, "before")
         # Published after all that may fail, and all at once.
         self._rounds.append(PartitionRound(drawn.epoch, len(drawn.suspect_indices()), drawn.noise_rate, changed))
-        self._is_stable = changed < self.stable_share
+        self._is_stable = not is_first and changed < self.stable_share and _tells(drawn)
         self._memorised, self._accuracy["before"] = memorised, accuracy
         # A later partition that cannot be acted upon does not undo what an earlier one has led to.
         if is_first or drawn.is_actionable:
@@ -849,11 +849,17 @@ class AttributionPartitionCallback(UnlearnCallback):
         if drawn.is_actionable:
             log_partition(pl_module, drawn)
         else:
-            end += f"; it is not acted upon ({drawn.warning}), the one before stays"
+            last = ", and none is drawn again" if self._is_stable else ""
+            end = f"; it is not acted upon ({drawn.warning}), the one before stays{last}"
         rank_zero_info(
             f"Partition drawn again after {drawn.epoch} epochs: {suspects:,} of {len(drawn):,} samples are suspect,"
             f" estimated noise rate {drawn.noise_rate:.1%}, {changed:.1%} changed sides{end}."
         )
+
+
+def _tells(partition: Partition) -> bool:
+    """Whether it tells noise from clean samples, or finds no noise: what could not be told may be told later."""
+    return partition.is_actionable or partition.warning.startswith("it calls all")
 
 
 def _few_samples(total: int, num_classes: int) -> list[str]:

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim.lr_scheduler import OneCycleLR
 
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback
+from lightning_unlearn.recipes import Verdict
 from lightning_unlearn.types import PartitionRound
 from tests.toys import Blobs, BlobsData, IndexRecorder, Toy, adamw, assert_same_weights, fit, mlp, trio, weights
 
@@ -176,6 +177,32 @@ def test_a_first_partition_that_cannot_be_acted_upon_leaves_the_next_its_turn():
     assert summary.accuracy_before is not None
     assert summary.accuracy_after is not None
     assert "is not known" not in summary.advice
+
+
+class Unsure(Scripted):
+    """A recipe that can tell nothing the first two times, and calls the same samples clean as later."""
+
+    def __call__(self, evidence):
+        warning = "nothing can be told yet" if self.calls < 2 else ""
+        return Verdict(super().__call__(evidence), evidence.prediction, warning=warning)
+
+
+def test_what_cannot_be_told_twice_is_not_stable():
+    (partition, _, finetune), *_ = drawn_again(Unsure(below(70)), every=1, stable_share=0.01, epochs=7)
+    assert [drawn.epoch for drawn in partition.rounds] == [2, 3, 4, 5]
+    assert [drawn.changed for drawn in partition.rounds] == [1, 0, 0, 0]
+    assert partition.partition.is_actionable
+    assert finetune.is_active
+
+
+def test_a_data_set_without_noise_is_not_looked_at_for_ever(monkeypatch):
+    said = []
+    monkeypatch.setattr("lightning_unlearn.callbacks.partition.rank_zero_info", said.append)
+    (partition, _, _), *_ = drawn_again(Scripted(everything), every=1, stable_share=0.01)
+    assert [drawn.epoch for drawn in partition.rounds] == [2, 3]
+    (line,) = [line for line in said if "drawn again" in line]
+    assert line.endswith("samples clean), the one before stays, and none is drawn again.")
+    assert "stable" not in line
 
 
 VARIANTS = {

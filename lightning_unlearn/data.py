@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -90,6 +91,12 @@ def batch_size(loader: DataLoader[Any]) -> int:
     """
     stated = getattr(loader.batch_sampler, "batch_size", None) or loader.batch_size
     return int(stated) if stated else len(next(iter(loader.batch_sampler or [[0]])))
+
+
+def batch_count(loader: DataLoader[Any], samples: int) -> int | None:
+    """How many batches ``samples`` are; None where only drawing one would tell how large they are."""
+    stated = getattr(loader.batch_sampler, "batch_size", None) or loader.batch_size
+    return math.ceil(samples / int(stated)) if stated else None
 
 
 def apart(loader: DataLoader[Any]) -> DataLoader[Any]:

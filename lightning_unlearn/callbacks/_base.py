@@ -23,10 +23,11 @@ from lightning_unlearn.callbacks._lightning import (
     undisturbed,
 )
 from lightning_unlearn.callbacks._packages import EitherCallback, MisconfigurationException, has_forward
+from lightning_unlearn.callbacks._progress import shown
 from lightning_unlearn.callbacks._scoring import scoring_loader, train_loader
 from lightning_unlearn.callbacks._strategies import check_strategy
 from lightning_unlearn.capture import ForwardTrace, trace_forward
-from lightning_unlearn.data import batch_size, check_iteration, indexed_batches, rank_share
+from lightning_unlearn.data import batch_count, batch_size, check_iteration, indexed_batches, rank_share
 from lightning_unlearn.sharding import reshard
 from lightning_unlearn.targets import Reading
 from lightning_unlearn.types import PartitionSource
@@ -384,16 +385,24 @@ def labels_vary(
 
 
 @torch.no_grad()
-def training_set(trainer: Trainer, pl_module: LightningModule, source: PartitionSource) -> Iterator[IndexedBatch]:
+def training_set(
+    trainer: Trainer, pl_module: LightningModule, source: PartitionSource, title: str = "Evidence"
+) -> Iterator[IndexedBatch]:
     """This rank's share of the training set in index order. Use inside ``undisturbed``.
+
+    Args:
+        trainer: of the running fit.
+        pl_module: the user's.
+        source: knows how to split a batch.
+        title: of the line in the progress bar.
 
     Yields:
         batches, as many on every rank.
     """
     loader, reading = scoring_loader(trainer), reading_of(source)
     index, weight = rank_share(len(loader.dataset), trainer.global_rank, trainer.world_size)  # type: ignore[arg-type]
-    done = 0
-    for indices, batch in indexed_batches(loader, index):
+    done, batches = 0, batch_count(loader, len(index))
+    for indices, batch in shown(trainer, title, batches, indexed_batches(loader, index)):
         x, label = reading.split(to_device(trainer, pl_module, batch))
         label = reading.labels(label, len(indices), int(indices[0]))
         yield IndexedBatch(indices, weight[done : done + len(indices)].to(label.device), x, label)

@@ -131,7 +131,7 @@ def rank_neurons(
     reads = _Reads(source, pl_module, sites, by_position=method.criterion in RATIOS)
     left_out = torch.zeros(2, dtype=torch.float64)
     with undisturbed(trainer, pl_module):
-        for whole, part in watch(reads, training_set(trainer, pl_module, source)):
+        for whole, part in watch(reads, training_set(trainer, pl_module, source, "Neurons")):
             batch, seen = _finite_only(whole, part)
             left_out += torch.stack([(whole.weight - batch.weight).sum(), whole.weight.sum()]).cpu()
             for reader, gone, (values, product) in zip(readers, subject.gone, seen, strict=True):

@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_unlearn.callbacks._packages import is_a
+from lightning_unlearn.callbacks._progress import close_lines
 from lightning_unlearn.capture import whole_batches
 from lightning_unlearn.sharding import reshard
 
@@ -103,6 +104,7 @@ def _as_in_validation(trainer: Trainer, pl_module: LightningModule) -> Iterator[
         for module, flag in training:
             module.training = flag
         trainer.state.stage = stage
+        close_lines(trainer)
 
 
 @contextmanager

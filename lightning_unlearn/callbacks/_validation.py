@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -19,10 +19,11 @@ from torch.utils.data.distributed import DistributedSampler
 
 from lightning_unlearn.callbacks._base import logits_of, reading_of
 from lightning_unlearn.callbacks._lightning import to_device, undisturbed, validation_loaders
+from lightning_unlearn.callbacks._progress import shown
 from lightning_unlearn.callbacks._scoring import scoring_loader
 from lightning_unlearn.callbacks._strategies import shards_weights
 from lightning_unlearn.capture import SmallerBatches
-from lightning_unlearn.data import apart, indexed_batches, rank_share
+from lightning_unlearn.data import apart, batch_count, indexed_batches, rank_share
 from lightning_unlearn.distributed import sum_over_ranks
 from lightning_unlearn.targets import IGNORED
 from lightning_unlearn.types import PartitionSource
@@ -110,7 +111,8 @@ def score_validation(trainer: Trainer, pl_module: LightningModule, source: Parti
         try:
             for loader, limit in loaders:
                 with _as_it_was(loader) as batches:
-                    _count(trainer, pl_module, source, tally, itertools.islice(batches, limit))
+                    total, drawn = _length(loader, limit), itertools.islice(batches, limit)
+                    _count(trainer, pl_module, source, tally, shown(trainer, "Score", total, drawn))
         except Exception as error:
             if shards_weights(trainer) and not isinstance(error, _OutOfStep):
                 # Others wait in the forward pass in which this rank has failed, and not for its score.
@@ -143,7 +145,8 @@ def score_samples(trainer: Trainer, pl_module: LightningModule, source: Partitio
     place, weight = rank_share(len(index), trainer.global_rank, trainer.world_size)
     done = 0
     with undisturbed(trainer, pl_module), torch.no_grad():
-        for rows, batch in indexed_batches(loader, index.cpu()[place]):
+        batches = batch_count(loader, len(place))
+        for rows, batch in shown(trainer, "Score", batches, indexed_batches(loader, index.cpu()[place])):
             x, label = reading_of(source).split(to_device(trainer, pl_module, batch))
             tally.add(x, label, weight[done : done + len(rows)])
             done += len(rows)
@@ -151,6 +154,15 @@ def score_samples(trainer: Trainer, pl_module: LightningModule, source: Partitio
     if score is None:
         raise RuntimeError("The samples yielded no batch; this is an error in lightning_unlearn.")
     return score
+
+
+def _length(loader: Any, limit: int | None) -> int | None:
+    """How many batches are drawn, where that is known."""
+    length = limit
+    # Anything may be in a validation loader, and its length is wanted for nothing but a progress bar.
+    with suppress(Exception):
+        length = len(loader) if limit is None else min(len(loader), limit)
+    return length
 
 
 def _count(

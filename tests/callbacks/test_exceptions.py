@@ -204,7 +204,7 @@ OURS = {
     "recipe": (THIS, "recipe_of_a_user"),
     "memorised": (partition_module.AttributionPartitionCallback, "_share_memorised"),
     "score before": (partition_module.AttributionPartitionCallback, "_validate"),
-    "report of the partition": (partition_module, "_log_partition"),
+    "report of the partition": (partition_module, "log_partition"),
     "gauge": (prune_module, "make_gauge"),
     "ranking": (prune_module, "rank_neurons"),
     "guard": (Gauge, "is_worse"),

@@ -377,7 +377,7 @@ class Partition:
         Raises:
             ValueError: if there is not one name per class.
         """
-        names = None if class_names is None else self._class_names(class_names)
+        names = None if class_names is None else self.names_of(class_names)
         decisions, order = self.decisions(), self.suspect_indices()
         if not suspects_only:
             clean = self.clean_indices()
@@ -424,7 +424,12 @@ class Partition:
 
         return plot_partition(self, ax, kind=kind, class_names=class_names)
 
-    def _class_names(self, class_names: Sequence[str]) -> dict[int, str]:
+    def names_of(self, class_names: Sequence[str]) -> dict[int, str]:
+        """What every class is called, by label.
+
+        Raises:
+            ValueError: if there is not one name per class.
+        """
         # A recipe that estimates no noise does not say how many classes there are.
         classes = len(self.noise_matrix)
         seen = int(torch.cat([self.label, self.suggested_label]).max()) + 1 if len(self) else 0

@@ -42,6 +42,7 @@ MAY_IMPORT = {
     "types": {"storage", "fingerprint", "plots"},  # the last when it is asked to draw
     "review": {"types", "storage", "fingerprint"},
     "plots": {"types"},
+    "exports": {"types", "storage"},
     "sharding": set(),
     "functional": MATH,
     "recipes": MATH,
@@ -99,6 +100,11 @@ MAY_KNOW = {
     "lightning": {"callbacks", "cli", "demo"},
     "pytorch_lightning": set(),
     "torch_pruning": {"shrinking"},
+    # By name, when they are called.
+    "pandas": set(),
+    "cleanlab": set(),
+    "datasets": set(),
+    "fiftyone": set(),
 }
 
 

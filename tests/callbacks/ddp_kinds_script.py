@@ -1,11 +1,4 @@
-"""Run by test_ddp_kinds.py in a process of its own, which Lightning starts once more for the second rank.
-
-Usage: ddp_kinds_script.py FOLDER
-"""
-
-import os
-import sys
-from pathlib import Path
+"""What test_ddp_kinds.py runs in processes of its own: one for each rank, and one that starts others."""
 
 import lightning as L
 import torch
@@ -150,7 +143,7 @@ def reviewed(folder):
 
 
 def elsewhere(folder, strategy):
-    """A fit in other processes, which leave a checkpoint."""
+    """A fit in other processes, which leave a checkpoint. Its own is not of a group."""
     partition, prune, finetune = trio(AT, recipe="label", prune={"significance": None, "guard": False})
     keep = ModelCheckpoint(folder / strategy, "last", save_on_train_epoch_end=True)
     fit(
@@ -166,10 +159,6 @@ def elsewhere(folder, strategy):
 
 
 def run(folder):
-    if "LOCAL_RANK" not in os.environ:
-        # Before this process is one of a group itself.
-        for strategy in SPAWNING:
-            elsewhere(folder, strategy)
     found = {"few": {name: make() for name, make in FEW.items()}}
     kept = ModelCheckpoint(folder / "rounds", "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
     for name in SCENARIOS:
@@ -179,8 +168,3 @@ def run(folder):
     found["resumed"] = fit_one("rounds", ckpt_path=path)
     found["reviewed"] = reviewed(folder)
     torch.save(found, folder / f"{torch.distributed.get_rank()}.pt")
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    run(Path(sys.argv[1]))

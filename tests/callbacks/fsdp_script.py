@@ -1,11 +1,6 @@
-"""Run by test_fsdp.py in a process of its own, which Lightning starts once more for the second rank.
+"""What test_fsdp.py runs in processes of its own, one for each rank."""
 
-Usage: fsdp_script.py FOLDER
-"""
-
-import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import lightning as L
 import torch
@@ -299,8 +294,3 @@ def run(folder):
     }
     torch.save(found, folder / f"{torch.distributed.get_rank()}.pt")
     fails()
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    run(Path(sys.argv[1]))

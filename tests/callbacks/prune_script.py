@@ -1,10 +1,4 @@
-"""Run by test_prune_ddp.py in a process of its own, which Lightning starts once more for the second rank.
-
-Usage: prune_script.py FOLDER NUMBER_OF_PROCESSES
-"""
-
-import sys
-from pathlib import Path
+"""What test_prune_ddp.py runs in processes of its own, one for each rank."""
 
 import torch
 
@@ -62,8 +56,3 @@ def run(folder, devices):
             "scores": [None if s is None else (s.accuracy, s.loss, s.samples) for s in prune.scores],
         }
     torch.save(found, folder / f"{devices}-{trainer.global_rank}.pt")
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    run(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,11 +1,6 @@
-"""Run by test_rounds_ddp.py in a process of its own, which Lightning starts once more for the second rank.
+"""What test_rounds_ddp.py runs in processes of its own, one for each rank."""
 
-Usage: rounds_script.py FOLDER SCENARIO...
-"""
-
-import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
@@ -96,7 +91,6 @@ def run(folder, scenario):
     )
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for name in sys.argv[2:]:
-        run(Path(sys.argv[1]), name)
+def run_all(folder, scenarios):
+    for name in scenarios:
+        run(folder, name)

@@ -1,14 +1,23 @@
 """Kinds of DDP, and of the data that two ranks get, on two gloo processes. One launch serves all the tests."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from lightning_unlearn import Partition
-from tests.callbacks.ddp_kinds_script import AT, DROPPED, FEW, SCENARIOS, SIZE, SPAWNING, averaging, plain
+from tests.callbacks import forked
+from tests.callbacks.ddp_kinds_script import (
+    AT,
+    DROPPED,
+    FEW,
+    SCENARIOS,
+    SIZE,
+    SPAWNING,
+    averaging,
+    elsewhere,
+    plain,
+    run,
+)
 from tests.callbacks.test_ddp import assert_equal
-from tests.ranks import run_script
 from tests.toys import Toy
 
 pytestmark = pytest.mark.ddp
@@ -18,7 +27,10 @@ pytestmark = pytest.mark.ddp
 def folder(tmp_path_factory):
     """Where the ranks saved what they have."""
     folder = tmp_path_factory.mktemp("kinds")
-    done = run_script(Path(__file__).with_name("ddp_kinds_script.py"), folder)
+    for strategy in SPAWNING:
+        done = forked.call(elsewhere, folder, strategy)
+        assert done.returncode == 0, done.stderr[-4000:]
+    done = forked.launch(run, folder)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 

@@ -1,12 +1,11 @@
 """Two gloo processes on the CPU that shard the weights (FSDP2). One launch serves all the tests."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from lightning_unlearn.capture import ATTRIBUTION_METHODS
+from tests.callbacks import forked
 from tests.callbacks.fsdp_script import (
     AT,
     CRITERIA,
@@ -17,10 +16,10 @@ from tests.callbacks.fsdp_script import (
     fit_one,
     make_module,
     pruned_by,
+    run,
 )
 from tests.callbacks.published import FLAG
 from tests.callbacks.test_ddp import assert_equal
-from tests.ranks import run_script
 
 pytestmark = [
     pytest.mark.ddp,
@@ -35,7 +34,7 @@ RUNNING = ("running_mean", "running_var")
 def launched(tmp_path_factory):
     """The folder in which the ranks saved what they have, and how the processes ended; the last fit is to fail."""
     folder = tmp_path_factory.mktemp("fsdp")
-    return folder, run_script(Path(__file__).with_name("fsdp_script.py"), folder)
+    return folder, forked.launch(run, folder)
 
 
 @pytest.fixture(scope="module")
@@ -207,3 +206,4 @@ def test_an_error_on_one_rank_ends_both(launched):
     _, done = launched
     assert done.returncode != 0
     assert "ZeroDivisionError" in done.stderr
+    assert "was killed" not in done.stderr

@@ -44,7 +44,7 @@ RANDOM_POINTS = 2
 
 @pytest.fixture(scope="module", autouse=True)
 def _forks():
-    forked.start("tests.callbacks.kill_script", "tests.callbacks.plain_script")
+    forked.start()
 
 
 def train(folder, variant, kill=None):

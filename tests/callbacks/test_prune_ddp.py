@@ -1,13 +1,11 @@
 """Two gloo processes on the CPU prune what one does. One launch serves all the tests."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
+from tests.callbacks import forked
 from tests.callbacks.prune_script import CASES, SIZE, run
 from tests.callbacks.published import FLAG
-from tests.ranks import run_script
 
 pytestmark = pytest.mark.ddp
 
@@ -16,7 +14,7 @@ pytestmark = pytest.mark.ddp
 def found(tmp_path_factory):
     """What one process found, and what each of two did."""
     folder = tmp_path_factory.mktemp("prune")
-    done = run_script(Path(__file__).with_name("prune_script.py"), folder, "2")
+    done = forked.launch(run, folder, 2)
     assert (folder / "2-1.pt").exists(), done.stderr[-4000:]
     run(folder, 1)
     return [torch.load(folder / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1")]

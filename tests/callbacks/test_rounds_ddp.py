@@ -1,15 +1,13 @@
 """Rounds, new labels and weights on two gloo processes. One launch serves all the tests."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from lightning_unlearn.drawing import evenly
 from lightning_unlearn.sampling import CleanSubsetSampler
-from tests.callbacks.rounds_script import AT, EPOCHS, SIZE
+from tests.callbacks import forked
+from tests.callbacks.rounds_script import AT, EPOCHS, SIZE, run_all
 from tests.callbacks.test_ddp import assert_equal
-from tests.ranks import run_script
 from tests.toys import Blobs
 
 pytestmark = pytest.mark.ddp
@@ -20,7 +18,7 @@ SCENARIOS = ("relabel", "weigh", "report", "workers")
 def ranks(tmp_path_factory):
     """What each rank of two saved, by scenario."""
     folder = tmp_path_factory.mktemp("rounds")
-    done = run_script(Path(__file__).with_name("rounds_script.py"), folder, *SCENARIOS)
+    done = forked.launch(run_all, folder, SCENARIOS)
     assert done.returncode == 0, done.stderr[-4000:]
     return {
         name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(2)] for name in SCENARIOS

@@ -3,7 +3,6 @@
 import copy
 import pickle
 import types
-from pathlib import Path
 
 import lightning as L
 import pytest
@@ -16,7 +15,7 @@ from lightning_unlearn.callbacks import _training_pass
 from lightning_unlearn.callbacks._training_pass import WINDOW, TrainingPassReader, pulled_elsewhere
 from lightning_unlearn.data import RememberedBatches
 from lightning_unlearn.targets import Reading, split_batch
-from tests.ranks import run_script
+from tests.callbacks import forked
 from tests.toys import CLASSES, Toy, assert_same_weights, fit, make_trainer, mlp, sgd, weights
 
 N = 101
@@ -830,7 +829,9 @@ def test_the_judgement_does_not_depend_on_scale_and_leaves_out_rows_without_grad
 
 @pytest.mark.ddp
 def test_each_rank_reads_its_own_rows_and_all_give_up_together(tmp_path):
-    done = run_script(Path(__file__).with_name("training_pass_script.py"), tmp_path)
+    from tests.callbacks.training_pass_script import run_all  # which imports this file
+
+    done = forked.launch(run_all, tmp_path)
     assert len(list(tmp_path.glob("*.pt"))) == 6, done.stderr[-4000:]
     for name in ("reads", "own sampler"):
         ranks = [torch.load(tmp_path / f"{name}-{rank}.pt") for rank in range(2)]

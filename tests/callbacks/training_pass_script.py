@@ -1,10 +1,4 @@
-"""Run by test_training_pass.py in a process of its own, which Lightning starts once more for the second rank.
-
-Usage: training_pass_script.py FOLDER
-"""
-
-import sys
-from pathlib import Path
+"""What test_training_pass.py runs in processes of its own, one for each rank."""
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -51,7 +45,6 @@ def fit_own_sampler(module, driver, data, settings):
     return fit(module, None, [driver], use_distributed_sampler=False, **settings)
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
+def run_all(folder):
     for scenario in ("reads", "own sampler", "one mixes"):
-        run(Path(sys.argv[1]), scenario)
+        run(folder, scenario)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -25,16 +26,24 @@ class Gauge:
     """Measures how good the model is.
 
     Args:
-        before: the score before anything is pruned.
+        known: the score before anything is pruned, where it has been measured.
         measure: the score now; None if it could not be told.
         held: (H,) int64, the training samples that are measured on; none where there is validation data.
         tolerance: by how much accuracy on validation data may fall, or the loss on held-back samples rise, in nats.
     """
 
-    before: Score
+    known: Score | None
     measure: Callable[[], Score | None]
     held: Tensor
     tolerance: float
+
+    @cached_property
+    def before(self) -> Score:
+        """The score before anything is pruned; to be asked for before that."""
+        score = self.measure() if self.known is None else self.known
+        if score is None:
+            raise RuntimeError("There is no score to compare with; this is an error in lightning_unlearn.")
+        return score
 
     def is_worse(self, after: Score | None) -> bool:
         """Whether the model does worse than before by more than the tolerance. What is not known is worse."""
@@ -75,7 +84,8 @@ def make_gauge(
     def measure() -> Score:
         return score_samples(trainer, pl_module, source, held)
 
-    return Gauge(measure(), measure, held, tolerance)
+    # Not measured before there is a neuron to prune.
+    return Gauge(None, measure, held, tolerance)
 
 
 def held_back(partition: Partition) -> Tensor:

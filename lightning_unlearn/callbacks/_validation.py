@@ -32,6 +32,8 @@ _Item = TypeVar("_Item")
 
 # What each Trainer has been told already; it is told once.
 _said: WeakKeyDictionary[Trainer, set[str]] = WeakKeyDictionary()
+# The score that was measured last in each fit, and of which weights.
+_scores: WeakKeyDictionary[Trainer, tuple[tuple[Any, ...] | None, Score | None]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,34 @@ def score_validation(trainer: Trainer, pl_module: LightningModule, source: Parti
         None, with one line in the log that says why, where there is no loader, a batch cannot be split into input and
         labels, or labels are not class indices.
     """
+    moment, (known_at, known) = _moment(trainer, pl_module), _scores.get(trainer, (None, None))
+    is_known = moment is not None and moment == known_at
+    # Who measures next finds the score of the same weights; every rank, or none. Shards do not count their changes.
+    if not shards_weights(trainer) and trainer.strategy.reduce_boolean_decision(is_known, all=True):
+        return known
+    score = _measure_validation(trainer, pl_module, source)
+    _scores[trainer] = moment, score
+    return score
+
+
+def _moment(trainer: Trainer, pl_module: LightningModule) -> tuple[Any, ...] | None:
+    """What changes whenever weights or buffers do; None where that is not counted."""
+    tensors = [*pl_module.parameters(), *pl_module.buffers()]
+    if shards_weights(trainer) or any(tensor.is_inference() for tensor in tensors):
+        return None
+    try:
+        versions = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
+    except (RuntimeError, NotImplementedError):  # of a kind without memory of its own
+        return None
+    return id(pl_module), trainer.current_epoch, trainer.global_step, versions
+
+
+def forget_score(trainer: Trainer) -> None:
+    """Measures anew the next time."""
+    _scores.pop(trainer, None)
+
+
+def _measure_validation(trainer: Trainer, pl_module: LightningModule, source: PartitionSource) -> Score | None:
     tally, reason = _Tally(pl_module, source), ""
     with undisturbed(trainer, pl_module), torch.no_grad():
         loaders = validation_loaders(trainer)

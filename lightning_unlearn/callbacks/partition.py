@@ -48,7 +48,7 @@ from lightning_unlearn.callbacks._scoring import (
 from lightning_unlearn.callbacks._strategies import shards_weights
 from lightning_unlearn.callbacks._summary import outlook, summarise
 from lightning_unlearn.callbacks._training_pass import TrainingPassReader
-from lightning_unlearn.callbacks._validation import score_validation
+from lightning_unlearn.callbacks._validation import forget_score, score_validation
 from lightning_unlearn.capture import (
     GRADIENT_X_ACTIVATION,
     Attributor,
@@ -304,6 +304,7 @@ class AttributionPartitionCallback(UnlearnCallback):
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         move_behind_averages(trainer, self)
         forget_scoring_loader(trainer)
+        forget_score(trainer)
         max_epochs = trainer.max_epochs
         if max_epochs is not None and 0 <= max_epochs <= self.at_epoch and not is_fast_dev_run(trainer):
             raise MisconfigurationException(

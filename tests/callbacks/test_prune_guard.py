@@ -121,6 +121,18 @@ def test_as_many_scores_are_taken_as_steps_are_said(monkeypatch):
     assert len(taken) == 1 + 1
 
 
+def test_where_no_neuron_is_proposed_held_back_samples_are_not_scored(monkeypatch):
+    taken = []
+    monkeypatch.setattr(_guard, "score_samples", lambda *_: taken.append(1) or Score(1.0, 0.1, 10))
+    data = PlantedData(validation=False)
+    run(data, data.probability(), amount=0.15)
+    assert len(taken) == 2
+    taken.clear()
+    _, prune = run(data, data.probability(), amount=0.15, significance=1e-300)
+    assert len(taken) == 0
+    assert prune.mask.keep.all()
+
+
 def losses(module, data, index):
     with torch.no_grad():
         return cross_entropy(module(data.x[index]), data.y[index]).item()

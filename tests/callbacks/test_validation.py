@@ -258,3 +258,33 @@ def test_a_rank_that_cannot_go_on_leaves_none_with_a_score():
     reduced[3] = 0
     assert tally.score(SimpleNamespace(strategy=strategy)) == Score(0.8, 0.4, 10)
     assert str(Score(0.8, 0.4, 1000)) == "accuracy 0.800, loss 0.400 on 1,000 samples"
+
+
+def changed_in_place(module):
+    with torch.no_grad():
+        module.net[-1].weight.neg_()
+
+
+def changed_by_data(module):
+    module.net[-1].weight.data = -module.net[-1].weight.data
+
+
+def a_buffer(module):
+    module.net[1].running_mean.add_(3)
+
+
+@pytest.mark.parametrize("change", [None, changed_in_place, changed_by_data, a_buffer])
+def test_the_same_weights_are_measured_once(monkeypatch, change):
+    measured, scores = [], []
+    measure = _validation._measure_validation
+    monkeypatch.setattr(_validation, "_measure_validation", lambda *args: measured.append(1) or measure(*args))
+
+    def twice(trainer, pl_module):
+        for changes in (None, change):
+            if changes is not None:
+                changes(pl_module)
+            scores.append(validation(trainer, pl_module))
+
+    fit(Toy(), BlobsData(Blobs(40)), [Asks(twice)], max_epochs=2)
+    assert len(measured) == (1 if change is None else 2)
+    assert (scores[0].loss == scores[1].loss) == (change is None)

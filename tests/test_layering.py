@@ -36,6 +36,16 @@ SHARED = {
     "callbacks._training_pass",
     "callbacks._validation",
 }
+PARTITIONING = {
+    "callbacks._assembly",
+    "callbacks._evidence_pass",
+    "callbacks._judging",
+    "callbacks._partition_log",
+    "callbacks._partition_settings",
+    "callbacks._recognise",
+    "callbacks._reviewing",
+    "callbacks._summary",
+}
 PRUNING = {"callbacks._prune_sites", "callbacks._criteria", "callbacks._guard"}
 MAY_IMPORT = {
     "storage": set(),
@@ -85,7 +95,12 @@ MAY_IMPORT = {
     "callbacks._assembly": MATH | {"recipes", "distributed", "review"},
     "callbacks._reviewing": ALL_BELOW | {"callbacks._base", "callbacks._lightning", "callbacks._scoring"},
     "callbacks._relabel": ALL_BELOW | {"callbacks._base", "callbacks._lightning", "callbacks._scoring"},
-    "callbacks.partition": ALL_BELOW | SHARED | {"callbacks._summary", "callbacks._assembly", "callbacks._reviewing"},
+    "callbacks._partition_settings": ALL_BELOW | SHARED,
+    "callbacks._partition_log": ALL_BELOW | SHARED | {"callbacks._summary", "callbacks._loggers"},
+    "callbacks._recognise": ALL_BELOW | SHARED,
+    "callbacks._evidence_pass": ALL_BELOW | SHARED | {"callbacks._recognise"},
+    "callbacks._judging": ALL_BELOW | SHARED | {"callbacks._assembly"},
+    "callbacks.partition": ALL_BELOW | SHARED | PARTITIONING,
     "callbacks._prune_sites": ALL_BELOW,
     "callbacks._criteria": ALL_BELOW | SHARED | {"callbacks._prune_sites"},
     "callbacks._guard": ALL_BELOW | SHARED | {"callbacks._prune_sites"},

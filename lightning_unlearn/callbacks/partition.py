@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from os import PathLike
 from typing import Any, Literal
 
@@ -12,7 +11,6 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from typing_extensions import override
 
 from lightning_unlearn.callbacks._assembly import Cut, Judged, assemble, notes_of, objection_of
@@ -21,69 +19,50 @@ from lightning_unlearn.callbacks._base import (
     PartitionConsumer,
     UnlearnCallback,
     check_classifies,
-    given_labels,
-    labels_vary,
-    logits_of,
     probe,
-    training_set,
 )
+from lightning_unlearn.callbacks._evidence_pass import EvidencePass, make_attributor
+from lightning_unlearn.callbacks._judging import judge_share, share_memorised
 from lightning_unlearn.callbacks._lightning import (
     callbacks_of,
-    compute_device,
     is_fast_dev_run,
     log_values,
     move_behind_averages,
     undisturbed,
 )
-from lightning_unlearn.callbacks._loggers import log_partition
-from lightning_unlearn.callbacks._packages import MisconfigurationException
+from lightning_unlearn.callbacks._partition_log import report_partition, report_round, warn_of_probabilities
+from lightning_unlearn.callbacks._partition_settings import (
+    attributed_point,
+    check_epochs,
+    check_max_epochs,
+    check_one_of,
+    check_several_labels,
+    check_shares,
+    early_point,
+)
+from lightning_unlearn.callbacks._recognise import check_same_labels, check_same_size, recognise_data, same_task
 from lightning_unlearn.callbacks._reviewing import check_agrees, fit_to_data, open_review
 from lightning_unlearn.callbacks._scoring import (
-    OFFER,
     forget_scoring_loader,
-    offers_scoring_loader,
-    scoring_loader,
     train_loader,
 )
-from lightning_unlearn.callbacks._strategies import shards_weights
-from lightning_unlearn.callbacks._summary import outlook, summarise
+from lightning_unlearn.callbacks._summary import summarise
 from lightning_unlearn.callbacks._training_pass import TrainingPassReader
 from lightning_unlearn.callbacks._validation import forget_score, score_validation
 from lightning_unlearn.capture import (
     GRADIENT_X_ACTIVATION,
     Attributor,
     ForwardTrace,
-    MarginAttribution,
     check_method,
-    check_reached,
-    plain_name,
     resolve_layer,
-    response,
 )
-from lightning_unlearn.data import rank_share
-from lightning_unlearn.distributed import place_by_index, sum_over_ranks
-from lightning_unlearn.fingerprint import check_fingerprint, fingerprint, sampled_indices, varies
-from lightning_unlearn.finite import check_rows_left_out, first_not_finite, judge_finite
-from lightning_unlearn.functional.attribution import label_margin
+from lightning_unlearn.distributed import sum_over_ranks
+from lightning_unlearn.finite import check_rows_left_out
 from lightning_unlearn.recipes import Recipe, get_recipe
 from lightning_unlearn.review import Decided, Review, Table
-from lightning_unlearn.targets import IGNORED, Reading, SoftLabels, Task
+from lightning_unlearn.targets import Reading, SoftLabels, Task
 from lightning_unlearn.trajectory import PHASES, Trajectory
-from lightning_unlearn.types import REASONS, Evidence, LayerPoint, Partition, PartitionRound, RepairSummary
-
-# Samples per class below which clean data of a weak model were called noisy in four of ten simulated sets.
-_FEW = 50
-_AUGMENTED = (
-    "Items of the training set differ from one reading to the next (random augmentation), so a pass scores samples as"
-    f" they are augmented at that moment; a DataModule with {OFFER}(), which returns a loader of the same samples in"
-    " the same order without augmentation, has them scored as they are."
-)
-
-_MIXED = (
-    "Expected a sample to have the same label whenever it is read, but it differs, as where samples are mixed (MixUp,"
-    f" CutMix). Where collate_fn mixes them, let the DataModule offer {OFFER}(), a loader of the same samples in the"
-    " same order that does not; a transfer hook shall mix only if self.trainer.training."
-)
+from lightning_unlearn.types import LayerPoint, Partition, PartitionRound, RepairSummary
 
 
 class AttributionPartitionCallback(UnlearnCallback):
@@ -188,14 +167,10 @@ class AttributionPartitionCallback(UnlearnCallback):
         logits_from: Callable[[Any], Tensor] | None = None,
         check_data: bool = True,
     ) -> None:
-        _check_epochs(at_epoch, evidence_every_n_epochs, every_n_epochs)
-        _check_one_of("evidence", evidence, ("training", "passes"))
-        _check_one_of("action", action, ("act", "report"))
-        if not 0 < threshold < 1:
-            raise ValueError(f"Expected threshold to lie in (0, 1), but got {threshold}.")
-        for name, share in (("min_class_share", min_class_share), ("stable_share", stable_share)):
-            if not 0 <= share < 1:
-                raise ValueError(f"Expected {name} to lie in [0, 1), but got {share}.")
+        check_epochs(at_epoch, evidence_every_n_epochs, every_n_epochs)
+        check_one_of("evidence", evidence, ("training", "passes"))
+        check_one_of("action", action, ("act", "report"))
+        check_shares(threshold=threshold, min_class_share=min_class_share, stable_share=stable_share)
         self.layer = layer
         self.at_epoch = at_epoch
         self.action = action
@@ -305,12 +280,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         move_behind_averages(trainer, self)
         forget_scoring_loader(trainer)
         forget_score(trainer)
-        max_epochs = trainer.max_epochs
-        if max_epochs is not None and 0 <= max_epochs <= self.at_epoch and not is_fast_dev_run(trainer):
-            raise MisconfigurationException(
-                "Expected at_epoch to be less than the Trainer's max_epochs, so that epochs are left after the"
-                f" partition, but got at_epoch={self.at_epoch} and max_epochs={max_epochs}."
-            )
+        check_max_epochs(trainer, self.at_epoch)
         for layer in (self.layer, self.input_layer):
             if layer is not None:
                 resolve_layer(pl_module, layer)
@@ -321,30 +291,36 @@ class AttributionPartitionCallback(UnlearnCallback):
     @override
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trace, first = probe(trainer, pl_module, self)
-        if self.layer is None:
-            check_classifies(trainer, pl_module, trace)
-            self._point = LayerPoint(trace.head(self.reading.num_outputs), "input")
-        else:
-            self._point = LayerPoint(plain_name(self.layer), "output")
-        check_reached(trace, self._point)
-        self._early = self._early_point(trace, len(first.index))
-        self._check_several_labels()
-        self._task = _same_task(self._task, self.reading.task)
-        _warn_of_probabilities(trace.output)
+        self._choose_points(trainer, pl_module, trace, len(first.index))
+        self._task = same_task(self._task, self.reading.task)
+        warn_of_probabilities(trace.output)
         total, rows = len(train_loader(trainer).dataset), self.reading.rows_per_sample  # type: ignore[arg-type]
         self._warn_where_no_round_follows()
         known = self._trajectory.label if self._trajectory is not None else None
         if self._partition is not None:
             known = self._partition.label.flatten()
         if known is not None:
-            _check_same_size(len(known) // rows, total)
-            _check_same_labels(known[self.reading.row_indices(first.index)], first.label.cpu())
-        self._recognise_data(trainer, pl_module, known)
+            check_same_size(len(known) // rows, total)
+            check_same_labels(known[self.reading.row_indices(first.index)], first.label.cpu())
+        before = self._fingerprint if self.check_data else None
+        self._fingerprint = recognise_data(trainer, pl_module, self, known, before)
+        self._take_review(trainer, pl_module)
         if self._trajectory is None and self._partition is None:
             self._trajectory = Trajectory(total * rows, self.reading.num_classes)
         self._rehearse(trainer, pl_module, first)
         if self._reads_training:
             self._start_reading(trainer, pl_module, trace)
+
+    def _choose_points(self, trainer: Trainer, pl_module: LightningModule, trace: ForwardTrace, batch: int) -> None:
+        if self.layer is None:
+            check_classifies(trainer, pl_module, trace)
+        self._point = attributed_point(trace, self.layer, self.reading.num_outputs)
+        # Whether an input is corrupted is not asked of the labels of a multi-label task, each by itself.
+        is_multilabel = self.reading.task == "multilabel"
+        asks_of_input = self.recipe.needs_response and not is_multilabel
+        self._early = early_point(trace, batch, self.input_layer) if asks_of_input else None
+        if is_multilabel:
+            check_several_labels(self.layer, self.method, self.recipe)
 
     def _rehearse(self, trainer: Trainer, pl_module: LightningModule, first: IndexedBatch) -> None:
         if self._trajectory is None or self.reading.task == "multilabel":
@@ -353,31 +329,6 @@ class AttributionPartitionCallback(UnlearnCallback):
             self._attributor(trainer, pl_module).rehearse(
                 first.x, first.label.clamp(min=0), rows=self.recipe.needs_rows
             )
-
-    def _recognise_data(self, trainer: Trainer, pl_module: LightningModule, known: Tensor | None) -> None:
-        """Takes the data's fingerprint, and after a resume compares it and the labels of the sampled items.
-
-        Within ``undisturbed``, so that where one rank refuses its data, all do.
-        """
-        loader = scoring_loader(trainer)
-        with undisturbed(trainer, pl_module):
-            found = fingerprint(loader)
-            index = sampled_indices(len(loader.dataset))  # type: ignore[arg-type]
-            if known is None and offers_scoring_loader(trainer):
-                self._check_offered(trainer, pl_module, index)
-            # Also where there is nothing to compare them with: one of them may not be of the task that the first batch
-            # seemed to be of.
-            given = given_labels(trainer, pl_module, self, loader, index)
-            if labels_vary(trainer, pl_module, self.reading, loader, index):
-                raise ValueError(_MIXED)
-            if known is not None:
-                _check_same_labels(known[self.reading.row_indices(index)], given)
-            if self.check_data:
-                check_fingerprint(self._fingerprint, found)
-        self._fingerprint = found
-        if varies(found):
-            rank_zero_info(_AUGMENTED)
-        self._take_review(trainer, pl_module)
 
     def _take_review(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._table is None:
@@ -403,50 +354,12 @@ class AttributionPartitionCallback(UnlearnCallback):
             )
         return decided
 
-    def _check_offered(self, trainer: Trainer, pl_module: LightningModule, index: Tensor) -> None:
-        if labels_vary(trainer, pl_module, self.reading, train_loader(trainer), index):
-            # Samples are mixed in training, which the offer is there to spare the passes.
-            return
-        expected, found = (
-            given_labels(trainer, pl_module, self, loader(trainer), index) for loader in (train_loader, scoring_loader)
-        )
-        if differ := int((expected != found).sum()):
-            raise ValueError(
-                f"Expected {OFFER}() to return a loader of the training set's samples in the same order, but {differ}"
-                f" of {len(found)} labels that were compared differ."
-            )
-
     def _warn_where_no_round_follows(self) -> None:
         if self.every_n_epochs is not None and self.has_acted and self._trajectory is None and not self._is_stable:
             rank_zero_warn(
                 f"every_n_epochs={self.every_n_epochs} has no effect here: the checkpoint is of a fit without it, which"
                 " kept nothing to draw the partition again from; start again without the checkpoint."
             )
-
-    def _early_point(self, trace: ForwardTrace, batch: int) -> LayerPoint | None:
-        # Whether an input is corrupted is not asked of the labels of a multi-label task, each by itself.
-        if not self.recipe.needs_response or self.reading.task == "multilabel":
-            return None
-        if self.input_layer is None:
-            return trace.first_block(batch)
-        point = LayerPoint(plain_name(self.input_layer), "output")
-        check_reached(trace, point)
-        return point
-
-    def _check_several_labels(self) -> None:
-        if self.reading.task != "multilabel":
-            return
-        found = {
-            "layer": (self.layer, self.layer is not None),
-            "method": (self.method, self.method != GRADIENT_X_ACTIVATION),
-            "recipe": (self.recipe.name, self.recipe.needs_rows),
-        }
-        for name, (value, is_wrong) in found.items():
-            if is_wrong:
-                raise ValueError(
-                    "Expected a multi-label task to be attributed at the input of its head by"
-                    f" {GRADIENT_X_ACTIVATION}, but got {name}={value!r}; leave {name} out."
-                )
 
     def _start_reading(self, trainer: Trainer, pl_module: LightningModule, trace: ForwardTrace) -> None:
         maker = trace.logit_maker(self.reading.num_outputs)
@@ -574,7 +487,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         self._check_reader(trainer, pl_module)
         self._reader.detach()
         share = self._observe_pass(trainer, pl_module)
-        judged, label = self._judged(trainer, pl_module, share)
+        judged, label = judge_share(trainer, pl_module, share, self._trajectory_in_use, self.reading, self.recipe)
         before, drawn = self._partition, self._made(trainer, judged, label)
         seconds = time.perf_counter() - started
         changed = 1.0 if before is None else (before.is_clean != drawn.is_clean).float().mean().item()
@@ -582,7 +495,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         is_first = before is None or (drawn.is_actionable and not before.is_actionable)
         memorised, accuracy = self._memorised, self._accuracy["before"]
         if is_first:
-            memorised = self._share_memorised(trainer, judged, drawn)
+            memorised = share_memorised(judged, drawn, sum_over_ranks(trainer.strategy))
         if is_first and self._acts(trainer, drawn):
             accuracy = self._validate(trainer, pl_module, "before")
         # Published after all that may fail, and all at once.
@@ -597,7 +510,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         if before is None:
             self._report(pl_module, drawn, notes_of(judged, drawn), seconds)
         else:
-            self._report_round(pl_module, drawn, changed)
+            report_round(pl_module, drawn, changed, self._is_stable)
 
     def _acts(self, trainer: Trainer, partition: Partition) -> bool:
         """Whether another callback is to act on the partition."""
@@ -609,19 +522,6 @@ class AttributionPartitionCallback(UnlearnCallback):
             return None
         log_values(pl_module, {f"unlearn/val_accuracy_{when}": score.accuracy})
         return score.accuracy
-
-    def _share_memorised(self, trainer: Trainer, judged: Sequence[Judged], partition: Partition) -> float | None:
-        """Of the labels suspected to be wrong, how many the network gives nevertheless."""
-        sums = torch.zeros(2)
-        by_label = partition.reason.eq(REASONS.index("label"))
-        for at, one in enumerate(judged):
-            evidence, wrong = one.evidence, by_label
-            if partition.is_multilabel:
-                wrong = wrong & (partition.suggested_label != partition.label)[:, at]
-            counted = (evidence.weight * wrong[evidence.index].to(evidence.weight.device)).cpu()
-            sums += torch.stack([counted.sum(), counted[(evidence.prediction == evidence.label).cpu()].sum()])
-        suspects, memorised = sum_over_ranks(trainer.strategy)(sums).tolist()
-        return memorised / suspects if suspects else None
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -703,116 +603,15 @@ class AttributionPartitionCallback(UnlearnCallback):
     ) -> Attributor:
         if self._point is None:
             raise RuntimeError("The layer to attribute at is not resolved; this is an error in lightning_unlearn.")
-        agree = partial(trainer.strategy.reduce_boolean_decision, all=True) if shards_weights(trainer) else bool
-        return Attributor(
-            pl_module, self._point, lambda x: logits_of(self, pl_module, x), self.method, watch=watch, agree=agree
-        )
+        return make_attributor(trainer, pl_module, self, self._point, self.method, watch)
 
     def _observe_pass(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor]:
-        """Passes over this rank's share of the training set.
-
-        Returns:
-            what the pass showed, one row for each row of the share; see :class:`~lightning_unlearn.targets.Reading`.
-        """
+        """Passes over this rank's share of the training set; see :meth:`EvidencePass.run`."""
         is_last = trainer.current_epoch >= self.at_epoch
-        watch: tuple[LayerPoint, ...] = (self._early,) if is_last and self._early is not None else ()
-        attributor = self._attributor(trainer, pl_module, watch)
-
-        def attribute(x: Any, label: Tensor) -> MarginAttribution:
-            if self.reading.task == "multilabel":
-                with torch.no_grad():
-                    return _of_several_labels(logits_of(self, pl_module, x), label)
-            return attributor.attribute(x, label, rows=is_last and self.recipe.needs_rows)
-
-        reading, trajectory = self.reading, self._trajectory_in_use
-        columns: dict[str, list[Tensor]] = {}
-        with undisturbed(trainer, pl_module):
-            samples: int = len(train_loader(trainer).dataset)  # type: ignore[arg-type]
-            _check_same_size(len(trajectory) // reading.rows_per_sample, samples)
-            for batch in training_set(trainer, pl_module, self):
-                label = batch.label.clamp(min=0)
-                seen = attribute(batch.x, label)
-                margin, index = seen.total(), reading.row_indices(batch.index)
-                counts = (reading.by_row(batch.weight) > 0) & (batch.label != IGNORED)
-                _check_same_labels(trajectory.label[index], batch.label.cpu())
-                trajectory.observe(index[counts.cpu()], seen.logits[counts], label[counts], margin[counts])
-                if not is_last:
-                    columns.setdefault("label", []).append(batch.label.cpu())
-                    continue
-                found = {"label": batch.label, "last": trajectory.coordinates(seen.logits)}
-                found |= _seen_in_the_last_pass(seen, label, margin)
-                found |= {} if not seen.watched else {"response": response(pl_module, watch[0], seen.watched[0])}
-                for name, value in found.items():
-                    columns.setdefault(name, []).append(value.cpu())
-        return {name: torch.cat(parts) for name, parts in columns.items()}
-
-    def _judged(
-        self, trainer: Trainer, pl_module: LightningModule, share: dict[str, Tensor]
-    ) -> tuple[list[Judged], Tensor]:
-        """What the recipe makes of each label, and the given labels of the whole training set, (N,) or (N, L).
-
-        Args:
-            trainer: of the fit.
-            pl_module: whose weights are looked at.
-            share: what the last pass showed of this rank's rows.
-        """
-        trajectory, reduce = self._trajectory_in_use, sum_over_ranks(trainer.strategy)
-        rows = self.reading.rows_per_sample
-        total = len(trajectory) // rows
-        index, weight = rank_share(total, trainer.global_rank, trainer.world_size)
-        trajectory.merge(None, reduce)
-        label = place_by_index(index, weight, share["label"].reshape(-1, rows), total, reduce)
-        judged, fault = [], first_not_finite(pl_module)
-        for at, given in enumerate(label.unbind(dim=1)):
-            known = given[given >= 0]
-            is_one_sided = len(known) == 0 or bool(known.min() == known.max())
-            if is_one_sided and rows == 1:
-                raise ValueError(
-                    f"Expected training labels of at least two classes, but all {len(known)} samples have label"
-                    f" {int(known[0])}; there is nothing to tell apart."
-                    if len(known)
-                    else f"Expected labels to judge, but all {total} samples have ignore_index="
-                    f"{self.reading.ignore_index}."
-                )
-            of_label = {name: value[at::rows] for name, value in share.items()}
-            evidence = self._evidence(trainer, of_label, index, weight, index * rows + at)
-            verdict = None if is_one_sided else judge_finite(self.recipe, evidence, reduce, fault)
-            judged.append(Judged(evidence, weight, verdict))
-        return judged, label if self.reading.task == "multilabel" else label.flatten()
-
-    def _evidence(
-        self, trainer: Trainer, share: dict[str, Tensor], index: Tensor, weight: Tensor, rows: Tensor
-    ) -> Evidence:
-        """This rank's evidence.
-
-        Args:
-            trainer: of the fit.
-            share: what the last pass showed of one label of each of this rank's samples.
-            index: (n,) int64, the samples.
-            weight: (n,), 0 for one that only pads.
-            rows: (n,) int64, their rows in the trajectory.
-        """
-        trajectory, last = self._trajectory_in_use, share["last"]
-        # A sample that was not drawn in one phase of training is as it was in the last pass.
-        blocks = [phase.where(phase.isfinite(), last) for phase in trajectory.phases(rows)]
-        scores = trajectory.scores(rows)
-        device = compute_device(trainer)
-        counts = weight * (share["label"] != IGNORED)
-        return Evidence(
-            index=index,
-            weight=counts.to(device),
-            label=share["label"].clamp(min=0).to(device),
-            attribution=torch.stack([*blocks, last], dim=1).to(device),
-            basis=trajectory.basis.to(device),
-            margin=share["margin"].to(device),
-            mean_margin=scores["margin"].to(device),
-            support=scores["support"].to(device),
-            uncertainty=scores["uncertainty"].to(device),
-            loss=share["loss"].to(device),
-            prediction=share["prediction"].to(device),
-            response=share["response"].to(device) if "response" in share else None,
-            rows=share["rows"].to(device) if "rows" in share else None,
-        )
+        early = self._early if is_last else None
+        attributor = self._attributor(trainer, pl_module, () if early is None else (early,))
+        found = EvidencePass(self, attributor, self._trajectory_in_use, is_last, self.recipe.needs_rows, early)
+        return found.run(trainer, pl_module)
 
     def _made(self, trainer: Trainer, judged: Sequence[Judged], label: Tensor) -> Partition:
         return assemble(
@@ -828,34 +627,9 @@ class AttributionPartitionCallback(UnlearnCallback):
         )
 
     def _report(self, pl_module: LightningModule, partition: Partition, notes: list[str], seconds: float) -> None:
-        suspects = len(partition.suspect_indices())
-        rank_zero_info(
-            f"Partition after {partition.epoch} epochs ({partition.recipe}, {partition.layer}, evidence of"
-            f" {len(self._epochs_seen)} epochs and a pass of {seconds:.1f} s): {suspects:,} of {len(partition):,}"
-            f" samples are suspect, estimated noise rate {partition.noise_rate:.1%}."
-        )
-        if self._review is not None:
-            rank_zero_info(f"  {self._review.counts()}")
-        for note in (*notes, *_few_samples(len(partition), self.reading.num_classes)):
-            rank_zero_info(f"  {note}")
-        if partition.warning:
-            rank_zero_warn(f"The partition is not acted upon, training goes on with all the data: {partition.warning}.")
-        elif self._memorised is not None:
-            rank_zero_info(f"  {outlook(self._memorised)}")
-        log_partition(pl_module, partition)
-
-    def _report_round(self, pl_module: LightningModule, drawn: Partition, changed: float) -> None:
-        suspects = len(drawn.suspect_indices())
-        end = "; it is stable, and not drawn again" if self._is_stable else ""
-        if drawn.is_actionable:
-            log_partition(pl_module, drawn)
-        else:
-            last = ", and none is drawn again" if self._is_stable else ""
-            end = f"; it is not acted upon ({drawn.warning}), the one before stays{last}"
-        rank_zero_info(
-            f"Partition drawn again after {drawn.epoch} epochs: {suspects:,} of {len(drawn):,} samples are suspect,"
-            f" estimated noise rate {drawn.noise_rate:.1%}, {changed:.1%} changed sides{end}."
-        )
+        evidence = f"evidence of {len(self._epochs_seen)} epochs and a pass of {seconds:.1f} s"
+        reviewed = [] if self._review is None else [self._review.counts()]
+        report_partition(pl_module, partition, evidence, [*reviewed, *notes], self.reading.num_classes, self._memorised)
 
 
 def _tells(partition: Partition) -> bool:
@@ -863,85 +637,5 @@ def _tells(partition: Partition) -> bool:
     return partition.is_actionable or partition.warning.startswith("it calls all")
 
 
-def _few_samples(total: int, num_classes: int) -> list[str]:
-    """A word of caution where so few samples were measured to look like noise though they are clean."""
-    if total >= _FEW * num_classes:
-        return []
-    return [f"fewer than {_FEW} samples for a class on average, of which some are often suspected though all are clean"]
-
-
 def _consumers(trainer: Trainer) -> list[PartitionConsumer]:
     return [callback for callback in callbacks_of(trainer) if isinstance(callback, PartitionConsumer)]
-
-
-def _check_epochs(at_epoch: int, evidence_every_n_epochs: int, every_n_epochs: int | None) -> None:
-    if at_epoch < 1:
-        raise ValueError(
-            f"Expected at_epoch to be at least 1, the number of epochs trained on all the data, but got {at_epoch}."
-        )
-    if evidence_every_n_epochs < 1:
-        raise ValueError(
-            f"Expected evidence_every_n_epochs to be at least 1, but got {evidence_every_n_epochs}; for a single"
-            " pass set it to at_epoch."
-        )
-    if every_n_epochs is not None and every_n_epochs < 1:
-        raise ValueError(
-            f"Expected every_n_epochs to be at least 1, or None for one partition, but got {every_n_epochs}."
-        )
-
-
-def _check_one_of(name: str, value: str, allowed: tuple[str, str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"Expected {name} to be {allowed[0]!r} or {allowed[1]!r}, but got {value!r}.")
-
-
-def _same_task(before: str, now: str) -> str:
-    if before not in ("", now):
-        raise ValueError(
-            f"Expected a {before} task, as in the checkpoint, but the first batch has labels of a {now} task; give the"
-            f" data it was made with, set task='{before}' if these are its labels, or start again without it."
-        )
-    return now
-
-
-def _check_same_size(before: int, now: int) -> None:
-    if before != now:
-        raise ValueError(
-            f"Expected the {before} training samples of the evidence gathered so far, but the dataset now has {now};"
-            " it must keep its length during a fit, and a checkpoint goes on with the data it was made with (or start"
-            " again without it)."
-        )
-
-
-def _check_same_labels(before: Tensor, now: Tensor) -> None:
-    """Refuses other labels than those seen before, of which -1 is none."""
-    changed = int(((before >= 0) & (before != now)).sum())
-    if changed:
-        raise ValueError(
-            f"Expected every dataset index to keep its label, but {changed} of {len(now)} changed since the last"
-            " evidence pass; labels must be fixed per index, also where a fit is resumed."
-        )
-
-
-def _seen_in_the_last_pass(seen: MarginAttribution, label: Tensor, margin: Tensor) -> dict[str, Tensor]:
-    rows = {} if seen.class_max is None else {"rows": seen.class_max}
-    return {
-        "margin": margin,
-        "loss": cross_entropy(seen.logits, label, reduction="none"),
-        "prediction": seen.logits.argmax(dim=1),
-        **rows,
-    }
-
-
-def _of_several_labels(logits: Tensor, label: Tensor) -> MarginAttribution:
-    """Each label's margin: at the head's input its logit is, less the bias, the sum of gradient x activation."""
-    logits = logits.float()
-    return MarginAttribution(label_margin(logits, label).unsqueeze(1), logits)
-
-
-def _warn_of_probabilities(logits: Tensor) -> None:
-    if (logits >= 0).all() and ((logits.float().sum(dim=1) - 1).abs() < 1e-2).all():
-        rank_zero_warn(
-            "forward seems to return probabilities, whose differences say little where the model is sure; return logits"
-            " (or log-probabilities) for a better partition."
-        )

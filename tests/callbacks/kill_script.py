@@ -25,6 +25,7 @@ import lightning_unlearn.callbacks.partition as partition_module
 from lightning_unlearn import CleanSubsetFinetuneCallback, SensitivityPruneCallback
 from lightning_unlearn.callbacks import _guard
 from lightning_unlearn.callbacks._criteria import SENSITIVITY
+from lightning_unlearn.capture import Attributor
 from tests.toys import Blobs, BlobsData, IndexRecorder, Toy, fit, sgd, trio, weights
 
 SIZE, AT, EPOCHS = 101, 2, 5
@@ -100,7 +101,7 @@ PLACES = {
     "training step": (Toy, "training_step"),
     "reading a training sample": (Reads, "read_in_training"),
     "reading a sample in a pass": (Reads, "read_in_pass"),
-    "attributing a batch": (partition_module.Attributor, "attribute"),
+    "attributing a batch": (Attributor, "attribute"),
     "validation step": (Toy, "validation_step"),
     "drawing the partition": (partition_module.AttributionPartitionCallback, "_draw"),
     "reporting the partition": (partition_module.AttributionPartitionCallback, "_report"),

@@ -13,11 +13,13 @@ from lightning.pytorch.callbacks import Callback, OnExceptionCheckpoint, Progres
 from lightning.pytorch.trainer.states import RunningStage
 from torch.utils.data import DataLoader, default_collate
 
+from lightning_unlearn.callbacks import _partition_log, _recognise
 from lightning_unlearn.callbacks import finetune as finetune_module
 from lightning_unlearn.callbacks import partition as partition_module
 from lightning_unlearn.callbacks import prune as prune_module
 from lightning_unlearn.callbacks._guard import Gauge
 from lightning_unlearn.callbacks._lightning import TrainDataSwap
+from lightning_unlearn.capture import Attributor
 from lightning_unlearn.masking import NeuronPruning
 from lightning_unlearn.sampling import NarrowedLoaders
 from lightning_unlearn.trajectory import Trajectory
@@ -196,15 +198,15 @@ USERS = {
 OURS = {
     "reading in a pass": (Data, "read_in_pass"),
     "collating in a pass": (Collates, "collate_in_pass"),
-    "fingerprint": (partition_module, "fingerprint"),
+    "fingerprint": (_recognise, "fingerprint"),
     "rehearsal": (partition_module, "probe"),
-    "attribution": (partition_module.Attributor, "attribute"),
+    "attribution": (Attributor, "attribute"),
     "evidence of a pass": (Trajectory, "observe"),
     "merging": (Trajectory, "merge"),
     "recipe": (THIS, "recipe_of_a_user"),
-    "memorised": (partition_module.AttributionPartitionCallback, "_share_memorised"),
+    "memorised": (partition_module, "share_memorised"),
     "score before": (partition_module.AttributionPartitionCallback, "_validate"),
-    "report of the partition": (partition_module, "log_partition"),
+    "report of the partition": (_partition_log, "log_partition"),
     "gauge": (prune_module, "make_gauge"),
     "ranking": (prune_module, "rank_neurons"),
     "guard": (Gauge, "is_worse"),

@@ -156,7 +156,7 @@ class Offers(BlobsData):
 class ListensToInfo(L.Callback):
     def __init__(self, monkeypatch):
         self.said = []
-        monkeypatch.setattr("lightning_unlearn.callbacks.partition.rank_zero_info", self.said.append)
+        monkeypatch.setattr("lightning_unlearn.callbacks._recognise.rank_zero_info", self.said.append)
 
     def of_augmentation(self):
         return [line for line in self.said if "random augmentation" in line]

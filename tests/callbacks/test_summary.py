@@ -11,6 +11,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback
+from lightning_unlearn.callbacks import partition as partition_module
+from lightning_unlearn.callbacks._judging import judge_share
 from lightning_unlearn.callbacks._summary import summarise
 from lightning_unlearn.types import REASONS
 from tests.callbacks.published import make_partition
@@ -117,10 +119,10 @@ def test_what_the_callbacks_took_is_counted_once_and_anew_in_each_fit(monkeypatc
 
         return run
 
-    partition, prune, finetune = callbacks = trio(1)
+    _, prune, finetune = callbacks = trio(1)
     monkeypatch.setattr("lightning_unlearn.callbacks._base.time", SimpleNamespace(perf_counter=lambda: now[0]))
     # The one that prunes asks the one that partitions, whose time is not its own.
-    monkeypatch.setattr(partition, "_judged", slowly(partition._judged, 100))
+    monkeypatch.setattr(partition_module, "judge_share", slowly(judge_share, 100))
     monkeypatch.setattr(prune, "_rank", slowly(prune._rank, 10))
     monkeypatch.setattr(finetune, "_attach", slowly(finetune._attach, 1))
     for _ in range(2):

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, RandomSampler
 
 from lightning_unlearn import AttributionPartitionCallback
+from lightning_unlearn.callbacks import _partition_log
 from lightning_unlearn.callbacks import partition as partition_module
 from tests.callbacks.test_training_pass import BATCH, Coded, Net, mixup, two_calls
 from tests.toys import Blobs, BlobsData, IndexRecorder, Toy, assert_same_weights, auroc, fit, mlp, trio, weights
@@ -170,7 +171,8 @@ def test_mixup_is_noticed_said_once_and_passes_are_made_instead(monkeypatch):
 
 def test_without_a_fault_nothing_is_said_of_a_fallback(monkeypatch):
     said = []
-    monkeypatch.setattr(partition_module, "rank_zero_info", said.append)
+    for module in (partition_module, _partition_log):
+        monkeypatch.setattr(module, "rank_zero_info", said.append)
     fit(Toy(), BlobsData(Blobs()), [AttributionPartitionCallback(at_epoch=2)], max_epochs=3)
     assert said[0].startswith("Partition after 2 epochs")
 

@@ -1,0 +1,119 @@
+"""From what training and the last pass showed of this rank's share to what the recipe says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from lightning_unlearn.callbacks._assembly import Judged
+from lightning_unlearn.callbacks._lightning import compute_device
+from lightning_unlearn.data import rank_share
+from lightning_unlearn.distributed import place_by_index, sum_over_ranks
+from lightning_unlearn.finite import first_not_finite, judge_finite
+from lightning_unlearn.functional.mixture import Reduce
+from lightning_unlearn.recipes import Recipe
+from lightning_unlearn.targets import IGNORED, Reading
+from lightning_unlearn.trajectory import Trajectory
+from lightning_unlearn.types import REASONS, Evidence, Partition
+
+
+def judge_share(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    share: dict[str, Tensor],
+    trajectory: Trajectory,
+    reading: Reading,
+    recipe: Recipe,
+) -> tuple[list[Judged], Tensor]:
+    """What the recipe makes of each label, and the given labels of the whole training set, (N,) or (N, L).
+
+    Args:
+        trainer: of the fit.
+        pl_module: whose weights are looked at.
+        share: what the last pass showed of this rank's rows.
+        trajectory: what training and the passes showed.
+        reading: how many rows a sample has.
+        recipe: from evidence to a verdict.
+
+    Raises:
+        ValueError: where all samples have the same label, or none.
+    """
+    reduce, rows = sum_over_ranks(trainer.strategy), reading.rows_per_sample
+    total = len(trajectory) // rows
+    index, weight = rank_share(total, trainer.global_rank, trainer.world_size)
+    device = compute_device(trainer)
+    trajectory.merge(None, reduce)
+    label = place_by_index(index, weight, share["label"].reshape(-1, rows), total, reduce)
+    judged, fault = [], first_not_finite(pl_module)
+    for at, given in enumerate(label.unbind(dim=1)):
+        known = given[given >= 0]
+        is_one_sided = len(known) == 0 or bool(known.min() == known.max())
+        if is_one_sided and rows == 1:
+            raise ValueError(
+                f"Expected training labels of at least two classes, but all {len(known)} samples have label"
+                f" {int(known[0])}; there is nothing to tell apart."
+                if len(known)
+                else f"Expected labels to judge, but all {total} samples have ignore_index={reading.ignore_index}."
+            )
+        of_label = {name: value[at::rows] for name, value in share.items()}
+        evidence = _evidence(trajectory, of_label, index, weight, index * rows + at, device)
+        verdict = None if is_one_sided else judge_finite(recipe, evidence, reduce, fault)
+        judged.append(Judged(evidence, weight, verdict))
+    return judged, label if reading.task == "multilabel" else label.flatten()
+
+
+def _evidence(
+    trajectory: Trajectory,
+    share: dict[str, Tensor],
+    index: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    device: torch.device,
+) -> Evidence:
+    """This rank's evidence.
+
+    Args:
+        trajectory: what training and the passes showed.
+        share: what the last pass showed of one label of each of this rank's samples.
+        index: (n,) int64, the samples.
+        weight: (n,), 0 for one that only pads.
+        rows: (n,) int64, their rows in the trajectory.
+        device: where the recipe computes.
+    """
+    last = share["last"]
+    # A sample that was not drawn in one phase of training is as it was in the last pass.
+    blocks = [phase.where(phase.isfinite(), last) for phase in trajectory.phases(rows)]
+    scores = trajectory.scores(rows)
+    counts = weight * (share["label"] != IGNORED)
+    return Evidence(
+        index=index,
+        weight=counts.to(device),
+        label=share["label"].clamp(min=0).to(device),
+        attribution=torch.stack([*blocks, last], dim=1).to(device),
+        basis=trajectory.basis.to(device),
+        margin=share["margin"].to(device),
+        mean_margin=scores["margin"].to(device),
+        support=scores["support"].to(device),
+        uncertainty=scores["uncertainty"].to(device),
+        loss=share["loss"].to(device),
+        prediction=share["prediction"].to(device),
+        response=share["response"].to(device) if "response" in share else None,
+        rows=share["rows"].to(device) if "rows" in share else None,
+    )
+
+
+def share_memorised(judged: Sequence[Judged], partition: Partition, reduce: Reduce) -> float | None:
+    """Of the labels suspected to be wrong, how many the network gives nevertheless; None where none is suspected."""
+    sums = torch.zeros(2)
+    by_label = partition.reason.eq(REASONS.index("label"))
+    for at, one in enumerate(judged):
+        evidence, wrong = one.evidence, by_label
+        if partition.is_multilabel:
+            wrong = wrong & (partition.suggested_label != partition.label)[:, at]
+        counted = (evidence.weight * wrong[evidence.index].to(evidence.weight.device)).cpu()
+        sums += torch.stack([counted.sum(), counted[(evidence.prediction == evidence.label).cpu()].sum()])
+    suspects, memorised = reduce(sums).tolist()
+    return memorised / suspects if suspects else None

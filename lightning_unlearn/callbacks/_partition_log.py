@@ -1,0 +1,86 @@
+"""What is said when a partition is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from lightning_unlearn.callbacks._loggers import log_partition
+from lightning_unlearn.callbacks._summary import outlook
+from lightning_unlearn.types import Partition
+
+# Samples per class below which clean data of a weak model were called noisy in four of ten simulated sets.
+_FEW = 50
+
+
+def report_partition(
+    pl_module: LightningModule,
+    partition: Partition,
+    evidence: str,
+    notes: Sequence[str],
+    num_classes: int,
+    memorised: float | None,
+) -> None:
+    """Says what the first partition found, and what follows from it.
+
+    Args:
+        pl_module: logs.
+        partition: that was drawn.
+        evidence: what it was drawn from, in words.
+        notes: of the person who has reviewed it and of the recipe, in words.
+        num_classes: C.
+        memorised: see :class:`~lightning_unlearn.types.RepairSummary`.
+    """
+    suspects = len(partition.suspect_indices())
+    rank_zero_info(
+        f"Partition after {partition.epoch} epochs ({partition.recipe}, {partition.layer}, {evidence}):"
+        f" {suspects:,} of {len(partition):,} samples are suspect, estimated noise rate {partition.noise_rate:.1%}."
+    )
+    for note in (*notes, *_few_samples(len(partition), num_classes)):
+        rank_zero_info(f"  {note}")
+    if partition.warning:
+        rank_zero_warn(f"The partition is not acted upon, training goes on with all the data: {partition.warning}.")
+    elif memorised is not None:
+        rank_zero_info(f"  {outlook(memorised)}")
+    log_partition(pl_module, partition)
+
+
+def report_round(pl_module: LightningModule, drawn: Partition, changed: float, is_stable: bool) -> None:
+    """Says what drawing it again found.
+
+    Args:
+        pl_module: logs.
+        drawn: the new partition.
+        changed: share of the samples that have changed sides.
+        is_stable: whether that was so few that it is not drawn again.
+    """
+    suspects = len(drawn.suspect_indices())
+    end = "; it is stable, and not drawn again" if is_stable else ""
+    if drawn.is_actionable:
+        log_partition(pl_module, drawn)
+    else:
+        last = ", and none is drawn again" if is_stable else ""
+        end = f"; it is not acted upon ({drawn.warning}), the one before stays{last}"
+    rank_zero_info(
+        f"Partition drawn again after {drawn.epoch} epochs: {suspects:,} of {len(drawn):,} samples are suspect,"
+        f" estimated noise rate {drawn.noise_rate:.1%}, {changed:.1%} changed sides{end}."
+    )
+
+
+def warn_of_probabilities(logits: Tensor) -> None:
+    """Warns where what ``forward`` returns, (B, C), seems to be probabilities."""
+    if (logits >= 0).all() and ((logits.float().sum(dim=1) - 1).abs() < 1e-2).all():
+        rank_zero_warn(
+            "forward seems to return probabilities, whose differences say little where the model is sure; return logits"
+            " (or log-probabilities) for a better partition."
+        )
+
+
+def _few_samples(total: int, num_classes: int) -> list[str]:
+    """A word of caution where so few samples were measured to look like noise though they are clean."""
+    if total >= _FEW * num_classes:
+        return []
+    return [f"fewer than {_FEW} samples for a class on average, of which some are often suspected though all are clean"]

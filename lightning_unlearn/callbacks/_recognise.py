@@ -1,0 +1,123 @@
+"""Whether the training data are still those that the evidence is of."""
+
+from __future__ import annotations
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+
+from lightning_unlearn.callbacks._base import given_labels, labels_vary, reading_of
+from lightning_unlearn.callbacks._lightning import undisturbed
+from lightning_unlearn.callbacks._scoring import OFFER, offers_scoring_loader, scoring_loader, train_loader
+from lightning_unlearn.fingerprint import check_fingerprint, fingerprint, sampled_indices, varies
+from lightning_unlearn.types import PartitionSource
+
+_AUGMENTED = (
+    "Items of the training set differ from one reading to the next (random augmentation), so a pass scores samples as"
+    f" they are augmented at that moment; a DataModule with {OFFER}(), which returns a loader of the same samples in"
+    " the same order without augmentation, has them scored as they are."
+)
+
+_MIXED = (
+    "Expected a sample to have the same label whenever it is read, but it differs, as where samples are mixed (MixUp,"
+    f" CutMix). Where collate_fn mixes them, let the DataModule offer {OFFER}(), a loader of the same samples in the"
+    " same order that does not; a transfer hook shall mix only if self.trainer.training."
+)
+
+
+def recognise_data(
+    trainer: Trainer, pl_module: LightningModule, source: PartitionSource, known: Tensor | None, before: str | None
+) -> str:
+    """Takes the data's fingerprint, and after a resume compares it and the labels of the sampled items.
+
+    Within ``undisturbed``, so that where one rank refuses its data, all do.
+
+    Args:
+        trainer: of the fit.
+        pl_module: the user's.
+        source: knows how batches are read.
+        known: (N,) int64, the label of every row as a checkpoint has it; None in a fit from the start.
+        before: the fingerprint in the checkpoint, or empty; None for no comparison.
+
+    Raises:
+        ValueError: for other data than before; for labels that vary from one reading to the next; where the loader that
+            is offered for the passes has other labels.
+    """
+    loader = scoring_loader(trainer)
+    with undisturbed(trainer, pl_module):
+        found = fingerprint(loader)
+        index = sampled_indices(len(loader.dataset))  # type: ignore[arg-type]
+        if known is None and offers_scoring_loader(trainer):
+            _check_offered(trainer, pl_module, source, index)
+        # Also where there is nothing to compare them with: one of them may not be of the task that the first batch
+        # seemed to be of.
+        given = given_labels(trainer, pl_module, source, loader, index)
+        if labels_vary(trainer, pl_module, reading_of(source), loader, index):
+            raise ValueError(_MIXED)
+        if known is not None:
+            check_same_labels(known[reading_of(source).row_indices(index)], given)
+        if before is not None:
+            check_fingerprint(before, found)
+    if varies(found):
+        rank_zero_info(_AUGMENTED)
+    return found
+
+
+def _check_offered(trainer: Trainer, pl_module: LightningModule, source: PartitionSource, index: Tensor) -> None:
+    if labels_vary(trainer, pl_module, reading_of(source), train_loader(trainer), index):
+        # Samples are mixed in training, which the offer is there to spare the passes.
+        return
+    expected, found = (
+        given_labels(trainer, pl_module, source, loader(trainer), index) for loader in (train_loader, scoring_loader)
+    )
+    if differ := int((expected != found).sum()):
+        raise ValueError(
+            f"Expected {OFFER}() to return a loader of the training set's samples in the same order, but {differ}"
+            f" of {len(found)} labels that were compared differ."
+        )
+
+
+def check_same_size(before: int, now: int) -> None:
+    """Refuses a training set of another length than that of the evidence so far.
+
+    Raises:
+        ValueError: with both numbers.
+    """
+    if before != now:
+        raise ValueError(
+            f"Expected the {before} training samples of the evidence gathered so far, but the dataset now has {now};"
+            " it must keep its length during a fit, and a checkpoint goes on with the data it was made with (or start"
+            " again without it)."
+        )
+
+
+def check_same_labels(before: Tensor, now: Tensor) -> None:
+    """Refuses other labels than those seen before, of which -1 is none.
+
+    Raises:
+        ValueError: with the number of labels that have changed.
+    """
+    changed = int(((before >= 0) & (before != now)).sum())
+    if changed:
+        raise ValueError(
+            f"Expected every dataset index to keep its label, but {changed} of {len(now)} changed since the last"
+            " evidence pass; labels must be fixed per index, also where a fit is resumed."
+        )
+
+
+def same_task(before: str, now: str) -> str:
+    """The task, if it is that of the checkpoint.
+
+    Args:
+        before: the checkpoint's; empty in a fit from the start.
+        now: as the first batch looks.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if before not in ("", now):
+        raise ValueError(
+            f"Expected a {before} task, as in the checkpoint, but the first batch has labels of a {now} task; give the"
+            f" data it was made with, set task='{before}' if these are its labels, or start again without it."
+        )
+    return now

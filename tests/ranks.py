@@ -49,6 +49,6 @@ def run_script(script: Path, folder: Path, *arguments: str) -> "subprocess.Compl
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=500,
         check=False,
     )

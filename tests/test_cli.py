@@ -89,7 +89,7 @@ def run(arguments, folder):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=500,
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr

@@ -14,7 +14,7 @@ def test_the_script_runs_from_any_folder_and_shows_what_it_found(tmp_path):
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=500,
         check=True,
     ).stdout
     before, after = map(float, re.search(r"accuracy (0\.\d+) after 3 epochs, (0\.\d+) with the repair", shown).groups())

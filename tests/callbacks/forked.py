@@ -69,7 +69,7 @@ def run(target: Callable[..., Any], *args: Any) -> int:
 
 
 def launch(
-    target: Callable[..., Any], folder: Path, *args: Any, world_size: int = 2, timeout: float = 150
+    target: Callable[..., Any], folder: Path, *args: Any, world_size: int = 2, timeout: float = 500
 ) -> subprocess.CompletedProcess[str]:
     """Runs ``target(folder, *args)`` on ranks, which Lightning takes for started by something like torchrun.
 
@@ -88,7 +88,7 @@ def launch(
 
 
 def call(
-    target: Callable[..., Any], folder: Path, *args: Any, timeout: float = 150
+    target: Callable[..., Any], folder: Path, *args: Any, timeout: float = 500
 ) -> subprocess.CompletedProcess[str]:
     """Runs ``target(folder, *args)`` in one process, which is of no group."""
     return complete({"alone": {}}, timeout, target, folder, *args)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         AttributionPartitionCallback,
         CleanSubsetFinetuneCallback,
         SensitivityPruneCallback,
+        UnlearnReport,
     )
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ __all__ = [
     "NeuronMask",
     "Partition",
     "SensitivityPruneCallback",
+    "UnlearnReport",
     "__version__",
     "shrink",
 ]

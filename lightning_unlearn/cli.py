@@ -6,6 +6,7 @@ import argparse
 import json
 import platform
 import sys
+import webbrowser
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -19,7 +20,7 @@ from lightning_unlearn.storage import replacing, target_file, target_folder
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lightning-unlearn", description=lightning_unlearn.__doc__)
     parser.add_argument("--version", action="version", version=f"%(prog)s {lightning_unlearn.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,fit}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,fit,report}")
     demo = commands.add_parser(
         "demo",
         help="train on digits with wrong labels, repair, and compare with controls",
@@ -38,7 +39,46 @@ def _parser() -> argparse.ArgumentParser:
         add_help=False,
         help="LightningCLI's fit, with the callbacks in the YAML: lightning-unlearn fit --config run.yaml",
     )
+    _add_report(commands)
     return parser
+
+
+def _add_report(commands: Any) -> None:
+    report = commands.add_parser(
+        "report",
+        help="one HTML file of what a fit has found: lightning-unlearn report RUN_DIR",
+        description=(
+            "Makes report.html from what UnlearnReport has written when a fit ended: summary and advice, noise"
+            " estimate, classes, the most suspect samples, curves, neurons, time. One file, which needs no network."
+        ),
+        epilog=(
+            "A run directory comes from the callback UnlearnReport() beside the others, or from lightning-unlearn demo;"
+            " a folder with a partition.npz alone gives a report without samples and curves."
+        ),
+    )
+    report.add_argument("run", type=Path, metavar="RUN_DIR", help="the folder, as 'lightning_logs/version_0/unlearn'")
+    report.add_argument("--out", type=Path, metavar="FILE", help="the file to write (RUN_DIR/report.html)")
+    report.add_argument(
+        "--control",
+        type=Path,
+        metavar="RUN_DIR",
+        help="of a fit to compare with, as one with action='report', whose curves are drawn dashed",
+    )
+    report.add_argument("--open", action="store_true", help="show it in the browser")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from lightning_unlearn.report import RunRecord, write_report
+
+    try:
+        record = RunRecord.load(options.run)
+        control = None if options.control is None else RunRecord.load(options.control)
+        file = write_report(record, options.out or options.run / "report.html", control)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"lightning-unlearn report: {error}") from error
+    print(file)
+    if options.open:
+        webbrowser.open(file.resolve().as_uri())
 
 
 def _fit(arguments: Sequence[str] | None) -> None:
@@ -93,7 +133,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # LightningCLI has its own parser, help included, and reads the process's arguments itself.
         _fit(arguments)
         return
-    _demo(_parser().parse_args(given))
+    options = _parser().parse_args(given)
+    {"demo": _demo, "report": _report}[options.command](options)
 
 
 if __name__ == "__main__":

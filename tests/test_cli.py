@@ -4,9 +4,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from lightning_unlearn import Partition
 from lightning_unlearn.cli import main
+from tests.callbacks.published import make_partition
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "digits.yaml"
 
@@ -147,6 +149,7 @@ def shorter(example, folder):
     [
         (["--help"], "demo"),
         (["demo", "--help"], "--fast"),
+        (["report", "--help"], "--control"),
         (["--version"], "lightning-unlearn 0."),
         (["fit", "--help"], "--config"),
     ],
@@ -177,6 +180,31 @@ def test_a_missing_extra_is_named(missing, arguments, advice, monkeypatch, tmp_p
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises((ImportError, SystemExit), match=advice):
         main(arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing"], "Expected a folder that UnlearnReport has written, but missing does not exist"),
+        (["folder"], "but there is no partition.npz in it; add UnlearnReport"),
+        (["run", "--control", "folder"], "but there is no partition.npz in it"),
+        (["run", "--out", "folder"], "Expected a file to write, but folder is a folder"),
+    ],
+)
+def test_a_folder_without_a_run_is_no_report(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    make_partition(torch.rand(20), torch.arange(20) % 4).save("run/partition.npz")
+    with pytest.raises(SystemExit, match=f"lightning-unlearn report: .*{message}"):
+        main(["report", *arguments])
+
+
+def test_a_report_may_be_shown_at_once(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr("webbrowser.open", shown.append)
+    make_partition(torch.rand(20), torch.arange(20) % 4).save(tmp_path / "partition.npz")
+    main(["report", str(tmp_path), "--open"])
+    assert shown == [(tmp_path / "report.html").as_uri()]
 
 
 @pytest.mark.parametrize(

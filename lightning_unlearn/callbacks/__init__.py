@@ -7,8 +7,9 @@ from lightning_unlearn.callbacks._packages import join_packages
 from lightning_unlearn.callbacks.finetune import CleanSubsetFinetuneCallback
 from lightning_unlearn.callbacks.partition import AttributionPartitionCallback
 from lightning_unlearn.callbacks.prune import SensitivityPruneCallback
+from lightning_unlearn.callbacks.report import UnlearnReport
 
-__all__ = ["AttributionPartitionCallback", "CleanSubsetFinetuneCallback", "SensitivityPruneCallback"]
+__all__ = ["AttributionPartitionCallback", "CleanSubsetFinetuneCallback", "SensitivityPruneCallback", "UnlearnReport"]
 
 join_packages()
 if _log.name.startswith("pytorch_lightning"):

@@ -166,6 +166,11 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
             raise RuntimeError(f"Training is on all the data yet: it is narrowed {when}.")
         return self._draw
 
+    @property
+    def first_epoch(self) -> int | None:
+        """The first epoch, counted from 0, on the clean subset; None before it is known."""
+        return None if self._draw is None else self._first_epoch
+
     @override
     def describe(self) -> str:
         """What was done, in one clause; empty where nothing was."""

@@ -1,0 +1,318 @@
+"""When to write down what a fit has come to, for people to look at."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_unlearn.callbacks._base import PartitionConsumer, find_partition_source, reading_of
+from lightning_unlearn.callbacks._lightning import callbacks_of, is_fast_dev_run
+from lightning_unlearn.callbacks._packages import EitherCallback
+from lightning_unlearn.callbacks._scoring import scoring_loader, train_loader
+from lightning_unlearn.report import RunRecord, SampleView, write_report
+from lightning_unlearn.types import MaskSource, Partition, PartitionSource
+
+REPORT = "report.html"
+_PACKAGES = ("lightning-unlearn", "torch", "lightning", "pytorch-lightning", "captum")
+# What all samples of the gallery may take, so that the page stays below 20 MB whatever they are.
+_BUDGET = 12_000_000
+_MOST_PER_SAMPLE = 200_000
+_LOSS = "training loss"
+
+
+class UnlearnReport(EitherCallback):
+    """Writes a run directory and ``report.html`` in it when the fit ends, for people to look at.
+
+    One file that needs no network: what was found and done, and whether it helped; the noise estimate; which classes
+    are taken for which; the probabilities of being clean; the most suspect samples, to filter and to sort; training
+    curves with the swap; neurons; time. ``lightning-unlearn report DIR`` makes it again from the run directory.
+
+    Beside an AttributionPartitionCallback, in any place of the Trainer's callbacks. What goes wrong while it writes is
+    said in one warning, and does not end the fit.
+
+    Args:
+        dir: the run directory; by default ``unlearn`` in the logger's folder, or in the Trainer's ``default_root_dir``.
+        class_names: by label.
+        samples: how many of the most suspect samples the gallery holds. They are read from the data set (that of
+            ``attribution_dataloader()`` where the user offers it), and are in the file.
+        render: from an item of the data set to what is shown of it: a text, a PIL image, or the bytes of a PNG. By
+            default pictures, sounds (with ``sample_rate``), texts and tables are shown as they are.
+        mean: that the data set's transforms have subtracted from each channel of a picture, to be added again.
+        std: by which they have divided it. Without both, a picture with values beyond [0, 1] is stretched to them.
+        channels: whether a picture's channels come ``"first"`` or ``"last"``; by default as its shape looks.
+        sample_rate: of sounds, (T,) or (1, T), per second.
+
+    Raises:
+        ValueError: for arguments that do not fit, here; for ``class_names`` that are too many or too few, before the
+            first training step.
+        MisconfigurationException: without an AttributionPartitionCallback beside it, when the fit is set up.
+
+    Example:
+        >>> UnlearnReport(class_names=["cat", "dog"]).samples
+        200
+    """
+
+    def __init__(  # noqa: PLR0913  (each is an option of its own)
+        self,
+        dir: str | os.PathLike[str] | None = None,
+        *,
+        class_names: Sequence[str] | None = None,
+        samples: int = 200,
+        render: Callable[[Any], Any] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        channels: Literal["first", "last"] | None = None,
+        sample_rate: int | None = None,
+    ) -> None:
+        if samples < 0:
+            raise ValueError(f"Expected samples to be at least 0, but got {samples}.")
+        if isinstance(class_names, str):
+            raise ValueError(f"Expected class_names to be a list of names, but got the text {class_names!r}.")
+        self.dir = dir
+        self.class_names = None if class_names is None else [str(name) for name in class_names]
+        self.samples = samples
+        self.view = SampleView(render, mean, std, channels, sample_rate)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._folder = Path()
+        self._curves: dict[str, list[list[float]]] = {}
+        self._known: dict[str, Any] = {}
+        self._losses: list[Any] = [0.0, 0]
+        self._started = self._validation_started = time.perf_counter()
+        self._seconds = {"fit": 0.0, "validation": 0.0}
+
+    @property
+    def path(self) -> Path:
+        """Where the report is or will be, from ``setup`` on."""
+        return self._folder / REPORT
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        find_partition_source(trainer, type(self).__name__)
+        if trainer.current_epoch == 0:
+            self._reset()
+        # On every rank, as the logger's folder is agreed upon.
+        logged = trainer.log_dir
+        default = Path(logged or trainer.default_root_dir) / "unlearn"
+        self._folder = default if self.dir is None else Path(self.dir).expanduser()
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._started = time.perf_counter()
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._check_names(find_partition_source(trainer, type(self).__name__))
+        # Here, and not when the epoch before has ended, when not all of its metrics were known.
+        self._note_metrics(trainer, trainer.current_epoch - 1)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            # Lightning has divided it by the number of batches that make a step.
+            self._losses[0] = self._losses[0] + loss.detach().float() * trainer.accumulate_grad_batches
+            self._losses[1] += 1
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validation_started = time.perf_counter()
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._seconds["validation"] += time.perf_counter() - self._validation_started
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._note_metrics(trainer, trainer.current_epoch - 1)
+        self._seconds["fit"] += time.perf_counter() - self._started
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero or is_fast_dev_run(trainer):
+            return
+        # The model is trained, and a picture less is no reason to lose it.
+        try:
+            record = self._record(trainer, pl_module)
+            write_report(record, record.save(self._folder) / REPORT)
+        except Exception as error:
+            rank_zero_warn(f"There is no report of this fit: {type(error).__name__}: {error}")
+        else:
+            rank_zero_info(f"Report: {self.path}")
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        # A fit that goes on from the end of an epoch does not see it; the state holds these very curves.
+        if trainer.is_last_batch:
+            self._note_metrics(trainer, trainer.current_epoch)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Numbers: the curves so far."""
+        return {"curves": self._curves}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._curves = {name: [list(point) for point in points] for name, points in state_dict["curves"].items()}
+
+    def _check_names(self, source: PartitionSource) -> None:
+        reading = reading_of(source)
+        if self.class_names is None or not reading.num_outputs:
+            return
+        classes = reading.num_outputs if reading.task == "multilabel" else reading.num_classes
+        if len(self.class_names) != classes:
+            raise ValueError(
+                f"Expected class_names to name each of {classes} classes, but got {len(self.class_names)} names."
+            )
+
+    def _note_metrics(self, trainer: Trainer, epoch: int) -> None:
+        """Takes the metrics of an epoch that has ended; one that was not logged in it is the very tensor it was."""
+        metrics = dict(trainer.callback_metrics)
+        fresh = {name: value for name, value in metrics.items() if self._known.get(name) is not value}
+        self._known = metrics
+        total, batches = self._losses
+        self._losses = [0.0, 0]
+        if epoch < 0:
+            return
+        if batches:
+            fresh[_LOSS] = total / batches
+        for name, value in fresh.items():
+            number = float(value)
+            points = self._curves.setdefault(name, [])
+            if torch.tensor(number).isfinite() and (not points or points[-1][0] < epoch):
+                points.append([epoch, number])
+
+    def _record(self, trainer: Trainer, pl_module: LightningModule) -> RunRecord:
+        source: Any = find_partition_source(trainer, type(self).__name__)
+        ours = [callback for callback in callbacks_of(trainer) if isinstance(callback, (PartitionConsumer, type(self)))]
+        masks = [mask for callback in ours for mask in _found(callback, "masks", ())]
+        summary = _found(source, "summary", None)
+        partition: Partition = source.partition
+        first = next((epoch for callback in ours if (epoch := getattr(callback, "first_epoch", None))), None)
+        rounds = [vars(drawn) | {} for drawn in getattr(source, "rounds", ())]
+        gallery, fault = self._gallery(trainer, partition)
+        if fault:
+            rank_zero_warn(f"Some samples of the report's gallery cannot be shown: {fault}")
+        return RunRecord(
+            partition=partition,
+            masks=tuple(masks),
+            gallery=gallery,
+            summary={} if summary is None else {**vars(summary), "done": list(summary.done)},
+            rounds=rounds,
+            threshold=float(getattr(source, "threshold", 0.5)),
+            class_names=self.class_names or [],
+            settings={type(callback).__name__: _settings(callback) for callback in (source, *ours)},
+            versions=_versions(),
+            fit=_facts(trainer, pl_module) | ({"dry run": "yes"} if source.is_dry_run else {}),
+            seconds=self._seconds | _phases([source, *ours]),
+            curves=_without_double(self._curves),
+            swaps=[] if first is None else sorted({first, *(r["epoch"] for r in rounds if r["epoch"] > first)}),
+        )
+
+    def _gallery(self, trainer: Trainer, partition: Partition) -> tuple[dict[int, dict[str, Any]], str]:
+        """What is shown of the most suspect samples; and why not of all, of the first of which that is so."""
+        dataset = scoring_loader(trainer).dataset
+        suspects = partition.suspect_indices()[: self.samples].tolist()
+        with isolate_rng():
+            cards = {index: self._card(dataset, index) for index in suspects}
+        faults = [f"sample {index}: {card['text']}" for index, card in cards.items() if card["kind"] == "fault"]
+        return cards, faults[0] if faults else ""
+
+    def _card(self, dataset: Any, index: int) -> dict[str, Any]:
+        budget = min(_MOST_PER_SAMPLE, _BUDGET // max(1, self.samples))
+        try:
+            return self.view.card(dataset[index], budget)
+        except Exception as error:  # of the user's data set, or render
+            return {"kind": "fault", "text": f"{type(error).__name__}: {error}"[:300]}
+
+
+def _found(callback: Any, name: str, otherwise: Any) -> Any:
+    """What a callback publishes, or something else where it has nothing yet."""
+    try:
+        return getattr(callback, name, otherwise)
+    except RuntimeError:
+        return otherwise
+
+
+def _settings(callback: Any) -> dict[str, Any]:
+    """The arguments that a callback was made with, as it has kept them."""
+    names = [name for name in inspect.signature(type(callback).__init__).parameters if hasattr(callback, name)]
+    return {name: _plain(getattr(callback, name)) for name in names}
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if torch.tensor(value).isfinite() else str(value)
+    if isinstance(value, (list, tuple)):
+        return ", ".join(str(part) for part in value)
+    return str(getattr(value, "name", None) or getattr(value, "__qualname__", None) or value)[:200]
+
+
+def _versions() -> dict[str, str]:
+    found = {package: _version(package) for package in _PACKAGES}
+    return {"python": platform.python_version(), **{name: text for name, text in found.items() if text}}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _facts(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+    data = getattr(trainer, "datamodule", None) or train_loader(trainer).dataset
+    return {
+        "model": type(pl_module).__name__,
+        "data": type(data).__name__,
+        "finished": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        "epochs": trainer.current_epoch,
+        "steps": trainer.global_step,
+        "parameters": sum(parameter.numel() for parameter in pl_module.parameters()),
+        "strategy": type(trainer.strategy).__name__,
+        "processes": trainer.world_size,
+        "precision": str(trainer.precision),
+        "seed": os.environ.get("PL_GLOBAL_SEED", "not set by seed_everything"),
+    }
+
+
+def _phases(callbacks: Sequence[Any]) -> dict[str, float]:
+    phases: dict[str, float] = {}
+    for callback in callbacks:
+        if not hasattr(callback, "seconds"):
+            continue
+        name = "swap to the clean subset"
+        if isinstance(callback, PartitionSource):
+            name = "evidence passes, partition"
+        elif isinstance(callback, MaskSource):
+            name = "pruning"
+        phases[name] = phases.get(name, 0.0) + float(callback.seconds)
+    return phases
+
+
+def _without_double(curves: dict[str, list[list[float]]]) -> dict[str, list[list[float]]]:
+    """The loss of the steps in place of what the module logs of it, which may be the last batch's alone."""
+    doubles = [name for name in curves if name.startswith("train") and "loss" in name and name != _LOSS]
+    return {name: points for name, points in curves.items() if _LOSS not in curves or name not in doubles}

@@ -1,0 +1,119 @@
+"""What a run directory holds: results as arrays without a pickle, the rest as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from lightning_unlearn.storage import replacing, target_folder
+from lightning_unlearn.types import NeuronMask, Partition
+
+RUN_VERSION = 1
+_RUN, _GALLERY, _PARTITION = "run.json", "gallery.json", "partition.npz"
+
+
+@dataclass(frozen=True, eq=False)
+class RunRecord:
+    """A fit, as its report needs it. All but the results is JSON.
+
+    Args:
+        partition: the last one that was acted upon, or the one that was not.
+        masks: of pruned neurons, one for each layer.
+        gallery: what is shown of a sample (see :class:`~lightning_unlearn.report.samples.SampleView`), by its index in
+            the data set.
+        summary: fields of :class:`~lightning_unlearn.types.RepairSummary`; empty if the fit did not come to its end.
+        rounds: fields of :class:`~lightning_unlearn.types.PartitionRound`, for every drawing of the partition.
+        threshold: below which a sample is not clean.
+        class_names: by label; empty where they are not known.
+        settings: of each callback by its name.
+        versions: of packages.
+        fit: what was fitted, with what and when, in words.
+        seconds: of the fit and of its phases.
+        curves: of each metric, pairs of an epoch (counted from 0) and the value at its end.
+        swaps: epochs, counted from 0, at whose start another set of samples was trained on.
+    """
+
+    partition: Partition
+    masks: tuple[NeuronMask, ...] = ()
+    gallery: dict[int, dict[str, Any]] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    threshold: float = 0.5
+    class_names: list[str] = field(default_factory=list)
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    fit: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    curves: dict[str, list[list[float]]] = field(default_factory=dict)
+    swaps: list[int] = field(default_factory=list)
+
+    def save(self, folder: str | PathLike[str]) -> Path:
+        """Writes the run directory, and returns it; it is made, and an earlier run's files are replaced."""
+        target = target_folder(folder)
+        self.partition.save(target / _PARTITION)
+        names = [f"mask-{at}.npz" for at, _ in enumerate(self.masks)]
+        for name, mask in zip(names, self.masks, strict=True):
+            mask.save(target / name)
+        about = {name: getattr(self, name) for name in _plain_fields()}
+        _write(target / _GALLERY, {"version": RUN_VERSION, "samples": {str(i): c for i, c in self.gallery.items()}})
+        # Last, since it says that the others are there.
+        _write(target / _RUN, {"version": RUN_VERSION, "masks": names, **about})
+        return target
+
+    @classmethod
+    def load(cls, folder: str | PathLike[str]) -> RunRecord:
+        """Reads a run directory; one with ``partition.npz`` alone will do.
+
+        Raises:
+            ValueError: for a folder without a run, and for files that are not as they were written.
+        """
+        source = Path(folder).expanduser()
+        if not source.is_dir():
+            found = "is a file" if source.exists() else "does not exist"
+            raise ValueError(f"Expected a folder that UnlearnReport has written, but {source} {found}.")
+        if not (source / _PARTITION).is_file():
+            raise ValueError(
+                f"Expected {source} to be a folder that UnlearnReport has written, but there is no {_PARTITION} in it;"
+                " add UnlearnReport() to the Trainer's callbacks, which writes one when the fit ends (by default"
+                " 'unlearn' in the logger's folder)."
+            )
+        partition = Partition.load(source / _PARTITION)
+        if not (source / _RUN).is_file():
+            return cls(partition)
+        about, gallery = _read(source / _RUN), _read(source / _GALLERY)
+        masks = tuple(NeuronMask.load(source / Path(name).name) for name in about.get("masks", []))
+        values = {name: about[name] for name in _plain_fields() if name in about}
+        cards = {int(index): card for index, card in gallery.get("samples", {}).items() if isinstance(card, dict)}
+        return cls(partition, masks, cards, **values)
+
+
+def _plain_fields() -> list[str]:
+    return [one.name for one in dataclasses.fields(RunRecord)][3:]
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    with replacing(path) as file:
+        file.write((json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+
+
+def _read(path: Path) -> dict[str, Any]:
+    wanted = f"Expected {path} to be a file that UnlearnReport has written, but"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{wanted} it cannot be read ({error}); run the fit again.") from error
+    if not isinstance(content, dict) or content.get("version") != RUN_VERSION:
+        found = content.get("version") if isinstance(content, dict) else None
+        raise ValueError(
+            f"{wanted} it has format version {found} where this version of lightning_unlearn has {RUN_VERSION}."
+        )
+    blank = {one.name: one for one in dataclasses.fields(RunRecord)}
+    for name, value in content.items():
+        default = blank[name].default_factory if name in blank else dataclasses.MISSING
+        if default is not dataclasses.MISSING and not isinstance(value, type(default())):
+            raise ValueError(f"{wanted} its {name} is a {type(value).__name__}; run the fit again.")
+    return content

@@ -1,0 +1,199 @@
+"""From what a run directory holds to one HTML file, which needs nothing else: no network, no other file."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from functools import cache
+from importlib.resources import files
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import Environment, FunctionLoader, StrictUndefined
+from markupsafe import Markup
+from torch import Tensor
+
+from lightning_unlearn.report.charts import bars, curve_charts, has_coefficient, heat_map, histogram, sensitivities
+from lightning_unlearn.report.record import RunRecord
+from lightning_unlearn.storage import replacing
+from lightning_unlearn.types import REASONS, NeuronMask, Partition
+
+# Classes in a heat map; of more, those with the most suspects.
+_CLASSES = 30
+_SOURCE = re.compile(r"data:(image/(png|jpeg)|audio/wav);base64,[A-Za-z0-9+/=]*")
+
+
+def write_report(record: RunRecord, file: str | PathLike[str], control: RunRecord | None = None) -> Path:
+    """Writes the report to a file, and returns its path; see :func:`render_report`."""
+    with replacing(file) as target:
+        target.write(render_report(record, control).encode())
+    return Path(file).expanduser()
+
+
+def render_report(record: RunRecord, control: RunRecord | None = None) -> str:
+    """One self-contained HTML page.
+
+    Whatever comes from the data is escaped, and the page's policy lets no script run but its own and nothing be loaded
+    from anywhere.
+
+    Args:
+        record: of the run.
+        control: of a fit to compare it with, whose curves are drawn dashed.
+    """
+    script = _template("report.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    partition = record.partition
+    names = _Names(record)
+    page: str = (
+        _environment()
+        .get_template("report.html")
+        .render(
+            record=record,
+            partition=partition,
+            suspects=len(partition.suspect_indices()),
+            kept=int(partition.is_clean.sum()),
+            reasons=_reason_counts(partition),
+            names=names,
+            classes=partition.class_summary(),
+            confusion=_confusion(partition, names),
+            noise_matrix=_noise_matrix(partition, names),
+            histogram=histogram(partition, record.threshold),
+            curves=curve_charts(record.curves, record.swaps, None if control is None else control.curves),
+            neurons=[_neurons(mask) for mask in record.masks],
+            timing=_timing(record.seconds),
+            gallery=_json({"names": names.known, "reasons": REASONS[1:], "samples": list(_samples(record))}),
+            shown=len(record.gallery),
+            style=Markup(_template("report.css")),
+            script=Markup(script),
+            script_digest=digest,
+        )
+    )
+    return page
+
+
+class _Names:
+    """What classes are called."""
+
+    def __init__(self, record: RunRecord) -> None:
+        self.known = [str(name) for name in record.class_names]
+
+    def __call__(self, label: int) -> str:
+        return self.known[label] if 0 <= label < len(self.known) else str(label)
+
+
+@cache
+def _template(name: str) -> str:
+    return files("lightning_unlearn.report").joinpath("templates", name).read_text(encoding="utf-8")
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FunctionLoader(_template),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["value"] = _value
+    return environment
+
+
+def _value(value: Any) -> str:
+    """A setting, as one writes it."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "" if value is None else str(value)
+
+
+def _json(content: Any) -> Markup:
+    """JSON that may stand in a script element, whatever is in its texts."""
+    text = json.dumps(content, allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)
+
+
+def _reason_counts(partition: Partition) -> list[tuple[str, int]]:
+    counts = partition.reason.long().bincount(minlength=len(REASONS)).tolist()
+    return [(word, count) for word, count in list(zip(REASONS, counts, strict=True))[1:] if count]
+
+
+def _confusion(partition: Partition, names: _Names) -> tuple[Markup, int] | None:
+    """Of the samples suspected for their label, how many of a class are suggested to be which; and classes left out."""
+    if partition.is_multilabel:
+        return None
+    wrong = ~partition.is_clean & (partition.label >= 0) & (partition.suggested_label != partition.label)
+    given, suggested = partition.label[wrong], partition.suggested_label[wrong]
+    if len(given) == 0:
+        return None
+    # Whatever the number of classes, only those that occur are counted.
+    size = int(torch.cat([given, suggested]).max()) + 1
+    weight = given.bincount(minlength=size) + suggested.bincount(minlength=size)
+    present = int((weight > 0).sum())
+    labels = weight.argsort(descending=True, stable=True)[: min(present, _CLASSES)].sort().values
+    place = torch.full((size,), -1)
+    place[labels] = torch.arange(len(labels))
+    row, column = place[given], place[suggested]
+    inside = (row >= 0) & (column >= 0)
+    counts = (row * len(labels) + column)[inside].bincount(minlength=len(labels) ** 2).reshape(len(labels), -1)
+    called = [names(label) for label in labels.tolist()]
+    return heat_map(counts, called, ("given", "suggested", "samples")), present - len(labels)
+
+
+def _noise_matrix(partition: Partition, names: _Names) -> Markup | None:
+    matrix = partition.noise_matrix
+    if partition.is_multilabel or not 2 <= len(matrix) <= _CLASSES:
+        return None
+    called = [names(label) for label in range(len(matrix))]
+    return heat_map(matrix, called, ("true class", "called", "estimated share"))
+
+
+def _neurons(mask: NeuronMask) -> tuple[NeuronMask, int, int, Markup]:
+    """A mask, how many neurons it prunes, how many are constant, and its chart."""
+    return mask, len(mask.pruned_indices()), int((~has_coefficient(mask)).sum()), sensitivities(mask)
+
+
+def _timing(seconds: dict[str, float]) -> Markup | None:
+    total = float(seconds.get("fit", 0))
+    phases = {name: float(value) for name, value in seconds.items() if name != "fit"}
+    if total <= 0:
+        return None
+    rest = max(0.0, total - sum(phases.values()))
+    rows = [("training, and all else", rest), *phases.items(), ("fit", total)]
+    return bars(rows, total)
+
+
+def _samples(record: RunRecord) -> Iterator[dict[str, Any]]:
+    partition = record.partition
+    for index in partition.suspect_indices().tolist():
+        if index not in record.gallery:
+            continue
+        yield {
+            "index": index,
+            "given": _labels(partition.label[index]),
+            "suggested": _labels(partition.suggested_label[index]),
+            "sure": round(float(partition.suggested_probability[index]), 4),
+            "p": round(float(partition.clean_probability[index]), 6),
+            "support": round(float(partition.label_evidence[index]), 4),
+            "reason": REASONS[int(partition.reason[index])],
+            "card": _safe(record.gallery[index]),
+        }
+
+
+def _labels(label: Tensor) -> list[int]:
+    return [int(label)] if label.ndim == 0 else label.eq(1).nonzero().flatten().tolist()
+
+
+def _safe(card: dict[str, Any]) -> dict[str, Any]:
+    """The card without an address that is not the content itself, as a run directory of others may hold."""
+    return {
+        name: value
+        for name, value in card.items()
+        if name not in ("src", "picture") or (isinstance(value, str) and _SOURCE.fullmatch(value))
+    }

@@ -1,0 +1,122 @@
+"""Drawings as inline SVG, coloured by the page's style sheet, so that they follow light, dark and print."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+from xml.etree import ElementTree
+
+from markupsafe import Markup
+
+LEFT, BOTTOM = 56, 34
+"""Pixels that the axes of a chart take."""
+
+
+class Drawing:
+    """An SVG of a given size, of which every text is escaped.
+
+    Args:
+        width: in pixels.
+        height: likewise.
+        label: what it shows, for who cannot see it.
+    """
+
+    def __init__(self, width: float, height: float, label: str) -> None:
+        self.width, self.height = width, height
+        view = f"0 0 {width:g} {height:g}"
+        self._root = ElementTree.Element("svg", {"viewBox": view, "role": "img", "aria-label": label})
+        # On a narrow screen it shrinks, on a wide one it does not grow beyond its size.
+        self._root.set("width", f"{width:g}")
+
+    def add(self, tag: str, text: str = "", hint: str = "", **attributes: Any) -> None:
+        """Adds an element of class ``class_``; ``_`` in a name means ``-``, ``hint`` is shown under the pointer."""
+        named = {name.rstrip("_").replace("_", "-"): _number(value) for name, value in attributes.items()}
+        element = ElementTree.SubElement(self._root, tag, named)
+        element.text = text
+        if hint:
+            ElementTree.SubElement(element, "title").text = hint
+
+    def line(self, x1: float, y1: float, x2: float, y2: float, class_: str = "axis") -> None:
+        """Adds a line."""
+        self.add("line", x1=x1, y1=y1, x2=x2, y2=y2, class_=class_)
+
+    def text(self, x: float, y: float, text: str, class_: str = "", **attributes: Any) -> None:
+        """Adds a text."""
+        self.add("text", text, x=x, y=y, class_=class_, **attributes)
+
+    def markup(self) -> Markup:
+        """To be put into a page."""
+        return Markup(ElementTree.tostring(self._root, encoding="unicode"))
+
+
+def _number(value: Any) -> str:
+    return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
+
+
+def _short(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}\u2026"
+
+
+def ticks(low: float, high: float, most: int = 5) -> list[float]:
+    """Round numbers from ``low`` to ``high``.
+
+    Example:
+        >>> ticks(0.0, 1.0)
+        [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    """
+    span = max(high - low, 1e-12)
+    step = 10.0 ** math.floor(math.log10(span / most))
+    step *= next(factor for factor in (1, 2, 5, 10) if span / (step * factor) <= most)
+    first = math.ceil(low / step - 1e-9)
+    return [round(at * step, 12) for at in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+class Plot:
+    """A drawing with two axes, in whose values one draws.
+
+    Args:
+        size: of the drawing, in pixels; below the plot there may be more.
+        x: the least and the largest value from left to right.
+        y: likewise from bottom to top.
+        label: what it shows.
+        below: pixels below the plot.
+    """
+
+    def __init__(
+        self, size: tuple[float, float], x: tuple[float, float], y: tuple[float, float], label: str, below: float = 0
+    ) -> None:
+        self.drawing = Drawing(size[0], size[1] + below, label)
+        self.left, self.top = float(LEFT), 24.0
+        self.width, self.height = size[0] - LEFT - 14, size[1] - BOTTOM - self.top
+        self._x, self._y = x, y
+
+    @property
+    def bottom(self) -> float:
+        """Pixels from the top to the lower axis."""
+        return self.top + self.height
+
+    def x(self, value: float) -> float:
+        """Pixels from the left."""
+        low, high = self._x
+        return self.left + self.width * (value - low) / max(high - low, 1e-12)
+
+    def y(self, value: float) -> float:
+        """Pixels from the top."""
+        low, high = self._y
+        return self.bottom - self.height * (value - low) / max(high - low, 1e-12)
+
+    def row(self, value: float, text: str, class_: str = "grid") -> None:
+        """A line from left to right with its text."""
+        self.drawing.line(self.left, self.y(value), self.left + self.width, self.y(value), class_)
+        self.drawing.text(self.left - 6, self.y(value) + 4, text, "end")
+
+    def mark(self, value: float, text: str = "") -> None:
+        """A dashed line from top to bottom, with a text above it, on the side on which there is room."""
+        x = self.x(value)
+        self.drawing.line(x, self.top - 8, x, self.bottom, "cut")
+        is_right = x + 7 * len(text) > self.left + self.width
+        self.drawing.text(x + (-5 if is_right else 5), self.top - 10, text, "strong end" if is_right else "strong")
+
+    def under(self, text: str) -> None:
+        """What the lower axis is."""
+        self.drawing.text(self.left + self.width / 2, self.bottom + 31, text, "middle muted")

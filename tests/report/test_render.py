@@ -1,0 +1,260 @@
+import json
+import re
+import time
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+import torch
+
+from lightning_unlearn.report import RunRecord, render_report, write_report
+from lightning_unlearn.report.charts import bars, curve_charts, heat_map, histogram, sensitivities
+from lightning_unlearn.report.svg import Drawing, ticks
+from lightning_unlearn.types import NeuronMask
+from tests.callbacks.published import make_partition
+from tests.report.runs import BREAKING, HOSTILE, INPUT, LABEL, NAMES, SUSPECTS, hostile_record
+
+VOID = {"meta", "img", "br", "input", "link"}
+
+
+class Page(HTMLParser):
+    """The elements of a page, its texts, and what its scripts hold."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.texts, self.scripts, self.open = [], [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        (self.scripts if self.open and self.open[-1] == "script" else self.texts).append(data)
+
+    @property
+    def text(self):
+        return re.sub(r"\s+", " ", " ".join(self.texts))
+
+    def data(self):
+        return json.loads(self.scripts[0])
+
+
+@pytest.fixture(scope="module")
+def page():
+    return Page(render_report(hostile_record()))
+
+
+def test_every_element_is_closed(page):
+    assert page.open == []
+    assert page.elements[0][0] == "html"
+
+
+def test_nothing_is_loaded_from_anywhere(page):
+    for tag, attributes in page.elements:
+        assert tag not in ("link", "iframe", "object", "embed", "base")
+        for name in ("src", "href", "srcset", "action", "data", "xlink:href"):
+            assert name not in attributes, (tag, attributes)
+    (policy,) = [a["content"] for tag, a in page.elements if a.get("http-equiv") == "Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'; img-src data:; media-src data:;")
+    assert "http" not in re.sub(r"http://www.w3.org/\S+", "", render_report(hostile_record())).replace("http-equiv", "")
+
+
+def test_what_comes_from_the_data_is_text(page):
+    assert [tag for tag, _ in page.elements].count("script") == 2
+    assert not [tag for tag, _ in page.elements if tag == "img"]
+    assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
+    for text in (HOSTILE, BREAKING, f"All is {HOSTILE}", f"it is {HOSTILE}", NAMES[0]):
+        assert re.sub(r"\s+", " ", text) in page.text
+
+
+def test_the_data_in_the_script_are_as_they_were(page):
+    data = page.data()
+    assert data["names"] == NAMES
+    assert data["samples"][0]["card"] == {"kind": "text", "text": BREAKING}
+    assert len(page.scripts) == 2
+    assert not set("<>&\u2028") & set(page.scripts[0])
+
+
+def test_the_gallery_holds_the_suspects_the_most_suspect_first(page):
+    samples = page.data()["samples"]
+    assert [sample["index"] for sample in samples] == list(range(SUSPECTS))
+    assert samples[7] == {
+        "index": 7,
+        "given": [3],
+        "suggested": [0],
+        "sure": 1.0,
+        "p": 0.07,
+        "support": 1.0,
+        "reason": "label",
+        "card": {"kind": "table", "rows": [[HOSTILE, BREAKING]]},
+    }
+
+
+def test_numbers(page):
+    for text in (
+        "40 of 100 training samples are suspect",
+        "37.5% estimated noise rate",
+        "60 samples called clean",
+        f"{LABEL} suspect for their label",
+        f"{INPUT} suspect for their input",
+        "40% of wrong labels memorised",
+        "0.500 \u2192 0.750 validation accuracy",
+        "2 neurons pruned",
+        "All 40, by dataset index",
+        "Drawn 2 times",
+    ):
+        assert text in page.text
+
+
+def test_an_address_that_is_not_the_content_itself_is_left_out():
+    cards = {
+        0: {"kind": "image", "src": "https://example.org/x.png"},
+        1: {"kind": "audio", "src": "data:audio/wav;base64,AAAA", "picture": "data:text/html;base64,AAAA"},
+        2: {"kind": "image", "src": 'data:image/png;base64,AA" onerror="alert(1)'},
+    }
+    samples = Page(render_report(hostile_record(gallery=cards))).data()["samples"]
+    assert [sample["card"] for sample in samples] == [
+        {"kind": "image"},
+        {"kind": "audio", "src": "data:audio/wav;base64,AAAA"},
+        {"kind": "image"},
+    ]
+
+
+def test_a_partition_alone_makes_a_page():
+    page = Page(render_report(RunRecord(hostile_record().partition)))
+    assert "The run directory holds no samples to show" in page.text
+    assert page.open == []
+
+
+def test_nothing_suspect():
+    page = Page(render_report(RunRecord(make_partition(torch.ones(12), torch.arange(12) % 4))))
+    assert "0 of 12 training samples are suspect" in page.text
+    assert "No sample is suspect" in page.text
+
+
+def test_several_labels_per_sample():
+    base = hostile_record().partition
+    label = torch.arange(200).reshape(100, 2) % 2
+    partition = replace(base, label=label, suggested_label=1 - label, label_probability=torch.full((100, 2), 0.5))
+    page = Page(render_report(hostile_record(partition=partition, class_names=["a", "b"])))
+    assert page.data()["samples"][0]["given"] == [1]
+    assert page.data()["samples"][0]["suggested"] == [0]
+
+
+def test_more_classes_than_fit_into_a_picture():
+    size = 400
+    partition = make_partition(torch.full((size,), 0.1), torch.arange(size) % 100)
+    partition = replace(partition, suggested_label=(partition.label + 1) % 100)
+    assert "70 classes with fewer suspects are left out" in Page(render_report(RunRecord(partition))).text
+
+
+def test_a_hundred_thousand_samples_are_a_matter_of_seconds_and_of_less_than_20_mb(tmp_path):
+    record = hostile_record(100_000)
+    picture = f"data:image/png;base64,{'A' * 60_000}"
+    record = replace(record, gallery={index: {"kind": "image", "src": picture} for index in range(200)})
+    probability = torch.rand(100_000, generator=torch.Generator().manual_seed(0))
+    partition = make_partition(probability, torch.arange(100_000) % 4)
+    started = time.perf_counter()
+    file = write_report(replace(record, partition=partition), tmp_path / "report.html")
+    assert time.perf_counter() - started < 20
+    assert 1_000_000 < file.stat().st_size < 20_000_000
+
+
+def parts(markup, kind):
+    return re.findall(rf'<(?:rect|circle|line|polyline) [^>]*class="{kind}"[^>]*>', str(markup))
+
+
+def test_the_histogram_counts_every_sample_once_and_marks_the_cut():
+    probability = torch.tensor([0.0, 0.01, 0.49, 0.5, 1.0, 1.0, 1.0])
+    drawn = str(histogram(make_partition(probability, torch.zeros(7, dtype=torch.int64)), 0.5))
+    counts = re.findall(r"to [\d.]+: (\d+) clean, (\d+) suspect", drawn)
+    assert sum(int(clean) for clean, _ in counts) == 4
+    assert sum(int(suspect) for _, suspect in counts) == 3
+    assert "cut at 0.5" in drawn
+    assert len(parts(drawn, "cut")) == 1
+
+
+def test_the_heat_map_is_strongest_at_the_largest_number_off_the_diagonal():
+    drawn = str(heat_map(torch.tensor([[9, 2, 0], [1, 9, 4], [0, 0, 9]]), ["a", "b", "c"], ("given", "suggested", "x")))
+    shades = {
+        tuple(words): float(opacity)
+        for opacity, *words in re.findall(
+            r'class="heat" fill-opacity="([\d.]+)"[^>]*><title>given (\w), suggested (\w)', drawn
+        )
+    }
+    assert max(shades, key=shades.get) == ("b", "c")
+    assert shades["b", "c"] == 1
+    assert shades["a", "c"] == 0
+    assert shades["a", "b"] == pytest.approx(0.54)
+    assert "given b, suggested c: 4 x" in drawn
+
+
+def test_curves_are_drawn_by_kind_with_the_swap_and_the_control():
+    curves = {"train_loss": [[0, 1.0], [1, 0.5]], "val_loss": [[0, 1.0], [1, 0.7]], "acc": [[0, 0.1], [1, 0.9]]}
+    charts = curve_charts(curves, [1], {"val_loss": [[0, 1.0], [1, 2.0]]})
+    assert [kind for kind, _ in charts] == ["loss", "acc"]
+    loss = str(charts[0][1])
+    assert len(parts(loss, r"line c\d")) == 4  # each with its key
+    assert "val_loss, control: 2 in the end" in loss
+    assert "clean subset from here" in loss
+    # The higher the value, the further up.
+    points = [float(y) for y in re.findall(r"[\d.]+,([\d.]+)", parts(loss, "line c0")[0])]
+    assert points[0] < points[1]
+
+
+def test_a_curve_of_one_epoch_or_of_one_value_is_no_trouble():
+    assert curve_charts({"loss": [[0, 1.0]]}, []) == []
+    assert len(curve_charts({"loss": [[0, 0.0], [1, 0.0]], "acc": [[0, 5.0], [1, 5.0]]}, [5])) == 2
+
+
+def test_neurons_are_drawn_in_order_with_errors_and_the_pruned_ones_marked():
+    mask = NeuronMask("fc", torch.tensor([1, 1, 0, 1]).bool(), torch.tensor([0.3, 0.0, -0.5, -0.1]), torch.ones(4))
+    drawn = str(sensitivities(mask))
+    assert re.findall(r"neuron (\d+): (\S+) \S+ (\d\.?\d*)", drawn) == [
+        ("2", "-0.5", "2"),
+        ("3", "-0.1", "2"),
+        ("0", "0.3", "2"),
+    ]
+    assert len(parts(drawn, "neuron pruned")) == 1
+    assert len(parts(drawn, "neuron bar")) == 2
+    assert "nothing" not in str(sensitivities(NeuronMask("fc", torch.ones(2).bool(), torch.zeros(2))))
+
+
+def test_of_many_neurons_the_ends_are_drawn():
+    mask = NeuronMask("fc", torch.ones(500).bool(), torch.linspace(-1, 1, 500))
+    drawn = str(sensitivities(mask))
+    assert drawn.count("<circle") == 120
+    assert "380 neurons between are not drawn" in drawn
+
+
+def test_time_is_shown_with_its_share():
+    drawn = str(bars([("pruning", 2.0), ("fit", 8.0)], 8.0))
+    assert "2.00 s (25.0%)" in drawn
+    assert float(re.findall(r'width="(\d+)" height="18"', drawn)[0]) == 75
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0.0, 1.0, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+        (0, 30, [0, 10, 20, 30]),
+        (-0.4, 0.61, [0, 0.5]),
+        (-7, 0, [-6, -4, -2, 0]),
+    ],
+)
+def test_ticks_are_round_numbers(low, high, expected):
+    assert ticks(low, high) == pytest.approx(expected)
+    assert len(ticks(3.0, 3.0)) <= 6
+
+
+def test_a_drawing_escapes_what_is_put_in():
+    drawing = Drawing(1, 1, '"><script>')
+    drawing.text(0, 0, "<b>", class_='"x')
+    assert "<script>" not in str(drawing.markup())
+    assert "&lt;b&gt;" in str(drawing.markup())

@@ -59,7 +59,9 @@ BY_NAME = ("getattr", "hasattr", "setattr", "delattr", "pop", "get", "setdefault
 
 
 def constants(node):
-    return [str(part.value) for part in ast.walk(node) if isinstance(part, ast.Constant)]
+    # The pieces of an f-string are not names by themselves.
+    pieces = {id(piece) for text in ast.walk(node) if isinstance(text, ast.JoinedStr) for piece in text.values}
+    return [str(part.value) for part in ast.walk(node) if isinstance(part, ast.Constant) and id(part) not in pieces]
 
 
 def private_names(tree):
@@ -127,6 +129,7 @@ ELSEWHERE = {
         "_ConvTransposeNd": "torch's class",
         "_NormBase": "torch's class",
     },
+    "callbacks/_validation.py": {"_version": "how often a tensor has been changed in place, which nothing else tells"},
     "callbacks/finetune.py": {"_NormBase": "torch's class"},
 }
 

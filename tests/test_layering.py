@@ -27,6 +27,7 @@ ALL_BELOW = MATH | {
 }
 SHARED = {
     "callbacks._packages",
+    "callbacks._provenance",
     "callbacks._base",
     "callbacks._lightning",
     "callbacks._loggers",
@@ -69,6 +70,7 @@ MAY_IMPORT = {
     "fingerprint": set(),
     "shrinking": {"types", "masking", "storage"},
     "callbacks._packages": set(),
+    "callbacks._provenance": {"types", "review", "storage"},
     "callbacks._progress": {"callbacks._packages"},
     "callbacks._lightning": ALL_BELOW | {"callbacks._packages", "callbacks._progress"},
     "callbacks._training_pass": ALL_BELOW | {"callbacks._lightning"},
@@ -78,6 +80,7 @@ MAY_IMPORT = {
     | {
         "callbacks._lightning",
         "callbacks._packages",
+        "callbacks._provenance",
         "callbacks._progress",
         "callbacks._scoring",
         "callbacks._strategies",

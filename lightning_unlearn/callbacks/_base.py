@@ -24,13 +24,14 @@ from lightning_unlearn.callbacks._lightning import (
 )
 from lightning_unlearn.callbacks._packages import EitherCallback, MisconfigurationException, has_forward
 from lightning_unlearn.callbacks._progress import shown
+from lightning_unlearn.callbacks._provenance import settings_of
 from lightning_unlearn.callbacks._scoring import scoring_loader, train_loader
 from lightning_unlearn.callbacks._strategies import check_strategy
 from lightning_unlearn.capture import ForwardTrace, trace_forward
 from lightning_unlearn.data import batch_count, batch_size, check_iteration, indexed_batches, rank_share
 from lightning_unlearn.sharding import reshard
 from lightning_unlearn.targets import Reading
-from lightning_unlearn.types import PartitionSource
+from lightning_unlearn.types import Partition, PartitionSource
 
 _MISSING_PARTNER = """{who} needs an AttributionPartitionCallback in the Trainer's callbacks, in any place, but found
 {found}. Add it in Python:
@@ -164,6 +165,10 @@ class UnlearnCallback(EitherCallback):
     def reset(self) -> None:
         """Forgets an earlier fit."""
 
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments, as primitives."""
+        return settings_of(self)
+
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuses, before anything has run, what could not work later."""
 
@@ -243,6 +248,14 @@ class PartitionConsumer(UnlearnCallback):
     def describe(self) -> str:
         """What was done, in one clause; empty where nothing was."""
         raise NotImplementedError
+
+    def record(self, partition: Partition) -> dict[str, Any]:
+        """What was done to which samples or neurons, by whoever says so.
+
+        Args:
+            partition: the one that was acted upon.
+        """
+        return {}
 
     @property
     def _is_dry_run(self) -> bool:

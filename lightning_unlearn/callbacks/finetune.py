@@ -180,6 +180,23 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         return f"trained on {_samples_of(self._draw)} from epoch {self._first_epoch} on ({kind})"
 
     @override
+    def record(self, partition: Partition) -> dict[str, Any]:
+        if self._draw is None:
+            return {"from_epoch": None, "dropped": [], "relabelled": []}
+        dropped = torch.ones(len(partition), dtype=torch.bool)
+        dropped[self._draw.index] = False
+        moved, new = self._draw.relabelled, self._draw.new_label
+        return {
+            "from_epoch": self._first_epoch,
+            "seed": self._seed,
+            "dropped": dropped.nonzero().flatten(),
+            # Of several labels, -1 for one that stays.
+            "relabelled": []
+            if new is None
+            else [{"index": index, "given": partition.label[index], "new": new[index]} for index in moved.tolist()],
+        }
+
+    @override
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().check(trainer, pl_module)
         refuse_where_sharded(

@@ -40,6 +40,7 @@ from lightning_unlearn.callbacks._partition_settings import (
     check_shares,
     early_point,
 )
+from lightning_unlearn.callbacks._provenance import fit_record, provenance, settings_of, write_json
 from lightning_unlearn.callbacks._recognise import check_same_labels, check_same_size, recognise_data, same_task
 from lightning_unlearn.callbacks._reviewing import check_agrees, fit_to_data, open_review
 from lightning_unlearn.callbacks._scoring import (
@@ -215,6 +216,10 @@ class AttributionPartitionCallback(UnlearnCallback):
         self._memorised: float | None = None
         self._accuracy: dict[str, float | None] = {"before": None, "after": None}
         self._summary: RepairSummary | None = None
+        # Those that act upon the partition, the fits that led to it, and what a checkpoint says of where it comes from.
+        self._partners: list[PartitionConsumer] = []
+        self._fits: list[dict[str, Any]] = []
+        self._recorded: dict[str, Any] | None = None
         self._has_said_fallback = False
         self._reader.reset()
 
@@ -244,6 +249,51 @@ class AttributionPartitionCallback(UnlearnCallback):
         if self._summary is None:
             raise RuntimeError("There is no summary yet: it is made when a fit that has drawn a partition ends.")
         return self._summary
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Where the result comes from, in primitives; checkpoints hold it too.
+
+        ``fits`` (versions, seed, settings of all callbacks of ours, for each fit or resumed part of one), ``data``,
+        ``partition`` (with the indices of all suspects), ``review`` (what a person has decided), ``done`` (for each
+        callback: the indices that were dropped, those that were re-labelled with both labels, the pruned neurons of
+        each layer) and ``accuracy``.
+
+        Raises:
+            RuntimeError: before the partition is drawn.
+        """
+        if self._recorded is not None:
+            return self._recorded
+        return provenance(
+            self.partition,
+            fits=self._fits,
+            rounds=self._rounds,
+            review=self._review,
+            done={type(partner).__name__: partner.record(self.partition) for partner in self._partners},
+            accuracy=self._accuracy,
+        )
+
+    def save_provenance(self, path: str | PathLike[str]) -> None:
+        """Writes :attr:`provenance` as JSON.
+
+        Args:
+            path: file to write; folders are made, and what was there is replaced in one step.
+
+        Raises:
+            RuntimeError: before the partition is drawn.
+        """
+        write_json(self.provenance, path)
+
+    @override
+    def settings(self) -> dict[str, Any]:
+        reading = {
+            "task": self.reading.wanted,
+            "soft_labels": self.reading.soft_labels,
+            "ignore_index": self.reading.ignore_index,
+            "batch_to_xy": self.reading.split,
+            "logits_from": self.reading._logits_from,
+        }
+        return settings_of(self, recipe=self.recipe.name, **reading)
 
     @property
     def is_dry_run(self) -> bool:
@@ -285,6 +335,7 @@ class AttributionPartitionCallback(UnlearnCallback):
             if layer is not None:
                 resolve_layer(pl_module, layer)
         self._table = open_review(trainer, self.review)
+        self._partners = _consumers(trainer)
         if self._reads_training:
             self._reader.attach(trainer)
 
@@ -305,6 +356,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         before = self._fingerprint if self.check_data else None
         self._fingerprint = recognise_data(trainer, pl_module, self, known, before)
         self._take_review(trainer, pl_module)
+        self._note_fit(trainer)
         if self._trajectory is None and self._partition is None:
             self._trajectory = Trajectory(total * rows, self.reading.num_classes)
         self._rehearse(trainer, pl_module, first)
@@ -337,6 +389,13 @@ class AttributionPartitionCallback(UnlearnCallback):
         if self._partition is not None:
             check_agrees(self._review, review)
         self._review = review
+
+    def _note_fit(self, trainer: Trainer) -> None:
+        """Notes what this fit is made with, once."""
+        settings = {type(one).__name__: one.settings() for one in (self, *self._partners)}
+        fit = fit_record(trainer.current_epoch, trainer.world_size, settings)
+        # Another callback may have asked first.
+        self._fits += [fit] if self._fits[-1:] != [fit] else []
 
     def _decided(self, judged: Sequence[Judged], label: Tensor) -> Decided | None:
         """What a person has decided of each sample; None where nobody has."""
@@ -549,7 +608,8 @@ class AttributionPartitionCallback(UnlearnCallback):
         """Tensors and primitives.
 
         While evidence is gathered, ``16 r + 40`` bytes per sample with ``r = min(C - 1, 64)``; 34 once the partition is
-        drawn, and both as long as it may be drawn again; about 140 bytes for the fingerprint.
+        drawn, and both as long as it may be drawn again; about 140 bytes for the fingerprint; in the provenance up to
+        10 bytes for each suspect that is dropped, 35 for one that is re-labelled.
         A checkpoint that is written within an epoch lacks what the training steps of that epoch have shown so far.
         """
         return {
@@ -565,6 +625,8 @@ class AttributionPartitionCallback(UnlearnCallback):
             "memorised": self._memorised,
             "accuracy_before": self._accuracy["before"],
             "review": None if self._review is None else self._review.state_dict(),
+            "fits": list(self._fits),
+            "provenance": None if self._partition is None else self.provenance,
         }
 
     @property
@@ -591,6 +653,9 @@ class AttributionPartitionCallback(UnlearnCallback):
         # Not in checkpoints of earlier versions.
         review = state.get("review")
         self._review = None if review is None else Review(**review)
+        self._fits = list(state.get("fits", []))
+        # In a fit there is more to come; elsewhere those that acted are not here.
+        self._recorded = None if self._fitting else state.get("provenance")
 
     @property
     def _trajectory_in_use(self) -> Trajectory:

@@ -19,6 +19,7 @@ from lightning_unlearn.callbacks._criteria import SENSITIVITY, Method, Ranking, 
 from lightning_unlearn.callbacks._guard import Gauge, Outcome, make_gauge, prune_in_steps
 from lightning_unlearn.callbacks._lightning import averaged_models, log_values
 from lightning_unlearn.callbacks._loggers import log_masks
+from lightning_unlearn.callbacks._provenance import settings_of
 from lightning_unlearn.callbacks._prune_sites import PruneSite, check_layer, default_site, named_site
 from lightning_unlearn.capture import ForwardTrace, neuron_dimension, neuron_means, plain_name, resolve_layer, tap
 from lightning_unlearn.functional.selection import share_of
@@ -172,6 +173,15 @@ class SensitivityPruneCallback(PartitionConsumer):
         verb = "would prune" if self._is_proposal else "pruned"
         counts = [f"{len(mask.pruned_indices())} of {len(mask.keep)} neurons of '{mask.layer}'" for mask in self._masks]
         return f"{verb} {' and '.join(counts)}{f' ({self._note})' if self._note else ''}"
+
+    @override
+    def settings(self) -> dict[str, Any]:
+        return settings_of(self, **vars(self.method))
+
+    @override
+    def record(self, partition: Partition) -> dict[str, Any]:
+        pruned = {} if self._is_proposal else {mask.layer: mask.pruned_indices() for mask in self._masks}
+        return {"pruned": pruned, "note": self._note}
 
     @override
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,0 +1,141 @@
+"""Where a result comes from: versions, seeds, settings, and what was done to which samples and neurons."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import inspect
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lightning_unlearn.review import Review
+from lightning_unlearn.storage import replacing
+from lightning_unlearn.types import DECISIONS, Partition, PartitionRound
+
+FORMAT = "lightning_unlearn.provenance"
+VERSION = 1
+_PACKAGES = ("torch", "lightning", "pytorch-lightning", "captum", "torchmetrics", "numpy")
+
+
+def fit_record(from_epoch: int, ranks: int, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a fit, or the rest of one that goes on from a checkpoint, is made with.
+
+    Args:
+        from_epoch: the first, counted from 0.
+        ranks: how many processes.
+        settings: of each callback of ours, by its name.
+    """
+    seed = os.environ.get("PL_GLOBAL_SEED")
+    return {
+        "from_epoch": from_epoch,
+        "ranks": ranks,
+        "seed": None if seed is None else int(seed),
+        "versions": _versions(),
+        "settings": dict(settings),
+    }
+
+
+def provenance(
+    partition: Partition,
+    *,
+    fits: Sequence[Mapping[str, Any]],
+    rounds: Sequence[PartitionRound],
+    review: Review | None,
+    done: Mapping[str, Mapping[str, Any]],
+    accuracy: Mapping[str, float | None],
+) -> dict[str, Any]:
+    """All of it, in primitives.
+
+    Args:
+        partition: the one that was acted upon last.
+        fits: a :func:`fit_record` of each.
+        rounds: every drawing of the partition.
+        review: what a person has decided; None where nobody has.
+        done: what each callback says of itself, by its name.
+        accuracy: on the validation data, before and after.
+    """
+    return primitive(  # type: ignore[no-any-return]  # a dict stays one
+        {
+            "format": FORMAT,
+            "version": VERSION,
+            "fits": fits,
+            "data": {"samples": len(partition), "fingerprint": partition.fingerprint},
+            "partition": {
+                "recipe": partition.recipe,
+                "layer": partition.layer,
+                "epoch": partition.epoch,
+                "noise_rate": partition.noise_rate,
+                "suspects": partition.suspect_indices().sort().values,
+                "warning": partition.warning,
+                "rounds": [vars(drawn) for drawn in rounds],
+            },
+            "review": None if review is None else _reviewed(review),
+            "done": done,
+            "accuracy": accuracy,
+        }
+    )
+
+
+def write_json(record: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Writes a record of primitives; folders are made, and what was there is replaced in one step."""
+    text = json.dumps(record, indent=1)
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def settings_of(callback: Any, **known: Any) -> dict[str, Any]:
+    """A callback's constructor arguments, as its attributes of the same names have them.
+
+    Args:
+        callback: of ours.
+        known: those that it keeps elsewhere.
+    """
+    names = list(inspect.signature(type(callback).__init__).parameters)[1:]
+    found = {name: known[name] if name in known else getattr(callback, name, None) for name in names}
+    return {name: primitive(value) for name, value in found.items()}
+
+
+def primitive(value: Any) -> Any:
+    """A value as JSON, and a checkpoint that is loaded without pickled classes, can hold it.
+
+    Functions and classes become their dotted path, other objects that of their class.
+
+    Example:
+        >>> primitive({"a": (1, float("nan")), "b": math.prod})
+        {'a': [1, 'nan'], 'b': 'math.prod'}
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): primitive(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [primitive(part) for part in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def _versions() -> dict[str, str]:
+    """Of what is installed, also where that is not imported."""
+    found = {"python": platform.python_version()}
+    # Not by its metadata, which a checkout on the path has not.
+    found["lightning-unlearn"] = importlib.import_module("lightning_unlearn").__version__
+    installed = {name: list(importlib.metadata.distributions(name=name)) for name in _PACKAGES}
+    found |= {name: distributions[0].version for name, distributions in installed.items() if distributions}
+    return found
+
+
+def _reviewed(review: Review) -> dict[str, Any]:
+    by_decision = {name: review.index[review.decision == code].sort().values for code, name in enumerate(DECISIONS)}
+    return {"path": review.path, **by_decision}

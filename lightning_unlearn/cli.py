@@ -31,7 +31,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--fast", action="store_true", help="one seed instead of five")
     demo.add_argument(
-        "--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="for suspects.csv (%(default)s)"
+        "--out",
+        type=Path,
+        default=Path("runs/demo"),
+        metavar="DIR",
+        help="for suspects.csv and report.html (%(default)s)",
     )
     demo.add_argument("--json", type=Path, metavar="FILE", help="write the results here as well")
     commands.add_parser(
@@ -110,7 +114,7 @@ def _demo(options: argparse.Namespace) -> None:
         raise SystemExit(f"lightning-unlearn demo: {error}") from error
     settings = Settings(seeds=(0,)) if options.fast else Settings()
     outcomes = run_demo(settings, out)
-    print(f"\n{table(settings, outcomes)}\nSuspects: {out / 'suspects.csv'}")
+    print(f"\n{table(settings, outcomes)}\nSuspects: {out / 'suspects.csv'}\nReport: {out / 'report.html'}")
     if result_file is not None:
         result: dict[str, Any] = {
             "settings": asdict(settings),

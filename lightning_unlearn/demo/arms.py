@@ -29,6 +29,7 @@ from lightning_unlearn import (
     CleanSubsetFinetuneCallback,
     Partition,
     SensitivityPruneCallback,
+    UnlearnReport,
 )
 from lightning_unlearn.demo.digits import DigitsClassifier, DigitsDataModule
 from lightning_unlearn.sampling import OnNoisy
@@ -199,10 +200,11 @@ def _accuracy(model: L.LightningModule, data: DigitsDataModule) -> float:
 class _Repeat:
     """One seed of the demo; every arm after the base starts from the same checkpoint."""
 
-    def __init__(self, settings: Settings, seed: int, folder: Path) -> None:
+    def __init__(self, settings: Settings, seed: int, folder: Path, report: Path | None = None) -> None:
         self.settings = settings
         self.seed = seed
         self.folder = folder
+        self.report = report
         self.first = settings.base_epochs
         self.last = settings.base_epochs + settings.repair_epochs
         self.data = DigitsDataModule(noise=settings.noise, seed=seed)
@@ -271,6 +273,8 @@ class _Repeat:
             self._finetune("full"),
             keep,
         ]
+        if self.report is not None:
+            callbacks.append(UnlearnReport(self.report))
         _trainer(self.last, callbacks).fit(model, datamodule=self.data)
         checkpoint = self.folder / f"base-{self.seed}.ckpt"
         before = DigitsClassifier.load_from_checkpoint(checkpoint, map_location="cpu")
@@ -360,18 +364,17 @@ class _Repeat:
 
 
 def run_demo(settings: Settings, out: str | PathLike[str]) -> list[Outcome]:
-    """Runs every seed; writes ``suspects.csv`` and ``partition.npz`` of the first to the folder ``out``."""
+    """Runs every seed; writes ``suspects.csv``, ``partition.npz`` and ``report.html`` of the first to ``out``."""
     out = target_folder(out)
     outcomes = []
     with tempfile.TemporaryDirectory() as folder, _quiet():
         for number, seed in enumerate(settings.seeds):
             if len(settings.seeds) > 1:
                 tqdm.write(f"Repeat {number + 1} of {len(settings.seeds)} (seed {seed})")
-            outcome, partition = _Repeat(settings, seed, Path(folder)).run()
+            outcome, partition = _Repeat(settings, seed, Path(folder), None if number else out).run()
             outcomes.append(outcome)
             if number == 0:
                 partition.to_csv(out / "suspects.csv")
-                partition.save(out / "partition.npz")
     return outcomes
 
 

@@ -11,7 +11,7 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, WeightedRandomSampler
 
-from lightning_unlearn import AttributionPartitionCallback
+from lightning_unlearn import AttributionPartitionCallback, UnlearnReport
 from tests.callbacks import test_training_evidence as evidence
 from tests.callbacks.test_training_pass import BATCH, Coded, Net
 from tests.toys import Blobs, BlobsData, IndexRecorder, Toy, fit, mlp, trio, weights
@@ -90,9 +90,9 @@ def run(folder, devices, scenario):
     plain = {"significance": None, "guard": False}
     partition, prune, finetune = trio(AT, prune=plain, finetune=settings["finetune"], recipe=recipe)
     module = Toy(settings["net"], **({"optimizer": settings["optimizer"]} if "optimizer" in settings else {}))
-    trainer = fit(
-        module, BlobsData(data, **loader), [finetune, record, prune, watch, partition], max_epochs=AT + 2, **distributed
-    )
+    reports = [UnlearnReport(folder / f"report-{devices}", samples=5)] if scenario == "full" else []
+    callbacks = [*reports, finetune, record, prune, watch, partition]
+    trainer = fit(module, BlobsData(data, **loader), callbacks, max_epochs=AT + 2, **distributed)
     torch.save(
         {
             "partition": partition.partition.state_dict(),

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, WeightedRandomSampler
 
 from lightning_unlearn.drawing import drawing_of
 from lightning_unlearn.fingerprint import fingerprint
+from lightning_unlearn.report import RunRecord
 from lightning_unlearn.sampling import CleanSubsetSampler
 from lightning_unlearn.types import Evidence
 from tests.callbacks.ddp_script import AT, run, weights_of
@@ -59,6 +60,15 @@ def assert_equal(one, other, name):
 @pytest.mark.parametrize("what", ["partition", "mask", "sensitivity", "target"])
 def test_both_ranks_have_the_same(ranks, scenario, what):
     assert_equal(ranks[scenario][0][what], ranks[scenario][1][what], what)
+
+
+def test_one_rank_writes_the_report_of_all(ranks, launched):
+    folder, _ = launched
+    record = RunRecord.load(folder / "report-2")
+    assert_equal(record.partition.state_dict(), ranks["full"][0]["partition"], "partition")
+    assert len(record.gallery) == 5
+    assert record.fit["processes"] == 2
+    assert (folder / "report-2" / "report.html").is_file()
 
 
 def test_the_ranks_evidence_is_what_the_training_steps_of_all_ranks_showed(ranks, launched):

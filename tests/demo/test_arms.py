@@ -20,6 +20,7 @@ from lightning_unlearn.demo.arms import (
     run_demo,
     table,
 )
+from lightning_unlearn.report import RunRecord
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,14 @@ def test_the_partition_finds_the_wrong_labels_and_is_written(small):
     with (out / "suspects.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [int(row["index"]) for row in rows] == partition.suspect_indices().tolist()
+
+
+def test_the_demo_has_a_report_of_its_fit(small):
+    _, _, out = small
+    record = RunRecord.load(out)
+    assert record.gallery[int(record.partition.suspect_indices()[0])]["kind"] == "image"
+    assert len(record.curves["training loss"]) == 5
+    assert "CleanSubsetFinetuneCallback" in (out / "report.html").read_text()
 
 
 def test_the_table_names_every_arm_and_the_partition(small):

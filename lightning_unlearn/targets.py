@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, cast, get_args
 
@@ -135,7 +136,8 @@ class Reading:
     Args:
         task: kind of classification.
         soft_labels: ``"refuse"`` labels that are probabilities, or take the class of the largest (``"argmax"``).
-        ignore_index: a label that means none, as in ``torch.nn.functional.cross_entropy``; None for no such label.
+        ignore_index: a label that means none, as in ``torch.nn.functional.cross_entropy``, or NaN; None for no such
+            label.
         batch_to_xy: from a batch to the input and the labels, by default :func:`split_batch`.
         logits_from: from what ``forward`` returns to logits, by default :func:`logits_in`.
 
@@ -148,7 +150,7 @@ class Reading:
         *,
         task: Task = "auto",
         soft_labels: SoftLabels = "refuse",
-        ignore_index: int | None = -100,
+        ignore_index: float | None = -100,
         batch_to_xy: Callable[[Any], tuple[Any, Tensor]] | None = None,
         logits_from: Callable[[Any], Tensor] | None = None,
     ) -> None:
@@ -325,6 +327,8 @@ class Reading:
     def _is_ignored(self, label: Tensor) -> Tensor:
         if self.ignore_index is None:
             return torch.zeros_like(label, dtype=torch.bool)
+        if math.isnan(self.ignore_index):
+            return label.isnan()
         # Not as bytes, in which -100 is 156.
         return (label if label.is_floating_point() else label.long()) == self.ignore_index
 

@@ -291,6 +291,13 @@ def test_the_label_to_ignore():
         settled(ignore_index=None).labels(torch.tensor([0, -100]), 2)
 
 
+def test_nan_may_be_the_label_to_ignore():
+    label = torch.tensor([[1, torch.nan, 0]])
+    assert settled(label=SEVERAL, ignore_index=torch.nan).labels(label, 1).tolist() == [1, IGNORED, 0]
+    assert settled(label=label, ignore_index=torch.nan, task="multilabel").task == "multilabel"
+    assert settled(ignore_index=torch.nan).labels(torch.tensor([0, 2]), 2).tolist() == [0, 2]
+
+
 def test_a_byte_of_156_is_not_the_label_to_ignore():
     label = torch.tensor([0, 156, 2, 1], dtype=torch.uint8)
     assert settled(200).labels(label, 4).tolist() == [0, 156, 2, 1]

@@ -29,6 +29,7 @@ from lightning_unlearn.callbacks._scoring import scoring_loader, train_loader
 from lightning_unlearn.callbacks._strategies import check_strategy
 from lightning_unlearn.capture import ForwardTrace, trace_forward
 from lightning_unlearn.data import batch_count, batch_size, check_iteration, indexed_batches, rank_share
+from lightning_unlearn.fingerprint import sampled_indices
 from lightning_unlearn.sharding import reshard
 from lightning_unlearn.targets import Reading
 from lightning_unlearn.types import Partition, PartitionSource
@@ -394,7 +395,46 @@ def labels_vary(
         batches = indexed_batches(loader, index, probing=True)
         return [reading.split(to_device(trainer, pl_module, batch))[1] for _, batch in batches]
 
-    return not all(torch.equal(one, other) for one, other in zip(read(), read(), strict=True))
+    return not all(_same(one, other) for one, other in zip(read(), read(), strict=True))
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    # Not torch.equal, to which NaN, a label that is missing, differs from itself.
+    return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
+
+
+def check_reloaded(
+    trainer: Trainer, pl_module: LightningModule, source: PartitionSource, loader: DataLoader[Any], partition: Partition
+) -> None:
+    """Refuses a loader, made again during the fit, in which an index means another sample than in the partition.
+
+    Args:
+        trainer: of the running fit.
+        pl_module: the user's.
+        source: knows how to split a batch.
+        loader: the new one.
+        partition: that the fit goes by.
+
+    Raises:
+        ValueError: for another number of samples, or other labels of some that are looked at.
+    """
+    total, fault = len(loader.dataset), ""  # type: ignore[arg-type]  # its length has been checked
+    index, reading = sampled_indices(total), reading_of(source)
+    if total != len(partition):
+        fault = f"it has {total} samples instead of {len(partition)}"
+    else:
+        with undisturbed(trainer, pl_module):
+            # Of samples that are mixed the labels say nothing.
+            if labels_vary(trainer, pl_module, reading, loader, index):
+                return
+            given = given_labels(trainer, pl_module, source, loader, index)
+        if differ := int((given != partition.label.flatten()[reading.row_indices(index)]).sum()):
+            fault = f"{differ} of {len(given)} labels that were compared differ"
+    if fault:
+        raise ValueError(
+            "Expected a train loader that is made again (reload_dataloaders_every_n_epochs) to have the samples of the"
+            f" partition in the same order, but {fault}; make the data set once, in setup(), and the loader of it."
+        )
 
 
 @torch.no_grad()

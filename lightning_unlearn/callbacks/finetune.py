@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_unlearn.callbacks._base import PartitionConsumer, probe, reading_of
+from lightning_unlearn.callbacks._base import PartitionConsumer, check_reloaded, probe, reading_of
 from lightning_unlearn.callbacks._lightning import (
     TrainDataSwap,
     averaged_models,
@@ -133,6 +133,8 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         super().reset()
         self._masks: MaskSource | None = None
         self._draw: TrainingDraw | None = None
+        self._partition: Partition | None = None
+        self._data: Any = None
         self._partition_epoch = 0
         self._first_epoch = 0
         # Batches of the first epoch after the swap, for which a schedule of steps may be planned.
@@ -249,7 +251,8 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
 
     @override
     def advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        partition = self.source.pull_partition(trainer, pl_module)
+        self._check_data(trainer, pl_module)
+        partition = self._partition = self.source.pull_partition(trainer, pl_module)
         if partition is not None and partition.epoch > self._partition_epoch:
             if self._masks is not None:
                 self._masks.pull_mask(trainer, pl_module)
@@ -260,7 +263,17 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
                 with self.timed():
                     (self._renew if self.is_active else self._start)(trainer, pl_module, draw)
             self._partition_epoch = partition.epoch
+        if self.is_active:
+            self._data = train_loader(trainer).dataset
         self._hold_modes(pl_module)
+
+    def _check_data(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not where the loader is made: an error there leaves torch's DataLoader as Lightning has changed it meanwhile.
+        if self._data is None or self._partition is None:
+            return
+        loader = train_loader(trainer)
+        if self._data is not loader.dataset:
+            check_reloaded(trainer, pl_module, self.source, loader, self._partition)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -297,6 +310,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         for module, training in reversed(self._modes):
             module.training = training
         self._thawed, self._unmoved, self._modes = [], [], []
+        self._data = None
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -121,7 +121,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         soft_labels: ``"refuse"`` labels that are probabilities, or take the class of the largest (``"argmax"``). Labels
             with a single 1 in each row are taken as they are.
         ignore_index: a label that means none, as in ``torch.nn.functional.cross_entropy``: such a sample is not judged,
-            and stays in training as it is; None for no such label.
+            and stays in training as it is; may be NaN; None for no such label.
         batch_to_xy: from a batch on the device to ``(x, y)``: the input of ``forward`` (a tensor, or a tuple or dict
             of its arguments) and the labels. By default a batch is ``(x, y)``, ``(x1, x2, ..., y)``, or a dict, named
             tuple or dataclass with labels under a usual name (see :func:`~lightning_unlearn.targets.split_batch`).
@@ -163,7 +163,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         review: str | PathLike[str] | None = None,
         task: Task = "auto",
         soft_labels: SoftLabels = "refuse",
-        ignore_index: int | None = -100,
+        ignore_index: float | None = -100,
         batch_to_xy: Callable[[Any], tuple[Any, Tensor]] | None = None,
         logits_from: Callable[[Any], Tensor] | None = None,
         check_data: bool = True,

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, StepLR
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, SequentialSampler, Subset
 
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback
 from lightning_unlearn.drawing import evenly
@@ -120,6 +120,43 @@ def test_reloading_every_epoch_reloads_the_subset():
     clean = partition.partition.clean_indices().tolist()
     assert [sorted(record.by_epoch[epoch]) for epoch in (2, 3)] == [clean] * 2
     assert record.by_epoch[2] != record.by_epoch[3]
+
+
+class SplitAgain(BlobsData):
+    """Makes its data set anew with each loader."""
+
+    def __init__(self, order):
+        super().__init__(Blobs())
+        self.order = order
+
+    def train_dataloader(self):
+        self.train_loaders_made += 1
+        order = self.order if self.train_loaders_made > 3 else range(203)
+        return DataLoader(Subset(self.train, list(order)), batch_size=16, shuffle=True)
+
+
+@pytest.mark.parametrize(
+    ("order", "fault"),
+    [
+        (range(202, -1, -1), r"but \d+ of 16 labels that were compared differ; make the data set once"),
+        (range(50), "but it has 50 samples instead of 203"),
+    ],
+    ids=["another order", "fewer"],
+)
+def test_a_reload_after_the_partition_must_have_its_samples(order, fault):
+    module, data = Toy(), SplitAgain(order)
+    with pytest.raises(ValueError, match=rf"made again .* samples of the partition in the same order, {fault}"):
+        fit(module, data, partition_and_finetune(), reload_dataloaders_every_n_epochs=1)
+    assert data.train_loaders_made == 4
+    assert set(module.steps_by_epoch) == {0, 1, 2}
+
+
+def test_a_reload_that_makes_the_same_data_set_anew_is_narrowed():
+    data = SplitAgain(range(203))
+    partition, finetune = partition_and_finetune()
+    record = IndexRecorder(data.train)
+    fit(Toy(), data, [partition, finetune, record], reload_dataloaders_every_n_epochs=1)
+    assert sorted(record.by_epoch[3]) == partition.partition.clean_indices().tolist()
 
 
 def test_a_limit_is_applied_once_where_a_schedule_of_steps_and_reloads_go_together():

@@ -355,6 +355,26 @@ def test_validation_batches_are_read_alike():
     assert partition.summary.accuracy_after >= partition.summary.accuracy_before - 0.05
 
 
+def test_labels_that_are_missing_as_nan():
+    x, y, wrong = separable(3, 0.1)
+    missing = torch.rand(y.shape, generator=torch.Generator().manual_seed(1)) < 0.1
+    given = y.float().masked_fill(missing, torch.nan)
+
+    class Known(Bits):
+        def training_step(self, batch):
+            return super().training_step((batch[0], batch[1].nan_to_num(-1)))
+
+    partition, _, finetune = ours = trio(
+        AT, task="multilabel", ignore_index=torch.nan, finetune={"on_noisy": "relabel"}, recipe="label"
+    )
+    fit(Known(3), loader(x, given), ours, max_epochs=AT + 1)
+    drawn = partition.partition
+    assert drawn.label.equal(y.masked_fill(missing, -1))
+    assert partition._reader.reason == ""
+    assert auroc(-drawn.label_probability[~missing], wrong[~missing]) > 0.95
+    assert (finetune.draw.new_label[missing] == -1).all()
+
+
 @pytest.mark.parametrize("several_first", [True, False])
 @pytest.mark.parametrize("at_epoch", [1, 2])
 def test_a_fit_is_not_resumed_with_another_kind_of_labels(tmp_path, several_first, at_epoch):

@@ -12,7 +12,8 @@ from lightning_unlearn import AttributionPartitionCallback
 from lightning_unlearn.callbacks._assembly import _keep_some
 from lightning_unlearn.finite import judge_finite
 from lightning_unlearn.functional.mixture import no_reduce
-from lightning_unlearn.recipes import RECIPES, _fit_view, _views, get_recipe
+from lightning_unlearn.recipes import RECIPES, get_recipe
+from lightning_unlearn.recipes.label_model import fit_view, views_of
 from lightning_unlearn.types import Evidence
 from tests.ranks import run_ranks
 from tests.test_numerics import evidence_of, network
@@ -239,8 +240,8 @@ def test_the_scale_of_logits_does_not_matter_to_the_shape_of_latent_classes(draw
     models = []
     for factor in (1.0, scale):
         evidence = make_evidence([factor * block for block in logits], label)
-        (view, *_) = _views(evidence, no_reduce)
-        models.append(_fit_view(view, evidence, no_reduce))
+        (view, *_) = views_of(evidence, no_reduce)
+        models.append(fit_view(view, evidence, no_reduce))
     plain, scaled = models
     # From another first guess, which is sharpened logits, to much the same classes.
     assert (plain.predicted == scaled.predicted).float().mean() > 0.9

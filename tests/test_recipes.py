@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lightning_unlearn import recipes
 from lightning_unlearn.data import rank_share
 from lightning_unlearn.functional import label_margin, label_support
 from lightning_unlearn.functional.mixture import no_reduce
@@ -14,9 +13,6 @@ from lightning_unlearn.recipes import (
     RECIPES,
     Recipe,
     Verdict,
-    _fit_view,
-    _label_model,
-    _views,
     get_recipe,
     judge_argmax,
     judge_aum,
@@ -25,7 +21,9 @@ from lightning_unlearn.recipes import (
     judge_label,
     judge_loss,
     judge_rlap,
+    registry,
 )
+from lightning_unlearn.recipes.label_model import fit_view, label_model, views_of
 from lightning_unlearn.trajectory import class_coordinates
 from lightning_unlearn.types import Evidence
 from tests.ranks import run_ranks
@@ -206,9 +204,9 @@ def test_what_was_half_memorised_is_left_out(noise):
     assert auroc(found.clean_probability, wrong) > 0.94
     assert (flagged(found) == wrong).float().mean() > 0.88
     # All of training together, which is no more than nine tenths repeated either, would keep the gate closed.
-    (longest, *_) = _views(make_evidence(blocks, evidence.label), no_reduce)
+    (longest, *_) = views_of(make_evidence(blocks, evidence.label), no_reduce)
     assert longest.blocks.shape[1] == 3
-    assert _fit_view(longest, make_evidence(blocks, evidence.label), no_reduce).unexplained < 1.5
+    assert fit_view(longest, make_evidence(blocks, evidence.label), no_reduce).unexplained < 1.5
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -248,7 +246,7 @@ def test_ranks_decide_together_what_is_memorised():
 @pytest.mark.parametrize("apart", [1.0, 2.0])
 def test_the_mean_probability_is_the_rate_of_the_latent_classes(apart):
     _, evidence = scene(SYMMETRIC, apart=apart)
-    model = _label_model(evidence, no_reduce)
+    model = label_model(evidence, no_reduce)
     found = (1 - judge_label(evidence, no_reduce).clean_probability).mean().item()
     assert found == pytest.approx(model.rate, abs=0.01)
     assert (-model.log_odds).sigmoid().mean().item() != pytest.approx(model.rate, abs=0.01)  # if nothing were done
@@ -728,7 +726,7 @@ def offered(monkeypatch):
         assert group == "lightning_unlearn.recipes"
         return points
 
-    monkeypatch.setattr(recipes, "entry_points", entry_points)
+    monkeypatch.setattr(registry, "entry_points", entry_points)
 
 
 @pytest.mark.usefixtures("offered")

@@ -1,0 +1,117 @@
+"""The recipes of this package: wrong labels, corrupted inputs, and both."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from lightning_unlearn.functional.evidence import shift_to_rate
+from lightning_unlearn.functional.mixture import Reduce, fit_mixture, standardise
+from lightning_unlearn.recipes.label_model import label_model
+from lightning_unlearn.recipes.verdict import NO_DOUBT, Verdict
+from lightning_unlearn.types import Evidence
+
+# Gate: disagreement of the most confident quarter, over the mean uncertainty that noise-free data would leave.
+_UNEXPLAINED = 1.5
+
+# Input evidence. Gate: the share of samples between the two groups, and how much less sure the model is of one of them,
+# in standard deviations.
+_BETWEEN = 0.01
+_LESS_SURE = 0.5
+
+
+def judge_label(evidence: Evidence, reduce: Reduce) -> Verdict:
+    """The posterior that the given label is right, from true classes behind the given ones.
+
+    A latent-class model (:mod:`~lightning_unlearn.functional.latent`) on the class attributions of the first and the
+    second half of training, as far as it was not memorised, and of the last pass gives every sample a likelihood under
+    each true class, and how classes are called. The likelihoods, weakened, are added to the model's own logits; the
+    probability of the given label under both, and under the transition matrix, is set to the noise rate that the latent
+    classes alone estimate.
+
+    The gate: without noise, a classifier is wrong on the average sample as often as it expects to be, and on its most
+    confident quarter far less. If the most confident quarter of every class disagrees with the labels more than 1.5
+    times as often as the *average* sample is expected to, uncertainty does not explain it, and there are wrong labels;
+    else nothing is suspect. Nor is anything where a class is called by another's name more often than by its own: which
+    of the two it is cannot be told then, and a network that has hardly learned yet looks like that. Nor is anything
+    where the model predicts hardly more than one class, or fewer than half of them.
+    """
+    model, w = label_model(evidence, reduce), evidence.weight
+    rate = min(max(model.rate, 1e-6), 1 - 1e-6)
+    probability = (model.log_odds + shift_to_rate(model.log_odds, w, rate, reduce=reduce)).sigmoid().float()
+    matrix = model.transition.float() if model.transition.ndim == 2 else None
+    found = model.unexplained > _UNEXPLAINED
+    if not found:
+        probability = 1 - NO_DOUBT * (1 - probability)
+        matrix = None if matrix is None else torch.eye(len(matrix), device=matrix.device)
+    note = (
+        f"labels: {model.disagreement:.1%} of the most confident samples disagree, {model.uncertainty:.1%} expected of"
+        f" the average one: {model.objection or ('wrong labels' if found else 'no sign of wrong labels')}"
+    )
+    return Verdict(
+        probability,
+        model.suggested,
+        (1 - probability) * model.suggested_share.float(),
+        label_probability=probability,
+        noise_matrix=matrix,
+        notes=(note,),
+        warning=model.objection,
+    )
+
+
+def judge_input(evidence: Evidence, reduce: Reduce) -> Verdict:
+    """The probability that the input is intact, from an early layer's response to it.
+
+    A mixture on the response. The gate: fewer than one per cent of the samples lie between the two groups, and the
+    model was less sure of one of them in the course of training; that one is the corrupted one. Two kinds of intact
+    inputs, such as recordings of two microphones, differ too, but run into each other.
+    """
+    intact = torch.ones_like(evidence.weight)
+    if evidence.response is None:
+        return Verdict(intact, evidence.label, notes=("inputs: no early layer to look at",))
+    w, u = evidence.weight.double(), evidence.uncertainty.double()
+    rows = standardise(evidence.response.double(), evidence.weight, reduce)
+    mixture = fit_mixture(rows, evidence.weight, reduce=reduce)
+    share = mixture.posterior(rows)
+    between = ((share[:, 0] > 0.1) & (share[:, 0] < 0.9)).double()
+    sums = reduce(torch.cat([torch.stack([w, w * between, w * u, w * u * u]).sum(dim=1), w @ share, (w * u) @ share]))
+    number, ambiguous = sums[0], (sums[1] / sums[0]).item()
+    deviation = (sums[3] / number - (sums[2] / number) ** 2).clamp(min=1e-12).sqrt()
+    group = sums[4:6]
+    means = sums[6:8] / group.clamp(min=1e-9)
+    gap = ((means[1] - means[0]) / deviation).item()
+    clean = 0 if gap > 0 else 1
+    found = bool((group > 1).all()) and ambiguous <= _BETWEEN and abs(gap) >= _LESS_SURE
+    probability = share[:, clean].float()
+    note = (
+        f"inputs: two groups, the smaller of {group.min() / number:.1%}, {ambiguous:.1%} of the samples between them,"
+        f" the model less sure of one by {abs(gap):.2f} standard deviations:"
+        f" {'corrupted inputs' if found else 'no sign of corrupted inputs'}"
+    )
+    if not found:
+        probability = intact
+    return Verdict(probability, evidence.label, input_probability=probability, notes=(note,))
+
+
+def judge_auto(evidence: Evidence, reduce: Reduce) -> Verdict:
+    """Both kinds of evidence, each behind its gate: p(clean) is the product.
+
+    The latent classes are fitted on the samples whose input is intact.
+    """
+    inputs = judge_input(evidence, reduce)
+    intact = inputs.clean_probability
+    kept = replace(evidence, weight=evidence.weight * (intact >= 0.5))
+    labels = judge_label(kept, reduce)
+    suggested = labels.suggested_probability
+    corrupted = reduce((evidence.weight * (intact < 0.5)).double().sum()).item() > 0
+    return Verdict(
+        labels.clean_probability * intact,
+        labels.suggested_label,
+        None if suggested is None else suggested * intact,
+        label_probability=labels.label_probability,
+        input_probability=inputs.input_probability,
+        noise_matrix=labels.noise_matrix,
+        notes=labels.notes + inputs.notes,
+        warning="" if corrupted else labels.warning,
+    )

@@ -1,0 +1,123 @@
+"""What a recipe says, and when it says that nothing can be told."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_unlearn.functional.mixture import Reduce
+from lightning_unlearn.types import Evidence
+
+# Standard errors by which the components' means must differ before one is called clean.
+_DECISIVE = 3.0
+LONE = 1.5
+
+# What a gate that is closed leaves of the doubt: nothing is suspect, and the order stays.
+NO_DOUBT = 0.01
+
+
+@dataclass(frozen=True, eq=False)
+class Verdict:
+    """What a recipe says of one rank's share.
+
+    Args:
+        clean_probability: (n,) float32.
+        suggested_label: (n,) int64, for a sample that turns out not to be clean.
+        suggested_probability: (n,) float32, probability that the suggested label is right and the input intact; None
+            where the recipe does not say, which counts as all that p(clean) leaves.
+        label_probability: (n,) float32, probability that the given label is right; None if it was not asked.
+        input_probability: (n,) float32, probability that the input is intact; None if it was not asked.
+        noise_matrix: (C, C) float32, row k the estimated probabilities of what a sample of class k is called; None if
+            it was not estimated, as with more than 2,048 classes. The same on every rank.
+        notes: what the gates said, for the log. The same on every rank.
+        warning: why the verdict should not be acted upon; empty if it can be. The same on every rank.
+        unusable: (n,) bool, samples that must not be trained on in any case; None where there are none.
+    """
+
+    clean_probability: Tensor
+    suggested_label: Tensor
+    suggested_probability: Tensor | None = None
+    label_probability: Tensor | None = None
+    input_probability: Tensor | None = None
+    noise_matrix: Tensor | None = None
+    notes: tuple[str, ...] = ()
+    warning: str = ""
+    unusable: Tensor | None = None
+
+
+Judge = Callable[[Evidence, Reduce], Verdict]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A way to a partition.
+
+    Args:
+        name: for configuration and messages.
+        judge: from this rank's evidence, and the function that sums over ranks, to a verdict.
+        needs_rows: whether it needs the per-neuron attributions ``Evidence.rows``.
+        needs_response: whether it looks at ``Evidence.response``, an early layer's response to the input.
+        averages: whether evidence of earlier epochs counts.
+        soft: whether neurons are regressed on the probability (else, as in the paper, on the two clusters).
+    """
+
+    name: str
+    judge: Judge
+    needs_rows: bool = False
+    needs_response: bool = False
+    averages: bool = True
+    soft: bool = True
+
+
+def higher_component(score: Tensor, share: Tensor, weight: Tensor, reduce: Reduce) -> int | None:
+    """The component with the higher mean score, or None if the means are too close to tell, or one is a lone sample's.
+
+    Args:
+        score: (n,), higher is cleaner.
+        share: (n, 2), probability of each component.
+        weight: (n,).
+        reduce: sums over the ranks.
+    """
+    s, w = score.double().unsqueeze(1), share * weight.double().unsqueeze(1)
+    count, first, second = reduce(torch.stack([w.sum(0), (w * s).sum(0), (w * s * s).sum(0)]))
+    # A sample that is far from all others, by an overflow say, draws a component to itself.
+    if (count < LONE).any():
+        return None
+    mean = first / count
+    standard_error = ((second / count - mean**2).clamp(min=0) / count).sum().sqrt()
+    gap = (mean[1] - mean[0]).item()
+    if not math.isfinite(gap) or abs(gap) <= _DECISIVE * standard_error.item():
+        return None
+    return int(gap > 0)
+
+
+def undecided(evidence: Evidence, what: str) -> Verdict:
+    """Every sample is clean, with a warning that says why nothing can be told."""
+    return Verdict(
+        torch.ones_like(evidence.weight),
+        evidence.label,
+        warning=(
+            f"the two groups found do not differ in {what}, or one of them is a single sample, so which of them is"
+            " clean cannot be told"
+        ),
+    )
+
+
+def calls_all_the_same(evidence: Evidence, reduce: Reduce) -> Verdict | None:
+    """A verdict that is not to be acted upon where the last pass predicts one class of all samples, else None.
+
+    Of a dead network, or one that has fallen back on the largest class, a score says what a sample is called, not more.
+    """
+    zeros = evidence.weight.new_zeros(evidence.num_classes).double()
+    counts = reduce(zeros.index_add(0, evidence.prediction, evidence.weight.double()))
+    if int((counts > 0).sum()) > 1:
+        return None
+    return Verdict(
+        torch.ones_like(evidence.weight),
+        evidence.label,
+        warning="the model predicts the same class of all samples, so nothing can be told",
+    )

@@ -164,7 +164,7 @@ class Reading:
         self.soft_labels = soft_labels
         self.ignore_index = ignore_index
         self.split = batch_to_xy or split_batch
-        self._logits_from = logits_from or logits_in
+        self.logits_from = logits_from or logits_in
         self.forget()
 
     def forget(self) -> None:
@@ -199,7 +199,7 @@ class Reading:
         Raises:
             TypeError: if it returns something else.
         """
-        logits = self._logits_from(call_forward(model, x))
+        logits = self.logits_from(call_forward(model, x))
         if not isinstance(logits, Tensor) or logits.ndim not in (1, 2) or not logits.is_floating_point():
             found = f"{logits.dtype} {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
             raise TypeError(

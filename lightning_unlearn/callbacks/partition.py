@@ -291,7 +291,7 @@ class AttributionPartitionCallback(UnlearnCallback):
             "soft_labels": self.reading.soft_labels,
             "ignore_index": self.reading.ignore_index,
             "batch_to_xy": self.reading.split,
-            "logits_from": self.reading._logits_from,
+            "logits_from": self.reading.logits_from,
         }
         return settings_of(self, recipe=self.recipe.name, **reading)
 

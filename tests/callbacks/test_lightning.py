@@ -118,6 +118,7 @@ ELSEWHERE = {
         "_NormBase": "torch's class of all batch norms",
     },
     "capture/memory.py": {"_fields": "of a named tuple, public by its documentation"},
+    "report/samples.py": {"_asdict": "of a named tuple, public by its documentation"},
     "targets.py": {
         "_asdict": "of a named tuple, public by its documentation",
         "_orig_mod": "what torch.compile wraps",

@@ -1,8 +1,8 @@
 """A line in the Trainer's own progress bar for each pass over data, with rate and time left.
 
 Lightning's bars draw on rank 0 alone. Bars of others, and a Trainer without one, show no line. What a pass that lasts
-will still take is also said in the log, once, at the speed of the batches so far: before the first one nothing honest
-could be said of it, as workers start and memory is claimed in that one.
+will still take is also said in the log, once, at the speed of the batches after the first one, in which workers start
+and memory is claimed.
 """
 
 from __future__ import annotations

@@ -221,6 +221,10 @@ class AttributionPartitionCallback(UnlearnCallback):
         self._fits: list[dict[str, Any]] = []
         self._recorded: dict[str, Any] | None = None
         self._has_said_fallback = False
+        # How long the last epoch took, for who asks what a pass will cost.
+        self._epoch_started: float | None = None
+        self._epoch_seconds: float | None = None
+        self._has_said_cost = False
         self._reader.reset()
 
     @property
@@ -458,6 +462,8 @@ class AttributionPartitionCallback(UnlearnCallback):
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_start(trainer, pl_module)
+        if not self._has_said_cost:
+            self._epoch_started = time.perf_counter()
         if self._reads_training:
             self._reader.start_epoch(trainer)
         else:
@@ -477,6 +483,8 @@ class AttributionPartitionCallback(UnlearnCallback):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._epoch_started is not None:
+            self._epoch_seconds = time.perf_counter() - self._epoch_started
         if not self._reads_training or self._trajectory is None:
             return
         if not self._reader.end_epoch(trainer):
@@ -518,6 +526,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         epoch, started = trainer.current_epoch, time.perf_counter()
         if self._point is None:
             self.begin(trainer, pl_module)
+        self._say_cost(trainer)
         # A pass that failed, in a fit that goes on, is not counted besides this one.
         self._trajectory_in_use.drop()
         if epoch < self.at_epoch:
@@ -528,6 +537,18 @@ class AttributionPartitionCallback(UnlearnCallback):
         if epoch not in self._epochs_seen:
             self._epochs_seen.append(epoch)
         log_values(pl_module, {"unlearn/seconds_pass": time.perf_counter() - started})
+
+    def _say_cost(self, trainer: Trainer) -> None:
+        """Says before the first pass what bounds its time; other methods pass through the network many times."""
+        if self._epoch_seconds is None or self.method != GRADIENT_X_ACTIVATION:
+            return
+        samples: int = len(train_loader(trainer).dataset)  # type: ignore[arg-type]
+        rank_zero_info(
+            f"A pass over {samples:,} training samples, about as long as validating on them: less than an epoch of"
+            f" training on them, the last of which took {self._epoch_seconds:.1f} s."
+        )
+        self._has_said_cost = True
+        self._epoch_started = self._epoch_seconds = None
 
     def _check_reader(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Drops what the training steps showed if it were not the logits, as where an adapter has grown beside."""

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
 
+from lightning_unlearn import AttributionPartitionCallback
 from lightning_unlearn.callbacks import _progress
 from lightning_unlearn.callbacks._progress import close_lines, shown
 from tests.toys import Blobs, BlobsData, Toy, fit, trio
@@ -15,12 +16,11 @@ from tests.toys import Blobs, BlobsData, Toy, fit, trio
 AT, SIZE = 2, 101
 BATCHES = -(-SIZE // 16)
 PRUNES = {"significance": None, "guard_tolerance": 1.0, "guard_steps": 1}
-# Two passes for evidence; validation before; the guard's score before, the regression, and the guard's after a step;
-# validation after.
+# Two passes for evidence; validation before, which the guard goes by too; the regression; the guard's score after a
+# step; validation after.
 PASSES = [
     ("Evidence", BATCHES),
     ("Evidence", BATCHES),
-    ("Score", 2),
     ("Score", 2),
     ("Neurons", BATCHES),
     ("Score", 2),
@@ -179,3 +179,17 @@ def test_of_a_short_pass_nothing_is_said(caplog):
     caplog.set_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero")
     assert len(list(shown(stand_in(None), "Evidence", 100, range(100)))) == 100
     assert not caplog.records
+
+
+@pytest.mark.parametrize(("method", "times"), [("gradient_x_activation", 1), ("integrated_gradients", 0)])
+def test_what_a_pass_will_cost_is_said_once_before_the_first(method, times, caplog):
+    caplog.set_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero")
+    callback = AttributionPartitionCallback(at_epoch=2, evidence="passes", method=method)
+    fit(Toy(), BlobsData(Blobs(SIZE)), [callback], max_epochs=3)
+    said = [record.getMessage() for record in caplog.records]
+    found = [
+        at for at, line in enumerate(said) if re.match(r"A pass over 101 training samples, .* took \d+\.\d s", line)
+    ]
+    assert len(found) == times
+    if times:
+        assert found[0] < next(at for at, line in enumerate(said) if line.startswith("Partition after"))

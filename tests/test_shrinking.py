@@ -1,7 +1,6 @@
+import importlib
 import pickle
-import subprocess
 import sys
-import textwrap
 import warnings
 from itertools import pairwise
 from pathlib import Path
@@ -14,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import lightning_unlearn
 from lightning_unlearn import shrink
 from lightning_unlearn.shrinking import FORMAT, ModelCost, compare, load_shrunk, measure, save_shrunk
+from tests.callbacks import forked
 from tests.toys import (
     FEATURES,
     Blobs,
@@ -732,29 +731,28 @@ def test_saved_and_loaded(tmp_path, make):
     loaded(IMAGES).sum().backward()
 
 
+def leaves(x):
+    return [y for v in x.values() for y in leaves(v)] if isinstance(x, dict) else [x]
+
+
+def load_without_torch_pruning(folder):
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("lightning_unlearn", "torch_pruning")]:
+        del sys.modules[name]
+    sys.modules["torch_pruning"] = None
+    load = importlib.import_module("lightning_unlearn.shrinking").load_shrunk
+    content = torch.load("small.pt", weights_only=True)
+    assert {type(x) for x in leaves(content)} <= {torch.Tensor, int, str, tuple}, leaves(content)
+    net = load(convnet(), "small.pt").eval()
+    with torch.no_grad():
+        torch.save(net(torch.load("x.pt")), folder / "y.pt")
+
+
 def test_loaded_in_a_process_without_torch_pruning(tmp_path):
     small = shrunk_convnet()
     save_shrunk(small, tmp_path / "small.pt")
     torch.save(IMAGES, tmp_path / "x.pt")
-    code = """
-        import sys, torch
-        sys.modules["torch_pruning"] = None
-        from lightning_unlearn.shrinking import load_shrunk
-        from tests.toys import convnet
-        content = torch.load("small.pt", weights_only=True)
-        def leaves(x):
-            return [y for v in x.values() for y in leaves(v)] if isinstance(x, dict) else [x]
-        assert {type(x) for x in leaves(content)} <= {torch.Tensor, int, str, tuple}, leaves(content)
-        net = load_shrunk(convnet(), "small.pt").eval()
-        with torch.no_grad():
-            torch.save(net(torch.load("x.pt")), "y.pt")
-    """
-    root = str(lightning_unlearn.__path__[0]) + "/.."
-    subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {root!r})\n" + textwrap.dedent(code)],
-        cwd=tmp_path,
-        check=True,
-    )
+    done = forked.call(load_without_torch_pruning, tmp_path)
+    assert done.returncode == 0, done.stderr
     torch.testing.assert_close(torch.load(tmp_path / "y.pt"), outputs(small, IMAGES))
 
 

@@ -213,7 +213,9 @@ def writes(source):
     """Lines that write a file past ``replacing``."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call):
-            name = ast.unparse(node.func).split(".")[-1]
+            called = ast.unparse(node.func)
+            # Into memory.
+            name = "" if called == "wave.open" else called.split(".")[-1]
             mode = [part.value for part in node.args if isinstance(part, ast.Constant) and isinstance(part.value, str)]
             if name in ("write_text", "write_bytes") or (name == "open" and any(set("wax") & set(m) for m in mode)):
                 yield node.lineno

@@ -116,7 +116,8 @@ class Breaks(Blobs):
     """Raises in the pass over it that comes after the first epoch."""
 
     def __getitem__(self, index):
-        if len(self.read) > 101 + 40 + 32:
+        # What is looked at before the first step, the first epoch, and a part of the pass.
+        if len(self.read) > 96 + 101 + 40:
             raise OSError("the disk is gone")
         return super().__getitem__(index)
 

@@ -42,11 +42,16 @@ def run_ranks(work: Callable[[int, Callable[[Tensor], Tensor]], Any], world_size
 
 def run_script(script: Path, folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     """Runs ``script folder arguments...``, which starts its ranks itself, with the checkout on its path."""
+    return run_python(folder, "-W", "ignore", script, folder, *arguments, OMP_NUM_THREADS="1")
+
+
+def run_python(folder: Path, *arguments: Path | str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """Runs a new interpreter in a folder, with the checkout on its path."""
     path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.run(
-        [sys.executable, "-W", "ignore", script, folder, *arguments],
+        [sys.executable, *map(str, arguments)],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": path, **environment},
         capture_output=True,
         text=True,
         timeout=500,

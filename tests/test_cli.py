@@ -1,5 +1,3 @@
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +7,7 @@ import torch
 from lightning_unlearn import Partition
 from lightning_unlearn.cli import main
 from tests.callbacks.published import make_partition
+from tests.ranks import run_python
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "digits.yaml"
 
@@ -84,16 +83,7 @@ trainer:
 
 
 def run(arguments, folder):
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    result = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
+    result = run_python(folder, *arguments)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout + result.stderr
 

@@ -11,6 +11,7 @@ import torch
 
 from tests.callbacks import forked, kill_script, plain_script
 from tests.callbacks.kill_script import VARIANTS
+from tests.callbacks.snapshot import assert_same
 
 FULL, LAYERS, OPTIMIZER, RELABEL, WEIGH = VARIANTS
 POINTS = [
@@ -68,23 +69,6 @@ def unharmed(tmp_path_factory):
     return of
 
 
-def assert_equal(one, other, at=""):
-    """Tensors bit for bit, and all that holds them."""
-    assert type(one) is type(other), at
-    if isinstance(one, torch.Tensor):
-        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True, msg=at)
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), at
-        for key in one:
-            assert_equal(one[key], other[key], f"{at}.{key}")
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other), at
-        for position, pair in enumerate(zip(one, other, strict=True)):
-            assert_equal(*pair, f"{at}[{position}]")
-    else:
-        assert one == other, at
-
-
 def without_fits(state):
     """A state but for where the fit was resumed, which it tells on purpose."""
     return {**state, "fits": [], "provenance": {**state["provenance"], "fits": []}}
@@ -93,9 +77,9 @@ def without_fits(state):
 def assert_ends_alike(resumed, unharmed):
     (first, *others), (whole, *expected) = resumed["states"], unharmed["states"]
     assert len(first["fits"]) >= len(whole["fits"]) == 1
-    assert_equal([without_fits(first), *others], [without_fits(whole), *expected], "states")
+    assert_same([without_fits(first), *others], [without_fits(whole), *expected], "states")
     for part in ("weights", "optimizer"):
-        assert_equal(resumed[part], unharmed[part], part)
+        assert_same(resumed[part], unharmed[part], part)
     assert resumed["drawn"].items() <= unharmed["drawn"].items()
 
 
@@ -142,8 +126,8 @@ def test_where_the_package_is_not_installed_its_checkpoint_is_like_any_other(tmp
     code = forked.run(plain_script.use, unharmed(variant)["last"], tmp_path / "result.pt")
     assert code == 0, (tmp_path / "log.txt").read_text()[-3000:]
     found = torch.load(tmp_path / "result.pt", weights_only=True)
-    assert_equal(found["loaded"], unharmed(variant)["weights"])
-    assert_equal(found["resumed"], unharmed(variant)["weights"])
+    assert_same(found["loaded"], unharmed(variant)["weights"])
+    assert_same(found["resumed"], unharmed(variant)["weights"])
     assert found["epochs"] == kill_script.EPOCHS + 1
     assert found["val_loss"].isfinite()
     pruned = ~unharmed(variant)["states"][1]["masks"][0]["keep"]

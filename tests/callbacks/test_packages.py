@@ -2,8 +2,6 @@
 
 import ast
 import json
-import os
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException as 
 from torch import nn
 
 from lightning_unlearn.callbacks._packages import MisconfigurationException, has_forward, is_a
+from tests.ranks import run_python
 from tests.toys import Plain, Toy, make_trainer
 
 ROOT = Path(__file__).parents[2]
@@ -28,16 +27,7 @@ pytestmark = pytest.mark.skipif(find_spec("pytorch_lightning") is None, reason="
 
 
 def python(*arguments, cwd):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
+    done = run_python(cwd, *arguments, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

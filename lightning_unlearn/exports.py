@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.storage import replacing
-from lightning_unlearn.types import REASONS, Partition
+from lightning_unlearn.types import REASONS, Partition, held_labels
 
 # What to give pip for a package, where that is not its name.
 _PIP = {"cleanlab": "'cleanlab[datalab]'", "pyarrow": "pandas pyarrow"}
@@ -229,7 +229,7 @@ def _cells(label: Tensor) -> list[Any]:
     """A class index for each sample, or a list of the labels that it has."""
     if label.ndim == 1:
         return label.tolist()
-    return [row.nonzero().flatten().tolist() for row in label == 1]
+    return held_labels(label)
 
 
 def _new_lab(partition: Partition, class_names: Sequence[str] | None) -> Any:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_unlearn.types import REASONS, NeuronMask, Partition
+from lightning_unlearn.types import REASONS, NeuronMask, Partition, confusion_counts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -275,12 +275,7 @@ def _confusion(partition: Partition) -> tuple[Tensor, Tensor, int]:
     if classes > _MOST:
         often = given.bincount(minlength=classes) + suggested.bincount(minlength=classes)
         shown = often.argsort(descending=True, stable=True)[:_MOST].sort().values
-    place = torch.full((classes,), -1)
-    place[shown] = torch.arange(len(shown))
-    row, column = place[given], place[suggested]
-    both = (row >= 0) & (column >= 0)
-    cell = row[both] * len(shown) + column[both]
-    return cell.bincount(minlength=len(shown) ** 2).reshape(len(shown), len(shown)), shown, classes
+    return confusion_counts(given, suggested, shown), shown, classes
 
 
 def _draw_labels(partition: Partition, axes: Axes, names: list[str] | None) -> None:

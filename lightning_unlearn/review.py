@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_unlearn.fingerprint import MOST_CHANGED, is_mark, mark_differs
+from lightning_unlearn.fingerprint import MOST_CHANGED, is_mark, mark_differs, sampled_indices
 from lightning_unlearn.storage import source_file
-from lightning_unlearn.types import DECISIONS
+from lightning_unlearn.types import DECISIONS, of_any_label
 
 KEEP, DROP, RELABEL = range(len(DECISIONS))
 UNDECIDED = -1
@@ -31,7 +31,6 @@ _NEEDED = {"index", "decision"}
 # A number that pandas has read beside an empty cell is written with a decimal place, which some languages set a comma
 # before. Not "1,000", which may be a thousand.
 _WHOLE = re.compile(r"(\d+)(?:[.,]0)?")
-_COMPARED = 16
 _UNKNOWN = -2
 
 
@@ -260,9 +259,8 @@ class Review:
 
     def compared(self) -> Tensor:
         """(M,) int64, positions of up to 16 decisions, spread over them, to compare labels of."""
-        known = (~_of_any_label(self.given_label == _UNKNOWN)).nonzero().flatten()
-        count = min(len(known), _COMPARED)
-        return known[torch.arange(count) * (len(known) - 1) // max(count - 1, 1)]
+        known = (~of_any_label(self.given_label == _UNKNOWN)).nonzero().flatten()
+        return known[sampled_indices(len(known))]
 
     def check_labels(self, positions: Tensor, label: Tensor) -> None:
         """Refuses labels that are not those that the file says were given.
@@ -275,7 +273,7 @@ class Review:
             ValueError: with the line.
         """
         given = self.given_label[positions]
-        differ = _of_any_label((given != label) & (label >= 0)).nonzero().flatten()
+        differ = of_any_label((given != label) & (label >= 0)).nonzero().flatten()
         if len(differ):
             at = int(positions[differ[0]])
             raise ValueError(
@@ -295,7 +293,7 @@ class Review:
         new = torch.full_like(label, -1)
         given = label[self.index]
         stale = (self.given_label != _UNKNOWN) & (given >= 0) & (self.given_label != given)
-        holds = ~_of_any_label(stale)
+        holds = ~of_any_label(stale)
         decision[self.index[holds]] = self.decision[holds]
         new[self.index[holds]] = self.new_label[holds]
         if label.ndim == 2:
@@ -368,11 +366,6 @@ def _check_fits(path: str, row: Row, total: int, classes: int, *, single: bool) 
             f"{where}: expected suggested_label to lie in [0, {classes}), as the model has {classes} classes, but it is"
             f" {wrong[0]}."
         )
-
-
-def _of_any_label(one: Tensor) -> Tensor:
-    """(K,) bool of (K,), or of (K, L)."""
-    return one.any(dim=1) if one.ndim == 2 else one
 
 
 def _labels(found: list[tuple[int, ...] | None], labels: int | None, unknown: int) -> Tensor:

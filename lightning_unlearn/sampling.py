@@ -15,7 +15,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from lightning_unlearn.data import batch_size, forget_batches, remember_batches
 from lightning_unlearn.drawing import Drawing, drawing_of
-from lightning_unlearn.types import Partition
+from lightning_unlearn.types import Partition, of_any_label
 
 OnNoisy = Literal["drop", "weigh", "relabel"]
 """What becomes of the samples that are not clean."""
@@ -95,7 +95,7 @@ class TrainingDraw:
     def relabelled(self) -> Tensor:
         """(R,) int64, the dataset indices whose label is replaced."""
         none = torch.zeros(0, dtype=torch.int64)
-        return none if self.new_label is None else _any_label(self.new_label >= 0).nonzero().flatten()
+        return none if self.new_label is None else of_any_label(self.new_label >= 0).nonzero().flatten()
 
 
 def training_draw(partition: Partition, on_noisy: OnNoisy, relabel_threshold: float) -> TrainingDraw:
@@ -139,11 +139,6 @@ def training_draw(partition: Partition, on_noisy: OnNoisy, relabel_threshold: fl
     sure = partition.worth_relabelling(relabel_threshold)
     new_label = torch.where(sure.unsqueeze(1) if partition.is_multilabel else sure, partition.suggested_label, -1)
     return TrainingDraw((clean | sure).nonzero().flatten(), new_label=new_label)
-
-
-def _any_label(of_label: Tensor) -> Tensor:
-    """(N,) bool of (N,), or of (N, L)."""
-    return of_label.any(dim=1) if of_label.ndim == 2 else of_label
 
 
 def check_drawing(loader: DataLoader[Any], sampler: Any, *, ranks: int = 1) -> Drawing:

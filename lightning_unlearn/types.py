@@ -264,8 +264,7 @@ class Partition:
             threshold: the least probability of a suggested label that is used.
         """
         # A recipe that suggests what the network predicts suggests the given label again where that was memorised.
-        differs = self.suggested_label != self.label
-        differs = differs.any(dim=1) if self.is_multilabel else differs
+        differs = of_any_label(self.suggested_label != self.label)
         wrong = ~self.is_clean & (self.reason == REASONS.index("label"))
         return wrong & (self.suggested_probability >= threshold) & differs
 
@@ -454,7 +453,7 @@ def _named(title: str, label: Tensor, names: dict[int, str] | None) -> dict[str,
         return {}
     if label.ndim == 1:
         return {title: [names.get(one, "") for one in label.tolist()]}
-    return {title: ["; ".join(names[one] for one in row.nonzero().flatten().tolist()) for row in label == 1]}
+    return {title: ["; ".join(names[one] for one in row) for row in held_labels(label)]}
 
 
 def class_members(label: Tensor) -> list[tuple[int, Tensor]]:
@@ -481,11 +480,51 @@ def class_members(label: Tensor) -> list[tuple[int, Tensor]]:
     return list(zip(classes.tolist(), members, strict=True))
 
 
+def of_any_label(one: Tensor) -> Tensor:
+    """(N,) bool of a bool for each sample, (N,), or for each of its labels, (N, L)."""
+    return one.any(dim=1) if one.ndim == 2 else one
+
+
+def held_labels(label: Tensor) -> list[list[int]]:
+    """The labels that each sample of a multi-label task has.
+
+    Args:
+        label: (N, L), 1 for a label that the sample has.
+
+    Example:
+        >>> held_labels(torch.tensor([[1, 0, 1], [0, 0, 0]]))
+        [[0, 2], []]
+    """
+    return [row.nonzero().flatten().tolist() for row in label == 1]
+
+
+def confusion_counts(given: Tensor, suggested: Tensor, classes: Tensor) -> Tensor:
+    """(S, S) int64, how often each of some classes is suggested in place of each.
+
+    Args:
+        given: (K,) int64, labels.
+        suggested: (K,) int64, other labels of the same samples.
+        classes: (S,) int64, ascending; pairs with another class are not counted.
+
+    Example:
+        >>> confusion_counts(torch.tensor([4, 4, 9]), torch.tensor([9, 9, 1]), torch.tensor([4, 9]))
+        tensor([[0, 2],
+                [0, 0]])
+    """
+    known = torch.cat([given, suggested, classes])
+    place = torch.full((1 + int(known.max()) if len(known) else 0,), -1)
+    place[classes] = torch.arange(len(classes))
+    row, column = place[given], place[suggested]
+    inside = (row >= 0) & (column >= 0)
+    cell = row[inside] * len(classes) + column[inside]
+    return cell.bincount(minlength=len(classes) ** 2).reshape(len(classes), len(classes))
+
+
 def _label_cells(label: Tensor) -> list[Any]:
     """A class index for each sample, or the labels that it has, as in ``0 3``."""
     if label.ndim == 1:
         return label.tolist()
-    return [" ".join(map(str, row.nonzero().flatten().tolist())) for row in label == 1]
+    return [" ".join(map(str, row)) for row in held_labels(label)]
 
 
 def _most_confused(label: Tensor, suggested: Tensor) -> dict[int, tuple[int, int]]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from lightning_unlearn.report.charts import bars, curve_charts, has_coefficient, heat_map, histogram, sensitivities
 from lightning_unlearn.report.record import RunRecord
 from lightning_unlearn.storage import replacing
-from lightning_unlearn.types import REASONS, NeuronMask, Partition
+from lightning_unlearn.types import REASONS, NeuronMask, Partition, confusion_counts, held_labels
 
 # Classes in a heat map; of more, those with the most suspects.
 _CLASSES = 30
@@ -137,11 +137,7 @@ def _confusion(partition: Partition, names: _Names) -> tuple[Markup, int] | None
     weight = given.bincount(minlength=size) + suggested.bincount(minlength=size)
     present = int((weight > 0).sum())
     labels = weight.argsort(descending=True, stable=True)[: min(present, _CLASSES)].sort().values
-    place = torch.full((size,), -1)
-    place[labels] = torch.arange(len(labels))
-    row, column = place[given], place[suggested]
-    inside = (row >= 0) & (column >= 0)
-    counts = (row * len(labels) + column)[inside].bincount(minlength=len(labels) ** 2).reshape(len(labels), -1)
+    counts = confusion_counts(given, suggested, labels)
     called = [names(label) for label in labels.tolist()]
     return heat_map(counts, called, ("given", "suggested", "samples")), present - len(labels)
 
@@ -187,7 +183,7 @@ def _samples(record: RunRecord) -> Iterator[dict[str, Any]]:
 
 
 def _labels(label: Tensor) -> list[int]:
-    return [int(label)] if label.ndim == 0 else label.eq(1).nonzero().flatten().tolist()
+    return [int(label)] if label.ndim == 0 else held_labels(label.unsqueeze(0))[0]
 
 
 def _safe(card: dict[str, Any]) -> dict[str, Any]:

@@ -246,6 +246,18 @@ def write_csv(path: str | PathLike[str], columns: Mapping[str, Sequence[Any]]) -
         text.detach()
 
 
+def write_json(path: str | PathLike[str], content: Mapping[str, Any]) -> None:
+    """Writes primitives as JSON, whole or not at all.
+
+    Args:
+        path: file to write; folders are made.
+        content: without NaN and infinity, which JSON does not know.
+    """
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
 def _cell(value: Any) -> Any:
     if not isinstance(value, str) or _NUMBER.fullmatch(value):
         return value

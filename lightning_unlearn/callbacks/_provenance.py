@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import inspect
-import json
 import math
 import os
 import platform
@@ -15,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_unlearn.review import Review
-from lightning_unlearn.storage import replacing
+from lightning_unlearn.storage import write_json
 from lightning_unlearn.types import DECISIONS, Partition, PartitionRound
 
 FORMAT = "lightning_unlearn.provenance"
@@ -36,7 +35,7 @@ def fit_record(from_epoch: int, ranks: int, settings: Mapping[str, Any]) -> dict
         "from_epoch": from_epoch,
         "ranks": ranks,
         "seed": None if seed is None else int(seed),
-        "versions": _versions(),
+        "versions": versions(_PACKAGES),
         "settings": dict(settings),
     }
 
@@ -82,11 +81,9 @@ def provenance(
     )
 
 
-def write_json(record: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Writes a record of primitives; folders are made, and what was there is replaced in one step."""
-    text = json.dumps(record, indent=1)
-    with replacing(path) as file:
-        file.write(text.encode())
+def write_provenance(record: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Writes a record as JSON; folders are made, and what was there is replaced in one step."""
+    write_json(path, record)
 
 
 def settings_of(callback: Any, **known: Any) -> dict[str, Any]:
@@ -126,12 +123,12 @@ def primitive(value: Any) -> Any:
     return f"{named.__module__}.{named.__qualname__}"
 
 
-def _versions() -> dict[str, str]:
-    """Of what is installed, also where that is not imported."""
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """Of Python, this package, and what is installed of others, also where that is not imported."""
     found = {"python": platform.python_version()}
     # Not by its metadata, which a checkout on the path has not.
     found["lightning-unlearn"] = importlib.import_module("lightning_unlearn").__version__
-    installed = {name: list(importlib.metadata.distributions(name=name)) for name in _PACKAGES}
+    installed = {name: list(importlib.metadata.distributions(name=name)) for name in packages}
     found |= {name: distributions[0].version for name, distributions in installed.items() if distributions}
     return found
 

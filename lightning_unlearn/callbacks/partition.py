@@ -40,7 +40,7 @@ from lightning_unlearn.callbacks._partition_settings import (
     check_shares,
     early_point,
 )
-from lightning_unlearn.callbacks._provenance import fit_record, provenance, settings_of, write_json
+from lightning_unlearn.callbacks._provenance import fit_record, provenance, settings_of, write_provenance
 from lightning_unlearn.callbacks._recognise import check_same_labels, check_same_size, recognise_data, same_task
 from lightning_unlearn.callbacks._reviewing import check_agrees, fit_to_data, open_review
 from lightning_unlearn.callbacks._scoring import (
@@ -286,7 +286,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         Raises:
             RuntimeError: before the partition is drawn.
         """
-        write_json(self.provenance, path)
+        write_provenance(self.provenance, path)
 
     @override
     def settings(self) -> dict[str, Any]:

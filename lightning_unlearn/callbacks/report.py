@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import inspect
 import os
-import platform
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,12 +20,13 @@ from typing_extensions import override
 from lightning_unlearn.callbacks._base import PartitionConsumer, find_partition_source, reading_of
 from lightning_unlearn.callbacks._lightning import callbacks_of, is_fast_dev_run
 from lightning_unlearn.callbacks._packages import EitherCallback
+from lightning_unlearn.callbacks._provenance import versions
 from lightning_unlearn.callbacks._scoring import scoring_loader, train_loader
 from lightning_unlearn.report import RunRecord, SampleView, write_report
 from lightning_unlearn.types import MaskSource, Partition, PartitionSource
 
 REPORT = "report.html"
-_PACKAGES = ("lightning-unlearn", "torch", "lightning", "pytorch-lightning", "captum")
+_PACKAGES = ("torch", "lightning", "pytorch-lightning", "captum")
 # What all samples of the gallery may take, so that the page stays below 20 MB whatever they are.
 _BUDGET = 12_000_000
 _MOST_PER_SAMPLE = 200_000
@@ -222,7 +221,7 @@ class UnlearnReport(EitherCallback):
             threshold=float(getattr(source, "threshold", 0.5)),
             class_names=self.class_names or [],
             settings={type(callback).__name__: _settings(callback) for callback in (source, *ours)},
-            versions=_versions(),
+            versions=versions(_PACKAGES),
             fit=_facts(trainer, pl_module) | ({"dry run": "yes"} if source.is_dry_run else {}),
             seconds=self._seconds | _phases([source, *ours]),
             curves=_without_double(self._curves),
@@ -268,18 +267,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return ", ".join(str(part) for part in value)
     return str(getattr(value, "name", None) or getattr(value, "__qualname__", None) or value)[:200]
-
-
-def _versions() -> dict[str, str]:
-    found = {package: _version(package) for package in _PACKAGES}
-    return {"python": platform.python_version(), **{name: text for name, text in found.items() if text}}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
 
 
 def _facts(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:

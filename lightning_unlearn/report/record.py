@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from lightning_unlearn.storage import replacing, target_folder
+from lightning_unlearn.storage import target_folder, write_json
 from lightning_unlearn.types import NeuronMask, Partition
 
 RUN_VERSION = 1
@@ -59,9 +59,9 @@ class RunRecord:
         for name, mask in zip(names, self.masks, strict=True):
             mask.save(target / name)
         about = {name: getattr(self, name) for name in _plain_fields()}
-        _write(target / _GALLERY, {"version": RUN_VERSION, "samples": {str(i): c for i, c in self.gallery.items()}})
+        write_json(target / _GALLERY, {"version": RUN_VERSION, "samples": {str(i): c for i, c in self.gallery.items()}})
         # Last, since it says that the others are there.
-        _write(target / _RUN, {"version": RUN_VERSION, "masks": names, **about})
+        write_json(target / _RUN, {"version": RUN_VERSION, "masks": names, **about})
         return target
 
     @classmethod
@@ -93,11 +93,6 @@ class RunRecord:
 
 def _plain_fields() -> list[str]:
     return [one.name for one in dataclasses.fields(RunRecord)][3:]
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    with replacing(path) as file:
-        file.write((json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -89,14 +89,19 @@ def batch_size(loader: DataLoader[Any]) -> int:
 
     Asking it draws from the global random state.
     """
-    stated = getattr(loader.batch_sampler, "batch_size", None) or loader.batch_size
-    return int(stated) if stated else len(next(iter(loader.batch_sampler or [[0]])))
+    stated = _stated_batch_size(loader)
+    return len(next(iter(loader.batch_sampler or [[0]]))) if stated is None else stated
 
 
 def batch_count(loader: DataLoader[Any], samples: int) -> int | None:
     """How many batches ``samples`` are; None where only drawing one would tell how large they are."""
+    stated = _stated_batch_size(loader)
+    return None if stated is None else math.ceil(samples / stated)
+
+
+def _stated_batch_size(loader: DataLoader[Any]) -> int | None:
     stated = getattr(loader.batch_sampler, "batch_size", None) or loader.batch_size
-    return math.ceil(samples / int(stated)) if stated else None
+    return int(stated) if stated else None
 
 
 def apart(loader: DataLoader[Any]) -> DataLoader[Any]:

@@ -671,12 +671,10 @@ class AttributionPartitionCallback(UnlearnCallback):
         self._is_stable = state["is_stable"]
         self._memorised = state["memorised"]
         self._accuracy["before"] = state["accuracy_before"]
-        # Not in checkpoints of earlier versions.
-        review = state.get("review")
-        self._review = None if review is None else Review(**review)
-        self._fits = list(state.get("fits", []))
+        self._review = None if state["review"] is None else Review(**state["review"])
+        self._fits = list(state["fits"])
         # In a fit there is more to come; elsewhere those that acted are not here.
-        self._recorded = None if self._fitting else state.get("provenance")
+        self._recorded = None if self._fitting else state["provenance"]
 
     @property
     def _trajectory_in_use(self) -> Trajectory:

@@ -409,7 +409,9 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         if not partition.is_actionable:
             return
         draw = training_draw(partition, self.on_noisy, self.relabel_threshold)
-        before, after = int(trainer.num_training_batches), self._batches_after(trainer, draw)
+        loader = train_loader(trainer)
+        before = int(trainer.num_training_batches)
+        after = _batches_of(trainer, loader, self._sampler(trainer, loader, draw))
         cost, epochs = "", _remaining_epochs(trainer)
         if epochs is not None:
             cost = f", {epochs} epochs of {after} batches instead of {before}"
@@ -419,21 +421,16 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         rank_zero_info(f"Dry run: would train on {_samples_of(draw)}{cost}.")
 
     def _fills_batches(self, trainer: Trainer, draw: TrainingDraw) -> bool:
-        if self._batches_after(trainer, draw) == 0:
+        loader = train_loader(trainer)
+        sampler = self._sampler(trainer, loader, draw)
+        if _batches_of(trainer, loader, sampler) == 0:
             why = "do not fill one batch on each rank (drop_last, limit_train_batches, weights of zero)"
-        elif self._sampler(trainer, train_loader(trainer), draw).is_single:
+        elif sampler.is_single:
             why = "leave each rank a batch of one sample, on which batch norm cannot be trained"
         else:
             return True
         rank_zero_warn(f"The {len(draw.index)} samples to train on {why}, so training goes on with the data it has.")
         return False
-
-    def _batches_after(self, trainer: Trainer, draw: TrainingDraw) -> int:
-        loader = train_loader(trainer)
-        batch_sampler: Any = loader.batch_sampler
-        per_rank = len(self._sampler(trainer, loader, draw))
-        size: int = batch_sampler.batch_size
-        return limited_batches(trainer, per_rank // size if batch_sampler.drop_last else -(-per_rank // size))
 
     def _sampler(self, trainer: Trainer, loader: DataLoader[Any], draw: TrainingDraw) -> CleanSubsetSampler:
         batch_sampler: Any = loader.batch_sampler
@@ -580,6 +577,13 @@ class _TrainedFrom:
 def _inside(layers: list[str]) -> tuple[str, ...]:
     """What the names of all that these modules hold begin with."""
     return tuple(f"{plain_name(name)}." for name in layers)
+
+
+def _batches_of(trainer: Trainer, loader: DataLoader[Any], sampler: CleanSubsetSampler) -> int:
+    """How many batches an epoch of what a sampler draws has, cut as the loader cuts them."""
+    batch_sampler: Any = loader.batch_sampler
+    size: int = batch_sampler.batch_size
+    return limited_batches(trainer, len(sampler) // size if batch_sampler.drop_last else -(-len(sampler) // size))
 
 
 def _samples_of(draw: TrainingDraw) -> str:

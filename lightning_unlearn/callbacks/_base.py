@@ -358,30 +358,12 @@ def check_classifies(trainer: Trainer, pl_module: LightningModule, trace: Forwar
 
 
 @torch.no_grad()
-def given_labels(
-    trainer: Trainer, pl_module: LightningModule, source: PartitionSource, loader: DataLoader[Any], index: Tensor
-) -> Tensor:
-    """(U,) int64 on the CPU, the labels of the rows of some samples. Use inside ``undisturbed``.
-
-    Args:
-        trainer: of the running fit.
-        pl_module: the user's.
-        source: knows how to split a batch.
-        loader: of the training set.
-        index: (n,) int64, dataset indices.
-    """
-    reading, found = reading_of(source), []
-    for indices, batch in indexed_batches(loader, index, probing=True):
-        label = reading.split(to_device(trainer, pl_module, batch))[1]
-        found.append(reading.labels(label, len(indices), int(indices[0])).cpu())
-    return torch.cat(found)
-
-
-@torch.no_grad()
-def labels_vary(
+def read_labels(
     trainer: Trainer, pl_module: LightningModule, reading: Reading, loader: DataLoader[Any], index: Tensor
-) -> bool:
-    """Whether labels differ from one reading to the next, as where samples are mixed. Use inside ``undisturbed``.
+) -> list[tuple[Tensor, Tensor]]:
+    """The labels of some samples, as batches hold them, with the dataset indices of each batch.
+
+    Use inside ``undisturbed``.
 
     Args:
         trainer: of the running fit.
@@ -390,12 +372,18 @@ def labels_vary(
         loader: of the training set.
         index: (n,) int64, dataset indices.
     """
+    batches = indexed_batches(loader, index, probing=True)
+    return [(indices, reading.split(to_device(trainer, pl_module, batch))[1]) for indices, batch in batches]
 
-    def read() -> list[Tensor]:
-        batches = indexed_batches(loader, index, probing=True)
-        return [reading.split(to_device(trainer, pl_module, batch))[1] for _, batch in batches]
 
-    return not all(_same(one, other) for one, other in zip(read(), read(), strict=True))
+def class_labels(reading: Reading, read: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """(U,) int64 on the CPU, the class labels of the rows of what :func:`read_labels` has read."""
+    return torch.cat([reading.labels(label, len(index), int(index[0])).cpu() for index, label in read])
+
+
+def same_labels(one: list[tuple[Tensor, Tensor]], other: list[tuple[Tensor, Tensor]]) -> bool:
+    """Whether two readings of the same samples found the same labels; not so where samples are mixed."""
+    return all(_same(label, again) for (_, label), (_, again) in zip(one, other, strict=True))
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
@@ -424,10 +412,11 @@ def check_reloaded(
         fault = f"it has {total} samples instead of {len(partition)}"
     else:
         with undisturbed(trainer, pl_module):
+            first, again = (read_labels(trainer, pl_module, reading, loader, index) for _ in range(2))
             # Of samples that are mixed the labels say nothing.
-            if labels_vary(trainer, pl_module, reading, loader, index):
+            if not same_labels(first, again):
                 return
-            given = given_labels(trainer, pl_module, source, loader, index)
+            given = class_labels(reading, first)
         if differ := int((given != partition.label.flatten()[reading.row_indices(index)]).sum()):
             fault = f"{differ} of {len(given)} labels that were compared differ"
     if fault:

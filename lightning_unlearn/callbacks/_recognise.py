@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from lightning_unlearn.callbacks._base import given_labels, labels_vary, reading_of
+from lightning_unlearn.callbacks._base import class_labels, read_labels, reading_of, same_labels
 from lightning_unlearn.callbacks._lightning import undisturbed
 from lightning_unlearn.callbacks._scoring import OFFER, offers_scoring_loader, scoring_loader, train_loader
 from lightning_unlearn.fingerprint import check_fingerprint, fingerprint, sampled_indices, varies
+from lightning_unlearn.targets import Reading
 from lightning_unlearn.types import PartitionSource
 
 _AUGMENTED = (
@@ -43,19 +47,25 @@ def recognise_data(
         ValueError: for other data than before; for labels that vary from one reading to the next; where the loader that
             is offered for the passes has other labels.
     """
-    loader = scoring_loader(trainer)
+    loader, reading = scoring_loader(trainer), reading_of(source)
+    index = sampled_indices(len(loader.dataset))  # type: ignore[arg-type]
+
+    def read(of: DataLoader[Any]) -> list[tuple[Tensor, Tensor]]:
+        return read_labels(trainer, pl_module, reading, of, index)
+
     with undisturbed(trainer, pl_module):
         found = fingerprint(loader)
-        index = sampled_indices(len(loader.dataset))  # type: ignore[arg-type]
-        if known is None and offers_scoring_loader(trainer):
-            _check_offered(trainer, pl_module, source, index)
+        first = read(loader)
         # Also where there is nothing to compare them with: one of them may not be of the task that the first batch
         # seemed to be of.
-        given = given_labels(trainer, pl_module, source, loader, index)
-        if labels_vary(trainer, pl_module, reading_of(source), loader, index):
+        given = class_labels(reading, first)
+        if known is None and offers_scoring_loader(trainer):
+            in_training = train_loader(trainer)
+            _check_offered(reading, read(in_training), read(in_training), given)
+        if not same_labels(first, read(loader)):
             raise ValueError(_MIXED)
         if known is not None:
-            check_same_labels(known[reading_of(source).row_indices(index)], given)
+            check_same_labels(known[reading.row_indices(index)], given)
         if before is not None:
             check_fingerprint(before, found)
     if varies(found):
@@ -63,17 +73,17 @@ def recognise_data(
     return found
 
 
-def _check_offered(trainer: Trainer, pl_module: LightningModule, source: PartitionSource, index: Tensor) -> None:
-    if labels_vary(trainer, pl_module, reading_of(source), train_loader(trainer), index):
+def _check_offered(
+    reading: Reading, first: list[tuple[Tensor, Tensor]], again: list[tuple[Tensor, Tensor]], offered: Tensor
+) -> None:
+    """Compares the labels of the loader that is offered with those of the train loader, read twice."""
+    if not same_labels(first, again):
         # Samples are mixed in training, which the offer is there to spare the passes.
         return
-    expected, found = (
-        given_labels(trainer, pl_module, source, loader(trainer), index) for loader in (train_loader, scoring_loader)
-    )
-    if differ := int((expected != found).sum()):
+    if differ := int((class_labels(reading, first) != offered).sum()):
         raise ValueError(
             f"Expected {OFFER}() to return a loader of the training set's samples in the same order, but {differ}"
-            f" of {len(found)} labels that were compared differ."
+            f" of {len(offered)} labels that were compared differ."
         )
 
 

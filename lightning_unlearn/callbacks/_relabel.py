@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from lightning_unlearn.callbacks._base import labels_vary
+from lightning_unlearn.callbacks._base import read_labels, same_labels
 from lightning_unlearn.callbacks._lightning import BatchHook, live_iterator, to_device, undisturbed
 from lightning_unlearn.callbacks._scoring import train_loader
 from lightning_unlearn.data import batch_size, delivered_indices, indexed_batches, is_torchs_iterator
@@ -115,7 +115,8 @@ def check_relabelling(trainer: Trainer, pl_module: LightningModule, reading: Rea
         )
     with undisturbed(trainer, pl_module), torch.no_grad():
         size = min(batch_size(loader), len(loader.dataset))  # type: ignore[arg-type]  # its length has been checked
-        if labels_vary(trainer, pl_module, reading, loader, torch.arange(size)):
+        first, again = (read_labels(trainer, pl_module, reading, loader, torch.arange(size)) for _ in range(2))
+        if not same_labels(first, again):
             raise TypeError(
                 "Expected training batches with the labels of their samples, so that they can be replaced, but they"
                 f" differ from one reading to the next, as where collate_fn mixes samples{_ADVICE}."

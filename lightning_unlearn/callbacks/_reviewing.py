@@ -6,7 +6,7 @@ from os import PathLike
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_unlearn.callbacks._base import given_labels, reading_of
+from lightning_unlearn.callbacks._base import class_labels, read_labels, reading_of
 from lightning_unlearn.callbacks._lightning import undisturbed
 from lightning_unlearn.callbacks._scoring import scoring_loader
 from lightning_unlearn.distributed import on_rank_zero
@@ -59,7 +59,7 @@ def fit_to_data(
         )
         compared = review.compared()
         if len(compared):
-            label = given_labels(trainer, pl_module, source, loader, review.index[compared])
+            label = class_labels(reading, read_labels(trainer, pl_module, reading, loader, review.index[compared]))
             review.check_labels(compared, label.reshape(review.given_label[compared].shape))
     return review
 

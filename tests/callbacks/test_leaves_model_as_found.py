@@ -117,7 +117,7 @@ class Breaks(Blobs):
 
     def __getitem__(self, index):
         # What is looked at before the first step, the first epoch, and a part of the pass.
-        if len(self.read) > 96 + 101 + 40:
+        if len(self.read) > 80 + 101 + 40:
             raise OSError("the disk is gone")
         return super().__getitem__(index)
 

@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 from benchmarks.models import ResNetClassifier, cifar_classifier, spoken_classifier
 from benchmarks.sources import Source, cifar, digits, spoken_digits
 from lightning_unlearn.demo import DigitsClassifier
-from lightning_unlearn.noise import GaussianInputs, asymmetric_labels, symmetric_labels
+from lightning_unlearn.noise import GaussianInputs, PaperImageNoise, asymmetric_labels, symmetric_labels
 
 CLASSES = 10
 
@@ -164,11 +164,7 @@ def _given_labels(case: Case, source: Source, seed: int) -> Tensor:
 
 
 def _corrupt(case: Case, source: Source, seed: int) -> tuple[Tensor, Tensor]:
-    noisy = GaussianInputs(
-        TensorDataset(source.train, source.true_label),
-        sigma=case.sigma,
-        share=case.share,
-        seed=seed + 1000,
-        leaking=case.leaking,
-    )
+    noise = PaperImageNoise if case.leaking else GaussianInputs
+    rows = TensorDataset(source.train, source.true_label)
+    noisy = noise(rows, sigma=case.sigma, share=case.share, seed=seed + 1000)
     return torch.stack([noisy[i][0] for i in range(len(noisy))]), noisy.is_corrupted

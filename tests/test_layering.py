@@ -66,7 +66,7 @@ MAY_IMPORT = {
     "sampling": MATH | {"data", "drawing"},
     "masking": MATH,
     "distributed": MATH,
-    "noise": set(),
+    "noise": {"noise", "storage"},
     "fingerprint": set(),
     "shrinking": {"types", "masking", "storage"},
     "callbacks._packages": set(),

@@ -1,8 +1,24 @@
+import math
+import sys
+import zipfile
+from fractions import Fraction
+
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_unlearn.noise import GaussianInputs, NoisyLabels, asymmetric_labels, matrix_labels, symmetric_labels
+from lightning_unlearn.noise import (
+    GaussianInputs,
+    NoiseAtSnr,
+    NoisyLabels,
+    PaperImageNoise,
+    PaperMfccNoise,
+    asymmetric_labels,
+    human_labels,
+    matrix_labels,
+    symmetric_labels,
+)
 
 CLASSES = 5
 LABEL = torch.arange(1000) % CLASSES
@@ -174,8 +190,21 @@ def test_all_inputs_are_clamped_whether_corrupted_or_not(share):
 
 def test_the_papers_protocol_gives_its_corrupted_inputs_away():
     x = torch.tensor([[-1.0, 0.5, 2.0]]).repeat(20, 1)
-    noisy = GaussianInputs(TensorDataset(x, torch.zeros(20)), sigma=4.5, share=0.5, seed=0, leaking=True)
-    assert (inputs(noisy).min(dim=1).values >= 0).equal(noisy.is_corrupted)
+    noisy = PaperImageNoise(TensorDataset(x, torch.zeros(20)), seed=0)
+    assert noisy.is_corrupted.sum() == 10
+    seen = inputs(noisy)
+    assert (seen.min(dim=1).values >= 0).equal(noisy.is_corrupted)
+    assert seen[~noisy.is_corrupted].equal(x[~noisy.is_corrupted])
+    assert seen.max() == 2
+    assert seen[noisy.is_corrupted].max() == 1
+
+
+def test_the_papers_noise_on_mfccs_has_no_limits():
+    x = torch.randn(20, 40, 50)
+    noisy = PaperMfccNoise(TensorDataset(x, torch.zeros(20)), seed=0)
+    added = inputs(noisy) - x
+    assert (added.flatten(1).abs().amax(dim=1) > 0).equal(noisy.is_corrupted)
+    assert added[noisy.is_corrupted].std().item() == pytest.approx(15, rel=0.02)
 
 
 def test_the_noise_stays_the_same_over_epochs_workers_and_orders():
@@ -236,3 +265,125 @@ def test_noise_that_makes_no_sense_is_refused(sigma, share):
     message = rf"Expected sigma >= 0 and share in \[0, 1\], but got sigma={sigma} and share={share}"
     with pytest.raises(ValueError, match=message):
         GaussianInputs(images(), sigma=sigma, share=share, seed=0)
+
+
+def sounds(n=6, length=4000):
+    generator = torch.Generator().manual_seed(5)
+    loudness = 10.0 ** -torch.arange(n)
+    return [(loudness[i] * torch.randn(1, length, generator=generator), 16000, f"word {i}") for i in range(n)]
+
+
+def power_ratio_db(clean, noisy):
+    return 10 * math.log10(clean.square().mean() / (noisy - clean).square().mean())
+
+
+@pytest.mark.parametrize(
+    "background", [None, torch.sin(torch.arange(900.0)), torch.randn(9000)], ids=["white", "short", "long"]
+)
+@pytest.mark.parametrize("snr_db", [-5.0, 0.0, 20.0])
+def test_noise_under_a_sound_has_the_stated_ratio_however_loud_the_sound_is(snr_db, background):
+    clean = sounds()
+    noisy = NoiseAtSnr(clean, snr_db=snr_db, share=0.5, seed=0, background=background)
+    assert noisy.is_corrupted.sum() == 3
+    for (x, rate, word), (y, *rest), is_corrupted in zip(clean, noisy, noisy.is_corrupted, strict=True):
+        assert rest == [rate, word]
+        assert y.dtype == x.dtype
+        if is_corrupted:
+            assert power_ratio_db(x, y) == pytest.approx(snr_db, abs=0.1)
+        else:
+            assert y.equal(x)
+
+
+def test_noise_under_a_sound_stays_the_same_over_epochs_and_workers_and_follows_the_seed():
+    def heard(seed, **loader):
+        noisy = NoiseAtSnr(
+            sounds(),
+            snr_db=0.0,
+            share=1.0,
+            seed=seed,
+            background=torch.randn(9000, generator=torch.Generator().manual_seed(1)),
+        )
+        return torch.cat([x for x, _, _ in DataLoader(noisy, batch_size=3, **loader)])
+
+    first = heard(0)
+    torch.manual_seed(99)
+    assert heard(0).equal(first)
+    assert heard(0, num_workers=1).equal(first)
+    assert not heard(1).equal(first)
+    stretches = first - torch.cat([x for x, _, _ in DataLoader(sounds(), batch_size=3)])
+    assert torch.corrcoef(stretches.squeeze(1)).triu(1).abs().max() < 0.2, "the same stretch of the background"
+
+
+def test_a_silent_sound_stays_silent():
+    silence = torch.zeros(1, 100)
+    assert NoiseAtSnr([(silence, 8000, "")], snr_db=0.0, share=1.0, seed=0)[0][0].equal(silence)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"snr_db": math.nan}, "Expected a finite snr_db and share"),
+        ({"share": 1.5}, "Expected a finite snr_db and share"),
+        ({"background": torch.zeros(1, 5)}, r"one channel of samples \(T',\), but got shape \(1, 5\); take one"),
+        ({"background": torch.zeros(0)}, "one channel of samples"),
+    ],
+)
+def test_noise_under_a_sound_that_cannot_be_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        NoiseAtSnr(sounds(), **({"snr_db": 0.0, "share": 0.5, "seed": 0} | changes))
+
+
+def test_noise_under_a_sound_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchaudio.functional", None)
+    with pytest.raises(ImportError, match=r"NoiseAtSnr needs torchaudio: pip install 'lightning-unlearn\[audio\]'"):
+        NoiseAtSnr(sounds(), snr_db=0.0, share=0.5, seed=0)
+
+
+CLEAN, WORSE, RANDOM = np.array([3, 5, 0, 1]), np.array([3, 4, 0, 9]), np.array([3, 5, 0, 2], dtype=np.uint8)
+
+
+def as_authors(file, **names):
+    """As the authors' file is: arrays by name in torch's archive, written with numpy 1."""
+    torch.save(names, file)
+    with zipfile.ZipFile(file) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content.replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
+
+
+@pytest.mark.parametrize(
+    "save", [as_authors, lambda file, **x: torch.save(x, file), np.savez], ids=["authors", "numpy 2", "npz"]
+)
+def test_human_labels_are_read_from_the_authors_file_and_its_likes(tmp_path, save):
+    file = tmp_path / ("labels.npz" if save is np.savez else "CIFAR-10_human.pt")
+    save(file, clean_label=CLEAN, worse_label=WORSE, random_label1=RANDOM)
+    given, true = human_labels(file)
+    assert given.equal(torch.tensor([3, 4, 0, 9]))
+    assert true.equal(torch.tensor([3, 5, 0, 1]))
+    assert given.dtype == true.dtype == torch.int64
+    assert human_labels(str(file), "random_label1")[0].equal(torch.tensor([3, 5, 0, 2]))
+    with pytest.raises(
+        ValueError, match=r"labels named 'aggre_label' in .*holds \['clean_label', 'random_label1', 'worse"
+    ):
+        human_labels(file, "aggre_label")
+
+
+def test_files_that_are_not_of_human_labels_are_refused_and_nothing_in_them_runs(tmp_path):
+    file = tmp_path / "CIFAR-10_human.pt"
+    with pytest.raises(FileNotFoundError):
+        human_labels(file)
+    torch.save({"clean_label": CLEAN, "worse_label": WORSE[:2]}, file)
+    with pytest.raises(
+        ValueError, match=r"one label per image .* 'worse_label' has shape \(2,\) and 'clean_label' \(4,\)"
+    ):
+        human_labels(file)
+    torch.save([CLEAN], file)
+    with pytest.raises(ValueError, match="hold arrays by name, as CIFAR-N's, but it holds a list"):
+        human_labels(file)
+    torch.save({"clean_label": Fraction(1, 2)}, file)  # a class of its own may do anything when it is unpickled
+    with pytest.raises(ValueError, match="holds something else, or is cut short"):
+        human_labels(file)
+    file.write_bytes(b"<html>404</html>")
+    with pytest.raises(ValueError, match="holds something else, or is cut short"):
+        human_labels(file)

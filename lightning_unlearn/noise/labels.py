@@ -1,18 +1,27 @@
-"""Noise for experiments: dataset wrappers that make labels wrong or inputs corrupted, and remember where.
-
-Everything is drawn once, from a seed and the dataset index: the same sample is noisy, in the same way, in every epoch,
-on every worker and on every rank. The masks say which samples were changed. They are for evaluation: nothing in the
-package reads them. The wrappers nest in either order, for wrong labels and corrupted inputs at once.
-"""
+"""Wrong labels: drawn at random, or by people."""
 
 from __future__ import annotations
 
-from collections.abc import Sized
-from typing import Any, cast
+from os import PathLike
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from lightning_unlearn.storage import source_file
+
+# ``numpy.core`` is what numpy 1 called the module, and what the files of CIFAR-N say.
+_reconstruct = np.array(0).__reduce__()[0]
+_ARRAY_PARTS: list[Any] = [
+    np.ndarray,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("uint8", "int32", "int64")),
+    (_reconstruct, "numpy.core.multiarray._reconstruct"),
+    (_reconstruct, "numpy._core.multiarray._reconstruct"),
+]
 
 
 def symmetric_labels(label: Tensor, rate: float, num_classes: int, *, seed: int) -> Tensor:
@@ -136,6 +145,65 @@ def _check(label: Tensor, rate: float, num_classes: int) -> None:
         )
 
 
+def human_labels(file: str | PathLike[str], which: str = "worse_label") -> tuple[Tensor, Tensor]:
+    """What people called the images of CIFAR-10 or CIFAR-100, in the order of torchvision's training set.
+
+    The labels are those of CIFAR-N (J. Wei et al., "Learning with Noisy Labels Revisited", ICLR 2022, licence CC BY-NC
+    4.0): download ``CIFAR-10_human.pt`` or ``CIFAR-100_human.pt`` from the authors' page. Nothing in the file is run.
+
+    Args:
+        file: theirs, or an ``.npz`` with arrays of the same names.
+        which: ``"worse_label"`` (40.2 % wrong), ``"aggre_label"`` (9.0 %), ``"random_label1"`` to ``"random_label3"``
+            (about 18 %); of CIFAR-100 ``"noisy_label"`` (40.2 %).
+
+    Returns:
+        The given and the true labels, (N,) int64 each. Compare the true ones with ``dataset.targets`` before training:
+        another order of the images makes every label wrong.
+
+    Raises:
+        ValueError: if the file has no such labels, or holds something else.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> file = pathlib.Path(tempfile.mkdtemp()) / "CIFAR-10_human.npz"
+        >>> np.savez(file, clean_label=[3, 5], worse_label=[3, 2])
+        >>> human_labels(file)
+        (tensor([3, 2]), tensor([3, 5]))
+    """
+    found = _arrays(source_file(file))
+    for name in (which, "clean_label"):
+        if name not in found:
+            raise ValueError(f"Expected labels named {name!r} in {file}, but it holds {sorted(found)}.")
+    given, true = (torch.as_tensor(np.asarray(found[name])).long() for name in (which, "clean_label"))
+    if given.ndim != 1 or given.shape != true.shape:
+        raise ValueError(
+            f"Expected one label per image in {file}, but {which!r} has shape {tuple(given.shape)} and 'clean_label'"
+            f" {tuple(true.shape)}."
+        )
+    return given, true
+
+
+def _arrays(file: Path) -> dict[str, Any]:
+    """The arrays of a file by name, read without running what it may hold."""
+    if file.suffix == ".npz":
+        with np.load(file, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    try:
+        with torch.serialization.safe_globals(_ARRAY_PARTS):
+            found = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # torch has several for what is not its file, or holds more than arrays
+        raise ValueError(
+            f"Expected {file} to be CIFAR-N's file of arrays of labels, but it holds something else, or is cut short."
+        ) from error
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"Expected {file} to hold arrays by name, as CIFAR-N's, but it holds a {type(found).__name__}."
+        )
+    return found
+
+
 class NoisyLabels(Dataset[Any]):
     """A dataset of ``(x, y)`` with other labels.
 
@@ -172,65 +240,3 @@ class NoisyLabels(Dataset[Any]):
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         return self.dataset[index][0], int(self.given_label[index])
-
-
-class GaussianInputs(Dataset[Any]):
-    """A dataset of ``(x, y)`` with Gaussian noise on some of its inputs, the same in every epoch.
-
-    Args:
-        dataset: map-style, of items ``(x, y)`` with a float tensor x, before normalisation.
-        sigma: standard deviation of the noise, in units of x.
-        share: share of the items that are corrupted, to the nearest item.
-        seed: of the choice and of the noise.
-        limits: between which *every* input is clamped, corrupted or not; None for no limits.
-        leaking: clamp the corrupted inputs only, as the paper's code does after normalisation: ``x.min() >= 0`` then
-            finds them without a model.
-
-    Attributes:
-        is_corrupted: (N,) bool. For evaluation only.
-
-    Raises:
-        ValueError: for a negative sigma, or a share not in [0, 1].
-
-    Example:
-        >>> noisy = GaussianInputs([(torch.zeros(3), 0)] * 4, sigma=1.0, share=0.5, seed=0)
-        >>> noisy.is_corrupted.sum(), bool((noisy[0][0] == noisy[0][0]).all())
-        (tensor(2), True)
-    """
-
-    def __init__(
-        self,
-        dataset: Any,
-        *,
-        sigma: float,
-        share: float,
-        seed: int,
-        limits: tuple[float, float] | None = (0.0, 1.0),
-        leaking: bool = False,
-    ) -> None:
-        if sigma < 0 or not 0 <= share <= 1:
-            raise ValueError(f"Expected sigma >= 0 and share in [0, 1], but got sigma={sigma} and share={share}.")
-        self.dataset = dataset
-        self.sigma = sigma
-        self.seed = seed
-        self.limits = limits
-        self.leaking = leaking
-        total = len(cast(Sized, dataset))
-        order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
-        self.is_corrupted = torch.zeros(total, dtype=torch.bool)
-        self.is_corrupted[order[: round(share * total)]] = True
-
-    def __len__(self) -> int:
-        return len(self.is_corrupted)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
-        index = range(len(self))[index]  # so that item -1 is the last one, with its noise
-        x, *rest = self.dataset[index]
-        corrupted = bool(self.is_corrupted[index])
-        if corrupted:
-            # A stream of its own per item, so that neither the order nor the worker matters.
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index + 1)
-            x = x + self.sigma * torch.randn(x.shape, generator=generator, dtype=x.dtype)
-        if self.limits is not None and (corrupted or not self.leaking):
-            x = x.clamp(*self.limits)
-        return (x, *rest)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_unlearn.types import REASONS, NeuronMask, Partition, confusion_counts
+from lightning_unlearn.types import REASONS, NeuronMask, Partition, confusion_counts, suggested_otherwise
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,11 +56,11 @@ def plot_partition(
 
     Raises:
         ImportError: without matplotlib, naming the extra to install.
-        ValueError: for another kind, or too few or too many axes or names.
+        ValueError: for another kind, too few or too many axes, or not one name per class.
     """
     if kind not in ("both", "histogram", "confusion"):
         raise ValueError(f"Expected kind to be 'both', 'histogram' or 'confusion', but got {kind!r}.")
-    names = None if class_names is None else _checked_names(partition, class_names)
+    names = None if class_names is None else partition.names_of(class_names)
     if kind == "both":
         left, right = _axes(ax, 2)
         _draw_histogram(partition, left)
@@ -168,14 +168,6 @@ def _figure(axes: Axes) -> Figure:
     return cast("Figure", axes.figure)  # or a part of one, which has the same methods
 
 
-def _checked_names(partition: Partition, class_names: Sequence[str]) -> list[str]:
-    classes = _classes(partition)
-    if isinstance(class_names, str) or len(class_names) < classes:
-        found = f"the text {class_names!r}" if isinstance(class_names, str) else f"{len(class_names)} names"
-        raise ValueError(f"Expected class_names to name each of {classes} classes, but got {found}.")
-    return [str(name) for name in class_names]
-
-
 def _classes(partition: Partition) -> int:
     if partition.is_multilabel:
         return partition.label.shape[1]
@@ -247,7 +239,7 @@ def _draw_histogram(partition: Partition, axes: Axes) -> None:
     axes.legend(loc="upper center", framealpha=1, edgecolor="none", facecolor=axes.get_facecolor())
 
 
-def _draw_confusion(partition: Partition, axes: Axes, names: list[str] | None) -> None:
+def _draw_confusion(partition: Partition, axes: Axes, names: dict[int, str] | None) -> None:
     if partition.is_multilabel:
         _draw_labels(partition, axes, names)
         return
@@ -268,8 +260,7 @@ def _draw_confusion(partition: Partition, axes: Axes, names: list[str] | None) -
 def _confusion(partition: Partition) -> tuple[Tensor, Tensor, int]:
     """(S, S) int64 counts of given against suggested label, the (S,) classes that are shown, and how many there are."""
     classes = _classes(partition)
-    wrong = (partition.label >= 0) & ~partition.is_clean & (partition.suggested_label != partition.label)
-    wrong &= partition.reason != REASONS.index("input")
+    wrong = suggested_otherwise(partition)
     given, suggested = partition.label[wrong], partition.suggested_label[wrong]
     shown = torch.arange(classes)
     if classes > _MOST:
@@ -278,7 +269,7 @@ def _confusion(partition: Partition) -> tuple[Tensor, Tensor, int]:
     return confusion_counts(given, suggested, shown), shown, classes
 
 
-def _draw_labels(partition: Partition, axes: Axes, names: list[str] | None) -> None:
+def _draw_labels(partition: Partition, axes: Axes, names: dict[int, str] | None) -> None:
     """Of several labels, each: how often it is given and not suggested, and how often it is missing."""
     given, suggested = partition.label == 1, partition.suggested_label == 1
     pairs = [(given & ~suggested, given), (suggested & ~given, ~given)]

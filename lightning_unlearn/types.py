@@ -286,7 +286,7 @@ class Partition:
         classes = int(torch.cat([self.label, self.suggested_label]).max()) + 1 if len(self) else 0
         suspect = ~self.is_clean
         judged = self.label >= 0
-        wrong = suspect & ((self.reason == REASONS.index("label")) | (self.reason == REASONS.index("both")))
+        wrong = suggested_otherwise(self)
         confused = _most_confused(self.label[wrong], self.suggested_label[wrong])
         samples, suspects = (self.label[x].bincount(minlength=classes) for x in (judged, judged & suspect))
         doubt = torch.zeros(classes, dtype=torch.float64)
@@ -417,7 +417,7 @@ class Partition:
 
         Raises:
             ImportError: without matplotlib: ``pip install 'lightning-unlearn[plot]'``.
-            ValueError: for another kind, or too few or too many axes or names.
+            ValueError: for another kind, too few or too many axes, or not one name per class.
         """
         from lightning_unlearn.plots import plot_partition
 
@@ -485,6 +485,15 @@ def of_any_label(one: Tensor) -> Tensor:
     return one.any(dim=1) if one.ndim == 2 else one
 
 
+def suggested_otherwise(partition: Partition) -> Tensor:
+    """(N,) bool, the samples that are suspected for their label, and for which another one is suggested.
+
+    Not those suspected only for their input, of whose label nothing is said.
+    """
+    differs = of_any_label((partition.label >= 0) & (partition.suggested_label != partition.label))
+    return ~partition.is_clean & (partition.reason != REASONS.index("input")) & differs
+
+
 def held_labels(label: Tensor) -> list[list[int]]:
     """The labels that each sample of a multi-label task has.
 
@@ -529,8 +538,7 @@ def _label_cells(label: Tensor) -> list[Any]:
 
 def _most_confused(label: Tensor, suggested: Tensor) -> dict[int, tuple[int, int]]:
     """Of each label, the other one that most of its samples are suggested to be, the first of several, and how many."""
-    other = suggested != label
-    counts = Counter(zip(label[other].tolist(), suggested[other].tolist(), strict=True))
+    counts = Counter(zip(label.tolist(), suggested.tolist(), strict=True))
     found: dict[int, tuple[int, int]] = {}
     for (c, to), count in sorted(counts.items()):
         if count > found.get(c, (0, 0))[1]:

@@ -111,6 +111,14 @@ def test_suspects_for_their_input_are_no_confusion():
     assert numbers(axes) == []
 
 
+def test_names_follow_the_rule_of_the_table():
+    partition = partition_of([0.9, 0.1], [0, 1], [0, 0], noise_matrix=torch.eye(2))
+    for names in (["cat"], ["cat", "dog", "bird"], "cats"):
+        for use in (partition.plot, partition.names_of):
+            with pytest.raises(ValueError, match="Expected class_names to name each of 2 classes, but got"):
+                use(class_names=names)
+
+
 def test_both_are_drawn_side_by_side():
     figure, (left, right) = SMALL.plot()
     assert left.figure is right.figure is figure

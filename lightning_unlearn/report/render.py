@@ -21,7 +21,7 @@ from torch import Tensor
 from lightning_unlearn.report.charts import bars, curve_charts, has_coefficient, heat_map, histogram, sensitivities
 from lightning_unlearn.report.record import RunRecord
 from lightning_unlearn.storage import replacing
-from lightning_unlearn.types import REASONS, NeuronMask, Partition, confusion_counts, held_labels
+from lightning_unlearn.types import REASONS, NeuronMask, Partition, confusion_counts, held_labels, suggested_otherwise
 
 # Classes in a heat map; of more, those with the most suspects.
 _CLASSES = 30
@@ -128,7 +128,7 @@ def _confusion(partition: Partition, names: _Names) -> tuple[Markup, int] | None
     """Of the samples suspected for their label, how many of a class are suggested to be which; and classes left out."""
     if partition.is_multilabel:
         return None
-    wrong = ~partition.is_clean & (partition.label >= 0) & (partition.suggested_label != partition.label)
+    wrong = suggested_otherwise(partition)
     given, suggested = partition.label[wrong], partition.suggested_label[wrong]
     if len(given) == 0:
         return None

@@ -147,6 +147,13 @@ def test_several_labels_per_sample():
     assert page.data()["samples"][0]["suggested"] == [0]
 
 
+def test_suspects_for_their_input_are_no_confusion():
+    base = hostile_record().partition
+    only_input = replace(base, reason=torch.where(base.is_clean, 0, 2).to(torch.uint8))
+    assert "Given class and suggested class" in Page(render_report(RunRecord(base))).text
+    assert "Given class and suggested class" not in Page(render_report(RunRecord(only_input))).text
+
+
 def test_more_classes_than_fit_into_a_picture():
     size = 400
     partition = make_partition(torch.full((size,), 0.1), torch.arange(size) % 100)

@@ -16,7 +16,7 @@ OLDEST_PYTHON ?= 3.10
 OLDEST_STAMP := $(OLDEST)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fuzz test-oldest bench lint format build clean
+.PHONY: help setup demo test fuzz test-oldest bench docs lint format build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -40,6 +40,9 @@ fuzz: setup ## run random fits (CASES=2000 FIRST=0: from seed FIRST on)
 bench: setup ## measure the partition on real data (ARGS="--data DIR --cases spoken-sym40 --seeds 0")
 	$(BIN)/python -m benchmarks.partition $(ARGS)
 
+docs: setup ## build the documentation into docs/_build/html; a warning is an error
+	$(BIN)/python -m sphinx -b html -q -W --keep-going docs docs/_build/html
+
 lint: setup ## check style, types and spelling
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -55,7 +58,7 @@ build: setup ## build sdist and wheel into dist/
 	$(BIN)/python -m build
 
 clean: ## remove what the tools leave behind; .venv and .venv-oldest stay
-	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -path "./$(VENV)*" -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 # The stamp is written last, so that an interrupted set-up starts again.
@@ -65,7 +68,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/pip || $(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed, got %d.%d: make setup PYTHON=python3.11" % sys.version_info[:2])'
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
-	$(BIN)/uv pip install --python $(BIN)/python -c constraints.txt -e '.[all,dev]'
+	$(BIN)/uv pip install --python $(BIN)/python -c constraints.txt -e '.[all,dev,docs]'
 	@touch $@
 
 # Lightning by name: it caps packaging and fsspec, and left to itself the resolver raises Lightning instead of them.

@@ -143,14 +143,15 @@ class Partition:
         label_evidence: (N,) float32 in [0, 1], the support of the given label, averaged over the passes; of several
             labels that of the weakest.
         input_evidence: (N,) float32 in [0, 1], the probability that the input is intact; 1 where it was not asked.
-        reason: (N,) uint8, why a sample is not clean: a position in :data:`REASONS`; 0 for a clean one.
+        reason: (N,) uint8, why a sample is not clean: a position in :data:`~lightning_unlearn.types.REASONS`; 0 for
+            a clean one.
         noise_matrix: (C, C) float32, row k the estimated probabilities of what a sample of class k is called; (0, 0)
             where the recipe does not estimate it.
         recipe: name of the recipe that made the partition.
         layer: where the attributions were taken.
         epoch: how many epochs were complete.
         warning: why the partition should not be acted upon; empty if it can be.
-        fingerprint: of the training set (see :mod:`lightning_unlearn.fingerprint`); empty where it is not known.
+        fingerprint: of the training set, made of its size and of some of its samples; empty where it is not known.
         label_probability: (N, L) float32 of a multi-label task, the probability that each label (or its absence) is
             right, of which ``clean_probability`` is the least; else (0, 0).
 

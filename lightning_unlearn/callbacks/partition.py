@@ -111,7 +111,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         min_class_share: share of each class's samples that is kept in any case, the likeliest; rounded up.
         action: ``"report"`` for a dry run: the partition is drawn, but nothing is pruned or fine-tuned; the log says
             what would be, and what it would cost.
-        review: a table of :meth:`Partition.to_csv <lightning_unlearn.types.Partition.to_csv>` in which a person has
+        review: a table of :meth:`Partition.to_csv <lightning_unlearn.Partition.to_csv>` in which a person has
             edited ``decision`` (and ``suggested_label``). It holds for the samples that it names, whatever the recipe
             says: ``keep``: clean for certain; ``drop``: not trained on, not even for ``min_class_share``; ``relabel``:
             trained on under the suggested label with ``CleanSubsetFinetuneCallback(on_noisy="relabel")``, else

@@ -80,7 +80,7 @@ def class_max_attribution(class_gradients: Tensor, activation: Tensor) -> Tensor
         activation: (B, D, ...), the layer's activation z.
 
     Returns:
-        (B, D), see :func:`neuron_magnitude`.
+        (B, D), see :func:`~lightning_unlearn.functional.attribution.neuron_magnitude`.
 
     Example:
         >>> class_max_attribution(torch.tensor([[[1.0, -3.0]], [[2.0, -1.0]]]), torch.tensor([[5.0, 4.0]]))

@@ -105,7 +105,7 @@ def importance_ratio(suspect: NeuronSums, clean: NeuronSums, statistic: str) -> 
     Args:
         suspect: sums over the suspect samples.
         clean: sums over the clean samples.
-        statistic: one of :data:`STATISTICS`.
+        statistic: one of :data:`~lightning_unlearn.functional.importance.STATISTICS`.
 
     Returns:
         (D,) float64; large, but finite, for a neuron that only suspect samples use; 0 for one that none uses.

@@ -24,11 +24,11 @@ _LESS_SURE = 0.5
 def judge_label(evidence: Evidence, reduce: Reduce) -> Verdict:
     """The posterior that the given label is right, from true classes behind the given ones.
 
-    A latent-class model (:mod:`~lightning_unlearn.functional.latent`) on the class attributions of the first and the
-    second half of training, as far as it was not memorised, and of the last pass gives every sample a likelihood under
-    each true class, and how classes are called. The likelihoods, weakened, are added to the model's own logits; the
-    probability of the given label under both, and under the transition matrix, is set to the noise rate that the latent
-    classes alone estimate.
+    A latent-class model (:func:`~lightning_unlearn.functional.fit_latent_classes`) on the class attributions of the
+    first and the second half of training, as far as it was not memorised, and of the last pass gives every sample a
+    likelihood under each true class, and how classes are called. The likelihoods, weakened, are added to the model's
+    own logits; the probability of the given label under both, and under the transition matrix, is set to the noise rate
+    that the latent classes alone estimate.
 
     The gate: without noise, a classifier is wrong on the average sample as often as it expects to be, and on its most
     confident quarter far less. If the most confident quarter of every class disagrees with the labels more than 1.5

@@ -41,10 +41,10 @@ def get_recipe(recipe: str | Recipe | Callable[..., Any]) -> Recipe:
     """The recipe of a name, of a dotted path, or of a function.
 
     Args:
-        recipe: a name of :data:`RECIPES`; a name in the entry-point group ``lightning_unlearn.recipes``; the dotted
-            path of a function or a :class:`Recipe`; or one of these. A function takes
-            :class:`~lightning_unlearn.types.Evidence`, and, if it has a second parameter without a default, the
-            function that sums over ranks; it returns p(clean), (n,), or a :class:`Verdict`.
+        recipe: a name of :data:`~lightning_unlearn.recipes.RECIPES`; a name in the entry-point group
+            ``lightning_unlearn.recipes``; the dotted path of a function or a :class:`Recipe`; or one of these. A
+            function takes :class:`~lightning_unlearn.types.Evidence`, and, if it has a second parameter without a
+            default, the function that sums over ranks; it returns p(clean), (n,), or a :class:`Verdict`.
 
     Raises:
         ValueError: if there is none; the message lists those there are.

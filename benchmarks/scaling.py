@@ -1,0 +1,315 @@
+"""How the partition's time and memory grow, and whether many ranks come to what one does.
+
+    python -m benchmarks.scaling                                     # growth with N, C and D, and 1 against 2 processes
+    python -m benchmarks.scaling --only samples --samples 10000 40000
+    python -m benchmarks.scaling --simulate 64 --samples 100000      # 64 ranks, each a thread with its share
+    python -m benchmarks.scaling --write scaling.md --json scaling.json --figure scaling.png
+
+The evidence is drawn (:mod:`benchmarks.synthetic`): its cost is that of a real one, its quality says nothing. Every
+measurement with more than one size is taken in a process of its own, so that its peak memory is its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import multiprocessing
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.scaling_tables import figure, tables
+from benchmarks.simulated import SimulatedRanks
+from benchmarks.synthetic import evidence, share_of
+from lightning_unlearn.callbacks._assembly import Cut, Judged, assemble
+from lightning_unlearn.functional.mixture import Reduce, fit_mixture, no_reduce, standardise
+from lightning_unlearn.functional.sensitivity import regression_sums, solve_sensitivity
+from lightning_unlearn.recipes import get_recipe
+from lightning_unlearn.storage import replacing
+from lightning_unlearn.trajectory import PHASES, Trajectory
+from lightning_unlearn.types import Evidence, Partition
+
+SAMPLES = (10_000, 40_000, 160_000, 640_000, 1_280_000)
+CLASSES = (10, 100, 1_000, 10_000)
+NEURONS = (64, 256, 1_024, 4_096)
+_OF_CLASSES, _OF_NEURONS = 20_000, 10_000
+_BATCH = 256
+Row = dict[str, Any]
+
+
+def seconds_of(work: Callable[[], Any]) -> tuple[Any, float]:
+    """What the work returns, and this process's processor seconds; the clock would count what else the machine does."""
+    started = time.process_time()
+    made = work()
+    return made, time.process_time() - started
+
+
+def partition_of(share: Evidence, label: Tensor, reduce: Reduce, recipe: str = "auto") -> Partition:
+    """What the callback makes of one rank's share of the evidence."""
+    verdict = get_recipe(recipe).judge(share, reduce)
+    judged = [Judged(share, share.weight, verdict)]
+    return assemble(judged, label, Cut(0.5, 0.1), reduce, recipe=recipe, layer="head", epoch=PHASES, fingerprint="")
+
+
+# What is measured, each in a process of its own
+
+
+def of_samples(total: int, num_classes: int) -> Row:
+    """What N samples cost one process that holds all of them."""
+    whole = evidence(total, num_classes)
+    trajectory = Trajectory(total, num_classes)
+    order = torch.randperm(total)
+    logits = whole.attribution[:, -1] @ whole.basis.T if total * num_classes <= 2**26 else None
+
+    def observe() -> None:
+        for rows in order.split(_BATCH):
+            some = whole.attribution[rows, -1] @ whole.basis.T if logits is None else logits[rows]
+            trajectory.observe(rows, some, whole.label[rows])
+
+    _, observing = seconds_of(observe)
+    _, merging = seconds_of(lambda: trajectory.merge(0, no_reduce))
+    held = [value for name, value in vars(trajectory).items() if isinstance(value, Tensor) and name != "basis"]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    verdict, judging = seconds_of(lambda: get_recipe("auto").judge(whole, no_reduce))
+    judged = [Judged(whole, whole.weight, verdict)]
+    cut = Cut(0.5, 0.1)
+    made, assembling = seconds_of(
+        lambda: assemble(judged, whole.label, cut, no_reduce, recipe="auto", layer="head", epoch=PHASES, fingerprint="")
+    )
+    more = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return {
+        "samples": total,
+        "classes": num_classes,
+        "observe": observing,
+        "merge": merging,
+        "judge": judging,
+        "assemble": assembling,
+        "state_bytes": sum(value.nbytes for value in held) / total,
+        "merged_bytes": (whole.basis.shape[1] + 4) * 4,
+        "judge_bytes": more * 1024 / total,
+        "noise_rate": made.noise_rate,
+    }
+
+
+def of_neurons(total: int, neurons: int) -> Row:
+    """What D neurons cost: the regression of the pruning, and the paper's mixture on the attributions."""
+    torch.manual_seed(0)
+    clean = (torch.rand(total) < 0.7).float()
+    activations = torch.randn(total, neurons) + clean.unsqueeze(1) * torch.linspace(-0.5, 0.5, neurons)
+
+    def sums() -> Any:
+        parts = zip(activations.split(_BATCH), clean.split(_BATCH), strict=True)
+        found = [regression_sums(x, y, torch.ones(len(x))) for x, y in parts]
+        whole = found[0]
+        for one in found[1:]:
+            whole = whole + one
+        return whole
+
+    gathered, summing = seconds_of(sums)
+    _, solving = seconds_of(lambda: solve_sensitivity(gathered))
+    weight = torch.ones(total)
+    mixture, mixing = seconds_of(lambda: fit_mixture(standardise(activations, weight), weight))
+    return {
+        "samples": total,
+        "neurons": neurons,
+        "regression sums": summing,
+        "regression solved": solving,
+        "mixture": mixing,
+        "mixture steps": mixture.n_iter,
+    }
+
+
+def of_processes(total: int, num_classes: int, rank: int, world_size: int, port: int, sender: Any) -> None:
+    """The judging of one rank of several real processes over gloo."""
+    torch.set_num_threads(1)
+    address = f"tcp://127.0.0.1:{port}"
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size)
+    whole = evidence(total, num_classes)
+    share = share_of(whole, rank, world_size)
+
+    def reduce(part: Tensor) -> Tensor:
+        out = part.clone()
+        torch.distributed.all_reduce(out)
+        return out
+
+    torch.distributed.barrier()
+    started = time.perf_counter()
+    made = partition_of(share, whole.label, reduce)
+    seconds = time.perf_counter() - started
+    torch.distributed.destroy_process_group()
+    if rank == 0:
+        sender.send((seconds, made.noise_rate))
+
+
+# Ranks
+
+
+def gathered_by(share: Evidence, total: int, reduce: Reduce) -> Trajectory:
+    """What one rank holds after training steps that showed it its share."""
+    trajectory = Trajectory(total, share.num_classes)
+    counted = share.weight > 0
+    index, label = share.index[counted], share.label[counted]
+    for phase in range(PHASES):
+        trajectory.observe(index, share.attribution[counted, phase] @ share.basis.T, label)
+        trajectory.merge(phase, reduce)
+    return trajectory
+
+
+def apart(one: Trajectory, other: Trajectory, index: Tensor) -> float:
+    """The largest difference of what two hold of some samples."""
+    ours, theirs = ([*held.phases(index), *held.scores(index).values()] for held in (one, other))
+    return max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))
+
+
+def simulate(world_size: int, total: int, num_classes: int, recipe: str = "auto") -> Row:
+    """Runs the sharded partition with so many ranks, a thread each, and holds it against that of one rank.
+
+    Args:
+        world_size: R.
+        total: N.
+        num_classes: C.
+        recipe: by name.
+
+    Returns:
+        how far the two are apart, and how much each rank had to send.
+    """
+    whole = evidence(total, num_classes)
+    alone = partition_of(whole, whole.label, no_reduce, recipe)
+    ranks = SimulatedRanks(world_size)
+    trajectory = gathered_by(whole, total, no_reduce)
+
+    def on_rank(rank: int) -> tuple[float, Partition]:
+        share = share_of(whole, rank, world_size)
+        off = apart(gathered_by(share, total, ranks.reduce), trajectory, whole.index)
+        return off, partition_of(share, whole.label, ranks.reduce, recipe)
+
+    off, (first, *others) = zip(*ranks.run(on_rank), strict=True)
+    return {
+        "ranks": world_size,
+        "samples": total,
+        "classes": num_classes,
+        "recipe": recipe,
+        "suspects": int((~first.is_clean).sum()),
+        "all ranks equal": all(one.clean_probability.equal(first.clean_probability) for one in others),
+        "largest difference of what was gathered": max(off),
+        "largest difference of p(clean)": (first.clean_probability - alone.clean_probability).abs().max().item(),
+        "samples that changed sides": int((first.is_clean != alone.is_clean).sum()),
+        "difference of the noise rate": abs(first.noise_rate - alone.noise_rate),
+        "collectives": ranks.collectives,
+        "bytes summed per rank": ranks.bytes,
+    }
+
+
+def agrees(row: Row) -> bool:
+    """Whether the ranks came to what one rank did."""
+    off = max(row["largest difference of p(clean)"], row["largest difference of what was gathered"])
+    return bool(row["all ranks equal"] and off <= 1e-4 and not row["samples that changed sides"])
+
+
+# Putting it together
+
+
+def in_a_process(work: Callable[..., Row], *arguments: Any) -> Row:
+    """What the work returns in a process of its own, with one thread."""
+    with multiprocessing.get_context("spawn").Pool(1, torch.set_num_threads, (1,)) as pool:
+        return pool.apply(work, arguments)
+
+
+def over_processes(total: int, num_classes: int, repeats: int) -> list[Row]:
+    """Seconds on the clock of one process and of two, in turns."""
+    context = multiprocessing.get_context("spawn")
+    times: dict[int, list[float]] = {1: [], 2: []}
+    for repeat in range(repeats):
+        for world_size in times:
+            receiver, sender = context.Pipe(duplex=False)
+            port = 29_600 + (repeat * 7 + world_size) % 300
+            ranks = [
+                context.Process(target=of_processes, args=(total, num_classes, rank, world_size, port, sender))
+                for rank in range(world_size)
+            ]
+            for one in ranks:
+                one.start()
+            times[world_size].append(receiver.recv()[0])
+            for one in ranks:
+                one.join()
+    return [
+        {"processes": n, "samples": total, "classes": num_classes, "seconds": statistics.median(taken), "all": taken}
+        for n, taken in times.items()
+    ]
+
+
+def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+    """What was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = ("samples", "classes", "neurons", "processes", "simulated")
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--samples", type=int, nargs="+", default=SAMPLES)
+    parser.add_argument("--classes", type=int, nargs="+", default=CLASSES)
+    parser.add_argument("--neurons", type=int, nargs="+", default=NEURONS)
+    parser.add_argument("--repeats", type=int, default=3, help="of one against two processes")
+    parser.add_argument("--simulate", type=int, metavar="R", help="only hold R simulated ranks against one")
+    parser.add_argument("--write", type=Path, help="the tables as Markdown")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--figure", type=Path, help="log-log, .png or .svg")
+    return parser.parse_args(given)
+
+
+def measured(args: argparse.Namespace) -> dict[str, Any]:
+    """All that was asked for."""
+    torch.set_num_threads(1)
+    if args.simulate:
+        return {"simulated": [simulate(args.simulate, args.samples[0], args.classes[0])]}
+    found: dict[str, Any] = {
+        "date": str(datetime.datetime.now(tz=datetime.timezone.utc).date()),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "command": " ".join(["python -m benchmarks.scaling", *sys.argv[1:]]),
+    }
+    few = args.classes[0]
+    if "samples" in args.only:
+        found["samples"] = [in_a_process(of_samples, total, few) for total in args.samples]
+    if "classes" in args.only:
+        total = min(_OF_CLASSES, max(args.samples))
+        found["classes"] = [in_a_process(of_samples, total, classes) for classes in args.classes]
+    if "neurons" in args.only:
+        total = min(_OF_NEURONS, max(args.samples))
+        found["neurons"] = [in_a_process(of_neurons, total, neurons) for neurons in args.neurons]
+    if "processes" in args.only:
+        found["processes"] = over_processes(sorted(args.samples)[len(args.samples) // 2], few, args.repeats)
+    if "simulated" in args.only:
+        total = sorted(args.samples)[min(1, len(args.samples) - 1)]
+        found["simulated"] = [simulate(ranks, total, few) for ranks in (2, 8, 64)]
+    return found
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    """Measures, prints and writes."""
+    args = arguments(given)
+    found = measured(args)
+    text = tables(found)
+    print(text.strip())
+    if args.write:
+        with replacing(args.write) as file:
+            file.write(f"{text.strip()}\n".encode())
+    if args.json:
+        with replacing(args.json) as file:
+            file.write((json.dumps(found, indent=1) + "\n").encode())
+    if args.figure:
+        figure(found, args.figure)
+    if not all(agrees(row) for row in found.get("simulated", [])):
+        raise SystemExit("The ranks do not come to what one rank does.")
+
+
+if __name__ == "__main__":
+    main()

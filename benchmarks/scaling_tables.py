@@ -1,0 +1,126 @@
+"""What :mod:`benchmarks.scaling` measured, as Markdown and as a picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_unlearn.storage import replacing
+
+Row = dict[str, Any]
+
+
+def slope(rows: Sequence[Row], of: str, by: str) -> float:
+    """The exponent k of ``seconds ~ size^k`` between the two largest sizes.
+
+    Example:
+        >>> slope([{"n": 10, "s": 1.0}, {"n": 100, "s": 100.0}], "s", "n")
+        2.0
+    """
+    before, last = rows[-2:]
+    return math.log(last[of] / before[of]) / math.log(last[by] / before[by])
+
+
+_PARTS = ("observe", "merge", "judge", "assemble")
+
+
+def tables(found: dict[str, Any]) -> str:
+    """Markdown of all that was measured."""
+    lines: list[str] = []
+    if rows := found.get("samples"):
+        lines += [
+            f"### Samples, {rows[0]['classes']} classes: processor seconds, one thread",
+            "",
+            "| N | one epoch's rows taken | merged | judged (`auto`) | assembled | microseconds per sample, judging"
+            " | state, bytes per sample | judging, bytes per sample more |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        lines += [
+            f"| {row['samples']:,} | {row['observe']:.2f} | {row['merge']:.3f} | {row['judge']:.2f} |"
+            f" {row['assemble']:.3f} | {1e6 * row['judge'] / row['samples']:.1f} | {row['state_bytes']:.0f} |"
+            f" {row['judge_bytes']:.0f} |"
+            for row in rows
+        ]
+        if len(rows) > 1:
+            of = ", ".join(f"{part} {slope(rows, part, 'samples'):.2f}" for part in _PARTS)
+            lines += ["", f"Exponents between the two largest: {of}."]
+    if rows := found.get("classes"):
+        lines += [
+            "",
+            f"### Classes, {rows[0]['samples']:,} samples: processor seconds, one thread",
+            "",
+            "| C | one epoch's rows taken | judged (`auto`) | state, bytes per sample"
+            " | judging, bytes per sample more |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        lines += [
+            f"| {row['classes']:,} | {row['observe']:.2f} | {row['judge']:.2f} | {row['state_bytes']:.0f} |"
+            f" {row['judge_bytes']:.0f} |"
+            for row in rows
+        ]
+    if rows := found.get("neurons"):
+        lines += [
+            "",
+            f"### Neurons, {rows[0]['samples']:,} samples: processor seconds, one thread",
+            "",
+            "| D | sums of the regression | solved | mixture of `rlap` | its steps |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        lines += [
+            f"| {row['neurons']:,} | {row['regression sums']:.2f} | {row['regression solved']:.2f} |"
+            f" {row['mixture']:.2f} | {row['mixture steps']} |"
+            for row in rows
+        ]
+    if rows := found.get("processes"):
+        one, two = rows
+        lines += [
+            "",
+            f"### Processes (gloo, one thread each), {one['samples']:,} samples, {one['classes']} classes",
+            "",
+            f"Judging: one {one['seconds']:.2f} s, two {two['seconds']:.2f} s on the clock, medians of"
+            f" {len(one['all'])}: {one['seconds'] / two['seconds']:.2f} times as fast.",
+        ]
+    if rows := found.get("simulated"):
+        lines += [
+            "",
+            "### Simulated ranks against one",
+            "",
+            "| ranks | N | C | suspects | all ranks equal | largest difference of what was gathered | of p(clean)"
+            " | changed sides | sums | MB summed per rank |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        lines += [
+            f"| {row['ranks']} | {row['samples']:,} | {row['classes']} | {row['suspects']:,} |"
+            f" {'yes' if row['all ranks equal'] else 'NO'} | {row['largest difference of what was gathered']:.1e} |"
+            f" {row['largest difference of p(clean)']:.1e} | {row['samples that changed sides']} |"
+            f" {row['collectives']} |"
+            f" {row['bytes summed per rank'] / 1e6:.1f} |"
+            for row in rows
+        ]
+    return "\n".join(lines)
+
+
+def figure(found: dict[str, Any], file: Path) -> None:
+    """Three log-log pictures: by samples, classes and neurons."""
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=(12, 3.6), layout="constrained")
+    axes = drawn.subplots(1, 3)
+    plots = (
+        ("samples", "samples N", _PARTS),
+        ("classes", "classes C", ("observe", "judge")),
+        ("neurons", "neurons D", ("regression sums", "regression solved", "mixture")),
+    )
+    for ax, (key, name, parts) in zip(axes, plots, strict=True):
+        rows = found.get(key, [])
+        for part in parts:
+            ax.loglog([row[key] for row in rows], [max(row[part], 1e-4) for row in rows], marker="o", label=part)
+        ax.set_xlabel(name)
+        ax.grid(alpha=0.3, which="both")
+        if rows:
+            ax.legend()
+    axes[0].set_ylabel("processor seconds")
+    with replacing(file) as out:
+        drawn.savefig(out, format=file.suffix.lstrip(".") or "png", dpi=110)

@@ -26,16 +26,17 @@ setup: $(STAMP) ## make .venv with the reference set (PYTHON=python3.11 picks th
 demo: setup ## run the demo (ARGS="--fast")
 	$(BIN)/lightning-unlearn demo $(ARGS)
 
-# A file's tests go to one process, since they share what is slow to make.
+# A file's tests go to one process, since they share what is slow to make. Bytecode is written also where the
+# environment forbids it, or each of the processes that they start would compile PyTorch and Lightning again.
 test: setup ## run the tests and doctests (ARGS="-k mixture", JOBS=1)
-	$(BIN)/pytest -n $(JOBS) --maxprocesses 8 --dist loadfile $(ARGS)
+	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n $(JOBS) --maxprocesses 8 --dist loadfile $(ARGS)
 
 test-oldest: $(OLDEST_STAMP) ## run them with the oldest versions that are supported (ARGS="-k mixture", UV=uv)
-	$(OLDEST)/bin/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile $(ARGS)
+	PYTHONDONTWRITEBYTECODE= $(OLDEST)/bin/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile $(ARGS)
 
 # The suite runs the first 200.
 fuzz: setup ## run random fits (CASES=2000 FIRST=0: from seed FIRST on)
-	FUZZ_CASES=$(CASES) FUZZ_FIRST=$(FIRST) $(BIN)/pytest -n $(JOBS) --maxprocesses 8 tests/test_fuzz.py $(ARGS)
+	PYTHONDONTWRITEBYTECODE= FUZZ_CASES=$(CASES) FUZZ_FIRST=$(FIRST) $(BIN)/pytest -n $(JOBS) --maxprocesses 8 tests/test_fuzz.py $(ARGS)
 
 bench: setup ## measure the partition on real data (ARGS="--data DIR --cases spoken-sym40 --seeds 0")
 	$(BIN)/python -m benchmarks.partition $(ARGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import inspect
@@ -128,9 +129,14 @@ def versions(packages: Sequence[str]) -> dict[str, str]:
     found = {"python": platform.python_version()}
     # Not by its metadata, which a checkout on the path has not.
     found["lightning-unlearn"] = importlib.import_module("lightning_unlearn").__version__
-    installed = {name: list(importlib.metadata.distributions(name=name)) for name in packages}
-    found |= {name: distributions[0].version for name, distributions in installed.items() if distributions}
+    found |= {name: version for name in packages if (version := _installed(name)) is not None}
     return found
+
+
+@functools.cache  # several ms for each fit else: every package's folder is looked through
+def _installed(package: str) -> str | None:
+    found = next(iter(importlib.metadata.distributions(name=package)), None)
+    return None if found is None else found.version
 
 
 def _reviewed(review: Review) -> dict[str, Any]:

@@ -1,5 +1,41 @@
+import functools
+import gc
+import sys
+
 import pytest
-import torch
+
+# Nothing that takes long to import: pytest-xdist's own process, before which no other starts, reads this file too.
+
+LONGEST_FIRST = [
+    "tests/callbacks/test_ddp.py",
+    "tests/test_cli.py",
+    "tests/callbacks/test_ddp_kinds.py",
+    "tests/callbacks/test_packages.py",
+    "tests/callbacks/test_fsdp.py",
+    "tests/callbacks/test_exceptions.py",
+    "tests/callbacks/test_training_pass.py",
+    "tests/test_fuzz.py",
+    "tests/callbacks/test_finetune.py",
+    "tests/callbacks/test_resume.py",
+    "tests/callbacks/test_killed.py",
+    "tests/test_examples.py",
+]
+"""Files of 10 seconds and more. A process that takes one of them last keeps the others waiting for it."""
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # by their number of tests, it would be
+
+
+def pytest_collection_modifyitems(items):
+    rank = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: rank.get(item.nodeid.partition("::")[0], len(rank)))
+
+
+def pytest_collection_finish():
+    """What is there by now stays, so that no ``gc.collect()`` need look through a million objects for it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -8,16 +44,30 @@ def _one_thread():
 
     Of the session, so that fixtures of a module compute with as many threads as its tests: sums depend on it.
     """
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _packages_are_listed_once():
+    """Lightning asks for callbacks of other packages at every Trainer, for which the metadata of all are read."""
+    with pytest.MonkeyPatch.context() as patch:
+        if registry := sys.modules.get("lightning.fabric.utilities.registry"):
+            patch.setattr(registry, "entry_points", functools.cache(registry.entry_points))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _not_deterministic():
     """What ``Trainer(deterministic=True, benchmark=True)`` sets holds for the process, and would meet later tests."""
+    import torch
+
     benchmark = torch.backends.cudnn.benchmark
     yield
-    torch.use_deterministic_algorithms(False)
+    if torch.are_deterministic_algorithms_enabled():  # the call imports torch._inductor, which takes a second
+        torch.use_deterministic_algorithms(False)
     torch.backends.cudnn.benchmark = benchmark

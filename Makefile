@@ -16,7 +16,7 @@ OLDEST_PYTHON ?= 3.10
 OLDEST_STAMP := $(OLDEST)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fuzz test-oldest bench docs lint format build clean
+.PHONY: help setup demo test fuzz test-oldest bench docs figures lint format build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -43,6 +43,9 @@ bench: setup ## measure the partition on real data (ARGS="--data DIR --cases spo
 
 docs: setup ## build the documentation into docs/_build/html; a warning is an error
 	$(BIN)/python -m sphinx -b html -q -W --keep-going docs docs/_build/html
+
+figures: setup ## make the documentation's figures from the demo (about a minute)
+	$(BIN)/python docs/figures.py
 
 lint: setup ## check style, types and spelling
 	$(BIN)/ruff check

@@ -1,4 +1,4 @@
-"""Every public name is on a page of the API; `make docs` itself renders the pages and follows their links."""
+"""The documentation: its API is whole, its links lead somewhere, its code is run (by conftest.py) or says why not."""
 
 import importlib
 import re
@@ -47,3 +47,39 @@ DOCUMENTED = documented_names()
 @pytest.mark.parametrize("room", ROOMS)
 def test_every_public_name_is_on_a_page_of_the_api(room):
     assert public_names(room) <= DOCUMENTED
+
+
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in [*(ROOT / "docs").glob("*.md"), ROOT / "README.md"]}
+# What conftest.py runs or checks, and what is no code.
+RUN, SHOWN = {"python", "yaml", "sh"}, {"text"}
+NOT_RUN = {("multi-gpu.md", "needs four GPUs")}
+
+
+@pytest.mark.parametrize("page", sorted(PAGES))
+def test_every_block_is_of_a_kind_that_is_run(page):
+    fences = re.findall(r"^```(.*)$", PAGES[page], re.MULTILINE)
+    kinds = {kind for kind in fences[::2] if not kind.startswith("{")}
+    assert kinds <= RUN | SHOWN
+    assert set(fences[1::2]) <= {""}
+
+
+def test_what_is_not_run_says_why():
+    skipped = {(page, why) for page, text in PAGES.items() for why in re.findall(r"<!-- skip: \w+ ?(.*) -->", text)}
+    assert skipped == {(page, f'"{why}"') for page, why in NOT_RUN}
+
+
+def anchors(text):
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", sorted(PAGES))
+def test_links_lead_somewhere(page):
+    folder = ROOT if page == "README.md" else ROOT / "docs"
+    repository = "https://github.com/lightning-unlearn/lightning-unlearn/blob/main/"
+    for link in re.findall(r"\]\(([^)]+)\)", PAGES[page]):
+        path, _, anchor = link.partition("#")
+        target = ROOT / path.removeprefix(repository) if link.startswith(repository) else folder / path
+        if link.startswith(repository) or not link.startswith("https://"):
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link

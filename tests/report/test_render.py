@@ -12,7 +12,7 @@ from lightning_unlearn.report.charts import bars, curve_charts, heat_map, histog
 from lightning_unlearn.report.svg import Drawing, ticks
 from lightning_unlearn.types import NeuronMask
 from tests.callbacks.published import make_partition
-from tests.report.runs import BREAKING, HOSTILE, INPUT, LABEL, NAMES, SUSPECTS, hostile_record
+from tests.report.runs import BREAKING, HOSTILE, INPUT, LABEL, NAMES, SUSPECTS, hostile_record, provenance_of
 
 VOID = {"meta", "img", "br", "input", "link"}
 
@@ -92,6 +92,9 @@ def test_the_gallery_holds_the_suspects_the_most_suspect_first(page):
         "p": 0.07,
         "support": 1.0,
         "reason": "label",
+        "action": "dropped",
+        "new": [],
+        "person": False,
         "card": {"kind": "table", "rows": [[HOSTILE, BREAKING]]},
     }
 
@@ -107,9 +110,40 @@ def test_numbers(page):
         "0.500 \u2192 0.750 validation accuracy",
         "2 neurons pruned",
         "All 40, by dataset index",
+        "30 samples dropped from epoch 1 on",
+        "10 samples re-labelled",
         "Drawn 2 times",
     ):
         assert text in page.text
+
+
+def test_it_says_where_the_result_comes_from(page):
+    dropped = ", ".join(str(index) for index in range(SUSPECTS) if index % 4)
+    for text in (
+        f"30 samples dropped from epoch 1 on {dropped}",
+        f"{NAMES[0]} {NAMES[1]} 10 0, 4, 8, 12, 16, 20, 24, 28, 32, 36",
+        f"2 neurons of {HOSTILE} pruned 0, 1",
+        f"Decided by a person in {BREAKING} : 1 to keep, 1 to drop, 1 to relabel.",
+        f"seed 17 processes 2 {HOSTILE} {HOSTILE}",
+        f"{HOSTILE} {BREAKING} layers one, 2,",
+        f"samples 100 fingerprint {HOSTILE}",
+    ):
+        assert re.sub(r"\s+", " ", text).replace(" :", ":") in page.text.replace(" :", ":"), text
+
+
+def test_a_sample_that_a_person_has_kept_is_shown_behind_the_suspects():
+    record = hostile_record()
+    page = Page(render_report(replace(record, gallery={50: {"kind": "text", "text": "kept"}, **record.gallery})))
+    last = page.data()["samples"][-1]
+    assert (last["index"], last["reason"], last["action"], last["person"]) == (50, "none", "kept", True)
+    assert "All 40, by dataset index (#), and 1 that a person has kept" in page.text
+
+
+def test_where_nothing_was_done_the_page_proposes():
+    page = Page(render_report(hostile_record(provenance=provenance_of(from_epoch=None, dropped=[], relabelled=[]))))
+    assert page.data()["actions"] == ["keep", "drop", "relabel"]
+    assert "No sample was dropped or re-labelled" in page.text
+    assert "samples dropped from epoch" not in page.text
 
 
 def test_an_address_that_is_not_the_content_itself_is_left_out():
@@ -167,6 +201,11 @@ def test_a_hundred_thousand_samples_are_a_matter_of_seconds_and_of_less_than_20_
     record = replace(record, gallery={index: {"kind": "image", "src": picture} for index in range(200)})
     probability = torch.rand(100_000, generator=torch.Generator().manual_seed(0))
     partition = make_partition(probability, torch.arange(100_000) % 4)
+    # All that can be done is done to every other sample: these are the longest lists there are.
+    suspects = partition.suspect_indices().tolist()
+    moved = [{"index": index, "given": index % 4, "new": (index + 1) % 4} for index in suspects[::2]]
+    provenance = provenance_of(dropped=suspects[1::2], relabelled=moved)
+    record = replace(record, provenance=provenance)
     started = time.perf_counter()
     file = write_report(replace(record, partition=partition), tmp_path / "report.html")
     assert time.perf_counter() - started < 20

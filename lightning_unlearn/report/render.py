@@ -67,7 +67,6 @@ def render_report(record: RunRecord, control: RunRecord | None = None) -> str:
             record=record,
             partition=partition,
             suspects=len(partition.suspect_indices()),
-            kept=int(partition.is_clean.sum()),
             reasons=_reason_counts(partition),
             names=names,
             classes=partition.class_summary(),
@@ -75,6 +74,7 @@ def render_report(record: RunRecord, control: RunRecord | None = None) -> str:
             noise_matrix=_noise_matrix(partition, names),
             histogram=histogram(partition, record.threshold),
             curves=curve_charts(record.curves, record.swaps, None if control is None else control.curves),
+            control={} if control is None else control.fit,
             neurons=[_neurons(mask) for mask in record.masks],
             timing=_timing(record.seconds),
             actions=actions,
@@ -85,6 +85,8 @@ def render_report(record: RunRecord, control: RunRecord | None = None) -> str:
             gallery=_json(
                 {
                     "names": names.known,
+                    "proposes": not actions.has_acted,
+                    "several": partition.is_multilabel,
                     "reasons": REASONS,
                     "actions": DONE if actions.has_acted else DECISIONS,
                     "samples": samples,

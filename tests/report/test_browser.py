@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lightning_unlearn.report import write_report
+from lightning_unlearn.types import NeuronMask
 from tests.report.browser import CHROMIUM, MISSING, Browser
 from tests.report.runs import BREAKING, NAMES, SUSPECTS, hostile_record
 
@@ -90,7 +91,8 @@ def test_each_control_leaves_what_it_names(page):
     choose(page, "by-reason", "all")
     choose(page, "by-action", "re-labelled (10)")
     assert set(shown(page, "action")) == {"re-labelled"}
-    assert all(f"re-labelled to {NAMES[1]}" in text for text in page.run(f"{CARDS}.map(card => card.textContent)"))
+    texts = page.run(f"{CARDS}.map(card => card.textContent)")
+    assert all(f"suggested {NAMES[1]}" in text and "re-labelled as suggested" in text for text in texts)
     choose(page, "by-who", "by a person (3)")
     assert shown(page) == ["0"]
     choose(page, "by-action", "all")
@@ -210,10 +212,54 @@ def test_words_stand_out_from_their_ground(page, look):
     assert page.run(CONTRAST) == []
 
 
+LONG = [
+    "Northern saw-whet owl (juvenile, captive)",
+    "Supercalifragilisticexpialidocious" * 3,
+    "\u7c73\u56fd\u306e\u30aa\u30aa\u30ab\u30df" * 4,
+    "\u0630\u0626\u0628 \u0631\u0645\u0627\u062f\u064a \u0643\u0628\u064a\u0631 \u062c\u062f\u0627",
+]
+# Of every text of a drawing, what of it lies outside.
+CUT_OFF = """[...document.querySelectorAll("svg text")].filter((one) => {
+  const text = one.getBoundingClientRect(), box = one.closest("svg").getBoundingClientRect();
+  const [left, right] = [box.left - text.left, text.right - box.right];
+  return Math.max(left, right, box.top - text.top, text.bottom - box.bottom) > 1;
+}).map((one) => one.textContent)"""
+
+
+@pytest.fixture(scope="module")
+def long_names(tmp_path_factory):
+    """Names that need room, in a report with more neurons than are drawn, and a swap at its very end."""
+    record = hostile_record(class_names=LONG)
+    label = record.partition.label
+    matrix = torch.full((4, 4), 0.25)
+    neurons = torch.linspace(-1, 1, 12_345)
+    mask = NeuronMask("backbone.layer4." * 20, neurons > -0.9, neurons, torch.full((12_345,), 0.1))
+    curves = {f"val/{'a_metric_' * 12}{kind}": [[0, 1.0], [9, 0.5]] for kind in ("loss", "acc")}
+    partition = replace(record.partition, noise_matrix=matrix, suggested_label=(label + 1) % 4)
+    record = replace(record, partition=partition, masks=(mask,), curves=curves, swaps=[9])
+    return write_report(record, tmp_path_factory.mktemp("long") / "report.html")
+
+
 @pytest.mark.parametrize("width", [400, 1200])
-def test_nothing_is_wider_than_the_screen(page, width):
-    page.emulate(width=width)
-    assert page.run("document.documentElement.scrollWidth") <= width
+def test_nothing_is_cut_off_or_wider_than_the_screen(browser, file, long_names, width):
+    for one in (file, long_names):
+        browser.open(one)
+        browser.emulate(width=width)
+        assert browser.run("document.documentElement.scrollWidth") <= width
+        assert browser.run(CUT_OFF) == []
+
+
+def test_a_name_from_right_to_left_does_not_turn_the_number_behind_it(browser, long_names):
+    browser.open(long_names, "class=2")
+    # The suggested name is the Arabic one: the bracket stands to the right of all of it.
+    assert browser.run(
+        """(() => {
+          const name = document.querySelector(".card .suggested"), range = document.createRange();
+          range.selectNode(name.nextSibling);
+          const bracket = [...range.getClientRects()].pop(), line = [...name.getClientRects()].pop();
+          return bracket.left >= line.right - 1 || bracket.top >= line.bottom - 1;
+        })()"""
+    )
 
 
 def test_what_is_folded_is_printed(page):

@@ -103,7 +103,6 @@ def test_numbers(page):
     for text in (
         "40 of 100 training samples are suspect",
         "37.5% estimated noise rate",
-        "60 samples called clean",
         f"{LABEL} suspect for their label",
         f"{INPUT} suspect for their input",
         "40% of wrong labels memorised",
@@ -137,6 +136,19 @@ def test_a_sample_that_a_person_has_kept_is_shown_behind_the_suspects():
     last = page.data()["samples"][-1]
     assert (last["index"], last["reason"], last["action"], last["person"]) == (50, "none", "kept", True)
     assert "All 40, by dataset index (#), and 1 that a person has kept" in page.text
+
+
+def test_the_control_is_said_to_be_one():
+    record = hostile_record()
+    control = replace(record, fit={"model": "Other", "finished": "yesterday", "dry run": "yes"})
+    page = Page(render_report(record, control))
+    assert "Dashed: the control, Other \u00b7 yesterday, a dry run." in page.text
+    assert "val_acc, control: 0.9 in the end" in page.text
+
+
+def test_samples_drawn_by_their_probability_are_counted():
+    weighed = provenance_of(dropped=[0, 1], relabelled=[], weighed=True)
+    assert "38 drawn by their probability" in Page(render_report(hostile_record(provenance=weighed))).text
 
 
 def test_where_nothing_was_done_the_page_proposes():

@@ -16,7 +16,6 @@
   const controls = { class: null, reason: null, action: null, who: null, sort: null, size: null };
   for (const name of Object.keys(controls)) controls[name] = document.getElementById("by-" + name);
   const called = (label) => (label < data.names.length ? data.names[label] : String(label));
-  const all = (labels) => labels.map(called).join(", ") || "none";
   const persons = "by a person", who = (sample) => (sample.person ? persons : "by the recipe");
   const orders = {
     "p": (a, b) => a.p - b.p || a.rank - b.rank,
@@ -69,10 +68,41 @@
     return box;
   }
 
+  // Each name by itself, so that one that is written from right to left does not turn what stands beside it.
+  function named(labels, kind, sign) {
+    const parts = labels.flatMap((label) => [", ", sign ?? "", make("bdi", kind(label), called(label))]);
+    return parts.length ? parts.slice(1) : ["none"];
+  }
+
+  function labels(sample) {
+    const box = make("div", "labels"), given = new Set(sample.given), suggested = new Set(sample.suggested);
+    const added = sample.suggested.filter((label) => !given.has(label));
+    const removed = sample.given.filter((label) => !suggested.has(label));
+    box.append(make("span", "index", "#" + sample.index));
+    box.append("given ", ...named(sample.given, (label) => (suggested.has(label) ? "" : "given")));
+    if (added.length + removed.length === 0) return box;
+    box.append(make("br"), "suggested ");
+    if (data.several) {
+      // Of several labels, what is to be changed.
+      const changes = [...(added.length ? named(added, () => "suggested", "+") : []), " ",
+        ...(removed.length ? named(removed, () => "given", "\u2212") : [])];
+      box.append(...changes);
+    } else {
+      box.append(...named(sample.suggested, () => "suggested"));
+    }
+    // A person does not say how sure.
+    if (!sample.person) box.append(" (" + sample.sure.toFixed(2) + ")");
+    return box;
+  }
+
   function tags(sample) {
-    const row = make("div", "tags");
-    if (sample.reason !== data.reasons[0]) row.append(make("span", "tag", sample.reason));
-    row.append(make("span", "tag", sample.action + (sample.new.length ? " to " + all(sample.new) : "")));
+    const row = make("div", "tags"), same = sample.new.join() === sample.suggested.join();
+    const why = { label: "for its label", input: "for its input", both: "for label and input" }[sample.reason];
+    if (why) row.append(make("span", "tag", why));
+    const done = make("span", "tag done", (data.proposes ? "proposed: " : "") + sample.action);
+    if (sample.new.length && same) done.append(" as suggested");
+    else if (sample.new.length) done.append(" to ", ...named(sample.new, () => ""));
+    row.append(done);
     if (sample.person) row.append(make("span", "tag", persons));
     return row;
   }
@@ -80,14 +110,8 @@
   function article(sample) {
     const card = make("article", "card");
     Object.assign(card.dataset, { index: sample.index, p: sample.p, reason: sample.reason, given: sample.given.join(" "), action: sample.action });
-    const labels = make("div", "labels");
-    labels.append("given ", make("b", "given", all(sample.given)));
-    if (sample.given.join() !== sample.suggested.join()) {
-      labels.append(make("br"), "suggested ", make("b", "suggested", all(sample.suggested)));
-      labels.append(" (" + sample.sure.toFixed(2) + ")");
-    }
-    const facts = make("div", "facts", "#" + sample.index + " · p(clean) " + (sample.p < 0.001 ? "< 0.001" : sample.p.toFixed(3)));
-    card.append(look(sample), labels, tags(sample), facts);
+    const facts = make("div", "facts", "p(clean) " + (sample.p < 0.001 ? "< 0.001" : sample.p.toFixed(3)));
+    card.append(look(sample), labels(sample), tags(sample), facts);
     return card;
   }
 

@@ -56,25 +56,39 @@ class Actions:
     Args:
         partition: that the run has come to.
         provenance: as AttributionPartitionCallback publishes it; may be empty.
+
+    Raises:
+        ValueError: for a provenance that cannot be read.
     """
 
     def __init__(self, partition: Partition, provenance: Mapping[str, Any]) -> None:
         self._partition = partition
+        try:
+            self._read(provenance)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                "Expected provenance as AttributionPartitionCallback publishes it, but it cannot be read"
+                f" ({type(error).__name__}: {error}); run the fit again."
+            ) from error
+        self._persons = {index for indices in self.reviewed.values() for index in indices}
+        self._proposed = [] if self.has_acted else partition.decisions()
+
+    def _read(self, provenance: Mapping[str, Any]) -> None:
         # Each callback says what it has done itself, and only of one kind.
         told: dict[str, Any] = {}
         for one in (provenance.get("done") or {}).values():
             told |= one
         self.from_epoch: int | None = told.get("from_epoch")
         self.weighs = bool(told.get("weighed"))
-        self.dropped: list[int] = list(told.get("dropped") or ())
-        self.pruned: dict[str, list[int]] = dict(told.get("pruned") or {})
+        self.dropped: list[int] = list(map(int, told.get("dropped") or ()))
+        self.pruned: dict[str, list[int]] = {
+            layer: list(map(int, found)) for layer, found in (told.get("pruned") or {}).items()
+        }
         self._gone = set(self.dropped)
         self._moved = {int(one["index"]): one for one in told.get("relabelled") or ()}
         review = provenance.get("review") or {}
-        self.reviewed = {name: list(review.get(name) or ()) for name in DECISIONS}
+        self.reviewed = {name: list(map(int, review.get(name) or ())) for name in DECISIONS}
         self.review_path = str(review.get("path", ""))
-        self._persons = {index for indices in self.reviewed.values() for index in indices}
-        self._proposed = [] if self.has_acted else partition.decisions()
 
     @property
     def has_acted(self) -> bool:

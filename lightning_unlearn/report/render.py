@@ -40,7 +40,8 @@ _SOURCE = re.compile(r"data:(image/(png|jpeg)|audio/wav);base64,[A-Za-z0-9+/=]*"
 def write_report(record: RunRecord, file: str | PathLike[str], control: RunRecord | None = None) -> Path:
     """Writes the report to a file, and returns its path; see :func:`render_report`."""
     with replacing(file) as target:
-        target.write(render_report(record, control).encode())
+        # A name may hold what is no character, as that of a file does that was not written in UTF-8.
+        target.write(render_report(record, control).encode(errors="replace"))
     return Path(file).expanduser()
 
 

@@ -158,13 +158,20 @@ def test_the_folder_is_in_the_loggers_or_the_trainers(tmp_path):
 
 
 def test_what_cannot_be_shown_is_said_once_and_the_rest_is(tmp_path):
+    answers = iter([KeyError("no picture"), 3, None])
+
     def render(sample):
-        raise KeyError("no picture")
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
     with pytest.warns(UserWarning, match="Some samples of the report's gallery cannot be shown: sample .*no picture"):
         a_fit(UnlearnReport(tmp_path, samples=3, render=render))
     cards = list(RunRecord.load(tmp_path).gallery.values())
-    assert cards == [{"kind": "fault", "text": "KeyError: 'no picture'"}] * 3
+    wanted = "TypeError: Expected render to return a text, a PIL image or a PNG's bytes, but got"
+    assert [card["text"] for card in cards] == ["KeyError: 'no picture'", f"{wanted} int.", f"{wanted} NoneType."]
+    assert {card["kind"] for card in cards} == {"fault"}
 
 
 def test_a_report_that_cannot_be_written_does_not_end_the_fit(tmp_path):

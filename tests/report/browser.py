@@ -11,11 +11,16 @@ import time
 from collections import deque
 from contextlib import suppress
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+# The last one is on Ubuntu a script that asks for another package system.
+NAMES = ("chromium", "google-chrome", "google-chrome-stable", "chromium-browser")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 MISSING = f"no browser: none of {', '.join(NAMES)} is on the path (apt-get install chromium)"
 # As the protocol calls them, with the character that each types.
 KEYS = {"Tab": (9, ""), "Enter": (13, "\r"), " ": (32, " "), "ArrowDown": (40, ""), "ArrowUp": (38, "")}
+
+
+class NoBrowserError(Exception):
+    """There is a browser, but it does not start, as without user namespaces and as another user than root."""
 
 
 class Browser:
@@ -23,6 +28,9 @@ class Browser:
 
     Args:
         folder: for the profile.
+
+    Raises:
+        NoBrowserError: if it ends at once.
     """
 
     def __init__(self, folder):
@@ -54,7 +62,12 @@ class Browser:
         os.close(answers)
         self._ask, self._answer = ask, answer
         self._numbers, self._buffer, self._events, self._session = itertools.count(1), b"", deque(), None
-        (tab,) = [one for one in self.call("Target.getTargets")["targetInfos"] if one["type"] == "page"][:1]
+        try:
+            targets = self.call("Target.getTargets")["targetInfos"]
+        except (OSError, RuntimeError) as error:
+            self.close()
+            raise NoBrowserError(f"{CHROMIUM} does not start ({error})") from error
+        (tab,) = [one for one in targets if one["type"] == "page"][:1]
         self._session = self.call("Target.attachToTarget", targetId=tab["targetId"], flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log"):
             self.call(f"{domain}.enable")

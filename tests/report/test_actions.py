@@ -55,6 +55,21 @@ def test_of_several_labels_those_that_stay_are_trained_on_too():
     assert found.listed_moves(str)[0][0].title == ("0, 2", "0, 1")
 
 
+@pytest.mark.parametrize(
+    "provenance",
+    [
+        {"done": [1]},
+        {"done": {"a": 3}},
+        {"review": "x"},
+        provenance_of(relabelled=[{"index": "x"}]),
+        provenance_of(dropped=["x"]),
+    ],
+)
+def test_what_cannot_be_read_is_refused(provenance):
+    with pytest.raises(ValueError, match="Expected provenance as AttributionPartitionCallback publishes it, but"):
+        actions(provenance)
+
+
 def test_lists_are_whole_and_grouped_by_what_was_changed_into_what():
     found = actions()
     (group,), rest = found.listed_moves("abcd".__getitem__)

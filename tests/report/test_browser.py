@@ -7,7 +7,7 @@ import torch
 
 from lightning_unlearn.report import write_report
 from lightning_unlearn.types import NeuronMask
-from tests.report.browser import CHROMIUM, MISSING, Browser
+from tests.report.browser import CHROMIUM, MISSING, Browser, NoBrowserError
 from tests.report.runs import BREAKING, NAMES, SUSPECTS, hostile_record
 
 pytestmark = [
@@ -32,7 +32,10 @@ def file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    browser = Browser(tmp_path_factory.mktemp("profile"))
+    try:
+        browser = Browser(tmp_path_factory.mktemp("profile"))
+    except NoBrowserError as error:
+        pytest.skip(str(error))
     yield browser
     browser.close()
 
@@ -92,7 +95,7 @@ def test_each_control_leaves_what_it_names(page):
     choose(page, "by-action", "re-labelled (10)")
     assert set(shown(page, "action")) == {"re-labelled"}
     texts = page.run(f"{CARDS}.map(card => card.textContent)")
-    assert all(f"suggested {NAMES[1]}" in text and "re-labelled as suggested" in text for text in texts)
+    assert all(f"suggested {NAMES[1]}" in text and "re-labelled" in text for text in texts)
     choose(page, "by-who", "by a person (3)")
     assert shown(page) == ["0"]
     choose(page, "by-action", "all")

@@ -73,6 +73,14 @@ def test_what_comes_from_the_data_is_text(page):
         assert re.sub(r"\s+", " ", text) in page.text
 
 
+def test_signs_that_are_none_are_replaced(tmp_path):
+    odd = "a\x00b\x0b\ud800c"
+    record = hostile_record(class_names=[odd] * 4, fit={"model": odd}, gallery={0: {"kind": "text", "text": odd}})
+    text = write_report(record, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "a\x00b\x0b?c" in text
+    assert Page(text).data()["names"][0] == odd
+
+
 def test_the_data_in_the_script_are_as_they_were(page):
     data = page.data()
     assert data["names"] == NAMES

@@ -100,8 +100,7 @@
     const why = { label: "for its label", input: "for its input", both: "for label and input" }[sample.reason];
     if (why) row.append(make("span", "tag", why));
     const done = make("span", "tag done", (data.proposes ? "proposed: " : "") + sample.action);
-    if (sample.new.length && same) done.append(" as suggested");
-    else if (sample.new.length) done.append(" to ", ...named(sample.new, () => ""));
+    if (sample.new.length && !same) done.append(" to ", ...named(sample.new, () => ""));
     row.append(done);
     if (sample.person) row.append(make("span", "tag", persons));
     return row;

@@ -117,7 +117,8 @@ def test_numbers(page):
         "0.500 \u2192 0.750 validation accuracy",
         "2 neurons pruned",
         "All 40, by dataset index",
-        "30 samples dropped from epoch 1 on",
+        "Done, from epoch 1 on",
+        "30 samples dropped",
         "10 samples re-labelled",
         "Drawn 2 times",
     ):
@@ -190,6 +191,13 @@ def test_nothing_suspect():
     page = Page(render_report(RunRecord(make_partition(torch.ones(12), torch.arange(12) % 4))))
     assert "0 of 12 training samples are suspect" in page.text
     assert "No sample is suspect" in page.text
+
+
+def test_of_constant_neurons_there_is_no_picture():
+    mask = NeuronMask("fc", torch.ones(3).bool(), torch.zeros(3))
+    page = Page(render_report(hostile_record(masks=(mask,))))
+    assert "fc: 0 of 3 neurons pruned, 3 constant and not drawn" in page.text
+    assert "neurons, the most active for noise first" not in page.text
 
 
 def test_several_labels_per_sample():

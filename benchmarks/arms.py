@@ -6,11 +6,6 @@ on from its checkpoint, and so does "continue", with the optimizer, the schedule
 
 from __future__ import annotations
 
-import datetime
-import json
-import platform
-import shutil
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -21,17 +16,17 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 from torch.utils.data import DataLoader
 
 from benchmarks.cases import CLASSES, Case, Noisy, make
 from benchmarks.elr import regularise_early_learning
-from benchmarks.models import StopAfter, train_with
+from benchmarks.models import StopAfter, TrainOn, train_with
 from benchmarks.partition import Answer, scores
-from benchmarks.plans import BASE, ELR, FFT, REPAIRS, RETRAIN, STEPS_OF, Plan, Repair, plan_of
+from benchmarks.plans import BASE, ELR, FFT, REPAIRS, RETRAIN, STEPS_OF, Repair, plan_of
 from benchmarks.record import Rows, as_it_is
+from benchmarks.runs import kept
 from lightning_unlearn import (
     AttributionPartitionCallback,
     CleanSubsetFinetuneCallback,
@@ -39,34 +34,6 @@ from lightning_unlearn import (
     SensitivityPruneCallback,
 )
 from lightning_unlearn.types import Evidence
-
-
-def where_and_when() -> dict[str, Any]:
-    """What a later reader of a number wants to know: the table may be made of runs of several days."""
-    describe = ["git", "describe", "--always", "--dirty"]
-    commit = ""
-    if shutil.which("git"):
-        commit = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=False).stdout
-    return {
-        "date": str(datetime.datetime.now(tz=datetime.timezone.utc).date()),
-        "commit": commit.strip() or "unknown",
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-class _TrainOn(L.Callback):
-    """The user's plan for the time after the base, which holds where a partition is not acted upon: as "continue"."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Before the partition is drawn: whoever acts on it has the last word."""
-        optimizer = self.plan.optimizer(pl_module.parameters())
-        trainer.strategy.optimizers = [optimizer]
-        schedule = CosineAnnealingLR(optimizer, T_max=self.plan.repair_epochs)
-        trainer.strategy.lr_scheduler_configs = [LRSchedulerConfig(schedule)]
 
 
 class Unit:
@@ -108,21 +75,8 @@ class Unit:
 
     def result(self, arm: str) -> dict[str, Any]:
         """What an arm came to, run now if it has not been."""
-        file = self.folder / f"{arm}.json"
-        if not file.exists():
-            found = self.run(arm)
-            row = {
-                "case": self.case.name,
-                "regime": self.regime,
-                "seed": self.seed,
-                "arm": arm,
-                **found,
-                **where_and_when(),
-            }
-            part = file.with_suffix(".part")
-            part.write_text(json.dumps(row, indent=1), encoding="utf-8")
-            part.rename(file)
-        return json.loads(file.read_text(encoding="utf-8"))
+        name = {"case": self.case.name, "regime": self.regime, "seed": self.seed, "arm": arm}
+        return kept(self.folder / f"{arm}.json", lambda: name | self.run(arm))
 
     @cached_property
     def data(self) -> Noisy:
@@ -164,14 +118,15 @@ class Unit:
     def _resume(self, arm: str) -> dict[str, Any]:
         repair, plan = REPAIRS[arm], self.plan
         partition = self._partitioner(repair)
+        decay = partial(CosineAnnealingLR, T_max=plan.repair_epochs)
         finetune = CleanSubsetFinetuneCallback(
             repair.mode,
             on_noisy=repair.on_noisy,
             optimizer=plan.optimizer,
-            lr_scheduler=partial(CosineAnnealingLR, T_max=plan.repair_epochs),
+            lr_scheduler=decay,
         )
         prune = None if repair.prune is None else SensitivityPruneCallback(**repair.prune)
-        callbacks = [_TrainOn(plan), partition, *([] if prune is None else [prune]), finetune]
+        callbacks = [TrainOn(plan.optimizer, decay), partition, *([] if prune is None else [prune]), finetune]
         last = plan.base_epochs + plan.repair_epochs
         found = self._fit(self._base_network(), self._loader(), callbacks, last, resume=True)
         if arm == FFT:

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_accuracy
 
@@ -114,6 +115,27 @@ class StopAfter(L.Callback):
         """Asks the Trainer to stop."""
         if trainer.current_epoch == self.epochs - 1:
             trainer.should_stop = True
+
+
+class TrainOn(L.Callback):
+    """The user's plan for the time after a partition, which holds where it is not acted upon.
+
+    Args:
+        make_optimizer: from parameters.
+        make_schedule: from the optimizer; None for a learning rate that stays.
+    """
+
+    def __init__(
+        self, make_optimizer: Callable[[Any], torch.optim.Optimizer], make_schedule: Callable[[Any], Any] | None = None
+    ) -> None:
+        self.make_optimizer, self.make_schedule = make_optimizer, make_schedule
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Before the partition is drawn: whoever acts on it has the last word."""
+        optimizer = self.make_optimizer(pl_module.parameters())
+        trainer.strategy.optimizers = [optimizer]
+        schedules = [] if self.make_schedule is None else [LRSchedulerConfig(self.make_schedule(optimizer))]
+        trainer.strategy.lr_scheduler_configs = schedules
 
 
 def train_with(

@@ -16,23 +16,11 @@ same command: each takes units that no other one is at, and the last one, or ``-
 from __future__ import annotations
 
 import argparse
-import fcntl
-import json
 import logging
-import os
-import platform
-import shlex
-import sys
-import time
-import traceback
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -40,6 +28,7 @@ from benchmarks.arms import Unit
 from benchmarks.cases import CASES, DIGITS_CASES, Case
 from benchmarks.plans import ARMS, BASE, FFT, REGIMES
 from benchmarks.repair_tables import Results, tables
+from benchmarks.runs import finished, head, run_unit, write_tables
 from benchmarks.sources import DATA
 
 ALL_CASES = CASES | DIGITS_CASES
@@ -63,56 +52,6 @@ def _case(name: str) -> Case:
     return replace(case, train_size=CPU_TRAIN_SIZE) if case.data == "cifar" and not case.large else case
 
 
-@contextmanager
-def _claimed(folder: Path) -> Iterator[bool]:
-    """Whether no other process is at work in the folder; none will be inside. A lock ends with its process."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-
-
-def _check_settings(unit: Unit) -> None:
-    """Refuses results of other settings."""
-    file, now = unit.folder / "settings.json", json.dumps(unit.settings(), indent=1)
-    if not file.exists():
-        file.write_text(now, encoding="utf-8")
-    elif file.read_text(encoding="utf-8") != now:
-        raise SystemExit(f"{unit.folder} holds results of other settings; move it away, or name another --out.")
-
-
-def _run_unit(unit: Unit, arms: list[str]) -> list[str]:
-    """Runs what is missing; returns what failed, which does not keep the rest from being run."""
-    failed: list[str] = []
-    with _claimed(unit.folder) as is_ours:
-        if not is_ours:
-            print(f"{unit.folder.name}: another process is at it", flush=True)
-            return failed
-        _check_settings(unit)
-        for arm in arms:
-            if (unit.folder / f"{arm}.json").exists():
-                continue
-            started = time.perf_counter()
-            try:
-                found = unit.result(arm)
-            except Exception:
-                traceback.print_exc()
-                failed.append(f"{unit.folder.name}: {arm}")
-                if arm in (BASE, FFT):
-                    break  # the others need them
-                continue
-            print(
-                f"{unit.folder.name}: {arm} {100 * found['accuracy']:.2f} in {found['steps']} steps,"
-                f" {time.perf_counter() - started:.1f} s",
-                flush=True,
-            )
-    return failed
-
-
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=DATA, help="folder with cifar10n.npz and fsdd.zip")
@@ -129,17 +68,6 @@ def _arguments() -> argparse.Namespace:
         "--write", type=Path, default=None, help="file for the tables; the numbers go beside it as JSON"
     )
     return parser.parse_args()
-
-
-def _head(args: argparse.Namespace, rows: list[dict[str, Any]]) -> str:
-    packages = ("torch", "lightning", "captum", "scikit-learn")
-    versions = ", ".join(f"{name} {version(name)}" for name in packages)
-    known = {key: ", ".join(sorted({str(row[key]) for row in rows})) for key in ("date", "commit", "device", "threads")}
-    return (
-        f"Run {known['date']} at commit {known['commit']} on {known['device']}, threads {known['threads']},"
-        f" {os.cpu_count()} cores; Python {platform.python_version()}, {versions}; seeds {args.seeds}. Made by\n\n"
-        f"    python -m benchmarks.repair {shlex.join(sys.argv[1:])}\n\n"
-    )
 
 
 def main() -> None:
@@ -162,19 +90,12 @@ def main() -> None:
         )
         for seed, name, regime in product(args.seeds, args.cases, args.regimes)
     ]
-    failed = [] if args.tables_only else [name for unit in units for name in _run_unit(unit, args.arms)]
-    rows: list[dict[str, Any]] = [
-        json.loads(file.read_text(encoding="utf-8"))
-        for unit in units
-        for arm in args.arms
-        if (file := unit.folder / f"{arm}.json").exists()
-    ]
-    text = _head(args, rows) + tables(Results(rows))
+    failed = [] if args.tables_only else [name for unit in units for name in run_unit(unit, args.arms, (BASE, FFT))]
+    rows = finished(units, args.arms)
+    text = head("benchmarks.repair", rows) + tables(Results(rows))
     print(text)
     if args.write:
-        args.write.parent.mkdir(parents=True, exist_ok=True)
-        args.write.write_text(text, encoding="utf-8")
-        args.write.with_suffix(".json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        write_tables(args.write, text, rows)
     if failed:
         raise SystemExit("Failed: " + "; ".join(failed))
 

@@ -6,9 +6,10 @@ import torch
 
 # The sdist has the tests, but not the benchmarks.
 pytest.importorskip("benchmarks", reason="not a checkout")
-from benchmarks import elr, repair_tables
+from benchmarks import elr, paper_tables, repair_tables
 from benchmarks.elr import EarlyLearning
 from benchmarks.repair_tables import Results, Verdict, best_fixed, gap_closed, tables, verdicts
+from benchmarks.runs import finished, head, kept, run_unit
 
 
 def row(arm, accuracy, seed=0, case="spoken-sym40", regime="memorised", **more):
@@ -49,7 +50,7 @@ def test_early_learning_pulls_to_what_was_predicted_first():
     assert not regulariser.target.requires_grad
 
 
-@pytest.mark.parametrize("module", [elr, repair_tables])
+@pytest.mark.parametrize("module", [elr, paper_tables, repair_tables])
 def test_the_examples_are_right(module):
     assert doctest.testmod(module).failed == 0
 
@@ -118,3 +119,71 @@ def test_tables_have_a_column_for_every_arm_that_ran():
     text = tables(Results([row("base", 0.6), row("base", 0.7, 1), row("ELR", 0.8)]))
     assert "| case | base | ELR |" in text
     assert "| spoken-sym40 | 65.0 ± 7.1 | 80.0 |" in text
+
+
+class Counting:
+    """A unit of three arms, of which one fails."""
+
+    def __init__(self, folder, **settings):
+        self.folder, self._settings, self.runs = folder, settings, []
+
+    def settings(self):
+        return self._settings
+
+    def result(self, arm):
+        self.runs.append(arm)
+        if arm == "broken":
+            raise RuntimeError("broken")
+        return kept(self.folder / f"{arm}.json", lambda: {"seed": 0, "arm": arm, "accuracy": 0.5, "steps": 1})
+
+
+def test_finished_arms_are_kept_and_failed_ones_do_not_keep_the_rest_from_being_run(tmp_path, capsys):
+    unit = Counting(tmp_path / "unit", lr=1)
+    arms = ["first", "broken", "last"]
+    assert run_unit(unit, arms, needed=("first",)) == ["unit: broken"]
+    assert unit.runs == arms
+    assert run_unit(unit, arms, needed=("broken",)) == ["unit: broken"]
+    assert unit.runs[3:] == ["broken"]
+    rows = finished([unit], arms)
+    assert [row["arm"] for row in rows] == ["first", "last"]
+    assert "seeds [0]" in head("benchmarks.paper", rows)
+    assert "unit: last 50.00 in 1 steps" in capsys.readouterr().out
+
+
+def test_what_an_arm_needs_is_run_before_it_or_not_at_all(tmp_path):
+    unit = Counting(tmp_path / "unit")
+    assert run_unit(unit, ["broken", "last"], needed=("broken",)) == ["unit: broken"]
+    assert unit.runs == ["broken"]
+
+
+def test_results_of_other_settings_are_refused(tmp_path):
+    run_unit(Counting(tmp_path / "unit", lr=1), [], needed=())
+    with pytest.raises(SystemExit, match="holds results of other settings"):
+        run_unit(Counting(tmp_path / "unit", lr=2), [], needed=())
+
+
+def paper_row(arm, accuracy, seed=0, **more):
+    metrics = dict.fromkeys(("precision", "recall", "f1", "top3"), accuracy)
+    of = {"task": "cifar10", "noise": "paper", "train_size": 4000, "seed": seed, "arm": arm}
+    return of | metrics | {"accuracy": accuracy, "seconds": 20.0, "process_seconds": 10.0, "epochs": 10} | more
+
+
+def test_the_papers_figures_stand_beside_ours():
+    quality = {"auroc": 0.9, "flagged": 0.5, "true_rate": 0.5}
+    of_partition = {"partition": quality, "acted": True, "partition_seconds": 2.0, "prune_seconds": 1.0, "pruned": 40}
+    rows = [
+        paper_row("initial", 0.5, steps=100),
+        paper_row("initial", 0.6, seed=1, steps=100),
+        paper_row("rlap, F-FT", 0.7, steps=50, **of_partition),
+        paper_row("prune random, L-FT", 0.4, steps=50, **of_partition),
+    ]
+    text = paper_tables.tables(rows)
+    initial = next(line for line in text.splitlines() if line.startswith("| initial |"))
+    assert initial.startswith("| initial | 55.00 ± 7.07 | ")
+    assert initial.endswith("| 100 ± 0 | 2.00 ± 0.00 | 1.00 ± 0.00 |  | 69.44 (P 69.62, F1 69.62, 20.48 s) | 61.96 |")
+    ours = next(line for line in text.splitlines() if line.startswith("| rlap, F-FT |"))
+    assert ours.endswith("| 50 | 2.00 | 1.00 | 3.0 | 80.20 (P 80.75, F1 80.24, 14.44 s) | 72.53 |")
+    assert "| rlap | 0.900 | 0.500 |  |  |  | 0.500 | 1 of 1 |" in text
+    assert "| random | 40.00 |  | 40 |" in text
+    # It has printed none of other noise.
+    assert "the paper, 50k" not in paper_tables.tables([row | {"noise": "gaussian"} for row in rows])

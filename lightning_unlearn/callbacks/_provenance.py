@@ -75,7 +75,7 @@ def provenance(
                 "warning": partition.warning,
                 "rounds": [vars(drawn) for drawn in rounds],
             },
-            "review": None if review is None else _reviewed(review),
+            "review": None if review is None else _reviewed(review, partition.label),
             "done": done,
             "accuracy": accuracy,
         }
@@ -139,6 +139,8 @@ def _installed(package: str) -> str | None:
     return None if found is None else found.version
 
 
-def _reviewed(review: Review) -> dict[str, Any]:
-    by_decision = {name: review.index[review.decision == code].sort().values for code, name in enumerate(DECISIONS)}
-    return {"path": review.path, **by_decision}
+def _reviewed(review: Review, label: Tensor) -> dict[str, Any]:
+    """Which samples a person has decided of, without the decisions that do not count."""
+    decided = review.laid_over(label)
+    by_decision = {name: (decided.decision == code).nonzero().flatten() for code, name in enumerate(DECISIONS)}
+    return {"path": review.path, **by_decision, "stale": decided.stale}

@@ -184,7 +184,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
     @override
     def record(self, partition: Partition) -> dict[str, Any]:
         if self._draw is None:
-            return {"from_epoch": None, "dropped": [], "relabelled": []}
+            return {"from_epoch": None, "dropped": [], "relabelled": [], "weighed": False}
         dropped = torch.ones(len(partition), dtype=torch.bool)
         dropped[self._draw.index] = False
         moved, new = self._draw.relabelled, self._draw.new_label
@@ -196,6 +196,8 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
             "relabelled": []
             if new is None
             else [{"index": index, "given": partition.label[index], "new": new[index]} for index in moved.tolist()],
+            # Whether each is drawn with its probability of being clean.
+            "weighed": self._draw.probability is not None,
         }
 
     @override

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -20,13 +19,11 @@ from typing_extensions import override
 from lightning_unlearn.callbacks._base import PartitionConsumer, find_partition_source, reading_of
 from lightning_unlearn.callbacks._lightning import callbacks_of, is_fast_dev_run
 from lightning_unlearn.callbacks._packages import EitherCallback
-from lightning_unlearn.callbacks._provenance import versions
 from lightning_unlearn.callbacks._scoring import scoring_loader, train_loader
-from lightning_unlearn.report import RunRecord, SampleView, write_report
+from lightning_unlearn.report import RunRecord, SampleView, shown_samples, write_report
 from lightning_unlearn.types import MaskSource, Partition, PartitionSource
 
 REPORT = "report.html"
-_PACKAGES = ("torch", "lightning", "pytorch-lightning", "captum")
 # What all samples of the gallery may take, so that the page stays below 20 MB whatever they are.
 _BUDGET = 12_000_000
 _MOST_PER_SAMPLE = 200_000
@@ -46,8 +43,9 @@ class UnlearnReport(EitherCallback):
     Args:
         dir: the run directory; by default ``unlearn`` in the logger's folder, or in the Trainer's ``default_root_dir``.
         class_names: by label.
-        samples: how many of the most suspect samples the gallery holds. They are read from the data set (that of
-            ``attribution_dataloader()`` where the user offers it), and are in the file.
+        samples: how many of the most suspect samples the gallery holds; up to a quarter are samples that a person has
+            decided of (``review``). They are read from the data set (that of ``attribution_dataloader()`` where the
+            user offers it), and are in the file.
         render: from an item of the data set to what is shown of it: a text, a PIL image, or the bytes of a PNG. By
             default pictures, sounds (with ``sample_rate``), texts and tables are shown as they are.
         mean: that the data set's transforms have subtracted from each channel of a picture, to be added again.
@@ -203,13 +201,14 @@ class UnlearnReport(EitherCallback):
 
     def _record(self, trainer: Trainer, pl_module: LightningModule) -> RunRecord:
         source: Any = find_partition_source(trainer, type(self).__name__)
-        ours = [callback for callback in callbacks_of(trainer) if isinstance(callback, (PartitionConsumer, type(self)))]
+        ours = [callback for callback in callbacks_of(trainer) if isinstance(callback, PartitionConsumer)]
         masks = [mask for callback in ours for mask in _found(callback, "masks", ())]
         summary = _found(source, "summary", None)
         partition: Partition = source.partition
         first = next((epoch for callback in ours if (epoch := getattr(callback, "first_epoch", None))), None)
         rounds = [vars(drawn) | {} for drawn in getattr(source, "rounds", ())]
-        gallery, fault = self._gallery(trainer, partition)
+        provenance = _found(source, "provenance", {})
+        gallery, fault = self._gallery(trainer, shown_samples(partition, provenance, self.samples))
         if fault:
             rank_zero_warn(f"Some samples of the report's gallery cannot be shown: {fault}")
         return RunRecord(
@@ -220,20 +219,18 @@ class UnlearnReport(EitherCallback):
             rounds=rounds,
             threshold=float(getattr(source, "threshold", 0.5)),
             class_names=self.class_names or [],
-            settings={type(callback).__name__: _settings(callback) for callback in (source, *ours)},
-            versions=versions(_PACKAGES),
+            provenance=provenance,
             fit=_facts(trainer, pl_module) | ({"dry run": "yes"} if source.is_dry_run else {}),
             seconds=self._seconds | _phases([source, *ours]),
             curves=_without_double(self._curves),
             swaps=[] if first is None else sorted({first, *(r["epoch"] for r in rounds if r["epoch"] > first)}),
         )
 
-    def _gallery(self, trainer: Trainer, partition: Partition) -> tuple[dict[int, dict[str, Any]], str]:
-        """What is shown of the most suspect samples; and why not of all, of the first of which that is so."""
+    def _gallery(self, trainer: Trainer, indices: Sequence[int]) -> tuple[dict[int, dict[str, Any]], str]:
+        """What is shown of some samples; and why not of all, of the first of which that is so."""
         dataset = scoring_loader(trainer).dataset
-        suspects = partition.suspect_indices()[: self.samples].tolist()
         with isolate_rng():
-            cards = {index: self._card(dataset, index) for index in suspects}
+            cards = {index: self._card(dataset, index) for index in indices}
         faults = [f"sample {index}: {card['text']}" for index, card in cards.items() if card["kind"] == "fault"]
         return cards, faults[0] if faults else ""
 
@@ -253,22 +250,6 @@ def _found(callback: Any, name: str, otherwise: Any) -> Any:
         return otherwise
 
 
-def _settings(callback: Any) -> dict[str, Any]:
-    """The arguments that a callback was made with, as it has kept them."""
-    names = [name for name in inspect.signature(type(callback).__init__).parameters if hasattr(callback, name)]
-    return {name: _plain(getattr(callback, name)) for name in names}
-
-
-def _plain(value: Any) -> Any:
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, float):
-        return value if torch.tensor(value).isfinite() else str(value)
-    if isinstance(value, (list, tuple)):
-        return ", ".join(str(part) for part in value)
-    return str(getattr(value, "name", None) or getattr(value, "__qualname__", None) or value)[:200]
-
-
 def _facts(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
     data = getattr(trainer, "datamodule", None) or train_loader(trainer).dataset
     return {
@@ -279,9 +260,7 @@ def _facts(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         "steps": trainer.global_step,
         "parameters": sum(parameter.numel() for parameter in pl_module.parameters()),
         "strategy": type(trainer.strategy).__name__,
-        "processes": trainer.world_size,
         "precision": str(trainer.precision),
-        "seed": os.environ.get("PL_GLOBAL_SEED", "not set by seed_everything"),
     }
 
 

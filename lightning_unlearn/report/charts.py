@@ -11,7 +11,7 @@ import torch
 from markupsafe import Markup
 from torch import Tensor
 
-from lightning_unlearn.report.svg import Drawing, Plot, ticks
+from lightning_unlearn.report.svg import Drawing, Plot, shortened, ticks, width_of
 from lightning_unlearn.types import NeuronMask, Partition
 
 _BINS = 50
@@ -57,12 +57,17 @@ def heat_map(matrix: Tensor, names: Sequence[str], words: tuple[str, str, str]) 
     """
     size = len(names)
     cell = max(12, min(34, 620 // max(1, size)))
-    left, top = 118, 96
-    drawing = Drawing(left + cell * size + 60, top + cell * size + 12, f"{words[0]} by {words[1]}")
+    rows, columns = ([shortened(name, most) for name in names] for most in (16, 13))
+    corner = f"{words[1]} \u2192", f"{words[0]} \u2193"
+    left = 14 + 7.5 * max(map(width_of, [*rows, *corner]))
+    # The names of the columns stand askew, and the last one beside the picture.
+    askew = 5.5 * max(map(width_of, columns), default=0)
+    top = max(40.0, 22 + askew)
+    drawing = Drawing(left + cell * size + max(12.0, askew), top + cell * size + 12, f"{words[0]} by {words[1]}")
     off = matrix.double() * ~torch.eye(size, dtype=torch.bool)
     largest = max(float(off.max()), 1e-12)
     for at, row in enumerate(names):
-        drawing.text(left - 6, top + cell * at + cell / 2 + 4, _short(row, 16), "end")
+        drawing.text(left - 6, top + cell * at + cell / 2 + 4, rows[at], "end")
         for to, column in enumerate(names):
             text = _entry(matrix[at, to])
             share = 0.0 if at == to else float(off[at, to]) / largest
@@ -71,18 +76,14 @@ def heat_map(matrix: Tensor, names: Sequence[str], words: tuple[str, str, str]) 
             drawing.add("rect", class_="cell", **box)
             drawing.add("rect", "", hint, class_="same" if at == to else "heat", fill_opacity=_opacity(share), **box)
             if cell >= 24:
-                class_ = "middle small on-heat" if share > 0.55 else "middle small"
+                class_ = "middle small on-heat" if share > 0.7 else "middle small"
                 drawing.text(box["x"] + cell / 2, box["y"] + cell / 2 + 4, text, class_)
-    for to, column in enumerate(names):
+    for to, column in enumerate(columns):
         x = left + cell * to + cell / 2
-        drawing.text(x, top - 8, _short(column, 13), "start", transform=f"rotate(-45 {x:g} {top - 8})")
-    drawing.text(left - 6, top - 26, f"{words[1]} \u2192", "end muted")
-    drawing.text(left - 6, top - 8, f"{words[0]} \u2193", "end muted")
+        drawing.text(x, top - 8, column, "start", transform=f"rotate(-45 {x:g} {top - 8:g})")
+    for word, up in zip(corner, (26, 8), strict=True):
+        drawing.text(left - 6, top - up, word, "end muted")
     return drawing.markup()
-
-
-def _short(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[: most - 1]}\u2026"
 
 
 def _entry(value: Tensor) -> str:
@@ -145,7 +146,7 @@ def _curves(names: Sequence[str], curves: _Curves, swaps: Sequence[int], control
         plot.drawing.add("polyline", points=" ".join(f"{x:.1f},{y:.1f}" for x, y in path), class_=class_)
         y = plot.bottom + 52 + 18 * at
         plot.drawing.line(plot.left, y - 4, plot.left + 26, y - 4, class_)
-        plot.drawing.text(plot.left + 34, y, f"{name}: {float(line[-1][1]):.4g} in the end")
+        plot.drawing.text(plot.left + 34, y, f"{shortened(name, 34)}: {float(line[-1][1]):.4g} in the end")
     return plot.drawing.markup()
 
 
@@ -196,8 +197,23 @@ def bars(rows: Sequence[tuple[str, float]], total: float) -> Markup:
     largest = max([seconds for _, seconds in rows] or [0.0]) or 1.0
     for at, (name, seconds) in enumerate(rows):
         y, wide = 26 * at + 4, max(1.0, 300 * seconds / largest)
-        drawing.text(190, y + 14, name, "end")
+        drawing.text(190, y + 14, shortened(name, 26), "end")
         drawing.add("rect", x=198, y=y, width=wide, height=18, class_="c0 bar-fill", rx=2)
         share = f" ({seconds / total:.1%})" if total > 0 else ""
-        drawing.text(204 + wide, y + 14, f"{seconds:,.2f} s{share}")
+        drawing.text(204 + wide, y + 14, f"{duration(seconds)}{share}")
     return drawing.markup()
+
+
+def duration(seconds: float) -> str:
+    """How long something took, in the units that one would say it in.
+
+    Example:
+        >>> duration(0.512), duration(90.0), duration(600), duration(7320)
+        ('0.51 s', '90.0 s', '10 min', '2 h 2 min')
+    """
+    if seconds < 10:
+        return f"{seconds:.2f} s"
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60:,} h {minutes % 60} min"

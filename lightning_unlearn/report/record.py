@@ -29,9 +29,9 @@ class RunRecord:
         rounds: fields of :class:`~lightning_unlearn.types.PartitionRound`, for every drawing of the partition.
         threshold: below which a sample is not clean.
         class_names: by label; empty where they are not known.
-        settings: of each callback by its name.
-        versions: of packages.
         fit: what was fitted, with what and when, in words.
+        provenance: what was done to which samples and neurons, with versions, seeds and settings, as
+            ``AttributionPartitionCallback.provenance`` has it.
         seconds: of the fit and of its phases.
         curves: of each metric, pairs of an epoch (counted from 0) and the value at its end.
         swaps: epochs, counted from 0, at whose start another set of samples was trained on.
@@ -44,9 +44,8 @@ class RunRecord:
     rounds: list[dict[str, Any]] = field(default_factory=list)
     threshold: float = 0.5
     class_names: list[str] = field(default_factory=list)
-    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
     fit: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     curves: dict[str, list[list[float]]] = field(default_factory=dict)
     swaps: list[int] = field(default_factory=list)

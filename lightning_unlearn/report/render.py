@@ -18,10 +18,19 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 from torch import Tensor
 
+from lightning_unlearn.report.actions import DONE, Action, Actions
 from lightning_unlearn.report.charts import bars, curve_charts, has_coefficient, heat_map, histogram, sensitivities
 from lightning_unlearn.report.record import RunRecord
 from lightning_unlearn.storage import replacing
-from lightning_unlearn.types import REASONS, NeuronMask, Partition, confusion_counts, held_labels, suggested_otherwise
+from lightning_unlearn.types import (
+    DECISIONS,
+    REASONS,
+    NeuronMask,
+    Partition,
+    confusion_counts,
+    held_labels,
+    suggested_otherwise,
+)
 
 # Classes in a heat map; of more, those with the most suspects.
 _CLASSES = 30
@@ -31,7 +40,8 @@ _SOURCE = re.compile(r"data:(image/(png|jpeg)|audio/wav);base64,[A-Za-z0-9+/=]*"
 def write_report(record: RunRecord, file: str | PathLike[str], control: RunRecord | None = None) -> Path:
     """Writes the report to a file, and returns its path; see :func:`render_report`."""
     with replacing(file) as target:
-        target.write(render_report(record, control).encode())
+        # A name may hold what is no character, as that of a file does that was not written in UTF-8.
+        target.write(render_report(record, control).encode(errors="replace"))
     return Path(file).expanduser()
 
 
@@ -49,6 +59,8 @@ def render_report(record: RunRecord, control: RunRecord | None = None) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     partition = record.partition
     names = _Names(record)
+    actions = Actions(partition, record.provenance)
+    samples = list(_samples(record, actions))
     page: str = (
         _environment()
         .get_template("report.html")
@@ -56,7 +68,6 @@ def render_report(record: RunRecord, control: RunRecord | None = None) -> str:
             record=record,
             partition=partition,
             suspects=len(partition.suspect_indices()),
-            kept=int(partition.is_clean.sum()),
             reasons=_reason_counts(partition),
             names=names,
             classes=partition.class_summary(),
@@ -64,10 +75,26 @@ def render_report(record: RunRecord, control: RunRecord | None = None) -> str:
             noise_matrix=_noise_matrix(partition, names),
             histogram=histogram(partition, record.threshold),
             curves=curve_charts(record.curves, record.swaps, None if control is None else control.curves),
+            control={} if control is None else control.fit,
             neurons=[_neurons(mask) for mask in record.masks],
             timing=_timing(record.seconds),
-            gallery=_json({"names": names.known, "reasons": REASONS[1:], "samples": list(_samples(record))}),
-            shown=len(record.gallery),
+            actions=actions,
+            dropped=actions.listed_drops(),
+            relabelled=actions.listed_moves(names),
+            pruned=actions.listed_neurons(),
+            fits=record.provenance.get("fits", []),
+            gallery=_json(
+                {
+                    "names": names.known,
+                    "proposes": not actions.has_acted,
+                    "several": partition.is_multilabel,
+                    "reasons": REASONS,
+                    "actions": DONE if actions.has_acted else DECISIONS,
+                    "samples": samples,
+                }
+            ),
+            shown=sum(sample["reason"] != REASONS[0] for sample in samples),
+            spared=sum(sample["reason"] == REASONS[0] for sample in samples),
             style=Markup(_template("report.css")),
             script=Markup(script),
             script_digest=digest,
@@ -108,6 +135,8 @@ def _value(value: Any) -> str:
     """A setting, as one writes it."""
     if isinstance(value, float):
         return f"{value:g}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_value, value))
     return "" if value is None else str(value)
 
 
@@ -165,11 +194,12 @@ def _timing(seconds: dict[str, float]) -> Markup | None:
     return bars(rows, total)
 
 
-def _samples(record: RunRecord) -> Iterator[dict[str, Any]]:
+def _samples(record: RunRecord, actions: Actions) -> Iterator[dict[str, Any]]:
+    """Those of the gallery: the most suspect first, then what a person has kept."""
     partition = record.partition
-    for index in partition.suspect_indices().tolist():
-        if index not in record.gallery:
-            continue
+    suspects = [index for index in partition.suspect_indices().tolist() if index in record.gallery]
+    others = sorted(index for index in record.gallery if 0 <= index < len(partition) and partition.is_clean[index])
+    for index in [*suspects, *others]:
         yield {
             "index": index,
             "given": _labels(partition.label[index]),
@@ -178,8 +208,13 @@ def _samples(record: RunRecord) -> Iterator[dict[str, Any]]:
             "p": round(float(partition.clean_probability[index]), 6),
             "support": round(float(partition.label_evidence[index]), 4),
             "reason": REASONS[int(partition.reason[index])],
+            **_action(actions.of(index)),
             "card": _safe(record.gallery[index]),
         }
+
+
+def _action(action: Action) -> dict[str, Any]:
+    return {"action": action.word, "new": list(action.new), "person": action.by_person}
 
 
 def _labels(label: Tensor) -> list[int]:

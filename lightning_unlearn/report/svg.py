@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from typing import Any
 from xml.etree import ElementTree
 
 from markupsafe import Markup
+
+# Pixels that a letter of a drawing is wide, at most.
+_LETTER = 8.5
 
 LEFT, BOTTOM = 56, 34
 """Pixels that the axes of a chart take."""
@@ -53,8 +57,32 @@ def _number(value: Any) -> str:
     return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
 
 
-def _short(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[: most - 1]}\u2026"
+def width_of(text: str) -> int:
+    """About how many letters wide a text is; wide signs count twice, marks on a letter not at all.
+
+    Example:
+        >>> width_of("cat"), width_of("\u72fc"), width_of("e\u0301")
+        (3, 2, 1)
+    """
+    wide = [2 if unicodedata.east_asian_width(sign) in "WF" else 1 for sign in text if not unicodedata.combining(sign)]
+    return sum(wide)
+
+
+def shortened(text: str, most: int) -> str:
+    """The text, no wider than so many letters: its beginning and its end, by which long names differ.
+
+    Example:
+        >>> shortened("class number 17", 12), shortened("cat", 12)
+        ('class n\u2026r 17', 'cat')
+    """
+    if width_of(text) <= most:
+        return text
+    head, tail = len(text), 0
+    while head and width_of(text[:head]) > most - 1 - most // 3:
+        head -= 1
+    while width_of(text[len(text) - tail - 1 :]) <= most // 3:
+        tail += 1
+    return f"{text[:head]}\u2026{text[len(text) - tail :]}"
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
@@ -114,7 +142,8 @@ class Plot:
         """A dashed line from top to bottom, with a text above it, on the side on which there is room."""
         x = self.x(value)
         self.drawing.line(x, self.top - 8, x, self.bottom, "cut")
-        is_right = x + 7 * len(text) > self.left + self.width
+        # Where neither side has room for all of it, the wider one.
+        is_right = x > self.drawing.width / 2 and x + _LETTER * width_of(text) > self.drawing.width
         self.drawing.text(x + (-5 if is_right else 5), self.top - 10, text, "strong end" if is_right else "strong")
 
     def under(self, text: str) -> None:

@@ -76,6 +76,7 @@ def test_it_says_which_samples_and_neurons(whole):
     assert found["review"]["keep"] == [3]
     assert found["review"]["drop"] == [5]
     assert found["review"]["relabel"] == []
+    assert found["review"]["stale"] == 0
     assert found["review"]["path"].endswith("suspects.csv")
     assert found["accuracy"]["before"] == partition.summary.accuracy_before
 
@@ -135,7 +136,12 @@ def test_a_dry_run_says_that_nothing_was_done(tmp_path):
     fit(Toy(), BlobsData(Blobs(SIZE)), [partition, prune, finetune], max_epochs=2)
     done = partition.provenance["done"]
     assert done["SensitivityPruneCallback"]["pruned"] == {}
-    assert done["CleanSubsetFinetuneCallback"] == {"from_epoch": None, "dropped": [], "relabelled": []}
+    assert done["CleanSubsetFinetuneCallback"] == {
+        "from_epoch": None,
+        "dropped": [],
+        "relabelled": [],
+        "weighed": False,
+    }
 
 
 class Several(Toy):

@@ -16,6 +16,27 @@ NAMES = [f"cat {HOSTILE}", "dog & co", BREAKING, "bird"]
 SUSPECTS, LABEL, INPUT = 40, 30, 10
 
 
+def provenance_of(**finetuned):
+    """The suspects of class 0 are re-labelled to class 1, the others dropped; a person has decided of 0, 1 and 50."""
+    moved = [{"index": index, "given": 0, "new": 1} for index in range(0, SUSPECTS, 4)]
+    dropped = [index for index in range(SUSPECTS) if index % 4]
+    done = {"from_epoch": 1, "seed": 0, "dropped": dropped, "relabelled": moved, "weighed": False, **finetuned}
+    return {
+        "fits": [
+            {
+                "from_epoch": 0,
+                "ranks": 2,
+                "seed": 17,
+                "versions": {HOSTILE: HOSTILE},
+                "settings": {HOSTILE: {HOSTILE: BREAKING, "layers": ["one", 2.0, None]}},
+            }
+        ],
+        "data": {"samples": 100, "fingerprint": HOSTILE},
+        "review": {"path": BREAKING, "keep": [50], "drop": [1], "relabel": [0], "stale": 0},
+        "done": {"prune": {"pruned": {HOSTILE: [0, 1]}, "note": HOSTILE}, "finetune": done},
+    }
+
+
 def hostile_record(size=100, **changes):
     """Of the first 40 samples, all suspect, each fourth is of class 3, each fourth is suspected for its input."""
     label = torch.arange(size) % 4
@@ -36,9 +57,8 @@ def hostile_record(size=100, **changes):
         summary={"advice": f"All is {HOSTILE}", "memorised": 0.4, "accuracy_before": 0.5, "accuracy_after": 0.75},
         rounds=[{"epoch": 1, "suspects": 40, "noise_rate": 0.4, "changed": 1.0}] * 2,
         class_names=NAMES,
-        settings={HOSTILE: {HOSTILE: BREAKING}},
-        versions={HOSTILE: HOSTILE},
         fit={"model": HOSTILE, "data": BREAKING},
+        provenance=provenance_of(),
         seconds={"fit": 10.0, HOSTILE: 2.0},
         curves={HOSTILE: [[0, 1.0], [1, 0.5]], "val_acc": [[0, 0.1], [1, 0.9]]},
         swaps=[1],

@@ -12,7 +12,7 @@ from lightning_unlearn.report.charts import bars, curve_charts, heat_map, histog
 from lightning_unlearn.report.svg import Drawing, ticks
 from lightning_unlearn.types import NeuronMask
 from tests.callbacks.published import make_partition
-from tests.report.runs import BREAKING, HOSTILE, INPUT, LABEL, NAMES, SUSPECTS, hostile_record
+from tests.report.runs import BREAKING, HOSTILE, INPUT, LABEL, NAMES, SUSPECTS, hostile_record, provenance_of
 
 VOID = {"meta", "img", "br", "input", "link"}
 
@@ -73,6 +73,14 @@ def test_what_comes_from_the_data_is_text(page):
         assert re.sub(r"\s+", " ", text) in page.text
 
 
+def test_signs_that_are_none_are_replaced(tmp_path):
+    odd = "a\x00b\x0b\ud800c"
+    record = hostile_record(class_names=[odd] * 4, fit={"model": odd}, gallery={0: {"kind": "text", "text": odd}})
+    text = write_report(record, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "a\x00b\x0b?c" in text
+    assert Page(text).data()["names"][0] == odd
+
+
 def test_the_data_in_the_script_are_as_they_were(page):
     data = page.data()
     assert data["names"] == NAMES
@@ -92,6 +100,9 @@ def test_the_gallery_holds_the_suspects_the_most_suspect_first(page):
         "p": 0.07,
         "support": 1.0,
         "reason": "label",
+        "action": "dropped",
+        "new": [],
+        "person": False,
         "card": {"kind": "table", "rows": [[HOSTILE, BREAKING]]},
     }
 
@@ -100,16 +111,60 @@ def test_numbers(page):
     for text in (
         "40 of 100 training samples are suspect",
         "37.5% estimated noise rate",
-        "60 samples called clean",
         f"{LABEL} suspect for their label",
         f"{INPUT} suspect for their input",
         "40% of wrong labels memorised",
         "0.500 \u2192 0.750 validation accuracy",
         "2 neurons pruned",
         "All 40, by dataset index",
+        "Done, from epoch 1 on",
+        "30 samples dropped",
+        "10 samples re-labelled",
         "Drawn 2 times",
     ):
         assert text in page.text
+
+
+def test_it_says_where_the_result_comes_from(page):
+    dropped = ", ".join(str(index) for index in range(SUSPECTS) if index % 4)
+    for text in (
+        f"30 samples dropped from epoch 1 on {dropped}",
+        f"{NAMES[0]} {NAMES[1]} 10 0, 4, 8, 12, 16, 20, 24, 28, 32, 36",
+        f"2 neurons of {HOSTILE} pruned 0, 1",
+        f"Decided by a person in {BREAKING} : 1 to keep, 1 to drop, 1 to relabel.",
+        f"seed 17 processes 2 {HOSTILE} {HOSTILE}",
+        f"{HOSTILE} {BREAKING} layers one, 2,",
+        f"samples 100 fingerprint {HOSTILE}",
+    ):
+        assert re.sub(r"\s+", " ", text).replace(" :", ":") in page.text.replace(" :", ":"), text
+
+
+def test_a_sample_that_a_person_has_kept_is_shown_behind_the_suspects():
+    record = hostile_record()
+    page = Page(render_report(replace(record, gallery={50: {"kind": "text", "text": "kept"}, **record.gallery})))
+    last = page.data()["samples"][-1]
+    assert (last["index"], last["reason"], last["action"], last["person"]) == (50, "none", "kept", True)
+    assert "All 40, by dataset index (#), and 1 that a person has kept" in page.text
+
+
+def test_the_control_is_said_to_be_one():
+    record = hostile_record()
+    control = replace(record, fit={"model": "Other", "finished": "yesterday", "dry run": "yes"})
+    page = Page(render_report(record, control))
+    assert "Dashed: the control, Other \u00b7 yesterday, a dry run." in page.text
+    assert "val_acc, control: 0.9 in the end" in page.text
+
+
+def test_samples_drawn_by_their_probability_are_counted():
+    weighed = provenance_of(dropped=[0, 1], relabelled=[], weighed=True)
+    assert "38 drawn by their probability" in Page(render_report(hostile_record(provenance=weighed))).text
+
+
+def test_where_nothing_was_done_the_page_proposes():
+    page = Page(render_report(hostile_record(provenance=provenance_of(from_epoch=None, dropped=[], relabelled=[]))))
+    assert page.data()["actions"] == ["keep", "drop", "relabel"]
+    assert "No sample was dropped or re-labelled" in page.text
+    assert "samples dropped from epoch" not in page.text
 
 
 def test_an_address_that_is_not_the_content_itself_is_left_out():
@@ -136,6 +191,13 @@ def test_nothing_suspect():
     page = Page(render_report(RunRecord(make_partition(torch.ones(12), torch.arange(12) % 4))))
     assert "0 of 12 training samples are suspect" in page.text
     assert "No sample is suspect" in page.text
+
+
+def test_of_constant_neurons_there_is_no_picture():
+    mask = NeuronMask("fc", torch.ones(3).bool(), torch.zeros(3))
+    page = Page(render_report(hostile_record(masks=(mask,))))
+    assert "fc: 0 of 3 neurons pruned, 3 constant and not drawn" in page.text
+    assert "neurons, the most active for noise first" not in page.text
 
 
 def test_several_labels_per_sample():
@@ -167,6 +229,11 @@ def test_a_hundred_thousand_samples_are_a_matter_of_seconds_and_of_less_than_20_
     record = replace(record, gallery={index: {"kind": "image", "src": picture} for index in range(200)})
     probability = torch.rand(100_000, generator=torch.Generator().manual_seed(0))
     partition = make_partition(probability, torch.arange(100_000) % 4)
+    # All that can be done is done to every other sample: these are the longest lists there are.
+    suspects = partition.suspect_indices().tolist()
+    moved = [{"index": index, "given": index % 4, "new": (index + 1) % 4} for index in suspects[::2]]
+    provenance = provenance_of(dropped=suspects[1::2], relabelled=moved)
+    record = replace(record, provenance=provenance)
     started = time.perf_counter()
     file = write_report(replace(record, partition=partition), tmp_path / "report.html")
     assert time.perf_counter() - started < 20

@@ -2,13 +2,21 @@
 // The gallery. All that comes from the data is put in as text, never as markup. The state is the address's hash, so
 // that a view can be kept as a link: #class=3&reason=label&sort=-p&page=2&size=24
 (function () {
+  // On paper nothing can be unfolded. Lists of indices that fill pages stay as they are.
+  const folds = [...document.querySelectorAll("details:not(.long)")], unfolded = [];
+  addEventListener("beforeprint", () => {
+    for (const fold of folds) if (!fold.open) { fold.open = true; unfolded.push(fold); }
+  });
+  addEventListener("afterprint", () => { for (const fold of unfolded.splice(0)) fold.open = false; });
+
   const data = JSON.parse(document.getElementById("data").textContent);
   const gallery = document.getElementById("gallery");
   if (!gallery) { document.body.dataset.ready = "yes"; return; }
-  const controls = { class: null, reason: null, sort: null, size: null };
+  const [before, after] = ["before", "after"].map((name) => document.getElementById(name));
+  const controls = { class: null, reason: null, action: null, who: null, sort: null, size: null };
   for (const name of Object.keys(controls)) controls[name] = document.getElementById("by-" + name);
   const called = (label) => (label < data.names.length ? data.names[label] : String(label));
-  const all = (labels) => labels.map(called).join(", ") || "none";
+  const persons = "by a person", who = (sample) => (sample.person ? persons : "by the recipe");
   const orders = {
     "p": (a, b) => a.p - b.p || a.rank - b.rank,
     "-p": (a, b) => b.p - a.p || b.rank - a.rank,
@@ -60,18 +68,49 @@
     return box;
   }
 
+  // Each name by itself, so that one that is written from right to left does not turn what stands beside it.
+  function named(labels, kind, sign) {
+    const parts = labels.flatMap((label) => [", ", sign ?? "", make("bdi", kind(label), called(label))]);
+    return parts.length ? parts.slice(1) : ["none"];
+  }
+
+  function labels(sample) {
+    const box = make("div", "labels"), given = new Set(sample.given), suggested = new Set(sample.suggested);
+    const added = sample.suggested.filter((label) => !given.has(label));
+    const removed = sample.given.filter((label) => !suggested.has(label));
+    box.append(make("span", "index", "#" + sample.index));
+    box.append("given ", ...named(sample.given, (label) => (suggested.has(label) ? "" : "given")));
+    if (added.length + removed.length === 0) return box;
+    box.append(make("br"), "suggested ");
+    if (data.several) {
+      // Of several labels, what is to be changed.
+      const changes = [...(added.length ? named(added, () => "suggested", "+") : []), " ",
+        ...(removed.length ? named(removed, () => "given", "\u2212") : [])];
+      box.append(...changes);
+    } else {
+      box.append(...named(sample.suggested, () => "suggested"));
+    }
+    // A person does not say how sure.
+    if (!sample.person) box.append(" (" + sample.sure.toFixed(2) + ")");
+    return box;
+  }
+
+  function tags(sample) {
+    const row = make("div", "tags"), same = sample.new.join() === sample.suggested.join();
+    const why = { label: "for its label", input: "for its input", both: "for label and input" }[sample.reason];
+    if (why) row.append(make("span", "tag", why));
+    const done = make("span", "tag done", (data.proposes ? "proposed: " : "") + sample.action);
+    if (sample.new.length && !same) done.append(" to ", ...named(sample.new, () => ""));
+    row.append(done);
+    if (sample.person) row.append(make("span", "tag", persons));
+    return row;
+  }
+
   function article(sample) {
     const card = make("article", "card");
-    Object.assign(card.dataset, { index: sample.index, p: sample.p, reason: sample.reason, given: sample.given.join(" ") });
-    const labels = make("div", "labels");
-    labels.append("given ", make("b", "given", all(sample.given)));
-    if (sample.given.join() !== sample.suggested.join()) {
-      labels.append(make("br"), "suggested ", make("b", "suggested", all(sample.suggested)));
-      labels.append(" (" + sample.sure.toFixed(2) + ")");
-    }
-    const facts = make("div", "facts", "p(clean) " + (sample.p < 0.001 ? "< 0.001" : sample.p.toFixed(3)) + " · #" + sample.index + " ");
-    facts.append(make("span", "tag", sample.reason));
-    card.append(look(sample), labels, facts);
+    Object.assign(card.dataset, { index: sample.index, p: sample.p, reason: sample.reason, given: sample.given.join(" "), action: sample.action });
+    const facts = make("div", "facts", "p(clean) " + (sample.p < 0.001 ? "< 0.001" : sample.p.toFixed(3)));
+    card.append(look(sample), labels(sample), tags(sample), facts);
     return card;
   }
 
@@ -91,15 +130,22 @@
   for (const label of [...classes.keys()].sort((a, b) => a - b)) {
     option(controls.class, label, called(label) + " (" + classes.get(label) + ")");
   }
-  const reasons = count(data.samples.map((sample) => sample.reason));
-  for (const reason of data.reasons) {
-    if (reasons.has(reason)) option(controls.reason, reason, reason + " (" + reasons.get(reason) + ")");
+  const kinds = { reason: (sample) => sample.reason, action: (sample) => sample.action, who: who };
+  const known = { reason: data.reasons, action: data.actions, who: [who({}), persons] };
+  for (const [name, of] of Object.entries(kinds)) {
+    const counts = count(data.samples.map(of));
+    for (const kind of known[name]) {
+      if (counts.has(kind)) option(controls[name], kind, kind + " (" + counts.get(kind) + ")");
+    }
+    // What is the same of all needs no choice.
+    controls[name].parentElement.hidden = counts.size < 2;
   }
 
   function state() {
     const asked = new URLSearchParams(location.hash.slice(1));
     return {
       class: asked.get("class") ?? "", reason: asked.get("reason") ?? "",
+      action: asked.get("action") ?? "", who: asked.get("who") ?? "",
       sort: Object.hasOwn(orders, asked.get("sort") ?? "") ? asked.get("sort") : "p",
       size: Math.min(500, Math.max(1, parseInt(asked.get("size"), 10) || 24)),
       page: Math.max(1, parseInt(asked.get("page"), 10) || 1),
@@ -112,11 +158,19 @@
     location.hash = next.toString();
   }
 
+  // A button that goes dead would take the focus with it.
+  function turn(button, isDead, other) {
+    const hadFocus = document.activeElement === button;
+    button.disabled = isDead;
+    if (isDead && hadFocus && !other.disabled) other.focus();
+  }
+
   let page = 1;
   function show() {
     const now = state();
     const found = data.samples.filter((sample) =>
-      (now.class === "" || sample.given.includes(Number(now.class))) && (now.reason === "" || sample.reason === now.reason));
+      (now.class === "" || sample.given.includes(Number(now.class))) &&
+      Object.entries(kinds).every(([name, of]) => now[name] === "" || now[name] === of(sample)));
     found.sort(orders[now.sort]);
     const pages = Math.max(1, Math.ceil(found.length / now.size));
     page = Math.min(now.page, pages);
@@ -127,14 +181,14 @@
     for (const [name, select] of Object.entries(controls)) select.value = String(now[name]);
     document.getElementById("where").textContent = found.length === 0 ? "no sample is like that"
       : (first + 1) + " to " + (first + cards.length) + " of " + found.length;
-    document.getElementById("before").disabled = page <= 1;
-    document.getElementById("after").disabled = page >= pages;
+    turn(before, page <= 1, after);
+    turn(after, page >= pages, before);
     Object.assign(document.body.dataset, { ready: "yes", found: found.length, pages: pages });
   }
 
   for (const [name, select] of Object.entries(controls)) select.addEventListener("change", () => go({ [name]: select.value }));
-  document.getElementById("before").addEventListener("click", () => go({ page: page - 1 }));
-  document.getElementById("after").addEventListener("click", () => go({ page: page + 1 }));
+  before.addEventListener("click", () => go({ page: page - 1 }));
+  after.addEventListener("click", () => go({ page: page + 1 }));
   addEventListener("hashchange", show);
   show();
 })();

@@ -44,12 +44,15 @@ def check_commands(example):
 
 
 def check_ours(words):
-    from lightning_unlearn.cli import _parser
+    try:
+        from lightning_unlearn.cli._main import make_parser
+    except ImportError:
+        from lightning_unlearn.cli import _parser as make_parser
 
-    if words[1] == "fit":  # LightningCLI's own; its YAML is read where it is shown
+    if words[1] in ("fit", "partition"):  # LightningCLI's own; its YAML is read where it is shown
         assert words[2] == "--config", words
     else:
-        _parser().parse_args(words[1:])
+        make_parser().parse_args(words[1:])
 
 
 def check_make(words):

@@ -1,8 +1,6 @@
 import re
 from pathlib import Path
 
-import pytest
-
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
@@ -22,8 +20,3 @@ def test_the_first_thirty_lines_say_what_it_is_what_it_brings_and_how_to_use_it(
     top = "\n".join(README.splitlines()[:45])
     for needed in ("pip install", "AttributionPartitionCallback", "| F-FT", "make demo"):
         assert needed in top
-
-
-@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!https?://|#)([^)]+)\)", README))))
-def test_links_lead_somewhere(link):
-    assert (Path(__file__).parents[1] / link).exists()

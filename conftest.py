@@ -10,7 +10,6 @@ import shlex
 import tempfile
 from pathlib import Path
 
-import torch
 import yaml
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 from sybil.sybil import Sybil, SybilCollection
@@ -82,12 +81,16 @@ CHECKS = {
 
 
 def begin(namespace):
+    import torch  # not when pytest starts, for which pytest-xdist waits
+
     namespace["_before"] = Path.cwd(), torch.get_num_threads(), tempfile.TemporaryDirectory()
     os.chdir(namespace["_before"][2].name)
     torch.set_num_threads(1)
 
 
 def end(namespace):
+    import torch
+
     folder, threads, temporary = namespace.pop("_before")
     os.chdir(folder)
     torch.set_num_threads(threads)

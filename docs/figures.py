@@ -81,6 +81,7 @@ def main() -> None:
         }
         for name, figure in figures.items():
             figure.savefig(options.out / f"{name}.svg", metadata={"Date": None})
+            plt.close(figure)
 
 
 if __name__ == "__main__":

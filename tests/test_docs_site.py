@@ -2,6 +2,8 @@
 
 import importlib
 import re
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -83,3 +85,11 @@ def test_links_lead_somewhere(page):
         if link.startswith(repository) or not link.startswith("https://"):
             assert target.exists(), link
             assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+def test_the_figures_are_made_as_they_are_committed(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["figures.py", "--epochs", "4", "--out", str(tmp_path)])
+    runpy.run_path(str(ROOT / "docs" / "figures.py"), run_name="__main__")
+    committed = {path.name for path in (ROOT / "docs" / "_static").glob("*.svg")}
+    assert {path.name for path in tmp_path.iterdir()} == committed
+    assert all((ROOT / "docs" / "_static" / name).stat().st_size < 100_000 for name in committed)

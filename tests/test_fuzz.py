@@ -28,12 +28,6 @@ PACKAGE = str(Path(lightning_unlearn.__file__).parent)
 SAYS_WHAT_TO_DO = re.compile(r"[Ee]xpected|; |: |\b(use|name|set|add|pass|leave|give|start|make|train)\b")
 
 
-@pytest.fixture(autouse=True)
-def _no_stack_for_every_operation(monkeypatch):
-    """PyTorch notes it under ``detect_anomaly``, 60 frames of pytest and Lightning; it sees a NaN all the same."""
-    monkeypatch.setattr(traceback, "format_stack", lambda *_, **__: [])
-
-
 class Halt(Exception):
     """Ends the fit that is compared with when there is no more to compare."""
 

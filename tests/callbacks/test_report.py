@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch.nn.functional import cross_entropy
 
-from lightning_unlearn import UnlearnReport
+from lightning_unlearn import Partition, UnlearnReport
 from lightning_unlearn.callbacks._packages import MisconfigurationException
 from lightning_unlearn.cli import main
 from lightning_unlearn.report import RunRecord
@@ -73,6 +73,11 @@ def test_where_it_comes_from_is_said_once_and_as_the_checkpoint_says_it(run, tmp
     assert ", ".join(map(str, dropped)) in page
     assert ", ".join(map(str, prune.mask.pruned_indices().tolist())) in page
     assert '"action":"dropped"' in page
+    # What the page advises, for who wants to decide otherwise.
+    assert 'Partition.load("partition.npz").to_csv("suspects.csv")' in page
+    Partition.load(folder / "partition.npz").to_csv(tmp_path / "suspects.csv")
+    rows = (tmp_path / "suspects.csv").read_text().splitlines()
+    assert len(rows) == 1 + len(partition.partition.suspect_indices())
 
 
 def test_the_gallery_is_of_the_most_suspect_samples_as_the_data_set_has_them(run):

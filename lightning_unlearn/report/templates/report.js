@@ -18,7 +18,8 @@
   const called = (label) => (label < data.names.length ? data.names[label] : String(label));
   const persons = "by a person", who = (sample) => (sample.person ? persons : "by the recipe");
   const orders = {
-    "p": (a, b) => a.p - b.p || a.rank - b.rank,
+    // What a person has decided already comes behind what is still to be looked at.
+    "p": (a, b) => a.person - b.person || a.p - b.p || a.rank - b.rank,
     "-p": (a, b) => b.p - a.p || b.rank - a.rank,
     "sure": (a, b) => b.sure - a.sure || a.rank - b.rank,
     "index": (a, b) => a.index - b.index,

@@ -86,7 +86,7 @@ CHECKS = {
 def begin(namespace):
     import torch  # not when pytest starts, for which pytest-xdist waits
 
-    namespace["_before"] = Path.cwd(), torch.get_num_threads(), tempfile.TemporaryDirectory()
+    namespace["_before"] = Path.cwd(), torch.get_num_threads(), tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
     os.chdir(namespace["_before"][2].name)
     torch.set_num_threads(1)
 

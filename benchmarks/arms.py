@@ -24,7 +24,7 @@ from benchmarks.cases import CLASSES, Case, Noisy, make
 from benchmarks.elr import regularise_early_learning
 from benchmarks.models import StopAfter, TrainOn, train_with
 from benchmarks.partition import Answer, scores
-from benchmarks.plans import BASE, ELR, FFT, REPAIRS, RETRAIN, STEPS_OF, Repair, plan_of
+from benchmarks.plans import BASE, CE, ELR, FFT, REPAIRS, RETRAIN, STEPS_OF, Repair, plan_of
 from benchmarks.record import Rows, as_it_is
 from benchmarks.runs import kept
 from lightning_unlearn import (
@@ -62,7 +62,7 @@ class Unit:
 
     def run(self, arm: str) -> dict[str, Any]:
         """What an arm comes to: test accuracy, seconds, steps and what else is worth knowing."""
-        if arm not in (BASE, ELR):
+        if arm not in (BASE, CE, ELR):
             self.result(BASE)
         if arm == RETRAIN or arm in STEPS_OF:
             self.result(STEPS_OF.get(arm, FFT))
@@ -71,7 +71,7 @@ class Unit:
             return self._resume(arm)
         if arm in STEPS_OF:
             return self._continue(self.result(STEPS_OF[arm])["steps"])
-        return {BASE: self._base, RETRAIN: self._retrain, ELR: self._elr}[arm]()
+        return {BASE: self._base, RETRAIN: self._retrain, CE: self._cross_entropy, ELR: self._elr}[arm]()
 
     def result(self, arm: str) -> dict[str, Any]:
         """What an arm came to, run now if it has not been."""
@@ -160,15 +160,25 @@ class Unit:
     def _retrain(self) -> dict[str, Any]:
         """The kept subset, from new weights, for as many epochs as the base had."""
         loader = self._loader(Partition.load(self.folder / "partition.pt").clean_indices())
-        return self._fit(self._one_cycle(loader), loader, [], self.plan.base_epochs)
+        epochs = self.plan.base_epochs
+        return self._fit(self._one_cycle(loader, epochs), loader, [], epochs)
+
+    @property
+    def _alone_epochs(self) -> int:
+        return self.plan.alone_epochs or self.plan.base_epochs
+
+    def _cross_entropy(self) -> dict[str, Any]:
+        """All the data, from new weights, with a learning rate that falls to zero."""
+        loader = self._loader()
+        return self._fit(self._one_cycle(loader, self._alone_epochs), loader, [], self._alone_epochs)
 
     def _elr(self) -> dict[str, Any]:
-        """All the data, from new weights, for as many epochs as the base had."""
+        """The same, regularised."""
         total = len(self.data.train)
         loader = self._loader(label=torch.stack([self.data.given_label, torch.arange(total)], dim=1))
-        model = self._one_cycle(loader)
+        model = self._one_cycle(loader, self._alone_epochs)
         regularise_early_learning(model, total, CLASSES)
-        return self._fit(model, loader, [], self.plan.base_epochs)
+        return self._fit(model, loader, [], self._alone_epochs)
 
     def _loader(self, index: Tensor | None = None, label: Tensor | None = None) -> DataLoader[Any]:
         index = torch.arange(len(self.data.train)) if index is None else index
@@ -185,17 +195,17 @@ class Unit:
 
     def _base_network(self) -> L.LightningModule:
         model, plan = self._network(), self.plan
-        schedule = self._cycle(self._loader(), plan.base_lr) if plan.base_decays else None
-        train_with(model, partial(torch.optim.Adam, lr=plan.base_lr), schedule, "step")
+        schedule = self._cycle(self._loader(), plan.base_lr, plan.base_epochs) if plan.base_decays else None
+        train_with(model, plan.base_optimizer, schedule, "step")
         return model
 
-    def _one_cycle(self, loader: DataLoader[Any]) -> L.LightningModule:
+    def _one_cycle(self, loader: DataLoader[Any], epochs: int) -> L.LightningModule:
         model = self._network()
-        train_with(model, self.plan.optimizer, self._cycle(loader, self.plan.lr), "step")
+        train_with(model, self.plan.optimizer, self._cycle(loader, self.plan.lr, epochs), "step")
         return model
 
-    def _cycle(self, loader: DataLoader[Any], lr: float) -> Callable[[Any], Any]:
-        return partial(OneCycleLR, max_lr=lr, total_steps=self.plan.base_epochs * len(loader))
+    def _cycle(self, loader: DataLoader[Any], lr: float, epochs: int) -> Callable[[Any], Any]:
+        return partial(OneCycleLR, max_lr=lr, total_steps=epochs * len(loader))
 
     def _trainer(self, epochs: int, callbacks: list[L.Callback], steps: int) -> L.Trainer:
         return L.Trainer(

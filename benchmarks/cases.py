@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -32,7 +33,7 @@ class Case:
         share: share of corrupted inputs.
         leaking: the paper's protocol: after normalisation, only the corrupted images clamped to [0, 1].
         train_size: images of CIFAR-10.
-        large: whether to take ResNet-18 and 40 epochs.
+        depth: 18 or 34: a ResNet of so many layers, trained for long; 0 for the small network.
     """
 
     name: str
@@ -43,7 +44,12 @@ class Case:
     share: float = 0.5
     leaking: bool = False
     train_size: int = 10_000
-    large: bool = False
+    depth: int = 0
+
+    @property
+    def large(self) -> bool:
+        """Whether it is for a large GPU."""
+        return self.depth > 0
 
     @property
     def epochs(self) -> int:
@@ -61,7 +67,7 @@ class Case:
     def network(self) -> Callable[[], L.LightningModule]:
         """Makes the network."""
         if self.large:
-            return ResNetClassifier
+            return partial(ResNetClassifier, self.depth)
         return {"cifar": cifar_classifier, "spoken": spoken_classifier, "digits": DigitsClassifier}[self.data]
 
 
@@ -87,9 +93,10 @@ CASES: dict[str, Case] = {
         Case("spoken-input1", "spoken", sigma=1.0),
         Case("spoken-input4.5", "spoken", sigma=4.5),
         Case("spoken-both", "spoken", "symmetric", 0.2, sigma=0.5, share=0.2),
-        # One large GPU: --cases cifar-human-full --accelerator gpu
-        Case("cifar-human-full", "cifar", "human", train_size=50_000, large=True),
-        Case("cifar-clean-full", "cifar", train_size=50_000, large=True),
+        # One large GPU: --scale gpu
+        Case("cifar-human-full", "cifar", "human", train_size=50_000, depth=18),
+        Case("cifar-human-full-34", "cifar", "human", train_size=50_000, depth=34),
+        Case("cifar-clean-full", "cifar", train_size=50_000, depth=18),
     )
 }
 # Of the demo; their network has no blocks, so only the repair is judged on them.

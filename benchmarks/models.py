@@ -92,13 +92,18 @@ def spoken_classifier() -> SmallClassifier:
 
 
 class ResNetClassifier(SmallClassifier):
-    """ResNet-18 for 32 x 32 images: a 3 x 3 convolution first, without pooling after it."""
+    """ResNet for 32 x 32 images: a 3 x 3 convolution first, without pooling after it.
 
-    def __init__(self, lr: float = 3e-3) -> None:
+    Args:
+        depth: 18 or 34.
+        lr: highest learning rate of Adam.
+    """
+
+    def __init__(self, depth: int = 18, lr: float = 3e-3) -> None:
         super().__init__(stages=((8, True),), lr=lr)
-        from torchvision.models import resnet18
+        from torchvision.models import get_model
 
-        net = resnet18(num_classes=10)
+        net = get_model(f"resnet{depth}", num_classes=10)
         stem = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1, bias=False), net.bn1, net.relu)
         self.blocks = nn.Sequential(stem, net.layer1, net.layer2, net.layer3, net.layer4, net.avgpool)
         self.fc = nn.Identity()

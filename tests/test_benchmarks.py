@@ -1,5 +1,6 @@
 import doctest
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,7 +8,10 @@ import torch
 # The sdist has the tests, but not the benchmarks.
 pytest.importorskip("benchmarks", reason="not a checkout")
 from benchmarks import elr, paper_tables, repair_tables
+from benchmarks.arms import Unit
+from benchmarks.cases import DIGITS_CASES, Case
 from benchmarks.elr import EarlyLearning
+from benchmarks.plans import plan_of
 from benchmarks.repair_tables import Results, Verdict, best_fixed, gap_closed, tables, verdicts
 from benchmarks.runs import finished, head, kept, run_unit
 
@@ -187,3 +191,26 @@ def test_the_papers_figures_stand_beside_ours():
     assert "| random | 40.00 |  | 40 |" in text
     # It has printed none of other noise.
     assert "the paper, 50k" not in paper_tables.tables([row | {"noise": "gaussian"} for row in rows])
+
+
+def test_large_networks_are_trained_for_as_long_with_a_repair_as_without():
+    for depth in (18, 34):
+        plan = plan_of(Case("full", "cifar", "human", depth=depth), "fresh")
+        assert plan.base_epochs + plan.repair_epochs == plan.alone_epochs <= 130
+        weight = [torch.nn.Parameter(torch.zeros(1))]
+        for make in (plan.optimizer, plan.base_optimizer):
+            (group,) = make(weight).param_groups
+            assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.05, 0.9, 5e-4)
+    small = plan_of(Case("small", "cifar", "human"), "memorised")
+    assert isinstance(small.base_optimizer(weight), torch.optim.Adam)
+    assert small.base_optimizer(weight).param_groups[0]["weight_decay"] == 0
+
+
+def test_cross_entropy_takes_all_the_data_and_epochs_of_its_own(tmp_path):
+    unit = Unit(DIGITS_CASES["digits-clean"], "fresh", 0, folder=tmp_path, data=tmp_path, accelerator="cpu", fast=True)
+    unit.plan = replace(unit.plan, base_epochs=1, repair_epochs=1, alone_epochs=2)
+    batches = len(unit._loader())
+    assert unit.result("cross-entropy")["steps"] == 2 * batches
+    assert unit._one_cycle(unit._loader(), 2).configure_optimizers()["lr_scheduler"]["scheduler"].total_steps == (
+        2 * batches
+    )

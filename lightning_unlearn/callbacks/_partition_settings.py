@@ -55,13 +55,20 @@ def check_shares(*, threshold: float, min_class_share: float, stable_share: floa
             raise ValueError(f"Expected {name} to lie in [0, 1), but got {share}.")
 
 
-def check_max_epochs(trainer: Trainer, at_epoch: int) -> None:
+def check_max_epochs(trainer: Trainer, at_epoch: int, *, may_be_last: bool) -> None:
     """Refuses a partition after which no epoch is left.
+
+    Args:
+        trainer: of the fit.
+        at_epoch: after how many epochs it is drawn.
+        may_be_last: whether nothing is to follow it, so that training may end with it.
 
     Raises:
         MisconfigurationException: with both numbers.
     """
     max_epochs = trainer.max_epochs
+    if max_epochs == at_epoch and may_be_last:
+        return
     if max_epochs is not None and 0 <= max_epochs <= at_epoch and not is_fast_dev_run(trainer):
         raise MisconfigurationException(
             "Expected at_epoch to be less than the Trainer's max_epochs, so that epochs are left after the"

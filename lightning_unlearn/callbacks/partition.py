@@ -110,7 +110,8 @@ class AttributionPartitionCallback(UnlearnCallback):
         threshold: samples with a probability below it are not clean.
         min_class_share: share of each class's samples that is kept in any case, the likeliest; rounded up.
         action: ``"report"`` for a dry run: the partition is drawn, but nothing is pruned or fine-tuned; the log says
-            what would be, and what it would cost.
+            what would be, and what it would cost. Without another callback of ours, ``at_epoch`` may be ``max_epochs``
+            then: the whole training is judged.
         review: a table of :meth:`Partition.to_csv <lightning_unlearn.Partition.to_csv>` in which a person has
             edited ``decision`` (and ``suggested_label``). It holds for the samples that it names, whatever the recipe
             says: ``keep``: clean for certain; ``drop``: not trained on, not even for ``min_class_share``; ``relabel``:
@@ -334,12 +335,12 @@ class AttributionPartitionCallback(UnlearnCallback):
         move_behind_averages(trainer, self)
         forget_scoring_loader(trainer)
         forget_score(trainer)
-        check_max_epochs(trainer, self.at_epoch)
+        self._partners = _consumers(trainer)
+        check_max_epochs(trainer, self.at_epoch, may_be_last=self.is_dry_run and not self._partners)
         for layer in (self.layer, self.input_layer):
             if layer is not None:
                 resolve_layer(pl_module, layer)
         self._table = open_review(trainer, self.review)
-        self._partners = _consumers(trainer)
         if self._reads_training:
             self._reader.attach(trainer)
 
@@ -605,6 +606,9 @@ class AttributionPartitionCallback(UnlearnCallback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._partition is None and self.is_dry_run and trainer.current_epoch >= self.at_epoch:
+            # No epoch has started since then.
+            self.advance(trainer, pl_module)
         if self._partition is None:
             if not is_fast_dev_run(trainer):
                 rank_zero_warn(

@@ -239,3 +239,13 @@ def test_a_fit_that_has_acted_cannot_be_resumed_as_a_dry_run(tmp_path):
     assert module.steps == 0
     assert "_on_before_batch_transfer" not in module.__dict__
     fit(module, BlobsData(Blobs(101)), trio(2, action="report"), max_epochs=5, ckpt_path=tmp_path / "epoch=1.ckpt")
+
+
+def test_the_whole_training_is_judged_where_nothing_is_to_follow():
+    partition = AttributionPartitionCallback(at_epoch=3, action="report")
+    fit(Toy(), BlobsData(Blobs(101)), [partition], max_epochs=3)
+    assert partition.partition.epoch == 3
+    assert partition.summary.advice
+    for callbacks in ([AttributionPartitionCallback(at_epoch=3)], trio(3, action="report")):
+        with pytest.raises(MisconfigurationException, match="at_epoch to be less than the Trainer's max_epochs"):
+            fit(Toy(), BlobsData(Blobs(101)), callbacks, max_epochs=3)

@@ -48,7 +48,7 @@ _SIZES = (
 )
 
 
-def shrink(model: _Model, example_input: ExampleInput) -> _Model:
+def shrink(model: _Model, example_input: ExampleInput, *, layers: Sequence[str] | None = None) -> _Model:
     """A copy of a model without its silent neurons, that returns the same outputs.
 
     A neuron is silent where its weight row and bias are exactly zero, or scale and shift of the norm behind it, or the
@@ -61,10 +61,12 @@ def shrink(model: _Model, example_input: ExampleInput) -> _Model:
         model: any module, a LightningModule too; it stays as it is.
         example_input: what ``forward`` takes, on the model's device: a tensor, a tuple of arguments, or a dict of
             keyword arguments. A few samples check more than one.
+        layers: dotted paths of the Linears and convolutions to cut neurons out of; by default all.
 
     Raises:
         ImportError: without the package torch-pruning.
-        ValueError: for a model that cannot be copied or traced, or whose outputs are not finite.
+        ValueError: for a model that cannot be copied or traced, or whose outputs are not finite; for a layer that there
+            is not.
 
     Example:
         >>> import torch
@@ -76,6 +78,7 @@ def shrink(model: _Model, example_input: ExampleInput) -> _Model:
             (2): Linear(in_features=5, out_features=2, bias=True) )
     """
     _torch_pruning()
+    wanted = _chosen(model, layers)
     with torch.inference_mode(False), torch.enable_grad():
         small = _copied(model).eval()
         for parameter in small.parameters():
@@ -84,13 +87,23 @@ def shrink(model: _Model, example_input: ExampleInput) -> _Model:
         probe = _probe(small, example_input)
         before = _size(small)
         # From the last layer to the first: what only a cut neuron listened to is silent too.
-        layers = [name for name, m in small.named_modules() if isinstance(m, _LAYERS)]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="torch_pruning")
-            small = _cut_exactly(small, layers[::-1], probe)
+            small = _cut_exactly(small, wanted[::-1], probe)
     _restore(small, model)
     _warn_of_whole_layers(small, nothing_cut=_size(small) == before)
     return small
+
+
+def _chosen(model: nn.Module, layers: Sequence[str] | None) -> list[str]:
+    """The layers to look at, in the order in which the model has them."""
+    known = [name for name, module in model.named_modules() if isinstance(module, _LAYERS)]
+    if strangers := [name for name in layers or () if name not in known]:
+        raise ValueError(
+            f"Expected layers to be among the Linears and convolutions of {type(model).__name__}"
+            f" ({', '.join(known[:10])}), but got {strangers[0]!r}."
+        )
+    return known if layers is None else [name for name in known if name in layers]
 
 
 def _torch_pruning() -> Any:

@@ -847,3 +847,17 @@ def test_a_state_that_is_no_tensor(tmp_path):
 
     with pytest.raises(ValueError, match="Expected a state of tensors, but '_extra_state' is a dict"):
         save_shrunk(Odd(2, 2), tmp_path / "odd.pt")
+
+
+def test_only_the_layers_that_are_named_are_cut():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
+    with torch.no_grad():
+        for layer in (net[0], net[2]):
+            layer.weight[:2], layer.bias[:2] = 0, 0
+    x = torch.randn(3, 4)
+    with pytest.warns(UserWarning, match="shrink left silent neurons in '0'"):
+        small = shrink(net, x, layers=["2"])
+    assert (small[0].out_features, small[2].out_features) == (6, 4)
+    with pytest.raises(ValueError, match="Expected layers to be among the Linears and convolutions of Sequential"):
+        shrink(net, x, layers=["1"])

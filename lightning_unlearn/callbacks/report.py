@@ -208,7 +208,8 @@ class UnlearnReport(EitherCallback):
         first = next((epoch for callback in ours if (epoch := getattr(callback, "first_epoch", None))), None)
         rounds = [vars(drawn) | {} for drawn in getattr(source, "rounds", ())]
         provenance = _found(source, "provenance", {})
-        gallery, fault = self._gallery(trainer, shown_samples(partition, provenance, self.samples))
+        shown = shown_samples(partition, provenance, self.samples)
+        gallery, fault = self.gallery(scoring_loader(trainer).dataset, shown)
         if fault:
             rank_zero_warn(f"Some samples of the report's gallery cannot be shown: {fault}")
         return RunRecord(
@@ -226,9 +227,13 @@ class UnlearnReport(EitherCallback):
             swaps=[] if first is None else sorted({first, *(r["epoch"] for r in rounds if r["epoch"] > first)}),
         )
 
-    def _gallery(self, trainer: Trainer, indices: Sequence[int]) -> tuple[dict[int, dict[str, Any]], str]:
-        """What is shown of some samples; and why not of all, of the first of which that is so."""
-        dataset = scoring_loader(trainer).dataset
+    def gallery(self, dataset: Any, indices: Sequence[int]) -> tuple[dict[int, dict[str, Any]], str]:
+        """What is shown of some samples; and why not of all, of the first of which that is so.
+
+        Args:
+            dataset: the training set.
+            indices: of these samples.
+        """
         with isolate_rng():
             cards = {index: self._card(dataset, index) for index in indices}
         faults = [f"sample {index}: {card['text']}" for index, card in cards.items() if card["kind"] == "fault"]

@@ -118,6 +118,12 @@ ELSEWHERE = {
         "_NormBase": "torch's class of all batch norms",
     },
     "capture/memory.py": {"_fields": "of a named tuple, public by its documentation"},
+    "cli/_completion.py": {
+        "_actions": "of an argparse parser: shtab reads them too",
+        "_SubParsersAction": "what argparse's add_subparsers returns",
+    },
+    "cli/_config.py": {"_actions": "of an argparse parser"},
+    "cli/_init.py": {"_replace": "of a named tuple, public by its documentation"},
     "report/samples.py": {"_asdict": "of a named tuple, public by its documentation"},
     "targets.py": {
         "_asdict": "of a named tuple, public by its documentation",

@@ -1,0 +1,5 @@
+"""The command ``lightning-unlearn``."""
+
+from lightning_unlearn.cli._main import main
+
+__all__ = ["main"]

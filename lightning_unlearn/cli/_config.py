@@ -1,0 +1,184 @@
+"""LightningCLI for the commands that take a user's YAML: its help, its errors, and what it looks at before it runs."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml  # type: ignore[import-untyped]  # comes with Lightning, its types do not
+from jsonargparse import DefaultHelpFormatter
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from typing_extensions import override
+
+from lightning_unlearn.cli._examples import examples
+
+_PLACEHOLDER = re.compile(r"<fill in\b[^<>]*>")
+# What Lightning looks up itself.
+_NAMED_CHECKPOINTS = ("best", "last", "hpc", "registry")
+
+
+def placeholder(kind: str) -> str:
+    """What stands in a YAML for a value that only the user knows; no command runs before it is replaced.
+
+    Example:
+        >>> placeholder("int")
+        '<fill in: int>'
+    """
+    return f"<fill in: {re.sub('[<>]', '', kind)}>"
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Keeps the lines of examples."""
+
+
+class CommandParser(LightningArgumentParser):
+    """An error is one line and not a page of usage."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, formatter_class=_HelpFormatter, **kwargs)
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        parser = getattr(ex, "subcommand_parser", None) or self
+        self.exit(2, _usage_error(_plain(parser.prog), message))
+
+    @override
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        return _plain(super().format_help(*args, **kwargs))
+
+
+def _usage_error(command: str, message: str) -> str:
+    return f"{command}: error: {message}\nThe options are shown by: {command} --help\n"
+
+
+def _plain(text: str) -> str:
+    # jsonargparse shows that options may stand before the subcommand, which they may not here.
+    return text.replace(" [options]", "")
+
+
+class ConfigCLI(LightningCLI):
+    """LightningCLI with only the command ``fit``, or none, and errors before anything is made."""
+
+    command = "fit"
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        # Not as the parent does, which warns where a program hands over the arguments of its process.
+        for file in _config_files(args):
+            if found := list(_placeholders(file)):
+                shown = ", ".join(f"{key} ({value})" for key, value in found)
+                said = f"{file} has values that only you know: {shown}; replace them."
+                parser.exit(2, _usage_error(f"lightning-unlearn {self.command}", said))
+        self.config = parser.parse_args(args)
+        checkpoint = self.config.get(str(self.config.get("subcommand")), self.config).get("ckpt_path")
+        if checkpoint is not None and not _may_exist(str(checkpoint)):
+            raise ValueError(f"Expected --ckpt_path to name a checkpoint, but {checkpoint} does not exist.")
+
+    @staticmethod
+    @override
+    def subcommands() -> dict[str, set[str]]:
+        return {"fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"}}
+
+
+def add_fit_arguments(parser: LightningArgumentParser) -> list[str]:
+    """Adds what ``Trainer.fit`` takes beside model and data, as ``--ckpt_path``."""
+    skip: set[str | int] = {"model", "train_dataloaders", "val_dataloaders", "datamodule"}
+    added: list[str] = parser.add_method_arguments(Trainer, "fit", skip=skip)
+    return added
+
+
+def _may_exist(checkpoint: str) -> bool:
+    is_looked_up = checkpoint.split(":")[0] in _NAMED_CHECKPOINTS or "://" in checkpoint
+    return is_looked_up or Path(checkpoint).expanduser().exists()
+
+
+def config_arguments(arguments: Sequence[str]) -> list[str]:
+    """Those of the arguments that name configurations, as ``["--config", "run.yaml"]``."""
+    found = []
+    for at, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name in ("-c", "--config"):
+            found += ["--config", value if equals else "".join(arguments[at + 1 : at + 2])]
+    return found
+
+
+def _config_files(arguments: Sequence[str]) -> Iterator[Path]:
+    for value in config_arguments(arguments)[1::2]:
+        if (path := Path(value).expanduser()).is_file():
+            yield path
+
+
+def _placeholders(file: Path) -> Iterator[tuple[str, str]]:
+    """Keys and values that are left to be filled in; nothing of a file that is no YAML, of which the parser says so."""
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return
+    yield from _walk("", content)
+
+
+def _walk(key: str, value: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(value, str) and _PLACEHOLDER.fullmatch(value):
+        yield key, value
+    elif isinstance(value, Mapping):
+        for name, part in value.items():
+            yield from _walk(f"{key}.{name}".lstrip("."), part)
+    elif isinstance(value, list):
+        for at, part in enumerate(value):
+            yield from _walk(f"{key}.{at}", part)
+
+
+def find_users_classes() -> None:
+    """Lets a YAML name classes that lie in the folder where the command is run, as with ``python script.py``."""
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
+
+
+FIT_HELP = """\
+Trains with the callbacks of the YAML: LightningCLI's fit, with model, data and Trainer as you have them. Checkpoints,
+loggers and the rest of the Trainer work as ever; --ckpt_path goes on from a checkpoint."""
+_FIT_EXAMPLES = examples(
+    "lightning-unlearn fit --config run.yaml",
+    "lightning-unlearn fit --config run.yaml --trainer.max_epochs 40 --ckpt_path last.ckpt",
+    "lightning-unlearn fit --config run.yaml --print_config",
+)
+
+
+def run_fit(arguments: Sequence[str]) -> None:
+    """LightningCLI's fit."""
+    find_users_classes()
+    usage = "lightning-unlearn fit --config FILE [OPTION]..."
+    fit: dict[str, Any] = {"description": FIT_HELP, "usage": usage, "epilog": _FIT_EXAMPLES}
+    ConfigCLI(
+        args=["fit", *arguments], parser_class=CommandParser, parser_kwargs={"prog": "lightning-unlearn", "fit": fit}
+    )
+
+
+class FitOptions(ConfigCLI):
+    """The options of ``fit``, without the subcommand that LightningCLI needs to run it."""
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        add_fit_arguments(parser)
+
+
+class _ParserMadeError(Exception):
+    """A parser is there, and no more of the command line is wanted."""
+
+
+def options_of(cli: type[ConfigCLI]) -> list[Any]:
+    """The options that a command reads."""
+
+    def give_back(self: ConfigCLI, parser: LightningArgumentParser, args: Any) -> None:
+        raise _ParserMadeError(parser)
+
+    try:
+        type("ParserOnly", (cli,), {"parse_arguments": give_back})(run=False, parser_class=CommandParser)
+    except _ParserMadeError as made:
+        return [action for action in made.args[0]._actions if action.option_strings]
+    return []

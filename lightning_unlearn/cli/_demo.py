@@ -1,0 +1,62 @@
+"""``demo``: the whole of it on data that come along, beside every control."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from lightning_unlearn.cli._examples import add_command
+from lightning_unlearn.storage import replacing, target_file, target_folder
+
+
+def add_demo(commands: Any) -> None:
+    """Adds ``demo``."""
+    demo = add_command(
+        commands,
+        "demo",
+        "train on digits with wrong labels, repair, and compare with controls",
+        """\
+Trains a small network on scikit-learn's digits with 40 %% of the training labels wrong until it has memorised them,
+then partitions, prunes and fine-tunes, beside every control. Needs no network.""",
+        "lightning-unlearn demo --fast",
+        "lightning-unlearn demo --out runs/demo --json runs/demo/results.json",
+    )
+    demo.add_argument("--fast", action="store_true", help="one seed instead of five (default: five)")
+    demo.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/demo"),
+        metavar="DIR",
+        help="for suspects.csv and report.html (default: %(default)s)",
+    )
+    demo.add_argument("--json", type=Path, metavar="FILE", help="write the results here as well (default: nowhere)")
+
+
+def run_demo(options: argparse.Namespace) -> None:
+    """Runs every arm and prints the table."""
+    from lightning_unlearn.demo import arms
+
+    # Before the work, not after it.
+    out, result_file = target_folder(options.out), None if options.json is None else target_file(options.json)
+    settings = arms.Settings(seeds=(0,)) if options.fast else arms.Settings()
+    outcomes = arms.run_demo(settings, out)
+    print(f"\n{arms.table(settings, outcomes)}\nSuspects: {out / 'suspects.csv'}\nReport: {out / 'report.html'}")
+    if result_file is not None:
+        result: dict[str, Any] = {
+            "settings": asdict(settings),
+            "outcomes": [asdict(outcome) for outcome in outcomes],
+            "versions": _versions(),
+            "machine": platform.machine(),
+        }
+        with replacing(result_file) as file:
+            file.write((json.dumps(result, indent=2) + "\n").encode())
+
+
+def _versions() -> dict[str, str]:
+    packages = ("lightning-unlearn", "torch", "lightning", "captum", "torchmetrics", "scikit-learn")
+    return {"python": platform.python_version(), **{package: version(package) for package in packages}}

@@ -1,0 +1,53 @@
+"""What a user can mend is said in one sentence; what is a bug, theirs or ours, keeps its traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# What is raised there on purpose says what to do.
+_OURS, _LIGHTNING_CLI = "lightning_unlearn", "lightning.pytorch.cli"
+
+
+@contextmanager
+def in_one_sentence(command: str) -> Iterator[None]:
+    """Ends the process with status 1 and the message of an error that was raised for the user to read.
+
+    Args:
+        command: named in front of it.
+
+    Raises:
+        SystemExit: in place of such an error.
+    """
+    try:
+        yield
+    except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
+        if not is_for_the_user(error):
+            raise
+        raise SystemExit(f"lightning-unlearn {command}: {error}") from error
+    except Exception as error:
+        if not _is_misconfiguration(error):
+            raise
+        raise SystemExit(f"lightning-unlearn {command}: {error}") from error
+
+
+def is_for_the_user(error: BaseException) -> bool:
+    """Whether an error was raised by this package, or LightningCLI, not by a user's code or within a library."""
+    raised_in = _module_of(error)
+    if isinstance(error, RuntimeError):
+        # Ours says that the package has a bug, LightningCLI's that it would overwrite a file.
+        return raised_in == _LIGHTNING_CLI
+    return raised_in == _LIGHTNING_CLI or raised_in.split(".")[0] == _OURS
+
+
+def _module_of(error: BaseException) -> str:
+    traceback, name = error.__traceback__, ""
+    while traceback is not None:
+        name = str(traceback.tb_frame.f_globals.get("__name__", ""))
+        traceback = traceback.tb_next
+    return name
+
+
+def _is_misconfiguration(error: BaseException) -> bool:
+    # By name, since it may be of either package of Lightning, which need not be imported.
+    return any(kind.__name__ == "MisconfigurationException" for kind in type(error).__mro__)

@@ -1,0 +1,328 @@
+"""``partition``: which training samples are wrong, of a model and data as the user has them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from lightning_unlearn.callbacks import (
+    AttributionPartitionCallback,
+    CleanSubsetFinetuneCallback,
+    SensitivityPruneCallback,
+    UnlearnReport,
+)
+from lightning_unlearn.callbacks._summary import outlook
+from lightning_unlearn.cli._config import (
+    CommandParser,
+    ConfigCLI,
+    add_fit_arguments,
+    config_arguments,
+    find_users_classes,
+)
+from lightning_unlearn.cli._examples import examples
+from lightning_unlearn.cli._results import PARTITION, partition_state, read_checkpoint, summary_of
+from lightning_unlearn.fingerprint import check_fingerprint, fingerprint
+from lightning_unlearn.recipes import get_recipe
+from lightning_unlearn.report import RunRecord, shown_samples, write_report
+from lightning_unlearn.storage import target_folder, write_json
+from lightning_unlearn.types import Partition
+
+HELP = """\
+Which of my training samples are wrong? Trains as the configuration says, with model and data as you have them, until
+the partition can be drawn, and stops there. Nothing is pruned, dropped or re-labelled. The folder --out has then
+partition.npz, suspects.csv, report.html, provenance.json and config.yaml.
+
+A checkpoint (--ckpt_path) of an epoch before --at_epoch is trained on from there. One past it is judged as it is, with
+the evidence that it holds; without any, from one pass over the data, in which memorised labels look right. Of one that
+holds a partition, that is shown. An AttributionPartitionCallback or UnlearnReport in the configuration is taken with
+its settings; SensitivityPruneCallback and CleanSubsetFinetuneCallback are left out."""
+_EXAMPLES = examples(
+    "lightning-unlearn partition --config run.yaml",
+    "lightning-unlearn partition --config run.yaml --at_epoch 20 --recipe label --out found",
+    "lightning-unlearn partition --config run.yaml --ckpt_path lightning_logs/version_0/checkpoints/last.ckpt",
+    "lightning-unlearn partition --model team.Net --data team.Data --trainer.max_epochs 10",
+)
+# A network that gives this share of the training samples their label shows in one pass hardly a wrong one.
+_MEMORISED = 0.9
+
+
+class PartitionCLI(ConfigCLI):
+    """Model, data and Trainer of a configuration, with the callbacks that answer the question."""
+
+    command = "partition"
+
+    @override
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        parser = super().init_parser(**kwargs)
+        group = parser.add_argument_group("What is judged, and where the answer goes")
+        group.add_argument(
+            "--at_epoch",
+            metavar="EPOCHS",
+            type=int | None,
+            help="After how many epochs; by default that of the AttributionPartitionCallback in the configuration, else"
+            " trainer.max_epochs: the whole training is judged",
+        )
+        group.add_argument(
+            "--recipe",
+            type=str | None,
+            help="auto, label, input, rlap, loss, aum, argmax, or a dotted path; by default that of the configuration,"
+            " else auto",
+        )
+        group.add_argument("--out", metavar="DIR", type=str, default="partition", help="Folder for what is found")
+        group.add_argument(
+            "--top", metavar="N", type=int, default=10, help="How many of the most suspect samples to print"
+        )
+        return parser
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        self.fit_arguments = add_fit_arguments(parser)
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        # Before the data are read, and hours of training.
+        self.out = target_folder(self.config["out"])
+        if (recipe := self.config["recipe"]) is not None:
+            get_recipe(recipe)
+        path = self.config["ckpt_path"]
+        self.checkpoint: dict[str, Any] = {} if path is None else read_checkpoint(path)
+        self.found: Any = (partition_state(self.checkpoint) or {}).get("partition")
+        self.complete = 0
+        if path is not None and self.found is None:
+            self.complete = _complete_epochs(self.checkpoint, path)
+        if self.found is not None:
+            self._check_no_other_is_asked_for(path)
+
+    def _check_no_other_is_asked_for(self, path: str) -> None:
+        for name, held in (("at_epoch", self.found["epoch"]), ("recipe", self.found["recipe"])):
+            if self.config[name] not in (None, held):
+                raise ValueError(
+                    f"{path} holds a partition already ({name} {held}), and not what another could be drawn from; leave"
+                    f" out --{name} {self.config[name]} to see it, or give a checkpoint of an epoch before it, or none."
+                )
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        given = self.config_init["trainer"].get("callbacks") or []
+        given = list(given) if isinstance(given, (list, tuple)) else [given]
+        acting = [one for one in given if isinstance(one, (SensitivityPruneCallback, CleanSubsetFinetuneCallback))]
+        if acting:
+            names = ", ".join(type(one).__name__ for one in acting)
+            rank_zero_info(f"Left out here: {names}; lightning-unlearn fit trains with them.")
+        others = [one for one in given if one not in acting]
+        self.partition = self._partition_callback(others)
+        self.report = next((one for one in others if isinstance(one, UnlearnReport)), UnlearnReport())
+        self.report.dir = self.out
+        ours = (self.partition, self.report)
+        theirs = [one for one in others if one not in ours]
+        limits: dict[str, Any] = {"min_epochs": None, "min_steps": None}
+        if self.complete >= self.partition.at_epoch:
+            # Nothing is trained, but a fit that has come to its end would not even start.
+            limits |= {"max_epochs": self.complete + 1, "max_steps": -1, "max_time": None}
+        callbacks = [_DrawAtTheEnd(self.partition), *theirs, *ours, _StopWhenDrawn(self.partition)]
+        return super().instantiate_trainer(callbacks=callbacks, **limits, **kwargs)
+
+    def _partition_callback(self, callbacks: Sequence[Callback]) -> AttributionPartitionCallback:
+        found = [one for one in callbacks if isinstance(one, AttributionPartitionCallback)]
+        self.has_callback = bool(found)
+        if len(found) > 1:
+            raise ValueError(f"Expected one AttributionPartitionCallback in the configuration, but found {len(found)}.")
+        at_epoch, recipe = self.config["at_epoch"], self.config["recipe"]
+        if at_epoch is None and not found:
+            at_epoch = self.config["trainer"]["max_epochs"]
+            if at_epoch is None or at_epoch < 1:
+                raise ValueError(
+                    "Expected to know after how many epochs the samples are judged; give --at_epoch 20, or a"
+                    " trainer.max_epochs."
+                )
+        if not found:
+            found = [AttributionPartitionCallback(at_epoch=at_epoch)]
+        (partition,) = found
+        if at_epoch is not None:
+            # The constructor checks it.
+            partition.at_epoch = AttributionPartitionCallback(at_epoch=at_epoch).at_epoch
+        if recipe is not None:
+            partition.recipe = get_recipe(recipe)
+        partition.action, partition.every_n_epochs = "report", None
+        return partition
+
+
+def _complete_epochs(checkpoint: dict[str, Any], path: str) -> int:
+    try:
+        return int(checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"])
+    except KeyError:
+        raise ValueError(
+            f"Expected a checkpoint that training can go on from, but {path} holds weights only (as with"
+            " save_weights_only=True); give another, or train again without --ckpt_path."
+        ) from None
+
+
+class _DrawAtTheEnd(Callback):
+    """Draws the partition where training ends before its epoch, as by EarlyStopping: what was seen is judged."""
+
+    def __init__(self, partition: AttributionPartitionCallback) -> None:
+        self._partition = partition
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if 1 <= trainer.current_epoch < self._partition.at_epoch and not self._partition.has_acted:
+            rank_zero_info(f"Training has ended after {trainer.current_epoch} epochs, and is judged as it is.")
+            self._partition.at_epoch = trainer.current_epoch
+
+
+class _StopWhenDrawn(Callback):
+    """Ends the fit before a step is trained with the partition."""
+
+    def __init__(self, partition: AttributionPartitionCallback) -> None:
+        self._partition = partition
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.should_stop = self._partition.has_acted
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._partition.has_acted:
+            trainer.should_stop = True
+            # The fit loop takes this for its end: the hooks of an epoch without a batch, which those of users do not
+            # expect, are not called.
+            raise StopIteration
+
+
+def run_partition(arguments: Sequence[str]) -> None:
+    """Trains, judges, and says what was found."""
+    find_users_classes()
+    if any(argument.endswith(".npz") for argument in arguments[:1]):
+        raise ValueError(f"To see a saved partition: lightning-unlearn show {arguments[0]}")
+    cli = PartitionCLI(
+        args=list(arguments),
+        run=False,
+        save_config_callback=None,
+        parser_class=CommandParser,
+        parser_kwargs={
+            "prog": "lightning-unlearn partition",
+            "usage": "lightning-unlearn partition --config FILE [OPTION]...",
+            "description": HELP,
+            "epilog": _EXAMPLES,
+        },
+    )
+    if cli.trainer.fast_dev_run:  # type: ignore[attr-defined]  # Trainer sets it without declaring it
+        raise ValueError("Expected a training to judge, but the Trainer has fast_dev_run; leave it out.")
+    if cli.found is not None:
+        _say_found(cli, arguments)
+        return
+    options = {name: cli.config[name] for name in cli.fit_arguments}
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule, **options)
+    _say_drawn(cli, arguments)
+
+
+@rank_zero_only
+def _say_drawn(cli: PartitionCLI, arguments: Sequence[str]) -> None:
+    callback = cli.partition
+    if not callback.has_acted:
+        raise ValueError("Training has ended before an epoch was complete, so there is nothing to judge.")
+    callback.save_provenance(cli.out / "provenance.json")
+    memorised = callback.summary.memorised
+    lines = [outlook(memorised)] if memorised is not None and callback.partition.is_actionable else []
+    if cli.complete and callback.provenance["fits"][0]["from_epoch"] >= callback.at_epoch:
+        lines += one_pass_caution(callback.partition)
+    _say(cli, callback.partition, lines, arguments)
+
+
+def one_pass_caution(partition: Partition) -> list[str]:
+    """What one pass over the data by a trained network can tell, and what it cannot.
+
+    Args:
+        partition: drawn from that alone.
+    """
+    if partition.recipe == "input":
+        return []
+    judged = partition.label_evidence[partition.label.flatten() >= 0] if partition.label.ndim == 1 else None
+    evidence = partition.label_evidence if judged is None else judged
+    agrees = float((evidence > 0.5).float().mean())
+    said = (
+        f"Judged from one pass: the checkpoint holds no evidence of earlier epochs. The network gives {agrees:.0%} of"
+        " the training samples the label that they have"
+    )
+    if agrees > _MEMORISED:
+        return [
+            f"{said}: wrong labels that it has memorised look right by now, and no recipe can tell them from one pass;"
+            " corrupted inputs still show (--recipe input). For labels, judge the training: leave out --ckpt_path, or"
+            " give an earlier checkpoint."
+        ]
+    return [f"{said}; wrong labels show in the rest, less surely than over a whole training (leave out --ckpt_path)."]
+
+
+@rank_zero_only
+def _say_found(cli: PartitionCLI, arguments: Sequence[str]) -> None:
+    partition = Partition.from_state_dict(cli.found)
+    loader = _loader_of(cli)
+    if len(loader.dataset) != len(partition):  # type: ignore[arg-type]  # what we take has a length
+        raise ValueError(
+            f"Expected the {len(partition):,} training samples of the checkpoint's partition, but the data have"
+            f" {len(loader.dataset):,}."  # type: ignore[arg-type]
+        )
+    if partition.fingerprint and cli.partition.check_data:
+        check_fingerprint(partition.fingerprint, fingerprint(loader))
+    state = partition_state(cli.checkpoint) or {}
+    provenance = state["provenance"] or {}
+    gallery, _ = cli.report.gallery(loader.dataset, shown_samples(partition, provenance, cli.report.samples))
+    names = cli.report.class_names or []
+    record = RunRecord(partition, gallery=gallery, class_names=names, rounds=state["rounds"], provenance=provenance)
+    write_report(record, record.save(cli.out) / "report.html")
+    write_json(cli.out / "provenance.json", provenance)
+    _say(cli, partition, [f"This partition was in {cli.config['ckpt_path']}; nothing was trained."], arguments)
+
+
+def _loader_of(cli: PartitionCLI) -> DataLoader[Any]:
+    """A loader of the training set, made outside of a fit."""
+    holder: Any = cli.model if cli.datamodule is None else cli.datamodule
+    holder.prepare_data()
+    holder.setup("fit")
+    make = getattr(holder, "attribution_dataloader", holder.train_dataloader)
+    loader: DataLoader[Any] = make()
+    return loader
+
+
+def _say(cli: PartitionCLI, partition: Partition, lines: Sequence[str], arguments: Sequence[str]) -> None:
+    names = cli.report.class_names
+    partition.save(cli.out / PARTITION)
+    partition.to_csv(cli.out / "suspects.csv", class_names=names)
+    cli.parser.save(cli.config, cli.out / "config.yaml", overwrite=True)
+    print()
+    print(summary_of(partition, cli.config["top"], names or ()))
+    print("", *lines, sep="\n")
+    print(f"\nFiles: {', '.join(sorted(path.name for path in cli.out.iterdir() if path.is_file()))} in {cli.out}")
+    print("\n".join(["Next:", *next_steps(cli, partition, arguments)]))
+
+
+def next_steps(cli: PartitionCLI, partition: Partition, arguments: Sequence[str]) -> list[str]:
+    """The commands that follow.
+
+    Args:
+        cli: that has run.
+        partition: what was found.
+        arguments: that it was called with.
+    """
+    look = f"  lightning-unlearn report {cli.out} --open"
+    if not len(partition.suspect_indices()):
+        return [look]
+    table = cli.out / "suspects.csv"
+    correct = f"  correct the column decision of {table} (keep, drop, relabel), and train by it:"
+    fit = f"  lightning-unlearn fit {' '.join(config_arguments(arguments)) or '--config run.yaml'}"
+    if cli.has_callback:
+        return [look, correct, fit, f"  with review: {table} in init_args of its AttributionPartitionCallback"]
+    epochs, name = partition.epoch + max(1, partition.epoch // 2), "--trainer.callbacks"
+    return [
+        look,
+        correct,
+        f"{fit} --trainer.max_epochs {epochs} \\",
+        f"    {name}+=lightning_unlearn.AttributionPartitionCallback {name}.at_epoch {partition.epoch} \\",
+        f"    {name}.review {table} {name}+=lightning_unlearn.CleanSubsetFinetuneCallback",
+    ]

@@ -1,0 +1,180 @@
+"""``shrink``: a pruned model of a checkpoint, made smaller for real."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_unlearn.callbacks import AttributionPartitionCallback
+from lightning_unlearn.cli._config import CommandParser, ConfigCLI, find_users_classes
+from lightning_unlearn.cli._examples import examples
+from lightning_unlearn.cli._results import read_checkpoint
+from lightning_unlearn.shrinking import ExampleInput, compare, save_shrunk, shrink
+from lightning_unlearn.storage import target_file
+from lightning_unlearn.targets import Reading
+
+HELP = """\
+Makes a pruned model smaller for real. Builds model and data of the configuration, loads the weights of the checkpoint,
+cuts out the neurons that are silent (as SensitivityPruneCallback leaves them), checks on a batch of the training data
+that the outputs are the same, and writes what is left. Runs on the CPU, and trains nothing."""
+_EXAMPLES = examples(
+    "lightning-unlearn shrink --config run.yaml --ckpt_path last.ckpt --out small.pt",
+    "lightning-unlearn shrink --config run.yaml --ckpt_path last.ckpt --layers '[fc, features.3]'",
+)
+
+
+class _BatchTakenError(Exception):
+    """A batch is there, and no step is to be made of it."""
+
+
+class _TakeBatch(Callback):
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        raise _BatchTakenError(batch)
+
+
+class ShrinkCLI(ConfigCLI):
+    """Model and data of a configuration, and a Trainer that only holds them."""
+
+    command = "shrink"
+
+    @override
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        parser = super().init_parser(**kwargs)
+        group = parser.add_argument_group("What is shrunk, and where it goes")
+        group.add_argument(
+            "--ckpt_path", metavar="FILE", type=str | None, help="The checkpoint whose weights are shrunk; needed"
+        )
+        group.add_argument("--out", metavar="FILE", type=str, default="small.pt", help="The file to write")
+        group.add_argument(
+            "--layers",
+            type=list[str] | None,
+            help="Dotted paths of the layers to cut neurons out of; by default all that have silent ones",
+        )
+        group.add_argument(
+            "--repeats", metavar="N", type=int, default=30, help="Timed calls, of which the median counts"
+        )
+        # Where the configuration is one that fit has saved.
+        group.add_argument("--weights_only", type=bool | None, help="Not used here: no code of a checkpoint is run")
+        return parser
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        if (path := self.config["ckpt_path"]) is None:
+            raise ValueError("Expected a checkpoint to shrink; give --ckpt_path last.ckpt.")
+        self.out = target_file(self.config["out"])
+        self.checkpoint = read_checkpoint(path)
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        given = self.config_init["trainer"].get("callbacks") or []
+        given = given if isinstance(given, (list, tuple)) else [given]
+        known = [one.reading for one in given if isinstance(one, AttributionPartitionCallback)]
+        self.reading = known[0] if known else Reading()
+        quiet: dict[str, Any] = {
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": False,
+        }
+        return Trainer(
+            accelerator="cpu",
+            devices=1,
+            max_epochs=1,
+            num_sanity_val_steps=0,
+            logger=False,
+            callbacks=[_TakeBatch()],
+            **quiet,
+        )
+
+
+def run_shrink(arguments: Sequence[str]) -> None:
+    """Shrinks, compares, writes, and says how to load it."""
+    find_users_classes()
+    cli = ShrinkCLI(
+        args=list(arguments),
+        run=False,
+        save_config_callback=None,
+        parser_class=CommandParser,
+        parser_kwargs={
+            "prog": "lightning-unlearn shrink",
+            "usage": "lightning-unlearn shrink --config FILE --ckpt_path FILE [OPTION]...",
+            "description": HELP,
+            "epilog": _EXAMPLES,
+        },
+    )
+    model = cli.model
+    _load_weights(model, cli.checkpoint, cli.config["ckpt_path"])
+    x = example_input(cli)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        small = shrink(model, x, layers=cli.config["layers"])
+    before, after = (sum(parameter.numel() for parameter in net.parameters()) for net in (model, small))
+    reasons = " ".join(str(one.message) for one in said if str(one.message).startswith("shrink "))
+    if before == after:
+        raise ValueError(f"Nothing to shrink in {cli.config['ckpt_path']}, so nothing is written. {reasons}".rstrip())
+    save_shrunk(small, cli.out)
+    print(compare(model, small, x, repeats=cli.config["repeats"]))
+    difference, largest = _difference(model, small, x)
+    print(f"\nOutputs on a batch of the training data differ by at most {difference:.1e}, of {largest:.3g}.")
+    if reasons:
+        print(f"Note: {reasons}")
+    print(f"Written: {cli.out}\n\nTo load it:\n{how_to_load(cli, cli.out)}")
+
+
+def _load_weights(model: LightningModule, checkpoint: dict[str, Any], path: str) -> None:
+    model.configure_model()
+    model.on_load_checkpoint(checkpoint)
+    try:
+        model.load_state_dict(checkpoint["state_dict"])
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()[1:4]]
+        raise ValueError(
+            f"Expected {path} to hold the weights of the {type(model).__name__} of the configuration, but they do not"
+            f" fit: {' '.join(lines)}"
+        ) from error
+
+
+def example_input(cli: ShrinkCLI) -> ExampleInput:
+    """What ``forward`` takes, of the first training batch, as loaders and transfer hooks leave it in a fit."""
+    try:
+        cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    except _BatchTakenError as taken:
+        x, _ = cli.reading.split(taken.args[0])
+        known: ExampleInput = x
+        return known
+    raise ValueError("Expected a training batch to check the outputs on, but the loader has none.")
+
+
+def _difference(model: LightningModule, small: LightningModule, x: ExampleInput) -> tuple[float, float]:
+    outputs = []
+    for net in (model, small):
+        net.eval()
+        with torch.no_grad():
+            outputs.append(_first(net(x) if isinstance(x, Tensor) else net(**x) if isinstance(x, dict) else net(*x)))
+    return float((outputs[0] - outputs[1]).abs().max()), float(outputs[0].abs().max())
+
+
+def _first(output: Any) -> Tensor:
+    while not isinstance(output, Tensor):
+        output = next(iter(output.values())) if isinstance(output, dict) else output[0]
+    return output
+
+
+def how_to_load(cli: ShrinkCLI, out: Path) -> str:
+    """Lines of Python."""
+    kind = type(cli.model)
+    init = cli.config["model"].get("init_args") or {}
+    arguments = ", ".join(f"{name}={value!r}" for name, value in dict(init).items())
+    return (
+        f"    from {kind.__module__} import {kind.__qualname__}\n"
+        "    from lightning_unlearn.shrinking import load_shrunk\n"
+        f"    model = load_shrunk({kind.__qualname__}({arguments}), {str(out)!r})"
+    )

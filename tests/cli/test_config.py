@@ -1,0 +1,124 @@
+"""``fit``: LightningCLI with our callbacks, from a YAML."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.cli import LightningCLI
+
+from lightning_unlearn import Partition
+from lightning_unlearn.cli import main
+from tests.cli.conftest import RUN
+
+ROOT = Path(__file__).parents[2]
+CALLBACKS = """
+seed_everything: 0
+trainer:
+  accelerator: cpu
+  devices: 1
+  max_epochs: 8
+  logger: false
+  enable_checkpointing: true
+  enable_progress_bar: false
+  callbacks:
+    - class_path: lightning_unlearn.CleanSubsetFinetuneCallback
+      init_args:
+        mode: full
+        lr: 1.0e-2
+        optimizer: {class_path: torch.optim.Adam, init_args: {lr: 1.0e-3}}
+        lr_scheduler: {class_path: torch.optim.lr_scheduler.CosineAnnealingLR, init_args: {T_max: 3}}
+    - class_path: lightning_unlearn.AttributionPartitionCallback
+      init_args: {at_epoch: 5, recipe: auto}
+    - class_path: lightning_unlearn.SensitivityPruneCallback
+      init_args: {layer: encoder.0, amount: 0.25, significance: null, guard: false}
+    - class_path: lightning.pytorch.callbacks.ModelCheckpoint
+      init_args: {dirpath: saved, filename: last}
+"""
+
+
+def partition_of_checkpoint():
+    callbacks = torch.load("saved/last.ckpt", weights_only=True)["callbacks"]
+    (state,) = (state for key, state in callbacks.items() if "AttributionPartition" in key)
+    return Partition.from_state_dict(state["partition"])
+
+
+def test_a_yaml_runs_through_our_command_and_a_users_own_cli_alike(team, caplog):
+    caplog.set_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero")
+    with_classes = "model: {class_path: team.TeamModel, init_args: {width: 16}}\ndata: {class_path: team.TeamData}\n"
+    (team / "ours.yaml").write_text(with_classes + CALLBACKS)
+    # A module in the folder where the command is run is found, as a team's script would find it.
+    main(["fit", "--config", "ours.yaml"])
+    for said in ("Partition after 5 epochs", "Pruned 4 of 16 neurons of 'encoder.0'", "Fine-tuning from epoch 5"):
+        assert said in caplog.text
+    ours = partition_of_checkpoint()
+
+    (team / "saved" / "last.ckpt").unlink()
+    (team / "config.yaml").unlink()  # LightningCLI saves what it ran and refuses to overwrite it
+    from team import TeamData, TeamModel
+
+    (team / "theirs.yaml").write_text(CALLBACKS)
+    LightningCLI(TeamModel, TeamData, args=["fit", "--config", "theirs.yaml", "--model.width", "16"])
+    theirs = partition_of_checkpoint()
+    assert ours.clean_probability.equal(theirs.clean_probability)
+    assert (~ours.is_clean[:40]).float().mean() > 0.9
+
+
+def test_the_example_runs(team):
+    text = (ROOT / "examples" / "digits.yaml").read_text().replace("at_epoch: 20", "at_epoch: 2")
+    (team / "short.yaml").write_text(text)
+    arguments = ["--trainer.max_epochs", "3", "--trainer.enable_progress_bar", "false", "--trainer.logger", "false"]
+    main(["fit", "--config", "short.yaml", *arguments])
+
+
+def test_the_configuration_is_printed_and_a_fit_goes_on_from_a_checkpoint(team, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(["fit", "--config", "run.yaml", "--trainer.max_epochs", "2", "--print_config"])
+    assert exit_info.value.code == 0
+    printed = capsys.readouterr().out
+    (team / "printed.yaml").write_text(printed)
+    main(["fit", "--config", "printed.yaml"])
+    (team / "config.yaml").unlink()
+    main(["fit", "--config", "run.yaml", "--ckpt_path", "saved/epoch=1.ckpt", "--trainer.max_epochs", "3"])
+    last = torch.load("saved/epoch=2.ckpt", weights_only=True)
+    assert last["global_step"] == 3 * 13
+    # What it would overwrite is not a bug to be read of in a traceback.
+    with pytest.raises(
+        SystemExit, match=r"lightning-unlearn fit: SaveConfigCallback expected .*config.yaml to NOT exist"
+    ):
+        main(["fit", "--config", "run.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", "nosuch.yaml"], "File does not exist"),
+        (["--config", "bad.yaml"], "does not accept option 'trainer.max_epoch'"),
+        (["--config", "run.yaml", "--trainer.max_epochs", "many"], 'Parser key "trainer.max_epochs"'),
+        (["--config", "run.yaml", "--nosuch", "3"], "unrecognized arguments: --nosuch 3"),
+        (["--config", "run.yaml", "--model", "team.Nosuch"], "team.Nosuch"),
+    ],
+)
+def test_a_wrong_call_is_told_in_a_line_and_not_in_a_page(arguments, message, team, capsys):
+    (team / "bad.yaml").write_text(RUN.replace("max_epochs", "max_epoch"))
+    with pytest.raises(SystemExit) as exit_info:
+        main(["fit", *arguments])
+    assert exit_info.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("lightning-unlearn fit: error: ")
+    assert said.endswith("The options are shown by: lightning-unlearn fit --help\n")
+    assert message in said
+    assert "usage:" not in said
+
+
+def test_a_checkpoint_that_is_not_there_is_named_before_anything_is_made(team):
+    with pytest.raises(
+        SystemExit, match=r"fit: Expected --ckpt_path to name a checkpoint, but nosuch.ckpt does not exist"
+    ):
+        main(["fit", "--config", "run.yaml", "--model", "team.Broken", "--ckpt_path", "nosuch.ckpt"])
+
+
+def test_a_misconfiguration_is_one_sentence(team):
+    ours = "--trainer.callbacks+=lightning_unlearn.SensitivityPruneCallback"
+    with pytest.raises(SystemExit, match="fit: SensitivityPruneCallback needs an AttributionPartitionCallback"):
+        main(["fit", "--config", "run.yaml", ours])

@@ -1,0 +1,201 @@
+"""``partition``: which training samples are wrong, with model and data as a team has them."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_unlearn import Partition
+from lightning_unlearn.cli import main
+from tests.cli.conftest import RUN, enter
+
+WRONG = torch.arange(201) < 40
+ACTING = """
+    - class_path: lightning_unlearn.AttributionPartitionCallback
+      init_args: {at_epoch: 4, every_n_epochs: 1, min_class_share: 0.2}
+    - class_path: lightning_unlearn.SensitivityPruneCallback
+    - class_path: lightning_unlearn.CleanSubsetFinetuneCallback
+    - class_path: lightning_unlearn.UnlearnReport
+      init_args: {class_names: [low, high], dir: elsewhere}
+"""
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    """The folder of a team that has judged its whole training, six epochs, and what was printed."""
+    folder, patch, printed = tmp_path_factory.mktemp("judged"), pytest.MonkeyPatch(), []
+    enter(folder, patch)
+    (folder / "run.yaml").write_text(RUN)
+    torch.set_num_threads(1)
+    patch.setattr("builtins.print", lambda *values, sep=" ", **_: printed.append(sep.join(map(str, values))))
+    main(["partition", "--config", "run.yaml"])
+    patch.undo()
+    sys.modules.pop("team", None)
+    return folder, "\n".join(printed)
+
+
+@pytest.fixture
+def inside(judged, monkeypatch):
+    """In that folder, with a new process's view of the team's module."""
+    enter(judged[0], monkeypatch)
+    yield judged[0]
+    sys.modules.pop("team", None)
+
+
+def epochs_saved():
+    return sorted(path.stem for path in Path("saved").iterdir())
+
+
+def test_the_whole_training_is_judged_and_nothing_else_is_done(inside, judged):
+    partition = Partition.load("partition/partition.npz")
+    assert partition.epoch == 6
+    assert ((~partition.is_clean) == WRONG).float().mean() > 0.9
+    assert epochs_saved() == [f"epoch={k}" for k in range(6)]
+    for name in ("suspects.csv", "report.html", "provenance.json", "config.yaml"):
+        assert (inside / "partition" / name).stat().st_size > 100
+    assert Path("partition/suspects.csv").read_text().count("\n") == 1 + len(partition.suspect_indices())
+    # The gallery of the report shows samples.
+    assert len(json.loads(Path("partition/gallery.json").read_text())["samples"]) == len(partition.suspect_indices())
+    said = judged[1]
+    assert f"{len(partition.suspect_indices())} of 201 training samples are suspect" in said
+    assert "The 10 most suspect:" in said
+    assert "\n  lightning-unlearn report partition --open\n" in said
+
+
+def test_the_training_is_that_of_the_configuration(inside, monkeypatch):
+    partitioned = torch.load("saved/epoch=5.ckpt", weights_only=True)["state_dict"]
+    main(["fit", "--config", "run.yaml", "--trainer.callbacks.dirpath", "plain"])
+    plain = torch.load("plain/epoch=5.ckpt", weights_only=True)["state_dict"]
+    assert all(plain[name].equal(value) for name, value in partitioned.items())
+
+
+def test_the_next_command_is_one_that_runs(inside, judged, capsys):
+    _, _, command = judged[1].partition("and train by it:\n")
+    words = shlex.split(command.replace("\\\n", " "))
+    assert words[:2] == ["lightning-unlearn", "fit"]
+    with pytest.raises(SystemExit) as exit_info:
+        main([*words[1:], "--print_config"])
+    assert exit_info.value.code == 0
+    config = capsys.readouterr().out
+    assert "review: partition/suspects.csv" in config
+    assert "at_epoch: 6" in config
+    assert "max_epochs: 9" in config
+    assert "CleanSubsetFinetuneCallback" in config
+
+
+def test_it_stops_at_the_partition_with_the_settings_of_the_configuration_but_acts_on_nothing(team, caplog, capsys):
+    (team / "run.yaml").write_text(RUN.replace("  max_epochs", "  min_epochs: 6\n  max_epochs") + ACTING)
+    caplog.set_level("INFO", logger="lightning.pytorch.utilities.rank_zero")
+    main(["partition", "--config", "run.yaml", "--out", "found", "--top", "3", "--recipe", "label"])
+    partition = Partition.load("found/partition.npz")
+    assert (partition.epoch, partition.recipe) == (4, "label")
+    assert epochs_saved() == [f"epoch={k}" for k in range(4)]
+    assert "Left out here: SensitivityPruneCallback, CleanSubsetFinetuneCallback" in caplog.text
+    settings = json.loads(Path("found/provenance.json").read_text())["fits"][0]["settings"]
+    assert list(settings) == ["AttributionPartitionCallback"]
+    assert settings["AttributionPartitionCallback"]["min_class_share"] == 0.2
+    assert "given_class" in Path("found/suspects.csv").read_text()
+    assert not Path("elsewhere").exists()
+    said = capsys.readouterr().out
+    assert "The 3 most suspect:" in said
+    assert "high" in said
+    assert "with review: found/suspects.csv in init_args of its AttributionPartitionCallback" in said
+
+
+def test_what_early_stopping_leaves_is_judged(team, caplog):
+    stopping = """
+    - class_path: team.StopEarly
+      init_args: {epoch: 1}
+"""
+    (team / "run.yaml").write_text(RUN + stopping)
+    caplog.set_level("INFO", logger="lightning.pytorch.utilities.rank_zero")
+    main(["partition", "--config", "run.yaml"])
+    assert "Training has ended after 2 epochs, and is judged as it is" in caplog.text
+    assert Partition.load("partition/partition.npz").epoch == 2
+
+
+def test_a_checkpoint_of_before_is_trained_on_from(inside):
+    main(["partition", "--config", "run.yaml", "--ckpt_path", "saved/epoch=2.ckpt", "--out", "resumed"])
+    resumed, whole = Partition.load("resumed/partition.npz"), Partition.load("partition/partition.npz")
+    assert resumed.epoch == 6
+    fits = json.loads(Path("resumed/provenance.json").read_text())["fits"]
+    assert [fit["from_epoch"] for fit in fits] == [0, 3]
+    assert (resumed.is_clean == whole.is_clean).float().mean() > 0.95
+
+
+def test_a_checkpoint_past_it_is_judged_with_the_evidence_that_it_holds(inside, capsys):
+    arguments = ["--ckpt_path", "saved/epoch=5.ckpt", "--at_epoch", "4", "--out", "past"]
+    before = epochs_saved()
+    main(["partition", "--config", "run.yaml", *arguments])
+    assert epochs_saved() == before
+    past, whole = Partition.load("past/partition.npz"), Partition.load("partition/partition.npz")
+    assert past.epoch == 6
+    assert past.clean_probability.equal(whole.clean_probability)
+    assert "Judged from one pass" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("memorised", [False, True])
+def test_of_one_without_evidence_one_pass_is_judged_and_what_it_cannot_tell_is_said(memorised, inside, capsys):
+    checkpoint = torch.load("saved/epoch=5.ckpt", weights_only=True)
+    checkpoint["callbacks"] = {}
+    if memorised:
+        # A network that gives the same label to nearly all, and data that are called so.
+        checkpoint["state_dict"]["out.weight"].mul_(0)
+        checkpoint["state_dict"]["out.weight"][1] += 1
+        source = Path("team.py").read_text()
+        Path("team.py").write_text(source.replace("y[:40] = 1 - y[:40]", "y[:190] = 1"))
+    torch.save(checkpoint, "bare.ckpt")
+    main(["partition", "--config", "run.yaml", "--ckpt_path", "bare.ckpt", "--out", "bare"])
+    said = capsys.readouterr().out
+    assert "Judged from one pass: the checkpoint holds no evidence of earlier epochs." in said
+    assert ("no recipe can tell them from one pass; corrupted inputs still show (--recipe input)" in said) == memorised
+    assert ("wrong labels show in the rest, less surely" in said) == (not memorised)
+
+
+def test_a_partition_that_a_checkpoint_holds_is_shown(team, capsys):
+    (team / "run.yaml").write_text(RUN + ACTING)
+    main(["fit", "--config", "run.yaml"])
+    held = ["partition", "--config", "run.yaml", "--ckpt_path", "saved/epoch=5.ckpt"]
+    capsys.readouterr()
+    main(held)
+    said = capsys.readouterr().out
+    assert "This partition was in saved/epoch=5.ckpt; nothing was trained." in said
+    assert "low" in said
+    assert json.loads(Path("partition/gallery.json").read_text())["samples"]
+    assert "CleanSubsetFinetuneCallback" in json.loads(Path("partition/provenance.json").read_text())["done"]
+    main(["show", "saved/epoch=5.ckpt"])
+    assert capsys.readouterr().out.startswith(said.strip().splitlines()[0])
+    with pytest.raises(
+        SystemExit, match=r"holds a partition already \(recipe auto\).*leave out --recipe input to see it"
+    ):
+        main([*held, "--recipe", "input"])
+    (team / "team.py").write_text((team / "team.py").read_text().replace("201", "210"))
+    sys.modules.pop("team")
+    with pytest.raises(
+        SystemExit, match="Expected the 201 training samples of the checkpoint's partition, but the data"
+    ):
+        main(held)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["partition.npz"], "To see a saved partition: lightning-unlearn show partition.npz"),
+        (["--trainer.max_epochs", "-1"], "give --at_epoch 20, or a trainer.max_epochs"),
+        (["--at_epoch", "0"], "Expected at_epoch to be at least 1"),
+        (["--at_epoch", "7"], "Expected at_epoch to be less than the Trainer's max_epochs"),
+        (["--recipe", "labels"], "Did you mean 'label'"),
+        (["--out", "run.yaml"], "Expected a folder to write to, but run.yaml is a file"),
+        (["--trainer.fast_dev_run", "true"], "the Trainer has fast_dev_run; leave it out"),
+        (["--ckpt_path", "weights.ckpt"], "holds weights only .* give another, or train again without --ckpt_path"),
+    ],
+)
+def test_a_wrong_wish_is_refused_before_anything_is_trained(arguments, message, team, monkeypatch):
+    torch.save({"state_dict": {}}, "weights.ckpt")
+    monkeypatch.setattr("lightning.pytorch.loops.fit_loop._FitLoop.advance", lambda _: pytest.fail("it trained"))
+    where = [] if arguments == ["partition.npz"] else ["--config", "run.yaml"]
+    with pytest.raises(SystemExit, match=message):
+        main(["partition", *where, *arguments])

@@ -1,0 +1,101 @@
+"""Commands that look at what was found."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_unlearn import Partition
+from lightning_unlearn.cli import main
+from lightning_unlearn.cli._results import summary_of
+from tests.callbacks.published import make_partition
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing"], "Expected a folder that UnlearnReport has written, but missing does not exist"),
+        (["folder"], "but there is no partition.npz in it; add UnlearnReport"),
+        (["run", "--control", "folder"], "but there is no partition.npz in it"),
+        (["run", "--out", "folder"], "Expected a file to write, but folder is a folder"),
+    ],
+)
+def test_a_folder_without_a_run_is_no_report(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    make_partition(torch.rand(20), torch.arange(20) % 4).save("run/partition.npz")
+    with pytest.raises(SystemExit, match=f"lightning-unlearn report: .*{message}"):
+        main(["report", *arguments])
+
+
+def test_a_report_may_be_shown_at_once(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr("webbrowser.open", shown.append)
+    make_partition(torch.rand(20), torch.arange(20) % 4).save(tmp_path / "partition.npz")
+    main(["report", str(tmp_path), "--open"])
+    assert shown == [(tmp_path / "report.html").as_uri()]
+
+
+@pytest.fixture
+def partition():
+    return make_partition(torch.tensor([0.9, 0.2, 0.8, 0.05, 0.95]), torch.arange(5) % 4)
+
+
+def test_a_saved_partition_is_shown_and_written_as_a_table(partition, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    partition.save("run/partition.npz")
+    for given in ("run/partition.npz", "run"):
+        main(["show", given, "--csv", "suspects.csv"])
+        assert capsys.readouterr().out.splitlines() == [
+            "2 of 5 training samples are suspect (2 for label).",
+            "Estimated noise rate 42.0%; recipe 'label', nowhere, after 1 epochs.",
+            "",
+            "The 2 most suspect:",
+            "index  given  suggested  p(clean)  reason",
+            "    3      3          0    0.0500   label",
+            "    1      1          2    0.2000   label",
+            "",
+            "Table: suspects.csv",
+        ]
+    assert Path("suspects.csv").read_text().count("\n") == 3
+
+
+def test_names_and_a_warning_are_shown_too(partition):
+    said = summary_of(make_partition(partition.clean_probability, partition.label, warning="it is a toy"), 1, "abcd")
+    assert "Not to be acted upon: it is a toy." in said
+    assert said.splitlines()[-1].split() == ["3", "d", "a", "0.0500", "label"]
+
+
+def test_several_labels_are_shown_as_such(partition):
+    several = Partition(
+        **{
+            **vars(partition),
+            "label": torch.tensor([[1, 1, 0]] * 5),
+            "suggested_label": torch.tensor([[0, 0, 0]] * 5),
+            "label_probability": torch.full((5, 3), 0.2),
+        }
+    )
+    assert summary_of(several, 1).splitlines()[-1].split() == ["3", "0", "1", "none", "0.0500", "label"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing.npz", "Expected a partition to show, but missing.npz does not exist"),
+        ("text.npz", "to be a file that Partition.save wrote, but it cannot be read"),
+        (
+            "text.ckpt",
+            "Expected a Lightning checkpoint of tensors and plain values, but text.ckpt cannot be read as one",
+        ),
+        ("other.ckpt", "Expected a Lightning checkpoint, but other.ckpt has no state_dict"),
+        ("plain.ckpt", "plain.ckpt holds none; judge the model in it: lightning-unlearn partition --config"),
+    ],
+)
+def test_what_holds_no_partition_is_refused(name, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("text.npz").write_text("no")
+    Path("text.ckpt").write_text("no")
+    torch.save({"weights": {}}, "other.ckpt")
+    torch.save({"state_dict": {}, "callbacks": {}}, "plain.ckpt")
+    with pytest.raises(SystemExit, match=message):
+        main(["show", name])

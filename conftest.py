@@ -46,13 +46,14 @@ def check_commands(example):
 
 
 def check_ours(words):
-    try:
-        from lightning_unlearn.cli._main import make_parser
-    except ImportError:
-        from lightning_unlearn.cli import _parser as make_parser
+    from lightning_unlearn.cli._main import make_parser
 
-    if words[1] in ("fit", "partition"):  # LightningCLI's own; its YAML is read where it is shown
+    if words[1] in ("fit", "partition", "shrink"):  # LightningCLI's own; its YAML is read where it is shown
+        from lightning_unlearn.cli._completion import options_with_config
+
+        known = {name for action in options_with_config(words[1]) for name in action.option_strings}
         assert words[2] == "--config", words
+        assert {word.split("=")[0] for word in words if word.startswith("--")} <= known, words
     else:
         make_parser().parse_args(words[1:])
 

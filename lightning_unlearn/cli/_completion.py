@@ -22,7 +22,7 @@ class PrintCompletion(argparse.Action):
             ) from None
         complete = {**dict.fromkeys(_FILES, shtab.FILE), **dict.fromkeys(_FOLDERS, shtab.DIRECTORY)}
         for command in _commands_of(parser):
-            for action in _options_with_config(command):
+            for action in options_with_config(command.prog.split()[-1]):
                 _add_like(command, action)
             for action in command._actions:
                 if action.dest in complete:
@@ -36,9 +36,8 @@ def _commands_of(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParse
     return list(commands.choices.values())
 
 
-def _options_with_config(command: argparse.ArgumentParser) -> list[argparse.Action]:
-    """Those that LightningCLI reads."""
-    name = command.prog.split()[-1]
+def options_with_config(name: str) -> list[argparse.Action]:
+    """The options of a command that LightningCLI reads; of others none."""
     if name not in ("fit", "partition", "shrink"):
         return []
     from lightning_unlearn.cli._config import FitOptions, options_of

@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import tempfile
+import warnings
 from pathlib import Path
 
 import yaml
@@ -32,7 +33,9 @@ def read_yaml(example):
 
     config = {**DEMO, **yaml.safe_load(example.parsed)}
     config["trainer"] = {"logger": False, "accelerator": "cpu", "devices": 1, **config.get("trainer", {})}
-    LightningCLI(args=config, run=False, save_config_callback=None, seed_everything_default=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # pytest has arguments of its own
+        LightningCLI(args=config, run=False, save_config_callback=None, seed_everything_default=False)
 
 
 def check_commands(example):

@@ -72,7 +72,10 @@ def _found(partition: Partition, suspects: int) -> str:
     if not suspects and partition.warning and not partition.warning.startswith("it calls all"):
         return f"Nothing is known of the {len(partition):,} training samples, nothing was changed: {partition.warning}."
     if not suspects:
-        return f"No sign of noise in the {len(partition):,} training samples: nothing was changed."
+        return (
+            f"No sign of noise in the {len(partition):,} training samples: nothing was changed. The table with"
+            " suspects_only=False (Partition.to_csv) has them by doubt all the same."
+        )
     reasons = partition.reasons()
     counts = {word: reasons.count(word) for word in ("label", "input", "both") if word in reasons}
     why = ", ".join(f"{count:,} for {word}" for word, count in counts.items())

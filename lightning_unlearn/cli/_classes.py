@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import importlib
+import importlib.util
 import inspect
+import pkgutil
+import re
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -44,7 +47,9 @@ def _class_of(path: str, base: type[Any], option: str) -> type[Any]:
     if not hasattr(module, name):
         classes = [one for one, value in vars(module).items() if inspect.isclass(value) and issubclass(value, base)]
         near = difflib.get_close_matches(name, classes, n=1) or classes[:5]
+        below = [] if classes else _modules_with(name, module)
         has = f"it has {', '.join(near)}" if near else "nor another one"
+        has = f"write {' or '.join(below)}" if below else has
         raise ValueError(f"{wanted} there is no {name!r} in {module_name}; {has}.")
     found: Any = getattr(module, name)
     if not inspect.isclass(found):
@@ -59,6 +64,17 @@ def _class_of(path: str, base: type[Any], option: str) -> type[Any]:
         raise ValueError(f"{wanted} {path} is another class; {advice}.")
     kind: type[Any] = found
     return kind
+
+
+def _modules_with(name: str, package: Any) -> list[str]:
+    """Where a class of that name seems to be in a package's modules, none of which is imported."""
+    found = []
+    for one in pkgutil.iter_modules(getattr(package, "__path__", ()), f"{package.__name__}."):
+        spec = importlib.util.find_spec(one.name)
+        file = None if spec is None or spec.origin is None else Path(spec.origin)
+        if file is not None and file.suffix == ".py" and re.search(rf"^class {name}\b", file.read_text("utf-8"), re.M):
+            found.append(f"{one.name}.{name}")
+    return found
 
 
 def _import(name: str, wanted: str) -> Any:

@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from lightning_unlearn.cli._examples import examples
 
+_MISSING_MODULE = re.compile(r"No module named '([^']+)'")
 _PLACEHOLDER = re.compile(r"<fill in\b[^<>]*>")
 # What Lightning looks up itself.
 _NAMED_CHECKPOINTS = ("best", "last", "hpc", "registry")
@@ -45,6 +46,9 @@ class CommandParser(LightningArgumentParser):
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         parser = getattr(ex, "subcommand_parser", None) or self
+        if missing := _MISSING_MODULE.search(message):
+            hint = f"Run the command in the folder that {missing[1].split('.')[0]!r} lies in, or install it."
+            message = f"{message}\n{hint}"
         self.exit(2, _usage_error(_plain(parser.prog), message))
 
     @override
@@ -70,9 +74,7 @@ class ConfigCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         # Not as the parent does, which warns where a program hands over the arguments of its process.
         for file in _config_files(args):
-            if found := list(_placeholders(file)):
-                shown = ", ".join(f"{key} ({value})" for key, value in found)
-                said = f"{file} has values that only you know: {shown}; replace them."
+            if said := _fault_of(file):
                 parser.exit(2, _usage_error(f"lightning-unlearn {self.command}", said))
         self.config = parser.parse_args(args)
         checkpoint = self.config.get(str(self.config.get("subcommand")), self.config).get("ckpt_path")
@@ -113,13 +115,21 @@ def _config_files(arguments: Sequence[str]) -> Iterator[Path]:
             yield path
 
 
-def _placeholders(file: Path) -> Iterator[tuple[str, str]]:
-    """Keys and values that are left to be filled in; nothing of a file that is no YAML, of which the parser says so."""
+def _fault_of(file: Path) -> str:
+    """What keeps a YAML from being run, in words; nothing of one that cannot be read, of which the parser says so."""
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return
-    yield from _walk("", content)
+    except (OSError, ValueError):
+        return ""
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{file}, line {mark.line + 1}" if mark else f"{file}"
+        return (
+            f"{where}: this is no YAML ({error.problem}); look at the indentation, and at the line above: what stands"
+            " below init_args needs init_args without '# ' in front."
+        )
+    shown = ", ".join(f"{key} ({value})" for key, value in _walk("", content))
+    return f"{file} has values that only you know: {shown}; replace them." if shown else ""
 
 
 def _walk(key: str, value: Any) -> Iterator[tuple[str, str]]:

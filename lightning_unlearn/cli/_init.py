@@ -54,7 +54,8 @@ def run_init(options: argparse.Namespace) -> None:
     lines = [
         f"# lightning-unlearn fit --config {options.out or 'run.yaml'}",
         f"# lightning-unlearn partition --config {options.out or 'run.yaml'}   # only says which samples are wrong",
-        "# A line such as '# name: value' shows a default: take the '# ' in front away to change it.",
+        "# A line such as '# name: value' shows a default: take the '# ' in front away to change it,",
+        "# and that of the init_args above it.",
         "seed_everything: 0",
         *_class("model", options.model or placeholder("your LightningModule, as team.Net"), model),
         *_class("data", options.data or placeholder("your LightningDataModule, as team.Data"), data),

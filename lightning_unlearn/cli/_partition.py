@@ -17,7 +17,6 @@ from lightning_unlearn.callbacks import (
     SensitivityPruneCallback,
     UnlearnReport,
 )
-from lightning_unlearn.callbacks._summary import outlook
 from lightning_unlearn.cli._config import (
     CommandParser,
     ConfigCLI,
@@ -228,8 +227,8 @@ def _say_drawn(cli: PartitionCLI, arguments: Sequence[str]) -> None:
     if not callback.has_acted:
         raise ValueError("Training has ended before an epoch was complete, so there is nothing to judge.")
     callback.save_provenance(cli.out / "provenance.json")
-    memorised = callback.summary.memorised
-    lines = [outlook(memorised)] if memorised is not None and callback.partition.is_actionable else []
+    # What follows for a fit, the callback has said right above.
+    lines: list[str] = []
     if cli.complete and callback.provenance["fits"][0]["from_epoch"] >= callback.at_epoch:
         lines += one_pass_caution(callback.partition)
     _say(cli, callback.partition, lines, arguments)
@@ -297,7 +296,8 @@ def _say(cli: PartitionCLI, partition: Partition, lines: Sequence[str], argument
     cli.parser.save(cli.config, cli.out / "config.yaml", overwrite=True)
     print()
     print(summary_of(partition, cli.config["top"], names or ()))
-    print("", *lines, sep="\n")
+    if lines:
+        print("", *lines, sep="\n")
     print(f"\nFiles: {', '.join(sorted(path.name for path in cli.out.iterdir() if path.is_file()))} in {cli.out}")
     print("\n".join(["Next:", *next_steps(cli, partition, arguments)]))
 

@@ -30,7 +30,9 @@ alone gives a report without samples and curves.""",
         "lightning-unlearn report lightning_logs/version_0/unlearn --open",
         "lightning-unlearn report runs/repaired --control runs/trained-on --out compared.html",
     )
-    report.add_argument("run", type=Path, metavar="RUN_DIR", help="the folder, as lightning_logs/version_0/unlearn")
+    report.add_argument(
+        "run", type=Path, metavar="RUN_DIR", help="the folder, as lightning_logs/version_0/unlearn, or the one above"
+    )
     report.add_argument("--out", type=Path, metavar="FILE", help="the file to write (default: RUN_DIR/report.html)")
     report.add_argument(
         "--control",
@@ -45,12 +47,19 @@ def run_report(options: argparse.Namespace) -> None:
     """Writes the report again."""
     from lightning_unlearn.report import RunRecord, write_report
 
-    record = RunRecord.load(options.run)
-    control = None if options.control is None else RunRecord.load(options.control)
-    file = write_report(record, options.out or options.run / "report.html", control)
+    run = _run_folder(options.run)
+    record = RunRecord.load(run)
+    control = None if options.control is None else RunRecord.load(_run_folder(options.control))
+    file = write_report(record, options.out or run / "report.html", control)
     print(file)
     if options.open:
         webbrowser.open(file.resolve().as_uri())
+
+
+def _run_folder(folder: Path) -> Path:
+    """The run directory, of the logger's folder too, in which it lies by default."""
+    inner = folder.expanduser() / "unlearn"
+    return inner if not (inner.parent / PARTITION).is_file() and (inner / PARTITION).is_file() else folder
 
 
 def add_show(commands: Any) -> None:
@@ -84,7 +93,7 @@ def run_show(options: argparse.Namespace) -> None:
 def _load(path: Path) -> Partition:
     path = path.expanduser()
     if path.is_dir():
-        path = path / PARTITION
+        path = _run_folder(path) / PARTITION
     if not path.exists():
         raise ValueError(f"Expected a partition to show, but {path} does not exist.")
     if path.suffix != ".ckpt":
@@ -143,9 +152,13 @@ def summary_of(partition: Partition, top: int = 10, class_names: Sequence[str] =
     ]
     if partition.warning:
         lines.append(f"Not to be acted upon: {partition.warning}.")
+    title = "most suspect"
+    if not len(suspects):
+        # The order of a ranking is worth a look even where nothing is sure.
+        suspects, title = partition.clean_probability.argsort(stable=True), "least sure all the same"
     shown = suspects[: max(top, 0)].tolist()
     if shown:
-        lines += ["", f"The {len(shown)} most suspect:", *_table(partition, shown, class_names)]
+        lines += ["", f"The {len(shown)} {title}:", *_table(partition, shown, class_names)]
     return "\n".join(lines)
 
 

@@ -14,6 +14,8 @@ from lightning_unlearn.types import Evidence
 
 # Gate: disagreement of the most confident quarter, over the mean uncertainty that noise-free data would leave.
 _UNEXPLAINED = 1.5
+# Uncertainty from which on it is said how much the gate cannot see.
+_UNSURE = 0.05
 
 # Input evidence. Gate: the share of samples between the two groups, and how much less sure the model is of one of them,
 # in standard deviations.
@@ -45,9 +47,15 @@ def judge_label(evidence: Evidence, reduce: Reduce) -> Verdict:
     if not found:
         probability = 1 - NO_DOUBT * (1 - probability)
         matrix = None if matrix is None else torch.eye(len(matrix), device=matrix.device)
+    nothing = "no sign of wrong labels"
+    if model.uncertainty > _UNSURE:
+        nothing += (
+            f"; less than about {_UNEXPLAINED * model.uncertainty:.0%} of them would not show, as unsure as the network"
+            " is: judge it later (at_epoch), or take a stronger one"
+        )
     note = (
         f"labels: {model.disagreement:.1%} of the most confident samples disagree, {model.uncertainty:.1%} expected of"
-        f" the average one: {model.objection or ('wrong labels' if found else 'no sign of wrong labels')}"
+        f" the average one: {model.objection or ('wrong labels' if found else nothing)}"
     )
     return Verdict(
         probability,

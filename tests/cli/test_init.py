@@ -100,6 +100,7 @@ def test_a_model_that_cannot_be_built_is_described_without_its_layers(team, caps
         (["--model", "TeamModel"], "got 'TeamModel', which has no module in front"),
         (["--model", "teem.TeamModel"], "there is no module 'teem'; run the command in the folder that it lies in"),
         (["--model", "team.TeamModl"], "there is no 'TeamModl' in team; it has TeamModel"),
+        (["--model", "package.Net"], "there is no 'Net' in package; write package.model.Net"),
         (
             ["--model", "team.TeamData"],
             "team.TeamData is another class; derive it from lightning.pytorch.LightningModule",
@@ -115,6 +116,9 @@ def test_a_model_that_cannot_be_built_is_described_without_its_layers(team, caps
 )
 def test_a_class_that_will_not_do_is_told_in_a_sentence(arguments, message, team):
     (team / "sick.py").write_text("1 / 0")
+    (team / "package").mkdir()
+    (team / "package" / "__init__.py").write_text("")
+    (team / "package" / "model.py").write_text("import gone\n\n\nclass Net(gone.Net): ...\n")
     (team / "needing.py").write_text("import nosuch_package")
     (team / "other.py").write_text(
         "class LightningModule: __module__ = 'pytorch_lightning.core.module'\nclass Net(LightningModule): pass"

@@ -27,6 +27,7 @@ def test_the_help_of_every_command_has_examples_that_can_be_read(command, capsys
     code, out, _ = ended([command, "--help"], capsys)
     assert code == 0
     assert out.startswith(f"usage: lightning-unlearn {command} ")
+    assert "%%" not in out
     lines = re.findall(r"^  (lightning-unlearn .+)$", out.partition("examples:")[2], re.M)
     assert lines
     for line in lines:

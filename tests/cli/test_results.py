@@ -31,9 +31,11 @@ def test_a_folder_without_a_run_is_no_report(arguments, message, tmp_path, monke
 def test_a_report_may_be_shown_at_once(tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr("webbrowser.open", shown.append)
-    make_partition(torch.rand(20), torch.arange(20) % 4).save(tmp_path / "partition.npz")
-    main(["report", str(tmp_path), "--open"])
-    assert shown == [(tmp_path / "report.html").as_uri()]
+    make_partition(torch.rand(20), torch.arange(20) % 4).save(tmp_path / "unlearn" / "partition.npz")
+    # The logger's folder will do.
+    for given in (tmp_path, tmp_path / "unlearn"):
+        main(["report", str(given), "--open"])
+    assert shown == [(tmp_path / "unlearn" / "report.html").as_uri()] * 2
 
 
 @pytest.fixture
@@ -43,8 +45,8 @@ def partition():
 
 def test_a_saved_partition_is_shown_and_written_as_a_table(partition, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    partition.save("run/partition.npz")
-    for given in ("run/partition.npz", "run"):
+    partition.save("run/unlearn/partition.npz")
+    for given in ("run/unlearn/partition.npz", "run/unlearn", "run"):
         main(["show", given, "--csv", "suspects.csv"])
         assert capsys.readouterr().out.splitlines() == [
             "2 of 5 training samples are suspect (2 for label).",
@@ -58,6 +60,14 @@ def test_a_saved_partition_is_shown_and_written_as_a_table(partition, tmp_path, 
             "Table: suspects.csv",
         ]
     assert Path("suspects.csv").read_text().count("\n") == 3
+
+
+def test_where_nothing_is_suspect_the_least_sure_are_shown():
+    clean = make_partition(torch.tensor([0.9, 0.8, 0.95]), torch.arange(3))
+    said = summary_of(clean, top=1).splitlines()
+    assert said[0] == "0 of 3 training samples are suspect."
+    assert said[-3] == "The 1 least sure all the same:"
+    assert said[-1].split()[0] == "1"
 
 
 def test_names_and_a_warning_are_shown_too(partition):

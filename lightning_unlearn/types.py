@@ -7,7 +7,7 @@ a batch, ``D`` neurons of a layer, ``C`` classes.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
@@ -356,7 +356,12 @@ class Partition:
         return load_record(cls, STATE_VERSION, path)
 
     def to_csv(
-        self, path: str | PathLike[str], *, suspects_only: bool = True, class_names: Sequence[str] | None = None
+        self,
+        path: str | PathLike[str],
+        *,
+        suspects_only: bool = True,
+        class_names: Sequence[str] | None = None,
+        columns: Mapping[str, Sequence[Any]] | None = None,
     ) -> None:
         """Writes a table of samples, the most suspect first.
 
@@ -373,17 +378,25 @@ class Partition:
             suspects_only: leave out the samples that are clean.
             class_names: the name of every class, by label. One that a spreadsheet would take for a formula gets a
                 single quote in front.
+            columns: further ones by their title, of N values each, by dataset index: file names, for example. They
+                stand right of the index.
 
         Raises:
-            ValueError: if there is not one name per class.
+            ValueError: if there is not one name per class, one value per sample, or a title is taken.
         """
         names = None if class_names is None else self.names_of(class_names)
+        added = {title: list(values) for title, values in (columns or {}).items()}
+        for title, values in added.items():
+            if len(values) != len(self):
+                raise ValueError(
+                    f"Expected column '{title}' to have a value for each of {len(self)} samples, but got {len(values)}."
+                )
         decisions, order = self.decisions(), self.suspect_indices()
         if not suspects_only:
             clean = self.clean_indices()
             order = torch.cat([order, clean[self.clean_probability[clean].argsort(stable=True)]])
         given, suggested = self.label[order], self.suggested_label[order]
-        columns = {
+        own = {
             "index": order.tolist(),
             "given_label": _label_cells(given),
             **_named("given_class", given, names),
@@ -397,7 +410,12 @@ class Partition:
             "decision": [decisions[index] for index in order.tolist()],
             "dataset": [mark_of(self.fingerprint)] * len(order),
         }
-        write_csv(path, columns)
+        # Whoever reads the table, as ``review=`` does, may not tell large from small letters in titles.
+        if taken := [title for title in added if title.strip().lower() in own]:
+            raise ValueError(f"Expected titles of columns that are not taken, but got '{taken[0]}'; give another.")
+        index = own.pop("index")
+        more = {title: [values[at] for at in index] for title, values in added.items()}
+        write_csv(path, {"index": index, **more, **own})
 
     def plot(
         self,

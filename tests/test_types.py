@@ -1,9 +1,11 @@
 import csv
 from dataclasses import FrozenInstanceError, replace
 
+import numpy as np
 import pytest
 import torch
 
+from lightning_unlearn.review import read_review
 from lightning_unlearn.types import (
     REASONS,
     ClassSummary,
@@ -180,6 +182,32 @@ def test_csv_of_all_puts_the_clean_samples_last(tmp_path):
     assert [row[0] for row in read_csv(tmp_path / "all.csv")[1:]] == ["2", "4", "1", "3", "0"]
     assert [row[-3] for row in read_csv(tmp_path / "all.csv")[1:]] == ["0", "0", "0", "1", "1"]
     assert [row[-2] for row in read_csv(tmp_path / "all.csv")[1:]] == ["drop", "drop", "relabel", "keep", "keep"]
+
+
+def test_csv_takes_columns_of_the_users_beside_the_index(tmp_path):
+    files = np.array(["a.png", "b.png", "c.png", "d.png", "=e.png"])
+    make_partition().to_csv(tmp_path / "suspects.csv", columns={"file": files, "size": range(5)})
+    rows = read_csv(tmp_path / "suspects.csv")
+    assert [row[:4] for row in rows] == [
+        ["index", "file", "size", "given_label"],
+        ["2", "c.png", "2", "4"],
+        ["4", "'=e.png", "4", "6"],
+        ["1", "b.png", "1", "7"],
+    ]
+    assert len(read_review(tmp_path / "suspects.csv").rows) == 3
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"file": ["a"]}, "Expected column 'file' to have a value for each of 5 samples, but got 1"),
+        ({"Decision": "abcde"}, "Expected titles of columns that are not taken, but got 'Decision'; give another"),
+    ],
+)
+def test_csv_refuses_columns_that_do_not_fit(columns, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        make_partition().to_csv(tmp_path / "suspects.csv", columns=columns)
+    assert not (tmp_path / "suspects.csv").exists()
 
 
 def test_reasons_in_words():

@@ -46,8 +46,9 @@ class UnlearnReport(EitherCallback):
         samples: how many of the most suspect samples the gallery holds; up to a quarter are samples that a person has
             decided of (``review``). They are read from the data set (that of ``attribution_dataloader()`` where the
             user offers it), and are in the file.
-        render: from an item of the data set to what is shown of it: a text, a PIL image, or the bytes of a PNG. By
-            default pictures, sounds (with ``sample_rate``), texts and tables are shown as they are.
+        render: from an item of the data set to what is shown of it: a text, a table (a dict of names and values), a PIL
+            image, or the bytes of a PNG. By default pictures, sounds (with ``sample_rate``), texts and tables are shown
+            as they are.
         mean: that the data set's transforms have subtracted from each channel of a picture, to be added again.
         std: by which they have divided it. Without both, a picture with values beyond [0, 1] is stretched to them.
         channels: whether a picture's channels come ``"first"`` or ``"last"``; by default as its shape looks.

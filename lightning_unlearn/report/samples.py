@@ -30,8 +30,8 @@ class SampleView:
     """How samples of a data set are shown.
 
     Args:
-        render: from an item of the data set to a text, a PIL image, or the bytes of a PNG or JPEG file, in place of all
-            that follows.
+        render: from an item of the data set to a text, a table (a dict of names and values), a PIL image, or the bytes
+            of a PNG or JPEG file, in place of all that follows.
         mean: that was subtracted from each channel of a picture, or one for all.
         std: by which each was divided. Without both, a picture with values beyond [0, 1] goes from its least to its
             largest value.
@@ -141,6 +141,8 @@ def content_of(sample: Any) -> Any:
 def _rendered(shown: Any, budget: int) -> Card:
     if isinstance(shown, str):
         return _text(shown, budget)
+    if isinstance(shown, Mapping):
+        return _table([(str(name), value) for name, value in shown.items()])
     if isinstance(shown, (bytes, bytearray)):
         kind = next((kind for start, kind in _PICTURE_TYPES.items() if shown.startswith(start)), None)
         if kind is None:
@@ -150,7 +152,8 @@ def _rendered(shown: Any, budget: int) -> Card:
         return {"kind": "image", "src": data_uri(kind, bytes(shown)), "rendered": True}
     if hasattr(shown, "convert"):
         return _image(np.asarray(shown.convert("RGB")), _RENDERED, budget) | {"rendered": True}
-    raise TypeError(f"Expected render to return a text, a PIL image or a PNG's bytes, but got {type(shown).__name__}.")
+    found = type(shown).__name__
+    raise TypeError(f"Expected render to return a text, a dict, a PIL image or a PNG's bytes, but got {found}.")
 
 
 def _image(pixels: Array, side: int, budget: int) -> Card:

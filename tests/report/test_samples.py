@@ -158,10 +158,19 @@ def test_a_function_of_the_users_may_show_the_sample(shown, kind):
     assert given == [("x", 3)]
 
 
+def test_a_function_of_the_users_may_give_names_to_the_numbers_of_a_row():
+    columns = ["radius", "texture"]
+    view = SampleView(render=lambda sample: dict(zip(columns, sample[0].tolist(), strict=True)))
+    assert view.card((torch.tensor([0.5, 2.0]), 1), BUDGET) == {
+        "kind": "table",
+        "rows": [["radius", "0.5"], ["texture", "2"]],
+    }
+
+
 @pytest.mark.parametrize(
     ("shown", "message"),
     [
-        (3, "Expected render to return a text, a PIL image or a PNG's bytes, but got int"),
+        (3, "Expected render to return a text, a dict, a PIL image or a PNG's bytes, but got int"),
         (b"GIF89a", "Expected the bytes that render returns to be a PNG or JPEG file"),
         (b"\x89PNG" + bytes(BUDGET), "Expected render to make pictures of at most 45,000 bytes, but got 60,004"),
     ],

@@ -1,7 +1,6 @@
 """``fit``: LightningCLI with our callbacks, from a YAML."""
 
 import logging
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from lightning_unlearn import Partition
 from lightning_unlearn.cli import main
 from tests.cli.conftest import RUN
 
-ROOT = Path(__file__).parents[2]
 CALLBACKS = """
 seed_everything: 0
 trainer:
@@ -62,13 +60,6 @@ def test_a_yaml_runs_through_our_command_and_a_users_own_cli_alike(team, caplog)
     theirs = partition_of_checkpoint()
     assert ours.clean_probability.equal(theirs.clean_probability)
     assert (~ours.is_clean[:40]).float().mean() > 0.9
-
-
-def test_the_example_runs(team):
-    text = (ROOT / "examples" / "digits.yaml").read_text().replace("at_epoch: 20", "at_epoch: 2")
-    (team / "short.yaml").write_text(text)
-    arguments = ["--trainer.max_epochs", "3", "--trainer.enable_progress_bar", "false", "--trainer.logger", "false"]
-    main(["fit", "--config", "short.yaml", *arguments])
 
 
 def test_the_configuration_is_printed_and_a_fit_goes_on_from_a_checkpoint(team, capsys):

@@ -229,6 +229,15 @@ class Partition:
     def __len__(self) -> int:
         return len(self.clean_probability)
 
+    def __repr__(self) -> str:
+        # Of a data set's size, the tensors tell nobody anything.
+        suspects = len(self) - int(self.is_clean.sum())
+        warned = f", warning={self.warning!r}" if self.warning else ""
+        return (
+            f"Partition({len(self):,} samples, {suspects:,} suspect, noise_rate={self.noise_rate:.3f},"
+            f" recipe={self.recipe!r}, layer={self.layer!r}, epoch={self.epoch}{warned})"
+        )
+
     @property
     def is_multilabel(self) -> bool:
         """Whether a sample may have several labels."""

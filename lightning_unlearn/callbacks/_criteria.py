@@ -10,12 +10,13 @@ from typing import Any, Protocol
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_unlearn.callbacks._base import IndexedBatch, logits_of, output_of, reading_of, training_set
 from lightning_unlearn.callbacks._lightning import undisturbed
 from lightning_unlearn.callbacks._prune_sites import PruneSite
+from lightning_unlearn.callbacks._saying import rank_zero_info
 from lightning_unlearn.capture import SmallerBatches, loss_gradients, neuron_dimension, resolve_layer, tap
 from lightning_unlearn.data import rank_share
 from lightning_unlearn.distributed import sum_over_ranks

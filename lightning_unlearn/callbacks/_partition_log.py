@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_unlearn.callbacks._loggers import log_partition
+from lightning_unlearn.callbacks._saying import rank_zero_info
 from lightning_unlearn.callbacks._summary import outlook
 from lightning_unlearn.types import Partition
 

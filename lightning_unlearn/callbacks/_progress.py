@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_unlearn.callbacks._packages import is_a
+from lightning_unlearn.callbacks._saying import rank_zero_info
 
 _Item = TypeVar("_Item")
 

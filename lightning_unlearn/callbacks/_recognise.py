@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_unlearn.callbacks._base import class_labels, read_labels, reading_of, same_labels
 from lightning_unlearn.callbacks._lightning import undisturbed
+from lightning_unlearn.callbacks._saying import rank_zero_info
 from lightning_unlearn.callbacks._scoring import OFFER, offers_scoring_loader, scoring_loader, train_loader
 from lightning_unlearn.fingerprint import check_fingerprint, fingerprint, sampled_indices, varies
 from lightning_unlearn.targets import Reading

@@ -11,7 +11,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import BatchSampler, DataLoader
@@ -20,6 +19,7 @@ from torch.utils.data.distributed import DistributedSampler
 from lightning_unlearn.callbacks._base import logits_of, reading_of
 from lightning_unlearn.callbacks._lightning import to_device, undisturbed, validation_loaders
 from lightning_unlearn.callbacks._progress import shown
+from lightning_unlearn.callbacks._saying import rank_zero_info
 from lightning_unlearn.callbacks._scoring import scoring_loader
 from lightning_unlearn.callbacks._strategies import shards_weights
 from lightning_unlearn.capture import SmallerBatches

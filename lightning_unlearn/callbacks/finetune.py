@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import nn
@@ -33,6 +33,7 @@ from lightning_unlearn.callbacks._lightning import (
 )
 from lightning_unlearn.callbacks._packages import MisconfigurationException
 from lightning_unlearn.callbacks._relabel import Relabelling, check_relabelling
+from lightning_unlearn.callbacks._saying import rank_zero_info
 from lightning_unlearn.callbacks._scoring import train_loader
 from lightning_unlearn.callbacks._strategies import refuse_where_sharded, shards_weights
 from lightning_unlearn.capture import ForwardTrace, named_layers, plain_name, resolve_layer

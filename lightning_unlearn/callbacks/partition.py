@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
@@ -43,6 +43,7 @@ from lightning_unlearn.callbacks._partition_settings import (
 from lightning_unlearn.callbacks._provenance import fit_record, provenance, settings_of, write_provenance
 from lightning_unlearn.callbacks._recognise import check_same_labels, check_same_size, recognise_data, same_task
 from lightning_unlearn.callbacks._reviewing import check_agrees, fit_to_data, open_review
+from lightning_unlearn.callbacks._saying import rank_zero_info
 from lightning_unlearn.callbacks._scoring import (
     forget_scoring_loader,
     train_loader,

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -21,6 +21,7 @@ from lightning_unlearn.callbacks._lightning import averaged_models, log_values
 from lightning_unlearn.callbacks._loggers import log_masks
 from lightning_unlearn.callbacks._provenance import settings_of
 from lightning_unlearn.callbacks._prune_sites import PruneSite, check_layer, default_site, named_site
+from lightning_unlearn.callbacks._saying import rank_zero_info
 from lightning_unlearn.capture import ForwardTrace, neuron_dimension, neuron_means, plain_name, resolve_layer, tap
 from lightning_unlearn.functional.selection import share_of
 from lightning_unlearn.masking import NeuronPruning, PrunedEntries, silenced

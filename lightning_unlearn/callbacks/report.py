@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from typing_extensions import override
@@ -19,6 +19,7 @@ from typing_extensions import override
 from lightning_unlearn.callbacks._base import PartitionConsumer, find_partition_source, reading_of
 from lightning_unlearn.callbacks._lightning import callbacks_of, is_fast_dev_run
 from lightning_unlearn.callbacks._packages import EitherCallback
+from lightning_unlearn.callbacks._saying import rank_zero_info
 from lightning_unlearn.callbacks._scoring import scoring_loader, train_loader
 from lightning_unlearn.report import RunRecord, SampleView, shown_samples, write_report
 from lightning_unlearn.types import MaskSource, Partition, PartitionSource

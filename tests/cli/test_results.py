@@ -64,6 +64,7 @@ def test_a_saved_partition_is_shown_and_written_as_a_table(partition, tmp_path, 
 
 def test_where_nothing_is_suspect_the_least_sure_are_shown():
     clean = make_partition(torch.tensor([0.9, 0.8, 0.95]), torch.arange(3))
+    assert repr(clean).startswith("Partition(3 samples, 0 suspect, noise_rate=0.117, recipe='label'")
     said = summary_of(clean, top=1).splitlines()
     assert said[0] == "0 of 3 training samples are suspect."
     assert said[-3] == "The 1 least sure all the same:"

@@ -103,12 +103,16 @@ def tables(rows: Sequence[Row]) -> str:
     for key in dict.fromkeys((row["task"], row["noise"], row["train_size"]) for row in rows):
         task, noise, size = key
         of = [row for row in rows if (row["task"], row["noise"], row["train_size"]) == key]
-        lines += [f"## {task}, noise: {noise}, {size:,} training samples, {len({row['seed'] for row in of})} seeds", ""]
+        seeds = ", ".join(map(str, sorted({row["seed"] for row in of})))
+        lines += [
+            f"## {task}, noise: {noise}, {size:,} training samples, seeds: {seeds}",
+            "",
+        ]
         lines += ["### Test metrics in per cent, mean ± standard deviation over the seeds", "", _ABOUT_TIME, ""]
         lines += _main(of, with_printed=task == "cifar10" and noise == "paper")
         lines += ["### The partition", "", *_partitions(of)]
         lines += [
-            "### What is pruned: accuracy with 40 of 256 neurons gone, on the partition of auto",
+            "### What is pruned: accuracy with 40 of 256 of the live neurons gone, on the partition of auto",
             "",
             *_pruning(of),
         ]

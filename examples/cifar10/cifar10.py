@@ -1,6 +1,7 @@
 """CIFAR-10 as in the paper: a ResNet-18 learns from images half of which are drowned in noise, and is repaired.
 
-Its figures, and what training on without it comes to: benchmarks/results/paper-cpu.md. Not yet measured on a GPU.
+Measured on 4,000 images, 20 + 10 epochs, CPU: accuracy .389 before, .448 after, .441 by training on with all of them as
+long (benchmarks/results/paper-cpu.md; seed 0, one core of x86-64). The full size has not been measured: no GPU.
 Run: python examples/cifar10/cifar10.py --data DIR [--download] [--recipe rlap], or offline: ... --fast
 """
 

@@ -1,6 +1,7 @@
 """Ten spoken words as in the paper: a small CNN learns from MFCCs half of which are drowned in noise, and is repaired.
 
-Its figures, and what training on without it comes to: benchmarks/results/paper-cpu.md. Not yet measured on a GPU.
+Measured on spoken digits, 24 + 12 epochs, CPU: accuracy .973 before, .970 after: this noise does no harm there, and is
+not found (benchmarks/results/paper-cpu.md; seed 0, one core of x86-64). The full size has not been measured: no GPU.
 Run: python examples/speech_commands/speech_commands.py --data DIR [--download] [--recipe rlap], or offline: ... --fast
 """
 
@@ -256,7 +257,7 @@ class PaperSpeechCnn(L.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.block = nn.Sequential(
-            nn.Conv2d(1, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()
+            nn.Conv2d(1, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU(), nn.MaxPool2d(2)
         )
         self.hidden = nn.Linear(channels * (COEFFICIENTS // 2) * 50, 256)
         self.fc = nn.Linear(256, 128)
@@ -273,7 +274,7 @@ class PaperSpeechCnn(L.LightningModule):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.fc(self.hidden(self.block(x)).relu()).relu())
+        return self.head(self.fc(self.hidden(self.block(x).flatten(1)).relu()).relu())
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, y = batch

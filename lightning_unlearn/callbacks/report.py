@@ -22,6 +22,7 @@ from lightning_unlearn.callbacks._packages import EitherCallback
 from lightning_unlearn.callbacks._saying import rank_zero_info
 from lightning_unlearn.callbacks._scoring import scoring_loader, train_loader
 from lightning_unlearn.report import RunRecord, SampleView, shown_samples, write_report
+from lightning_unlearn.report.samples import file_card, names_in
 from lightning_unlearn.types import MaskSource, Partition, PartitionSource
 
 REPORT = "report.html"
@@ -43,7 +44,7 @@ class UnlearnReport(EitherCallback):
 
     Args:
         dir: the run directory; by default ``unlearn`` in the logger's folder, or in the Trainer's ``default_root_dir``.
-        class_names: by label.
+        class_names: by label; by default what the data set has as ``classes``, as an ImageFolder does.
         samples: how many of the most suspect samples the gallery holds; up to a quarter are samples that a person has
             decided of (``review``). They are read from the data set (that of ``attribution_dataloader()`` where the
             user offers it), and are in the file.
@@ -211,7 +212,8 @@ class UnlearnReport(EitherCallback):
         rounds = [vars(drawn) | {} for drawn in getattr(source, "rounds", ())]
         provenance = _found(source, "provenance", {})
         shown = shown_samples(partition, provenance, self.samples)
-        gallery, fault = self.gallery(scoring_loader(trainer).dataset, shown)
+        dataset = scoring_loader(trainer).dataset
+        gallery, fault = self.gallery(dataset, shown)
         if fault:
             rank_zero_warn(f"Some samples of the report's gallery cannot be shown: {fault}")
         return RunRecord(
@@ -221,7 +223,7 @@ class UnlearnReport(EitherCallback):
             summary={} if summary is None else {**vars(summary), "done": list(summary.done)},
             rounds=rounds,
             threshold=float(getattr(source, "threshold", 0.5)),
-            class_names=self.class_names or [],
+            class_names=self.class_names or names_in(dataset, reading_of(source).num_classes),
             provenance=provenance,
             fit=_facts(trainer, pl_module) | ({"dry run": "yes"} if source.is_dry_run else {}),
             seconds=self._seconds | _phases([source, *ours]),
@@ -244,7 +246,7 @@ class UnlearnReport(EitherCallback):
     def _card(self, dataset: Any, index: int) -> dict[str, Any]:
         budget = min(_MOST_PER_SAMPLE, _BUDGET // max(1, self.samples))
         try:
-            return self.view.card(dataset[index], budget)
+            return self.view.card(dataset[index], budget) | file_card(dataset, index)
         except Exception as error:  # of the user's data set, or render
             return {"kind": "fault", "text": f"{type(error).__name__}: {error}"[:300]}
 

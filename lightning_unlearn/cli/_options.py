@@ -59,7 +59,7 @@ FINETUNE = [
 ]
 REPORT = [
     Option("dir", None, "run directory; the default: unlearn in the logger's folder"),
-    Option("class_names", None, "a list, by label"),
+    Option("class_names", None, "a list, by label; the default: those of the data set, as an ImageFolder has"),
     Option("samples", 200, "how many of the most suspect samples are shown"),
     Option("mean", None, "that transforms have subtracted from each channel of a picture, a list"),
     Option("std", None, "by which they have divided it, a list"),

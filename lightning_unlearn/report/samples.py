@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -122,6 +123,26 @@ class SampleView:
                 low, high = 0, 1
             values = (values - low) / max(high - low, 1e-12)
         return np.asarray(np.clip(values, 0, 1) * 255).round().astype(np.uint8)
+
+
+def names_in(dataset: Any, classes: int) -> list[str]:
+    """The names of so many classes, where a data set, or what it is a part of, has them as torchvision's do."""
+    while not hasattr(dataset, "classes") and hasattr(dataset, "dataset"):
+        dataset = dataset.dataset
+    names = getattr(dataset, "classes", ())
+    named = isinstance(names, (list, tuple)) and len(names) == classes and all(isinstance(one, str) for one in names)
+    return list(names) if named else []
+
+
+def file_card(dataset: Any, index: int) -> Card:
+    """The name of a sample's file and of its folder, where a data set lists them as torchvision's ImageFolder does."""
+    while not hasattr(dataset, "samples") and hasattr(dataset, "dataset") and hasattr(dataset, "indices"):
+        dataset, index = dataset.dataset, int(dataset.indices[index])
+    try:
+        path = dataset.samples[index][0]
+    except (AttributeError, LookupError, TypeError):
+        return {}
+    return {"file": "/".join(Path(path).parts[-2:])} if isinstance(path, str) else {}
 
 
 def content_of(sample: Any) -> Any:

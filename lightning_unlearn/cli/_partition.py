@@ -317,12 +317,14 @@ def next_steps(cli: PartitionCLI, partition: Partition, arguments: Sequence[str]
     correct = f"  correct the column decision of {table} (keep, drop, relabel), and train by it:"
     fit = f"  lightning-unlearn fit {' '.join(config_arguments(arguments)) or '--config run.yaml'}"
     if cli.has_callback:
-        return [look, correct, fit, f"  with review: {table} in init_args of its AttributionPartitionCallback"]
+        in_yaml = f"  with review: {table} in init_args of its AttributionPartitionCallback"
+        return [look, correct, fit, in_yaml, "  and on_noisy: relabel in those of its CleanSubsetFinetuneCallback"]
     epochs, name = partition.epoch + max(1, partition.epoch // 2), "--trainer.callbacks"
     return [
         look,
         correct,
         f"{fit} --trainer.max_epochs {epochs} \\",
         f"    {name}+=lightning_unlearn.AttributionPartitionCallback {name}.at_epoch {partition.epoch} \\",
-        f"    {name}.review {table} {name}+=lightning_unlearn.CleanSubsetFinetuneCallback",
+        f"    {name}.review {table} {name}+=lightning_unlearn.CleanSubsetFinetuneCallback \\",
+        f"    {name}.on_noisy relabel",
     ]

@@ -67,7 +67,7 @@ def test_one_rank_writes_the_report_of_all(ranks, launched):
     record = RunRecord.load(folder / "report-2")
     assert_equal(record.partition.state_dict(), ranks["full"][0]["partition"], "partition")
     assert len(record.gallery) == 5
-    assert record.fit["processes"] == 2
+    assert record.provenance["fits"][-1]["ranks"] == 2
     assert (folder / "report-2" / "report.html").is_file()
 
 

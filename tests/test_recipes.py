@@ -434,6 +434,12 @@ def test_rlap_without_rows_says_what_it_needs():
         judge_rlap(evidence, no_reduce)
 
 
+def test_rlap_of_fewer_samples_than_neurons_says_what_to_do():
+    _, evidence = scene(n=48)
+    with pytest.raises(ValueError, match=r"256 neurons, which takes more .* but got 48: .*layer=.*recipe='auto'"):
+        judge_rlap(replace(evidence, rows=normal(48, 256, seed=0)), no_reduce)
+
+
 @pytest.mark.parametrize(("judge", "column", "sign"), [(judge_loss, "loss", -1), (judge_aum, "mean_margin", 1)])
 def test_baselines_are_mixtures_on_their_score(judge, column, sign):
     # The wrong ones are the wider component, which alone reaches the far end on both sides.

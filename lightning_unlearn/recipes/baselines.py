@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lightning_unlearn.functional.mixture import GaussianMixture, Reduce, fit_mixture, standardise
@@ -15,19 +16,34 @@ def judge_rlap(evidence: Evidence, reduce: Reduce) -> Verdict:
 
     The reference code takes from the true noise mask which of the two clusters is the clean one. Here it is the one
     whose given labels the model fits better: the lower mean cross-entropy.
+
+    Raises:
+        ValueError: without rows; where the samples are too few for the neurons, on every rank alike.
     """
     if evidence.rows is None:
         raise ValueError(
             "The recipe 'rlap' needs Evidence.rows, the per-neuron attributions (n, D), but they are None."
         )
     rows = standardise(evidence.rows, evidence.weight, reduce)
-    share = fit_mixture(rows, evidence.weight, reduce=reduce).posterior(rows)
+    samples = int(reduce(evidence.weight.double().sum()).item())
+    try:
+        share = fit_mixture(rows, evidence.weight, reduce=reduce).posterior(rows)
+    except torch.linalg.LinAlgError as error:  # of moments that are summed over the ranks, so on all of them
+        raise ValueError(_too_few(samples, rows.shape[1])) from error
     clean = higher_component(-evidence.loss, share, evidence.weight, reduce)
     if clean is None:
         return undecided(evidence, "the model's loss on them")
     probability = share[:, clean].float()
     # The paper's clusters speak of the sample and not of its label: the model's word is all there is.
     return Verdict(probability, evidence.prediction, (1 - probability) * confidence(evidence))
+
+
+def _too_few(samples: int, neurons: int) -> str:
+    return (
+        f"The recipe 'rlap' fits two Gaussians to the attributions of {neurons:,} neurons, which takes more"
+        f" samples than that, but got {samples:,}: the covariance of a cluster is singular. Give more samples, another"
+        " layer with fewer neurons (layer=), or recipe='auto', which does not need them."
+    )
 
 
 def _judge_score(score: Tensor, evidence: Evidence, reduce: Reduce) -> Verdict:

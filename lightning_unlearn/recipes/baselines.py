@@ -28,7 +28,8 @@ def judge_rlap(evidence: Evidence, reduce: Reduce) -> Verdict:
     samples = int(reduce(evidence.weight.double().sum()).item())
     try:
         share = fit_mixture(rows, evidence.weight, reduce=reduce).posterior(rows)
-    except torch.linalg.LinAlgError as error:  # of moments that are summed over the ranks, so on all of them
+    # Of moments that are summed over the ranks, so on all of them. It is documented, but not in __all__.
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise ValueError(_too_few(samples, rows.shape[1])) from error
     clean = higher_component(-evidence.loss, share, evidence.weight, reduce)
     if clean is None:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -33,6 +34,9 @@ ROWS = 8_192
 
 MOST_NUMBERS = 2**23
 """Numbers, one for each class of a row, that are held at a time."""
+
+MOST_IN_CACHE = 2**18
+"""The same on a processor, where what is gone over again and again should stay in its cache: 2 MiB."""
 
 MOST_NAMES = 2_048
 """Classes up to which there is a number for every name that each may go by."""
@@ -76,25 +80,34 @@ class LatentClasses:
             (n, C) float64.
         """
         out = rows.new_empty(len(rows), len(self.prior), dtype=torch.float64)
-        length = rows_at_a_time(len(self.prior))
+        length = rows_at_a_time(len(self.prior), rows.device)
         for chunk, into in zip(torch.split(rows, length), torch.split(out, length), strict=True):
             into.copy_(self._of_chunk(chunk.double()))
         return out
 
     def _of_chunk(self, x: Tensor) -> Tensor:
-        constant = self.prior.clamp(min=1e-300).log() - 0.5 * x.shape[1] * math.log(2 * math.pi)
         if len(self.factor) == 1:
+            # In one product: half the squared distance is that of the two to the origin less their scalar product.
             whitened = _whiten(x, self.factor[0])
-            means = _whiten(self.mean, self.factor[0])
-            distance = whitened.square().sum(1, keepdim=True) - 2 * whitened @ means.T + means.square().sum(1)
-        else:
-            columns = [
-                _whiten(x - mean, factor).square().sum(1) for mean, factor in zip(self.mean, self.factor, strict=True)
-            ]
-            distance = torch.stack(columns, dim=1)
+            means, constant = self._whitened
+            log_density = torch.addmm(constant, whitened, means.T)
+            return log_density.sub_(0.5 * whitened.square().sum(1, keepdim=True))
+        columns = [
+            _whiten(x - mean, factor).square().sum(1) for mean, factor in zip(self.mean, self.factor, strict=True)
+        ]
+        return torch.stack(columns, dim=1).mul_(-0.5).add_(self._constant)
+
+    @cached_property
+    def _constant(self) -> Tensor:
+        """(C,), what does not depend on the row."""
         half_log_det = self.factor.diagonal(dim1=1, dim2=2).log().sum(1)
-        log_density: Tensor = constant - half_log_det - 0.5 * distance
-        return log_density
+        return self.prior.clamp(min=1e-300).log() - half_log_det - 0.5 * self.mean.shape[1] * math.log(2 * math.pi)
+
+    @cached_property
+    def _whitened(self) -> tuple[Tensor, Tensor]:
+        """The means (C, d) where the covariance is one, and the constant less half of their squared length."""
+        means = _whiten(self.mean, self.factor[0])
+        return means, self._constant - 0.5 * means.square().sum(1)
 
 
 def _whiten(x: Tensor, factor: Tensor) -> Tensor:
@@ -102,33 +115,57 @@ def _whiten(x: Tensor, factor: Tensor) -> Tensor:
     return whitened
 
 
-def rows_at_a_time(num_classes: int) -> int:
+def rows_at_a_time(num_classes: int, device: torch.device) -> int:
     """How many rows of so many classes are worked on together."""
-    return max(1, min(ROWS, MOST_NUMBERS // num_classes))
+    numbers = min(MOST_IN_CACHE, MOST_NUMBERS) if device.type == "cpu" else MOST_NUMBERS
+    return max(1, min(ROWS, numbers // num_classes))
 
 
-def given_posterior(log_likelihood: Tensor, label: Tensor, transition: Tensor) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class LogNames:
+    """How classes are called, as logarithms, which take as long as a good many rows.
+
+    Args:
+        transition: (C, C) or (C,), see :class:`LatentClasses`.
+    """
+
+    transition: Tensor
+
+    @cached_property
+    def _of_name(self) -> Tensor:
+        """(C, C), row y the log-probabilities of that name under each true class."""
+        return self.transition.clamp(min=1e-300).log().T.contiguous()
+
+    @cached_property
+    def _other_and_own(self) -> tuple[Tensor, Tensor]:
+        """(C,) each: of any other name, and how much more of its own."""
+        others = (1 - self.transition) / max(len(self.transition) - 1, 1)
+        own, other = (x.clamp(min=1e-300).log() for x in (self.transition, others))
+        return other, own - other
+
+    def joint(self, log_likelihood: Tensor, label: Tensor) -> Tensor:
+        """(n, C), log-probability of the evidence and the name of each sample under each true class."""
+        if self.transition.ndim == 2:
+            return self._of_name[label].add_(log_likelihood.double())
+        other, more = self._other_and_own
+        joint = log_likelihood.double() + other
+        joint[torch.arange(len(label), device=label.device), label] += more[label]
+        return joint
+
+
+def given_posterior(log_likelihood: Tensor, label: Tensor, transition: Tensor | LogNames) -> Tensor:
     """Log-probability of each true class, given the evidence and what the sample is called.
 
     Args:
         log_likelihood: (n, C), see :meth:`LatentClasses.log_likelihood`.
         label: (n,) int64.
-        transition: (C, C) or (C,), see :class:`LatentClasses`.
+        transition: (C, C) or (C,), see :class:`LatentClasses`; for who asks of many parts, its logarithms.
 
     Returns:
         (n, C) float64, log-probabilities.
     """
-    return _joint(log_likelihood, label, transition).log_softmax(dim=1)
-
-
-def _joint(log_likelihood: Tensor, label: Tensor, transition: Tensor) -> Tensor:
-    """(n, C), log-probability of the evidence and the name of each sample under each true class."""
-    if transition.ndim == 2:
-        return log_likelihood.double() + transition.clamp(min=1e-300).log().T[label]
-    own, other = (x.clamp(min=1e-300).log() for x in (transition, (1 - transition) / max(len(transition) - 1, 1)))
-    joint = log_likelihood.double() + other
-    joint[torch.arange(len(label), device=label.device), label] += (own - other)[label]
-    return joint
+    names = transition if isinstance(transition, LogNames) else LogNames(transition)
+    return names.joint(log_likelihood, label).log_softmax(dim=1)
 
 
 def log_odds_of(log_probability: Tensor, label: Tensor) -> Tensor:
@@ -151,7 +188,8 @@ def log_odds_of(log_probability: Tensor, label: Tensor) -> Tensor:
 
 
 def _row_chunks(num_classes: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    return zip(*(torch.split(tensor, rows_at_a_time(num_classes)) for tensor in tensors), strict=True)
+    length = rows_at_a_time(num_classes, tensors[0].device)
+    return zip(*(torch.split(tensor, length) for tensor in tensors), strict=True)
 
 
 def _no_counts(like: Tensor, num_classes: int) -> Tensor:
@@ -208,13 +246,14 @@ def fit_transition(
         float64 of the shape of ``start``.
     """
     transition = start
-    length = rows_at_a_time(len(start))
+    length = rows_at_a_time(len(start), label.device)
     for _ in range(steps):
+        names = LogNames(transition)
         counts = start.new_zeros(len(start) if start.ndim == 2 else 2, len(start))
         for first in range(0, len(label), length):
             rows = slice(first, first + length)
             ll = log_likelihood[rows] if isinstance(log_likelihood, Tensor) else log_likelihood(rows)
-            share = _joint(ll, label[rows], transition).softmax(dim=1) * weight[rows].double().unsqueeze(1)
+            share = names.joint(ll, label[rows]).softmax(dim=1).mul_(weight[rows].double().unsqueeze(1))
             _count(counts, share, label[rows])
         transition = _smoothed(reduce(counts))
     return transition
@@ -263,13 +302,14 @@ def fit_latent_classes(
         )
 
     def first_guess(x: Tensor, y: Tensor) -> Tensor:
-        return start(x + centre).double()
+        return start(x + centre).to(torch.float64, copy=True)  # as it is weighted in place
 
     classes = _maximise(_moments(rows, centre, (label, weight), first_guess, num_classes, own), reduce)
     for _ in range(_STEPS - 1):
+        names = LogNames(classes.transition)
 
-        def expected(x: Tensor, y: Tensor, current: LatentClasses = classes) -> Tensor:
-            return _joint(current._of_chunk(x), y, current.transition).softmax(dim=1)
+        def expected(x: Tensor, y: Tensor, current: LatentClasses = classes, names: LogNames = names) -> Tensor:
+            return names.joint(current._of_chunk(x), y).softmax(dim=1)
 
         classes = _maximise(_moments(rows, centre, (label, weight), expected, num_classes, own), reduce)
     return LatentClasses(classes.prior, classes.mean + centre, classes.factor, classes.transition)
@@ -300,7 +340,7 @@ def _moments(
     second = zeros(num_classes if own else 1, dimension, dimension, dtype=torch.float64)
     for chunk, y, w in _row_chunks(num_classes, rows, *label_and_weight):
         x = chunk.double() - centre
-        share = share_of(x, y) * w.double().unsqueeze(1)
+        share = share_of(x, y).mul_(w.double().unsqueeze(1))
         _count(counts, share, y)
         first += share.T @ x
         for k in range(len(second)):

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_unlearn.functional.evidence import confident_disagreement
 from lightning_unlearn.functional.latent import (
     LatentClasses,
+    LogNames,
     fit_latent_classes,
     fit_transition,
     given_posterior,
@@ -170,15 +171,15 @@ def fit_view(view: View, evidence: Evidence, reduce: Reduce) -> LabelModel:
     transition = fit_transition(lambda part: _TEMPER * likelihood_of(part), y, w, classes.transition, reduce=reduce)
     columns, sums = [], w.new_zeros(3)
     # In parts, as there are C numbers for every sample.
-    length = rows_at_a_time(evidence.num_classes)
+    length, names = rows_at_a_time(evidence.num_classes, y.device), LogNames(transition)
     for first in range(0, len(y), length):
         part = slice(first, first + length)
         label, likelihood = y[part].unsqueeze(1), likelihood_of(part)
-        wrong = 1 - given_posterior(_TEMPER * likelihood, y[part], transition).gather(1, label).squeeze(1).exp()
+        wrong = 1 - given_posterior(_TEMPER * likelihood, y[part], names).gather(1, label).squeeze(1).exp()
         unsure = 1 - likelihood.softmax(dim=1).amax(dim=1)
         sums += torch.stack([torch.ones_like(wrong), wrong, unsure]) @ w[part]
         score = _WEIGHT * likelihood + _LOGITS * blocks[part, -2:].mean(dim=1).double() @ basis.T
-        posterior = given_posterior(score, y[part], transition)
+        posterior = given_posterior(score, y[part], names)
         predicted = score.argmax(dim=1)
         share, suggested = posterior.scatter(1, label, -torch.inf).softmax(dim=1).max(dim=1)
         columns.append((log_odds_of(posterior, y[part]), predicted, log_odds_of(score, predicted), suggested, share))

@@ -364,13 +364,15 @@ def test_ranks_fit_very_many_classes_as_one_does():
 
 
 def test_fewer_rows_at_a_time_of_more_classes(monkeypatch):
-    assert rows_at_a_time(10) == rows_at_a_time(1024) == ROWS
-    assert rows_at_a_time(10_000) == 838
-    assert rows_at_a_time(10**9) == 1
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert rows_at_a_time(10, cpu) == rows_at_a_time(10, cuda) == rows_at_a_time(1024, cuda) == ROWS
+    assert rows_at_a_time(1024, cpu) == 256
+    assert rows_at_a_time(10_000, cuda) == 838
+    assert rows_at_a_time(10**9, cpu) == rows_at_a_time(10**9, cuda) == 1
     rows, given, _ = draw(SYMMETRIC, 301)
     whole = fit(rows, given)
     monkeypatch.setattr(latent, "MOST_NUMBERS", 7 * C)
-    assert rows_at_a_time(C) == 7
+    assert rows_at_a_time(C, cpu) == rows_at_a_time(C, cuda) == 7
     assert_same(fit(rows, given), whole)
     torch.testing.assert_close(whole.log_likelihood(rows), fit(rows, given).log_likelihood(rows))
 
@@ -387,3 +389,16 @@ def test_classes_that_do_not_vary_can_be_factorised(scale):
     )
     assert classes.log_likelihood(rows).argmax(dim=1).equal(true)
     torch.testing.assert_close(classes.transition, happened(true, given), atol=0.02, rtol=0)
+
+
+def test_the_first_guess_and_the_likelihoods_are_left_as_they_are():
+    rows, given, _ = draw(SYMMETRIC, 200)
+    guess, weight = nearest_mean(rows), torch.full((200,), 0.5)
+    before = guess.clone()
+    classes = fit_latent_classes(rows, given, weight, lambda x: guess, C)
+    assert guess.equal(before)
+    likelihood = classes.log_likelihood(rows)
+    before = likelihood.clone()
+    given_posterior(likelihood, given, classes.transition)
+    fit_transition(likelihood, given, weight, classes.transition)
+    assert likelihood.equal(before)

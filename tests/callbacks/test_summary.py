@@ -153,8 +153,8 @@ def test_advice_where_nothing_is_noisy():
 @pytest.mark.parametrize(
     ("optimizer", "at", "sentence"),
     [
-        (memorising, 40, "The network has memorised them (it gives {share} of those suspected for their label that"),
-        (creeping, 2, "The network has not memorised them (it gives {share} of those suspected for their label that"),
+        (memorising, 40, "The network has memorised the suspect labels (it predicts {share} of them): fine-tuning"),
+        (creeping, 2, "The network has not memorised most of the suspect labels yet (it predicts {share} of them):"),
     ],
     ids=["memorised", "not memorised"],
 )

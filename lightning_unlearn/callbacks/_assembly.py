@@ -119,7 +119,7 @@ def assemble(  # noqa: PLR0913  (what a partition says of itself)
         recipe=recipe,
         layer=layer,
         epoch=epoch,
-        warning=warning or _one_sided(is_clean, label),
+        warning=warning or _one_sided(is_clean, label, "" if first is None or label.ndim > 1 else first.caveat),
         fingerprint=fingerprint,
         label_probability=_NO_MATRIX if label.ndim == 1 else torch.stack([c.probability for c in columns], dim=1),
     )
@@ -241,10 +241,15 @@ def _reasons(is_clean: Tensor, of_label: Tensor, of_input: Tensor, threshold: fl
     return torch.where(is_clean, 0, reason).to(torch.uint8)
 
 
-def _one_sided(is_clean: Tensor, label: Tensor) -> str:
-    """Why a partition leaves too little to train on, or nothing out; else empty."""
+def _one_sided(is_clean: Tensor, label: Tensor, caveat: str) -> str:
+    """Why a partition leaves too little to train on, or nothing out; else empty.
+
+    ``caveat`` is what may be there though nothing is suspect.
+    """
     kept, total = int(is_clean.sum()), len(is_clean)
-    if kept in (0, total):
-        return f"it calls {'none' if kept == 0 else 'all'} of the {total} samples clean"
+    if kept == total:
+        return "; ".join(filter(None, (f"it calls all of the {total} samples clean", caveat)))
+    if kept == 0:
+        return f"it calls none of the {total} samples clean"
     lost = [c for c, members in class_members(label) if not bool(is_clean[members].any())]
     return f"it keeps no sample of {'class' if len(lost) == 1 else 'the classes'} {str(lost)[1:-1]}" if lost else ""

@@ -74,9 +74,11 @@ def _found(partition: Partition, suspects: int) -> str:
     if not suspects and partition.warning and not partition.warning.startswith("it calls all"):
         return f"Nothing is known of the {len(partition):,} training samples, nothing was changed: {partition.warning}."
     if not suspects:
+        # What follows, where something follows, is what could be there all the same.
+        _, more, caveat = partition.warning.partition("; ")
         return (
-            f"No sign of noise in the {len(partition):,} training samples: nothing was changed. The table with"
-            " suspects_only=False (Partition.to_csv) has them by doubt all the same."
+            f"No sign of noise in the {len(partition):,} training samples: nothing was changed{more}{caveat}."
+            " The table with suspects_only=False (Partition.to_csv) has them by doubt all the same."
         )
     reasons = partition.reasons()
     counts = {word: reasons.count(word) for word in ("label", "input", "both") if word in reasons}

@@ -8,7 +8,7 @@ import torch
 
 from lightning_unlearn.functional.evidence import shift_to_rate
 from lightning_unlearn.functional.mixture import Reduce, fit_mixture, standardise
-from lightning_unlearn.recipes.label_model import label_model
+from lightning_unlearn.recipes.label_model import MEMORISED, label_model
 from lightning_unlearn.recipes.verdict import NO_DOUBT, Verdict
 from lightning_unlearn.types import Evidence
 
@@ -47,12 +47,13 @@ def judge_label(evidence: Evidence, reduce: Reduce) -> Verdict:
     if not found:
         probability = 1 - NO_DOUBT * (1 - probability)
         matrix = None if matrix is None else torch.eye(len(matrix), device=matrix.device)
-    nothing = "no sign of wrong labels"
-    if model.uncertainty > _UNSURE:
-        nothing += (
-            f"; less than about {_UNEXPLAINED * model.uncertainty:.0%} of them would not show, as unsure as the network"
-            " is: judge it later (at_epoch), or take a stronger one"
-        )
+    nothing, caveat = "no sign of wrong labels", ""
+    # Asked in any case, as it takes every rank.
+    predicted = _share_predicted(evidence, reduce)
+    if not found and model.uncertainty > _UNSURE:
+        hidden = f"fewer than about {_UNEXPLAINED * model.uncertainty:.0%}"
+        nothing += f"; {hidden} would not show"
+        caveat = f"{hidden} wrong labels would not show, as unsure as the network is: {_other_epoch(predicted)}"
     note = (
         f"labels: {model.disagreement:.1%} of the most confident samples disagree, {model.uncertainty:.1%} expected of"
         f" the average one: {model.objection or ('wrong labels' if found else nothing)}"
@@ -65,7 +66,25 @@ def judge_label(evidence: Evidence, reduce: Reduce) -> Verdict:
         noise_matrix=matrix,
         notes=(note,),
         warning=model.objection,
+        caveat="" if model.objection else caveat,
     )
+
+
+def _share_predicted(evidence: Evidence, reduce: Reduce) -> float:
+    """Of the given labels, how many the last pass predicts."""
+    w = evidence.weight.double()
+    right, number = reduce(torch.stack([(w * (evidence.prediction == evidence.label)).sum(), w.sum()])).tolist()
+    return float(right / max(number, 1))
+
+
+def _other_epoch(predicted: float) -> str:
+    """When to judge it instead, from the share of the given labels that the network predicts."""
+    if predicted >= MEMORISED:
+        return (
+            f"it predicts {predicted:.0%} of the given labels by now, so judge it earlier (at_epoch), before it may"
+            " have memorised wrong ones"
+        )
+    return "judge it later, or earlier if it is memorising them already (at_epoch), or take a stronger one"
 
 
 def judge_input(evidence: Evidence, reduce: Reduce) -> Verdict:
@@ -122,4 +141,5 @@ def judge_auto(evidence: Evidence, reduce: Reduce) -> Verdict:
         noise_matrix=labels.noise_matrix,
         notes=labels.notes + inputs.notes,
         warning="" if corrupted else labels.warning,
+        caveat=labels.caveat,
     )

@@ -32,7 +32,7 @@ _SHARPEN = 4.0
 # Log-likelihoods, of each sample under each class, that are held in double precision: 128 MiB.
 _MOST_HELD = 2**24
 # Share of the given labels that a part of training must predict to count as memorised.
-_MEMORISED = 0.9
+MEMORISED = 0.9
 # A shorter view is taken instead if it finds so many times as much unexplained, and more than so much; less will do
 # where other parts of training were memorised outright, if it is not much less sure.
 _CLEARER = 1.25
@@ -86,7 +86,7 @@ def views_of(evidence: Evidence, reduce: Reduce) -> list[View]:
         ]
     )
     agrees = reduce(agrees)
-    *informs, last_informs = (agrees[1:] <= _MEMORISED * agrees[0]).tolist()
+    *informs, last_informs = (agrees[1:] <= MEMORISED * agrees[0]).tolist()
     last = blocks[:, -1:]
     if not informs:
         return [View(last, 1)]

@@ -144,7 +144,13 @@ def test_advice_where_nothing_is_noisy():
     with pytest.warns(UserWarning, match="not acted upon"):
         (partition, _, finetune), *_ = a_fit(data=Unlike(Blobs(noise=0)))
     summary = partition.summary
-    assert summary.advice.startswith("No sign of noise in the 203 training samples: nothing was changed. The table")
+    caveat = partition.partition.warning.removeprefix("it calls all of the 203 samples clean; ")
+    assert caveat.startswith("fewer than about ")
+    found = f"No sign of noise in the 203 training samples: nothing was changed; {caveat}. The table"
+    assert summary.advice.startswith(found)
+    plain = make_partition(torch.ones(8), torch.arange(8) % 4, warning="it calls all of the 8 samples clean")
+    said = summarise(plain, memorised=None, done=(), accuracy=(None, None)).advice
+    assert said.startswith("No sign of noise in the 8 training samples: nothing was changed. The table")
     assert (summary.suspects, summary.memorised, summary.done) == (0, None, ())
     assert (summary.accuracy_before, summary.accuracy_after) == (None, None)
     assert not finetune.is_active

@@ -29,6 +29,7 @@ from lightning_unlearn.cli._results import PARTITION, partition_state, read_chec
 from lightning_unlearn.fingerprint import check_fingerprint, fingerprint
 from lightning_unlearn.recipes import get_recipe
 from lightning_unlearn.report import RunRecord, shown_samples, write_report
+from lightning_unlearn.report.samples import file_of, names_in
 from lightning_unlearn.storage import target_folder, write_json
 from lightning_unlearn.types import Partition
 
@@ -231,7 +232,8 @@ def _say_drawn(cli: PartitionCLI, arguments: Sequence[str]) -> None:
     lines: list[str] = []
     if cli.complete and callback.provenance["fits"][0]["from_epoch"] >= callback.at_epoch:
         lines += one_pass_caution(callback.partition)
-    _say(cli, callback.partition, lines, arguments)
+    loader: Any = cli.trainer.train_dataloader
+    _say(cli, callback.partition, loader.dataset, lines, arguments)
 
 
 def one_pass_caution(partition: Partition) -> list[str]:
@@ -272,11 +274,12 @@ def _say_found(cli: PartitionCLI, arguments: Sequence[str]) -> None:
     state = partition_state(cli.checkpoint) or {}
     provenance = state["provenance"] or {}
     gallery, _ = cli.report.gallery(loader.dataset, shown_samples(partition, provenance, cli.report.samples))
-    names = cli.report.class_names or []
+    names = _names(cli, partition, loader.dataset)
     record = RunRecord(partition, gallery=gallery, class_names=names, rounds=state["rounds"], provenance=provenance)
     write_report(record, record.save(cli.out) / "report.html")
     write_json(cli.out / "provenance.json", provenance)
-    _say(cli, partition, [f"This partition was in {cli.config['ckpt_path']}; nothing was trained."], arguments)
+    said = [f"This partition was in {cli.config['ckpt_path']}; nothing was trained."]
+    _say(cli, partition, loader.dataset, said, arguments)
 
 
 def _loader_of(cli: PartitionCLI) -> DataLoader[Any]:
@@ -289,13 +292,25 @@ def _loader_of(cli: PartitionCLI) -> DataLoader[Any]:
     return loader
 
 
-def _say(cli: PartitionCLI, partition: Partition, lines: Sequence[str], arguments: Sequence[str]) -> None:
-    names = cli.report.class_names
+def _names(cli: PartitionCLI, partition: Partition, dataset: Any) -> list[str]:
+    """Of the classes: those that were given, or the data set's own if there is one for each class."""
+    names = cli.report.class_names or names_in(dataset)
+    if cli.report.class_names is None and names:
+        try:
+            partition.names_of(names)
+        except ValueError:
+            return []
+    return names
+
+
+def _say(cli: PartitionCLI, partition: Partition, dataset: Any, lines: Sequence[str], arguments: Sequence[str]) -> None:
+    names, files = _names(cli, partition, dataset), [file_of(dataset, index) for index in range(len(partition))]
+    columns = {"file": files} if any(files) else None
     partition.save(cli.out / PARTITION)
-    partition.to_csv(cli.out / "suspects.csv", class_names=names)
+    partition.to_csv(cli.out / "suspects.csv", class_names=names or None, columns=columns)
     cli.parser.save(cli.config, cli.out / "config.yaml", overwrite=True)
     print()
-    print(summary_of(partition, cli.config["top"], names or ()))
+    print(summary_of(partition, cli.config["top"], names))
     if lines:
         print("", *lines, sep="\n")
     print(f"\nFiles: {', '.join(sorted(path.name for path in cli.out.iterdir() if path.is_file()))} in {cli.out}")

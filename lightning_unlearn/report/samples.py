@@ -125,24 +125,30 @@ class SampleView:
         return np.asarray(np.clip(values, 0, 1) * 255).round().astype(np.uint8)
 
 
-def names_in(dataset: Any, classes: int) -> list[str]:
-    """The names of so many classes, where a data set, or what it is a part of, has them as torchvision's do."""
+def names_in(dataset: Any, classes: int | None = None) -> list[str]:
+    """The names of (so many) classes, where a data set, or what it is a part of, has them as torchvision's do."""
     while not hasattr(dataset, "classes") and hasattr(dataset, "dataset"):
         dataset = dataset.dataset
     names = getattr(dataset, "classes", ())
-    named = isinstance(names, (list, tuple)) and len(names) == classes and all(isinstance(one, str) for one in names)
-    return list(names) if named else []
+    named = isinstance(names, (list, tuple)) and all(isinstance(one, str) for one in names)
+    return list(names) if named and classes in (None, len(names)) else []
 
 
-def file_card(dataset: Any, index: int) -> Card:
-    """The name of a sample's file and of its folder, where a data set lists them as torchvision's ImageFolder does."""
+def file_of(dataset: Any, index: int) -> str:
+    """The path of a sample's file, where a data set lists them as torchvision's ImageFolder does; else empty."""
     while not hasattr(dataset, "samples") and hasattr(dataset, "dataset") and hasattr(dataset, "indices"):
         dataset, index = dataset.dataset, int(dataset.indices[index])
     try:
         path = dataset.samples[index][0]
     except (AttributeError, LookupError, TypeError):
-        return {}
-    return {"file": "/".join(Path(path).parts[-2:])} if isinstance(path, str) else {}
+        return ""
+    return path if isinstance(path, str) else ""
+
+
+def file_card(dataset: Any, index: int) -> Card:
+    """The name of a sample's file and of its folder, for its card; see :func:`file_of`."""
+    path = file_of(dataset, index)
+    return {"file": "/".join(Path(path).parts[-2:])} if path else {}
 
 
 def content_of(sample: Any) -> Any:

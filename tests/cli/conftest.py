@@ -42,13 +42,29 @@ class Broken(TeamModel):
         raise RuntimeError("no weights here")
 
 
+class Folder(TensorDataset):
+    """As torchvision's ImageFolder."""
+
+    classes = ["low", "high"]
+
+    @property
+    def samples(self):
+        return [(f"{self.classes[y]}/{i}.png", y) for i, y in enumerate(self.tensors[1].tolist())]
+
+
 class TeamData(L.LightningDataModule):
+    kind = TensorDataset
+
     def train_dataloader(self):
         x = torch.randn(201, 8, generator=torch.Generator().manual_seed(0))
         y = torch.arange(201) % 2
         x[:, 0] += 6 * y - 3
         y[:40] = 1 - y[:40]
-        return DataLoader(TensorDataset(x, y), batch_size=16, shuffle=True)
+        return DataLoader(self.kind(x, y), batch_size=16, shuffle=True)
+
+
+class TeamFolder(TeamData):
+    kind = Folder
 
 
 class StopEarly(L.Callback):

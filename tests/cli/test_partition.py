@@ -105,6 +105,16 @@ def test_it_stops_at_the_partition_with_the_settings_of_the_configuration_but_ac
     assert "with review: found/suspects.csv in init_args of its AttributionPartitionCallback" in said
 
 
+def test_the_table_has_the_files_and_classes_of_an_image_folder(team, capsys):
+    (team / "run.yaml").write_text(RUN.replace("TeamData", "TeamFolder"))
+    main(["partition", "--config", "run.yaml", "--trainer.max_epochs", "4", "--top", "1"])
+    title, first = Path("partition/suspects.csv").read_text().splitlines()[:2]
+    row = dict(zip(title.split(","), first.split(","), strict=True))
+    assert row["file"] == f"{row['given_class']}/{row['index']}.png"
+    table = capsys.readouterr().out.partition("most suspect:\n")[2].splitlines()
+    assert table[1].split()[:3] == [row["index"], row["given_class"], row["suggested_class"]]
+
+
 def test_what_early_stopping_leaves_is_judged(team, caplog):
     stopping = """
     - class_path: team.StopEarly
@@ -156,7 +166,8 @@ def test_of_one_without_evidence_one_pass_is_judged_and_what_it_cannot_tell_is_s
 
 
 def test_a_partition_that_a_checkpoint_holds_is_shown(team, capsys):
-    (team / "run.yaml").write_text(RUN + ACTING)
+    named = RUN.replace("TeamData", "TeamFolder")
+    (team / "run.yaml").write_text(named + ACTING.replace("class_names: [low, high], ", ""))
     main(["fit", "--config", "run.yaml"])
     held = ["partition", "--config", "run.yaml", "--ckpt_path", "saved/epoch=5.ckpt"]
     capsys.readouterr()
@@ -164,6 +175,7 @@ def test_a_partition_that_a_checkpoint_holds_is_shown(team, capsys):
     said = capsys.readouterr().out
     assert "This partition was in saved/epoch=5.ckpt; nothing was trained." in said
     assert "low" in said
+    assert Path("partition/suspects.csv").read_text().startswith("index,file,given_label,given_class,")
     assert json.loads(Path("partition/gallery.json").read_text())["samples"]
     assert "CleanSubsetFinetuneCallback" in json.loads(Path("partition/provenance.json").read_text())["done"]
     main(["show", "saved/epoch=5.ckpt"])

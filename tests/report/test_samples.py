@@ -205,6 +205,7 @@ class Folder:
 def test_a_folder_of_pictures_names_its_classes_and_files_through_subsets_too():
     part = Subset(Folder(), [1])
     assert names_in(part, 2) == ["cat", "dog"]
+    assert names_in(part) == ["cat", "dog"]
     assert names_in(part, 3) == []
     assert file_card(part, 0) == {"file": "dog/2.png"}
     assert file_card([1, 2], 0) == {} == file_card(Subset([1, 2], [0]), 0)

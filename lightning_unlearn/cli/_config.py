@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from typing_extensions import override
 from lightning_unlearn.cli._examples import examples
 
 _MISSING_MODULE = re.compile(r"No module named '([^']+)'")
+_UNKNOWN_OPTION = re.compile(r"ption '([^']+)'(?: is not accepted)?$")
 _PLACEHOLDER = re.compile(r"<fill in\b[^<>]*>")
 # What Lightning looks up itself.
 _NAMED_CHECKPOINTS = ("best", "last", "hpc", "registry")
@@ -40,6 +42,9 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter)
 class CommandParser(LightningArgumentParser):
     """An error is one line and not a page of usage."""
 
+    # That runs: the parsers that are made on the way, for a class in a YAML, are called as the process.
+    running = ""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, formatter_class=_HelpFormatter, **kwargs)
 
@@ -49,11 +54,22 @@ class CommandParser(LightningArgumentParser):
         if missing := _MISSING_MODULE.search(message):
             hint = f"Run the command in the folder that {missing[1].split('.')[0]!r} lies in, or install it."
             message = f"{message}\n{hint}"
-        self.exit(2, _usage_error(_plain(parser.prog), message))
+        if unknown := _UNKNOWN_OPTION.search(message):
+            message += _nearest(parser, unknown[1])
+        self.exit(2, _usage_error(self.running or _plain(parser.prog), message))
 
     @override
     def format_help(self, *args: Any, **kwargs: Any) -> str:
         return _plain(super().format_help(*args, **kwargs))
+
+
+def _nearest(parser: LightningArgumentParser, option: str) -> str:
+    """Of which class an option is not, where that is known, and the one that may be meant."""
+    near = difflib.get_close_matches(option, list(parser.get_defaults().keys()), n=1)
+    # The parser of a class in a YAML, as of a callback, has one group, which is called so.
+    groups = list(parser.groups or ())
+    of_class = f" by {groups[0]}" if len(groups) == 1 else ""
+    return of_class + (f"; did you mean '{near[0]}'?" if near else "")
 
 
 def _usage_error(command: str, message: str) -> str:
@@ -76,7 +92,11 @@ class ConfigCLI(LightningCLI):
         for file in _config_files(args):
             if said := _fault_of(file):
                 parser.exit(2, _usage_error(f"lightning-unlearn {self.command}", said))
-        self.config = parser.parse_args(args)
+        CommandParser.running = f"lightning-unlearn {self.command}"
+        try:
+            self.config = parser.parse_args(args)
+        finally:
+            CommandParser.running = ""
         checkpoint = self.config.get(str(self.config.get("subcommand")), self.config).get("ckpt_path")
         if checkpoint is not None and not _may_exist(str(checkpoint)):
             raise ValueError(f"Expected --ckpt_path to name a checkpoint, but {checkpoint} does not exist.")

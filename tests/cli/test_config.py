@@ -84,7 +84,8 @@ def test_the_configuration_is_printed_and_a_fit_goes_on_from_a_checkpoint(team, 
     ("arguments", "message"),
     [
         (["--config", "nosuch.yaml"], "File does not exist"),
-        (["--config", "bad.yaml"], "does not accept option 'trainer.max_epoch'"),
+        (["--config", "bad.yaml"], "does not accept option 'trainer.max_epoch'; did you mean 'trainer.max_epochs'?"),
+        (["--config", "callback.yaml"], "'epock' is not accepted by StopEarly; did you mean 'epoch'?"),
         (["--config", "run.yaml", "--trainer.max_epochs", "many"], 'Parser key "trainer.max_epochs"'),
         (["--config", "run.yaml", "--nosuch", "3"], "unrecognized arguments: --nosuch 3"),
         (["--config", "run.yaml", "--model", "team.Nosuch"], "team.Nosuch"),
@@ -94,6 +95,7 @@ def test_the_configuration_is_printed_and_a_fit_goes_on_from_a_checkpoint(team, 
 )
 def test_a_wrong_call_is_told_in_a_line_and_not_in_a_page(arguments, message, team, capsys):
     (team / "broken.yaml").write_text("model:\n  class_path: team.TeamModel\n    width: 16\n")
+    (team / "callback.yaml").write_text(f"{RUN}    - {{class_path: team.StopEarly, init_args: {{epock: 1}}}}\n")
     (team / "bad.yaml").write_text(RUN.replace("max_epochs", "max_epoch"))
     with pytest.raises(SystemExit) as exit_info:
         main(["fit", *arguments])

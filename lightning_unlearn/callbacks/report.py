@@ -46,8 +46,8 @@ class UnlearnReport(EitherCallback):
         dir: the run directory; by default ``unlearn`` in the logger's folder, or in the Trainer's ``default_root_dir``.
         class_names: by label; by default what the data set has as ``classes``, as an ImageFolder does.
         samples: how many of the most suspect samples the gallery holds; up to a quarter are samples that a person has
-            decided of (``review``). They are read from the data set (that of ``attribution_dataloader()`` where the
-            user offers it), and are in the file.
+            decided of (``review``); where none is suspect, the 24 least sure. They are read from the
+            data set (that of ``attribution_dataloader()`` where the user offers it), and are in the file.
         render: from an item of the data set to what is shown of it: a text, a table (a dict of names and values), a PIL
             image, or the bytes of a PNG. By default pictures, sounds (with ``sample_rate``), texts and tables are shown
             as they are.

@@ -80,10 +80,7 @@ def _share_predicted(evidence: Evidence, reduce: Reduce) -> float:
 def _other_epoch(predicted: float) -> str:
     """When to judge it instead, from the share of the given labels that the network predicts."""
     if predicted >= MEMORISED:
-        return (
-            f"it predicts {predicted:.0%} of the given labels by now, so judge it earlier (at_epoch), before it may"
-            " have memorised wrong ones"
-        )
+        return f"it predicts {predicted:.0%} of the given labels; if it has memorised them, judge it earlier (at_epoch)"
     return "judge it later, or earlier if it is memorising them already (at_epoch), or take a stronger one"
 
 

@@ -16,6 +16,8 @@ DONE = ("dropped", "re-labelled", "drawn by p(clean)", "kept")
 # Of more indices, the page holds the first; run.json holds all.
 _MOST = 20_000
 _MOST_GROUPS = 400
+# So many are shown where none is suspect.
+_LEAST_SURE = 24
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ def shown_samples(partition: Partition, provenance: Mapping[str, Any], most: int
     """The dataset indices of the samples that a gallery shows.
 
     The most suspect first of which nobody has decided yet; what a person has decided already takes a quarter of the
-    places, or those that are left.
+    places, or those that are left. Where nobody has decided any, and none is suspect, a few of the least sure.
 
     Args:
         partition: of the training set.
@@ -177,5 +179,9 @@ def shown_samples(partition: Partition, provenance: Mapping[str, Any], most: int
     fresh = [index for index in suspects if index not in reviewed]
     kept = sorted(reviewed.difference(suspects))
     decided = [index for index in suspects if index in reviewed] + kept
+    if not fresh and not decided:
+        # No doubt at all has no order.
+        unsure = partition.clean_probability.argsort(stable=True)[: min(most, _LEAST_SURE)]
+        return [index for index in unsure.tolist() if partition.clean_probability[index] < 1]
     places = max(min(len(decided), most // 4), most - len(fresh))
     return fresh[: most - min(places, len(decided))] + decided[:places]

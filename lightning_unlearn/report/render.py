@@ -195,7 +195,7 @@ def _timing(seconds: dict[str, float]) -> Markup | None:
 
 
 def _samples(record: RunRecord, actions: Actions) -> Iterator[dict[str, Any]]:
-    """Those of the gallery: the most suspect first, then what a person has kept."""
+    """Those of the gallery: the most suspect first, then what a person has kept, or the least sure where none is."""
     partition = record.partition
     suspects = [index for index in partition.suspect_indices().tolist() if index in record.gallery]
     others = sorted(index for index in record.gallery if 0 <= index < len(partition) and partition.is_clean[index])

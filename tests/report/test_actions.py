@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lightning_unlearn.report.actions import Action, Actions, shown_samples
+from tests.callbacks.published import make_partition
 from tests.report.runs import SUSPECTS, hostile_record, provenance_of
 
 
@@ -99,3 +100,10 @@ def test_what_nobody_has_decided_yet_is_shown_first():
     # Where there is room, all.
     assert shown_samples(partition, provenance_of(), 90) == [*range(2, SUSPECTS), 0, 1, 50]
     assert shown_samples(partition, provenance_of(), 0) == []
+
+
+def test_where_none_is_suspect_the_least_sure_are_shown():
+    partition = make_partition(torch.tensor([0.9, 1.0, 0.6, 0.7]), torch.arange(4))
+    assert shown_samples(partition, {}, 3) == [2, 3, 0]
+    assert shown_samples(partition, {}, 9) == [2, 3, 0]
+    assert shown_samples(partition, {"review": {"keep": [1]}}, 3) == [1]

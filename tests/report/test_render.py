@@ -193,6 +193,14 @@ def test_nothing_suspect():
     assert "No sample is suspect" in page.text
 
 
+def test_the_least_sure_are_shown_where_none_is_suspect():
+    partition = make_partition(torch.full((12,), 0.75), torch.arange(12) % 4)
+    page = Page(render_report(RunRecord(partition, gallery={3: {"kind": "text", "text": "three"}})))
+    assert "No sample is suspect; these 1 are the least sure all the same" in page.text
+    assert "a person has kept" not in page.text
+    assert [sample["index"] for sample in page.data()["samples"]] == [3]
+
+
 def test_of_constant_neurons_there_is_no_picture():
     mask = NeuronMask("fc", torch.ones(3).bool(), torch.zeros(3))
     page = Page(render_report(hostile_record(masks=(mask,))))

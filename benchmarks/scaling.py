@@ -42,7 +42,7 @@ from lightning_unlearn.types import Evidence, Partition
 SAMPLES = (10_000, 40_000, 160_000, 640_000, 1_280_000)
 CLASSES = (10, 100, 1_000, 10_000)
 NEURONS = (64, 256, 1_024, 4_096)
-_OF_CLASSES, _OF_NEURONS = 20_000, 10_000
+_OF_CLASSES, _OF_NEURONS = 5_000, 10_000
 _BATCH = 256
 Row = dict[str, Any]
 
@@ -222,7 +222,10 @@ def agrees(row: Row) -> bool:
 def in_a_process(work: Callable[..., Row], *arguments: Any) -> Row:
     """What the work returns in a process of its own, with one thread."""
     with multiprocessing.get_context("spawn").Pool(1, torch.set_num_threads, (1,)) as pool:
-        return pool.apply(work, arguments)
+        row = pool.apply(work, arguments)
+    # As they come, since the large ones take long.
+    print(row, file=sys.stderr, flush=True)
+    return row
 
 
 def over_processes(total: int, num_classes: int, repeats: int) -> list[Row]:

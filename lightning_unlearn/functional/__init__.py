@@ -3,7 +3,13 @@
 from lightning_unlearn.functional.attribution import class_max_attribution, label_margin, strongest_other
 from lightning_unlearn.functional.evidence import confident_disagreement, label_support, shift_to_rate
 from lightning_unlearn.functional.importance import NeuronSums, importance_ratio, magnitude, neuron_sums
-from lightning_unlearn.functional.latent import LatentClasses, fit_latent_classes, fit_transition, given_posterior
+from lightning_unlearn.functional.latent import (
+    LatentClasses,
+    LogNames,
+    fit_latent_classes,
+    fit_transition,
+    given_posterior,
+)
 from lightning_unlearn.functional.logistic import fit_logistic
 from lightning_unlearn.functional.mixture import GaussianMixture, fit_mixture, standardise
 from lightning_unlearn.functional.selection import benjamini_hochberg, harmful_neurons, select_neurons
@@ -12,6 +18,7 @@ from lightning_unlearn.functional.sensitivity import RegressionSums, Sensitivity
 __all__ = [
     "GaussianMixture",
     "LatentClasses",
+    "LogNames",
     "NeuronSums",
     "RegressionSums",
     "Sensitivity",

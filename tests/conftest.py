@@ -8,7 +8,7 @@ import pytest
 
 LONGEST_FIRST = [
     "tests/callbacks/test_ddp.py",
-    "tests/test_cli.py",
+    "tests/test_examples.py",
     "tests/callbacks/test_ddp_kinds.py",
     "tests/callbacks/test_packages.py",
     "tests/callbacks/test_fsdp.py",
@@ -18,7 +18,6 @@ LONGEST_FIRST = [
     "tests/callbacks/test_finetune.py",
     "tests/callbacks/test_resume.py",
     "tests/callbacks/test_killed.py",
-    "tests/test_examples.py",
 ]
 """Files of 10 seconds and more. A process that takes one of them last keeps the others waiting for it."""
 

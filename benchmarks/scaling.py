@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import multiprocessing
 import platform
 import resource
@@ -35,7 +34,7 @@ from lightning_unlearn.callbacks._assembly import Cut, Judged, assemble
 from lightning_unlearn.functional.mixture import Reduce, fit_mixture, no_reduce, standardise
 from lightning_unlearn.functional.sensitivity import regression_sums, solve_sensitivity
 from lightning_unlearn.recipes import get_recipe
-from lightning_unlearn.storage import replacing
+from lightning_unlearn.storage import replacing, write_json
 from lightning_unlearn.trajectory import PHASES, Trajectory
 from lightning_unlearn.types import Evidence, Partition
 
@@ -306,8 +305,7 @@ def main(given: Sequence[str] | None = None) -> None:
         with replacing(args.write) as file:
             file.write(f"{text.strip()}\n".encode())
     if args.json:
-        with replacing(args.json) as file:
-            file.write((json.dumps(found, indent=1) + "\n").encode())
+        write_json(args.json, found)
     if args.figure:
         figure(found, args.figure)
     if not all(agrees(row) for row in found.get("simulated", [])):

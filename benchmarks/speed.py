@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import logging
 import platform
 import statistics
@@ -42,7 +41,7 @@ from lightning_unlearn import (
 )
 from lightning_unlearn.demo import DigitsClassifier
 from lightning_unlearn.noise import symmetric_labels
-from lightning_unlearn.storage import replacing
+from lightning_unlearn.storage import replacing, write_json
 
 _CLASSES = 10
 _WARM_UP, _STEPS = 1, 12
@@ -250,8 +249,7 @@ def main(given: Sequence[str] | None = None) -> None:
         with replacing(args.write) as file:
             file.write(f"{text}\n".encode())
     if args.json:
-        with replacing(args.json) as file:
-            file.write((json.dumps(found, indent=1) + "\n").encode())
+        write_json(args.json, found)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,13 @@ import argparse
 import json
 import platform
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from lightning_unlearn.cli._examples import add_command
 from lightning_unlearn.storage import replacing, target_file, target_folder
+
+_PACKAGES = ("torch", "lightning", "captum", "torchmetrics", "scikit-learn")
 
 
 def add_demo(commands: Any) -> None:
@@ -39,6 +40,7 @@ then partitions, prunes and fine-tunes, beside every control. Needs no network."
 
 def run_demo(options: argparse.Namespace) -> None:
     """Runs every arm and prints the table."""
+    from lightning_unlearn.callbacks._provenance import versions
     from lightning_unlearn.demo import arms
 
     # Before the work, not after it.
@@ -50,13 +52,8 @@ def run_demo(options: argparse.Namespace) -> None:
         result: dict[str, Any] = {
             "settings": asdict(settings),
             "outcomes": [asdict(outcome) for outcome in outcomes],
-            "versions": _versions(),
+            "versions": versions(_PACKAGES),
             "machine": platform.machine(),
         }
         with replacing(result_file) as file:
             file.write((json.dumps(result, indent=2) + "\n").encode())
-
-
-def _versions() -> dict[str, str]:
-    packages = ("lightning-unlearn", "torch", "lightning", "captum", "torchmetrics", "scikit-learn")
-    return {"python": platform.python_version(), **{package: version(package) for package in packages}}

@@ -244,8 +244,9 @@ def one_pass_caution(partition: Partition) -> list[str]:
     """
     if partition.recipe == "input":
         return []
-    judged = partition.label_evidence[partition.label.flatten() >= 0] if partition.label.ndim == 1 else None
-    evidence = partition.label_evidence if judged is None else judged
+    evidence = partition.label_evidence
+    if not partition.is_multilabel:
+        evidence = evidence[partition.label >= 0]
     agrees = float((evidence > 0.5).float().mean())
     said = (
         f"Judged from one pass: the checkpoint holds no evidence of earlier epochs. The network gives {agrees:.0%} of"

@@ -287,18 +287,25 @@ class RememberedIteration(Iterator[Any]):
         Args:
             position: counted from 0; positions before it are forgotten.
         """
+        return as_indices(self.batch(position))
+
+    def batch(self, position: int) -> Any:
+        """The batch as it was drawn, or None; see :meth:`drawn`."""
         while self._kept and self._first < position:
             self._kept.popleft()
             self._first += 1
-        if not self._kept or self._first != position:
-            return None
-        try:
-            # By way of numpy, which reads Python's integers several times faster.
-            index = torch.as_tensor(np.asarray(self._kept[0]))
-        except (TypeError, ValueError, RuntimeError):
-            return None
-        whole = not index.is_floating_point() and not index.is_complex() and index.dtype != torch.bool
-        return index.long() if whole and index.ndim == 1 else None
+        return self._kept[0] if self._kept and self._first == position else None
+
+
+def as_indices(batch: Any) -> Tensor | None:
+    """Dataset indices (B,) int64 of what a batch sampler drew; None where it is not made of integers."""
+    try:
+        # By way of numpy, which reads Python's integers several times faster.
+        index = torch.as_tensor(np.asarray(batch))
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    whole = not index.is_floating_point() and not index.is_complex() and index.dtype != torch.bool
+    return index.long() if whole and index.ndim == 1 else None
 
 
 def remember_batches(loader: DataLoader[Any]) -> None:
@@ -339,7 +346,12 @@ def delivered_indices(iterator: Any, waiting: int = 0) -> Tensor | None:
         (B,) int64, or None where that is not known: the loader does not remember its batches, its iteration is older
         than that, or it is not torch's own.
     """
+    return as_indices(delivered_batch(iterator, waiting))
+
+
+def delivered_batch(iterator: Any, waiting: int = 0) -> Any:
+    """What :func:`delivered_indices` makes indices of, for who does so later; None where that is not known."""
     iteration = getattr(iterator, "_sampler_iter", None)
     if not isinstance(iteration, RememberedIteration):
         return None
-    return iteration.drawn(iterator._num_yielded - 1 - waiting)
+    return iteration.batch(iterator._num_yielded - 1 - waiting)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -295,6 +295,23 @@ class Reading:
                 f"Expected labels of shape {shapes[0]}, 0 or 1 for each logit, but got {_kind(label)}{_CONVERT}"
             )
         return self._bits(label.flatten())
+
+    def classes_of_batches(self, batches: Sequence[tuple[Any, int]]) -> Tensor:
+        """Class labels of the rows of several batches, in one go where they are alike.
+
+        Args:
+            batches: of each, its labels and B; at least one.
+
+        Returns:
+            as :meth:`classes`.
+
+        Raises:
+            ValueError: as :meth:`classes`.
+        """
+        labels = [label for label, _ in batches]
+        if all(map(_is_dense, labels)) and len({(label.dtype, label.shape[1:]) for label in labels}) == 1:
+            return self.classes(torch.cat(labels), sum(size for _, size in batches))
+        return torch.cat([self.classes(label, size) for label, size in batches])
 
     def _indices(self, label: Tensor, num_samples: int) -> Tensor:
         if tuple(label.shape) not in ((num_samples,), (num_samples, 1)) or label.is_floating_point():

@@ -223,6 +223,20 @@ def test_class_indices(dtype, shape):
     assert label.tolist() == [0, 1, 1, 0]
 
 
+def test_labels_of_several_batches_are_read_at_once_or_each_in_its_own_form(monkeypatch):
+    reading, calls = settled(), []
+    classes = reading.classes
+    monkeypatch.setattr(reading, "classes", lambda label, size: calls.append(size) or classes(label, size))
+    alike = [(torch.tensor([1, 0]), 2), (torch.tensor([2, 9, -100]), 3)]
+    assert reading.classes_of_batches(alike).tolist() == [1, 0, 2, -2, -1]
+    assert calls == [5]
+    other = (torch.tensor([[1], [2]], dtype=torch.int32), 2)
+    assert reading.classes_of_batches([*alike, other]).tolist() == [1, 0, 2, -2, -1, 1, 2]
+    assert calls == [5, 2, 3, 2]
+    with pytest.raises(ValueError, match=r"^Expected a dense tensor of labels, but got list"):
+        reading.classes_of_batches([*alike, ([1, 2], 2)])
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.float16, torch.bool])
 def test_one_hot_rows_are_classes(dtype):
     assert settled(label=ONE_HOT).labels(ONE_HOT.to(dtype), 4).tolist() == [0, 2, 1, 2]

@@ -219,6 +219,25 @@ def test_a_step_that_overflowed_leaves_no_trace(value):
     assert_equal(overflowed, whole)
 
 
+def test_rows_whose_sum_overflows_count_where_each_is_finite():
+    trajectory = Trajectory(N, C)
+    trajectory.observe(torch.arange(3), torch.tensor([[0.0, 0.0, 0.0, -2e38]]).expand(3, C), torch.zeros(3).long())
+    assert trajectory._fresh.sum(dim=0).isinf().any()
+    assert trajectory.rows_left_out == 0
+    assert trajectory._fresh[:3, -4].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("classes", [2, 10, 1000])
+def test_uncertainty_is_the_entropy_in_nats(classes):
+    torch.manual_seed(0)
+    logits = 5 * torch.randn(64, classes)
+    trajectory = Trajectory(64, classes)
+    trajectory.observe(torch.arange(64), logits, torch.zeros(64).long())
+    trajectory.merge(0, no_reduce)
+    expected = torch.distributions.Categorical(logits=logits.double()).entropy().float()
+    torch.testing.assert_close(trajectory.scores(torch.arange(64))["uncertainty"], expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_margin_that_is_not_finite_leaves_its_row_out_but_not_its_label():
     trajectory = Trajectory(N, C)
     trajectory.observe(torch.arange(2), torch.randn(2, C), torch.tensor([1, 2]), torch.tensor([torch.nan, 1.0]))

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from lightning_unlearn.callbacks._lightning import TrainLoaderWatch, live_iterator, live_loaders
 from lightning_unlearn.capture import resolve_layer
-from lightning_unlearn.data import check_loader, delivered_indices, forget_batches, remember_batches
+from lightning_unlearn.data import as_indices, check_loader, delivered_batch, forget_batches, remember_batches
 from lightning_unlearn.targets import IGNORED, Reading
 
 # The rows of so many batches are checked, and handed on, together: one wait for the accelerator instead of many.
@@ -82,36 +82,36 @@ def pulled_elsewhere(logits: Tensor, gradient: Tensor, label: Tensor) -> tuple[T
     gradient = gradient.float()
     largest = gradient.abs().amax(dim=1)
     judged = largest.isfinite() & (largest > 0)
-    given = torch.arange(logits.shape[1], device=label.device) == label.unsqueeze(1)
-    others = gradient.masked_fill(given, torch.inf)
+    given = label.unsqueeze(1)
+    others = gradient.scatter(1, given, torch.inf)
     lowest = others.amin(dim=1)
     if logits.shape[1] == 2:
-        probability, at_label = (x.gather(1, label.unsqueeze(1)).squeeze(1) for x in (logits.softmax(dim=1), gradient))
+        probability, at_label = (x.gather(1, given).squeeze(1) for x in (logits.softmax(dim=1), gradient))
         return judged, judged & (probability < _UNSURE) & (lowest <= at_label)
-    at_smallest = others.gather(1, logits.masked_fill(given, torch.inf).argmin(dim=1, keepdim=True)).squeeze(1)
+    at_smallest = others.gather(1, logits.scatter(1, given, torch.inf).argmin(dim=1, keepdim=True)).squeeze(1)
     clear = _CLEAR_PULL * largest
     return judged, judged & (lowest < -clear) & (at_smallest - lowest > clear)
 
 
 @dataclass(eq=False)
 class _Step:
-    """One training step, from its batch to its gradient.
+    """One training step, from its batch to its gradient; all as it came, as a window of steps is read at once.
 
     Args:
-        index: (U,) int64 on the CPU, of rows (see :class:`~lightning_unlearn.targets.Reading`).
-        label: (U,) int64 on the device.
-        reading: knows the rows of an output.
+        batch: of B dataset indices, as the batch sampler drew it.
+        label: as the batch holds it.
+        columns: K, of an output.
         calls: how often the head was called with gradients.
-        logits: (U, C) float32, of the first call.
-        gradient: like the logits, what the loss sent to them; None before a backward pass.
+        output: (B, K), or (B,) of a binary task, of the first call.
+        gradient: like the output, what the loss sent to it; None before a backward pass.
         fault: why the first call's output cannot be used.
     """
 
-    index: Tensor
-    label: Tensor
-    reading: Reading
+    batch: Any
+    label: Any
+    columns: int
     calls: int = 0
-    logits: Tensor | None = None
+    output: Tensor | None = None
     gradient: Tensor | None = None
     fault: str = ""
 
@@ -120,8 +120,7 @@ class _Step:
         self.calls += 1
         if self.calls > 1:
             return
-        samples = len(self.label) // self.reading.rows_per_sample
-        columns = self.reading.num_outputs
+        samples, columns = len(self.batch), self.columns
         expected = [(samples, columns), (samples,)] if columns == 1 else [(samples, columns)]
         if not isinstance(output, Tensor) or tuple(output.shape) not in expected:
             shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
@@ -133,11 +132,11 @@ class _Step:
             self.fault = f"its output cannot be watched ({error})"
             return
         # A copy, since a function in place may follow.
-        self.logits = self.reading.logits(output.detach().to(torch.float32, copy=True))
+        self.output = output.detach().clone()
 
     def add_gradient(self, gradient: Tensor) -> None:
         """Adds what one backward pass sent; there may be one for each term of the loss."""
-        gradient = self.reading.gradients(gradient.detach())
+        gradient = gradient.detach()
         self.gradient = gradient if self.gradient is None else self.gradient + gradient
 
 
@@ -279,13 +278,13 @@ class TrainingPassReader:
         self._hook.step = None
         if not self.is_reading or self._is_unknown:
             return
-        index = delivered_indices(*live_iterator(trainer))
-        if index is None:
+        drawn = delivered_batch(*live_iterator(trainer))
+        if not hasattr(drawn, "__len__"):
             self._is_unknown = True
             return
-        label = self._labels_of(batch, len(index))
+        label = self._labels_of(batch, len(drawn))
         if label is not None:
-            self._hook.step = _Step(self._reading.row_indices(index), label, self._reading)
+            self._hook.step = _Step(drawn, label, self._reading.num_outputs)
 
     def end_batch(self) -> None:
         """Takes what the step has shown. Call in ``on_train_batch_end``."""
@@ -346,22 +345,26 @@ class TrainingPassReader:
         for loader in loaders:
             remember_batches(loader)
 
-    def _labels_of(self, batch: Any, num_rows: int) -> Tensor | None:
-        """Class labels of the batch's rows, (U,) int64; None, having given up, where they have another form."""
+    def _labels_of(self, batch: Any, num_rows: int) -> Any:
+        """The labels that a batch holds; None, having given up, where it has not as many as rows."""
         try:
-            label = self._reading.split(batch)[1]
+            label: Any = self._reading.split(batch)[1]
         except Exception as error:
             self.give_up(f"the batch of a training step cannot be split into input and labels ({error})")
             return None
         try:
-            if len(label) != num_rows:
-                self.give_up(f"a batch of {num_rows} dataset indices has {len(label)} rows")
-                return None
-            # A copy, since training_step may permute them in place.
-            return self._reading.classes(label, num_rows).clone()
-        except (TypeError, ValueError) as error:
-            self.give_up(f"the labels of a training step have another form than those of a pass ({error})")
+            labels = len(label)
+        except TypeError as error:
+            self._give_up_labels(error)
             return None
+        if labels != num_rows:
+            self.give_up(f"a batch of {num_rows} dataset indices has {labels} rows")
+            return None
+        # A copy, since training_step may permute them in place.
+        return label.clone() if isinstance(label, Tensor) else label
+
+    def _give_up_labels(self, error: Exception) -> None:
+        self.give_up(f"the labels of a training step have another form than those of a pass ({error})")
 
     def _close_window(self) -> None:
         """Checks the rows held back and hands them on."""
@@ -369,11 +372,20 @@ class TrainingPassReader:
         self._held, self._unchecked = [], 0
         if unchecked > len(held):
             self.give_up(self._unchecked_why)
-        elif held:
-            self._check(held)
+            return
+        index = [as_indices(step.batch) for step in held]
+        known = [(step, of) for step, of in zip(held, index, strict=True) if of is not None]
+        self._is_unknown |= len(known) < len(held)
+        if known:
+            self._check(*map(list, zip(*known, strict=True)))
 
-    def _check(self, held: list[_Step]) -> None:
-        index, logits, gradient, label = _labelled_rows(held)
+    def _check(self, held: list[_Step], of_steps: list[Tensor]) -> None:
+        try:
+            label = self._reading.classes_of_batches([(step.label, len(step.batch)) for step in held])
+        except (TypeError, ValueError) as error:
+            self._give_up_labels(error)
+            return
+        index, logits, gradient, label = self._labelled_rows(held, torch.cat(of_steps), label)
         if len(index) == 0:
             return
         if index.min() < 0 or index.max() >= self._size:
@@ -394,6 +406,18 @@ class TrainingPassReader:
             self._sink.observe(index, logits, label)
         else:
             self._is_blind = True
+
+    def _labelled_rows(self, held: list[_Step], index: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Rows, logits, gradients and labels of some steps, without the rows whose label is to be ignored."""
+        reading = self._reading
+        output = torch.cat([_as_columns(step.output) for step in held if step.output is not None])
+        sent = torch.cat([_as_columns(step.gradient) for step in held if step.gradient is not None])
+        index, logits, gradient = reading.row_indices(index), reading.logits(output.float()), reading.gradients(sent)
+        label = label.to(logits.device)
+        counted = (label != IGNORED).nonzero().flatten()
+        if len(counted) == len(label):
+            return index, logits, gradient, label
+        return index[counted.cpu()], logits[counted], gradient[counted], label[counted]
 
     def _fault_of_counts(self, num_illegal: int, num_relabelled: int) -> str:
         if num_illegal:
@@ -434,16 +458,8 @@ class TrainingPassReader:
         self._sink.forget()
 
 
-def _labelled_rows(held: list[_Step]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Indices, logits, gradients and labels of some steps, without the rows whose label is to be ignored."""
-    index = torch.cat([step.index for step in held])
-    logits = torch.cat([step.logits for step in held if step.logits is not None])
-    gradient = torch.cat([step.gradient for step in held if step.gradient is not None])
-    label = torch.cat([step.label for step in held]).to(logits.device)
-    counted = (label != IGNORED).nonzero().flatten()
-    if len(counted) == len(label):
-        return index, logits, gradient, label
-    return index[counted.cpu()], logits[counted], gradient[counted], label[counted]
+def _as_columns(output: Tensor) -> Tensor:
+    return output.unsqueeze(1) if output.ndim == 1 else output
 
 
 def _fault_of_loaders(loaders: list[Any]) -> str:

@@ -28,6 +28,7 @@ from lightning_unlearn.cli._examples import examples
 from lightning_unlearn.cli._results import PARTITION, partition_state, read_checkpoint, summary_of
 from lightning_unlearn.fingerprint import check_fingerprint, fingerprint
 from lightning_unlearn.recipes import get_recipe
+from lightning_unlearn.recipes.label_model import MEMORISED
 from lightning_unlearn.report import RunRecord, shown_samples, write_report
 from lightning_unlearn.report.samples import file_of, names_in
 from lightning_unlearn.storage import target_folder, write_json
@@ -48,8 +49,6 @@ _EXAMPLES = examples(
     "lightning-unlearn partition --config run.yaml --ckpt_path lightning_logs/version_0/checkpoints/last.ckpt",
     "lightning-unlearn partition --model team.Net --data team.Data --trainer.max_epochs 10",
 )
-# A network that gives this share of the training samples their label shows in one pass hardly a wrong one.
-_MEMORISED = 0.9
 
 
 class PartitionCLI(ConfigCLI):
@@ -252,7 +251,7 @@ def one_pass_caution(partition: Partition) -> list[str]:
         f"Judged from one pass: the checkpoint holds no evidence of earlier epochs. The network gives {agrees:.0%} of"
         " the training samples the label that they have"
     )
-    if agrees > _MEMORISED:
+    if agrees > MEMORISED:
         return [
             f"{said}: wrong labels that it has memorised look right by now, and no recipe can tell them from one pass;"
             " corrupted inputs still show (--recipe input). For labels, judge the training: leave out --ckpt_path, or"

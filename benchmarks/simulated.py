@@ -1,5 +1,8 @@
 """Ranks without processes: a thread each, and a sum that waits for all of them."""
 
+# The tests have fewer lines of the same in tests/ranks.py, with a time limit and nothing counted: they are shipped
+# without the benchmarks, and the package, which both could import, has no use for either.
+
 from __future__ import annotations
 
 import threading

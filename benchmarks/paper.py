@@ -1,11 +1,10 @@
 """The paper's protocol on its two tasks: initial model, L-FT, F-FT, retraining, and the controls that it lacks.
 
 Each unit (a task with a noise, a number of training samples and a seed) has a folder below ``runs/paper`` with a file
-for every arm; finished arms are kept. Several processes may be given the same command: each takes units that no other
-one is at, and the last one, or ``--tables-only``, has the whole table.
+for every arm; finished arms are kept. The processes of ``--jobs`` share the units, each taking one that no other is at.
 
-    python -m benchmarks.paper --task cifar10 --scale cpu    # some 20 minutes on 2 quiet cores, with two processes
-    python -m benchmarks.paper --task speech --scale cpu
+    python -m benchmarks.paper --task cifar10 --scale cpu --jobs 2    # some 20 minutes on 2 quiet cores
+    python -m benchmarks.paper --task speech --scale cpu --jobs 2
     python -m benchmarks.paper --task cifar10 --scale gpu --data DIR     # DIR: torchvision's folder, or with an .npz
     python -m benchmarks.paper --task speech --scale gpu --data DIR      # DIR: torchaudio's folder
     python -m benchmarks.paper --task cifar10 speech --scale cpu --tables-only --write benchmarks/results/paper-cpu.md
@@ -14,16 +13,12 @@ one is at, and the last one, or ``--tables-only``, has the whole table.
 from __future__ import annotations
 
 import argparse
-import logging
-import warnings
 from itertools import product
 from pathlib import Path
 
-import torch
-
+from benchmarks.command import add_run_options, folder_of, run
 from benchmarks.paper_arms import ARMS, INITIAL, LONG, NOISES, PaperUnit, Setting
 from benchmarks.paper_tables import tables
-from benchmarks.runs import finished, head, run_unit, write_tables
 from benchmarks.sources import DATA
 
 PAPER_SIZES = (50_000, 25_000, 12_500)
@@ -76,27 +71,17 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--task", nargs="+", choices=("cifar10", "speech"), required=True)
     parser.add_argument("--scale", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--data", type=Path, default=DATA, help="a folder, or the file of the task")
-    parser.add_argument("--out", type=Path, default=None, help="where results are kept; by default runs/paper-SCALE")
     parser.add_argument("--noise", nargs="+", choices=sorted({*NOISES["cifar10"], *NOISES["speech"]}))
     parser.add_argument("--train-sizes", nargs="+", type=int)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--arms", nargs="+", choices=ARMS, metavar="ARM", help=", ".join(ARMS))
-    parser.add_argument("--threads", type=int, default=1, help="of the processor; processor time counts them all")
-    parser.add_argument("--fast", action="store_true", help="3 epochs, to see that everything runs")
-    parser.add_argument("--tables-only", action="store_true", help="train nothing")
-    parser.add_argument(
-        "--write", type=Path, default=None, help="file for the tables; the numbers go beside it as JSON"
-    )
+    add_run_options(parser, seeds=[0])
     return parser.parse_args()
 
 
 def main() -> None:
     """Runs what is asked for and prints the tables."""
     args = _arguments()
-    warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    torch.set_num_threads(args.threads)
-    out = args.out or Path(f"runs/paper-{args.scale}{'-fast' if args.fast else ''}")
+    out = folder_of(args, f"paper-{args.scale}")
     arms = args.arms or [name for name in ARMS if args.scale == "gpu" or name not in LONG]
     # Seeds outermost, so that a table over all settings is there early.
     units = [
@@ -109,16 +94,8 @@ def main() -> None:
         )
         for seed, setting in product(args.seeds, _settings(args))
     ]
-    needed = (INITIAL,)
-    failed = [] if args.tables_only else [name for unit in units for name in run_unit(unit, arms, needed)]
-    rows = finished(units, arms)
-    if rows:
-        text = head("benchmarks.paper", rows, ("torchvision", "torchaudio", "torchmetrics")) + tables(rows)
-        print(text)
-        if args.write:
-            write_tables(args.write, text, rows)
-    if failed:
-        raise SystemExit("Failed: " + "; ".join(failed))
+    packages = ("torchvision", "torchaudio", "torchmetrics")
+    run(args, "benchmarks.paper", units, arms, needed=(INITIAL,), tables=tables, packages=packages)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from benchmarks.cases import DIGITS_CASES, Case
 from benchmarks.elr import EarlyLearning
 from benchmarks.plans import plan_of
 from benchmarks.repair_tables import Results, Verdict, best_fixed, gap_closed, tables, verdicts
-from benchmarks.runs import finished, head, kept, run_unit
 
 
 def row(arm, accuracy, seed=0, case="spoken-sym40", regime="memorised", **more):
@@ -123,47 +122,6 @@ def test_tables_have_a_column_for_every_arm_that_ran():
     text = tables(Results([row("base", 0.6), row("base", 0.7, 1), row("ELR", 0.8)]))
     assert "| case | base | ELR |" in text
     assert "| spoken-sym40 | 65.0 ± 7.1 | 80.0 |" in text
-
-
-class Counting:
-    """A unit of three arms, of which one fails."""
-
-    def __init__(self, folder, **settings):
-        self.folder, self._settings, self.runs = folder, settings, []
-
-    def settings(self):
-        return self._settings
-
-    def result(self, arm):
-        self.runs.append(arm)
-        if arm == "broken":
-            raise RuntimeError("broken")
-        return kept(self.folder / f"{arm}.json", lambda: {"seed": 0, "arm": arm, "accuracy": 0.5, "steps": 1})
-
-
-def test_finished_arms_are_kept_and_failed_ones_do_not_keep_the_rest_from_being_run(tmp_path, capsys):
-    unit = Counting(tmp_path / "unit", lr=1)
-    arms = ["first", "broken", "last"]
-    assert run_unit(unit, arms, needed=("first",)) == ["unit: broken"]
-    assert unit.runs == arms
-    assert run_unit(unit, arms, needed=("broken",)) == ["unit: broken"]
-    assert unit.runs[3:] == ["broken"]
-    rows = finished([unit], arms)
-    assert [row["arm"] for row in rows] == ["first", "last"]
-    assert "seeds [0]" in head("benchmarks.paper", rows)
-    assert "unit: last 50.00 in 1 steps" in capsys.readouterr().out
-
-
-def test_what_an_arm_needs_is_run_before_it_or_not_at_all(tmp_path):
-    unit = Counting(tmp_path / "unit")
-    assert run_unit(unit, ["broken", "last"], needed=("broken",)) == ["unit: broken"]
-    assert unit.runs == ["broken"]
-
-
-def test_results_of_other_settings_are_refused(tmp_path):
-    run_unit(Counting(tmp_path / "unit", lr=1), [], needed=())
-    with pytest.raises(SystemExit, match="holds results of other settings"):
-        run_unit(Counting(tmp_path / "unit", lr=2), [], needed=())
 
 
 def paper_row(arm, accuracy, seed=0, **more):

@@ -7,11 +7,11 @@ import torch
 
 # The sdist has the tests, but not the benchmarks.
 pytest.importorskip("benchmarks", reason="not a checkout")
-from benchmarks import elr, paper_tables, repair_tables
+from benchmarks import elr, paper_tables, repair, repair_tables
 from benchmarks.arms import Unit
 from benchmarks.cases import DIGITS_CASES, Case
 from benchmarks.elr import EarlyLearning
-from benchmarks.plans import plan_of
+from benchmarks.plans import ARMS, plan_of
 from benchmarks.repair_tables import Results, Verdict, best_fixed, gap_closed, tables, verdicts
 
 
@@ -172,3 +172,29 @@ def test_cross_entropy_takes_all_the_data_and_epochs_of_its_own(tmp_path):
     assert unit._one_cycle(unit._loader(), 2).configure_optimizers()["lr_scheduler"]["scheduler"].total_steps == (
         2 * batches
     )
+
+
+def defaults_of(monkeypatch, *words):
+    monkeypatch.setattr("sys.argv", ["repair", *words])
+    args = repair._arguments()
+    return {name: list(getattr(args, name)) for name in ("cases", "regimes", "arms", "seeds")}
+
+
+def test_a_scale_has_its_defaults_and_an_option_goes_before_them(monkeypatch):
+    main = ["base", "F-FT", "continue", "retrain", "relabel", "rounds", "rounds + relabel", "oracle"]
+    main += ["cross-entropy", "ELR"]
+    assert defaults_of(monkeypatch) == {
+        "cases": ["cifar-human", "spoken-sym40"],
+        "regimes": ["memorised", "fresh"],
+        "arms": [*main, "continue, steps of relabel"],
+        "seeds": [0],
+    }
+    assert defaults_of(monkeypatch, "--scale", "gpu") == {
+        "cases": ["cifar-human-full", "cifar-human-full-34"],
+        "regimes": ["fresh"],
+        "arms": main,
+        "seeds": [0, 1, 2],
+    }
+    of_all = defaults_of(monkeypatch, "--scale", "cpu-all", "--seeds", "7")
+    assert (len(of_all["cases"]), len(of_all["regimes"]), of_all["seeds"]) == (9, 2, [7])
+    assert of_all["arms"] == list(ARMS)

@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_unlearn.noise import (
+    CIFAR10_ASYMMETRIC,
     GaussianInputs,
     NoiseAtSnr,
     NoisyLabels,
@@ -56,6 +57,42 @@ def test_asymmetric_labels_are_wrong_at_exactly_the_rate_in_every_class(rate):
         given = noisy[label == c]
         assert (given == (c + 1) % CLASSES).sum() == rate * 10 * (c + 1)
         assert ((given == c) | (given == (c + 1) % CLASSES)).all()
+
+
+def test_asymmetric_labels_may_name_what_is_taken_for_what():
+    label = torch.arange(10).repeat_interleave(10)
+    noisy = asymmetric_labels(label, 0.4, 10, seed=0, becomes=CIFAR10_ASYMMETRIC)
+    # truck, bird, deer, cat and dog, in the order of torchvision's classes
+    assert {(int(a), int(b)) for a, b in zip(label, noisy, strict=True) if a != b} == {
+        (9, 1),
+        (2, 0),
+        (4, 7),
+        (3, 5),
+        (5, 3),
+    }
+    assert (noisy != label).sum() == 5 * 4
+    for becomes in ({0: 0}, {0: 10}, {-1: 2}):
+        with pytest.raises(ValueError, match="Expected becomes to name for classes from 0 to 9 another one each, but"):
+            asymmetric_labels(label, 0.4, 10, seed=0, becomes=becomes)
+
+
+@pytest.mark.parametrize(
+    "of", [list, np.array, lambda y: torch.tensor(y, dtype=torch.uint8)], ids=["list", "numpy", "bytes"]
+)
+def test_labels_may_be_what_data_sets_have(of):
+    label, transition = LABEL.tolist(), torch.full((CLASSES, CLASSES), 0.2)
+    assert symmetric_labels(of(label), 0.4, CLASSES, seed=0).equal(symmetric_labels(LABEL, 0.4, CLASSES, seed=0))
+    assert asymmetric_labels(of(label), 0.4, CLASSES, seed=0).equal(asymmetric_labels(LABEL, 0.4, CLASSES, seed=0))
+    assert matrix_labels(of(label), transition.tolist(), seed=0).equal(matrix_labels(LABEL, transition, seed=0))
+    noisy = NoisyLabels([("x", 7, "file")] * 1000, of(label), of([0] * 1000))
+    assert noisy.is_wrong.equal(LABEL != 0)
+    assert noisy[3] == ("x", 3, "file")
+
+
+@pytest.mark.parametrize("label", [LABEL.float(), torch.eye(5).long()], ids=["floats", "one-hot"])
+def test_labels_that_are_no_integers_are_refused(label):
+    with pytest.raises(TypeError, match=r"one integer class per sample, \(N,\), but got (float32|int64) of shape"):
+        symmetric_labels(label, 0.4, CLASSES, seed=0)
 
 
 def test_a_rate_between_two_samples_is_rounded():
@@ -260,11 +297,38 @@ def test_wrong_labels_and_corrupted_inputs_compose(labels_outside):
     assert (x != clean.tensors[0]).flatten(1).any(dim=1).equal(corrupted.is_corrupted)
 
 
-@pytest.mark.parametrize(("sigma", "share"), [(-1.0, 0.5), (1.0, -0.1), (1.0, 1.1)])
+@pytest.mark.parametrize(
+    ("sigma", "share"), [(-1.0, 0.5), (math.nan, 0.5), (math.inf, 0.5), (1.0, -0.1), (1.0, 1.1), (1.0, math.nan)]
+)
 def test_noise_that_makes_no_sense_is_refused(sigma, share):
     message = rf"Expected sigma >= 0 and share in \[0, 1\], but got sigma={sigma} and share={share}"
     with pytest.raises(ValueError, match=message):
         GaussianInputs(images(), sigma=sigma, share=share, seed=0)
+
+
+def test_limits_in_the_wrong_order_are_refused():
+    with pytest.raises(ValueError, match=r"Expected limits \(lowest, highest\), but got \(1, 0\)"):
+        GaussianInputs(images(), sigma=1.0, share=0.5, seed=0, limits=(1, 0))
+
+
+@pytest.mark.parametrize(
+    ("x", "kind"), [(torch.zeros(1, 3).byte(), "a tensor of torch.uint8"), (np.zeros((1, 3)), "a ndarray")]
+)
+def test_an_item_that_is_no_float_tensor_is_refused(x, kind):
+    for noisy in (
+        GaussianInputs([(x, 0)], sigma=1.0, share=0.0, seed=0),
+        NoiseAtSnr([(x, 16000)], snr_db=0.0, share=0.0, seed=0),
+    ):
+        with pytest.raises(TypeError, match=f"Expected item 0 to start with a float tensor, but got {kind}; make one"):
+            noisy[0]
+
+
+@pytest.mark.parametrize("seed", [0, 1, np.int64(3), -1, 2**50])
+def test_a_seed_chooses_other_items_for_noise_than_for_labels_and_splits(seed):
+    corrupted = GaussianInputs(TensorDataset(torch.zeros(1000, 1)), sigma=1.0, share=0.4, seed=seed).is_corrupted
+    wrong = symmetric_labels(LABEL, 0.4, CLASSES, seed=int(seed)) != LABEL
+    # By chance 160, give or take 10; the same ones would be 400.
+    assert (corrupted & wrong).sum().item() == pytest.approx(160, abs=40)
 
 
 def sounds(n=6, length=4000):
@@ -314,6 +378,12 @@ def test_noise_under_a_sound_stays_the_same_over_epochs_and_workers_and_follows_
     assert torch.corrcoef(stretches.squeeze(1)).triu(1).abs().max() < 0.2, "the same stretch of the background"
 
 
+def test_no_stretch_of_a_background_is_silent():
+    background = torch.cat([torch.zeros(5000), torch.ones(1)])
+    noisy = NoiseAtSnr([(torch.ones(1, 10), 16000)] * 20, snr_db=0.0, share=1.0, seed=0, background=background)
+    assert all(x.isfinite().all() and not x.equal(torch.ones(1, 10)) for x, _ in noisy)
+
+
 def test_a_silent_sound_stays_silent():
     silence = torch.zeros(1, 100)
     assert NoiseAtSnr([(silence, 8000, "")], snr_db=0.0, share=1.0, seed=0)[0][0].equal(silence)
@@ -326,6 +396,8 @@ def test_a_silent_sound_stays_silent():
         ({"share": 1.5}, "Expected a finite snr_db and share"),
         ({"background": torch.zeros(1, 5)}, r"one channel of samples \(T',\), but got shape \(1, 5\); take one"),
         ({"background": torch.zeros(0)}, "one channel of samples"),
+        ({"background": torch.zeros(5)}, "Expected background to be heard, but it is silent"),
+        ({"background": torch.full((5,), math.nan)}, "or has samples that are not finite"),
     ],
 )
 def test_noise_under_a_sound_that_cannot_be_is_refused(changes, message):
@@ -384,6 +456,10 @@ def test_files_that_are_not_of_human_labels_are_refused_and_nothing_in_them_runs
     torch.save({"clean_label": Fraction(1, 2)}, file)  # a class of its own may do anything when it is unpickled
     with pytest.raises(ValueError, match="holds something else, or is cut short"):
         human_labels(file)
-    file.write_bytes(b"<html>404</html>")
-    with pytest.raises(ValueError, match="holds something else, or is cut short"):
-        human_labels(file)
+    for name in ("CIFAR-10_human.pt", "CIFAR-10_human.npz"):
+        (tmp_path / name).write_bytes(b"<html>404</html>")
+        with pytest.raises(ValueError, match="holds something else, or is cut short"):
+            human_labels(tmp_path / name)
+    np.savez(tmp_path / "names.npz", clean_label=["cat"], worse_label=["dog"])
+    with pytest.raises(ValueError, match=r"Expected integers under 'worse_label' in .*, but they are of type <U3"):
+        human_labels(tmp_path / "names.npz")

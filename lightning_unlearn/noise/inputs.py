@@ -25,7 +25,8 @@ class GaussianInputs(Dataset[Any]):
         is_corrupted: (N,) bool. For evaluation only.
 
     Raises:
-        ValueError: for a negative sigma, or a share not in [0, 1].
+        TypeError: when an item is fetched whose x is not a float tensor.
+        ValueError: for a sigma that is negative or not finite, a share not in [0, 1], or limits in the wrong order.
 
     Example:
         >>> noisy = GaussianInputs([(torch.zeros(3), 0)] * 4, sigma=1.0, share=0.5, seed=0)
@@ -42,8 +43,10 @@ class GaussianInputs(Dataset[Any]):
         seed: int,
         limits: tuple[float, float] | None = (0.0, 1.0),
     ) -> None:
-        if sigma < 0 or not 0 <= share <= 1:
+        if not (0 <= sigma < math.inf and 0 <= share <= 1):
             raise ValueError(f"Expected sigma >= 0 and share in [0, 1], but got sigma={sigma} and share={share}.")
+        if limits is not None and not limits[0] < limits[1]:
+            raise ValueError(f"Expected limits (lowest, highest), but got {limits}.")
         self.dataset = dataset
         self.sigma = sigma
         self.seed = seed
@@ -56,6 +59,7 @@ class GaussianInputs(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         index = range(len(self))[index]  # so that item -1 is the last one, with its noise
         x, *rest = self.dataset[index]
+        _check_float(x, index)
         corrupted = bool(self.is_corrupted[index])
         if corrupted:
             x = x + self.sigma * torch.randn(x.shape, generator=_stream(self.seed, index), dtype=x.dtype)
@@ -119,22 +123,25 @@ class PaperMfccNoise(GaussianInputs):
 class NoiseAtSnr(Dataset[Any]):
     """A dataset of ``(waveform, ...)`` with noise under some of its sounds, the same in every epoch.
 
-    Needs torchaudio (``pip install 'lightning-unlearn[audio]'``). A silent sound stays silent.
+    Powers are means over all of a clip, the silence that pads it included. A silent clip stays silent, also where
+    ``is_corrupted`` names it. Needs torchaudio (``pip install 'lightning-unlearn[audio]'``).
 
     Args:
         dataset: map-style, of items ``(waveform, *rest)`` with a float waveform (..., T), as torchaudio has.
         snr_db: power of the sound over that of the noise, in decibels; 0 makes both as loud, 20 is faint.
         share: share of the items that are corrupted, to the nearest item.
         seed: of the choice and of the noise.
-        background: (T',) float, a recording of which a random stretch is mixed in, repeated where it is too short;
-            white noise by default.
+        background: (T',) float, a recording of which a random stretch is mixed in that does not begin with silence,
+            repeated where it is too short; white noise by default.
 
     Attributes:
         is_corrupted: (N,) bool. For evaluation only.
 
     Raises:
         ImportError: without torchaudio.
-        ValueError: for a share not in [0, 1], a ratio that is not a number, or a background that is not one channel.
+        TypeError: when an item is fetched whose waveform is not a float tensor.
+        ValueError: for a share not in [0, 1], a ratio that is not a number, or a background that is silent or not one
+            channel.
 
     Example:
         >>> noisy = NoiseAtSnr([(torch.ones(1, 8000), 16000, "yes")], snr_db=0.0, share=1.0, seed=0)
@@ -155,11 +162,15 @@ class NoiseAtSnr(Dataset[Any]):
                 "Expected background to be one channel of samples (T',), but got shape"
                 f" {tuple(background.shape)}; take one with background[0]."
             )
+        if background is not None and not (background.isfinite().all() and background.any()):
+            raise ValueError("Expected background to be heard, but it is silent, or has samples that are not finite.")
         self._add_noise = _add_noise()
         self.dataset = dataset
         self.snr_db = snr_db
         self.seed = seed
         self.background = background
+        # A stretch of silence has no power to be brought to the ratio.
+        self._starts = None if background is None else background.nonzero().flatten()
         self.is_corrupted = _chosen(len(cast(Sized, dataset)), share, seed)
 
     def __len__(self) -> int:
@@ -168,6 +179,7 @@ class NoiseAtSnr(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[Any, ...]:
         index = range(len(self))[index]
         waveform, *rest = self.dataset[index]
+        _check_float(waveform, index)
         if self.is_corrupted[index]:
             snr = torch.full(waveform.shape[:-1], self.snr_db, dtype=waveform.dtype)
             waveform = self._add_noise(waveform, self._noise(waveform, index), snr)
@@ -175,9 +187,9 @@ class NoiseAtSnr(Dataset[Any]):
 
     def _noise(self, waveform: Tensor, index: int) -> Tensor:
         stream = _stream(self.seed, index)
-        if self.background is None:
+        if self.background is None or self._starts is None:
             return torch.randn(waveform.shape, generator=stream, dtype=waveform.dtype)
-        start = int(torch.randint(len(self.background), (1,), generator=stream))
+        start = self._starts[torch.randint(len(self._starts), (1,), generator=stream)]
         places = (start + torch.arange(waveform.shape[-1])) % len(self.background)
         return self.background[places].to(waveform.dtype).expand_as(waveform)
 
@@ -190,9 +202,20 @@ def _add_noise() -> Any:
     return add_noise
 
 
+def _check_float(x: Any, index: int) -> None:
+    if isinstance(x, Tensor) and x.is_floating_point():
+        return
+    kind = f"a tensor of {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+    raise TypeError(
+        f"Expected item {index} to start with a float tensor, but got {kind}; make one in the dataset's transform, such"
+        " as torchvision's ToTensor()."
+    )
+
+
 def _chosen(total: int, share: float, seed: int) -> Tensor:
     """(N,) bool, the share of the items that is corrupted, to the nearest item."""
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+    # Not the bare seed: with it a random_split, or wrong labels, would choose the same items.
+    order = torch.randperm(total, generator=_stream(seed, -2))
     chosen = torch.zeros(total, dtype=torch.bool)
     chosen[order[: round(share * total)]] = True
     return chosen
@@ -200,4 +223,4 @@ def _chosen(total: int, share: float, seed: int) -> Tensor:
 
 def _stream(seed: int, index: int) -> torch.Generator:
     """Randomness of an item's own, so that neither the order nor the worker matters."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + index + 1)
+    return torch.Generator().manual_seed((int(seed) * 1_000_003 + index + 1) % 2**63)

@@ -129,12 +129,41 @@ def test_people_may_also_speak_from_a_file_of_their_own(cifar_folder, tmp_path):
         Cifar10(cifar_folder, labels="human").setup()
 
 
-@pytest.mark.parametrize("labels", ["symmetric", "asymmetric"])
-def test_labels_are_wrong_at_the_rate(cifar_folder, labels):
-    data = Cifar10(cifar_folder, labels=labels, rate=0.5)
+@pytest.mark.parametrize("train_size", [IMAGES, IMAGES // 3])
+def test_labels_are_wrong_at_the_rate_also_where_not_all_images_are_taken(cifar_folder, train_size):
+    data = Cifar10(cifar_folder, labels="symmetric", rate=0.5, train_size=train_size)
     data.setup()
-    assert data.is_wrong.sum() == IMAGES // 2
+    assert data.is_wrong.sum() == train_size // 2
     assert data.is_wrong.equal(data.train_data.y != data.true_label)
+
+
+def test_asymmetric_labels_are_those_of_the_literature(cifar_folder):
+    data = Cifar10(cifar_folder, labels="asymmetric", rate=0.5)
+    data.setup()
+    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    wrong = {(names[a], names[b]) for a, b in zip(data.true_label, data.train_data.y, strict=True) if a != b}
+    assert wrong == {
+        ("truck", "automobile"),
+        ("bird", "airplane"),
+        ("deer", "horse"),
+        ("cat", "dog"),
+        ("dog", "cat"),
+    }
+    assert data.is_wrong[data.true_label == 3].sum() == IMAGES // 10 // 2
+
+
+def test_images_that_are_not_there_and_misspelt_noise_are_refused(cifar_folder, tmp_path):
+    with pytest.raises(ValueError, match="to be one of clean, symmetric, asymmetric, human, but got 'symmetrical'"):
+        Cifar10(cifar_folder, labels="symmetrical")
+    with pytest.raises(ValueError, match="inputs to be one of clean, gaussian, paper, but got 'normal'"):
+        Cifar10(cifar_folder, inputs="normal")
+    with pytest.raises(ValueError, match=r"Expected to take 1 to 540 images of .*, but was asked for 50,000"):
+        Cifar10(cifar_folder, train_size=50_000).setup()
+    with pytest.raises(ValueError, match=r"Expected to take 1 to 20 images of .*, but was asked for 0"):
+        Cifar10(cifar_folder, test_size=0).setup()
+    np.savez(tmp_path / "other.npz", train_label=[1], x=[2])
+    with pytest.raises(ValueError, match=r"arrays train_jpeg, train_offsets in .*, but it holds train_label, x"):
+        Cifar10(tmp_path / "other.npz").setup()
 
 
 def test_the_papers_noise_gives_itself_away_and_the_fair_one_does_not(cifar_folder):
@@ -236,8 +265,23 @@ def test_digits_come_from_a_folder_or_a_zip_file(tmp_path):
     assert found[0].train_data.x.equal(found[1].train_data.x)
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(ValueError, match=r"Expected files \{digit\}_\{speaker\}_\{take\}\.wav"):
+    with pytest.raises(ValueError, match=r"Expected files \{digit\}_\{speaker\}_\{take\}\.wav .*, but there are none"):
         SpeechCommands(empty, digits=True).setup()
+    wav(empty / "3_ann_9.wav", 300)
+    with pytest.raises(ValueError, match=r"Expected testing clips in .*: takes 0-4 are for testing"):
+        SpeechCommands(empty, digits=True).setup()
+    wav(empty / "hello.wav", 300)
+    with pytest.raises(ValueError, match=r"Expected files \{digit\}_\{speaker\}_\{take\}\.wav .*, but got hello\.wav"):
+        SpeechCommands(empty, digits=True).setup()
+
+
+def test_clips_that_are_not_there_and_misspelt_noise_are_refused(speech_folder):
+    with pytest.raises(ValueError, match="labels to be clean, symmetric or asymmetric, but got 'human'"):
+        SpeechCommands(speech_folder, labels="human")
+    with pytest.raises(ValueError, match="Expected train_size from 1 to 289, all clips, but got 290"):
+        SpeechCommands(speech_folder, train_size=290).setup()
+    with pytest.raises(ValueError, match=r"Expected clips of every word for training, but .* has none of nope, yess"):
+        SpeechCommands(speech_folder, words=("yess", "nope", *WORDS[2:])).setup()
 
 
 def test_a_clip_is_one_second_at_16_khz_of_16_bits(tmp_path):
@@ -303,7 +347,7 @@ def test_the_papers_protocol_runs_from_yaml(task, variant, folder_of, tmp_path, 
         short = tmp_path / f"{i}.yaml"
         short.write_text(text.replace("at_epoch: 60", "at_epoch: 1"), encoding="utf-8")
         arguments += ["--config", str(short)]
-    of_data = {"data": str(folder_of[task]), "download": "false", "batch_size": "64"}
+    of_data = {"data": str(folder_of[task]), "download": "false", "batch_size": "64", "train_size": "null"}
     for name, value in of_data.items():
         arguments += [f"--data.init_args.{name}", value]
     if task == "speech_commands":

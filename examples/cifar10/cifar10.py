@@ -27,6 +27,7 @@ from torchvision.models import resnet18
 
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback, SensitivityPruneCallback
 from lightning_unlearn.noise import (
+    CIFAR10_ASYMMETRIC,
     GaussianInputs,
     PaperImageNoise,
     asymmetric_labels,
@@ -73,6 +74,9 @@ def read_images(data: Path, *, train: bool, download: bool) -> tuple[Tensor, Ten
         return torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(found.targets), None
     part = "train" if train else "test"
     with np.load(data) as file:
+        missing = [f"{part}_{name}" for name in ("jpeg", "offsets", "label") if f"{part}_{name}" not in file]
+        if missing:
+            raise ValueError(f"Expected arrays {', '.join(missing)} in {data}, but it holds {', '.join(file.files)}.")
         jpeg, offsets, label = (file[f"{part}_{name}"] for name in ("jpeg", "offsets", "label"))
         human = file["train_human_label"] if train and "train_human_label" in file else None
     files = [torch.from_numpy(jpeg[first:last].copy()) for first, last in pairwise(offsets)]
@@ -98,10 +102,12 @@ class Cifar10(L.LightningDataModule):
     Args:
         data: torchvision's folder, or an ``.npz`` (see ``read_images``).
         download: fetch what the folder lacks.
-        train_size: so many of the 50,000 training images, drawn at random; the paper has 50,000, 25,000 and 12,500.
-        test_size: so many of the test images, drawn at random.
-        labels: of the training images: as they are, wrong at random, or as people gave them.
-        rate: share of wrong labels, of ``"symmetric"`` and ``"asymmetric"``.
+        train_size: so many of the 50,000 training images, drawn at random, None for all; the paper has 50,000, 25,000
+            and 12,500.
+        test_size: so many of the test images, drawn at random; None for all.
+        labels: of the training images: as they are, wrong at random, or as people gave them. ``"asymmetric"`` is the
+            literature's: truck to automobile, bird to airplane, deer to horse, cat and dog to each other.
+        rate: share of the labels that are wrong with ``"symmetric"``; with ``"asymmetric"`` of those five classes.
         human_file: of CIFAR-N, for ``labels="human"``; an ``.npz`` may hold them itself.
         inputs: ``"gaussian"``: noise on pixels in [0, 1], where all images are clamped; ``"paper"``: the paper's noise,
             after normalisation, where only noisy images are clamped, which gives them away.
@@ -120,8 +126,8 @@ class Cifar10(L.LightningDataModule):
         data: str | Path = "data",
         *,
         download: bool = False,
-        train_size: int = 50_000,
-        test_size: int = 10_000,
+        train_size: int | None = None,
+        test_size: int | None = None,
         labels: Literal["clean", "symmetric", "asymmetric", "human"] = "clean",
         rate: float = 0.4,
         human_file: str | Path | None = None,
@@ -133,11 +139,19 @@ class Cifar10(L.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        # From Python nobody else looks at these words, and a misspelt one must not be another noise.
+        for name, value, known in (
+            ("labels", labels, ("clean", "symmetric", "asymmetric", "human")),
+            ("inputs", inputs, ("clean", "gaussian", "paper")),
+        ):
+            if value not in known:
+                raise ValueError(f"Expected {name} to be one of {', '.join(known)}, but got {value!r}.")
         self.data, self.download, self.train_size, self.test_size = Path(data), download, train_size, test_size
         self.labels, self.rate, self.human_file = labels, rate, human_file
         self.inputs, self.share, self.augment = inputs, share, augment
         self.sigma = sigma if sigma is not None else (4.5 if inputs == "paper" else 1.1)
         self.batch_size, self.seed = batch_size, seed
+        self.mean, self.std = MEAN, STD
         self.train_data: Rows | None = None
 
     def prepare_data(self) -> None:
@@ -150,9 +164,10 @@ class Cifar10(L.LightningDataModule):
         if self.train_data is not None:
             return
         images, true, human = read_images(self.data, train=True, download=False)
-        given = self._given_labels(true, human)
         chosen = self._some(len(images), self.train_size)
-        self.true_label, given, images = true[chosen], given[chosen], images[chosen]
+        human = self._human_labels(true, human)[chosen] if self.labels == "human" else None
+        self.true_label, images = true[chosen], images[chosen]
+        given = self._given_labels(human)
         self.is_wrong = given != self.true_label
         self.is_corrupted = torch.zeros(len(chosen), dtype=torch.bool)
         self.train_data = Rows(self._corrupted(images), given)
@@ -160,17 +175,25 @@ class Cifar10(L.LightningDataModule):
         chosen = self._some(len(images), self.test_size)
         self.test_data = Rows(images[chosen], label[chosen])
 
-    def _some(self, total: int, size: int) -> Tensor:
+    def _some(self, total: int, size: int | None) -> Tensor:
+        if size is not None and not 0 < size <= total:
+            raise ValueError(f"Expected to take 1 to {total:,} images of {self.data}, but was asked for {size:,}.")
         generator = torch.Generator().manual_seed(self.seed)
         return torch.randperm(total, generator=generator)[:size].sort().values
 
-    def _given_labels(self, true: Tensor, human: Tensor | None) -> Tensor:
+    def _given_labels(self, human: Tensor | None) -> Tensor:
+        """Of the images that were drawn, so that the share of wrong ones is theirs."""
+        if human is not None:
+            return human
         if self.labels == "symmetric":
-            return symmetric_labels(true, self.rate, CLASSES, seed=self.seed)
+            return symmetric_labels(self.true_label, self.rate, CLASSES, seed=self.seed)
         if self.labels == "asymmetric":
-            return asymmetric_labels(true, self.rate, CLASSES, seed=self.seed)
-        if self.labels == "clean":
-            return true
+            becomes = CIFAR10_ASYMMETRIC
+            return asymmetric_labels(self.true_label, self.rate, CLASSES, seed=self.seed, becomes=becomes)
+        return self.true_label
+
+    def _human_labels(self, true: Tensor, human: Tensor | None) -> Tensor:
+        """Of all images."""
         if self.human_file is not None:
             human, clean = human_labels(self.human_file)
             if not clean.equal(true):
@@ -209,7 +232,8 @@ class Cifar10(L.LightningDataModule):
         if self.augment and self.trainer is not None and self.trainer.training:
             x = mirrored_and_shifted(x)
         x = x if x.is_floating_point() else x.float() / 255
-        x = (x - MEAN.to(x.device)) / STD.to(x.device)
+        self.mean, self.std = self.mean.to(x.device), self.std.to(x.device)  # stay where they were needed
+        x = (x - self.mean) / self.std
         return x.contiguous(memory_format=torch.channels_last), y
 
 
@@ -291,7 +315,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=Path("data"), help="torchvision's folder, or an .npz")
     parser.add_argument("--download", action="store_true")
     parser.add_argument("--recipe", default="auto", help="'rlap' is the paper's")
-    parser.add_argument("--train-size", type=int, default=50_000)
+    parser.add_argument("--train-size", type=int, help="so many of the training images; by default all")
     parser.add_argument("--fast", action="store_true", help="a few epochs on made-up images, to see it run")
     return parser.parse_args()
 

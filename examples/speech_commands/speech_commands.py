@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import io
 import math
+import re
 import tempfile
 import wave
 import zipfile
@@ -92,6 +93,9 @@ def speech_commands(folder: Path, subset: str, words: Sequence[str]) -> Clips:
     found = SPEECHCOMMANDS(folder, subset=subset)
     metadata = [found.get_metadata(i) for i in range(len(found))]
     chosen = [(folder / "SpeechCommands" / path, words.index(word)) for path, _, word, *_ in metadata if word in words]
+    missing = sorted(set(words) - {word for _, _, word, *_ in metadata})
+    if missing:
+        raise ValueError(f"Expected clips of every word for {subset}, but {folder} has none of {', '.join(missing)}.")
     return Clips([path.read_bytes for path, _ in chosen], [label for _, label in chosen])
 
 
@@ -105,10 +109,16 @@ def spoken_digits(source: Path, subset: str) -> Clips:
         readers = {Path(name).stem: partial(archive.read, name) for name in names}
     if not readers:
         raise ValueError(f"Expected files {{digit}}_{{speaker}}_{{take}}.wav in {source}, but there are none.")
-    parts = {name: name.split("_") for name in readers}
+    parts = {name: re.fullmatch(r"(\d)_.+_(\d+)", name) for name in readers}
+    others = [name for name, found in parts.items() if found is None]
+    if others:
+        raise ValueError(f"Expected files {{digit}}_{{speaker}}_{{take}}.wav in {source}, but got {others[0]}.wav.")
+    numbers = {name: (int(found[1]), int(found[2])) for name, found in parts.items() if found is not None}
     is_test = subset == "testing"
-    chosen = [name for name, (_, _, take) in parts.items() if (int(take) < TEST_TAKES) == is_test]
-    return Clips([readers[name] for name in chosen], [int(parts[name][0]) for name in chosen])
+    chosen = [name for name, (_, take) in numbers.items() if (take < TEST_TAKES) == is_test]
+    if not chosen:
+        raise ValueError(f"Expected {subset} clips in {source}: takes 0-4 are for testing, later ones for training.")
+    return Clips([readers[name] for name in chosen], [numbers[name][0] for name in chosen])
 
 
 def coefficients(clips: Dataset[Any]) -> Tensor:
@@ -135,7 +145,7 @@ class SpeechCommands(L.LightningDataModule):
         words: of Speech Commands, the classes.
         train_size: so many of the training clips, drawn at random; None for all.
         labels: of the training clips: as they are, or wrong at random.
-        rate: share of wrong labels.
+        rate: share of wrong labels; with ``"asymmetric"`` of every class, which is called the next one.
         mfcc_sigma: of the paper's noise on MFCCs; the paper has 15, and 0 is none.
         snr_db: ratio of sound and noise, for noise on waveforms instead; None for none.
         share: of the training clips that are noisy.
@@ -163,6 +173,9 @@ class SpeechCommands(L.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        # From Python nobody else looks at the word, and a misspelt one must not be another noise.
+        if labels not in ("clean", "symmetric", "asymmetric"):
+            raise ValueError(f"Expected labels to be clean, symmetric or asymmetric, but got {labels!r}.")
         if mfcc_sigma and snr_db is not None:
             raise ValueError(f"Expected one kind of noise, but got mfcc_sigma={mfcc_sigma} and snr_db={snr_db}.")
         if not digits and len(words) != 10:
@@ -184,6 +197,8 @@ class SpeechCommands(L.LightningDataModule):
         if self.train_data is not None:
             return
         clips, test = self._clips("training"), self._clips("testing")
+        if self.train_size is not None and not 0 < self.train_size <= len(clips):
+            raise ValueError(f"Expected train_size from 1 to {len(clips):,}, all clips, but got {self.train_size:,}.")
         order = torch.randperm(len(clips), generator=torch.Generator().manual_seed(self.seed))
         chosen = order[: self.train_size].sort().values.tolist()
         clips = Clips([clips.sources[i] for i in chosen], [clips.labels[i] for i in chosen])
@@ -234,7 +249,8 @@ class SpeechCommands(L.LightningDataModule):
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
         x, y = batch
-        return (x - self.mean.to(x.device)) / self.std.to(x.device), y
+        self.mean, self.std = self.mean.to(x.device), self.std.to(x.device)  # stay where they were needed
+        return (x - self.mean) / self.std, y
 
 
 class PaperSpeechCnn(L.LightningModule):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,11 +29,15 @@ class PrunedEntries:
     parameter: Tensor
     dimension: int
     neurons: Tensor
+    _places: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def zero_(self, tensor: Tensor) -> None:
         """Sets these entries of a tensor shaped, and sharded, like the parameter to zero."""
-        here = local_positions(tensor, self.dimension, self.neurons)
-        local_part(tensor).index_fill_(self.dimension, here.to(tensor.device), 0)
+        # Kept where they are needed: a training step would wait for the device each time that they are moved there.
+        of = tensor.device, getattr(tensor, "placements", None)
+        if of not in self._places:
+            self._places[of] = local_positions(tensor, self.dimension, self.neurons).to(tensor.device)
+        local_part(tensor).index_fill_(self.dimension, self._places[of], 0)
 
 
 def neuron_entries(layer: nn.Module, norm: nn.Module | None, neurons: Tensor) -> list[PrunedEntries]:

@@ -33,6 +33,7 @@ PRELOAD = [
         "fsdp_script",
         "prune_script",
         "rounds_script",
+        "simulated_device_script",
         "training_pass_script",
     )
 ]

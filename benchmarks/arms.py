@@ -247,7 +247,7 @@ class Unit:
         wrong = self.data.wrong_label
         if not wrong.any():
             return None
-        model.eval()
+        model.to(model.trainer.strategy.root_device).eval()  # a fit leaves it on the CPU
         answers = [model(part.to(model.device)).argmax(dim=1).cpu() for part in self.data.train[wrong].split(500)]
         return (torch.cat(answers) == self.data.given_label[wrong]).float().mean().item()
 

@@ -193,7 +193,7 @@ def out_of_sample(case: Case, data: Noisy, seed: int, file: Path, folds: int = 5
             _trainer(case.epochs, accelerator, []).fit(
                 module, DataLoader(rows, case.batch, shuffle=True, collate_fn=as_it_is)
             )
-        module.eval()
+        module.to(module.trainer.strategy.root_device).eval()  # a fit leaves it on the CPU
         for part in torch.split(left_out, 500):
             probability[part] = module(data.train[part].to(module.device)).softmax(dim=1).cpu()
     _write(file, probability=probability.numpy(), seconds=time.perf_counter() - started)

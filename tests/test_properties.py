@@ -13,7 +13,8 @@ from lightning_unlearn.callbacks._assembly import _keep_some
 from lightning_unlearn.finite import judge_finite
 from lightning_unlearn.functional.mixture import no_reduce
 from lightning_unlearn.recipes import RECIPES, get_recipe
-from lightning_unlearn.recipes.label_model import fit_view, views_of
+from lightning_unlearn.recipes.label_model import fit_view
+from lightning_unlearn.recipes.views import views_of
 from lightning_unlearn.types import Evidence
 from tests.ranks import run_ranks
 from tests.test_numerics import evidence_of, network

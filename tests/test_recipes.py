@@ -23,7 +23,8 @@ from lightning_unlearn.recipes import (
     judge_rlap,
     registry,
 )
-from lightning_unlearn.recipes.label_model import fit_view, label_model, views_of
+from lightning_unlearn.recipes.label_model import fit_view, label_model
+from lightning_unlearn.recipes.views import views_of
 from lightning_unlearn.trajectory import class_coordinates
 from lightning_unlearn.types import Evidence
 from tests.ranks import run_ranks
@@ -226,6 +227,41 @@ def test_an_early_quarter_that_was_hardly_learned_does_not_make_clean_labels_sus
     quarters = ((0.1, 0.6), (0.3, 0.5), (0.5, 0.4), (0.9, 0.3), (1.0, 0.3))
     blocks = [s * log_p + e * torch.randn(1000, 2, generator=generator) for s, e in quarters]
     assert flagged(judge_label(make_evidence(blocks, label), no_reduce)).float().mean() <= 0.03
+
+
+def hard_and_easy(rate, seed, n=2000):
+    """Two classes of samples that a network is anything between unsure and certain of, and rightly so.
+
+    Gaussian classes overlap by far, so that the average sample is as uncertain as a quarter.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    true = torch.arange(n) % 2
+    sure = 3 * torch.empty(n).exponential_(generator=generator)
+    leans = torch.where(torch.rand(n, generator=generator) < sure.sigmoid(), true, 1 - true)
+    label = torch.where(torch.rand(n, generator=generator) < rate, 1 - true, true)
+    logits = sure.unsqueeze(1) * torch.eye(2)[leans]
+    blocks = [s * logits + e * torch.randn(n, 2, generator=generator) for s, e in ((0.6, 0.4), (0.8, 0.3), (1.0, 0.3))]
+    return true, make_evidence(blocks, label)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("rate", [0.1, 0.2])
+def test_wrong_labels_show_through_large_uncertainty_by_their_lapses(rate, seed):
+    true, evidence = hard_and_easy(rate, seed)
+    wrong, verdict = evidence.label != true, judge_label(evidence, no_reduce)
+    assert label_model(evidence, no_reduce).unexplained < 1
+    assert auroc(verdict.clean_probability, wrong) > 0.9
+    assert wrong[flagged(verdict)].double().mean() > 0.7
+    assert (1 - verdict.clean_probability).mean() == pytest.approx(rate, abs=0.04)
+    assert "however confident" in verdict.notes[0]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_uncertainty_alone_makes_no_lapses(seed):
+    _, evidence = hard_and_easy(0.0, seed)
+    verdict = judge_label(evidence, no_reduce)
+    assert not flagged(verdict).any()
+    assert "however confident" not in verdict.notes[0]
 
 
 def test_the_first_block_stays_even_if_it_repeats_the_labels():

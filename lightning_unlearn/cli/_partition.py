@@ -28,7 +28,7 @@ from lightning_unlearn.cli._examples import examples
 from lightning_unlearn.cli._results import PARTITION, partition_state, read_checkpoint, summary_of
 from lightning_unlearn.fingerprint import check_fingerprint, fingerprint
 from lightning_unlearn.recipes import get_recipe
-from lightning_unlearn.recipes.label_model import MEMORISED
+from lightning_unlearn.recipes.views import MEMORISED
 from lightning_unlearn.report import RunRecord, shown_samples, write_report
 from lightning_unlearn.report.samples import file_of, names_in
 from lightning_unlearn.storage import target_folder, write_json

@@ -3,6 +3,7 @@
 from lightning_unlearn.functional.attribution import class_max_attribution, label_margin, strongest_other
 from lightning_unlearn.functional.evidence import confident_disagreement, label_support, shift_to_rate
 from lightning_unlearn.functional.importance import NeuronSums, importance_ratio, magnitude, neuron_sums
+from lightning_unlearn.functional.lapse import Lapses, fit_lapses
 from lightning_unlearn.functional.latent import (
     LatentClasses,
     LogNames,
@@ -17,6 +18,7 @@ from lightning_unlearn.functional.sensitivity import RegressionSums, Sensitivity
 
 __all__ = [
     "GaussianMixture",
+    "Lapses",
     "LatentClasses",
     "LogNames",
     "NeuronSums",
@@ -25,6 +27,7 @@ __all__ = [
     "benjamini_hochberg",
     "class_max_attribution",
     "confident_disagreement",
+    "fit_lapses",
     "fit_latent_classes",
     "fit_logistic",
     "fit_mixture",

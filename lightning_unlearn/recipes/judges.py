@@ -8,12 +8,11 @@ import torch
 
 from lightning_unlearn.functional.evidence import shift_to_rate
 from lightning_unlearn.functional.mixture import Reduce, fit_mixture, standardise
-from lightning_unlearn.recipes.label_model import MEMORISED, label_model
+from lightning_unlearn.recipes.label_model import UNEXPLAINED, label_model
 from lightning_unlearn.recipes.verdict import NO_DOUBT, Verdict
+from lightning_unlearn.recipes.views import MEMORISED
 from lightning_unlearn.types import Evidence
 
-# Gate: disagreement of the most confident quarter, over the mean uncertainty that noise-free data would leave.
-_UNEXPLAINED = 1.5
 # Uncertainty from which on it is said how much the gate cannot see.
 _UNSURE = 0.05
 
@@ -30,20 +29,23 @@ def judge_label(evidence: Evidence, reduce: Reduce) -> Verdict:
     first and the second half of training, as far as it was not memorised, and of the last pass gives every sample a
     likelihood under each true class, and how classes are called. The likelihoods, weakened, are added to the model's
     own logits; the probability of the given label under both, and under the transition matrix, is set to the noise rate
-    that the latent classes alone estimate.
+    that the latent classes alone estimate, or to that of the lapses (below) if it is higher.
 
     The gate: without noise, a classifier is wrong on the average sample as often as it expects to be, and on its most
     confident quarter far less. If the most confident quarter of every class disagrees with the labels more than 1.5
-    times as often as the *average* sample is expected to, uncertainty does not explain it, and there are wrong labels;
-    else nothing is suspect. Nor is anything where a class is called by another's name more often than by its own: which
-    of the two it is cannot be told then, and a network that has hardly learned yet looks like that. Nor is anything
-    where the model predicts hardly more than one class, or fewer than half of them.
+    times as often as the *average* sample is expected to, uncertainty does not explain it, and there are wrong labels.
+    A weaker model can be more uncertain than that and still tell: where the labels lapse, that is, differ from what it
+    says however sure it is (:func:`~lightning_unlearn.functional.fit_lapses`), by five standard deviations and as a
+    third of all the disagreement or more, there are wrong labels too. Else nothing is suspect. Nor is anything where a
+    class is called by another's name more often than by its own: which of the two it is cannot be told then, and a
+    network that has hardly learned yet looks like that. Nor is anything where the model predicts hardly more than one
+    class, or fewer than half of them.
     """
     model, w = label_model(evidence, reduce), evidence.weight
-    rate = min(max(model.rate, 1e-6), 1 - 1e-6)
+    rate = min(max(model.noise_rate, 1e-6), 1 - 1e-6)
     probability = (model.log_odds + shift_to_rate(model.log_odds, w, rate, reduce=reduce)).sigmoid().float()
     matrix = model.transition.float() if model.transition.ndim == 2 else None
-    found = model.unexplained > _UNEXPLAINED
+    found = model.finds_wrong_labels
     if not found:
         probability = 1 - NO_DOUBT * (1 - probability)
         matrix = None if matrix is None else torch.eye(len(matrix), device=matrix.device)
@@ -51,12 +53,15 @@ def judge_label(evidence: Evidence, reduce: Reduce) -> Verdict:
     # Asked in any case, as it takes every rank.
     predicted = _share_predicted(evidence, reduce)
     if not found and model.uncertainty > _UNSURE:
-        hidden = f"fewer than about {_UNEXPLAINED * model.uncertainty:.0%}"
+        hidden = f"fewer than about {UNEXPLAINED * model.uncertainty:.0%}"
         nothing += f"; {hidden} would not show"
         caveat = f"{hidden} wrong labels would not show, as unsure as the network is: {_other_epoch(predicted)}"
+    lapses = ""
+    if model.lapses is not None and model.lapse:
+        lapses = f", {model.lapses.rate:.1%} of all however confident ({model.lapses.z:.1f} standard deviations)"
     note = (
         f"labels: {model.disagreement:.1%} of the most confident samples disagree, {model.uncertainty:.1%} expected of"
-        f" the average one: {model.objection or ('wrong labels' if found else nothing)}"
+        f" the average one{lapses}: {model.objection or ('wrong labels' if found else nothing)}"
     )
     return Verdict(
         probability,

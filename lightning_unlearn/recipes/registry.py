@@ -15,8 +15,8 @@ from torch import Tensor
 from lightning_unlearn.functional.mixture import Reduce
 from lightning_unlearn.recipes.baselines import judge_argmax, judge_aum, judge_loss, judge_rlap
 from lightning_unlearn.recipes.judges import judge_auto, judge_input, judge_label
-from lightning_unlearn.recipes.label_model import rival_of
 from lightning_unlearn.recipes.verdict import Judge, Recipe, Verdict
+from lightning_unlearn.recipes.views import rival_of
 from lightning_unlearn.types import Evidence
 
 ENTRY_POINTS = "lightning_unlearn.recipes"

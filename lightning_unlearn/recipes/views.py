@@ -1,0 +1,70 @@
+"""What may be looked at of what a model said in the course of training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_unlearn.functional.mixture import Reduce
+from lightning_unlearn.types import Evidence
+
+# Share of the given labels that a part of training must predict to count as memorised.
+MEMORISED = 0.9
+
+
+def rival_of(evidence: Evidence) -> tuple[Tensor, Tensor]:
+    """The class other than the given one that the model was most for on the whole, and its share among the others.
+
+    Returns:
+        (n,) int64 and (n,) float32 in [0, 1].
+    """
+    scores = evidence.attribution.mean(dim=1) @ evidence.basis.T
+    share, rival = scores.scatter(1, evidence.label.unsqueeze(1), -torch.inf).softmax(dim=1).max(dim=1)
+    return rival, share
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """A part of what a sample's class attributions were, early and late and in the end.
+
+    Args:
+        blocks: (n, P', r), at most three: two of training, one of the last pass.
+        of_training: how many of them are averages over training.
+        is_part: whether the rest was left out because it was memorised.
+    """
+
+    blocks: Tensor
+    of_training: int
+    is_part: bool = False
+
+
+def views_of(evidence: Evidence, reduce: Reduce) -> list[View]:
+    """What may be looked at: training up to the end of one of its phases, with or without the last pass, longest first.
+
+    A network that has memorised its labels repeats them, right or wrong. So views that end in a block which predicts
+    nearly all the given labels are left out, but for the shortest one, which comes from the time before.
+    """
+    blocks, w = evidence.attribution, evidence.weight.double()
+    agrees = torch.stack(
+        [
+            w.sum(),
+            *(w @ ((block @ evidence.basis.T).argmax(1) == evidence.label).double() for block in blocks.unbind(1)),
+        ]
+    )
+    agrees = reduce(agrees)
+    *informs, last_informs = (agrees[1:] <= MEMORISED * agrees[0]).tolist()
+    last = blocks[:, -1:]
+    if not informs:
+        return [View(last, 1)]
+    views, is_part = [], not (last_informs and all(informs))
+    for phases in range(len(informs), 0, -1):
+        if phases > 1 and not informs[phases - 1]:
+            continue
+        halves = [part.mean(dim=1) for part in blocks[:, :phases].tensor_split(2, dim=1) if part.shape[1]]
+        of_training = torch.stack(halves, dim=1)
+        if last_informs:
+            views.append(View(torch.cat([of_training, last], dim=1), len(halves), is_part))
+        views.append(View(of_training, len(halves), is_part))
+    return views

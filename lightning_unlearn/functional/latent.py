@@ -38,6 +38,9 @@ MOST_NUMBERS = 2**23
 MOST_IN_CACHE = 2**18
 """The same on a processor, where what is gone over again and again should stay in its cache: 2 MiB."""
 
+LEAST_ROWS = 128
+"""Rows that are worked on together even so, as a product with fewer would read all classes for each few of them."""
+
 MOST_NAMES = 2_048
 """Classes up to which there is a number for every name that each may go by."""
 
@@ -47,6 +50,13 @@ OWN_COVARIANCE = 0.2
 MOST_MOMENTS = 2**20
 """Numbers of the classes' own second moments, above which there is only the shared one."""
 
+MOST_HELD = 2**24
+"""Likelihoods, one for each class of a row, that are held in double precision: 128 MiB."""
+
+MOST_HELD_SINGLE = 2**26
+"""The same in single precision, where they are too many for double: 256 MiB."""
+
+_FEW_CLASSES = 64
 _RIDGE = 1e-3
 # Share of the total variance below which the variance within classes is rounding.
 _ROUNDING = 1e-9
@@ -80,7 +90,7 @@ class LatentClasses:
             (n, C) float64.
         """
         out = rows.new_empty(len(rows), len(self.prior), dtype=torch.float64)
-        length = rows_at_a_time(len(self.prior), rows.device)
+        length = rows_at_a_time(self._numbers, rows.device)
         for chunk, into in zip(torch.split(rows, length), torch.split(out, length), strict=True):
             into.copy_(self._of_chunk(chunk.double()))
         return out
@@ -92,10 +102,21 @@ class LatentClasses:
             means, constant = self._whitened
             log_density = torch.addmm(constant, whitened, means.T)
             return log_density.sub_(0.5 * whitened.square().sum(1, keepdim=True))
-        columns = [
-            _whiten(x - mean, factor).square().sum(1) for mean, factor in zip(self.mean, self.factor, strict=True)
-        ]
-        return torch.stack(columns, dim=1).mul_(-0.5).add_(self._constant)
+        # All classes in one product, with a row for each class and coordinate, along which sums are fast.
+        matrix, offset = self._whitening
+        squares = torch.addmm(offset, matrix, x.T).square_().reshape(*self.mean.shape, len(x)).sum(dim=1)
+        return squares.mul_(-0.5).T.add_(self._constant)
+
+    @property
+    def _numbers(self) -> int:
+        """How many are worked on for a row."""
+        return len(self.prior) if len(self.factor) == 1 else own_numbers(*self.mean.shape)
+
+    @cached_property
+    def _whitening(self) -> tuple[Tensor, Tensor]:
+        """(C d, d) and (C d, 1): where the covariance of each class is one, and less its mean."""
+        inverse = torch.linalg.solve_triangular(self.factor, torch.eye(self.mean.shape[1]).to(self.factor), upper=False)
+        return inverse.flatten(0, 1), -(inverse @ self.mean.unsqueeze(2)).flatten(0, 1)
 
     @cached_property
     def _constant(self) -> Tensor:
@@ -115,10 +136,28 @@ def _whiten(x: Tensor, factor: Tensor) -> Tensor:
     return whitened
 
 
-def rows_at_a_time(num_classes: int, device: torch.device) -> int:
-    """How many rows of so many classes are worked on together."""
-    numbers = min(MOST_IN_CACHE, MOST_NUMBERS) if device.type == "cpu" else MOST_NUMBERS
-    return max(1, min(ROWS, numbers // num_classes))
+def rows_at_a_time(numbers: int, device: torch.device) -> int:
+    """How many rows of so many numbers, one for each class or more, are worked on together."""
+    most = min(ROWS, MOST_NUMBERS // numbers)
+    if device.type == "cpu":
+        most = min(most, max(LEAST_ROWS, MOST_IN_CACHE // numbers))
+    return max(1, most)
+
+
+def own_numbers(num_classes: int, dimension: int) -> int:
+    """How many numbers there are for a row where classes have their own covariance: its whitened self, and squares."""
+    return 2 * num_classes * dimension
+
+
+def softmax(logits: Tensor) -> Tensor:
+    """The softmax of (n, C) over the classes; ``logits`` are written to.
+
+    Of few classes torch's own takes several times as long on a processor.
+    """
+    if logits.shape[1] > _FEW_CLASSES:
+        return logits.softmax(dim=1)
+    logits.sub_(logits.amax(dim=1, keepdim=True)).exp_()
+    return logits.div_(logits.sum(dim=1, keepdim=True))
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,8 +226,8 @@ def log_odds_of(log_probability: Tensor, label: Tensor) -> Tensor:
     return own - log_probability.scatter(1, column, -torch.inf).logsumexp(dim=1)
 
 
-def _row_chunks(num_classes: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    length = rows_at_a_time(num_classes, tensors[0].device)
+def _row_chunks(numbers: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    length = rows_at_a_time(numbers, tensors[0].device)
     return zip(*(torch.split(tensor, length) for tensor in tensors), strict=True)
 
 
@@ -246,17 +285,58 @@ def fit_transition(
         float64 of the shape of ``start``.
     """
     transition = start
-    length = rows_at_a_time(len(start), label.device)
+    likelihood = _relative_likelihoods(log_likelihood, label, len(start))
     for _ in range(steps):
-        names = LogNames(transition)
         counts = start.new_zeros(len(start) if start.ndim == 2 else 2, len(start))
-        for first in range(0, len(label), length):
-            rows = slice(first, first + length)
-            ll = log_likelihood[rows] if isinstance(log_likelihood, Tensor) else log_likelihood(rows)
-            share = names.joint(ll, label[rows]).softmax(dim=1).mul_(weight[rows].double().unsqueeze(1))
-            _count(counts, share, label[rows])
+        names, add = transition.clamp(min=1e-300), _add_own_names
+        if start.ndim == 2:
+            names, add = names.T.contiguous(), _add_names
+        for rows, part in likelihood():
+            add(counts, part, label[rows], weight[rows].double(), names)
         transition = _smoothed(reduce(counts))
     return transition
+
+
+def _relative_likelihoods(
+    log_likelihood: Tensor | Callable[[slice], Tensor], label: Tensor, num_classes: int
+) -> Callable[[], Iterator[tuple[slice, Tensor]]]:
+    """Parts of the rows and their likelihoods over that of the likeliest class, again and again.
+
+    They do not change from step to step, so that a step without logarithms takes a product of each. Held if not too
+    many.
+    """
+    length = rows_at_a_time(num_classes, label.device)
+    parts = [slice(first, first + length) for first in range(0, len(label), length)]
+
+    def made(rows: slice) -> Tensor:
+        ll = (log_likelihood[rows] if isinstance(log_likelihood, Tensor) else log_likelihood(rows)).double()
+        return (ll - ll.amax(dim=1, keepdim=True)).exp_()
+
+    numbers = len(label) * num_classes
+    if numbers > MOST_HELD_SINGLE:
+        return lambda: ((rows, made(rows)) for rows in parts)
+    dtype = torch.float64 if numbers <= MOST_HELD else torch.float32
+    held = [made(rows).to(dtype) for rows in parts]
+    return lambda: ((rows, part.double()) for rows, part in zip(parts, held, strict=True))
+
+
+def _add_names(counts: Tensor, likelihood: Tensor, label: Tensor, weight: Tensor, names: Tensor) -> None:
+    """Adds the shares of the true classes of samples to their names (C, C); ``names`` has a row for each."""
+    share = names[label].mul_(likelihood)
+    share.mul_((weight / share.sum(dim=1)).unsqueeze(1))
+    counts.index_add_(0, label, share)
+
+
+def _add_own_names(counts: Tensor, likelihood: Tensor, label: Tensor, weight: Tensor, names: Tensor) -> None:
+    """Adds them to the true classes and to those by their own name (2, C); ``names`` has that one's probability."""
+    other = ((1 - names) / max(len(names) - 1, 1)).clamp(min=1e-300)
+    own = likelihood.gather(1, label.unsqueeze(1)).squeeze(1)
+    by_name = own * names[label]
+    more = by_name - own * other[label]
+    each = weight / (likelihood @ other + more)
+    counts[0] += (each @ likelihood) * other
+    counts[0].index_add_(0, label, each * more)
+    counts[1].index_add_(0, label, each * by_name)
 
 
 def fit_latent_classes(
@@ -309,7 +389,7 @@ def fit_latent_classes(
         names = LogNames(classes.transition)
 
         def expected(x: Tensor, y: Tensor, current: LatentClasses = classes, names: LogNames = names) -> Tensor:
-            return names.joint(current._of_chunk(x), y).softmax(dim=1)
+            return softmax(names.joint(current._of_chunk(x), y))
 
         classes = _maximise(_moments(rows, centre, (label, weight), expected, num_classes, own), reduce)
     return LatentClasses(classes.prior, classes.mean + centre, classes.factor, classes.transition)
@@ -335,17 +415,18 @@ def _moments(
     """Sums over this rank's rows, seen from ``centre``; ``share_of`` maps such rows and labels to (m, C)."""
     dimension = rows.shape[1]
     zeros = rows.new_zeros
+    numbers = own_numbers(num_classes, dimension) if own else num_classes
     counts = _no_counts(rows, num_classes)
     first = zeros(num_classes, dimension, dtype=torch.float64)
     second = zeros(num_classes if own else 1, dimension, dimension, dtype=torch.float64)
-    for chunk, y, w in _row_chunks(num_classes, rows, *label_and_weight):
+    for chunk, y, w in _row_chunks(numbers, rows, *label_and_weight):
         x = chunk.double() - centre
         share = share_of(x, y).mul_(w.double().unsqueeze(1))
         _count(counts, share, y)
         first += share.T @ x
-        for k in range(len(second)):
-            by = share[:, k : k + 1] if own else w.double().unsqueeze(1)
-            second[k] += (x * by).T @ x
+        # With a row for each class and coordinate, so that one product serves all classes.
+        by, columns = (share.T if own else w.double().unsqueeze(0)).contiguous(), x.T.contiguous()
+        second.flatten(0, 1).addmm_((by.unsqueeze(1) * columns).flatten(0, 1), columns.T)
     return _Moments(counts, first, second)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_unlearn.functional.evidence import confident_disagreement
 from lightning_unlearn.functional.lapse import Lapses, fit_lapses
 from lightning_unlearn.functional.latent import (
+    MOST_HELD,
     LatentClasses,
     LogNames,
     fit_latent_classes,
@@ -18,6 +19,7 @@ from lightning_unlearn.functional.latent import (
     given_posterior,
     log_odds_of,
     rows_at_a_time,
+    softmax,
 )
 from lightning_unlearn.functional.mixture import Reduce
 from lightning_unlearn.recipes.views import View, views_of
@@ -31,8 +33,6 @@ _WEIGHT = 0.15
 _LOGITS = 1.5
 # Logits of the first guess are sharpened, as a network under noise is unsure of what it knows.
 _SHARPEN = 4.0
-# Log-likelihoods, of each sample under each class, that are held in double precision: 128 MiB.
-_MOST_HELD = 2**24
 # Gate: disagreement of the most confident quarter, over the mean uncertainty that clean data would leave. Or, where
 # that hides it, lapses of the labels: so many standard deviations of them, and such a share of all the disagreement.
 # These two were chosen on small data sets, noisy and clean (benchmarks/results/README.md).
@@ -136,7 +136,7 @@ def fit_view(view: View, evidence: Evidence, reduce: Reduce) -> LabelModel:
 
     def first_guess(x: Tensor) -> Tensor:
         mean = x.reshape(len(x), -1, basis.shape[1])[:, :of_training].mean(dim=1)
-        return (_SHARPEN * mean.double() @ basis.T).softmax(dim=1)
+        return softmax(_SHARPEN * mean.double() @ basis.T)
 
     classes = fit_latent_classes(rows, y, w, first_guess, evidence.num_classes, reduce=reduce)
 
@@ -190,7 +190,7 @@ def _of_samples(
     """
     column = label.unsqueeze(1)
     wrong = 1 - given_posterior(_TEMPER * likelihood, label, names).gather(1, column).squeeze(1).exp()
-    unsure = 1 - likelihood.softmax(dim=1).amax(dim=1)
+    unsure = 1 - softmax(likelihood.clone()).amax(dim=1)
     posterior = given_posterior(score, label, names)
     predicted = score.argmax(dim=1)
     share, suggested = posterior.scatter(1, column, -torch.inf).softmax(dim=1).max(dim=1)
@@ -200,7 +200,7 @@ def _of_samples(
 
 def _held(classes: LatentClasses, rows: Tensor) -> Callable[[slice], Tensor]:
     """From some of the rows to their log-likelihoods, which are asked for again and again: held if not too many."""
-    if len(rows) * len(classes.prior) > _MOST_HELD:
+    if len(rows) * len(classes.prior) > MOST_HELD:
         return lambda part: classes.log_likelihood(rows[part])
     return classes.log_likelihood(rows).__getitem__
 

@@ -93,6 +93,13 @@ def test_response_matches_a_loop(layer, point, shape, to_neurons, dtype):
     torch.testing.assert_close(found, naive_response(to_neurons(activation.float()).tolist()))
 
 
+def test_what_is_the_same_in_every_place_has_no_spread():
+    value = 1000 * torch.rand(4, 5, 1, 1, generator=torch.Generator().manual_seed(0))
+    found = response(nn.Sequential(nn.Conv2d(3, 5, 1)), LayerPoint("0"), value.expand(4, 5, 7, 3))
+    assert found[:, 1].tolist() == [0.0] * 4
+    torch.testing.assert_close(found[:, 0], value.flatten(1).norm(dim=1))
+
+
 def test_response_of_a_layer_without_positions_is_one_norm():
     activation = torch.tensor([[3.0, -4.0], [0.0, 2.0]])
     found = response(nn.Sequential(nn.Linear(3, 2)), LayerPoint("0"), activation)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.stats import multivariate_normal
 
 from lightning_unlearn.functional import LatentClasses, fit_latent_classes, fit_transition, given_posterior, latent
-from lightning_unlearn.functional.latent import ROWS, log_odds_of, rows_at_a_time
+from lightning_unlearn.functional.latent import LEAST_ROWS, ROWS, log_odds_of, rows_at_a_time, softmax
 from tests.ranks import run_ranks
 
 C, D = 4, 3
@@ -363,10 +363,53 @@ def test_ranks_fit_very_many_classes_as_one_does():
         assert_same(classes, whole)
 
 
+@pytest.mark.parametrize("start", [SYMMETRIC.double(), torch.tensor([0.6, 0.5, 0.9, 0.3]).double()], ids=["all", "own"])
+@pytest.mark.parametrize(("held", "single", "tolerance"), [(0, 2**26, 1e-6), (0, 0, 1e-14)])
+def test_the_transition_is_the_same_whether_likelihoods_are_held(start, held, single, tolerance, monkeypatch):
+    rows, given, _ = draw(SYMMETRIC, 300)
+    log_likelihood = fit(rows, given).log_likelihood(rows)
+    calls = []
+
+    def asked(part):
+        calls.append(part)
+        return log_likelihood[part]
+
+    expected = fit_transition(asked, given, torch.ones(300), start, steps=4)
+    assert len(calls) == 1
+    monkeypatch.setattr(latent, "MOST_HELD", held)
+    monkeypatch.setattr(latent, "MOST_HELD_SINGLE", single)
+    monkeypatch.setattr(latent, "ROWS", 100)
+    found = fit_transition(asked, given, torch.ones(300), start, steps=4)
+    assert len(calls) == 1 + (3 if single else 12)
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
+
+
+def test_the_transition_of_likelihoods_far_below_any_number():
+    rows = [[-2000.0, -1000.0, -1000.0 + math.log(3)], [0.0, -5000.0, -5000.0]]
+    log_likelihood = torch.tensor(rows, dtype=torch.float64)
+    start = torch.full((3, 3), 1 / 3).double()
+    found = fit_transition(log_likelihood, torch.tensor([1, 2]), torch.ones(2), start, steps=1)
+    counts = torch.tensor([[0, 0, 1], [0, 0.25, 0], [0, 0.75, 0]]).double() + 1 / 3
+    torch.testing.assert_close(found, counts / counts.sum(dim=1, keepdim=True))
+    # What is said to be impossible is all that there is.
+    found = fit_transition(log_likelihood, torch.tensor([1, 2]), torch.ones(2), torch.eye(3).double(), steps=1)
+    counts = torch.tensor([[0, 0, 1.0], [0, 1.0, 0], [0, 0, 0]]).double() + 1 / 3
+    torch.testing.assert_close(found, counts / counts.sum(dim=1, keepdim=True))
+
+
+@pytest.mark.parametrize("classes", [2, 10, 64, 65, 1000])
+def test_softmax_is_torchs(classes):
+    logits = 50 * torch.randn(20, classes, generator=torch.Generator().manual_seed(1)).double() - 900
+    expected = logits.softmax(dim=1)
+    torch.testing.assert_close(softmax(logits.clone()), expected, atol=1e-15, rtol=1e-12)
+    torch.testing.assert_close(softmax(logits.T.contiguous().T), expected, atol=1e-15, rtol=1e-12)
+
+
 def test_fewer_rows_at_a_time_of_more_classes(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert rows_at_a_time(10, cpu) == rows_at_a_time(10, cuda) == rows_at_a_time(1024, cuda) == ROWS
     assert rows_at_a_time(1024, cpu) == 256
+    assert rows_at_a_time(10_000, cpu) == LEAST_ROWS
     assert rows_at_a_time(10_000, cuda) == 838
     assert rows_at_a_time(10**9, cpu) == rows_at_a_time(10**9, cuda) == 1
     rows, given, _ = draw(SYMMETRIC, 301)

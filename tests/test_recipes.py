@@ -229,6 +229,22 @@ def test_an_early_quarter_that_was_hardly_learned_does_not_make_clean_labels_sus
     assert flagged(judge_label(make_evidence(blocks, label), no_reduce)).float().mean() <= 0.03
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_few_wrong_labels_are_found_by_a_network_that_has_learned_all_others(seed):
+    # It predicts .95 of the given labels from the second quarter on, as if it had memorised them; before, too little.
+    true, _ = scene(n=2 * N)
+    generator = torch.Generator().manual_seed(seed)
+    label = torch.where(torch.rand(2 * N, generator=generator) < 0.05, (true + 1) % C, true)
+    blocks = [s * torch.eye(C)[true] + torch.randn(2 * N, C, generator=generator) for s in (0.5, 5.0, 6.0, 6.0, 6.0)]
+    evidence = make_evidence(blocks, label)
+    assert all(view.is_part for view in views_of(evidence, no_reduce))
+    verdict = judge_label(evidence, no_reduce)
+    assert auroc(verdict.clean_probability, label != true) > 0.99
+    assert (flagged(verdict) == (label != true)).float().mean() > 0.98
+    # And nothing where none is wrong.
+    assert not flagged(judge_label(make_evidence(blocks, true), no_reduce)).any()
+
+
 def hard_and_easy(rate, seed, n=2000):
     """Two classes of samples that a network is anything between unsure and certain of, and rightly so.
 

@@ -22,7 +22,7 @@ from lightning_unlearn.functional.latent import (
     softmax,
 )
 from lightning_unlearn.functional.mixture import Reduce
-from lightning_unlearn.recipes.views import View, views_of
+from lightning_unlearn.recipes.views import View, views_of, whole_of
 from lightning_unlearn.types import Evidence
 
 # Label evidence. Likelihoods of Gaussians in many correlated coordinates are too sure of themselves: they are tempered
@@ -38,7 +38,7 @@ _SHARPEN = 4.0
 # These two were chosen on small data sets, noisy and clean (benchmarks/results/README.md).
 UNEXPLAINED = 1.5
 _SURELY = 5.0
-_OF_ALL = 1 / 3
+_OF_ALL = 1 / 4
 # Below so many times the mean uncertainty the most confident quarter disagrees too seldom to speak of lapses.
 _HARDLY = 0.1
 # A shorter view is taken instead if it finds so many times as much unexplained, and either labels lapse in it or there
@@ -116,6 +116,9 @@ def label_model(evidence: Evidence, reduce: Reduce) -> LabelModel:
     labels for the least reason. What was half memorised in the end speaks for wrong labels as if they were right; what
     was hardly learned yet is unsure of everything. Of several views of clean data some will look suspicious by chance,
     so a shorter view must be far clearer than a longer one.
+
+    A network that predicts nearly all the given labels has memorised them, or next to none is wrong and it has learned.
+    So where nothing is found without those parts of training, all of it is looked at.
     """
     views = views_of(evidence, reduce)
     longest = best = fit_view(views[0], evidence, reduce)
@@ -125,6 +128,10 @@ def label_model(evidence: Evidence, reduce: Reduce) -> LabelModel:
         sure = model.uncertainty <= _LESS_SURE_BY * longest.uncertainty
         if model.unexplained > _CLEARER * best.unexplained and (striking or (view.is_part and sure)):
             best = model
+    if views[0].is_part and not best.finds_wrong_labels:
+        whole = fit_view(whole_of(evidence), evidence, reduce)
+        if whole.unexplained > _STRIKING or whole.lapse:
+            return whole
     return best
 
 

@@ -62,9 +62,20 @@ def views_of(evidence: Evidence, reduce: Reduce) -> list[View]:
     for phases in range(len(informs), 0, -1):
         if phases > 1 and not informs[phases - 1]:
             continue
-        halves = [part.mean(dim=1) for part in blocks[:, :phases].tensor_split(2, dim=1) if part.shape[1]]
-        of_training = torch.stack(halves, dim=1)
+        of_training = _halves(blocks[:, :phases])
         if last_informs:
-            views.append(View(torch.cat([of_training, last], dim=1), len(halves), is_part))
-        views.append(View(of_training, len(halves), is_part))
+            views.append(View(torch.cat([of_training, last], dim=1), of_training.shape[1], is_part))
+        views.append(View(of_training, of_training.shape[1], is_part))
     return views
+
+
+def whole_of(evidence: Evidence) -> View:
+    """All of training and the last pass, memorised or not."""
+    *_, last = evidence.attribution.split(1, dim=1)
+    halves = _halves(evidence.attribution[:, :-1])
+    return View(torch.cat([halves, last], dim=1), halves.shape[1])
+
+
+def _halves(phases: Tensor) -> Tensor:
+    """(n, 1 or 2, r), the means of the first half of the phases and of the second."""
+    return torch.stack([part.mean(dim=1) for part in phases.tensor_split(2, dim=1) if part.shape[1]], dim=1)

@@ -71,8 +71,8 @@ def views_of(evidence: Evidence, reduce: Reduce) -> list[View]:
 
 def whole_of(evidence: Evidence) -> View:
     """All of training and the last pass, memorised or not."""
-    *_, last = evidence.attribution.split(1, dim=1)
-    halves = _halves(evidence.attribution[:, :-1])
+    training, last = evidence.attribution[:, :-1], evidence.attribution[:, -1:]
+    halves = _halves(training)
     return View(torch.cat([halves, last], dim=1), halves.shape[1])
 
 

@@ -89,14 +89,21 @@ def _histograms(
     for first in range(0, len(label), length):
         rows = slice(first, first + length)
         score, w = score_of(rows).double(), weight[rows].double()
-        own = score.gather(1, label[rows].unsqueeze(1)).squeeze(1)
+        # From the largest on, looked for once, so that no power overflows.
+        below = score - score.amax(dim=1, keepdim=True)
+        own = below.gather(1, label[rows].unsqueeze(1)).squeeze(1)
         for factor, into in zip(factors, counts, strict=True):
-            surprise = ((factor * score).logsumexp(dim=1) - factor * own).clamp(0, _LOWEST)
+            surprise = ((factor * below).exp_().sum(dim=1).log_() - factor * own).clamp_(0, _LOWEST)
             # Shared by the two levels around it, so that the mean surprise is that of the rows.
-            upper = torch.searchsorted(levels, surprise).clamp(min=1)
+            upper = _level_above(surprise)
             part = (surprise - levels[upper - 1]) / (levels[upper] - levels[upper - 1])
             into.index_add_(0, upper, part * w).index_add_(0, upper - 1, (1 - part) * w)
     return counts
+
+
+def _level_above(surprise: Tensor) -> Tensor:
+    """(n,) int64 from 1 on, the first of :func:`_levels` that is not below; computed, as a search takes long."""
+    return ((surprise / _LOWEST).sqrt_() * (_BINS - 1)).ceil_().long().clamp_(min=1, max=_BINS - 1)
 
 
 def _levels(device: torch.device) -> Tensor:

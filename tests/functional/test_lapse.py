@@ -3,7 +3,7 @@ import pytest
 import torch
 from scipy.optimize import minimize
 
-from lightning_unlearn.functional import fit_lapses
+from lightning_unlearn.functional import fit_lapses, lapse
 from tests.ranks import run_ranks
 
 
@@ -42,6 +42,13 @@ def by_scipy(score, label):
         key=lambda found: found.fun,
     )
     return ever.x[1] * (1 - 1 / classes), np.sqrt(2 * max(0.0, never - ever.fun))
+
+
+def test_the_level_above_is_the_one_that_a_search_finds():
+    levels = lapse._levels(torch.device("cpu"))
+    between = (levels[1:] + levels[:-1]) / 2
+    assert lapse._level_above(between).equal(torch.searchsorted(levels, between))
+    assert lapse._level_above(torch.tensor([0.0, 30.0]).double()).tolist() == [1, len(levels) - 1]
 
 
 @pytest.mark.parametrize("factor", [0.3, 1.0, 4.0])

@@ -382,6 +382,28 @@ def test_inputs_that_do_not_stand_out_are_intact(changes):
     assert verdict.notes[0].endswith(": no sign of corrupted inputs")
 
 
+@pytest.mark.parametrize(
+    ("right", "right_on_corrupted", "more_loss"),
+    [(0.3, 0.05, 0.0), (0.2, 0.2, 1.0), (0.9, 0.6, 0.0), (0.7, 0.7, 1.0), (0.3, 0.3, 0.0)],
+    ids=["wrong more often", "larger loss", "wrong, but learned", "loss, but learned", "as good on both"],
+)
+def test_a_network_that_has_hardly_learned_may_be_sure_of_noise_and_wrong(right, right_on_corrupted, more_loss):
+    _, evidence = scene()
+    # Surer of the corrupted ones, so that it is the intact ones that look corrupted.
+    shares = torch.where(CORRUPTED, right_on_corrupted, right)
+    is_right = torch.rand(N, generator=torch.Generator().manual_seed(4)) < shares
+    changes = {
+        "prediction": evidence.label.where(is_right, (evidence.label + 1) % C),
+        "loss": 1.5 + normal(N, seed=6).abs() + more_loss * CORRUPTED,
+    }
+    verdict = judge_input(with_response(replace(evidence, **changes), gap=12.0, unsure=-1.0), no_reduce)
+    if right < 0.5 and (right_on_corrupted < right or more_loss):
+        assert (verdict.clean_probability == 1).all()
+        assert verdict.notes[0].endswith(": but it does worse on the other, so which is corrupted cannot be told yet")
+    else:  # one that has learned may have memorised the noise before the rest
+        assert torch.equal(flagged(verdict), ~CORRUPTED)
+
+
 def test_a_response_that_is_always_the_same():
     _, evidence = scene()
     verdict = judge_input(replace(evidence, response=torch.full((N, 2), 3.0)), no_reduce)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from lightning_unlearn.functional.evidence import shift_to_rate
 from lightning_unlearn.functional.mixture import Reduce, fit_mixture, standardise
@@ -20,6 +21,10 @@ _UNSURE = 0.05
 # in standard deviations.
 _BETWEEN = 0.01
 _LESS_SURE = 0.5
+# A network that predicts fewer labels than this of what is called intact has not begun to memorise noise: on intact
+# inputs it is right more often then, and its loss is lower. By how many standard errors it may be otherwise.
+_LEARNED = 0.5
+_CONTRARY = 3.0
 
 
 def judge_label(evidence: Evidence, reduce: Reduce) -> Verdict:
@@ -94,7 +99,9 @@ def judge_input(evidence: Evidence, reduce: Reduce) -> Verdict:
 
     A mixture on the response. The gate: fewer than one per cent of the samples lie between the two groups, and the
     model was less sure of one of them in the course of training; that one is the corrupted one. Two kinds of intact
-    inputs, such as recordings of two microphones, differ too, but run into each other.
+    inputs, such as recordings of two microphones, differ too, but run into each other. A network that has hardly
+    learned may be sure of noise, and wrong: where it predicts fewer than half of the labels of the group called intact,
+    and does worse on it than on the other, nothing is suspect.
     """
     intact = torch.ones_like(evidence.weight)
     if evidence.response is None:
@@ -104,23 +111,41 @@ def judge_input(evidence: Evidence, reduce: Reduce) -> Verdict:
     mixture = fit_mixture(rows, evidence.weight, reduce=reduce)
     share = mixture.posterior(rows)
     between = ((share[:, 0] > 0.1) & (share[:, 0] < 0.9)).double()
-    sums = reduce(torch.cat([torch.stack([w, w * between, w * u, w * u * u]).sum(dim=1), w @ share, (w * u) @ share]))
-    number, ambiguous = sums[0], (sums[1] / sums[0]).item()
+    right, loss = (evidence.prediction == evidence.label).double(), evidence.loss.double()
+    of_groups = [w @ share, *((w * value) @ share for value in (u, right, loss, loss * loss))]
+    sums = reduce(torch.cat([torch.stack([w, w * between, w * u, w * u * u]).sum(dim=1), *of_groups]))
+    number, group, ambiguous = sums[0], sums[4:6], (sums[1] / sums[0]).item()
     deviation = (sums[3] / number - (sums[2] / number) ** 2).clamp(min=1e-12).sqrt()
-    group = sums[4:6]
     means = sums[6:8] / group.clamp(min=1e-9)
     gap = ((means[1] - means[0]) / deviation).item()
     clean = 0 if gap > 0 else 1
     found = bool((group > 1).all()) and ambiguous <= _BETWEEN and abs(gap) >= _LESS_SURE
-    probability = share[:, clean].float()
+    verdict = "corrupted inputs" if found else "no sign of corrupted inputs"
+    if found and _is_contrary(clean, group, *sums[8:].reshape(3, 2)):
+        found, verdict = False, "but it does worse on the other, so which is corrupted cannot be told yet"
     note = (
         f"inputs: two groups, the smaller of {group.min() / number:.1%}, {ambiguous:.1%} of the samples between them,"
-        f" the model less sure of one by {abs(gap):.2f} standard deviations:"
-        f" {'corrupted inputs' if found else 'no sign of corrupted inputs'}"
+        f" the model less sure of one by {abs(gap):.2f} standard deviations: {verdict}"
     )
-    if not found:
-        probability = intact
+    probability = share[:, clean].float() if found else intact
     return Verdict(probability, evidence.label, input_probability=probability, notes=(note,))
+
+
+def _is_contrary(clean: int, group: Tensor, right: Tensor, loss: Tensor, squares: Tensor) -> bool:
+    """Whether a network that has hardly learned does worse on the inputs that are called intact.
+
+    Args:
+        clean: which of the two groups is called intact.
+        group: (2,) samples of each.
+        right: (2,) of how many the label is predicted.
+        loss: (2,) sum of the losses.
+        squares: (2,) sum of their squares.
+    """
+    share, mean = right / group, loss / group
+    variance = torch.stack([share * (1 - share), squares / group - mean * mean]).clamp(min=1e-12)
+    difference = torch.stack([share[1 - clean] - share[clean], mean[clean] - mean[1 - clean]])
+    errors = (variance / group).sum(dim=1).sqrt()
+    return bool(share[clean] < _LEARNED) and bool((difference > _CONTRARY * errors).any())
 
 
 def judge_auto(evidence: Evidence, reduce: Reduce) -> Verdict:

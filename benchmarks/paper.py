@@ -56,6 +56,8 @@ def _settings(args: argparse.Namespace) -> list[Setting]:
     found: list[Setting] = []
     for task in args.task:
         preset = SCALES[task, args.scale]
+        if unknown := set(args.noise or ()) - set(NOISES[task]):
+            raise SystemExit(f"{task} has no noise {', '.join(sorted(unknown))}; it has {', '.join(NOISES[task])}.")
         noises = args.noise or list(dict.fromkeys(setting.noise for setting in preset))
         sizes = args.train_sizes or list(dict.fromkeys(setting.train_size for setting in preset))
         more = FAST if args.fast else {}

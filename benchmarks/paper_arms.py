@@ -132,6 +132,9 @@ NOISES: dict[str, dict[str, dict[str, Any]]] = {
 }
 """Arguments of the DataModules: the paper's noise, the same without what gives it away, and wrong labels."""
 
+DRAWS = 2
+"""Raised where the same seed draws other noise than before, so that no fit goes on from a checkpoint of the old one."""
+
 
 class PaperUnit:
     """A setting with a seed, and its folder.
@@ -150,7 +153,7 @@ class PaperUnit:
 
     def settings(self) -> dict[str, Any]:
         """All that its results depend on."""
-        return {**asdict(self.setting), "seed": self.seed, "digits": self._is_digits}
+        return {**asdict(self.setting), "seed": self.seed, "digits": self._is_digits, "draws": DRAWS}
 
     def result(self, arm: str) -> dict[str, Any]:
         """What an arm came to, run now if it has not been."""

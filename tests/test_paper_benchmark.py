@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("benchmarks", reason="not a checkout")
 pytest.importorskip("torchvision")
 pytest.importorskip("torchaudio")
+from benchmarks import paper
 from benchmarks.paper_arms import ARMS, PaperUnit, Setting
 from examples.speech_commands.speech_commands import made_up
 
@@ -61,3 +62,9 @@ def test_criteria_prune_the_same_number_and_l_ft_trains_the_last_layers(unit):
     assert ARMS["prune random, L-FT"].mode == "layers"
     assert unit.result("prune random, L-FT") == found
     assert torch.load(unit.folder / "initial.ckpt", weights_only=True)["epoch"] == 1
+
+
+def test_a_noise_that_a_task_does_not_have_is_refused(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["paper", "--task", "speech", "cifar10", "--noise", "snr", "paper"])
+    with pytest.raises(SystemExit, match="cifar10 has no noise snr; it has paper, gaussian, symmetric, human"):
+        paper.main()

@@ -76,7 +76,7 @@ class Unit:
     def result(self, arm: str) -> dict[str, Any]:
         """What an arm came to, run now if it has not been."""
         name = {"case": self.case.name, "regime": self.regime, "seed": self.seed, "arm": arm}
-        return kept(self.folder / f"{arm}.json", lambda: name | self.run(arm))
+        return kept(self.folder / f"{arm}.json", lambda: name | self.run(arm), self.accelerator)
 
     @cached_property
     def data(self) -> Noisy:

@@ -158,7 +158,7 @@ class PaperUnit:
     def result(self, arm: str) -> dict[str, Any]:
         """What an arm came to, run now if it has not been."""
         of = {"task": self.setting.task, "noise": self.setting.noise, "seed": self.seed, "arm": arm}
-        return kept(self.folder / f"{arm}.json", lambda: of | self._run(ARMS[arm]))
+        return kept(self.folder / f"{arm}.json", lambda: of | self._run(ARMS[arm]), self.accelerator)
 
     def _run(self, arm: Arm) -> dict[str, Any]:
         if arm.kind in ("retrain", "continue"):

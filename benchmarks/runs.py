@@ -34,8 +34,10 @@ class Unit(Protocol):
         """What an arm came to, run now if it has not been."""
 
 
-def where_and_when() -> dict[str, Any]:
+def where_and_when(accelerator: str) -> dict[str, Any]:
     """What a later reader of a number wants to know: the table may be made of runs of several days."""
+    # The CPU scale runs beside a GPU too.
+    uses_gpu = accelerator != "cpu" and torch.cuda.is_available()
     describe = ["git", "describe", "--always", "--dirty"]
     commit = ""
     if shutil.which("git"):
@@ -43,15 +45,15 @@ def where_and_when() -> dict[str, Any]:
     return {
         "date": str(datetime.datetime.now(tz=datetime.timezone.utc).date()),
         "commit": commit.strip() or "unknown",
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "device": torch.cuda.get_device_name() if uses_gpu else platform.machine(),
         "threads": torch.get_num_threads(),
     }
 
 
-def kept(file: Path, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def kept(file: Path, find: Callable[[], dict[str, Any]], accelerator: str = "cpu") -> dict[str, Any]:
     """The row in a file; where there is none yet, what ``find`` finds is written there first."""
     if not file.exists():
-        row = {**find(), **where_and_when()}
+        row = {**find(), **where_and_when(accelerator)}
         part = file.with_suffix(".part")
         part.write_text(json.dumps(row, indent=1), encoding="utf-8")
         part.rename(file)

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -109,6 +110,13 @@ def test_finished_arms_are_kept_and_failed_ones_do_not_keep_the_rest_from_being_
     assert [row["arm"] for row in rows] == ["first", "last"]
     assert "seeds [0]" in head("benchmarks.paper", rows)
     assert "unit: last 50.00 in 1 steps" in capsys.readouterr().out
+
+
+def test_a_run_on_the_cpu_beside_a_gpu_is_one_on_the_cpu(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a large one")
+    found = [kept(tmp_path / f"{name}.json", dict, name)["device"] for name in ("cpu", "gpu")]
+    assert found == [platform.machine(), "a large one"]
 
 
 def test_what_an_arm_needs_is_run_before_it_or_not_at_all(tmp_path):

@@ -20,7 +20,7 @@ import resource
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,11 @@ from sklearn.metrics import average_precision_score, precision_recall_fscore_sup
 from torch import Tensor
 
 from benchmarks.cases import CASES, CPU_CASES, FOLD_CASES, make
+from benchmarks.evidence import evidence_of_logits
 from benchmarks.record import out_of_sample, record
 from benchmarks.sources import DATA
-from lightning_unlearn.functional.attribution import label_margin
 from lightning_unlearn.functional.mixture import no_reduce
 from lightning_unlearn.recipes import get_recipe
-from lightning_unlearn.trajectory import PHASES, Trajectory
 from lightning_unlearn.types import Evidence
 
 BASELINES = ("paper", "loss", "loss mixture", "AUM", "argmax", "cleanlab", "cleanlab 5-fold")
@@ -68,28 +67,9 @@ def evidence_of(recording: Any, epochs: int | None = None) -> Evidence:
     training = torch.from_numpy(recording["train_logits"]).float()
     epochs = epochs or len(training)
     last = torch.from_numpy(recording["eval_logits"][epochs - 1]).float()
-    index = torch.arange(len(label))
-    trajectory = Trajectory(len(label), last.shape[1])
-    for epoch in range(epochs):
-        trajectory.observe(index, training[epoch], label)
-        trajectory.merge(epoch * PHASES // epochs, no_reduce)
-    phases = trajectory.phases(index)
-    trajectory.observe(index, last, label)
-    trajectory.merge(None, no_reduce)
-    scores = trajectory.scores(index)
     mean, spread = torch.from_numpy(recording["early"]).chunk(2, dim=1)
-    return Evidence(
-        index=index,
-        weight=torch.ones(len(label)),
-        label=label,
-        attribution=torch.stack([*phases, last @ trajectory.basis], dim=1),
-        basis=trajectory.basis,
-        margin=label_margin(last, label),
-        mean_margin=scores["margin"],
-        support=scores["support"],
-        uncertainty=scores["uncertainty"],
-        loss=torch.nn.functional.cross_entropy(last, label, reduction="none"),
-        prediction=last.argmax(dim=1),
+    return replace(
+        evidence_of_logits(training[:epochs], last, label),
         response=torch.stack([mean.norm(dim=1), spread.norm(dim=1)], dim=1),
         rows=_paper_rows(recording, last),
     )

@@ -320,6 +320,7 @@ def test_the_networks_have_the_papers_heads():
         assert network.head.in_features == hidden
         assert network(x).shape == (2, 10)
     stem = PaperResNet18(stem="3x3").net
+    assert stem.conv1.weight.is_contiguous(memory_format=torch.channels_last)
     assert stem.layer1(stem.maxpool(stem.relu(stem.bn1(stem.conv1(torch.zeros(1, 3, 32, 32)))))).shape[-1] == 32
     assert PaperResNet18().configure_optimizers().defaults["lr"] == 0.1
     (_,), (schedule,) = PaperSpeechCnn(channels=2, decay_epochs=5).configure_optimizers()

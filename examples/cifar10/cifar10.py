@@ -262,6 +262,7 @@ class PaperResNet18(L.LightningModule):
         self.net.fc = nn.Identity()
         self.fc = nn.Linear(512, 256)
         self.head = nn.Linear(256, CLASSES)
+        self.to(memory_format=torch.channels_last)  # as the images come; a GPU would bring the weights round every step
         self.metrics = MetricCollection(
             {
                 "acc": MulticlassAccuracy(CLASSES, average="micro"),

@@ -246,7 +246,7 @@ def test_many_classes_in_the_compact_form_find_what_the_matrix_does(monkeypatch)
     true, label, logits = network(600, 20, noise=0.3, apart=6.0)
     evidence = evidence_of(logits, label)
     expected = judge_label(evidence, no_reduce)
-    monkeypatch.setattr("lightning_unlearn.functional.latent.MOST_NAMES", 19)
+    monkeypatch.setattr("lightning_unlearn.functional.transition.MOST_NAMES", 19)
     found = judge_label(evidence, no_reduce)
     assert found.noise_matrix is None
     assert expected.noise_matrix.shape == (20, 20)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_unlearn.functional.latent import rows_at_a_time
+from lightning_unlearn.functional.chunks import rows_at_a_time
 from lightning_unlearn.functional.mixture import Reduce, no_reduce
 
 _BINS = 2_048

@@ -20,29 +20,16 @@ per sample beside the rows, labels and weights that are given: 4 d + 16 bytes a 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from lightning_unlearn.functional.chunks import row_chunks, rows_at_a_time, softmax
 from lightning_unlearn.functional.mixture import Reduce, no_reduce, reduce_together, weighted_mean
-
-ROWS = 8_192
-"""Rows that are held in double precision at a time, at most."""
-
-MOST_NUMBERS = 2**23
-"""Numbers, one for each class of a row, that are held at a time."""
-
-MOST_IN_CACHE = 2**18
-"""The same on a processor, where what is gone over again and again should stay in its cache: 2 MiB."""
-
-LEAST_ROWS = 128
-"""Rows that are worked on together even so, as a product with fewer would read all classes for each few of them."""
-
-MOST_NAMES = 2_048
-"""Classes up to which there is a number for every name that each may go by."""
+from lightning_unlearn.functional.transition import LogNames, count, is_square, no_counts, smoothed
 
 OWN_COVARIANCE = 0.2
 """How far the covariance of a large class is its own; the rest is the one that all classes share."""
@@ -50,13 +37,6 @@ OWN_COVARIANCE = 0.2
 MOST_MOMENTS = 2**20
 """Numbers of the classes' own second moments, above which there is only the shared one."""
 
-MOST_HELD = 2**24
-"""Likelihoods, one for each class of a row, that are held in double precision: 128 MiB."""
-
-MOST_HELD_SINGLE = 2**26
-"""The same in single precision, where they are too many for double: 256 MiB."""
-
-_FEW_CLASSES = 64
 _RIDGE = 1e-3
 # Share of the total variance below which the variance within classes is rounding.
 _ROUNDING = 1e-9
@@ -136,207 +116,9 @@ def _whiten(x: Tensor, factor: Tensor) -> Tensor:
     return whitened
 
 
-def rows_at_a_time(numbers: int, device: torch.device) -> int:
-    """How many rows of so many numbers, one for each class or more, are worked on together."""
-    most = min(ROWS, MOST_NUMBERS // numbers)
-    if device.type == "cpu":
-        most = min(most, max(LEAST_ROWS, MOST_IN_CACHE // numbers))
-    return max(1, most)
-
-
 def own_numbers(num_classes: int, dimension: int) -> int:
     """How many numbers there are for a row where classes have their own covariance: its whitened self, and squares."""
     return 2 * num_classes * dimension
-
-
-def softmax(logits: Tensor) -> Tensor:
-    """The softmax of (n, C) over the classes; ``logits`` are written to.
-
-    Of few classes torch's own takes several times as long on a processor.
-    """
-    if logits.shape[1] > _FEW_CLASSES:
-        return logits.softmax(dim=1)
-    logits.sub_(logits.amax(dim=1, keepdim=True)).exp_()
-    return logits.div_(logits.sum(dim=1, keepdim=True))
-
-
-@dataclass(frozen=True, eq=False)
-class LogNames:
-    """How classes are called, as logarithms, which take as long as a good many rows.
-
-    Args:
-        transition: (C, C) or (C,), see :class:`LatentClasses`.
-    """
-
-    transition: Tensor
-
-    @cached_property
-    def _of_name(self) -> Tensor:
-        """(C, C), row y the log-probabilities of that name under each true class."""
-        return self.transition.clamp(min=1e-300).log().T.contiguous()
-
-    @cached_property
-    def _other_and_own(self) -> tuple[Tensor, Tensor]:
-        """(C,) each: of any other name, and how much more of its own."""
-        others = (1 - self.transition) / max(len(self.transition) - 1, 1)
-        own, other = (x.clamp(min=1e-300).log() for x in (self.transition, others))
-        return other, own - other
-
-    def joint(self, log_likelihood: Tensor, label: Tensor) -> Tensor:
-        """(n, C), log-probability of the evidence and the name of each sample under each true class."""
-        if self.transition.ndim == 2:
-            return self._of_name[label].add_(log_likelihood.double())
-        other, more = self._other_and_own
-        joint = log_likelihood.double() + other
-        joint[torch.arange(len(label), device=label.device), label] += more[label]
-        return joint
-
-
-def given_posterior(log_likelihood: Tensor, label: Tensor, transition: Tensor | LogNames) -> Tensor:
-    """Log-probability of each true class, given the evidence and what the sample is called.
-
-    Args:
-        log_likelihood: (n, C), see :meth:`LatentClasses.log_likelihood`.
-        label: (n,) int64.
-        transition: (C, C) or (C,), see :class:`LatentClasses`; for who asks of many parts, its logarithms.
-
-    Returns:
-        (n, C) float64, log-probabilities.
-    """
-    names = transition if isinstance(transition, LogNames) else LogNames(transition)
-    return names.joint(log_likelihood, label).log_softmax(dim=1)
-
-
-def log_odds_of(log_probability: Tensor, label: Tensor) -> Tensor:
-    """Log-odds of one class against all the others.
-
-    Args:
-        log_probability: (n, C) log-probabilities, or anything that differs from them by a constant per row.
-        label: (n,) int64.
-
-    Returns:
-        (n,)
-
-    Example:
-        >>> log_odds_of(torch.tensor([[0.5, 0.25, 0.25]]).log(), torch.tensor([0]))
-        tensor([0.])
-    """
-    column = label.unsqueeze(1)
-    own = log_probability.gather(1, column).squeeze(1)
-    return own - log_probability.scatter(1, column, -torch.inf).logsumexp(dim=1)
-
-
-def _row_chunks(numbers: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    length = rows_at_a_time(numbers, tensors[0].device)
-    return zip(*(torch.split(tensor, length) for tensor in tensors), strict=True)
-
-
-def _no_counts(like: Tensor, num_classes: int) -> Tensor:
-    """Of true class and given name, (C, C); with very many classes of true class, and of those by its own name (C, 2).
-
-    The names come first, as whole rows are added.
-    """
-    names = num_classes if num_classes <= MOST_NAMES else 2
-    return like.new_zeros(names, num_classes, dtype=torch.float64)
-
-
-def _is_square(counts: Tensor) -> bool:
-    return counts.shape[0] == counts.shape[1]
-
-
-def _count(counts: Tensor, share: Tensor, label: Tensor) -> None:
-    """Adds shares (n, C) of the true classes of samples of these names."""
-    if _is_square(counts):
-        counts.index_add_(0, label, share)
-    else:
-        counts[0] += share.sum(dim=0)
-        counts[1].index_add_(0, label, share.gather(1, label.unsqueeze(1)).squeeze(1))
-
-
-def _smoothed(counts: Tensor) -> Tensor:
-    """Counts as probabilities; one sample more of each class, spread over the names, so that nothing is impossible."""
-    each = 1 / counts.shape[1]
-    if not _is_square(counts):
-        return (counts[1] + each) / (counts[0] + 1)
-    counts = counts.T + each
-    return counts / counts.sum(dim=1, keepdim=True)
-
-
-def fit_transition(
-    log_likelihood: Tensor | Callable[[slice], Tensor],
-    label: Tensor,
-    weight: Tensor,
-    start: Tensor,
-    *,
-    reduce: Reduce = no_reduce,
-    steps: int = 10,
-) -> Tensor:
-    """The transition matrix that explains the given labels best, the classes' likelihoods being known.
-
-    Args:
-        log_likelihood: (n, C) of the true classes; or a function from some rows to theirs, so that not all are held.
-        label: (n,) int64.
-        weight: (n,), 0 for a row that does not count.
-        start: (C, C) or (C,) to start from, see :class:`LatentClasses`.
-        reduce: sums over the ranks.
-        steps: of expectation maximisation.
-
-    Returns:
-        float64 of the shape of ``start``.
-    """
-    transition = start
-    likelihood = _relative_likelihoods(log_likelihood, label, len(start))
-    for _ in range(steps):
-        counts = start.new_zeros(len(start) if start.ndim == 2 else 2, len(start))
-        names, add = transition.clamp(min=1e-300), _add_own_names
-        if start.ndim == 2:
-            names, add = names.T.contiguous(), _add_names
-        for rows, part in likelihood():
-            add(counts, part, label[rows], weight[rows].double(), names)
-        transition = _smoothed(reduce(counts))
-    return transition
-
-
-def _relative_likelihoods(
-    log_likelihood: Tensor | Callable[[slice], Tensor], label: Tensor, num_classes: int
-) -> Callable[[], Iterator[tuple[slice, Tensor]]]:
-    """Parts of the rows and their likelihoods over that of the likeliest class, again and again.
-
-    They do not change from step to step, so that a step without logarithms takes a product of each. Held if not too
-    many.
-    """
-    length = rows_at_a_time(num_classes, label.device)
-    parts = [slice(first, first + length) for first in range(0, len(label), length)]
-
-    def made(rows: slice) -> Tensor:
-        ll = (log_likelihood[rows] if isinstance(log_likelihood, Tensor) else log_likelihood(rows)).double()
-        return (ll - ll.amax(dim=1, keepdim=True)).exp_()
-
-    numbers = len(label) * num_classes
-    if numbers > MOST_HELD_SINGLE:
-        return lambda: ((rows, made(rows)) for rows in parts)
-    dtype = torch.float64 if numbers <= MOST_HELD else torch.float32
-    held = [made(rows).to(dtype) for rows in parts]
-    return lambda: ((rows, part.double()) for rows, part in zip(parts, held, strict=True))
-
-
-def _add_names(counts: Tensor, likelihood: Tensor, label: Tensor, weight: Tensor, names: Tensor) -> None:
-    """Adds the shares of the true classes of samples to their names (C, C); ``names`` has a row for each."""
-    share = names[label].mul_(likelihood)
-    share.mul_((weight / share.sum(dim=1)).unsqueeze(1))
-    counts.index_add_(0, label, share)
-
-
-def _add_own_names(counts: Tensor, likelihood: Tensor, label: Tensor, weight: Tensor, names: Tensor) -> None:
-    """Adds them to the true classes and to those by their own name (2, C); ``names`` has that one's probability."""
-    other = ((1 - names) / max(len(names) - 1, 1)).clamp(min=1e-300)
-    own = likelihood.gather(1, label.unsqueeze(1)).squeeze(1)
-    by_name = own * names[label]
-    more = by_name - own * other[label]
-    each = weight / (likelihood @ other + more)
-    counts[0] += (each @ likelihood) * other
-    counts[0].index_add_(0, label, each * more)
-    counts[1].index_add_(0, label, each * by_name)
 
 
 def fit_latent_classes(
@@ -416,13 +198,13 @@ def _moments(
     dimension = rows.shape[1]
     zeros = rows.new_zeros
     numbers = own_numbers(num_classes, dimension) if own else num_classes
-    counts = _no_counts(rows, num_classes)
+    counts = no_counts(rows, num_classes)
     first = zeros(num_classes, dimension, dtype=torch.float64)
     second = zeros(num_classes if own else 1, dimension, dimension, dtype=torch.float64)
-    for chunk, y, w in _row_chunks(numbers, rows, *label_and_weight):
+    for chunk, y, w in row_chunks(numbers, rows, *label_and_weight):
         x = chunk.double() - centre
         share = share_of(x, y).mul_(w.double().unsqueeze(1))
-        _count(counts, share, y)
+        count(counts, share, y)
         first += share.T @ x
         # With a row for each class and coordinate, so that one product serves all classes.
         by, columns = (share.T if own else w.double().unsqueeze(0)).contiguous(), x.T.contiguous()
@@ -432,7 +214,7 @@ def _moments(
 
 def _maximise(part: _Moments, reduce: Reduce) -> LatentClasses:
     counts, first, second = reduce_together(reduce, part.counts, part.first, part.second)
-    number = counts.sum(dim=0) if _is_square(counts) else counts[0]
+    number = counts.sum(dim=0) if is_square(counts) else counts[0]
     # A class without samples keeps the overall mean and covariance: nothing is drawn to it, nothing divides by zero.
     present = number > 1e-6
     mean = torch.where(present.unsqueeze(1), first / number.clamp(min=1e-6).unsqueeze(1), 0)
@@ -447,4 +229,4 @@ def _maximise(part: _Moments, reduce: Reduce) -> LatentClasses:
         within = second / number.clamp(min=1e-6).reshape(-1, 1, 1) - mean.unsqueeze(2) * mean.unsqueeze(1)
         trust = (OWN_COVARIANCE * number / (number + dimension)).reshape(-1, 1, 1)
         covariance = torch.where(present.reshape(-1, 1, 1), trust * within + (1 - trust) * shared, shared)
-    return LatentClasses(number / samples, mean, torch.linalg.cholesky(covariance), _smoothed(counts))
+    return LatentClasses(number / samples, mean, torch.linalg.cholesky(covariance), smoothed(counts))

@@ -8,20 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_unlearn.functional.chunks import rows_at_a_time, softmax
 from lightning_unlearn.functional.evidence import confident_disagreement
 from lightning_unlearn.functional.lapse import Lapses, fit_lapses
-from lightning_unlearn.functional.latent import (
-    MOST_HELD,
-    LatentClasses,
-    LogNames,
-    fit_latent_classes,
-    fit_transition,
-    given_posterior,
-    log_odds_of,
-    rows_at_a_time,
-    softmax,
-)
+from lightning_unlearn.functional.latent import LatentClasses, fit_latent_classes
 from lightning_unlearn.functional.mixture import Reduce
+from lightning_unlearn.functional.transition import MOST_HELD, LogNames, fit_transition, given_posterior, log_odds_of
 from lightning_unlearn.recipes.views import View, views_of, whole_of
 from lightning_unlearn.types import Evidence
 

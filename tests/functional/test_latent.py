@@ -7,8 +7,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import multivariate_normal
 
-from lightning_unlearn.functional import LatentClasses, fit_latent_classes, fit_transition, given_posterior, latent
-from lightning_unlearn.functional.latent import LEAST_ROWS, ROWS, log_odds_of, rows_at_a_time, softmax
+from lightning_unlearn.functional import (
+    LatentClasses,
+    chunks,
+    fit_latent_classes,
+    fit_transition,
+    given_posterior,
+    latent,
+    transition,
+)
+from lightning_unlearn.functional.chunks import LEAST_ROWS, ROWS, rows_at_a_time, softmax
+from lightning_unlearn.functional.transition import log_odds_of
 from tests.ranks import run_ranks
 
 C, D = 4, 3
@@ -182,7 +191,7 @@ def test_more_rows_than_a_chunk_are_as_one(offset, monkeypatch):
     assert n < ROWS
     whole, log_likelihood = fit(rows, given), fit(rows, given).log_likelihood(rows)
     transition = fit_transition(log_likelihood, given, torch.ones(n), whole.transition)
-    monkeypatch.setattr(latent, "ROWS", n // 2 + offset)
+    monkeypatch.setattr(chunks, "ROWS", n // 2 + offset)
     assert_same(fit(rows, given), whole)
     torch.testing.assert_close(whole.log_likelihood(rows), log_likelihood)
     torch.testing.assert_close(fit_transition(log_likelihood, given, torch.ones(n), whole.transition), transition)
@@ -313,7 +322,7 @@ def test_rows_that_are_not_finite_are_refused_on_every_rank(value):
 @pytest.fixture
 def compact(monkeypatch):
     """As with more classes than there is a number for every name of."""
-    monkeypatch.setattr(latent, "MOST_NAMES", C - 1)
+    monkeypatch.setattr(transition, "MOST_NAMES", C - 1)
 
 
 def full(own):
@@ -376,9 +385,9 @@ def test_the_transition_is_the_same_whether_likelihoods_are_held(start, held, si
 
     expected = fit_transition(asked, given, torch.ones(300), start, steps=4)
     assert len(calls) == 1
-    monkeypatch.setattr(latent, "MOST_HELD", held)
-    monkeypatch.setattr(latent, "MOST_HELD_SINGLE", single)
-    monkeypatch.setattr(latent, "ROWS", 100)
+    monkeypatch.setattr(transition, "MOST_HELD", held)
+    monkeypatch.setattr(transition, "MOST_HELD_SINGLE", single)
+    monkeypatch.setattr(chunks, "ROWS", 100)
     found = fit_transition(asked, given, torch.ones(300), start, steps=4)
     assert len(calls) == 1 + (3 if single else 12)
     torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
@@ -414,7 +423,7 @@ def test_fewer_rows_at_a_time_of_more_classes(monkeypatch):
     assert rows_at_a_time(10**9, cpu) == rows_at_a_time(10**9, cuda) == 1
     rows, given, _ = draw(SYMMETRIC, 301)
     whole = fit(rows, given)
-    monkeypatch.setattr(latent, "MOST_NUMBERS", 7 * C)
+    monkeypatch.setattr(chunks, "MOST_NUMBERS", 7 * C)
     assert rows_at_a_time(C, cpu) == rows_at_a_time(C, cuda) == 7
     assert_same(fit(rows, given), whole)
     torch.testing.assert_close(whole.log_likelihood(rows), fit(rows, given).log_likelihood(rows))

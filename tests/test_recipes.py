@@ -272,6 +272,18 @@ def test_wrong_labels_show_through_large_uncertainty_by_their_lapses(rate, seed)
     assert "however confident" in verdict.notes[0]
 
 
+def test_ranks_find_the_same_lapses():
+    _, evidence = hard_and_easy(0.2, 0)
+    whole = judge_label(evidence, no_reduce)
+    shares = [share_of(evidence, rank, 3) for rank in range(3)]
+    for share, verdict in zip(
+        shares, run_ranks(lambda rank, reduce: judge_label(shares[rank], reduce), 3), strict=True
+    ):
+        assert verdict.notes == whole.notes
+        counts = share.weight > 0
+        torch.testing.assert_close(verdict.clean_probability[counts], whole.clean_probability[share.index[counts]])
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_uncertainty_alone_makes_no_lapses(seed):
     _, evidence = hard_and_easy(0.0, seed)

@@ -59,8 +59,8 @@ def judge_label(evidence: Evidence, reduce: Reduce) -> Verdict:
     predicted = _share_predicted(evidence, reduce)
     if not found and model.uncertainty > _UNSURE:
         hidden = f"fewer than about {UNEXPLAINED * model.uncertainty:.0%}"
-        nothing += f"; {hidden} would not show"
-        caveat = f"{hidden} wrong labels would not show, as unsure as the network is: {_other_epoch(predicted)}"
+        nothing += f"; {hidden} might not show"
+        caveat = f"{hidden} wrong labels might not show, as unsure as the network is: {_other_epoch(predicted)}"
     lapses = ""
     if model.lapses is not None and model.lapse:
         lapses = f", {model.lapses.rate:.1%} of all however confident ({model.lapses.z:.1f} standard deviations)"

@@ -36,7 +36,7 @@ class Verdict:
         notes: what the gates said, for the log. The same on every rank.
         warning: why the verdict should not be acted upon; empty if it can be. The same on every rank.
         unusable: (n,) bool, samples that must not be trained on in any case; None where there are none.
-        caveat: what may be there and would not show, and what to do then, for where nothing is suspect. The same on
+        caveat: what may be there and might not show, and what to do then, for where nothing is suspect. The same on
             every rank.
     """
 

@@ -194,8 +194,9 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="file for the table; the numbers go beside it as JSON")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    of_run = where_and_when()
     rows = [
-        {**row, **where_and_when()}
+        {**row, **of_run}
         for family in args.families
         for rate in args.rates
         for fit in FAMILIES[family]()

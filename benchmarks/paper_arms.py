@@ -163,6 +163,11 @@ class PaperUnit:
     def _run(self, arm: Arm) -> dict[str, Any]:
         if arm.kind in ("retrain", "continue"):
             self.result(f"{arm.recipe}, F-FT")
+        elif arm.criterion is not None:
+            plain = self.result(f"{arm.recipe}, {'L-FT' if arm.mode == 'layers' else 'F-FT'}")
+            if not plain["acted"]:
+                # Without a partition to act upon there is nothing to prune by: the fit would be that one again.
+                return {name: value for name, value in plain.items() if name != "arm"}
         elif arm.kind == "fine-tune":
             self.result(INITIAL)
         L.seed_everything(self.seed, verbose=False)

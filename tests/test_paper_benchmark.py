@@ -1,5 +1,7 @@
 """The paper's protocol, run arm by arm on sounds that are made up."""
 
+import json
+
 import pytest
 import torch
 
@@ -62,6 +64,14 @@ def test_criteria_prune_the_same_number_and_l_ft_trains_the_last_layers(unit):
     assert ARMS["prune random, L-FT"].mode == "layers"
     assert unit.result("prune random, L-FT") == found
     assert torch.load(unit.folder / "initial.ckpt", weights_only=True)["epoch"] == 1
+
+
+def test_nothing_is_pruned_by_a_partition_that_is_not_acted_upon(unit, tmp_path):
+    plain = {"arm": "auto, L-FT", "accuracy": 0.5, "steps": 4, "pruned": 0, "acted": False, "seed": 0}
+    (tmp_path / "auto, L-FT.json").write_text(json.dumps(plain), encoding="utf-8")
+    again = PaperUnit(unit.setting, 0, folder=tmp_path, data=tmp_path / "no sounds", accelerator="cpu")
+    found = again.result("prune random, L-FT")  # without a fit, for which there are no data
+    assert {name: found[name] for name in plain} == plain | {"arm": "prune random, L-FT"}
 
 
 def test_a_noise_that_a_task_does_not_have_is_refused(monkeypatch):

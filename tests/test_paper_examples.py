@@ -6,6 +6,7 @@ import wave
 import zipfile
 from pathlib import Path
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -20,6 +21,7 @@ from examples.cifar10 import cifar10
 from examples.cifar10.cifar10 import MEAN, STD, Cifar10, PaperResNet18, mirrored_and_shifted
 from examples.speech_commands import speech_commands
 from examples.speech_commands.speech_commands import RATE, WORDS, PaperSpeechCnn, SpeechCommands
+from lightning_unlearn import Partition
 from lightning_unlearn.cli import main
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -359,3 +361,61 @@ def test_the_papers_protocol_runs_from_yaml(task, variant, folder_of, tmp_path, 
     with caplog.at_level("INFO"):
         main(["fit", *arguments])
     assert "Partition after 1 epoch" in caplog.text
+
+
+MAKE = {"cifar10": Cifar10, "speech_commands": SpeechCommands}
+
+
+@pytest.fixture(params=MAKE)
+def partitioned(request, folder_of, tmp_path, monkeypatch):
+    """A task, its data with wrong labels, and a file with the partition that knows which."""
+    monkeypatch.chdir(tmp_path)
+    whole = MAKE[request.param](folder_of[request.param], labels="symmetric")
+    whole.setup()
+    given, nothing = whole.train_data.y, torch.zeros(len(whole.train_data))
+    Partition(
+        clean_probability=(~whole.is_wrong).float(),
+        is_clean=~whole.is_wrong,
+        suggested_label=given,
+        suggested_probability=nothing,
+        noise_rate=0.4,
+        label=given,
+        label_evidence=nothing,
+        input_evidence=nothing + 1,
+        reason=whole.is_wrong.to(torch.uint8),
+        noise_matrix=torch.eye(10),
+        recipe="label",
+        layer="input of 'head'",
+        epoch=1,
+    ).save("partition.npz")
+    return request.param, whole
+
+
+def test_what_a_partition_calls_clean_is_what_there_is_to_train_on(partitioned):
+    task, whole = partitioned
+    data = MAKE[task](whole.data, labels="symmetric", partition="partition.npz")
+    data.setup()
+    clean, total = ~whole.is_wrong, len(whole.is_wrong)
+    assert 0 < len(data.train_data) < total
+    assert data.train_data.x.equal(whole.train_data.x[clean])
+    assert data.train_data.y.equal(data.true_label)
+    assert len(data.is_wrong) == len(data.is_corrupted) == len(data.train_data)
+    with pytest.raises(ValueError, match=f"partition.npz to be of these {total - 5} training .* it is of {total}:"):
+        MAKE[task](whole.data, train_size=total - 5, partition="partition.npz").setup()
+
+
+def test_new_weights_are_trained_from_yaml(partitioned, monkeypatch):
+    task, whole = partitioned
+    said = ["--config", str(EXAMPLES / task / "paper.yaml"), "--config", str(EXAMPLES / "paper" / "retrain.yaml")]
+    options = {"data": whole.data, "download": "false", "train_size": "null", "labels": "symmetric"}
+    for name, value in (options | {"partition": "partition.npz"}).items():
+        said += [f"--data.init_args.{name}", str(value)]
+    fits = []
+    monkeypatch.setattr(
+        L.Trainer, "fit", lambda trainer, model, datamodule=None, **_: fits.append((trainer, datamodule))
+    )
+    main(["fit", *said, "--trainer.accelerator", "cpu", "--trainer.precision", "32-true"])
+    ((trainer, data),) = fits
+    assert trainer.max_epochs == 60
+    assert not any("lightning_unlearn" in type(callback).__module__ for callback in trainer.callbacks)
+    assert data.partition == "partition.npz"

@@ -25,7 +25,12 @@ from torchvision.datasets import CIFAR10
 from torchvision.io import decode_jpeg, encode_jpeg
 from torchvision.models import resnet18
 
-from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback, SensitivityPruneCallback
+from lightning_unlearn import (
+    AttributionPartitionCallback,
+    CleanSubsetFinetuneCallback,
+    Partition,
+    SensitivityPruneCallback,
+)
 from lightning_unlearn.noise import (
     CIFAR10_ASYMMETRIC,
     GaussianInputs,
@@ -116,6 +121,8 @@ class Cifar10(L.LightningDataModule):
         augment: mirror and shift images in training; the paper does not.
         batch_size: of every loader; 128 in the paper.
         seed: of the images and of the noise.
+        partition: a file that ``Partition.save`` or ``lightning-unlearn partition`` wrote, of the same images: only
+            what it calls clean is trained on.
 
     Attributes:
         true_label, is_wrong, is_corrupted: (N,), from ``setup`` on. For evaluation only: no loader hands them out.
@@ -137,6 +144,7 @@ class Cifar10(L.LightningDataModule):
         augment: bool = False,
         batch_size: int = 128,
         seed: int = 0,
+        partition: str | Path | None = None,
     ) -> None:
         super().__init__()
         # From Python nobody else looks at these words, and a misspelt one must not be another noise.
@@ -148,7 +156,7 @@ class Cifar10(L.LightningDataModule):
                 raise ValueError(f"Expected {name} to be one of {', '.join(known)}, but got {value!r}.")
         self.data, self.download, self.train_size, self.test_size = Path(data), download, train_size, test_size
         self.labels, self.rate, self.human_file = labels, rate, human_file
-        self.inputs, self.share, self.augment = inputs, share, augment
+        self.inputs, self.share, self.augment, self.partition = inputs, share, augment, partition
         self.sigma = sigma if sigma is not None else (4.5 if inputs == "paper" else 1.1)
         self.batch_size, self.seed = batch_size, seed
         self.mean, self.std = MEAN, STD
@@ -170,7 +178,7 @@ class Cifar10(L.LightningDataModule):
         given = self._given_labels(human)
         self.is_wrong = given != self.true_label
         self.is_corrupted = torch.zeros(len(chosen), dtype=torch.bool)
-        self.train_data = Rows(self._corrupted(images), given)
+        self.train_data = self._kept(Rows(self._corrupted(images), given))
         images, label, _ = read_images(self.data, train=False, download=False)
         chosen = self._some(len(images), self.test_size)
         self.test_data = Rows(images[chosen], label[chosen])
@@ -215,6 +223,21 @@ class Cifar10(L.LightningDataModule):
         noisy = GaussianInputs(TensorDataset(pixels), **noise)
         self.is_corrupted = noisy.is_corrupted
         return torch.stack([(noisy[i][0] * 255).round().to(torch.uint8) for i in range(len(noisy))])
+
+    def _kept(self, rows: Rows) -> Rows:
+        """What a saved partition calls clean, for new weights."""
+        if self.partition is None:
+            return rows
+        partition = Partition.load(self.partition)
+        if len(partition) != len(rows):
+            raise ValueError(
+                f"Expected {self.partition} to be of these {len(rows):,} training samples, but it is of"
+                f" {len(partition):,}: give the options that it was made with."
+            )
+        kept = partition.clean_indices()
+        masks = (self.true_label, self.is_wrong, self.is_corrupted)
+        self.true_label, self.is_wrong, self.is_corrupted = (mask[kept] for mask in masks)
+        return Rows(rows.x[kept], rows.y[kept])
 
     def train_dataloader(self) -> DataLoader[Any]:
         return self._loader(self.train_data, shuffle=True)

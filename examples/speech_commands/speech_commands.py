@@ -29,7 +29,12 @@ from torchaudio.datasets import SPEECHCOMMANDS
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassPrecision, MulticlassRecall
 
-from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback, SensitivityPruneCallback
+from lightning_unlearn import (
+    AttributionPartitionCallback,
+    CleanSubsetFinetuneCallback,
+    Partition,
+    SensitivityPruneCallback,
+)
 from lightning_unlearn.noise import NoiseAtSnr, PaperMfccNoise, asymmetric_labels, symmetric_labels
 
 RATE = 16_000  # samples per second; a clip is one second
@@ -151,6 +156,8 @@ class SpeechCommands(L.LightningDataModule):
         share: of the training clips that are noisy.
         batch_size: of every loader.
         seed: of the clips and of the noise.
+        partition: a file that ``Partition.save`` or ``lightning-unlearn partition`` wrote, of the same clips: only what
+            it calls clean is trained on.
 
     Attributes:
         true_label, is_wrong, is_corrupted: (N,), from ``setup`` on. For evaluation only: no loader hands them out.
@@ -171,6 +178,7 @@ class SpeechCommands(L.LightningDataModule):
         share: float = 0.5,
         batch_size: int = 64,
         seed: int = 0,
+        partition: str | Path | None = None,
     ) -> None:
         super().__init__()
         # From Python nobody else looks at the word, and a misspelt one must not be another noise.
@@ -183,7 +191,7 @@ class SpeechCommands(L.LightningDataModule):
         self.data, self.download, self.digits, self.words = Path(data), download, digits, tuple(words)
         self.train_size, self.labels, self.rate = train_size, labels, rate
         self.mfcc_sigma, self.snr_db, self.share = mfcc_sigma, snr_db, share
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size, self.seed, self.partition = batch_size, seed, partition
         self.train_data: Rows | None = None
 
     def prepare_data(self) -> None:
@@ -208,7 +216,7 @@ class SpeechCommands(L.LightningDataModule):
         x = self._noisy(clips)
         # Of each coefficient, over what a user would have: the noisy training set.
         self.mean, self.std = x.mean(dim=(0, 1, 3)).reshape(-1, 1), x.std(dim=(0, 1, 3)).reshape(-1, 1)
-        self.train_data = Rows(x, given)
+        self.train_data = self._kept(Rows(x, given))
         self.test_data = Rows(coefficients(test), torch.tensor(test.labels))
 
     def _clips(self, subset: str) -> Clips:
@@ -236,6 +244,21 @@ class SpeechCommands(L.LightningDataModule):
         noisy = PaperMfccNoise(TensorDataset(x), sigma=self.mfcc_sigma, **noise)
         self.is_corrupted = noisy.is_corrupted
         return torch.stack([noisy[i][0] for i in range(len(noisy))])
+
+    def _kept(self, rows: Rows) -> Rows:
+        """What a saved partition calls clean, for new weights."""
+        if self.partition is None:
+            return rows
+        partition = Partition.load(self.partition)
+        if len(partition) != len(rows):
+            raise ValueError(
+                f"Expected {self.partition} to be of these {len(rows):,} training samples, but it is of"
+                f" {len(partition):,}: give the options that it was made with."
+            )
+        kept = partition.clean_indices()
+        masks = (self.true_label, self.is_wrong, self.is_corrupted)
+        self.true_label, self.is_wrong, self.is_corrupted = (mask[kept] for mask in masks)
+        return Rows(rows.x[kept], rows.y[kept])
 
     def train_dataloader(self) -> DataLoader[Any]:
         return self._loader(self.train_data, shuffle=True)

@@ -124,13 +124,14 @@ class Setting:
 NOISES: dict[str, dict[str, dict[str, Any]]] = {
     "cifar10": {
         "paper": {"inputs": "paper"},
+        "paper8": {"inputs": "paper", "sigma": 8.0},
         "gaussian": {"inputs": "gaussian"},
         "symmetric": {"labels": "symmetric"},
         "human": {"labels": "human"},
     },
     "speech": {"paper": {"mfcc_sigma": 15.0}, "snr": {"snr_db": 0.0}, "symmetric": {"labels": "symmetric"}},
 }
-"""Arguments of the DataModules: the paper's noise, the same without what gives it away, and wrong labels."""
+"""Arguments of the DataModules: the paper's noise, also stronger, without what gives it away, and wrong labels."""
 
 DRAWS = 2
 """Raised where the same seed draws other noise than before, so that no fit goes on from a checkpoint of the old one."""

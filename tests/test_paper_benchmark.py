@@ -76,5 +76,5 @@ def test_nothing_is_pruned_by_a_partition_that_is_not_acted_upon(unit, tmp_path)
 
 def test_a_noise_that_a_task_does_not_have_is_refused(monkeypatch):
     monkeypatch.setattr("sys.argv", ["paper", "--task", "speech", "cifar10", "--noise", "snr", "paper"])
-    with pytest.raises(SystemExit, match="cifar10 has no noise snr; it has paper, gaussian, symmetric, human"):
+    with pytest.raises(SystemExit, match="cifar10 has no noise snr; it has paper, paper8, gaussian, symmetric, human"):
         paper.main()

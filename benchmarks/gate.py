@@ -185,16 +185,16 @@ def _mean(rows: Sequence[dict[str, Any]], name: str) -> str:
     return f"{sum(values) / len(values):.3f}".lstrip("0") if values else ""
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     """Runs the fits and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="shares of wrong labels")
     parser.add_argument("--threads", type=int, default=1, help="of the processor")
     parser.add_argument("--write", type=Path, help="file for the table; the numbers go beside it as JSON")
-    args = parser.parse_args()
+    args = parser.parse_args(given)
     torch.set_num_threads(args.threads)
-    of_run = where_and_when()
+    of_run = where_and_when("cpu")
     rows = [
         {**row, **of_run}
         for family in args.families

@@ -1,7 +1,9 @@
+import json
 from dataclasses import replace
 
 import pytest
 
+from benchmarks import gate
 from benchmarks.gate import FAMILIES, judged, table
 
 
@@ -32,3 +34,14 @@ def test_families_have_what_they_are_named_for():
         assert len(fit.x) == len(fit.true_label)
         assert fit.true_label.max() == fit.num_classes - 1
         assert fit.network()(fit.x[:2]).shape == (2, fit.num_classes)
+
+
+def test_the_command_writes_table_and_numbers(rows, tmp_path, monkeypatch, capsys):
+    fit = replace(next(FAMILIES["wine"]()), judged_after=(5,))
+    monkeypatch.setattr(gate, "FAMILIES", {"wine": lambda: iter([fit])})
+    gate.main(["--families", "wine", "--rates", "0.3", "--write", str(tmp_path / "gate.md")])
+    line = "| wine | 30% | 1 | 1 |"
+    assert line in capsys.readouterr().out
+    assert line in (tmp_path / "gate.md").read_text()
+    (row,) = json.loads((tmp_path / "gate.json").read_text())
+    assert {name: row[name] for name in rows[2]} == rows[2]

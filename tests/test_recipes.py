@@ -284,6 +284,18 @@ def test_ranks_find_the_same_lapses():
         torch.testing.assert_close(verdict.clean_probability[counts], whole.clean_probability[share.index[counts]])
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_network_that_is_confident_and_wrong_as_often_as_it_says_makes_nothing_suspect(seed):
+    # Labels drawn from what it says, of which not even the most confident are certain: no label is wrong.
+    generator = torch.Generator().manual_seed(seed)
+    logits = 2 * torch.eye(C)[torch.arange(2000) % C] + 0.8 * torch.randn(2000, C, generator=generator)
+    label = torch.multinomial(logits.softmax(dim=1), 1, generator=generator).squeeze(1)
+    blocks = [s * logits + 0.2 * torch.randn(2000, C, generator=generator) for s in (0.6, 0.9, 1.0)]
+    evidence = make_evidence(blocks, label)
+    assert 1.5 < label_model(evidence, no_reduce).unexplained < 3
+    assert not flagged(judge_label(evidence, no_reduce)).any()
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_uncertainty_alone_makes_no_lapses(seed):
     _, evidence = hard_and_easy(0.0, seed)

@@ -41,10 +41,11 @@ def judge_label(evidence: Evidence, reduce: Reduce) -> Verdict:
     times as often as the *average* sample is expected to, uncertainty does not explain it, and there are wrong labels.
     A weaker model can be more uncertain than that and still tell: where the labels lapse, that is, differ from what it
     says however sure it is (:func:`~lightning_unlearn.functional.fit_lapses`), by five standard deviations and as a
-    quarter of all the disagreement, there are wrong labels too. Else nothing is suspect. Nor is anything where a class
-    is called by another's name more often than by its own: which of the two it is cannot be told then, and a network
-    that has hardly learned yet looks like that. Nor is anything where the model predicts hardly more than one class, or
-    fewer than half of them.
+    quarter of all the disagreement, there are wrong labels too. But a network that has hardly learned may be confident
+    and wrong: of a thousand samples or more some must lapse, by two standard deviations, or 1.5 times do not do, but 3.
+    Else nothing is suspect. Nor is anything where a class is called by another's name more often than by its own: which
+    of the two it is cannot be told then, and a network that has hardly learned yet looks like that. Nor is anything
+    where the model predicts hardly more than one class, or fewer than half of them.
     """
     model, w = label_model(evidence, reduce), evidence.weight
     rate = min(max(model.noise_rate, 1e-6), 1 - 1e-6)

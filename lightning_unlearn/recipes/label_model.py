@@ -31,6 +31,9 @@ _SHARPEN = 4.0
 UNEXPLAINED = 1.5
 _SURELY = 5.0
 _OF_ALL = 1 / 4
+# Of so many samples lapses would show; where there are none, less than _STRIKING times the uncertainty is no reason.
+_MANY = 1000
+_NONE = 2.0
 # Below so many times the mean uncertainty the most confident quarter disagrees too seldom to speak of lapses.
 _HARDLY = 0.1
 # A shorter view is taken instead if it finds so many times as much unexplained, and either labels lapse in it or there
@@ -61,6 +64,7 @@ class LabelModel:
         uncertainty: share of the true classes that the latent classes expect to get wrong without the given label.
         disagreement: share of the most confident samples whose given label is not what is predicted.
         overall_disagreement: the same of all samples.
+        samples: how many those are.
         lapses: of the given labels, by the score that ``predicted`` is the best of; None where it is not asked for, as
             the first two numbers tell.
         objection: why nothing can be told; empty if it can.
@@ -76,13 +80,20 @@ class LabelModel:
     uncertainty: float
     disagreement: float
     overall_disagreement: float
+    samples: float
     lapses: Lapses | None
     objection: str
 
     @property
     def finds_wrong_labels(self) -> bool:
-        """The gate."""
-        return self.unexplained > UNEXPLAINED or self.lapse
+        """The gate.
+
+        A network that has hardly learned is often wrong where it is most confident. But then it is so as it says, at
+        some temperature, and no label lapses.
+        """
+        lapses = self.lapses
+        ruled_out = lapses is not None and self.samples >= _MANY and lapses.z < _NONE
+        return self.lapse or (self.unexplained > UNEXPLAINED and not ruled_out)
 
     @property
     def lapse(self) -> bool:
@@ -174,6 +185,7 @@ def fit_view(view: View, evidence: Evidence, reduce: Reduce) -> LabelModel:
         uncertainty=uncertainty,
         disagreement=disagreement,
         overall_disagreement=differs / number,
+        samples=number,
         lapses=fit_lapses(score_of, y, w, evidence.num_classes, reduce=reduce) if asked else None,
         objection=objection,
     )

@@ -30,6 +30,12 @@ def rows_at_a_time(numbers: int, device: torch.device) -> int:
     return max(1, most)
 
 
+def row_slices(total: int, numbers: int, device: torch.device) -> list[slice]:
+    """The parts that so many rows of so many numbers are worked on in."""
+    length = rows_at_a_time(numbers, device)
+    return [slice(first, first + length) for first in range(0, total, length)]
+
+
 def row_chunks(numbers: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Parts of some tensors, row by row, of which each row has so many numbers."""
     length = rows_at_a_time(numbers, tensors[0].device)

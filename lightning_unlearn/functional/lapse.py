@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_unlearn.functional.chunks import rows_at_a_time
+from lightning_unlearn.functional.chunks import row_slices
 from lightning_unlearn.functional.mixture import Reduce, no_reduce
 
 _BINS = 2_048
@@ -85,9 +85,7 @@ def _histograms(
 ) -> Tensor:
     """(T, bins), of how surprising the labels are for each of T factors: sums that need no rank's rows."""
     counts, levels = torch.zeros(len(factors), _BINS, dtype=torch.float64, device=label.device), _levels(label.device)
-    length = rows_at_a_time(num_classes, label.device)
-    for first in range(0, len(label), length):
-        rows = slice(first, first + length)
+    for rows in row_slices(len(label), num_classes, label.device):
         score, w = score_of(rows).double(), weight[rows].double()
         # From the largest on, looked for once, so that no power overflows.
         below = score - score.amax(dim=1, keepdim=True)

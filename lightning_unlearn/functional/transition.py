@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lightning_unlearn.functional.chunks import rows_at_a_time
+from lightning_unlearn.functional.chunks import row_slices
 from lightning_unlearn.functional.mixture import Reduce, no_reduce
 
 MOST_NAMES = 2_048
@@ -169,8 +169,7 @@ def _relative_likelihoods(
     They do not change from step to step, so that a step without logarithms takes a product of each. Held if not too
     many.
     """
-    length = rows_at_a_time(num_classes, label.device)
-    parts = [slice(first, first + length) for first in range(0, len(label), length)]
+    parts = row_slices(len(label), num_classes, label.device)
 
     def made(rows: slice) -> Tensor:
         ll = (log_likelihood[rows] if isinstance(log_likelihood, Tensor) else log_likelihood(rows)).double()

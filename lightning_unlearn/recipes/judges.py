@@ -63,8 +63,8 @@ def judge_label(evidence: Evidence, reduce: Reduce) -> Verdict:
         nothing += f"; {hidden} might not show"
         caveat = f"{hidden} wrong labels might not show, as unsure as the network is: {_other_epoch(predicted)}"
     lapses = ""
-    if model.lapses is not None and model.lapse:
-        lapses = f", {model.lapses.rate:.1%} of all however confident ({model.lapses.z:.1f} standard deviations)"
+    if (clear := model.clear_lapses) is not None:
+        lapses = f", {clear.rate:.1%} of all however confident ({clear.z:.1f} standard deviations)"
     note = (
         f"labels: {model.disagreement:.1%} of the most confident samples disagree, {model.uncertainty:.1%} expected of"
         f" the average one{lapses}: {model.objection or ('wrong labels' if found else nothing)}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_unlearn.functional.chunks import rows_at_a_time, softmax
+from lightning_unlearn.functional.chunks import row_slices, softmax
 from lightning_unlearn.functional.evidence import confident_disagreement
 from lightning_unlearn.functional.lapse import Lapses, fit_lapses
 from lightning_unlearn.functional.latent import LatentClasses, fit_latent_classes
@@ -65,8 +65,8 @@ class LabelModel:
         disagreement: share of the most confident samples whose given label is not what is predicted.
         overall_disagreement: the same of all samples.
         samples: how many those are.
-        lapses: of the given labels, by the score that ``predicted`` is the best of; None where it is not asked for, as
-            the first two numbers tell.
+        lapses: of the given labels, by the score that ``predicted`` is the best of; None where disagreement and
+            uncertainty leave nothing to ask.
         objection: why nothing can be told; empty if it can.
     """
 
@@ -93,18 +93,25 @@ class LabelModel:
         """
         lapses = self.lapses
         ruled_out = lapses is not None and self.samples >= _MANY and lapses.z < _NONE
-        return self.lapse or (self.unexplained > UNEXPLAINED and not ruled_out)
+        return self.clear_lapses is not None or (self.unexplained > UNEXPLAINED and not ruled_out)
 
     @property
-    def lapse(self) -> bool:
-        """Whether labels are wrong that uncertainty, however large, does not explain."""
+    def clear_lapses(self) -> Lapses | None:
+        """``lapses`` that say that labels are wrong which uncertainty, however large, does not explain; else None."""
         lapses = self.lapses
-        return lapses is not None and lapses.z >= _SURELY and lapses.rate >= _OF_ALL * self.overall_disagreement
+        is_clear = lapses is not None and lapses.z >= _SURELY and lapses.rate >= _OF_ALL * self.overall_disagreement
+        return lapses if is_clear else None
+
+    @property
+    def is_striking(self) -> bool:
+        """Whether it shows so much that a shorter view may do it, or one of what looks memorised."""
+        return self.unexplained > _STRIKING or self.clear_lapses is not None
 
     @property
     def noise_rate(self) -> float:
         """``rate``, or that of the lapses where they show more: the more classes overlap, the more they explain."""
-        return max(self.rate, self.lapses.rate) if self.lapses is not None and self.lapse else self.rate
+        lapses = self.clear_lapses
+        return self.rate if lapses is None else max(self.rate, lapses.rate)
 
     @property
     def unexplained(self) -> float:
@@ -127,13 +134,12 @@ def label_model(evidence: Evidence, reduce: Reduce) -> LabelModel:
     longest = best = fit_view(views[0], evidence, reduce)
     for view in views[1:]:
         model = fit_view(view, evidence, reduce)
-        striking = model.unexplained > _STRIKING or model.lapse
         sure = model.uncertainty <= _LESS_SURE_BY * longest.uncertainty
-        if model.unexplained > _CLEARER * best.unexplained and (striking or (view.is_part and sure)):
+        if model.unexplained > _CLEARER * best.unexplained and (model.is_striking or (view.is_part and sure)):
             best = model
     if views[0].is_part and not best.finds_wrong_labels:
         whole = fit_view(whole_of(evidence), evidence, reduce)
-        if whole.unexplained > _STRIKING or whole.lapse:
+        if whole.is_striking:
             return whole
     return best
 
@@ -153,17 +159,14 @@ def fit_view(view: View, evidence: Evidence, reduce: Reduce) -> LabelModel:
     likelihood_of = _held(classes, rows)
     transition = fit_transition(lambda part: _TEMPER * likelihood_of(part), y, w, classes.transition, reduce=reduce)
 
-    def score_of(part: slice, likelihood: Tensor | None = None) -> Tensor:
-        likelihood = likelihood_of(part) if likelihood is None else likelihood
+    def score(part: slice, likelihood: Tensor) -> Tensor:
         return _WEIGHT * likelihood + _LOGITS * blocks[part, -2:].mean(dim=1).double() @ basis.T
 
-    columns, sums = [], w.new_zeros(4)
+    columns, sums, names = [], w.new_zeros(4), LogNames(transition)
     # In parts, as there are C numbers for every sample.
-    length, names = rows_at_a_time(evidence.num_classes, y.device), LogNames(transition)
-    for first in range(0, len(y), length):
-        part = slice(first, first + length)
+    for part in row_slices(len(y), evidence.num_classes, y.device):
         likelihood = likelihood_of(part)
-        of_samples, of_part = _of_samples(likelihood, score_of(part, likelihood), y[part], names)
+        of_samples, of_part = _of_samples(likelihood, score(part, likelihood), y[part], names)
         sums += of_part @ w[part]
         columns.append(of_samples)
     number, wrong, unsure, differs = reduce(sums).tolist()
@@ -173,7 +176,9 @@ def fit_view(view: View, evidence: Evidence, reduce: Reduce) -> LabelModel:
     )
     uncertainty, objection = unsure / number, _objection(transition, predicted, y, w, reduce)
     # Only where it can matter, as it takes a while; every rank knows these numbers.
-    asked = not objection and _HARDLY * uncertainty < disagreement <= _STRIKING * uncertainty
+    lapses = None
+    if not objection and _HARDLY * uncertainty < disagreement <= _STRIKING * uncertainty:
+        lapses = fit_lapses(lambda part: score(part, likelihood_of(part)), y, w, evidence.num_classes, reduce=reduce)
     return LabelModel(
         log_odds=log_odds,
         predicted=predicted,
@@ -186,7 +191,7 @@ def fit_view(view: View, evidence: Evidence, reduce: Reduce) -> LabelModel:
         disagreement=disagreement,
         overall_disagreement=differs / number,
         samples=number,
-        lapses=fit_lapses(score_of, y, w, evidence.num_classes, reduce=reduce) if asked else None,
+        lapses=lapses,
         objection=objection,
     )
 

@@ -6,7 +6,7 @@ until the wrong labels are fitted. Each unit (a case in a regime with a seed) ha
 the units, each taking one that no other is at.
 
     python -m benchmarks.repair --jobs 2                                 # human noise and spoken digits, seed 0, main
-                                                                         # arms: meant for 20 minutes on 2 cores
+                                                                         # arms: 14 minutes of each of 2 quiet cores
     python -m benchmarks.repair --scale cpu-all --jobs 2                 # nine cases, three seeds, all arms: some hours
     python -m benchmarks.repair --cases spoken-sym40 --regimes memorised --seeds 0 --arms F-FT continue
     python -m benchmarks.repair --scale cpu-all --tables-only --write benchmarks/results/repair-cpu.md
@@ -57,8 +57,8 @@ CPU_TABLE = (
 MAIN_ARMS = (BASE, FFT, CONTINUE, RETRAIN, RELABEL, "rounds", "rounds + relabel", "oracle", CE, ELR)
 # Defaults of the options, by scale.
 SCALES = {
-    # By the processor seconds in results/repair-cpu.json, 29 minutes in all. The longest units first, so that two jobs
-    # end together: 12.5, 8.7, 5.8 and 1.6 minutes.
+    # 27.8 processor minutes in all (results/repair-scale-cpu.md). The longest units first, so that two jobs
+    # end together: 12.3, 8.4, 5.6 and 1.5 minutes.
     "cpu": {
         "cases": ("cifar-human", "spoken-sym40"),
         "regimes": (MEMORISED, FRESH),

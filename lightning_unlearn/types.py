@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +27,8 @@ STATE_VERSION = 4
 MASK_VERSION = 1
 
 _NONE = torch.zeros(0, 0)
+# Those that NumPy has too.
+_STORED = (torch.float16, torch.float32, torch.float64)
 
 REASONS = ("none", "label", "input", "both")
 """Why a sample is not clean; ``Partition.reason`` holds positions in this tuple."""
@@ -194,6 +197,8 @@ class Partition:
     label_probability: Tensor = _NONE
 
     def __post_init__(self) -> None:
+        _check_primitives(self, noise_rate=float, epoch=int, recipe=str, layer=str, warning=str, fingerprint=str)
+        _check_held(self)
         shape = self.clean_probability.shape
         if len(shape) != 1:
             raise ValueError(f"clean_probability must have shape (N,), but has {tuple(shape)}.")
@@ -468,6 +473,47 @@ class Partition:
         return {label: str(name) for label, name in enumerate(class_names)}
 
 
+def _check_primitives(record: Any, **kinds: type[Any]) -> None:
+    """Makes numbers and texts those of Python, as a file or a checkpoint holds them; NumPy's are taken.
+
+    Raises:
+        ValueError: naming the field of another kind.
+    """
+    for name, kind in kinds.items():
+        value = getattr(record, name)
+        plain = value.item() if isinstance(value, (Tensor, np.generic)) and value.ndim == 0 else value
+        fits = isinstance(plain, (int, float) if kind is float else kind) and not isinstance(plain, bool)
+        if not fits:
+            raise ValueError(f"{name} must be a {kind.__name__}, but is {value!r}.")
+        # The class is frozen for everybody else.
+        object.__setattr__(record, name, kind(plain))
+
+
+def _check_held(record: Any) -> None:
+    """Refuses what has no content that a file could hold, and leaves out how a tensor was computed.
+
+    Raises:
+        ValueError: naming the field that is no tensor, a sparse one, or one without content.
+    """
+    for field in fields(record):
+        value = getattr(record, field.name)
+        if "Tensor" not in str(field.type) or (value is None and "None" in str(field.type)):
+            continue
+        if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta:
+            found = type(value).__name__ if not isinstance(value, Tensor) else f"{value.layout} on {value.device}"
+            raise ValueError(f"{field.name} must be a dense tensor, but is {found}.")
+        object.__setattr__(record, field.name, value.detach())
+
+
+def _check_scores(name: str, value: Tensor, shape: torch.Size) -> None:
+    if value.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}, but has {tuple(value.shape)}.")
+    if not value.is_floating_point():
+        raise ValueError(f"{name} must be of a floating type, but is {value.dtype}.")
+    if value.dtype not in _STORED:
+        raise ValueError(f"{name} must be of a floating type that a file can hold, but is {value.dtype}; use .float().")
+
+
 def _check_matrix(name: str, value: Tensor) -> None:
     if value.ndim != 2 or value.dtype != torch.float32:
         raise ValueError(
@@ -636,17 +682,16 @@ class NeuronMask:
     standard_error: Tensor | None = None
 
     def __post_init__(self) -> None:
+        _check_primitives(self, layer=str)
+        _check_held(self)
         if self.keep.dtype != torch.bool or self.keep.ndim != 1 or self.keep.shape != self.sensitivity.shape:
             raise ValueError(
                 f"keep must be bool of shape (D,) and sensitivity of the same shape, but they are {self.keep.dtype}"
                 f" {tuple(self.keep.shape)} and {tuple(self.sensitivity.shape)}."
             )
-        if not self.sensitivity.is_floating_point():
-            raise ValueError(f"sensitivity must be of a floating type, but is {self.sensitivity.dtype}.")
-        if self.standard_error is not None and self.standard_error.shape != self.keep.shape:
-            raise ValueError(
-                f"standard_error must have shape {tuple(self.keep.shape)}, but has {tuple(self.standard_error.shape)}."
-            )
+        _check_scores("sensitivity", self.sensitivity, self.keep.shape)
+        if self.standard_error is not None:
+            _check_scores("standard_error", self.standard_error, self.keep.shape)
 
     def pruned_indices(self) -> Tensor:
         """Indices of the pruned neurons, ascending, int64."""

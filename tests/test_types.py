@@ -346,6 +346,66 @@ def test_mask_refuses_errors_of_another_layer():
         NeuronMask("fc", torch.ones(3, dtype=torch.bool), torch.zeros(3), torch.zeros(4))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("name", ["sensitivity", "standard_error"])
+def test_mask_refuses_numbers_that_no_file_holds(name, dtype):
+    given = {"sensitivity": torch.zeros(3), name: torch.zeros(3).to(dtype)}
+    with pytest.raises(ValueError, match=rf"{name} must be .* that a file can hold, but is {dtype}; use \.float\(\)"):
+        NeuronMask("fc", torch.ones(3, dtype=torch.bool), **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"layer": 3}, "layer must be a str, but is 3"),
+        ({"keep": [True, False, True]}, "keep must be a dense tensor, but is list"),
+        ({"sensitivity": torch.zeros(3, device="meta")}, "sensitivity must be a dense tensor, but is .* on meta"),
+        ({"sensitivity": torch.zeros(3).to_sparse()}, "sensitivity must be a dense tensor, but is torch.sparse_coo"),
+        ({"sensitivity": torch.zeros(3, dtype=torch.int64)}, "sensitivity must be of a floating type, but is"),
+        ({"standard_error": torch.zeros(3).bool()}, "standard_error must be of a floating type, but is torch.bool"),
+    ],
+)
+def test_mask_refuses_what_it_cannot_save(given, message):
+    known = {"layer": "fc", "keep": torch.ones(3, dtype=torch.bool), "sensitivity": torch.zeros(3)}
+    with pytest.raises(ValueError, match=message):
+        NeuronMask(**{**known, **given})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_what_a_mask_takes_is_loaded_as_it_was(dtype, tmp_path):
+    score = torch.tensor([1.0, float("nan"), float("-inf")], dtype=dtype, requires_grad=True) * 2
+    mask = NeuronMask(np.str_("net.fc"), torch.tensor([True, False, True]), score, score.float().exp())
+    mask.save(tmp_path / "mask.npz")
+    loaded = NeuronMask.load(tmp_path / "mask.npz")
+    assert (type(loaded.layer), loaded.layer) == (str, "net.fc")
+    assert loaded.keep.equal(mask.keep)
+    torch.testing.assert_close(loaded.sensitivity, mask.sensitivity, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(loaded.standard_error, mask.standard_error, rtol=0, atol=0, equal_nan=True)
+    assert not mask.sensitivity.requires_grad
+
+
+def test_a_partition_takes_numbers_of_numpy_and_holds_those_of_python(tmp_path):
+    partition = replace(make_partition(), noise_rate=np.float32(0.5), epoch=np.int64(3), recipe=np.str_("aum"))
+    assert [type(value) for value in (partition.noise_rate, partition.epoch, partition.recipe)] == [float, int, str]
+    partition.save(tmp_path / "partition.npz")
+    assert Partition.load(tmp_path / "partition.npz").state_dict().keys() == partition.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epoch": 2.5}, "epoch must be a int, but is 2.5"),
+        ({"noise_rate": "half"}, "noise_rate must be a float, but is 'half'"),
+        ({"noise_rate": True}, "noise_rate must be a float, but is True"),
+        ({"recipe": None}, "recipe must be a str, but is None"),
+        ({"noise_rate": float("nan")}, "Probabilities must lie in"),
+    ],
+)
+def test_a_partition_refuses_what_it_cannot_save(changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(make_partition(), **changes)
+
+
 def test_sources_are_recognised_by_what_they_publish():
     class Publishes:
         at_epoch = 3

@@ -22,7 +22,12 @@ from lightning_unlearn.callbacks._lightning import (
     to_device,
     undisturbed,
 )
-from lightning_unlearn.callbacks._packages import EitherCallback, MisconfigurationException, has_forward
+from lightning_unlearn.callbacks._packages import (
+    EitherCallback,
+    MisconfigurationException,
+    has_forward,
+    may_make_layers,
+)
 from lightning_unlearn.callbacks._progress import shown
 from lightning_unlearn.callbacks._provenance import settings_of
 from lightning_unlearn.callbacks._scoring import scoring_loader, train_loader
@@ -122,6 +127,8 @@ class UnlearnCallback(EitherCallback):
             # this.
             self.reset()
         self.check(trainer, pl_module)
+        if not may_make_layers(pl_module):
+            self.check_layers(pl_module)
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -173,6 +180,13 @@ class UnlearnCallback(EitherCallback):
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuses, before anything has run, what could not work later."""
 
+    def check_layers(self, pl_module: LightningModule) -> None:
+        """Refuses names of layers that there are not, or that cannot be what they are named for.
+
+        When the callback is set up; for a module that may make layers in ``setup`` or ``configure_model``, which come
+        later, when the fit starts.
+        """
+
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuses, before the first step, what only the loaders and a forward pass show."""
 
@@ -197,6 +211,7 @@ class UnlearnCallback(EitherCallback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.check_layers(pl_module)
         # Before the state of the optimizer is restored, which must find the optimizer that it belongs to.
         self.resume(trainer, pl_module)
 

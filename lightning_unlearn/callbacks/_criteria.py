@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -235,7 +236,8 @@ def _maker(
         if method.criterion != SENSITIVITY:
             score = None
             if method.criterion == "random":
-                generator = torch.Generator().manual_seed(method.seed + partition.epoch)
+                # Of each layer by itself: of one stream, layers of a width would lose the same neurons.
+                generator = torch.Generator().manual_seed(_seed_of(method.seed, partition.epoch, site.name))
                 score = torch.rand(_width(pl_module, site), generator=generator)
             elif method.criterion == "magnitude":
                 score = -magnitude(*site.weight(pl_module)).cpu()
@@ -251,6 +253,11 @@ def _maker(
         return _RidgeReader(method, target, weight, soft)
 
     return make
+
+
+def _seed_of(*parts: object) -> int:
+    """A number below 2**63 that is the same in every process."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
 def _width(pl_module: LightningModule, site: PruneSite) -> int:

@@ -58,7 +58,19 @@ def is_a(value: Any, *names: str) -> bool:
     return any(kind.__name__ in names and kind.__module__.startswith(_PREFIXES) for kind in type(value).__mro__)
 
 
+def has_own(pl_module: LightningModule, method: str) -> bool:
+    """Whether the module has a method of its own, not only Lightning's or torch's, which do nothing or raise."""
+    if method in vars(pl_module):
+        return True
+    owner = next((kind for kind in type(pl_module).__mro__ if method in vars(kind)), None)
+    return owner is not None and not owner.__module__.startswith((*_PREFIXES, "torch.nn.modules.module"))
+
+
 def has_forward(pl_module: LightningModule) -> bool:
     """Whether the module has a ``forward`` of its own: Lightning's, and torch's, only raise."""
-    owner = next(kind for kind in type(pl_module).__mro__ if "forward" in vars(kind))
-    return not owner.__module__.startswith((*_PREFIXES, "torch.nn.modules.module"))
+    return has_own(pl_module, "forward")
+
+
+def may_make_layers(pl_module: LightningModule) -> bool:
+    """Whether layers may be made, or replaced, after the callbacks have been set up and before training starts."""
+    return any(has_own(pl_module, method) for method in ("setup", "configure_model", "configure_sharded_model"))

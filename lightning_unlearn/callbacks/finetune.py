@@ -214,14 +214,17 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         )
         self._masks = next((callback for callback in callbacks_of(trainer) if isinstance(callback, MaskSource)), None)
         _check_schedule(self.lr_scheduler)
-        for name in self.layers or ():
-            if not any(True for _ in resolve_layer(pl_module, name).parameters()):
-                raise ValueError(f"Expected layers to name modules with parameters, but '{name}' has none.")
         if self.mode == "layers" and self.layers is None and self._masks is None:
             raise MisconfigurationException(
                 "CleanSubsetFinetuneCallback(mode='layers') needs to know which layers to train: name them with"
                 " layers=[...], or add a SensitivityPruneCallback, whose layer and those after it are trained."
             )
+
+    @override
+    def check_layers(self, pl_module: LightningModule) -> None:
+        for name in self.layers or ():
+            if not any(True for _ in resolve_layer(pl_module, name).parameters()):
+                raise ValueError(f"Expected layers to name modules with parameters, but '{name}' has none.")
 
     @override
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -338,12 +338,15 @@ class AttributionPartitionCallback(UnlearnCallback):
         forget_score(trainer)
         self._partners = _consumers(trainer)
         check_max_epochs(trainer, self.at_epoch, may_be_last=self.is_dry_run and not self._partners)
-        for layer in (self.layer, self.input_layer):
-            if layer is not None:
-                resolve_layer(pl_module, layer)
         self._table = open_review(trainer, self.review)
         if self._reads_training:
             self._reader.attach(trainer)
+
+    @override
+    def check_layers(self, pl_module: LightningModule) -> None:
+        for layer in (self.layer, self.input_layer):
+            if layer is not None:
+                resolve_layer(pl_module, layer)
 
     @override
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:

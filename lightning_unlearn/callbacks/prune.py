@@ -185,8 +185,7 @@ class SensitivityPruneCallback(PartitionConsumer):
         return {"pruned": pruned, "note": self._note}
 
     @override
-    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().check(trainer, pl_module)
+    def check_layers(self, pl_module: LightningModule) -> None:
         for name in self._names():
             check_layer(pl_module, name, self.amount)
 

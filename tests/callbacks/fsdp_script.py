@@ -52,6 +52,21 @@ class Sharded(Toy):
         shard(self, self.net)
 
 
+class MadeLate(Toy):
+    """Its layers are made where they are sharded, after the callbacks have been set up."""
+
+    def __init__(self, net):
+        super().__init__(nn.Identity)
+        self.make = net
+
+    def configure_model(self):
+        if isinstance(self.net, nn.Identity):
+            with torch.random.fork_rng():
+                torch.manual_seed(3)
+                self.net = self.make()
+        shard(self, self.net)
+
+
 class InOnePiece(Toy):
     """Its weights, all of them the outermost module's, are left whole after a pass."""
 
@@ -90,7 +105,11 @@ SCENARIOS = {
         "trainer": {"accumulate_grad_batches": 2, "max_epochs": AT + 4},
     },
     "weigh": {"module": InOnePiece, "finetune": {"on_noisy": "weigh"}, "trainer": {"gradient_clip_val": 0.5}},
-    "layers": {"guard": False, "finetune": {"mode": "layers"}},
+    "layers": {
+        "module": MadeLate,
+        "guard": False,
+        "finetune": {"mode": "layers", "layers": ["net.2", "net.4"]},
+    },
     "norms": {"net": mlp, "finetune": {"mode": "layers"}},
     "rows": {"module": InPieces, "partition": {"recipe": BY_ROWS, "evidence": "passes"}},
     "report": {"module": InOnePiece, "partition": {"action": "report"}},

@@ -121,6 +121,24 @@ def test_random_depends_on_the_seed_alone():
     assert len(pruned[0]) == 6
 
 
+def test_random_draws_for_each_layer_by_itself():
+    def net():
+        return nn.Sequential(nn.Linear(16, 20), nn.Tanh(), nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 4))
+
+    data = Blobs(101)
+    half = torch.arange(101) % 2
+    callback = SensitivityPruneCallback(["net.0", "net.2"], criterion="random", amount=0.5, guard=False)
+    published = Published(*(make_partition(half * 0.8, data.y, epoch) for epoch in (1, 2)))
+    fit(Toy(net, still), BlobsData(data), [published, callback], max_epochs=2)
+    first, second = callback.masks
+    assert (len(first.pruned_indices()), len(second.pruned_indices())) == (10, 10)
+    assert not first.keep.equal(second.keep)
+    # The draw of a layer does not depend on which others are pruned.
+    alone = SensitivityPruneCallback("net.2", criterion="random", amount=0.5, guard=False)
+    fit(Toy(net, still), BlobsData(data), [published, alone], max_epochs=2)
+    assert alone.mask.keep.equal(second.keep)
+
+
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_every_criterion_works_on_several_layers_at_once(criterion):
     callback, module, _, _ = run(criterion, ["net.0", "net.4"], image=False, significance=None)

@@ -6,8 +6,11 @@ epoch. What is kept of them are sums: of the attributions, in coordinates of the
 of the epochs before the partition (what is memorised shows late, what is hard shows early), of the margin, of the
 support of the given label, and of the uncertainty.
 
-**Memory.** With ``r = min(C - 1, 64)``: 20 r + 56 bytes per sample, on the CPU (236 for 10 classes, 1,336 for 65 and
-more), of which 16 r + 40 go into a checkpoint.
+**Classes.** Of a model with more than 65 outputs only the classes that labels name in the first epoch get coordinates,
+if they are at most 65; that epoch's coordinates are not kept then. If they are more, the coordinates are random.
+
+**Memory.** With ``r = min(C - 1, 64)``, C being the outputs, or those classes: 20 r + 56 bytes per sample, on the CPU
+(236 for 10 classes, 1,336 for 65 and more), of which 16 r + 40 go into a checkpoint.
 """
 
 from __future__ import annotations
@@ -81,21 +84,47 @@ class Trajectory:
         num_classes: C.
 
     Attributes:
+        basis: (C, r), see :func:`class_coordinates`; 0 in the rows of classes without coordinates.
         label: (N,) int64, the given labels that this rank has seen, -1 for others.
         rows_left_out: of what this rank observed since the last merge, how many rows were NaN or infinite.
     """
 
     def __init__(self, total: int, num_classes: int) -> None:
         self.num_classes = num_classes
-        self.basis = class_coordinates(num_classes)
-        coordinates = self.basis.shape[1]
-        # Columns: the coordinates, then how often the sample was seen.
-        self._phases = torch.zeros(PHASES, total, coordinates + 1)
+        # Those that have coordinates; none where all have.
+        self._classes = torch.zeros(0, dtype=torch.int64)
         # Columns: how often the sample was seen, margin, support of the given label, uncertainty.
         self._scores = torch.zeros(total, 4)
-        self._fresh = torch.zeros(total, coordinates + 4)
+        self._take_coordinates(class_coordinates(num_classes))
         self.label = torch.full((total,), -1)
         self.rows_left_out = 0
+
+    def _take_coordinates(self, basis: Tensor) -> None:
+        self.basis = basis
+        # Columns: the coordinates, then how often the sample was seen.
+        self._phases = torch.zeros(PHASES, len(self), basis.shape[1] + 1)
+        self._fresh = torch.zeros(len(self), basis.shape[1] + 4)
+
+    def _take_classes(self, classes: Tensor) -> None:
+        """From now on only these classes have coordinates; what was kept of the others' is lost."""
+        basis = torch.zeros(self.num_classes, len(classes) - 1)
+        basis[classes] = class_coordinates(len(classes))
+        self._classes = classes
+        self._take_coordinates(basis)
+
+    def _find_classes(self, reduce: Reduce) -> None:
+        """Looks which classes occur, where there are more outputs than coordinates. Every rank must call it."""
+        if len(self._classes) or self.num_classes - 1 <= MOST_COORDINATES:
+            return
+        counts = reduce(torch.bincount(self.label[self.label >= 0], minlength=self.num_classes).double())
+        classes = counts.nonzero().flatten()
+        if 1 < len(classes) <= MOST_COORDINATES + 1:
+            coordinates, scores = self.basis.shape[1], self._scores
+            # In parts, as of a merge.
+            for first in range(0, len(self), _ROWS):
+                rows = slice(first, first + _ROWS)
+                scores[rows] += reduce(self._fresh[rows, coordinates:])
+            self._take_classes(classes)
 
     def __len__(self) -> int:
         return self._scores.shape[0]
@@ -138,6 +167,8 @@ class Trajectory:
             phase: from 0 to ``PHASES - 1``; None for what belongs to none of them and only counts in the scores.
             reduce: sums over the ranks.
         """
+        if phase is not None:
+            self._find_classes(reduce)
         coordinates = self.basis.shape[1]
         for first in range(0, len(self), _ROWS):
             rows = slice(first, first + _ROWS)
@@ -186,6 +217,7 @@ class Trajectory:
         """What was merged, the same on every rank, and the labels that this one has seen."""
         return {
             "num_classes": self.num_classes,
+            "classes": self._classes.clone(),
             "phases": self._phases.clone(),
             "scores": self._scores.clone(),
             "label": self.label.clone(),
@@ -195,6 +227,9 @@ class Trajectory:
     def from_state_dict(cls, state: dict[str, Any]) -> Trajectory:
         """The trajectory that :meth:`state_dict` described."""
         trajectory = cls(len(state["scores"]), state["num_classes"])
+        # Absent in checkpoints of before it was looked which classes occur.
+        if len(classes := state.get("classes", trajectory._classes)):
+            trajectory._take_classes(classes)
         for name, tensor in (
             ("phases", trajectory._phases),
             ("scores", trajectory._scores),

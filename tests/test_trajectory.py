@@ -3,6 +3,7 @@ import io
 import pytest
 import torch
 
+from lightning_unlearn.functional.attribution import label_margin
 from lightning_unlearn.functional.mixture import no_reduce
 from lightning_unlearn.trajectory import MOST_COORDINATES, PHASES, Trajectory, class_coordinates
 from tests.ranks import run_ranks
@@ -364,3 +365,51 @@ def test_a_pass_that_did_not_reach_its_end_leaves_nothing():
     again.merge(plan[2][0], no_reduce)
     for name, value in whole.state_dict().items():
         assert value == again.state_dict()[name] if isinstance(value, int) else value.equal(again.state_dict()[name])
+
+
+def wide_logits(total, outputs, seed=3):
+    return torch.randn(total, outputs, generator=torch.Generator().manual_seed(seed))
+
+
+def test_of_many_outputs_the_classes_of_the_first_epoch_get_coordinates():
+    index, label, logits = torch.arange(40), 30 * (torch.arange(40) % 5), wide_logits(40, 200)
+    trajectory = Trajectory(40, 200)
+    trajectory.observe(index, logits, label)
+    trajectory.merge(0, no_reduce)
+    assert trajectory.phases(index) == []
+    trajectory.observe(index, logits, label)
+    trajectory.merge(1, no_reduce)
+    (found,) = trajectory.phases(index)
+    occurring = logits[:, ::30][:, :5]
+    expected = occurring - occurring.mean(dim=1, keepdim=True)
+    torch.testing.assert_close((found @ trajectory.basis.T)[:, ::30][:, :5], expected, atol=1e-5, rtol=1e-5)
+    # What does not lie in the coordinates of classes was kept of both epochs.
+    torch.testing.assert_close(trajectory.scores(index)["margin"], label_margin(logits, label))
+    again = Trajectory.from_state_dict(trajectory.state_dict())
+    assert again.basis.equal(trajectory.basis)
+    assert again.phases(index)[0].equal(found)
+
+
+def test_the_ranks_take_the_classes_of_all_of_them():
+    logits, label = wide_logits(40, 200), 30 * (torch.arange(40) % 5)
+
+    def observed(rank, reduce):
+        index = torch.arange(40)[label == 30 * rank] if rank < 3 else torch.arange(40)[label >= 90]
+        trajectory = Trajectory(40, 200)
+        trajectory.observe(index, logits[index], label[index])
+        trajectory.merge(0, reduce)
+        return trajectory.basis
+
+    bases = run_ranks(observed, 4)
+    assert all(basis.equal(bases[0]) for basis in bases)
+    assert bases[0].abs().amax(dim=1).nonzero().flatten().tolist() == [0, 30, 60, 90, 120]
+
+
+def test_more_classes_than_coordinates_and_the_last_pass_leave_the_coordinates_as_they_are():
+    trajectory, logits = Trajectory(200, 200), wide_logits(200, 200)
+    trajectory.observe(torch.arange(200), logits, torch.arange(200) % 5)
+    trajectory.merge(None, no_reduce)  # its rows are in the coordinates that there were
+    assert trajectory.basis.equal(class_coordinates(200))
+    trajectory.observe(torch.arange(200), logits, torch.arange(200))
+    trajectory.merge(0, no_reduce)
+    assert trajectory.basis.equal(class_coordinates(200))

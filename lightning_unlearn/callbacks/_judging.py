@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -14,7 +15,7 @@ from lightning_unlearn.data import rank_share
 from lightning_unlearn.distributed import place_by_index, sum_over_ranks
 from lightning_unlearn.finite import first_not_finite, judge_finite
 from lightning_unlearn.functional.mixture import Reduce
-from lightning_unlearn.recipes import Recipe
+from lightning_unlearn.recipes import Recipe, Verdict
 from lightning_unlearn.targets import IGNORED, Reading
 from lightning_unlearn.trajectory import Trajectory
 from lightning_unlearn.types import REASONS, Evidence, Partition
@@ -61,8 +62,24 @@ def judge_share(
         of_label = {name: value[at::rows] for name, value in share.items()}
         evidence = _evidence(trajectory, of_label, index, weight, index * rows + at, device)
         verdict = None if is_one_sided else judge_finite(recipe, evidence, reduce, fault)
+        if verdict is not None:
+            verdict = _suggests_only(verdict, torch.unique(known), evidence)
         judged.append(Judged(evidence, weight, verdict))
     return judged, label if reading.task == "multilabel" else label.flatten()
+
+
+def _suggests_only(verdict: Verdict, occurring: Tensor, evidence: Evidence) -> Verdict:
+    """The verdict, but that no class is suggested which no sample is called."""
+    occurs = torch.isin(verdict.suggested_label, occurring.to(verdict.suggested_label.device))
+    if occurs.all():
+        return verdict
+    share = verdict.suggested_probability
+    share = 1 - verdict.clean_probability if share is None else share
+    return replace(
+        verdict,
+        suggested_label=verdict.suggested_label.where(occurs, evidence.label),
+        suggested_probability=share.where(occurs, 0),
+    )
 
 
 def _evidence(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -22,7 +23,6 @@ def report_partition(
     partition: Partition,
     evidence: str,
     notes: Sequence[str],
-    num_classes: int,
     memorised: float | None,
 ) -> None:
     """Says what the first partition found, and what follows from it.
@@ -32,7 +32,6 @@ def report_partition(
         partition: that was drawn.
         evidence: what it was drawn from, in words.
         notes: of the person who has reviewed it and of the recipe, in words.
-        num_classes: C.
         memorised: see :class:`~lightning_unlearn.types.RepairSummary`.
     """
     suspects = len(partition.suspect_indices())
@@ -40,7 +39,7 @@ def report_partition(
         f"Partition after {partition.epoch} epochs ({partition.recipe}, {partition.layer}, {evidence}):"
         f" {suspects:,} of {len(partition):,} samples are suspect, estimated noise rate {partition.noise_rate:.1%}."
     )
-    for note in (*notes, *_few_samples(len(partition), num_classes)):
+    for note in (*notes, *_few_samples(len(partition), _classes_of(partition))):
         rank_zero_info(f"  {note}")
     if partition.warning:
         rank_zero_warn(f"The partition is not acted upon, training goes on with all the data: {partition.warning}.")
@@ -78,6 +77,11 @@ def warn_of_probabilities(logits: Tensor) -> None:
             "forward seems to return probabilities, whose differences say little where the model is sure; return logits"
             " (or log-probabilities) for a better partition."
         )
+
+
+def _classes_of(partition: Partition) -> int:
+    """How many classes its labels name."""
+    return 2 if partition.is_multilabel else len(torch.unique(partition.label[partition.label >= 0]))
 
 
 def _few_samples(total: int, num_classes: int) -> list[str]:

@@ -721,7 +721,7 @@ class AttributionPartitionCallback(UnlearnCallback):
     def _report(self, pl_module: LightningModule, partition: Partition, notes: list[str], seconds: float) -> None:
         evidence = f"evidence of {len(self._epochs_seen)} epochs and a pass of {seconds:.1f} s"
         reviewed = [] if self._review is None else [self._review.counts()]
-        report_partition(pl_module, partition, evidence, [*reviewed, *notes], self.reading.num_classes, self._memorised)
+        report_partition(pl_module, partition, evidence, [*reviewed, *notes], self._memorised)
 
 
 def _tells(partition: Partition) -> bool:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_unlearn.functional.mixture import GaussianMixture, Reduce, fit_mixture, standardise
 from lightning_unlearn.recipes.verdict import LONE, Verdict, calls_all_the_same, higher_component, undecided
-from lightning_unlearn.recipes.views import rival_of
+from lightning_unlearn.recipes.views import class_scores, rival_of
 from lightning_unlearn.types import Evidence
 
 
@@ -64,7 +64,7 @@ def _judge_score(score: Tensor, evidence: Evidence, reduce: Reduce) -> Verdict:
 
 def confidence(evidence: Evidence) -> Tensor:
     """(n,) in [0, 1], the model's probability of its own prediction in the last pass."""
-    return (evidence.attribution[:, -1] @ evidence.basis.T).softmax(dim=1).amax(dim=1)
+    return class_scores(evidence, evidence.attribution[:, -1]).softmax(dim=1).amax(dim=1)
 
 
 def judge_loss(evidence: Evidence, reduce: Reduce) -> Verdict:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_unlearn.functional.evidence import shift_to_rate
 from lightning_unlearn.functional.mixture import Reduce, fit_mixture, standardise
+from lightning_unlearn.recipes.classes import is_exact, judged_classes, of_all_classes, restricted
 from lightning_unlearn.recipes.label_model import UNEXPLAINED, label_model
 from lightning_unlearn.recipes.verdict import NO_DOUBT, Verdict
 from lightning_unlearn.recipes.views import MEMORISED
@@ -16,6 +17,9 @@ from lightning_unlearn.types import Evidence
 
 # Uncertainty from which on it is said how much the gate cannot see.
 _UNSURE = 0.05
+
+# Classes from which on there is something to tell apart.
+_FEWEST = 2
 
 # Input evidence. Gate: the share of samples between the two groups, and how much less sure the model is of one of them,
 # in standard deviations.
@@ -46,7 +50,39 @@ def judge_label(evidence: Evidence, reduce: Reduce) -> Verdict:
     Else nothing is suspect. Nor is anything where a class is called by another's name more often than by its own: which
     of the two it is cannot be told then, and a network that has hardly learned yet looks like that. Nor is anything
     where the model predicts hardly more than one class, or fewer than half of them.
+
+    Outputs of the model that no label names are left out. With more classes than the evidence has coordinates, what it
+    says of a class is a random part of what the model said: samples are ranked by their margin then, and nothing is
+    suspect.
     """
+    classes = judged_classes(evidence, reduce)
+    if len(classes) < _FEWEST or not is_exact(evidence.basis):
+        return _by_margin(evidence, classes, reduce)
+    if len(classes) == evidence.num_classes:
+        return _judge_label(evidence, reduce)
+    return of_all_classes(_judge_label(restricted(evidence, classes), reduce), evidence, classes)
+
+
+def _by_margin(evidence: Evidence, classes: Tensor, reduce: Reduce) -> Verdict:
+    """The order of the margins (AUM), and nothing suspect."""
+    margin = standardise(evidence.mean_margin.double().unsqueeze(1), evidence.weight, reduce).squeeze(1)
+    probability = (1 - NO_DOUBT * (-margin).sigmoid()).float()
+    why = (
+        f"{len(classes)} classes occur, and the {evidence.basis.shape[1]} coordinates that are kept of a sample's"
+        " evidence do not tell them apart"
+    )
+    return Verdict(
+        probability,
+        evidence.label,
+        torch.zeros_like(probability),
+        label_probability=probability,
+        notes=(f"labels: {why}: samples are ranked by their margin, and none is suspect",),
+        caveat=f"wrong labels would not show: {why}",
+    )
+
+
+def _judge_label(evidence: Evidence, reduce: Reduce) -> Verdict:
+    """The verdict on evidence in which every class occurs."""
     model, w = label_model(evidence, reduce), evidence.weight
     rate = min(max(model.noise_rate, 1e-6), 1 - 1e-6)
     probability = (model.log_odds + shift_to_rate(model.log_odds, w, rate, reduce=reduce)).sigmoid().float()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.functional.mixture import Reduce
+from lightning_unlearn.recipes.classes import is_exact, with_coordinates
 from lightning_unlearn.types import Evidence
 
 # Share of the given labels that a part of training must predict to count as memorised.
@@ -17,12 +18,22 @@ MEMORISED = 0.9
 def rival_of(evidence: Evidence) -> tuple[Tensor, Tensor]:
     """The class other than the given one that the model was most for on the whole, and its share among the others.
 
+    Where the evidence is a random part of what the model said, it is what the last pass predicts, with a share of 0.
+
     Returns:
         (n,) int64 and (n,) float32 in [0, 1].
     """
-    scores = evidence.attribution.mean(dim=1) @ evidence.basis.T
+    if not is_exact(evidence.basis):
+        # Random coordinates say nothing of a single class.
+        return evidence.prediction, torch.zeros_like(evidence.weight)
+    scores = class_scores(evidence, evidence.attribution.mean(dim=1))
     share, rival = scores.scatter(1, evidence.label.unsqueeze(1), -torch.inf).softmax(dim=1).max(dim=1)
     return rival, share
+
+
+def class_scores(evidence: Evidence, block: Tensor) -> Tensor:
+    """(n, C), what a part (n, r) of the attributions says of each class; -inf of one without coordinates."""
+    return (block @ evidence.basis.T).masked_fill(~with_coordinates(evidence.basis), -torch.inf)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,84 @@
+"""The classes that labels name: a model may have more outputs than those, and more than the evidence tells apart."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lightning_unlearn.functional.mixture import Reduce
+from lightning_unlearn.functional.transition import MOST_NAMES
+from lightning_unlearn.recipes.verdict import Verdict
+from lightning_unlearn.types import Evidence
+
+
+def with_coordinates(basis: Tensor) -> Tensor:
+    """(C,) bool, the classes of which the evidence holds anything."""
+    return basis.abs().amax(dim=1) > 0
+
+
+def is_exact(basis: Tensor) -> bool:
+    """Whether attributions in these coordinates are those of the classes, and not a random part of them."""
+    return int(with_coordinates(basis).sum()) - 1 <= basis.shape[1]
+
+
+def judged_classes(evidence: Evidence, reduce: Reduce) -> Tensor:
+    """(C',) int64, the classes that samples which count are called, and of which the evidence holds anything."""
+    counts = evidence.weight.new_zeros(evidence.num_classes).double()
+    counts = reduce(counts.index_add(0, evidence.label, evidence.weight.double()))
+    return ((counts > 0) & with_coordinates(evidence.basis)).nonzero().flatten()
+
+
+def restricted(evidence: Evidence, classes: Tensor) -> Evidence:
+    """The evidence of some classes, as if the model had no other outputs; samples of other classes do not count.
+
+    Args:
+        evidence: whose coordinates are exact.
+        classes: (C',) int64, in ascending order; label k of the result is ``classes[k]``.
+    """
+    basis = _differences(len(classes)).to(evidence.basis)
+    place = torch.full((evidence.num_classes,), -1, device=classes.device)
+    place[classes] = torch.arange(len(classes), device=classes.device)
+    label = place[evidence.label]
+    return replace(
+        evidence,
+        weight=evidence.weight * (label >= 0),
+        label=label.clamp(min=0),
+        attribution=evidence.attribution @ (evidence.basis[classes].T @ basis),
+        basis=basis,
+        prediction=place[evidence.prediction],
+    )
+
+
+def _differences(num_classes: int) -> Tensor:
+    """(C', C' - 1), an orthonormal basis of what does not change when a constant is added to all classes."""
+    centred = torch.eye(num_classes, dtype=torch.float64)[:, :-1] - 1 / num_classes
+    basis: Tensor = torch.linalg.qr(centred)[0]
+    return basis
+
+
+def of_all_classes(verdict: Verdict, evidence: Evidence, classes: Tensor) -> Verdict:
+    """A verdict on :func:`restricted` evidence in the classes of the model; samples of other classes are clean.
+
+    Args:
+        verdict: on the restricted evidence.
+        evidence: all of it.
+        classes: (C',) int64.
+    """
+    judged = torch.isin(evidence.label, classes)
+    clean = verdict.clean_probability.where(judged, 1)
+    share, matrix = verdict.suggested_probability, verdict.noise_matrix
+    if matrix is not None:
+        small, matrix = matrix, None
+        if evidence.num_classes <= MOST_NAMES:
+            matrix = torch.eye(evidence.num_classes, device=small.device, dtype=small.dtype)
+            matrix[classes.unsqueeze(1), classes] = small
+    return replace(
+        verdict,
+        clean_probability=clean,
+        label_probability=clean,
+        suggested_label=classes[verdict.suggested_label].where(judged, evidence.label),
+        suggested_probability=None if share is None else share.where(judged, 0),
+        noise_matrix=matrix,
+    )

@@ -339,6 +339,8 @@ def logits_of(source: PartitionSource, pl_module: LightningModule, x: Any) -> Te
 
 def probe(trainer: Trainer, pl_module: LightningModule, source: PartitionSource) -> tuple[ForwardTrace, IndexedBatch]:
     """One forward pass over the first samples, to fail before hours of training and to see what calls what."""
+    with undisturbed(trainer, pl_module, keep=False):
+        scoring_loader(trainer)
     with undisturbed(trainer, pl_module), torch.no_grad():
         check_iteration(train_loader(trainer))
         loader = scoring_loader(trainer)

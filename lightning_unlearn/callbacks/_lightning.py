@@ -23,6 +23,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
@@ -30,6 +31,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
+from lightning_unlearn.callbacks._kept import kept
 from lightning_unlearn.callbacks._packages import is_a
 from lightning_unlearn.callbacks._progress import close_lines
 from lightning_unlearn.capture import whole_batches
@@ -98,7 +100,8 @@ def _as_in_validation(trainer: Trainer, pl_module: LightningModule) -> Iterator[
     try:
         pl_module.eval()
         trainer.validating = True
-        with trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
+        eager = torch.compiler.set_stance("force_eager")
+        with _logging_nothing(trainer, pl_module), trainer.precision_plugin.forward_context(), eager:
             yield
     finally:
         for module, flag in training:
@@ -108,21 +111,55 @@ def _as_in_validation(trainer: Trainer, pl_module: LightningModule) -> Iterator[
 
 
 @contextmanager
-def undisturbed(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+def _logging_nothing(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+    """Has ``self.log`` and the loggers, which ``forward`` may call, do nothing."""
+
+    def ignored(*_: Any, **__: Any) -> None: ...
+
+    logging = [module for module in pl_module.modules() if is_a(module, "LightningModule")]
+    hidden = [(module, name) for module in logging for name in ("log", "log_dict")]
+    # Where somebody has put a function of their own.
+    before = {(module, name): vars(module)[name] for module, name in hidden if name in vars(module)}
+    loggers = trainer.loggers
+    try:
+        for module, name in hidden:
+            vars(module)[name] = ignored
+        trainer.loggers = [DummyLogger() for _ in loggers]
+        yield
+    finally:
+        trainer.loggers = loggers
+        for module, name in hidden:
+            vars(module).pop(name, None)
+        for (module, name), function in before.items():
+            vars(module)[name] = function
+
+
+@contextmanager
+def undisturbed(trainer: Trainer, pl_module: LightningModule, *, keep: bool = True) -> Iterator[None]:
     """A pass over the data that leaves the fit as it was, also when it fails.
 
     Inside, modules are in eval mode, the Trainer reports that it validates (so that augmentation in transfer hooks is
-    off), and compiled modules run eagerly (their graphs ignore hooks). Random states, training flags and the stage are
-    put back. Every rank must enter: where the pass fails on one, it fails on all, and none waits for another for ever.
+    off), compiled modules run eagerly (their graphs ignore hooks), and nothing is logged. Random states, training
+    flags, the stage and what else :func:`~lightning_unlearn.callbacks._kept.kept` names are put back. Every rank must
+    enter: where the pass fails on one, it fails on all, and none waits for another for ever.
 
     Where FSDP2 shards the weights, ranks meet in every forward pass. There a rank that fails ends at once, and so do
     those that then wait for it in vain; and no batch is halved for want of memory, which would be one pass more.
+
+    Args:
+        trainer: of the running fit.
+        pl_module: the user's.
+        keep: False where methods of the user's are called inside that make what is to stay, such as a loader.
     """
     sharded = reshard(pl_module)
     failure: BaseException | None = None
     with isolate_rng():
         try:
-            with _as_in_validation(trainer, pl_module), whole_batches() if sharded else nullcontext():
+            with (
+                kept(pl_module) if keep else nullcontext(),
+                _as_in_validation(trainer, pl_module),
+                whole_batches() if sharded else nullcontext(),
+            ):
                 yield
         except BaseException as error:  # isolate_rng restores only where its block ends without an exception
             failure = error
@@ -317,34 +354,55 @@ def users_sampler(trainer: Trainer, loader: DataLoader[Any], drawn_from: Any, ow
     return drawn_from, True
 
 
+_NOTHING = object()
+
+
 class BatchHook:
     """Changes training batches as the loader delivers them, before any transfer hook of the user's.
 
-    No public hook may put another batch in the place of the one delivered.
+    No public hook may put another batch in the place of the one delivered. Which one that is, the precision plugin
+    shows, which the training loop has convert it first: others, such as a model summary with ``example_input_array`` or
+    an export, prepare inputs of theirs with the same private hook in the middle of a fit.
     """
 
     def __init__(self) -> None:
         self._module: LightningModule | None = None
+        self._precision: Any = None
+        self._delivered: Any = _NOTHING
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has nothing of the fit.
+        return {"_module": None, "_precision": None, "_delivered": _NOTHING}
 
     def attach(self, trainer: Trainer, pl_module: LightningModule, change: Callable[[Any], Any]) -> None:
         """From now on training gets ``change(batch)``; validation and passes of ours are left alone."""
         self.detach()
+        precision: Any = trainer.precision_plugin
+
+        def convert_input(plugin: Any, data: Any) -> Any:
+            data = type(plugin).convert_input(plugin, data)
+            if plugin is precision and trainer.training:
+                self._delivered = data
+            return data
 
         def _on_before_batch_transfer(module: LightningModule, batch: Any, dataloader_idx: int = 0) -> Any:
-            if module is pl_module and trainer.training:
+            if module is pl_module and trainer.training and batch is self._delivered:
+                self._delivered = _NOTHING
                 batch = change(batch)
             return type(module)._on_before_batch_transfer(module, batch, dataloader_idx)
 
-        # In the instance's own dictionary, where it hides the method and nothing else. A bound method of the same name:
-        # a copy of the module has it bound to itself, a pickled one finds its class's.
+        # In the instances' own dictionaries, where they hide the methods and nothing else. Bound methods of the same
+        # names: a copy has them bound to itself, a pickled one finds its class's.
         pl_module.__dict__["_on_before_batch_transfer"] = MethodType(_on_before_batch_transfer, pl_module)
-        self._module = pl_module
+        precision.__dict__["convert_input"] = MethodType(convert_input, precision)
+        self._module, self._precision = pl_module, precision
 
     def detach(self) -> None:
         """Leaves the batches alone again."""
         if self._module is not None:
             self._module.__dict__.pop("_on_before_batch_transfer", None)
-            self._module = None
+            self._precision.__dict__.pop("convert_input", None)
+        self._module, self._precision, self._delivered = None, None, _NOTHING
 
 
 def rewrap_ddp(trainer: Trainer) -> None:

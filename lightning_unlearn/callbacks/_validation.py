@@ -135,8 +135,9 @@ def forget_score(trainer: Trainer) -> None:
 
 def _measure_validation(trainer: Trainer, pl_module: LightningModule, source: PartitionSource) -> Score | None:
     tally, reason = _Tally(pl_module, source), ""
-    with undisturbed(trainer, pl_module), torch.no_grad():
+    with undisturbed(trainer, pl_module, keep=False):
         loaders = validation_loaders(trainer)
+    with undisturbed(trainer, pl_module), torch.no_grad():
         # Anything may be in a validation loader, and not to know a score must not end the fit.
         try:
             for loader, limit in loaders:

@@ -1,8 +1,13 @@
 import random
+from collections import deque
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+import torchmetrics
+from lightning.pytorch import seed_everything
+from lightning.pytorch.loggers import Logger
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -110,6 +115,143 @@ def test_modes_and_flags_of_the_user_survive():
     assert not module.net[1].training
     assert module.net[3].training
     assert not module.net[0].weight.requires_grad
+
+
+SEEN = []
+
+
+class Meter:
+    """As users write them."""
+
+    def __init__(self):
+        self.count = 0
+        self.values = []
+
+    def update(self, value):
+        self.count += 1
+        self.values.append(value)
+
+
+class Remembers(Toy):
+    """Whose forward, and hooks on it, change whatever a forward can reach, in eval mode too."""
+
+    def __init__(self):
+        super().__init__(lambda: mlp(0.3))
+        self.register_buffer("total", torch.zeros(()))
+        self.register_buffer("assigned", torch.zeros(3))
+        self.register_buffer("broken", torch.full((2,), torch.nan))
+        self.calls, self.history, self.by_size, self.sizes = 0, [], {}, set()
+        self.plain = torch.zeros(2)
+        self.queue = deque(maxlen=2)
+        self.accuracy = torchmetrics.MeanMetric()
+        self.unregistered = {"mean": torchmetrics.MeanMetric()}
+        self.meter = Meter()
+        self.generator = torch.Generator().manual_seed(0)
+        self.numpy = np.random.default_rng(0)
+        hooked, counted = [], 0
+
+        def count(*_):
+            nonlocal counted
+            counted += 1
+            hooked.append(counted)
+
+        self.hooked = hooked
+        self.net[0].register_forward_hook(count)
+        self.net[2].register_forward_pre_hook(lambda module, inputs: SEEN.append(len(inputs)))
+        self.net[4].register_forward_hook(partial(lambda into, *_: into.append(1), self.history))
+        self.net[6].register_forward_hook(self.note)
+
+    def note(self, module, inputs, output):
+        module.last = output.detach()
+
+    def forward(self, x):
+        self.total += 1
+        self.assigned = self.assigned + 1
+        if not hasattr(self, "lazy"):
+            self.register_buffer("lazy", torch.zeros(1), persistent=False)
+            self.made = nn.Identity()
+        self.lazy += 1
+        self.calls += 1
+        self.history.append(x.mean().item())
+        self.by_size[len(x)] = self.by_size.get(len(x), 0) + 1
+        self.sizes.add(self.calls)
+        self.queue.append(self.calls)
+        self.plain[0] += 1
+        for metric in (self.accuracy, self.unregistered["mean"]):
+            metric.update(x.mean())
+        self.meter.update(x.mean().item())
+        SEEN.append("forward")
+        noise = torch.randn(x.shape, generator=self.generator) + self.numpy.normal()
+        self.log("mean", x.mean(), on_step=True)
+        self.log_dict({"total": self.total}, on_step=False, on_epoch=True)
+        for logger in self.loggers:
+            logger.log_metrics({"said": self.calls}, step=self.calls)
+        return super().forward(x + 0.1 * noise)
+
+    def remembered(self):
+        plain = ("calls", "history", "by_size", "sizes", "queue", "hooked")
+        tensors = {name: buffer.clone() for name, buffer in self.named_buffers()} | {"plain": self.plain.clone()}
+        metrics = [metric.compute().item() for metric in (self.accuracy, self.unregistered["mean"])]
+        meter = (self.meter.count, list(self.meter.values))
+        states = (self.generator.get_state().tolist(), self.numpy.bit_generator.state)
+        return tensors, [repr(getattr(self, name)) for name in plain], metrics, meter, states, len(SEEN)
+
+
+class Notes(Logger):
+    name, version = "notes", 0
+
+    def __init__(self):
+        super().__init__()
+        self.logged = []
+
+    def log_hyperparams(self, *args, **kwargs): ...
+
+    def log_metrics(self, metrics, step=None):
+        self.logged += [(name, float(value)) for name, value in metrics.items() if "unlearn" not in name]
+
+
+@pytest.mark.parametrize("evidence", ["training", "passes"])
+def test_what_forward_and_hooks_of_the_user_remember_is_not_of_our_passes(evidence):
+    ends = []
+    # A dry run, in which all three look and nothing is changed.
+    ours = [Compared(at_epoch=1, evidence=evidence, action="report"), *trio(1, prune={"amount": 0.2})[1:]]
+    for callbacks in ([], ours):
+        SEEN.clear()
+        seed_everything(0)
+        module, notes = Remembers(), Notes()
+        fit(module, BlobsData(Blobs(101)), callbacks, max_epochs=3, logger=notes, log_every_n_steps=1)
+        ends.append((module.remembered(), weights(module), notes.logged))
+    assert ours[0].turns > 0
+    (plain, trained, logged), (with_ours, the_same, logged_too) = ends
+    for name, tensor in plain[0].items():
+        assert tensor.nan_to_num().equal(with_ours[0][name].nan_to_num()), name
+    assert plain[1:] == with_ours[1:]
+    assert len(logged) > 0
+    assert logged == logged_too
+    assert_same_weights(trained, the_same)
+
+
+class MakesItsData(Toy):
+    """Its data sets are made when a loader is asked for, and stay."""
+
+    def train_dataloader(self):
+        self.train_set = Blobs(101)
+        return DataLoader(self.train_set, batch_size=16)
+
+    def val_dataloader(self):
+        self.val_set = Blobs(32, 0, seed=7)
+        return DataLoader(self.val_set, batch_size=16)
+
+    def attribution_dataloader(self):
+        self.scored = Blobs(101)
+        return DataLoader(self.scored, batch_size=16)
+
+
+def test_what_the_user_makes_with_a_loader_stays():
+    module = MakesItsData()
+    fit(module, None, trio(1), max_epochs=2, num_sanity_val_steps=0, check_val_every_n_epoch=2)
+    assert len(module.val_set) == 32
+    assert len(module.scored) == 101
 
 
 class Breaks(Blobs):

@@ -131,6 +131,13 @@ ELSEWHERE = {
     },
     "masking.py": {"_ConvTransposeNd": "torch's class"},
     "shrinking.py": {"_ConvNd": "torch's class", "_NormBase": "torch's class"},
+    "callbacks/_kept.py": {
+        "_buffers": "of a torch.nn.Module, also of those that it has just got",
+        "_modules": "the same",
+        "_non_persistent_buffers_set": "the same",
+        "_forward_hooks": "of a torch.nn.Module, which no public name lists",
+        "_forward_pre_hooks": "the same",
+    },
     "callbacks/_prune_sites.py": {
         "_ConvNd": "torch's class",
         "_ConvTransposeNd": "torch's class",

@@ -11,6 +11,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.model_summary import ModelSummary
 from torch import Tensor
 from torch.nn.functional import one_hot
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, RandomSampler, default_collate
@@ -183,6 +184,34 @@ def test_whatever_the_trainer_does_beside(loader, trainer):
 def test_manual_optimisation():
     data = Blobs(SIZE)
     assert_relabelled(data, Same(data), module=Noting(data, manual=True))
+
+
+class Prepares(L.Callback):
+    """Prepares inputs of its own with Lightning's private hook in the middle of the fit."""
+
+    def __init__(self, data):
+        self.batch, self.done = (data.x[:4], data.y[:4]), 0
+
+    def prepare(self, trainer, pl_module, *_):
+        pl_module.example_input_array = self.batch[0]
+        ModelSummary(pl_module, max_depth=-1)
+        pl_module.to_torchscript(method="trace", example_inputs=self.batch[0])
+        moved = pl_module._on_before_batch_transfer(self.batch)
+        assert moved[1].equal(self.batch[1])
+        assert trainer.strategy.batch_to_device(self.batch)[1].equal(self.batch[1])
+        self.done += 1
+
+    on_train_start = on_train_epoch_start = on_train_epoch_end = on_train_end = prepare
+    on_train_batch_start = on_train_batch_end = on_before_zero_grad = on_validation_epoch_start = prepare
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_whoever_else_uses_the_transfer_hook_gets_what_is_his(workers):
+    data = Blobs(SIZE)
+    loader, prepares = DataLoader(data, batch_size=16, shuffle=True, num_workers=workers), Prepares(data)
+    assert_relabelled(data, loader, callbacks=[prepares])
+    assert prepares.done > 30
 
 
 def test_a_batch_sampler_of_ones_own():

@@ -237,8 +237,10 @@ class UnlearnCallback(EitherCallback):
         self._give_back(trainer, pl_module)
 
     def _give_back(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._late = None
         restore_order(trainer)
         self.undo(trainer, pl_module)
+        self.let_go()
 
 
 def _warn_of_missing(here: set[str], states: dict[str, Any]) -> None:

@@ -27,6 +27,15 @@ class EitherCallback(Callback):
         join_packages()
         return super().__new__(cls)
 
+    def let_go(self) -> None:
+        """Drops the LightningModule's methods that Lightning lends each callback, which would keep the Trainer alive.
+
+        Who holds a callback for its results does not want the Trainer, weights and data with it. Lightning lends them
+        again in the next run.
+        """
+        for name in ("log", "log_dict"):
+            self.__dict__.pop(name, None)
+
 
 class MisconfigurationException(exceptions.MisconfigurationException):
     """A clash with the Trainer. Who catches the exception of this name of either package catches it."""

@@ -124,6 +124,25 @@ def primitive(value: Any) -> Any:
     return f"{named.__module__}.{named.__qualname__}"
 
 
+def copied(state: Any) -> Any:
+    """A copy of tensors and primitives in dicts and lists, which a later change of either leaves alone.
+
+    Example:
+        >>> known = {"rounds": [[0, 1.0]]}
+        >>> state = copied(known)
+        >>> known["rounds"].append([1, 0.5])
+        >>> state
+        {'rounds': [[0, 1.0]]}
+    """
+    if isinstance(state, Tensor):
+        return state.detach().clone()
+    if isinstance(state, dict):
+        return {key: copied(part) for key, part in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(copied(part) for part in state)
+    return state
+
+
 def versions(packages: Sequence[str]) -> dict[str, str]:
     """Of Python, this package, and what is installed of others, also where that is not imported."""
     found = {"python": platform.python_version()}

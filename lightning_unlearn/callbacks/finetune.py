@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal, get_args
@@ -16,7 +17,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
@@ -32,6 +33,7 @@ from lightning_unlearn.callbacks._lightning import (
     users_sampler,
 )
 from lightning_unlearn.callbacks._packages import MisconfigurationException
+from lightning_unlearn.callbacks._provenance import copied
 from lightning_unlearn.callbacks._relabel import Relabelling, check_relabelling
 from lightning_unlearn.callbacks._saying import rank_zero_info
 from lightning_unlearn.callbacks._scoring import train_loader
@@ -326,7 +328,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
             "partition_epoch": self._partition_epoch,
             "was_dry_run": self._is_dry_run,
             "first_epoch": self._first_epoch,
-            "draw": None if self._draw is None else self._draw.state_dict(),
+            "draw": None if self._draw is None else copied(self._draw.state_dict()),
             "planned_batches": self._planned_batches,
             "frozen": {kind: list(names) for kind, names in self._frozen.items()},
             "remaining": self._remaining,
@@ -343,7 +345,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         # What a dry run has only spoken of is still to be done in a fit that acts.
         self._partition_epoch = 0 if state["was_dry_run"] and not self._is_dry_run else state["partition_epoch"]
         self._first_epoch = state["first_epoch"]
-        self._draw = None if state["draw"] is None else TrainingDraw(**state["draw"])
+        self._draw = None if state["draw"] is None else TrainingDraw(**copied(state["draw"]))
         self._planned_batches = state["planned_batches"]
         self._frozen = {kind: list(names) for kind, names in state["frozen"].items()}
         self._remaining = state["remaining"]
@@ -546,19 +548,17 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
             module.eval()
 
     def _make_optimizer(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.optimizer is None:
-            with planned_epochs(trainer, self._remaining):
-                trainer.strategy.setup_optimizers(trainer)
-        else:
-            trained = [p for p in pl_module.parameters() if p.requires_grad]
-            trainer.strategy.optimizers = [self.optimizer(trained)]
+        with _before_schedules() as given:
+            if self.optimizer is None:
+                with planned_epochs(trainer, self._remaining):
+                    trainer.strategy.setup_optimizers(trainer)
+            else:
+                trained = [p for p in pl_module.parameters() if p.requires_grad]
+                trainer.strategy.optimizers = [self.optimizer(trained)]
         if self.restart_optimizer:
             return
         optimizer = trainer.strategy.optimizers[0]
-        _forget_schedule(optimizer)
-        if self.lr is not None:
-            for group in optimizer.param_groups:
-                group["lr"] = self.lr
+        _forget_schedule(optimizer, given, self.lr)
         schedulers = []
         if self.lr_scheduler is not None:
             schedulers.append(LRSchedulerConfig(self.lr_scheduler(optimizer)))
@@ -616,16 +616,52 @@ def _check_optimizer_arguments(
         raise ValueError("Expected restart_optimizer without lr and optimizer, which make a fresh optimizer anyway.")
 
 
-def _forget_schedule(optimizer: Optimizer) -> None:
+@contextmanager
+def _before_schedules() -> Iterator[dict[int, dict[str, Any]]]:
+    """Notes what each parameter group holds before a scheduler that also sets the momentum writes into it.
+
+    Yields:
+        the groups' values, by the ``id`` of the group.
+    """
+    given: dict[int, dict[str, Any]] = {}
+    made = {kind: kind.__init__ for kind in (OneCycleLR, CyclicLR)}
+
+    def noting(make: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(make)
+        def init(self: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+            for group in getattr(optimizer, "param_groups", ()):
+                given.setdefault(id(group), {key: value for key, value in group.items() if key != "params"})
+            make(self, optimizer, *args, **kwargs)
+
+        return init
+
+    try:
+        for kind, make in made.items():
+            kind.__init__ = noting(make)  # type: ignore[method-assign]
+        yield given
+    finally:
+        for kind, make in made.items():
+            kind.__init__ = make  # type: ignore[method-assign]
+
+
+def _forget_schedule(optimizer: Optimizer, given: Mapping[int, Mapping[str, Any]], lr: float | None) -> None:
     """Undoes what a scheduler that is dropped has written into the optimizer when it was made.
 
-    OneCycleLR and CyclicLR also set the momentum; it goes back to what the optimizer was made with.
+    What only schedules read stays, since a fit may go on from a checkpoint without this callback, and so with that
+    schedule: from the learning rate of here.
+
+    Args:
+        optimizer: a fresh one.
+        given: what its groups held before; see :func:`_before_schedules`.
+        lr: that each group is to have; None for that which it has.
     """
     for group in optimizer.param_groups:
-        if group.get("max_momentum") is not None:
-            group.update({key: optimizer.defaults[key] for key in ("momentum", "betas") if key in optimizer.defaults})
-        for key in ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum"):
-            group.pop(key, None)
+        before = given.get(id(group), {})
+        group.update({key: before[key] for key in ("momentum", "betas") if key in before})
+        if lr is not None:
+            group["lr"] = lr
+        if "initial_lr" in group:
+            group["initial_lr"] = group["lr"]
 
 
 def _check_schedule(make: MakeScheduler | None) -> None:

@@ -40,7 +40,7 @@ from lightning_unlearn.callbacks._partition_settings import (
     check_shares,
     early_point,
 )
-from lightning_unlearn.callbacks._provenance import fit_record, provenance, settings_of, write_provenance
+from lightning_unlearn.callbacks._provenance import copied, fit_record, provenance, settings_of, write_provenance
 from lightning_unlearn.callbacks._recognise import check_same_labels, check_same_size, recognise_data, same_task
 from lightning_unlearn.callbacks._reviewing import check_agrees, fit_to_data, open_review
 from lightning_unlearn.callbacks._saying import rank_zero_info
@@ -269,7 +269,7 @@ class AttributionPartitionCallback(UnlearnCallback):
             RuntimeError: before the partition is drawn.
         """
         if self._recorded is not None:
-            return self._recorded
+            return dict(copied(self._recorded))
         return provenance(
             self.partition,
             fits=self._fits,
@@ -515,6 +515,8 @@ class AttributionPartitionCallback(UnlearnCallback):
     @override
     def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._reader.detach()
+        # The user's loader, whose collate function may lead back to the Trainer.
+        forget_scoring_loader(trainer)
 
     @override
     def advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -646,15 +648,15 @@ class AttributionPartitionCallback(UnlearnCallback):
             "task": self._task,
             "epochs_seen": list(self._epochs_seen),
             "trajectory": None if self._trajectory is None else self._trajectory.state_dict(),
-            "partition": None if self._partition is None else self._partition.state_dict(),
+            "partition": None if self._partition is None else copied(self._partition.state_dict()),
             "reader": self._reader.state_dict(),
             "fingerprint": self._fingerprint,
             "rounds": [vars(drawn) | {} for drawn in self._rounds],
             "is_stable": self._is_stable,
             "memorised": self._memorised,
             "accuracy_before": self._accuracy["before"],
-            "review": None if self._review is None else self._review.state_dict(),
-            "fits": list(self._fits),
+            "review": None if self._review is None else copied(self._review.state_dict()),
+            "fits": copied(self._fits),
             "provenance": None if self._partition is None else self.provenance,
         }
 
@@ -669,7 +671,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         self._epochs_seen = list(state["epochs_seen"])
         trajectory, partition = state["trajectory"], state["partition"]
         self._trajectory = None if trajectory is None else Trajectory.from_state_dict(trajectory)
-        self._partition = None if partition is None else Partition.from_state_dict(partition)
+        self._partition = None if partition is None else Partition.from_state_dict(copied(partition))
         self._reader.load_state_dict(state["reader"])
         self._fingerprint = state["fingerprint"]
         if self._partition is not None:
@@ -679,10 +681,10 @@ class AttributionPartitionCallback(UnlearnCallback):
         self._is_stable = state["is_stable"]
         self._memorised = state["memorised"]
         self._accuracy["before"] = state["accuracy_before"]
-        self._review = None if state["review"] is None else Review(**state["review"])
-        self._fits = list(state["fits"])
+        self._review = None if state["review"] is None else Review(**copied(state["review"]))
+        self._fits = copied(state["fits"])
         # In a fit there is more to come; elsewhere those that acted are not here.
-        self._recorded = None if self._fitting else state["provenance"]
+        self._recorded = None if self._fitting else copied(state["provenance"])
 
     @property
     def _trajectory_in_use(self) -> Trajectory:

@@ -19,7 +19,7 @@ from lightning_unlearn.callbacks._criteria import SENSITIVITY, Method, Ranking, 
 from lightning_unlearn.callbacks._guard import Gauge, Outcome, make_gauge, prune_in_steps
 from lightning_unlearn.callbacks._lightning import averaged_models, log_values
 from lightning_unlearn.callbacks._loggers import log_masks
-from lightning_unlearn.callbacks._provenance import settings_of
+from lightning_unlearn.callbacks._provenance import copied, settings_of
 from lightning_unlearn.callbacks._prune_sites import PruneSite, check_layer, default_site, named_site
 from lightning_unlearn.callbacks._saying import rank_zero_info
 from lightning_unlearn.capture import ForwardTrace, neuron_dimension, neuron_means, plain_name, resolve_layer, tap
@@ -274,9 +274,9 @@ class SensitivityPruneCallback(PartitionConsumer):
             "masks": [
                 {
                     "layer": mask.layer,
-                    "keep": mask.keep,
-                    "sensitivity": mask.sensitivity,
-                    "standard_error": mask.standard_error,
+                    "keep": copied(mask.keep),
+                    "sensitivity": copied(mask.sensitivity),
+                    "standard_error": copied(mask.standard_error),
                 }
                 for mask in self._masks
             ],
@@ -294,7 +294,7 @@ class SensitivityPruneCallback(PartitionConsumer):
         self._note = state["note"]
         self._sites = [PruneSite(**site) for site in state["sites"]]
         self._live = list(state["live"])
-        self._masks = [NeuronMask(**mask) for mask in state["masks"]]
+        self._masks = [NeuronMask(**copied(mask)) for mask in state["masks"]]
 
     def _prune(self, trainer: Trainer, pl_module: LightningModule, partition: Partition) -> None:
         gauge, started = None, time.perf_counter()

@@ -19,6 +19,7 @@ from typing_extensions import override
 from lightning_unlearn.callbacks._base import PartitionConsumer, find_partition_source, reading_of
 from lightning_unlearn.callbacks._lightning import callbacks_of, is_fast_dev_run
 from lightning_unlearn.callbacks._packages import EitherCallback
+from lightning_unlearn.callbacks._provenance import copied
 from lightning_unlearn.callbacks._saying import rank_zero_info
 from lightning_unlearn.callbacks._scoring import scoring_loader, train_loader
 from lightning_unlearn.report import RunRecord, SampleView, shown_samples, write_report
@@ -161,6 +162,14 @@ class UnlearnReport(EitherCallback):
             rank_zero_info(f"Report: {self.path}")
 
     @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.let_go()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.let_go()
+
+    @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         # A fit that goes on from the end of an epoch does not see it; the state holds these very curves.
         if trainer.is_last_batch:
@@ -169,7 +178,7 @@ class UnlearnReport(EitherCallback):
     @override
     def state_dict(self) -> dict[str, Any]:
         """Numbers: the curves so far."""
-        return {"curves": self._curves}
+        return {"curves": copied(self._curves)}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

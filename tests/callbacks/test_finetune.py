@@ -5,9 +5,9 @@ from functools import partial
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, StepLR
+from torch.optim.lr_scheduler import ConstantLR, CyclicLR, LambdaLR, OneCycleLR, SequentialLR, StepLR
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, SequentialSampler, Subset
 
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback
@@ -392,14 +392,60 @@ def test_the_users_optimizer_is_remade_for_the_steps_that_remain():
     assert watch.rates[4] == [0.007] * CLEAN
 
 
-def test_lr_leaves_nothing_of_a_schedule_that_it_drops():
-    made, watch = [], Optimizers()
-    module = Toy(optimizer=partial(one_cycle, made=made))
-    fit(module, BlobsData(Blobs()), [*partition_and_finetune(lr=0.007), watch])
-    (group,) = module.optimizers().param_groups
-    assert group["lr"] == 0.007
-    assert group["momentum"] == module.optimizers().defaults["momentum"] == 0.9
-    assert not {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"} & set(group)
+def grouped(module, kind, schedule):
+    """Two groups, the second with a momentum of its own, under a schedule that cycles it."""
+    body, head = list(module.net[:7].parameters()), list(module.net[7:].parameters())
+    own = {"betas": (0.7, 0.99)} if kind is torch.optim.AdamW else {"momentum": 0.3}
+    plain = {} if kind is torch.optim.AdamW else {"momentum": 0.8}
+    optimizer = kind([{"params": body}, {"params": head, **own}], lr=0.01, **plain)
+    # By hand, as where a module sets it after the optimizer was made.
+    optimizer.param_groups[0]["weight_decay"] = 1e-3
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule(optimizer), "interval": "step"}}
+
+
+CYCLES = {
+    "one cycle": partial(OneCycleLR, max_lr=0.1, total_steps=60),
+    "cyclic": partial(CyclicLR, base_lr=0.001, max_lr=0.1, step_size_up=5),
+    "sequential": lambda o: SequentialLR(o, [ConstantLR(o, 0.1, 3), OneCycleLR(o, 0.1, total_steps=60)], [3]),
+}
+
+
+@pytest.mark.parametrize("schedule", CYCLES)
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_lr_gives_each_group_what_it_had_before_the_schedule_that_is_dropped(kind, schedule):
+    module = Toy(optimizer=partial(grouped, kind=kind, schedule=CYCLES[schedule]))
+    fit(module, BlobsData(Blobs()), partition_and_finetune(lr=0.007))
+    body, head = module.optimizers().param_groups
+    assert (body["lr"], head["lr"]) == (0.007, 0.007)
+    if kind is torch.optim.SGD:
+        assert (body["momentum"], head["momentum"]) == (0.8, 0.3)
+    else:
+        assert (body["betas"], head["betas"]) == ((0.9, 0.999), (0.7, 0.99))
+    assert body["weight_decay"] == 1e-3
+    assert OneCycleLR.__init__.__module__ == "torch.optim.lr_scheduler"
+
+
+def test_a_schedule_of_ones_own_starts_from_lr_and_not_from_that_of_the_schedule_that_is_dropped():
+    watch, schedule = Optimizers(), partial(LambdaLR, lr_lambda=lambda epoch: 0.5**epoch)
+    module = Toy(optimizer=partial(grouped, kind=torch.optim.SGD, schedule=CYCLES["one cycle"]))
+    fit(module, BlobsData(Blobs()), [*partition_and_finetune(lr=0.4, lr_scheduler=schedule), watch])
+    assert (watch.rates[2][0], watch.rates[3][0]) == (0.4, 0.2)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using", "ignore:The checkpoint is of a fit in which")
+@pytest.mark.parametrize("schedule", CYCLES)
+@pytest.mark.parametrize("ours", [(), ("partition",)], ids=["without the package", "without this callback"])
+def test_a_fit_goes_on_without_the_callback_from_a_checkpoint_of_a_schedule_that_was_dropped(tmp_path, schedule, ours):
+    make = partial(grouped, kind=torch.optim.SGD, schedule=CYCLES[schedule])
+    keep = ModelCheckpoint(tmp_path, save_last=True)
+    callbacks = [*partition_and_finetune(lr=0.007), keep]
+    fit(Toy(optimizer=make), BlobsData(Blobs(), batch_size=64), callbacks, enable_checkpointing=True)
+    watch, left = Optimizers(), [AttributionPartitionCallback(at_epoch=2)] if ours else []
+    data = BlobsData(Blobs(), batch_size=64)
+    fit(Toy(optimizer=make), data, [*left, watch], max_epochs=6, ckpt_path=tmp_path / "last.ckpt")
+    # The user's schedule from its beginning, and from the learning rate of the fine-tuning.
+    assert len(set(watch.rates[4])) > 1
+    assert all(0 < rate <= 0.1 for rate in watch.rates[4])
 
 
 def test_restart_runs_the_users_schedule_over_what_remains():

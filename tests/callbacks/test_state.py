@@ -7,7 +7,13 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, Timer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback, SensitivityPruneCallback
+from lightning_unlearn import (
+    AttributionPartitionCallback,
+    CleanSubsetFinetuneCallback,
+    SensitivityPruneCallback,
+    UnlearnReport,
+)
+from lightning_unlearn.callbacks._provenance import primitive
 from tests.toys import (
     CLASSES,
     Blobs,
@@ -209,3 +215,44 @@ def test_keys_do_not_depend_on_what_a_user_may_tune():
         CleanSubsetFinetuneCallback("layers"),
     )
     assert [one.state_key for one in ones] == [other.state_key for other in others] == [PARTITION, PRUNE, FINETUNE]
+
+
+def changed(state):
+    """Changes in place all that a state holds."""
+    for part in state.values() if isinstance(state, dict) else state:
+        if isinstance(part, torch.Tensor):
+            part.zero_()
+        elif isinstance(part, (dict, list)):
+            changed(part)
+    if isinstance(state, list):
+        state.append("more")
+    else:
+        state["more"] = True
+
+
+@pytest.mark.parametrize("on_noisy", ["drop", "relabel"])
+def test_a_state_is_a_copy_on_its_way_out_and_in(tmp_path, on_noisy):
+    def fresh():
+        return *trio(AT, prune=PRUNES, finetune={"on_noisy": on_noisy}), UnlearnReport(tmp_path, samples=3)
+
+    ours = fresh()
+    fit(Toy(), BlobsData(Blobs(101)), ours, max_epochs=EPOCHS)
+    for callback, other in zip(ours, fresh(), strict=True):
+        expected = primitive(callback.state_dict())
+        changed(callback.state_dict())
+        assert primitive(callback.state_dict()) == expected
+        handed_in = callback.state_dict()
+        other.load_state_dict(handed_in)
+        changed(handed_in)
+        assert primitive(other.state_dict()) == expected
+    provenance = ours[0].provenance
+    provenance["done"].clear()
+    assert ours[0].provenance["done"]
+
+
+def test_a_states_curves_do_not_go_on(tmp_path):
+    report = UnlearnReport(tmp_path)
+    report.load_state_dict({"curves": {"val_loss": [[0, 1.0]]}})
+    state = report.state_dict()
+    report._curves["val_loss"].append([1, 0.5])
+    assert state == {"curves": {"val_loss": [[0, 1.0]]}}

@@ -171,9 +171,10 @@ class UnlearnReport(EitherCallback):
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        # A fit that goes on from the end of an epoch does not see it; the state holds these very curves.
+        # A fit that goes on from the end of an epoch does not see it; the state has been taken already.
         if trainer.is_last_batch:
             self._note_metrics(trainer, trainer.current_epoch)
+            checkpoint["callbacks"][self.state_key] = self.state_dict()
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from lightning_unlearn.arguments import check_choice, check_function, check_number, plain
+
 Task = Literal["auto", "multiclass", "binary", "multilabel"]
 """The kinds of classification, by torchmetrics' names; ``"auto"``: as the first batch looks."""
 SoftLabels = Literal["refuse", "argmax"]
@@ -126,6 +128,16 @@ def logits_in(output: Any) -> Any:
     return output[0] if isinstance(output, (tuple, list)) and output else output
 
 
+def _checked_ignore_index(value: Any) -> float | None:
+    """As labels are compared with it: a whole number is an int, since a float may not hold it."""
+    found = plain(value)
+    if found is None or (isinstance(found, float) and math.isnan(found)):
+        return found
+    if isinstance(found, int) and not isinstance(found, bool) and abs(found) < 2**63:
+        return int(found)
+    return check_number("ignore_index", value, meaning="the label that means none, NaN, or None")
+
+
 class Reading:
     """How batches, outputs and labels are read. What is ``"auto"`` is settled by the first batch.
 
@@ -154,17 +166,15 @@ class Reading:
         batch_to_xy: Callable[[Any], tuple[Any, Tensor]] | None = None,
         logits_from: Callable[[Any], Tensor] | None = None,
     ) -> None:
-        for name, value, allowed in (
-            ("task", task, get_args(Task)),
-            ("soft_labels", soft_labels, get_args(SoftLabels)),
-        ):
-            if value not in allowed:
-                raise ValueError(f"Expected {name} to be one of {', '.join(map(repr, allowed))}, but got {value!r}.")
-        self.wanted = task
-        self.soft_labels = soft_labels
-        self.ignore_index = ignore_index
-        self.split = batch_to_xy or split_batch
-        self.logits_from = logits_from or logits_in
+        self.wanted: Task = check_choice("task", task, get_args(Task))
+        self.soft_labels: SoftLabels = check_choice("soft_labels", soft_labels, get_args(SoftLabels))
+        self.ignore_index = _checked_ignore_index(ignore_index)
+        self.split: Callable[[Any], tuple[Any, Tensor]] = split_batch
+        if batch_to_xy is not None:
+            self.split = check_function("batch_to_xy", batch_to_xy, "from a batch to (x, y)")
+        self.logits_from: Callable[[Any], Any] = logits_in
+        if logits_from is not None:
+            self.logits_from = check_function("logits_from", logits_from, "from what forward returns to logits")
         self.forget()
 
     def forget(self) -> None:

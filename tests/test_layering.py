@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
 
 # What a file may import of ours, by prefix; a file belongs to the longest prefix of its own name.
-MATH = {"types", "functional", "sharding"}
+MATH = {"arguments", "types", "functional", "sharding"}
 ALL_BELOW = MATH | {
     "recipes",
     "finite",
@@ -50,11 +50,12 @@ PARTITIONING = {
 }
 PRUNING = {"callbacks._prune_sites", "callbacks._criteria", "callbacks._guard"}
 MAY_IMPORT = {
-    "storage": set(),
-    "types": {"storage", "fingerprint", "plots"},  # the last when it is asked to draw
+    "arguments": set(),
+    "storage": {"arguments"},
+    "types": {"arguments", "storage", "fingerprint", "plots"},  # the last when it is asked to draw
     "review": {"types", "storage", "fingerprint"},
-    "plots": {"types"},
-    "exports": {"types", "storage"},
+    "plots": {"arguments", "types"},
+    "exports": {"arguments", "types", "storage"},
     "sharding": set(),
     "functional": MATH,
     "recipes": MATH | {"recipes"},
@@ -62,16 +63,16 @@ MAY_IMPORT = {
     "trajectory": MATH,
     "capture": MATH | {"capture"},
     "data": MATH,
-    "targets": set(),
+    "targets": {"arguments"},
     "drawing": set(),
     "sampling": MATH | {"data", "drawing"},
     "masking": MATH,
     "distributed": MATH,
-    "noise": {"noise", "storage"},
+    "noise": {"arguments", "noise", "storage"},
     "fingerprint": set(),
-    "shrinking": {"types", "masking", "storage"},
+    "shrinking": {"arguments", "types", "masking", "storage"},
     "callbacks._packages": set(),
-    "callbacks._provenance": {"types", "review", "storage"},
+    "callbacks._provenance": {"arguments", "types", "review", "storage"},
     "callbacks._saying": set(),
     "callbacks._progress": {"callbacks._packages", "callbacks._saying"},
     "callbacks._kept": {"sharding"},
@@ -115,7 +116,7 @@ MAY_IMPORT = {
     "callbacks.finetune": ALL_BELOW | SHARED | {"callbacks._relabel"},
     "callbacks.report": ALL_BELOW | SHARED | {"report"},
     "callbacks": ALL_BELOW | {"callbacks"},
-    "report": {"types", "storage", "targets", "report"},
+    "report": {"arguments", "types", "storage", "targets", "report"},
 }
 # Who may know a package of others.
 MAY_KNOW = {

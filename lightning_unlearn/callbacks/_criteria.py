@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -14,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_unlearn.arguments import check_choice, check_number, check_whole
 from lightning_unlearn.callbacks._base import IndexedBatch, logits_of, output_of, reading_of, training_set
 from lightning_unlearn.callbacks._lightning import undisturbed
 from lightning_unlearn.callbacks._prune_sites import PruneSite
@@ -52,14 +52,19 @@ class Method:
     seed: int
 
     def __post_init__(self) -> None:
-        check_name("criterion", self.criterion, CRITERIA)
-        check_name("regression", self.regression, ("ridge", "logistic"))
-        if self.ridge is not None and self.ridge < 0:
-            raise ValueError(f"Expected ridge to be at least 0, but got {self.ridge}.")
-        if self.significance is not None and not 0 < self.significance < 1:
-            raise ValueError(
-                f"Expected significance to lie in (0, 1), or None for no test, but got {self.significance}."
+        plain: dict[str, Any] = {
+            "criterion": check_choice("criterion", self.criterion, CRITERIA),
+            "regression": check_choice("regression", self.regression, ("ridge", "logistic")),
+            "seed": check_whole("seed", self.seed),
+        }
+        if self.ridge is not None:
+            plain["ridge"] = check_number("ridge", self.ridge, least=0)
+        if self.significance is not None:
+            plain["significance"] = check_number(
+                "significance", self.significance, above=0, below=1, meaning="or None for no test"
             )
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,16 +108,6 @@ class _Reader(Protocol):
 
     def rank(self, reduce: Reduce) -> Ranking:
         """What all ranks have seen; every rank must ask."""
-
-
-def check_name(argument: str, value: str, names: Sequence[str]) -> None:
-    """Refuses a name that is none of the given ones, with the nearest of them."""
-    if value not in names:
-        near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.4)
-        raise ValueError(
-            f"Expected {argument} to be one of {', '.join(map(repr, names))}, but got {value!r}."
-            + (f" Did you mean {near[0]!r}?" if near else "")
-        )
 
 
 def rank_neurons(

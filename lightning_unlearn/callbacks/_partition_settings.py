@@ -11,50 +11,6 @@ from lightning_unlearn.recipes import Recipe
 from lightning_unlearn.types import LayerPoint
 
 
-def check_epochs(at_epoch: int, evidence_every_n_epochs: int, every_n_epochs: int | None) -> None:
-    """Refuses numbers of epochs below 1.
-
-    Raises:
-        ValueError: naming the argument.
-    """
-    if at_epoch < 1:
-        raise ValueError(
-            f"Expected at_epoch to be at least 1, the number of epochs trained on all the data, but got {at_epoch}."
-        )
-    if evidence_every_n_epochs < 1:
-        raise ValueError(
-            f"Expected evidence_every_n_epochs to be at least 1, but got {evidence_every_n_epochs}; for a single"
-            " pass set it to at_epoch."
-        )
-    if every_n_epochs is not None and every_n_epochs < 1:
-        raise ValueError(
-            f"Expected every_n_epochs to be at least 1, or None for one partition, but got {every_n_epochs}."
-        )
-
-
-def check_one_of(name: str, value: str, allowed: tuple[str, str]) -> None:
-    """Refuses any other value of an argument.
-
-    Raises:
-        ValueError: naming both.
-    """
-    if value not in allowed:
-        raise ValueError(f"Expected {name} to be {allowed[0]!r} or {allowed[1]!r}, but got {value!r}.")
-
-
-def check_shares(*, threshold: float, min_class_share: float, stable_share: float) -> None:
-    """Refuses shares and probabilities outside of their range.
-
-    Raises:
-        ValueError: naming the argument.
-    """
-    if not 0 < threshold < 1:
-        raise ValueError(f"Expected threshold to lie in (0, 1), but got {threshold}.")
-    for name, share in (("min_class_share", min_class_share), ("stable_share", stable_share)):
-        if not 0 <= share < 1:
-            raise ValueError(f"Expected {name} to lie in [0, 1), but got {share}.")
-
-
 def check_max_epochs(trainer: Trainer, at_epoch: int, *, may_be_last: bool) -> None:
     """Refuses a partition after which no epoch is left.
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_unlearn.arguments import plain
 from lightning_unlearn.review import Review
 from lightning_unlearn.storage import write_json
 from lightning_unlearn.types import DECISIONS, Partition, PartitionRound
@@ -108,14 +109,19 @@ def primitive(value: Any) -> Any:
         >>> primitive({"a": (1, float("nan")), "b": math.prod})
         {'a': [1, 'nan'], 'b': 'math.prod'}
     """
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if value is None or isinstance(value, (bool, int, float, str)):
+    value = plain(value)
+    if isinstance(value, float):
+        # Of a subclass, as numpy.float64, the number alone.
+        return float(value) if math.isfinite(value) else str(value)
+    if isinstance(value, int):
+        return value if isinstance(value, bool) else int(value)
+    if value is None or isinstance(value, str):
         return value
-    if isinstance(value, Tensor):
-        return value.tolist()
+    if hasattr(value, "tolist"):
+        # A tensor or an array.
+        return primitive(value.tolist())
     if isinstance(value, Mapping):
-        return {str(key): primitive(part) for key, part in value.items()}
+        return {str(plain(key)): primitive(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
         return [primitive(part) for part in value]
     if isinstance(value, os.PathLike):

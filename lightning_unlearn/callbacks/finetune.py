@@ -21,6 +21,15 @@ from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLR
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from lightning_unlearn.arguments import (
+    check_choice,
+    check_flag,
+    check_function,
+    check_names,
+    check_number,
+    check_text,
+    shown,
+)
 from lightning_unlearn.callbacks._base import PartitionConsumer, check_reloaded, probe, reading_of
 from lightning_unlearn.callbacks._lightning import (
     TrainDataSwap,
@@ -106,26 +115,16 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         lr_scheduler: MakeScheduler | None = None,
         restart_optimizer: bool = False,
     ) -> None:
-        if mode not in ("full", "layers"):
-            raise ValueError(f"Expected mode to be 'full' or 'layers', but got '{mode}'.")
-        if mode == "full" and layers is not None:
-            raise ValueError(f"Expected layers only with mode='layers', but got mode='full' and layers={layers}.")
-        if layers is not None and not layers:
-            raise ValueError("Expected layers to name at least one module, but got an empty list.")
-        if on_noisy not in get_args(OnNoisy):
-            raise ValueError(f"Expected on_noisy to be 'drop', 'weigh' or 'relabel', but got {on_noisy!r}.")
-        if not 0 < relabel_threshold <= 1:
-            raise ValueError(f"Expected relabel_threshold to lie in (0, 1], but got {relabel_threshold}.")
-        _check_optimizer_arguments(lr, optimizer, lr_scheduler, restart_optimizer)
-        self.mode = mode
-        self.layers = layers
-        self.on_noisy = on_noisy
-        self.relabel_threshold = relabel_threshold
-        self.reset_head = reset_head
-        self.lr = lr
+        self.mode = check_choice("mode", mode, ("full", "layers"))
+        self.layers = _checked_layers(self.mode, layers)
+        self.on_noisy: OnNoisy = check_choice("on_noisy", on_noisy, get_args(OnNoisy))
+        self.relabel_threshold = check_number("relabel_threshold", relabel_threshold, above=0, most=1)
+        self.reset_head = check_flag("reset_head", reset_head)
+        self.lr = None if lr is None else check_number("lr", lr, above=0)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
-        self.restart_optimizer = restart_optimizer
+        self.restart_optimizer = check_flag("restart_optimizer", restart_optimizer)
+        _check_optimizer_arguments(self.lr, optimizer, lr_scheduler, self.restart_optimizer)
         self._swap = TrainDataSwap()
         self._narrowed = NarrowedLoaders()
         self._relabelling = Relabelling()
@@ -605,11 +604,24 @@ def _remaining_epochs(trainer: Trainer) -> int | None:
     return None if trainer.max_epochs in (None, -1) else trainer.max_epochs - trainer.current_epoch
 
 
+def _checked_layers(mode: str, layers: Any) -> list[str] | None:
+    if mode == "full" and layers is not None:
+        raise ValueError(f"Expected layers only with mode='layers', but got mode='full' and layers={shown(layers)}.")
+    if layers is None:
+        return None
+    names = [layers] if isinstance(layers, str) else check_names("layers", layers, "dotted paths of modules")
+    if not names:
+        raise ValueError("Expected layers to name at least one module, but got an empty list.")
+    return [check_text("layers", name, "a list of dotted paths of modules") for name in names]
+
+
 def _check_optimizer_arguments(
     lr: float | None, optimizer: MakeOptimizer | None, lr_scheduler: MakeScheduler | None, restart_optimizer: bool
 ) -> None:
-    if lr is not None and lr <= 0:
-        raise ValueError(f"Expected lr to be greater than 0, but got {lr}.")
+    if optimizer is not None:
+        check_function("optimizer", optimizer, "from parameters to an optimizer, as torch.optim.AdamW")
+    if lr_scheduler is not None:
+        check_function("lr_scheduler", lr_scheduler, "from an optimizer to its schedule")
     if lr_scheduler is not None and lr is None and optimizer is None:
         raise ValueError("Expected lr or optimizer beside lr_scheduler, which schedules a fresh optimizer.")
     if restart_optimizer and (lr is not None or optimizer is not None):

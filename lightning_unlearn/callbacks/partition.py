@@ -10,9 +10,11 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_unlearn.arguments import check_choice, check_flag, check_number, check_path, check_text, check_whole
 from lightning_unlearn.callbacks._assembly import Cut, Judged, assemble, notes_of, objection_of
 from lightning_unlearn.callbacks._base import (
     IndexedBatch,
@@ -25,6 +27,7 @@ from lightning_unlearn.callbacks._evidence_pass import EvidencePass, make_attrib
 from lightning_unlearn.callbacks._judging import judge_share, share_memorised
 from lightning_unlearn.callbacks._lightning import (
     callbacks_of,
+    compute_device,
     is_fast_dev_run,
     log_values,
     move_behind_averages,
@@ -33,11 +36,8 @@ from lightning_unlearn.callbacks._lightning import (
 from lightning_unlearn.callbacks._partition_log import report_partition, report_round, warn_of_probabilities
 from lightning_unlearn.callbacks._partition_settings import (
     attributed_point,
-    check_epochs,
     check_max_epochs,
-    check_one_of,
     check_several_labels,
-    check_shares,
     early_point,
 )
 from lightning_unlearn.callbacks._provenance import copied, fit_record, provenance, settings_of, write_provenance
@@ -60,11 +60,14 @@ from lightning_unlearn.capture import (
 )
 from lightning_unlearn.distributed import sum_over_ranks
 from lightning_unlearn.finite import check_rows_left_out
-from lightning_unlearn.recipes import Recipe, get_recipe
+from lightning_unlearn.recipes import RECIPES, Recipe, get_recipe
+from lightning_unlearn.recipes.users import checking, trial
 from lightning_unlearn.review import Decided, Review, Table
 from lightning_unlearn.targets import Reading, SoftLabels, Task
 from lightning_unlearn.trajectory import PHASES, Trajectory
 from lightning_unlearn.types import LayerPoint, Partition, PartitionRound, RepairSummary
+
+_PATH = "the dotted path of a layer, or None"
 
 
 class AttributionPartitionCallback(UnlearnCallback):
@@ -170,23 +173,26 @@ class AttributionPartitionCallback(UnlearnCallback):
         logits_from: Callable[[Any], Tensor] | None = None,
         check_data: bool = True,
     ) -> None:
-        check_epochs(at_epoch, evidence_every_n_epochs, every_n_epochs)
-        check_one_of("evidence", evidence, ("training", "passes"))
-        check_one_of("action", action, ("act", "report"))
-        check_shares(threshold=threshold, min_class_share=min_class_share, stable_share=stable_share)
-        self.layer = layer
-        self.at_epoch = at_epoch
-        self.action = action
-        self.every_n_epochs = every_n_epochs
-        self.stable_share = stable_share
+        self.layer = None if layer is None else check_text("layer", layer, _PATH)
+        self.at_epoch = check_whole("at_epoch", at_epoch, least=1, meaning="the number of epochs on all the data")
+        self.action: str = check_choice("action", action, ("act", "report"))
+        self.every_n_epochs: int | None = None
+        if every_n_epochs is not None:
+            self.every_n_epochs = check_whole(
+                "every_n_epochs", every_n_epochs, least=1, meaning="or None for one partition"
+            )
+        self.stable_share = check_number("stable_share", stable_share, least=0, below=1)
         self.recipe: Recipe = get_recipe(recipe)
-        self.evidence = evidence
-        self.evidence_every_n_epochs = evidence_every_n_epochs
+        self._is_users_recipe = self.recipe not in RECIPES.values()
+        if self._is_users_recipe:
+            self.recipe = checking(self.recipe)
+        self.evidence: str = check_choice("evidence", evidence, ("training", "passes"))
+        self.evidence_every_n_epochs = check_whole("evidence_every_n_epochs", evidence_every_n_epochs, least=1)
         self.method = check_method(method)
-        self.input_layer = input_layer
-        self.threshold = threshold
-        self.min_class_share = min_class_share
-        self.review = review
+        self.input_layer = None if input_layer is None else check_text("input_layer", input_layer, _PATH)
+        self.threshold = check_number("threshold", threshold, above=0, below=1)
+        self.min_class_share = check_number("min_class_share", min_class_share, least=0, below=1)
+        self.review = None if review is None else check_path("review", review, "a table of decisions")
         self.reading = Reading(
             task=task,
             soft_labels=soft_labels,
@@ -194,7 +200,7 @@ class AttributionPartitionCallback(UnlearnCallback):
             batch_to_xy=batch_to_xy,
             logits_from=logits_from,
         )
-        self.check_data = check_data
+        self.check_data = check_flag("check_data", check_data)
         self._reader = TrainingPassReader(reading=self.reading, sink=self)
         self.reset()
 
@@ -369,6 +375,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         if self._trajectory is None and self._partition is None:
             self._trajectory = Trajectory(total * rows, self.reading.num_classes)
         self._rehearse(trainer, pl_module, first)
+        self._try_recipe(trainer, total)
         if self._reads_training:
             self._start_reading(trainer, pl_module, trace)
 
@@ -390,6 +397,15 @@ class AttributionPartitionCallback(UnlearnCallback):
             self._attributor(trainer, pl_module).rehearse(
                 first.x, first.label.clamp(min=0), rows=self.recipe.needs_rows
             )
+
+    def _try_recipe(self, trainer: Trainer, total: int) -> None:
+        if self._trajectory is None or not self._is_users_recipe:
+            return
+        with isolate_rng():
+            fault = trial(self.recipe, self._trajectory.basis, total, compute_device(trainer))
+        # Together, as the others would wait for a rank that has given up.
+        if trainer.strategy.reduce_boolean_decision(bool(fault), all=False):
+            raise ValueError(fault or f"Expected recipe '{self.recipe.name}' to judge, but it fails on another rank.")
 
     def _take_review(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._table is None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_unlearn.arguments import check_flag, check_names, check_number, check_text, check_whole
 from lightning_unlearn.callbacks._base import PartitionConsumer, probe
 from lightning_unlearn.callbacks._criteria import SENSITIVITY, Method, Ranking, Subject, rank_neurons
 from lightning_unlearn.callbacks._guard import Gauge, Outcome, make_gauge, prune_in_steps
@@ -93,21 +94,12 @@ class SensitivityPruneCallback(PartitionConsumer):
         guard_steps: int = 4,
         seed: int = 0,
     ) -> None:
-        if not 0 < amount < 1:
-            raise ValueError(f"Expected amount to lie in (0, 1), the share of neurons to prune, but got {amount}.")
-        if guard_tolerance < 0:
-            raise ValueError(f"Expected guard_tolerance to be at least 0, but got {guard_tolerance}.")
-        if guard_steps < 1:
-            raise ValueError(f"Expected guard_steps to be at least 1, but got {guard_steps}.")
-        names = [layer] if isinstance(layer, str) else layer
-        if names is not None and (not names or len(set(names)) < len(names)):
-            raise ValueError(f"Expected layer to name at least one layer, and each once, but got {layer}.")
-        self.layer = layer
-        self.amount = amount
+        self.layer = _checked_layer(layer)
+        self.amount = check_number("amount", amount, above=0, below=1, meaning="the share of neurons to prune")
         self.method = Method(criterion, regression, ridge, significance, seed)
-        self.guard = guard
-        self.guard_tolerance = guard_tolerance
-        self.guard_steps = guard_steps
+        self.guard = check_flag("guard", guard)
+        self.guard_tolerance = check_number("guard_tolerance", guard_tolerance, least=0)
+        self.guard_steps = check_whole("guard_steps", guard_steps, least=1)
         self.reset()
 
     @override
@@ -433,3 +425,14 @@ class SensitivityPruneCallback(PartitionConsumer):
         # Augmentation may show each rank another batch.
         silent = trainer.strategy.reduce_boolean_decision(silent, all=True)
         return site if silent else replace(site, layer=None, norm=None)
+
+
+def _checked_layer(layer: Any) -> str | list[str] | None:
+    if layer is None:
+        return None
+    if isinstance(layer, str):
+        return check_text("layer", layer, "the dotted path of a layer, or a list of them")
+    names = check_names("layer", layer, "dotted paths of layers")
+    if not names:
+        raise ValueError(f"Expected layer to name at least one layer, and each once, but got {layer}.")
+    return [check_text("layer", name, "a list of dotted paths of layers") for name in names]

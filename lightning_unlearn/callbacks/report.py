@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_unlearn.arguments import check_names, check_path, check_whole
 from lightning_unlearn.callbacks._base import PartitionConsumer, find_partition_source, reading_of
 from lightning_unlearn.callbacks._lightning import callbacks_of, is_fast_dev_run
 from lightning_unlearn.callbacks._packages import EitherCallback
@@ -79,13 +80,11 @@ class UnlearnReport(EitherCallback):
         channels: Literal["first", "last"] | None = None,
         sample_rate: int | None = None,
     ) -> None:
-        if samples < 0:
-            raise ValueError(f"Expected samples to be at least 0, but got {samples}.")
-        if isinstance(class_names, str):
-            raise ValueError(f"Expected class_names to be a list of names, but got the text {class_names!r}.")
-        self.dir = dir
-        self.class_names = None if class_names is None else [str(name) for name in class_names]
-        self.samples = samples
+        self.dir = None if dir is None else check_path("dir", dir, "a folder")
+        self.class_names = (
+            None if class_names is None else check_names("class_names", class_names, "names", each_once=False)
+        )
+        self.samples = check_whole("samples", samples)
         self.view = SampleView(render, mean, std, channels, sample_rate)
         self._reset()
 

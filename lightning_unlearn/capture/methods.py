@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from types import MappingProxyType
@@ -18,6 +17,7 @@ from captum.attr import (
 )
 from torch import Tensor, nn
 
+from lightning_unlearn.arguments import check_choice
 from lightning_unlearn.capture.calls import Forward
 from lightning_unlearn.capture.layers import per_neuron_magnitude, resolve_layer
 from lightning_unlearn.capture.recording import naming_what_is_not_recorded
@@ -155,13 +155,7 @@ def check_method(method: str) -> str:
     Raises:
         ValueError: if there is none of this name; the message lists all.
     """
-    if method not in ATTRIBUTION_METHODS:
-        near = difflib.get_close_matches(str(method), ATTRIBUTION_METHODS, n=1, cutoff=0.4)
-        raise ValueError(
-            f"Expected method to be one of {', '.join(map(repr, ATTRIBUTION_METHODS))}, but got {method!r}."
-            + (f" Did you mean {near[0]!r}?" if near else "")
-        )
-    return method
+    return check_choice("method", method, tuple(ATTRIBUTION_METHODS))  # type: ignore[no-any-return]  # one of them
 
 
 def _with_baseline(x: Any, method: str) -> tuple[Tensor, ...]:

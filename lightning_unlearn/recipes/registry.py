@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import entry_points
 from typing import Any
 
-from torch import Tensor
-
-from lightning_unlearn.functional.mixture import Reduce
+from lightning_unlearn.arguments import called, plain
 from lightning_unlearn.recipes.baselines import judge_argmax, judge_aum, judge_loss, judge_rlap
 from lightning_unlearn.recipes.judges import judge_auto, judge_input, judge_label
-from lightning_unlearn.recipes.verdict import Judge, Recipe, Verdict
-from lightning_unlearn.recipes.views import rival_of
-from lightning_unlearn.types import Evidence
+from lightning_unlearn.recipes.users import judge_of
+from lightning_unlearn.recipes.verdict import Recipe
 
 ENTRY_POINTS = "lightning_unlearn.recipes"
 """Group in which other packages offer recipes."""
@@ -43,11 +39,11 @@ def get_recipe(recipe: str | Recipe | Callable[..., Any]) -> Recipe:
     Args:
         recipe: a name of :data:`~lightning_unlearn.recipes.RECIPES`; a name in the entry-point group
             ``lightning_unlearn.recipes``; the dotted path of a function or a :class:`Recipe`; or one of these. A
-            function takes :class:`~lightning_unlearn.types.Evidence`, and, if it has a second parameter without a
-            default, the function that sums over ranks; it returns p(clean), (n,), or a :class:`Verdict`.
+            function takes :class:`~lightning_unlearn.types.Evidence`, and, if it has a second positional parameter
+            without a default, the function that sums over ranks; it returns p(clean), (n,), or a :class:`Verdict`.
 
     Raises:
-        ValueError: if there is none; the message lists those there are.
+        ValueError: if there is none, the message lists those there are; or for a function of other arguments.
         TypeError: if it is neither a name nor a function.
 
     Example:
@@ -59,7 +55,8 @@ def get_recipe(recipe: str | Recipe | Callable[..., Any]) -> Recipe:
     if isinstance(recipe, Recipe):
         return recipe
     if callable(recipe):
-        return Recipe(getattr(recipe, "__name__", type(recipe).__name__), _as_judge(recipe), needs_response=True)
+        return Recipe(called(recipe), judge_of(recipe), needs_response=True)
+    recipe = plain(recipe)
     if not isinstance(recipe, str):
         raise TypeError(
             f"Expected recipe to be a name, a dotted path or a function, but got a {type(recipe).__name__}."
@@ -91,34 +88,3 @@ def _import(path: str) -> Any:
     if not callable(found) and not isinstance(found, Recipe):
         raise ValueError(f"Expected recipe '{path}' to be a function, but it is a {type(found).__name__}.")
     return found
-
-
-def _as_judge(function: Callable[..., Any]) -> Judge:
-    """A user's function as a judge, its answer checked."""
-    # A second parameter with a default is a setting of the user's own.
-    parameters = [
-        parameter
-        for parameter in inspect.signature(function).parameters.values()
-        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY
-    ]
-    takes_reduce = len(parameters) > 1 and parameters[1].default is inspect.Parameter.empty
-    name = getattr(function, "__name__", type(function).__name__)
-
-    def judge(evidence: Evidence, reduce: Reduce) -> Verdict:
-        answer: Any = function(evidence, reduce) if takes_reduce else function(evidence)
-        verdict = answer if isinstance(answer, Verdict) else Verdict(answer, rival_of(evidence)[0])
-        probability: Any = verdict.clean_probability
-        shape = evidence.index.shape
-        if not isinstance(probability, Tensor) or probability.shape != shape:
-            found = tuple(probability.shape) if isinstance(probability, Tensor) else type(probability).__name__
-            raise ValueError(f"Expected recipe '{name}' to return p(clean) of shape {tuple(shape)}, but got {found}.")
-        illegal = ~((probability >= 0) & (probability <= 1)).all()
-        # Together, as the others would wait for a rank that has given up.
-        if reduce(illegal.double()).item() > 0:
-            here = (
-                f"they span {probability.min():.4g} to {probability.max():.4g}" if illegal else "another rank's do not"
-            )
-            raise ValueError(f"Expected recipe '{name}' to return probabilities in [0, 1], but {here}.")
-        return replace(verdict, clean_probability=probability.float())
-
-    return judge

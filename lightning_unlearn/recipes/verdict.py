@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_unlearn.arguments import check_flag, check_text, fault_of_call, shown
 from lightning_unlearn.functional.mixture import Reduce
 from lightning_unlearn.types import Evidence
 
@@ -74,6 +76,17 @@ class Recipe:
     needs_response: bool = False
     averages: bool = True
     soft: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", check_text("name", self.name, "a text, what the recipe goes by"))
+        judge: Any = self.judge
+        if fault := fault_of_call(judge, 2) if callable(judge) else "is none":
+            raise ValueError(
+                f"Expected judge of recipe '{self.name}' to be a function of the evidence and of the function that sums"
+                f" over ranks, but {shown(self.judge)} {fault}."
+            )
+        for name in ("needs_rows", "needs_response", "averages", "soft"):
+            object.__setattr__(self, name, check_flag(name, getattr(self, name)))
 
 
 def higher_component(score: Tensor, share: Tensor, weight: Tensor, reduce: Reduce) -> int | None:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
+from lightning_unlearn.arguments import check_choice, check_function, check_numbers, check_whole, shown
 from lightning_unlearn.report.media import Array, data_uri, png, shrunk, spectrogram, wav
 from lightning_unlearn.targets import LABEL_NAMES
 
@@ -47,14 +48,26 @@ class SampleView:
     sample_rate: int | None = None
 
     def __post_init__(self) -> None:
-        if self.render is not None and not callable(self.render):
-            raise ValueError(f"Expected render to be a function of a sample, but got {self.render!r}.")
-        if self.channels not in (None, "first", "last"):
-            raise ValueError(f"Expected channels to be 'first', 'last' or None, but got {self.channels!r}.")
+        if self.render is not None:
+            check_function("render", self.render, "from an item of the data set to what is shown of it")
+        plain: dict[str, Any] = {}
+        if self.channels is not None:
+            plain["channels"] = check_choice("channels", self.channels, ("first", "last"))
+        if self.sample_rate is not None:
+            plain["sample_rate"] = check_whole("sample_rate", self.sample_rate, least=1)
         if (self.mean is None) != (self.std is None):
-            raise ValueError(f"Expected mean and std together, but got mean={self.mean} and std={self.std}.")
-        if self.sample_rate is not None and self.sample_rate <= 0:
-            raise ValueError(f"Expected sample_rate to be positive, but got {self.sample_rate}.")
+            raise ValueError(
+                f"Expected mean and std together, but got mean={shown(self.mean)} and std={shown(self.std)}."
+            )
+        if self.mean is not None:
+            mean, std = check_numbers("mean", self.mean), check_numbers("std", self.std, above=0)
+            if len(mean) != len(std):
+                raise ValueError(
+                    f"Expected mean and std of as many channels, but got {len(mean)} and {len(std)} numbers."
+                )
+            plain |= {"mean": mean, "std": std}
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
 
     def card(self, sample: Any, budget: int) -> Card:
         """What is shown of a sample.

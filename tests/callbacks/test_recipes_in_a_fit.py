@@ -1,5 +1,7 @@
 """Recipes, methods and what they find, from the Trainer's end."""
 
+import dataclasses
+import functools
 import math
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 
 from lightning_unlearn import AttributionPartitionCallback
 from lightning_unlearn.capture import ATTRIBUTION_METHODS
-from lightning_unlearn.recipes import RECIPES
+from lightning_unlearn.recipes import RECIPES, Recipe, Verdict
 from tests.toys import Blobs, BlobsData, Toy, adamw, assert_same_weights, auroc, by_margin, convnet, fit, trio, weights
 
 
@@ -176,9 +178,72 @@ def _split(of):
         (lambda e: 2 * torch.ones_like(e.margin), r"recipe '<lambda>' to return probabilities in \[0, 1\], but they"),
         (lambda e: e.margin * torch.nan, r"recipe '<lambda>' to return probabilities in \[0, 1\]"),
         (lambda e: None, r"of shape \(203,\), but got NoneType"),
+        (lambda e: e.support.numpy(), r"of shape \(203,\), but got ndarray"),
+        (lambda e: torch.empty_like(e.support, device="meta"), "but it is on the device meta"),
+        (lambda e: e.support.to(torch.complex64), "real numbers, but it is torch.complex64"),
+        (lambda e: Verdict(e.support, e.label + 4), r"to return class labels in \[0, 3\], but they span 4 to 7"),
+        (lambda e: Verdict(e.support, e.label, e.margin * torch.nan), "as suggested_probability, but they span nan"),
+        (
+            lambda e: e.no_such_field,
+            "that were made up .* before the training, but it fails: AttributeError: .*no_such",
+        ),
     ],
-    ids=["shape", "range", "nan", "nothing"],
+    ids=["shape", "range", "nan", "nothing", "numpy", "meta", "complex", "label", "suggestion", "fails"],
 )
-def test_a_function_that_does_not_return_probabilities_is_told_so(answer, match):
+def test_a_recipe_that_cannot_judge_is_refused_before_the_first_step(answer, match):
+    module = Toy()
     with pytest.raises(ValueError, match=match):
-        fit(Toy(), BlobsData(Blobs()), [AttributionPartitionCallback(at_epoch=2, recipe=answer)], max_epochs=3)
+        fit(module, BlobsData(Blobs()), [AttributionPartitionCallback(at_epoch=2, recipe=answer)], max_epochs=3)
+    assert module.steps == 0
+
+
+def with_options(evidence, **options):
+    return (evidence.margin / options.get("scale", 4)).sigmoid()
+
+
+class Callable:
+    def __call__(self, evidence, *rest, scale=4, **options):
+        assert not rest
+        return with_options(evidence, scale=scale)
+
+    def method(self, evidence, reduce, *, scale=4):
+        assert reduce(evidence.weight.sum()) > 0
+        return with_options(evidence, scale=scale).double().requires_grad_()
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        with_options,
+        Callable(),
+        Callable().method,
+        functools.partial(with_options, scale=4),
+        lambda evidence, scale=4: with_options(evidence, scale=scale),
+        Recipe("mine", lambda evidence, reduce: Verdict(with_options(evidence), evidence.prediction)),
+    ],
+    ids=["kwargs", "object", "method", "partial", "lambda", "recipe"],
+)
+def test_whatever_can_be_called_with_evidence_is_a_recipe(recipe):
+    expected = partition_of(Blobs(101, image=True), recipe=lambda evidence: (evidence.margin / 4).sigmoid())
+    assert partition_of(Blobs(101, image=True), recipe=recipe).clean_probability.equal(expected.clean_probability)
+
+
+@pytest.mark.parametrize("task", ["multiclass", "input", "rows"])
+def test_the_trial_shows_what_the_recipe_will_see(task):
+    seen = []
+
+    def judge(evidence, reduce):
+        seen.append(evidence)
+        return Verdict(with_options(evidence), evidence.prediction)
+
+    recipe = Recipe("mine", judge, needs_rows=task == "rows", needs_response=task == "input")
+    torch.manual_seed(3)
+    partition_of(Blobs(300, image=True), recipe=recipe)
+    made_up, real = seen
+    assert len(made_up.index) == 256
+    for field in dataclasses.fields(made_up):
+        one, other = getattr(made_up, field.name), getattr(real, field.name)
+        assert (one is None) == (other is None), field.name
+        if one is not None:
+            assert one.dtype == other.dtype, field.name
+            assert one.ndim == other.ndim, field.name

@@ -233,3 +233,13 @@ def test_a_dry_run_says_so(tmp_path):
     fit(Toy(mlp), BlobsData(Blobs()), [UnlearnReport(tmp_path, samples=0), *callbacks], max_epochs=3)
     assert "neurons that would be pruned" in (tmp_path / "report.html").read_text()
     assert RunRecord.load(tmp_path).swaps == []
+
+
+def test_a_state_is_a_copy():
+    report = UnlearnReport()
+    report._curves = {"val_loss": [[0, 1.0]]}
+    state = report.state_dict()
+    report._curves["val_loss"].append([1, 0.5])
+    assert state == {"curves": {"val_loss": [[0, 1.0]]}}
+    state["curves"]["val_loss"].clear()
+    assert report.state_dict() == {"curves": {"val_loss": [[0, 1.0], [1, 0.5]]}}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import itertools
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,6 +17,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 from typing_extensions import override
 
 MIN_SAMPLES = 10
+_AT_THE_START = {"next_iter_state": None, "_initial_iter_for_state_dict": False}
 
 
 def check_loader(loaders: Any) -> DataLoader[Any]:
@@ -109,6 +112,8 @@ def apart(loader: DataLoader[Any]) -> DataLoader[Any]:
     other = copy.copy(loader)
     # Not through __init__, which a subclass may have changed; DataLoader refuses to have these set as attributes.
     other.__dict__.update(persistent_workers=False, in_order=True, _iterator=None)
+    # What torchdata's StatefulDataLoader is to go on from is for the user's iteration.
+    other.__dict__.update({name: value for name, value in _AT_THE_START.items() if name in other.__dict__})
     return other
 
 
@@ -221,7 +226,9 @@ class RememberedBatches(BatchSampler):
 
     @override
     def __iter__(self) -> RememberedIteration:
-        return RememberedIteration(self, iter(self._inner))
+        batches = iter(self._inner)
+        keeps_state = all(callable(getattr(batches, name, None)) for name in ("state_dict", "load_state_dict"))
+        return (_StatefulIteration if keeps_state else RememberedIteration)(self, batches)
 
     @override
     def __len__(self) -> int:
@@ -263,17 +270,21 @@ class RememberedIteration(Iterator[Any]):
     Args:
         owner: whose iteration it is.
         batches: the iterator of the user's batch sampler.
+
+    ``count`` is how many batches it has drawn.
     """
 
     def __init__(self, owner: RememberedBatches, batches: Iterator[Any]) -> None:
         self._owner = owner
-        self._batches = batches
+        self._batches: Any = batches
+        self.count = 0
         self._kept: deque[Any] = deque()
         self._first = 0  # the position of what has been kept longest
 
     @override
     def __next__(self) -> Any:
         batch = next(self._batches)
+        self.count += 1
         if self._owner.remembers:
             # A copy: who yields a list may fill it again.
             self._kept.append(tuple(batch) if isinstance(batch, list) else batch)
@@ -295,6 +306,16 @@ class RememberedIteration(Iterator[Any]):
             self._kept.popleft()
             self._first += 1
         return self._kept[0] if self._kept and self._first == position else None
+
+
+class _StatefulIteration(RememberedIteration):
+    """Of a batch sampler that can be resumed, as torchdata's: what it saves and loads is its own iterator's."""
+
+    def state_dict(self) -> Any:
+        return self._batches.state_dict()
+
+    def load_state_dict(self, state: Any) -> None:
+        self._batches.load_state_dict(state)
 
 
 def as_indices(batch: Any) -> Tensor | None:
@@ -352,6 +373,11 @@ def delivered_indices(iterator: Any, waiting: int = 0) -> Tensor | None:
 def delivered_batch(iterator: Any, waiting: int = 0) -> Any:
     """What :func:`delivered_indices` makes indices of, for who does so later; None where that is not known."""
     iteration = getattr(iterator, "_sampler_iter", None)
+    if isinstance(iteration, itertools.islice):
+        # As torchdata resumes what keeps no state of its own; it has no attribute for what it cuts.
+        iteration = next((held for held in gc.get_referents(iteration) if isinstance(held, RememberedIteration)), None)
     if not isinstance(iteration, RememberedIteration):
         return None
-    return iteration.batch(iterator._num_yielded - 1 - waiting)
+    # What torchdata's iterator had drawn before a checkpoint, its new iteration has not.
+    earlier = getattr(iterator, "_sampler_iter_yielded", iteration.count) - iteration.count
+    return iteration.batch(iterator._num_yielded - 1 - waiting - earlier)

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.utils.data import RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler
 from torch.utils.data.distributed import DistributedSampler
 
+_TORCHDATA = "torchdata.stateful_dataloader.sampler"
+
 Way = Literal["evenly", "with replacement", "without replacement"]
 """``"evenly"``: each index as often as its weight says; else by lot, one draw after the other."""
 
@@ -24,6 +26,8 @@ class Drawing:
         number: how many are drawn in an epoch, by all ranks together.
         way: of drawing. ``"without replacement"`` is that of a WeightedRandomSampler: by lot, none twice.
         shuffle: whether their order is random; where not, it is that of ``index``.
+        drop_last: whether what does not divide by the number of ranks is left out, not filled up with repeats.
+        seed: of the order, where the sampler has one of its own.
 
     Example:
         >>> drawing = evenly(torch.tensor([3, 5, 8]))
@@ -36,6 +40,8 @@ class Drawing:
     number: int
     way: Way = "evenly"
     shuffle: bool = True
+    drop_last: bool = False
+    seed: int | None = None
 
     def draw(self, generator: torch.Generator) -> Tensor:
         """The indices of one epoch, (number,) int64; where they are not drawn by lot, in the order of ``index``.
@@ -116,7 +122,8 @@ def drawing_of(sampler: Any, *, ranks: int = 1) -> Drawing | None:
     if isinstance(sampler, (list, tuple, range)):
         return evenly(torch.tensor(list(sampler), dtype=torch.int64), shuffle=False)
     if _draws_as(sampler, DistributedSampler):
-        return evenly(torch.arange(len(sampler.dataset)), shuffle=bool(sampler.shuffle))
+        drawing = evenly(torch.arange(len(sampler.dataset)), shuffle=bool(sampler.shuffle))
+        return replace(drawing, drop_last=bool(sampler.drop_last), seed=int(sampler.seed))
     if _draws_as(sampler, SequentialSampler):
         return evenly(torch.arange(len(sampler.data_source)), shuffle=False)
     if _draws_as(sampler, SubsetRandomSampler):
@@ -133,9 +140,12 @@ def drawing_of(sampler: Any, *, ranks: int = 1) -> Drawing | None:
 
 
 def _draws_as(sampler: Any, kind: type[Any]) -> bool:
-    return isinstance(sampler, kind) and all(
-        getattr(type(sampler), name) is getattr(kind, name) for name in ("__iter__", "__len__")
-    )
+    """Whether a sampler draws as one of torch's, which it may be, or torchdata's of that name, which can be resumed."""
+    definers = [
+        next((base for base in type(sampler).__mro__ if name in vars(base)), object) for name in ("__iter__", "__len__")
+    ]
+    names = (kind.__name__, f"Stateful{kind.__name__}")
+    return all(base is kind or (base.__module__ == _TORCHDATA and base.__name__ in names) for base in definers)
 
 
 def _by_lot(index: Tensor, weight: Tensor, number: int, replacement: bool, ranks: int) -> Drawing:

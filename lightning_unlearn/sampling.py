@@ -28,7 +28,7 @@ class CleanSubsetSampler(DistributedSampler[int]):
         drawing: which indices are drawn in an epoch, and how many.
         num_replicas: number of ranks.
         rank: of this process.
-        seed: the same on every rank.
+        seed: the same on every rank; that of the drawing, where it has one, comes first.
         leave_no_single: with a batch size: leave out one index of the epoch where the last batch would hold but one,
             on which batch norm cannot be trained. The size of the subset is not the user's choice.
         at_most: with a number: no more indices than that are drawn in an epoch, of all ranks together.
@@ -54,7 +54,16 @@ class CleanSubsetSampler(DistributedSampler[int]):
     ) -> None:
         self.drawing = drawing
         positions: Any = range(drawing.number)
-        super().__init__(positions, num_replicas=num_replicas, rank=rank, shuffle=drawing.shuffle, seed=seed)
+        super().__init__(
+            positions,
+            num_replicas=num_replicas,
+            rank=rank,
+            shuffle=drawing.shuffle,
+            seed=seed if drawing.seed is None else drawing.seed,
+            drop_last=drawing.drop_last,
+        )
+        # Of fewer indices than ranks none is left where the last ones are dropped; torch counts below zero.
+        self.num_samples = max(0, self.num_samples)
 
         size = leave_no_single or 1
         single = size > 1 and self.num_samples > size and self.num_samples % size == 1

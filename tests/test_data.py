@@ -466,3 +466,73 @@ def test_a_list_that_is_filled_again_is_remembered_as_it_was():
 def test_the_iterator_of_something_else_knows_no_indices():
     assert delivered_indices(iter([1, 2])) is None
     assert delivered_indices(iter(DataLoader(numbers(), batch_size=4))) is None
+
+
+# Resumed within an epoch, as torchdata's StatefulDataLoader does it.
+
+
+class Resumable:
+    """The iterator of a batch sampler that says how far it has come."""
+
+    def __init__(self, batches):
+        self.batches, self.at = batches, 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.at == len(self.batches):
+            raise StopIteration
+        self.at += 1
+        return self.batches[self.at - 1]
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
+
+
+class ResumableBatches:
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return Resumable(self.batches)
+
+
+class Iterator:
+    """What is looked at of torchdata's iterator, which is a batch ahead."""
+
+    def __init__(self, iteration, yielded=0):
+        self._sampler_iter, self._num_yielded, self._sampler_iter_yielded = iteration, yielded, yielded
+
+    def __next__(self):
+        while self._sampler_iter_yielded < self._num_yielded + 2:
+            next(self._sampler_iter)
+            self._sampler_iter_yielded += 1
+        self._num_yielded += 1
+        return delivered_indices(self).tolist()
+
+
+BATCHES = [[5, 3], [1, 0], [2, 4], [9, 7], [6, 8]]
+
+
+def test_what_keeps_its_state_is_resumed_and_known():
+    batches = RememberedBatches(ResumableBatches(BATCHES))
+    one = Iterator(iter(batches))
+    assert [next(one), next(one)] == BATCHES[:2]
+    state = one._sampler_iter.state_dict()
+    # The user's own state, which loads without us too.
+    assert state == {"at": 3}
+    again = Iterator(iter(batches), yielded=2)
+    again._sampler_iter.load_state_dict({"at": 2})
+    assert [next(again), next(again)] == BATCHES[2:4]
+
+
+def test_what_keeps_none_is_wound_forward_and_known():
+    batches = RememberedBatches(BATCHES)
+    assert not hasattr(iter(batches), "state_dict")
+    again = Iterator(itertools.islice(batches, 2, None), yielded=2)
+    assert [next(again), next(again)] == BATCHES[2:4]
+    assert delivered_indices(Iterator(itertools.islice(BATCHES, 2, None), yielded=2)) is None

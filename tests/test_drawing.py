@@ -224,3 +224,28 @@ def test_ten_tenths_are_one():
 def test_a_drawing_is_a_function_of_the_generator():
     drawing = Drawing(torch.arange(N), torch.rand(N, generator=seeded(1)).double(), 20, "with replacement")
     assert drawn(drawing, 3) == drawn(drawing, 3) != drawn(drawing, 4)
+
+
+def standing_for_torchdatas(name, base, **methods):
+    """A sampler that iterates by itself, as torchdata's do to be resumed."""
+    return type(name, (base,), {"__module__": "torchdata.stateful_dataloader.sampler", **methods})
+
+
+def test_torchdatas_samplers_draw_as_torchs_of_the_same_name():
+    methods = {"__iter__": lambda self: iter(range(N)), "__len__": lambda self: N}
+    random = standing_for_torchdatas("RandomSampler", RandomSampler, **methods)(range(N))
+    split = standing_for_torchdatas("StatefulDistributedSampler", DistributedSampler, __iter__=methods["__iter__"])
+    assert drawing_of(random).index.tolist() == list(range(N))
+    assert drawing_of(random).shuffle
+    assert drawing_of(split(range(N), num_replicas=1, rank=0, seed=4)).seed == 4
+    # Of the same name, but not torchdata's; and a class of the user's on top of it.
+    assert drawing_of(type("RandomSampler", (RandomSampler,), methods)(range(N))) is None
+    assert drawing_of(type("Own", (type(random),), {"__iter__": methods["__iter__"]})(range(N))) is None
+
+
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_a_distributed_samplers_own_settings_are_read(drop_last):
+    drawing = drawing_of(DistributedSampler(range(N), num_replicas=5, rank=2, seed=7, drop_last=drop_last))
+    few = drawing.narrowed(torch.tensor([1, 4, 5]))
+    for one in (drawing, few):
+        assert (one.drop_last, one.seed) == (drop_last, 7)

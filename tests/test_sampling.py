@@ -22,7 +22,7 @@ from lightning_unlearn.data import (
     forget_batches,
     remember_batches,
 )
-from lightning_unlearn.drawing import evenly
+from lightning_unlearn.drawing import drawing_of, evenly
 from lightning_unlearn.sampling import (
     CleanSubsetSampler,
     NarrowedLoaders,
@@ -474,3 +474,20 @@ def test_a_batch_of_one_that_cannot_be_left_out_is_known(number, replicas, size,
         )
         assert sampler.is_single == single
     assert not CleanSubsetSampler(evenly(indices), num_replicas=replicas, rank=0, seed=0).is_single
+
+
+@pytest.mark.parametrize("number", range(1, 11))
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_a_distributed_sampler_is_narrowed_to_what_it_would_draw_of_fewer(number, drop_last):
+    index = torch.arange(20, 20 + number)
+    for rank in range(3):
+        settings = {"num_replicas": 3, "rank": rank, "seed": 7, "drop_last": drop_last}
+        drawing = drawing_of(DistributedSampler(range(40), **settings)).narrowed(index)
+        ours = CleanSubsetSampler(drawing, num_replicas=3, rank=rank, seed=0)
+        theirs = DistributedSampler(range(number), **settings)
+        for epoch in (0, 3):
+            ours.set_epoch(epoch)
+            theirs.set_epoch(epoch)
+            drawn = [20 + position for position in theirs] if number >= 3 or not drop_last else []
+            assert list(ours) == drawn
+            assert len(ours) == len(drawn)

@@ -19,6 +19,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
 from typing_extensions import override
 
 from lightning_unlearn.arguments import (
@@ -230,10 +231,10 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
     @override
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.is_active:
-            # The seed that Lightning gives its own samplers.
-            self._seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
             loader = train_loader(trainer)
-            self._drawing(trainer, loader)
+            seed = self._drawing(trainer, loader).seed
+            # Without one of the user's, that which Lightning gives its own samplers.
+            self._seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
             _check_batch_sampler(loader)
             if self.on_noisy == "relabel" or self.reset_head:
                 self._check_head_and_labels(trainer, pl_module)
@@ -442,14 +443,19 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
     def _sampler(self, trainer: Trainer, loader: DataLoader[Any], draw: TrainingDraw) -> CleanSubsetSampler:
         batch_sampler: Any = loader.batch_sampler
         norms = any(isinstance(module, nn.modules.batchnorm._NormBase) for module in trainer.lightning_module.modules())
-        one_batch = batch_sampler.batch_size * trainer.world_size
+        own = self._narrowed.samplers_of(loader)[0]
+        # The user's own may split the data over other parts than the ranks, as where some ranks share a model.
+        replicas, rank = trainer.world_size, trainer.global_rank
+        if isinstance(own, DistributedSampler):
+            replicas, rank = own.num_replicas, own.rank
+        size = batch_sampler.batch_size
         return CleanSubsetSampler(
-            self._drawing(trainer, loader).narrowed(draw.index, draw.probability, at_least=one_batch),
-            num_replicas=trainer.world_size,
-            rank=trainer.global_rank,
+            self._drawing(trainer, loader).narrowed(draw.index, draw.probability, at_least=size * replicas),
+            num_replicas=replicas,
+            rank=rank,
             seed=self._seed,
-            leave_no_single=batch_sampler.batch_size if norms else None,
-            at_most=self._most_samples(trainer, batch_sampler.batch_size),
+            leave_no_single=size if norms else None,
+            at_most=self._most_samples(trainer, size * replicas),
         )
 
     def _drawing(self, trainer: Trainer, loader: DataLoader[Any]) -> Drawing:
@@ -459,10 +465,10 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         # Lightning shuffles what it splits.
         return replace(drawing, shuffle=drawing.shuffle or is_split)
 
-    def _most_samples(self, trainer: Trainer, batch_size: int) -> int | None:
+    def _most_samples(self, trainer: Trainer, at_once: int) -> int | None:
         """A schedule of steps was planned for the first subset: a larger one of a later round must not overrun it."""
         steps = any(config.interval == "step" for config in trainer.lr_scheduler_configs)
-        return self._planned_batches * batch_size * trainer.world_size if steps and self._planned_batches else None
+        return self._planned_batches * at_once if steps and self._planned_batches else None
 
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         draw = self._draw

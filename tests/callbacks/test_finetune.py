@@ -522,7 +522,7 @@ def test_a_distributed_sampler_of_the_user_is_narrowed_too():
     fit(Toy(), data, [partition, finetune, record])
     clean = partition.partition.clean_indices()
     for epoch in (2, 3):
-        sampler = CleanSubsetSampler(evenly(clean), num_replicas=1, rank=0, seed=0)
+        sampler = CleanSubsetSampler(evenly(clean), num_replicas=1, rank=0, seed=1)
         sampler.set_epoch(epoch)
         assert record.by_epoch[epoch] == list(sampler)
     assert isinstance(data.trainer.train_dataloader.sampler, DistributedSampler)

@@ -5,10 +5,12 @@ import itertools
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    DistributedSampler,
     RandomSampler,
     SubsetRandomSampler,
     WeightedRandomSampler,
@@ -17,6 +19,7 @@ from torch.utils.data import (
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback
 from lightning_unlearn.drawing import drawing_of
 from lightning_unlearn.sampling import CleanSubsetSampler
+from tests.callbacks.test_relabel import Noting
 from tests.test_data import Ahead, Elsewhere, OneForEver, Pairwise
 from tests.toys import Blobs, IndexRecorder, Toy, auroc, fit, trio
 
@@ -410,3 +413,70 @@ def test_where_no_weight_is_left_training_goes_on_with_all_and_says_so():
     with pytest.warns(UserWarning, match="do not fill one batch on each rank .drop_last, limit_train_batches, weights"):
         fit(Toy(), loader, [partition, CleanSubsetFinetuneCallback(), record], max_epochs=2)
     assert len(record.by_epoch[1]) == 64
+
+
+def test_what_a_distributed_sampler_of_the_user_says_holds_for_the_subset():
+    """It may split the data over other parts than the ranks, as where several ranks share a model."""
+    data, partition, _, finetune = Blobs(), *trio(AT)
+    sampler = DistributedSampler(data, num_replicas=4, rank=2, seed=11, drop_last=True)
+    record = IndexRecorder(data)
+    fit(Toy(), DataLoader(data, 16, sampler=sampler), [partition, finetune, record])
+    clean = partition.partition.clean_indices()
+    assert len(clean) % 4
+    again = DistributedSampler(clean, num_replicas=4, rank=2, seed=11, drop_last=True)
+    for epoch in (AT, AT + 1):
+        again.set_epoch(epoch)
+        drawn = [clean[position].item() for position in again]
+        # A batch of one is left out for the sake of batch norm.
+        assert record.by_epoch[epoch] == drawn[: len(drawn) - (len(drawn) % 16 == 1)]
+    assert finetune.record(partition.partition)["seed"] == 11
+
+
+# torchdata's loader, whose iterator has another layout and can be resumed within an epoch.
+
+
+def stateful(data, **kwargs):
+    module = pytest.importorskip("torchdata.stateful_dataloader")
+    return module.StatefulDataLoader(data, 16, shuffle=True, **kwargs)
+
+
+def stateful_over_torchs_batch_sampler(data):
+    module = pytest.importorskip("torchdata.stateful_dataloader")
+    sampler = RandomSampler(data, generator=torch.Generator().manual_seed(1))
+    return module.StatefulDataLoader(data, batch_sampler=BatchSampler(sampler, 16, False))
+
+
+STATEFUL = {
+    "shuffled": stateful,
+    "persistent workers": lambda data: stateful(data, num_workers=2, persistent_workers=True),
+    "torch's batch sampler": stateful_over_torchs_batch_sampler,
+}
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_a_stateful_loader_is_read_narrowed_relabelled_and_resumed_within_an_epoch(name, tmp_path):
+    data = Blobs()
+
+    def run(ckpt_path=None, callbacks=()):
+        module, ours = Noting(data), trio(AT, finetune={"on_noisy": "relabel"})
+        fit(module, STATEFUL[name](data), [*ours, *callbacks], ckpt_path=ckpt_path, enable_checkpointing=True)
+        return module, ours
+
+    kept = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=8)
+    _, (partition, _, finetune) = run(callbacks=[kept])
+    assert partition._reader.reason == ""
+    assert partition._epochs_seen == [1, 2]
+    assert finetune.is_active
+    for step in (8, 32, 40):
+        resumed, (partition, _, finetune) = run(tmp_path / f"step={step}.ckpt")
+        assert partition._epochs_seen == [1, 2]
+        assert_same_labels_as_drawn(resumed, finetune, data)
+        assert len(resumed.trained[step // 13]) == 203 - 16 * (step % 13)
+
+
+def assert_same_labels_as_drawn(module, finetune, data):
+    new = finetune.draw.new_label
+    for epoch, notes in module.trained.items():
+        for index, labels in notes.items():
+            relabelled = epoch >= AT and new[index] >= 0
+            assert labels == [(new if relabelled else data.y)[index].item()]

@@ -2,121 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lightning_unlearn.arguments import check_choice, check_function, check_number, plain
+from lightning_unlearn.batches import Layout, call_forward, split_batch
 
 Task = Literal["auto", "multiclass", "binary", "multilabel"]
 """The kinds of classification, by torchmetrics' names; ``"auto"``: as the first batch looks."""
 SoftLabels = Literal["refuse", "argmax"]
 """What becomes of labels that are probabilities."""
 
-LABEL_NAMES = ("labels", "label", "targets", "target", "y")
-"""Where labels lie in a batch with names, the first that is there."""
 IGNORED = -1
 """What a label is that is to be ignored."""
 
 _ILLEGAL = -2
 # Of a row of probabilities that is one class outright, in any floating-point precision.
 _ROUNDING = 1e-3
-
-
-def split_batch(batch: Any) -> tuple[Any, Tensor]:
-    """The input and the labels of a batch of a common kind.
-
-    Args:
-        batch: ``(x, y)``; ``(x1, x2, ..., y)``, several inputs; or a mapping, dataclass or named tuple that holds the
-            labels under one of :data:`LABEL_NAMES`.
-
-    Returns:
-        the input: ``x``; a tuple of several inputs; or a dict of all but the labels.
-
-    Raises:
-        TypeError: for any other batch.
-
-    Example:
-        >>> split_batch({"input_ids": torch.zeros(2, 3), "labels": torch.tensor([0, 1])})[1]
-        tensor([0, 1])
-    """
-    named = _named_values(batch)
-    if named is not None:
-        name = next((name for name in LABEL_NAMES if isinstance(named.get(name), Tensor)), None)
-        if name is not None:
-            return {key: value for key, value in named.items() if key != name}, cast("Tensor", named[name])
-        if not isinstance(batch, tuple):
-            raise TypeError(
-                f"Expected a batch with labels under one of the names {', '.join(map(repr, LABEL_NAMES))}, but it has"
-                f" {', '.join(map(repr, named)) or 'none'}; pass batch_to_xy=... to AttributionPartitionCallback, a"
-                " function from the batch to (x, y)."
-            )
-    if isinstance(batch, (tuple, list)) and len(batch) >= 2 and isinstance(batch[-1], Tensor):
-        return (batch[0] if len(batch) == 2 else tuple(batch[:-1])), batch[-1]
-    found = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else type(batch).__name__
-    raise TypeError(
-        f"Expected a batch (x, y) with a tensor of labels y, or a dict with labels, but got a {found}; pass"
-        " batch_to_xy=... to AttributionPartitionCallback, a function from the batch to (x, y)."
-    )
-
-
-def _named_values(batch: Any) -> dict[str, Any] | None:
-    if isinstance(batch, Mapping):
-        return dict(batch)
-    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        return {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-    return batch._asdict() if isinstance(batch, tuple) and hasattr(batch, "_asdict") else None
-
-
-def call_forward(module: nn.Module, x: Any) -> Any:
-    """Calls a model on the input that :func:`split_batch`, or a function of the user's, has found.
-
-    A dict goes to the parameters of ``forward`` by name, what ``forward`` does not name is left out; where it takes one
-    argument of another name, it gets the only value, or the whole dict.
-
-    Args:
-        module: the model.
-        x: a tensor, a tuple of positional arguments, or a dict.
-
-    Raises:
-        TypeError: if ``forward`` takes other arguments; the message names them.
-    """
-    # Of a compiled module the one inside: the wrapper's forward takes anything.
-    parameters = list(inspect.signature(getattr(module, "_orig_mod", module).forward).parameters.values())
-    if isinstance(x, tuple):
-        _check_positional(parameters, x)
-        return module(*x)
-    if not isinstance(x, dict):
-        return module(x)
-    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return module(**x)
-    required = [p.name for p in parameters if p.name in named and p.default is p.empty]
-    if set(required) <= set(x) and named & set(x):
-        return module(**{name: value for name, value in x.items() if name in named})
-    if len(required) <= 1 and named:
-        return module(next(iter(x.values())) if len(x) == 1 else x)
-    raise TypeError(
-        f"Expected a batch with {', '.join(map(repr, required))}, which forward takes, but besides the labels it has"
-        f" {', '.join(map(repr, x))}; pass batch_to_xy=... to AttributionPartitionCallback, a function from the batch"
-        " to (x, y) with x a tensor, or a tuple or dict of forward's arguments."
-    )
-
-
-def _check_positional(parameters: list[inspect.Parameter], x: tuple[Any, ...]) -> None:
-    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    required = [p for p in places if p.default is p.empty]
-    if len(x) < len(required) or (len(x) > len(places) and all(p.kind is not p.VAR_POSITIONAL for p in parameters)):
-        raise TypeError(
-            f"Expected as many inputs in a batch as forward takes, {len(required)}"
-            f"{f' to {len(places)}' if len(places) > len(required) else ''}, but besides the last, the labels, it has"
-            f" {len(x)}; pass batch_to_xy=... to AttributionPartitionCallback, a function from the batch to (x, y)."
-        )
 
 
 def logits_in(output: Any) -> Any:
@@ -150,7 +56,7 @@ class Reading:
         soft_labels: ``"refuse"`` labels that are probabilities, or take the class of the largest (``"argmax"``).
         ignore_index: a label that means none, as in ``torch.nn.functional.cross_entropy``, or NaN; None for no such
             label.
-        batch_to_xy: from a batch to the input and the labels, by default :func:`split_batch`.
+        batch_to_xy: from a batch to the input and the labels; by default that is seen at the first batch.
         logits_from: from what ``forward`` returns to logits, by default :func:`logits_in`.
 
     Raises:
@@ -169,9 +75,9 @@ class Reading:
         self.wanted: Task = check_choice("task", task, get_args(Task))
         self.soft_labels: SoftLabels = check_choice("soft_labels", soft_labels, get_args(SoftLabels))
         self.ignore_index = _checked_ignore_index(ignore_index)
-        self.split: Callable[[Any], tuple[Any, Tensor]] = split_batch
+        self.batch_to_xy = batch_to_xy
         if batch_to_xy is not None:
-            self.split = check_function("batch_to_xy", batch_to_xy, "from a batch to (x, y)")
+            self.batch_to_xy = check_function("batch_to_xy", batch_to_xy, "from a batch to (x, y)")
         self.logits_from: Callable[[Any], Any] = logits_in
         if logits_from is not None:
             self.logits_from = check_function("logits_from", logits_from, "from what forward returns to logits")
@@ -181,6 +87,15 @@ class Reading:
         """Unsettles what an earlier model's first batch has settled."""
         self._task: Task = "auto"
         self.num_outputs = 0
+        self.layout: Layout | None = None
+
+    def split(self, batch: Any) -> tuple[Any, Any]:
+        """The input and the labels of a batch: as ``batch_to_xy`` says, as settled, or as :func:`split_batch` does."""
+        if self.batch_to_xy is not None:
+            return self.batch_to_xy(batch)
+        if self.layout is not None and self.layout.fits(batch):
+            return self.layout.split(batch)
+        return split_batch(batch)
 
     @property
     def task(self) -> Task:
@@ -240,6 +155,12 @@ class Reading:
                 f" task='{'multiclass' if task == 'binary' else 'binary'}'."
             )
         self._task, self.num_outputs = task, outputs
+
+    def alike(self, output: Tensor, label: Any) -> Reading:
+        """Another reading with the same settings, settled by another first batch; see :meth:`settle`."""
+        other = Reading(task=self.wanted, soft_labels=self.soft_labels, ignore_index=self.ignore_index)
+        other.settle(output, label)
+        return other
 
     def _seen_task(self, outputs: int, label: Any) -> Task:
         if outputs == 1:

@@ -16,6 +16,7 @@ ALL_BELOW = MATH | {
     "finite",
     "trajectory",
     "capture",
+    "batches",
     "data",
     "targets",
     "review",
@@ -29,6 +30,7 @@ SHARED = {
     "callbacks._packages",
     "callbacks._provenance",
     "callbacks._base",
+    "callbacks._layouts",
     "callbacks._lightning",
     "callbacks._loggers",
     "callbacks._progress",
@@ -63,7 +65,8 @@ MAY_IMPORT = {
     "trajectory": MATH,
     "capture": MATH | {"capture"},
     "data": MATH,
-    "targets": {"arguments"},
+    "batches": set(),
+    "targets": {"arguments", "batches"},
     "drawing": set(),
     "sampling": MATH | {"data", "drawing"},
     "masking": MATH,
@@ -80,8 +83,10 @@ MAY_IMPORT = {
     "callbacks._training_pass": ALL_BELOW | {"callbacks._lightning"},
     "callbacks._strategies": {"callbacks._lightning", "callbacks._packages"},
     "callbacks._scoring": {"data", "callbacks._packages"},
+    "callbacks._layouts": ALL_BELOW,
     "callbacks._base": ALL_BELOW
     | {
+        "callbacks._layouts",
         "callbacks._lightning",
         "callbacks._packages",
         "callbacks._provenance",
@@ -116,7 +121,7 @@ MAY_IMPORT = {
     "callbacks.finetune": ALL_BELOW | SHARED | {"callbacks._relabel"},
     "callbacks.report": ALL_BELOW | SHARED | {"report"},
     "callbacks": ALL_BELOW | {"callbacks"},
-    "report": {"arguments", "types", "storage", "targets", "report"},
+    "report": {"arguments", "types", "storage", "batches", "targets", "report"},
 }
 # Who may know a package of others.
 MAY_KNOW = {

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
 
-from lightning_unlearn.targets import IGNORED, LABEL_NAMES, Reading, call_forward, logits_in, split_batch
+from lightning_unlearn.batches import LABEL_NAMES, call_forward, split_batch
+from lightning_unlearn.targets import IGNORED, Reading, logits_in
 
 X, Y = torch.zeros(2, 3), torch.tensor([0, 1])
 Named = namedtuple("Named", ["label", "image"])

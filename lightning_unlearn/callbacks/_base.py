@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from lightning_unlearn.callbacks._layouts import settle_layout
 from lightning_unlearn.callbacks._lightning import (
     callbacks_of,
     move_before_progress_bars,
@@ -348,10 +349,12 @@ def probe(trainer: Trainer, pl_module: LightningModule, source: PartitionSource)
         loader = scoring_loader(trainer)
         size = min(batch_size(loader), len(loader.dataset))  # type: ignore[arg-type]  # its length has been checked
         indices, batch = next(indexed_batches(loader, torch.arange(size), probing=True))
-        reading = reading_of(source)
-        x, label = reading.split(to_device(trainer, pl_module, batch))
-        trace = trace_forward(pl_module, lambda value: output_of(source, pl_module, value), x)
-    reading.settle(trace.output, label)
+        reading, batch = reading_of(source), to_device(trainer, pl_module, batch)
+
+        def traced(value: Any) -> ForwardTrace:
+            return trace_forward(pl_module, lambda x: output_of(source, pl_module, x), value)
+
+        trace, x, label = settle_layout(reading, pl_module, batch, len(indices), traced)
     label = reading.labels(label, len(indices))
     return trace, IndexedBatch(indices, torch.ones(len(indices), device=label.device), x, label)
 

@@ -129,7 +129,8 @@ class AttributionPartitionCallback(UnlearnCallback):
             and stays in training as it is; may be NaN; None for no such label.
         batch_to_xy: from a batch on the device to ``(x, y)``: the input of ``forward`` (a tensor, or a tuple or dict
             of its arguments) and the labels. By default a batch is ``(x, y)``, ``(x1, x2, ..., y)``, or a dict, named
-            tuple or dataclass with labels under a usual name (see :func:`~lightning_unlearn.targets.split_batch`).
+            tuple or dataclass with labels under a usual name (see :func:`~lightning_unlearn.batches.split_batch`); what
+            fits ``forward`` besides is found, such as ``(labels, text, offsets)``.
         logits_from: from what ``forward`` returns to logits; by default that itself, its ``logits``, or the first of
             a tuple.
         check_data: refuse to resume on training data of which more than a quarter of 16 sampled items have another
@@ -302,7 +303,7 @@ class AttributionPartitionCallback(UnlearnCallback):
             "task": self.reading.wanted,
             "soft_labels": self.reading.soft_labels,
             "ignore_index": self.reading.ignore_index,
-            "batch_to_xy": self.reading.split,
+            "batch_to_xy": self.reading.batch_to_xy,
             "logits_from": self.reading.logits_from,
         }
         return settings_of(self, recipe=self.recipe.name, **reading)

@@ -255,9 +255,10 @@ def collated(change):
     [
         (lambda x, y: {"x": x, "cls": y}, TypeError, "labels under one of .* but it has 'x', 'cls'; pass batch_to"),
         (
-            lambda x, y: (x, y, y),
+            lambda x, y: (x[:, :3], y),
             TypeError,
-            "inputs in a batch as forward takes, 1, but .* it has 2; pass batch_to_xy=",
+            r"Toy to take .* called as forward\(batch\[0\]\), with batch\[1\] as labels, it raised RuntimeError: mat1"
+            r" .* pass batch_to_xy=lambda batch: \(batch\[0\], batch\[1\]\) to",
         ),
         (lambda x, y: {"x": x, "z": x, "y": [0] * len(y)}, TypeError, "but it has 'x', 'z', 'y'; pass batch_to"),
         (lambda x, y: x, TypeError, "but got a Tensor of 8; pass batch_to"),
@@ -270,7 +271,16 @@ def collated(change):
         ),
         (lambda x, y: (x, y - 1), ValueError, r"labels in \[0, 4\), .* but found -1 in the batch"),
     ],
-    ids=["dict", "triple", "list", "no labels", "float labels", "label matrix", "label too large", "negative label"],
+    ids=[
+        "dict",
+        "other shape",
+        "list",
+        "no labels",
+        "float labels",
+        "label matrix",
+        "label too large",
+        "negative label",
+    ],
 )
 def test_batches_that_are_not_inputs_and_labels(change, error, match):
     refused(error, match, [AttributionPartitionCallback(at_epoch=2)], data=collated(change))

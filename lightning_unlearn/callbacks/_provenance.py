@@ -24,18 +24,20 @@ VERSION = 1
 _PACKAGES = ("torch", "lightning", "pytorch-lightning", "captum", "torchmetrics", "numpy")
 
 
-def fit_record(from_epoch: int, ranks: int, settings: Mapping[str, Any]) -> dict[str, Any]:
+def fit_record(from_epoch: int, ranks: int, batch_size: int | None, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What a fit, or the rest of one that goes on from a checkpoint, is made with.
 
     Args:
         from_epoch: the first, counted from 0.
         ranks: how many processes.
+        batch_size: of each; None where batches do not say.
         settings: of each callback of ours, by its name.
     """
     seed = os.environ.get("PL_GLOBAL_SEED")
     return {
         "from_epoch": from_epoch,
         "ranks": ranks,
+        "batch_size": batch_size,
         "seed": None if seed is None else int(seed),
         "versions": versions(_PACKAGES),
         "settings": dict(settings),

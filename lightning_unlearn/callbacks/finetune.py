@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal, get_args
@@ -17,7 +16,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 from typing_extensions import override
@@ -41,6 +40,13 @@ from lightning_unlearn.callbacks._lightning import (
     planned_epochs,
     rewrap_ddp,
     users_sampler,
+)
+from lightning_unlearn.callbacks._optimizers import (
+    before_schedules,
+    check_groups,
+    check_steps_left,
+    forget_schedule,
+    groups_of,
 )
 from lightning_unlearn.callbacks._packages import MisconfigurationException
 from lightning_unlearn.callbacks._provenance import copied
@@ -142,6 +148,13 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         self._first_epoch = 0
         # Batches of the first epoch after the swap, for which a schedule of steps may be planned.
         self._planned_batches = 0
+        # How many samples of all ranks were a step then.
+        self._planned_size = 0
+        # Which argument has made the optimizer, and whether lr_scheduler its schedule; and what it looks like in the
+        # checkpoint that a fit goes on from.
+        self._made_by = ""
+        self._is_scheduled = False
+        self._saved_groups: list[list[tuple[int, set[str]]]] = []
         self._frozen: dict[str, list[str]] = {"parameters": [], "norms": []}
         self._remaining: int | None = None
         self._epoch_started: float | None = None
@@ -238,6 +251,12 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
             _check_batch_sampler(loader)
             if self.on_noisy == "relabel" or self.reset_head:
                 self._check_head_and_labels(trainer, pl_module)
+        elif self.on_noisy == "relabel" and self.draw.new_label is None:
+            # Of another setting, or another round, than those to come.
+            self._check_head_and_labels(trainer, pl_module)
+        if self.is_active and self._at_once(trainer) != self._planned_size:
+            check_steps_left(trainer, _remaining_epochs(trainer), self._planned_size)
+            self._plan(trainer)
         if self._makes_optimizer and not self.restart_optimizer and len(trainer.optimizers) != 1:
             raise MisconfigurationException(
                 "CleanSubsetFinetuneCallback can make a fresh optimizer in place of one, but the module has"
@@ -298,10 +317,29 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
     def resume(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.is_active:
             self.refuse_dry_run()
+            self._check_goes_on()
             self._leave_loader(trainer)
             self._attach(trainer, pl_module)
             self._train_from_here(trainer, pl_module)
+            if self._made_by and not shards_weights(trainer):
+                check_groups(trainer.optimizers, self._saved_groups)
             self._swap.ask_again(trainer)
+
+    def _check_goes_on(self) -> None:
+        """Refuses to go on without the functions that have made the checkpoint's optimizer and its schedule."""
+        needed = {"optimizer": self._made_by == "optimizer" and self.optimizer is None}
+        needed["lr_scheduler"] = self._is_scheduled and self.lr_scheduler is None
+        missing = [name for name, is_missing in needed.items() if is_missing]
+        if missing:
+            raise MisconfigurationException(
+                f"The checkpoint is of a fine-tuning with {' and '.join(missing)}, but CleanSubsetFinetuneCallback has"
+                " none now; give the same again, or resume from a checkpoint of before the partition."
+            )
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        self._saved_groups = groups_of(checkpoint.get("optimizer_states", ()))
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -330,6 +368,9 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
             "first_epoch": self._first_epoch,
             "draw": None if self._draw is None else copied(self._draw.state_dict()),
             "planned_batches": self._planned_batches,
+            "planned_size": self._planned_size,
+            "made_by": self._made_by,
+            "is_scheduled": self._is_scheduled,
             "frozen": {kind: list(names) for kind, names in self._frozen.items()},
             "remaining": self._remaining,
             "seed": self._seed,
@@ -347,6 +388,9 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         self._first_epoch = state["first_epoch"]
         self._draw = None if state["draw"] is None else TrainingDraw(**copied(state["draw"]))
         self._planned_batches = state["planned_batches"]
+        self._planned_size = state.get("planned_size", 0)
+        asked = self._asked_of_optimizer if self.is_active else ("", False)
+        self._made_by, self._is_scheduled = state.get("made_by", asked[0]), state.get("is_scheduled", asked[1])
         self._frozen = {kind: list(names) for kind, names in state["frozen"].items()}
         self._remaining = state["remaining"]
         self._seed = state["seed"]
@@ -354,6 +398,17 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
     @property
     def _makes_optimizer(self) -> bool:
         return self.lr is not None or self.optimizer is not None or self.restart_optimizer
+
+    @property
+    def _asked_of_optimizer(self) -> tuple[str, bool]:
+        """Which argument makes the optimizer, empty for none; and whether ``lr_scheduler`` makes its schedule."""
+        made_by = {"restart_optimizer": self.restart_optimizer, "lr": self.lr is not None}
+        made_by["optimizer"] = self.optimizer is not None
+        return next((name for name in reversed(made_by) if made_by[name]), ""), self.lr_scheduler is not None
+
+    def _plan(self, trainer: Trainer) -> None:
+        """Notes for how many batches of which size a schedule of steps is planned."""
+        self._planned_batches, self._planned_size = len(train_loader(trainer)), self._at_once(trainer)
 
     def _start(self, trainer: Trainer, pl_module: LightningModule, draw: TrainingDraw) -> None:
         if not self._fills_batches(trainer, draw):
@@ -367,7 +422,8 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
             self._remaining = _remaining_epochs(trainer)
             self._attach(trainer, pl_module)
             # Before limit_train_batches, which is applied to what a loader has whenever it is loaded again.
-            self._planned_batches = len(train_loader(trainer))
+            self._plan(trainer)
+            self._made_by, self._is_scheduled = self._asked_of_optimizer
             self._train_from_here(trainer, pl_module)
             # Last, since nothing brings the old weights back.
             if self.reset_head:
@@ -398,6 +454,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
             strategy.optimizers, strategy.lr_scheduler_configs = optimizers, schedules
             torch.set_rng_state(random_state)
             self._draw, self._first_epoch, self._planned_batches, self._remaining = None, 0, 0, None
+            self._made_by, self._is_scheduled = "", False
             self._frozen = {"parameters": [], "norms": []}
             raise
 
@@ -443,11 +500,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
     def _sampler(self, trainer: Trainer, loader: DataLoader[Any], draw: TrainingDraw) -> CleanSubsetSampler:
         batch_sampler: Any = loader.batch_sampler
         norms = any(isinstance(module, nn.modules.batchnorm._NormBase) for module in trainer.lightning_module.modules())
-        own = self._narrowed.samplers_of(loader)[0]
-        # The user's own may split the data over other parts than the ranks, as where some ranks share a model.
-        replicas, rank = trainer.world_size, trainer.global_rank
-        if isinstance(own, DistributedSampler):
-            replicas, rank = own.num_replicas, own.rank
+        replicas, rank = self._part_of(trainer, loader)
         size = batch_sampler.batch_size
         return CleanSubsetSampler(
             self._drawing(trainer, loader).narrowed(draw.index, draw.probability, at_least=size * replicas),
@@ -457,6 +510,21 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
             leave_no_single=size if norms else None,
             at_most=self._most_samples(trainer, size * replicas),
         )
+
+    def _part_of(self, trainer: Trainer, loader: DataLoader[Any]) -> tuple[int, int]:
+        """Into how many parts the data are split, and which of them this rank draws."""
+        own = self._narrowed.samplers_of(loader)[0]
+        # The user's own may split the data over other parts than the ranks, as where some ranks share a model.
+        if isinstance(own, DistributedSampler):
+            return own.num_replicas, own.rank
+        return trainer.world_size, trainer.global_rank
+
+    def _at_once(self, trainer: Trainer) -> int:
+        """How many samples the ranks' batches hold together."""
+        loader = train_loader(trainer)
+        batch_sampler: Any = loader.batch_sampler
+        size: int = batch_sampler.batch_size
+        return size * self._part_of(trainer, loader)[0]
 
     def _drawing(self, trainer: Trainer, loader: DataLoader[Any]) -> Drawing:
         """How the user's loader draws, also while it is narrowed."""
@@ -468,7 +536,8 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
     def _most_samples(self, trainer: Trainer, at_once: int) -> int | None:
         """A schedule of steps was planned for the first subset: a larger one of a later round must not overrun it."""
         steps = any(config.interval == "step" for config in trainer.lr_scheduler_configs)
-        return self._planned_batches * at_once if steps and self._planned_batches else None
+        # A fit that goes on with batches of another size has other steps: no sample is left out for the old ones.
+        return self._planned_batches * at_once if steps and at_once == self._planned_size else None
 
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         draw = self._draw
@@ -544,7 +613,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         self._hold_modes(pl_module)
         if self._frozen["parameters"]:
             rewrap_ddp(trainer)
-        if self._makes_optimizer:
+        if self._made_by:
             self._make_optimizer(trainer, pl_module)
 
     def _hold_modes(self, pl_module: LightningModule) -> None:
@@ -553,19 +622,19 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
             module.eval()
 
     def _make_optimizer(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        with _before_schedules() as given:
-            if self.optimizer is None:
+        with before_schedules() as given:
+            if self._made_by != "optimizer" or self.optimizer is None:
                 with planned_epochs(trainer, self._remaining):
                     trainer.strategy.setup_optimizers(trainer)
             else:
                 trained = [p for p in pl_module.parameters() if p.requires_grad]
                 trainer.strategy.optimizers = [self.optimizer(trained)]
-        if self.restart_optimizer:
+        if self._made_by == "restart_optimizer":
             return
         optimizer = trainer.strategy.optimizers[0]
-        _forget_schedule(optimizer, given, self.lr)
+        forget_schedule(optimizer, given, self.lr)
         schedulers = []
-        if self.lr_scheduler is not None:
+        if self._is_scheduled and self.lr_scheduler is not None:
             schedulers.append(LRSchedulerConfig(self.lr_scheduler(optimizer)))
         trainer.strategy.lr_scheduler_configs = schedulers
 
@@ -632,54 +701,6 @@ def _check_optimizer_arguments(
         raise ValueError("Expected lr or optimizer beside lr_scheduler, which schedules a fresh optimizer.")
     if restart_optimizer and (lr is not None or optimizer is not None):
         raise ValueError("Expected restart_optimizer without lr and optimizer, which make a fresh optimizer anyway.")
-
-
-@contextmanager
-def _before_schedules() -> Iterator[dict[int, dict[str, Any]]]:
-    """Notes what each parameter group holds before a scheduler that also sets the momentum writes into it.
-
-    Yields:
-        the groups' values, by the ``id`` of the group.
-    """
-    given: dict[int, dict[str, Any]] = {}
-    made = {kind: kind.__init__ for kind in (OneCycleLR, CyclicLR)}
-
-    def noting(make: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(make)
-        def init(self: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
-            for group in getattr(optimizer, "param_groups", ()):
-                given.setdefault(id(group), {key: value for key, value in group.items() if key != "params"})
-            make(self, optimizer, *args, **kwargs)
-
-        return init
-
-    try:
-        for kind, make in made.items():
-            kind.__init__ = noting(make)  # type: ignore[method-assign]
-        yield given
-    finally:
-        for kind, make in made.items():
-            kind.__init__ = make  # type: ignore[method-assign]
-
-
-def _forget_schedule(optimizer: Optimizer, given: Mapping[int, Mapping[str, Any]], lr: float | None) -> None:
-    """Undoes what a scheduler that is dropped has written into the optimizer when it was made.
-
-    What only schedules read stays, since a fit may go on from a checkpoint without this callback, and so with that
-    schedule: from the learning rate of here.
-
-    Args:
-        optimizer: a fresh one.
-        given: what its groups held before; see :func:`_before_schedules`.
-        lr: that each group is to have; None for that which it has.
-    """
-    for group in optimizer.param_groups:
-        before = given.get(id(group), {})
-        group.update({key: before[key] for key in ("momentum", "betas") if key in before})
-        if lr is not None:
-            group["lr"] = lr
-        if "initial_lr" in group:
-            group["initial_lr"] = group["lr"]
 
 
 def _check_schedule(make: MakeScheduler | None) -> None:

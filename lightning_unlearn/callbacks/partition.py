@@ -42,6 +42,7 @@ from lightning_unlearn.callbacks._partition_settings import (
 )
 from lightning_unlearn.callbacks._provenance import copied, fit_record, provenance, settings_of, write_provenance
 from lightning_unlearn.callbacks._recognise import check_same_labels, check_same_size, recognise_data, same_task
+from lightning_unlearn.callbacks._resuming import what_holds
 from lightning_unlearn.callbacks._reviewing import check_agrees, fit_to_data, open_review
 from lightning_unlearn.callbacks._saying import rank_zero_info
 from lightning_unlearn.callbacks._scoring import (
@@ -419,9 +420,26 @@ class AttributionPartitionCallback(UnlearnCallback):
     def _note_fit(self, trainer: Trainer) -> None:
         """Notes what this fit is made with, once."""
         settings = {type(one).__name__: one.settings() for one in (self, *self._partners)}
-        fit = fit_record(trainer.current_epoch, trainer.world_size, settings)
+        size = getattr(train_loader(trainer).batch_sampler, "batch_size", None)
+        fit = fit_record(trainer.current_epoch, trainer.world_size, size if isinstance(size, int) else None, settings)
         # Another callback may have asked first.
-        self._fits += [fit] if self._fits[-1:] != [fit] else []
+        if self._fits[-1:] == [fit]:
+            return
+        self._say_what_holds(fit)
+        self._fits.append(fit)
+
+    def _say_what_holds(self, fit: dict[str, Any]) -> None:
+        if not self._fits:
+            return
+        said = what_holds(
+            self._fits[-1],
+            fit,
+            partition=self._partition,
+            epochs_seen=len(self._epochs_seen),
+            may_be_drawn_again=self.every_n_epochs is not None and self._trajectory is not None,
+        )
+        if said:
+            rank_zero_info(said)
 
     def _decided(self, judged: Sequence[Judged], label: Tensor) -> Decided | None:
         """What a person has decided of each sample; None where nobody has."""
@@ -553,7 +571,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         self._say_cost(trainer)
         # A pass that failed, in a fit that goes on, is not counted besides this one.
         self._trajectory_in_use.drop()
-        if epoch < self.at_epoch:
+        if self._is_before_the_first(epoch):
             share = self._observe_pass(trainer, pl_module)
             self._merge(trainer, pl_module, epoch, len(share["label"]))
         else:
@@ -561,6 +579,10 @@ class AttributionPartitionCallback(UnlearnCallback):
         if epoch not in self._epochs_seen:
             self._epochs_seen.append(epoch)
         log_values(pl_module, {"unlearn/seconds_pass": time.perf_counter() - started})
+
+    def _is_before_the_first(self, epoch: int) -> bool:
+        """Whether no partition is to be drawn yet; one of a checkpoint may be older than ``at_epoch``."""
+        return self._partition is None and epoch < self.at_epoch
 
     def _say_cost(self, trainer: Trainer) -> None:
         """Says before the first pass what bounds its time; other methods pass through the network many times."""
@@ -718,7 +740,7 @@ class AttributionPartitionCallback(UnlearnCallback):
 
     def _observe_pass(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor]:
         """Passes over this rank's share of the training set; see :meth:`EvidencePass.run`."""
-        is_last = trainer.current_epoch >= self.at_epoch
+        is_last = not self._is_before_the_first(trainer.current_epoch)
         early = self._early if is_last else None
         attributor = self._attributor(trainer, pl_module, () if early is None else (early,))
         found = EvidencePass(self, attributor, self._trajectory_in_use, is_last, self.recipe.needs_rows, early)

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, WeightedRandomSampler
 
 from lightning_unlearn import AttributionPartitionCallback, UnlearnReport
 from tests.callbacks import test_training_evidence as evidence
+from tests.callbacks.test_resumed_otherwise import per_step
 from tests.callbacks.test_training_pass import BATCH, Coded, Net
 from tests.toys import Blobs, BlobsData, IndexRecorder, Toy, fit, mlp, trio, weights
 
@@ -72,6 +74,9 @@ def run(folder, devices, scenario):
     if scenario == "evidence":
         run_evidence(folder, distributed)
         return
+    if scenario == "resumed":
+        run_resumed(folder, devices, distributed)
+        return
     loader = {}
     if scenario.startswith("weighted"):
         loader = {"shuffle": None, "sampler": WeightedRandomSampler(weights_of(data), 150)}
@@ -105,6 +110,24 @@ def run(folder, devices, scenario):
         },
         folder / f"{scenario}-{devices}-{trainer.global_rank}.pt",
     )
+
+
+def run_resumed(folder, devices, distributed):
+    """Goes on from a checkpoint of the other number of processes, where there is one, and leaves one of its own."""
+    other = folder / f"resumed-{3 - devices}.ckpt"
+    data, keep = BlobsData(Blobs(101), by_epoch=devices == 1), ModelCheckpoint(folder, filename=f"resumed-{devices}")
+    record, (partition, _, finetune) = IndexRecorder(data.train), trio(2)
+    trainer = fit(
+        Toy(optimizer=per_step),
+        data,
+        [partition, finetune, record, keep],
+        ckpt_path=other if other.exists() else None,
+        max_epochs=6 if devices == 2 else 4 + 4 * other.exists(),
+        enable_checkpointing=True,
+        **distributed,
+    )
+    found = {"clean": partition.partition.clean_indices(), "read": record.by_epoch}
+    torch.save(found, folder / f"resumed-{devices}-{trainer.global_rank}.rank")
 
 
 def run_evidence(folder, distributed):

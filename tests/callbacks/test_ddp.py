@@ -29,7 +29,9 @@ def launch(folder, *scenarios):
 def launched(tmp_path_factory):
     """The folder in which the ranks saved what they have, and how the process ended; the last scenario is to fail."""
     folder = tmp_path_factory.mktemp("ddp")
-    return folder, launch(folder, *SCENARIOS, "evidence", "fails")
+    # A checkpoint of one process, for two to go on from.
+    run(folder, 1, "resumed")
+    return folder, launch(folder, *SCENARIOS, "evidence", "resumed", "fails")
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +131,20 @@ def test_the_ranks_share_a_weighted_draw_of_what_is_clean(ranks, scenario, ranks
             sampler.set_epoch(epoch)
             assert ranks[scenario][rank]["read"][epoch] == list(sampler)
             assert len(sampler) == -(-number // 2)
+
+
+def test_on_other_devices_than_those_of_its_checkpoint_a_fit_leaves_nothing_out(launched):
+    """From one process to two, and back: with a schedule of steps, for which batches are planned."""
+    folder, done = launched
+    ranks = [torch.load(folder / f"resumed-2-{rank}.rank", weights_only=True) for rank in range(2)]
+    clean = ranks[0]["clean"].tolist()
+    assert sorted(ranks[0]["read"]) == [4, 5], done.stderr[-4000:]
+    for epoch in (4, 5):
+        assert {index for rank in ranks for index in rank["read"][epoch]} == set(clean)
+        assert [len(rank["read"][epoch]) for rank in ranks] == [(len(clean) + 1) // 2] * 2
+    run(folder, 1, "resumed")
+    alone = torch.load(folder / "resumed-1-0.rank", weights_only=True)
+    assert {epoch: sorted(read) for epoch, read in alone["read"].items()} == {6: clean, 7: clean}
 
 
 def test_layers_before_the_pruned_one_are_frozen(ranks):

@@ -1,0 +1,148 @@
+"""Fresh optimizers: what their groups had before a schedule, and whether they are those of a checkpoint."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from lightning.pytorch import Trainer
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
+
+from lightning_unlearn.callbacks._packages import MisconfigurationException
+
+# What schedules write into parameter groups for themselves.
+_OF_SCHEDULES = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum"}
+
+
+@contextmanager
+def before_schedules() -> Iterator[dict[int, dict[str, Any]]]:
+    """Notes what each parameter group holds before a scheduler that also sets the momentum writes into it.
+
+    Yields:
+        the groups' values, by the ``id`` of the group.
+    """
+    given: dict[int, dict[str, Any]] = {}
+    made = {kind: kind.__init__ for kind in (OneCycleLR, CyclicLR)}
+
+    def noting(make: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(make)
+        def init(self: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+            for group in getattr(optimizer, "param_groups", ()):
+                given.setdefault(id(group), {key: value for key, value in group.items() if key != "params"})
+            make(self, optimizer, *args, **kwargs)
+
+        return init
+
+    try:
+        for kind, make in made.items():
+            kind.__init__ = noting(make)  # type: ignore[method-assign]
+        yield given
+    finally:
+        for kind, make in made.items():
+            kind.__init__ = make  # type: ignore[method-assign]
+
+
+def forget_schedule(optimizer: Optimizer, given: Mapping[int, Mapping[str, Any]], lr: float | None) -> None:
+    """Undoes what a scheduler that is dropped has written into the optimizer when it was made.
+
+    What only schedules read stays, since a fit may go on from a checkpoint without this callback, and so with that
+    schedule: from the learning rate of here.
+
+    Args:
+        optimizer: a fresh one.
+        given: what its groups held before; see :func:`before_schedules`.
+        lr: that each group is to have; None for that which it has.
+    """
+    for group in optimizer.param_groups:
+        before = given.get(id(group), {})
+        group.update({key: before[key] for key in ("momentum", "betas") if key in before})
+        if lr is not None:
+            group["lr"] = lr
+        if "initial_lr" in group:
+            group["initial_lr"] = group["lr"]
+
+
+def groups_of(states: Iterable[Mapping[str, Any]]) -> list[list[tuple[int, set[str]]]]:
+    """Of each optimizer in a checkpoint, how many parameters each group has, and what its options are called.
+
+    Args:
+        states: the optimizers' ``state_dict``.
+    """
+    return [
+        [(len(group["params"]), set(group) - _OF_SCHEDULES - {"params"}) for group in state.get("param_groups", ())]
+        for state in states
+    ]
+
+
+def check_groups(optimizers: Sequence[Optimizer], saved: Sequence[Sequence[tuple[int, set[str]]]]) -> None:
+    """Refuses a fresh optimizer that cannot take over the state that a checkpoint has of one.
+
+    Args:
+        optimizers: that were made.
+        saved: :func:`groups_of` the checkpoint; empty where it has none.
+
+    Raises:
+        MisconfigurationException: for other groups, or for an optimizer of another kind.
+    """
+    made = groups_of(optimizer.state_dict() for optimizer in optimizers)
+    if not saved:
+        return
+    if _sizes(made) != _sizes(saved):
+        raise MisconfigurationException(_other_optimizer(_sizes(saved), _sizes(made)))
+    for (_, now), (_, before) in zip(itertools.chain(*made), itertools.chain(*saved), strict=True):
+        # Another version of torch may know an option more.
+        if now - before and before - now:
+            raise MisconfigurationException(
+                _other_optimizer(f"options {sorted(before - now)}", f"{sorted(now - before)}")
+            )
+
+
+def _sizes(optimizers: Sequence[Sequence[tuple[int, set[str]]]]) -> str:
+    return f"groups of {[[size for size, _ in groups] for groups in optimizers]} parameters"
+
+
+def _other_optimizer(before: str, now: str) -> str:
+    return (
+        f"The optimizer of the checkpoint has {before}, but that which CleanSubsetFinetuneCallback makes has {now}, so"
+        " it cannot go on; give optimizer, and configure_optimizers, as they were, or resume from a checkpoint of"
+        " before the partition."
+    )
+
+
+def check_steps_left(trainer: Trainer, epochs: int | None, planned_size: int) -> None:
+    """Refuses batches of another size with which a schedule of the checkpoint would end before the fit does.
+
+    Such a schedule, a OneCycleLR, ends the fit with an error when it is stepped too often.
+
+    Args:
+        trainer: with the state of the checkpoint.
+        epochs: that remain; None where that is not known.
+        planned_size: how many samples a batch of all ranks had before.
+
+    Raises:
+        MisconfigurationException: saying how many steps are left, and what to do.
+    """
+    if epochs is None:
+        return
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    done = 0 if progress.is_last_batch else progress.current.completed
+    accumulated = trainer.accumulate_grad_batches
+    needed = epochs * math.ceil(trainer.num_training_batches / accumulated) - done // accumulated
+    if trainer.max_steps > 0:
+        needed = min(needed, trainer.max_steps - trainer.global_step)
+    for config in trainer.lr_scheduler_configs:
+        total = getattr(config.scheduler, "total_steps", None)
+        if config.interval != "step" or not isinstance(total, int):
+            continue
+        left = total - config.scheduler.last_epoch
+        if needed // config.frequency > left:
+            raise MisconfigurationException(
+                f"The {type(config.scheduler).__name__} of the checkpoint has {left} steps left, planned for"
+                f" {planned_size} samples a batch, but {needed} are to come now; resume with the batch size and number"
+                " of devices of before, raise accumulate_grad_batches, or lower max_epochs."
+            )

@@ -138,6 +138,10 @@ class NeuronPruning:
         self._entries = list(entries)
         self._handles: dict[Optimizer, RemovableHandle] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy watches no optimizer, and the parameters are not its own.
+        return {"_entries": [], "_handles": {}}
+
     @torch.no_grad()
     def zero_parameters(self) -> None:
         """Sets the entries to zero."""

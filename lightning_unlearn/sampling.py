@@ -228,6 +228,10 @@ class NarrowedLoaders:
     def __init__(self) -> None:
         self._replaced: list[tuple[DataLoader[Any], Any, Any]] = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has borrowed nothing.
+        return {"_replaced": []}
+
     def narrow(
         self, loader: DataLoader[Any], sampler: CleanSubsetSampler, *, remembers: bool = False
     ) -> DataLoader[Any]:

@@ -193,6 +193,10 @@ class TrainDataSwap:
         self._source: Any = None
         self._val_check_interval: int | float | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has nothing of the fit.
+        return vars(TrainDataSwap())
+
     @property
     def is_attached(self) -> bool:
         """Whether the loader is replaced."""
@@ -216,7 +220,11 @@ class TrainDataSwap:
             self._fit_val_check_interval(trainer, limited_batches(trainer, len(loader)))
             return loader
 
-        source.dataloader = lambda: changed(original())
+        def dataloader(_: Any) -> Any:
+            return changed(original())
+
+        # Bound methods of the same name, as which a pickled source finds its class's.
+        source.dataloader = MethodType(dataloader, source)
         if live is None:
             # Resuming: no loader yet, so Lightning asks for it, changed, when the loop starts.
             return
@@ -227,7 +235,7 @@ class TrainDataSwap:
             loop._combined_loader = None
             loop.setup_data()
         finally:
-            source.dataloader = lambda: changed(original())
+            source.dataloader = MethodType(dataloader, source)
 
     def ask_again(self, trainer: Trainer) -> None:
         """Has Lightning ask for the loader when the loop starts, also where ``configure_optimizers`` has asked."""
@@ -265,19 +273,24 @@ class TrainLoaderWatch:
     def __init__(self) -> None:
         self._loop: Any = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has nothing of the fit.
+        return {"_loop": None}
+
     def attach(self, trainer: Trainer, show: Callable[[list[Any]], None]) -> None:
         """From now on, in ``setup`` at the latest, ``show`` is called with the loaders."""
         loop: Any = trainer.fit_loop
         if self._loop is not None or not hasattr(loop, "_load_combined_loader_states"):
             # Without the moment there is nothing to show; who watches finds the loaders when the epoch starts.
             return
-        original = loop._load_combined_loader_states
 
-        def shown() -> None:
-            original()
-            show(list(loop._combined_loader.flattened))
+        def _load_combined_loader_states(of: Any) -> None:
+            type(of)._load_combined_loader_states(of)
+            if of is loop:
+                show(list(loop._combined_loader.flattened))
 
-        loop._load_combined_loader_states = shown
+        # A bound method of the same name, as which a pickled loop finds its class's.
+        loop._load_combined_loader_states = MethodType(_load_combined_loader_states, loop)
         self._loop = loop
 
     def detach(self) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_unlearn.callbacks._lightning import TrainLoaderWatch, live_iterator, live_loaders
-from lightning_unlearn.capture import resolve_layer
+from lightning_unlearn.capture import resolve_layer, watch_output
 from lightning_unlearn.data import as_indices, check_loader, delivered_batch, forget_batches, remember_batches
 from lightning_unlearn.targets import IGNORED, Reading
 
@@ -115,8 +115,12 @@ class _Step:
     gradient: Tensor | None = None
     fault: str = ""
 
-    def take(self, output: Any) -> None:
-        """Takes what the head returned."""
+    def look(self, output: Any) -> None:
+        """Takes what the head returned, but of a call without gradients: a teacher's, or that of a metric."""
+        if not isinstance(output, Tensor) or output.requires_grad:
+            self._take(output)
+
+    def _take(self, output: Any) -> None:
         self.calls += 1
         if self.calls > 1:
             return
@@ -138,32 +142,6 @@ class _Step:
         """Adds what one backward pass sent; there may be one for each term of the loss."""
         gradient = gradient.detach()
         self.gradient = gradient if self.gradient is None else self.gradient + gradient
-
-
-def _take_nothing(module: nn.Module, inputs: Any, output: Any) -> None:
-    """The hook of a copy."""
-
-
-def _inert() -> Callable[[nn.Module, Any, Any], None]:
-    return _take_nothing
-
-
-class _HeadHook:
-    """The forward hook on the head. A copy of the model, or a pickled one, has a hook that does nothing."""
-
-    def __init__(self) -> None:
-        self.step: _Step | None = None
-
-    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        # A compiled graph must not change, nor break, on our account: there the hook is as if it were not there.
-        if torch.compiler.is_compiling() or self.step is None:
-            return
-        # A call without gradients trains nothing: a teacher's, or that of a metric.
-        if not isinstance(output, Tensor) or output.requires_grad:
-            self.step.take(output)
-
-    def __reduce__(self) -> Any:
-        return _inert, ()
 
 
 class TrainingPassReader:
@@ -199,11 +177,17 @@ class TrainingPassReader:
         self._reading = reading
         self._sink = sink
         self._watch = TrainLoaderWatch()
-        self._hook = _HeadHook()
-        self._handle: Any = None
+        self._module: nn.Module | None = None
+        self._step: _Step | None = None
+        self._end_watch: Callable[[], None] | None = None
         self.head = ""
         self._loaders: list[DataLoader[Any]] = []
         self.reset()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy knows what was seen, and reads nothing.
+        nothing = dict.fromkeys(("_module", "_step", "_end_watch", "_seen"))
+        return {**self.__dict__, **nothing, "_loaders": [], "_held": []}
 
     def reset(self) -> None:
         """Forgets an earlier fit."""
@@ -230,7 +214,7 @@ class TrainingPassReader:
     @property
     def is_reading(self) -> bool:
         """Whether training steps are read: it was started, and has not given up."""
-        return self._handle is not None
+        return self._module is not None
 
     def state_dict(self) -> dict[str, Any]:
         """Whether it gave up, and why; and what it would give up for sooner or later."""
@@ -263,10 +247,9 @@ class TrainingPassReader:
             self.give_up(fault)
             return
         self._remember(loaders)
-        module = resolve_layer(pl_module, head)
+        self._module = resolve_layer(pl_module, head)
         self._size = len(loaders[0].dataset) * self._reading.rows_per_sample
         self.head = head
-        self._handle = self._handle or module.register_forward_hook(self._hook)
 
     def start_epoch(self, trainer: Trainer) -> None:
         """Looks whether the loader is still the same. Call in ``on_train_epoch_start``."""
@@ -275,8 +258,8 @@ class TrainingPassReader:
 
     def start_batch(self, trainer: Trainer, batch: Any) -> None:
         """Notes whose rows come next. Call in ``on_train_batch_start``, on the batch as it is given there."""
-        self._hook.step = None
-        if not self.is_reading or self._is_unknown:
+        self._let_go()
+        if self._module is None or self._is_unknown:
             return
         drawn = delivered_batch(*live_iterator(trainer))
         if not hasattr(drawn, "__len__"):
@@ -284,11 +267,14 @@ class TrainingPassReader:
             return
         label = self._labels_of(batch, len(drawn))
         if label is not None:
-            self._hook.step = _Step(drawn, label, self._reading.num_outputs)
+            self._step = _Step(drawn, label, self._reading.num_outputs)
+            # For this step only: what others do with the model between steps finds it as it is.
+            self._end_watch = watch_output(self._module, self._step.look)
 
     def end_batch(self) -> None:
         """Takes what the step has shown. Call in ``on_train_batch_end``."""
-        step, self._hook.step = self._hook.step, None
+        step = self._step
+        self._let_go()
         if step is None or not self.is_reading:
             return
         if step.calls > 1:
@@ -324,15 +310,20 @@ class TrainingPassReader:
     def detach(self) -> None:
         """Puts everything back and reads no more. May be called at any time, and again."""
         self._watch.detach()
-        self._hook.step = None
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        self._let_go()
+        self._module = None
         for loader in self._loaders:
             forget_batches(loader)
         self._loaders = []
         self._seen = None
         self._held = []
+
+    def _let_go(self) -> None:
+        """Looks at the head no more."""
+        self._step = None
+        if self._end_watch is not None:
+            self._end_watch()
+            self._end_watch = None
 
     def _remember(self, loaders: list[Any]) -> None:
         """Lets the loader in use remember its batches, and gives back those it has replaced."""

@@ -16,6 +16,7 @@ from lightning_unlearn.capture.memory import SmallerBatches, is_out_of_memory, t
 from lightning_unlearn.capture.methods import ATTRIBUTION_METHODS, GRADIENT_X_ACTIVATION, check_method
 from lightning_unlearn.capture.tapping import tap
 from lightning_unlearn.capture.tracing import ForwardTrace, check_reached, trace_forward
+from lightning_unlearn.capture.watching import watch_output
 
 __all__ = [
     "ATTRIBUTION_METHODS",
@@ -40,5 +41,6 @@ __all__ = [
     "take_rows",
     "tap",
     "trace_forward",
+    "watch_output",
     "whole_batches",
 ]

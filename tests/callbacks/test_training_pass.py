@@ -756,6 +756,55 @@ def test_copies_of_the_model_made_during_the_fit_have_no_part_in_it():
     assert copies.reader == ["function"]
 
 
+class Exports(L.Callback):
+    """What users do with a model in the middle of a fit."""
+
+    def __init__(self):
+        self.done = 0
+
+    def export(self, trainer, pl_module, *_):
+        x, net = torch.randn(2, 16), pl_module.net
+        pl_module.eval()
+        made = [
+            torch.jit.script(net),
+            torch.jit.trace(net, x),
+            torch.export.export(net, (x,)).module(),
+            copy.deepcopy(net),
+            pickle.loads(pickle.dumps(net)),
+            pl_module.to_torchscript(),
+        ]
+        symbolic = torch.fx.symbolic_trace(net)
+        with torch.no_grad():
+            expected = net(x)
+            for one in (*made, symbolic):
+                torch.testing.assert_close(one(x), expected)
+        # With gradients too: what was made is not the model.
+        for one in made:
+            one(x)
+        pl_module.train()
+        self.done += 1
+
+    on_train_start = on_train_epoch_start = on_train_epoch_end = export
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 1:
+            self.export(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == 1:
+            self.export(trainer, pl_module)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("first", [False, True])
+def test_a_model_is_scripted_traced_exported_and_copied_while_it_is_read(first):
+    exports, driver, module = Exports(), Driver(), Net()
+    callbacks = [exports, driver] if first else [driver, exports]
+    fit(module, DataLoader(Coded(), batch_size=BATCH, shuffle=True), callbacks)
+    assert exports.done > 10
+    assert_reads(driver, module)
+
+
 def test_nothing_of_the_batches_is_kept_longer_than_needed():
     kept = []
 

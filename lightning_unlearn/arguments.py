@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _Path = TypeVar("_Path", bound="str | os.PathLike[str]")
-_LONGEST = 60
+_LONGEST, _LONGEST_REASON = 60, 300
 # The largest int64, which is what tensors and counters hold.
 _LARGEST = 2**63 - 1
 
@@ -34,6 +34,20 @@ def shown(value: Any) -> str:
         text = f"a {type(value).__name__}"
     text = " ".join(text.split())
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 5]}...{text[-3:-1]}"
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error says, in one line and not too long; without a word, its kind.
+
+    Example:
+        >>> reason_of(KeyError("a")), reason_of(MemoryError())
+        ("KeyError: 'a'", 'MemoryError')
+    """
+    text = " ".join(str(error).split())
+    if not text:
+        return type(error).__name__
+    text = text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]}..."
+    return f"KeyError: {text}" if isinstance(error, KeyError) else text
 
 
 def plain(value: Any) -> Any:

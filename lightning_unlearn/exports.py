@@ -31,7 +31,8 @@ def to_dataframe(partition: Partition, *, class_names: Sequence[str] | None = No
     Returns:
         columns ``given_label``, ``suggested_label`` (of a multi-label task lists of the labels that a sample has),
         ``clean_probability``, ``suggested_probability``, ``label_evidence``, ``input_evidence``, ``reason``,
-        ``is_clean`` and ``decision``.
+        ``is_clean``, ``proposed`` and an empty ``decision`` (see :meth:`Partition.to_csv
+        <lightning_unlearn.Partition.to_csv>`).
 
     Raises:
         ImportError: without pandas.
@@ -221,7 +222,9 @@ def _columns(partition: Partition, class_names: Sequence[str] | None) -> dict[st
     return columns | {
         "reason": partition.reasons(),
         "is_clean": partition.is_clean.tolist(),
-        "decision": partition.decisions(),
+        "proposed": partition.decisions(),
+        # For a person to fill.
+        "decision": [""] * len(partition),
     }
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_unlearn.arguments import reason_of
 from lightning_unlearn.fingerprint import MOST_CHANGED, is_mark, mark_differs, sampled_indices
 from lightning_unlearn.storage import source_file
 from lightning_unlearn.types import DECISIONS, of_any_label
@@ -27,10 +28,12 @@ KEEP, DROP, RELABEL = range(len(DECISIONS))
 UNDECIDED = -1
 
 _SEPARATORS = ",;\t|"
+# What Excel's own first line may name besides.
+_NAMED_SEPARATORS = (*_SEPARATORS, ":", "^", "~", "#")
 _NEEDED = {"index", "decision"}
 # A number that pandas has read beside an empty cell is written with a decimal place, which some languages set a comma
 # before. Not "1,000", which may be a thousand.
-_WHOLE = re.compile(r"(\d+)(?:[.,]0)?")
+_WHOLE = re.compile(r"(\d{1,18})(?:[.,]0)?")
 _UNKNOWN = -2
 
 
@@ -89,10 +92,23 @@ def read_review(path: str | PathLike[str]) -> Table:
         ) from None
     if raw.startswith(b"PK"):
         raise ValueError(f"Expected {source} to be a file of separated values, but it is a workbook; save it as CSV.")
+    try:
+        return _table(source, list(_cells(source, _decoded(raw))))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"Expected {source} to be a table of decisions, as Partition.to_csv writes it, but it cannot be read"
+            f" ({reason_of(error)}); save it as CSV again."
+        ) from error
+
+
+def _table(source: Path, found: list[tuple[int, Mapping[str, str]]]) -> Table:
+    """The rows in which something is decided."""
     rows, marks = [], {}
     lines: dict[int, int] = {}
     names: dict[int, tuple[str, int]] = {}
-    for line, cells in _cells(source, _decoded(raw)):
+    for line, cells in found:
+        # Also of a row in which nothing is decided.
+        marks[cells.get("dataset", "")] = line
         row = _row(f"{source}, line {line}", line, cells)
         if row is None:
             continue
@@ -102,7 +118,6 @@ def read_review(path: str | PathLike[str]) -> Table:
             )
         lines[row.index] = line
         _check_names(source, row, cells, names)
-        marks[cells.get("dataset", "")] = line
         rows.append(row)
     return Table(str(source), _one_mark(source, marks), tuple(rows))
 
@@ -122,7 +137,7 @@ def _cells(source: Path, text: str) -> Iterator[tuple[int, Mapping[str, str]]]:
     skipped, separators = 0, _SEPARATORS
     if text[:4].lower() == "sep=":
         # What Excel writes for itself.
-        skipped, separators = 1, text[4:5]
+        skipped, separators = 1, text[4:5] if text[4:5] in _NAMED_SEPARATORS else _SEPARATORS
     for separator in separators:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
         for _ in range(skipped):

@@ -6,23 +6,28 @@ import csv
 import dataclasses
 import io
 import json
+import math
 import os
 import re
 import secrets
+import stat
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from types import NoneType, UnionType
+from types import UnionType
 from typing import Any, BinaryIO, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_unlearn.arguments import reason_of, shown
+
 _Record = TypeVar("_Record")
 _ABOUT = "about"
+_BINARY = getattr(os, "O_BINARY", 0)  # of Windows
 # A spreadsheet takes a cell that begins so for a formula (OWASP, "CSV Injection"), the wide signs in some languages.
 _FORMULA = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")
 _NUMBER = re.compile(r"-?(\d+(\.\d*)?(e[+-]?\d+)?|inf)|nan")
@@ -85,9 +90,14 @@ def replacing(path: str | PathLike[str]) -> Iterator[BinaryIO]:
             yield file
         return
     part = target.with_name(f".{target.name[:100]}.{secrets.token_hex(4)}.part")
+    mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else None
     try:
-        with part.open("xb") as file:
+        # Who may not read what is replaced may not read what replaces it, not even while it is written.
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY, 0o666 if mode is None else 0o600)
+        with os.fdopen(descriptor, "wb") as file:
             yield file
+        if mode is not None:
+            part.chmod(mode)
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
@@ -135,21 +145,21 @@ def load_record(kind: type[_Record], version: int, path: str | PathLike[str]) ->
                 f"{wanted} it holds a pickle, which may run code, as did the files of earlier versions; make it again."
             ) from None
         except Exception as error:  # broken in one of many ways
-            raise ValueError(f"{wanted} it cannot be read ({error}); {advice}.") from error
+            raise ValueError(f"{wanted} it cannot be read ({reason_of(error)}); {advice}.") from error
     if about.get("format") != _format(kind):
-        raise ValueError(f"{wanted} it holds {about.get('format')!r}; {advice}.")
+        raise ValueError(f"{wanted} it holds {shown(about.get('format'))}; {advice}.")
     if about.get("version") != version:
         raise ValueError(
-            f"{wanted} it has format version {about.get('version')} where this version of lightning_unlearn has"
+            f"{wanted} it has format version {shown(about.get('version'))} where this version of lightning_unlearn has"
             f" {version}; make it again."
         )
     values = {**about["values"], **tensors}
-    if faults := list(_faults(kind, values)):
+    if faults := list(faults_of(kind, values)):
         raise ValueError(f"{wanted} {'; '.join(faults[:5])}; {advice}.")
     try:
         return kind(**{name: _tuples(value) for name, value in values.items()})
-    except ValueError as error:
-        raise ValueError(f"{wanted} {error}") from error
+    except Exception as error:  # what a field holds may be anything
+        raise ValueError(f"{wanted} {reason_of(error)}") from error
 
 
 def _format(kind: type[Any]) -> str:
@@ -176,44 +186,66 @@ def _read(file: BinaryIO, names: set[str]) -> tuple[dict[str, Any], dict[str, Te
         # So that what is read is never more than the file: ours is not compressed.
         if any(member.compress_type != zipfile.ZIP_STORED for member in members):
             raise ValueError("it is compressed")
-        arrays = {}
-        for name, member in zip(found, members, strict=True):
-            with archive.open(member) as content:
-                arrays[name] = np.lib.format.read_array(content, allow_pickle=False)
+        size = file.seek(0, os.SEEK_END)
+        if any(member.file_size != member.compress_size or member.file_size > size for member in members):
+            raise ValueError("a part of it says to be larger than it is")
+        arrays = {name: _array(archive, member) for name, member in zip(found, members, strict=True)}
     about = json.loads(str(arrays.pop(_ABOUT)))
     if not isinstance(about, dict) or not isinstance(about.get("values"), dict):
         raise ValueError("its description is another")
     return about, {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def _faults(kind: type[Any], values: Mapping[str, Any]) -> Iterator[str]:
+def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray[Any, Any]:
+    """An array of as many numbers as its part of the archive holds: memory is taken by what its header says."""
+    with archive.open(member) as content:
+        version = np.lib.format.read_magic(content)
+        headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        if version not in headers:
+            raise ValueError(f"{member.filename!r} has format version {version}")
+        shape, _, dtype = headers[version](content)
+        held = member.file_size - content.tell()
+    if not dtype.hasobject and (not dtype.itemsize or math.prod(shape) * dtype.itemsize != held):
+        raise ValueError(f"{member.filename!r} says to have shape {shown(shape)}, and holds {held:,} bytes")
+    with archive.open(member) as content:
+        return np.lib.format.read_array(content, allow_pickle=False)
+
+
+def faults_of(kind: type[Any], values: Mapping[str, Any]) -> Iterator[str]:
     """What is missing, and what has another type than the field of the class."""
     hints = get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for name in values.keys() - fields.keys():
-        yield f"it has a field {name!r} too many"
+        yield f"it has a field {shown(name)} too many"
     for name, field in fields.items():
         if name in values:
-            if not _fits(values[name], hints[name]):
+            if not fits(values[name], hints[name]):
                 yield f"its {name} is a {type(values[name]).__name__}"
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             yield f"its {name} is missing"
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value read from JSON or an array may stand where a field is annotated so."""
-    origin = get_origin(hint)
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value read from JSON or an array may stand where a field is annotated so.
+
+    Example:
+        >>> fits([[0, 1.5]], list[list[float]]), fits({"a": 1}, dict[str, str])
+        (True, False)
+    """
+    origin, parts = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
-        return any(_fits(value, part) for part in get_args(hint))
+        return any(fits(value, part) for part in parts)
     if origin is tuple:
         return isinstance(value, list)
+    if origin is list:
+        return isinstance(value, list) and all(fits(one, parts[0]) for one in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(fits(k, parts[0]) and fits(v, parts[1]) for k, v in value.items())
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    if hint in (Tensor, str, bool, NoneType):
-        return isinstance(value, hint)
-    return True
+    return hint is Any or not isinstance(hint, type) or isinstance(value, hint)
 
 
 def _tuples(value: Any) -> Any:

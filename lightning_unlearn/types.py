@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_unlearn.arguments import check_flag, check_number, shown
 from lightning_unlearn.fingerprint import mark_of
-from lightning_unlearn.storage import load_record, save_record, write_csv
+from lightning_unlearn.storage import faults_of, load_record, save_record, write_csv
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,6 +28,8 @@ STATE_VERSION = 4
 MASK_VERSION = 1
 
 _NONE = torch.zeros(0, 0)
+# More than any classifier has; tables with a row for each class are made of labels that a file holds.
+_MOST_CLASSES = 2**24
 # Those that NumPy has too.
 _STORED = (torch.float16, torch.float32, torch.float64)
 
@@ -157,6 +160,8 @@ class Partition:
         fingerprint: of the training set, made of its size and of some of its samples; empty where it is not known.
         label_probability: (N, L) float32 of a multi-label task, the probability that each label (or its absence) is
             right, of which ``clean_probability`` is the least; else (0, 0).
+        relabel_threshold: the least probability of a suggested label that is used, as the CleanSubsetFinetuneCallback
+            of the fit was told.
 
     Example:
         >>> import torch
@@ -195,9 +200,12 @@ class Partition:
     warning: str = ""
     fingerprint: str = ""
     label_probability: Tensor = _NONE
+    relabel_threshold: float = 0.7
 
     def __post_init__(self) -> None:
         _check_primitives(self, noise_rate=float, epoch=int, recipe=str, layer=str, warning=str, fingerprint=str)
+        relabel_threshold = check_number("relabel_threshold", self.relabel_threshold, above=0, most=1)
+        object.__setattr__(self, "relabel_threshold", relabel_threshold)
         _check_held(self)
         shape = self.clean_probability.shape
         if len(shape) != 1:
@@ -222,6 +230,7 @@ class Partition:
                 )
         for name in ("noise_matrix", "label_probability"):
             _check_matrix(name, getattr(self, name))
+        _check_sizes(self)
         if len(self) and int(self.reason.max()) >= len(REASONS):
             raise ValueError(f"reason must hold numbers below {len(REASONS)}, but holds {int(self.reason.max())}.")
         low, high = self.clean_probability.aminmax() if len(self) else (torch.zeros(()), torch.zeros(()))
@@ -270,26 +279,35 @@ class Partition:
         """Why each sample is not clean, in words: ``"none"``, ``"label"``, ``"input"`` or ``"both"``."""
         return [REASONS[code] for code in self.reason.tolist()]
 
-    def worth_relabelling(self, threshold: float = 0.7) -> Tensor:
+    def worth_relabelling(self, threshold: float | None = None) -> Tensor:
         """(N,) bool, the samples whose label is wrong, and another one likely enough.
 
         A sample whose input is corrupted is not worth a new label.
 
         Args:
-            threshold: the least probability of a suggested label that is used.
+            threshold: the least probability of a suggested label that is used; by default :attr:`relabel_threshold`.
+
+        Raises:
+            ValueError: for a threshold out of range.
         """
+        least = self.relabel_threshold
+        if threshold is not None:
+            least = check_number("threshold", threshold, above=0, most=1)
         # A recipe that suggests what the network predicts suggests the given label again where that was memorised.
         differs = of_any_label(self.suggested_label != self.label)
         wrong = ~self.is_clean & (self.reason == REASONS.index("label"))
-        return wrong & (self.suggested_probability >= threshold) & differs
+        return wrong & (self.suggested_probability >= least) & differs
 
-    def decisions(self, threshold: float = 0.7) -> list[str]:
+    def decisions(self, threshold: float | None = None) -> list[str]:
         """What becomes of each sample unless a person decides otherwise: ``"keep"``, ``"drop"`` or ``"relabel"``.
 
         ``"relabel"`` is for a CleanSubsetFinetuneCallback with ``on_noisy="relabel"``; others drop such a sample.
 
         Args:
-            threshold: the least probability of a suggested label that is used.
+            threshold: the least probability of a suggested label that is used; by default :attr:`relabel_threshold`.
+
+        Raises:
+            ValueError: for a threshold out of range.
         """
         code = torch.where(self.is_clean, 0, torch.where(self.worth_relabelling(threshold), 2, 1))
         return [DECISIONS[one] for one in code.tolist()]
@@ -345,11 +363,17 @@ class Partition:
         """The partition that :meth:`state_dict` described.
 
         Raises:
-            ValueError: if the state was written by another version of the format.
+            ValueError: if the state was written by another version of the format, or holds something else.
         """
-        state = dict(state)
+        if not isinstance(state, Mapping):
+            raise ValueError(f"Expected the state of a partition, a dict, but got a {type(state).__name__}.")
+        state = {str(name): value for name, value in state.items()}
         if (version := state.pop("version", None)) != STATE_VERSION:
-            raise ValueError(f"Expected a partition of format version {STATE_VERSION}, but got version {version}.")
+            raise ValueError(
+                f"Expected a partition of format version {STATE_VERSION}, but got version {shown(version)}."
+            )
+        if faults := list(faults_of(cls, state)):
+            raise ValueError(f"Expected the state of a partition, but {'; '.join(faults[:5])}.")
         return cls(**state)
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -380,12 +404,14 @@ class Partition:
         """Writes a table of samples, the most suspect first.
 
         Columns: ``index``, ``given_label``, ``suggested_label``, ``clean_probability``, ``label_evidence``,
-            ``input_evidence``, ``reason``, ``is_clean``, ``decision``, ``dataset``; with names, ``given_class`` and
-            ``suggested_class`` beside the labels.
+            ``input_evidence``, ``reason``, ``is_clean``, ``proposed``, ``decision``, ``dataset``; with names,
+            ``given_class`` and ``suggested_class`` beside the labels.
 
-        A person may edit ``decision`` (see :meth:`decisions`) and ``suggested_label`` in a spreadsheet;
-        ``AttributionPartitionCallback(review=path)`` goes by it in the next fit. ``dataset`` says in every row of
-        which data set it is, so that it outlives sorted, deleted and copied rows.
+        ``proposed`` says what becomes of a sample unless a person decides otherwise (see :meth:`decisions`).
+        ``decision`` is empty: a person may write ``keep``, ``drop`` or ``relabel`` there, and another
+        ``suggested_label``, in a spreadsheet. In the next fit ``AttributionPartitionCallback(review=path)`` goes by the
+        rows that have a decision. ``dataset`` says in every row of which data set it is, so that it outlives sorted,
+        deleted and copied rows.
 
         Args:
             path: file to write; folders are made.
@@ -398,6 +424,7 @@ class Partition:
         Raises:
             ValueError: if there is not one name per class, one value per sample, or a title is taken.
         """
+        suspects_only = check_flag("suspects_only", suspects_only)
         names = None if class_names is None else self.names_of(class_names)
         added = {title: list(values) for title, values in (columns or {}).items()}
         for title, values in added.items():
@@ -421,7 +448,8 @@ class Partition:
             "input_evidence": [f"{value:.6g}" for value in self.input_evidence[order].tolist()],
             "reason": [REASONS[code] for code in self.reason[order].tolist()],
             "is_clean": self.is_clean[order].int().tolist(),
-            "decision": [decisions[index] for index in order.tolist()],
+            "proposed": [decisions[index] for index in order.tolist()],
+            "decision": [""] * len(order),
             "dataset": [mark_of(self.fingerprint)] * len(order),
         }
         # Whoever reads the table, as ``review=`` does, may not tell large from small letters in titles.
@@ -512,6 +540,30 @@ def _check_scores(name: str, value: Tensor, shape: torch.Size) -> None:
         raise ValueError(f"{name} must be of a floating type, but is {value.dtype}.")
     if value.dtype not in _STORED:
         raise ValueError(f"{name} must be of a floating type that a file can hold, but is {value.dtype}; use .float().")
+
+
+def _check_sizes(partition: Partition) -> None:
+    """Refuses labels and shapes of which no table with a row for each class can be made, and what is no number.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    for name in ("suggested_probability", "label_evidence", "input_evidence", "noise_matrix", "label_probability"):
+        if not bool(getattr(partition, name).isfinite().all()):
+            raise ValueError(f"{name} must be finite, but holds NaN or infinity.")
+    if not 0 <= partition.epoch < 2**63:
+        raise ValueError(f"epoch must be a number of epochs, but is {shown(partition.epoch)}.")
+    rows, columns = partition.noise_matrix.shape
+    if rows not in (0, columns) or columns > _MOST_CLASSES:
+        raise ValueError(f"noise_matrix must have a row for each column, but has shape {(rows, columns)}.")
+    shape = tuple(partition.label_probability.shape)
+    if shape[1] > _MOST_CLASSES or (partition.is_multilabel and shape[0] != len(partition)):
+        raise ValueError(f"label_probability must have shape ({len(partition)}, L) or (0, 0), but has {shape}.")
+    most = 1 if partition.is_multilabel else _MOST_CLASSES - 1
+    for name in ("label", "suggested_label") if len(partition) else ():
+        low, high = (int(one) for one in getattr(partition, name).aminmax())
+        if low < -1 or high > most:
+            raise ValueError(f"{name} must lie in [-1, {most:,}], but spans [{low}, {high}].")
 
 
 def _check_matrix(name: str, value: Tensor) -> None:

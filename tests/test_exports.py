@@ -21,6 +21,7 @@ COLUMNS = [
     "input_evidence",
     "reason",
     "is_clean",
+    "proposed",
     "decision",
 ]
 
@@ -65,7 +66,8 @@ def test_a_data_frame():
     assert frame["given_class"].tolist() == ["fox", "emu", "emu", "=cat"]
     assert frame["clean_probability"].tolist() == [0.75, 0.25, 0.125, 0.875]
     assert frame["reason"].tolist() == ["none", "label", "input", "none"]
-    assert frame["decision"].tolist() == ["keep", "relabel", "drop", "keep"]
+    assert frame["proposed"].tolist() == ["keep", "relabel", "drop", "keep"]
+    assert frame["decision"].tolist() == [""] * 4
     assert frame["is_clean"].dtype == bool
     assert list(to_dataframe(make_partition()).columns) == COLUMNS
     with pytest.raises(ValueError, match="Expected class_names to name each of 5 classes, but got 4 names"):
@@ -75,8 +77,10 @@ def test_a_data_frame():
 def test_a_table_goes_through_pandas_and_back(tmp_path):
     pandas = importlib.import_module("pandas")
     make_partition(fingerprint="4:" + "ab" * 16).to_csv(tmp_path / "suspects.csv", class_names=NAMES)
-    frame = pandas.read_csv(tmp_path / "suspects.csv")
-    assert frame["decision"].tolist() == ["drop", "relabel"]
+    frame = pandas.read_csv(tmp_path / "suspects.csv", dtype={"decision": str})
+    assert frame["proposed"].tolist() == ["drop", "relabel"]
+    assert frame["decision"].isna().all()
+    frame.loc[frame["index"] == 1, "decision"] = "relabel"
     frame.loc[frame["index"] == 2, "decision"] = "keep"
     frame.loc[2, ["index", "decision"]] = [3, "drop"]  # with empty cells beside, so that numbers become 3.0
     frame.sort_values("index", ascending=False).to_csv(tmp_path / "edited.csv", sep=";")
@@ -203,7 +207,7 @@ def test_fields_of_fiftyone_samples():
     samples = Samples(4)
     to_fiftyone(make_partition(label=torch.tensor([3, 2, -1, 0])), samples, class_names=NAMES, prefix="lu_")
     names = ["given_label", "suggested_label", "clean_probability", "label_evidence", "input_evidence"]
-    assert list(samples.fields) == [f"lu_{name}" for name in (*names, "reason", "is_clean", "decision")]
+    assert list(samples.fields) == [f"lu_{name}" for name in (*names, "reason", "is_clean", "proposed", "decision")]
     assert samples.fields["lu_suggested_label"] == [("fox", 0.75), ("dog", 0.9375), ("emu", 0.5), ("=cat", 0.875)]
     assert samples.fields["lu_given_label"] == [("fox", None), ("emu", None), None, ("=cat", None)]
     assert samples.fields["lu_clean_probability"] == [0.75, 0.25, 0.125, 0.875]

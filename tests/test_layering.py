@@ -56,7 +56,7 @@ MAY_IMPORT = {
     "arguments": set(),
     "storage": {"arguments"},
     "types": {"arguments", "storage", "fingerprint", "plots"},  # the last when it is asked to draw
-    "review": {"types", "storage", "fingerprint"},
+    "review": {"arguments", "types", "storage", "fingerprint"},
     "plots": {"arguments", "types"},
     "exports": {"arguments", "types", "storage"},
     "sharding": set(),

@@ -3,6 +3,7 @@
 import csv
 import io
 
+import numpy as np
 import pytest
 import torch
 
@@ -213,3 +214,36 @@ def test_a_table_of_clean_samples_has_nothing_to_decide(tmp_path):
     assert len(review) == 0
     assert len(review.compared()) == 0
     assert (review.laid_over(torch.zeros(6, dtype=torch.int64)).decision == UNDECIDED).all()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfei", "cannot be read"),
+        (b"index,decision\n1," + b"x" * 200_000 + b"\n", r"cannot be read \(field larger"),
+        (b"index,decision\n" + b"9" * 5000 + b",keep\n", "expected index to be the number of a sample"),
+        (b"index,decision,given_label,suggested_label\n1,relabel,9," + b"9" * 30, "to be the class to train with"),
+        (b"sep=", "expected titles with 'index' and 'decision'"),
+        (b'sep="\nindex"decision\n', "expected titles with 'index' and 'decision'"),
+        (b"\0" * 100, "expected titles with 'index' and 'decision'"),
+        (b"", "expected titles with 'index' and 'decision'"),
+    ],
+)
+def test_what_is_no_table_is_refused_with_its_name(content, message, tmp_path):
+    with pytest.raises(ValueError, match=rf"suspects.csv.*{message}"):
+        read_review(written(tmp_path, content))
+
+
+def test_a_table_with_wrong_bytes_is_read_or_refused_with_its_name(tmp_path):
+    content, random, said = table().encode(), np.random.default_rng(0), []
+    for _ in range(300):
+        broken = bytearray(content)
+        for place in random.integers(len(content), size=int(random.integers(1, 4))):
+            broken[place] = int(random.integers(256))
+        path = written(tmp_path, bytes(broken))
+        try:
+            fitted(path)
+        except ValueError as error:
+            said.append(str(error))
+    assert len(said) > 100
+    assert all("suspects.csv" in message for message in said)

@@ -9,6 +9,7 @@ import pickle
 import stat
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -455,6 +456,19 @@ def test_a_link_stays_a_link_and_the_mode_is_the_usual_one(tmp_path):
     assert stat.S_IMODE(Path("real").stat().st_mode) == stat.S_IMODE(Path("other").stat().st_mode)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="modes of POSIX")
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o444])
+def test_a_private_file_stays_private_while_it_is_replaced(mode):
+    Path("mine").write_bytes(b"old")
+    Path("mine").chmod(mode)
+    with replacing("mine") as file:
+        file.write(b"new")
+        (part,) = Path().glob(".mine*.part")
+        assert stat.S_IMODE(part.stat().st_mode) == 0o600
+    assert Path("mine").read_bytes() == b"new"
+    assert stat.S_IMODE(Path("mine").stat().st_mode) == mode
+
+
 @pytest.mark.skipif(os.name == "nt", reason="a pipe of POSIX")
 def test_what_is_no_file_is_written_to_and_not_replaced(tmp_path):
     os.mkfifo("pipe")
@@ -538,3 +552,49 @@ def test_as_many_names_as_classes(names, matrix, message):
 def test_more_names_than_labels_seen_are_fine_where_the_number_of_classes_is_not_known():
     make_partition(noise_matrix=torch.zeros(0, 0)).to_csv("named.csv", class_names=["a"] * 20)
     assert Path("named.csv").exists()
+
+
+def header(shape, descr="<i8"):
+    """An array of which only the header is there."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
+    return file.getvalue()
+
+
+def labels(*values):
+    return member(np.array(values, dtype=np.int64))
+
+
+FORGED = {
+    "more than there is": (lambda: members(label=header((10**12,)) + bytes(40)), "says to have shape"),
+    "less than there is": (lambda: members(label=header((3,)) + bytes(40)), "says to have shape"),
+    "nothing many times": (lambda: members(label=header((10**12,), "<U0")), "says to have shape"),
+    "no rows of many labels": (lambda: members(label=header((0, 10**12))), "label must be torch.int64 of shape"),
+    "many columns of nothing": (lambda: members(noise_matrix=header((0, 2**40), "<f4")), "a row for each column"),
+    "a row too many": (lambda: members(noise_matrix=member(np.zeros((3, 2), "f4"))), "a row for each column"),
+    "many labels of no sample": (
+        lambda: members(label_probability=header((0, 2**40), "<f4")),
+        r"label_probability must have shape \(5, L\) or \(0, 0\)",
+    ),
+    "a class beyond any": (lambda: members(label=labels(0, 1, 2, 3, 2**40)), r"label must lie in \[-1, 16,777,215\]"),
+    "a class below any": (lambda: members(suggested_label=labels(0, 1, 2, 3, -(2**40))), "suggested_label must lie in"),
+    "no number": (lambda: members(label_evidence=member(np.full(5, np.nan, "f4"))), "label_evidence must be finite"),
+    "a threshold of text": (lambda: members(about=values(relabel_threshold="x")), "its relabel_threshold is a str"),
+    "a threshold out of range": (lambda: members(about=values(relabel_threshold=2)), "relabel_threshold to lie in"),
+    "a number of many digits": (lambda: members(about=values(epoch=10**4000)), "epoch must be a number of epochs"),
+    "a deep list": (lambda: members(about=member(np.array('{"values": ' + "[" * 900 + "]" * 900 + "}"))), "."),
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_what_a_file_says_of_itself_takes_no_memory(name):
+    make, message = FORGED[name]
+    Path("forged.npz").write_bytes(archive(make()))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=f"^Expected forged.npz to be a file .*{message}") as error:
+            Partition.load("forged.npz")
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    finally:
+        tracemalloc.stop()
+    assert len(str(error.value)) < 600

@@ -156,10 +156,10 @@ def test_csv_of_the_suspects(tmp_path):
     make_partition().to_csv(tmp_path / "suspects.csv")
     columns = "index given_label suggested_label clean_probability label_evidence input_evidence reason is_clean"
     assert read_csv(tmp_path / "suspects.csv") == [
-        [*columns.split(), "decision", "dataset"],
-        ["2", "4", "2", "0.100000", "0.45", "0.125", "both", "0", "drop", ""],
-        ["4", "6", "5", "0.200000", "0.25", "1", "label", "0", "drop", ""],
-        ["1", "7", "1", "0.200000", "0.4", "0.75", "label", "0", "relabel", ""],
+        [*columns.split(), "proposed", "decision", "dataset"],
+        ["2", "4", "2", "0.100000", "0.45", "0.125", "both", "0", "drop", "", ""],
+        ["4", "6", "5", "0.200000", "0.25", "1", "label", "0", "drop", "", ""],
+        ["1", "7", "1", "0.200000", "0.4", "0.75", "label", "0", "relabel", "", ""],
     ]
 
 
@@ -173,6 +173,10 @@ def test_what_is_done_by_default():
     assert partition.decisions() == ["keep", "relabel", "drop", "keep", "drop"]
     # 4 is suggested to be 5 with probability 0.6, and 2 has a corrupted input.
     assert partition.decisions(0.6) == ["keep", "relabel", "drop", "keep", "relabel"]
+    # As the callback of the fit was told.
+    assert make_partition(relabel_threshold=0.6).decisions() == partition.decisions(0.6)
+    with pytest.raises(ValueError, match=r"threshold to be a number in \(0, 1\], but got 'x'"):
+        partition.decisions("x")
     same = make_partition(suggested_label=partition.label)
     assert same.decisions() == ["keep", "drop", "drop", "keep", "drop"]
 
@@ -180,8 +184,9 @@ def test_what_is_done_by_default():
 def test_csv_of_all_puts_the_clean_samples_last(tmp_path):
     make_partition().to_csv(tmp_path / "all.csv", suspects_only=False)
     assert [row[0] for row in read_csv(tmp_path / "all.csv")[1:]] == ["2", "4", "1", "3", "0"]
-    assert [row[-3] for row in read_csv(tmp_path / "all.csv")[1:]] == ["0", "0", "0", "1", "1"]
-    assert [row[-2] for row in read_csv(tmp_path / "all.csv")[1:]] == ["drop", "drop", "relabel", "keep", "keep"]
+    assert [row[-4] for row in read_csv(tmp_path / "all.csv")[1:]] == ["0", "0", "0", "1", "1"]
+    assert [row[-3] for row in read_csv(tmp_path / "all.csv")[1:]] == ["drop", "drop", "relabel", "keep", "keep"]
+    assert {row[-2] for row in read_csv(tmp_path / "all.csv")[1:]} == {""}
 
 
 def test_csv_takes_columns_of_the_users_beside_the_index(tmp_path):
@@ -194,7 +199,10 @@ def test_csv_takes_columns_of_the_users_beside_the_index(tmp_path):
         ["4", "'=e.png", "4", "6"],
         ["1", "b.png", "1", "7"],
     ]
-    assert len(read_review(tmp_path / "suspects.csv").rows) == 3
+    text = (tmp_path / "suspects.csv").read_text()
+    assert read_review(tmp_path / "suspects.csv").rows == ()
+    (tmp_path / "suspects.csv").write_text(text.replace("drop,,", "drop,drop,"))
+    assert len(read_review(tmp_path / "suspects.csv").rows) == 2
 
 
 @pytest.mark.parametrize(

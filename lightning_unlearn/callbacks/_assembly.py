@@ -71,6 +71,7 @@ def assemble(  # noqa: PLR0913  (what a partition says of itself)
     layer: str,
     epoch: int,
     fingerprint: str = "",
+    relabel_threshold: float | None = None,
     decided: Decided | None = None,
 ) -> Partition:
     """The partition, the same on every rank, each of which must ask.
@@ -84,6 +85,7 @@ def assemble(  # noqa: PLR0913  (what a partition says of itself)
         layer: where the attributions were taken.
         epoch: how many epochs are complete.
         fingerprint: of the training set.
+        relabel_threshold: the least probability of a suggested label that is used; None where nobody says.
         decided: what a person has decided of some samples, which holds whatever the recipe says. Where that should not
             be acted upon, the other samples are clean.
     """
@@ -122,6 +124,7 @@ def assemble(  # noqa: PLR0913  (what a partition says of itself)
         warning=warning or _one_sided(is_clean, label, "" if first is None or label.ndim > 1 else first.caveat),
         fingerprint=fingerprint,
         label_probability=_NO_MATRIX if label.ndim == 1 else torch.stack([c.probability for c in columns], dim=1),
+        **({} if relabel_threshold is None else {"relabel_threshold": relabel_threshold}),
     )
 
 

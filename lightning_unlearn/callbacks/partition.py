@@ -118,8 +118,8 @@ class AttributionPartitionCallback(UnlearnCallback):
             what would be, and what it would cost. Without another callback of ours, ``at_epoch`` may be ``max_epochs``
             then: the whole training is judged.
         review: a table of :meth:`Partition.to_csv <lightning_unlearn.Partition.to_csv>` in which a person has
-            edited ``decision`` (and ``suggested_label``). It holds for the samples that it names, whatever the recipe
-            says: ``keep``: clean for certain; ``drop``: not trained on, not even for ``min_class_share``; ``relabel``:
+            filled ``decision`` (and mended ``suggested_label``). It holds for those samples, whatever the recipe says:
+            ``keep``: clean for certain; ``drop``: not trained on, not even for ``min_class_share``; ``relabel``:
             trained on under the suggested label with ``CleanSubsetFinetuneCallback(on_noisy="relabel")``, else
             dropped. Rank 0 reads it when the fit is set up; checkpoints keep it.
         task: ``"multiclass"``; ``"binary"``, one logit; ``"multilabel"``, a logit for each label, of which a sample may
@@ -185,8 +185,7 @@ class AttributionPartitionCallback(UnlearnCallback):
             )
         self.stable_share = check_number("stable_share", stable_share, least=0, below=1)
         self.recipe: Recipe = get_recipe(recipe)
-        self._is_users_recipe = self.recipe not in RECIPES.values()
-        if self._is_users_recipe:
+        if self.recipe not in RECIPES.values():
             self.recipe = checking(self.recipe)
         self.evidence: str = check_choice("evidence", evidence, ("training", "passes"))
         self.evidence_every_n_epochs = check_whole("evidence_every_n_epochs", evidence_every_n_epochs, least=1)
@@ -401,7 +400,7 @@ class AttributionPartitionCallback(UnlearnCallback):
             )
 
     def _try_recipe(self, trainer: Trainer, total: int) -> None:
-        if self._trajectory is None or not self._is_users_recipe:
+        if self._trajectory is None or self.recipe in RECIPES.values():
             return
         with isolate_rng():
             fault = trial(self.recipe, self._trajectory.basis, total, compute_device(trainer))
@@ -413,9 +412,16 @@ class AttributionPartitionCallback(UnlearnCallback):
         if self._table is None:
             return
         review = fit_to_data(trainer, pl_module, self, self._table, self._fingerprint, content=self.check_data)
+        if not len(review):
+            rank_zero_warn(
+                f"Nothing is decided in {review.path}: its column decision is empty, so the recipe decides; write keep,"
+                " drop or relabel there, or leave review out."
+            )
+            if self._review is None:
+                return
         if self._partition is not None:
             check_agrees(self._review, review)
-        self._review = review
+        self._review = review if len(review) else None
 
     def _note_fit(self, trainer: Trainer) -> None:
         """Notes what this fit is made with, once."""
@@ -756,6 +762,8 @@ class AttributionPartitionCallback(UnlearnCallback):
             layer=str(self._point),
             epoch=trainer.current_epoch,
             fingerprint=self._fingerprint,
+            relabel_threshold=max((getattr(one, "relabel_threshold", 0.0) for one in self._partners), default=0.0)
+            or None,
             decided=self._decided(judged, label),
         )
 

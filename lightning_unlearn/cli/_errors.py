@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,11 +25,11 @@ def in_one_sentence(command: str) -> Iterator[None]:
     except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
         if not is_for_the_user(error):
             raise
-        raise SystemExit(f"lightning-unlearn {command}: {error}") from error
+        raise SystemExit(printable(f"lightning-unlearn {command}: {error}")) from error
     except Exception as error:
         if not _is_misconfiguration(error):
             raise
-        raise SystemExit(f"lightning-unlearn {command}: {error}") from error
+        raise SystemExit(printable(f"lightning-unlearn {command}: {error}")) from error
 
 
 def is_for_the_user(error: BaseException) -> bool:
@@ -51,3 +52,18 @@ def _module_of(error: BaseException) -> str:
 def _is_misconfiguration(error: BaseException) -> bool:
     # By name, since it may be of either package of Lightning, which need not be imported.
     return any(kind.__name__ == "MisconfigurationException" for kind in type(error).__mro__)
+
+
+def printable(text: str) -> str:
+    r"""A text as a terminal may show it: what would move its cursor, colour it or turn its direction, as its number.
+
+    Example:
+        >>> print(printable("cat \x1b[2J"))
+        cat \x1b[2J
+    """
+    return "".join(one if one in "\n\t" or _is_harmless(one) else repr(one)[1:-1] for one in text)
+
+
+def _is_harmless(letter: str) -> bool:
+    # Joiners are within words and emoji.
+    return letter in "\u200c\u200d" or unicodedata.category(letter) not in ("Cc", "Cf", "Cs", "Zl", "Zp")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,9 @@ def _documented(kind: type[Any]) -> dict[str, str]:
 
 def _value(value: Any) -> str:
     """A value as it stands in a line of YAML."""
+    if isinstance(value, float) and not math.isfinite(value):
+        # Without the dot in front, YAML takes them for a text.
+        return ".nan" if math.isnan(value) else ".inf" if value > 0 else "-.inf"
     if isinstance(value, float):
         # YAML takes 1e-3 for a text.
         text = repr(value)

@@ -36,7 +36,7 @@ PARTITION = [
     Option("threshold", 0.5, "p(clean) below which a sample is suspect; lower to suspect fewer"),
     Option("min_class_share", 0.1, "of each class kept in any case; raise where a rare class would be lost"),
     Option("action", "act", "report: say what would be done, and change nothing"),
-    Option("review", None, "suspects.csv in which a person has edited the column decision"),
+    Option("review", None, "suspects.csv in which a person has filled the column decision"),
     Option("task", "auto", "multiclass, binary or multilabel, where the first batch does not tell"),
     Option("soft_labels", "refuse", "argmax: labels that are probabilities count as their largest class"),
     Option("ignore_index", -100, "the label that means none"),

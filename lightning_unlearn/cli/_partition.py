@@ -24,8 +24,15 @@ from lightning_unlearn.cli._config import (
     config_arguments,
     find_users_classes,
 )
+from lightning_unlearn.cli._errors import printable
 from lightning_unlearn.cli._examples import examples
-from lightning_unlearn.cli._results import PARTITION, partition_state, read_checkpoint, summary_of
+from lightning_unlearn.cli._results import (
+    PARTITION,
+    held_partition,
+    partition_state,
+    read_checkpoint,
+    summary_of,
+)
 from lightning_unlearn.fingerprint import check_fingerprint, fingerprint
 from lightning_unlearn.recipes import get_recipe
 from lightning_unlearn.recipes.views import MEMORISED
@@ -91,15 +98,16 @@ class PartitionCLI(ConfigCLI):
             get_recipe(recipe)
         path = self.config["ckpt_path"]
         self.checkpoint: dict[str, Any] = {} if path is None else read_checkpoint(path)
-        self.found: Any = (partition_state(self.checkpoint) or {}).get("partition")
+        self.found: Any = (partition_state(self.checkpoint, path or "") or {}).get("partition")
         self.complete = 0
         if path is not None and self.found is None:
             self.complete = _complete_epochs(self.checkpoint, path)
         if self.found is not None:
+            self.held = held_partition(self.found, path)
             self._check_no_other_is_asked_for(path)
 
     def _check_no_other_is_asked_for(self, path: str) -> None:
-        for name, held in (("at_epoch", self.found["epoch"]), ("recipe", self.found["recipe"])):
+        for name, held in (("at_epoch", self.held.epoch), ("recipe", self.held.recipe)):
             if self.config[name] not in (None, held):
                 raise ValueError(
                     f"{path} holds a partition already ({name} {held}), and not what another could be drawn from; leave"
@@ -147,7 +155,7 @@ class PartitionCLI(ConfigCLI):
             # The constructor checks it.
             partition.at_epoch = AttributionPartitionCallback(at_epoch=at_epoch).at_epoch
         if recipe is not None:
-            partition.recipe = get_recipe(recipe)
+            partition.recipe = AttributionPartitionCallback(at_epoch=1, recipe=recipe).recipe
         partition.action, partition.every_n_epochs = "report", None
         return partition
 
@@ -155,7 +163,7 @@ class PartitionCLI(ConfigCLI):
 def _complete_epochs(checkpoint: dict[str, Any], path: str) -> int:
     try:
         return int(checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"])
-    except KeyError:
+    except (KeyError, TypeError, ValueError):
         raise ValueError(
             f"Expected a checkpoint that training can go on from, but {path} holds weights only (as with"
             " save_weights_only=True); give another, or train again without --ckpt_path."
@@ -262,7 +270,7 @@ def one_pass_caution(partition: Partition) -> list[str]:
 
 @rank_zero_only
 def _say_found(cli: PartitionCLI, arguments: Sequence[str]) -> None:
-    partition = Partition.from_state_dict(cli.found)
+    partition = cli.held
     loader = _loader_of(cli)
     if len(loader.dataset) != len(partition):  # type: ignore[arg-type]  # what we take has a length
         raise ValueError(
@@ -271,7 +279,7 @@ def _say_found(cli: PartitionCLI, arguments: Sequence[str]) -> None:
         )
     if partition.fingerprint and cli.partition.check_data:
         check_fingerprint(partition.fingerprint, fingerprint(loader))
-    state = partition_state(cli.checkpoint) or {}
+    state = partition_state(cli.checkpoint, cli.config["ckpt_path"]) or {}
     provenance = state["provenance"] or {}
     gallery, _ = cli.report.gallery(loader.dataset, shown_samples(partition, provenance, cli.report.samples))
     names = _names(cli, partition, loader.dataset)
@@ -310,7 +318,7 @@ def _say(cli: PartitionCLI, partition: Partition, dataset: Any, lines: Sequence[
     partition.to_csv(cli.out / "suspects.csv", class_names=names or None, columns=columns)
     cli.parser.save(cli.config, cli.out / "config.yaml", overwrite=True)
     print()
-    print(summary_of(partition, cli.config["top"], names))
+    print(printable(summary_of(partition, cli.config["top"], names)))
     if lines:
         print("", *lines, sep="\n")
     print(f"\nFiles: {', '.join(sorted(path.name for path in cli.out.iterdir() if path.is_file()))} in {cli.out}")
@@ -329,7 +337,7 @@ def next_steps(cli: PartitionCLI, partition: Partition, arguments: Sequence[str]
     if not len(partition.suspect_indices()):
         return [look]
     table = cli.out / "suspects.csv"
-    correct = f"  correct the column decision of {table} (keep, drop, relabel), and train by it:"
+    correct = f"  fill the column decision of {table} where you know better (keep, drop, relabel), and train by it:"
     fit = f"  lightning-unlearn fit {' '.join(config_arguments(arguments)) or '--config run.yaml'}"
     if cli.has_callback:
         in_yaml = f"  with review: {table} in init_args of its AttributionPartitionCallback"

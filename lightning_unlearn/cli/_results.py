@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 
+from lightning_unlearn.arguments import reason_of
+from lightning_unlearn.cli._errors import printable
 from lightning_unlearn.cli._examples import add_command
+from lightning_unlearn.storage import fits
 from lightning_unlearn.types import Partition, held_labels
 
 PARTITION = "partition.npz"
@@ -45,12 +48,21 @@ alone gives a report without samples and curves.""",
 
 def run_report(options: argparse.Namespace) -> None:
     """Writes the report again."""
+    from jinja2 import UndefinedError
+
     from lightning_unlearn.report import RunRecord, write_report
 
     run = _run_folder(options.run)
     record = RunRecord.load(run)
     control = None if options.control is None else RunRecord.load(_run_folder(options.control))
-    file = write_report(record, options.out or run / "report.html", control)
+    try:
+        file = write_report(record, options.out or run / "report.html", control)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, UndefinedError, ValueError) as error:
+        # A folder of others may hold anything where a run's files leave a value open.
+        raise ValueError(
+            f"Expected {run} to hold a run that UnlearnReport has written, but no report can be made of it"
+            f" ({type(error).__name__}: {reason_of(error)}); run the fit again."
+        ) from error
     print(file)
     if options.open:
         webbrowser.open(file.resolve().as_uri())
@@ -84,7 +96,7 @@ checkpoint of a fit in which the partition was drawn.""",
 def run_show(options: argparse.Namespace) -> None:
     """Prints a saved partition."""
     partition = _load(options.file)
-    print(summary_of(partition, options.top))
+    print(printable(summary_of(partition, options.top)))
     if options.csv is not None:
         partition.to_csv(options.csv)
         print(f"\nTable: {options.csv}")
@@ -98,13 +110,13 @@ def _load(path: Path) -> Partition:
         raise ValueError(f"Expected a partition to show, but {path} does not exist.")
     if path.suffix != ".ckpt":
         return Partition.load(path)
-    found = partition_state(read_checkpoint(path))
+    found = partition_state(read_checkpoint(path), path)
     if found is None or found["partition"] is None:
         raise ValueError(
             f"Expected a checkpoint of a fit in which the partition was drawn, but {path} holds none; judge the model"
             f" in it: lightning-unlearn partition --config run.yaml --ckpt_path {path}"
         )
-    return Partition.from_state_dict(found["partition"])
+    return held_partition(found["partition"], path)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -117,21 +129,43 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         # Mapped, since mostly only a few entries are looked at.
         content = torch.load(Path(path).expanduser(), map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # broken, a folder, or more than tensors and plain values, in one of many ways
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise ValueError(
             f"Expected a Lightning checkpoint of tensors and plain values, but {path} cannot be read as one ({reason})."
             " One that holds objects, as of save_hyperparameters(), is read in Python alone:"
             " Trainer.fit(ckpt_path=..., weights_only=False)."
         ) from error
-    if not isinstance(content, dict) or "state_dict" not in content:
+    if not isinstance(content, dict) or not fits(content.get("state_dict"), dict[str, torch.Tensor]):
         raise ValueError(f"Expected a Lightning checkpoint, but {path} has no state_dict.")
     return content
 
 
-def partition_state(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
-    """What an AttributionPartitionCallback has left in a checkpoint; None where there was none."""
-    states: dict[str, Any] = checkpoint.get("callbacks", {})
-    return states.get("AttributionPartitionCallback")
+def partition_state(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Any] | None:
+    """What an AttributionPartitionCallback has left in a checkpoint; None where there was none.
+
+    Raises:
+        ValueError: for one that has not the shape of what it leaves.
+    """
+    states = checkpoint.get("callbacks", {})
+    found = states.get("AttributionPartitionCallback") if isinstance(states, dict) else states
+    if found is not None and not (isinstance(found, dict) and "partition" in found):
+        raise ValueError(
+            f"Expected {path} to hold the state of an AttributionPartitionCallback, but it holds a"
+            f" {type(found).__name__} in its place; give a checkpoint as Lightning has written it."
+        )
+    return found
+
+
+def held_partition(state: Any, path: str | Path) -> Partition:
+    """The partition of a checkpoint.
+
+    Raises:
+        ValueError: for one that is broken, or of another version, with the name of the file.
+    """
+    try:
+        return Partition.from_state_dict(state)
+    except ValueError as error:
+        raise ValueError(f"Expected {path} to hold a partition of this version, but: {error}") from error
 
 
 def summary_of(partition: Partition, top: int = 10, class_names: Sequence[str] = ()) -> str:

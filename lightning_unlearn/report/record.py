@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-from lightning_unlearn.storage import target_folder, write_json
+from lightning_unlearn.arguments import reason_of, shown
+from lightning_unlearn.storage import fits, target_folder, write_json
 from lightning_unlearn.types import NeuronMask, Partition
 
 RUN_VERSION = 1
+_INDEX = re.compile(r"[0-9]{1,18}")
 _RUN, _GALLERY, _PARTITION = "run.json", "gallery.json", "partition.npz"
 
 
@@ -84,30 +87,49 @@ class RunRecord:
         if not (source / _RUN).is_file():
             return cls(partition)
         about, gallery = _read(source / _RUN), _read(source / _GALLERY)
-        masks = tuple(NeuronMask.load(source / Path(name).name) for name in about.get("masks", []))
+        masks = tuple(_mask(source / _RUN, name) for name in about.get("masks", []))
         values = {name: about[name] for name in _plain_fields() if name in about}
-        cards = {int(index): card for index, card in gallery.get("samples", {}).items() if isinstance(card, dict)}
-        return cls(partition, masks, cards, **values)
+        samples = gallery.get("samples", {})
+        if not fits(samples, dict[str, dict[str, Any]]) or not all(_INDEX.fullmatch(index) for index in samples):
+            raise ValueError(
+                f"{_wanted(source / _GALLERY)} its samples are not cards by the index of a sample; run the fit again."
+            )
+        return cls(partition, masks, {int(index): card for index, card in samples.items()}, **values)
 
 
 def _plain_fields() -> list[str]:
     return [one.name for one in dataclasses.fields(RunRecord)][3:]
 
 
+def _mask(run: Path, name: Any) -> NeuronMask:
+    file = run.parent / Path(name).name if isinstance(name, str) else None
+    if file is None or not file.is_file():
+        raise ValueError(f"{_wanted(run)} there is no file of the mask {shown(name)}; run the fit again.")
+    return NeuronMask.load(file)
+
+
+def _wanted(path: Path) -> str:
+    return f"Expected {path} to be a file that UnlearnReport has written, but"
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"it holds {text}, which is no number")
+
+
 def _read(path: Path) -> dict[str, Any]:
-    wanted = f"Expected {path} to be a file that UnlearnReport has written, but"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{wanted} it cannot be read ({error}); run the fit again.") from error
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{_wanted(path)} it cannot be read ({reason_of(error)}); run the fit again.") from error
     if not isinstance(content, dict) or content.get("version") != RUN_VERSION:
-        found = content.get("version") if isinstance(content, dict) else None
+        found = shown(content.get("version") if isinstance(content, dict) else None)
         raise ValueError(
-            f"{wanted} it has format version {found} where this version of lightning_unlearn has {RUN_VERSION}."
+            f"{_wanted(path)} it has format version {found} where this version of lightning_unlearn has {RUN_VERSION}."
         )
-    blank = {one.name: one for one in dataclasses.fields(RunRecord)}
+    hints = get_type_hints(RunRecord)
+    hints["masks"] = list[Any]
     for name, value in content.items():
-        default = blank[name].default_factory if name in blank else dataclasses.MISSING
-        if default is not dataclasses.MISSING and not isinstance(value, type(default())):
-            raise ValueError(f"{wanted} its {name} is a {type(value).__name__}; run the fit again.")
+        if name in hints and not fits(value, hints[name]):
+            word = type(value).__name__ if not isinstance(value, (list, dict)) else "list or table of other values"
+            raise ValueError(f"{_wanted(path)} its {name} is a {word}; run the fit again.")
     return content

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import unicodedata
+from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 from xml.etree import ElementTree
 
@@ -11,6 +13,9 @@ from markupsafe import Markup
 
 # Pixels that a letter of a drawing is wide, at most.
 _LETTER = 8.5
+
+# Of a name, more are not looked at: marks on a letter take no room, and there may be millions.
+_MOST_LETTERS = 500
 
 LEFT, BOTTOM = 56, 34
 """Pixels that the axes of a chart take."""
@@ -75,14 +80,22 @@ def shortened(text: str, most: int) -> str:
         >>> shortened("class number 17", 12), shortened("cat", 12)
         ('class n\u2026r 17', 'cat')
     """
-    if width_of(text) <= most:
+    # A letter at a time and no further than what is shown: a name may be of any length.
+    if _fitting(text, most) == len(text):
         return text
-    head, tail = len(text), 0
-    while head and width_of(text[:head]) > most - 1 - most // 3:
-        head -= 1
-    while width_of(text[len(text) - tail - 1 :]) <= most // 3:
-        tail += 1
+    head, tail = _fitting(text, most - 1 - most // 3), _fitting(reversed(text), most // 3)
     return f"{text[:head]}\u2026{text[len(text) - tail :]}"
+
+
+def _fitting(letters: Iterable[str], most: int) -> int:
+    """How many of the letters are no wider than so many together, marks that follow the last of them included."""
+    count, width = 0, 0
+    for letter in islice(letters, _MOST_LETTERS):
+        width += width_of(letter)
+        if width > most:
+            break
+        count += 1
+    return count
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:

@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback
+from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback, Partition
 from lightning_unlearn.recipes import Verdict
 from lightning_unlearn.review import DROP, KEEP, RELABEL
 from lightning_unlearn.types import DECISIONS
@@ -69,8 +69,8 @@ def reviewed(data, tmp_path_factory):
     first, tune, _, module = run(data)
     first.partition.to_csv(folder / "suspects.csv", suspects_only=False)
     rows = rows_of(folder / "suspects.csv")
-    suspects = [row for row in rows if row["decision"] != "keep"]
-    clean = [row for row in rows if row["decision"] == "keep"]
+    suspects = [row for row in rows if row["proposed"] != "keep"]
+    clean = [row for row in rows if row["proposed"] == "keep"]
     edited = []
     for row, decision in zip(
         [*suspects[:6], *clean[:6]], ["keep"] * 3 + ["relabel"] * 3 + ["drop"] * 3 + ["relabel"] * 3, strict=True
@@ -78,6 +78,8 @@ def reviewed(data, tmp_path_factory):
         new = (int(row["given_label"]) + 1) % CLASSES
         edited.append(row | {"decision": decision, "suggested_label": new if decision == "relabel" else ""})
     write(folder / "edited.csv", edited)
+    # Of all samples, what is proposed.
+    write(folder / "confirmed.csv", [row | {"decision": row["proposed"]} for row in rows])
     wanted = {int(row["index"]): DECISIONS.index(row["decision"]) for row in edited}
     return {
         "first": first.partition,
@@ -85,6 +87,7 @@ def reviewed(data, tmp_path_factory):
         "weights": weights(module),
         "all": folder / "suspects.csv",
         "edited": folder / "edited.csv",
+        "confirmed": folder / "confirmed.csv",
         "wanted": wanted,
     }
 
@@ -93,10 +96,31 @@ def of(wanted, decision):
     return sorted(index for index, code in wanted.items() if code == decision)
 
 
+@pytest.mark.parametrize("threshold", [0.05, 0.999])
+def test_what_is_proposed_is_what_the_fit_did(data, tmp_path, threshold):
+    partition, tune, _, _ = run(data, finetune={"on_noisy": "relabel", "relabel_threshold": threshold})
+    partition.partition.save(tmp_path / "partition.npz")
+    saved = Partition.load(tmp_path / "partition.npz")
+    assert saved.relabel_threshold == threshold
+    saved.to_csv(tmp_path / "suspects.csv")
+    rows = rows_of(tmp_path / "suspects.csv")
+    proposed = sorted(int(row["index"]) for row in rows if row["proposed"] == "relabel")
+    assert proposed == tune.draw.relabelled.tolist()
+    assert bool(proposed) == (threshold < 0.5)
+
+
+def test_a_table_that_nobody_has_filled_decides_nothing(data, reviewed):
+    with pytest.warns(UserWarning, match=r"Nothing is decided in .*suspects.csv: its column decision is empty, so the"):
+        partition, _, _, module = run(data, review=reviewed["all"])
+    assert partition.provenance["review"] is None
+    assert_same_weights(weights(module), reviewed["weights"])
+
+
+@pytest.mark.parametrize("table", ["all", "confirmed"])
 @pytest.mark.parametrize("on_noisy", ["drop", "relabel"])
-def test_an_unedited_table_changes_nothing_of_what_is_trained_on(data, reviewed, on_noisy):
+def test_an_unedited_table_changes_nothing_of_what_is_trained_on(data, reviewed, on_noisy, table):
     _, plain, _, module = run(data, finetune={"on_noisy": on_noisy})
-    _, tune, _, again = run(data, review=reviewed["all"], finetune={"on_noisy": on_noisy})
+    _, tune, _, again = run(data, review=reviewed[table], finetune={"on_noisy": on_noisy})
     assert tune.draw.index.tolist() == plain.draw.index.tolist()
     assert tune.draw.relabelled.tolist() == plain.draw.relabelled.tolist()
     assert len(plain.draw.relabelled) > 0 or on_noisy == "drop"
@@ -184,7 +208,7 @@ def test_other_decisions_than_those_of_a_partition_that_is_drawn_are_refused(dat
     with pytest.raises(ValueError, match=r"before the partition is drawn, but .* with other decisions \(.*edited"):
         run(data, review=reviewed["all"], ckpt_path=tmp_path / "with" / "epoch=1.ckpt")
     with pytest.raises(ValueError, match="that of the checkpoint was drawn without decisions; resume from"):
-        run(data, review=reviewed["all"], ckpt_path=tmp_path / "without" / "epoch=1.ckpt")
+        run(data, review=reviewed["confirmed"], ckpt_path=tmp_path / "without" / "epoch=1.ckpt")
     partition, _, _, _ = run(data, review=reviewed["edited"], ckpt_path=tmp_path / "without" / "epoch=0.ckpt")
     assert partition.partition.is_clean[of(reviewed["wanted"], KEEP)].all()
 
@@ -203,6 +227,7 @@ def test_a_table_of_other_data_is_refused_before_the_first_step(reviewed):
     path = reviewed["all"]
     refused_before_the_first_step(Blobs(SIZE + 1), "of this training set of 102 samples, .* another .101", review=path)
     refused_before_the_first_step(Blobs(SIZE, seed=1), "but 100% of those compared differ", review=path)
+    path = reviewed["confirmed"]
     message = "line [0-9]+: expected given_label to be the label of sample"
     refused_before_the_first_step(Blobs(SIZE, seed=1), message, review=path, check_data=False)
     refused_before_the_first_step(Blobs(SIZE, augment="torch", seed=1), message, review=path)

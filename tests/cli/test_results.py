@@ -1,5 +1,6 @@
 """Commands that look at what was found."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from lightning_unlearn import Partition
 from lightning_unlearn.cli import main
 from lightning_unlearn.cli._results import summary_of
+from lightning_unlearn.report import RunRecord
 from tests.callbacks.published import make_partition
 
 
@@ -110,3 +112,55 @@ def test_what_holds_no_partition_is_refused(name, message, tmp_path, monkeypatch
     torch.save({"state_dict": {}, "callbacks": {}}, "plain.ckpt")
     with pytest.raises(SystemExit, match=message):
         main(["show", name])
+
+
+STATE = {"partition": None, "rounds": [], "provenance": None}
+CHECKPOINTS = {
+    "no checkpoint": ([1], "has no state_dict"),
+    "no weights": ({"state_dict": 3}, "has no state_dict"),
+    "callbacks that are none": ({"callbacks": [1]}, "but it holds a list in its place"),
+    "a state that is none": ({"callbacks": {"AttributionPartitionCallback": 3}}, "but it holds a int in its place"),
+    "a state without a partition": ({"callbacks": {"AttributionPartitionCallback": {}}}, "holds a dict in its place"),
+    "no partition yet": ({"callbacks": {"AttributionPartitionCallback": STATE}}, "holds none; judge the model"),
+    "a partition of text": (
+        {"callbacks": {"AttributionPartitionCallback": STATE | {"partition": "x"}}},
+        "the state of a partition, a dict, but got a str",
+    ),
+    "another version": (
+        {"callbacks": {"AttributionPartitionCallback": STATE | {"partition": {"version": 3}}}},
+        "of format version 4, but got version 3",
+    ),
+    "fields missing": (
+        {"callbacks": {"AttributionPartitionCallback": STATE | {"partition": {"version": 4, "x": 1}}}},
+        "it has a field 'x' too many; its clean_probability is missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_checkpoint_of_another_shape_is_refused_with_its_name(name, tmp_path):
+    content, message = CHECKPOINTS[name]
+    if isinstance(content, dict):
+        content = {"state_dict": {}} | content
+    torch.save(content, tmp_path / "last.ckpt")
+    with pytest.raises(SystemExit, match=rf"^lightning-unlearn show: Expected .*last.ckpt.*{message}") as error:
+        main(["show", str(tmp_path / "last.ckpt")])
+    assert "\n" not in str(error.value)
+
+
+def test_a_terminal_is_not_told_what_a_file_says(partition, tmp_path, capsys):
+    hostile = replace(partition, recipe="\x1b[2J", layer="\u202egnp.exe", warning="a\rb\x9bc\ud800")
+    hostile.save(tmp_path / "partition.npz")
+    main(["show", str(tmp_path / "partition.npz")])
+    shown = capsys.readouterr().out
+    assert all(part in shown for part in (r"\x1b[2J", r"\u202egnp.exe", r"a\rb\x9bc\ud800"))
+    assert not set("\x1b\u202e\r\x9b\ud800") & set(shown)
+    (tmp_path / "run").mkdir()
+    with pytest.raises(SystemExit, match=r"\\x1b\[2J"):
+        main(["show", str(tmp_path / "\x1b[2J")])
+
+
+def test_a_run_of_which_no_report_can_be_made_is_refused_with_its_name(partition, tmp_path):
+    RunRecord(partition, provenance={"fits": 3}).save(tmp_path / "run")
+    with pytest.raises(SystemExit, match=r"report: Expected .*run to hold a run that .* no report can be made of it"):
+        main(["report", str(tmp_path / "run")])

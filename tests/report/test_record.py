@@ -68,7 +68,7 @@ def test_a_mask_is_only_read_from_the_folder_itself(tmp_path):
     hostile_record().masks[0].save(tmp_path / "other.npz")
     about = json.loads((tmp_path / "run" / "run.json").read_text())
     (tmp_path / "run" / "run.json").write_text(json.dumps(about | {"masks": ["../other.npz"]}))
-    with pytest.raises(OSError, match="other"):
+    with pytest.raises(ValueError, match=r"run.json .*there is no file of the mask .*other.npz"):
         RunRecord.load(tmp_path / "run")
 
 
@@ -76,3 +76,33 @@ def test_nothing_is_left_out_of_a_large_run(tmp_path):
     record = hostile_record(100_000)
     record.save(tmp_path)
     assert torch.equal(RunRecord.load(tmp_path).partition.label, record.partition.label)
+
+
+BROKEN = [
+    ("run.json", "[" * 100_000, "it cannot be read"),
+    ("run.json", b"\xff\xfe\x00", "it cannot be read"),
+    ("run.json", json.dumps({"version": 1, "threshold": float("nan")}), "it holds NaN, which is no number"),
+    ("run.json", json.dumps({"version": 1, "threshold": "x"}), "its threshold is a str"),
+    ("run.json", json.dumps({"version": 1, "class_names": [1]}), "its class_names is a list or table of other values"),
+    ("run.json", json.dumps({"version": 1, "rounds": [1]}), "its rounds is a list or table of other values"),
+    ("run.json", json.dumps({"version": 1, "curves": {"a": [[0, "x"]]}}), "its curves is a list or table of other val"),
+    ("run.json", json.dumps({"version": 1, "swaps": [0.5]}), "its swaps is a list or table of other values"),
+    ("run.json", json.dumps({"version": 1, "masks": [3]}), "there is no file of the mask 3"),
+    ("run.json", json.dumps({"version": 1, "masks": {}}), "its masks is a list or table of other values"),
+    ("run.json", '{"version": ' + "9" * 4000 + "}", "it has format version 999"),
+    ("gallery.json", json.dumps({"version": 1, "samples": []}), "its samples are not cards"),
+    ("gallery.json", json.dumps({"version": 1, "samples": {"x": {}}}), "its samples are not cards"),
+    ("gallery.json", json.dumps({"version": 1, "samples": {"1": 3}}), "its samples are not cards"),
+    ("partition.npz", b"PK\x03\x04", "it cannot be read"),
+    ("mask-0.npz", b"", "it cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BROKEN)
+def test_a_broken_run_is_refused_with_the_name_of_its_file(name, content, message, tmp_path):
+    hostile_record().save(tmp_path)
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=rf"^Expected .*{name} to be a file that .*{message}") as error:
+        RunRecord.load(tmp_path)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 600

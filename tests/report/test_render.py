@@ -9,7 +9,7 @@ import torch
 
 from lightning_unlearn.report import RunRecord, render_report, write_report
 from lightning_unlearn.report.charts import bars, curve_charts, heat_map, histogram, sensitivities
-from lightning_unlearn.report.svg import Drawing, ticks
+from lightning_unlearn.report.svg import Drawing, shortened, ticks
 from lightning_unlearn.types import NeuronMask
 from tests.callbacks.published import make_partition
 from tests.report.runs import BREAKING, HOSTILE, INPUT, LABEL, NAMES, SUSPECTS, hostile_record, provenance_of
@@ -340,3 +340,13 @@ def test_a_drawing_escapes_what_is_put_in():
     drawing.text(0, 0, "<b>", class_='"x')
     assert "<script>" not in str(drawing.markup())
     assert "&lt;b&gt;" in str(drawing.markup())
+
+
+def test_the_time_does_not_grow_with_the_square_of_a_names_length():
+    seconds = []
+    for length in (200_000, 2_000_000):
+        started = time.perf_counter()
+        shortened("cat " * (length // 4), 16), shortened("e" + "\u0301" * length, 16)
+        seconds.append(time.perf_counter() - started)
+    assert max(seconds) < 0.5
+    assert shortened("class number 17 of many" * 1000, 12) == "class n\u2026many"

@@ -184,10 +184,10 @@ def test_a_function_that_shows_nothing_is_told_so(shown, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"render": 3}, "Expected render to be a function of a sample, but got 3"),
-        ({"channels": "middle"}, "Expected channels to be 'first', 'last' or None, but got 'middle'"),
+        ({"render": 3}, "Expected render to be a function from an item .*, but got 3"),
+        ({"channels": "middle"}, "Expected channels to be 'first' or 'last', but got 'middle'"),
         ({"mean": [0.5]}, "Expected mean and std together, but got mean=\\[0.5\\] and std=None"),
-        ({"sample_rate": 0}, "Expected sample_rate to be positive, but got 0"),
+        ({"sample_rate": 0}, "Expected sample_rate to be at least 1, but got 0"),
     ],
 )
 def test_options_that_do_not_fit(options, message):

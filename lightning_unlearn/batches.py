@@ -168,25 +168,33 @@ class Layout:
         return whole if self.way == "rest" else "forward(fields of the batch by name)"
 
 
-def layouts_of(batch: Any, size: int, module: nn.Module) -> Iterator[Layout]:
+def layouts_of(batch: Any, size: int, module: nn.Module, label: Path | None = None) -> Iterator[Layout]:
     """The ways to read a batch, the usual ones first.
 
     Args:
         batch: as the loader delivers it.
         size: B, the number of samples.
         module: whose ``forward`` is to be called.
+        label: where the labels lie, if that is known.
     """
     seen = set()
-    for label in label_fields(batch, size):
-        for layout in _ways(batch, label, list(_signature(module).parameters)):
-            if layout not in seen and (layout.fields or layout.way not in ("fields", "one")):
-                seen.add(layout)
-                yield layout
+    labels = list(label_fields(batch, size)) if label is None else [label]
+    ways = [way for path in labels for way in _ways(batch, path, list(_signature(module).parameters))]
+    # What has other fields besides is read so where nothing else fits.
+    for layout in ways + [Layout(path, "fields", _inputs(batch, path)[:1]) for path in labels]:
+        if layout not in seen and (layout.fields or layout.way not in ("fields", "one")):
+            seen.add(layout)
+            yield layout
+
+
+def _inputs(batch: Any, label: Path) -> tuple[str | int, ...]:
+    """The fields besides the labels that may be input."""
+    return tuple(key for key, value in _children(batch) if key != label[0] and _may_be_input(value))
 
 
 def _ways(batch: Any, label: Path, parameters: list[str]) -> Iterator[Layout]:
     others = [key for key, _ in _children(batch) if key != label[0]]
-    tensors = [key for key in others if _may_be_input(field_at(batch, (key,)))]
+    tensors = list(_inputs(batch, label))
     before = [key for key in tensors if isinstance(key, int) and isinstance(label[0], int) and key < label[0]]
     one = [key for key in (before or tensors)[:1] if len(before or tensors) == 1]
     if parameters == ["batch"]:
@@ -200,7 +208,6 @@ def _ways(batch: Any, label: Path, parameters: list[str]) -> Iterator[Layout]:
         yield Layout(label, "fields", tuple(others))
     yield Layout(label, "fields", tuple(tensors))
     yield Layout(label, "one", tuple(one))
-    yield Layout(label, "fields", tuple(tensors[:1]))
     yield Layout(label, "rest")
     yield Layout(label, "batch")
 
@@ -215,13 +222,13 @@ def label_fields(batch: Any, size: int) -> Iterator[Path]:
         batch: as the loader delivers it.
         size: B.
     """
-    usual = [path for path, value in leaves_of(batch) if path[-1] in LABEL_NAMES and _has_rows(value, size)]
+    usual = [path for path, value in leaves_of(batch) if path[-1] in LABEL_NAMES and has_rows(value, size)]
     usual.sort(key=lambda path: (len(path), LABEL_NAMES.index(str(path[-1]))))
     if _named_values(batch) is not None and (usual or not isinstance(batch, tuple)):
         yield from usual
         return
     children = _children(batch)
-    places = [key for key, value in children if _has_rows(value, size)]
+    places = [key for key, value in children if has_rows(value, size)]
     # With one field before it, at least, that may be the input.
     last = [key for key in places[-1:] if key != children[0][0]]
     is_last = last and last[0] == children[-1][0]
@@ -238,6 +245,18 @@ def leaves_of(batch: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
             yield (*path, key), value
         elif len(path) + 1 < _DEEPEST:
             yield from leaves_of(value, (*path, key))
+
+
+def is_given(batch: Any, layout: Layout, module: nn.Module) -> bool:
+    """Whether it is clear where the labels are: under the one usual name, or after all that ``forward`` needs."""
+    if isinstance(layout.label[-1], str):
+        names = [path for path, _ in leaves_of(batch) if path[-1] in LABEL_NAMES]
+        return names == [layout.label]
+    needed = [
+        p for p in _signature(module).parameters.values() if p.default is p.empty and p.kind is not p.VAR_POSITIONAL
+    ]
+    is_last = layout.label == (len(_children(batch)) - 1,)
+    return is_last and layout.way == "fields" and len(layout.fields) == len(needed)
 
 
 def field_at(batch: Any, path: Path) -> Any:
@@ -261,12 +280,13 @@ def shown_path(path: Path, name: str = "batch") -> str:
     return name + "".join(f"[{key!r}]" for key in path)
 
 
-def how_to_split(batch: Any, label: Path | None = None) -> str:
+def how_to_split(batch: Any, label: Path | None = None, y: str | None = None) -> str:
     """The line to write for a batch that is not understood.
 
     Args:
         batch: as the loader delivers it.
         label: where the labels lie, if that is known.
+        y: what to write for them instead.
     """
     fields = dict(leaves_of(batch))
     if label is None:
@@ -275,13 +295,13 @@ def how_to_split(batch: Any, label: Path | None = None) -> str:
     inputs = [path for path in fields if path != label and len(path) == 1]
     line = "..."
     if label is not None and inputs:
-        line = f"lambda batch: ({_written(batch, inputs[0])}, {_written(batch, label)})"
+        line = f"lambda batch: ({written(batch, inputs[0])}, {y or written(batch, label)})"
     shown = line if len(line) < _MOST_SHOWN else "..."
     return f"pass batch_to_xy={shown} to AttributionPartitionCallback, a function from the batch to (x, y)"
 
 
-def _written(batch: Any, path: Path) -> str:
-    """A field as one would write it in code, attributes by a dot."""
+def written(batch: Any, path: Path) -> str:
+    """A field of this batch as one would write it in code, attributes by a dot."""
     text = "batch"
     for key in path:
         is_attribute = isinstance(key, str) and not isinstance(batch, Mapping)
@@ -307,7 +327,8 @@ def _named_values(batch: Any) -> dict[Any, Any] | None:
     return batch._asdict() if isinstance(batch, tuple) and hasattr(batch, "_asdict") else None
 
 
-def _has_rows(value: Any, size: int) -> bool:
+def has_rows(value: Any, size: int) -> bool:
+    """Whether a field has a number, or a row of numbers, for each sample."""
     return isinstance(value, Tensor) and 0 < value.ndim <= 2 and len(value) == size
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_unlearn.arguments import check_choice, check_function, check_number, plain
-from lightning_unlearn.batches import Layout, call_forward, split_batch
+from lightning_unlearn.batches import Layout, Path, call_forward, split_batch
 
 Task = Literal["auto", "multiclass", "binary", "multilabel"]
 """The kinds of classification, by torchmetrics' names; ``"auto"``: as the first batch looks."""
@@ -88,6 +88,10 @@ class Reading:
         self._task: Task = "auto"
         self.num_outputs = 0
         self.layout: Layout | None = None
+        # Where the labels are, once that has been seen; other fields that could be; whether these are as likely.
+        self.label_at: Path | None = None
+        self.rivals: tuple[Path, ...] = ()
+        self.is_open = False
 
     def split(self, batch: Any) -> tuple[Any, Any]:
         """The input and the labels of a batch: as ``batch_to_xy`` says, as settled, or as :func:`split_batch` does."""
@@ -96,6 +100,11 @@ class Reading:
         if self.layout is not None and self.layout.fits(batch):
             return self.layout.split(batch)
         return split_batch(batch)
+
+    @property
+    def label_field(self) -> Path | None:
+        """Where in a batch the labels are; None before the first batch, or where ``batch_to_xy`` says."""
+        return self.label_at if self.layout is None else self.layout.label
 
     @property
     def task(self) -> Task:

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from lightning_unlearn.batches import Layout, Path, called, how_to_split, layouts_of, shown_path
+from lightning_unlearn.batches import (
+    Layout,
+    Path,
+    called,
+    has_rows,
+    how_to_split,
+    is_given,
+    layouts_of,
+    leaves_of,
+    shown_path,
+)
 from lightning_unlearn.capture import ForwardTrace, is_out_of_memory
 from lightning_unlearn.targets import Reading
 
@@ -39,23 +49,36 @@ def settle_layout(
     if reading.batch_to_xy is not None or reading.layout is not None:
         return _as_settled(reading, module, batch, run)
     first: Exception | None = None
-    usual: Path | None = None
-    for layout in layouts_of(batch, size, module):
+    for layout in layouts_of(batch, size, module, reading.label_at):
         try:
             trace, x, label = _tried(layout, module, batch, size, run)
-            seen = reading.alike(trace.output, label)
-            # Of the usual place a wrong value is an error, of others it shows that they do not hold the labels.
-            (seen.classes if usual in (None, layout.label) else seen.labels)(label, size)
+            classes = reading.alike(trace.output, label).labels(label, size)
         except (TypeError, ValueError) as error:
-            first, usual = first or error, usual or layout.label
+            first = first or error
             continue
         reading.layout = layout
         reading.settle(trace.output, label)
+        reading.rivals = tuple(_rivals(reading, batch, size, trace, classes))
+        is_known = reading.label_at is not None or is_given(batch, layout, module)
+        reading.is_open = bool(reading.rivals) and not is_known
         return trace, x, label
     if first is None:
         # No tensor has a row for each sample; says what is missing, or what is wrong with the labels.
         return _as_settled(reading, module, batch, run)
     raise first
+
+
+def _rivals(reading: Reading, batch: Any, size: int, trace: ForwardTrace, classes: Tensor) -> Iterator[Path]:
+    """Other fields that could be labels: they name classes, and not the same ones."""
+    for path, value in leaves_of(batch):
+        if reading.layout is None or path == reading.layout.label or not has_rows(value, size):
+            continue
+        try:
+            named = reading.alike(trace.output, value).labels(value, size)
+        except ValueError:
+            continue
+        if not named.equal(classes):
+            yield path
 
 
 def _as_settled(

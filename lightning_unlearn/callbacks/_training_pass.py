@@ -307,6 +307,14 @@ class TrainingPassReader:
         self._begin_epoch()
         return not self._agreed
 
+    def begin_again(self) -> None:
+        """Drops what was read, as labels lie elsewhere; :meth:`start` goes on with the batches of this epoch."""
+        self._let_go()
+        self._module = None
+        self._seen = None
+        self._has_judged = False
+        self._begin_epoch()
+
     def detach(self) -> None:
         """Puts everything back and reads no more. May be called at any time, and again."""
         self._watch.detach()

@@ -15,6 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_unlearn.arguments import check_choice, check_flag, check_number, check_path, check_text, check_whole
+from lightning_unlearn.batches import shown_path
 from lightning_unlearn.callbacks._assembly import Cut, Judged, assemble, notes_of, objection_of
 from lightning_unlearn.callbacks._base import (
     IndexedBatch,
@@ -25,6 +26,7 @@ from lightning_unlearn.callbacks._base import (
 )
 from lightning_unlearn.callbacks._evidence_pass import EvidencePass, make_attributor
 from lightning_unlearn.callbacks._judging import judge_share, share_memorised
+from lightning_unlearn.callbacks._label_watch import LabelWatch
 from lightning_unlearn.callbacks._lightning import (
     callbacks_of,
     compute_device,
@@ -203,6 +205,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         )
         self.check_data = check_flag("check_data", check_data)
         self._reader = TrainingPassReader(reading=self.reading, sink=self)
+        self._watch = LabelWatch(self.reading)
         self.reset()
 
     @override
@@ -235,6 +238,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         self._epoch_seconds: float | None = None
         self._has_said_cost = False
         self._reader.reset()
+        self._watch.detach()
 
     @property
     def partition(self) -> Partition:
@@ -375,6 +379,8 @@ class AttributionPartitionCallback(UnlearnCallback):
         self._note_fit(trainer)
         if self._trajectory is None and self._partition is None:
             self._trajectory = Trajectory(total * rows, self.reading.num_classes)
+            if self.reading.label_at is None:
+                self._watch.start(pl_module, trace.logit_maker(self.reading.num_outputs))
         self._rehearse(trainer, pl_module, first)
         self._try_recipe(trainer, total)
         if self._reads_training:
@@ -517,13 +523,35 @@ class AttributionPartitionCallback(UnlearnCallback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._watch.start_batch(batch)
         if self._reads_training:
             self._reader.start_batch(trainer, batch)
+
+    @override
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Of several backward passes the first may be of a part of the loss.
+        if pl_module.automatic_optimization:
+            self._follow_loss(trainer, pl_module, trained=True)
+
+    def _follow_loss(self, trainer: Trainer, pl_module: LightningModule, *, trained: bool) -> None:
+        """Takes the labels from where the loss takes them, once the first steps have shown where that is."""
+        path = self._watch.end_batch(sum_over_ranks(trainer.strategy), trained=trained)
+        if path is None:
+            return
+        self.reading.forget()
+        self.reading.label_at = path
+        self._trajectory, self._epochs_seen, self._task = None, [], ""
+        self._reader.begin_again()
+        rank_zero_info(f"The labels are those in {shown_path(path)}, which the loss follows.")
+        for callback in callbacks_of(trainer):
+            if isinstance(callback, UnlearnCallback):
+                callback.begin(trainer, pl_module)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._follow_loss(trainer, pl_module, trained=not pl_module.automatic_optimization)
         if self._reads_training:
             self._reader.end_batch()
 
@@ -556,6 +584,7 @@ class AttributionPartitionCallback(UnlearnCallback):
     @override
     def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._reader.detach()
+        self._watch.detach()
         # The user's loader, whose collate function may lead back to the Trainer.
         forget_scoring_loader(trainer)
 
@@ -691,6 +720,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         return {
             "version": self.state_version,
             "task": self._task,
+            "label_at": None if self.reading.label_field is None else list(self.reading.label_field),
             "epochs_seen": list(self._epochs_seen),
             "trajectory": None if self._trajectory is None else self._trajectory.state_dict(),
             "partition": None if self._partition is None else copied(self._partition.state_dict()),
@@ -713,6 +743,9 @@ class AttributionPartitionCallback(UnlearnCallback):
     @override
     def restore(self, state: dict[str, Any]) -> None:
         self._task = state["task"]
+        # Absent in checkpoints of before it was looked which field the loss follows.
+        if (path := state.get("label_at")) is not None and self.reading.layout is None:
+            self.reading.label_at = tuple(path)
         self._epochs_seen = list(state["epochs_seen"])
         trajectory, partition = state["trajectory"], state["partition"]
         self._trajectory = None if trajectory is None else Trajectory.from_state_dict(trajectory)

@@ -7,9 +7,11 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 # Who looks at which module; a copy of a module is none of these.
-_watched: WeakKeyDictionary[nn.Module, Callable[[Any], None]] = WeakKeyDictionary()
+_watched: WeakKeyDictionary[nn.Module, list[Callable[[Any], None]]] = WeakKeyDictionary()
+_handles: WeakKeyDictionary[nn.Module, RemovableHandle] = WeakKeyDictionary()
 
 
 def lightning_unlearn_reads_the_output(self: Any, input: tuple[Tensor], output: Tensor) -> None:
@@ -24,12 +26,18 @@ def watch_output(module: nn.Module, look: Callable[[Any], None]) -> Callable[[],
     Returns:
         a function that ends it.
     """
-    _watched[module] = look
-    handle = module.register_forward_hook(lightning_unlearn_reads_the_output)
+    looks = _watched.setdefault(module, [])
+    looks.append(look)
+    # One hook for all that look.
+    if module not in _handles:
+        _handles[module] = module.register_forward_hook(lightning_unlearn_reads_the_output)
 
     def end() -> None:
-        handle.remove()
-        _watched.pop(module, None)
+        if look in looks:
+            looks.remove(look)
+        if not looks and module in _handles:
+            _handles.pop(module).remove()
+            _watched.pop(module, None)
 
     return end
 
@@ -39,6 +47,5 @@ def _show(module: nn.Module, output: Any) -> None:
     traced = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     if traced or torch.compiler.is_compiling() or isinstance(output, torch.fx.Proxy):
         return
-    look = _watched.get(module)
-    if look is not None:
+    for look in list(_watched.get(module, ())):
         look(output)

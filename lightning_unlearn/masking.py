@@ -33,11 +33,19 @@ class PrunedEntries:
 
     def zero_(self, tensor: Tensor) -> None:
         """Sets these entries of a tensor shaped, and sharded, like the parameter to zero."""
+        local_part(tensor).index_fill_(self.dimension, self._places_in(tensor), 0)
+
+    def is_revived(self) -> bool:
+        """Whether one of them is not zero; of a parameter that is sharded, in the part that is here."""
+        here = local_part(self.parameter.detach())
+        return bool((here.index_select(self.dimension, self._places_in(self.parameter)) != 0).any())
+
+    def _places_in(self, tensor: Tensor) -> Tensor:
         # Kept where they are needed: a training step would wait for the device each time that they are moved there.
         of = tensor.device, getattr(tensor, "placements", None)
         if of not in self._places:
             self._places[of] = local_positions(tensor, self.dimension, self.neurons).to(tensor.device)
-        local_part(tensor).index_fill_(self.dimension, self._places[of], 0)
+        return self._places[of]
 
 
 def neuron_entries(layer: nn.Module, norm: nn.Module | None, neurons: Tensor) -> list[PrunedEntries]:
@@ -50,16 +58,10 @@ def neuron_entries(layer: nn.Module, norm: nn.Module | None, neurons: Tensor) ->
         neurons: (K,) int64.
 
     Raises:
-        ValueError: if the weight is computed from others (weight norm, spectral norm), so that zeros would not last; or
-            for a transposed convolution in groups, where a slice of the weight serves one neuron of each group; for a
-            norm without scale and shift.
+        ValueError: for a weight or bias that is computed in a way of which it is not known what to zero; for a
+            transposed convolution in groups, where a slice of the weight serves one neuron of each group; for a norm
+            without scale and shift.
     """
-    # The older functions of torch.nn.utils put a tensor that is no Parameter in the weight's place.
-    if parametrize.is_parametrized(layer) or not isinstance(layer.weight, nn.Parameter):
-        raise ValueError(
-            f"Expected a {type(layer).__name__} with a plain weight, but its weight is parametrised (weight or spectral"
-            " norm, or torch.nn.utils.prune); remove the parametrisation or name another layer to prune."
-        )
     transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
     if transposed and layer.groups != 1:
         raise ValueError(
@@ -78,16 +80,59 @@ def neuron_entries(layer: nn.Module, norm: nn.Module | None, neurons: Tensor) ->
         # A layer norm over several dimensions has the features of a Linear last, the channels of a convolution first.
         dimension = -1 if isinstance(layer, nn.Linear) else 0
         places += [(norm, "weight", dimension), (norm, "bias", dimension)]
-    return [
-        PrunedEntries(parameter, dimension, neurons)
-        for module, name, dimension in places
-        if isinstance(parameter := getattr(module, name), nn.Parameter)
-    ]
+    found = [(_parameter_behind(module, name, dimension), dimension) for module, name, dimension in places]
+    return [PrunedEntries(parameter, dimension, neurons) for parameter, dimension in found if parameter is not None]
 
 
 def consumer_entries(head: nn.Linear, neurons: Tensor) -> list[PrunedEntries]:
-    """What to zero so that a Linear does not listen to some of its inputs: the columns of its weight."""
-    return [PrunedEntries(head.weight, 1, neurons)]
+    """What to zero so that a Linear does not listen to some of its inputs: the columns of its weight.
+
+    Raises:
+        ValueError: like :func:`neuron_entries`.
+    """
+    parameter = _parameter_behind(head, "weight", 1)
+    return [] if parameter is None else [PrunedEntries(parameter, 1, neurons)]
+
+
+def is_computed(module: nn.Module) -> bool:
+    """Whether a weight or bias is computed from other parameters, as under weight norm or ``torch.nn.utils.prune``."""
+    held = _own_parameters(module)
+    return any(getattr(module, name, None) is not None and name not in held for name in ("weight", "bias"))
+
+
+def _own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    return dict(module.named_parameters(recurse=False, remove_duplicate=False))
+
+
+def _parameter_behind(module: nn.Module, name: str, dimension: int) -> nn.Parameter | None:
+    """The parameter whose zeros make zeros of a weight or bias: itself, or what it is computed from; None for none.
+
+    Spectral norm divides it, ``torch.nn.utils.prune`` multiplies it by a mask. Under weight norm it is the length of
+    each row where there is one for each neuron, since a row of length 0 has no direction; else the directions.
+    """
+    held = _own_parameters(module)
+    if name in held:
+        return held[name]
+    value = getattr(module, name, None)
+    if value is None:
+        return None
+    if parametrize.is_parametrized(module, name):
+        at: Any = module.parametrizations[name]  # type: ignore[index]  # a ModuleDict
+        candidates = [getattr(at, part, None) for part in ("original", "original0", "original1")]
+    else:
+        # The older functions of torch.nn.utils put a tensor that is no parameter in the weight's place.
+        candidates = [held.get(f"{name}_{part}") for part in ("orig", "g", "v")]
+    size = value.shape[dimension]
+    for candidate in candidates:
+        if not isinstance(candidate, nn.Parameter) or candidate.ndim != value.ndim:
+            continue
+        if candidate.shape == value.shape or candidate.numel() == candidate.shape[dimension] == size:
+            return candidate
+    raise ValueError(
+        f"Expected a {type(module).__name__} whose {name} is a parameter, or computed from one by weight norm, spectral"
+        f" norm, a parametrization of one tensor or torch.nn.utils.prune, but its {name} is not; name another layer to"
+        " prune."
+    )
 
 
 def snapshot(entries: Sequence[PrunedEntries]) -> Callable[[], None]:
@@ -115,6 +160,12 @@ def silenced(entries: Sequence[PrunedEntries]) -> Iterator[None]:
         yield
     finally:
         restore()
+
+
+@torch.no_grad()
+def are_revived(entries: Sequence[PrunedEntries]) -> bool:
+    """Whether one of the entries, or of the part of them that is here, is not zero. Waits for the device."""
+    return any(entry.is_revived() for entry in entries)
 
 
 def owners(model: nn.Module, module: nn.Module) -> list[str]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_unlearn.masking import neuron_entries
+from lightning_unlearn.masking import is_computed, neuron_entries
 from lightning_unlearn.storage import replacing, source_file
 
 FORMAT = "lightning_unlearn.shrunk.1"
@@ -403,7 +403,7 @@ def _is_plain(module: nn.Module) -> bool:
         return True
     if getattr(module, "groups", 1) > 1 and not _is_depthwise(module):
         return False
-    return _tried(neuron_entries, module, None, _NO_NEURON) is not None
+    return not is_computed(module) and _tried(neuron_entries, module, None, _NO_NEURON) is not None
 
 
 def _is_depthwise(module: Any) -> bool:
@@ -502,7 +502,8 @@ def _response(module: Any) -> tuple[Tensor | bool, Tensor | bool]:
 
 def _silent_rows(module: nn.Module) -> Tensor:
     """(D,) bool, the neurons of a layer whose weights and bias are zero."""
-    entries = _tried(neuron_entries, module, None, _NO_NEURON) if isinstance(module, _LAYERS) else None
+    is_plain = isinstance(module, _LAYERS) and not is_computed(module)
+    entries = _tried(neuron_entries, module, None, _NO_NEURON) if is_plain else None
     if not entries:
         return torch.zeros(0, dtype=torch.bool)
     return torch.stack([_is_zero(entry.parameter, entry.dimension) for entry in entries]).all(0)

@@ -27,6 +27,7 @@ ALL_BELOW = MATH | {
     "fingerprint",
 }
 SHARED = {
+    "callbacks._copies",
     "callbacks._packages",
     "callbacks._provenance",
     "callbacks._base",
@@ -52,7 +53,13 @@ PARTITIONING = {
     "callbacks._reviewing",
     "callbacks._summary",
 }
-PRUNING = {"callbacks._prune_sites", "callbacks._criteria", "callbacks._guard"}
+PRUNING = {
+    "callbacks._prune_sites",
+    "callbacks._criteria",
+    "callbacks._guard",
+    "callbacks._holding",
+    "callbacks._silence",
+}
 MAY_IMPORT = {
     "arguments": set(),
     "storage": {"arguments"},
@@ -119,7 +126,10 @@ MAY_IMPORT = {
     "callbacks._label_watch": ALL_BELOW | {"callbacks._training_pass"},
     "callbacks._judging": ALL_BELOW | SHARED | {"callbacks._assembly"},
     "callbacks.partition": ALL_BELOW | SHARED | PARTITIONING,
-    "callbacks._prune_sites": ALL_BELOW,
+    "callbacks._copies": ALL_BELOW | {"callbacks._lightning", "callbacks._packages"},
+    "callbacks._prune_sites": ALL_BELOW | {"callbacks._copies"},
+    "callbacks._silence": ALL_BELOW | {"callbacks._prune_sites"},
+    "callbacks._holding": ALL_BELOW | {"callbacks._copies"},
     "callbacks._criteria": ALL_BELOW | SHARED | {"callbacks._prune_sites"},
     "callbacks._guard": ALL_BELOW | SHARED | {"callbacks._prune_sites"},
     "callbacks.prune": ALL_BELOW | SHARED | PRUNING,

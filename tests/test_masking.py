@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune, spectral_norm, weight_norm
+from torch.nn.utils.parametrizations import spectral_norm as parametrised_spectral_norm
 from torch.nn.utils.parametrizations import weight_norm as parametrised_weight_norm
+from torch.nn.utils.parametrize import register_parametrization
 
-from lightning_unlearn.masking import NeuronPruning, PrunedEntries, consumer_entries, neuron_entries
+from lightning_unlearn.masking import NeuronPruning, PrunedEntries, consumer_entries, is_computed, neuron_entries
 
 NEURONS = torch.tensor([0, 2])
 
@@ -204,21 +206,63 @@ def test_entries_of_any_dimension():
     assert tensor.tolist() == [[0, 1, 0], [0, 1, 0]]
 
 
+COMPUTED = {
+    "weight norm": parametrised_weight_norm,
+    "weight norm of the whole": lambda layer: parametrised_weight_norm(layer, dim=None),
+    "weight norm of columns": lambda layer: parametrised_weight_norm(layer, dim=1),
+    "older weight norm": weight_norm,
+    "older weight norm of the whole": lambda layer: weight_norm(layer, dim=None),
+    "spectral norm": parametrised_spectral_norm,
+    "older spectral norm": spectral_norm,
+    "torch's pruning": lambda layer: prune.random_unstructured(layer, "weight", amount=0.5),
+    "torch's pruning of the bias": lambda layer: prune.random_unstructured(layer, "bias", amount=0.5),
+    "both": lambda layer: prune.random_unstructured(weight_norm(layer), "bias", amount=0.5),
+    "a parametrization": lambda layer: register_parametrization(layer, "weight", nn.Tanh()),
+}
+
+
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@pytest.mark.parametrize("computed", COMPUTED)
 @pytest.mark.parametrize(
-    "computed",
-    [
-        parametrised_weight_norm,
-        weight_norm,
-        spectral_norm,
-        lambda layer: prune.random_unstructured(layer, "weight", amount=0.5),
-    ],
-    ids=["parametrised", "weight_norm", "spectral_norm", "prune"],
+    ("make", "x"),
+    [(lambda: nn.Linear(3, 6), torch.randn(5, 3)), (lambda: nn.Conv2d(3, 6, 2), torch.randn(5, 3, 4, 4))],
+    ids=["linear", "convolution"],
 )
-def test_a_weight_computed_from_others_is_refused(computed):
-    layer = computed(nn.Linear(3, 4))
-    with pytest.raises(ValueError, match=r"Expected a \w*Linear with a plain weight, but its weight is parametrised"):
+def test_what_a_weight_is_computed_from_is_zeroed(computed, make, x):
+    layer = COMPUTED[computed](make())
+    NeuronPruning(neuron_entries(layer, None, NEURONS)).zero_parameters()
+    out = layer(x)
+    silent = (out == 0).movedim(1, 0).flatten(1).all(dim=1)
+    assert silent.nonzero().flatten().tolist() == NEURONS.tolist()
+    assert out.isfinite().all()
+    assert is_computed(layer)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@pytest.mark.parametrize("computed", [name for name in COMPUTED if "bias" not in name and name != "both"])
+def test_columns_that_are_computed_are_zeroed(computed):
+    # Spectral norm goes on estimating while it is trained.
+    head = COMPUTED[computed](nn.Linear(6, 3)).eval()
+    NeuronPruning(consumer_entries(head, NEURONS)).zero_parameters()
+    x = torch.randn(5, 6)
+    out = head(x)
+    assert out.isfinite().all()
+    x[:, NEURONS] = 7.0
+    assert head(x).equal(out)
+    x[:, [i for i in range(6) if i not in NEURONS]] += 1
+    assert (head(x) != out).any(dim=1).all()
+
+
+def test_a_weight_that_is_computed_in_another_way_is_refused():
+    layer = nn.Linear(3, 4)
+    del layer.weight
+    layer.register_buffer("weight", torch.ones(4, 3))
+    with pytest.raises(
+        ValueError, match="Expected a Linear whose weight is a parameter, or computed from one by weight"
+    ):
         neuron_entries(layer, None, NEURONS)
+    with pytest.raises(ValueError, match="but its weight is not; name another layer to prune"):
+        consumer_entries(layer, NEURONS)
 
 
 def test_a_transposed_convolution_in_groups_is_refused():

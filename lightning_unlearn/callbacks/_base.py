@@ -264,6 +264,9 @@ class PartitionConsumer(UnlearnCallback):
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._source = find_partition_source(trainer, type(self).__name__)
 
+    def confirm(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Sees to it that what was done still holds, before somebody says so."""
+
     def describe(self) -> str:
         """What was done, in one clause; empty where nothing was."""
         raise NotImplementedError

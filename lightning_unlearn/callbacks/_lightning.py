@@ -26,8 +26,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import nn
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
@@ -449,13 +447,6 @@ def next_epoch(trainer: Trainer) -> int:
     """The epoch that Lightning gives the samplers next; after a resume it is known before ``current_epoch`` is."""
     current: Any = trainer.fit_loop.epoch_progress.current
     return int(current.processed)
-
-
-def averaged_models(trainer: Trainer) -> list[nn.Module]:
-    """The models in which callbacks average the weights (EMA, SWA), built like the LightningModule."""
-    averages = [getattr(callback, "_average_model", None) for callback in callbacks_of(trainer)]
-    modules = [average.module if isinstance(average, AveragedModel) else average for average in averages]
-    return [module for module in modules if isinstance(module, nn.Module)]
 
 
 def compute_device(trainer: Trainer) -> torch.device:

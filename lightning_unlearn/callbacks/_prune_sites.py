@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_unlearn.callbacks._copies import averaged_parts
 from lightning_unlearn.capture import ForwardTrace, ModuleCall, check_reached, named_layers, neuron_count, resolve_layer
 from lightning_unlearn.functional.selection import check_amount
 from lightning_unlearn.masking import PrunedEntries, consumer_entries, neuron_entries, owners, silenced
@@ -64,6 +65,11 @@ class PruneSite:
             if isinstance(head, nn.Linear):
                 entries += consumer_entries(head, neurons)
         return entries
+
+    def width(self, model: nn.Module) -> int:
+        """How many neurons there are."""
+        layer: Any = resolve_layer(model, self.target)
+        return neuron_count(layer) if self.layer is not None else int(layer.in_features)
 
     def weight(self, model: nn.Module) -> tuple[Tensor, int]:
         """The weight that neurons are measured by, and its dimension that counts them."""
@@ -147,6 +153,7 @@ def default_site(model: nn.Module, amount: float, first: ForwardTrace) -> PruneS
     check_amount(amount, linear.in_features)
     with _naming(head):
         _check_not_tied(model, linear)
+        consumer_entries(linear, _NO_NEURON)
     alone = PruneSite(head, "input", consumer=head)
     layer = first.feeder(head)
     if layer is None or len(first.calls_of(layer)) != 1:
@@ -160,6 +167,22 @@ def default_site(model: nn.Module, amount: float, first: ForwardTrace) -> PruneS
     except ValueError:
         return alone
     return site
+
+
+def check_trained(model: nn.Module, sites: Sequence[PruneSite]) -> None:
+    """Refuses layers of an average that the module keeps of others of its layers, and runs in eval mode.
+
+    Raises:
+        ValueError: naming the layer.
+    """
+    parts = tuple(f"{name}." for name in averaged_parts(model))
+    for site in sites:
+        if site.target.startswith(parts):
+            raise ValueError(
+                f"SensitivityPruneCallback cannot prune layer '{site.target}'. It is part of an average of other"
+                " layers, which would bring its neurons back; let forward call the layers that are trained, in eval"
+                " mode too."
+            )
 
 
 @contextmanager

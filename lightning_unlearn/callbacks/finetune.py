@@ -31,9 +31,9 @@ from lightning_unlearn.arguments import (
     shown,
 )
 from lightning_unlearn.callbacks._base import PartitionConsumer, check_reloaded, probe, reading_of
+from lightning_unlearn.callbacks._copies import weight_copies
 from lightning_unlearn.callbacks._lightning import (
     TrainDataSwap,
-    averaged_models,
     callbacks_of,
     limited_batches,
     next_epoch,
@@ -57,6 +57,7 @@ from lightning_unlearn.callbacks._strategies import refuse_where_sharded, shards
 from lightning_unlearn.capture import ForwardTrace, named_layers, plain_name, resolve_layer
 from lightning_unlearn.data import check_loader
 from lightning_unlearn.drawing import Drawing
+from lightning_unlearn.masking import is_computed
 from lightning_unlearn.sampling import (
     CleanSubsetSampler,
     NarrowedLoaders,
@@ -270,6 +271,12 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
             check_relabelling(trainer, pl_module, reading_of(self.source))
         if self.reset_head:
             head = trace.last_linear(classes)
+            if is_computed(trace.linear(head)):
+                raise ValueError(
+                    f"Expected the weight and bias of the head '{head}' to be parameters where reset_head=True, but"
+                    " they are computed from others (weight norm, a parametrization), which would bring the old head"
+                    " back; leave out reset_head."
+                )
             if self.layers is not None and not f"{head}.".startswith(_inside(self.layers)):
                 raise ValueError(
                     f"Expected layers to hold the head '{head}' where reset_head=True, since new weights must be"
@@ -576,9 +583,12 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
                 optimizer.state.pop(parameter, None)
         if self._masks is not None:
             self._masks.silence()
-        for average in averaged_models(trainer):
-            # Begun before, it would bring the old head back.
-            resolve_layer(average, name).load_state_dict(head.state_dict())
+        with torch.no_grad():
+            for copy in weight_copies(trainer, pl_module):
+                # Begun before, it would bring the old head back.
+                for part, parameter in head.named_parameters():
+                    if f"{name}.{part}" in copy:
+                        copy[f"{name}.{part}"].copy_(parameter)
 
     def _names_to_freeze(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, list[str]]:
         parameters = [plain_name(name) for name, _ in pl_module.named_parameters()]

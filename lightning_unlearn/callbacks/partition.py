@@ -696,6 +696,8 @@ class AttributionPartitionCallback(UnlearnCallback):
                     f" start of epoch {self.at_epoch} (at_epoch): nothing was partitioned, pruned or fine-tuned."
                 )
             return
+        for callback in _consumers(trainer):
+            callback.confirm(trainer, pl_module)
         if self._acts(trainer, self._partition) and self._accuracy["before"] is not None:
             self._accuracy["after"] = self._validate(trainer, pl_module, "after")
         done = [callback.describe() for callback in _consumers(trainer)]

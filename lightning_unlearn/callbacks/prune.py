@@ -18,15 +18,30 @@ from lightning_unlearn.arguments import check_flag, check_names, check_number, c
 from lightning_unlearn.callbacks._base import PartitionConsumer, probe
 from lightning_unlearn.callbacks._criteria import SENSITIVITY, Method, Ranking, Subject, rank_neurons
 from lightning_unlearn.callbacks._guard import Gauge, Outcome, make_gauge, prune_in_steps
-from lightning_unlearn.callbacks._lightning import averaged_models, log_values
+from lightning_unlearn.callbacks._holding import HeldEntries, silence_state
+from lightning_unlearn.callbacks._lightning import log_values
 from lightning_unlearn.callbacks._loggers import log_masks
 from lightning_unlearn.callbacks._provenance import copied, settings_of
-from lightning_unlearn.callbacks._prune_sites import PruneSite, check_layer, default_site, named_site
+from lightning_unlearn.callbacks._prune_sites import (
+    PruneSite,
+    check_layer,
+    check_trained,
+    default_site,
+    named_site,
+)
 from lightning_unlearn.callbacks._saying import rank_zero_info
-from lightning_unlearn.capture import ForwardTrace, neuron_dimension, neuron_means, plain_name, resolve_layer, tap
+from lightning_unlearn.callbacks._silence import find_silent
+from lightning_unlearn.capture import ForwardTrace, plain_name
 from lightning_unlearn.functional.selection import share_of
-from lightning_unlearn.masking import NeuronPruning, PrunedEntries, silenced
+from lightning_unlearn.masking import PrunedEntries, are_revived
+from lightning_unlearn.sharding import reshard
 from lightning_unlearn.types import NeuronMask, Partition
+
+_HEARD = (
+    "With all that belongs to its neurons at zero they would still be heard, since forward computes them from more than"
+    " the layer's weight and bias (an adapter such as LoRA, a quantized weight); merge or remove that, or name another"
+    " layer to prune."
+)
 
 
 class SensitivityPruneCallback(PartitionConsumer):
@@ -37,6 +52,9 @@ class SensitivityPruneCallback(PartitionConsumer):
     more active for noise: weight row, bias, and scale and shift of a norm that follows. They stay exactly zero through
     all further training, and in every checkpoint, which loads with ``strict=True`` into the plain module. Where none is
     significant, none is pruned.
+
+    That they are silent is seen in the module as it runs, before the first step and when they are pruned, whatever its
+    weights are computed from. Where something else writes to the weights later, they are zeroed again, which is said.
 
     A guard prunes in steps and takes back what hurts: a step after which validation accuracy (without validation data,
     the loss on held-back samples that are surely clean) is worse than before the pruning by more than a tolerance.
@@ -115,7 +133,8 @@ class SensitivityPruneCallback(PartitionConsumer):
         # In a dry run: the masks say what would be pruned, and nothing is.
         self._is_proposal = False
         self._note = ""
-        self._pruning: NeuronPruning | None = None
+        self._held = HeldEntries()
+        self._has_said_revived = False
 
     @property
     def masks(self) -> tuple[NeuronMask, ...]:
@@ -155,8 +174,7 @@ class SensitivityPruneCallback(PartitionConsumer):
 
     def silence(self) -> None:
         """Sets what belongs to pruned neurons to zero again, for who has just changed weights."""
-        if self._pruning is not None:
-            self._pruning.zero_parameters()
+        self._held.zero_parameters()
 
     @override
     def describe(self) -> str:
@@ -197,14 +215,20 @@ class SensitivityPruneCallback(PartitionConsumer):
 
         first = trace()
         if self.layer is None:
-            site = default_site(pl_module, self.amount, first)
-            # Every other neuron, so that an operation that mixes neurons shows too.
-            every_other = torch.arange(0, first.linear(site.name).in_features, 2)
-            self._sites = [self._verified(trainer, pl_module, site, every_other)]
-            return
-        sites = {name: named_site(pl_module, name, trace, first) for name in self._names()}
-        called = [call.name for call in first.calls if call.name in sites]
-        self._sites = [sites[name] for name in called]
+            sites = [default_site(pl_module, self.amount, first)]
+        else:
+            named = {name: named_site(pl_module, name, trace, first) for name in self._names()}
+            sites = [named[call.name] for call in first.calls if call.name in named]
+        check_trained(pl_module, sites)
+        # Every other neuron, so that an operation that mixes neurons shows too.
+        every_other = [torch.arange(0, site.width(pl_module), 2) for site in sites]
+        found = self._verified(trainer, pl_module, sites, every_other)
+        for site, verified in zip(sites, found, strict=True):
+            if verified is None:
+                raise ValueError(
+                    f"SensitivityPruneCallback cannot prune layer '{site.consumer or site.target}'. {_HEARD}"
+                )
+        self._sites = [site for site in found if site is not None]
 
     @override
     def advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -236,22 +260,97 @@ class SensitivityPruneCallback(PartitionConsumer):
         # The weights come from the checkpoint already pruned, and are to stay so.
         if self._holds():
             self.refuse_dry_run()
-            self._hold(trainer, pl_module)
+            self._held.take(self._entries(pl_module, self._sites, self._masks))
+            self.confirm(trainer, pl_module)
+
+    @override
+    def confirm(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Sets to zero again what something else has brought back, and says so once."""
+        if not self._held:
+            return
+        reshard(pl_module)
+        if self._held.confirm(trainer, pl_module, self._entries(pl_module, self._sites, self._masks)):
+            return
+        if not self._has_said_revived:
+            self._has_said_revived = True
+            names = " and ".join(f"'{mask.layer}'" for mask in self._masks)
+            rank_zero_warn(
+                f"Neurons of {names} that SensitivityPruneCallback had pruned were back, brought by something else that"
+                " writes to the weights, such as a callback that loads or averages them; they are set to zero again,"
+                " here and wherever that happens until the fit has ended."
+            )
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        # Whatever was done to the weights meanwhile, no step is trained with; without a look, which takes time.
+        self.silence()
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.confirm(trainer, pl_module)
+        super().on_train_epoch_start(trainer, pl_module)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.confirm(trainer, pl_module)
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.confirm(trainer, pl_module)
+        self._warn_of_other_weights(pl_module)
+
+    @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._warn_of_other_weights(pl_module)
+
+    @override
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._warn_of_other_weights(pl_module)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.confirm(trainer, pl_module)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.confirm(trainer, pl_module)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.confirm(trainer, pl_module)
+        super().teardown(trainer, pl_module, stage)
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.confirm(trainer, pl_module)
+        if self._holds():
+            # Most often these are the weights themselves; another callback may have put copies there.
+            silence_state(pl_module, checkpoint["state_dict"], self._entries(pl_module, self._sites, self._masks))
+
+    def _warn_of_other_weights(self, pl_module: LightningModule) -> None:
+        """Says where a test is of other weights than those that the fit has pruned, as of an earlier checkpoint."""
+        if self._fitting or not self._holds():
+            return
+        try:
+            is_revived = are_revived(self._entries(pl_module, self._sites, self._masks))
+        except ValueError:
+            is_revived = True  # another model
+        if is_revived:
+            rank_zero_warn(
+                "The weights in use are not those that SensitivityPruneCallback has pruned, as in a checkpoint from"
+                " before the partition: its masks are of the fit."
+            )
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if self._pruning is not None:
-            # Here, so that an optimizer that another callback has made meanwhile is watched too.
-            self._pruning.watch(optimizer, trainer.optimizers)
-            self._pruning.zero_gradients()
+        # Here, so that an optimizer that another callback has made meanwhile is watched too.
+        self._held.watch(optimizer, trainer.optimizers)
 
     @override
     def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._pruning is not None:
-            # An optimizer that calls its closure after a change, as LBFGS does, may have been stopped in between.
-            self._pruning.zero_parameters()
-            self._pruning.release()
-            self._pruning = None
+        # An optimizer that calls its closure after a change, as LBFGS does, may have been stopped in between.
+        self._held.zero_parameters()
+        self._held.release()
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -299,24 +398,21 @@ class SensitivityPruneCallback(PartitionConsumer):
             ranking.order[: max(0, share_of(self.amount, live) - self._count_pruned(at))]
             for at, (ranking, live) in enumerate(zip(rankings, lives, strict=True))
         ]
-        sites = [
-            self._verified(trainer, pl_module, site, neurons)
-            for site, neurons in zip(self._sites, proposal, strict=True)
-        ]
+        sites, proposal = self._audible(trainer, pl_module, proposal)
         outcome = Outcome(proposal)
         if gauge is not None and any(len(neurons) for neurons in proposal):
             steps_started = time.perf_counter()
             outcome = prune_in_steps(pl_module, sites, proposal, gauge, self.guard_steps)
             guard += time.perf_counter() - steps_started
-        # After all that may fail, and all at once.
-        self._live, self._sites, self._epoch = lives, sites, partition.epoch
-        self._masks = [
-            self._mask_of(at, ranking, kept)
+        masks = [
+            self._mask_of(at, sites[at], ranking, kept)
             for at, (ranking, kept) in enumerate(zip(rankings, outcome.kept, strict=True))
         ]
+        if not self.source.is_dry_run:
+            self._held.hold(trainer, pl_module, self._entries(pl_module, sites, masks))
+        # After all that may fail, and all at once.
+        self._live, self._sites, self._epoch, self._masks = lives, sites, partition.epoch, masks
         self._is_proposal = self.source.is_dry_run
-        if not self._is_proposal:
-            self._hold(trainer, pl_module)
         self._report(pl_module, rankings, proposal, outcome, gauge)
         pruning = time.perf_counter() - started - guard
         log_values(pl_module, {"unlearn/seconds_pruning": pruning, "unlearn/seconds_guard": guard})
@@ -341,7 +437,7 @@ class SensitivityPruneCallback(PartitionConsumer):
     def _count_pruned(self, at: int) -> int:
         return len(self._masks[at].pruned_indices()) if self._holds() else 0
 
-    def _mask_of(self, at: int, ranking: Ranking, pruned: Tensor) -> NeuronMask:
+    def _mask_of(self, at: int, site: PruneSite, ranking: Ranking, pruned: Tensor) -> NeuronMask:
         """The mask with what was pruned before; of that, the score is the one that it was pruned for."""
         keep = torch.ones(len(ranking.score), dtype=torch.bool)
         score, error = ranking.score, ranking.standard_error
@@ -352,7 +448,7 @@ class SensitivityPruneCallback(PartitionConsumer):
             if error is not None and before.standard_error is not None:
                 error = torch.where(keep, error, before.standard_error)
         keep[pruned] = False
-        return NeuronMask(self._sites[at].target, keep, score, error)
+        return NeuronMask(site.target, keep, score, error)
 
     def _report(
         self,
@@ -391,40 +487,53 @@ class SensitivityPruneCallback(PartitionConsumer):
             pruned = sum(len(mask.pruned_indices()) for mask in self._masks)
             log_values(pl_module, {"unlearn/pruned_neurons": 0.0 if self._is_proposal else float(pruned)})
 
-    def _entries(self, model: torch.nn.Module) -> list[PrunedEntries]:
+    def _audible(
+        self, trainer: Trainer, pl_module: LightningModule, proposal: list[Tensor]
+    ) -> tuple[list[PruneSite], list[Tensor]]:
+        """The sites, and what to prune at each: nothing where it would still be heard, as it was not in the beginning.
+
+        Such as where an adapter has been put beside a layer while it was trained.
+        """
+        if not any(len(neurons) for neurons in proposal):
+            return self._sites, proposal
+        found = self._verified(trainer, pl_module, self._sites, proposal)
+        for site, verified in zip(self._sites, found, strict=True):
+            if verified is None:
+                rank_zero_warn(f"No neuron of '{site.target}' is pruned. {_HEARD}")
+        sites = [verified or site for site, verified in zip(self._sites, found, strict=True)]
+        return sites, [n if verified else n[:0] for n, verified in zip(proposal, found, strict=True)]
+
+    def _verified(
+        self, trainer: Trainer, pl_module: LightningModule, sites: Sequence[PruneSite], neurons: Sequence[Tensor]
+    ) -> list[PruneSite | None]:
+        """The sites at which these neurons fall silent when they are pruned; None for one that does not.
+
+        Where something adds to the head's inputs in between, such as a residual connection, zeros in the rows of the
+        layer that feeds it do not silence them; then the columns of the head alone are pruned, which does.
+        """
+        found: list[PruneSite | None] = list(self._silent(trainer, pl_module, sites, neurons))
+        for at, site in enumerate(sites):
+            if found[at] is None and site.consumer is not None and site.layer is not None:
+                alone = replace(site, layer=None, norm=None)
+                found[at] = self._silent(trainer, pl_module, [alone], [neurons[at]])[0]
+        return found
+
+    def _silent(
+        self, trainer: Trainer, pl_module: LightningModule, sites: Sequence[PruneSite], neurons: Sequence[Tensor]
+    ) -> list[PruneSite | None]:
+        found = find_silent(pl_module, sites, neurons, lambda: probe(trainer, pl_module, self.source))
+        # Augmentation may show each rank another batch.
+        agreed = [trainer.strategy.reduce_boolean_decision(silent, all=True) for silent in found]
+        return [site if silent else None for site, silent in zip(sites, agreed, strict=True)]
+
+    def _entries(
+        self, model: torch.nn.Module, sites: Sequence[PruneSite], masks: Sequence[NeuronMask]
+    ) -> list[PrunedEntries]:
         return [
             entry
-            for site, mask in zip(self._sites, self._masks, strict=True)
+            for site, mask in zip(sites, masks, strict=True)
             for entry in site.entries(model, mask.pruned_indices())
         ]
-
-    def _hold(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._pruning is not None:
-            self._pruning.release()
-        self._pruning = NeuronPruning(self._entries(pl_module))
-        self._pruning.zero_parameters()
-        for average in averaged_models(trainer):
-            # Begun before the pruning, it would bring the neurons back.
-            NeuronPruning(self._entries(average)).zero_parameters()
-
-    def _verified(self, trainer: Trainer, pl_module: LightningModule, site: PruneSite, neurons: Tensor) -> PruneSite:
-        """The site, with the feeding layer left alone where zeroing its rows does not silence the head's inputs.
-
-        It does not where something adds to them in between, such as a residual connection; then the columns of the head
-        alone are pruned, which silences the neurons for certain.
-        """
-        if site.consumer is None or site.layer is None:
-            return site
-        with silenced(site.entries(pl_module, neurons)), tap(pl_module, site.point) as take:
-            probe(trainer, pl_module, self.source)
-            activation = take().float()
-        dimension = neuron_dimension(resolve_layer(pl_module, site.name), activation.ndim)
-        means = neuron_means(activation, dimension)
-        # Nothing silences a neuron whose input is NaN.
-        silent = bool((means[means.isfinite().all(dim=1)][:, neurons] == 0).all())
-        # Augmentation may show each rank another batch.
-        silent = trainer.strategy.reduce_boolean_decision(silent, all=True)
-        return site if silent else replace(site, layer=None, norm=None)
 
 
 def _checked_layer(layer: Any) -> str | list[str] | None:

@@ -187,7 +187,7 @@ class NeuronPruning:
 
     def __init__(self, entries: Sequence[PrunedEntries]) -> None:
         self._entries = list(entries)
-        self._handles: dict[Optimizer, RemovableHandle] = {}
+        self._handles: dict[Optimizer, RemovableHandle | None] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy watches no optimizer, and the parameters are not its own.
@@ -229,12 +229,17 @@ class NeuronPruning:
         def after_step(*_: Any) -> None:
             own.zero_parameters()
 
-        self._handles[optimizer] = optimizer.register_step_post_hook(after_step)
+        try:
+            self._handles[optimizer] = optimizer.register_step_post_hook(after_step)
+        except AttributeError:
+            # A wrapper that has not called Optimizer.__init__. The entries are zeroed before the next step too.
+            self._handles[optimizer] = None
 
     def release(self) -> None:
         """Stops watching; the parameters stay as they are."""
         for handle in self._handles.values():
-            handle.remove()
+            if handle is not None:
+                handle.remove()
         self._handles.clear()
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from lightning_unlearn.masking import PrunedEntries
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 _AVERAGES = {"ema", "avg", "average", "averaged", "averaging", "averager", "shadow", "swa", "slow", "polyak"}
 # What holds an average may hold it within something else: a wrapper, a dict, an object of the user's.
-_DEPTH = 4
+_DEPTH, _FIRST = 4, 100
 _OF_TORCH = frozenset(vars(nn.Module()))
 _NO_HOLDER = (Tensor, str, int, float, type(None))
 
@@ -37,13 +38,24 @@ def is_average(*names: str) -> bool:
 
 
 def averaged_parts(pl_module: nn.Module) -> list[str]:
-    """Dotted paths of the module's own submodules that are averages of others."""
+    """Dotted paths of the module's own submodules that are averages of others: called so, and built like another."""
     found: list[str] = []
     for name, module in pl_module.named_modules():
         is_inside = any(name.startswith(f"{outer}.") for outer in found)
-        if name and not is_inside and is_average(name.rpartition(".")[2], type(module).__name__):
+        is_called = bool(name) and is_average(name.rpartition(".")[2], type(module).__name__)
+        if is_called and not is_inside and _is_like_another(pl_module, name, module):
             found.append(name)
     return found
+
+
+def _is_like_another(pl_module: nn.Module, name: str, module: nn.Module) -> bool:
+    shapes = _shapes(module)
+    others = (other for path, other in pl_module.named_modules() if path and not f"{path}.".startswith(f"{name}."))
+    return bool(shapes) and any(_shapes(other) == shapes for other in others if other is not module)
+
+
+def _shapes(module: nn.Module) -> dict[str, Any]:
+    return {_own_name(name): parameter.shape for name, parameter in module.named_parameters()}
 
 
 def weight_copies(trainer: Trainer, pl_module: LightningModule) -> list[dict[str, Tensor]]:
@@ -101,13 +113,14 @@ class _Search:
     def look_at(self, name: str, value: Any, *, is_inside: bool, depth: int = _DEPTH) -> None:
         """Takes a value for an average, or looks for one in it, if it is called one or is inside of what is."""
         is_inside = is_inside or is_average(name, type(value).__name__)
-        if not depth or id(value) in self._seen or isinstance(value, _NO_HOLDER) or is_a(value, "Trainer"):
+        if depth < 1 or id(value) in self._seen or isinstance(value, _NO_HOLDER) or is_a(value, "Trainer"):
             return
         self._seen.add(id(value))
         if is_inside and self._take(value):
             return
         for inner, part in _parts_of(value, is_inside):
-            self.look_at(inner, part, is_inside=is_inside, depth=depth - 1)
+            # Not far where nothing speaks for an average.
+            self.look_at(inner, part, is_inside=is_inside, depth=depth - (1 if is_inside else 2))
 
     def _take(self, value: Any) -> bool:
         named = _named(value)
@@ -154,10 +167,10 @@ def _parts_of(value: Any, is_inside: bool) -> Iterator[tuple[str, Any]]:
     if isinstance(value, nn.Module):
         yield from value.named_children()
     elif isinstance(value, Mapping):
-        yield from ((str(key), part) for key, part in list(value.items()))
+        # What a data set, or all that was ever logged, lies in is not looked through.
+        yield from ((str(key), part) for key, part in islice(value.items(), _FIRST))
     elif isinstance(value, (list, tuple)):
-        # A data set in a list is not looked through.
-        yield from (("", part) for part in value[:100])
+        yield from (("", part) for part in value[:_FIRST])
     if is_inside and hasattr(value, "__dict__"):
         yield from _attributes(value)
 

@@ -323,7 +323,7 @@ class SensitivityPruneCallback(PartitionConsumer):
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self.confirm(trainer, pl_module)
-        if self._holds():
+        if self._held:
             # Most often these are the weights themselves; another callback may have put copies there.
             silence_state(pl_module, checkpoint["state_dict"], self._entries(pl_module, self._sites, self._masks))
 

@@ -461,6 +461,65 @@ def test_an_average_that_forward_runs_in_eval_mode_is_not_pruned():
     assert module.steps == 0
 
 
+class SlowFast(nn.Module):
+    """Is not an average, for all its name."""
+
+    def __init__(self):
+        super().__init__()
+        self.slow, self.fast, self.head = nn.Linear(16, 12), nn.Linear(16, 20), nn.Linear(32, 4)
+
+    def forward(self, x):
+        return self.head(torch.cat([self.slow(x), self.fast(x)], dim=1).relu())
+
+
+def test_a_part_that_is_only_called_like_an_average_is_pruned():
+    module, prune = run(SlowFast, "net.slow")
+    assert speaks(module, prune) == 0
+
+
+def test_weights_of_the_users_are_left_alone_once_the_fit_has_ended(tmp_path):
+    published, prune, data = callbacks()
+    module = Toy(plain)
+    before = weights(module)
+    trainer = fit(module, BlobsData(data), [published, prune], max_epochs=2)
+    module.load_state_dict(before)
+    trainer.save_checkpoint(tmp_path / "mine.ckpt")
+    assert all(value.equal(before[name]) for name, value in weights(module).items())
+
+
+class Lookahead(torch.optim.Optimizer):
+    """A wrapper as it is often written: without the constructor of its base class, and with slow weights of its own."""
+
+    def __init__(self, inner):
+        self.inner, self.steps = inner, 0
+        self.param_groups, self.defaults, self.state = inner.param_groups, inner.defaults, inner.state
+        self.slow = [p.detach().clone() for group in self.param_groups for p in group["params"]]
+
+    def zero_grad(self, set_to_none=True):
+        self.inner.zero_grad(set_to_none)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = self.inner.step(closure)
+        self.steps += 1
+        if self.steps % 3 == 0:
+            for slow, fast in zip(self.slow, self.param_groups[0]["params"], strict=True):
+                fast.copy_(slow.lerp_(fast, 0.5))
+        return loss
+
+    def state_dict(self):
+        return self.inner.state_dict()
+
+
+@pytest.mark.filterwarnings("ignore:Neurons of")
+def test_slow_weights_of_an_optimizer_do_not_bring_neurons_back():
+    published, prune, data = callbacks()
+    module = Sees(plain, lambda m: Lookahead(torch.optim.SGD(m.parameters(), lr=0.1)))
+    fit(module, BlobsData(data), [published, prune], max_epochs=3)
+    assert set(module.alive) == {0}
+    assert speaks(module, prune) == 0
+
+
 # After an exception
 
 

@@ -118,7 +118,15 @@ MAY_IMPORT = {
     "callbacks._loggers": {"types", "plots", "callbacks._lightning", "callbacks._packages"},
     "callbacks._assembly": MATH | {"recipes", "distributed", "review"},
     "callbacks._reviewing": ALL_BELOW | {"callbacks._base", "callbacks._lightning", "callbacks._scoring"},
-    "callbacks._relabel": ALL_BELOW | {"callbacks._base", "callbacks._lightning", "callbacks._scoring"},
+    "callbacks._companions": {"batches", "targets"},
+    "callbacks._relabel": ALL_BELOW
+    | {
+        "callbacks._base",
+        "callbacks._companions",
+        "callbacks._lightning",
+        "callbacks._scoring",
+        "callbacks._training_pass",
+    },
     "callbacks._partition_settings": ALL_BELOW | SHARED,
     "callbacks._partition_log": ALL_BELOW | SHARED | {"callbacks._summary", "callbacks._loggers"},
     "callbacks._recognise": ALL_BELOW | SHARED,

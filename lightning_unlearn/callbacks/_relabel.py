@@ -6,6 +6,7 @@ difference, and neither the data set nor its samples are touched.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,22 +14,36 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
+from lightning_unlearn.batches import field_at
 from lightning_unlearn.callbacks._base import read_labels, same_labels
+from lightning_unlearn.callbacks._companions import Companion, companions_in
 from lightning_unlearn.callbacks._lightning import BatchHook, live_iterator, to_device, undisturbed
 from lightning_unlearn.callbacks._scoring import train_loader
+from lightning_unlearn.callbacks._training_pass import _Step
+from lightning_unlearn.capture import resolve_layer, watch_output
 from lightning_unlearn.data import batch_size, delivered_indices, indexed_batches, is_torchs_iterator
+from lightning_unlearn.functional.mixture import Reduce
 from lightning_unlearn.targets import Reading
 
 _ADVICE = "; use on_noisy='drop' or 'weigh', which need no other labels"
 
 
-def with_labels(batch: Any, reading: Reading, new: Tensor) -> Any:
+# Samples that are read to see which fields are made of the label, where one seems to be.
+_MOST_READ = 256
+# So many steps, at most, until it is clear which labels the loss follows; so many rows tell, and so many times as many.
+_MOST_STEPS = 32
+_FEWEST = 8
+_TIMES = 3
+
+
+def with_labels(batch: Any, reading: Reading, new: Tensor, companions: Sequence[Companion] = ()) -> Any:
     """The batch with other labels; the one given stays as it is.
 
     Args:
         batch: a tuple, list, dict, named tuple or dataclass, nested or not, that holds the tensor of labels.
         reading: finds it, and knows its form.
         new: (U,) int64, the classes of the batch's rows; -1 where the given one stays.
+        companions: fields that are made of the label.
 
     Raises:
         TypeError: if the labels have not the form that the first batch had, or are not in the batch as they are but
@@ -43,21 +58,23 @@ def with_labels(batch: Any, reading: Reading, new: Tensor) -> Any:
     """
     label = reading.split(batch)[1]
     try:
-        rows = len(reading.classes(label, len(label)))
+        given = reading.classes(label, len(label))
     except (TypeError, ValueError) as error:
         raise TypeError(f"The labels of a training batch cannot be replaced{_ADVICE}. {error}") from error
-    if rows != len(new):
+    if len(given) != len(new):
         raise TypeError(
-            f"Expected labels of {len(new)} rows to be replaced in a training batch, but got {rows}{_ADVICE}."
+            f"Expected labels of {len(new)} rows to be replaced in a training batch, but got {len(given)}{_ADVICE}."
         )
     replaced = reading.replaced(label, new)
+    made = [(one, field_at(batch, one.path)) for one in companions]
     found = []
 
     def put(value: Tensor) -> Tensor:
-        if value is not label:
-            return value
-        found.append(value)
-        return replaced
+        if value is label:
+            found.append(value)
+            return replaced
+        one = next((one for one, field in made if field is value), None)
+        return value if one is None else one.replaced(batch, value, given, new.to(value.device))
 
     changed = apply_to_collection(batch, Tensor, put)
     if not found:
@@ -73,6 +90,39 @@ class Relabelling:
 
     def __init__(self) -> None:
         self._hook = BatchHook()
+        self._companions: list[Companion] = []
+        self._head: str | None = None
+        self._reading: Reading | None = None
+        # Given and new classes of the batch in hand.
+        self._moved: tuple[Tensor, Tensor] | None = None
+        self._step: _Step | None = None
+        self._end_watch: Callable[[], None] | None = None
+        self.detach()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy looks at nothing.
+        return {**self.__dict__, "_step": None, "_end_watch": None, "_moved": None, "_reading": None}
+
+    def learn(self, trainer: Trainer, pl_module: LightningModule, reading: Reading, head: str | None) -> None:
+        """Looks, before the first step, which fields of a batch are made of the label.
+
+        Args:
+            trainer: of the running fit.
+            pl_module: the user's.
+            reading: finds the labels in a batch as the loader delivers it.
+            head: dotted path of the module that makes the logits; None if there is none.
+        """
+        self._head = head
+        loader = train_loader(trainer)
+        total: int = len(loader.dataset)  # type: ignore[arg-type]  # its length has been checked
+        with undisturbed(trainer, pl_module), torch.no_grad():
+            few = indexed_batches(loader, torch.arange(min(batch_size(loader), total)), probing=True)
+            self._companions = companions_in([batch for _, batch in few], reading)
+            if self._companions:
+                # Of the first ones perhaps by chance.
+                more = torch.linspace(0, total - 1, min(_MOST_READ, total)).long()
+                read = indexed_batches(loader, more, probing=True)
+                self._companions = companions_in([batch for _, batch in read], reading)
 
     def attach(self, trainer: Trainer, pl_module: LightningModule, reading: Reading, new_label: Tensor) -> None:
         """From now on training batches have the new labels.
@@ -90,13 +140,74 @@ class Relabelling:
                 raise RuntimeError(
                     f"The dataset indices of a training batch are not known, so it cannot be re-labelled{_ADVICE}."
                 )
-            return with_labels(batch, reading, new_label[index].flatten())
+            new, label = new_label[index].flatten(), reading.split(batch)[1]
+            changed = with_labels(batch, reading, new, self._companions)
+            if self._is_watching:
+                self._moved = reading.classes(label, len(index)).cpu(), new
+            return changed
 
+        self._reading = reading
         self._hook.attach(trainer, pl_module, change)
+        self._is_watching = self._head is not None
+
+    def start_batch(self, pl_module: LightningModule) -> None:
+        """Looks what the loss of a step follows. Call in ``on_train_batch_start``."""
+        self._let_go()
+        if self._is_watching and self._head is not None and self._reading is not None and self._moved is not None:
+            rows = len(self._moved[0]) // self._reading.rows_per_sample
+            self._step = _Step(range(rows), None, self._reading.num_outputs)
+            self._end_watch = watch_output(resolve_layer(pl_module, self._head), self._step.look)
+
+    def end_batch(self, reduce: Reduce) -> None:
+        """Sees that the loss follows the new labels. Call after a backward pass, on every rank.
+
+        Args:
+            reduce: sums over the ranks.
+
+        Raises:
+            RuntimeError: where it follows the given ones.
+        """
+        if not self._is_watching or self._step is None:
+            return
+        step, moved = self._step, self._moved
+        self._let_go()
+        self._moved = None
+        self._seen += reduce(self._followed(step, moved))
+        self._steps += 1
+        old, new = self._seen.tolist()
+        if old >= _FEWEST and old > _TIMES * new:
+            raise RuntimeError(
+                f"Expected the loss to follow the new labels of re-labelled samples, but of {old + new:.0f} rows it"
+                f" follows the given one in {old:.0f}: training_step takes them from elsewhere{_ADVICE}."
+            )
+        self._is_watching = self._steps < _MOST_STEPS and not (new >= _FEWEST and new > _TIMES * old)
+
+    def _followed(self, step: _Step, moved: tuple[Tensor, Tensor] | None) -> Tensor:
+        """(2,), rows whose logit the loss raises for the given label, and for the new one."""
+        none = torch.zeros(2, dtype=torch.float64)
+        reading = self._reading
+        if reading is None or moved is None or step.calls != 1 or step.fault or step.gradient is None:
+            return none
+        gradient = step.gradient.float()
+        rows = reading.gradients(gradient.unsqueeze(1) if gradient.ndim == 1 else gradient).cpu()
+        given, new = moved
+        changed = (new >= 0) & (given >= 0) & (new != given) & rows.isfinite().all(dim=1) & (rows != 0).any(dim=1)
+        raised = rows.argmin(dim=1)[changed]
+        return torch.stack([(raised == given[changed]).sum(), (raised == new[changed]).sum()]).double()
+
+    def _let_go(self) -> None:
+        if self._end_watch is not None:
+            self._end_watch()
+        self._end_watch = self._step = None
 
     def detach(self) -> None:
         """Leaves the batches alone again."""
         self._hook.detach()
+        self._let_go()
+        self._reading = self._moved = None
+        self._is_watching = False
+        self._seen = torch.zeros(2, dtype=torch.float64)
+        self._steps = 0
 
 
 def check_relabelling(trainer: Trainer, pl_module: LightningModule, reading: Reading) -> None:

@@ -56,6 +56,7 @@ from lightning_unlearn.callbacks._scoring import train_loader
 from lightning_unlearn.callbacks._strategies import refuse_where_sharded, shards_weights
 from lightning_unlearn.capture import ForwardTrace, named_layers, plain_name, resolve_layer
 from lightning_unlearn.data import check_loader
+from lightning_unlearn.distributed import sum_over_ranks
 from lightning_unlearn.drawing import Drawing
 from lightning_unlearn.masking import is_computed
 from lightning_unlearn.sampling import (
@@ -255,6 +256,8 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         elif self.on_noisy == "relabel" and self.draw.new_label is None:
             # Of another setting, or another round, than those to come.
             self._check_head_and_labels(trainer, pl_module)
+        elif self.on_noisy == "relabel":
+            self._learn_labels(trainer, pl_module)
         if self.is_active and self._at_once(trainer) != self._planned_size:
             check_steps_left(trainer, _remaining_epochs(trainer), self._planned_size)
             self._plan(trainer)
@@ -269,6 +272,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         classes = trace.output.shape[1]
         if self.on_noisy == "relabel":
             check_relabelling(trainer, pl_module, reading_of(self.source))
+            self._learn_labels(trainer, pl_module, trace)
         if self.reset_head:
             head = trace.last_linear(classes)
             if is_computed(trace.linear(head)):
@@ -282,6 +286,26 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
                     f"Expected layers to hold the head '{head}' where reset_head=True, since new weights must be"
                     f" trained, but got {self.layers}; add '{head}'."
                 )
+
+    def _learn_labels(self, trainer: Trainer, pl_module: LightningModule, trace: ForwardTrace | None = None) -> None:
+        trace = probe(trainer, pl_module, self.source)[0] if trace is None else trace
+        reading = reading_of(self.source)
+        self._relabelling.learn(trainer, pl_module, reading, trace.logit_maker(reading.num_outputs))
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._relabelling.start_batch(pl_module)
+
+    @override
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if pl_module.automatic_optimization:
+            self._relabelling.end_batch(sum_over_ranks(trainer.strategy))
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._relabelling.end_batch(sum_over_ranks(trainer.strategy))
 
     @override
     def advance(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,0 +1,120 @@
+"""Fields of a batch that are made of the label, as one-hot or smoothed rows of a collate_fn: re-labelled with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_unlearn.batches import Path, field_at, has_rows, leaves_of, written
+from lightning_unlearn.targets import Reading
+
+# Rows of classes that come again from which on a field is said to be made of the label.
+_AGAIN = 8
+_ROUNDING = 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class Companion:
+    """A field that has the same row wherever a sample has the same label.
+
+    Args:
+        path: where it lies.
+        table: (C, K) float64, the row of each class; NaN of one that is not known.
+    """
+
+    path: Path
+    table: Tensor
+
+    def replaced(self, batch: Any, value: Tensor, given: Tensor, new: Tensor) -> Tensor:
+        """The field with the rows of other classes.
+
+        Args:
+            batch: for the message.
+            value: the field.
+            given: (U,) int64, the classes that it is made of; -1 for none.
+            new: (U,) int64, -1 where the given one stays.
+
+        Raises:
+            RuntimeError: where it is not made of the label, or the row of a class is not known.
+        """
+        rows, moved = value.reshape(len(given), -1), (new >= 0) & (given >= 0)
+        table = self.table.to(value.device)
+        before, after = table[given[moved]], table[new[moved]]
+        # Of a class that is not known nothing is expected.
+        differs = (rows[moved].double() - before).abs() > _ROUNDING * (1 + before.abs())
+        if differs.any() or after.isnan().any():
+            why = "is not made of the label in the same way everywhere" if differs.any() else "is not known for a class"
+            raise RuntimeError(
+                f"{written(batch, self.path)}, which is made of the label, {why}, so a training batch cannot be"
+                " re-labelled; use on_noisy='drop' or 'weigh', which need no other labels, or make it of the label in"
+                " training_step."
+            )
+        changed = rows.clone()
+        changed[moved] = after.to(value.dtype)
+        return changed.reshape(value.shape)
+
+
+def companions_in(batches: Sequence[Any], reading: Reading) -> list[Companion]:
+    """The fields that are made of the label.
+
+    Args:
+        batches: as the loader delivers them.
+        reading: finds the labels, and knows their form.
+    """
+    labels = [reading.split(batch)[1] for batch in batches]
+    given = torch.cat([reading.classes(label, len(label)) for label in labels])
+    inputs = reading.layout.fields if reading.layout is not None else ()
+    found = []
+    for path, first in leaves_of(batches[0]):
+        if first is labels[0] or (len(path) == 1 and path[0] in inputs) or not has_rows(first, len(labels[0])):
+            continue
+        try:
+            values = torch.cat([field_at(batch, path) for batch in batches])
+        except (KeyError, IndexError, AttributeError, TypeError, RuntimeError):
+            continue
+        if values.is_complex() or values.numel() % len(given):
+            continue
+        rows = values.reshape(len(given), -1).double()
+        # Wider rows are embeddings, or input.
+        if rows.shape[1] not in (1, reading.num_classes):
+            continue
+        table = _table(rows[given >= 0], given[given >= 0], reading.num_classes)
+        if table is not None:
+            found.append(Companion(path, table))
+    return found
+
+
+def _table(rows: Tensor, label: Tensor, num_classes: int) -> Tensor | None:
+    """(C, K), the row of each class; None where rows are not a one-to-one function of the label."""
+    classes, place, counts = torch.unique(label, return_inverse=True, return_counts=True)
+    if len(classes) < 2:
+        return None
+    means = rows.new_zeros(len(classes), rows.shape[1]).index_add_(0, place, rows) / counts.unsqueeze(1)
+    means = means.nan_to_num(torch.inf, torch.inf, torch.inf)
+    if not means.isfinite().all() or bool(((rows - means[place]).abs() > _ROUNDING * (1 + means[place].abs())).any()):
+        return None
+    apart = torch.pdist(means)
+    made = _by_form(means, classes, num_classes)
+    if bool((apart <= _ROUNDING).any()) or (made is None and len(label) - len(classes) < _AGAIN):
+        return None
+    table = rows.new_full((num_classes, rows.shape[1]), torch.nan)
+    table[classes] = means
+    return table if made is None else made
+
+
+def _by_form(means: Tensor, classes: Tensor, num_classes: int) -> Tensor | None:
+    """The rows of all classes where those that are known say how they are made: one number apart, or in proportion."""
+    if means.shape[1] == num_classes and num_classes > 1:
+        on = means[torch.arange(len(classes)), classes].mean()
+        off = (means.sum() - on * len(classes)) / (len(classes) * (num_classes - 1))
+        made = off + (on - off) * torch.eye(num_classes, dtype=means.dtype)
+        return made if torch.allclose(made[classes], means, rtol=_ROUNDING, atol=_ROUNDING) else None
+    if means.shape[1] != 1 or len(classes) < 3:
+        return None
+    slope = (means[-1] - means[0]) / (classes[-1] - classes[0])
+    made = means[0] + slope * (torch.arange(num_classes, dtype=means.dtype).unsqueeze(1) - classes[0])
+    return made if torch.allclose(made[classes], means, rtol=_ROUNDING, atol=_ROUNDING) else None

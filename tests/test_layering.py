@@ -28,6 +28,8 @@ ALL_BELOW = MATH | {
 }
 SHARED = {
     "callbacks._copies",
+    "callbacks._diverged",
+    "callbacks._neighbours",
     "callbacks._packages",
     "callbacks._provenance",
     "callbacks._base",
@@ -97,6 +99,7 @@ MAY_IMPORT = {
     | {
         "callbacks._layouts",
         "callbacks._lightning",
+        "callbacks._neighbours",
         "callbacks._packages",
         "callbacks._provenance",
         "callbacks._progress",
@@ -112,7 +115,9 @@ MAY_IMPORT = {
         "callbacks._scoring",
         "callbacks._strategies",
     },
-    "callbacks._summary": {"types"},
+    "callbacks._summary": {"types", "callbacks._diverged"},
+    "callbacks._diverged": {"sharding"},
+    "callbacks._neighbours": {"callbacks._lightning", "callbacks._packages"},
     "callbacks._resuming": {"types"},
     "callbacks._optimizers": {"callbacks._packages"},
     "callbacks._loggers": {"types", "plots", "callbacks._lightning", "callbacks._packages"},

@@ -23,6 +23,7 @@ from lightning_unlearn.callbacks._lightning import (
     to_device,
     undisturbed,
 )
+from lightning_unlearn.callbacks._neighbours import refuse_privacy
 from lightning_unlearn.callbacks._packages import (
     EitherCallback,
     MisconfigurationException,
@@ -219,6 +220,7 @@ class UnlearnCallback(EitherCallback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         reshard(pl_module)
+        refuse_privacy(trainer, pl_module, type(self).__name__)
         self.begin(trainer, pl_module)
         self.advance(trainer, pl_module)
 

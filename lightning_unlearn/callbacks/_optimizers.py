@@ -67,6 +67,17 @@ def forget_schedule(optimizer: Optimizer, given: Mapping[int, Mapping[str, Any]]
             group["initial_lr"] = group["lr"]
 
 
+def check_rates(optimizer: Optimizer) -> None:
+    """Refuses learning rates with which no weight would stay finite.
+
+    Raises:
+        ValueError: naming the rate.
+    """
+    for group in optimizer.param_groups:
+        if not math.isfinite(float(group["lr"])):
+            raise ValueError(f"Expected optimizer to make one with finite learning rates, but got lr={group['lr']}.")
+
+
 def groups_of(states: Iterable[Mapping[str, Any]]) -> list[list[tuple[int, set[str]]]]:
     """Of each optimizer in a checkpoint, how many parameters each group has, and what its options are called.
 

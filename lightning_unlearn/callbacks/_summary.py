@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lightning_unlearn.callbacks._diverged import ADVICE
 from lightning_unlearn.types import Partition, RepairSummary
 
 # A network that gives so many of the suspects their given label has memorised them.
@@ -36,6 +37,7 @@ def summarise(
     done: tuple[str, ...],
     accuracy: tuple[float | None, float | None],
     is_dry_run: bool = False,
+    diverged: str = "",
 ) -> RepairSummary:
     """The summary of a fit.
 
@@ -45,6 +47,7 @@ def summarise(
         done: a clause for each callback that did something.
         accuracy: on the validation data, before and after; None where not known.
         is_dry_run: whether nothing was to be changed.
+        diverged: which weights are NaN or infinite; empty for none.
     """
     suspects = len(partition.suspect_indices())
     sentences = [_found(partition, suspects)]
@@ -54,9 +57,12 @@ def summarise(
         if is_dry_run:
             sentences.append(f"Dry run: {'; '.join(('nothing was changed', *done))}.")
         elif done:
-            sentences += [f"Done: {'; '.join(done)}.", _gained(*accuracy)]
+            sentences.append(f"Done: {'; '.join(done)}.")
+            sentences += [] if diverged else [_gained(*accuracy)]
         else:
             sentences.append(_NOTHING)
+    if diverged:
+        sentences.append(f"Training has diverged since, {diverged} are NaN or infinite: {ADVICE}.")
     before, after = accuracy
     return RepairSummary(
         samples=len(partition),

@@ -158,6 +158,7 @@ class TrainingPassReader:
     everything is put back and the sink forgets. A single epoch whose batches cannot be told, as may happen on a resume,
     is only left out. Batches that do not train (a skipped step) are left out as well.
 
+    ``left_open`` is whether the fit that is resumed was within an epoch of which it had rows, which are lost.
     ``head`` is the module that is read; ``reason`` is why it gave up, empty while it reads; ``rows_read`` is how many
     rows the sink got in the last epoch.
 
@@ -199,6 +200,7 @@ class TrainingPassReader:
         self._seen: Tensor | None = None
         self._has_judged = False
         self._unknown_epochs = 0
+        self.left_open = False
         self._begin_epoch()
 
     def _begin_epoch(self) -> None:
@@ -218,13 +220,19 @@ class TrainingPassReader:
 
     def state_dict(self) -> dict[str, Any]:
         """Whether it gave up, and why; and what it would give up for sooner or later."""
-        return {"reason": self.reason, "unknown_epochs": self._unknown_epochs, "has_judged": self._has_judged}
+        return {
+            "reason": self.reason,
+            "unknown_epochs": self._unknown_epochs,
+            "has_judged": self._has_judged,
+            "is_open": self.is_reading and bool(self._held or self._epoch_rows),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Stays given up where the fit that is resumed had given up."""
         self.reason = str(state["reason"])
         self._unknown_epochs = int(state["unknown_epochs"])
         self._has_judged = bool(state["has_judged"])
+        self.left_open = bool(state.get("is_open"))
 
     def attach(self, trainer: Trainer) -> None:
         """Watches for the train loaders. Call in ``setup`` of a fit: later, the first epoch is not read."""

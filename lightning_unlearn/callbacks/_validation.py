@@ -76,8 +76,9 @@ class _Tally:
             rows = slice(done, done + len(logits))
             done += len(logits)
             losses = cross_entropy(logits, target[rows], reduction="none", ignore_index=IGNORED)
-            # The largest of numbers that are not numbers is the first, which for some labels would be right.
-            right = (logits.argmax(dim=1) == target[rows]) & ~logits.isnan().any(dim=1)
+            # The largest of numbers that are not numbers is the first, which for some labels would be right. A logit of
+            # -inf rules a class out.
+            right = (logits.argmax(dim=1) == target[rows]) & ~(logits.isnan() | logits.isposinf()).any(dim=1)
             columns = torch.stack([right, losses, torch.ones_like(losses)], dim=1)
             self.sums[:3] += (columns.double().cpu() * counts[rows].double().cpu().unsqueeze(1)).sum(dim=0)
 

@@ -32,6 +32,7 @@ from lightning_unlearn.arguments import (
 )
 from lightning_unlearn.callbacks._base import PartitionConsumer, check_reloaded, probe, reading_of
 from lightning_unlearn.callbacks._copies import weight_copies
+from lightning_unlearn.callbacks._diverged import ADVICE, LossWatch, not_finite
 from lightning_unlearn.callbacks._lightning import (
     TrainDataSwap,
     callbacks_of,
@@ -41,9 +42,11 @@ from lightning_unlearn.callbacks._lightning import (
     rewrap_ddp,
     users_sampler,
 )
+from lightning_unlearn.callbacks._neighbours import refuse_beside_finetuning
 from lightning_unlearn.callbacks._optimizers import (
     before_schedules,
     check_groups,
+    check_rates,
     check_steps_left,
     forget_schedule,
     groups_of,
@@ -137,6 +140,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         self._swap = TrainDataSwap()
         self._narrowed = NarrowedLoaders()
         self._relabelling = Relabelling()
+        self._losses = LossWatch()
         self.reset()
 
     @override
@@ -228,6 +232,16 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
             lr=self.lr is not None,
             optimizer=self.optimizer is not None,
             restart_optimizer=self.restart_optimizer,
+        )
+        refuse_beside_finetuning(
+            trainer,
+            type(self).__name__,
+            **{
+                "lr": self.lr is not None,
+                "optimizer": self.optimizer is not None,
+                "restart_optimizer=True": self.restart_optimizer,
+                "mode='layers'": self.mode == "layers",
+            },
         )
         self._masks = next((callback for callback in callbacks_of(trainer) if isinstance(callback, MaskSource)), None)
         _check_schedule(self.lr_scheduler)
@@ -339,10 +353,32 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         self._epoch_started = time.perf_counter()
 
     @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.is_active:
+            self._losses.add(outputs)
+
+    @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.is_active:
+            self._check_diverged(trainer, pl_module)
         # A fit that is resumed within an epoch has not seen its start.
         if self._epoch_started is not None:
             self._seconds_per_epoch = time.perf_counter() - self._epoch_started
+
+    def _check_diverged(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ends a fit whose weights no further training mends; before a ModelCheckpoint writes them."""
+        was_finite, fault = self._losses.was_finite(trainer), not_finite(trainer, pl_module)
+        when = f"in epoch {trainer.current_epoch}, trained on the clean subset since epoch {self._first_epoch}"
+        if fault:
+            rate = "" if self.lr is None else f" than lr={self.lr}"
+            raise ValueError(
+                f"Training has diverged {when}: {fault} are NaN or infinite;"
+                f" {ADVICE.replace('smaller learning rate', f'smaller learning rate{rate}')}."
+            )
+        if not was_finite:
+            rank_zero_warn(f"The loss was NaN or infinite {when}; if that goes on, {ADVICE}.")
 
     @override
     def resume(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -667,6 +703,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
             return
         optimizer = trainer.strategy.optimizers[0]
         forget_schedule(optimizer, given, self.lr)
+        check_rates(optimizer)
         schedulers = []
         if self._is_scheduled and self.lr_scheduler is not None:
             schedulers.append(LRSchedulerConfig(self.lr_scheduler(optimizer)))

@@ -24,6 +24,7 @@ from lightning_unlearn.callbacks._base import (
     check_classifies,
     probe,
 )
+from lightning_unlearn.callbacks._diverged import ADVICE, not_finite
 from lightning_unlearn.callbacks._evidence_pass import EvidencePass, make_attributor
 from lightning_unlearn.callbacks._judging import judge_share, share_memorised
 from lightning_unlearn.callbacks._label_watch import LabelWatch
@@ -51,6 +52,7 @@ from lightning_unlearn.callbacks._scoring import (
     forget_scoring_loader,
     train_loader,
 )
+from lightning_unlearn.callbacks._strategies import shards_weights
 from lightning_unlearn.callbacks._summary import summarise
 from lightning_unlearn.callbacks._training_pass import TrainingPassReader
 from lightning_unlearn.callbacks._validation import forget_score, score_validation
@@ -377,6 +379,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         self._fingerprint = recognise_data(trainer, pl_module, self, known, before)
         self._take_review(trainer, pl_module)
         self._note_fit(trainer)
+        self._say_what_is_lost()
         if self._trajectory is None and self._partition is None:
             self._trajectory = Trajectory(total * rows, self.reading.num_classes)
             if self.reading.label_at is None:
@@ -475,6 +478,16 @@ class AttributionPartitionCallback(UnlearnCallback):
                 f"every_n_epochs={self.every_n_epochs} has no effect here: the checkpoint is of a fit without it, which"
                 " kept nothing to draw the partition again from; start again without the checkpoint."
             )
+
+    def _say_what_is_lost(self) -> None:
+        """Says once that a checkpoint lacks what the training steps of an epoch that had not ended have shown."""
+        if self._partition is None and self._reader.left_open:
+            rank_zero_info(
+                "The checkpoint was written before an epoch had ended: what its training steps had shown by then is not"
+                " kept, so the partition may differ from that of a fit that was not interrupted; checkpoints of the end"
+                " of an epoch (save_on_train_epoch_end=True), or evidence='passes', have all of it."
+            )
+        self._reader.left_open = False
 
     def _start_reading(self, trainer: Trainer, pl_module: LightningModule, trace: ForwardTrace) -> None:
         maker = trace.logit_maker(self.reading.num_outputs)
@@ -698,17 +711,46 @@ class AttributionPartitionCallback(UnlearnCallback):
             return
         for callback in _consumers(trainer):
             callback.confirm(trainer, pl_module)
-        if self._acts(trainer, self._partition) and self._accuracy["before"] is not None:
+        self._summarise(trainer, pl_module, self._partition)
+
+    def _summarise(self, trainer: Trainer, pl_module: LightningModule, partition: Partition) -> None:
+        diverged = not_finite(trainer, pl_module)
+        if diverged:
+            rank_zero_warn(f"Training has diverged since the partition: {diverged} are NaN or infinite; {ADVICE}.")
+        elif self._acts(trainer, partition) and self._accuracy["before"] is not None:
             self._accuracy["after"] = self._validate(trainer, pl_module, "after")
         done = [callback.describe() for callback in _consumers(trainer)]
         self._summary = summarise(
-            self._partition,
+            partition,
             memorised=self._memorised,
             done=tuple(clause for clause in done if clause),
             accuracy=(self._accuracy["before"], self._accuracy["after"]),
             is_dry_run=self.is_dry_run,
+            diverged=diverged,
         )
         rank_zero_info(self._summary.advice)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.conclude(trainer, pl_module)
+
+    def conclude(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Makes the summary of a fit that goes on from its last checkpoint and has no step left.
+
+        Lightning then calls no hook of training, and has torn the strategy down. Every rank must call it; a second call
+        does nothing.
+        """
+        is_due = self.is_dry_run and trainer.current_epoch >= self.at_epoch
+        if self._summary is not None or not (self._partition is not None or is_due) or shards_weights(trainer):
+            return
+        device = next(pl_module.parameters()).device
+        pl_module.to(trainer.strategy.root_device)
+        try:
+            self.begin(trainer, pl_module)
+            self.on_train_end(trainer, pl_module)
+        finally:
+            self._reader.detach()
+            pl_module.to(device)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -149,7 +149,13 @@ class UnlearnReport(EitherCallback):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero or is_fast_dev_run(trainer):
+        if is_fast_dev_run(trainer):
+            return
+        # Of a fit that had no step left it may not be there yet, and every rank takes part.
+        conclude = getattr(find_partition_source(trainer, type(self).__name__), "conclude", None)
+        if conclude is not None:
+            conclude(trainer, pl_module)
+        if not trainer.is_global_zero:
             return
         # The model is trained, and a picture less is no reason to lose it.
         try:

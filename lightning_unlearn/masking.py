@@ -170,12 +170,16 @@ def are_revived(entries: Sequence[PrunedEntries]) -> bool:
 
 def owners(model: nn.Module, module: nn.Module) -> list[str]:
     """Dotted paths of the other modules that hold one of a module's own parameters, which are tied."""
-    own = {id(parameter) for parameter in module.parameters(recurse=False)}
-    return [
-        name
-        for name, other in model.named_modules()
-        if other is not module and any(id(parameter) in own for parameter in other.parameters(recurse=False))
-    ]
+    own = _held_in(module)
+    # A parametrization is a part of the module whose weight it computes.
+    others = ((name, other) for name, other in model.named_modules() if ".parametrizations" not in f".{name}")
+    return [name for name, other in others if other is not module and not own.isdisjoint(_held_in(other))]
+
+
+def _held_in(module: nn.Module) -> set[nn.Parameter]:
+    """A module's own parameters, and those that its weights are computed from."""
+    parts = [module.parametrizations] if parametrize.is_parametrized(module) else []
+    return {*module.parameters(recurse=False), *(p for part in parts for p in part.parameters())}  # type: ignore[union-attr]
 
 
 class NeuronPruning:

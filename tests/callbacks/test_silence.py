@@ -175,6 +175,22 @@ def test_what_would_still_be_heard_is_refused_before_the_first_step(kind, layer,
         _ = prune.masks
 
 
+def tied_lengths():
+    net = nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 4))
+    for at in (0, 2):
+        parametrizations.weight_norm(net[at])
+    net[2].parametrizations.weight.original0 = net[0].parametrizations.weight.original0
+    return net
+
+
+def test_computed_weights_that_are_tied_are_refused():
+    published, prune, data = callbacks("net.0")
+    module = Toy(tied_lengths)
+    with pytest.raises(ValueError, match=r"cannot prune layer 'net\.0'. Its parameters are shared with 'net\.2'"):
+        fit(module, BlobsData(data), [published, prune], max_epochs=2)
+    assert module.steps == 0
+
+
 @pytest.mark.parametrize("kind", HEARD)
 def test_by_default_a_feeding_layer_that_would_be_heard_is_left_alone(kind):
     module, prune = run(partial(with_layers, two=HEARD[kind]))

@@ -320,6 +320,8 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._relabelling.end_batch(sum_over_ranks(trainer.strategy))
+        if self.is_active:
+            self._losses.add(outputs)
 
     @override
     def advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -351,13 +353,6 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_start(trainer, pl_module)
         self._epoch_started = time.perf_counter()
-
-    @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if self.is_active:
-            self._losses.add(outputs)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -14,9 +14,11 @@ UV ?= $(BIN)/uv
 OLDEST := .venv-oldest
 OLDEST_PYTHON ?= 3.10
 OLDEST_STAMP := $(OLDEST)/.stamp
+NEWEST := .venv-newest
+NEWEST_STAMP := $(NEWEST)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fuzz test-oldest bench docs figures lint format build clean
+.PHONY: help setup demo test fuzz test-oldest test-newest bench docs figures lint format build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -33,6 +35,10 @@ test: setup ## run the tests and doctests (ARGS="-k mixture", JOBS=1)
 
 test-oldest: $(OLDEST_STAMP) ## run them with the oldest versions that are supported (ARGS="-k mixture", UV=uv)
 	PYTHONDONTWRITEBYTECODE= $(OLDEST)/bin/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile $(ARGS)
+
+# What is newest changes from day to day: NEWEST is made again where its stamp is gone.
+test-newest: $(NEWEST_STAMP) ## run them with the newest versions that there are (ARGS="-k mixture", UV=uv)
+	PYTHONDONTWRITEBYTECODE= $(NEWEST)/bin/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile $(ARGS)
 
 # The suite runs the first 200.
 fuzz: setup ## run random fits (CASES=2000 FIRST=0: from seed FIRST on)
@@ -61,7 +67,7 @@ build: setup ## build sdist and wheel into dist/
 	rm -rf dist
 	$(BIN)/python -m build
 
-clean: ## remove what the tools leave behind; .venv and .venv-oldest stay
+clean: ## remove what the tools leave behind; .venv, .venv-oldest and .venv-newest stay
 	rm -rf build dist docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -path "./$(VENV)*" -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
@@ -82,4 +88,11 @@ $(OLDEST_STAMP): pyproject.toml
 	$(UV) venv --clear --python $(OLDEST_PYTHON) $(OLDEST) || $(UV) venv --clear $(OLDEST)
 	$(UV) pip install --python $(OLDEST)/bin/python --resolution lowest-direct -e '.[all,dev]' \
 	  lightning==2.5.0 pytorch-lightning==2.5.0
+	@touch $@
+
+# Without constraints.txt.
+$(NEWEST_STAMP): pyproject.toml
+	@command -v $(UV) > /dev/null || $(MAKE) setup
+	$(UV) venv --clear --python $(PYTHON) $(NEWEST)
+	$(UV) pip install --python $(NEWEST)/bin/python --upgrade -e '.[all,dev]'
 	@touch $@

@@ -70,17 +70,16 @@ def plain(value: Any) -> Any:
 
 
 def _real(value: Any) -> float | int | None:
-    """A number that is no bool and no NaN, as int or float; None for anything else."""
+    """A number that is no bool, as int or float; None for anything else."""
     found = plain(value)
     if isinstance(found, bool) or not isinstance(found, numbers.Real):
         return None
     if isinstance(found, numbers.Integral):
         return int(found)
     try:
-        number = float(found)
+        return float(found)
     except OverflowError:
         return math.inf
-    return None if math.isnan(number) else number
 
 
 def check_number(
@@ -115,17 +114,17 @@ def check_number(
         ValueError: Expected threshold to be a number in (0, 1), but got 'x'.
     """
     number = _real(value)
-    if max(above, least) > -math.inf and min(below, most) < math.inf:
+    is_bounded = max(above, least) > -math.inf and min(below, most) < math.inf
+    if is_bounded:
         low = f"({above:g}" if above > -math.inf else f"[{least:g}"
         high = f"{below:g})" if below < math.inf else f"{most:g}]"
         outside, other = f"lie in {low}, {high}", f"a number in {low}, {high}"
     elif above > -math.inf:
         outside, other = f"be greater than {above:g}", f"a finite number greater than {above:g}"
     else:
-        outside, other = f"be at least {least:g}", f"a finite number of at least {least:g}"
-    if least == above == -math.inf:
-        other = "a finite number"
-    if number is None or not _is_finite(number):
+        outside = f"be at least {least:g}"
+        other = "a finite number" + (f" of at least {least:g}" if least > -math.inf else "")
+    if number is None or not (is_bounded or _is_finite(number)):
         raise ValueError(f"Expected {name} to be {other}{_also(meaning)}, but got {shown(value)}.")
     if not (above < number < below and least <= number <= most):
         raise ValueError(f"Expected {name} to {outside}{_also(meaning)}, but got {shown(plain(value))}.")
@@ -165,14 +164,22 @@ def check_whole(name: str, value: Any, *, least: int = 0, most: int = _LARGEST, 
     """
     number = _real(value)
     if number is None or not _is_finite(number) or number != int(number):
-        raise ValueError(
-            f"Expected {name} to be a whole number of at least {least}{_also(meaning)}, but got {shown(value)}."
-        )
+        bound = f" of at least {least}" if least > -_LARGEST else ""
+        raise ValueError(f"Expected {name} to be a whole number{bound}{_also(meaning)}, but got {shown(value)}.")
     if number < least:
         raise ValueError(f"Expected {name} to be at least {least}{_also(meaning)}, but got {shown(plain(value))}.")
     if number > most:
         raise ValueError(f"Expected {name} to be at most {most:,}{_also(meaning)}, but got {shown(plain(value))}.")
     return int(number)
+
+
+def check_seed(name: str, value: Any) -> int:
+    """A whole number that ``torch.Generator.manual_seed`` takes.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    return check_whole(name, value, least=-_LARGEST)
 
 
 def check_flag(name: str, value: Any) -> bool:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_unlearn.arguments import check_choice
 from lightning_unlearn.types import REASONS, NeuronMask, Partition, confusion_counts, suggested_otherwise
 
 if TYPE_CHECKING:
@@ -58,8 +59,7 @@ def plot_partition(
         ImportError: without matplotlib, naming the extra to install.
         ValueError: for another kind, too few or too many axes, or not one name per class.
     """
-    if kind not in ("both", "histogram", "confusion"):
-        raise ValueError(f"Expected kind to be 'both', 'histogram' or 'confusion', but got {kind!r}.")
+    kind = check_choice("kind", kind, ("both", "histogram", "confusion"))
     names = None if class_names is None else partition.names_of(class_names)
     if kind == "both":
         left, right = _axes(ax, 2)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_unlearn.arguments import check_names
 from lightning_unlearn.masking import is_computed, neuron_entries
 from lightning_unlearn.storage import replacing, source_file
 
@@ -98,6 +99,8 @@ def shrink(model: _Model, example_input: ExampleInput, *, layers: Sequence[str] 
 def _chosen(model: nn.Module, layers: Sequence[str] | None) -> list[str]:
     """The layers to look at, in the order in which the model has them."""
     known = [name for name, module in model.named_modules() if isinstance(module, _LAYERS)]
+    if layers is not None:
+        layers = [layers] if isinstance(layers, str) else check_names("layers", layers, "dotted paths of layers")
     if strangers := [name for name in layers or () if name not in known]:
         raise ValueError(
             f"Expected layers to be among the Linears and convolutions of {type(model).__name__}"

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_unlearn.arguments import reason_of, shown
+from lightning_unlearn.arguments import check_path, reason_of, shown
 
 _Record = TypeVar("_Record")
 _ABOUT = "about"
@@ -39,7 +39,7 @@ def target_file(path: str | PathLike[str]) -> Path:
     Raises:
         ValueError: for a folder.
     """
-    target = Path(path).expanduser()
+    target = Path(check_path("path", path, "a file to write")).expanduser()
     if target.is_dir():
         raise ValueError(
             f"Expected a file to write, but {target} is a folder; give a name in it, as {target / 'name'}."
@@ -54,7 +54,7 @@ def target_folder(path: str | PathLike[str]) -> Path:
     Raises:
         ValueError: for a file.
     """
-    folder = Path(path).expanduser()
+    folder = Path(check_path("path", path, "a folder")).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
@@ -69,7 +69,7 @@ def source_file(path: str | PathLike[str]) -> Path:
         ValueError: for a folder.
         FileNotFoundError: where there is none.
     """
-    source = Path(path).expanduser()
+    source = Path(check_path("path", path, "a file to read")).expanduser()
     if source.is_dir():
         raise ValueError(f"Expected a file to read, but {source} is a folder; give the file in it.")
     return source

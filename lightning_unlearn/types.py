@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_unlearn.arguments import check_flag, check_number, shown
+from lightning_unlearn.arguments import check_flag, check_names, check_number, shown
 from lightning_unlearn.fingerprint import mark_of
 from lightning_unlearn.storage import faults_of, load_record, save_record, write_csv
 
@@ -426,7 +426,9 @@ class Partition:
         """
         suspects_only = check_flag("suspects_only", suspects_only)
         names = None if class_names is None else self.names_of(class_names)
-        added = {title: list(values) for title, values in (columns or {}).items()}
+        if not isinstance(columns, (Mapping, type(None))):
+            raise ValueError(f"Expected columns to be a dict of values by title, but got {shown(columns)}.")
+        added = {str(title): list(values) for title, values in (columns or {}).items()}
         for title, values in added.items():
             if len(values) != len(self):
                 raise ValueError(
@@ -495,10 +497,12 @@ class Partition:
         seen = int(torch.cat([self.label, self.suggested_label]).max()) + 1 if len(self) else 0
         if self.is_multilabel:
             classes = self.label.shape[1]
-        if isinstance(class_names, str) or len(class_names) < seen or (classes and len(class_names) != classes):
-            found = f"the text {class_names!r}" if isinstance(class_names, str) else f"{len(class_names)} names"
+        is_text = isinstance(class_names, str)
+        names = [] if is_text else check_names("class_names", class_names, "names", each_once=False)
+        if is_text or len(names) < seen or (classes and len(names) != classes):
+            found = f"the text {class_names!r}" if is_text else f"{len(names)} names"
             raise ValueError(f"Expected class_names to name each of {classes or seen} classes, but got {found}.")
-        return {label: str(name) for label, name in enumerate(class_names)}
+        return dict(enumerate(names))
 
 
 def _check_primitives(record: Any, **kinds: type[Any]) -> None:

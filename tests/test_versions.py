@@ -40,6 +40,13 @@ def test_the_oldest_set_holds_lightning_at_its_floor():
         assert f" {name}=={FLOORS[name]}.0" in makefile
 
 
+@pytest.mark.parametrize("environment", [".venv-oldest", ".venv-newest"])
 @pytest.mark.parametrize("tool", [".gitignore", "pyproject.toml"])
-def test_the_oldest_environment_is_left_alone_by_tools(tool):
-    assert ".venv-oldest" in (ROOT / tool).read_text(encoding="utf-8")
+def test_the_other_environments_are_left_alone_by_tools(tool, environment):
+    assert environment in (ROOT / tool).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["lightning", "pytorch-lightning"])
+def test_releases_that_were_compromised_are_never_installed(name):
+    (line,) = [line for line in STATED if re.match(rf"{name}[>=]", line)]
+    assert line == f"{name}>={FLOORS[name]},!=2.6.2,!=2.6.3"

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_unlearn.arguments import check_choice, check_number, check_whole
+from lightning_unlearn.arguments import check_choice, check_number, check_seed
 from lightning_unlearn.callbacks._base import IndexedBatch, logits_of, output_of, reading_of, training_set
 from lightning_unlearn.callbacks._lightning import undisturbed
 from lightning_unlearn.callbacks._prune_sites import PruneSite
@@ -55,7 +55,7 @@ class Method:
         plain: dict[str, Any] = {
             "criterion": check_choice("criterion", self.criterion, CRITERIA),
             "regression": check_choice("regression", self.regression, ("ridge", "logistic")),
-            "seed": check_whole("seed", self.seed),
+            "seed": check_seed("seed", self.seed),
         }
         if self.ridge is not None:
             plain["ridge"] = check_number("ridge", self.ridge, least=0)

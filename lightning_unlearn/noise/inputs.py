@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sized
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from lightning_unlearn.arguments import check_number, check_numbers, check_seed, shown
 
 
 class GaussianInputs(Dataset[Any]):
@@ -43,15 +44,12 @@ class GaussianInputs(Dataset[Any]):
         seed: int,
         limits: tuple[float, float] | None = (0.0, 1.0),
     ) -> None:
-        if not (0 <= sigma < math.inf and 0 <= share <= 1):
-            raise ValueError(f"Expected sigma >= 0 and share in [0, 1], but got sigma={sigma} and share={share}.")
-        if limits is not None and not limits[0] < limits[1]:
-            raise ValueError(f"Expected limits (lowest, highest), but got {limits}.")
+        share = check_number("share", share, least=0, most=1)
         self.dataset = dataset
-        self.sigma = sigma
-        self.seed = seed
-        self.limits = limits
-        self.is_corrupted = _chosen(len(cast(Sized, dataset)), share, seed)
+        self.sigma = check_number("sigma", sigma, least=0)
+        self.seed = check_seed("seed", seed)
+        self.limits = None if limits is None else _checked_limits(limits)
+        self.is_corrupted = _chosen(len(cast(Sized, dataset)), share, self.seed)
 
     def __len__(self) -> int:
         return len(self.is_corrupted)
@@ -153,10 +151,8 @@ class NoiseAtSnr(Dataset[Any]):
     def __init__(
         self, dataset: Any, *, snr_db: float, share: float, seed: int, background: Tensor | None = None
     ) -> None:
-        if not (math.isfinite(snr_db) and 0 <= share <= 1):
-            raise ValueError(
-                f"Expected a finite snr_db and share in [0, 1], but got snr_db={snr_db} and share={share}."
-            )
+        snr_db, share = check_number("snr_db", snr_db), check_number("share", share, least=0, most=1)
+        seed = check_seed("seed", seed)
         if background is not None and (background.ndim != 1 or not len(background)):
             raise ValueError(
                 "Expected background to be one channel of samples (T',), but got shape"
@@ -192,6 +188,13 @@ class NoiseAtSnr(Dataset[Any]):
         start = self._starts[torch.randint(len(self._starts), (1,), generator=stream)]
         places = (start + torch.arange(waveform.shape[-1])) % len(self.background)
         return self.background[places].to(waveform.dtype).expand_as(waveform)
+
+
+def _checked_limits(limits: Any) -> tuple[float, float]:
+    found = check_numbers("limits", limits)
+    if len(found) != 2 or not found[0] < found[1]:
+        raise ValueError(f"Expected limits (lowest, highest), but got {shown(limits)}.")
+    return found[0], found[1]
 
 
 def _add_noise() -> Any:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightning_unlearn.arguments import check_number, check_seed, check_whole
+
 Labels = Tensor | Sequence[int]
 
 CIFAR10_ASYMMETRIC: Mapping[int, int] = {9: 1, 2: 0, 4: 7, 3: 5, 5: 3}
@@ -41,7 +43,7 @@ def symmetric_labels(label: Labels, rate: float, num_classes: int, *, seed: int)
         >>> (symmetric_labels(label, 0.4, 3, seed=0) != label).sum()
         tensor(4)
     """
-    return flip_labels(label, rate, num_classes, torch.Generator().manual_seed(seed))
+    return flip_labels(label, rate, num_classes, torch.Generator().manual_seed(check_seed("seed", seed)))
 
 
 def flip_labels(label: Labels, rate: float, num_classes: int, generator: torch.Generator) -> Tensor:
@@ -108,7 +110,7 @@ def asymmetric_labels(
             f"Expected becomes to name for classes from 0 to {num_classes - 1} another one each, but got"
             f" {dict(becomes)}."
         )
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(check_seed("seed", seed))
     noisy = label.clone()
     for c in sorted(becomes):
         members = (label == c).nonzero().flatten()
@@ -145,14 +147,14 @@ def matrix_labels(label: Labels, transition: Tensor, *, seed: int) -> Tensor:
             f" {tuple(transition.shape)} with row sums {transition.sum(dim=-1).flatten().tolist()[:5]}."
         )
     label = _checked(label, 0.0, len(transition))
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(check_seed("seed", seed))
     return torch.multinomial(transition.double()[label], 1, generator=generator).squeeze(1)
 
 
 def _checked(label: Labels, rate: float, num_classes: int) -> Tensor:
     """(N,) int64, on the CPU, where the draws are made: they are the same with and without a GPU."""
-    if not 0 <= rate <= 1:
-        raise ValueError(f"Expected rate to lie in [0, 1], but got {rate}.")
+    check_number("rate", rate, least=0, most=1)
+    num_classes = check_whole("num_classes", num_classes, least=1)
     if rate > 0 and num_classes < 2:
         raise ValueError(f"Expected at least 2 classes, but got {num_classes}: there is no other label to give.")
     label = _class_labels(label)

@@ -16,6 +16,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
+from lightning_unlearn.cli._errors import is_for_the_user
 from lightning_unlearn.cli._examples import examples
 
 _MISSING_MODULE = re.compile(r"No module named '([^']+)'")
@@ -101,10 +102,27 @@ class ConfigCLI(LightningCLI):
         if checkpoint is not None and not _may_exist(str(checkpoint)):
             raise ValueError(f"Expected --ckpt_path to name a checkpoint, but {checkpoint} does not exist.")
 
+    @override
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except (TypeError, ValueError) as error:
+            # jsonargparse tries all types that an option may have, and says of each why not.
+            if (said := _said_by_us(error)) is None:
+                raise
+            raise ValueError(str(said)) from error
+
     @staticmethod
     @override
     def subcommands() -> dict[str, set[str]]:
         return {"fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"}}
+
+
+def _said_by_us(error: BaseException | None) -> BaseException | None:
+    """What an argument of a class of ours was refused with, where that is what an error comes from."""
+    while error is not None and not (isinstance(error, (TypeError, ValueError)) and is_for_the_user(error)):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def add_fit_arguments(parser: LightningArgumentParser) -> list[str]:

@@ -1,6 +1,7 @@
 """``fit``: LightningCLI with our callbacks, from a YAML."""
 
 import logging
+import re
 
 import pytest
 import torch
@@ -118,3 +119,20 @@ def test_a_misconfiguration_is_one_sentence(team):
     ours = "--trainer.callbacks+=lightning_unlearn.SensitivityPruneCallback"
     with pytest.raises(SystemExit, match="fit: SensitivityPruneCallback needs an AttributionPartitionCallback"):
         main(["fit", "--config", "run.yaml", ours])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (("lr: 1.0e-2", "lr: .inf"), "Expected lr to be a finite number greater than 0, but got inf."),
+        (("lr: 1.0e-2", "lr: .nan"), "Expected lr to be a finite number greater than 0, but got nan."),
+        (("recipe: auto", "threshold: .inf"), "Expected threshold to lie in (0, 1), but got inf."),
+        (("layer: encoder.0", "layer: []"), "Expected layer to name at least one layer, and each once, but got []."),
+    ],
+    ids=["infinite", "nan", "threshold", "empty"],
+)
+def test_an_argument_that_is_refused_is_one_sentence(wrong, message, team):
+    with_classes = "model: {class_path: team.TeamModel, init_args: {width: 16}}\ndata: {class_path: team.TeamData}\n"
+    (team / "wrong.yaml").write_text(with_classes + CALLBACKS.replace(*wrong))
+    with pytest.raises(SystemExit, match=f"^{re.escape(f'lightning-unlearn fit: {message}')}$"):
+        main(["fit", "--config", "wrong.yaml"])

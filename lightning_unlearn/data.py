@@ -8,7 +8,7 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -117,7 +117,14 @@ def apart(loader: DataLoader[Any]) -> DataLoader[Any]:
     return other
 
 
-def indexed_batches(loader: DataLoader[Any], index: Tensor, *, probing: bool = False) -> Iterator[tuple[Tensor, Any]]:
+def indexed_batches(
+    loader: DataLoader[Any],
+    index: Tensor,
+    *,
+    probing: bool = False,
+    size: int | None = None,
+    absent: set[int] | None = None,
+) -> Iterator[tuple[Tensor, Any]]:
     """The loader's dataset, transforms, collate function and workers, over the given samples in the given order.
 
     Args:
@@ -125,6 +132,9 @@ def indexed_batches(loader: DataLoader[Any], index: Tensor, *, probing: bool = F
         index: (n,) int64, dataset indices.
         probing: only the first batch is wanted, so load it without worker processes, or, where each of them is
             initialised by a function of the user's, with one.
+        size: samples per batch; by default as many as the loader's have.
+        absent: takes the indices of items that are None, which a collate function leaves out or replaces. Another item
+            of the batch stands in for each, so that the others keep their rows. Without it, batches are as they come.
 
     Yields:
         the dataset indices of a batch, (B,) int64, and the batch.
@@ -132,7 +142,7 @@ def indexed_batches(loader: DataLoader[Any], index: Tensor, *, probing: bool = F
     Raises:
         TypeError: for a subclass whose ``__iter__`` does not deliver the batches drawn, one for one.
     """
-    size = batch_size(loader)
+    size = size or batch_size(loader)
     batches = _HandedOut(BatchSampler(index.tolist(), size, drop_last=False))
     ordered = apart(loader)
     ordered.__dict__.update(
@@ -142,14 +152,55 @@ def indexed_batches(loader: DataLoader[Any], index: Tensor, *, probing: bool = F
         ordered.__dict__.update(num_workers=0, prefetch_factor=None, timeout=0)
     elif probing:
         ordered.__dict__.update(num_workers=min(1, loader.num_workers))
+    if absent is not None and _iterates_as_torchs(loader):
+        ordered.__dict__["collate_fn"] = _StandingIn(loader.collate_fn, loader.dataset)
     delivered = 0
     for batch in ordered:
         if delivered >= batches.handed:
             raise TypeError(_own_iteration(loader))
-        yield torch.tensor(batches.batches[delivered]), batch
+        indices = torch.tensor(batches.batches[delivered])
+        if isinstance(batch, _WithStandIns) and absent is not None:
+            absent.update(indices[batch.places].tolist())
+            yield indices, batch.batch
+        else:
+            yield indices, batch
         delivered += 1
     if delivered < len(batches):
         raise TypeError(_own_iteration(loader))
+
+
+class _WithStandIns(NamedTuple):
+    """A batch some of whose items were None, and where; a named tuple, of which torch can pin the memory."""
+
+    batch: Any
+    places: list[int]
+
+
+class _StandingIn:
+    """A collate function that never sees None.
+
+    Args:
+        collate: the user's.
+        dataset: the user's, to look for an item where a batch has none.
+    """
+
+    def __init__(self, collate: Any, dataset: Any) -> None:
+        self._collate = collate
+        self._dataset = dataset
+
+    def __call__(self, items: Any) -> Any:
+        places = [place for place, item in enumerate(items) if item is None] if isinstance(items, list) else []
+        if not places:
+            return self._collate(items)
+        known = (item for item in itertools.chain(items, map(self._dataset.__getitem__, range(len(self._dataset)))))
+        other = next(item for item in known if item is not None)
+        return _WithStandIns(self._collate([other if item is None else item for item in items]), places)
+
+
+def _iterates_as_torchs(loader: DataLoader[Any]) -> bool:
+    """Whether batches come as the collate function makes them."""
+    definer = next(base for base in type(loader).__mro__ if "__iter__" in vars(base))
+    return definer is DataLoader or definer.__module__.startswith("torchdata.")
 
 
 def check_iteration(loader: DataLoader[Any]) -> None:
@@ -161,7 +212,7 @@ def check_iteration(loader: DataLoader[Any]) -> None:
     if type(loader).__iter__ is DataLoader.__iter__:
         return
     few = min(3 * batch_size(loader), len(loader.dataset))  # type: ignore[arg-type]  # its length has been checked
-    for _ in indexed_batches(loader, torch.arange(few), probing=True):
+    for _ in indexed_batches(loader, torch.arange(few), probing=True, absent=set()):
         pass
 
 

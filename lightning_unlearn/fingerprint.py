@@ -155,10 +155,11 @@ def _read(loader: DataLoader[Any], index: Tensor, seed: int) -> list[str]:
 
 def _digests(items: Sequence[Any]) -> list[str]:
     """Stands in for the collate function; a function of the module, since workers may have to pickle it."""
-    return [_digest(item) for item in items]
+    return [digest(item) for item in items]
 
 
-def _digest(item: Any) -> str:
+def digest(item: Any) -> str:
+    """A hash of what an item holds: tensors, arrays, images, numbers, texts, and what holds them."""
     found = blake2b(digest_size=_DIGITS // 2)
     for part in _content(item):
         # With its length, so that no two items run together to the same bytes.

@@ -32,13 +32,14 @@ from lightning_unlearn.callbacks._packages import (
 )
 from lightning_unlearn.callbacks._progress import shown
 from lightning_unlearn.callbacks._provenance import settings_of
+from lightning_unlearn.callbacks._rows import check_batch, check_number
 from lightning_unlearn.callbacks._scoring import scoring_loader, train_loader
 from lightning_unlearn.callbacks._strategies import check_strategy
 from lightning_unlearn.capture import ForwardTrace, trace_forward
 from lightning_unlearn.data import batch_count, batch_size, check_iteration, indexed_batches, rank_share
 from lightning_unlearn.fingerprint import sampled_indices
 from lightning_unlearn.sharding import reshard
-from lightning_unlearn.targets import Reading
+from lightning_unlearn.targets import IGNORED, Reading
 from lightning_unlearn.types import Partition, PartitionSource
 
 _MISSING_PARTNER = """{who} needs an AttributionPartitionCallback in the Trainer's callbacks, in any place, but found
@@ -353,15 +354,27 @@ def probe(trainer: Trainer, pl_module: LightningModule, source: PartitionSource)
         check_iteration(train_loader(trainer))
         loader = scoring_loader(trainer)
         size = min(batch_size(loader), len(loader.dataset))  # type: ignore[arg-type]  # its length has been checked
-        indices, batch = next(indexed_batches(loader, torch.arange(size), probing=True))
+        absent: set[int] = set()
+        indices, batch = next(indexed_batches(loader, torch.arange(size), probing=True, absent=absent))
+        check_batch(loader, batch, len(indices))
         reading, batch = reading_of(source), to_device(trainer, pl_module, batch)
 
         def traced(value: Any) -> ForwardTrace:
             return trace_forward(pl_module, lambda x: output_of(source, pl_module, x), value)
 
         trace, x, label = settle_layout(reading, pl_module, batch, len(indices), traced)
-    label = reading.labels(label, len(indices))
-    return trace, IndexedBatch(indices, torch.ones(len(indices), device=label.device), x, label)
+    label = without(absent, indices, reading, reading.labels(label, len(indices)))
+    return trace, IndexedBatch(indices, _is_there(absent, indices).float().to(label.device), x, label)
+
+
+def without(absent: set[int], indices: Tensor, reading: Reading, label: Tensor) -> Tensor:
+    """The labels (U,) of a batch, those of samples that are not there to be ignored."""
+    gone = ~_is_there(absent, indices)
+    return label.masked_fill(reading.by_row(gone).to(label.device), IGNORED) if gone.any() else label
+
+
+def _is_there(absent: set[int], indices: Tensor) -> Tensor:
+    return torch.tensor([index not in absent for index in indices.tolist()], dtype=torch.bool)
 
 
 def check_classifies(trainer: Trainer, pl_module: LightningModule, trace: ForwardTrace) -> None:
@@ -399,7 +412,7 @@ def read_labels(
         loader: of the training set.
         index: (n,) int64, dataset indices.
     """
-    batches = indexed_batches(loader, index, probing=True)
+    batches = indexed_batches(loader, index, probing=True, absent=set())
     return [(indices, reading.split(to_device(trainer, pl_module, batch))[1]) for indices, batch in batches]
 
 
@@ -455,24 +468,34 @@ def check_reloaded(
 
 @torch.no_grad()
 def training_set(
-    trainer: Trainer, pl_module: LightningModule, source: PartitionSource, title: str = "Evidence"
+    trainer: Trainer,
+    pl_module: LightningModule,
+    source: PartitionSource,
+    title: str = "Evidence",
+    absent: set[int] | None = None,
 ) -> Iterator[IndexedBatch]:
     """This rank's share of the training set in index order. Use inside ``undisturbed``.
+
+    A sample that the data set gives as None has a weight of 0 and no label.
 
     Args:
         trainer: of the running fit.
         pl_module: the user's.
         source: knows how to split a batch.
         title: of the line in the progress bar.
+        absent: takes the indices of such samples.
 
     Yields:
         batches, as many on every rank.
     """
     loader, reading = scoring_loader(trainer), reading_of(source)
     index, weight = rank_share(len(loader.dataset), trainer.global_rank, trainer.world_size)  # type: ignore[arg-type]
+    absent = set() if absent is None else absent
     done, batches = 0, batch_count(loader, len(index))
-    for indices, batch in shown(trainer, title, batches, indexed_batches(loader, index)):
+    for indices, batch in shown(trainer, title, batches, indexed_batches(loader, index, absent=absent)):
         x, label = reading.split(to_device(trainer, pl_module, batch))
-        label = reading.labels(label, len(indices), int(indices[0]))
-        yield IndexedBatch(indices, weight[done : done + len(indices)].to(label.device), x, label)
+        check_number(loader, label, len(indices))
+        label = without(absent, indices, reading, reading.labels(label, len(indices), int(indices[0])))
+        counts = weight[done : done + len(indices)] * _is_there(absent, indices)
+        yield IndexedBatch(indices, counts.to(label.device), x, label)
         done += len(indices)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -48,6 +48,7 @@ class EvidencePass:
         is_last: whether the partition is drawn after this pass, so that more is to be noted of every row.
         needs_rows: whether the recipe looks at the attributions themselves, after the last pass.
         early: the layer whose response is noted in the last pass; None for none.
+        absent: takes the indices of samples of this rank's share that the data set gives as None.
     """
 
     source: PartitionSource
@@ -56,6 +57,7 @@ class EvidencePass:
     is_last: bool
     needs_rows: bool
     early: LayerPoint | None
+    absent: set[int] = field(default_factory=set)
 
     def run(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor]:
         """Passes over the share.
@@ -67,7 +69,7 @@ class EvidencePass:
         with undisturbed(trainer, pl_module):
             samples: int = len(train_loader(trainer).dataset)  # type: ignore[arg-type]
             check_same_size(len(self.trajectory) // reading_of(self.source).rows_per_sample, samples)
-            for batch in training_set(trainer, pl_module, self.source):
+            for batch in training_set(trainer, pl_module, self.source, absent=self.absent):
                 for name, value in self._observe(pl_module, batch).items():
                     columns.setdefault(name, []).append(value.cpu())
         return {name: torch.cat(parts) for name, parts in columns.items()}
@@ -79,7 +81,8 @@ class EvidencePass:
         seen = self._attribute(pl_module, batch.x, label)
         margin, index = seen.total(), reading.row_indices(batch.index)
         counts = (reading.by_row(batch.weight) > 0) & (batch.label != IGNORED)
-        check_same_labels(trajectory.label[index], batch.label.cpu())
+        there = (reading.by_row(batch.weight) > 0).cpu()
+        check_same_labels(trajectory.label[index[there]], batch.label.cpu()[there])
         trajectory.observe(index[counts.cpu()], seen.logits[counts], label[counts], margin[counts])
         if not self.is_last:
             return {"label": batch.label}

@@ -48,6 +48,7 @@ def judge_share(
     device = compute_device(trainer)
     trajectory.merge(None, reduce)
     label = place_by_index(index, weight, share["label"].reshape(-1, rows), total, reduce)
+    _check_labels_of_ranks(trajectory.label, label.flatten(), reduce)
     judged, fault = [], first_not_finite(pl_module)
     for at, given in enumerate(label.unbind(dim=1)):
         known = given[given >= 0]
@@ -66,6 +67,17 @@ def judge_share(
             verdict = _suggests_only(verdict, torch.unique(known), evidence)
         judged.append(Judged(evidence, weight, verdict))
     return judged, label if reading.task == "multilabel" else label.flatten()
+
+
+def _check_labels_of_ranks(seen: Tensor, label: Tensor, reduce: Reduce) -> None:
+    """Compares the labels that this rank has seen with those of the ranks whose share the samples are."""
+    other = int(reduce(((seen >= 0) & (label >= 0) & (seen != label)).sum().double().reshape(1)).item())
+    if other:
+        raise ValueError(
+            f"Expected every rank to have the same labels at the same indices, but {other} that ranks have seen in"
+            " training are others on the rank that judges the sample, as where a data set is shuffled, split or given"
+            " noise without a seed; make it in the same way on every rank."
+        )
 
 
 def _suggests_only(verdict: Verdict, occurring: Tensor, evidence: Evidence) -> Verdict:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_unlearn.callbacks._loggers import log_partition
 from lightning_unlearn.callbacks._saying import rank_zero_info
 from lightning_unlearn.callbacks._summary import outlook
+from lightning_unlearn.distributed import sum_over_ranks
 from lightning_unlearn.types import Partition
 
 # Samples per class below which clean data of a weak model were called noisy in four of ten simulated sets.
@@ -89,3 +90,13 @@ def _few_samples(total: int, num_classes: int) -> list[str]:
     if total >= _FEW * num_classes:
         return []
     return [f"fewer than {_FEW} samples for a class on average, of which some are often suspected though all are clean"]
+
+
+def say_absent(trainer: Trainer, absent: int, total: int) -> None:
+    """Says how many samples the data set gives as None. Every rank must call it, with the number in its own share."""
+    number = int(sum_over_ranks(trainer.strategy)(torch.tensor([float(absent)])).item())
+    if number:
+        rank_zero_info(
+            f"{number:,} of {total:,} training samples are None in the data set, so that collate_fn leaves them out or"
+            " replaces them: they have no label, are not judged, and stay as they are."
+        )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -10,9 +12,11 @@ from torch.utils.data import DataLoader
 
 from lightning_unlearn.callbacks._base import class_labels, read_labels, reading_of, same_labels
 from lightning_unlearn.callbacks._lightning import undisturbed
+from lightning_unlearn.callbacks._rows import check_ranks, establish_rows
 from lightning_unlearn.callbacks._saying import rank_zero_info
 from lightning_unlearn.callbacks._scoring import OFFER, offers_scoring_loader, scoring_loader, train_loader
 from lightning_unlearn.fingerprint import check_fingerprint, fingerprint, sampled_indices, varies
+from lightning_unlearn.rows import Rows
 from lightning_unlearn.targets import Reading
 from lightning_unlearn.types import PartitionSource
 
@@ -29,10 +33,25 @@ _MIXED = (
 )
 
 
+@dataclass(frozen=True, eq=False)
+class Recognised:
+    """What the training data were found to be.
+
+    Args:
+        fingerprint: of the data set.
+        rows: some samples, with their labels.
+        train_fault: why the rows of training batches are not the samples drawn, where passes draw from another loader.
+    """
+
+    fingerprint: str
+    rows: Rows
+    train_fault: str = ""
+
+
 def recognise_data(
     trainer: Trainer, pl_module: LightningModule, source: PartitionSource, known: Tensor | None, before: str | None
-) -> str:
-    """Takes the data's fingerprint, and after a resume compares it and the labels of the sampled items.
+) -> Recognised:
+    """Takes the data's fingerprint, sees that rows are samples, and compares with a checkpoint and the other ranks.
 
     Within ``undisturbed``, so that where one rank refuses its data, all do.
 
@@ -45,7 +64,8 @@ def recognise_data(
 
     Raises:
         ValueError: for other data than before; for labels that vary from one reading to the next; where the loader that
-            is offered for the passes has other labels.
+            is offered for the passes has other labels; where ranks have different data.
+        TypeError: where the rows of batches are not the samples drawn.
     """
     loader, reading = scoring_loader(trainer), reading_of(source)
     index = sampled_indices(len(loader.dataset))  # type: ignore[arg-type]
@@ -59,32 +79,60 @@ def recognise_data(
         # Also where there is nothing to compare them with: one of them may not be of the task that the first batch
         # seemed to be of.
         given = class_labels(reading, first)
-        if known is None and offers_scoring_loader(trainer):
-            in_training = train_loader(trainer)
-            _check_offered(reading, read(in_training), read(in_training), given)
-        if not same_labels(first, read(loader)):
+        train_fault = ""
+        if offers_scoring_loader(trainer):
+            train_fault = _fault_in_training(trainer, pl_module, reading, read, None if known is not None else given)
+        again = read(loader)
+        if not same_labels(first, again):
+            if given.sort().values.equal(class_labels(reading, again).sort().values):
+                # The same ones in another order, which is said better there.
+                establish_rows(trainer, pl_module, reading, loader)
             raise ValueError(_MIXED)
         if known is not None:
             check_same_labels(known[reading.row_indices(index)], given)
         if before is not None:
             check_fingerprint(before, found)
+        rows = establish_rows(trainer, pl_module, reading, loader)
+    check_ranks(trainer, len(loader.dataset), found, rows)  # type: ignore[arg-type]
     if varies(found):
         rank_zero_info(_AUGMENTED)
-    return found
+    return Recognised(found, rows, train_fault)
 
 
-def _check_offered(
-    reading: Reading, first: list[tuple[Tensor, Tensor]], again: list[tuple[Tensor, Tensor]], offered: Tensor
-) -> None:
-    """Compares the labels of the loader that is offered with those of the train loader, read twice."""
-    if not same_labels(first, again):
+def _fault_in_training(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    reading: Reading,
+    read: Callable[[DataLoader[Any]], list[tuple[Tensor, Tensor]]],
+    offered: Tensor | None,
+) -> str:
+    """Why rows of training batches are not the samples drawn, which is no harm to passes that draw from elsewhere.
+
+    Args:
+        trainer: of the fit.
+        pl_module: the user's.
+        reading: knows how batches are read.
+        read: the labels of some samples, from a loader.
+        offered: these labels in the loader that is offered for the passes; None for no comparison.
+
+    Raises:
+        ValueError: where the two loaders have other labels.
+    """
+    loader = train_loader(trainer)
+    first = read(loader)
+    if not same_labels(first, read(loader)):
         # Samples are mixed in training, which the offer is there to spare the passes.
-        return
-    if differ := int((class_labels(reading, first) != offered).sum()):
+        return ""
+    try:
+        establish_rows(trainer, pl_module, reading, loader)
+    except TypeError as error:
+        return str(error)
+    if offered is not None and (differ := int((class_labels(reading, first) != offered).sum())):
         raise ValueError(
             f"Expected {OFFER}() to return a loader of the training set's samples in the same order, but {differ}"
             f" of {len(offered)} labels that were compared differ."
         )
+    return ""
 
 
 def check_same_size(before: int, now: int) -> None:

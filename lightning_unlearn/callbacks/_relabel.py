@@ -18,12 +18,14 @@ from lightning_unlearn.batches import field_at
 from lightning_unlearn.callbacks._base import read_labels, same_labels
 from lightning_unlearn.callbacks._companions import Companion, companions_in
 from lightning_unlearn.callbacks._lightning import BatchHook, live_iterator, to_device, undisturbed
-from lightning_unlearn.callbacks._scoring import train_loader
+from lightning_unlearn.callbacks._rows import establish_rows
+from lightning_unlearn.callbacks._scoring import offers_scoring_loader, train_loader
 from lightning_unlearn.callbacks._training_pass import _Step
 from lightning_unlearn.capture import resolve_layer, watch_output
 from lightning_unlearn.data import batch_size, delivered_indices, indexed_batches, is_torchs_iterator
 from lightning_unlearn.functional.mixture import Reduce
-from lightning_unlearn.targets import Reading
+from lightning_unlearn.targets import IGNORED, Reading
+from lightning_unlearn.types import Partition
 
 _ADVICE = "; use on_noisy='drop' or 'weigh', which need no other labels"
 
@@ -116,15 +118,22 @@ class Relabelling:
         loader = train_loader(trainer)
         total: int = len(loader.dataset)  # type: ignore[arg-type]  # its length has been checked
         with undisturbed(trainer, pl_module), torch.no_grad():
-            few = indexed_batches(loader, torch.arange(min(batch_size(loader), total)), probing=True)
+            few = indexed_batches(loader, torch.arange(min(batch_size(loader), total)), probing=True, absent=set())
             self._companions = companions_in([batch for _, batch in few], reading)
             if self._companions:
                 # Of the first ones perhaps by chance.
                 more = torch.linspace(0, total - 1, min(_MOST_READ, total)).long()
-                read = indexed_batches(loader, more, probing=True)
+                read = indexed_batches(loader, more, probing=True, absent=set())
                 self._companions = companions_in([batch for _, batch in read], reading)
 
-    def attach(self, trainer: Trainer, pl_module: LightningModule, reading: Reading, new_label: Tensor) -> None:
+    def attach(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        reading: Reading,
+        new_label: Tensor,
+        given: Callable[[], Tensor],
+    ) -> None:
         """From now on training batches have the new labels.
 
         Args:
@@ -132,18 +141,25 @@ class Relabelling:
             pl_module: the user's.
             reading: finds the labels in a batch as the loader delivers it.
             new_label: (N,) int64, or (N, L) of a multi-label task; -1 for the given one.
+            given: returns the labels of the partition, like ``new_label``; asked for when there is a batch.
         """
 
         def change(batch: Any) -> Any:
             index = delivered_indices(*live_iterator(trainer))
+            if batch is None:
+                # Of items none of which is there.
+                return batch
             if index is None:
                 raise RuntimeError(
                     f"The dataset indices of a training batch are not known, so it cannot be re-labelled{_ADVICE}."
                 )
-            new, label = new_label[index].flatten(), reading.split(batch)[1]
+            known, dataset = given(), train_loader(trainer).dataset
+            rows = rows_of(batch, reading, index, known, dataset)
+            check_given(batch, reading, known[rows].flatten(), len(rows))
+            new, label = new_label[rows].flatten(), reading.split(batch)[1]
             changed = with_labels(batch, reading, new, self._companions)
             if self._is_watching:
-                self._moved = reading.classes(label, len(index)).cpu(), new
+                self._moved = reading.classes(label, len(rows)).cpu(), new
             return changed
 
         self._reading = reading
@@ -210,6 +226,76 @@ class Relabelling:
         self._steps = 0
 
 
+def rows_of(batch: Any, reading: Reading, index: Tensor, given: Tensor, dataset: Any) -> Tensor:
+    """The dataset indices of a batch's rows, where a collate function may have left out items that are None.
+
+    Args:
+        batch: as the loader delivers it.
+        reading: finds its labels.
+        index: (B,) int64, as drawn.
+        given: (N,) or (N, L), the labels of the partition, in which such samples have none.
+        dataset: to ask, where others have no label either.
+
+    Raises:
+        TypeError: where the rows are others.
+    """
+    rows: int = len(reading.split(batch)[1])
+    if rows == len(index):
+        return index
+    there = (given[index] != IGNORED).reshape(len(index), -1).any(dim=1)
+    if int(there.sum()) != rows:
+        there = torch.tensor(
+            [bool(known) or dataset[i] is not None for known, i in zip(there, index.tolist(), strict=True)]
+        )
+    if int(there.sum()) != rows:
+        raise TypeError(
+            f"Expected labels of {len(index)} rows to be replaced in a training batch, but got {rows}, and not for"
+            f" items that are None in the data set{_ADVICE}."
+        )
+    return index[there]
+
+
+def check_given(batch: Any, reading: Reading, given: Tensor, rows: int) -> None:
+    """Refuses to replace labels that are not those of the samples for which the new ones are.
+
+    Args:
+        batch: as the loader delivers it.
+        reading: finds its labels.
+        given: (U,) int64, the labels of the partition for the batch's rows.
+        rows: how many samples these are.
+
+    Raises:
+        ValueError: with their number.
+    """
+    label = reading.classes(reading.split(batch)[1], rows).cpu()
+    wrong = int(((given >= 0) & (label != given)).sum())
+    if wrong:
+        raise ValueError(
+            "Expected the rows of a training batch to have the labels that the partition knows by their dataset index,"
+            f" but {wrong} of {len(given)} have others, as where collate_fn fills up a batch, or where labels were"
+            f" changed since; none was replaced{_ADVICE}."
+        )
+
+
+def fault_of_absent(trainer: Trainer, pl_module: LightningModule, reading: Reading, partition: Partition) -> str:
+    """Why batches cannot be re-labelled some of whose items are None, once it is known which; empty if they can."""
+    given, loader = partition.label, train_loader(trainer)
+    unlabelled = (given == IGNORED).reshape(len(given), -1).all(dim=1)
+    others = (~unlabelled).nonzero().flatten()[: max(1, batch_size(loader) - 1)]
+    with undisturbed(trainer, pl_module, keep=False), torch.no_grad():
+        absent = next((i for i in unlabelled.nonzero().flatten().tolist() if loader.dataset[i] is None), None)
+        if absent is None:
+            return ""
+        index = torch.cat([others[:1], torch.tensor([absent]), others[1:]])
+        _, batch = next(indexed_batches(loader, index, probing=True, size=len(index)))
+        try:
+            rows = rows_of(batch, reading, index, given, loader.dataset)
+            check_given(batch, reading, given[rows].flatten(), len(rows))
+        except (TypeError, ValueError) as error:
+            return str(error)
+    return ""
+
+
 def check_relabelling(trainer: Trainer, pl_module: LightningModule, reading: Reading) -> None:
     """Refuses, before the first step, batches whose labels could not be replaced later.
 
@@ -232,7 +318,10 @@ def check_relabelling(trainer: Trainer, pl_module: LightningModule, reading: Rea
                 "Expected training batches with the labels of their samples, so that they can be replaced, but they"
                 f" differ from one reading to the next, as where collate_fn mixes samples{_ADVICE}."
             )
-        _, batch = next(indexed_batches(loader, torch.arange(size), probing=True))
+        if offers_scoring_loader(trainer):
+            # Else the passes draw from it too, and it has been looked at for them.
+            establish_rows(trainer, pl_module, reading, loader)
+        _, batch = next(indexed_batches(loader, torch.arange(size), probing=True, absent=set()))
         new = (reading.labels(reading.split(batch)[1], size) + 1) % reading.num_classes
         _, arrived = reading.split(to_device(trainer, pl_module, with_labels(batch, reading, new)))
     if not reading.classes(arrived, size).cpu().equal(new.cpu()):

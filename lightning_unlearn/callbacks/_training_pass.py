@@ -198,6 +198,7 @@ class TrainingPassReader:
         self._agreed = False
         self._size = 0
         self._seen: Tensor | None = None
+        self._known: Tensor | None = None
         self._has_judged = False
         self._unknown_epochs = 0
         self.left_open = False
@@ -238,13 +239,14 @@ class TrainingPassReader:
         """Watches for the train loaders. Call in ``setup`` of a fit: later, the first epoch is not read."""
         self._watch.attach(trainer, self._remember)
 
-    def start(self, trainer: Trainer, pl_module: LightningModule, head: str) -> None:
+    def start(self, trainer: Trainer, pl_module: LightningModule, head: str, known: Tensor | None = None) -> None:
         """Starts to read. Call in ``on_train_start``.
 
         Args:
             trainer: of the fit.
             pl_module: the user's.
             head: dotted path of the module whose output is the logits that ``forward`` returns.
+            known: (R,) int64, the labels of all rows by dataset index as far as passes have shown them, -1 for others.
         """
         if self.reason:
             self.detach()
@@ -258,6 +260,7 @@ class TrainingPassReader:
         self._module = resolve_layer(pl_module, head)
         self._size = len(loaders[0].dataset) * self._reading.rows_per_sample
         self.head = head
+        self._known, self._seen = known, None
 
     def start_epoch(self, trainer: Trainer) -> None:
         """Looks whether the loader is still the same. Call in ``on_train_epoch_start``."""
@@ -432,7 +435,7 @@ class TrainingPassReader:
         if num_relabelled:
             return (
                 f"{num_relabelled} rows have another label than the one seen before at their dataset index, as where"
-                " collate_fn reorders a batch"
+                " collate_fn or a transfer hook reorders a batch"
             )
         if self._pulled >= _MIN_PULLED and self._pulled > _MAX_SHARE * self._judged:
             return (
@@ -444,7 +447,8 @@ class TrainingPassReader:
     def _relabelled(self, index: Tensor, label: Tensor) -> Tensor:
         """How many rows have another label than their index had before; a scalar on the device."""
         if self._seen is None:
-            self._seen = torch.full((self._size,), -1, dtype=torch.int32, device=label.device)
+            known = torch.full((self._size,), -1) if self._known is None else self._known
+            self._seen = known.to(label.device, torch.int32, copy=True)
         where = index.to(label.device, non_blocking=True)
         before = self._seen[where]
         self._seen[where] = label.int()

@@ -175,12 +175,14 @@ def score_samples(trainer: Trainer, pl_module: LightningModule, source: Partitio
         raise ValueError("Expected at least one sample to score, but got none.")
     tally, loader = _Tally(pl_module, source), scoring_loader(trainer)
     place, weight = rank_share(len(index), trainer.global_rank, trainer.world_size)
-    done = 0
+    done, absent = 0, set[int]()
     with undisturbed(trainer, pl_module), torch.no_grad():
         batches = batch_count(loader, len(place))
-        for rows, batch in shown(trainer, "Score", batches, indexed_batches(loader, index.cpu()[place])):
+        drawn = indexed_batches(loader, index.cpu()[place], absent=absent)
+        for rows, batch in shown(trainer, "Score", batches, drawn):
             x, label = reading_of(source).split(to_device(trainer, pl_module, batch))
-            tally.add(x, label, weight[done : done + len(rows)])
+            there = torch.tensor([row not in absent for row in rows.tolist()])
+            tally.add(x, label, weight[done : done + len(rows)] * there)
             done += len(rows)
     score = tally.score(trainer)
     if score is None:

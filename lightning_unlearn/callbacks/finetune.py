@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.types import LRSchedulerConfig
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader
@@ -53,7 +53,7 @@ from lightning_unlearn.callbacks._optimizers import (
 )
 from lightning_unlearn.callbacks._packages import MisconfigurationException
 from lightning_unlearn.callbacks._provenance import copied
-from lightning_unlearn.callbacks._relabel import Relabelling, check_relabelling
+from lightning_unlearn.callbacks._relabel import Relabelling, check_relabelling, fault_of_absent
 from lightning_unlearn.callbacks._saying import rank_zero_info
 from lightning_unlearn.callbacks._scoring import train_loader
 from lightning_unlearn.callbacks._strategies import refuse_where_sharded, shards_weights
@@ -333,13 +333,23 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
             if self.source.is_dry_run:
                 self._report_dry_run(trainer, pl_module, partition)
             elif partition.is_actionable:
-                draw = training_draw(partition, self.on_noisy, self.relabel_threshold)
+                draw = training_draw(partition, self._what_of_noisy(trainer, pl_module), self.relabel_threshold)
                 with self.timed():
                     (self._renew if self.is_active else self._start)(trainer, pl_module, draw)
             self._partition_epoch = partition.epoch
         if self.is_active:
             self._data = train_loader(trainer).dataset
         self._hold_modes(pl_module)
+
+    def _what_of_noisy(self, trainer: Trainer, pl_module: LightningModule) -> OnNoisy:
+        """``on_noisy``, but where batches turn out to be such that labels would be written on other samples' rows."""
+        if self.on_noisy != "relabel" or self._partition is None:
+            return self.on_noisy
+        fault = fault_of_absent(trainer, pl_module, reading_of(self.source), self._partition)
+        if not fault:
+            return "relabel"
+        rank_zero_warn(f"Suspects are dropped instead of re-labelled. {fault}")
+        return "drop"
 
     def _check_data(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not where the loader is made: an error there leaves torch's DataLoader as Lightning has changed it meanwhile.
@@ -618,7 +628,12 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
 
         self._swap.attach(trainer, narrow)
         if draw.new_label is not None:
-            self._relabelling.attach(trainer, pl_module, reading_of(self.source), draw.new_label)
+            self._relabelling.attach(trainer, pl_module, reading_of(self.source), draw.new_label, self._given_labels)
+
+    def _given_labels(self) -> Tensor:
+        if self._partition is None:
+            raise RuntimeError("There is no partition to re-label by; this is an error in lightning_unlearn.")
+        return self._partition.label
 
     def _leave_loader(self, trainer: Trainer) -> None:
         self._relabelling.detach()

@@ -36,7 +36,7 @@ from lightning_unlearn.callbacks._lightning import (
     move_behind_averages,
     undisturbed,
 )
-from lightning_unlearn.callbacks._partition_log import report_partition, report_round, warn_of_probabilities
+from lightning_unlearn.callbacks._partition_log import report_partition, report_round, say_absent, warn_of_probabilities
 from lightning_unlearn.callbacks._partition_settings import (
     attributed_point,
     check_max_epochs,
@@ -44,9 +44,16 @@ from lightning_unlearn.callbacks._partition_settings import (
     early_point,
 )
 from lightning_unlearn.callbacks._provenance import copied, fit_record, provenance, settings_of, write_provenance
-from lightning_unlearn.callbacks._recognise import check_same_labels, check_same_size, recognise_data, same_task
+from lightning_unlearn.callbacks._recognise import (
+    Recognised,
+    check_same_labels,
+    check_same_size,
+    recognise_data,
+    same_task,
+)
 from lightning_unlearn.callbacks._resuming import what_holds
 from lightning_unlearn.callbacks._reviewing import check_agrees, fit_to_data, open_review
+from lightning_unlearn.callbacks._rows import check_ranks, establish_rows_again
 from lightning_unlearn.callbacks._saying import rank_zero_info
 from lightning_unlearn.callbacks._scoring import (
     forget_scoring_loader,
@@ -368,15 +375,11 @@ class AttributionPartitionCallback(UnlearnCallback):
         self._task = same_task(self._task, self.reading.task)
         warn_of_probabilities(trace.output)
         total, rows = len(train_loader(trainer).dataset), self.reading.rows_per_sample  # type: ignore[arg-type]
+        check_ranks(trainer, total)
         self._warn_where_no_round_follows()
-        known = self._trajectory.label if self._trajectory is not None else None
-        if self._partition is not None:
-            known = self._partition.label.flatten()
-        if known is not None:
-            check_same_size(len(known) // rows, total)
-            check_same_labels(known[self.reading.row_indices(first.index)], first.label.cpu())
-        before = self._fingerprint if self.check_data else None
-        self._fingerprint = recognise_data(trainer, pl_module, self, known, before)
+        known = self._known_labels(first, total)
+        data = recognise_data(trainer, pl_module, self, known, self._fingerprint if self.check_data else None)
+        self._fingerprint = data.fingerprint
         self._take_review(trainer, pl_module)
         self._note_fit(trainer)
         self._say_what_is_lost()
@@ -387,7 +390,18 @@ class AttributionPartitionCallback(UnlearnCallback):
         self._rehearse(trainer, pl_module, first)
         self._try_recipe(trainer, total)
         if self._reads_training:
-            self._start_reading(trainer, pl_module, trace)
+            self._start_reading(trainer, pl_module, trace, data, first)
+
+    def _known_labels(self, first: IndexedBatch, total: int) -> Tensor | None:
+        """The labels of all rows that a checkpoint has, if it fits the first batch; None in a fit from the start."""
+        known = self._trajectory.label if self._trajectory is not None else None
+        if self._partition is not None:
+            known = self._partition.label.flatten()
+        if known is not None:
+            check_same_size(len(known) // self.reading.rows_per_sample, total)
+            there = (self.reading.by_row(first.weight) > 0).cpu()
+            check_same_labels(known[self.reading.row_indices(first.index)[there]], first.label.cpu()[there])
+        return known
 
     def _choose_points(self, trainer: Trainer, pl_module: LightningModule, trace: ForwardTrace, batch: int) -> None:
         if self.layer is None:
@@ -489,10 +503,17 @@ class AttributionPartitionCallback(UnlearnCallback):
             )
         self._reader.left_open = False
 
-    def _start_reading(self, trainer: Trainer, pl_module: LightningModule, trace: ForwardTrace) -> None:
+    def _start_reading(
+        self, trainer: Trainer, pl_module: LightningModule, trace: ForwardTrace, data: Recognised, first: IndexedBatch
+    ) -> None:
         maker = trace.logit_maker(self.reading.num_outputs)
-        if maker is not None:
-            self._reader.start(trainer, pl_module, maker)
+        if data.train_fault:
+            self._reader.give_up(data.train_fault)
+        elif maker is not None:
+            known = self._trajectory_in_use.label.clone()
+            for index, label in ((first.index, first.label.cpu()), (data.rows.index, data.rows.label.flatten())):
+                known[self.reading.row_indices(index)] = label
+            self._reader.start(trainer, pl_module, maker, known)
         else:
             self._reader.give_up("no module of the model returns what forward returns as logits")
         if self._reader.reason:
@@ -607,6 +628,8 @@ class AttributionPartitionCallback(UnlearnCallback):
 
     def pull_partition(self, trainer: Trainer, pl_module: LightningModule) -> Partition | None:
         """The partition, drawn now if it is due, or None if it is not due yet."""
+        if self._point is not None and self._trajectory is not None:
+            establish_rows_again(trainer, pl_module, self.reading)
         if self.gathers_evidence(trainer.current_epoch):
             with self.timed():
                 self._gather(trainer, pl_module)
@@ -827,7 +850,10 @@ class AttributionPartitionCallback(UnlearnCallback):
         early = self._early if is_last else None
         attributor = self._attributor(trainer, pl_module, () if early is None else (early,))
         found = EvidencePass(self, attributor, self._trajectory_in_use, is_last, self.recipe.needs_rows, early)
-        return found.run(trainer, pl_module)
+        share = found.run(trainer, pl_module)
+        if is_last and self._partition is None:
+            say_absent(trainer, len(found.absent), len(self._trajectory_in_use) // self.reading.rows_per_sample)
+        return share
 
     def _made(self, trainer: Trainer, judged: Sequence[Judged], label: Tensor) -> Partition:
         return assemble(

@@ -142,6 +142,38 @@ def reviewed(folder):
     return fit_one("static", review=path if rank == 0 else folder / "nowhere.csv")
 
 
+def in_another_order(data, rank):
+    order = torch.randperm(SIZE, generator=torch.Generator().manual_seed(rank))
+    data.x, data.y = data.x[order], data.y[order]
+
+
+def one_label(data, rank):
+    """Not among those that are looked at before the first step."""
+    data.y[2] = (data.y[2] + rank) % 4
+
+
+def one_more(data, rank):
+    data.x, data.y = data.x[: SIZE - rank], data.y[: SIZE - rank]
+
+
+def other_items(data, rank):
+    data.x = data.x + rank
+
+
+OTHER_DATA = {change.__name__: change for change in (in_another_order, one_more, other_items, one_label)}
+
+
+def refused(name):
+    """What is said where the ranks have different data, and after how many steps."""
+    data, module = Blobs(SIZE), Toy(plain)
+    OTHER_DATA[name](data, torch.distributed.get_rank())
+    try:
+        fit(module, BlobsData(data, batch_size=BATCH), trio(AT), max_epochs=AT + 1, devices=2, strategy="ddp")
+    except ValueError as error:
+        return {"said": str(error), "steps": module.steps}
+    return {"said": "", "steps": module.steps}
+
+
 def elsewhere(folder, strategy):
     """A fit in other processes, which leave a checkpoint. Its own is not of a group."""
     partition, prune, finetune = trio(AT, recipe="label", prune={"significance": None, "guard": False})
@@ -167,4 +199,5 @@ def run(folder):
     path = folder / "rounds" / f"epoch={AT}.ckpt"
     found["resumed"] = fit_one("rounds", ckpt_path=path)
     found["reviewed"] = reviewed(folder)
+    found["refused"] = {name: refused(name) for name in OTHER_DATA}
     torch.save(found, folder / f"{torch.distributed.get_rank()}.pt")

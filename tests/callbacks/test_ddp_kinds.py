@@ -137,3 +137,26 @@ def test_what_a_fit_in_other_processes_finds_is_in_its_checkpoint(folder, strate
     module = Toy(plain)
     module.load_state_dict(checkpoint["state_dict"], strict=True)
     assert (module.net[2].weight[gone] == 0).all()
+
+
+OTHERS = {
+    "in_another_order": "other labels at the same indices than rank 0",
+    "one_more": "another number of samples than rank 0",
+    "other_items": "other items at the same indices than rank 0",
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_ranks_with_different_data_are_refused_before_the_first_step(ranks, name):
+    for rank in ranks:
+        said = rank["refused"][name]
+        assert f"in the same order, but 1 of 2 ranks have {OTHERS[name]}" in said["said"]
+        assert said["steps"] == 0
+
+
+def test_a_single_other_label_is_found_when_the_partition_is_drawn(ranks):
+    for rank in ranks:
+        assert (
+            "Expected every rank to have the same labels at the same indices, but 1 that"
+            in (rank["refused"]["one_label"]["said"])
+        )

@@ -267,11 +267,12 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
             _check_batch_sampler(loader)
             if self.on_noisy == "relabel" or self.reset_head:
                 self._check_head_and_labels(trainer, pl_module)
-        elif self.on_noisy == "relabel" and self.draw.new_label is None:
-            # Of another setting, or another round, than those to come.
-            self._check_head_and_labels(trainer, pl_module)
-        elif self.on_noisy == "relabel":
+        elif self.draw.new_label is not None:
+            # Also where the checkpoint re-labels and on_noisy is another now.
             self._learn_labels(trainer, pl_module)
+        elif self.on_noisy == "relabel":
+            # The next round is to re-label, where the checkpoint did not.
+            self._check_head_and_labels(trainer, pl_module)
         if self.is_active and self._at_once(trainer) != self._planned_size:
             check_steps_left(trainer, _remaining_epochs(trainer), self._planned_size)
             self._plan(trainer)

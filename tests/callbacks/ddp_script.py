@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, WeightedRandomSampler
 
-from lightning_unlearn import AttributionPartitionCallback, UnlearnReport
+from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback, UnlearnReport
 from tests.callbacks import test_training_evidence as evidence
 from tests.callbacks.test_resumed_otherwise import per_step
 from tests.callbacks.test_training_pass import BATCH, Coded, Net
@@ -126,7 +126,13 @@ def run_resumed(folder, devices, distributed):
         enable_checkpointing=True,
         **distributed,
     )
-    found = {"clean": partition.partition.clean_indices(), "read": record.by_epoch}
+    found = {"clean": partition.partition.clean_indices(), "read": record.by_epoch, "summary": vars(partition.summary)}
+    # Once more, from the last checkpoint, with no step left.
+    again, _, _ = trio(2)
+    path, epochs = folder / f"resumed-{devices}.ckpt", trainer.max_epochs
+    rest = [again, CleanSubsetFinetuneCallback()]
+    fit(Toy(optimizer=per_step), data, rest, ckpt_path=path, max_epochs=epochs, **distributed)
+    found["again"] = vars(again.summary)
     torch.save(found, folder / f"resumed-{devices}-{trainer.global_rank}.rank")
 
 

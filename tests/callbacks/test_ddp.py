@@ -147,6 +147,14 @@ def test_on_other_devices_than_those_of_its_checkpoint_a_fit_leaves_nothing_out(
     assert {epoch: sorted(read) for epoch, read in alone["read"].items()} == {6: clean, 7: clean}
 
 
+def test_after_the_last_checkpoint_both_ranks_make_the_summary_on_resume(launched):
+    folder, done = launched
+    for rank in range(2):
+        found = torch.load(folder / f"resumed-2-{rank}.rank", weights_only=True)
+        assert found["again"] == found["summary"], done.stderr[-4000:]
+        assert found["again"]["accuracy_after"] is not None
+
+
 def test_layers_before_the_pruned_one_are_frozen(ranks):
     for rank in ranks["layers"]:
         assert rank["target"] == "net.4"

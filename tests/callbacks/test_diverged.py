@@ -3,6 +3,7 @@
 import math
 import re
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
 
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback, SensitivityPruneCallback
+from lightning_unlearn.callbacks._diverged import LossWatch, not_finite
 from lightning_unlearn.callbacks._summary import summarise
 from tests.toys import Blobs, BlobsData, Toy, adamw, fit, mlp, sgd, trio
 
@@ -119,3 +121,28 @@ def test_the_summary_in_words():
     assert (
         "Done: pruned 1 of 2 neurons. Training has diverged since, the weights of 'fc' are NaN or infinite: " in advice
     )
+
+
+class Strategy:
+    """Of two ranks, the other of which says what it is told to."""
+
+    def __init__(self, other):
+        self.other = other
+
+    def reduce_boolean_decision(self, decision, all=True):
+        return (decision and self.other) if all else (decision or self.other)
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_every_rank_hears_of_what_one_rank_finds(other):
+    trainer, net = SimpleNamespace(strategy=Strategy(other)), plain_mlp()
+    assert not_finite(trainer, net) == ("weights on another rank" if other else "")
+    watch = LossWatch()
+    for loss in (torch.tensor(1.0), {"loss": torch.tensor(2.0)}, None):
+        watch.add(loss)
+    assert watch.was_finite(trainer) is other
+    watch.add(torch.tensor(math.inf))
+    assert not watch.was_finite(trainer)
+    with torch.no_grad():
+        net[2].bias[1] = -math.inf
+    assert not_finite(trainer, net) == "the weights of '2.bias'"

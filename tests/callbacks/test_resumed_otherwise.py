@@ -10,7 +10,19 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 from tests.callbacks.test_finetune import Optimizers
-from tests.toys import Blobs, BlobsData, IndexRecorder, Toy, by_margin, fit, sgd, trio
+from tests.toys import (
+    Blobs,
+    BlobsData,
+    IndexRecorder,
+    Toy,
+    adamw,
+    assert_same_weights,
+    by_margin,
+    fit,
+    sgd,
+    trio,
+    weights,
+)
 
 AT, EPOCHS, FROM = 2, 6, 3
 GOES_ON = "The fit goes on from its checkpoint with "
@@ -103,6 +115,25 @@ def test_other_use_of_noisy_samples_comes_too_late(checkpoint, lines, on_noisy):
     (line,) = lines()
     assert f"with on_noisy='{on_noisy}' instead of 'drop': its partition, drawn at epoch {AT}" in line
     assert line.endswith("and the new settings have no effect.")
+
+
+@pytest.mark.parametrize("now", ["drop", "weigh"])
+def test_a_fit_that_has_re_labelled_goes_on_so(checkpoint, lines, now):
+    relabels = {"on_noisy": "relabel", "relabel_threshold": 0.5}
+    first, path = checkpoint(finetune=relabels, optimizer=adamw)
+    assert len(first.ours[2].draw.relabelled)
+    run = Run(path, finetune={"on_noisy": now}, optimizer=adamw)
+    assert run.ours[2].draw.new_label.equal(first.ours[2].draw.new_label)
+    assert run.trained_on(EPOCHS - 1) == run.ours[2].draw.index.tolist()
+    assert_same_weights(weights(run.module), weights(first.module), 1e-6)
+    assert f"on_noisy='{now}' instead of 'relabel'" in lines()[0]
+
+
+def test_in_rounds_a_fit_that_did_not_re_label_does_so_from_the_next_round_on(checkpoint):
+    rounds = {"every_n_epochs": 2, "stable_share": 0, "optimizer": adamw}
+    _, path = checkpoint(**rounds, epoch=AT)
+    run = Run(path, **rounds, finetune={"on_noisy": "relabel", "relabel_threshold": 0.5})
+    assert len(run.ours[2].draw.relabelled)
 
 
 @pytest.mark.parametrize(

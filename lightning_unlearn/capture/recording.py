@@ -37,8 +37,9 @@ def without_recomputation() -> Iterator[None]:
     """Has ``torch.utils.checkpoint`` keep what a backward pass needs, in place of computing it a second time.
 
     The second time it would not meet the hooks that were there the first time, and give gradients at another point; and
-    its reentrant variant cannot be differentiated from the middle. There is no public switch, so the two private names
-    that it goes by are replaced (torch 2.6 to 2.11 have them, a test fails when one goes missing).
+    its reentrant variant cannot be differentiated from the middle. There is no public switch, so the private names that
+    it goes by are replaced (torch 2.6 to 2.11 have the first two; in 2.15 the third does the work of the second; a test
+    fails where gradients differ).
     """
 
     class Called:
@@ -50,7 +51,14 @@ def without_recomputation() -> Iterator[None]:
         with context_fn()[0]:
             yield
 
-    names = {"CheckpointFunction": Called, "_checkpoint_without_reentrant_generator": generator}
+    def by_keyword(function: Any, args: Any, kwargs: Any, *, context_fn: Any, **_: Any) -> Iterator[None]:
+        return generator(function, True, context_fn)
+
+    names = {
+        "CheckpointFunction": Called,
+        "_checkpoint_without_reentrant_generator": generator,
+        "_checkpoint_without_reentrant_generator_impl": by_keyword,
+    }
     before = {name: vars(torch.utils.checkpoint)[name] for name in names if name in vars(torch.utils.checkpoint)}
     for name in before:
         setattr(torch.utils.checkpoint, name, names[name])

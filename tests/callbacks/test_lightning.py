@@ -111,6 +111,12 @@ ELSEWHERE = {
         "_index_sampler": "persistent workers go on with the batch sampler that their iterator has",
         "_sampler_iter": "what the iterator of a DataLoader draws from",
         "_num_yielded": "how many batches it has delivered",
+        "_sampler_iter_yielded": "how many torchdata's had drawn before a checkpoint",
+    },
+    "batches.py": {
+        "_asdict": "of a named tuple, public by its documentation",
+        "_fields": "of a named tuple, public by its documentation",
+        "_orig_mod": "what torch.compile wraps",
     },
     "capture/calls.py": {"_version": "how often a tensor has been changed in place, which nothing else tells"},
     "capture/layers.py": {
@@ -125,10 +131,6 @@ ELSEWHERE = {
     "cli/_config.py": {"_actions": "of an argparse parser"},
     "cli/_init.py": {"_replace": "of a named tuple, public by its documentation"},
     "report/samples.py": {"_asdict": "of a named tuple, public by its documentation"},
-    "targets.py": {
-        "_asdict": "of a named tuple, public by its documentation",
-        "_orig_mod": "what torch.compile wraps",
-    },
     "masking.py": {"_ConvTransposeNd": "torch's class"},
     "shrinking.py": {"_ConvNd": "torch's class", "_NormBase": "torch's class"},
     "callbacks/_kept.py": {

@@ -47,10 +47,12 @@ class LayerPoint:
     Args:
         name: dotted path of the layer in the LightningModule.
         at: the layer's ``"input"`` or its ``"output"``.
+        samples: the dimension there that counts samples, 1 for a time-first layer.
     """
 
     name: str
     at: Literal["input", "output"] = "output"
+    samples: int = 0
 
     def __str__(self) -> str:
         return f"{self.at} of '{self.name}'"

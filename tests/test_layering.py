@@ -43,6 +43,7 @@ SHARED = {
     "callbacks._scoring",
     "callbacks._strategies",
     "callbacks._training_pass",
+    "callbacks._sample_rows",
     "callbacks._validation",
 }
 PARTITIONING = {
@@ -119,6 +120,7 @@ MAY_IMPORT = {
         "callbacks._scoring",
         "callbacks._strategies",
     },
+    "callbacks._sample_rows": ALL_BELOW | {"callbacks._base", "callbacks._lightning", "callbacks._scoring"},
     "callbacks._summary": {"types", "callbacks._diverged"},
     "callbacks._diverged": {"sharding"},
     "callbacks._neighbours": {"callbacks._lightning", "callbacks._packages"},

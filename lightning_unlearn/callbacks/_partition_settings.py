@@ -51,6 +51,19 @@ def check_several_labels(layer: str | None, method: str, recipe: Recipe) -> None
             )
 
 
+def check_samples_first(point: LayerPoint | None, method: str) -> None:
+    """Refuses a layer with the samples elsewhere for the methods that interpolate, whose passes count on them first.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if point is not None and point.samples and method != GRADIENT_X_ACTIVATION:
+        raise ValueError(
+            f"Expected a layer with the samples first for method={method!r}, but the {point.at} of layer '{point.name}'"
+            f" has them in dimension {point.samples}; name another layer, or set method={GRADIENT_X_ACTIVATION!r}."
+        )
+
+
 def attributed_point(trace: ForwardTrace, layer: str | None, num_outputs: int) -> LayerPoint:
     """Where the margin is attributed: at the output of the layer that was named, or at the input of the head.
 
@@ -62,14 +75,16 @@ def attributed_point(trace: ForwardTrace, layer: str | None, num_outputs: int) -
     return point
 
 
-def early_point(trace: ForwardTrace, batch: int, input_layer: str | None) -> LayerPoint | None:
+def early_points(trace: ForwardTrace, batch: int, input_layer: str | None) -> list[LayerPoint]:
     """Where corrupted inputs show: at the output of the layer that was named, or where the first block has seen them.
+
+    Of several, the first that has a row for each sample is to be taken.
 
     Raises:
         ValueError: where ``forward`` does not call the layer that was named once.
     """
     if input_layer is None:
-        return trace.first_block(batch)
+        return trace.first_blocks(batch)
     point = LayerPoint(plain_name(input_layer), "output")
     check_reached(trace, point)
-    return point
+    return [point]

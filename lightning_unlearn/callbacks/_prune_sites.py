@@ -36,6 +36,7 @@ class PruneSite:
         layer: dotted path of the layer whose weight rows and biases they are, if it is pruned.
         norm: of the norm whose scale and shift belong to them.
         consumer: of the Linear whose columns listen to them.
+        samples: the dimension of what is read that counts samples.
     """
 
     name: str
@@ -43,11 +44,12 @@ class PruneSite:
     layer: str | None = None
     norm: str | None = None
     consumer: str | None = None
+    samples: int = 0
 
     @property
     def point(self) -> LayerPoint:
         """Where their activations are read."""
-        return LayerPoint(self.name, self.at)
+        return LayerPoint(self.name, self.at, self.samples)
 
     @property
     def target(self) -> str:
@@ -114,7 +116,6 @@ def named_site(model: nn.Module, name: str, trace: Trace, first: ForwardTrace) -
     module = resolve_layer(model, name)
     call = first.calls_of(name)[0]
     with _naming(name):
-        _check_rows(call.output, first.output)
         norm, near = first.norm_after(name), _norm_further_on(first, call)
         if call.is_changed or (norm is None and near is not None):
             every = torch.arange(neuron_count(module))
@@ -221,14 +222,6 @@ def _check_not_the_classes(trace: ForwardTrace, layer: str) -> None:
         raise ValueError(
             f"SensitivityPruneCallback cannot prune layer '{layer}': its {classes} outputs are the classes. Leave layer"
             " out to prune the neurons that it takes as input."
-        )
-
-
-def _check_rows(output: Tensor, logits: Tensor) -> None:
-    if len(output) != len(logits):
-        raise ValueError(
-            f"Its output has {len(output)} rows for {len(logits)} samples, so that a row is not a sample; name a layer"
-            " whose output has the samples first."
         )
 
 

@@ -40,8 +40,9 @@ from lightning_unlearn.callbacks._partition_log import report_partition, report_
 from lightning_unlearn.callbacks._partition_settings import (
     attributed_point,
     check_max_epochs,
+    check_samples_first,
     check_several_labels,
-    early_point,
+    early_points,
 )
 from lightning_unlearn.callbacks._provenance import copied, fit_record, provenance, settings_of, write_provenance
 from lightning_unlearn.callbacks._recognise import (
@@ -54,6 +55,7 @@ from lightning_unlearn.callbacks._recognise import (
 from lightning_unlearn.callbacks._resuming import what_holds
 from lightning_unlearn.callbacks._reviewing import check_agrees, fit_to_data, open_review
 from lightning_unlearn.callbacks._rows import check_ranks, establish_rows_again
+from lightning_unlearn.callbacks._sample_rows import locate_samples, no_rows
 from lightning_unlearn.callbacks._saying import rank_zero_info
 from lightning_unlearn.callbacks._scoring import (
     forget_scoring_loader,
@@ -371,7 +373,7 @@ class AttributionPartitionCallback(UnlearnCallback):
     @override
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trace, first = probe(trainer, pl_module, self)
-        self._choose_points(trainer, pl_module, trace, len(first.index))
+        self._choose_points(trainer, pl_module, trace, first)
         self._task = same_task(self._task, self.reading.task)
         warn_of_probabilities(trace.output)
         total, rows = len(train_loader(trainer).dataset), self.reading.rows_per_sample  # type: ignore[arg-type]
@@ -403,14 +405,22 @@ class AttributionPartitionCallback(UnlearnCallback):
             check_same_labels(known[self.reading.row_indices(first.index)[there]], first.label.cpu()[there])
         return known
 
-    def _choose_points(self, trainer: Trainer, pl_module: LightningModule, trace: ForwardTrace, batch: int) -> None:
+    def _choose_points(
+        self, trainer: Trainer, pl_module: LightningModule, trace: ForwardTrace, first: IndexedBatch
+    ) -> None:
         if self.layer is None:
             check_classifies(trainer, pl_module, trace)
-        self._point = attributed_point(trace, self.layer, self.reading.num_outputs)
+        point, batch = attributed_point(trace, self.layer, self.reading.num_outputs), len(first.index)
         # Whether an input is corrupted is not asked of the labels of a multi-label task, each by itself.
         is_multilabel = self.reading.task == "multilabel"
         asks_of_input = self.recipe.needs_response and not is_multilabel
-        self._early = early_point(trace, batch, self.input_layer) if asks_of_input else None
+        early = early_points(trace, batch, self.input_layer) if asks_of_input else []
+        self._point, *found = locate_samples(trainer, pl_module, self, first, [point, *early])
+        self._early = next((one for one in found if one is not None), None)
+        for one, is_found in ((point, self._point), *((one, self._early) for one in early if self.input_layer)):
+            if is_found is None and not is_multilabel:
+                raise ValueError(no_rows(one, batch))
+        check_samples_first(self._point, self.method)
         if is_multilabel:
             check_several_labels(self.layer, self.method, self.recipe)
 

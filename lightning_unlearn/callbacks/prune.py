@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_unlearn.arguments import check_flag, check_names, check_number, check_text, check_whole
-from lightning_unlearn.callbacks._base import PartitionConsumer, probe
+from lightning_unlearn.callbacks._base import IndexedBatch, PartitionConsumer, probe
 from lightning_unlearn.callbacks._criteria import SENSITIVITY, Method, Ranking, Subject, rank_neurons
 from lightning_unlearn.callbacks._guard import Gauge, Outcome, make_gauge, prune_in_steps
 from lightning_unlearn.callbacks._holding import HeldEntries, silence_state
@@ -29,6 +29,7 @@ from lightning_unlearn.callbacks._prune_sites import (
     default_site,
     named_site,
 )
+from lightning_unlearn.callbacks._sample_rows import locate_samples, no_rows
 from lightning_unlearn.callbacks._saying import rank_zero_info
 from lightning_unlearn.callbacks._silence import find_silent
 from lightning_unlearn.capture import ForwardTrace, plain_name
@@ -213,13 +214,14 @@ class SensitivityPruneCallback(PartitionConsumer):
         def trace() -> ForwardTrace:
             return probe(trainer, pl_module, self.source)[0]
 
-        first = trace()
+        first, batch = probe(trainer, pl_module, self.source)
         if self.layer is None:
             sites = [default_site(pl_module, self.amount, first)]
         else:
             named = {name: named_site(pl_module, name, trace, first) for name in self._names()}
             sites = [named[call.name] for call in first.calls if call.name in named]
         check_trained(pl_module, sites)
+        sites = self._located(trainer, pl_module, batch, sites)
         # Every other neuron, so that an operation that mixes neurons shows too.
         every_other = [torch.arange(0, site.width(pl_module), 2) for site in sites]
         found = self._verified(trainer, pl_module, sites, every_other)
@@ -229,6 +231,17 @@ class SensitivityPruneCallback(PartitionConsumer):
                     f"SensitivityPruneCallback cannot prune layer '{site.consumer or site.target}'. {_HEARD}"
                 )
         self._sites = [site for site in found if site is not None]
+
+    def _located(
+        self, trainer: Trainer, pl_module: LightningModule, batch: IndexedBatch, sites: list[PruneSite]
+    ) -> list[PruneSite]:
+        """The sites, with the dimension of their activations that counts samples."""
+        points = locate_samples(trainer, pl_module, self.source, batch, [site.point for site in sites])
+        for site, point in zip(sites, points, strict=True):
+            if point is None:
+                said = no_rows(site.point, len(batch.index))
+                raise ValueError(f"SensitivityPruneCallback cannot prune layer '{site.target}'. {said}")
+        return [replace(site, samples=point.samples) for site, point in zip(sites, points, strict=True) if point]
 
     @override
     def advance(self, trainer: Trainer, pl_module: LightningModule) -> None:

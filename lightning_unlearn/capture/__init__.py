@@ -10,6 +10,7 @@ from lightning_unlearn.capture.layers import (
     plain_name,
     resolve_layer,
     response,
+    sample_dimension,
 )
 from lightning_unlearn.capture.loss import loss_gradients
 from lightning_unlearn.capture.memory import SmallerBatches, is_out_of_memory, take_rows, whole_batches
@@ -38,6 +39,7 @@ __all__ = [
     "plain_name",
     "resolve_layer",
     "response",
+    "sample_dimension",
     "take_rows",
     "tap",
     "trace_forward",

@@ -29,7 +29,7 @@ class MarginAttribution:
     """Attribution of the label margin in one batch.
 
     Args:
-        per_neuron: like the layer's activation, attribution of the margin.
+        per_neuron: like the layer's activation with the samples first, attribution of the margin.
         logits: (B, C) float32, from the same forward pass.
         class_max: (B, D) float32, the paper's attribution, where it was asked for.
         watched: the activations of the other layers that were asked for, from the same forward pass.

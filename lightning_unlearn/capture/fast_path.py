@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_unlearn.capture.calls import Forward, version_of
-from lightning_unlearn.capture.layers import per_neuron_magnitude
+from lightning_unlearn.capture.layers import per_neuron_magnitude, samples_first
 from lightning_unlearn.capture.memory import is_out_of_memory
 from lightning_unlearn.capture.tapping import single_tensor
 from lightning_unlearn.functional.attribution import logit_difference, strongest_other
@@ -49,8 +49,11 @@ class FastPath:
             (gradient,) = torch.autograd.grad(margin, activation, retain_graph=rows)
             largest = self._largest_gradient(logits, activation, recording.is_head(out)) if rows else None
         activation = activation.detach()
-        class_max = None if largest is None else per_neuron_magnitude(self._module, largest * activation.float())
-        return gradient * activation, logits.detach(), class_max
+        found, class_max = samples_first(gradient * activation, self._point), None
+        if largest is not None:
+            attribution = samples_first(largest * activation.float(), self._point)
+            class_max = per_neuron_magnitude(self._module, attribution)
+        return found, logits.detach(), class_max
 
     def _largest_gradient(self, logits: Tensor, activation: Tensor, is_head: bool) -> Tensor:
         """The largest gradient over the classes, like the activation; float32."""

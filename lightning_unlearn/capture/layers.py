@@ -73,6 +73,59 @@ def neuron_dimension(module: nn.Module, ndim: int) -> int:
     return ndim - 1 if isinstance(module, (nn.Linear, nn.LayerNorm)) or ndim < 4 else 1
 
 
+def samples_first(value: Tensor, point: LayerPoint) -> Tensor:
+    """What a layer takes or returns, with the dimension that counts samples in front."""
+    return value.movedim(point.samples, 0)
+
+
+# A row is the same sample's if no more than this share of the activation differs (in half precision, or where sums are
+# in another order), if it is at least so much nearer to it than to the sample that was in that place, or if it differs
+# no more than a second pass does, where forward draws at random.
+_SAME = {torch.float32: 1e-3, torch.float64: 1e-3}
+_NEARER = 0.7
+_AS_RANDOM = 1.5
+
+
+def sample_dimension(
+    whole: Tensor, part: Tensor | None, reverse: Tensor | None, samples: int, fewer: int, again: Tensor | None = None
+) -> int | None:
+    """Which dimension of an activation counts the samples of its batch, in their order.
+
+    Args:
+        whole: of B samples.
+        part: of so many fewer (of one: of the same twice); None where that is not known.
+        reverse: of the B samples in reverse order; None where that is not known.
+        samples: B.
+        fewer: how many the part is of.
+        again: like the first, of a second pass.
+
+    Returns:
+        None if there is no such dimension.
+
+    Example:
+        >>> steps = torch.randn(3, 3, 5)  # time first
+        >>> sample_dimension(steps, steps[:, :2], steps.flip(1), 3, 2)
+        1
+    """
+    for dimension, size in enumerate(whole.shape):
+        follows = part is None or (part.ndim == whole.ndim and part.shape[dimension] == fewer)
+        if size == samples and follows and _is_reversed(whole, reverse, dimension, again):
+            return dimension
+    return None
+
+
+def _is_reversed(whole: Tensor, reverse: Tensor | None, dimension: int, again: Tensor | None) -> bool:
+    if reverse is None or not whole.is_floating_point():
+        return True
+    if reverse.shape != whole.shape:
+        return False
+    second = whole if again is None or again.shape != whole.shape else again
+    one, other, second = (value.float().nan_to_num(0, 0, 0) for value in (whole, reverse, second))
+    moved, stayed = (other - one.flip(dimension)).norm(), (other - one).norm()
+    allowed = (_SAME.get(whole.dtype, 2e-2) * one.norm()).maximum(_AS_RANDOM * (second - one).norm())
+    return bool(moved <= allowed) or bool(moved < _NEARER * stayed)
+
+
 def response(model: nn.Module, point: LayerPoint, activation: Tensor) -> Tensor:
     """How strongly a layer responds: the norms, over its neurons, of their means and of their spreads over positions.
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lightning_unlearn.capture.calls import Forward
-from lightning_unlearn.capture.layers import resolve_layer
+from lightning_unlearn.capture.layers import resolve_layer, samples_first
 from lightning_unlearn.capture.recording import not_recorded, without_recomputation
 from lightning_unlearn.capture.tapping import single_tensor
 from lightning_unlearn.types import LayerPoint
@@ -32,7 +32,8 @@ def loss_gradients(
         label: (B,) int64, -1 for one that does not count.
 
     Returns:
-        for each layer its activation and the gradient, both shaped like what the layer took or returned.
+        for each layer its activation and the gradient, both shaped like what the layer took or returned, with the
+        samples first.
 
     Raises:
         ValueError: for a layer with several tensors, or one that is not called exactly once, or whose effect on the
@@ -77,4 +78,4 @@ def loss_gradients(
 def _reached(point: LayerPoint, activation: Tensor, gradient: Tensor | None) -> tuple[Tensor, Tensor]:
     if gradient is None:
         raise ValueError(not_recorded(point))
-    return activation, gradient
+    return samples_first(activation, point), samples_first(gradient, point)

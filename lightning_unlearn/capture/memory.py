@@ -25,21 +25,21 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
-def take_rows(x: Any, rows: slice, total: int) -> Any:
+def take_rows(x: Any, rows: slice | Tensor, total: int) -> Any:
     """Some rows of a batch.
 
     Args:
         x: a tensor whose first dimension counts the samples, a list of a number or string for each sample, or a tuple,
             list or dict of such; single numbers and strings, None and tensors without dimensions belong to all samples
             and stay as they are.
-        rows: which.
+        rows: which, a slice or (b,) int64.
         total: B, the number of samples.
 
     Raises:
         ValueError: for anything else.
     """
     if isinstance(x, Tensor) and x.ndim > 0 and len(x) == total:
-        return x[rows]
+        return x[rows if isinstance(rows, slice) else rows.to(x.device)]
     if isinstance(x, (list, tuple)):
         return _take_rows_of_sequence(x, rows, total)
     if isinstance(x, dict):
@@ -50,9 +50,9 @@ def take_rows(x: Any, rows: slice, total: int) -> Any:
     raise ValueError(f"Expected tensors with {total} rows, or a tuple, list or dict of them, but got {found}.")
 
 
-def _take_rows_of_sequence(x: Any, rows: slice, total: int) -> Any:
+def _take_rows_of_sequence(x: Any, rows: slice | Tensor, total: int) -> Any:
     if len(x) == total and all(isinstance(value, (int, float, str)) for value in x):
-        return x[rows]
+        return x[rows] if isinstance(rows, slice) else type(x)(x[row] for row in rows.tolist())
     if len(x) == total and isinstance(x, list):
         raise ValueError(f"Expected tensors with {total} rows, but got a list of as many, perhaps one for each sample.")
     parts = [take_rows(value, rows, total) for value in x]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lightning_unlearn.arguments import check_choice
 from lightning_unlearn.capture.calls import Forward
-from lightning_unlearn.capture.layers import per_neuron_magnitude, resolve_layer
+from lightning_unlearn.capture.layers import per_neuron_magnitude, resolve_layer, samples_first
 from lightning_unlearn.capture.recording import naming_what_is_not_recorded
 from lightning_unlearn.capture.tapping import not_watched, several_tensors, tap
 from lightning_unlearn.functional.attribution import logit_difference, strongest_other
@@ -91,7 +91,7 @@ class CaptumLayer:
         attribution: Tensor | tuple[Tensor, ...] = found
         if isinstance(attribution, tuple):
             raise ValueError(several_tensors(self._point))
-        return attribution.detach()
+        return samples_first(attribution.detach(), self._point)
 
     def _score(self, x: Any, classes: tuple[Tensor, ...]) -> Tensor:
         with _no_leaf_handed_on(self._module, self._point):

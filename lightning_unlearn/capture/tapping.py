@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_unlearn.capture.layers import resolve_layer
+from lightning_unlearn.capture.layers import resolve_layer, samples_first
 from lightning_unlearn.types import LayerPoint
 
 # True in passes that are not the plain pass over the batch, which taps do not look at.
@@ -24,7 +24,8 @@ def tap(model: nn.Module, point: LayerPoint) -> Iterator[Callable[[], Tensor]]:
     batch in parts, there are more, which ``Attributor(watch=...)`` joins.
 
     Yields:
-        a function that hands over the activation of the last pass, as the layer had it, and forgets it.
+        a function that hands over the activation of the last pass, as the layer had it but with the samples first, and
+        forgets it.
     """
     module = resolve_layer(model, point.name)
     seen: list[Tensor] = []
@@ -39,7 +40,7 @@ def tap(model: nn.Module, point: LayerPoint) -> Iterator[Callable[[], Tensor]]:
             raise ValueError(
                 f"Expected layer '{point.name}' to be called once in a forward pass, but it was {len(seen)}."
             )
-        return seen.pop()
+        return samples_first(seen.pop(), point)
 
     if point.at == "input":
         handle = module.register_forward_pre_hook(lambda _, inputs: keep(inputs))

@@ -96,7 +96,7 @@ class ForwardTrace:
         candidates = heads or names
         return candidates[-1] if candidates else None
 
-    def first_block(self, batch: int) -> LayerPoint | None:
+    def first_blocks(self, batch: int) -> list[LayerPoint]:
         """Where the first block of the model has seen the input.
 
         It is the input of the second convolution, which is what the first convolution, its norm, activation and pooling
@@ -106,17 +106,20 @@ class ForwardTrace:
             batch: number of samples in this pass.
 
         Returns:
-            None where ``forward`` calls no such layer just once on a floating-point row for each sample.
+            the one, and the layer to take where it has no row for each sample; each is called just once.
         """
         layers = [call for call in self.calls if isinstance(call.module, (nn.Linear, CONV)) and call.inputs]
         found = [(LayerPoint(call.name, "output"), call.output) for call in layers[:1]]
         if all(isinstance(call.module, CONV) for call in layers[:2]):
             found = [(LayerPoint(call.name, "input"), call.inputs[0]) for call in layers[1:2]] + found
-        for point, value in found:
-            is_rows = isinstance(value, Tensor) and value.is_floating_point() and len(value) == batch
-            if is_rows and len(self.calls_of(point.name)) == 1:
-                return point
-        return None
+        return [
+            point
+            for point, value in found
+            if isinstance(value, Tensor)
+            and value.is_floating_point()
+            and batch in value.shape
+            and len(self.calls_of(point.name)) == 1
+        ]
 
     def makes_logits(self, name: str) -> bool:
         """Whether what this layer returns is what ``forward`` returns as logits: the tensor itself, or a cast of it.

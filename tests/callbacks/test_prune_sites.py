@@ -293,7 +293,7 @@ REFUSED = {
     "tied weights": (tied, "net.one", "cannot prune layer 'net.one'. Its parameters are shared with 'net.two'"),
     "a tied head": (tied_head, None, "cannot prune layer 'net.head'. Its parameters are shared with 'net.two'"),
     "fused attention": (attention, "net.mha.out_proj", "Layer 'net.mha.out_proj' exists but is never reached"),
-    "rows that are no samples": (flattened, "net.fc", "Its output has 64 rows for 16 samples, so that a row is not a"),
+    "rows that are no samples": (flattened, "net.fc", "has no row for each of the 16 samples of a batch"),
     "a norm that is called twice": (shared_norm, "net.a", "'net.norm' is called 2 times in one forward pass"),
 }
 

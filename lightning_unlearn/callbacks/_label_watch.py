@@ -230,7 +230,10 @@ class LabelWatch:
     def _agrees(self, value: Tensor | None, gradient: Tensor) -> Tensor:
         try:
             if value is not None and not value.is_complex():
-                return agreement(value.to(gradient.device), gradient, self._reading)
+                found = agreement(value.to(gradient.device), gradient, self._reading)
+                # Of a single sample, features may look like labels of several.
+                if found.shape == (len(gradient),):
+                    return found
         except (ValueError, RuntimeError):  # of a form that no label has
             pass
         return torch.zeros(len(gradient), dtype=torch.bool, device=gradient.device)

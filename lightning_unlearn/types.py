@@ -64,7 +64,8 @@ class Evidence:
 
     Args:
         index: (n,) int64, position of the sample in the dataset.
-        weight: (n,) 1 for a row that counts, 0 for one that only pads the share to the length of the other ranks'.
+        weight: (n,) 1 for a row that counts, 1/k for each of k copies of a sample with the same label, 0 for one that
+            only pads the share to the length of the other ranks'.
         label: (n,) int64, the given label.
         attribution: (n, P, r) class attributions in the coordinates ``basis``: the mean over each quarter of training,
             then the last pass, in eval mode; P is less than five where there were too few epochs.

@@ -19,6 +19,7 @@ from lightning_unlearn.callbacks._scoring import train_loader
 from lightning_unlearn.callbacks._strategies import shards_weights
 from lightning_unlearn.capture import Attributor, MarginAttribution, response
 from lightning_unlearn.functional.attribution import label_margin
+from lightning_unlearn.functional.identity import mixed, row_identity
 from lightning_unlearn.targets import IGNORED
 from lightning_unlearn.trajectory import Trajectory
 from lightning_unlearn.types import LayerPoint, PartitionSource
@@ -87,6 +88,7 @@ class EvidencePass:
         if not self.is_last:
             return {"label": batch.label}
         found = {"label": batch.label, "last": trajectory.coordinates(seen.logits)}
+        found["identity"] = reading.by_row(_identity(batch))
         found |= _seen_in_the_last_pass(seen, label, margin)
         if self.early is not None:
             found["response"] = response(pl_module, self.early, seen.watched[0])
@@ -97,6 +99,12 @@ class EvidencePass:
             with torch.no_grad():
                 return _of_several_labels(logits_of(self.source, pl_module, x), label)
         return self.attributor.attribute(x, label, rows=self.is_last and self.needs_rows)
+
+
+def _identity(batch: IndexedBatch) -> Tensor:
+    """(B,) int64, equal for samples whose inputs are; where that cannot be told, different for all."""
+    identity = row_identity(batch.x, len(batch.index))
+    return mixed(batch.index + 1) if identity is None else identity
 
 
 def _seen_in_the_last_pass(seen: MarginAttribution, label: Tensor, margin: Tensor) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from lightning_unlearn.callbacks._lightning import compute_device
 from lightning_unlearn.data import rank_share
 from lightning_unlearn.distributed import place_by_index, sum_over_ranks
 from lightning_unlearn.finite import first_not_finite, judge_finite
+from lightning_unlearn.functional.identity import copies, mixed
 from lightning_unlearn.functional.mixture import Reduce
 from lightning_unlearn.recipes import Recipe, Verdict
 from lightning_unlearn.targets import IGNORED, Reading
@@ -49,6 +50,7 @@ def judge_share(
     trajectory.merge(None, reduce)
     label = place_by_index(index, weight, share["label"].reshape(-1, rows), total, reduce)
     _check_labels_of_ranks(trajectory.label, label.flatten(), reduce)
+    identity = place_by_index(index, weight, share["identity"][::rows], total, reduce)
     judged, fault = [], first_not_finite(pl_module)
     for at, given in enumerate(label.unbind(dim=1)):
         known = given[given >= 0]
@@ -61,7 +63,9 @@ def judge_share(
                 else f"Expected labels to judge, but all {total} samples have ignore_index={reading.ignore_index}."
             )
         of_label = {name: value[at::rows] for name, value in share.items()}
-        evidence = _evidence(trajectory, of_label, index, weight, index * rows + at, device)
+        # Copies of a sample, with the same label, are one for whatever is estimated.
+        counts = weight / copies(mixed(identity + given))[index]
+        evidence = _evidence(trajectory, of_label, index, counts, index * rows + at, device)
         verdict = None if is_one_sided else judge_finite(recipe, evidence, reduce, fault)
         if verdict is not None:
             verdict = _suggests_only(verdict, torch.unique(known), evidence)
@@ -108,7 +112,7 @@ def _evidence(
         trajectory: what training and the passes showed.
         share: what the last pass showed of one label of each of this rank's samples.
         index: (n,) int64, the samples.
-        weight: (n,), 0 for one that only pads.
+        weight: (n,), 0 for one that only pads, 1/k for each of k copies.
         rows: (n,) int64, their rows in the trajectory.
         device: where the recipe computes.
     """

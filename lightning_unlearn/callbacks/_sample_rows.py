@@ -73,7 +73,7 @@ def locate_samples(
 
         def loaded(index: Tensor) -> Any:
             loader = scoring_loader(trainer)
-            _, batch = next(indexed_batches(loader, first.index[index], probing=True))
+            _, batch = next(indexed_batches(loader, first.index[index], probing=True, absent=set()))
             return reading_of(source).split(to_device(trainer, pl_module, batch))[0]
 
         def taken(index: Tensor) -> Any:

@@ -120,14 +120,14 @@ def drawing_of(sampler: Any, *, ranks: int = 1) -> Drawing | None:
         ([0.0, 1.0, 3.0], 8, 'with replacement')
     """
     if isinstance(sampler, (list, tuple, range)):
-        return evenly(torch.tensor(list(sampler), dtype=torch.int64), shuffle=False)
+        return _of_indices(sampler, shuffle=False)
     if _draws_as(sampler, DistributedSampler):
         drawing = evenly(torch.arange(len(sampler.dataset)), shuffle=bool(sampler.shuffle))
         return replace(drawing, drop_last=bool(sampler.drop_last), seed=int(sampler.seed))
     if _draws_as(sampler, SequentialSampler):
         return evenly(torch.arange(len(sampler.data_source)), shuffle=False)
     if _draws_as(sampler, SubsetRandomSampler):
-        return evenly(torch.as_tensor(sampler.indices, dtype=torch.int64))
+        return _of_indices(sampler.indices)
     if _draws_as(sampler, WeightedRandomSampler):
         index, weight = torch.arange(len(sampler.weights)), sampler.weights.double()
         return _by_lot(index, weight, sampler.num_samples, sampler.replacement, ranks)
@@ -137,6 +137,15 @@ def drawing_of(sampler: Any, *, ranks: int = 1) -> Drawing | None:
             return evenly(index, number=sampler.num_samples)
         return _by_lot(index, torch.ones(len(index), dtype=torch.float64), sampler.num_samples, True, ranks)
     return None
+
+
+def _of_indices(indices: Any, *, shuffle: bool = True) -> Drawing | None:
+    """Of what is given index by index; None where these are keys, or counted from the end."""
+    try:
+        index = torch.as_tensor(list(indices), dtype=torch.int64)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    return None if bool((index < 0).any()) else evenly(index, shuffle=shuffle)
 
 
 def _draws_as(sampler: Any, kind: type[Any]) -> bool:

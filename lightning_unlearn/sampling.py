@@ -167,6 +167,8 @@ def check_drawing(loader: DataLoader[Any], sampler: Any, *, ranks: int = 1) -> D
     # By __class__, as a RememberedBatches goes by the user's.
     batches = loader.batch_sampler.__class__.__name__
     found = type(sampler).__name__ if sampler is not None else f"{batches} without .sampler"
+    if isinstance(sampler, (list, tuple)) or hasattr(sampler, "indices"):
+        found += " of indices that are not all integers from 0 on"
     raise TypeError(
         "Expected the train loader to draw with one of torch's samplers (RandomSampler, SequentialSampler,"
         " SubsetRandomSampler, WeightedRandomSampler, DistributedSampler), but it draws with"

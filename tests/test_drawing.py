@@ -145,7 +145,9 @@ class Own(RandomSampler):
         return iter([0])
 
 
-@pytest.mark.parametrize("sampler", [Own(range(N)), None, iter([1]), object()])
+@pytest.mark.parametrize(
+    "sampler", [Own(range(N)), None, iter([1]), object(), ["a", "b"], [0, -1], SubsetRandomSampler([3, -2])]
+)
 def test_what_means_something_of_its_own_is_not_read(sampler):
     assert drawing_of(sampler) is None
 

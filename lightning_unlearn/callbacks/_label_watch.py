@@ -74,7 +74,7 @@ def agreement(value: Any, gradient: Tensor, reading: Reading) -> Tensor:
     """
     columns = gradient.shape[1]
     if columns == 1:
-        return torch.eq(gradient.flatten() < 0, value.flatten() > 0.5)
+        return torch.eq(gradient.flatten() < 0, value.reshape(len(gradient)) > 0.5)
     if value.ndim == 2 and value.shape[1] == columns:
         if reading.alike(gradient, value).task == "multilabel":
             known = value != (reading.ignore_index if reading.ignore_index is not None else torch.inf)
@@ -82,7 +82,7 @@ def agreement(value: Any, gradient: Tensor, reading: Reading) -> Tensor:
             agrees: Tensor = (torch.eq(gradient < 0, value > 0.5) | ~known).all(dim=1)
             return agrees
         value = value.argmax(dim=1)
-    return torch.eq(gradient.argmin(dim=1), value.flatten())
+    return torch.eq(gradient.argmin(dim=1), value.reshape(len(gradient)))
 
 
 class LabelWatch:

@@ -5,6 +5,7 @@ import random
 import lightning as L
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback
@@ -111,10 +112,15 @@ def with_places(samples):
     return {"x": x, "place": torch.arange(len(y)), "y": y}
 
 
+def without_norms():
+    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, CLASSES))
+
+
 KEPT = {
     "augmentation": (lambda: DataLoader(Blobs(augment="torch"), 16, shuffle=True), Toy),
     "numbers of places": (lambda: DataLoader(Blobs(), 16, shuffle=True, collate_fn=with_places), WithPlaces),
     "__getitems__ in order": (lambda: DataLoader(Fetched(list, augment="torch"), 16, shuffle=True), Toy),
+    "one by one": (lambda: DataLoader(Blobs(40), 1, shuffle=True), lambda: Toy(without_norms)),
     "as large as can be": (lambda: DataLoader(Blobs(), 203, shuffle=True), Toy),
 }
 

@@ -797,6 +797,8 @@ class PartitionSource(Protocol):
     at_epoch: int
     reading: Any
     """How batches, outputs and labels are read: a :class:`~lightning_unlearn.targets.Reading`."""
+    sample_weight: Tensor | None
+    """(N,) float32, of this rank's samples, 1/k for each of k copies; None where each counts."""
 
     @property
     def is_dry_run(self) -> bool:

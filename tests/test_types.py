@@ -420,6 +420,7 @@ def test_sources_are_recognised_by_what_they_publish():
         regresses_on_probability = True
         is_dry_run = False
         reading = None
+        sample_weight = None
 
         def pull_partition(self, trainer, pl_module): ...
 

@@ -119,7 +119,7 @@ def rank_neurons(
     subject: Subject,
 ) -> list[Ranking]:
     """The neurons of each layer, ranked in one pass over the training set. Every rank must call it."""
-    weight = torch.ones(len(subject.partition))
+    weight = torch.ones(len(subject.partition)) if source.sample_weight is None else source.sample_weight.clone()
     weight[subject.held] = 0
     make = _maker(trainer, pl_module, source, method, subject.partition, weight)
     readers: list[_Reader] = [make(site) for site in sites]

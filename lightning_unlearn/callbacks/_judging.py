@@ -73,6 +73,20 @@ def judge_share(
     return judged, label if reading.task == "multilabel" else label.flatten()
 
 
+def weight_of_copies(judged: Sequence[Judged], total: int) -> Tensor:
+    """(N,) float32, 1/k for each of k copies among this rank's samples, 1 for all others.
+
+    Args:
+        judged: this rank's share; of several labels the first tells.
+        total: N.
+    """
+    evidence, weight = judged[0].evidence, torch.ones(total)
+    # Neither padding nor a label to be ignored says how many copies there are.
+    counts = (judged[0].weight > 0) & (evidence.weight.cpu() > 0)
+    weight[evidence.index[counts]] = evidence.weight.cpu()[counts]
+    return weight
+
+
 def _check_labels_of_ranks(seen: Tensor, label: Tensor, reduce: Reduce) -> None:
     """Compares the labels that this rank has seen with those of the ranks whose share the samples are."""
     other = int(reduce(((seen >= 0) & (label >= 0) & (seen != label)).sum().double().reshape(1)).item())

@@ -26,7 +26,7 @@ from lightning_unlearn.callbacks._base import (
 )
 from lightning_unlearn.callbacks._diverged import ADVICE, not_finite
 from lightning_unlearn.callbacks._evidence_pass import EvidencePass, make_attributor
-from lightning_unlearn.callbacks._judging import judge_share, share_memorised
+from lightning_unlearn.callbacks._judging import judge_share, share_memorised, weight_of_copies
 from lightning_unlearn.callbacks._label_watch import LabelWatch
 from lightning_unlearn.callbacks._lightning import (
     callbacks_of,
@@ -234,6 +234,8 @@ class AttributionPartitionCallback(UnlearnCallback):
         self._trajectory: Trajectory | None = None
         self._epochs_seen: list[int] = []
         self._partition: Partition | None = None
+        # Not in a checkpoint: neurons are ranked when a partition is drawn.
+        self.sample_weight: Tensor | None = None
         self._rounds: list[PartitionRound] = []
         self._is_stable = False
         self._memorised: float | None = None
@@ -712,6 +714,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         # A later partition that cannot be acted upon does not undo what an earlier one has led to.
         if is_first or drawn.is_actionable:
             self._partition = drawn
+            self.sample_weight = weight_of_copies(judged, len(drawn))
         if self.every_n_epochs is None or self._is_stable:
             self._trajectory = None
         if before is None:

@@ -50,6 +50,7 @@ class Published(L.Callback):
         self.is_dry_run = is_dry_run
         self.regresses_on_probability = soft
         self.reading = Reading()
+        self.sample_weight = None
 
     def pull_partition(self, trainer, pl_module):
         due = [partition for partition in self.partitions if partition.epoch <= trainer.current_epoch]

@@ -16,6 +16,10 @@ def judged(noise, copies, given=None):
     data.y = torch.cat([data.y, torch.full((copies,), label)])
     callback = AttributionPartitionCallback(at_epoch=6, action="report")
     fit(Toy(), BlobsData(data), [callback], max_epochs=7)
+    if given is None:
+        # The sample and its copies weigh as much as any other, for who ranks neurons.
+        torch.testing.assert_close(callback.sample_weight[300:].sum() + callback.sample_weight[of], torch.tensor(1.0))
+        assert callback.sample_weight.sum().round() == 300
     return ~callback.partition.is_clean, data.wrong
 
 

@@ -295,3 +295,29 @@ def test_gradients_that_cannot_be_had_are_refused():
         loss_gradients(silent, [LayerPoint("head", "input")], silent, data.x, data.y)
     assert not any(hooks_of(twice).values())
     assert not any(hooks_of(silent).values())
+
+
+@pytest.mark.parametrize("criterion", ["sensitivity", "mean_abs_ratio"])
+def test_copies_of_a_sample_are_one_sample_where_neurons_are_ranked(criterion):
+    def net():
+        return nn.Sequential(nn.Linear(16, 20), nn.Tanh(), nn.Linear(20, 4))
+
+    def ranked(copies):
+        data = Blobs(101)
+        probability = torch.rand(101, generator=torch.Generator().manual_seed(1))
+        data.x, data.y, probability = (
+            torch.cat([value, value[3:4].repeat_interleave(copies, dim=0)]) for value in (data.x, data.y, probability)
+        )
+        published = Published(make_partition(probability, data.y))
+        published.sample_weight = torch.ones(101 + copies)
+        published.sample_weight[[3, *range(101, 101 + copies)]] = 1 / (1 + copies)
+        callback = SensitivityPruneCallback("net.0", criterion=criterion, amount=0.3, guard=False, significance=None)
+        fit(Toy(net, still), BlobsData(data), [published, callback], max_epochs=2)
+        return callback.mask
+
+    torch.manual_seed(0)
+    one = ranked(0)
+    torch.manual_seed(0)
+    many = ranked(80)
+    torch.testing.assert_close(many.sensitivity, one.sensitivity, rtol=1e-4, atol=1e-6)
+    assert many.keep.equal(one.keep)

@@ -1,4 +1,4 @@
-"""What a forward pass of ours may have changed of a model beside its weights, and its hooks of theirs: put back."""
+"""State of a model besides its weights that a forward pass of ours may change: kept, and put back."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
-from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,71 +13,69 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
-from torch.utils.data import Dataset
 
 from lightning_unlearn.sharding import local_part
 
-# Tensors that are no buffers, and containers, are kept up to this many elements and items.
+# Tensors that are not buffers, and containers, are kept up to this many elements and items.
 _MOST_ELEMENTS = 2**24
 _MOST_ITEMS = 10_000
-# How deep containers are looked into; what is within an object, or within a container, is one less deep.
-_DEPTH = 2
 
 # What every module has: hooks, parameters, which a strategy that shards them puts in and out itself, and the rest.
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-# Whose objects look after their own state.
-_PACKAGES = {
-    "torch",
-    "torchmetrics",
-    "lightning",
-    "lightning_fabric",
-    "pytorch_lightning",
-    "lightning_unlearn",
-    "numpy",
-}
 
 _Restore = Callable[[], object]
 
 
 @contextmanager
 def kept(model: nn.Module) -> Iterator[None]:
-    """Puts back what forward passes inside change: buffers, attributes, and what hooks of the user's write to.
+    """Puts back what forward passes inside change: buffers, submodules and attributes of every submodule.
 
-    Kept are, of every submodule: buffers, submodules and attributes, those that are made inside as well; the contents
-    of tensors, lists, dicts, sets and deques among the attributes, of modules in these (as torchmetrics' states), and
-    the states of random generators; and the same of objects of the user's own classes, and of what ``forward`` and the
-    user's forward hooks refer to: variables that they close over, global ones that they name, the object that a bound
-    method belongs to.
+    Attributes made inside are removed. Of tensors, lists, dicts, sets, deques, random generators and modules (such as
+    torchmetrics) among the attributes, or one level down in a container among them or in one that a forward hook closes
+    over, the contents are put back as well.
 
-    Not kept is what lies deeper or elsewhere: objects in objects, tensors of more than 2**24 elements that are no
-    buffers, containers of more than 10,000 items, files, iterators, data sets, other processes. Nor are modules that
-    are lazy: they become what they are to be.
+    Not kept: objects of other classes, global variables, files, whatever lies deeper, containers of more than 10,000
+    items, tensors of more than 2**24 elements that are not buffers; and lazy modules, which the first pass initializes.
     """
-    keeper = _Keeper()
-    for module in model.modules():
-        keeper.take_module(module)
+    snapshot = _Snapshot()
+    snapshot.take(model)
     try:
         yield
     finally:
-        keeper.restore()
+        snapshot.restore()
 
 
-class _Keeper:
-    """Notes states, each once, and puts them back."""
+class _Snapshot:
+    """Takes states, each once, and puts them back."""
 
     def __init__(self) -> None:
         self._restores: list[_Restore] = []
-        # What has been noted; held, so that no other object gets its id.
+        # Held, so that no other object gets the id.
         self._known: dict[int, Any] = {}
 
+    @torch.no_grad()
     def restore(self) -> None:
-        with torch.no_grad():
-            for restore in self._restores:
-                restore()
+        for restore in self._restores:
+            restore()
 
-    def take_module(self, module: nn.Module) -> None:
-        if self._is_known(module) or isinstance(module, (LazyModuleMixin, torch.jit.ScriptModule)):
+    def take(self, value: Any, depth: int = 1) -> None:
+        """The contents of a value, and of the items of a container down to a depth."""
+        if isinstance(value, nn.Module):
+            for module in value.modules():
+                self._take_module(module)
+        elif isinstance(value, Tensor):
+            if value.numel() <= _MOST_ELEMENTS and not isinstance(value, nn.Parameter):
+                self._take_tensor(value)
+        elif isinstance(value, (list, deque, set, dict)):
+            self._take_container(value, depth)
+        elif (restore := _state_of_generator(value)) is not None:
+            self._restores.append(restore)
+
+    def _take_module(self, module: nn.Module) -> None:
+        if isinstance(module, (LazyModuleMixin, torch.jit.ScriptModule)) or self._is_known(module):
             return
+        own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
+        self._restores.append(lambda: _reset(vars(module), own, leave=_OF_EVERY_MODULE))
         for names in (module._buffers, module._modules):
             self._take_names(names)
         persistent = set(module._non_persistent_buffers_set)
@@ -87,62 +83,24 @@ class _Keeper:
         for buffer in module._buffers.values():
             if buffer is not None:
                 self._take_tensor(buffer)
-        own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
-        self._restores.append(lambda: _reset_attributes(vars(module), own, _OF_EVERY_MODULE))
         for value in own.values():
             self.take(value)
-        for function in (type(module).forward, *module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            self.take_function(function)
-
-    def take_function(self, function: Any) -> None:
-        """What a function of the user's may write to; of a callable object, its attributes."""
-        if isinstance(function, partial):
-            for value in (*function.args, *function.keywords.values()):
-                self.take(value)
-            function = function.func
-        if isinstance(function, MethodType):
-            self._take_object(function.__self__)
-            function = function.__func__
-        if isinstance(function, FunctionType):
-            self._take_variables_of(function)
-        else:
-            self._take_object(function)
-
-    def _take_variables_of(self, function: FunctionType) -> None:
-        if _is_of_a_package(function) or self._is_known(function):
-            return
-        for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
-            self.take(value)
-        for cell in function.__closure__ or ():
-            self._take_cell(cell)
-        for name in function.__code__.co_names:
-            if name in function.__globals__:
-                self._take_variable(function.__globals__, name)
-
-    def take(self, value: Any, depth: int = _DEPTH) -> None:
-        """The contents of a value."""
-        if isinstance(value, Tensor):
-            if value.numel() <= _MOST_ELEMENTS and not isinstance(value, nn.Parameter):
-                self._take_tensor(value)
-        elif isinstance(value, nn.Module):
-            for module in value.modules():
-                self.take_module(module)
-        elif isinstance(value, (list, deque, set, dict)):
-            self._take_container(value, depth)
-        elif isinstance(value, (FunctionType, MethodType, partial)):
-            self.take_function(value)
-        elif depth == _DEPTH:
-            self._take_object(value)
-
-    def _is_known(self, value: Any) -> bool:
-        if id(value) in self._known:
-            return True
-        self._known[id(value)] = value
-        return False
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            for cell in getattr(hook, "__closure__", None) or ():
+                self._take_contents(cell)
 
     def _take_names(self, of: dict[str, Any]) -> None:
         before = dict(of)
-        self._restores.append(lambda: _reset_attributes(of, before))
+        self._restores.append(lambda: _reset(of, before))
+
+    def _take_contents(self, cell: Any) -> None:
+        """Of a container that a hook of the user's collects in. The variable itself is the user's."""
+        try:
+            value = cell.cell_contents
+        except ValueError:  # empty
+            return
+        if isinstance(value, (list, deque, set, dict)):
+            self._take_container(value, 1)
 
     def _take_tensor(self, tensor: Tensor) -> None:
         if is_lazy(tensor) or tensor.is_meta or tensor.is_nested or self._is_known(tensor):
@@ -151,7 +109,7 @@ class _Keeper:
         before = local.detach().clone()
 
         def restore() -> None:
-            # Not where nothing has changed: a write would count as one.
+            # Not where nothing has changed: autograd would count the write.
             now = local_part(tensor).detach()
             if now.shape != before.shape or not _is_same(now, before):
                 with torch.inference_mode(tensor.is_inference()):
@@ -160,7 +118,7 @@ class _Keeper:
         self._restores.append(restore)
 
     def _take_container(self, value: Any, depth: int) -> None:
-        if len(value) > _MOST_ITEMS or depth == 0 or self._is_known(value):
+        if depth < 0 or len(value) > _MOST_ITEMS or self._is_known(value):
             return
         items = list(value.values() if isinstance(value, dict) else value)
         # An LSTM's list of its weights is not a state.
@@ -171,46 +129,11 @@ class _Keeper:
         for item in items:
             self.take(item, depth - 1)
 
-    def _take_object(self, owner: Any) -> None:
-        if (restore := _state_of_generator(owner)) is not None:
-            self._restores.append(restore)
-            return
-        attributes = getattr(owner, "__dict__", None)
-        if not isinstance(attributes, dict) or isinstance(owner, (nn.Module, ModuleType, Dataset)):
-            return
-        if _is_of_a_package(type(owner)) or self._is_known(owner):
-            return
-        self._take_names(attributes)
-        for value in attributes.values():
-            self.take(value, _DEPTH - 1)
-
-    def _take_cell(self, cell: Any) -> None:
-        try:
-            value = cell.cell_contents
-        except ValueError:  # empty
-            return
-
-        def restore() -> None:
-            if cell.cell_contents is not value:
-                cell.cell_contents = value
-
-        self._restores.append(restore)
-        self.take(value)
-
-    def _take_variable(self, variables: dict[str, Any], name: str) -> None:
-        value = variables[name]
-
-        def restore() -> None:
-            if variables.get(name) is not value:
-                variables[name] = value
-
-        self._restores.append(restore)
-        self.take(value)
-
-
-def _is_of_a_package(named: Any) -> bool:
-    """Whether a class or function is of what the user's code builds on, which looks after its own state."""
-    return str(getattr(named, "__module__", None)).partition(".")[0] in _PACKAGES
+    def _is_known(self, value: Any) -> bool:
+        if id(value) in self._known:
+            return True
+        self._known[id(value)] = value
+        return False
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:
@@ -221,7 +144,7 @@ def _is_same(one: Tensor, other: Tensor) -> bool:
     )
 
 
-def _reset_attributes(now: dict[str, Any], before: Mapping[str, Any], leave: frozenset[str] = frozenset()) -> None:
+def _reset(now: dict[str, Any], before: Mapping[str, Any], leave: frozenset[str] = frozenset()) -> None:
     for name in [name for name in now if name not in before and name not in leave]:
         del now[name]
     for name, value in before.items():
@@ -231,18 +154,15 @@ def _reset_attributes(now: dict[str, Any], before: Mapping[str, Any], leave: fro
 
 def _refill(value: Any, before: Any) -> None:
     """Gives a container its items again, where it has others."""
-    now = list(value.items()) if isinstance(value, dict) else list(value)
-    was = list(before.items()) if isinstance(before, dict) else list(before)
-    if len(now) == len(was) and all(_is_item(one, other) for one, other in zip(now, was, strict=True)):
+    now, was = _flat(value), _flat(before)
+    if len(now) == len(was) and all(one is other for one, other in zip(now, was, strict=True)):
         return
     value.clear()
     value.extend(before) if isinstance(value, (list, deque)) else value.update(before)
 
 
-def _is_item(one: Any, other: Any) -> bool:
-    if isinstance(one, tuple) and isinstance(other, tuple) and len(one) == len(other):
-        return all(a is b for a, b in zip(one, other, strict=True))
-    return one is other
+def _flat(container: Any) -> list[Any]:
+    return [*container, *container.values()] if isinstance(container, dict) else list(container)
 
 
 def _state_of_generator(value: Any) -> _Restore | None:
@@ -250,12 +170,12 @@ def _state_of_generator(value: Any) -> _Restore | None:
     if isinstance(value, torch.Generator):
         state = value.get_state()
         return lambda: value.set_state(state)
-    if isinstance(value, (np.random.RandomState, random.Random)):
-        get, put = (
-            (value.getstate, value.setstate) if isinstance(value, random.Random) else (value.get_state, value.set_state)
-        )
-        before: Any = get()
-        return lambda: put(before)
+    if isinstance(value, random.Random):
+        python = value.getstate()
+        return lambda: value.setstate(python)
+    if isinstance(value, np.random.RandomState):
+        legacy = value.get_state()
+        return lambda: value.set_state(legacy)
     if isinstance(value, np.random.Generator):
         position = value.bit_generator.state
         return lambda: setattr(value.bit_generator, "state", position)

@@ -1,6 +1,5 @@
 import random
 from collections import deque
-from functools import partial
 
 import numpy as np
 import pytest
@@ -106,21 +105,6 @@ def test_modes_and_flags_of_the_user_survive():
     assert not module.net[0].weight.requires_grad
 
 
-SEEN = []
-
-
-class Meter:
-    """As users write them."""
-
-    def __init__(self):
-        self.count = 0
-        self.values = []
-
-    def update(self, value):
-        self.count += 1
-        self.values.append(value)
-
-
 class Remembers(Toy):
     """Whose forward, and hooks on it, change whatever a forward can reach, in eval mode too."""
 
@@ -134,20 +118,18 @@ class Remembers(Toy):
         self.queue = deque(maxlen=2)
         self.accuracy = torchmetrics.MeanMetric()
         self.unregistered = {"mean": torchmetrics.MeanMetric()}
-        self.meter = Meter()
         self.generator = torch.Generator().manual_seed(0)
         self.numpy = np.random.default_rng(0)
-        hooked, counted = [], 0
+        recorded, sizes = {}, []
 
-        def count(*_):
-            nonlocal counted
-            counted += 1
-            hooked.append(counted)
+        def record(module, inputs, output):
+            recorded["last"] = output.detach()
+            recorded[len(recorded)] = len(output)
 
-        self.hooked = hooked
-        self.net[0].register_forward_hook(count)
-        self.net[2].register_forward_pre_hook(lambda module, inputs: SEEN.append(len(inputs)))
-        self.net[4].register_forward_hook(partial(lambda into, *_: into.append(1), self.history))
+        # Nothing but the hooks has these.
+        self.net[0].register_forward_hook(record)
+        self.net[2].register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs)))
+        self.recorded = lambda: (list(map(repr, recorded.values())), list(sizes))
         self.net[6].register_forward_hook(self.note)
 
     def note(self, module, inputs, output):
@@ -168,8 +150,6 @@ class Remembers(Toy):
         self.plain[0] += 1
         for metric in (self.accuracy, self.unregistered["mean"]):
             metric.update(x.mean())
-        self.meter.update(x.mean().item())
-        SEEN.append("forward")
         noise = torch.randn(x.shape, generator=self.generator) + self.numpy.normal()
         self.log("mean", x.mean(), on_step=True)
         self.log_dict({"total": self.total}, on_step=False, on_epoch=True)
@@ -178,12 +158,11 @@ class Remembers(Toy):
         return super().forward(x + 0.1 * noise)
 
     def remembered(self):
-        plain = ("calls", "history", "by_size", "sizes", "queue", "hooked")
+        plain = ("calls", "history", "by_size", "sizes", "queue")
         tensors = {name: buffer.clone() for name, buffer in self.named_buffers()} | {"plain": self.plain.clone()}
         metrics = [metric.compute().item() for metric in (self.accuracy, self.unregistered["mean"])]
-        meter = (self.meter.count, list(self.meter.values))
         states = (self.generator.get_state().tolist(), self.numpy.bit_generator.state)
-        return tensors, [repr(getattr(self, name)) for name in plain], metrics, meter, states, len(SEEN)
+        return tensors, [repr(getattr(self, name)) for name in plain], metrics, states, self.recorded()
 
 
 class Notes(Logger):
@@ -205,7 +184,6 @@ def test_what_forward_and_hooks_of_the_user_remember_is_not_of_our_passes(eviden
     # A dry run, in which all three look and nothing is changed.
     ours = [Compared(at_epoch=1, evidence=evidence, action="report"), *trio(1, prune={"amount": 0.2})[1:]]
     for callbacks in ([], ours):
-        SEEN.clear()
         seed_everything(0)
         module, notes = Remembers(), Notes()
         fit(module, BlobsData(Blobs(101)), callbacks, max_epochs=3, logger=notes, log_every_n_steps=1)

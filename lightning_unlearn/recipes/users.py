@@ -1,4 +1,4 @@
-"""Recipes of users: functions called as they can be, tried before the training, and their answers checked."""
+"""Recipes of users: functions called as they can be, and their answers checked."""
 
 from __future__ import annotations
 
@@ -11,14 +11,10 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.arguments import called, fault_of_call
-from lightning_unlearn.functional.mixture import Reduce, no_reduce
+from lightning_unlearn.functional.mixture import Reduce
 from lightning_unlearn.recipes.verdict import Judge, Recipe, Verdict
 from lightning_unlearn.recipes.views import rival_of
 from lightning_unlearn.types import Evidence
-
-# Samples of a trial, of which so many have a wrong label.
-_TRIED, _WRONG = 256, 0.2
-_NEURONS = 8
 
 
 def judge_of(function: Callable[..., Any]) -> Judge:
@@ -37,33 +33,26 @@ def judge_of(function: Callable[..., Any]) -> Judge:
             f"Expected recipe to be a function of the evidence (and, if it needs it, of the function that sums over"
             f" ranks), but '{name}' {fault}."
         )
-
-    return _Calls(function, name, takes_reduce)
+    return _Checked(name, function, takes_reduce)
 
 
 def checking(recipe: Recipe) -> Recipe:
     """A user's recipe, its answers checked."""
-    return replace(recipe, judge=_Checks(recipe))
+    if isinstance(recipe.judge, _Checked):
+        return recipe
+    return replace(recipe, judge=_Checked(recipe.name, recipe.judge, takes_reduce=True))
 
 
-# Objects, since functions that are made within a function cannot be pickled.
+# An object, since a function that is made within a function cannot be pickled.
 @dataclass(frozen=True)
-class _Calls:
-    function: Callable[..., Any]
+class _Checked:
     name: str
+    function: Callable[..., Any]
     takes_reduce: bool
 
     def __call__(self, evidence: Evidence, reduce: Reduce) -> Verdict:
         answer: Any = self.function(evidence, reduce) if self.takes_reduce else self.function(evidence)
         return checked(self.name, answer, evidence, reduce)
-
-
-@dataclass(frozen=True)
-class _Checks:
-    recipe: Recipe
-
-    def __call__(self, evidence: Evidence, reduce: Reduce) -> Verdict:
-        return checked(self.recipe.name, self.recipe.judge(evidence, reduce), evidence, reduce)
 
 
 def _takes_reduce(function: Callable[..., Any]) -> bool:
@@ -131,63 +120,3 @@ def _fault(field: str, value: Any, word: str, evidence: Evidence) -> str:
         also = "" if field in ("clean_probability", _LABELS) else f" as {word}"
         return f"{what}{also}, but they span {float(value.min()):.4g} to {float(value.max()):.4g}"
     return ""
-
-
-def trial(recipe: Recipe, basis: Tensor, total: int, device: torch.device) -> str:
-    """Why a recipe cannot judge; empty if it can.
-
-    It is asked about samples that are made up, since what fails is to fail before hours of training.
-
-    Args:
-        recipe: of a user.
-        basis: (C, r) float32, the coordinates of class attributions.
-        total: N.
-        device: where recipes compute.
-    """
-    evidence = made_up(basis.to(device), min(total, _TRIED), recipe)
-    try:
-        recipe.judge(evidence, no_reduce)
-    except Exception as error:  # of the user's function
-        if isinstance(error, ValueError) and str(error).startswith("Expected recipe "):
-            return str(error)
-        return (
-            f"Expected recipe '{recipe.name}' to judge {len(evidence.index)} samples that were made up to try it before"
-            f" the training, but it fails: {type(error).__name__}: {error}."
-        )
-    return ""
-
-
-def made_up(basis: Tensor, count: int, recipe: Recipe) -> Evidence:
-    """Evidence of samples that do not exist: a model is fairly sure of their classes, and a fifth of labels are wrong.
-
-    Args:
-        basis: (C, r) float32.
-        count: how many samples.
-        recipe: of which is known what it looks at.
-    """
-    generator, classes = torch.Generator().manual_seed(0), len(basis)
-    truth = torch.arange(count) % classes
-    wrong = torch.rand(count, generator=generator) < _WRONG
-    label = torch.where(wrong, (truth + 1) % classes, truth)
-    clear = 4 * torch.nn.functional.one_hot(truth, classes).float()
-    scores = clear.unsqueeze(1) + torch.randn(count, 3, classes, generator=generator)
-    last, column = scores[:, -1], label.unsqueeze(1)
-    margin = last.gather(1, column).squeeze(1) - last.scatter(1, column, -torch.inf).amax(dim=1)
-    share = last.softmax(dim=1)
-    parts: dict[str, Tensor] = {
-        "weight": torch.ones(count),
-        "label": label,
-        "attribution": scores.to(basis.device) @ basis,
-        "basis": basis,
-        "margin": margin,
-        "mean_margin": margin,
-        "support": margin.sigmoid(),
-        "uncertainty": torch.special.entr(share).sum(dim=1),
-        "loss": torch.nn.functional.cross_entropy(last, label, reduction="none"),
-        "prediction": last.argmax(dim=1),
-    }
-    if recipe.needs_response:
-        parts["response"] = 1 + torch.rand(count, 2, generator=generator)
-    if recipe.needs_rows:
-        parts["rows"] = torch.randn(count, _NEURONS, generator=generator)
-    return Evidence(index=torch.arange(count), **{name: value.to(basis.device) for name, value in parts.items()})

@@ -12,11 +12,10 @@ from dataclasses import dataclass, fields
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_unlearn.arguments import check_flag, check_names, check_number, shown
+from lightning_unlearn.arguments import check_flag, check_names, check_number, plain, shown
 from lightning_unlearn.fingerprint import mark_of
 from lightning_unlearn.storage import faults_of, load_record, save_record, write_csv
 
@@ -516,12 +515,12 @@ def _check_primitives(record: Any, **kinds: type[Any]) -> None:
     """
     for name, kind in kinds.items():
         value = getattr(record, name)
-        plain = value.item() if isinstance(value, (Tensor, np.generic)) and value.ndim == 0 else value
-        fits = isinstance(plain, (int, float) if kind is float else kind) and not isinstance(plain, bool)
+        found = plain(value)
+        fits = isinstance(found, (int, float) if kind is float else kind) and not isinstance(found, bool)
         if not fits:
             raise ValueError(f"{name} must be a {kind.__name__}, but is {value!r}.")
         # The class is frozen for everybody else.
-        object.__setattr__(record, name, kind(plain))
+        object.__setattr__(record, name, kind(found))
 
 
 def _check_held(record: Any) -> None:

@@ -8,7 +8,6 @@ for every row, so nothing is said against a field that a good share of the rows 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +16,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_unlearn.batches import Path, has_rows, how_to_split, leaves_of, written
-from lightning_unlearn.callbacks._training_pass import _Step
-from lightning_unlearn.capture import resolve_layer, watch_output
+from lightning_unlearn.callbacks._head_watch import HeadWatch, Step
+from lightning_unlearn.capture import resolve_layer
 from lightning_unlearn.functional.mixture import Reduce
 from lightning_unlearn.targets import Reading
 
@@ -97,17 +96,16 @@ class LabelWatch:
 
     def __init__(self, reading: Reading) -> None:
         self._reading = reading
-        self._end_watch: Callable[[], None] | None = None
-        self._step: _Step | None = None
+        self._head_watch = HeadWatch()
         self.detach()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy looks at nothing.
-        return {**self.__dict__, "_end_watch": None, "_module": None, "_step": None, "_batch": None, "_values": []}
+        return vars(LabelWatch(self._reading))
 
     def detach(self) -> None:
         """Looks no more. May be called at any time, and again."""
-        self._let_go()
+        self._head_watch.end()
         self._head: str | None = None
         self._module: nn.Module | None = None
         self.is_watching = False
@@ -117,13 +115,6 @@ class LabelWatch:
         self._values: list[Tensor | None] = []
         self._sums: Tensor | None = None
         self._steps = 0
-
-    def _let_go(self) -> _Step | None:
-        step, self._step = self._step, None
-        if self._end_watch is not None:
-            self._end_watch()
-        self._end_watch = None
-        return step
 
     def start(self, pl_module: LightningModule, head: str | None) -> None:
         """Starts with the next step.
@@ -146,7 +137,7 @@ class LabelWatch:
         """
         if not self.is_watching:
             return
-        self._let_go()
+        self._head_watch.end()
         if self._module is None:
             raise TypeError(self._cannot_tell(batch, "no module of the model returns what forward returns as logits"))
         self._pending, self._batch, self._values = True, batch, []
@@ -160,8 +151,7 @@ class LabelWatch:
         fields[own] = label.clone() if isinstance(label, Tensor) else torch.as_tensor(label)
         self._fields = self._fields or sorted(fields, key=lambda path: path != own)[:_MOST_FIELDS]
         self._values = [fields.get(path) for path in self._fields]
-        self._step = _Step(range(rows), None, self._reading.num_outputs)
-        self._end_watch = watch_output(self._module, self._step.look)
+        self._head_watch.start(self._module, Step(range(rows), label, self._reading.num_outputs))
 
     def end_batch(self, reduce: Reduce, *, trained: bool = True) -> Path | None:
         """What the step has shown. Call after its backward pass and before the weights change; every rank must.
@@ -178,7 +168,7 @@ class LabelWatch:
         """
         if not self.is_watching or not self._pending:
             return None
-        step = self._let_go()
+        step = self._head_watch.end()
         batch, self._batch, self._pending = self._batch, None, False
         numbers = reduce(self._of_step(step, 1.0 if trained else 0.0).numbers())
         self._steps += 1
@@ -208,12 +198,10 @@ class LabelWatch:
                 raise TypeError(self._cannot_tell(batch, f"{MOST_STEPS} steps do not show it"))
             self.detach()
 
-    def _of_step(self, step: _Step | None, blind: float) -> Followed:
-        nothing = torch.zeros(_MOST_FIELDS, _MOST_FIELDS)
-        if step is None or step.output is None or step.gradient is None or step.calls > 1 or step.fault:
-            return Followed(nothing, 0.0, blind, 0.0)
-        gradient = step.gradient.float()
-        gradient = gradient.unsqueeze(1) if gradient.ndim == 1 else gradient
+    def _of_step(self, step: Step | None, blind: float) -> Followed:
+        gradient = None if step is None else step.gradient_rows()
+        if gradient is None:
+            return Followed(torch.zeros(_MOST_FIELDS, _MOST_FIELDS), 0.0, blind, 0.0)
         largest = gradient.abs().amax(dim=1)
         judged = largest.isfinite() & (largest > 0)
         own = self._values[0]

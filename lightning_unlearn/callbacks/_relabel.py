@@ -17,11 +17,11 @@ from torch import Tensor
 from lightning_unlearn.batches import field_at
 from lightning_unlearn.callbacks._base import read_labels, same_labels
 from lightning_unlearn.callbacks._companions import Companion, companions_in
+from lightning_unlearn.callbacks._head_watch import HeadWatch, Step
 from lightning_unlearn.callbacks._lightning import BatchHook, live_iterator, to_device, undisturbed
 from lightning_unlearn.callbacks._rows import establish_rows
 from lightning_unlearn.callbacks._scoring import offers_scoring_loader, train_loader
-from lightning_unlearn.callbacks._training_pass import _Step
-from lightning_unlearn.capture import resolve_layer, watch_output
+from lightning_unlearn.capture import resolve_layer
 from lightning_unlearn.data import batch_size, delivered_indices, indexed_batches, is_torchs_iterator
 from lightning_unlearn.functional.mixture import Reduce
 from lightning_unlearn.targets import IGNORED, Reading
@@ -97,13 +97,12 @@ class Relabelling:
         self._reading: Reading | None = None
         # Given and new classes of the batch in hand.
         self._moved: tuple[Tensor, Tensor] | None = None
-        self._step: _Step | None = None
-        self._end_watch: Callable[[], None] | None = None
+        self._head_watch = HeadWatch()
         self.detach()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy looks at nothing.
-        return {**self.__dict__, "_step": None, "_end_watch": None, "_moved": None, "_reading": None}
+        return vars(Relabelling())
 
     def learn(self, trainer: Trainer, pl_module: LightningModule, reading: Reading, head: str | None) -> None:
         """Looks, before the first step, which fields of a batch are made of the label.
@@ -168,11 +167,12 @@ class Relabelling:
 
     def start_batch(self, pl_module: LightningModule) -> None:
         """Looks what the loss of a step follows. Call in ``on_train_batch_start``."""
-        self._let_go()
+        self._head_watch.end()
+        self._is_pending = self._is_watching
         if self._is_watching and self._head is not None and self._reading is not None and self._moved is not None:
             rows = len(self._moved[0]) // self._reading.rows_per_sample
-            self._step = _Step(range(rows), None, self._reading.num_outputs)
-            self._end_watch = watch_output(resolve_layer(pl_module, self._head), self._step.look)
+            step = Step(range(rows), None, self._reading.num_outputs)
+            self._head_watch.start(resolve_layer(pl_module, self._head), step)
 
     def end_batch(self, reduce: Reduce) -> None:
         """Sees that the loss follows the new labels. Call after a backward pass, on every rank.
@@ -183,11 +183,10 @@ class Relabelling:
         Raises:
             RuntimeError: where it follows the given ones.
         """
-        if not self._is_watching or self._step is None:
+        if not self._is_pending:
             return
-        step, moved = self._step, self._moved
-        self._let_go()
-        self._moved = None
+        step, moved = self._head_watch.end(), self._moved
+        self._is_pending, self._moved = False, None
         self._seen += reduce(self._followed(step, moved))
         self._steps += 1
         old, new = self._seen.tolist()
@@ -198,30 +197,23 @@ class Relabelling:
             )
         self._is_watching = self._steps < _MOST_STEPS and not (new >= _FEWEST and new > _TIMES * old)
 
-    def _followed(self, step: _Step, moved: tuple[Tensor, Tensor] | None) -> Tensor:
+    def _followed(self, step: Step | None, moved: tuple[Tensor, Tensor] | None) -> Tensor:
         """(2,), rows whose logit the loss raises for the given label, and for the new one."""
-        none = torch.zeros(2, dtype=torch.float64)
-        reading = self._reading
-        if reading is None or moved is None or step.calls != 1 or step.fault or step.gradient is None:
-            return none
-        gradient = step.gradient.float()
-        rows = reading.gradients(gradient.unsqueeze(1) if gradient.ndim == 1 else gradient).cpu()
+        gradient = None if step is None else step.gradient_rows()
+        if self._reading is None or moved is None or gradient is None:
+            return torch.zeros(2, dtype=torch.float64)
+        rows = self._reading.gradients(gradient).cpu()
         given, new = moved
         changed = (new >= 0) & (given >= 0) & (new != given) & rows.isfinite().all(dim=1) & (rows != 0).any(dim=1)
         raised = rows.argmin(dim=1)[changed]
         return torch.stack([(raised == given[changed]).sum(), (raised == new[changed]).sum()]).double()
 
-    def _let_go(self) -> None:
-        if self._end_watch is not None:
-            self._end_watch()
-        self._end_watch = self._step = None
-
     def detach(self) -> None:
         """Leaves the batches alone again."""
         self._hook.detach()
-        self._let_go()
+        self._head_watch.end()
         self._reading = self._moved = None
-        self._is_watching = False
+        self._is_watching = self._is_pending = False
         self._seen = torch.zeros(2, dtype=torch.float64)
         self._steps = 0
 

@@ -9,8 +9,6 @@ and ``end_batch`` in ``on_train_batch_start`` and ``on_train_batch_end``, ``end_
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -18,8 +16,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightning_unlearn.callbacks._head_watch import HeadWatch, Step, as_columns
 from lightning_unlearn.callbacks._lightning import TrainLoaderWatch, live_iterator, live_loaders
-from lightning_unlearn.capture import resolve_layer, watch_output
+from lightning_unlearn.capture import resolve_layer
 from lightning_unlearn.data import as_indices, check_loader, delivered_batch, forget_batches, remember_batches
 from lightning_unlearn.targets import IGNORED, Reading
 
@@ -93,57 +92,6 @@ def pulled_elsewhere(logits: Tensor, gradient: Tensor, label: Tensor) -> tuple[T
     return judged, judged & (lowest < -clear) & (at_smallest - lowest > clear)
 
 
-@dataclass(eq=False)
-class _Step:
-    """One training step, from its batch to its gradient; all as it came, as a window of steps is read at once.
-
-    Args:
-        batch: of B dataset indices, as the batch sampler drew it.
-        label: as the batch holds it.
-        columns: K, of an output.
-        calls: how often the head was called with gradients.
-        output: (B, K), or (B,) of a binary task, of the first call.
-        gradient: like the output, what the loss sent to it; None before a backward pass.
-        fault: why the first call's output cannot be used.
-    """
-
-    batch: Any
-    label: Any
-    columns: int
-    calls: int = 0
-    output: Tensor | None = None
-    gradient: Tensor | None = None
-    fault: str = ""
-
-    def look(self, output: Any) -> None:
-        """Takes what the head returned, but of a call without gradients: a teacher's, or that of a metric."""
-        if not isinstance(output, Tensor) or output.requires_grad:
-            self._take(output)
-
-    def _take(self, output: Any) -> None:
-        self.calls += 1
-        if self.calls > 1:
-            return
-        samples, columns = len(self.batch), self.columns
-        expected = [(samples, columns), (samples,)] if columns == 1 else [(samples, columns)]
-        if not isinstance(output, Tensor) or tuple(output.shape) not in expected:
-            shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            self.fault = f"its output {shape} has not one row for each of the batch's {samples} labels"
-            return
-        try:
-            output.register_hook(self.add_gradient)  # type: ignore[no-untyped-call]
-        except RuntimeError as error:  # within transforms of torch.func
-            self.fault = f"its output cannot be watched ({error})"
-            return
-        # A copy, since a function in place may follow.
-        self.output = output.detach().clone()
-
-    def add_gradient(self, gradient: Tensor) -> None:
-        """Adds what one backward pass sent; there may be one for each term of the loss."""
-        gradient = gradient.detach()
-        self.gradient = gradient if self.gradient is None else self.gradient + gradient
-
-
 class TrainingPassReader:
     """Reads (dataset index, logits, given label) of every row from the forward passes of training.
 
@@ -179,16 +127,14 @@ class TrainingPassReader:
         self._sink = sink
         self._watch = TrainLoaderWatch()
         self._module: nn.Module | None = None
-        self._step: _Step | None = None
-        self._end_watch: Callable[[], None] | None = None
+        self._head_watch = HeadWatch()
         self.head = ""
         self._loaders: list[DataLoader[Any]] = []
         self.reset()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy knows what was seen, and reads nothing.
-        nothing = dict.fromkeys(("_module", "_step", "_end_watch", "_seen"))
-        return {**self.__dict__, **nothing, "_loaders": [], "_held": []}
+        return {**self.__dict__, "_module": None, "_seen": None, "_loaders": [], "_held": []}
 
     def reset(self) -> None:
         """Forgets an earlier fit."""
@@ -205,7 +151,7 @@ class TrainingPassReader:
         self._begin_epoch()
 
     def _begin_epoch(self) -> None:
-        self._held: list[_Step] = []
+        self._held: list[Step] = []
         self._unchecked = 0
         self._unchecked_why = ""
         self._judged = 0
@@ -269,7 +215,7 @@ class TrainingPassReader:
 
     def start_batch(self, trainer: Trainer, batch: Any) -> None:
         """Notes whose rows come next. Call in ``on_train_batch_start``, on the batch as it is given there."""
-        self._let_go()
+        self._head_watch.end()
         if self._module is None or self._is_unknown:
             return
         drawn = delivered_batch(*live_iterator(trainer))
@@ -278,14 +224,11 @@ class TrainingPassReader:
             return
         label = self._labels_of(batch, len(drawn))
         if label is not None:
-            self._step = _Step(drawn, label, self._reading.num_outputs)
-            # For this step only: what others do with the model between steps finds it as it is.
-            self._end_watch = watch_output(self._module, self._step.look)
+            self._head_watch.start(self._module, Step(drawn, label, self._reading.num_outputs))
 
     def end_batch(self) -> None:
         """Takes what the step has shown. Call in ``on_train_batch_end``."""
-        step = self._step
-        self._let_go()
+        step = self._head_watch.end()
         if step is None or not self.is_reading:
             return
         if step.calls > 1:
@@ -320,7 +263,7 @@ class TrainingPassReader:
 
     def begin_again(self) -> None:
         """Drops what was read, as labels lie elsewhere; :meth:`start` goes on with the batches of this epoch."""
-        self._let_go()
+        self._head_watch.end()
         self._module = None
         self._seen = None
         self._has_judged = False
@@ -329,20 +272,13 @@ class TrainingPassReader:
     def detach(self) -> None:
         """Puts everything back and reads no more. May be called at any time, and again."""
         self._watch.detach()
-        self._let_go()
+        self._head_watch.end()
         self._module = None
         for loader in self._loaders:
             forget_batches(loader)
         self._loaders = []
         self._seen = None
         self._held = []
-
-    def _let_go(self) -> None:
-        """Looks at the head no more."""
-        self._step = None
-        if self._end_watch is not None:
-            self._end_watch()
-            self._end_watch = None
 
     def _remember(self, loaders: list[Any]) -> None:
         """Lets the loader in use remember its batches, and gives back those it has replaced."""
@@ -389,7 +325,7 @@ class TrainingPassReader:
         if known:
             self._check(*map(list, zip(*known, strict=True)))
 
-    def _check(self, held: list[_Step], of_steps: list[Tensor]) -> None:
+    def _check(self, held: list[Step], of_steps: list[Tensor]) -> None:
         try:
             label = self._reading.classes_of_batches([(step.label, len(step.batch)) for step in held])
         except (TypeError, ValueError) as error:
@@ -417,11 +353,11 @@ class TrainingPassReader:
         else:
             self._is_blind = True
 
-    def _labelled_rows(self, held: list[_Step], index: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _labelled_rows(self, held: list[Step], index: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Rows, logits, gradients and labels of some steps, without the rows whose label is to be ignored."""
         reading = self._reading
-        output = torch.cat([_as_columns(step.output) for step in held if step.output is not None])
-        sent = torch.cat([_as_columns(step.gradient) for step in held if step.gradient is not None])
+        output = torch.cat([as_columns(step.output) for step in held if step.output is not None])
+        sent = torch.cat([as_columns(step.gradient) for step in held if step.gradient is not None])
         index, logits, gradient = reading.row_indices(index), reading.logits(output.float()), reading.gradients(sent)
         label = label.to(logits.device)
         counted = (label != IGNORED).nonzero().flatten()
@@ -467,10 +403,6 @@ class TrainingPassReader:
         self.reason = self.reason or reason
         self.detach()
         self._sink.forget()
-
-
-def _as_columns(output: Tensor) -> Tensor:
-    return output.unsqueeze(1) if output.ndim == 1 else output
 
 
 def _fault_of_loaders(loaders: list[Any]) -> str:

@@ -237,6 +237,12 @@ def check_text(name: str, value: Any, meaning: str) -> str:
     return found
 
 
+def _items(value: Any) -> Sequence[Any] | None:
+    """What a list, a tuple, or an array or tensor of one dimension holds; None for anything else."""
+    found = value.tolist() if getattr(value, "ndim", None) == 1 and hasattr(value, "tolist") else value
+    return found if isinstance(found, Sequence) and not isinstance(found, (str, bytes, bytearray)) else None
+
+
 def check_names(name: str, value: Any, meaning: str, *, each_once: bool = True) -> list[str]:
     """A list of texts. A set or an iterator has no order that can be relied upon.
 
@@ -249,9 +255,9 @@ def check_names(name: str, value: Any, meaning: str, *, each_once: bool = True) 
     Raises:
         ValueError: naming the argument.
     """
-    found = value.tolist() if getattr(value, "ndim", None) == 1 and hasattr(value, "tolist") else value
-    if isinstance(found, (str, bytes, bytearray)) or not isinstance(found, Sequence):
-        got = f"the text {shown(value)}" if isinstance(found, str) else shown(value)
+    found = _items(value)
+    if found is None:
+        got = f"the text {shown(value)}" if isinstance(value, str) else shown(value)
         raise ValueError(f"Expected {name} to be a list of {meaning}, but got {got}.")
     names = [plain(one) for one in found]
     if wrong := [one for one in names if not isinstance(one, str)]:
@@ -273,10 +279,8 @@ def check_numbers(name: str, value: Any, **bounds: Any) -> list[float]:
     Raises:
         ValueError: naming the argument.
     """
-    found = value.tolist() if getattr(value, "ndim", None) == 1 and hasattr(value, "tolist") else value
-    if _real(found) is not None:
-        found = [found]
-    if isinstance(found, (str, bytes, bytearray)) or not isinstance(found, Sequence) or not len(found):
+    found = _items(value) if _real(value) is None else [value]
+    if not found:
         raise ValueError(f"Expected {name} to be a list of numbers, but got {shown(value)}.")
     return [check_number(f"{name}[{at}]", one, **bounds) for at, one in enumerate(found)]
 

@@ -152,9 +152,9 @@ class Layout:
         if self.way in ("fields", "one"):
             values = tuple(field_at(batch, (key,)) for key in self.fields)
             return (values[0] if self.way == "fields" and len(values) == 1 else values), label
-        rest = {key: value for key, value in _children(batch) if (key,) != self.label}
+        rest = {key: value for key, value in children_of(batch) if (key,) != self.label}
         if self.way == "names":
-            inside = {k: v for value in rest.values() for k, v in _children(value) if isinstance(k, str)}
+            inside = {k: v for value in rest.values() for k, v in children_of(value) if isinstance(k, str)}
             return inside | rest, label
         return (rest if _named_values(batch) is not None else tuple(rest.values()),), label
 
@@ -189,11 +189,11 @@ def layouts_of(batch: Any, size: int, module: nn.Module, label: Path | None = No
 
 def _inputs(batch: Any, label: Path) -> tuple[str | int, ...]:
     """The fields besides the labels that may be input."""
-    return tuple(key for key, value in _children(batch) if key != label[0] and _may_be_input(value))
+    return tuple(key for key, value in children_of(batch) if key != label[0] and _may_be_input(value))
 
 
 def _ways(batch: Any, label: Path, parameters: list[str]) -> Iterator[Layout]:
-    others = [key for key, _ in _children(batch) if key != label[0]]
+    others = [key for key, _ in children_of(batch) if key != label[0]]
     tensors = list(_inputs(batch, label))
     before = [key for key in tensors if isinstance(key, int) and isinstance(label[0], int) and key < label[0]]
     one = [key for key in (before or tensors)[:1] if len(before or tensors) == 1]
@@ -227,7 +227,7 @@ def label_fields(batch: Any, size: int) -> Iterator[Path]:
     if _named_values(batch) is not None and (usual or not isinstance(batch, tuple)):
         yield from usual
         return
-    children = _children(batch)
+    children = children_of(batch)
     places = [key for key, value in children if has_rows(value, size)]
     # With one field before it, at least, that may be the input.
     last = [key for key in places[-1:] if key != children[0][0]]
@@ -240,7 +240,7 @@ def label_fields(batch: Any, size: int) -> Iterator[Path]:
 
 def leaves_of(batch: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
     """The tensors in a batch, with where they lie."""
-    for key, value in _children(batch):
+    for key, value in children_of(batch):
         if isinstance(value, Tensor):
             yield (*path, key), value
         elif len(path) + 1 < _DEEPEST:
@@ -255,7 +255,7 @@ def is_given(batch: Any, layout: Layout, module: nn.Module) -> bool:
     needed = [
         p for p in _signature(module).parameters.values() if p.default is p.empty and p.kind is not p.VAR_POSITIONAL
     ]
-    is_last = layout.label == (len(_children(batch)) - 1,)
+    is_last = layout.label == (len(children_of(batch)) - 1,)
     return is_last and layout.way == "fields" and len(layout.fields) == len(needed)
 
 
@@ -270,14 +270,19 @@ def field_at(batch: Any, path: Path) -> Any:
     return batch
 
 
-def shown_path(path: Path, name: str = "batch") -> str:
-    """A field as one would write it.
+def shown_path(path: Path, batch: Any = None) -> str:
+    """A field as one would write it in code; of a batch that is given, attributes with a dot.
 
     Example:
         >>> shown_path(("meta", 0))
         "batch['meta'][0]"
     """
-    return name + "".join(f"[{key!r}]" for key in path)
+    text = "batch"
+    for key in path:
+        is_attribute = batch is not None and isinstance(key, str) and not isinstance(batch, Mapping)
+        text += f".{key}" if is_attribute else f"[{key!r}]"
+        batch = None if batch is None else field_at(batch, (key,))
+    return text
 
 
 def how_to_split(batch: Any, label: Path | None = None, y: str | None = None) -> str:
@@ -295,22 +300,13 @@ def how_to_split(batch: Any, label: Path | None = None, y: str | None = None) ->
     inputs = [path for path in fields if path != label and len(path) == 1]
     line = "..."
     if label is not None and inputs:
-        line = f"lambda batch: ({written(batch, inputs[0])}, {y or written(batch, label)})"
+        line = f"lambda batch: ({shown_path(inputs[0], batch)}, {y or shown_path(label, batch)})"
     shown = line if len(line) < _MOST_SHOWN else "..."
     return f"pass batch_to_xy={shown} to AttributionPartitionCallback, a function from the batch to (x, y)"
 
 
-def written(batch: Any, path: Path) -> str:
-    """A field of this batch as one would write it in code, attributes by a dot."""
-    text = "batch"
-    for key in path:
-        is_attribute = isinstance(key, str) and not isinstance(batch, Mapping)
-        text += f".{key}" if is_attribute else f"[{key!r}]"
-        batch = field_at(batch, (key,))
-    return text
-
-
-def _children(value: Any) -> list[tuple[str | int, Any]]:
+def children_of(value: Any) -> list[tuple[str | int, Any]]:
+    """The parts of a mapping, dataclass, named tuple, tuple or list, with their keys."""
     if isinstance(value, PackedSequence):
         return []
     named = _named_values(value)

@@ -8,14 +8,15 @@ gives an index another sample's row.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_unlearn.batches import children_of
 from lightning_unlearn.fingerprint import digest
 
 MOST_SAMPLES = 64
@@ -103,7 +104,7 @@ def _row_hashes(x: Any, num_rows: int, path: str) -> Iterator[tuple[str, list[st
     if _has_rows(x, num_rows):
         yield path, [digest(row) for row in x]
     else:
-        for name, part in _parts_of(x):
+        for name, part in children_of(x):
             yield from _row_hashes(part, num_rows, f"{path}.{name}")
 
 
@@ -130,17 +131,7 @@ def lengths(x: Any) -> set[int]:
     """
     if isinstance(x, Tensor):
         return {len(x)} if x.ndim else set()
-    return {length for _, part in _parts_of(x) for length in lengths(part)}
-
-
-def _parts_of(x: Any) -> list[tuple[Any, Any]]:
-    if isinstance(x, Mapping):
-        return list(x.items())
-    if isinstance(x, (list, tuple)):
-        return list(enumerate(x))
-    if is_dataclass(x) and not isinstance(x, type):
-        return [(field.name, getattr(x, field.name)) for field in fields(x)]
-    return []
+    return {length for _, part in children_of(x) for length in lengths(part)}
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ MAY_IMPORT = {
     "distributed": MATH,
     "noise": {"arguments", "noise", "storage"},
     "fingerprint": set(),
-    "rows": {"fingerprint"},
+    "rows": {"batches", "fingerprint"},
     "shrinking": {"arguments", "types", "masking", "storage"},
     "callbacks._packages": set(),
     "callbacks._provenance": {"arguments", "types", "review", "storage"},

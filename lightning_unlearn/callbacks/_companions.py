@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_unlearn.batches import Path, field_at, has_rows, leaves_of, written
+from lightning_unlearn.batches import Path, field_at, has_rows, leaves_of, shown_path
 from lightning_unlearn.targets import Reading
 
 # Rows of classes that come again from which on a field is said to be made of the label.
@@ -49,7 +49,7 @@ class Companion:
         if differs.any() or after.isnan().any():
             why = "is not made of the label in the same way everywhere" if differs.any() else "is not known for a class"
             raise RuntimeError(
-                f"{written(batch, self.path)}, which is made of the label, {why}, so a training batch cannot be"
+                f"{shown_path(self.path, batch)}, which is made of the label, {why}, so a training batch cannot be"
                 " re-labelled; use on_noisy='drop' or 'weigh', which need no other labels, or make it of the label in"
                 " training_step."
             )

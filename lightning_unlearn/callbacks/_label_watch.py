@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_unlearn.batches import Path, has_rows, how_to_split, leaves_of, written
+from lightning_unlearn.batches import Path, has_rows, how_to_split, leaves_of, shown_path
 from lightning_unlearn.callbacks._head_watch import HeadWatch, Step
 from lightning_unlearn.capture import resolve_layer
 from lightning_unlearn.functional.mixture import Reduce
@@ -39,28 +39,6 @@ _ALWAYS = 0.95
 _MOST_FIELDS = 16
 
 _LABEL: Path = ()  # what batch_to_xy has made, which is no field
-
-
-@dataclass(frozen=True, eq=False)
-class Followed:
-    """What a step has shown, to be summed over steps and ranks.
-
-    Args:
-        agree: (F, F) float64, rows that agree with field i and not with j; on the diagonal those that agree with i.
-        rows: that can be judged.
-        blind: 1 where nothing can be read of the step.
-        renamed: 1 where the gradient says another class, the same one for every label.
-    """
-
-    agree: Tensor
-    rows: float
-    blind: float
-    renamed: float
-
-    def numbers(self) -> Tensor:
-        """All of it, as one vector."""
-        more = torch.tensor([self.rows, self.blind, self.renamed], dtype=torch.float64)
-        return torch.cat([self.agree.flatten().double().cpu(), more])
 
 
 def agreement(value: Any, gradient: Tensor, reading: Reading) -> Tensor:
@@ -170,14 +148,14 @@ class LabelWatch:
             return None
         step = self._head_watch.end()
         batch, self._batch, self._pending = self._batch, None, False
-        numbers = reduce(self._of_step(step, 1.0 if trained else 0.0).numbers())
+        numbers = reduce(self._of_step(step, 1.0 if trained else 0.0))
         self._steps += 1
         self._sums = numbers if self._sums is None else self._sums + numbers
         found = _Sums(self._sums)
         if (other := found.other()) is not None and other < len(self._fields):
             path = self._fields[other]
             if self._reading.batch_to_xy is not None:
-                raise TypeError(self._not_followed(found, batch, f" and follows {written(batch, path)}", path))
+                raise TypeError(self._not_followed(found, batch, f" and follows {shown_path(path, batch)}", path))
             self.detach()
             return path
         self._judge(found, batch)
@@ -198,10 +176,10 @@ class LabelWatch:
                 raise TypeError(self._cannot_tell(batch, f"{MOST_STEPS} steps do not show it"))
             self.detach()
 
-    def _of_step(self, step: Step | None, blind: float) -> Followed:
+    def _of_step(self, step: Step | None, blind: float) -> Tensor:
         gradient = None if step is None else step.gradient_rows()
         if gradient is None:
-            return Followed(torch.zeros(_MOST_FIELDS, _MOST_FIELDS), 0.0, blind, 0.0)
+            return _numbers(torch.zeros(_MOST_FIELDS, _MOST_FIELDS), 0.0, blind, 0.0)
         largest = gradient.abs().amax(dim=1)
         judged = largest.isfinite() & (largest > 0)
         own = self._values[0]
@@ -213,7 +191,7 @@ class LabelWatch:
         alone = agree @ (1 - agree).T
         # On the diagonal, how many agree at all.
         both = alone - torch.diag(alone.diagonal()) + torch.diag(agree.sum(dim=1))
-        return Followed(both, float(judged.sum()), 0.0, float(self._is_renamed(own, gradient, judged)))
+        return _numbers(both, float(judged.sum()), 0.0, float(self._is_renamed(own, gradient, judged)))
 
     def _agrees(self, value: Tensor | None, gradient: Tensor) -> Tensor:
         try:
@@ -250,7 +228,7 @@ class LabelWatch:
 
     def _cannot_tell(self, batch: Any, why: str) -> str:
         reading = self._reading
-        others = [written(batch, path) for path in reading.rivals]
+        others = [shown_path(path, batch) for path in reading.rivals]
         line = how_to_split(batch, reading.rivals[0]) if reading.rivals else how_to_split(batch)
         return (
             f"Expected to see which field of a batch holds the labels, {self._shown(batch)} or {', '.join(others)},"
@@ -262,7 +240,19 @@ class LabelWatch:
         return None if self._reading.layout is None else self._reading.layout.label
 
     def _shown(self, batch: Any) -> str:
-        return "what batch_to_xy returns" if self._own is None else written(batch, self._own)
+        return "what batch_to_xy returns" if self._own is None else shown_path(self._own, batch)
+
+
+def _numbers(agree: Tensor, rows: float, blind: float, renamed: float) -> Tensor:
+    """What a step has shown, as one vector, to be summed over steps and ranks.
+
+    Args:
+        agree: (F, F), rows that agree with field i and not with j; on the diagonal those that agree with i.
+        rows: that can be judged.
+        blind: 1 where nothing can be read of the step.
+        renamed: 1 where the gradient says another class, the same one for every label.
+    """
+    return torch.cat([agree.flatten().double().cpu(), torch.tensor([rows, blind, renamed], dtype=torch.float64)])
 
 
 @dataclass(frozen=True, eq=False)

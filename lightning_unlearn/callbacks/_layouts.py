@@ -121,7 +121,7 @@ def _run(
         if type(error).__module__ != "builtins" or is_out_of_memory(error) or _is_ours(error):
             raise
         said = " ".join(str(error).split())[:_MOST_SAID].rstrip(".")
-        labels = f", with {shown_path(layout.label)} as labels," if layout is not None else ""
+        labels = f", with {shown_path(layout.label, batch)} as labels," if layout is not None else ""
         raise TypeError(
             f"Expected forward of {type(module).__name__} to take the input that was found in a batch, but called as"
             f" {called(layout, x)}{labels} it raised {type(error).__name__}: {said}. If training_step calls it in"

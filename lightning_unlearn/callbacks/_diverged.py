@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_unlearn.sharding import local_part
 
-ADVICE = "use a smaller learning rate or gradient_clip_val, and go on from a checkpoint of before"
+ADVICE = "use a smaller learning rate or gradient_clip_val, and resume from an earlier checkpoint"
 
 
 def not_finite(trainer: Trainer, pl_module: LightningModule) -> str:

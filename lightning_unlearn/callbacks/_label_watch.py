@@ -171,9 +171,9 @@ class LabelWatch:
             self.detach()
         elif self._steps >= MOST_STEPS:
             if found.rows >= _ENOUGH and not found.is_followed(classes):
-                raise TypeError(self._not_followed(found, batch, ", as by chance"))
+                raise TypeError(self._not_followed(found, batch, ", no more than by chance"))
             if self._reading.is_open:
-                raise TypeError(self._cannot_tell(batch, f"{MOST_STEPS} steps do not show it"))
+                raise TypeError(self._cannot_tell(batch, f"the first {MOST_STEPS} steps do not show it"))
             self.detach()
 
     def _of_step(self, step: Step | None, blind: float) -> Tensor:
@@ -223,7 +223,7 @@ class LabelWatch:
         line = how_to_split(batch, label if label is not None else self._own, y="..." if label is None else None)
         return (
             f"Expected the loss to follow the labels, {self._shown(batch)}, but it raises the logit of that class in"
-            f" {found.share():.0%} of {found.rows:.0f} rows{why}; {line}, y being the labels that the loss is of."
+            f" {found.share():.0%} of {found.rows:.0f} rows{why}; {line}, with y the labels that the loss takes."
         )
 
     def _cannot_tell(self, batch: Any, why: str) -> str:
@@ -232,7 +232,7 @@ class LabelWatch:
         line = how_to_split(batch, reading.rivals[0]) if reading.rivals else how_to_split(batch)
         return (
             f"Expected to see which field of a batch holds the labels, {self._shown(batch)} or {', '.join(others)},"
-            f" but {why}; {line}, y being the labels that the loss is of."
+            f" but {why}; {line}, with y the labels that the loss takes."
         )
 
     @property

@@ -123,8 +123,8 @@ def _run(
         said = " ".join(str(error).split())[:_MOST_SAID].rstrip(".")
         labels = f", with {shown_path(layout.label, batch)} as labels," if layout is not None else ""
         raise TypeError(
-            f"Expected forward of {type(module).__name__} to take the input that was found in a batch, but called as"
-            f" {called(layout, x)}{labels} it raised {type(error).__name__}: {said}. If training_step calls it in"
-            f" another way, {how_to_split(batch)}, with x what forward takes (a tensor, or a tuple or dict of its"
+            f"Expected forward of {type(module).__name__} to take the input found in a batch, but"
+            f" {called(layout, x)}{labels} raised {type(error).__name__}: {said}. If training_step calls forward"
+            f" differently, {how_to_split(batch)}, with x what forward takes (a tensor, or a tuple or dict of its"
             " arguments)."
         ) from error

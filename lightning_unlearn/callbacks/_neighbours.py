@@ -28,9 +28,9 @@ def refuse_privacy(trainer: Trainer, pl_module: LightningModule, who: str) -> No
     )
     if found is not None:
         raise MisconfigurationException(
-            f"{who} reads every training sample as it is, which the privacy that {type(found).__name__} of Opacus is to"
-            " guarantee does not allow, and batches of Poisson sampling cannot be narrowed to a subset; train without"
-            f" Opacus, or without {who}."
+            f"{who} reads every training sample as it is, which breaks the privacy guarantee of Opacus"
+            f" ({type(found).__name__} was found), and batches of Poisson sampling cannot be narrowed to a subset;"
+            f" train without Opacus, or without {who}."
         )
 
 

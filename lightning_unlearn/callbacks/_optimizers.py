@@ -119,9 +119,9 @@ def _sizes(optimizers: Sequence[Sequence[tuple[int, set[str]]]]) -> str:
 
 def _other_optimizer(before: str, now: str) -> str:
     return (
-        f"The optimizer of the checkpoint has {before}, but that which CleanSubsetFinetuneCallback makes has {now}, so"
-        " it cannot go on; give optimizer, and configure_optimizers, as they were, or resume from a checkpoint of"
-        " before the partition."
+        f"The optimizer of the checkpoint has {before}, but the one that CleanSubsetFinetuneCallback makes has {now},"
+        " so its state cannot be loaded; restore the arguments and configure_optimizers of that fit, or resume from a"
+        " checkpoint from before the partition."
     )
 
 
@@ -154,6 +154,6 @@ def check_steps_left(trainer: Trainer, epochs: int | None, planned_size: int) ->
         if needed // config.frequency > left:
             raise MisconfigurationException(
                 f"The {type(config.scheduler).__name__} of the checkpoint has {left} steps left, planned for"
-                f" {planned_size} samples a batch, but {needed} are to come now; resume with the batch size and number"
-                " of devices of before, raise accumulate_grad_batches, or lower max_epochs."
+                f" {planned_size} samples a batch, but the rest of the fit takes {needed}; resume with the same batch"
+                " size and number of devices, raise accumulate_grad_batches, or lower max_epochs."
             )

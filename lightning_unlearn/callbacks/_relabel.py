@@ -263,7 +263,7 @@ def check_given(batch: Any, reading: Reading, given: Tensor, rows: int) -> None:
     wrong = int(((given >= 0) & (label != given)).sum())
     if wrong:
         raise ValueError(
-            "Expected the rows of a training batch to have the labels that the partition knows by their dataset index,"
+            "Expected the rows of a training batch to have the labels that the partition has for their dataset indices,"
             f" but {wrong} of {len(given)} have others, as where collate_fn fills up a batch, or where labels were"
             f" changed since; none was replaced{_ADVICE}."
         )

@@ -437,8 +437,8 @@ class AttributionPartitionCallback(UnlearnCallback):
         review = fit_to_data(trainer, pl_module, self, self._table, self._fingerprint, content=self.check_data)
         if not len(review):
             rank_zero_warn(
-                f"Nothing is decided in {review.path}: its column decision is empty, so the recipe decides; write keep,"
-                " drop or relabel there, or leave review out."
+                f"Nothing is decided in {review.path}: its column 'decision' is empty, so the recipe decides; write"
+                " keep, drop or relabel there, or leave out review."
             )
             if self._review is None:
                 return
@@ -576,7 +576,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         self.reading.label_at = path
         self._trajectory, self._epochs_seen, self._task = None, [], ""
         self._reader.begin_again()
-        rank_zero_info(f"The labels are those in {shown_path(path)}, which the loss follows.")
+        rank_zero_info(f"Labels are read from {shown_path(path)}, the field that the loss follows.")
         for callback in callbacks_of(trainer):
             if isinstance(callback, UnlearnCallback):
                 callback.begin(trainer, pl_module)

@@ -39,8 +39,8 @@ from lightning_unlearn.sharding import reshard
 from lightning_unlearn.types import NeuronMask, Partition
 
 _HEARD = (
-    "With all that belongs to its neurons at zero they would still be heard, since forward computes them from more than"
-    " the layer's weight and bias (an adapter such as LoRA, a quantized weight); merge or remove that, or name another"
+    "Zeroing the weights of its neurons would not silence them, since forward computes them from more than the"
+    " layer's weight and bias (an adapter such as LoRA, a quantized weight); merge or remove that, or name another"
     " layer to prune."
 )
 
@@ -288,9 +288,8 @@ class SensitivityPruneCallback(PartitionConsumer):
             self._has_said_revived = True
             names = " and ".join(f"'{mask.layer}'" for mask in self._masks)
             rank_zero_warn(
-                f"Neurons of {names} that SensitivityPruneCallback had pruned were back, brought by something else that"
-                " writes to the weights, such as a callback that loads or averages them; they are set to zero again,"
-                " here and wherever that happens until the fit has ended."
+                f"Pruned neurons of {names} had weights other than zero again: something else writes to them, such as a"
+                " callback that loads or averages weights. They are zeroed now, and whenever it happens during the fit."
             )
 
     @override
@@ -350,8 +349,8 @@ class SensitivityPruneCallback(PartitionConsumer):
             is_revived = True  # another model
         if is_revived:
             rank_zero_warn(
-                "The weights in use are not those that SensitivityPruneCallback has pruned, as in a checkpoint from"
-                " before the partition: its masks are of the fit."
+                "The weights in use are not those that SensitivityPruneCallback pruned (a checkpoint from before the"
+                " partition, for example), so its masks do not describe them."
             )
 
     @override

@@ -30,7 +30,7 @@ def judge_of(function: Callable[..., Any]) -> Judge:
     name, takes_reduce = called(function), _takes_reduce(function)
     if fault := fault_of_call(function, 1 + takes_reduce):
         raise ValueError(
-            f"Expected recipe to be a function of the evidence (and, if it needs it, of the function that sums over"
+            "Expected recipe to be a function of the evidence (and, if it needs it, of the function that sums over"
             f" ranks), but '{name}' {fault}."
         )
     return _Checked(name, function, takes_reduce)

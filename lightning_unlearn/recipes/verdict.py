@@ -78,7 +78,7 @@ class Recipe:
     soft: bool = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "name", check_text("name", self.name, "a text, what the recipe goes by"))
+        object.__setattr__(self, "name", check_text("name", self.name, "a text, the name of the recipe"))
         judge: Any = self.judge
         if fault := fault_of_call(judge, 2) if callable(judge) else "is none":
             raise ValueError(

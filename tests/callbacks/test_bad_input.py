@@ -257,7 +257,7 @@ def collated(change):
         (
             lambda x, y: (x[:, :3], y),
             TypeError,
-            r"Toy to take .* called as forward\(batch\[0\]\), with batch\[1\] as labels, it raised RuntimeError: mat1"
+            r"Toy to take .* but forward\(batch\[0\]\), with batch\[1\] as labels, raised RuntimeError: mat1"
             r" .* pass batch_to_xy=lambda batch: \(batch\[0\], batch\[1\]\) to",
         ),
         (lambda x, y: {"x": x, "z": x, "y": [0] * len(y)}, TypeError, "but it has 'x', 'z', 'y'; pass batch_to"),

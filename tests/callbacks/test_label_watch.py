@@ -206,7 +206,7 @@ def test_labels_under_other_numbers_are_refused_before_the_first_step():
 def test_a_loss_of_something_else_is_refused():
     loss = lambda net, batch: cross_entropy(net(batch[0]), (batch[0][:, 1] * 5).long() % CLASSES)  # noqa: E731
     with pytest.raises(
-        TypeError, match=r"follow the labels, batch\[1\], but it .* rows, as by chance; pass batch_to_xy"
+        TypeError, match=r"follow the labels, batch\[1\], but it .* rows, no more than by chance; pass batch_to_xy"
     ):
         fit(Net(loss), loader_of(pair, Blobs(400)), [AttributionPartitionCallback(at_epoch=AT)])
 

@@ -110,7 +110,7 @@ def test_what_is_proposed_is_what_the_fit_did(data, tmp_path, threshold):
 
 
 def test_a_table_that_nobody_has_filled_decides_nothing(data, reviewed):
-    with pytest.warns(UserWarning, match=r"Nothing is decided in .*suspects.csv: its column decision is empty, so the"):
+    with pytest.warns(UserWarning, match=r"Nothing is decided in .*suspects.csv: its column 'decision' is empty"):
         partition, _, _, module = run(data, review=reviewed["all"])
     assert partition.provenance["review"] is None
     assert_same_weights(weights(module), reviewed["weights"])

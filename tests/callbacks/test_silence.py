@@ -166,7 +166,7 @@ def test_what_would_still_be_heard_is_refused_before_the_first_step(kind, layer,
     module = Toy(partial(with_layers, **dict.fromkeys(places, HEARD[kind])))
     before = weights(module)
     with pytest.raises(
-        ValueError, match=rf"cannot prune layer '{name}'. .* would still be heard, since forward computes"
+        ValueError, match=rf"cannot prune layer '{name}'. .* would not silence them, since forward computes"
     ):
         fit(module, BlobsData(data), [published, prune], max_epochs=3)
     assert module.steps == 0
@@ -205,7 +205,7 @@ def test_a_layer_that_gets_an_adapter_in_training_is_not_pruned_and_that_is_said
                 adapter = nn.Linear(20, 12)
                 pl_module.net[2].register_forward_hook(lambda _, inputs, out: out + adapter(inputs[0]))
 
-    with pytest.warns(UserWarning, match=r"No neuron of 'net\.2' is pruned. With all .* would still be heard"):
+    with pytest.warns(UserWarning, match=r"No neuron of 'net\.2' is pruned. With all .* would not silence them"):
         module, prune = run(layer="net.2", more=[Adapts()])
     assert prune.mask.keep.all()
     assert prune.describe() == ""
@@ -257,7 +257,7 @@ def test_weights_that_are_put_back_are_zeroed_again_and_that_is_said_once(hook, 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit(module, BlobsData(data), others, max_epochs=3)
-    said = [str(w.message) for w in caught if "had pruned were back" in str(w.message)]
+    said = [str(w.message) for w in caught if "had weights other than zero again" in str(w.message)]
     # What is undone before anybody looked is not spoken of.
     assert len(said) == (0 if hook == "on_train_batch_start" or (hook == "on_train_epoch_start" and not first) else 1)
     if hook != "on_train_batch_start" or first:
@@ -273,7 +273,7 @@ def test_the_modules_own_hooks_may_put_weights_back():
         def on_train_end(self):
             self.load_state_dict(self.best)
 
-    with pytest.warns(UserWarning, match=r"Neurons of 'net\.2' that SensitivityPruneCallback had pruned were back"):
+    with pytest.warns(UserWarning, match=r"Pruned neurons of 'net\.2' had weights other than zero again"):
         module, prune = run(module=Restores)
     assert speaks(module, prune) == 0
 
@@ -284,7 +284,7 @@ def test_a_parameter_that_takes_another_ones_place_is_pruned_too():
             if trainer.current_epoch == 1:
                 pl_module.net[2].weight = nn.Parameter(torch.randn(12, 20))
 
-    with pytest.warns(UserWarning, match="were back, brought"):
+    with pytest.warns(UserWarning, match="had weights other than zero again"):
         module, prune = run(more=[Replaces()])
     assert speaks(module, prune) == 0
 
@@ -310,7 +310,7 @@ def test_lightnings_pruning_beside_ours(lottery, first, tmp_path):
 def test_a_checkpoint_never_holds_what_was_put_back(tmp_path):
     published, prune, data = callbacks()
     saved = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
-    with pytest.warns(UserWarning, match="were back, brought"):
+    with pytest.warns(UserWarning, match="had weights other than zero again"):
         fit(
             Toy(plain, adamw),
             BlobsData(data),
@@ -335,7 +335,7 @@ def test_a_test_of_a_checkpoint_from_before_the_pruning_is_warned_of(tmp_path):
     module = Tested(plain)
     trainer = fit(module, BlobsData(data), [published, prune, saved], max_epochs=3, enable_checkpointing=True)
     loader = BlobsData(data).val_dataloader()
-    match = "The weights in use are not those that SensitivityPruneCallback has pruned"
+    match = "The weights in use are not those that SensitivityPruneCallback pruned"
     with pytest.warns(UserWarning, match=match):
         trainer.test(module, loader, ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False)
     with warnings.catch_warnings():
@@ -571,6 +571,6 @@ def test_a_resumed_fit_says_where_the_checkpoint_was_not_pruned(tmp_path):
     torch.save(checkpoint, path)
     published, prune, data = callbacks()
     module = Toy(plain)
-    with pytest.warns(UserWarning, match=r"Neurons of 'net\.2' .* were back"):
+    with pytest.warns(UserWarning, match=r"Pruned neurons of 'net\.2' had weights"):
         make_trainer([published, prune], max_epochs=3).fit(module, datamodule=BlobsData(data), ckpt_path=path)
     assert speaks(module, prune) == 0

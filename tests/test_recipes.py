@@ -793,14 +793,32 @@ def test_a_wrong_answer_on_one_rank_is_refused_on_all():
     evidence.support[7] = torch.nan  # of rank 0
 
     def judge(rank, reduce):
-        with pytest.raises(ValueError, match=r"'support_of' to return probabilities in \[0, 1\], but (.*)\.$") as error:
+        with pytest.raises(ValueError, match="'support_of' to return ") as error:
             get_recipe(support_of).judge(share_of(evidence, rank, 7), reduce)
         return str(error.value)
 
     assert N % 7 == 0  # none pads
     here, *there = run_ranks(judge, 7)
-    assert "they span nan to nan" in here
-    assert all("another rank's do not" in message for message in there)
+    assert "probabilities in [0, 1], but they span nan to nan" in here
+    assert all("but on another it did not" in message for message in there)
+
+
+def test_a_recipe_that_fails_on_one_rank_leaves_no_other_waiting():
+    evidence = scene()[1]
+
+    def fails_on_0(part):
+        if 0 in part.index:
+            raise KeyError("mine")
+        return part.support
+
+    def judge(rank, reduce):
+        with pytest.raises((KeyError, ValueError)) as error:
+            get_recipe(fails_on_0).judge(share_of(evidence, rank, 7), reduce)
+        return str(error.value)
+
+    here, *there = run_ranks(judge, 7)
+    assert here == "'mine'"
+    assert all("but on another it did not" in message for message in there)
 
 
 def test_a_dotted_path_is_a_recipe():

@@ -347,8 +347,10 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         if self.on_noisy != "relabel" or self._partition is None:
             return self.on_noisy
         fault = fault_of_absent(trainer, pl_module, reading_of(self.source), self._partition)
-        if not fault:
+        # A data set that draws at random may show each rank another batch.
+        if not trainer.strategy.reduce_boolean_decision(bool(fault), all=False):
             return "relabel"
+        fault = fault or "Another rank has batches in which labels cannot be replaced."
         rank_zero_warn(f"Suspects are dropped instead of re-labelled. {fault}")
         return "drop"
 

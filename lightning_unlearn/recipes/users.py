@@ -51,8 +51,13 @@ class _Checked:
     takes_reduce: bool
 
     def __call__(self, evidence: Evidence, reduce: Reduce) -> Verdict:
-        answer: Any = self.function(evidence, reduce) if self.takes_reduce else self.function(evidence)
-        return checked(self.name, answer, evidence, reduce)
+        answer: Any = None
+        failure = None
+        try:
+            answer = self.function(evidence, reduce) if self.takes_reduce else self.function(evidence)
+        except Exception as error:  # of the user's function
+            failure = error
+        return checked(self.name, answer, evidence, reduce, failure)
 
 
 def _takes_reduce(function: Callable[..., Any]) -> bool:
@@ -64,7 +69,7 @@ def _takes_reduce(function: Callable[..., Any]) -> bool:
     return len(by_place) > 1 and by_place[1].default is inspect.Parameter.empty
 
 
-def checked(name: str, answer: Any, evidence: Evidence, reduce: Reduce) -> Verdict:
+def checked(name: str, answer: Any, evidence: Evidence, reduce: Reduce, failure: Exception | None = None) -> Verdict:
     """What a recipe has answered as a verdict, on the device of the evidence; every rank must ask.
 
     Args:
@@ -72,14 +77,18 @@ def checked(name: str, answer: Any, evidence: Evidence, reduce: Reduce) -> Verdi
         answer: p(clean), (n,), or a verdict.
         evidence: that it was asked about.
         reduce: sums over the ranks.
+        failure: what it raised on this rank instead.
 
     Raises:
         ValueError: for an answer that is neither, on every rank alike.
+        Exception: the failure, on its rank.
     """
     verdict = answer if isinstance(answer, Verdict) else Verdict(answer, rival_of(evidence)[0])
     fault = next(filter(None, (_fault(*each, evidence) for each in _parts(verdict))), "")
     # Together, as the others would wait for a rank that has given up.
-    if reduce(torch.tensor(float(bool(fault)), device=evidence.weight.device)).item() > 0:
+    if reduce(torch.tensor(float(bool(fault or failure)), device=evidence.weight.device)).item() > 0:
+        if failure is not None:
+            raise failure
         raise ValueError(f"Expected recipe '{name}' to return {fault or _ON_ANOTHER_RANK}.")
     device = evidence.weight.device
     moved = {field: value.detach().float().to(device) for field, value, _ in _parts(verdict) if value is not None}
@@ -87,7 +96,7 @@ def checked(name: str, answer: Any, evidence: Evidence, reduce: Reduce) -> Verdi
     return replace(verdict, **moved)
 
 
-_ON_ANOTHER_RANK = "probabilities in [0, 1], but another rank's do not"
+_ON_ANOTHER_RANK = "a verdict on every rank, but on another it did not"
 _LABELS = "suggested_label"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -86,21 +86,20 @@ class _Snapshot:
         for value in own.values():
             self.take(value)
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            for cell in getattr(hook, "__closure__", None) or ():
-                self._take_contents(cell)
+            # What a hook of ours collects is what the pass is for.
+            if not str(getattr(hook, "__module__", "")).startswith("lightning_unlearn."):
+                self._take_collected(hook)
 
     def _take_names(self, of: dict[str, Any]) -> None:
         before = dict(of)
         self._restores.append(lambda: _reset(of, before))
 
-    def _take_contents(self, cell: Any) -> None:
-        """Of a container that a hook of the user's collects in. The variable itself is the user's."""
-        try:
-            value = cell.cell_contents
-        except ValueError:  # empty
-            return
-        if isinstance(value, (list, deque, set, dict)):
-            self._take_container(value, 1)
+    def _take_collected(self, hook: Any) -> None:
+        """Of the containers that a hook of the user's closes over. The variables themselves are the user's."""
+        for cell in getattr(hook, "__closure__", None) or ():
+            with suppress(ValueError):  # an empty one
+                if isinstance(cell.cell_contents, (list, deque, set, dict)):
+                    self._take_container(cell.cell_contents, 1)
 
     def _take_tensor(self, tensor: Tensor) -> None:
         if is_lazy(tensor) or tensor.is_meta or tensor.is_nested or self._is_known(tensor):

@@ -38,7 +38,7 @@ from lightning_unlearn.masking import PrunedEntries, are_revived
 from lightning_unlearn.sharding import reshard
 from lightning_unlearn.types import NeuronMask, Partition
 
-_HEARD = (
+_NOT_SILENT = (
     "Zeroing the weights of its neurons would not silence them, since forward computes them from more than the"
     " layer's weight and bias (an adapter such as LoRA, a quantized weight); merge or remove that, or name another"
     " layer to prune."
@@ -228,7 +228,7 @@ class SensitivityPruneCallback(PartitionConsumer):
         for site, verified in zip(sites, found, strict=True):
             if verified is None:
                 raise ValueError(
-                    f"SensitivityPruneCallback cannot prune layer '{site.consumer or site.target}'. {_HEARD}"
+                    f"SensitivityPruneCallback cannot prune layer '{site.consumer or site.target}'. {_NOT_SILENT}"
                 )
         self._sites = [site for site in found if site is not None]
 
@@ -511,7 +511,7 @@ class SensitivityPruneCallback(PartitionConsumer):
         found = self._verified(trainer, pl_module, self._sites, proposal)
         for site, verified in zip(self._sites, found, strict=True):
             if verified is None:
-                rank_zero_warn(f"No neuron of '{site.target}' is pruned. {_HEARD}")
+                rank_zero_warn(f"No neuron of '{site.target}' is pruned. {_NOT_SILENT}")
         sites = [verified or site for site, verified in zip(self._sites, found, strict=True)]
         return sites, [n if verified else n[:0] for n, verified in zip(proposal, found, strict=True)]
 

@@ -293,6 +293,6 @@ def test_no_label_is_written_on_a_row_that_has_not_the_label_of_its_index():
     data = Blobs()
     ours = trio(AT, finetune={"on_noisy": "relabel"})
     module = Toy()
-    with pytest.raises(ValueError, match="labels that the partition has by their dataset index, but 16 of 16 have"):
+    with pytest.raises(ValueError, match="labels that the partition has for their dataset indices, but 16 of 16 have"):
         fit(module, DataLoader(data, 16, shuffle=True), [*ours, Changes(data)])
     assert AT + 1 not in module.steps_by_epoch

@@ -205,7 +205,7 @@ def test_a_layer_that_gets_an_adapter_in_training_is_not_pruned_and_that_is_said
                 adapter = nn.Linear(20, 12)
                 pl_module.net[2].register_forward_hook(lambda _, inputs, out: out + adapter(inputs[0]))
 
-    with pytest.warns(UserWarning, match=r"No neuron of 'net\.2' is pruned. With all .* would not silence them"):
+    with pytest.warns(UserWarning, match=r"No neuron of 'net\.2' is pruned. Zeroing .* would not silence them"):
         module, prune = run(layer="net.2", more=[Adapts()])
     assert prune.mask.keep.all()
     assert prune.describe() == ""

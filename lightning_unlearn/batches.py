@@ -126,14 +126,14 @@ class Layout:
 
     Args:
         label: where the labels lie.
-        way: ``"fields"``: some fields, each an argument (a dict alone goes by name); ``"one"``: the one field as it is;
-            ``"names"``: what ``forward`` names, also of dicts within the batch; ``"rest"``: all but the labels as one
-            argument; ``"batch"``: the whole batch.
-        fields: those of the first two ways.
+        convention: how ``forward`` is called. ``"fields"``: with some fields, each an argument (a dict alone goes by
+            name); ``"one"``: with the one field as it is; ``"names"``: with what ``forward`` names, also of dicts
+            within the batch; ``"rest"``: with all but the labels as one argument; ``"batch"``: with the whole batch.
+        fields: those of ``"fields"`` and ``"one"``.
     """
 
     label: Path
-    way: Literal["fields", "one", "names", "rest", "batch"]
+    convention: Literal["fields", "one", "names", "rest", "batch"]
     fields: tuple[str | int, ...] = ()
 
     def fits(self, batch: Any) -> bool:
@@ -147,29 +147,29 @@ class Layout:
     def split(self, batch: Any) -> tuple[Any, Any]:
         """What :func:`call_forward` takes, and the labels."""
         label = field_at(batch, self.label)
-        if self.way == "batch":
+        if self.convention == "batch":
             return (batch,), label
-        if self.way in ("fields", "one"):
+        if self.convention in ("fields", "one"):
             values = tuple(field_at(batch, (key,)) for key in self.fields)
-            return (values[0] if self.way == "fields" and len(values) == 1 else values), label
+            return (values[0] if self.convention == "fields" and len(values) == 1 else values), label
         rest = {key: value for key, value in children_of(batch) if (key,) != self.label}
-        if self.way == "names":
+        if self.convention == "names":
             inside = {k: v for value in rest.values() for k, v in children_of(value) if isinstance(k, str)}
             return inside | rest, label
         return (rest if _named_values(batch) is not None else tuple(rest.values()),), label
 
     def describe(self) -> str:
         """How ``forward`` is called, as one would write it."""
-        if self.way == "batch":
+        if self.convention == "batch":
             return "forward(batch)"
-        if self.way in ("fields", "one"):
+        if self.convention in ("fields", "one"):
             return f"forward({', '.join(shown_path((key,)) for key in self.fields)})"
         whole = "forward(batch without its labels)"
-        return whole if self.way == "rest" else "forward(fields of the batch by name)"
+        return whole if self.convention == "rest" else "forward(fields of the batch by name)"
 
 
 def layouts_of(batch: Any, size: int, module: nn.Module, label: Path | None = None) -> Iterator[Layout]:
-    """The ways to read a batch, the usual ones first.
+    """Layouts that a batch may have, the usual ones first.
 
     Args:
         batch: as the loader delivers it.
@@ -179,10 +179,10 @@ def layouts_of(batch: Any, size: int, module: nn.Module, label: Path | None = No
     """
     seen = set()
     labels = list(label_fields(batch, size)) if label is None else [label]
-    ways = [way for path in labels for way in _ways(batch, path, list(_signature(module).parameters))]
+    usual = [one for path in labels for one in _usual_layouts(batch, path, list(_signature(module).parameters))]
     # What has other fields besides is read so where nothing else fits.
-    for layout in ways + [Layout(path, "fields", _inputs(batch, path)[:1]) for path in labels]:
-        if layout not in seen and (layout.fields or layout.way not in ("fields", "one")):
+    for layout in usual + [Layout(path, "fields", _inputs(batch, path)[:1]) for path in labels]:
+        if layout not in seen and (layout.fields or layout.convention not in ("fields", "one")):
             seen.add(layout)
             yield layout
 
@@ -192,7 +192,7 @@ def _inputs(batch: Any, label: Path) -> tuple[str | int, ...]:
     return tuple(key for key, value in children_of(batch) if key != label[0] and _may_be_input(value))
 
 
-def _ways(batch: Any, label: Path, parameters: list[str]) -> Iterator[Layout]:
+def _usual_layouts(batch: Any, label: Path, parameters: list[str]) -> Iterator[Layout]:
     others = [key for key, _ in children_of(batch) if key != label[0]]
     tensors = list(_inputs(batch, label))
     before = [key for key in tensors if isinstance(key, int) and isinstance(label[0], int) and key < label[0]]
@@ -256,7 +256,7 @@ def is_given(batch: Any, layout: Layout, module: nn.Module) -> bool:
         p for p in _signature(module).parameters.values() if p.default is p.empty and p.kind is not p.VAR_POSITIONAL
     ]
     is_last = layout.label == (len(children_of(batch)) - 1,)
-    return is_last and layout.way == "fields" and len(layout.fields) == len(needed)
+    return is_last and layout.convention == "fields" and len(layout.fields) == len(needed)
 
 
 def field_at(batch: Any, path: Path) -> Any:

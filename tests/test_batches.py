@@ -1,4 +1,4 @@
-"""The ways to read a batch, and in which order they are tried."""
+"""Layouts that a batch may have, and in which order they are tried."""
 
 import dataclasses
 from collections import namedtuple
@@ -92,8 +92,8 @@ def test_the_first_way_that_fits_forward(batch, module, expected):
 
 def test_labels_first_leave_the_rest_to_forward():
     batch = (Y, torch.zeros(9), Z)
-    ways = [layout for layout in layouts_of(batch, B, Two()) if layout.label == (0,)]
-    assert ways[0] == Layout((0,), "fields", (1, 2))
+    layouts = [layout for layout in layouts_of(batch, B, Two()) if layout.label == (0,)]
+    assert layouts[0] == Layout((0,), "fields", (1, 2))
 
 
 def test_a_packed_sequence_is_one_argument():

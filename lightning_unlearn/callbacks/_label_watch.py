@@ -3,7 +3,7 @@
 Whatever the loss is, it raises the logit of the class that it is given: of cross-entropy with weights or smoothing,
 focal or squared error it is the one with the most negative gradient, of binary cross-entropy the sign tells. So the
 field of the batch whose classes these are is what the loss goes by. Where samples are mixed it is one of two fields'
-for every row, so nothing is said against a field that a good share of the rows agrees with.
+for every row, so a field that a good share of the rows agrees with is not ruled out.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _TIMES = 3
 _SURELY = 4.0
 _ENOUGH = 64
 # Rows of classes that come again, and the share of them whose gradient says the same other class again, from which on
-# the loss is said to follow the labels under other names.
+# the loss counts as following the labels under other numbers.
 _AGAIN = 12
 _ALWAYS = 0.95
 
@@ -142,7 +142,7 @@ class LabelWatch:
             another field that the loss follows; None as long as there is none.
 
         Raises:
-            TypeError: where the loss follows no field, or it cannot be told which of several.
+            TypeError: where the loss follows no field, or which of several is not clear.
         """
         if not self.is_watching or not self._pending:
             return None
@@ -208,11 +208,11 @@ class LabelWatch:
         """Whether the classes that the loss raises are others than the labels, but always the same for a label."""
         if value is None or value.is_floating_point() or value.numel() != len(gradient):
             return False
-        said = (gradient < 0).long().flatten() if gradient.shape[1] == 1 else gradient.argmin(dim=1)
-        given, said = value.flatten()[judged].cpu(), said[judged].cpu()
+        raised_class = (gradient < 0).long().flatten() if gradient.shape[1] == 1 else gradient.argmin(dim=1)
+        given, raised_class = value.flatten()[judged].cpu(), raised_class[judged].cpu()
         again, same, others = 0, 0, True
         for label in torch.unique(given).tolist():
-            raised = said[given == label]
+            raised = raised_class[given == label]
             most = int(raised.mode().values)
             again += len(raised) - 1
             same += int((raised == most).sum()) - 1

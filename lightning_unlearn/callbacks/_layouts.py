@@ -1,4 +1,4 @@
-"""How the batches of a fit are read: the first way that the model, and the labels, agree with."""
+"""How the batches of a fit are read: in the first layout that the model and the labels fit."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _OURS = tuple(f"lightning_unlearn.{room}" for room in ("batches", "targets", "ca
 def settle_layout(
     reading: Reading, module: nn.Module, batch: Any, size: int, run: Callable[[Any], ForwardTrace]
 ) -> tuple[ForwardTrace, Any, Any]:
-    """One forward pass over a batch, read in the first way that fits; later batches are read in the same way.
+    """One forward pass over a batch, read in the first layout that fits, in which later batches are read too.
 
-    A way fits if ``forward`` can be called so, returns logits for each sample, and the labels have their form.
+    A layout fits if ``forward`` can be called so, returns logits for each sample, and the labels have their form.
 
     Args:
-        reading: is told the way, where it is not known yet.
+        reading: takes the layout, if it has none yet.
         module: the user's.
         batch: on the device.
         size: B.

@@ -166,7 +166,7 @@ class Relabelling:
         self._is_watching = self._head is not None
 
     def start_batch(self, pl_module: LightningModule) -> None:
-        """Looks what the loss of a step follows. Call in ``on_train_batch_start``."""
+        """Watches which labels the loss of a step follows. Call in ``on_train_batch_start``."""
         self._head_watch.end()
         self._is_pending = self._is_watching
         if self._is_watching and self._head is not None and self._reading is not None and self._moved is not None:

@@ -36,6 +36,7 @@ def split_batch(batch: Any) -> tuple[Any, Tensor]:
         TypeError: for any other batch.
 
     Example:
+        >>> import torch
         >>> split_batch({"input_ids": torch.zeros(2, 3), "labels": torch.tensor([0, 1])})[1]
         tensor([0, 1])
     """

@@ -25,6 +25,7 @@ import lightning_unlearn.callbacks.partition as partition_module
 from lightning_unlearn import CleanSubsetFinetuneCallback, SensitivityPruneCallback
 from lightning_unlearn.callbacks import _guard
 from lightning_unlearn.callbacks._criteria import SENSITIVITY
+from lightning_unlearn.callbacks._holding import HeldEntries
 from lightning_unlearn.capture import Attributor
 from tests.toys import Blobs, BlobsData, IndexRecorder, Toy, fit, sgd, trio, weights
 
@@ -107,7 +108,7 @@ PLACES = {
     "reporting the partition": (partition_module.AttributionPartitionCallback, "_report"),
     "pruning": (SensitivityPruneCallback, "_prune"),
     "measuring in the guard": (_guard.Gauge, "is_worse"),
-    "holding at zero": (SensitivityPruneCallback, "_hold"),
+    "holding at zero": (HeldEntries, "hold"),
     "starting to fine-tune": (CleanSubsetFinetuneCallback, "_start"),
     "optimizer step": (torch.optim.SGD, "step"),
     "making a checkpoint": (ModelCheckpoint, "_save_checkpoint"),

@@ -174,16 +174,6 @@ def test_what_cannot_be_pruned(layer, amount, match):
     refused(ValueError, match, [partition, prune])
 
 
-def test_a_parametrised_weight_cannot_be_pruned():
-    def net():
-        return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(16, 20)), nn.ReLU(), nn.Linear(20, 4))
-
-    partition, prune, _ = trio(2, prune={"layer": "net.0"})
-    refused(
-        ValueError, "cannot prune layer 'net.0'. .* its weight is parametrised", [partition, prune], module=Toy(net)
-    )
-
-
 def test_a_module_without_parameters_cannot_be_trained():
     partition, _, finetune = trio(2, finetune={"mode": "layers", "layers": ["net.2"]})
     refused(ValueError, "modules with parameters, but 'net.2' has none", [partition, finetune])

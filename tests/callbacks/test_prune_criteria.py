@@ -207,14 +207,14 @@ def test_the_papers_regression_knows_no_test_no_sign_and_no_ridge(significance):
         ({"criterion": "xyz"}, r"but got 'xyz'\.$"),
         (
             {"regression": "logit"},
-            "Expected regression to be one of 'ridge', 'logistic', but got 'logit'. Did you mean 'logi",
+            "Expected regression to be 'ridge' or 'logistic', but got 'logit'. Did you mean 'logi",
         ),
         ({"ridge": -1.0}, "Expected ridge to be at least 0, but got -1.0"),
         ({"significance": 0.0}, r"Expected significance to lie in \(0, 1\), or None for no test, but got 0.0"),
         ({"guard_steps": 0}, "Expected guard_steps to be at least 1, but got 0"),
         ({"guard_tolerance": -0.1}, "Expected guard_tolerance to be at least 0, but got -0.1"),
         ({"layer": []}, r"Expected layer to name at least one layer, and each once, but got \[\]"),
-        ({"layer": ["a", "b", "a"]}, "each once"),
+        ({"layer": ["a", "b", "a"]}, "each of the dotted paths of layers once"),
     ],
 )
 def test_arguments_out_of_range(arguments, match):

@@ -97,7 +97,22 @@ def consumer_entries(head: nn.Linear, neurons: Tensor) -> list[PrunedEntries]:
 def is_computed(module: nn.Module) -> bool:
     """Whether a weight or bias is computed from other parameters, as under weight norm or ``torch.nn.utils.prune``."""
     held = _own_parameters(module)
-    return any(getattr(module, name, None) is not None and name not in held for name in ("weight", "bias"))
+    with as_in_eval(module):
+        return any(name not in held and getattr(module, name, None) is not None for name in ("weight", "bias"))
+
+
+@contextmanager
+def as_in_eval(module: nn.Module) -> Iterator[None]:
+    """Inside, computed weights may be looked at without a trace; spectral norm in training mode learns by it."""
+    parts = list(module.parametrizations.modules()) if parametrize.is_parametrized(module) else []  # type: ignore[union-attr]
+    before = [(part, part.training) for part in parts]
+    try:
+        for part in parts:
+            part.training = False
+        yield
+    finally:
+        for part, training in before:
+            part.training = training
 
 
 def _own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -113,7 +128,8 @@ def _parameter_behind(module: nn.Module, name: str, dimension: int) -> nn.Parame
     held = _own_parameters(module)
     if name in held:
         return held[name]
-    value = getattr(module, name, None)
+    with as_in_eval(module):
+        value = getattr(module, name, None)
     if value is None:
         return None
     if parametrize.is_parametrized(module, name):

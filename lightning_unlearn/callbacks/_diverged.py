@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_unlearn.sharding import local_part
 
@@ -12,14 +14,26 @@ ADVICE = "use a smaller learning rate or gradient_clip_val, and resume from an e
 
 
 def not_finite(trainer: Trainer, pl_module: LightningModule) -> str:
-    """The first weights that are NaN or infinite, in words; empty where all are finite on every rank.
+    """The first weights, or statistics of a norm, that are NaN or infinite, in words; empty where all are finite.
+
+    Of all ranks. Other buffers may hold infinity, as masks of attention do.
 
     Every rank must call it.
     """
-    here = next((name for name, weight in pl_module.named_parameters() if not _is_finite(weight)), "")
+    weights = ((f"the weights of '{name}'", weight) for name, weight in pl_module.named_parameters())
+    here = next((words for words, value in (*weights, *_statistics(pl_module)) if not _is_finite(value)), "")
     if not trainer.strategy.reduce_boolean_decision(bool(here), all=False):
         return ""
-    return f"the weights of '{here}'" if here else "weights on another rank"
+    return here or "weights on another rank"
+
+
+def _statistics(pl_module: LightningModule) -> Iterator[tuple[str, Tensor]]:
+    """What norms have seen, which stays NaN once it is, even where the step was left out."""
+    for name, module in pl_module.named_modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            for buffer in (module.running_mean, module.running_var):
+                if buffer is not None:
+                    yield f"the running statistics of '{name}'", buffer
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""State of a model besides its weights that a forward pass of ours may change: kept, and put back."""
+"""State of a model that a forward pass of ours may change: kept, and put back."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from lightning_unlearn.sharding import local_part
 # Tensors that are not buffers, and containers, are kept up to this many elements and items.
 _MOST_ELEMENTS = 2**24
 _MOST_ITEMS = 10_000
+# Of a model with more weights than this, only those are kept that are known to be written to: 512 MiB in 32 bits.
+_MOST_WEIGHTS = 2**27
 
 # What every module has: hooks, parameters, which a strategy that shards them puts in and out itself, and the rest.
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
@@ -28,7 +30,11 @@ _Restore = Callable[[], object]
 
 @contextmanager
 def kept(model: nn.Module) -> Iterator[None]:
-    """Puts back what forward passes inside change: buffers, submodules and attributes of every submodule.
+    """Puts back what forward passes inside change: weights, buffers, submodules and attributes of every submodule.
+
+    Weights are changed by a switch to eval mode (LoRA that is merged in it), by ``Embedding(max_norm=)``, and by a
+    ``forward`` that bounds or normalizes them. Of a model with more than 2**27 of them those are kept that are within a
+    module with a ``train()`` or ``eval()`` of its own, or belong to one with a ``max_norm``.
 
     Attributes made inside are removed. Of tensors, lists, dicts, sets, deques, random generators and modules (such as
     torchmetrics) among the attributes, or one level down in a container among them or in one that a forward hook closes
@@ -39,6 +45,8 @@ def kept(model: nn.Module) -> Iterator[None]:
     """
     snapshot = _Snapshot()
     snapshot.take(model)
+    for weight in _weights_written(model):
+        snapshot.take_weight(weight)
     try:
         yield
     finally:
@@ -70,6 +78,10 @@ class _Snapshot:
             self._take_container(value, depth)
         elif (restore := _state_of_generator(value)) is not None:
             self._restores.append(restore)
+
+    def take_weight(self, weight: nn.Parameter) -> None:
+        """The values of a parameter."""
+        self._take_tensor(weight)
 
     def _take_module(self, module: nn.Module) -> None:
         if isinstance(module, (LazyModuleMixin, torch.jit.ScriptModule)) or self._is_known(module):
@@ -133,6 +145,22 @@ class _Snapshot:
             return True
         self._known[id(value)] = value
         return False
+
+
+def _weights_written(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The weights that a switch to eval mode or a forward pass may write to."""
+    every: list[Any] = list(model.parameters())
+    # What is lazy has no size yet.
+    weights = [weight for weight in every if not is_lazy(weight)]
+    if sum(local_part(weight).numel() for weight in weights) <= _MOST_WEIGHTS:
+        yield from weights
+        return
+    for module in model.modules():
+        kind = type(module)
+        if kind.train is not nn.Module.train or kind.eval is not nn.Module.eval:
+            yield from module.parameters()
+        elif getattr(module, "max_norm", None) is not None:
+            yield from module.parameters(recurse=False)
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:

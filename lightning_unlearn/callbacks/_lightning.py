@@ -92,11 +92,12 @@ def restore_order(trainer: Trainer) -> None:
 
 
 @contextmanager
-def _as_in_validation(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+def _as_in_validation(trainer: Trainer, pl_module: LightningModule, *, switches: bool) -> Iterator[None]:
     training = [(module, module.training) for module in pl_module.modules()]
     stage = trainer.state.stage
     try:
-        pl_module.eval()
+        if switches:
+            pl_module.eval()
         trainer.validating = True
         eager = torch.compiler.set_stance("force_eager")
         with _logging_nothing(trainer, pl_module), trainer.precision_plugin.forward_context(), eager:
@@ -147,7 +148,8 @@ def undisturbed(trainer: Trainer, pl_module: LightningModule, *, keep: bool = Tr
     Args:
         trainer: of the running fit.
         pl_module: the user's.
-        keep: False where methods of the user's are called inside that make what is to stay, such as a loader.
+        keep: False where methods of the user's are called inside that make what is to stay, such as a loader, and the
+            model is not called. Modules stay in the mode that they are in then.
     """
     sharded = reshard(pl_module)
     failure: BaseException | None = None
@@ -155,7 +157,8 @@ def undisturbed(trainer: Trainer, pl_module: LightningModule, *, keep: bool = Tr
         try:
             with (
                 kept(pl_module) if keep else nullcontext(),
-                _as_in_validation(trainer, pl_module),
+                # Without kept, nothing would undo what a module does to itself when it is switched to eval mode.
+                _as_in_validation(trainer, pl_module, switches=keep),
                 whole_batches() if sharded else nullcontext(),
             ):
                 yield

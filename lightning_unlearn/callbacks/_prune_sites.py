@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_unlearn.callbacks._copies import averaged_parts
 from lightning_unlearn.capture import ForwardTrace, ModuleCall, check_reached, named_layers, neuron_count, resolve_layer
 from lightning_unlearn.functional.selection import check_amount
-from lightning_unlearn.masking import PrunedEntries, consumer_entries, neuron_entries, owners, silenced
+from lightning_unlearn.masking import PrunedEntries, as_in_eval, consumer_entries, neuron_entries, owners, silenced
 from lightning_unlearn.sharding import whole
 from lightning_unlearn.types import LayerPoint
 
@@ -77,7 +77,9 @@ class PruneSite:
         """The weight that neurons are measured by, and its dimension that counts them."""
         module: Any = resolve_layer(model, self.target)
         transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
-        return whole(module.weight), int(self.layer is None or transposed)
+        with as_in_eval(module):
+            weight = whole(module.weight)
+        return weight, int(self.layer is None or transposed)
 
 
 def check_layer(model: nn.Module, name: str, amount: float) -> None:

@@ -66,6 +66,22 @@ class Diverges(Toy):
         return loss
 
 
+class SeesOneBroken(Toy):
+    """Leaves the step out where the loss is no number, which a batch norm has seen all the same."""
+
+    def training_step(self, batch):
+        if self.current_epoch == AT + 1:
+            self.net(torch.full_like(batch[0], math.nan))
+            return None
+        return super().training_step(batch)
+
+
+def test_statistics_of_a_norm_that_are_not_finite_end_the_fit():
+    said = rf"diverged in epoch {AT + 1}, .*: the running statistics of 'net\.1' are NaN"
+    with pytest.raises(ValueError, match=said):
+        fit(SeesOneBroken(), BlobsData(Blobs()), trio(AT))
+
+
 def test_a_loss_that_is_not_finite_is_spoken_of_where_the_weights_are():
     callbacks = trio(AT)
     with pytest.warns(UserWarning, match=f"The loss was NaN or infinite in epoch {AT + 1}, trained on the clean"):

@@ -8,9 +8,11 @@ import torchmetrics
 from lightning.pytorch import seed_everything
 from lightning.pytorch.loggers import Logger
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.data import DataLoader
 
 from lightning_unlearn import AttributionPartitionCallback
+from lightning_unlearn.callbacks import _kept
 from tests.toys import Blobs, BlobsData, Toy, adamw, assert_same_weights, convnet, fit, mlp, sgd, trio, weights
 
 
@@ -196,6 +198,71 @@ def test_what_forward_and_hooks_of_the_user_remember_is_not_of_our_passes(eviden
     assert len(logged) > 0
     assert logged == logged_too
     assert_same_weights(trained, the_same)
+
+
+class MergesInEval(nn.Linear):
+    """LoRA that is merged into the weight in eval mode, as by loralib."""
+
+    def __init__(self, features, outputs):
+        super().__init__(features, outputs)
+        self.down = nn.Parameter(0.3 * torch.randn(2, features))
+        self.up = nn.Parameter(0.3 * torch.randn(outputs, 2))
+        self.merged = False
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.merged == mode:
+            self.weight.data += (-1 if mode else 1) * self.up.data @ self.down.data
+            self.merged = not mode
+        return self
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y if self.merged else y + x @ self.down.T @ self.up.T
+
+
+class Bounded(nn.Linear):
+    """Keeps its weight within bounds when it is called, as networks for EEG do."""
+
+    def forward(self, x):
+        self.weight.data = torch.renorm(self.weight.data, p=2, dim=0, maxnorm=0.3)
+        return super().forward(x)
+
+
+class Looked(nn.Module):
+    """An embedding that shortens the rows that are looked up."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(8, 20, max_norm=0.5)
+
+    def forward(self, x):
+        return self.embedding((x.abs() * 2).long().clamp(max=7)).mean(dim=1)
+
+
+FIRST = {
+    "lora": lambda: MergesInEval(16, 20),
+    "bounded": lambda: Bounded(16, 20),
+    "max_norm": Looked,
+    "spectral norm": lambda: spectral_norm(nn.Linear(16, 20)),
+}
+
+
+@pytest.mark.parametrize("evidence", ["training", "passes"])
+# Of a large model only the weights are kept that are known to be written to.
+@pytest.mark.parametrize(("first", "most"), [*((first, 2**27) for first in FIRST), ("lora", 0), ("max_norm", 0)])
+def test_weights_that_a_pass_would_change_are_put_back(monkeypatch, first, most, evidence):
+    monkeypatch.setattr(_kept, "_MOST_WEIGHTS", most)
+    final = []
+    for with_ours in (False, True):
+        seed_everything(0)
+        module = Toy(lambda: nn.Sequential(FIRST[first](), nn.ReLU(), nn.Linear(20, 4)))
+        ours = [Compared(at_epoch=1, evidence=evidence, action="report"), *trio(1, prune={"amount": 0.2})[1:]]
+        # Lightning's own validation does not undo what a switch to eval mode does.
+        fit(module, BlobsData(Blobs(101)), ours if with_ours else [], max_epochs=3, limit_val_batches=0)
+        final.append(weights(module) | {name: buffer.clone() for name, buffer in module.named_buffers()})
+    assert ours[0].turns > 0
+    assert_same_weights(*final)
 
 
 class MakesItsData(Toy):

@@ -212,7 +212,7 @@ def halving(optimizer):
         (
             {"optimizer": torch.optim.Adam},
             {"optimizer": lambda parameters: torch.optim.Adam([{"params": [p]} for p in parameters])},
-            r"has groups of \[\[10\]\] parameters, but that which",
+            r"has groups of \[\[10\]\] parameters, but the one that",
         ),
     ],
     ids=["no optimizer", "no schedule", "another kind", "other groups"],

@@ -24,7 +24,7 @@ _AVERAGES = {"ema", "avg", "average", "averaged", "averaging", "averager", "shad
 # What holds an average may hold it within something else: a wrapper, a dict, an object of the user's.
 _DEPTH, _FIRST = 4, 100
 _OF_TORCH = frozenset(vars(nn.Module()))
-_NO_HOLDER = (Tensor, str, int, float, type(None))
+_NO_HOLDER = (str, int, float, type(None))
 
 
 def is_average(*names: str) -> bool:
@@ -116,7 +116,7 @@ class _Search:
         if depth < 1 or id(value) in self._seen or isinstance(value, _NO_HOLDER) or is_a(value, "Trainer"):
             return
         self._seen.add(id(value))
-        if is_inside and self._take(value):
+        if (is_inside and self._take(value)) or isinstance(value, Tensor):
             return
         for inner, part in _parts_of(value, is_inside):
             # Not far where nothing speaks for an average.
@@ -124,8 +124,10 @@ class _Search:
 
     def _take(self, value: Any) -> bool:
         named = _named(value)
-        tensors = _listed(value)
-        copy = self._by_name(named) if named else self._by_order(tensors)
+        if isinstance(value, Tensor):
+            copy = self._in_one(value)
+        else:
+            copy = self._by_name(named) if named else self._by_order(_listed(value))
         if copy is not None:
             self.found.append(copy)
         return copy is not None
@@ -143,9 +145,20 @@ class _Search:
         copy = {prefix + name: tensor for name, tensor in named.items() if prefix + name in self._live}
         return copy if wanted and wanted <= copy.keys() and self._is_other(copy) else None
 
+    def _in_one(self, vector: Tensor) -> dict[str, Tensor] | None:
+        """Views of a vector of all weights, as ``parameters_to_vector`` makes it."""
+        for names in self._orders():
+            sizes = [self._live[name].numel() for name in names]
+            if vector.ndim == 1 and vector.is_contiguous() and len(vector) == sum(sizes) > 0:
+                parts = zip(names, torch.split(vector.detach(), sizes), strict=True)
+                return {name: part.view(self._live[name].shape) for name, part in parts}
+        return None
+
+    def _orders(self) -> list[list[str]]:
+        return [list(self._live), [name for name, parameter in self._live.items() if parameter.requires_grad]]
+
     def _by_order(self, tensors: list[Tensor]) -> dict[str, Tensor] | None:
-        trained = [name for name, parameter in self._live.items() if parameter.requires_grad]
-        for names in (list(self._live), trained):
+        for names in self._orders():
             if names and len(names) == len(tensors):
                 copy = dict(zip(names, tensors, strict=True))
                 if self._is_other(copy):

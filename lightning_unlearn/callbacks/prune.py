@@ -345,8 +345,8 @@ class SensitivityPruneCallback(PartitionConsumer):
             return
         try:
             is_revived = are_revived(self._entries(pl_module, self._sites, self._masks))
-        except ValueError:
-            is_revived = True  # another model
+        except (ValueError, IndexError):
+            is_revived = True  # another model, without such a layer or with a smaller one
         if is_revived:
             rank_zero_warn(
                 "The weights in use are not those that SensitivityPruneCallback pruned (a checkpoint from before the"

@@ -10,7 +10,14 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
 from torch import nn
 from torch.nn.functional import linear
-from torch.nn.utils import parametrizations, parametrize, spectral_norm, weight_norm
+from torch.nn.utils import (
+    parameters_to_vector,
+    parametrizations,
+    parametrize,
+    spectral_norm,
+    vector_to_parameters,
+    weight_norm,
+)
 from torch.nn.utils import prune as torch_prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -343,6 +350,21 @@ def test_a_test_of_a_checkpoint_from_before_the_pruning_is_warned_of(tmp_path):
         trainer.test(module, loader, ckpt_path=tmp_path / "epoch=2.ckpt", verbose=False)
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        partial(nn.Sequential, nn.Flatten(), nn.Linear(16, 4)),
+        lambda: nn.Sequential(nn.Linear(16, 3), nn.ReLU(), nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 4)),
+    ],
+    ids=["other layers", "smaller ones"],
+)
+def test_another_model_may_be_validated_afterwards(other):
+    published, prune, data = callbacks()
+    trainer = fit(Toy(plain), BlobsData(data), [published, prune], max_epochs=2)
+    with pytest.warns(UserWarning, match="The weights in use are not those that SensitivityPruneCallback pruned"):
+        trainer.validate(Toy(other), BlobsData(data).val_dataloader(), verbose=False)
+
+
 # Averages that others keep
 
 
@@ -400,6 +422,17 @@ class KeepsList(KeepsModule):
             theirs.copy_(mine)
 
 
+class KeepsVector(KeepsModule):
+    def on_fit_start(self, trainer, pl_module):
+        self.average = parameters_to_vector(pl_module.parameters()).detach().clone()
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.average.lerp_(parameters_to_vector(pl_module.parameters()).detach(), 0.01)
+
+    def on_train_end(self, trainer, pl_module):
+        vector_to_parameters(self.average, pl_module.parameters())
+
+
 class KeepsAveragedModel(KeepsModule):
     def on_fit_start(self, trainer, pl_module):
         self.other = {"of": AveragedModel(pl_module, multi_avg_fn=get_ema_multi_avg_fn(0.99))}
@@ -426,14 +459,14 @@ class Inside(Toy):
         self.net.load_state_dict(self.model_ema.module.state_dict())
 
 
-@pytest.mark.parametrize("keeps", [KeepsModule, EMAOfNames, KeepsList, KeepsAveragedModel, None])
+@pytest.mark.parametrize("keeps", [KeepsModule, EMAOfNames, KeepsList, KeepsVector, KeepsAveragedModel, None])
 @pytest.mark.parametrize("first", [True, False])
 def test_an_average_of_the_users_does_not_bring_neurons_back(keeps, first):
     published, prune, data = callbacks()
     module = Toy(plain, adamw) if keeps else Inside(plain, adamw)
     more = [] if keeps is None else [keeps()]
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", "Neurons of")
+        warnings.filterwarnings("error", "Pruned neurons of")
         fit(module, BlobsData(data), [*more, published, prune] if first else [published, prune, *more], max_epochs=3)
     assert speaks(module, prune) == 0
     if keeps is None:

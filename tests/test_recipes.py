@@ -428,6 +428,35 @@ def test_a_network_that_has_hardly_learned_may_be_sure_of_noise_and_wrong(right,
         assert torch.equal(flagged(verdict), ~CORRUPTED)
 
 
+@pytest.mark.parametrize(
+    ("easy", "unsure"), [((3,), -1.0), ((3,), 1.0), ((0, 1), 1.0)], ids=["one is easy", "one is hard", "two are hard"]
+)
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_classes_that_look_different_are_no_corrupted_inputs(easy, unsure, rate):
+    true, evidence = scene(CLEAN * (1 - rate) + rate / C)
+    evidence = with_response(evidence, torch.isin(true, torch.tensor(easy)), gap=12.0, unsure=unsure)
+    verdict = judge_input(evidence, no_reduce)
+    assert (verdict.clean_probability == 1).all()
+    assert verdict.notes[0].endswith(": no sign of corrupted inputs, as the two groups follow the classes")
+
+
+@pytest.mark.parametrize("classes", [2, C, N // 4])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_corrupted_inputs_of_all_classes_are_found_however_many_there_are(classes, share):
+    generator = torch.Generator().manual_seed(5)
+    corrupted = torch.rand(N, generator=generator) < share
+    label = torch.randint(classes, (N,), generator=generator)
+    evidence = make_evidence([4 * torch.eye(classes)[label] + normal(N, classes, seed=2)] * 2, label)
+    verdict = judge_input(with_response(evidence, corrupted, gap=12.0), no_reduce)
+    assert torch.equal(flagged(verdict), corrupted)
+
+
+def test_corrupted_inputs_in_half_of_one_class_are_found():
+    _, evidence = scene()
+    half = (torch.arange(N) % C == 1) & (torch.arange(N) % (2 * C) < C)
+    assert torch.equal(flagged(judge_input(with_response(evidence, half, gap=12.0), no_reduce)), half)
+
+
 def test_a_response_that_is_always_the_same():
     _, evidence = scene()
     verdict = judge_input(replace(evidence, response=torch.full((N, 2), 3.0)), no_reduce)

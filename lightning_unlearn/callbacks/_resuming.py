@@ -45,7 +45,7 @@ def what_holds(
     epochs_seen: int,
     may_be_drawn_again: bool,
 ) -> str:
-    """One sentence for the log; empty where nothing differs, or nothing is held.
+    """A line for the log; empty where nothing differs, or nothing is held.
 
     Args:
         before: see :func:`differences`.
@@ -59,11 +59,11 @@ def what_holds(
         return ""
     said = f"The fit goes on from its checkpoint with {', '.join([*settings, *sizes])}"
     if partition is None:
-        return f"{said}: the evidence of {epochs_seen} epochs in it is kept, and what is new counts from here on."
-    held = f"{said}: its partition, drawn at epoch {partition.epoch}, and what was done about it hold"
-    if sizes:
-        held += ", all samples that are kept are trained on"
+        return f"{said}: the evidence of {epochs_seen} epochs in it is kept, and the new settings apply from here on."
+    held = f"{said}. Its partition, drawn at epoch {partition.epoch}, and what was done about it stay as they are."
     if settings:
-        held += ", and the new settings "
-        held += "count for partitions that are drawn from here on" if may_be_drawn_again else "have no effect"
-    return f"{held}."
+        effect = "apply to partitions drawn from here on" if may_be_drawn_again else "have no effect"
+        held += f" The new settings of the callbacks {effect}."
+    if sizes:
+        held += " Every sample that was kept is still trained on."
+    return held

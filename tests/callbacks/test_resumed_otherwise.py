@@ -80,10 +80,10 @@ def test_no_sample_is_left_out_for_another_size_of_batches(checkpoint, lines, si
     run = Run(path, optimizer=per_step, finetune=finetune, batch_size=size)
     assert run.clean == first.clean
     assert [run.trained_on(epoch) for epoch in (FROM + 1, EPOCHS - 1)] == [first.clean] * 2
-    said = (
-        f"its partition, drawn at epoch {AT}, and what was done about it hold, all samples that are kept are trained on"
-    )
-    assert lines() == [f"{GOES_ON}batch size {size} instead of 16: {said}."]
+    assert lines() == [
+        f"{GOES_ON}batch size {size} instead of 16. Its partition, drawn at epoch {AT}, and what was done about it"
+        " stay as they are. Every sample that was kept is still trained on."
+    ]
 
 
 def test_and_a_third_fit_goes_by_the_size_of_the_second(checkpoint, tmp_path, lines):
@@ -113,8 +113,8 @@ def test_other_use_of_noisy_samples_comes_too_late(checkpoint, lines, on_noisy):
     assert run.trained_on(EPOCHS - 1) == first.clean
     assert run.ours[2].draw.new_label is run.ours[2].draw.probability is None
     (line,) = lines()
-    assert f"with on_noisy='{on_noisy}' instead of 'drop': its partition, drawn at epoch {AT}" in line
-    assert line.endswith("and the new settings have no effect.")
+    assert f"with on_noisy='{on_noisy}' instead of 'drop'. Its partition, drawn at epoch {AT}," in line
+    assert line.endswith("The new settings of the callbacks have no effect.")
 
 
 @pytest.mark.parametrize("now", ["drop", "weigh"])
@@ -166,7 +166,7 @@ def test_in_rounds_the_new_settings_count_for_those_to_come(checkpoint, lines, a
     assert [drawn.epoch for drawn in run.ours[0].rounds] == [AT, AT + 2]
     assert run.ours[0].partition.recipe == "label"
     (line,) = lines()
-    assert line.endswith("the new settings count for partitions that are drawn from here on.")
+    assert line.endswith("The new settings of the callbacks apply to partitions drawn from here on.")
 
 
 @pytest.mark.parametrize("at_epoch", [1, 4])
@@ -196,7 +196,7 @@ def test_the_optimizer_goes_on_as_the_checkpoint_has_it(checkpoint, lines, made,
     assert set(run.watch.rates[EPOCHS - 1]) == {rate}
     (line,) = lines()
     assert "lr=" in line
-    assert line.endswith("and the new settings have no effect.")
+    assert line.endswith("The new settings of the callbacks have no effect.")
 
 
 def halving(optimizer):

@@ -78,7 +78,8 @@ def summarise(
 
 def _found(partition: Partition, suspects: int) -> str:
     if not suspects and partition.warning and not partition.warning.startswith("it calls all"):
-        return f"Nothing is known of the {len(partition):,} training samples, nothing was changed: {partition.warning}."
+        number = f"{len(partition):,}"
+        return f"Nothing is known about the {number} training samples, and nothing was changed: {partition.warning}."
     if not suspects:
         # What follows, where something follows, is what could be there all the same.
         _, more, caveat = partition.warning.partition("; ")
@@ -101,6 +102,8 @@ def _gained(before: float | None, after: float | None) -> str:
         return "Without validation data it is not known whether it helped."
     gain = after - before
     text = f"Validation accuracy {before:.3f} before, {after:.3f} after: {100 * gain:+.1f} points"
+    if gain <= -_POINTS:
+        return f"{text}, a loss. Check the suspects before you use this model."
     if gain < _POINTS:
         return f"{text}, no gain to speak of."
     return f"{text}; a fit that trains on with the same steps tells how much of that is due to the repair."

@@ -220,7 +220,9 @@ def test_a_dead_network_changes_nothing_and_says_so(recipe):
     partition, _, finetune = callbacks
     assert partition.partition.is_clean.all()
     assert not finetune.is_active
-    assert partition.summary.advice.startswith("Nothing is known of the 203 training samples, nothing was changed: ")
+    assert partition.summary.advice.startswith(
+        "Nothing is known about the 203 training samples, and nothing was changed: "
+    )
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "64-true"])

@@ -229,7 +229,8 @@ def test_advice_counts_reasons():
         (0.504, "+0.4", "; a fit that trains on with the same steps tells how much of that is due to the repair."),
         (0.502, "+0.2", ", no gain to speak of."),
         (0.5, "+0.0", ", no gain to speak of."),
-        (0.4, "-10.0", ", no gain to speak of."),
+        (0.499, "-0.1", ", no gain to speak of."),
+        (0.4, "-10.0", ", a loss. Check the suspects before you use this model."),
     ],
 )
 def test_advice_says_what_was_gained(after, points, ending):

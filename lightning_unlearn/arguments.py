@@ -32,6 +32,8 @@ def shown(value: Any) -> str:
         text = repr(value)
     except Exception:  # of the user's class, or an int of too many digits
         text = f"a {type(value).__name__}"
+    if "\n" in text and len(text) > _LONGEST:
+        return f"an object of type {type(value).__name__}"
     text = " ".join(text.split())
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 5]}...{text[-3:-1]}"
 

@@ -80,7 +80,7 @@ class _Line:
 
     def _say_what_is_left(self) -> None:
         elapsed = time.monotonic() - self._first
-        if self._total is None or elapsed < _LONG or self._title in self._said:
+        if self._total in (None, self._done) or elapsed < _LONG or self._title in self._said:
             return
         self._said.add(self._title)
         left = (self._total - self._done) * elapsed / (self._done - 1)

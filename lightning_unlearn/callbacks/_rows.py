@@ -135,7 +135,9 @@ class _Look:
             wrong, self.tells = seeded.moved, found.tells or seeded.tells
         else:
             self.tells = found.tells
-        return f"gives {wrong} of {len(self.first.index)} rows that were looked at to other samples" if wrong else ""
+        return (
+            f"puts {wrong} of the {len(self.first.index)} rows checked in the place of other samples" if wrong else ""
+        )
 
     def _read(
         self, loader: DataLoader[Any], transfer: Transfer, batches: Sequence[Tensor], size: int | None = None

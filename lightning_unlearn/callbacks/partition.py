@@ -523,9 +523,10 @@ class AttributionPartitionCallback(UnlearnCallback):
         if self._has_said_fallback:
             return
         self._has_said_fallback = True
+        every = self.evidence_every_n_epochs
         rank_zero_info(
             f"Label evidence is not read from the training steps ({self._reader.reason}); instead there is a pass over"
-            f" the training set every {self.evidence_every_n_epochs} epoch(s)."
+            f" the training set {'after every epoch' if every == 1 else f'every {every} epochs'}."
         )
 
     def observe(self, index: Tensor, logits: Tensor, label: Tensor) -> None:
@@ -661,8 +662,8 @@ class AttributionPartitionCallback(UnlearnCallback):
             return
         samples: int = len(train_loader(trainer).dataset)  # type: ignore[arg-type]
         rank_zero_info(
-            f"A pass over {samples:,} training samples, about as long as validating on them: less than an epoch of"
-            f" training on them, the last of which took {self._epoch_seconds:.1f} s."
+            f"A pass over {samples:,} training samples begins. It takes about as long as validation on them, less than"
+            f" the last epoch of training, which took {self._epoch_seconds:.1f} s."
         )
         self._has_said_cost = True
         self._epoch_started = self._epoch_seconds = None

@@ -188,7 +188,9 @@ def test_what_a_pass_will_cost_is_said_once_before_the_first(method, times, capl
     fit(Toy(), BlobsData(Blobs(SIZE)), [callback], max_epochs=3)
     said = [record.getMessage() for record in caplog.records]
     found = [
-        at for at, line in enumerate(said) if re.match(r"A pass over 101 training samples, .* took \d+\.\d s", line)
+        at
+        for at, line in enumerate(said)
+        if re.match(r"A pass over 101 training samples begins\..* took \d+\.\d s", line)
     ]
     assert len(found) == times
     if times:

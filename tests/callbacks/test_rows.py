@@ -69,7 +69,7 @@ class Hooked(BlobsData):
         return [part.flip(0) for part in batch] if turns else batch
 
 
-COLLATE = r"collate_fn \(collating.<locals>.<lambda>\) gives"
+COLLATE = r"collate_fn \(collating.<locals>.<lambda>\) puts"
 REFUSED = {
     **{name: (lambda order=order: collating(order), COLLATE) for name, order in ORDERS.items()},
     "under augmentation": (lambda: collating(within_its_class, augment="torch"), COLLATE),
@@ -79,14 +79,14 @@ REFUSED = {
         lambda: DataLoader(Blobs(), 16, num_workers=2, collate_fn=lambda s: default_collate(s[::-1])),
         "collate_fn",
     ),
-    "__getitems__ that sorts": (lambda: DataLoader(Fetched(sorted), 16, shuffle=True), r"Fetched.__getitems__ gives"),
-    "__getitems__ that turns round": (lambda: DataLoader(Fetched(reversed), 16), r"Fetched.__getitems__ gives"),
+    "__getitems__ that sorts": (lambda: DataLoader(Fetched(sorted), 16, shuffle=True), r"Fetched.__getitems__ puts"),
+    "__getitems__ that turns round": (lambda: DataLoader(Fetched(reversed), 16), r"Fetched.__getitems__ puts"),
     "__getitems__ under augmentation": (
         lambda: DataLoader(Fetched(sorted, augment="numpy"), 16, shuffle=True),
-        r"Fetched.__getitems__ gives",
+        r"Fetched.__getitems__ puts",
     ),
     "a transfer hook": (lambda: Hooked(always=True), r"a transfer hook \(on_before_batch_transfer, on_after_"),
-    "a loader": (lambda: Turning(Blobs(), 16), "Turning.__iter__ gives"),
+    "a loader": (lambda: Turning(Blobs(), 16), "Turning.__iter__ puts"),
 }
 
 

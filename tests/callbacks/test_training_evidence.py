@@ -162,7 +162,7 @@ def test_mixup_is_noticed_said_once_and_passes_are_made_instead(monkeypatch):
     fit(module, BlobsData(data), [callback], max_epochs=6)
     (line,) = [text for text in said if text.startswith(SAYS_WHY)]
     assert "towards another class than their label, as MixUp and CutMix do" in line
-    assert "a pass over the training set every 2 epoch(s)" in line
+    assert "a pass over the training set every 2 epochs." in line
     assert passes == [2, 4, 5]
     assert callback.partition.is_actionable
     assert auroc(callback.partition.clean_probability, ~data.wrong) > 0.97

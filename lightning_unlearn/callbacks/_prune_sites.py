@@ -69,9 +69,9 @@ class PruneSite:
         return entries
 
     def width(self, model: nn.Module) -> int:
-        """How many neurons there are."""
+        """How many neurons there are; 0 where the Linear that listened to them is none any more."""
         layer: Any = resolve_layer(model, self.target)
-        return neuron_count(layer) if self.layer is not None else int(layer.in_features)
+        return neuron_count(layer) if self.layer is not None else int(getattr(layer, "in_features", 0))
 
     def weight(self, model: nn.Module) -> tuple[Tensor, int]:
         """The weight that neurons are measured by, and its dimension that counts them."""

@@ -345,8 +345,8 @@ class SensitivityPruneCallback(PartitionConsumer):
             return
         try:
             is_revived = are_revived(self._entries(pl_module, self._sites, self._masks))
-        except (ValueError, IndexError):
-            is_revived = True  # another model, without such a layer or with a smaller one
+        except ValueError:
+            is_revived = True  # another model, without such a layer or with one of another size
         if is_revived:
             rank_zero_warn(
                 "The weights in use are not those that SensitivityPruneCallback pruned (a checkpoint from before the"
@@ -541,6 +541,13 @@ class SensitivityPruneCallback(PartitionConsumer):
     def _entries(
         self, model: torch.nn.Module, sites: Sequence[PruneSite], masks: Sequence[NeuronMask]
     ) -> list[PrunedEntries]:
+        for site, mask in zip(sites, masks, strict=True):
+            if (width := site.width(model)) != len(mask.keep):
+                raise ValueError(
+                    f"Expected layer '{site.target}', of which SensitivityPruneCallback has pruned neurons, to keep its"
+                    f" {len(mask.keep)} neurons until the fit has ended, but it has {width} now; replace layers before"
+                    " the fit, or after it."
+                )
         return [
             entry
             for site, mask in zip(sites, masks, strict=True)

@@ -358,11 +358,22 @@ def test_a_test_of_a_checkpoint_from_before_the_pruning_is_warned_of(tmp_path):
     ],
     ids=["other layers", "smaller ones"],
 )
-def test_another_model_may_be_validated_afterwards(other):
-    published, prune, data = callbacks()
+@pytest.mark.parametrize("layer", ["net.2", None])
+def test_another_model_may_be_validated_afterwards(other, layer):
+    published, prune, data = callbacks(layer)
     trainer = fit(Toy(plain), BlobsData(data), [published, prune], max_epochs=2)
     with pytest.warns(UserWarning, match="The weights in use are not those that SensitivityPruneCallback pruned"):
         trainer.validate(Toy(other), BlobsData(data).val_dataloader(), verbose=False)
+
+
+def test_a_pruned_layer_that_is_replaced_by_a_smaller_one_is_spoken_of():
+    class Replaces(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.current_epoch == 1 and batch_idx == 0:
+                pl_module.net[2], pl_module.net[4] = nn.Linear(20, 3), nn.Linear(3, 4)
+
+    with pytest.raises(ValueError, match=r"Expected layer 'net\.2', .* to keep its 12 neurons .*, but it has 3 now"):
+        run(more=[Replaces()], layer="net.2")
 
 
 # Averages that others keep

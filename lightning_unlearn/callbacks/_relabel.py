@@ -101,8 +101,8 @@ class Relabelling:
         self.detach()
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy looks at nothing.
-        return vars(Relabelling())
+        # A copy looks at nothing. No tensor is made here: a spawned process would find it gone.
+        return {**self.__dict__, "_moved": None, "_reading": None}
 
     def learn(self, trainer: Trainer, pl_module: LightningModule, reading: Reading, head: str | None) -> None:
         """Looks, before the first step, which fields of a batch are made of the label.

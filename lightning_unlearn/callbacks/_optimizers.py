@@ -154,6 +154,6 @@ def check_steps_left(trainer: Trainer, epochs: int | None, planned_size: int) ->
         if needed // config.frequency > left:
             raise MisconfigurationException(
                 f"The {type(config.scheduler).__name__} of the checkpoint has {left} steps left, planned for"
-                f" {planned_size} samples a batch, but the rest of the fit takes {needed}; resume with the same batch"
-                " size and number of devices, raise accumulate_grad_batches, or lower max_epochs."
+                f" {planned_size} samples a batch, but the rest of the fit takes {needed}; resume with the batch size,"
+                " number of devices and max_epochs of that fit, raise accumulate_grad_batches, or lower max_epochs."
             )

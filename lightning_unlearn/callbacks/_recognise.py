@@ -21,9 +21,9 @@ from lightning_unlearn.targets import Reading
 from lightning_unlearn.types import PartitionSource
 
 _AUGMENTED = (
-    "Items of the training set differ from one reading to the next (random augmentation), so a pass scores samples as"
-    f" they are augmented at that moment; a DataModule with {OFFER}(), which returns a loader of the same samples in"
-    " the same order without augmentation, has them scored as they are."
+    "The training set uses random augmentation, so passes score augmented samples. To score the originals, give the"
+    f" DataModule or LightningModule a method {OFFER}() that returns a loader of the same samples, in the same order,"
+    " without augmentation."
 )
 
 _MIXED = (

@@ -24,7 +24,7 @@ def outlook(memorised: float) -> str:
     if memorised >= MEMORISED:
         return f"The network has memorised the suspect labels {given}: fine-tuning on the clean subset should pay."
     return (
-        f"The network has not memorised most of the suspect labels yet {given}: training on with them would, and"
+        f"The network has not memorised most of the suspect labels yet {given}: further training on them would, and"
         " dropping them now prevents it. The gain over a short training on may be small; draw the partition again as"
         " the model gets cleaner (every_n_epochs)."
     )

@@ -431,7 +431,7 @@ def test_a_network_that_has_hardly_learned_may_be_sure_of_noise_and_wrong(right,
 @pytest.mark.parametrize(
     ("easy", "unsure"), [((3,), -1.0), ((3,), 1.0), ((0, 1), 1.0)], ids=["one is easy", "one is hard", "two are hard"]
 )
-@pytest.mark.parametrize("rate", [0.0, 0.3])
+@pytest.mark.parametrize("rate", [0.0, 0.3, 0.5])
 def test_classes_that_look_different_are_no_corrupted_inputs(easy, unsure, rate):
     true, evidence = scene(CLEAN * (1 - rate) + rate / C)
     evidence = with_response(evidence, torch.isin(true, torch.tensor(easy)), gap=12.0, unsure=unsure)
@@ -451,10 +451,20 @@ def test_corrupted_inputs_of_all_classes_are_found_however_many_there_are(classe
     assert torch.equal(flagged(verdict), corrupted)
 
 
-def test_corrupted_inputs_in_half_of_one_class_are_found():
+@pytest.mark.parametrize("unsure", [-1.0, 1.0], ids=["sure of them, as they name the class", "less sure"])
+def test_corrupted_inputs_of_one_class_alone_cannot_be_told_from_it(unsure):
     _, evidence = scene()
     half = (torch.arange(N) % C == 1) & (torch.arange(N) % (2 * C) < C)
-    assert torch.equal(flagged(judge_input(with_response(evidence, half, gap=12.0), no_reduce)), half)
+    verdict = judge_input(with_response(evidence, half, gap=12.0, unsure=unsure), no_reduce)
+    assert (verdict.clean_probability == 1).all()
+    assert verdict.notes[0].endswith(": no sign of corrupted inputs, as the two groups follow the classes")
+
+
+def test_corrupted_inputs_that_are_more_frequent_in_some_classes_are_found():
+    _, evidence = scene()
+    rate = torch.where(torch.arange(N) % C < C // 2, 0.4, 0.2)
+    corrupted = torch.rand(N, generator=torch.Generator().manual_seed(3)) < rate
+    assert torch.equal(flagged(judge_input(with_response(evidence, corrupted, gap=12.0), no_reduce)), corrupted)
 
 
 def test_a_response_that_is_always_the_same():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
@@ -30,10 +29,8 @@ _LESS_SURE = 0.5
 # inputs it is right more often then, and its loss is lower. By how many standard errors it may be otherwise.
 _LEARNED = 0.5
 _CONTRARY = 3.0
-# Groups follow the classes where the given label tells a sample's group: it spares this share of the errors of always
-# naming the larger group, beyond twice what is spared by chance.
-_BY_CLASS = 0.2
-_CHANCE = 2.0
+# Groups follow the classes where the given label explains this share of the variance of who is in which.
+_BY_CLASS = 0.15
 
 
 def judge_label(evidence: Evidence, reduce: Reduce) -> Verdict:
@@ -144,7 +141,8 @@ def judge_input(evidence: Evidence, reduce: Reduce) -> Verdict:
     inputs, such as recordings of two microphones, differ too, but run into each other. A network that has hardly
     learned may be sure of noise, and wrong: where it predicts fewer than half of the labels of the group called intact,
     and does worse on it than on the other, nothing is suspect. Nor is anything where the groups follow the classes: one
-    class is often easier than the others, and looks different too.
+    class is often easier than the others, and looks different too; and where only one class has corrupted inputs, the
+    network recognizes it by them, and is surest of those.
     """
     intact = torch.ones_like(evidence.weight)
     if evidence.response is None:
@@ -194,7 +192,7 @@ def _is_contrary(clean: int, group: Tensor, right: Tensor, loss: Tensor, squares
 
 
 def _follows_classes(evidence: Evidence, share: Tensor, reduce: Reduce) -> bool:
-    """Whether the given labels tell which of the two groups a sample is in (Goodman and Kruskal's lambda).
+    """Whether the given labels tell which of the two groups a sample is in (adjusted R squared).
 
     Args:
         evidence: of this rank.
@@ -202,13 +200,16 @@ def _follows_classes(evidence: Evidence, share: Tensor, reduce: Reduce) -> bool:
         reduce: sums over the ranks.
     """
     w = evidence.weight.double()
-    zeros = w.new_zeros(2, evidence.num_classes)
-    number, first = reduce(zeros.index_add(1, evidence.label, torch.stack([w, w * share])))
-    p = first.sum() / number.sum()
-    wrong = number.sum() * torch.minimum(p, 1 - p)
-    gained = wrong - torch.minimum(first, number - first).sum()
-    by_chance = (2 * p * (1 - p) * number / math.pi).sqrt().sum()
-    return bool(gained > _BY_CLASS * wrong + _CHANCE * by_chance)
+    zeros = w.new_zeros(3, evidence.num_classes)
+    rows = torch.stack([w, w * share, w * share * share])
+    number, first, squares = reduce(zeros.index_add(1, evidence.label, rows))
+    total = number.sum()
+    free = total - (number > 0).sum()
+    if free < 1:
+        return False
+    within = squares.sum() - (first * first / number.clamp(min=1e-9)).sum()
+    whole = squares.sum() - first.sum() ** 2 / total
+    return bool(1 - (within / free) / (whole / (total - 1)) > _BY_CLASS)
 
 
 def judge_auto(evidence: Evidence, reduce: Reduce) -> Verdict:

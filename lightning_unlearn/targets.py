@@ -314,10 +314,10 @@ class Reading:
         where = f"in the batch that starts at dataset index {first_index}"
         shown = label.item() if label.numel() == 1 else [round(value, 4) for value in label.flatten()[:8].tolist()]
         if self.task == "multiclass" and label.numel() == 1:
-            start = " number the classes from 0 (batch_to_xy=...), or" if shown == self.num_outputs else ""
+            start = ", or number the classes from 0 (batch_to_xy=...)" if shown == self.num_outputs else ""
             return (
                 f"Expected labels in [0, {self.num_outputs}), as the model has {self.num_outputs} outputs, but found"
-                f" {shown} {where};{start} set ignore_index={shown} if it means no label."
+                f" {shown} {where}; set ignore_index={shown} if it means no label{start}."
             )
         if self.task == "multiclass":
             return (

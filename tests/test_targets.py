@@ -296,6 +296,11 @@ def test_labels_out_of_range_are_refused_with_the_dataset_index(label, found):
         settled().labels(torch.tensor(label), 3, 640)
 
 
+def test_labels_that_start_at_one_are_to_be_numbered_from_zero():
+    with pytest.raises(ValueError, match=r"or number the classes from 0 \(batch_to_xy=\.\.\.\)\.$"):
+        settled().labels(torch.tensor([1, 2, 3]), 3)
+
+
 def test_the_label_to_ignore():
     assert settled().labels(torch.tensor([0, -100, 2, 1]), 4).tolist() == [0, IGNORED, 2, 1]
     assert settled(ignore_index=2).labels(torch.tensor([0, 2, 2, 1]), 4).tolist() == [0, IGNORED, IGNORED, 1]

@@ -190,16 +190,18 @@ class ItemByItem:
 
     Args:
         dataset: the user's, which it is in all else.
+        seeded: False to let items draw as they do.
     """
 
-    def __init__(self, dataset: Any) -> None:
-        self.__dict__["_inner"] = dataset
+    def __init__(self, dataset: Any, *, seeded: bool = True) -> None:
+        self.__dict__.update(_inner=dataset, _seeded=seeded)
 
     def __getitem__(self, index: Any) -> Any:
-        seed = int(index)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002  (the global one, which augmentation may draw from)
-        torch.manual_seed(seed)
+        if self._seeded:
+            seed = int(index)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)  # noqa: NPY002  (the global one, which augmentation may draw from)
+            torch.manual_seed(seed)
         return self._inner[index]
 
     def __len__(self) -> int:
@@ -207,7 +209,7 @@ class ItemByItem:
 
     def __getattr__(self, name: str) -> Any:
         # Not the user's way of fetching a whole batch.
-        if name == "_inner" or (name.startswith("__") and name.endswith("__")):
+        if name in ("_inner", "_seeded") or (name.startswith("__") and name.endswith("__")):
             raise AttributeError(name)
         return getattr(self._inner, name)
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightning_unlearn.callbacks._base import class_labels, read_labels, reading_of, same_labels
 from lightning_unlearn.callbacks._lightning import undisturbed
-from lightning_unlearn.callbacks._rows import check_ranks, establish_rows
+from lightning_unlearn.callbacks._rows import check_numbers, check_ranks, establish_rows
 from lightning_unlearn.callbacks._saying import rank_zero_info
 from lightning_unlearn.callbacks._scoring import OFFER, offers_scoring_loader, scoring_loader, train_loader
 from lightning_unlearn.fingerprint import check_fingerprint, fingerprint, sampled_indices, varies
@@ -76,6 +76,7 @@ def recognise_data(
     with undisturbed(trainer, pl_module):
         found = fingerprint(loader)
         first = read(loader)
+        check_numbers(loader, first)
         # Also where there is nothing to compare them with: one of them may not be of the task that the first batch
         # seemed to be of.
         given = class_labels(reading, first)

@@ -32,6 +32,8 @@ from lightning_unlearn.targets import Reading
 
 # So often other samples are taken where those before were all alike.
 _ATTEMPTS = 4
+# So often it is looked whether items of themselves are others from one reading to the next.
+_AGAIN = 4
 Transfer = Callable[[Any], Any]
 # Those whose rows have been seen to be the samples drawn.
 _established: WeakSet[DataLoader[Any]] = WeakSet()
@@ -96,6 +98,9 @@ def _check_last_batch(trainer: Trainer, reading: Reading, loader: DataLoader[Any
         check_number(loader, reading.split(transfer(batch))[1], last)
 
 
+_SAME_SAMPLE = (
+    "return the same sample for an index every time (None, which collate_fn leaves out, for one that cannot be read)"
+)
 _EXPECTED = "Expected the rows of a batch to be the samples that were drawn for it, in that order, but"
 
 
@@ -128,8 +133,7 @@ class _Look:
             wrong = self._compare_alone(loader, transfer, found.kept)
         if not wrong and not found.kept:
             # Random augmentation, or the rows are all alike.
-            steady = apart(loader)
-            steady.__dict__["dataset"] = ItemByItem(loader.dataset)
+            steady = _by_item(loader, seeded=True)
             one = self._read(steady, transfer, self._batches)
             seeded = compare(one, self._read(steady, transfer, shuffled(self._batches)))
             wrong, self.tells = seeded.moved, found.tells or seeded.tells
@@ -202,6 +206,20 @@ def check_number(loader: DataLoader[Any], label: Any, samples: int) -> None:
         )
 
 
+def check_numbers(loader: DataLoader[Any], read: Sequence[tuple[Tensor, Any]]) -> None:
+    """Refuses batches that have not one label for each sample drawn.
+
+    Args:
+        loader: that has delivered them.
+        read: the dataset indices and the labels of each.
+
+    Raises:
+        TypeError: as :func:`check_number`.
+    """
+    for indices, label in read:
+        check_number(loader, label, len(indices))
+
+
 def check_batch(loader: DataLoader[Any], batch: Any, samples: int) -> None:
     """Refuses a batch, not yet read, all of whose tensors have another number of rows than samples were drawn.
 
@@ -221,11 +239,14 @@ def name_of(collate: Any) -> str:
 def _culprit(look: _Look, loader: DataLoader[Any], transfer: Transfer, pl_module: LightningModule, fault: str) -> str:
     """Who is to blame: the first without which the rows are right. What they do wrong, and what to do."""
     offer = "or offer attribution_dataloader(), a loader of the same samples that keeps it"
+    if not _is_faulty(look, _by_item(loader, seeded=True), transfer):
+        data, each = type(loader.dataset).__name__, _by_item(loader, seeded=False)
+        # More than once, as what comes by chance may not come again.
+        if not hasattr(loader.dataset, "__getitems__") or any(_is_faulty(look, each, transfer) for _ in range(_AGAIN)):
+            return f"{data}.__getitem__ {fault}; {_SAME_SAMPLE}"
+        return f"{data}.__getitems__ {fault}; return the items in the order asked for"
     plain = apart(loader)
     plain.__class__ = DataLoader
-    items = apart(plain)
-    items.__dict__["dataset"] = ItemByItem(loader.dataset)
-    data = type(loader.dataset).__name__
     for name, (without, moved), advice in (
         (
             "a transfer hook (on_before_batch_transfer, on_after_batch_transfer)",
@@ -233,11 +254,17 @@ def _culprit(look: _Look, loader: DataLoader[Any], transfer: Transfer, pl_module
             "let it keep their order where self.trainer.training is False",
         ),
         (f"{type(loader).__name__}.__iter__", (plain, _as_it_is), "use torch's DataLoader"),
-        (f"{data}.__getitems__", (items, _as_it_is), "return the items in the order asked for"),
     ):
         if not _is_faulty(look, without, moved):
             return f"{name} {fault}; {advice}"
     return f"{name_of(loader.collate_fn)} {fault}; keep one row for each sample, in the order given, {offer}"
+
+
+def _by_item(loader: DataLoader[Any], *, seeded: bool) -> DataLoader[Any]:
+    """The loader with its data set asked for one item after the other."""
+    other = apart(loader)
+    other.__dict__["dataset"] = ItemByItem(loader.dataset, seeded=seeded)
+    return other
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -73,7 +73,7 @@ def get_recipe(recipe: str | Recipe | Callable[..., Any]) -> Recipe:
     hint = f" Did you mean '{near[0]}'?" if near else ""
     raise ValueError(
         f"Expected recipe to be one of {', '.join(map(repr, names))}, or the dotted path of a function, but got"
-        f" '{recipe}'.{hint}"
+        f" {recipe!r:.80}.{hint}"
     )
 
 

@@ -6,9 +6,10 @@ import lightning as L
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback
+from lightning_unlearn.fingerprint import sampled_indices
 from tests.callbacks.test_relabel import Noting
 from tests.toys import CLASSES, Blobs, BlobsData, Toy, auroc, fit, trio
 
@@ -25,6 +26,13 @@ class Fetched(Blobs):
 
     def __getitems__(self, indices):
         return [self[index] for index in self.order(indices)]
+
+
+class Guessing(Blobs):
+    """Serves any other sample for those that it cannot read."""
+
+    def __getitem__(self, index):
+        return super().__getitem__(random.randrange(len(self)) if index % 20 == 5 else index)
 
 
 def within_its_class(samples):
@@ -85,6 +93,11 @@ REFUSED = {
         lambda: DataLoader(Fetched(sorted, augment="numpy"), 16, shuffle=True),
         r"Fetched.__getitems__ puts",
     ),
+    "any other sample": (lambda: DataLoader(Guessing(), 16, shuffle=True), r"Guessing.__getitem__ gives"),
+    "any other sample of a subset": (
+        lambda: DataLoader(Subset(Guessing(), range(203)), 16, shuffle=True),
+        r"Subset.__getitem__ gives",
+    ),
     "a transfer hook": (lambda: Hooked(always=True), r"a transfer hook \(on_before_batch_transfer, on_after_"),
     "a loader": (lambda: Turning(Blobs(), 16), "Turning.__iter__ puts"),
 }
@@ -144,8 +157,13 @@ def test_a_hook_that_reorders_only_in_training_is_noticed_in_the_first_epoch(shu
     assert auroc(1 - partition.partition.clean_probability, data.train.wrong) > 0.9
 
 
+FIRST = Blobs().x[int(sampled_indices(203)[1])]
 NUMBERS = {
     "one row more": (lambda samples: [*samples, samples[0]], "of 16 samples collate_fn .* makes 17 rows"),
+    "a sample of the first ones less": (
+        lambda samples: [sample for sample in samples if not sample[0].equal(FIRST)],
+        "of 16 samples collate_fn .* makes 15 rows",
+    ),
     "in eights": (lambda samples: samples[: len(samples) // 8 * 8], "of 11 samples collate_fn .* makes 8 rows"),
 }
 

@@ -8,6 +8,7 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 from typing_extensions import override
+
+from lightning_unlearn.attributes import unopened
 
 MIN_SAMPLES = 10
 _AT_THE_START = {"next_iter_state": None, "_initial_iter_for_state_dict": False}
@@ -155,16 +158,17 @@ def indexed_batches(
     if absent is not None and _iterates_as_torchs(loader):
         ordered.__dict__["collate_fn"] = _StandingIn(loader.collate_fn, loader.dataset)
     delivered = 0
-    for batch in ordered:
-        if delivered >= batches.handed:
-            raise TypeError(_own_iteration(loader))
-        indices = torch.tensor(batches.batches[delivered])
-        if isinstance(batch, _WithStandIns) and absent is not None:
-            absent.update(indices[batch.places].tolist())
-            yield indices, batch.batch
-        else:
-            yield indices, batch
-        delivered += 1
+    with unopened(loader) if ordered.num_workers == 0 else nullcontext():
+        for batch in ordered:
+            if delivered >= batches.handed:
+                raise TypeError(_own_iteration(loader))
+            indices = torch.tensor(batches.batches[delivered])
+            if isinstance(batch, _WithStandIns) and absent is not None:
+                absent.update(indices[batch.places].tolist())
+                yield indices, batch.batch
+            else:
+                yield indices, batch
+            delivered += 1
     if delivered < len(batches):
         raise TypeError(_own_iteration(loader))
 

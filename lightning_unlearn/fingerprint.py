@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import fields, is_dataclass
 from hashlib import blake2b
 from typing import Any
@@ -13,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
+
+from lightning_unlearn.attributes import unopened
 
 SAMPLED = 16
 _DIGITS = 8
@@ -150,7 +153,8 @@ def _read(loader: DataLoader[Any], index: Tensor, seed: int) -> list[str]:
         }
     # Not a copy of the user's, which may do more than iterate.
     items: Any = DataLoader(loader.dataset, batch_size=SAMPLED, sampler=index.tolist(), collate_fn=_digests, **own)
-    return [digest for digests in items for digest in digests]
+    with unopened(loader) if not own else nullcontext():
+        return [digest for digests in items for digest in digests]
 
 
 def _digests(items: Sequence[Any]) -> list[str]:

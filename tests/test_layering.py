@@ -12,6 +12,7 @@ FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
 # What a file may import of ours, by prefix; a file belongs to the longest prefix of its own name.
 MATH = {"arguments", "types", "functional", "sharding"}
 ALL_BELOW = MATH | {
+    "attributes",
     "recipes",
     "finite",
     "trajectory",
@@ -78,7 +79,8 @@ MAY_IMPORT = {
     "finite": MATH | {"recipes"},
     "trajectory": MATH,
     "capture": MATH | {"capture"},
-    "data": MATH,
+    "attributes": set(),
+    "data": MATH | {"attributes"},
     "batches": set(),
     "targets": {"arguments", "batches"},
     "drawing": set(),
@@ -86,7 +88,7 @@ MAY_IMPORT = {
     "masking": MATH,
     "distributed": MATH,
     "noise": {"arguments", "noise", "storage"},
-    "fingerprint": set(),
+    "fingerprint": {"attributes"},
     "rows": {"batches", "fingerprint"},
     "shrinking": {"arguments", "types", "masking", "storage"},
     "callbacks._packages": set(),

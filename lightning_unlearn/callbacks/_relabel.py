@@ -13,7 +13,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
+from torch.utils.data import DataLoader
 
+from lightning_unlearn.attributes import unopened
 from lightning_unlearn.batches import field_at
 from lightning_unlearn.callbacks._base import read_labels, same_labels
 from lightning_unlearn.callbacks._companions import Companion, companions_in
@@ -152,8 +154,8 @@ class Relabelling:
                 raise RuntimeError(
                     f"The dataset indices of a training batch are not known, so it cannot be re-labelled{_ADVICE}."
                 )
-            known, dataset = given(), train_loader(trainer).dataset
-            rows = rows_of(batch, reading, index, known, dataset)
+            known = given()
+            rows = rows_of(batch, reading, index, known, train_loader(trainer))
             check_given(batch, reading, known[rows].flatten(), len(rows))
             new, label = new_label[rows].flatten(), reading.split(batch)[1]
             changed = with_labels(batch, reading, new, self._companions)
@@ -218,7 +220,7 @@ class Relabelling:
         self._steps = 0
 
 
-def rows_of(batch: Any, reading: Reading, index: Tensor, given: Tensor, dataset: Any) -> Tensor:
+def rows_of(batch: Any, reading: Reading, index: Tensor, given: Tensor, loader: DataLoader[Any]) -> Tensor:
     """The dataset indices of a batch's rows, where a collate function may have left out items that are None.
 
     Args:
@@ -226,7 +228,7 @@ def rows_of(batch: Any, reading: Reading, index: Tensor, given: Tensor, dataset:
         reading: finds its labels.
         index: (B,) int64, as drawn.
         given: (N,) or (N, L), the labels of the partition, in which such samples have none.
-        dataset: to ask, where others have no label either.
+        loader: whose data set is asked, where others have no label either.
 
     Raises:
         TypeError: where the rows are others.
@@ -236,9 +238,9 @@ def rows_of(batch: Any, reading: Reading, index: Tensor, given: Tensor, dataset:
         return index
     there = (given[index] != IGNORED).reshape(len(index), -1).any(dim=1)
     if int(there.sum()) != rows:
-        there = torch.tensor(
-            [bool(known) or dataset[i] is not None for known, i in zip(there, index.tolist(), strict=True)]
-        )
+        pairs = zip(there, index.tolist(), strict=True)
+        with unopened(loader):
+            there = torch.tensor([bool(known) or loader.dataset[i] is not None for known, i in pairs])
     if int(there.sum()) != rows:
         raise TypeError(
             f"Expected labels of {len(index)} rows to be replaced in a training batch, but got {rows}, and not for"
@@ -275,13 +277,14 @@ def fault_of_absent(trainer: Trainer, pl_module: LightningModule, reading: Readi
     unlabelled = (given == IGNORED).reshape(len(given), -1).all(dim=1)
     others = (~unlabelled).nonzero().flatten()[: max(1, batch_size(loader) - 1)]
     with undisturbed(trainer, pl_module, keep=False), torch.no_grad():
-        absent = next((i for i in unlabelled.nonzero().flatten().tolist() if loader.dataset[i] is None), None)
+        with unopened(loader):
+            absent = next((i for i in unlabelled.nonzero().flatten().tolist() if loader.dataset[i] is None), None)
         if absent is None:
             return ""
         index = torch.cat([others[:1], torch.tensor([absent]), others[1:]])
         _, batch = next(indexed_batches(loader, index, probing=True, size=len(index)))
         try:
-            rows = rows_of(batch, reading, index, given, loader.dataset)
+            rows = rows_of(batch, reading, index, given, loader)
             check_given(batch, reading, given[rows].flatten(), len(rows))
         except (TypeError, ValueError) as error:
             return str(error)

@@ -17,6 +17,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_unlearn.arguments import check_names, check_path, check_whole
+from lightning_unlearn.attributes import unopened
 from lightning_unlearn.callbacks._base import PartitionConsumer, find_partition_source, reading_of
 from lightning_unlearn.callbacks._lightning import callbacks_of, is_fast_dev_run
 from lightning_unlearn.callbacks._packages import EitherCallback
@@ -227,8 +228,10 @@ class UnlearnReport(EitherCallback):
         rounds = [vars(drawn) | {} for drawn in getattr(source, "rounds", ())]
         provenance = _found(source, "provenance", {})
         shown = shown_samples(partition, provenance, self.samples)
-        dataset = scoring_loader(trainer).dataset
-        gallery, fault = self.gallery(dataset, shown)
+        loader = scoring_loader(trainer)
+        dataset = loader.dataset
+        with unopened(loader):
+            gallery, fault = self.gallery(dataset, shown)
         if fault:
             rank_zero_warn(f"Some samples of the report's gallery cannot be shown: {fault}")
         return RunRecord(

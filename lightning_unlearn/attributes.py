@@ -72,12 +72,14 @@ def _package(value: Any) -> str:
 
 def _put_back(into: Any, before: dict[Any, Any]) -> None:
     """Makes attributes or items what they were, if one was made that was none, as where something was opened."""
-    now = into if isinstance(into, dict) else dict(enumerate(into))
-    if all(before.get(name) is not None or value is None for name, value in now.items()):
-        return
     if isinstance(into, list):
-        into[:] = before.values()
+        # Of the items that there were: what notes which samples are read goes on.
+        into[: len(before)] = [
+            None if value is None else now for value, now in zip(before.values(), into, strict=False)
+        ]
         return
-    for name in now.keys() - before.keys():
+    if all(before.get(name) is not None or value is None for name, value in into.items()):
+        return
+    for name in into.keys() - before.keys():
         del into[name]
     into.update(before)

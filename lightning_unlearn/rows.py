@@ -130,7 +130,7 @@ def lengths(x: Any) -> set[int]:
         {3}
     """
     if isinstance(x, Tensor):
-        return {len(x)} if x.ndim else set()
+        return {x.size(0)} if x.ndim else set()  # len(x) fails if it is nested
     return {length for _, part in children_of(x) for length in lengths(part)}
 
 

@@ -66,12 +66,15 @@ def source_file(path: str | PathLike[str]) -> Path:
     """A file to read; ``~`` is the user's.
 
     Raises:
-        ValueError: for a folder.
+        ValueError: for a folder, and what else is no file.
         FileNotFoundError: where there is none.
     """
     source = Path(check_path("path", path, "a file to read")).expanduser()
     if source.is_dir():
         raise ValueError(f"Expected a file to read, but {source} is a folder; give the file in it.")
+    if source.exists() and not source.is_file():
+        # Reading would wait for ever, or never end.
+        raise ValueError(f"Expected a file to read, but {source} is a device, pipe or socket; save it as a file first.")
     return source
 
 

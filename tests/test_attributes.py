@@ -115,6 +115,8 @@ def test_what_refers_to_itself_or_is_long_is_no_trouble():
     data = Strange()
     with unopened(DataLoader(data, num_workers=1)):
         data.many[0] = 1
+        data.me.append(1)
         data.late = 1
     assert data.many[0] == 1
+    assert data.me == [data, 1]
     assert not hasattr(data, "late")

@@ -430,6 +430,14 @@ def test_a_folder_is_no_file_to_read(tmp_path):
         Partition.load(tmp_path)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+def test_what_would_be_read_for_ever_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(ValueError, match=rf"Expected a file to read, but {path} is a device, pipe or socket"):
+            source_file(path)
+
+
 def test_what_was_there_stays_until_the_new_file_is_complete(tmp_path):
     def fail():
         with replacing("result") as file:

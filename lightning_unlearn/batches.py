@@ -326,7 +326,7 @@ def _named_values(batch: Any) -> dict[Any, Any] | None:
 
 def has_rows(value: Any, size: int) -> bool:
     """Whether a field has a number, or a row of numbers, for each sample."""
-    return isinstance(value, Tensor) and 0 < value.ndim <= 2 and len(value) == size
+    return isinstance(value, Tensor) and 0 < value.ndim <= 2 and value.size(0) == size
 
 
 def _may_be_input(value: Any) -> bool:

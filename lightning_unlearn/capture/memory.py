@@ -38,8 +38,8 @@ def take_rows(x: Any, rows: slice | Tensor, total: int) -> Any:
     Raises:
         ValueError: for anything else.
     """
-    if isinstance(x, Tensor) and x.ndim > 0 and len(x) == total:
-        return x[rows if isinstance(rows, slice) else rows.to(x.device)]
+    if isinstance(x, Tensor) and x.ndim > 0 and x.size(0) == total:
+        return _take_rows_of_tensor(x, rows)
     if isinstance(x, (list, tuple)):
         return _take_rows_of_sequence(x, rows, total)
     if isinstance(x, dict):
@@ -48,6 +48,16 @@ def take_rows(x: Any, rows: slice | Tensor, total: int) -> Any:
         return x
     found = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
     raise ValueError(f"Expected tensors with {total} rows, or a tuple, list or dict of them, but got {found}.")
+
+
+def _take_rows_of_tensor(x: Tensor, rows: slice | Tensor) -> Tensor:
+    if x.layout == torch.strided and not x.is_nested:
+        return x[rows if isinstance(rows, slice) else rows.to(x.device)]
+    index = torch.arange(x.size(0))[rows]
+    if x.is_nested:
+        parts = x.unbind()
+        return torch.nested.as_nested_tensor([parts[row] for row in index.tolist()], layout=x.layout)
+    return x.index_select(0, index.to(x.device))
 
 
 def _take_rows_of_sequence(x: Any, rows: slice | Tensor, total: int) -> Any:

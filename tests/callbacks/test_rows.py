@@ -129,7 +129,25 @@ def without_norms():
     return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, CLASSES))
 
 
+class Nested(Toy):
+    """Takes what is sparse, or of rows of different length."""
+
+    def forward(self, x):
+        return super().forward(x.to_padded_tensor(0.0, (x.size(0), 16)) if x.is_nested else x.to_dense())
+
+
+def sparse(samples):
+    x, y = default_collate(samples)
+    return x.to_sparse(), y
+
+
+def nested(samples):
+    return torch.nested.nested_tensor([x[: 8 + y] for x, y in samples]), torch.stack([y for _, y in samples])
+
+
 KEPT = {
+    "sparse": (lambda: DataLoader(Blobs(), 16, shuffle=True, collate_fn=sparse), Nested),
+    "nested": (lambda: DataLoader(Blobs(), 16, shuffle=True, collate_fn=nested), Nested),
     "augmentation": (lambda: DataLoader(Blobs(augment="torch"), 16, shuffle=True), Toy),
     "numbers of places": (lambda: DataLoader(Blobs(), 16, shuffle=True, collate_fn=with_places), WithPlaces),
     "__getitems__ in order": (lambda: DataLoader(Fetched(list, augment="torch"), 16, shuffle=True), Toy),

@@ -136,6 +136,14 @@ def test_take_rows_keeps_the_structure():
     assert found.right[1:] == ["name", None]
 
 
+@pytest.mark.parametrize("rows", [slice(2, 5), torch.tensor([2, 3, 4])], ids=["slice", "index"])
+def test_take_rows_of_sparse_and_nested_tensors(rows):
+    x = torch.arange(21.0).reshape(7, 3)
+    assert take_rows(x.to_sparse(), rows, 7).to_dense().equal(x[2:5])
+    nested = torch.nested.nested_tensor([x[row, : 1 + row % 3] for row in range(7)])
+    assert [part.tolist() for part in take_rows(nested, rows, 7).unbind()] == [[6, 7, 8], [9], [12, 13]]
+
+
 def test_take_rows_of_a_list_of_samples():
     assert take_rows((list("abcdefg"), IMAGES), slice(2, 5), 7)[0] == ["c", "d", "e"]
     assert take_rows(list(range(7)), slice(0, 2), 7) == [0, 1]

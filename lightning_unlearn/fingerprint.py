@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import fields, is_dataclass
 from hashlib import blake2b
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -175,6 +176,9 @@ def _content(item: Any) -> Iterator[bytes]:
     """The bytes of an item: tensors, arrays, images, numbers, strings and what holds them; else the class."""
     if isinstance(item, Tensor):
         item = _as_array(item)
+    elif isinstance(item, str) and "\n" not in item and PurePath(item).is_absolute():
+        # The folder may be another on each machine, or in each job.
+        item = PurePath(item).name
     parts = _parts_of(item)
     if parts is not None:
         yield str(len(parts)).encode()

@@ -68,6 +68,15 @@ def test_the_same_items_have_the_same_fingerprint_and_others_another(kind):
     assert len({found.split(":")[1][at : at + 8] for at in range(0, 8 * SAMPLED, 8)}) == SAMPLED
 
 
+def test_the_folder_of_a_path_does_not_count():
+    def at(folder, name="{}.png"):
+        return of(lambda k: (torch.zeros(2), f"{folder}/{name.format(k)}"))
+
+    assert at("/scratch/rank0") == at("/scratch/rank1")
+    assert share_changed(at("/scratch/rank0"), at("/scratch/rank0", "a{}.png")) == 1.0
+    assert share_changed(at("good"), at("bad")) == 1.0
+
+
 def test_it_is_small():
     assert len(of(KINDS["PIL"], 40)) == 3 + 8 * SAMPLED
 

@@ -1,6 +1,7 @@
 """Rows of a batch that are not the samples drawn: refused before the first step, or noticed; never acted upon."""
 
 import random
+from contextlib import nullcontext
 
 import lightning as L
 import pytest
@@ -9,7 +10,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback
+from lightning_unlearn.callbacks._rows import check_ranks
 from lightning_unlearn.fingerprint import sampled_indices
+from lightning_unlearn.rows import Rows
 from tests.callbacks.test_relabel import Noting
 from tests.toys import CLASSES, Blobs, BlobsData, Toy, auroc, fit, trio
 
@@ -93,10 +96,10 @@ REFUSED = {
         lambda: DataLoader(Fetched(sorted, augment="numpy"), 16, shuffle=True),
         r"Fetched.__getitems__ puts",
     ),
-    "any other sample": (lambda: DataLoader(Guessing(), 16, shuffle=True), r"Guessing.__getitem__ gives"),
+    "any other sample": (lambda: DataLoader(Guessing(), 16, shuffle=True), r"Guessing.__getitem__ puts"),
     "any other sample of a subset": (
         lambda: DataLoader(Subset(Guessing(), range(203)), 16, shuffle=True),
-        r"Subset.__getitem__ gives",
+        r"Subset.__getitem__ puts",
     ),
     "a transfer hook": (lambda: Hooked(always=True), r"a transfer hook \(on_before_batch_transfer, on_after_"),
     "a loader": (lambda: Turning(Blobs(), 16), "Turning.__iter__ puts"),
@@ -332,3 +335,27 @@ def test_no_label_is_written_on_a_row_that_has_not_the_label_of_its_index():
     with pytest.raises(ValueError, match="labels that the partition has for their dataset indices, but 16 of 16 have"):
         fit(module, DataLoader(data, 16, shuffle=True), [*ours, Changes(data)])
     assert AT + 1 not in module.steps_by_epoch
+
+
+class TwoRanks:
+    """What a Trainer knows of the other rank, of which this is the first."""
+
+    world_size, root_device = 2, torch.device("cpu")
+
+    def __init__(self, first):
+        self.strategy = self
+        self.first = first
+
+    def broadcast(self, _):
+        return self.first
+
+    def reduce(self, tensor, reduce_op):
+        return tensor
+
+
+@pytest.mark.parametrize(("label", "refused"), [(1, False), (2, True)])
+def test_ranks_that_looked_at_other_samples_are_compared_by_those_they_share(label, refused):
+    trainer = TwoRanks((40, "", {0: (1,), 5: (1,)}))
+    here = Rows(torch.tensor([5, 7]), torch.tensor([[label], [3]]), {})
+    with pytest.raises(ValueError, match="other labels at the same indices") if refused else nullcontext():
+        check_ranks(trainer, 40, "", here)

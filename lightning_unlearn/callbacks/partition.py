@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from typing_extensions import override
 
@@ -29,6 +30,7 @@ from lightning_unlearn.callbacks._judging import judge_share, share_memorised, w
 from lightning_unlearn.callbacks._label_watch import LabelWatch
 from lightning_unlearn.callbacks._lightning import (
     callbacks_of,
+    compute_device,
     is_fast_dev_run,
     log_values,
     move_behind_averages,
@@ -70,10 +72,11 @@ from lightning_unlearn.capture import (
     check_method,
     resolve_layer,
 )
+from lightning_unlearn.data import rank_share
 from lightning_unlearn.distributed import sum_over_ranks
 from lightning_unlearn.finite import check_rows_left_out
 from lightning_unlearn.recipes import RECIPES, Recipe, get_recipe
-from lightning_unlearn.recipes.users import checking
+from lightning_unlearn.recipes.users import checking, trial
 from lightning_unlearn.review import Decided, Review, Table
 from lightning_unlearn.targets import Reading, SoftLabels, Task
 from lightning_unlearn.trajectory import PHASES, Trajectory
@@ -390,6 +393,7 @@ class AttributionPartitionCallback(UnlearnCallback):
             if self.reading.label_at is None:
                 self._watch.start(pl_module, trace.logit_maker(self.reading.num_outputs))
         self._rehearse(trainer, pl_module, first)
+        self._try_recipe(trainer, total)
         if self._reads_training:
             self._start_reading(trainer, pl_module, trace, data, first)
 
@@ -430,6 +434,16 @@ class AttributionPartitionCallback(UnlearnCallback):
             self._attributor(trainer, pl_module).rehearse(
                 first.x, first.label.clamp(min=0), rows=self.recipe.needs_rows
             )
+
+    def _try_recipe(self, trainer: Trainer, total: int) -> None:
+        if self._trajectory is None or self.recipe in RECIPES.values():
+            return
+        index, _ = rank_share(total, trainer.global_rank, trainer.world_size)
+        with isolate_rng():
+            fault = trial(self.recipe, self._trajectory.basis, index, compute_device(trainer))
+        # Together, as the others would wait for a rank that has given up.
+        if trainer.strategy.reduce_boolean_decision(bool(fault), all=False):
+            raise ValueError(fault or f"Expected recipe '{self.recipe.name}' to judge, but it fails on another rank.")
 
     def _take_review(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._table is None:

@@ -1,4 +1,4 @@
-"""Recipes of users: functions called as they can be, and their answers checked."""
+"""Recipes of users: functions called as they can be, tried before the training, and their answers checked."""
 
 from __future__ import annotations
 
@@ -11,10 +11,16 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.arguments import called, fault_of_call
-from lightning_unlearn.functional.mixture import Reduce
+from lightning_unlearn.functional.mixture import Reduce, no_reduce
 from lightning_unlearn.recipes.verdict import Judge, Recipe, Verdict
 from lightning_unlearn.recipes.views import rival_of
 from lightning_unlearn.types import Evidence
+
+# Of a trial, the share of wrong labels and the neurons.
+_WRONG = 0.2
+_NEURONS = 8
+# There is none with more numbers, which would take long.
+_MOST_NUMBERS = 2**24
 
 
 def judge_of(function: Callable[..., Any]) -> Judge:
@@ -129,3 +135,66 @@ def _fault(field: str, value: Any, word: str, evidence: Evidence) -> str:
         also = "" if field in ("clean_probability", _LABELS) else f" as {word}"
         return f"{what}{also}, but they span {float(value.min()):.4g} to {float(value.max()):.4g}"
     return ""
+
+
+def trial(recipe: Recipe, basis: Tensor, index: Tensor, device: torch.device) -> str:
+    """Why a recipe cannot judge; empty if it can.
+
+    It is asked about the samples that there are, but with made-up evidence: what fails shall fail before hours of
+    training.
+
+    Args:
+        recipe: of a user.
+        basis: (C, r) float32, the coordinates of class attributions.
+        index: (n,) int64, the samples of this rank.
+        device: where recipes compute.
+    """
+    if basis.shape[0] * len(index) > _MOST_NUMBERS:
+        return ""
+    evidence = made_up(basis.to(device), index, recipe)
+    try:
+        recipe.judge(evidence, no_reduce)
+    except Exception as error:  # of the user's function
+        if isinstance(error, ValueError) and str(error).startswith("Expected recipe "):
+            return str(error)
+        return (
+            f"Expected recipe '{recipe.name}' to judge made-up evidence before training starts, but it fails:"
+            f" {type(error).__name__}: {error}."
+        )
+    return ""
+
+
+def made_up(basis: Tensor, index: Tensor, recipe: Recipe) -> Evidence:
+    """Evidence of a model that is fairly sure of the classes, where a fifth of the labels are wrong.
+
+    Args:
+        basis: (C, r) float32.
+        index: (n,) int64.
+        recipe: which says what it looks at.
+    """
+    generator, classes, count = torch.Generator().manual_seed(0), len(basis), len(index)
+    truth = torch.arange(count) % classes
+    wrong = torch.rand(count, generator=generator) < _WRONG
+    label = torch.where(wrong, (truth + 1) % classes, truth)
+    clear = 4 * torch.nn.functional.one_hot(truth, classes).float()
+    scores = clear.unsqueeze(1) + torch.randn(count, 3, classes, generator=generator)
+    last, column = scores[:, -1], label.unsqueeze(1)
+    margin = last.gather(1, column).squeeze(1) - last.scatter(1, column, -torch.inf).amax(dim=1)
+    share = last.softmax(dim=1)
+    parts: dict[str, Tensor] = {
+        "weight": torch.ones(count),
+        "label": label,
+        "attribution": scores.to(basis.device) @ basis,
+        "basis": basis,
+        "margin": margin,
+        "mean_margin": margin,
+        "support": margin.sigmoid(),
+        "uncertainty": torch.special.entr(share).sum(dim=1),
+        "loss": torch.nn.functional.cross_entropy(last, label, reduction="none"),
+        "prediction": last.argmax(dim=1),
+    }
+    if recipe.needs_response:
+        parts["response"] = 1 + torch.rand(count, 2, generator=generator)
+    if recipe.needs_rows:
+        parts["rows"] = torch.randn(count, _NEURONS, generator=generator)
+    return Evidence(index=index, **{name: value.to(basis.device) for name, value in parts.items()})

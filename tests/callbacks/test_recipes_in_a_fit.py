@@ -1,5 +1,6 @@
 """Recipes, methods and what they find, from the Trainer's end."""
 
+import dataclasses
 import functools
 import math
 
@@ -182,15 +183,18 @@ def _split(of):
         (lambda e: e.support.to(torch.complex64), "real numbers, but it is torch.complex64"),
         (lambda e: Verdict(e.support, e.label + 4), r"to return class labels in \[0, 3\], but they span 4 to 7"),
         (lambda e: Verdict(e.support, e.label, e.margin * torch.nan), "as suggested_probability, but they span nan"),
+        (lambda e: e.no_such_field, "made-up evidence before training starts, but it fails: AttributeError: .*no_such"),
     ],
-    ids=["shape", "range", "nan", "nothing", "numpy", "meta", "complex", "label", "suggestion"],
+    ids=["shape", "range", "nan", "nothing", "numpy", "meta", "complex", "label", "suggestion", "fails"],
 )
-def test_a_wrong_answer_is_refused_by_the_recipes_name(answer, match):
+def test_a_recipe_that_cannot_judge_is_refused_before_the_first_step(answer, match):
+    module = Toy()
     with pytest.raises(ValueError, match=match):
-        partition_of(Blobs(image=True), at_epoch=1, recipe=answer)
+        fit(module, BlobsData(Blobs()), [AttributionPartitionCallback(at_epoch=2, recipe=answer)], max_epochs=3)
+    assert module.steps == 0
 
 
-def test_a_recipe_is_asked_once_about_the_samples_there_are():
+def test_a_recipe_is_tried_on_the_samples_there_are_and_asked_once():
     data, asked = Blobs(300, image=True), []
     right = (~data.wrong).float()
 
@@ -199,7 +203,8 @@ def test_a_recipe_is_asked_once_about_the_samples_there_are():
         return right.to(evidence.weight)
 
     assert partition_of(data, at_epoch=1, recipe=knows).is_clean.equal(~data.wrong)
-    assert len(asked) == 1
+    tried, real = asked
+    assert tried.equal(real)
 
 
 def with_options(evidence, **options):
@@ -231,3 +236,22 @@ class Callable:
 def test_whatever_can_be_called_with_evidence_is_a_recipe(recipe):
     expected = partition_of(Blobs(101, image=True), recipe=lambda evidence: (evidence.margin / 4).sigmoid())
     assert partition_of(Blobs(101, image=True), recipe=recipe).clean_probability.equal(expected.clean_probability)
+
+
+@pytest.mark.parametrize("task", ["multiclass", "input", "rows"])
+def test_the_trial_shows_what_the_recipe_will_see(task):
+    seen = []
+
+    def judge(evidence, reduce):
+        seen.append(evidence)
+        return Verdict(with_options(evidence), evidence.prediction)
+
+    recipe = Recipe("mine", judge, needs_rows=task == "rows", needs_response=task == "input")
+    torch.manual_seed(3)
+    partition_of(Blobs(300, image=True), recipe=recipe)
+    made_up, real = seen
+    for field in dataclasses.fields(made_up):
+        one, other = getattr(made_up, field.name), getattr(real, field.name)
+        assert (one is None) == (other is None), field.name
+        if one is not None:
+            assert (one.dtype, one.ndim, len(one)) == (other.dtype, other.ndim, len(other)), field.name

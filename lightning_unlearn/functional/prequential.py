@@ -1,0 +1,137 @@
+"""The noise rate from training steps that came before the network had learned the sample's label.
+
+In the first epochs a training step is a test: it says what the network makes of a sample that it has seen not at all, or
+once. To judge each sample before it is learned is known as prequential evaluation (Dawid 1984) or progressive
+validation (Blum et al. 1999). What a network says so early is not memorized, so its disagreement with the labels can
+be counted; but while it still learns fast, its temperature changes from step to step. Hence one temperature for each
+fifth of the epoch, and a test whether they are alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lightning_unlearn.functional.mixture import Reduce, no_reduce
+from lightning_unlearn.functional.symmetric_noise import SymmetricNoiseFit, fit_symmetric_noise, z_score
+
+PARTS = 5
+"""Into how many parts an epoch is divided, each with a temperature of its own."""
+
+MIN_SKILL = 0.1
+"""How much of what the largest class leaves the network must predict."""
+
+MAX_SCALE_CHANGE = 2.0
+"""How many times as large the scale of the first part may be as that of the others: more, and it still learns fast."""
+
+MAX_SCALE = 10.0
+"""Scale from which on the network has hardly begun."""
+
+MAX_NUMBERS = 2**21
+"""Scores that a fit looks at, over all classes; of more samples every second, third, ... is taken."""
+
+_TWO_SIDED = 1.96
+
+
+@dataclass(frozen=True, eq=False)
+class PrequentialRate:
+    """How many labels are wrong, as told by one early epoch.
+
+    Args:
+        low: lower end of a 95 % interval, with natural confusion taken out.
+        middle: the best guess.
+        high: upper end.
+        z_score: how sure it is that there are any wrong labels.
+        skill: share of what the largest class leaves that the network predicted.
+        is_settled: whether the network had learned enough, and no longer fast, for the other numbers to mean anything.
+        bias: (C,) float64, in logits, what makes the mean prediction match the given labels: the opposite of what
+            class weights or a balanced sampler did.
+    """
+
+    low: float
+    middle: float
+    high: float
+    z_score: float
+    skill: float
+    is_settled: bool
+    bias: Tensor
+
+
+def prequential_rate(
+    logits: Tensor,
+    label: Tensor,
+    position: Tensor,
+    weight: Tensor,
+    *,
+    share: Tensor | None = None,
+    reduce: Reduce = no_reduce,
+) -> PrequentialRate:
+    """The noise rate by one epoch's training steps.
+
+    Args:
+        logits: (n, C) of the steps.
+        label: (n,) int64.
+        position: (n,) in [0, 1), how much of the epoch had passed.
+        weight: (n,), 0 for a sample that was not drawn in this epoch or does not count.
+        share: (C,) of each class among all given labels, where samples were not drawn alike; by default that of
+            the rows.
+        reduce: sums over the ranks.
+
+    Returns:
+        the same on every rank.
+    """
+    thin = _every(logits, weight, reduce)
+    logits, label, position, weight = logits[::thin], label[::thin], position[::thin], weight[::thin].double()
+    weight, share = _stratified(label, weight, logits.shape[1], share, reduce)
+    group = (position * PARTS).long().clamp(0, PARTS - 1)
+    data = (logits.nan_to_num(), label, weight)
+    some = fit_symmetric_noise(*data, group=group, num_groups=PARTS, biased=True, reduce=reduce)
+    skill = _skill(some, *data, group, share, reduce)
+    settled = skill >= MIN_SKILL and _is_settled(some.scale)
+    bias = some.bias / some.scale.median()
+    if not settled:
+        return PrequentialRate(0.0, 0.0, 1.0, 0.0, skill, False, bias - bias.mean())
+    # The bias stays, and the fits start from where this one ended.
+    none = fit_symmetric_noise(
+        *data, group=group, num_groups=PARTS, noisy=False, start=replace(some, blind=0.0), reduce=reduce
+    )
+    lower = fit_symmetric_noise(*data, group=group, num_groups=PARTS, unclear=True, start=some, reduce=reduce)
+    z, names = z_score(some, none), 1 - 1 / logits.shape[1]
+    rates = sorted((lower.rate, some.rate))
+    low = max(0.0, min(rates[0], lower.rate - _TWO_SIDED * lower.std_error * names))
+    high = max(rates[1], some.rate + _TWO_SIDED * some.std_error * names)
+    return PrequentialRate(low, sum(rates) / 2, min(high, 1.0), z, skill, True, bias - bias.mean())
+
+
+def _every(logits: Tensor, weight: Tensor, reduce: Reduce) -> int:
+    total = reduce(weight.double().sum().reshape(1)).item()
+    return max(1, int(total * logits.shape[1] / MAX_NUMBERS))
+
+
+def _stratified(
+    label: Tensor, weight: Tensor, num_classes: int, share: Tensor | None, reduce: Reduce
+) -> tuple[Tensor, Tensor]:
+    """Weights under which the classes have their share of the rows, and that share (C,)."""
+    counts = weight.new_zeros(num_classes).index_add_(0, label, weight)
+    counts = reduce(counts)
+    if share is None:
+        return weight, counts / counts.sum()
+    share = share.to(counts) / share.sum().to(counts)
+    return weight * (share * counts.sum() / counts.clamp(min=1e-9))[label], share
+
+
+def _skill(
+    fit: SymmetricNoiseFit, logits: Tensor, label: Tensor, weight: Tensor, group: Tensor, share: Tensor, reduce: Reduce
+) -> float:
+    scaled = logits.double() - logits.double().mean(dim=1, keepdim=True)
+    right = ((fit.scale[group].unsqueeze(1) * scaled + fit.bias).argmax(1) == label).double()
+    hit, total = reduce(torch.stack([weight @ right, weight.sum()])).tolist()
+    largest = share.max().item()
+    return (hit / max(total, 1e-9) - largest) / max(1 - largest, 1e-9)
+
+
+def _is_settled(scale: Tensor) -> bool:
+    typical = scale[1:].median()
+    return bool(scale[0] <= MAX_SCALE_CHANGE * typical) and bool(typical <= MAX_SCALE)

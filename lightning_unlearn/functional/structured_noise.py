@@ -1,0 +1,138 @@
+"""Whether some class is called by another's name, beyond what blind errors and uncertainty explain.
+
+A network that has learned such a habit predicts it: its own probabilities then explain the labels, and no error is
+left. What tells is which pairs of classes stand out together, and that is what latent classes hold. Their transition
+matrix names the candidates; here each of them must make the given labels likelier by far, or it is dropped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_unlearn.functional.chunks import row_slices
+from lightning_unlearn.functional.mixture import Reduce, no_reduce
+from lightning_unlearn.functional.symmetric_noise import SymmetricNoiseFit
+
+MIN_ENTRY = 0.1
+"""How often a class goes by another's name at least, or the entry is dropped."""
+
+MIN_GAIN = 50.0
+"""Nats that all entries together must gain over blind errors."""
+
+MIN_GAIN_EACH = 20.0
+"""Nats for each of them."""
+
+MIN_GAIN_PER_SAMPLE = 0.02
+"""Nats for each sample: the more there are, the more a wrong shape of the classes gains."""
+
+_ODDS = -1.0
+_STEPS = 40
+
+
+@dataclass(frozen=True, eq=False)
+class StructuredNoise:
+    """Labels as drawn from rows of a transition matrix.
+
+    Args:
+        scale: what the scores are multiplied by.
+        bias: (C,) float64, what is added to them then.
+        transition: (C, C) float64, row k the probabilities of what a sample of class k is called.
+        log_likelihood: of the labels, in nats.
+    """
+
+    scale: float
+    bias: Tensor
+    transition: Tensor
+    log_likelihood: float
+
+    def posterior(self, score: Tensor, label: Tensor) -> Tensor:
+        """Log-probability of each true class given its scores and label, (n, C) float64."""
+        p = (self.scale * (score.double() - score.double().mean(1, keepdim=True)) + self.bias).log_softmax(1)
+        return (p + self.transition.clamp(min=1e-300).log().T[label]).log_softmax(1)
+
+
+def _matrix(entries: Tensor, logits: Tensor, odds: Tensor, num_classes: int) -> Tensor:
+    alone = torch.full((num_classes, num_classes), -torch.inf, dtype=torch.float64, device=logits.device)
+    names = alone.fill_diagonal_(0).index_put((entries[:, 0], entries[:, 1]), logits).softmax(1)
+    blind = odds.sigmoid()
+    return (1 - blind) * names + blind / num_classes
+
+
+def _fit(
+    score: Tensor, label: Tensor, weight: Tensor, entries: Tensor, start: SymmetricNoiseFit, reduce: Reduce
+) -> tuple[StructuredNoise, Tensor]:
+    """The matrix with these entries (m, 2), and how large each has become (m,)."""
+    classes, blind = score.shape[1], min(max(start.blind, 1e-4), 0.9)
+    log_scale, bias = start.scale[:1].log().clone(), start.bias.clone()
+    odds = torch.logit(torch.tensor(blind, dtype=torch.float64, device=score.device))
+    logits = torch.full((len(entries),), _ODDS, dtype=torch.float64, device=score.device)
+    free = [log_scale, bias, odds, logits]
+    for parameter in free:
+        parameter.requires_grad_()
+    total = reduce(weight.sum().reshape(1)).item()
+
+    def closure() -> float:
+        sums = torch.zeros(1 + sum(p.numel() for p in free), dtype=torch.float64, device=score.device)
+        for rows in row_slices(len(label), classes, score.device):
+            scaled = score[rows].double()
+            p = (log_scale.exp() * (scaled - scaled.mean(1, keepdim=True)) + bias).softmax(1)
+            names = _matrix(entries, logits, odds, classes)
+            loss = -(weight[rows] * (p * names.T[label[rows]]).sum(1).clamp(min=1e-300).log()).sum()
+            grads = torch.autograd.grad(loss, free)
+            sums += torch.cat([loss.detach().reshape(1), *(grad.flatten() for grad in grads)])
+        loss, *of_loss = reduce(sums).split([1, *(p.numel() for p in free)])
+        for parameter, grad in zip(free, of_loss, strict=True):
+            parameter.grad = grad.view_as(parameter) / total
+        bias.grad = bias.grad + bias.detach() / total  # type: ignore[operator]  # set in the loop
+        return (loss.item() + 0.5 * bias.detach().square().sum().item()) / total
+
+    optimizer = torch.optim.LBFGS(
+        free, max_iter=_STEPS, tolerance_change=1e-8, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
+    )
+    optimizer.step(closure)
+    likelihood = -closure() * total
+    with torch.no_grad():
+        matrix = _matrix(entries, logits, odds, classes)
+        found = StructuredNoise(log_scale.exp().item(), bias.detach(), matrix, likelihood)
+    return found, matrix[entries[:, 0], entries[:, 1]]
+
+
+def find_structured_noise(
+    score: Tensor,
+    label: Tensor,
+    weight: Tensor,
+    candidate: Tensor,
+    base: SymmetricNoiseFit,
+    *,
+    reduce: Reduce = no_reduce,
+) -> StructuredNoise | None:
+    """The classes that are called by another's name; None if none is.
+
+    Args:
+        score: (n, C) of the latent classes.
+        label: (n,) int64.
+        weight: (n,), 0 for a row that does not count.
+        candidate: (C, C), the transition matrix of the latent classes.
+        base: the fit of blind errors to the same scores.
+        reduce: sums over the ranks.
+
+    Returns:
+        the same on every rank.
+    """
+    weight = weight.double()
+    entries = (candidate.clone().fill_diagonal_(0) >= MIN_ENTRY).nonzero()
+    while len(entries):
+        found, size = _fit(score, label, weight, entries, base, reduce)
+        large = size >= MIN_ENTRY
+        if large.all():
+            break
+        entries = entries[large]
+    if not len(entries):
+        return None
+    gain, total = found.log_likelihood - base.log_likelihood, reduce(weight.sum().reshape(1)).item()
+    by_own_name = bool((found.transition.argmax(1) == torch.arange(len(candidate), device=score.device)).all())
+    asked = max(MIN_GAIN, MIN_GAIN_EACH * len(entries), MIN_GAIN_PER_SAMPLE * total)
+    return found if by_own_name and gain >= asked else None

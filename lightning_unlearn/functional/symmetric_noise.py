@@ -1,0 +1,262 @@
+"""How many labels are drawn blindly, beside those that uncertainty explains: symmetric label noise by maximum likelihood.
+
+Of a sample whose classes score ``s_k``, a label that is never wrong has the probability ``softmax(a s + b)_y``, whatever
+temperature ``1 / a`` and bias ``b`` of the classes the scores need. If a share r of the labels is drawn blindly, it is
+``(1 - r) softmax(a s + b)_y + r / C``, and not even the surest samples agree more often than ``1 - r``. In
+psychophysics, where observers blink, such a floor is called the lapse rate (Wichmann & Hill 2001). A third part,
+``u softmax((a s + b) / 2)_y``, takes labels of samples that are less clear than they look; with it, r is a lower end.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lightning_unlearn.functional.chunks import row_slices
+from lightning_unlearn.functional.mixture import Reduce, no_reduce
+
+FLOOR = 30.0
+"""Nats below certainty from which on a label is as good as impossible, where none is wrong."""
+
+_NATURAL = 0.5  # what the scores of less clear samples are multiplied by
+_START = -3.0  # log-weight of each further part, relative to the first
+_TINY = 1e-300
+_OPTIONS = {"history_size": 10, "tolerance_change": 1e-9, "tolerance_grad": 1e-6, "line_search_fn": "strong_wolfe"}
+
+
+@dataclass(frozen=True, eq=False)
+class SymmetricNoiseFit:
+    """Labels as drawn from a classifier's scores, some of them blindly.
+
+    Args:
+        scale: (J,) float64, what the scores of each group of samples are multiplied by.
+        bias: (C,) float64, what is added to them then.
+        blind: share of the labels that are drawn blindly.
+        unclear: share of the samples that are less clear than they look.
+        log_likelihood: of the labels, in nats, less the penalty on the bias.
+        std_error: of ``blind``.
+    """
+
+    scale: Tensor
+    bias: Tensor
+    blind: float
+    unclear: float
+    log_likelihood: float
+    std_error: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        """Share of the labels that are wrong, as one in C of those drawn blindly is right."""
+        return self.blind * (1 - 1 / len(self.bias))
+
+    def wrong_probability(self, score: Tensor, label: Tensor, group: Tensor | None = None) -> Tensor:
+        """Probability that each given label is wrong.
+
+        Args:
+            score: (n, C).
+            label: (n,) int64.
+            group: (n,) int64 in [0, J); None where there is one.
+
+        Returns:
+            (n,) float64.
+        """
+        parts = []
+        for rows in row_slices(len(label), score.shape[1], score.device):
+            scaled = _centered(score[rows]) * (self.scale[0] if group is None else self.scale[group[rows]].unsqueeze(1))
+            z, y = scaled + self.bias, label[rows].unsqueeze(1)
+            clear = z.softmax(1).gather(1, y).squeeze(1)
+            unclear = (_NATURAL * z).softmax(1).gather(1, y).squeeze(1) if self.unclear else torch.zeros_like(clear)
+            of_blind = self.blind / len(self.bias)
+            total = (1 - self.blind - self.unclear) * clear + self.unclear * unclear + of_blind
+            parts.append(of_blind * (1 - clear) / total.clamp(min=_TINY))
+        return torch.cat(parts) if parts else score.new_zeros(0, dtype=torch.float64)
+
+
+def z_score(some: SymmetricNoiseFit, none: SymmetricNoiseFit) -> float:
+    """How sure it is that labels are wrong, in standard deviations: the root of twice the gain in log-likelihood."""
+    return math.sqrt(2 * max(0.0, some.log_likelihood - none.log_likelihood))
+
+
+@dataclass(eq=False)
+class _Likelihood:
+    """The mean negative log-likelihood and its gradient, over the rows of all ranks."""
+
+    score: Tensor
+    label: Tensor
+    weight: Tensor
+    group: Tensor
+    reduce: Reduce
+    noisy: bool
+    unclear: bool
+    biased: bool
+
+    def __post_init__(self) -> None:
+        self.num_classes = self.score.shape[1]
+        self.total = self.reduce(self.weight.sum().reshape(1)).item()
+
+    def shares(self, mixture: Tensor) -> list[float]:
+        """Of clear samples, of blind labels, and of samples that are less clear than they look."""
+        has = torch.tensor([True, self.noisy, self.unclear])
+        logits = torch.cat([torch.zeros(1, dtype=torch.float64), mixture.detach().cpu()])
+        return logits.masked_fill(~has, -math.inf).softmax(0).tolist()
+
+    def rows(self, rows: slice, log_scale: Tensor, bias: Tensor, shares: list[float]) -> tuple[Tensor, ...]:
+        """Of some rows: log-probability of the label, its derivatives in the logits, and in the shares' log-weights."""
+        clear_share, blind, unclear_share = shares
+        scaled = _centered(self.score[rows]) * log_scale.exp()[self.group[rows]].unsqueeze(1)
+        z, y = scaled + bias, self.label[rows].unsqueeze(1)
+        gradient = z.softmax(1)
+        clear = gradient.gather(1, y).squeeze(1)
+        total, unclear = clear_share * clear + blind / self.num_classes, torch.zeros_like(clear)
+        if self.unclear:
+            soft = (_NATURAL * z).softmax(1)
+            unclear = soft.gather(1, y).squeeze(1)
+            total = total + unclear_share * unclear
+        total = total.clamp(min=_TINY)
+        # Where none is wrong, a label that is as good as impossible costs no more than FLOOR, whatever the scale.
+        live = torch.ones_like(total) if self.noisy else (total > math.exp(-FLOOR)).double()
+        log_total = total.log() if self.noisy else total.log().clamp(min=-FLOOR)
+        by_clear = live * clear_share * clear / total
+        gradient = gradient.mul_(-by_clear.unsqueeze(1)).scatter_add_(1, y, by_clear.unsqueeze(1))
+        if self.unclear:
+            by_unclear = _NATURAL * live * unclear_share * unclear / total
+            gradient -= soft.mul_(by_unclear.unsqueeze(1))
+            gradient.scatter_add_(1, y, by_unclear.unsqueeze(1))
+        of_mixture = torch.stack([blind * (1 / self.num_classes - total), unclear_share * (unclear - total)])
+        return log_total, scaled, gradient, of_mixture * live / total
+
+    def __call__(self, log_scale: Tensor, bias: Tensor, mixture: Tensor) -> tuple[float, Tensor]:
+        """The loss and its gradient (J + C + 2,)."""
+        groups, classes = len(log_scale), self.num_classes
+        sums, shares = self.score.new_zeros(1 + groups + classes + 2, dtype=torch.float64), self.shares(mixture)
+        for rows in row_slices(len(self.label), classes, self.score.device):
+            log_total, scaled, gradient, of_mixture = self.rows(rows, log_scale, bias, shares)
+            w = self.weight[rows]
+            sums[0] -= w @ log_total
+            sums[1 : 1 + groups].index_add_(0, self.group[rows], -w * (gradient * scaled).sum(1))
+            sums[1 + groups : -2] -= w @ gradient
+            sums[-2:] -= of_mixture @ w
+        sums = self.reduce(sums)
+        sums[0] += 0.5 * bias.square().sum()
+        sums[1 + groups : -2] += bias
+        if not self.biased:
+            sums[1 + groups : -2] = 0
+        for at, has in ((-2, self.noisy), (-1, self.unclear)):
+            if not has:
+                sums[at] = 0
+        return sums[0].item() / self.total, sums[1:] / self.total
+
+    def std_error(self, log_scale: Tensor, bias: Tensor, mixture: Tensor) -> float:
+        """Of the blind share, by the outer products of the derivatives; the bias is taken as known."""
+        groups, shares = len(log_scale), self.shares(mixture)
+        size = groups + 1 + self.unclear
+        information = self.score.new_zeros(size, size, dtype=torch.float64)
+        for rows in row_slices(len(self.label), self.num_classes, self.score.device):
+            _, scaled, gradient, of_mixture = self.rows(rows, log_scale, bias, shares)
+            each = information.new_zeros(len(scaled), groups)
+            each.scatter_(1, self.group[rows].unsqueeze(1), (gradient * scaled).sum(1, keepdim=True))
+            each = torch.cat([each, of_mixture[: 1 + self.unclear].T], dim=1)
+            information += each.T @ (self.weight[rows].unsqueeze(1) * each)
+        information = self.reduce(information).cpu()
+        information.diagonal().add_(1e-9 * information.diagonal().max() + 1e-12)
+        covariance = torch.linalg.inv(information)[groups:, groups:]
+        of_blind = torch.tensor([shares[1] * (1 - shares[1]), -shares[1] * shares[2]], dtype=torch.float64)
+        of_blind = of_blind[: 1 + self.unclear]
+        return math.sqrt(max(0.0, (of_blind @ covariance @ of_blind).item()))
+
+
+def _centered(score: Tensor) -> Tensor:
+    score = score.double()
+    return score - score.mean(dim=1, keepdim=True)
+
+
+def fit_symmetric_noise(  # noqa: PLR0913  (what is fitted, and to what)
+    score: Tensor,
+    label: Tensor,
+    weight: Tensor,
+    *,
+    group: Tensor | None = None,
+    num_groups: int = 1,
+    noisy: bool = True,
+    unclear: bool = False,
+    biased: bool = False,
+    start: SymmetricNoiseFit | None = None,
+    reduce: Reduce = no_reduce,
+    steps: int = 40,
+) -> SymmetricNoiseFit:
+    """Fits how often labels are drawn blindly, under a classifier whose temperature is not known.
+
+    Args:
+        score: (n, C), log-probabilities up to a temperature and what is added to all classes.
+        label: (n,) int64.
+        weight: (n,), 0 for a row that does not count.
+        group: (n,) int64, samples whose scores have a temperature of their own; None: all have the same.
+        num_groups: J.
+        noisy: whether labels may be wrong at all.
+        unclear: whether samples may be less clear than they look.
+        biased: whether the classes have a bias; that of ``start`` otherwise.
+        start: a fit to start from.
+        reduce: sums over the ranks.
+        steps: of L-BFGS, at most.
+
+    Returns:
+        the same on every rank.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> score = 4 * torch.randn(2000, 3, generator=generator)
+        >>> label = torch.multinomial(score.softmax(1), 1, generator=generator).squeeze(1)
+        >>> label[::5] = torch.randint(3, (400,), generator=generator)  # two thirds of these are wrong
+        >>> round(fit_symmetric_noise(score, label, torch.ones(2000)).rate, 2)
+        0.13
+    """
+    device = score.device
+    group = torch.zeros_like(label) if group is None else group
+    loss_of = _Likelihood(score, label, weight.double(), group, reduce, noisy, unclear, biased)
+    log_scale = torch.zeros(num_groups, dtype=torch.float64, device=device)
+    bias = torch.zeros(score.shape[1], dtype=torch.float64, device=device)
+    mixture = torch.full((2,), _START, dtype=torch.float64, device=device)
+    if start is not None:
+        log_scale, bias = start.scale.log().clone(), start.bias.clone()
+        if start.blind > 0:
+            mixture[0] = math.log(start.blind / max(1 - start.blind, 1e-9))
+    free = [log_scale, bias, mixture]
+    for parameter in free:
+        parameter.requires_grad_()
+
+    def closure() -> float:
+        with torch.no_grad():
+            loss, gradient = loss_of(*free)
+            for parameter, of_loss in zip(free, gradient.split([len(p) for p in free]), strict=True):
+                parameter.grad = of_loss
+        return loss
+
+    torch.optim.LBFGS(free, max_iter=steps, **_OPTIONS).step(closure)
+    with torch.no_grad():
+        log_scale, bias, mixture = (parameter.detach() for parameter in free)
+        loss, _ = loss_of(log_scale, bias, mixture)
+        _, blind, of_unclear = loss_of.shares(mixture)
+        error = loss_of.std_error(log_scale, bias, mixture) if noisy else 0.0
+    return SymmetricNoiseFit(log_scale.exp(), bias, blind, of_unclear, -loss * loss_of.total, error)
+
+
+def fit_with_and_without(
+    score: Tensor, label: Tensor, weight: Tensor, *, start: SymmetricNoiseFit | None = None, reduce: Reduce = no_reduce
+) -> tuple[SymmetricNoiseFit, float]:
+    """One temperature for all: the noise, none of it where it makes the labels no likelier, and how sure that is.
+
+    Args:
+        score: (n, C).
+        label: (n,) int64.
+        weight: (n,), 0 for a row that does not count.
+        start: whose bias is kept.
+        reduce: sums over the ranks.
+    """
+    some = fit_symmetric_noise(score, label, weight, start=start, reduce=reduce)
+    none = fit_symmetric_noise(score, label, weight, noisy=False, start=replace(some, blind=0.0), reduce=reduce)
+    if some.log_likelihood <= none.log_likelihood:
+        return replace(none, blind=0.0), 0.0
+    return some, z_score(some, none)

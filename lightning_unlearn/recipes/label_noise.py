@@ -1,0 +1,208 @@
+"""Which given labels are wrong, how many, and how sure that is: from what a network said in the course of training."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_unlearn.functional.attribution import label_margin
+from lightning_unlearn.functional.chunks import softmax
+from lightning_unlearn.functional.latent import fit_latent_classes
+from lightning_unlearn.functional.mixture import Reduce, no_reduce
+from lightning_unlearn.functional.prequential import PrequentialRate
+from lightning_unlearn.functional.structured_noise import StructuredNoise, find_structured_noise
+from lightning_unlearn.functional.suspects import ExpectedPrecision, expected_precision, in_order_of, with_mean
+from lightning_unlearn.functional.symmetric_noise import SymmetricNoiseFit, fit_symmetric_noise, fit_with_and_without
+from lightning_unlearn.functional.transition import log_odds_of
+from lightning_unlearn.trajectory import class_coordinates
+
+EXPECTED_PRECISION = 0.85
+"""Of the suspects; what is true of them is mostly within .1 of it."""
+
+NAMED_Z = 3.0
+"""From which on suspects are named."""
+
+ACTED_Z = 5.0
+"""From which on they are acted upon."""
+
+# The last pass counts for up to so much of the evidence where training has not memorized: where the network predicts
+# the given labels of the training samples more often than those of validation samples, by the first, as much as it
+# can; by the second, not at all.
+_LAST_WEIGHT = 0.6
+_NO_GAP, _WIDE_GAP = 0.05, 0.2
+
+_MEMORIZED = 0.9  # share of given labels that the last pass predicts, from which on it says nothing of classes
+_LIKELIHOOD, _LOGITS, _SHARPEN = 0.15, 1.5, 4.0  # of latent classes, see benchmarks/results
+MOST_STRUCTURED = 128
+"""Classes up to which one may be looked for that is called by another's name."""
+
+_SELDOM = 0.05  # a class is not known if it is predicted less often than this share of the samples called so
+_LEAST_RATE = 1e-4  # for the order where no label is wrong
+
+Status = Literal["found", "weak", "none", "unknown"]
+
+
+@dataclass(frozen=True, eq=False)
+class LabelHistory:
+    """What a network said of one rank's samples, in logits of the C classes that occur among the given labels.
+
+    Args:
+        phases: (n, P, C), means over the parts of training, NaN where a sample was not drawn; P is 1 or more.
+        last: (n, C), of a pass in eval mode after it.
+        label: (n,) int64.
+        weight: (n,), 0 for a row that does not count; of k copies of a sample each has 1 / k.
+        early: of the earliest epoch that tells; None if none was kept.
+        gap: share of the training samples whose given label is predicted, less that of validation samples; None
+            where there are none.
+    """
+
+    phases: Tensor
+    last: Tensor
+    label: Tensor
+    weight: Tensor
+    early: PrequentialRate | None = None
+    gap: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class LabelNoise:
+    """What is found. All but the first four is the same on every rank.
+
+    Args:
+        wrong: (n,) float64, probability that the given label is wrong; it ranks.
+        suspect: (n,) bool.
+        suggested: (n,) int64, the likeliest other class.
+        suggested_share: (n,) float64, its probability among the other classes.
+        status: ``"found"``: suspects may be acted upon; ``"weak"``: they are named only; ``"none"``: no sign;
+            ``"unknown"``: the network has learned too little.
+        rate: of wrong labels; a lower bound for errors that are not blind.
+        interval: of it, at 95 %.
+        z: how sure it is that labels are wrong.
+        structured: the classes that go by another's name; None if none does.
+        precision: expected, of the list by ``wrong``.
+        suspects: how many there are.
+        expected: their expected precision.
+    """
+
+    wrong: Tensor
+    suspect: Tensor
+    suggested: Tensor
+    suggested_share: Tensor
+    status: Status
+    rate: float
+    interval: tuple[float, float]
+    z: float
+    structured: StructuredNoise | None
+    precision: ExpectedPrecision
+    suspects: int
+    expected: float
+
+
+def find_label_noise(
+    history: LabelHistory, *, precision: float = EXPECTED_PRECISION, reduce: Reduce = no_reduce
+) -> LabelNoise:
+    """Finds the labels that are wrong.
+
+    Args:
+        history: of this rank's samples.
+        precision: that the suspects should have.
+        reduce: sums over the ranks.
+    """
+    y, w = history.label, history.weight.double()
+    mean, score = _evidence(history)
+    fit, z = fit_with_and_without(score, y, w, reduce=reduce)
+    structured = _structured(history, mean, reduce)
+    early = history.early if history.early is not None and history.early.is_settled else None
+    rate, z = max(fit.rate, early.middle if early else 0.0), max(z, early.z_score if early else 0.0)
+    if structured is None:
+        at_least = replace(fit, blind=max(fit.blind, _LEAST_RATE))
+        wrong = with_mean(at_least.wrong_probability(score, y), w, max(rate, _LEAST_RATE), reduce=reduce)
+        # The margin ranks better where classes are easily confused, as it leaves the less likely ones out.
+        wrong = in_order_of(-label_margin(score, y), wrong, w, reduce=reduce)
+        others = score.double()
+    else:
+        latent_score, noise, gain = structured
+        others = noise.posterior(latent_score, y)
+        wrong = torch.sigmoid(-log_odds_of(others, y))
+        number, total = reduce(torch.stack([w.sum(), w @ wrong])).tolist()
+        rate, z = total / number, math.sqrt(z**2 + 2 * gain)
+    status: Status = "found" if z >= ACTED_Z else "weak" if z >= NAMED_Z else "none"
+    if not _knows_classes(mean, y, w, reduce):
+        status = "unknown"
+    list_of = expected_precision(wrong, w, reduce=reduce)
+    number, threshold, expected = list_of.longest(precision) if status in {"found", "weak"} else (0.0, 1.0, 0.0)
+    share, suggested = others.scatter(1, y.unsqueeze(1), -torch.inf).softmax(1).max(1)
+    return LabelNoise(
+        wrong=wrong,
+        suspect=(wrong >= threshold) & (number > 0),
+        suggested=suggested,
+        suggested_share=share,
+        status=status,
+        rate=rate,
+        interval=_interval(fit, early, rate, structured is not None),
+        z=z,
+        structured=structured[1] if structured else None,
+        precision=list_of,
+        suspects=round(number),
+        expected=expected,
+    )
+
+
+def _evidence(history: LabelHistory) -> tuple[Tensor, Tensor]:
+    """(n, C) each: the mean over training, and what ranks."""
+    mean = history.phases.nanmean(dim=1)
+    mean = torch.where(mean.isfinite(), mean, history.last)
+    if history.early is not None:
+        mean = mean + history.early.bias.to(mean)
+    share = 0.0
+    if history.gap is not None:
+        share = _LAST_WEIGHT * min(max((_WIDE_GAP - history.gap) / (_WIDE_GAP - _NO_GAP), 0.0), 1.0)
+    last = history.last if history.early is None else history.last + history.early.bias.to(mean)
+    return mean, (1 - share) * mean + share * last if share else mean
+
+
+def _structured(history: LabelHistory, mean: Tensor, reduce: Reduce) -> tuple[Tensor, StructuredNoise, float] | None:
+    """Scores of latent classes, how these are called, and how much likelier that makes the labels, in nats."""
+    y, w, classes = history.label, history.weight.double(), mean.shape[1]
+    if not 2 < classes <= MOST_STRUCTURED:
+        return None
+    right, number = reduce(torch.stack([w @ (history.last.argmax(1) == y).double(), w.sum()])).tolist()
+    phases = torch.where(history.phases.isfinite(), history.phases, mean.unsqueeze(1))
+    parts = [part.mean(dim=1) for part in phases.tensor_split(2, dim=1) if part.shape[1]]
+    if right < _MEMORIZED * number:
+        parts.append(history.last)
+    basis = class_coordinates(classes).to(mean) if classes <= 65 else None
+    rows = torch.cat([part @ basis if basis is not None else part - part.mean(1, keepdim=True) for part in parts], 1)
+    width = rows.shape[1] // len(parts)
+
+    def first_guess(x: Tensor) -> Tensor:
+        of_mean = x.reshape(len(x), -1, width)[:, :2].mean(dim=1).double()
+        return softmax(_SHARPEN * (of_mean if basis is None else of_mean @ basis.double().T))
+
+    latent = fit_latent_classes(rows, y, w, first_guess, classes, reduce=reduce)
+    score = _LIKELIHOOD * latent.log_likelihood(rows) + _LOGITS * mean.double()
+    if not bool((latent.transition.clone().fill_diagonal_(0) >= 0.1).any()):
+        return None
+    base = fit_symmetric_noise(score, y, w, biased=True, reduce=reduce)
+    noise = find_structured_noise(score, y, w, latent.transition, base, reduce=reduce)
+    return None if noise is None else (score, noise, noise.log_likelihood - base.log_likelihood)
+
+
+def _knows_classes(mean: Tensor, label: Tensor, weight: Tensor, reduce: Reduce) -> bool:
+    zeros = weight.new_zeros(mean.shape[1])
+    given, said = reduce(torch.stack([zeros.index_add(0, of, weight) for of in (label, mean.argmax(1))]))
+    known = (said >= _SELDOM * given)[given > 0]
+    return bool(known.sum() >= max(2, len(known) / 2))
+
+
+def _interval(
+    fit: SymmetricNoiseFit, early: PrequentialRate | None, rate: float, structured: bool
+) -> tuple[float, float]:
+    if early is None or structured:
+        error = 1.96 * fit.std_error
+        return max(0.0, fit.rate - error if not structured else rate / 2), 1.0
+    return min(early.low, rate), max(early.high, fit.rate + 1.96 * fit.std_error, rate)

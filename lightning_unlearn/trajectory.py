@@ -50,6 +50,11 @@ def class_coordinates(num_classes: int) -> Tensor:
     if num_classes - 1 > MOST_COORDINATES:
         draw = torch.randn(num_classes - 1, MOST_COORDINATES, generator=torch.Generator().manual_seed(0)).double()
         return _times_helmert(torch.linalg.qr(draw)[0]).float()
+    return helmert(num_classes)
+
+
+def helmert(num_classes: int) -> Tensor:
+    """Helmert's orthonormal basis (C, C - 1) of all differences between classes, float32."""
     return _times_helmert(torch.eye(num_classes - 1, dtype=torch.float64)).float()
 
 

@@ -29,6 +29,9 @@ MAX_SCALE_CHANGE = 2.0
 MAX_SCALE = 10.0
 """Scale from which on the network has hardly begun."""
 
+MIN_SHIFT = 0.2
+"""Total variation between predicted and given classes, up to which no bias is taken out: it may be chance."""
+
 MAX_NUMBERS = 2**21
 """Scores that a fit looks at, over all classes; of more samples every second, third, ... is taken."""
 
@@ -46,8 +49,8 @@ class PrequentialRate:
         z_score: how sure it is that there are any wrong labels.
         skill: share of what the largest class leaves that the network predicted.
         is_settled: whether the network had learned enough, and no longer fast, for the other numbers to mean anything.
-        bias: (C,) float64, in logits, what makes the mean prediction match the given labels: the opposite of what
-            class weights or a balanced sampler did.
+        bias: (C,) float64, in nats, what makes the mean prediction match the given labels: the opposite of what class
+            weights or a balanced sampler did; 0 where they match.
     """
 
     low: float
@@ -88,11 +91,10 @@ def prequential_rate(
     group = (position * PARTS).long().clamp(0, PARTS - 1)
     data = (logits.nan_to_num(), label, weight)
     some = fit_symmetric_noise(*data, group=group, num_groups=PARTS, biased=True, reduce=reduce)
-    skill = _skill(some, *data, group, share, reduce)
-    settled = skill >= MIN_SKILL and _is_settled(some.scale)
-    bias = some.bias / some.scale.median()
-    if not settled:
-        return PrequentialRate(0.0, 0.0, 1.0, 0.0, skill, False, bias - bias.mean())
+    skill, shift = _skill_and_shift(some, *data, group, share, reduce)
+    bias = (some.bias - some.bias.mean()) * (shift >= MIN_SHIFT)
+    if skill < MIN_SKILL or not _is_settled(some.scale):
+        return PrequentialRate(0.0, 0.0, 1.0, 0.0, skill, False, bias)
     # The bias stays, and the fits start from where this one ended.
     none = fit_symmetric_noise(
         *data, group=group, num_groups=PARTS, noisy=False, start=replace(some, blind=0.0), reduce=reduce
@@ -102,7 +104,7 @@ def prequential_rate(
     rates = sorted((lower.rate, some.rate))
     low = max(0.0, min(rates[0], lower.rate - _TWO_SIDED * lower.std_error * names))
     high = max(rates[1], some.rate + _TWO_SIDED * some.std_error * names)
-    return PrequentialRate(low, sum(rates) / 2, min(high, 1.0), z, skill, True, bias - bias.mean())
+    return PrequentialRate(low, sum(rates) / 2, min(high, 1.0), z, skill, True, bias)
 
 
 def _every(logits: Tensor, weight: Tensor, reduce: Reduce) -> int:
@@ -122,14 +124,20 @@ def _stratified(
     return weight * (share * counts.sum() / counts.clamp(min=1e-9))[label], share
 
 
-def _skill(
+def _skill_and_shift(
     fit: SymmetricNoiseFit, logits: Tensor, label: Tensor, weight: Tensor, group: Tensor, share: Tensor, reduce: Reduce
-) -> float:
-    scaled = logits.double() - logits.double().mean(dim=1, keepdim=True)
-    right = ((fit.scale[group].unsqueeze(1) * scaled + fit.bias).argmax(1) == label).double()
-    hit, total = reduce(torch.stack([weight @ right, weight.sum()])).tolist()
-    largest = share.max().item()
-    return (hit / max(total, 1e-9) - largest) / max(1 - largest, 1e-9)
+) -> tuple[float, float]:
+    """What the network predicts of what the largest class leaves, and how far its classes' shares are from the labels'."""
+    centered = logits.double() - logits.double().mean(dim=1, keepdim=True)
+    scaled = fit.scale[group].unsqueeze(1) * centered
+    right = ((scaled + fit.bias).argmax(1) == label).double()
+    # As it is, and at its temperature: a network that is unsure yet, or too sure, looks biased in one of them.
+    said = torch.stack([weight @ scores.softmax(1) for scores in (centered, scaled)])
+    sums = reduce(torch.cat([torch.stack([weight @ right, weight.sum()]), said.flatten()]))
+    hit, total = sums[:2].tolist()
+    largest, total = share.max().item(), max(total, 1e-9)
+    away = (sums[2:].reshape(2, -1) / total - share).abs().sum(1).min().item() / 2
+    return (hit / total - largest) / max(1 - largest, 1e-9), away
 
 
 def _is_settled(scale: Tensor) -> bool:

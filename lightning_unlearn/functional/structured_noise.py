@@ -16,7 +16,7 @@ from lightning_unlearn.functional.chunks import row_slices
 from lightning_unlearn.functional.mixture import Reduce, no_reduce
 from lightning_unlearn.functional.symmetric_noise import SymmetricNoiseFit
 
-MIN_ENTRY = 0.1
+MIN_ENTRY = 0.06
 """How often a class goes by another's name at least, or the entry is dropped."""
 
 MIN_GAIN = 50.0
@@ -25,8 +25,11 @@ MIN_GAIN = 50.0
 MIN_GAIN_EACH = 20.0
 """Nats for each of them."""
 
-MIN_GAIN_PER_SAMPLE = 0.02
+MIN_GAIN_PER_SAMPLE = 0.03
 """Nats for each sample: the more there are, the more a wrong shape of the classes gains."""
+
+MOST_ENTRIES_PER_CLASS = 2
+"""Candidates, over all classes, from which on classes overlap rather than go by each other's names."""
 
 _ODDS = -1.0
 _STEPS = 40
@@ -41,12 +44,14 @@ class StructuredNoise:
         bias: (C,) float64, what is added to them then.
         transition: (C, C) float64, row k the probabilities of what a sample of class k is called.
         log_likelihood: of the labels, in nats.
+        entries: how many names there are beside the classes' own.
     """
 
     scale: float
     bias: Tensor
     transition: Tensor
     log_likelihood: float
+    entries: int
 
     def posterior(self, score: Tensor, label: Tensor) -> Tensor:
         """Log-probability of each true class given its scores and label, (n, C) float64."""
@@ -90,13 +95,13 @@ def _fit(
         return (loss.item() + 0.5 * bias.detach().square().sum().item()) / total
 
     optimizer = torch.optim.LBFGS(
-        free, max_iter=_STEPS, tolerance_change=1e-8, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
+        free, max_iter=_STEPS, tolerance_change=1e-7, tolerance_grad=1e-5, line_search_fn="strong_wolfe"
     )
     optimizer.step(closure)
     likelihood = -closure() * total
     with torch.no_grad():
         matrix = _matrix(entries, logits, odds, classes)
-        found = StructuredNoise(log_scale.exp().item(), bias.detach(), matrix, likelihood)
+        found = StructuredNoise(log_scale.exp().item(), bias.detach(), matrix, likelihood, len(entries))
     return found, matrix[entries[:, 0], entries[:, 1]]
 
 
@@ -108,11 +113,11 @@ def find_structured_noise(
     base: SymmetricNoiseFit,
     *,
     reduce: Reduce = no_reduce,
-) -> StructuredNoise | None:
-    """The classes that are called by another's name; None if none is.
+) -> tuple[StructuredNoise, float] | None:
+    """The classes that are called by another's name, and how many nats that gains; None if none is.
 
     Args:
-        score: (n, C) of the latent classes.
+        score: (n, C) of the latent classes and the network.
         label: (n,) int64.
         weight: (n,), 0 for a row that does not count.
         candidate: (C, C), the transition matrix of the latent classes.
@@ -122,17 +127,41 @@ def find_structured_noise(
     Returns:
         the same on every rank.
     """
+    found = fit_structured_noise(score, label, weight, candidate, base, reduce=reduce)
+    if found is None:
+        return None
+    own = torch.arange(len(candidate), device=score.device)
+    by_own_name = bool((found.transition.argmax(1) == own).all())
+    gain, total = found.log_likelihood - base.log_likelihood, reduce(weight.double().sum().reshape(1)).item()
+    asked = max(MIN_GAIN, MIN_GAIN_EACH * found.entries, MIN_GAIN_PER_SAMPLE * total)
+    return (found, gain) if by_own_name and gain >= asked else None
+
+
+def fit_structured_noise(
+    score: Tensor,
+    label: Tensor,
+    weight: Tensor,
+    candidate: Tensor,
+    base: SymmetricNoiseFit,
+    *,
+    reduce: Reduce = no_reduce,
+) -> StructuredNoise | None:
+    """The matrix with those entries of ``candidate`` that stay large; None if there are none, or far too many.
+
+    Args:
+        score: (n, C).
+        label: (n,) int64.
+        weight: (n,), 0 for a row that does not count.
+        candidate: (C, C).
+        base: to start from.
+        reduce: sums over the ranks.
+    """
     weight = weight.double()
     entries = (candidate.clone().fill_diagonal_(0) >= MIN_ENTRY).nonzero()
-    while len(entries):
+    while 0 < len(entries) <= MOST_ENTRIES_PER_CLASS * len(candidate):
         found, size = _fit(score, label, weight, entries, base, reduce)
         large = size >= MIN_ENTRY
         if large.all():
-            break
+            return found
         entries = entries[large]
-    if not len(entries):
-        return None
-    gain, total = found.log_likelihood - base.log_likelihood, reduce(weight.sum().reshape(1)).item()
-    by_own_name = bool((found.transition.argmax(1) == torch.arange(len(candidate), device=score.device)).all())
-    asked = max(MIN_GAIN, MIN_GAIN_EACH * len(entries), MIN_GAIN_PER_SAMPLE * total)
-    return found if by_own_name and gain >= asked else None
+    return None

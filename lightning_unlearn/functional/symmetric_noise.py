@@ -24,7 +24,7 @@ FLOOR = 30.0
 _NATURAL = 0.5  # what the scores of less clear samples are multiplied by
 _START = -3.0  # log-weight of each further part, relative to the first
 _TINY = 1e-300
-_OPTIONS = {"history_size": 10, "tolerance_change": 1e-9, "tolerance_grad": 1e-6, "line_search_fn": "strong_wolfe"}
+_OPTIONS = {"history_size": 10, "tolerance_change": 1e-7, "tolerance_grad": 1e-5, "line_search_fn": "strong_wolfe"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,7 +244,7 @@ def fit_symmetric_noise(  # noqa: PLR0913  (what is fitted, and to what)
 
 
 def fit_with_and_without(
-    score: Tensor, label: Tensor, weight: Tensor, *, start: SymmetricNoiseFit | None = None, reduce: Reduce = no_reduce
+    score: Tensor, label: Tensor, weight: Tensor, *, bias: Tensor | None = None, reduce: Reduce = no_reduce
 ) -> tuple[SymmetricNoiseFit, float]:
     """One temperature for all: the noise, none of it where it makes the labels no likelier, and how sure that is.
 
@@ -252,9 +252,12 @@ def fit_with_and_without(
         score: (n, C).
         label: (n,) int64.
         weight: (n,), 0 for a row that does not count.
-        start: whose bias is kept.
+        bias: (C,) of the classes, in nats, that is known; None: there is none.
         reduce: sums over the ranks.
     """
+    start = None
+    if bias is not None:
+        start = SymmetricNoiseFit(torch.ones_like(bias[:1]), bias, 0.0, 0.0, -math.inf)
     some = fit_symmetric_noise(score, label, weight, start=start, reduce=reduce)
     none = fit_symmetric_noise(score, label, weight, noisy=False, start=replace(some, blind=0.0), reduce=reduce)
     if some.log_likelihood <= none.log_likelihood:

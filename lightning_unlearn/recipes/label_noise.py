@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -14,11 +15,16 @@ from lightning_unlearn.functional.chunks import softmax
 from lightning_unlearn.functional.latent import fit_latent_classes
 from lightning_unlearn.functional.mixture import Reduce, no_reduce
 from lightning_unlearn.functional.prequential import PrequentialRate
-from lightning_unlearn.functional.structured_noise import StructuredNoise, find_structured_noise
+from lightning_unlearn.functional.structured_noise import (
+    MIN_ENTRY,
+    StructuredNoise,
+    find_structured_noise,
+    fit_structured_noise,
+)
 from lightning_unlearn.functional.suspects import ExpectedPrecision, expected_precision, in_order_of, with_mean
 from lightning_unlearn.functional.symmetric_noise import SymmetricNoiseFit, fit_symmetric_noise, fit_with_and_without
 from lightning_unlearn.functional.transition import log_odds_of
-from lightning_unlearn.trajectory import class_coordinates
+from lightning_unlearn.trajectory import helmert
 
 EXPECTED_PRECISION = 0.85
 """Of the suspects; what is true of them is mostly within .1 of it."""
@@ -36,7 +42,9 @@ _LAST_WEIGHT = 0.6
 _NO_GAP, _WIDE_GAP = 0.05, 0.2
 
 _MEMORIZED = 0.9  # share of given labels that the last pass predicts, from which on it says nothing of classes
-_LIKELIHOOD, _LOGITS, _SHARPEN = 0.15, 1.5, 4.0  # of latent classes, see benchmarks/results
+# Latent classes beside the network's own logits: whether classes go by other names is told best by scores that are
+# mostly the network's, which are hardly ever wrong of clean data; which samples do, by the latent classes.
+_LIKELIHOOD, _TEST_LOGITS, _POSTERIOR_LOGITS, _SHARPEN = 0.15, 1.5, 0.15, 4.0
 MOST_STRUCTURED = 128
 """Classes up to which one may be looked for that is called by another's name."""
 
@@ -77,8 +85,9 @@ class LabelNoise:
         suspect: (n,) bool.
         suggested: (n,) int64, the likeliest other class.
         suggested_share: (n,) float64, its probability among the other classes.
-        status: ``"found"``: suspects may be acted upon; ``"weak"``: they are named only; ``"none"``: no sign;
-            ``"unknown"``: the network has learned too little.
+        status: ``"found"``: suspects may be acted upon; ``"weak"``: they are named only, as little speaks for them, or
+            class weights or a balanced sampler had to be guessed; ``"none"``: no sign; ``"unknown"``: the network has
+            learned too little.
         rate: of wrong labels; a lower bound for errors that are not blind.
         interval: of it, at 95 %.
         z: how sure it is that labels are wrong.
@@ -113,17 +122,20 @@ def find_label_noise(
         reduce: sums over the ranks.
     """
     y, w = history.label, history.weight.double()
+    bias = _bias(history)
     mean, score = _evidence(history)
-    fit, z = fit_with_and_without(score, y, w, reduce=reduce)
-    structured = _structured(history, mean, reduce)
+    fit, z = fit_with_and_without(score, y, w, bias=bias, reduce=reduce)
+    # In logits from here on, so that what compares classes need not know of it.
+    shift = (bias / fit.scale).to(mean)
+    structured = _structured(history, mean + shift, reduce)
     early = history.early if history.early is not None and history.early.is_settled else None
     rate, z = max(fit.rate, early.middle if early else 0.0), max(z, early.z_score if early else 0.0)
     if structured is None:
         at_least = replace(fit, blind=max(fit.blind, _LEAST_RATE))
         wrong = with_mean(at_least.wrong_probability(score, y), w, max(rate, _LEAST_RATE), reduce=reduce)
         # The margin ranks better where classes are easily confused, as it leaves the less likely ones out.
-        wrong = in_order_of(-label_margin(score, y), wrong, w, reduce=reduce)
-        others = score.double()
+        wrong = in_order_of(-label_margin(score + shift, y), wrong, w, reduce=reduce)
+        others = (score + shift).double()
     else:
         latent_score, noise, gain = structured
         others = noise.posterior(latent_score, y)
@@ -131,8 +143,10 @@ def find_label_noise(
         number, total = reduce(torch.stack([w.sum(), w @ wrong])).tolist()
         rate, z = total / number, math.sqrt(z**2 + 2 * gain)
     status: Status = "found" if z >= ACTED_Z else "weak" if z >= NAMED_Z else "none"
-    if not _knows_classes(mean, y, w, reduce):
+    if not _knows_classes(mean + shift, y, w, reduce):
         status = "unknown"
+    elif status == "found" and bool(bias.any()) and structured is None:
+        status = "weak"
     list_of = expected_precision(wrong, w, reduce=reduce)
     number, threshold, expected = list_of.longest(precision) if status in {"found", "weak"} else (0.0, 1.0, 0.0)
     share, suggested = others.scatter(1, y.unsqueeze(1), -torch.inf).softmax(1).max(1)
@@ -156,40 +170,68 @@ def _evidence(history: LabelHistory) -> tuple[Tensor, Tensor]:
     """(n, C) each: the mean over training, and what ranks."""
     mean = history.phases.nanmean(dim=1)
     mean = torch.where(mean.isfinite(), mean, history.last)
-    if history.early is not None:
-        mean = mean + history.early.bias.to(mean)
     share = 0.0
     if history.gap is not None:
         share = _LAST_WEIGHT * min(max((_WIDE_GAP - history.gap) / (_WIDE_GAP - _NO_GAP), 0.0), 1.0)
-    last = history.last if history.early is None else history.last + history.early.bias.to(mean)
-    return mean, (1 - share) * mean + share * last if share else mean
+    return mean, (1 - share) * mean + share * history.last if share else mean
+
+
+def _bias(history: LabelHistory) -> Tensor:
+    if history.early is None:
+        return history.last.new_zeros(history.last.shape[1], dtype=torch.float64)
+    return history.early.bias.to(history.last.device)
 
 
 def _structured(history: LabelHistory, mean: Tensor, reduce: Reduce) -> tuple[Tensor, StructuredNoise, float] | None:
-    """Scores of latent classes, how these are called, and how much likelier that makes the labels, in nats."""
-    y, w, classes = history.label, history.weight.double(), mean.shape[1]
-    if not 2 < classes <= MOST_STRUCTURED:
+    """Scores of latent classes, how these are called, and how much likelier that makes the labels, in nats.
+
+    Looked for in the first phase, which is the least memorized, and in all of training; where more shows, is taken.
+    """
+    y, w = history.label, history.weight.double()
+    if not 2 < mean.shape[1] <= MOST_STRUCTURED:
         return None
-    right, number = reduce(torch.stack([w @ (history.last.argmax(1) == y).double(), w.sum()])).tolist()
+    best = None
+    for parts, logits in _windows(history, mean, reduce):
+        likelihood, candidate = _latent_classes(parts, y, w, reduce)
+        if not bool((candidate.clone().fill_diagonal_(0) >= MIN_ENTRY).any()):
+            continue
+        score = _LIKELIHOOD * likelihood + _TEST_LOGITS * logits.double()
+        base = fit_symmetric_noise(score, y, w, biased=True, reduce=reduce)
+        found = find_structured_noise(score, y, w, candidate, base, reduce=reduce)
+        if found is not None and (best is None or found[1] > best[2]):
+            best = likelihood, logits, found[1], candidate
+    if best is None:
+        return None
+    likelihood, logits, gain, candidate = best
+    score = _LIKELIHOOD * likelihood + _POSTERIOR_LOGITS * logits.double()
+    base = fit_symmetric_noise(score, y, w, biased=True, reduce=reduce)
+    noise = fit_structured_noise(score, y, w, candidate, base, reduce=reduce)
+    return None if noise is None else (score, noise, gain)
+
+
+def _windows(history: LabelHistory, mean: Tensor, reduce: Reduce) -> list[tuple[list[Tensor], Tensor]]:
+    """Parts of training (n, C) that latent classes are fitted to together, and the logits that go with them."""
+    w, right = history.weight.double(), (history.last.argmax(1) == history.label).double()
+    hit, number = reduce(torch.stack([w @ right, w.sum()])).tolist()
     phases = torch.where(history.phases.isfinite(), history.phases, mean.unsqueeze(1))
     parts = [part.mean(dim=1) for part in phases.tensor_split(2, dim=1) if part.shape[1]]
-    if right < _MEMORIZED * number:
+    if hit < _MEMORIZED * number:
         parts.append(history.last)
-    basis = class_coordinates(classes).to(mean) if classes <= 65 else None
-    rows = torch.cat([part @ basis if basis is not None else part - part.mean(1, keepdim=True) for part in parts], 1)
-    width = rows.shape[1] // len(parts)
+    return [([phases[:, 0]], phases[:, 0]), (parts, mean)]
+
+
+def _latent_classes(parts: Sequence[Tensor], label: Tensor, weight: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor]:
+    """The log-likelihood of each latent class (n, C), and how the classes are called (C, C)."""
+    classes = parts[0].shape[1]
+    basis = helmert(classes).to(parts[0])
+    rows = torch.cat([part @ basis for part in parts], dim=1)
 
     def first_guess(x: Tensor) -> Tensor:
-        of_mean = x.reshape(len(x), -1, width)[:, :2].mean(dim=1).double()
-        return softmax(_SHARPEN * (of_mean if basis is None else of_mean @ basis.double().T))
+        of_mean = x.reshape(len(x), -1, classes - 1)[:, :2].mean(dim=1).double()
+        return softmax(_SHARPEN * of_mean @ basis.double().T)
 
-    latent = fit_latent_classes(rows, y, w, first_guess, classes, reduce=reduce)
-    score = _LIKELIHOOD * latent.log_likelihood(rows) + _LOGITS * mean.double()
-    if not bool((latent.transition.clone().fill_diagonal_(0) >= 0.1).any()):
-        return None
-    base = fit_symmetric_noise(score, y, w, biased=True, reduce=reduce)
-    noise = find_structured_noise(score, y, w, latent.transition, base, reduce=reduce)
-    return None if noise is None else (score, noise, noise.log_likelihood - base.log_likelihood)
+    latent = fit_latent_classes(rows, label, weight, first_guess, classes, reduce=reduce)
+    return latent.log_likelihood(rows), latent.transition
 
 
 def _knows_classes(mean: Tensor, label: Tensor, weight: Tensor, reduce: Reduce) -> bool:

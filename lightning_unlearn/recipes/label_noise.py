@@ -48,6 +48,9 @@ _LIKELIHOOD, _TEST_LOGITS, _POSTERIOR_LOGITS, _SHARPEN = 0.15, 1.5, 0.15, 4.0
 MOST_STRUCTURED = 128
 """Classes up to which one may be looked for that is called by another's name."""
 
+# Samples of a class for every class: with fewer, latent classes take what is confused for names.
+_LEAST_EACH = 2
+
 _SELDOM = 0.05  # a class is not known if it is predicted less often than this share of the samples called so
 _LEAST_RATE = 1e-4  # for the order where no label is wrong
 
@@ -187,8 +190,10 @@ def _structured(history: LabelHistory, mean: Tensor, reduce: Reduce) -> tuple[Te
 
     Looked for in the first phase, which is the least memorized, and in all of training; where more shows, is taken.
     """
-    y, w = history.label, history.weight.double()
-    if not 2 < mean.shape[1] <= MOST_STRUCTURED:
+    y, w, classes = history.label, history.weight.double(), mean.shape[1]
+    if not 2 < classes <= MOST_STRUCTURED:
+        return None
+    if reduce(w.sum().reshape(1)).item() < _LEAST_EACH * classes * classes:
         return None
     best = None
     for parts, logits in _windows(history, mean, reduce):

@@ -1,0 +1,89 @@
+import pytest
+import torch
+
+from lightning_unlearn.functional import prequential
+from lightning_unlearn.functional.prequential import prequential_rate
+from tests.ranks import run_ranks
+
+
+def epoch(n, rate, *, seed=0, classes=5, growth=(1.0, 1.0), prior=None):
+    """Logits of one epoch's steps, that grow from one part of it to the next, labels and positions."""
+    generator = torch.Generator().manual_seed(seed)
+    score = 3 * torch.randn(n, classes, generator=generator).double()
+    if prior is not None:
+        score = score + prior
+    truth = torch.multinomial(score.softmax(1), 1, generator=generator).squeeze(1)
+    blind = torch.rand(n, generator=generator) < rate
+    label = torch.where(blind, torch.randint(0, classes, (n,), generator=generator), truth)
+    position = torch.arange(n) / n
+    said = score if prior is None else score - prior
+    return said * torch.linspace(*growth, n).unsqueeze(1), label, position
+
+
+@pytest.mark.parametrize("growth", [(1.0, 1.0), (0.6, 1.0), (3.0, 3.0)])
+def test_finds_the_rate_whatever_temperature_the_epoch_had(growth):
+    found = prequential_rate(*epoch(6000, 0.1, growth=growth), torch.ones(6000))
+    assert found.is_settled
+    assert found.low <= 0.08 <= found.high
+    assert found.z_score > 5
+
+
+def test_clean_labels_show_nothing():
+    found = prequential_rate(*epoch(6000, 0.0, growth=(0.7, 1.0)), torch.ones(6000))
+    assert found.z_score < 3
+    assert found.low == 0
+    assert found.high < 0.01
+
+
+def test_an_epoch_that_still_learns_fast_is_not_believed():
+    found = prequential_rate(*epoch(3000, 0.1, growth=(0.02, 1.0)), torch.ones(3000))
+    assert not found.is_settled
+    assert (found.low, found.high, found.z_score) == (0.0, 1.0, 0.0)
+
+
+def test_a_network_that_knows_nothing_is_not_believed():
+    logits, label, position = epoch(3000, 0.1)
+    found = prequential_rate(torch.randn_like(logits), label, position, torch.ones(3000))
+    assert found.skill < 0.1
+    assert not found.is_settled
+
+
+def test_class_weights_are_taken_out_and_chance_is_not():
+    prior = torch.tensor([3.0, 0.0, 0.0, -1.0, -2.0])
+    weighted = prequential_rate(*epoch(8000, 0.05, prior=prior), torch.ones(8000))
+    torch.testing.assert_close(weighted.bias, (prior - prior.mean()).double(), atol=0.3, rtol=0)
+    assert weighted.middle == pytest.approx(0.04, abs=0.01)
+    assert not prequential_rate(*epoch(8000, 0.05), torch.ones(8000)).bias.any()
+
+
+def test_samples_that_were_not_drawn_do_not_count():
+    logits, label, position = epoch(3000, 0.1)
+    missing = torch.arange(3000) % 3 == 0
+    with_holes = logits.masked_fill(missing.unsqueeze(1), torch.nan)
+    found = prequential_rate(with_holes, label, position, (~missing).double(), share=torch.bincount(label))
+    alone = prequential_rate(
+        logits[~missing], label[~missing], position[~missing], torch.ones(2000), share=torch.bincount(label)
+    )
+    assert found.middle == pytest.approx(alone.middle, abs=1e-5)
+
+
+def test_of_many_numbers_a_part_is_looked_at(monkeypatch):
+    monkeypatch.setattr(prequential, "MAX_NUMBERS", 10_000)
+    found = prequential_rate(*epoch(6000, 0.1), torch.ones(6000))
+    assert found.low <= 0.08 <= found.high
+
+
+def test_ranks_find_what_one_finds():
+    logits, label, position = epoch(1501, 0.1)
+    share = torch.bincount(label)
+    one = prequential_rate(logits, label, position, torch.ones(1501), share=share)
+
+    def on_rank(rank, reduce):
+        part = slice(rank, None, 2)
+        ones = torch.ones(len(label[part]))
+        return prequential_rate(logits[part], label[part], position[part], ones, share=share, reduce=reduce)
+
+    for found in run_ranks(on_rank, 2):
+        assert found.middle == pytest.approx(one.middle, abs=1e-5)
+        assert found.high == pytest.approx(one.high, abs=1e-4)
+        assert found.is_settled == one.is_settled

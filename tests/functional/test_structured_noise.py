@@ -1,0 +1,74 @@
+import pytest
+import torch
+
+from lightning_unlearn.functional.structured_noise import find_structured_noise, fit_structured_noise
+from lightning_unlearn.functional.symmetric_noise import fit_symmetric_noise
+from tests.ranks import run_ranks
+
+CLASSES = 5
+
+
+def draw(n, names, *, seed=0, sharp=3.0):
+    """Scores that know the true class fairly well, and labels drawn from the rows of a matrix."""
+    generator = torch.Generator().manual_seed(seed)
+    score = sharp * torch.randn(n, CLASSES, generator=generator).double()
+    truth = torch.multinomial(score.softmax(1), 1, generator=generator).squeeze(1)
+    label = torch.multinomial(names[truth], 1, generator=generator).squeeze(1)
+    return score, label, truth
+
+
+def next_class(share):
+    eye = torch.eye(CLASSES)
+    return ((1 - share) * eye + share * eye.roll(1, 1)).double()
+
+
+def find(score, label, candidate, **options):
+    weight = torch.ones(len(label))
+    base = fit_symmetric_noise(score, label, weight, biased=True, **options)
+    return find_structured_noise(score, label, weight, candidate, base, **options)
+
+
+@pytest.mark.parametrize("share", [0.15, 0.4])
+def test_finds_the_matrix_that_the_labels_were_drawn_from(share):
+    score, label, truth = draw(4000, next_class(share))
+    noise, gain = find(score, label, next_class(0.2))
+    torch.testing.assert_close(noise.transition, next_class(share), atol=0.05, rtol=0)
+    assert gain > 100
+    right = noise.posterior(score, label).gather(1, label.unsqueeze(1)).squeeze(1).exp()
+    suspect = right < 0.5
+    assert (label != truth)[suspect].double().mean().item() == pytest.approx(1 - right[suspect].mean().item(), abs=0.05)
+
+
+@pytest.mark.parametrize("blind", [0.0, 0.2])
+def test_blind_errors_are_no_structure(blind):
+    names = ((1 - blind) * torch.eye(CLASSES) + blind / CLASSES).double()
+    score, label, _ = draw(4000, names)
+    assert find(score, label, next_class(0.2)) is None
+
+
+def test_entries_that_are_not_there_are_dropped():
+    names = torch.eye(CLASSES).double()
+    names[0, 0], names[0, 3] = 0.7, 0.3
+    score, label, _ = draw(6000, names)
+    noise, _ = find(score, label, names + next_class(0.2))
+    others = noise.transition - noise.transition.diagonal().diag()
+    assert (others > 0.06).nonzero().tolist() == [[0, 3]]
+    assert noise.entries == 1
+
+
+def test_classes_that_overlap_everywhere_are_no_structure():
+    score, label, _ = draw(500, next_class(0.2))
+    weight = torch.ones(500)
+    base = fit_symmetric_noise(score, label, weight)
+    assert fit_structured_noise(score, label, weight, torch.full((CLASSES, CLASSES), 0.2).double(), base) is None
+
+
+def test_ranks_find_what_one_finds():
+    score, label, _ = draw(901, next_class(0.3))
+    one, _ = find(score, label, next_class(0.2))
+
+    def on_rank(rank, reduce):
+        return find(score[rank::2], label[rank::2], next_class(0.2), reduce=reduce)
+
+    for noise, _ in run_ranks(on_rank, 2):
+        torch.testing.assert_close(noise.transition, one.transition, atol=1e-4, rtol=0)

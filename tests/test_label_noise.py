@@ -1,0 +1,152 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lightning_unlearn.functional.prequential import prequential_rate
+from lightning_unlearn.recipes.label_noise import LabelHistory, find_label_noise
+from tests.ranks import run_ranks
+
+CLASSES = 6
+
+
+def history(n, names, *, seed=0, memorized=0.0, weights=None, gap=0.1):
+    """Gaussian classes that a network has learned, four phases, and a last pass that may repeat the given labels."""
+    generator = torch.Generator().manual_seed(seed)
+    truth = torch.arange(n) % CLASSES
+    center = 3.2 * torch.eye(CLASSES)
+    said = 1.5 * (center[truth] + torch.randn(n, CLASSES, generator=generator))
+    label = torch.multinomial(names[truth], 1, generator=generator).squeeze(1)
+    # A network that has learned habits says so.
+    said = (said.softmax(1) @ names.float()).clamp(min=1e-4).log() if (names > 0.05).sum() > CLASSES else said
+    said = said - (0 if weights is None else weights)
+    given = torch.nn.functional.one_hot(label, CLASSES).float()
+    phases = [said + 0.3 * torch.randn(n, CLASSES, generator=generator) + memorized * k * given for k in range(4)]
+    position = torch.rand(n, generator=generator)
+    early = prequential_rate(phases[0], label, position, torch.ones(n))
+    last = phases[3] + memorized * given
+    return LabelHistory(torch.stack(phases, 1), last, label, torch.ones(n), early, gap), label != truth
+
+
+def blind(rate):
+    return (1 - rate) * torch.eye(CLASSES) + rate / CLASSES
+
+
+def next_class(rate):
+    return (1 - rate) * torch.eye(CLASSES) + rate * torch.eye(CLASSES).roll(1, 1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("memorized", [0.0, 2.0])
+def test_clean_data_has_no_suspects(seed, memorized):
+    found = find_label_noise(history(3000, blind(0.0), seed=seed, memorized=memorized)[0])
+    assert found.status in {"none", "weak"}
+    assert found.suspect.double().mean() <= 0.003
+    assert found.interval[0] == 0
+    assert found.structured is None
+
+
+@pytest.mark.parametrize("rate", [0.02, 0.06, 0.3])
+@pytest.mark.parametrize("memorized", [0.0, 1.0])
+def test_blind_errors_are_found_at_the_precision_that_is_stated(rate, memorized):
+    seen, wrong = history(6000, blind(rate), memorized=memorized)
+    found = find_label_noise(seen)
+    true_rate = wrong.double().mean().item()
+    assert found.status == "found"
+    assert found.interval[0] <= true_rate <= found.interval[1]
+    assert wrong[found.suspect].double().mean().item() >= found.expected - 0.1
+    assert (wrong & found.suspect).sum() >= 0.5 * wrong.sum()
+    assert found.suspects == pytest.approx(int(found.suspect.sum()), abs=1)
+    assert found.structured is None
+
+
+@pytest.mark.parametrize("rate", [0.15, 0.4])
+def test_habits_are_found(rate):
+    seen, wrong = history(6000, next_class(rate))
+    found = find_label_noise(seen)
+    assert found.structured is not None
+    assert found.status == "found"
+    assert wrong[found.suspect].double().mean() >= 0.75
+    assert (wrong & found.suspect).sum() >= 0.6 * wrong.sum()
+    assert found.suggested[found.suspect].eq((torch.arange(6000) % CLASSES)[found.suspect]).double().mean() > 0.7
+    assert found.interval[0] <= wrong.double().mean().item() <= found.interval[1]
+
+
+def test_more_precision_is_a_shorter_list_of_the_same_order():
+    seen, _ = history(6000, blind(0.2))
+    few, many = (find_label_noise(seen, precision=precision) for precision in (0.97, 0.6))
+    assert few.suspects < many.suspects
+    assert (few.suspect & ~many.suspect).sum() == 0
+    assert torch.equal(few.wrong, many.wrong)
+
+
+def test_class_weights_change_little_but_are_said():
+    plain, wrong = history(6000, blind(0.06))
+    weighted, _ = history(6000, blind(0.06), weights=torch.tensor([0.0, 2.0, 4.0, 6.0, 0.0, 0.0]))
+    a, b = find_label_noise(plain), find_label_noise(weighted)
+    right = [wrong[found.wrong.argsort(descending=True)[:300]].double().mean() for found in (a, b)]
+    assert right[1] >= right[0] - 0.1
+    assert (a.status, b.status) == ("found", "weak")
+
+
+def test_a_network_that_says_one_class_tells_nothing():
+    seen, _ = history(2000, blind(0.1))
+    dead = torch.zeros_like(seen.last)
+    dead[:, 0] = 1
+    found = find_label_noise(replace(seen, phases=dead.unsqueeze(1).repeat(1, 4, 1), last=dead, early=None))
+    assert found.status == "unknown"
+    assert not found.suspect.any()
+
+
+def test_without_an_early_epoch_the_rate_has_no_upper_end():
+    seen, wrong = history(4000, blind(0.1))
+    found = find_label_noise(replace(seen, early=None))
+    assert found.interval[1] == 1.0
+    assert found.interval[0] <= wrong.double().mean().item()
+    assert found.status == "found"
+
+
+def test_samples_that_a_phase_has_not_seen_are_judged_by_the_others():
+    seen, wrong = history(4000, blind(0.1))
+    phases = seen.phases.clone()
+    phases[::3, 1] = torch.nan
+    phases[5] = torch.nan
+    found = find_label_noise(replace(seen, phases=phases))
+    assert found.wrong.isfinite().all()
+    assert wrong[found.suspect].double().mean() > 0.75
+
+
+def test_the_last_pass_counts_where_nothing_is_memorized():
+    seen, _ = history(2000, blind(0.1))
+    other = replace(seen, last=torch.randn_like(seen.last))
+    near, far = (find_label_noise(replace(other, gap=gap)).wrong for gap in (0.0, 0.3))
+    torch.testing.assert_close(far, find_label_noise(replace(other, gap=None)).wrong)
+    assert not torch.allclose(near, far)
+
+
+def test_copies_that_share_a_weight_count_once():
+    seen, _ = history(1500, blind(0.1))
+    repeat = torch.cat([torch.arange(1500), torch.arange(1500)])
+    twice = LabelHistory(
+        seen.phases[repeat], seen.last[repeat], seen.label[repeat], torch.full((3000,), 0.5), seen.early, seen.gap
+    )
+    one, both = find_label_noise(seen), find_label_noise(twice)
+    torch.testing.assert_close(both.wrong[:1500], one.wrong, atol=1e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize("names", [blind(0.1), next_class(0.3)])
+def test_two_ranks_find_what_one_finds(names):
+    seen, _ = history(1501, names)
+    one = find_label_noise(seen)
+
+    def on_rank(rank, reduce):
+        rows = slice(rank, None, 2)
+        part = replace(
+            seen, phases=seen.phases[rows], last=seen.last[rows], label=seen.label[rows], weight=seen.weight[rows]
+        )
+        return find_label_noise(part, reduce=reduce)
+
+    for rank, found in enumerate(run_ranks(on_rank, 2)):
+        torch.testing.assert_close(found.wrong, one.wrong[rank::2], atol=1e-3, rtol=1e-2)
+        assert found.suspects == pytest.approx(one.suspects, abs=2)
+        assert found.status == one.status

@@ -158,17 +158,15 @@ def judged(replay: Replay, epochs: int, seed: int, *, peers: bool) -> dict[str, 
     return row
 
 
-def rows_of(
-    groups: Sequence[str], seeds: Sequence[int], only: str, cache: Path, data: Path, peers: bool
-) -> Iterator[dict[str, Any]]:
+def rows_of(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Every judgement of every case; peers that take long only in the middle of the fit."""
-    for seed in seeds:
-        for case in (case for group in groups for case in GROUPS[group]()):
-            if not re.search(only, case.name):
+    for seed in args.seeds:
+        for case in (case for group in args.groups for case in GROUPS[group]()):
+            if not re.search(args.only, case.name):
                 continue
-            replay = Replay(case, fit_of(case, cache, seed, data))
+            replay = Replay(case, fit_of(case, args.cache, seed, args.data))
             for epochs in case.judged_after:
-                yield judged(replay, epochs, seed, peers=peers and epochs == case.judged_after[1])
+                yield judged(replay, epochs, seed, peers=not args.no_peers and epochs == case.judged_after[1])
 
 
 def _short(value: float) -> str:
@@ -193,8 +191,8 @@ def _line(row: dict[str, Any]) -> str:
     return (
         f"| {row['case']}, {row['epochs']}, {row['seed']} | {100 * row['rate']:.1f} | {pair('ours')} | {pair('aum')}"
         f" | {pair('loss')} | {pair('margin')} | {row['status']}{' S' if row['structured'] else ''} {row['z']:.1f}"
-        f" | {flags('flags')} | {expected} | {ends} | {flags('cleanlab')} | {flags('before')} {pair('before_ranks')} |"
-        f" {row['seconds']:.1f} |"
+        f" | {flags('flags')} | {expected} | {ends} | {flags('cleanlab')} | {flags('before')} {pair('before_ranks')}"
+        f" | {row['seconds']:.1f} |"
     )
 
 
@@ -233,14 +231,13 @@ def _summary(rows: Sequence[dict[str, Any]]) -> list[str]:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The table and what it comes to."""
     head = (
-        "| case, epochs, seed | wrong % | ours | AUM | loss | margin | status, z | suspects, P/R | expected | rate %"
-        " (95 %) | cleanlab in-sample | before | s |\n|" + " --- |" * 13
+        "| case, epochs, seed | wrong % | ours | AUM | loss | margin | status, z | suspects, P/R | expected"
+        " | rate % (95 %) | cleanlab in-sample | before | s |\n|" + " --- |" * 13
     )
     return "\n".join([*_summary(rows), "", head, *map(_line, rows), ""])
 
 
-def main(given: Sequence[str] | None = None) -> None:
-    """Judges the fits and prints the table."""
+def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=["small", "real", "vision"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
@@ -252,16 +249,20 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--only-table", action="store_true", help="of the rows that there are")
     parser.add_argument("--write", type=Path)
     parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args(given)
+    return parser.parse_args(given)
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    """Judges the fits and prints the table."""
+    args = _arguments(given)
     torch.set_num_threads(args.threads)
     rows = []
-    if not args.only_table:
-        for row in rows_of(args.groups, args.seeds, args.only, args.cache, args.data, not args.no_peers):
-            print(_line(row), flush=True)
-            rows.append(row)
-            if args.rows:
-                with args.rows.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+    for row in () if args.only_table else rows_of(args):
+        print(_line(row), flush=True)
+        rows.append(row)
+        if args.rows:
+            with args.rows.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
     if args.rows:
         rows = [json.loads(line) for line in args.rows.read_text(encoding="utf-8").splitlines()]
     text = table(rows)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -175,20 +176,25 @@ def _runner_up(x: Tensor, truth: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     return score.gather(1, column).squeeze(1) - second, which
 
 
+def _needed(labels: Tensor | None, case: DetectionCase) -> Tensor:
+    if labels is None:
+        raise ValueError(f"Expected a data set with labels of people for {case.name!r}, but {case.data!r} has none.")
+    return labels
+
+
 def noisy_labels(source: Source, case: DetectionCase, seed: int) -> Tensor:
     """The given labels (N,) of a case."""
     generator, truth, n = torch.Generator().manual_seed(1000 + seed), source.truth, len(source.truth)
     if case.noise == "clean":
         return truth.clone()
     if case.noise == "given":
-        assert source.given is not None
-        return source.given.clone()
+        return _needed(source.given, case).clone()
     wanted = round(case.rate * n)
     if case.noise == "human":
-        assert source.human is not None
-        wrong = (source.human != truth).nonzero().squeeze(1)
+        human = _needed(source.human, case)
+        wrong = (human != truth).nonzero().squeeze(1)
         chosen = wrong[torch.randperm(len(wrong), generator=generator)[:wanted]]
-        return truth.index_put((chosen,), source.human[chosen])
+        return truth.index_put((chosen,), human[chosen])
     if case.noise == "confusable":
         lead, second = _runner_up(source.x, truth, source.classes)
         # Half of those whose true class leads by the least, so that they are not told by their margin alone.
@@ -246,10 +252,8 @@ def _order(case: DetectionCase, label: Tensor) -> Tensor:
     return torch.multinomial(1 / torch.bincount(label)[label].double(), len(label), replacement=True)
 
 
-def train(case: DetectionCase, folder: Path, seed: int) -> Fit:
+def train(case: DetectionCase, folder: Path, seed: int) -> Fit:  # noqa: PLR0915  (a training loop)
     """Trains a case and keeps what it said."""
-    import time
-
     source = load(case.data, folder, seed)
     label, outputs = noisy_labels(source, case, seed), case.outputs or source.classes
     torch.manual_seed(seed)

@@ -1,6 +1,6 @@
 """The noise rate from training steps that came before the network had learned the sample's label.
 
-In the first epochs a training step is a test: it says what the network makes of a sample that it has seen not at all, or
+In the first epochs a training step is a test: it says what the network makes of a sample that it has not seen yet, or
 once. To judge each sample before it is learned is known as prequential evaluation (Dawid 1984) or progressive
 validation (Blum et al. 1999). What a network says so early is not memorized, so its disagreement with the labels can
 be counted; but while it still learns fast, its temperature changes from step to step. Hence one temperature for each
@@ -127,7 +127,7 @@ def _stratified(
 def _skill_and_shift(
     fit: SymmetricNoiseFit, logits: Tensor, label: Tensor, weight: Tensor, group: Tensor, share: Tensor, reduce: Reduce
 ) -> tuple[float, float]:
-    """What the network predicts of what the largest class leaves, and how far its classes' shares are from the labels'."""
+    """What is predicted of what the largest class leaves, and how far the classes' shares are from the labels'."""
     centered = logits.double() - logits.double().mean(dim=1, keepdim=True)
     scaled = fit.scale[group].unsqueeze(1) * centered
     right = ((scaled + fit.bias).argmax(1) == label).double()

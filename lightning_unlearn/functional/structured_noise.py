@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.functional.chunks import row_slices
+from lightning_unlearn.functional.lbfgs import minimize
 from lightning_unlearn.functional.mixture import Reduce, no_reduce
 from lightning_unlearn.functional.symmetric_noise import SymmetricNoiseFit
 
@@ -71,38 +72,40 @@ def _fit(
 ) -> tuple[StructuredNoise, Tensor]:
     """The matrix with these entries (m, 2), and how large each has become (m,)."""
     classes, blind = score.shape[1], min(max(start.blind, 1e-4), 0.9)
-    log_scale, bias = start.scale[:1].log().clone(), start.bias.clone()
-    odds = torch.logit(torch.tensor(blind, dtype=torch.float64, device=score.device))
-    logits = torch.full((len(entries),), _ODDS, dtype=torch.float64, device=score.device)
-    free = [log_scale, bias, odds, logits]
-    for parameter in free:
-        parameter.requires_grad_()
+    first = torch.cat(
+        [
+            start.scale[:1].log(),
+            start.bias,
+            torch.logit(start.bias.new_tensor([blind])),
+            start.bias.new_full((len(entries),), _ODDS),
+        ]
+    )
     total = reduce(weight.sum().reshape(1)).item()
 
-    def closure() -> float:
-        sums = torch.zeros(1 + sum(p.numel() for p in free), dtype=torch.float64, device=score.device)
-        for rows in row_slices(len(label), classes, score.device):
-            scaled = score[rows].double()
-            p = (log_scale.exp() * (scaled - scaled.mean(1, keepdim=True)) + bias).softmax(1)
-            names = _matrix(entries, logits, odds, classes)
-            loss = -(weight[rows] * (p * names.T[label[rows]]).sum(1).clamp(min=1e-300).log()).sum()
-            grads = torch.autograd.grad(loss, free)
-            sums += torch.cat([loss.detach().reshape(1), *(grad.flatten() for grad in grads)])
-        loss, *of_loss = reduce(sums).split([1, *(p.numel() for p in free)])
-        for parameter, grad in zip(free, of_loss, strict=True):
-            parameter.grad = grad.view_as(parameter) / total
-        bias.grad = bias.grad + bias.detach() / total  # type: ignore[operator]  # set in the loop
-        return (loss.item() + 0.5 * bias.detach().square().sum().item()) / total
+    def parts(at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return at[0].exp(), at[1 : classes + 1], _matrix(entries, at[classes + 2 :], at[classes + 1], classes)
 
-    optimizer = torch.optim.LBFGS(
-        free, max_iter=_STEPS, tolerance_change=1e-7, tolerance_grad=1e-5, line_search_fn="strong_wolfe"
-    )
-    optimizer.step(closure)
-    likelihood = -closure() * total
-    with torch.no_grad():
-        matrix = _matrix(entries, logits, odds, classes)
-        found = StructuredNoise(log_scale.exp().item(), bias.detach(), matrix, likelihood, len(entries))
-    return found, matrix[entries[:, 0], entries[:, 1]]
+    def loss_and_gradient(at: Tensor) -> tuple[float, Tensor]:
+        sums = at.new_zeros(1 + len(at))
+        for rows in row_slices(len(label), classes, score.device):
+            with torch.enable_grad():
+                free = at.clone().requires_grad_()
+                scale, bias, names = parts(free)
+                scaled = score[rows].double()
+                p = (scale * (scaled - scaled.mean(1, keepdim=True)) + bias).softmax(1)
+                loss = -(weight[rows] * (p * names.T[label[rows]]).sum(1).clamp(min=1e-300).log()).sum()
+                sums += torch.cat([loss.detach().reshape(1), *torch.autograd.grad(loss, [free])])
+        sums = reduce(sums)
+        bias = at[1 : classes + 1]
+        sums[0] += 0.5 * bias.square().sum()
+        sums[2 : classes + 2] += bias
+        return sums[0].item() / total, sums[1:] / total
+
+    found = minimize(loss_and_gradient, first, _STEPS)
+    likelihood = -loss_and_gradient(found)[0] * total
+    scale, bias, matrix = parts(found)
+    noise = StructuredNoise(scale.item(), bias, matrix, likelihood, len(entries))
+    return noise, matrix[entries[:, 0], entries[:, 1]]
 
 
 def find_structured_noise(

@@ -1,7 +1,7 @@
-"""How many labels are drawn blindly, beside those that uncertainty explains: symmetric label noise by maximum likelihood.
+"""Symmetric label noise: how many labels are drawn blindly, beside those that uncertainty explains.
 
-Of a sample whose classes score ``s_k``, a label that is never wrong has the probability ``softmax(a s + b)_y``, whatever
-temperature ``1 / a`` and bias ``b`` of the classes the scores need. If a share r of the labels is drawn blindly, it is
+Of a sample whose classes score ``s_k``, a label that is never wrong has the probability ``softmax(a s + b)_y``, at the
+temperature ``1 / a`` and bias ``b`` of the classes that the scores need. If a share r is drawn blindly, it is
 ``(1 - r) softmax(a s + b)_y + r / C``, and not even the surest samples agree more often than ``1 - r``. In
 psychophysics, where observers blink, such a floor is called the lapse rate (Wichmann & Hill 2001). A third part,
 ``u softmax((a s + b) / 2)_y``, takes labels of samples that are less clear than they look; with it, r is a lower end.
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.functional.chunks import row_slices
+from lightning_unlearn.functional.lbfgs import minimize
 from lightning_unlearn.functional.mixture import Reduce, no_reduce
 
 FLOOR = 30.0
@@ -24,7 +25,6 @@ FLOOR = 30.0
 _NATURAL = 0.5  # what the scores of less clear samples are multiplied by
 _START = -3.0  # log-weight of each further part, relative to the first
 _TINY = 1e-300
-_OPTIONS = {"history_size": 10, "tolerance_change": 1e-7, "tolerance_grad": 1e-5, "line_search_fn": "strong_wolfe"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,23 +223,12 @@ def fit_symmetric_noise(  # noqa: PLR0913  (what is fitted, and to what)
         log_scale, bias = start.scale.log().clone(), start.bias.clone()
         if start.blind > 0:
             mixture[0] = math.log(start.blind / max(1 - start.blind, 1e-9))
-    free = [log_scale, bias, mixture]
-    for parameter in free:
-        parameter.requires_grad_()
-
-    def closure() -> float:
-        with torch.no_grad():
-            loss, gradient = loss_of(*free)
-            for parameter, of_loss in zip(free, gradient.split([len(p) for p in free]), strict=True):
-                parameter.grad = of_loss
-        return loss
-
-    torch.optim.LBFGS(free, max_iter=steps, **_OPTIONS).step(closure)
-    with torch.no_grad():
-        log_scale, bias, mixture = (parameter.detach() for parameter in free)
-        loss, _ = loss_of(log_scale, bias, mixture)
-        _, blind, of_unclear = loss_of.shares(mixture)
-        error = loss_of.std_error(log_scale, bias, mixture) if noisy else 0.0
+    sizes = [num_groups, len(bias), 2]
+    found = minimize(lambda at: loss_of(*at.split(sizes)), torch.cat([log_scale, bias, mixture]), steps)  # type: ignore[no-untyped-call]
+    log_scale, bias, mixture = found.split(sizes)  # type: ignore[no-untyped-call]
+    loss, _ = loss_of(log_scale, bias, mixture)
+    _, blind, of_unclear = loss_of.shares(mixture)
+    error = loss_of.std_error(log_scale, bias, mixture) if noisy else 0.0
     return SymmetricNoiseFit(log_scale.exp(), bias, blind, of_unclear, -loss * loss_of.total, error)
 
 

@@ -35,10 +35,9 @@ NAMED_Z = 3.0
 ACTED_Z = 5.0
 """From which on they are acted upon."""
 
-# The last pass counts for up to so much of the evidence where training has not memorized: where the network predicts
-# the given labels of the training samples more often than those of validation samples, by the first, as much as it
-# can; by the second, not at all.
-_LAST_WEIGHT = 0.6
+# The last pass stands in place of the mean over training as far as nothing is memorized: where the network predicts the
+# given labels of the training samples more often than those of validation samples, by the first, altogether; by the
+# second, not at all.
 _NO_GAP, _WIDE_GAP = 0.05, 0.2
 
 _MEMORIZED = 0.9  # share of given labels that the last pass predicts, from which on it says nothing of classes
@@ -124,32 +123,25 @@ def find_label_noise(
         precision: that the suspects should have.
         reduce: sums over the ranks.
     """
-    y, w = history.label, history.weight.double()
-    bias = _bias(history)
+    y, w, bias = history.label, history.weight.double(), _bias(history)
     mean, score = _evidence(history)
     fit, z = fit_with_and_without(score, y, w, bias=bias, reduce=reduce)
     # In logits from here on, so that what compares classes need not know of it.
     shift = (bias / fit.scale).to(mean)
-    structured = _structured(history, mean + shift, reduce)
     early = history.early if history.early is not None and history.early.is_settled else None
-    rate, z = max(fit.rate, early.middle if early else 0.0), max(z, early.z_score if early else 0.0)
+    z = max(z, early.z_score if early else 0.0)
+    structured = _structured(history, mean + shift, reduce)
     if structured is None:
-        at_least = replace(fit, blind=max(fit.blind, _LEAST_RATE))
-        wrong = with_mean(at_least.wrong_probability(score, y), w, max(rate, _LEAST_RATE), reduce=reduce)
-        # The margin ranks better where classes are easily confused, as it leaves the less likely ones out.
-        wrong = in_order_of(-label_margin(score + shift, y), wrong, w, reduce=reduce)
+        rate = max(fit.rate, early.middle if early else 0.0)
         others = (score + shift).double()
+        wrong = _blind_errors(fit, score, shift, y, w, rate, reduce)
     else:
-        latent_score, noise, gain = structured
-        others = noise.posterior(latent_score, y)
+        others = structured.posterior(y)
         wrong = torch.sigmoid(-log_odds_of(others, y))
         number, total = reduce(torch.stack([w.sum(), w @ wrong])).tolist()
-        rate, z = total / number, math.sqrt(z**2 + 2 * gain)
-    status: Status = "found" if z >= ACTED_Z else "weak" if z >= NAMED_Z else "none"
-    if not _knows_classes(mean + shift, y, w, reduce):
-        status = "unknown"
-    elif status == "found" and bool(bias.any()) and structured is None:
-        status = "weak"
+        rate, z = total / number, math.sqrt(z**2 + 2 * structured.gain)
+    guessed = structured is None and bool(bias.any())
+    status = _status(z, guessed) if _knows_classes(mean + shift, y, w, reduce) else "unknown"
     list_of = expected_precision(wrong, w, reduce=reduce)
     number, threshold, expected = list_of.longest(precision) if status in {"found", "weak"} else (0.0, 1.0, 0.0)
     share, suggested = others.scatter(1, y.unsqueeze(1), -torch.inf).softmax(1).max(1)
@@ -162,11 +154,27 @@ def find_label_noise(
         rate=rate,
         interval=_interval(fit, early, rate, structured is not None),
         z=z,
-        structured=structured[1] if structured else None,
+        structured=structured.noise if structured else None,
         precision=list_of,
         suspects=round(number),
         expected=expected,
     )
+
+
+def _status(z: float, guessed: bool) -> Status:
+    if z >= ACTED_Z and not guessed:
+        return "found"
+    return "weak" if z >= NAMED_Z else "none"
+
+
+def _blind_errors(
+    fit: SymmetricNoiseFit, score: Tensor, shift: Tensor, label: Tensor, weight: Tensor, rate: float, reduce: Reduce
+) -> Tensor:
+    """(n,) probability that each label is wrong, ``rate`` on average."""
+    at_least = replace(fit, blind=max(fit.blind, _LEAST_RATE))
+    wrong = with_mean(at_least.wrong_probability(score, label), weight, max(rate, _LEAST_RATE), reduce=reduce)
+    # The margin ranks better where classes are easily confused, as it leaves the less likely ones out.
+    return in_order_of(-label_margin(score + shift, label), wrong, weight, reduce=reduce)
 
 
 def _evidence(history: LabelHistory) -> tuple[Tensor, Tensor]:
@@ -175,7 +183,7 @@ def _evidence(history: LabelHistory) -> tuple[Tensor, Tensor]:
     mean = torch.where(mean.isfinite(), mean, history.last)
     share = 0.0
     if history.gap is not None:
-        share = _LAST_WEIGHT * min(max((_WIDE_GAP - history.gap) / (_WIDE_GAP - _NO_GAP), 0.0), 1.0)
+        share = min(max((_WIDE_GAP - history.gap) / (_WIDE_GAP - _NO_GAP), 0.0), 1.0)
     return mean, (1 - share) * mean + share * history.last if share else mean
 
 
@@ -185,8 +193,21 @@ def _bias(history: LabelHistory) -> Tensor:
     return history.early.bias.to(history.last.device)
 
 
-def _structured(history: LabelHistory, mean: Tensor, reduce: Reduce) -> tuple[Tensor, StructuredNoise, float] | None:
-    """Scores of latent classes, how these are called, and how much likelier that makes the labels, in nats.
+@dataclass(frozen=True, eq=False)
+class _Structured:
+    """Scores (n, C) of latent classes, how these are called, and how many nats that gains."""
+
+    score: Tensor
+    noise: StructuredNoise
+    gain: float
+
+    def posterior(self, label: Tensor) -> Tensor:
+        """Log-probability (n, C) of each true class."""
+        return self.noise.posterior(self.score, label)
+
+
+def _structured(history: LabelHistory, mean: Tensor, reduce: Reduce) -> _Structured | None:
+    """Which classes go by another's name.
 
     Looked for in the first phase, which is the least memorized, and in all of training; where more shows, is taken.
     """
@@ -211,7 +232,7 @@ def _structured(history: LabelHistory, mean: Tensor, reduce: Reduce) -> tuple[Te
     score = _LIKELIHOOD * likelihood + _POSTERIOR_LOGITS * logits.double()
     base = fit_symmetric_noise(score, y, w, biased=True, reduce=reduce)
     noise = fit_structured_noise(score, y, w, candidate, base, reduce=reduce)
-    return None if noise is None else (score, noise, gain)
+    return None if noise is None else _Structured(score, noise, gain)
 
 
 def _windows(history: LabelHistory, mean: Tensor, reduce: Reduce) -> list[tuple[list[Tensor], Tensor]]:

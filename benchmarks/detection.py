@@ -221,9 +221,10 @@ def _summary(rows: Sequence[dict[str, Any]]) -> list[str]:
     if clean:
         most = max(clean, key=lambda r: r["flags"][0])
         acted = sum(r["flags"][0] > 0 and r["status"] == "found" for r in clean)
+        named = sum(r["flags"][0] > 0 for r in clean)
         lines.append(
-            f"- Clean: suspects in {sum(r['flags'][0] > 0 for r in clean)} of {len(clean)}, acted upon in {acted}; most:"
-            f" {most['flags'][0]:.0f} ({most['case']}, {most['epochs']} epochs)."
+            f"- Clean: suspects in {named} of {len(clean)}, acted upon in {acted}; most: {most['flags'][0]:.0f}"
+            f" ({most['case']}, {most['epochs']} epochs)."
         )
     return lines
 

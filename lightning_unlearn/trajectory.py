@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.functional.attribution import label_margin
+from lightning_unlearn.functional.coordinates import helmert, times_helmert
 from lightning_unlearn.functional.evidence import label_support
 from lightning_unlearn.functional.mixture import Reduce
 
@@ -49,25 +50,8 @@ def class_coordinates(num_classes: int) -> Tensor:
     """
     if num_classes - 1 > MOST_COORDINATES:
         draw = torch.randn(num_classes - 1, MOST_COORDINATES, generator=torch.Generator().manual_seed(0)).double()
-        return _times_helmert(torch.linalg.qr(draw)[0]).float()
+        return times_helmert(torch.linalg.qr(draw)[0]).float()
     return helmert(num_classes)
-
-
-def helmert(num_classes: int) -> Tensor:
-    """Helmert's orthonormal basis (C, C - 1) of all differences between classes, float32."""
-    return _times_helmert(torch.eye(num_classes - 1, dtype=torch.float64)).float()
-
-
-def _times_helmert(matrix: Tensor) -> Tensor:
-    """The product (C, r) of Helmert's basis (C, C - 1) with a matrix (C - 1, r), without the former.
-
-    Its column j is 1 in the first j rows and -j in the one below, over its norm.
-    """
-    j = torch.arange(1, len(matrix) + 1, dtype=torch.float64).unsqueeze(1)
-    scaled = matrix / (j * (j + 1)).sqrt()
-    below = scaled.flip(0).cumsum(0).flip(0)
-    nothing = scaled.new_zeros(1, scaled.shape[1])
-    return torch.cat([below, nothing]) - torch.cat([nothing, j * scaled])
 
 
 def _entropy(logits: Tensor) -> Tensor:

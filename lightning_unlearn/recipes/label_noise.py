@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_unlearn.functional.attribution import label_margin
 from lightning_unlearn.functional.chunks import softmax
+from lightning_unlearn.functional.coordinates import helmert
 from lightning_unlearn.functional.latent import fit_latent_classes
 from lightning_unlearn.functional.mixture import Reduce, no_reduce
 from lightning_unlearn.functional.prequential import PrequentialRate
@@ -24,7 +25,6 @@ from lightning_unlearn.functional.structured_noise import (
 from lightning_unlearn.functional.suspects import ExpectedPrecision, expected_precision, in_order_of, with_mean
 from lightning_unlearn.functional.symmetric_noise import SymmetricNoiseFit, fit_symmetric_noise, fit_with_and_without
 from lightning_unlearn.functional.transition import log_odds_of
-from lightning_unlearn.trajectory import helmert
 
 EXPECTED_PRECISION = 0.85
 """Of the suspects; what is true of them is mostly within .1 of it."""

@@ -1,0 +1,29 @@
+"""Coordinates of what logits mean: their differences, as adding a constant to all changes nothing."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def helmert(num_classes: int) -> Tensor:
+    """Helmert's orthonormal basis (C, C - 1) of all differences between classes, float32.
+
+    Example:
+        >>> helmert(2)
+        tensor([[ 0.7071],
+                [-0.7071]])
+    """
+    return times_helmert(torch.eye(num_classes - 1, dtype=torch.float64)).float()
+
+
+def times_helmert(matrix: Tensor) -> Tensor:
+    """The product (C, r) of Helmert's basis (C, C - 1) with a matrix (C - 1, r), without the former.
+
+    Its column j is 1 in the first j rows and -j in the one below, over its norm.
+    """
+    j = torch.arange(1, len(matrix) + 1, dtype=torch.float64).unsqueeze(1)
+    scaled = matrix / (j * (j + 1)).sqrt()
+    below = scaled.flip(0).cumsum(0).flip(0)
+    nothing = scaled.new_zeros(1, scaled.shape[1])
+    return torch.cat([below, nothing]) - torch.cat([nothing, j * scaled])

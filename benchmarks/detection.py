@@ -14,6 +14,7 @@ import json
 import re
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
@@ -25,11 +26,13 @@ from torch import Tensor
 from benchmarks.detection_cases import GROUPS, DetectionCase, Fit, fit_of
 from benchmarks.sources import DATA
 from lightning_unlearn.functional import label_margin
+from lightning_unlearn.functional.leave_one_out import leave_one_out_scores
 from lightning_unlearn.functional.prequential import PrequentialRate, prequential_rate
 from lightning_unlearn.recipes.label_noise import LabelHistory, LabelNoise, find_label_noise
 
 PHASES = 4
 DEPTHS = (0.005, 0.01, 0.02, 0.05, 0.1)
+_LIKE_LOGITS = 10.0
 _PATIENCE = 6  # epochs in which a network that still learns fast is waited for
 
 
@@ -59,6 +62,15 @@ class Replay:
             position = self.fit.position[epoch].nan_to_num()
             self._early.append(prequential_rate(logits, self.label, position, drawn, share=share))
         return self._early[-1]
+
+    def left_out(self) -> PrequentialRate | None:
+        """What leave-one-out scores of the network's inputs say."""
+        if self.fit.inputs is None:
+            return None
+        ones = torch.ones(len(self.label))
+        scores = leave_one_out_scores(self.fit.inputs.float(), self.label, ones, len(self.present))
+        # From indicators to something like logits, where the search for a temperature starts.
+        return prequential_rate(_LIKE_LOGITS * scores, self.label, torch.zeros_like(ones), ones, parts=1)
 
     def training(self, epoch: int) -> Tensor:
         """(N, C) of an epoch's steps."""
@@ -117,11 +129,13 @@ def _before(replay: Replay, epochs: int) -> Tensor:
     return judge_label(evidence_of_logits(training, replay.last(epochs), replay.label), no_reduce).clean_probability
 
 
-def judged(replay: Replay, epochs: int, seed: int, *, peers: bool) -> dict[str, Any]:
+def judged(replay: Replay, epochs: int, seed: int, *, peers: bool, features: bool = False) -> dict[str, Any]:
     """A row: what is found after so many epochs."""
     started = time.process_time()
     replay.early(epochs)
     history = replay.history(epochs)
+    if features:
+        history = replace(history, left_out=replay.left_out())
     found: LabelNoise = find_label_noise(history)
     seconds = time.process_time() - started
     wrong, n = replay.wrong, len(replay.label)
@@ -166,7 +180,8 @@ def rows_of(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 continue
             replay = Replay(case, fit_of(case, args.cache, seed, args.data))
             for epochs in case.judged_after:
-                yield judged(replay, epochs, seed, peers=not args.no_peers and epochs == case.judged_after[1])
+                peers = not args.no_peers and epochs == case.judged_after[1]
+                yield judged(replay, epochs, seed, peers=peers, features=args.features)
 
 
 def _short(value: float) -> str:
@@ -246,6 +261,7 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--cache", type=Path, default=Path(gettempdir()) / "lightning_unlearn_detection")
     parser.add_argument("--no-peers", action="store_true", help="without cleanlab and the recipe of before")
+    parser.add_argument("--features", action="store_true", help="with leave-one-out scores of the networks' inputs")
     parser.add_argument("--rows", type=Path, help="JSON lines that rows are added to")
     parser.add_argument("--only-table", action="store_true", help="of the rows that there are")
     parser.add_argument("--write", type=Path)

@@ -106,6 +106,18 @@ def test_without_an_early_epoch_the_rate_has_no_upper_end():
     assert found.status == "found"
 
 
+def test_leave_one_out_scores_tell_the_rate_where_all_is_memorized():
+    seen, wrong = history(4000, blind(0.1), memorized=6.0)
+    clean_view = seen.phases[:, 0]  # as said before the labels were learned
+    told = prequential_rate(clean_view, seen.label, torch.zeros(4000), torch.ones(4000), parts=1)
+    blindly = find_label_noise(replace(seen, early=None))
+    found = find_label_noise(replace(seen, early=None, left_out=told))
+    assert blindly.suspects < 10
+    assert found.interval[0] <= wrong.double().mean().item() <= found.interval[1]
+    assert (wrong & found.suspect).sum() > 0.3 * wrong.sum()
+    assert wrong[found.suspect].double().mean() > 0.75
+
+
 def test_samples_that_a_phase_has_not_seen_are_judged_by_the_others():
     seen, wrong = history(4000, blind(0.1))
     phases = seen.phases.clone()

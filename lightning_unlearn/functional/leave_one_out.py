@@ -45,10 +45,10 @@ def leave_one_out_scores(
         (n, C) float64, near 1 for the class that the others would call it.
 
     Example:
-        >>> x = torch.tensor([[-1.0], [-1.1], [-0.9], [1.0], [1.1], [0.9]])
-        >>> label = torch.tensor([0, 0, 1, 1, 1, 1])  # the third is wrong
-        >>> leave_one_out_scores(x, label, torch.ones(6), 2).argmax(1)
-        tensor([0, 0, 0, 1, 1, 1])
+        >>> x = torch.tensor([[-1.0], [-1.1], [-1.2], [-0.9], [1.0], [1.1], [0.9]])
+        >>> label = torch.tensor([0, 0, 0, 1, 1, 1, 1])  # the fourth is wrong
+        >>> leave_one_out_scores(x, label, torch.ones(7), 2).argmax(1)
+        tensor([0, 0, 0, 0, 1, 1, 1])
     """
     w, dimension = weight.double(), features.shape[1]
     parts = row_slices(len(label), max(dimension, num_classes), features.device)

@@ -32,6 +32,9 @@ MAX_SCALE = 10.0
 MIN_SHIFT = 0.2
 """Total variation between predicted and given classes, up to which no bias is taken out: it may be chance."""
 
+MIN_SAMPLES_PER_BIAS = 10
+"""Samples of each class, on average, from which on its bias is fitted."""
+
 MAX_NUMBERS = 2**21
 """Scores that a fit looks at, over all classes; of more samples every second, third, ... is taken."""
 
@@ -69,17 +72,19 @@ def prequential_rate(
     weight: Tensor,
     *,
     share: Tensor | None = None,
+    parts: int = PARTS,
     reduce: Reduce = no_reduce,
 ) -> PrequentialRate:
     """The noise rate by one epoch's training steps.
 
     Args:
-        logits: (n, C) of the steps.
+        logits: (n, C) of the steps; or other scores that have not seen the label, such as leave-one-out ones.
         label: (n,) int64.
         position: (n,) in [0, 1), how much of the epoch had passed.
         weight: (n,), 0 for a sample that was not drawn in this epoch or does not count.
         share: (C,) of each class among all given labels, where samples were not drawn alike; by default that of
             the rows.
+        parts: of the epoch, each with a temperature of its own; 1 for scores that are all of one network.
         reduce: sums over the ranks.
 
     Returns:
@@ -88,18 +93,20 @@ def prequential_rate(
     thin = _every(logits, weight, reduce)
     logits, label, position, weight = logits[::thin], label[::thin], position[::thin], weight[::thin].double()
     weight, share = _stratified(label, weight, logits.shape[1], share, reduce)
-    group = (position * PARTS).long().clamp(0, PARTS - 1)
+    group = (position * parts).long().clamp(0, parts - 1)
     data = (logits.nan_to_num(), label, weight)
-    some = fit_symmetric_noise(*data, group=group, num_groups=PARTS, biased=True, reduce=reduce)
+    # Of few samples of each class a bias would be chance.
+    biased = reduce((weight > 0).double().sum().reshape(1)).item() >= MIN_SAMPLES_PER_BIAS * logits.shape[1]
+    some = fit_symmetric_noise(*data, group=group, num_groups=parts, biased=biased, reduce=reduce)
     skill, shift = _skill_and_shift(some, *data, group, share, reduce)
     bias = (some.bias - some.bias.mean()) * (shift >= MIN_SHIFT)
     if skill < MIN_SKILL or not _is_settled(some.scale):
         return PrequentialRate(0.0, 0.0, 1.0, 0.0, skill, False, bias)
     # The bias stays, and the fits start from where this one ended.
     none = fit_symmetric_noise(
-        *data, group=group, num_groups=PARTS, noisy=False, start=replace(some, blind=0.0), reduce=reduce
+        *data, group=group, num_groups=parts, noisy=False, start=replace(some, blind=0.0), reduce=reduce
     )
-    lower = fit_symmetric_noise(*data, group=group, num_groups=PARTS, unclear=True, start=some, reduce=reduce)
+    lower = fit_symmetric_noise(*data, group=group, num_groups=parts, unclear=True, start=some, reduce=reduce)
     z, names = z_score(some, none), 1 - 1 / logits.shape[1]
     rates = sorted((lower.rate, some.rate))
     low = max(0.0, min(rates[0], lower.rate - _TWO_SIDED * lower.std_error * names))
@@ -141,5 +148,7 @@ def _skill_and_shift(
 
 
 def _is_settled(scale: Tensor) -> bool:
+    if len(scale) == 1:
+        return True
     typical = scale[1:].median()
     return bool(scale[0] <= MAX_SCALE_CHANGE * typical) and bool(typical <= MAX_SCALE)

@@ -68,6 +68,7 @@ class LabelHistory:
         early: of the earliest epoch that tells; None if none was kept.
         gap: share of the training samples whose given label is predicted, less that of validation samples; None
             where there are none.
+        left_out: of a frozen backbone, the rate by leave-one-out scores of the head's inputs; None without one.
     """
 
     phases: Tensor
@@ -76,6 +77,7 @@ class LabelHistory:
     weight: Tensor
     early: PrequentialRate | None = None
     gap: float | None = None
+    left_out: PrequentialRate | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +130,7 @@ def find_label_noise(
     fit, z = fit_with_and_without(score, y, w, bias=bias, reduce=reduce)
     # In logits from here on, so that what compares classes need not know of it.
     shift = (bias / fit.scale).to(mean)
-    early = history.early if history.early is not None and history.early.is_settled else None
+    early = _unseen(history)
     z = max(z, early.z_score if early else 0.0)
     structured = _structured(history, mean + shift, reduce)
     if structured is None:
@@ -175,6 +177,20 @@ def _blind_errors(
     wrong = with_mean(at_least.wrong_probability(score, label), weight, max(rate, _LEAST_RATE), reduce=reduce)
     # The margin ranks better where classes are easily confused, as it leaves the less likely ones out.
     return in_order_of(-label_margin(score + shift, label), wrong, weight, reduce=reduce)
+
+
+def _unseen(history: LabelHistory) -> PrequentialRate | None:
+    """What is told by evidence that has not seen the labels: as much as the one shows that shows more."""
+    told = [one for one in (history.early, history.left_out) if one is not None and one.is_settled]
+    if not told:
+        return None
+    return replace(
+        told[0],
+        low=min(one.low for one in told),
+        middle=max(one.middle for one in told),
+        high=max(one.high for one in told),
+        z_score=max(one.z_score for one in told),
+    )
 
 
 def _evidence(history: LabelHistory) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,9 @@ from lightning_unlearn.functional.symmetric_noise import SymmetricNoiseFit
 MIN_ENTRY = 0.06
 """How often a class goes by another's name at least, or the entry is dropped."""
 
+ONE_WAY = 3.0
+"""How many times as often as the other way round: two classes that are taken for each other are only hard to tell."""
+
 MIN_GAIN = 50.0
 """Nats that all entries together must gain over blind errors."""
 
@@ -160,7 +163,8 @@ def fit_structured_noise(
         reduce: sums over the ranks.
     """
     weight = weight.double()
-    entries = (candidate.clone().fill_diagonal_(0) >= MIN_ENTRY).nonzero()
+    others = candidate.clone().fill_diagonal_(0)
+    entries = ((others >= MIN_ENTRY) & (others >= ONE_WAY * others.T)).nonzero()
     while 0 < len(entries) <= MOST_ENTRIES_PER_CLASS * len(candidate):
         found, size = _fit(score, label, weight, entries, base, reduce)
         large = size >= MIN_ENTRY

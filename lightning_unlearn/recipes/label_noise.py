@@ -133,6 +133,8 @@ def find_label_noise(
     early = _unseen(history)
     z = max(z, early.z_score if early else 0.0)
     structured = _structured(history, mean + shift, reduce)
+    if structured is not None and early is not None and not _was_seen_early(structured, early, y, w, reduce):
+        structured = None
     if structured is None:
         rate = max(fit.rate, early.middle if early else 0.0)
         others = (score + shift).double()
@@ -143,6 +145,8 @@ def find_label_noise(
         number, total = reduce(torch.stack([w.sum(), w @ wrong])).tolist()
         rate, z = total / number, math.sqrt(z**2 + 2 * structured.gain)
     guessed = structured is None and bool(bias.any())
+    # Habits are told from what is hard by an early epoch alone.
+    guessed |= structured is not None and early is None
     status = _status(z, guessed) if _knows_classes(mean + shift, y, w, reduce) else "unknown"
     list_of = expected_precision(wrong, w, reduce=reduce)
     number, threshold, expected = list_of.longest(precision) if status in {"found", "weak"} else (0.0, 1.0, 0.0)
@@ -161,6 +165,21 @@ def find_label_noise(
         suspects=round(number),
         expected=expected,
     )
+
+
+def _was_seen_early(
+    structured: _Structured, early: PrequentialRate, label: Tensor, weight: Tensor, reduce: Reduce
+) -> bool:
+    """Whether so many labels as go by another class's name were not what the network said in an early epoch.
+
+    A class goes by its own name more often, so the network learns that first.
+    """
+    wrong = torch.sigmoid(-log_odds_of(structured.posterior(label), label))
+    zeros = weight.new_zeros(structured.score.shape[1])
+    given = reduce(zeros.index_add(0, label, weight))
+    number, total = reduce(torch.stack([weight.sum(), weight @ wrong])).tolist()
+    disagreed = min(max((1 - early.skill) * (1 - given.max().item() / number), 0.0), 1.0)
+    return bool(total / number <= disagreed + 2 * math.sqrt((disagreed + 1 / number) / number))
 
 
 def _status(z: float, guessed: bool) -> Status:

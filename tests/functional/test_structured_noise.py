@@ -72,3 +72,23 @@ def test_ranks_find_what_one_finds():
 
     for noise, _ in run_ranks(on_rank, 2):
         torch.testing.assert_close(noise.transition, one.transition, atol=1e-4, rtol=0)
+
+
+def test_two_classes_that_are_taken_for_each_other_have_no_other_names():
+    score, label, weight, candidate = scene_of_pairs()
+    base = fit_symmetric_noise(score, label, weight, biased=True)
+    assert find_structured_noise(score, label, weight, candidate, base) is None
+    one_way = candidate.clone()
+    one_way[1::2, 0::2] = 0
+    assert find_structured_noise(score, label, weight, one_way, base) is not None
+
+
+def scene_of_pairs(n=3000, classes=6):
+    """Labels of each class that are called its neighbor's for a quarter, and of the neighbor's likewise."""
+    generator = torch.Generator().manual_seed(0)
+    true = torch.randint(classes, (n,), generator=generator)
+    label = torch.where(torch.rand(n, generator=generator) < 0.25, true ^ 1, true)
+    score = 4 * torch.nn.functional.one_hot(true, classes) + torch.randn(n, classes, generator=generator)
+    candidate = torch.eye(classes).mul(0.75)
+    candidate[torch.arange(classes), torch.arange(classes) ^ 1] = 0.25
+    return score, label, torch.ones(n), candidate

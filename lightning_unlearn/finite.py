@@ -8,13 +8,14 @@ which is the only thing that is theirs alone.
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_unlearn.functional.mixture import Reduce
 from lightning_unlearn.recipes import Recipe, Verdict
-from lightning_unlearn.types import Evidence
+from lightning_unlearn.types import NOT_BY_SAMPLE, Evidence
 
 # Of more samples than that, it is not the samples that are broken.
 _MOST = 0.5
@@ -96,14 +97,14 @@ def first_not_finite(model: nn.Module) -> str:
 
 def _columns(evidence: Evidence) -> dict[str, Tensor]:
     """What has a row per sample."""
-    named = {field.name: getattr(evidence, field.name) for field in fields(evidence) if field.name != "basis"}
+    named = {field.name: getattr(evidence, field.name) for field in fields(evidence) if field.name not in NOT_BY_SAMPLE}
     return {name: value for name, value in named.items() if value is not None}
 
 
 def _filled(evidence: Evidence, finite: Tensor) -> Evidence:
     """The evidence with another sample's rows, which are like those of any, in place of what is not finite."""
     usable = (finite & (evidence.weight > 0)).nonzero().flatten()
-    changes = {"weight": evidence.weight * finite}
+    changes: dict[str, Any] = {"weight": evidence.weight * finite}
     for name, value in _columns(evidence).items():
         if name not in ("index", "label", "weight"):
             filler = value[usable[0]] if len(usable) else torch.zeros_like(value[0])
@@ -127,6 +128,7 @@ def _with_unusable(verdict: Verdict, label: Tensor, unusable: Tensor, note: str)
         label_probability=None if of_label is None else of_label.masked_fill(unusable, 1),
         input_probability=of_input.masked_fill(unusable, 0),
         notes=(*verdict.notes, note),
+        suspect=None if verdict.suspect is None else verdict.suspect & ~unusable,
         unusable=unusable,
     )
 

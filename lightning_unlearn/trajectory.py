@@ -6,11 +6,11 @@ epoch. What is kept of them are sums: of the attributions, in coordinates of the
 of the epochs before the partition (what is memorised shows late, what is hard shows early), of the margin, of the
 support of the given label, and of the uncertainty.
 
-**Classes.** Of a model with more than 65 outputs only the classes that labels name in the first epoch get coordinates,
-if they are at most 65; that epoch's coordinates are not kept then. If they are more, the coordinates are random.
+**Classes.** Of a model with more than 129 outputs only the classes that labels name in the first epoch get coordinates,
+if they are at most 129; that epoch's coordinates are not kept then. If they are more, the coordinates are random.
 
-**Memory.** With ``r = min(C - 1, 64)``, C being the outputs, or those classes: 20 r + 56 bytes per sample, on the CPU
-(236 for 10 classes, 1,336 for 65 and more), of which 16 r + 40 go into a checkpoint.
+**Memory.** With ``r = min(C - 1, 128)``, C being the outputs, or those classes: 20 r + 56 bytes per sample, on the CPU
+(236 for 10 classes, 2,616 for 129 and more), of which 16 r + 40 go into a checkpoint.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lightning_unlearn.functional.coordinates import helmert, times_helmert
 from lightning_unlearn.functional.evidence import label_support
 from lightning_unlearn.functional.mixture import Reduce
 
-MOST_COORDINATES = 64
+MOST_COORDINATES = 128
 PHASES = 4
 """Into how many parts the training before the partition is divided."""
 
@@ -39,7 +39,7 @@ def class_coordinates(num_classes: int) -> Tensor:
         num_classes: C.
 
     Returns:
-        (C, r) float32 with ``r = min(C - 1, 64)``. For C <= 65 it keeps all differences (Helmert's basis); for more
+        (C, r) float32 with ``r = min(C - 1, 128)``. For C <= 129 it keeps all differences (Helmert's basis); for more
         classes it is a random part of them, always the same, which keeps distances to within some ten per cent (Johnson
         and Lindenstrauss).
 
@@ -148,6 +148,25 @@ class Trajectory:
             self.rows_left_out += int((~finite).sum())
             index, rows = index[finite], rows[finite]
         self._fresh.index_add_(0, index, rows)
+
+    def fresh(self, index: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor]:
+        """What was observed of some samples since the last merge, on any rank. Every rank must call it.
+
+        Args:
+            index: (n,) int64.
+            reduce: sums over the ranks.
+
+        Returns:
+            the mean coordinates (n, r) of each sample, NaN for one that was not seen; and how often each was seen (n,).
+        """
+        coordinates = self.basis.shape[1]
+        found = torch.zeros(len(index), coordinates + 1)
+        for first in range(0, len(self), _ROWS):
+            rows = reduce(self._fresh[first : first + _ROWS, : coordinates + 1])
+            inside = (index >= first) & (index < first + _ROWS)
+            found[inside] = rows[index[inside] - first]
+        count = found[:, -1]
+        return found[:, :-1] / count.where(count > 0, torch.nan).unsqueeze(1), count
 
     def merge(self, phase: int | None, reduce: Reduce) -> None:
         """Adds what was observed since the last merge, on any rank, to one phase. Every rank must call it.

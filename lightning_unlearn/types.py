@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-STATE_VERSION = 4
+STATE_VERSION = 5
 MASK_VERSION = 1
 
 _NONE = torch.zeros(0, 0)
@@ -31,6 +31,9 @@ _NONE = torch.zeros(0, 0)
 _MOST_CLASSES = 2**24
 # Those that NumPy has too.
 _STORED = (torch.float16, torch.float32, torch.float64)
+
+NOT_BY_SAMPLE = ("basis", "unseen")
+"""Fields of :class:`Evidence` that have no row per sample."""
 
 REASONS = ("none", "label", "input", "both")
 """Why a sample is not clean; ``Partition.reason`` holds positions in this tuple."""
@@ -58,6 +61,22 @@ class LayerPoint:
 
 
 @dataclass(frozen=True, eq=False)
+class OutOfSample:
+    """What a fit has shown that does not depend on labels it had learned already; the same on every rank.
+
+    Args:
+        early: a :class:`~lightning_unlearn.functional.prequential.PrequentialRate` of the training steps of one early
+            epoch, its bias (C,); None where no such epoch was read.
+        drawn: (C,) float64, how often samples of each class were drawn in that epoch; None likewise.
+        accuracy: share of the validation samples whose given label is predicted; None without enough of them.
+    """
+
+    early: Any = None
+    drawn: Tensor | None = None
+    accuracy: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Evidence:
     """What the model says about one rank's share of the training set, a row per sample.
 
@@ -80,6 +99,7 @@ class Evidence:
             neurons, of their means and of their spreads over positions; (n, 1) for a layer without positions; None
             where there is no such layer.
         rows: (n, D) per-neuron attributions of the last pass, for the recipes that ask for them, else None.
+        unseen: what was said of labels that were not learned yet, for the recipes that ask for it, else None.
     """
 
     index: Tensor
@@ -95,6 +115,7 @@ class Evidence:
     prediction: Tensor
     response: Tensor | None = None
     rows: Tensor | None = None
+    unseen: OutOfSample | None = None
 
     @property
     def num_classes(self) -> int:
@@ -104,7 +125,7 @@ class Evidence:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name != "basis" and value is not None and value.shape[:1] != self.index.shape:
+            if field.name not in NOT_BY_SAMPLE and value is not None and value.shape[:1] != self.index.shape:
                 raise ValueError(
                     f"Evidence.{field.name} must have one row per sample ({len(self.index)}), but has shape"
                     f" {tuple(value.shape)}."
@@ -142,10 +163,11 @@ class Partition:
     Args:
         clean_probability: (N,) float32, probability in [0, 1] that the sample is clean.
         is_clean: (N,) bool, ``clean_probability`` at or above the threshold of the callback, or among the likeliest of
-            a class of which too few would be left.
+            a class of which too few would be left. Where ``noise_rate_interval`` is known, all but the longest list of
+            suspects that has a high enough expected precision.
         suggested_label: (N,) int64; the given label where the sample is clean. Of a multi-label task (N, L).
         suggested_probability: (N,) float32, probability in [0, 1] that ``suggested_label`` is right.
-        noise_rate: estimated share of samples that are not clean, in [0, 1].
+        noise_rate: estimated share of samples that are not clean, in [0, 1]; there may be more of them than suspects.
         label: (N,) int64, the given labels, -1 for one that is to be ignored, whose sample is not judged. Of a
             multi-label task (N, L), 1 for a label that the sample has, and 0.
         label_evidence: (N,) float32 in [0, 1], the support of the given label, averaged over the passes; of several
@@ -164,6 +186,10 @@ class Partition:
             right, of which ``clean_probability`` is the least; else (0, 0).
         relabel_threshold: the least probability of a suggested label that is used, as the CleanSubsetFinetuneCallback
             of the fit was told.
+        noise_rate_interval: of 95 %, low and high; high is 1.0 where ``noise_rate`` is only a lower bound; None where
+            it was not estimated.
+        expected_precision: share of the suspects whose label is expected to be wrong; None without suspects, or where
+            it was not estimated.
 
     Example:
         >>> import torch
@@ -203,6 +229,8 @@ class Partition:
     fingerprint: str = ""
     label_probability: Tensor = _NONE
     relabel_threshold: float = 0.7
+    noise_rate_interval: tuple[float, float] | None = None
+    expected_precision: float | None = None
 
     def __post_init__(self) -> None:
         _check_primitives(self, noise_rate=float, epoch=int, recipe=str, layer=str, warning=str, fingerprint=str)
@@ -233,6 +261,7 @@ class Partition:
         for name in ("noise_matrix", "label_probability"):
             _check_matrix(name, getattr(self, name))
         _check_sizes(self)
+        _check_estimates(self)
         if len(self) and int(self.reason.max()) >= len(REASONS):
             raise ValueError(f"reason must hold numbers below {len(REASONS)}, but holds {int(self.reason.max())}.")
         low, high = self.clean_probability.aminmax() if len(self) else (torch.zeros(()), torch.zeros(()))
@@ -358,7 +387,10 @@ class Partition:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and primitives only, so that it loads with ``weights_only=True``."""
-        return {"version": STATE_VERSION, **{field.name: getattr(self, field.name) for field in fields(self)}}
+        state = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.noise_rate_interval is not None:
+            state["noise_rate_interval"] = list(self.noise_rate_interval)
+        return {"version": STATE_VERSION, **state}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Partition:
@@ -570,6 +602,27 @@ def _check_sizes(partition: Partition) -> None:
         low, high = (int(one) for one in getattr(partition, name).aminmax())
         if low < -1 or high > most:
             raise ValueError(f"{name} must lie in [-1, {most:,}], but spans [{low}, {high}].")
+
+
+def _check_estimates(partition: Partition) -> None:
+    """Makes the interval a pair of floats.
+
+    Raises:
+        ValueError: for what is no interval within [0, 1], and for a precision that is no share.
+    """
+    interval, precision = partition.noise_rate_interval, partition.expected_precision
+    if precision is not None:
+        least = check_number("expected_precision", precision, least=0, most=1)
+        object.__setattr__(partition, "expected_precision", least)
+    if interval is None:
+        return
+    ends: Any = interval
+    if not isinstance(ends, (tuple, list)) or len(ends) != 2:
+        raise ValueError(f"noise_rate_interval must be its two ends, but is {shown(interval)}.")
+    low, high = (check_number("noise_rate_interval", end, least=0, most=1) for end in ends)
+    if low > high:
+        raise ValueError(f"noise_rate_interval must be its lower and its upper end, but is {shown(interval)}.")
+    object.__setattr__(partition, "noise_rate_interval", (low, high))
 
 
 def _check_matrix(name: str, value: Tensor) -> None:

@@ -49,6 +49,7 @@ SHARED = {
 }
 PARTITIONING = {
     "callbacks._assembly",
+    "callbacks._early_epochs",
     "callbacks._evidence_pass",
     "callbacks._judging",
     "callbacks._label_watch",
@@ -124,13 +125,15 @@ MAY_IMPORT = {
         "callbacks._strategies",
     },
     "callbacks._sample_rows": ALL_BELOW | {"callbacks._base", "callbacks._lightning", "callbacks._scoring"},
-    "callbacks._summary": {"types", "callbacks._diverged"},
+    "callbacks._summary": {"types", "callbacks._diverged", "callbacks._finding"},
     "callbacks._diverged": {"sharding"},
     "callbacks._neighbours": {"callbacks._lightning", "callbacks._packages"},
     "callbacks._resuming": {"types"},
     "callbacks._optimizers": {"callbacks._packages"},
     "callbacks._loggers": {"types", "plots", "callbacks._lightning", "callbacks._packages"},
-    "callbacks._assembly": MATH | {"recipes", "distributed", "review"},
+    "callbacks._assembly": MATH | {"recipes", "distributed", "review", "callbacks._finding"},
+    "callbacks._finding": {"recipes"},
+    "callbacks._early_epochs": ALL_BELOW,
     "callbacks._reviewing": ALL_BELOW | {"callbacks._base", "callbacks._lightning", "callbacks._scoring"},
     "callbacks._companions": {"batches", "targets"},
     "callbacks._relabel": ALL_BELOW

@@ -191,7 +191,7 @@ def test_a_constant_on_all_logits_of_a_row_changes_nothing(recipe, drawn, seed):
 @bounded
 @given(drawn=networks(), seed=st.integers(0, 99))
 def test_other_names_for_the_classes_are_other_names_for_what_is_found(recipe, drawn, seed):
-    # Not with more than 65 classes, of whose coordinates a random part is kept.
+    # Not with more than 129 classes, of whose coordinates a random part is kept.
     label, logits = drawn
     new_name = torch.randperm(logits[0].shape[1], generator=torch.Generator().manual_seed(seed))
     plain = evidence_of(logits, label)

@@ -61,7 +61,7 @@ def test_samples_of_a_class_without_coordinates_are_not_judged():
     assert (verdict.clean_probability[~late] < 0.5).any()
 
 
-def many_classes(classes=80, n=1600):
+def many_classes(classes=150, n=1500):
     """A network that is right of nearly all samples, of which a seventh is called another class."""
     true, label = torch.arange(n) % classes, torch.arange(n) % classes
     label[::7] = (label[::7] + 1) % classes
@@ -77,7 +77,7 @@ def test_random_coordinates_make_nothing_suspect_and_samples_are_ranked_by_their
     in_order = verdict.clean_probability[evidence.mean_margin.argsort()]
     assert (in_order.diff() >= 0).all()
     assert verdict.suggested_label.equal(evidence.label)
-    assert "80 classes occur, and the 64 coordinates" in verdict.notes[0]
+    assert "150 classes occur, and the 128 coordinates" in verdict.notes[0]
     assert "wrong labels would not show" in verdict.caveat
 
 

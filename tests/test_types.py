@@ -132,19 +132,19 @@ def test_a_partition_of_an_empty_set_is_kept_too(tmp_path):
 
 def test_state_of_another_version_is_refused():
     state = make_partition().state_dict()
-    with pytest.raises(ValueError, match="Expected a partition of format version 4, but got version 1"):
+    with pytest.raises(ValueError, match="Expected a partition of format version 5, but got version 1"):
         Partition.from_state_dict(state | {"version": 1})
-    with pytest.raises(ValueError, match="Expected a partition of format version 4, but got version 99"):
+    with pytest.raises(ValueError, match="Expected a partition of format version 5, but got version 99"):
         Partition.from_state_dict(state | {"version": 99})
     del state["version"]
-    with pytest.raises(ValueError, match="format version 4, but got version None"):
+    with pytest.raises(ValueError, match="format version 5, but got version None"):
         Partition.from_state_dict(state)
 
 
 def test_from_state_dict_leaves_the_state_as_it_is():
     state = make_partition().state_dict()
     Partition.from_state_dict(state)
-    assert state["version"] == 4
+    assert state["version"] == 5
 
 
 def read_csv(path):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lightning_unlearn.callbacks._finding import caveat_of, finding_of
 from lightning_unlearn.distributed import place_by_index
 from lightning_unlearn.functional.mixture import Reduce
 from lightning_unlearn.recipes import Verdict
@@ -59,6 +60,7 @@ class _Column:
     suggested: Tensor
     of_suggested: Tensor
     usable: Tensor
+    suspect: Tensor | None = None
 
 
 def assemble(  # noqa: PLR0913  (what a partition says of itself)
@@ -102,9 +104,12 @@ def assemble(  # noqa: PLR0913  (what a partition says of itself)
         columns = [_reviewed(*each, decided.decision) for each in zip(columns, given, new_label, strict=True)]
     one = columns[0] if label.ndim == 1 else _joined(columns, label, cut.threshold)
     is_clean = _keep_some(
-        (one.probability >= cut.threshold) & one.usable, one.probability, label, cut.min_class_share, one.usable
+        _above(one, cut.threshold) & one.usable, one.probability, label, cut.min_class_share, one.usable
     )
     first = judged[0].verdict
+    noise = None if first is None or label.ndim > 1 else first.noise
+    rate = 1 - one.probability.double().mean().item() if noise is None or decided is not None else noise.rate
+    acted = noise is not None and noise.status == "found" and not bool(is_clean.all())
     matrix = None if first is None or label.ndim > 1 else first.noise_matrix
     kept = is_clean.unsqueeze(1) if label.ndim > 1 else is_clean
     return Partition(
@@ -112,7 +117,7 @@ def assemble(  # noqa: PLR0913  (what a partition says of itself)
         is_clean=is_clean,
         suggested_label=torch.where(kept, label, one.suggested),
         suggested_probability=torch.where(is_clean, one.probability, one.of_suggested),
-        noise_rate=min(max(1 - one.probability.double().mean().item(), 0.0), 1.0),
+        noise_rate=min(max(rate, 0.0), 1.0),
         label=label,
         label_evidence=one.support,
         input_evidence=one.of_input,
@@ -121,11 +126,27 @@ def assemble(  # noqa: PLR0913  (what a partition says of itself)
         recipe=recipe,
         layer=layer,
         epoch=epoch,
-        warning=warning or _one_sided(is_clean, label, "" if first is None or label.ndim > 1 else first.caveat),
+        warning=warning or _one_sided(is_clean, label, _caveat(first) if label.ndim == 1 else ""),
         fingerprint=fingerprint,
         label_probability=_NO_MATRIX if label.ndim == 1 else torch.stack([c.probability for c in columns], dim=1),
+        noise_rate_interval=None if noise is None else noise.interval,
+        expected_precision=noise.expected_precision if noise is not None and acted else None,
         **({} if relabel_threshold is None else {"relabel_threshold": relabel_threshold}),
     )
+
+
+def _above(one: _Column, threshold: float) -> Tensor:
+    """(N,) bool, the samples that the recipe calls clean."""
+    if one.suspect is None:
+        return one.probability >= threshold
+    return ~one.suspect & (one.of_input >= threshold)
+
+
+def _caveat(verdict: Verdict | None) -> str:
+    """What may be wrong though nothing is suspect."""
+    if verdict is None:
+        return ""
+    return verdict.caveat if verdict.noise is None else caveat_of(verdict.noise)
 
 
 def notes_of(judged: Sequence[Judged], partition: Partition) -> list[str]:
@@ -140,6 +161,14 @@ def notes_of(judged: Sequence[Judged], partition: Partition) -> list[str]:
     if same := [str(at) for at, one in enumerate(judged) if one.verdict is None]:
         notes.append(f"labels that are the same in all samples are not judged: {', '.join(same)}")
     return notes
+
+
+def found_in(judged: Sequence[Judged], partition: Partition) -> str:
+    """What was found about the labels, for who reads first; empty where the recipe does not estimate it."""
+    verdict = judged[0].verdict
+    if partition.is_multilabel or verdict is None or verdict.noise is None:
+        return ""
+    return finding_of(verdict.noise, len(partition.suspect_indices()))
 
 
 def _column(one: Judged, given: Tensor, reduce: Reduce) -> _Column:
@@ -170,6 +199,7 @@ def _column(one: Judged, given: Tensor, reduce: Reduce) -> _Column:
         suggested.where(known, given),
         (1 - probability if of_suggested is None else of_all(of_suggested)).where(known, 1),
         usable | ~known,
+        None if verdict.suspect is None else (of_all(verdict.suspect.float()) > 0) & known,
     )
 
 
@@ -195,6 +225,7 @@ def _reviewed(one: _Column, given: Tensor, new: Tensor, decision: Tensor) -> _Co
         # Too little for a new label.
         one.of_suggested.masked_fill(right | wrong, 1).masked_fill(dropped, 0),
         (one.usable | right) & ~dropped & ~wrong,
+        None if one.suspect is None else one.suspect & ~right,
     )
 
 

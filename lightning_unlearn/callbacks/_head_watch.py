@@ -19,6 +19,7 @@ class Step:
         batch: of B dataset indices, as the batch sampler drew it.
         label: as the batch holds it.
         columns: K, of an output.
+        position: in [0, 1), how much of the epoch had passed.
         calls: how often the head was called with gradients.
         output: (B, K), or (B,) of a binary task, of the first call.
         gradient: like the output, what the loss sent to it; None before a backward pass.
@@ -28,6 +29,7 @@ class Step:
     batch: Any
     label: Any
     columns: int
+    position: float = 0.0
     calls: int = 0
     output: Tensor | None = None
     gradient: Tensor | None = None

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from lightning_unlearn.callbacks._assembly import Judged
 from lightning_unlearn.callbacks._lightning import compute_device
+from lightning_unlearn.callbacks._strategies import shards_weights
+from lightning_unlearn.callbacks._validation import score_validation
 from lightning_unlearn.data import rank_share
 from lightning_unlearn.distributed import place_by_index, sum_over_ranks
 from lightning_unlearn.finite import first_not_finite, judge_finite
@@ -19,7 +21,10 @@ from lightning_unlearn.functional.mixture import Reduce
 from lightning_unlearn.recipes import Recipe, Verdict
 from lightning_unlearn.targets import IGNORED, Reading
 from lightning_unlearn.trajectory import Trajectory
-from lightning_unlearn.types import REASONS, Evidence, Partition
+from lightning_unlearn.types import REASONS, Evidence, OutOfSample, Partition, PartitionSource
+
+# Validation samples: of fewer the accuracy says too little.
+_FEWEST = 200
 
 
 def judge_share(
@@ -29,6 +34,7 @@ def judge_share(
     trajectory: Trajectory,
     reading: Reading,
     recipe: Recipe,
+    unseen: OutOfSample | None = None,
 ) -> tuple[list[Judged], Tensor]:
     """What the recipe makes of each label, and the given labels of the whole training set, (N,) or (N, L).
 
@@ -39,6 +45,7 @@ def judge_share(
         trajectory: what training and the passes showed.
         reading: how many rows a sample has.
         recipe: from evidence to a verdict.
+        unseen: what was said of labels that were not learned yet, for the recipes that ask for it.
 
     Raises:
         ValueError: where all samples have the same label, or none.
@@ -66,6 +73,7 @@ def judge_share(
         # Copies of a sample, with the same label, are one for whatever is estimated.
         counts = weight / copies(mixed(identity + given))[index]
         evidence = _evidence(trajectory, of_label, index, counts, index * rows + at, device)
+        evidence = replace(evidence, unseen=unseen)
         verdict = None if is_one_sided else judge_finite(recipe, evidence, reduce, fault)
         if verdict is not None:
             verdict = _suggests_only(verdict, torch.unique(known), evidence)
@@ -85,6 +93,18 @@ def weight_of_copies(judged: Sequence[Judged], total: int) -> Tensor:
     counts = (judged[0].weight > 0) & (evidence.weight.cpu() > 0)
     weight[evidence.index[counts]] = evidence.weight.cpu()[counts]
     return weight
+
+
+def validation_accuracy(trainer: Trainer, pl_module: LightningModule, source: PartitionSource) -> float | None:
+    """Share of the validation samples whose given label is predicted; None without enough of them.
+
+    Every rank must call it. Where ranks meet in every forward pass it is not asked, as validation data that cannot be
+    read would end the fit.
+    """
+    if shards_weights(trainer):
+        return None
+    score = score_validation(trainer, pl_module, source, say=False)
+    return None if score is None or score.samples < _FEWEST else score.accuracy
 
 
 def _check_labels_of_ranks(seen: Tensor, label: Tensor, reduce: Reduce) -> None:

@@ -25,6 +25,7 @@ def report_partition(
     evidence: str,
     notes: Sequence[str],
     memorised: float | None,
+    finding: str = "",
 ) -> None:
     """Says what the first partition found, and what follows from it.
 
@@ -34,11 +35,13 @@ def report_partition(
         evidence: what it was drawn from, in words.
         notes: of the person who has reviewed it and of the recipe, in words.
         memorised: see :class:`~lightning_unlearn.types.RepairSummary`.
+        finding: what was found about the labels, where that is known with an interval.
     """
     suspects = len(partition.suspect_indices())
+    found = f"{suspects:,} of {len(partition):,} samples are suspect, estimated noise rate {partition.noise_rate:.1%}"
     rank_zero_info(
         f"Partition after {partition.epoch} epochs ({partition.recipe}, {partition.layer}, {evidence}):"
-        f" {suspects:,} of {len(partition):,} samples are suspect, estimated noise rate {partition.noise_rate:.1%}."
+        f" {finding or found}."
     )
     for note in (*notes, *_few_samples(len(partition), _classes_of(partition))):
         rank_zero_info(f"  {note}")

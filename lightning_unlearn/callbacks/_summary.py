@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lightning_unlearn.callbacks._diverged import ADVICE
+from lightning_unlearn.callbacks._finding import precision_in_words
 from lightning_unlearn.types import Partition, RepairSummary
 
 # A network that gives so many of the suspects their given label has memorised them.
@@ -80,6 +81,12 @@ def _found(partition: Partition, suspects: int) -> str:
     if not suspects and partition.warning and not partition.warning.startswith("it calls all"):
         number = f"{len(partition):,}"
         return f"Nothing is known about the {number} training samples, and nothing was changed: {partition.warning}."
+    if not suspects and partition.noise_rate_interval is not None:
+        caveat = partition.warning.partition("; ")[2]
+        return (
+            f"All of the {len(partition):,} training samples count as clean, nothing was changed: {caveat}."
+            " The table with suspects_only=False (Partition.to_csv) has them by doubt."
+        )
     if not suspects:
         # What follows, where something follows, is what could be there all the same.
         _, more, caveat = partition.warning.partition("; ")
@@ -92,9 +99,19 @@ def _found(partition: Partition, suspects: int) -> str:
     why = ", ".join(f"{count:,} for {word}" for word, count in counts.items())
     found = (
         f"{suspects:,} of {len(partition):,} training samples are suspect ({why}), estimated noise rate"
-        f" {partition.noise_rate:.1%}."
+        f" {partition.noise_rate:.1%}{_how_sure(partition)}."
     )
     return f"{found} Nothing was changed: {partition.warning}." if partition.warning else found
+
+
+def _how_sure(partition: Partition) -> str:
+    if partition.noise_rate_interval is None:
+        return ""
+    low, high = partition.noise_rate_interval
+    said = f" (at least {low:.1%})" if high >= 1 else f" ({low:.1%} to {high:.1%})"
+    if partition.expected_precision is None:
+        return said
+    return f"{said}, {precision_in_words(partition.expected_precision)}"
 
 
 def _gained(before: float | None, after: float | None) -> str:

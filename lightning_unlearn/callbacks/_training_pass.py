@@ -107,6 +107,8 @@ class TrainingPassReader:
     is only left out. Batches that do not train (a skipped step) are left out as well.
 
     ``left_open`` is whether the fit that is resumed was within an epoch of which it had rows, which are lost.
+    ``positions``, if who drives it sets them to N zeros (uint8), are how much of the epoch had passed when each sample
+    was drawn last, from 1 to 255; 0 of one that was not drawn.
     ``head`` is the module that is read; ``reason`` is why it gave up, empty while it reads; ``rows_read`` is how many
     rows the sink got in the last epoch.
 
@@ -148,6 +150,7 @@ class TrainingPassReader:
         self._has_judged = False
         self._unknown_epochs = 0
         self.left_open = False
+        self.positions: Tensor | None = None
         self._begin_epoch()
 
     def _begin_epoch(self) -> None:
@@ -213,8 +216,14 @@ class TrainingPassReader:
         if self.is_reading:
             self._remember(live_loaders(trainer))
 
-    def start_batch(self, trainer: Trainer, batch: Any) -> None:
-        """Notes whose rows come next. Call in ``on_train_batch_start``, on the batch as it is given there."""
+    def start_batch(self, trainer: Trainer, batch: Any, position: float = 0.0) -> None:
+        """Notes whose rows come next. Call in ``on_train_batch_start``, on the batch as it is given there.
+
+        Args:
+            trainer: of the fit.
+            batch: of the step.
+            position: in [0, 1), how much of the epoch has passed.
+        """
         self._head_watch.end()
         if self._module is None or self._is_unknown:
             return
@@ -224,7 +233,7 @@ class TrainingPassReader:
             return
         label = self._labels_of(batch, len(drawn))
         if label is not None:
-            self._head_watch.start(self._module, Step(drawn, label, self._reading.num_outputs))
+            self._head_watch.start(self._module, Step(drawn, label, self._reading.num_outputs, position))
 
     def end_batch(self) -> None:
         """Takes what the step has shown. Call in ``on_train_batch_end``."""
@@ -349,9 +358,16 @@ class TrainingPassReader:
         elif num_judged or self._has_judged:
             self._has_judged = True
             self._epoch_rows += len(index)
+            self._place(held, of_steps)
             self._sink.observe(index, logits, label)
         else:
             self._is_blind = True
+
+    def _place(self, held: list[Step], of_steps: list[Tensor]) -> None:
+        """Notes how much of the epoch had passed when samples were drawn."""
+        if self.positions is not None:
+            for step, of in zip(held, of_steps, strict=True):
+                self.positions[of] = 1 + int(step.position * 255)
 
     def _labelled_rows(self, held: list[Step], index: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Rows, logits, gradients and labels of some steps, without the rows whose label is to be ignored."""

@@ -32,8 +32,8 @@ _Item = TypeVar("_Item")
 
 # What each Trainer has been told already; it is told once.
 _said: WeakKeyDictionary[Trainer, set[str]] = WeakKeyDictionary()
-# The score that was measured last in each fit, and of which weights.
-_scores: WeakKeyDictionary[Trainer, tuple[tuple[Any, ...] | None, Score | None]] = WeakKeyDictionary()
+# The score that was measured last in each fit, of which weights, and why there is none.
+_scores: WeakKeyDictionary[Trainer, tuple[tuple[Any, ...] | None, Score | None, str]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,9 @@ class _Tally:
         return None if failed or samples == 0 else Score(right / samples, loss / samples, round(samples))
 
 
-def score_validation(trainer: Trainer, pl_module: LightningModule, source: PartitionSource) -> Score | None:
+def score_validation(
+    trainer: Trainer, pl_module: LightningModule, source: PartitionSource, *, say: bool = True
+) -> Score | None:
     """How well the model does on the fit's own validation loaders, within ``limit_val_batches``.
 
     Every rank must call it. Where a DistributedSampler repeats samples to make the ranks' shares equal, they are
@@ -102,18 +104,20 @@ def score_validation(trainer: Trainer, pl_module: LightningModule, source: Parti
         trainer: of the running fit.
         pl_module: the user's.
         source: knows how to split a batch.
+        say: whether a line in the log is to say why there is no score, if there is none.
 
     Returns:
-        None, with one line in the log that says why, where there is no loader, a batch cannot be split into input and
+        None where there is no loader, a batch cannot be split into input and
         labels, or labels are not class indices.
     """
-    moment, (known_at, known) = _moment(trainer, pl_module), _scores.get(trainer, (None, None))
+    moment, (known_at, score, reason) = _moment(trainer, pl_module), _scores.get(trainer, (None, None, ""))
     is_known = moment is not None and moment == known_at
     # Who measures next finds the score of the same weights; every rank, or none. Shards do not count their changes.
-    if not shards_weights(trainer) and trainer.strategy.reduce_boolean_decision(is_known, all=True):
-        return known
-    score = _measure_validation(trainer, pl_module, source)
-    _scores[trainer] = moment, score
+    if shards_weights(trainer) or not trainer.strategy.reduce_boolean_decision(is_known, all=True):
+        score, reason = _measure_validation(trainer, pl_module, source)
+        _scores[trainer] = moment, score, reason
+    if score is None and say:
+        _say_once(trainer, reason)
     return score
 
 
@@ -134,7 +138,10 @@ def forget_score(trainer: Trainer) -> None:
     _scores.pop(trainer, None)
 
 
-def _measure_validation(trainer: Trainer, pl_module: LightningModule, source: PartitionSource) -> Score | None:
+def _measure_validation(
+    trainer: Trainer, pl_module: LightningModule, source: PartitionSource
+) -> tuple[Score | None, str]:
+    """The score, and why there is none on this rank."""
     tally, reason = _Tally(pl_module, source), ""
     with undisturbed(trainer, pl_module, keep=False):
         loaders = validation_loaders(trainer)
@@ -151,10 +158,7 @@ def _measure_validation(trainer: Trainer, pl_module: LightningModule, source: Pa
                 raise
             reason = f"{type(error).__name__}: {error}"
             tally.give_up()
-    score = tally.score(trainer)
-    if score is None:
-        _say_once(trainer, reason or "the fit has no validation batches")
-    return score
+    return tally.score(trainer), reason or "the fit has no validation batches"
 
 
 def score_samples(trainer: Trainer, pl_module: LightningModule, source: PartitionSource, index: Tensor) -> Score:

@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from lightning_unlearn.arguments import check_choice, check_flag, check_number, check_path, check_text, check_whole
 from lightning_unlearn.batches import shown_path
-from lightning_unlearn.callbacks._assembly import Cut, Judged, assemble, notes_of, objection_of
+from lightning_unlearn.callbacks._assembly import Cut, Judged, assemble, found_in, notes_of, objection_of
 from lightning_unlearn.callbacks._base import (
     IndexedBatch,
     PartitionConsumer,
@@ -25,8 +25,9 @@ from lightning_unlearn.callbacks._base import (
     probe,
 )
 from lightning_unlearn.callbacks._diverged import ADVICE, not_finite
+from lightning_unlearn.callbacks._early_epochs import EarlyEpochs
 from lightning_unlearn.callbacks._evidence_pass import EvidencePass, make_attributor
-from lightning_unlearn.callbacks._judging import judge_share, share_memorised, weight_of_copies
+from lightning_unlearn.callbacks._judging import judge_share, share_memorised, validation_accuracy, weight_of_copies
 from lightning_unlearn.callbacks._label_watch import LabelWatch
 from lightning_unlearn.callbacks._lightning import (
     callbacks_of,
@@ -80,7 +81,7 @@ from lightning_unlearn.recipes.users import checking, trial
 from lightning_unlearn.review import Decided, Review, Table
 from lightning_unlearn.targets import Reading, SoftLabels, Task
 from lightning_unlearn.trajectory import PHASES, Trajectory
-from lightning_unlearn.types import LayerPoint, Partition, PartitionRound, RepairSummary
+from lightning_unlearn.types import LayerPoint, OutOfSample, Partition, PartitionRound, RepairSummary
 
 _PATH = "the dotted path of a layer, or None"
 
@@ -126,7 +127,8 @@ class AttributionPartitionCallback(UnlearnCallback):
         method: of attribution, one of ``lightning_unlearn.capture.ATTRIBUTION_METHODS``.
         input_layer: dotted path of the early layer whose output shows corrupted inputs; by default what the first block
             makes of the input.
-        threshold: samples with a probability below it are not clean.
+        threshold: samples with a probability below it are not clean. Where the partition says what precision is
+            expected of its suspects, they are a list of that precision instead.
         min_class_share: share of each class's samples that is kept in any case, the likeliest; rounded up.
         action: ``"report"`` for a dry run: the partition is drawn, but nothing is pruned or fine-tuned; the log says
             what would be, and what it would cost. Without another callback of ours, ``at_epoch`` may be ``max_epochs``
@@ -165,6 +167,8 @@ class AttributionPartitionCallback(UnlearnCallback):
         Traceback (most recent call last):
         RuntimeError: There is no partition yet: it is drawn when 20 epochs are complete.
     """
+
+    state_version = 2
 
     def __init__(  # noqa: PLR0913  (each is an option of its own)
         self,
@@ -233,7 +237,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         self._review: Review | None = None
         # What earlier epochs showed, the same on every rank; None before the first and once no partition is to follow.
         self._trajectory: Trajectory | None = None
-        self._epochs_seen: list[int] = []
+        self._forget_epochs()
         self._partition: Partition | None = None
         # Not in a checkpoint: neurons are ranked when a partition is drawn.
         self.sample_weight: Tensor | None = None
@@ -253,6 +257,10 @@ class AttributionPartitionCallback(UnlearnCallback):
         self._has_said_cost = False
         self._reader.reset()
         self._watch.detach()
+
+    def _forget_epochs(self) -> None:
+        self._epochs_seen: list[int] = []
+        self._early_epochs = EarlyEpochs()
 
     @property
     def partition(self) -> Partition:
@@ -528,6 +536,8 @@ class AttributionPartitionCallback(UnlearnCallback):
             for index, label in ((first.index, first.label.cpu()), (data.rows.index, data.rows.label.flatten())):
                 known[self.reading.row_indices(index)] = label
             self._reader.start(trainer, pl_module, maker, known)
+            if self._looks_early(trainer.current_epoch + 1):
+                self._reader.positions = torch.zeros(len(train_loader(trainer).dataset), dtype=torch.uint8)  # type: ignore[arg-type]
         else:
             self._reader.give_up("no module of the model returns what forward returns as logits")
         if self._reader.reason:
@@ -556,7 +566,7 @@ class AttributionPartitionCallback(UnlearnCallback):
 
     def forget(self) -> None:
         """Drops what the training steps showed: it cannot be trusted."""
-        self._epochs_seen = []
+        self._forget_epochs()
         if self._trajectory is not None:
             self._trajectory.forget()
 
@@ -574,7 +584,8 @@ class AttributionPartitionCallback(UnlearnCallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._watch.start_batch(batch)
         if self._reads_training:
-            self._reader.start_batch(trainer, batch)
+            batches = trainer.num_training_batches
+            self._reader.start_batch(trainer, batch, min(batch_idx / batches, 0.999) if batches else 0.0)
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -589,7 +600,8 @@ class AttributionPartitionCallback(UnlearnCallback):
             return
         self.reading.forget()
         self.reading.label_at = path
-        self._trajectory, self._epochs_seen, self._task = None, [], ""
+        self._trajectory, self._task = None, ""
+        self._forget_epochs()
         self._reader.begin_again()
         rank_zero_info(f"Labels are read from {shown_path(path)}, the field that the loss follows.")
         for callback in callbacks_of(trainer):
@@ -613,9 +625,29 @@ class AttributionPartitionCallback(UnlearnCallback):
         if not self._reader.end_epoch(trainer):
             self._say_fallback()
             return
+        self._look_early(trainer)
         # Counted in complete epochs: what epoch 0 shows is known when one is complete.
         if self._merge(trainer, pl_module, trainer.current_epoch + 1, self._reader.rows_read) > 0:
             self._epochs_seen.append(trainer.current_epoch + 1)
+
+    def _looks_early(self, epoch: int) -> bool:
+        """Whether the training steps of the ``epoch``-th epoch are looked at by themselves."""
+        is_asked = self.recipe.needs_unseen and self.reading.rows_per_sample == 1
+        return is_asked and epoch <= self.at_epoch and self._early_epochs.is_due(epoch)
+
+    def _look_early(self, trainer: Trainer) -> None:
+        positions, epoch = self._reader.positions, trainer.current_epoch + 1
+        if positions is None or not self._looks_early(epoch):
+            return
+        self._early_epochs.look(
+            self._trajectory_in_use,
+            positions,
+            trainer.num_training_batches,
+            rank_share(len(positions), trainer.global_rank, trainer.world_size),
+            compute_device(trainer),
+            sum_over_ranks(trainer.strategy),
+        )
+        self._reader.positions = positions.zero_() if self._looks_early(epoch + 1) else None
 
     def _merge(self, trainer: Trainer, pl_module: LightningModule, epoch: int, rows: int) -> int:
         """Adds what this rank observed in an epoch, and returns how many rows that all ranks observed are finite."""
@@ -699,7 +731,15 @@ class AttributionPartitionCallback(UnlearnCallback):
         self._check_reader(trainer, pl_module)
         self._reader.detach()
         share = self._observe_pass(trainer, pl_module)
-        judged, label = judge_share(trainer, pl_module, share, self._trajectory_in_use, self.reading, self.recipe)
+        judged, label = judge_share(
+            trainer,
+            pl_module,
+            share,
+            self._trajectory_in_use,
+            self.reading,
+            self.recipe,
+            self._out_of_sample(trainer, pl_module),
+        )
         before, drawn = self._partition, self._made(trainer, judged, label)
         seconds = time.perf_counter() - started
         changed = 1.0 if before is None else (before.is_clean != drawn.is_clean).float().mean().item()
@@ -721,9 +761,15 @@ class AttributionPartitionCallback(UnlearnCallback):
         if self.every_n_epochs is None or self._is_stable:
             self._trajectory = None
         if before is None:
-            self._report(pl_module, drawn, notes_of(judged, drawn), seconds)
+            self._report(pl_module, drawn, notes_of(judged, drawn), seconds, found_in(judged, drawn))
         else:
             report_round(pl_module, drawn, changed, self._is_stable)
+
+    def _out_of_sample(self, trainer: Trainer, pl_module: LightningModule) -> OutOfSample | None:
+        if not self.recipe.needs_unseen or self.reading.rows_per_sample > 1:
+            return None
+        accuracy = validation_accuracy(trainer, pl_module, self)
+        return OutOfSample(self._early_epochs.rate, self._early_epochs.drawn, accuracy)
 
     def _acts(self, trainer: Trainer, partition: Partition) -> bool:
         """Whether another callback is to act on the partition."""
@@ -795,9 +841,9 @@ class AttributionPartitionCallback(UnlearnCallback):
     def state_dict(self) -> dict[str, Any]:
         """Tensors and primitives.
 
-        While evidence is gathered, ``16 r + 40`` bytes per sample with ``r = min(C - 1, 64)``; 34 once the partition is
-        drawn, and both as long as it may be drawn again; about 140 bytes for the fingerprint; in the provenance up to
-        10 bytes for each suspect that is dropped, 35 for one that is re-labelled.
+        While evidence is gathered, ``16 r + 40`` bytes per sample with ``r = min(C - 1, 128)``; 34 once the partition
+        is drawn, and both as long as it may be drawn again; about 140 bytes for the fingerprint; in the provenance up
+        to 10 bytes for each suspect that is dropped, 35 for one that is re-labelled.
         A checkpoint that is written within an epoch lacks what the training steps of that epoch have shown so far.
         """
         return {
@@ -808,6 +854,7 @@ class AttributionPartitionCallback(UnlearnCallback):
             "trajectory": None if self._trajectory is None else self._trajectory.state_dict(),
             "partition": None if self._partition is None else copied(self._partition.state_dict()),
             "reader": self._reader.state_dict(),
+            "early": self._early_epochs.state_dict(),
             "fingerprint": self._fingerprint,
             "rounds": [vars(drawn) | {} for drawn in self._rounds],
             "is_stable": self._is_stable,
@@ -834,6 +881,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         self._trajectory = None if trajectory is None else Trajectory.from_state_dict(trajectory)
         self._partition = None if partition is None else Partition.from_state_dict(copied(partition))
         self._reader.load_state_dict(state["reader"])
+        self._early_epochs = EarlyEpochs.from_state_dict(state["early"])
         self._fingerprint = state["fingerprint"]
         if self._partition is not None:
             # It watches since setup, and would make the loader forget the batches that are to be re-labelled.
@@ -886,10 +934,12 @@ class AttributionPartitionCallback(UnlearnCallback):
             decided=self._decided(judged, label),
         )
 
-    def _report(self, pl_module: LightningModule, partition: Partition, notes: list[str], seconds: float) -> None:
+    def _report(
+        self, pl_module: LightningModule, partition: Partition, notes: list[str], seconds: float, finding: str
+    ) -> None:
         evidence = f"evidence of {len(self._epochs_seen)} epochs and a pass of {seconds:.1f} s"
         reviewed = [] if self._review is None else [self._review.counts()]
-        report_partition(pl_module, partition, evidence, [*reviewed, *notes], self._memorised)
+        report_partition(pl_module, partition, evidence, [*reviewed, *notes], self._memorised, finding)
 
 
 def _tells(partition: Partition) -> bool:

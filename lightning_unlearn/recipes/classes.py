@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_unlearn.functional.mixture import Reduce
 from lightning_unlearn.functional.transition import MOST_NAMES
 from lightning_unlearn.recipes.verdict import Verdict
-from lightning_unlearn.types import Evidence
+from lightning_unlearn.types import Evidence, OutOfSample
 
 
 def with_coordinates(basis: Tensor) -> Tensor:
@@ -48,7 +48,13 @@ def restricted(evidence: Evidence, classes: Tensor) -> Evidence:
         attribution=evidence.attribution @ (evidence.basis[classes].T @ basis),
         basis=basis,
         prediction=place[evidence.prediction],
+        unseen=None if evidence.unseen is None else _unseen_of(evidence.unseen, classes.cpu()),
     )
+
+
+def _unseen_of(unseen: OutOfSample, classes: Tensor) -> OutOfSample:
+    early = None if unseen.early is None else replace(unseen.early, bias=unseen.early.bias[classes])
+    return replace(unseen, early=early, drawn=None if unseen.drawn is None else unseen.drawn[classes])
 
 
 def _differences(num_classes: int) -> Tensor:
@@ -74,8 +80,14 @@ def of_all_classes(verdict: Verdict, evidence: Evidence, classes: Tensor) -> Ver
         if evidence.num_classes <= MOST_NAMES:
             matrix = torch.eye(evidence.num_classes, device=small.device, dtype=small.dtype)
             matrix[classes.unsqueeze(1), classes] = small
+    noise = verdict.noise
+    if noise is not None:
+        names = tuple((int(classes[a]), int(classes[b]), often) for a, b, often in noise.names)
+        noise = replace(noise, names=names)
     return replace(
         verdict,
+        noise=noise,
+        suspect=None if verdict.suspect is None else verdict.suspect & judged,
         clean_probability=clean,
         label_probability=clean,
         suggested_label=classes[verdict.suggested_label].where(judged, evidence.label),

@@ -9,14 +9,20 @@ from torch import Tensor
 
 from lightning_unlearn.functional.evidence import shift_to_rate
 from lightning_unlearn.functional.mixture import Reduce, fit_mixture, standardise
+from lightning_unlearn.recipes.calibrated import label_noise_of, verdict_of
 from lightning_unlearn.recipes.classes import is_exact, judged_classes, of_all_classes, restricted
-from lightning_unlearn.recipes.label_model import UNEXPLAINED, label_model
-from lightning_unlearn.recipes.verdict import NO_DOUBT, Verdict
-from lightning_unlearn.recipes.views import MEMORISED
-from lightning_unlearn.types import Evidence
+from lightning_unlearn.recipes.label_model import NOT_KNOWN, label_model
+from lightning_unlearn.recipes.label_noise import LabelNoise
+from lightning_unlearn.recipes.verdict import NO_DOUBT, NoiseEstimate, Verdict
+from lightning_unlearn.types import Evidence, OutOfSample
 
-# Uncertainty from which on it is said how much the gate cannot see.
-_UNSURE = 0.05
+# What the gate calls wrong stands if the detector, too, expects so many of it to be.
+_PLAUSIBLE = 0.25
+_HALF = 0.5
+_MANY = 1000
+
+# Classes up to which the gate is asked: it takes long for many, and its lists of them were mostly right labels.
+_MOST_GATED = 65
 
 # Classes from which on there is something to tell apart.
 _FEWEST = 2
@@ -34,7 +40,13 @@ _BY_CLASS = 0.15
 
 
 def judge_label(evidence: Evidence, reduce: Reduce) -> Verdict:
-    """The posterior that the given label is right, from true classes behind the given ones.
+    """The probability that the given label is right; of many wrong labels as a gate finds them, else calibrated.
+
+    Where the gate (below) finds wrong labels, it is the posterior from true classes behind the given ones. Where it
+    does not, or where the detector of :mod:`~lightning_unlearn.recipes.label_noise`, going by an early epoch, expects
+    less than a quarter of them to be wrong, the detector speaks, if there is ``Evidence.unseen``: p(clean) is
+    calibrated, suspects are the longest list of an expected precision of .85, and they are acted upon if five standard
+    deviations say that labels are wrong.
 
     A latent-class model (:func:`~lightning_unlearn.functional.fit_latent_classes`) on the class attributions of the
     first and the second half of training, as far as it was not memorised, and of the last pass gives every sample a
@@ -85,6 +97,34 @@ def _by_margin(evidence: Evidence, classes: Tensor, reduce: Reduce) -> Verdict:
 
 def _judge_label(evidence: Evidence, reduce: Reduce) -> Verdict:
     """The verdict on evidence in which every class occurs."""
+    gated, is_open = None, False
+    if evidence.unseen is None or evidence.num_classes <= _MOST_GATED:
+        gated, is_open = _by_gate(evidence, reduce)
+    if gated is not None and (evidence.unseen is None or gated.warning):
+        return gated
+    found = label_noise_of(evidence, reduce)
+    if gated is not None and is_open and _is_plausible(gated, found, evidence, reduce):
+        return gated
+    return verdict_of(found, evidence, reduce, NOT_KNOWN)
+
+
+def _is_plausible(gated: Verdict, found: LabelNoise, evidence: Evidence, reduce: Reduce) -> bool:
+    """Whether enough of what the gate calls wrong is expected to be.
+
+    Without an early epoch to go by, what is memorized looks right, and of few samples it tells little: nothing speaks
+    against the gate then.
+    """
+    early = evidence.unseen.early if evidence.unseen else None
+    if early is None or not early.is_settled:
+        return True
+    suspects = evidence.weight.double() * (gated.clean_probability < _HALF)
+    sums = torch.stack([suspects.sum(), suspects @ found.wrong, evidence.weight.double().sum()])
+    number, wrong, of_all = reduce(sums).tolist()
+    return bool(of_all < _MANY or (number > 0 and wrong >= _PLAUSIBLE * number))
+
+
+def _by_gate(evidence: Evidence, reduce: Reduce) -> tuple[Verdict, bool]:
+    """The verdict of latent classes, and whether they find wrong labels."""
     model, w = label_model(evidence, reduce), evidence.weight
     rate = min(max(model.noise_rate, 1e-6), 1 - 1e-6)
     probability = (model.log_odds + shift_to_rate(model.log_odds, w, rate, reduce=reduce)).sigmoid().float()
@@ -93,21 +133,15 @@ def _judge_label(evidence: Evidence, reduce: Reduce) -> Verdict:
     if not found:
         probability = 1 - NO_DOUBT * (1 - probability)
         matrix = None if matrix is None else torch.eye(len(matrix), device=matrix.device)
-    nothing, caveat = "no sign of wrong labels", ""
-    # Asked in any case, as it takes every rank.
-    predicted = _share_predicted(evidence, reduce)
-    if not found and model.uncertainty > _UNSURE:
-        hidden = f"fewer than about {UNEXPLAINED * model.uncertainty:.0%}"
-        nothing += f"; {hidden} might not show"
-        caveat = f"{hidden} wrong labels might not show, as unsure as the network is: {_other_epoch(predicted)}"
     lapses = ""
     if (clear := model.clear_lapses) is not None:
         lapses = f", {clear.rate:.1%} of all however confident ({clear.z:.1f} standard deviations)"
+    nothing = "no sign of wrong labels"
     note = (
         f"labels: {model.disagreement:.1%} of the most confident samples disagree, {model.uncertainty:.1%} expected of"
         f" the average one{lapses}: {model.objection or ('wrong labels' if found else nothing)}"
     )
-    return Verdict(
+    verdict = Verdict(
         probability,
         model.suggested,
         (1 - probability) * model.suggested_share.float(),
@@ -115,22 +149,8 @@ def _judge_label(evidence: Evidence, reduce: Reduce) -> Verdict:
         noise_matrix=matrix,
         notes=(note,),
         warning=model.objection,
-        caveat="" if model.objection else caveat,
     )
-
-
-def _share_predicted(evidence: Evidence, reduce: Reduce) -> float:
-    """Of the given labels, how many the last pass predicts."""
-    w = evidence.weight.double()
-    right, number = reduce(torch.stack([(w * (evidence.prediction == evidence.label)).sum(), w.sum()])).tolist()
-    return float(right / max(number, 1))
-
-
-def _other_epoch(predicted: float) -> str:
-    """When to judge it instead, from the share of the given labels that the network predicts."""
-    if predicted >= MEMORISED:
-        return f"it predicts {predicted:.0%} of the given labels; if it has memorised them, judge it earlier (at_epoch)"
-    return "judge it later, or earlier if it is memorising them already (at_epoch), or take a stronger one"
+    return verdict, found
 
 
 def judge_input(evidence: Evidence, reduce: Reduce) -> Verdict:
@@ -219,10 +239,15 @@ def judge_auto(evidence: Evidence, reduce: Reduce) -> Verdict:
     """
     inputs = judge_input(evidence, reduce)
     intact = inputs.clean_probability
-    kept = replace(evidence, weight=evidence.weight * (intact >= 0.5))
+    broken = evidence.weight * (intact < _HALF)
+    number, of_all = reduce(torch.stack([broken.sum(), evidence.weight.sum()]).double()).tolist()
+    corrupted = number > 0
+    kept = replace(evidence, weight=evidence.weight * (intact >= _HALF))
+    if corrupted and kept.unseen is not None:
+        # Which tells nothing of the others: what is corrupted was in the early epoch and in the validation data.
+        kept = replace(kept, unseen=OutOfSample())
     labels = judge_label(kept, reduce)
     suggested = labels.suggested_probability
-    corrupted = reduce((evidence.weight * (intact < 0.5)).double().sum()).item() > 0
     return Verdict(
         labels.clean_probability * intact,
         labels.suggested_label,
@@ -233,4 +258,14 @@ def judge_auto(evidence: Evidence, reduce: Reduce) -> Verdict:
         notes=labels.notes + inputs.notes,
         warning="" if corrupted else labels.warning,
         caveat=labels.caveat,
+        suspect=labels.suspect,
+        noise=_with_inputs(labels.noise, number / of_all) if corrupted else labels.noise,
     )
+
+
+def _with_inputs(noise: NoiseEstimate | None, corrupted: float) -> NoiseEstimate | None:
+    """The estimate of labels where a share of all samples has a corrupted input, and its labels were not judged."""
+    if noise is None:
+        return None
+    rate, low, high = (corrupted + (1 - corrupted) * share for share in (noise.rate, *noise.interval))
+    return replace(noise, rate=rate, interval=(low, high))

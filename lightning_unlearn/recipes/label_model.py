@@ -46,7 +46,7 @@ _LESS_SURE_BY = 1.5
 _SELDOM = 0.05
 
 _NOT_NAMED = "some class is called by another's name more often than by its own, so nothing can be told"
-_NOT_KNOWN = "the model tells fewer than two classes, or than half of them, from the others, so nothing can be told"
+NOT_KNOWN = "the model tells fewer than two classes, or than half of them, from the others, so nothing can be told"
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,7 +231,7 @@ def _objection(transition: Tensor, predicted: Tensor, label: Tensor, weight: Ten
     if not _goes_by_own_name(transition)[given > 0].all():
         return _NOT_NAMED
     known = (guessed >= _SELDOM * given)[given > 0]
-    return "" if known.sum() >= max(2, len(known) / 2) else _NOT_KNOWN
+    return "" if known.sum() >= max(2, len(known) / 2) else NOT_KNOWN
 
 
 def _goes_by_own_name(transition: Tensor) -> Tensor:

@@ -22,8 +22,8 @@ ENTRY_POINTS = "lightning_unlearn.recipes"
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
-        Recipe("auto", judge_auto, needs_response=True),
-        Recipe("label", judge_label),
+        Recipe("auto", judge_auto, needs_response=True, needs_unseen=True),
+        Recipe("label", judge_label, needs_unseen=True),
         Recipe("input", judge_input, needs_response=True),
         Recipe("rlap", judge_rlap, needs_rows=True, averages=False, soft=False),
         Recipe("loss", judge_loss, averages=False),

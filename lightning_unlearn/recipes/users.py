@@ -99,6 +99,8 @@ def checked(name: str, answer: Any, evidence: Evidence, reduce: Reduce, failure:
     device = evidence.weight.device
     moved = {field: value.detach().float().to(device) for field, value, _ in _parts(verdict) if value is not None}
     moved["suggested_label"] = verdict.suggested_label.detach().long().to(device)
+    if verdict.suspect is not None:
+        moved["suspect"] = moved["suspect"] > 0
     return replace(verdict, **moved)
 
 
@@ -113,7 +115,7 @@ def _parts(verdict: Verdict) -> list[tuple[str, Any, str]]:
         (_LABELS, verdict.suggested_label, _LABELS),
         *(
             (name, getattr(verdict, name), name)
-            for name in ("suggested_probability", "label_probability", "input_probability")
+            for name in ("suggested_probability", "label_probability", "input_probability", "suspect")
         ),
     ]
 
@@ -181,7 +183,7 @@ def made_up(basis: Tensor, index: Tensor, recipe: Recipe) -> Evidence:
     last, column = scores[:, -1], label.unsqueeze(1)
     margin = last.gather(1, column).squeeze(1) - last.scatter(1, column, -torch.inf).amax(dim=1)
     share = last.softmax(dim=1)
-    parts: dict[str, Tensor] = {
+    parts: dict[str, Any] = {
         "weight": torch.ones(count),
         "label": label,
         "attribution": scores.to(basis.device) @ basis,

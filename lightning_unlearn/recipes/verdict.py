@@ -22,6 +22,33 @@ LONE = 1.5
 NO_DOUBT = 0.01
 
 
+@dataclass(frozen=True)
+class NoiseEstimate:
+    """How many labels are wrong, and how sure that is.
+
+    Args:
+        status: ``"found"``: suspects are acted upon; ``"weak"``: they are named only; ``"none"``: there is no list.
+        rate: of wrong labels.
+        interval: of it, at 95 %; the upper end is 1 where the rate is only a lower bound.
+        z_score: how sure it is that labels are wrong.
+        suspects: how many samples the list of suspects has.
+        expected_precision: share of them that is expected to be wrong; 0 without suspects.
+        worth_a_look: how many samples come after them in the list of which at least half are expected to be wrong.
+        shifted: whether class weights or a balanced sampler had to be guessed.
+        names: pairs of classes of which the first is often called the second, with how often.
+    """
+
+    status: str
+    rate: float
+    interval: tuple[float, float]
+    z_score: float
+    suspects: int
+    expected_precision: float
+    worth_a_look: int
+    shifted: bool = False
+    names: tuple[tuple[int, int, float], ...] = ()
+
+
 @dataclass(frozen=True, eq=False)
 class Verdict:
     """What a recipe says of one rank's share.
@@ -40,6 +67,8 @@ class Verdict:
         unusable: (n,) bool, samples that must not be trained on in any case; None where there are none.
         caveat: what may be there and might not show, and what to do then, for where nothing is suspect. The same on
             every rank.
+        suspect: (n,) bool, the samples that are not clean for their label; None to go by the callback's threshold.
+        noise: what is estimated of all the labels, with ``suspect``; None where it was not. The same on every rank.
     """
 
     clean_probability: Tensor
@@ -52,6 +81,8 @@ class Verdict:
     warning: str = ""
     unusable: Tensor | None = None
     caveat: str = ""
+    suspect: Tensor | None = None
+    noise: NoiseEstimate | None = None
 
 
 Judge = Callable[[Evidence, Reduce], Verdict]
@@ -66,6 +97,7 @@ class Recipe:
         judge: from this rank's evidence, and the function that sums over ranks, to a verdict.
         needs_rows: whether it needs the per-neuron attributions ``Evidence.rows``.
         needs_response: whether it looks at ``Evidence.response``, an early layer's response to the input.
+        needs_unseen: whether it looks at ``Evidence.unseen``, an early epoch and the validation accuracy.
         averages: whether evidence of earlier epochs counts.
         soft: whether neurons are regressed on the probability (else, as in the paper, on the two clusters).
     """
@@ -74,6 +106,7 @@ class Recipe:
     judge: Judge
     needs_rows: bool = False
     needs_response: bool = False
+    needs_unseen: bool = False
     averages: bool = True
     soft: bool = True
 
@@ -85,7 +118,7 @@ class Recipe:
                 f"Expected judge of recipe '{self.name}' to be a function of the evidence and of the function that sums"
                 f" over ranks, but {shown(self.judge)} {fault}."
             )
-        for name in ("needs_rows", "needs_response", "averages", "soft"):
+        for name in ("needs_rows", "needs_response", "needs_unseen", "averages", "soft"):
             object.__setattr__(self, name, check_flag(name, getattr(self, name)))
 
 

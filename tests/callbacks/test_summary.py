@@ -145,8 +145,8 @@ def test_advice_where_nothing_is_noisy():
         (partition, _, finetune), *_ = a_fit(data=Unlike(Blobs(noise=0)))
     summary = partition.summary
     caveat = partition.partition.warning.removeprefix("it calls all of the 203 samples clean; ")
-    assert caveat.startswith("fewer than about ")
-    found = f"No sign of noise in the 203 training samples: nothing was changed; {caveat}. The table"
+    assert caveat.startswith("no list of suspects can be made from this fit; errors among classes that are easily ")
+    found = f"All of the 203 training samples count as clean, nothing was changed: {caveat}. The table"
     assert summary.advice.startswith(found)
     plain = make_partition(torch.ones(8), torch.arange(8) % 4, warning="it calls all of the 8 samples clean")
     said = summarise(plain, memorised=None, done=(), accuracy=(None, None)).advice

@@ -1,0 +1,117 @@
+"""What the training steps of the first epochs say of the labels before the network has learned them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_unlearn.functional.mixture import Reduce
+from lightning_unlearn.functional.prequential import PARTS, PrequentialRate, prequential_rate
+from lightning_unlearn.recipes.classes import is_exact, with_coordinates
+from lightning_unlearn.trajectory import Trajectory
+
+MOST_EPOCHS = 6
+"""In which a network that still learns fast is waited for."""
+
+_SCALE = 255  # of positions
+_FEWEST = 2  # classes
+
+
+class EarlyEpochs:
+    """The noise rate by the earliest epoch in which the network no longer learns fast.
+
+    Attributes:
+        rate: of the last epoch that was looked at; None before the first.
+        drawn: (C,) float64, how often samples of each class were drawn in it.
+    """
+
+    def __init__(self) -> None:
+        self.rate: PrequentialRate | None = None
+        self.drawn: Tensor | None = None
+
+    def is_due(self, epoch: int) -> bool:
+        """Whether to look at the ``epoch``-th, counted from 1."""
+        return epoch <= MOST_EPOCHS and not (self.rate is not None and self.rate.is_settled)
+
+    def look(
+        self,
+        trajectory: Trajectory,
+        positions: Tensor,
+        batches: float,
+        share: tuple[Tensor, Tensor],
+        device: torch.device,
+        reduce: Reduce,
+    ) -> None:
+        """Looks at an epoch before its evidence is merged. Every rank must call it.
+
+        Args:
+            trajectory: with what was observed in this epoch.
+            positions: (N,) uint8, see :class:`~lightning_unlearn.callbacks._training_pass.TrainingPassReader`.
+            batches: how many the epoch has.
+            share: (n,) indices of this rank's samples, and (n,) 0 for one that only pads.
+            device: where to compute.
+            reduce: sums over the ranks.
+        """
+        index, weight = share
+        coordinates, count = trajectory.fresh(index, reduce)
+        label, position = _of_all_ranks(trajectory.label, positions, reduce)
+        label, position = label[index], position[index]
+        counts = (count > 0) & (weight > 0) & (label >= 0) & (position >= 0)
+        drawn = torch.zeros(trajectory.num_classes, dtype=torch.float64)
+        drawn = reduce(drawn.index_add_(0, label[counts], count[counts].double()))
+        present = ((drawn > 0) & with_coordinates(trajectory.basis)).nonzero().flatten()
+        parts = int(max(1, min(PARTS, batches)))
+        if len(present) < _FEWEST or not is_exact(trajectory.basis) or not _is_whole(position[counts], parts, reduce):
+            return
+        place = torch.zeros(trajectory.num_classes, dtype=torch.int64)
+        place[present] = torch.arange(len(present))
+        logits = torch.where(counts.unsqueeze(1), coordinates, 0) @ trajectory.basis[present].T
+        found = prequential_rate(
+            logits.to(device),
+            place[label.clamp(min=0)].to(device),
+            position.clamp(min=0).to(device),
+            counts.float().to(device),
+            parts=parts,
+            reduce=reduce,
+        )
+        bias = torch.zeros(trajectory.num_classes, dtype=torch.float64)
+        bias[present] = found.bias.cpu()
+        self.rate, self.drawn = PrequentialRate(**{**vars(found), "bias": bias}), drawn
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Plain numbers; None if no epoch was looked at."""
+        if self.rate is None or self.drawn is None:
+            return None
+        return {**asdict(self.rate), "bias": self.rate.bias.tolist(), "drawn": self.drawn.tolist()}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any] | None) -> EarlyEpochs:
+        """What :meth:`state_dict` described."""
+        early = cls()
+        if state is not None:
+            numbers = dict(state)
+            early.drawn = torch.tensor(numbers.pop("drawn"), dtype=torch.float64)
+            bias = torch.tensor(numbers.pop("bias"), dtype=torch.float64)
+            early.rate = PrequentialRate(**numbers, bias=bias)
+        return early
+
+
+def _of_all_ranks(label: Tensor, positions: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor]:
+    """(N,) each: the label, and the position in [0, 1), of a sample, as any rank has seen it; -1 where none has.
+
+    Where ranks have drawn a sample each, as what fills up their shares, it is in the middle between them.
+    """
+    placed, known = positions > 0, label >= 0
+    sums = reduce(torch.stack([label.clamp(min=0).double(), known.double(), positions.double(), placed.double()]))
+    of_all = torch.where(sums[1] > 0, sums[0] / sums[1].clamp(min=1), -1).round().long()
+    where = torch.where(sums[3] > 0, (sums[2] / sums[3].clamp(min=1) - 1) / _SCALE, -1.0)
+    return of_all, where.float()
+
+
+def _is_whole(position: Tensor, parts: int, reduce: Reduce) -> bool:
+    """Whether something was drawn in each part of the epoch, as where it was not resumed in the middle."""
+    held = torch.bincount((position * parts).long().clamp(0, parts - 1), minlength=parts)
+    return bool((reduce(held.double()) > 0).all())

@@ -1,0 +1,221 @@
+"""Label errors that are few, by default: found in a fit, with what to expect of them, and nothing on clean data."""
+
+from dataclasses import replace
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_unlearn import AttributionPartitionCallback, Partition
+from lightning_unlearn.callbacks._early_epochs import EarlyEpochs
+from lightning_unlearn.callbacks._finding import caveat_of, finding_of
+from lightning_unlearn.functional.mixture import no_reduce
+from lightning_unlearn.functional.prequential import PrequentialRate
+from lightning_unlearn.recipes.verdict import NoiseEstimate
+from lightning_unlearn.trajectory import Trajectory
+from tests.ranks import run_ranks
+
+CLASSES = 10
+
+
+class Probe(L.LightningModule):
+    """A linear head on what stands for frozen features."""
+
+    def __init__(self, lr):
+        super().__init__()
+        self.head, self.lr = nn.Linear(64, CLASSES), lr
+
+    def forward(self, x):
+        return self.head(x)
+
+    def training_step(self, batch, _):
+        return functional.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), self.lr)
+
+
+def digits(rate=0.0, step=None):
+    x, y = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
+    generator = torch.Generator().manual_seed(0)
+    wrong = torch.rand(len(y), generator=generator) < rate
+    moved = torch.randint(1, CLASSES, (len(y),), generator=generator) if step is None else step
+    return (x / 16).float(), torch.where(wrong, (y + moved) % CLASSES, y).long(), wrong
+
+
+def judged(x, label, epochs, *, lr=3e-3, saves=(), resumed=None):
+    L.seed_everything(0, verbose=False)
+    callback = AttributionPartitionCallback(at_epoch=epochs, action="report")
+    trainer = L.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        callbacks=[callback, *saves],
+        logger=False,
+        enable_checkpointing=bool(saves),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Probe(lr), DataLoader(TensorDataset(x, label), 64, shuffle=True), ckpt_path=resumed)
+    return callback
+
+
+def pairs(noise, n=5000):
+    """Pairs of classes that are hard to tell: the gate stays shut, whatever is wrong."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randint(CLASSES, (n,), generator=generator)
+    centers = torch.randn(CLASSES, 64, generator=generator)
+    centers[1::2] = 0.45 * centers[1::2] + 0.9 * centers[0::2]
+    x = 0.35 * centers[y] + torch.randn(n, 64, generator=generator)
+    wrong = torch.rand(n, generator=generator) < noise
+    other = (y + torch.randint(1, CLASSES, (n,), generator=generator)) % CLASSES
+    return x, torch.where(wrong, other, y), wrong
+
+
+def test_a_few_errors_among_classes_that_are_hard_to_tell():
+    x, label, wrong = pairs(0.05)
+    callback = judged(x, label, 8, lr=1e-3)
+    partition = callback.partition
+    flagged = ~partition.is_clean
+    assert flagged.sum() >= 40
+    assert wrong[flagged].float().mean() >= 0.8
+    assert partition.expected_precision >= 0.85
+    low, high = partition.noise_rate_interval
+    assert low <= partition.noise_rate <= high < 1
+    assert partition.is_actionable
+    said = f"noise rate {partition.noise_rate:.1%} ({low:.1%} to {high:.1%}), about 9 in 10 expected to be wrong."
+    assert said in callback.summary.advice
+    assert Partition.from_state_dict(partition.state_dict()).noise_rate_interval == (low, high)
+
+
+@pytest.mark.parametrize("epochs", [2, 5, 10])
+def test_nothing_is_acted_upon_on_clean_data(epochs):
+    x, label, _ = digits()
+    with pytest.warns(UserWarning, match="not acted upon"):
+        partition = judged(x, label, epochs).partition
+    assert partition.is_clean.all()
+    assert not partition.is_actionable
+
+
+def test_next_class_by_its_name():
+    x, label, wrong = digits(0.2, step=1)
+    partition = judged(x, label, 5).partition
+    flagged = ~partition.is_clean
+    assert wrong[flagged].float().mean() >= 0.7
+    assert (wrong & flagged).sum() >= 0.6 * wrong.sum()
+
+
+def test_a_pair_of_classes_that_is_hard_to_tell_is_no_habit():
+    x, label, _ = pairs(0)
+    with pytest.warns(UserWarning, match="not acted upon"):
+        assert judged(x, label, 5, lr=1e-3).partition.is_clean.all()
+
+
+def halves(total, num_classes):
+    """An epoch as one rank has seen it, and as two have."""
+    generator = torch.Generator().manual_seed(0)
+    label = torch.arange(total) % num_classes
+    logits = 2 * functional.one_hot(label, num_classes) + torch.randn(total, num_classes, generator=generator)
+    other = (label + torch.randint(1, num_classes, (total,), generator=generator)) % num_classes
+    given = torch.where(torch.rand(total, generator=generator) < 0.1, other, label)
+    position = (1 + 255 * torch.rand(total, generator=generator)).clamp(max=255).to(torch.uint8)
+    ranks = []
+    for rows in (torch.arange(total), torch.arange(0, total, 2), torch.arange(1, total, 2)):
+        trajectory, positions = Trajectory(total, num_classes), torch.zeros(total, dtype=torch.uint8)
+        trajectory.observe(rows, logits[rows], given[rows])
+        positions[rows] = position[rows]
+        ranks.append((trajectory, positions))
+    return ranks
+
+
+def test_an_early_epoch_of_two_ranks_is_that_of_one():
+    whole, *parts = halves(2000, 4)
+    one = EarlyEpochs()
+    share = (torch.arange(2000), torch.ones(2000))
+    one.look(*whole, 50, share, torch.device("cpu"), no_reduce)
+    assert one.rate.is_settled
+    assert one.rate.low <= 0.1 <= one.rate.high
+
+    def look(rank, reduce):
+        early, index = EarlyEpochs(), torch.arange(rank * 1000, rank * 1000 + 1000)
+        early.look(*parts[rank], 50, (index, torch.ones(1000)), torch.device("cpu"), reduce)
+        return early
+
+    for early in run_ranks(look, 2):
+        for name in ("low", "middle", "high", "z_score", "skill"):
+            assert getattr(early.rate, name) == pytest.approx(getattr(one.rate, name), rel=1e-3, abs=1e-4)
+        assert early.drawn.equal(one.drawn)
+
+
+def test_an_epoch_that_was_resumed_in_the_middle_is_not_looked_at():
+    (trajectory, positions), *_ = halves(400, 4)
+    early = EarlyEpochs()
+    positions[positions < 100] = 0
+    early.look(trajectory, positions, 50, (torch.arange(400), torch.ones(400)), torch.device("cpu"), no_reduce)
+    assert early.rate is None
+
+
+def test_what_an_early_epoch_told_survives_a_checkpoint():
+    early = EarlyEpochs()
+    assert EarlyEpochs.from_state_dict(early.state_dict()).rate is None
+    early.rate = PrequentialRate(0.01, 0.02, 0.03, 4.0, 0.8, True, torch.tensor([0.1, -0.1], dtype=torch.float64))
+    early.drawn = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    found = EarlyEpochs.from_state_dict(early.state_dict())
+    assert found.state_dict() == early.state_dict()
+    assert not found.is_due(2)
+    assert EarlyEpochs().is_due(6)
+    assert not EarlyEpochs().is_due(7)
+
+
+def test_a_fit_that_goes_on_has_what_an_early_epoch_told(tmp_path):
+    x, label, _ = digits(0.1)
+    save = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, every_n_epochs=1, save_on_train_epoch_end=True)
+    whole = judged(x, label, 5, saves=[save]).state_dict()["early"]
+    assert whole["is_settled"]
+    resumed = judged(x, label, 5, resumed=tmp_path / "epoch=3.ckpt")
+    assert resumed.state_dict()["early"] == whole
+
+
+ESTIMATE = NoiseEstimate("found", 0.03, (0.019, 0.044), 9.0, 212, 0.86, 300, names=((3, 5, 0.23),))
+
+
+@pytest.mark.parametrize(
+    ("noise", "suspects", "said"),
+    [
+        (
+            ESTIMATE,
+            212,
+            "about 3.0% of the labels look wrong (1.9% to 4.4%); 212 suspects, about 9 in 10 expected to be wrong; the"
+            " next 300 are worth a look; class 3 is often called 5 (23%)",
+        ),
+        (
+            replace(ESTIMATE, interval=(0.019, 1.0), worth_a_look=0, names=()),
+            7,
+            "at least 1.9% of the labels look wrong; 7 suspects, about 9 in 10 expected to be wrong",
+        ),
+        (
+            replace(ESTIMATE, status="weak", z_score=3.4),
+            0,
+            "212 labels look wrong, but no early epoch shows whether classes go by other names or are hard to tell:"
+            " listed for review, not acted upon",
+        ),
+        (
+            replace(ESTIMATE, status="weak", z_score=3.4, names=()),
+            0,
+            "212 labels look wrong, too few signs to act on (z 3.4): listed for review, not acted upon",
+        ),
+        (
+            replace(ESTIMATE, status="weak", shifted=True),
+            0,
+            "212 labels look wrong, but class weights or a balanced sampler shift the outputs: listed for review, not"
+            " acted upon",
+        ),
+    ],
+)
+def test_what_is_said(noise, suspects, said):
+    assert finding_of(noise, suspects) == said
+    assert (caveat_of(noise) == said) == (noise.status == "weak")

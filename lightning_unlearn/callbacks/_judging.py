@@ -98,10 +98,10 @@ def weight_of_copies(judged: Sequence[Judged], total: int) -> Tensor:
 def validation_accuracy(trainer: Trainer, pl_module: LightningModule, source: PartitionSource) -> float | None:
     """Share of the validation samples whose given label is predicted; None without enough of them.
 
-    Every rank must call it. Where ranks meet in every forward pass it is not asked, as validation data that cannot be
-    read would end the fit.
+    Every rank must call it. Not of a fit that has not validated; nor where ranks meet in every forward pass, as
+    validation data that cannot be read would end the fit.
     """
-    if shards_weights(trainer):
+    if shards_weights(trainer) or trainer.val_dataloaders is None:
         return None
     score = score_validation(trainer, pl_module, source, say=False)
     return None if score is None or score.samples < _FEWEST else score.accuracy

@@ -102,25 +102,28 @@ def _judge_label(evidence: Evidence, reduce: Reduce) -> Verdict:
         gated, is_open = _by_gate(evidence, reduce)
     if gated is not None and (evidence.unseen is None or gated.warning):
         return gated
+    if gated is not None and is_open and not _may_overrule(evidence, reduce):
+        return gated
     found = label_noise_of(evidence, reduce)
     if gated is not None and is_open and _is_plausible(gated, found, evidence, reduce):
         return gated
     return verdict_of(found, evidence, reduce, NOT_KNOWN)
 
 
-def _is_plausible(gated: Verdict, found: LabelNoise, evidence: Evidence, reduce: Reduce) -> bool:
-    """Whether enough of what the gate calls wrong is expected to be.
+def _may_overrule(evidence: Evidence, reduce: Reduce) -> bool:
+    """Whether the detector may speak against the gate.
 
-    Without an early epoch to go by, what is memorized looks right, and of few samples it tells little: nothing speaks
-    against the gate then.
+    Without an early epoch to go by, what is memorized looks right, and of few samples it tells little.
     """
     early = evidence.unseen.early if evidence.unseen else None
-    if early is None or not early.is_settled:
-        return True
+    return early is not None and early.is_settled and bool(reduce(evidence.weight.double().sum()) >= _MANY)
+
+
+def _is_plausible(gated: Verdict, found: LabelNoise, evidence: Evidence, reduce: Reduce) -> bool:
+    """Whether enough of what the gate calls wrong is expected to be."""
     suspects = evidence.weight.double() * (gated.clean_probability < _HALF)
-    sums = torch.stack([suspects.sum(), suspects @ found.wrong, evidence.weight.double().sum()])
-    number, wrong, of_all = reduce(sums).tolist()
-    return bool(of_all < _MANY or (number > 0 and wrong >= _PLAUSIBLE * number))
+    number, wrong = reduce(torch.stack([suspects.sum(), suspects @ found.wrong])).tolist()
+    return bool(number > 0 and wrong >= _PLAUSIBLE * number)
 
 
 def _by_gate(evidence: Evidence, reduce: Reduce) -> tuple[Verdict, bool]:

@@ -194,7 +194,8 @@ class ItemByItem:
     """
 
     def __init__(self, dataset: Any, *, seeded: bool = True) -> None:
-        self.__dict__.update(_inner=dataset, _seeded=seeded)
+        self.__dict__["_inner"] = dataset
+        self.__dict__["_seeded"] = seeded
 
     def __getitem__(self, index: Any) -> Any:
         if self._seeded:

@@ -145,6 +145,7 @@ ELSEWHERE = {
         "_ConvTransposeNd": "torch's class",
         "_NormBase": "torch's class",
     },
+    "callbacks/_diverged.py": {"_NormBase": "torch's class"},
     "callbacks/_holding.py": {"_orig": "what torch.nn.utils.prune puts behind a parameter's name"},
     "callbacks/_validation.py": {"_version": "how often a tensor has been changed in place, which nothing else tells"},
     "callbacks/finetune.py": {"_NormBase": "torch's class"},

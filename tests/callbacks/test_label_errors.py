@@ -189,8 +189,8 @@ ESTIMATE = NoiseEstimate("found", 0.03, (0.019, 0.044), 9.0, 212, 0.86, 300, nam
         (
             ESTIMATE,
             212,
-            "about 3.0% of the labels look wrong (1.9% to 4.4%); 212 suspects, about 9 in 10 expected to be wrong; the"
-            " next 300 are worth a look; class 3 is often called 5 (23%)",
+            "about 3.0% of the labels look wrong (1.9% to 4.4%; more if similar classes are confused); 212 suspects,"
+            " about 9 in 10 expected to be wrong; the next 300 are worth a look; class 3 is often called 5 (23%)",
         ),
         (
             replace(ESTIMATE, interval=(0.019, 1.0), worth_a_look=0, names=()),

@@ -94,7 +94,7 @@ class Reading:
         self.is_open = False
 
     def split(self, batch: Any) -> tuple[Any, Any]:
-        """The input and the labels of a batch: as ``batch_to_xy`` says, as settled, or as :func:`split_batch` does."""
+        """The input and the labels of a batch: as ``batch_to_xy`` says, as settled, or as ``split_batch`` does."""
         if self.batch_to_xy is not None:
             return self.batch_to_xy(batch)
         if self.layout is not None and self.layout.fits(batch):

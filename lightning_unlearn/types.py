@@ -65,7 +65,7 @@ class OutOfSample:
     """What a fit has shown that does not depend on labels it had learned already; the same on every rank.
 
     Args:
-        early: a :class:`~lightning_unlearn.functional.prequential.PrequentialRate` of the training steps of one early
+        early: a ``PrequentialRate`` of the training steps of one early
             epoch, its bias (C,); None where no such epoch was read.
         drawn: (C,) float64, how often samples of each class were drawn in that epoch; None likewise.
         accuracy: share of the validation samples whose given label is predicted; None without enough of them.
@@ -316,7 +316,7 @@ class Partition:
         A sample whose input is corrupted is not worth a new label.
 
         Args:
-            threshold: the least probability of a suggested label that is used; by default :attr:`relabel_threshold`.
+            threshold: the least probability of a suggested label that is used; by default ``relabel_threshold``.
 
         Raises:
             ValueError: for a threshold out of range.
@@ -335,7 +335,7 @@ class Partition:
         ``"relabel"`` is for a CleanSubsetFinetuneCallback with ``on_noisy="relabel"``; others drop such a sample.
 
         Args:
-            threshold: the least probability of a suggested label that is used; by default :attr:`relabel_threshold`.
+            threshold: the least probability of a suggested label that is used; by default ``relabel_threshold``.
 
         Raises:
             ValueError: for a threshold out of range.

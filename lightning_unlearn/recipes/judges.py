@@ -43,7 +43,7 @@ def judge_label(evidence: Evidence, reduce: Reduce) -> Verdict:
     """The probability that the given label is right; of many wrong labels as a gate finds them, else calibrated.
 
     Where the gate (below) finds wrong labels, it is the posterior from true classes behind the given ones. Where it
-    does not, or where the detector of :mod:`~lightning_unlearn.recipes.label_noise`, going by an early epoch, expects
+    does not, or where the detector of ``recipes.label_noise``, going by an early epoch, expects
     less than a quarter of them to be wrong, the detector speaks, if there is ``Evidence.unseen``: p(clean) is
     calibrated, suspects are the longest list of an expected precision of .85, and they are acted upon if five standard
     deviations say that labels are wrong.

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lightning_unlearn.functional.coordinates import helmert
 from lightning_unlearn.functional.mixture import Reduce
 from lightning_unlearn.functional.transition import MOST_NAMES
 from lightning_unlearn.recipes.verdict import Verdict
@@ -37,7 +38,7 @@ def restricted(evidence: Evidence, classes: Tensor) -> Evidence:
         evidence: whose coordinates are exact.
         classes: (C',) int64, in ascending order; label k of the result is ``classes[k]``.
     """
-    basis = _differences(len(classes)).to(evidence.basis)
+    basis = helmert(len(classes)).to(evidence.basis)
     place = torch.full((evidence.num_classes,), -1, device=classes.device)
     place[classes] = torch.arange(len(classes), device=classes.device)
     label = place[evidence.label]
@@ -55,13 +56,6 @@ def restricted(evidence: Evidence, classes: Tensor) -> Evidence:
 def _unseen_of(unseen: OutOfSample, classes: Tensor) -> OutOfSample:
     early = None if unseen.early is None else replace(unseen.early, bias=unseen.early.bias[classes])
     return replace(unseen, early=early, drawn=None if unseen.drawn is None else unseen.drawn[classes])
-
-
-def _differences(num_classes: int) -> Tensor:
-    """(C', C' - 1), an orthonormal basis of what does not change when a constant is added to all classes."""
-    centred = torch.eye(num_classes, dtype=torch.float64)[:, :-1] - 1 / num_classes
-    basis: Tensor = torch.linalg.qr(centred)[0]
-    return basis
 
 
 def of_all_classes(verdict: Verdict, evidence: Evidence, classes: Tensor) -> Verdict:

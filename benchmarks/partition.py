@@ -38,6 +38,8 @@ from lightning_unlearn.functional.mixture import no_reduce
 from lightning_unlearn.recipes import get_recipe
 from lightning_unlearn.types import Evidence
 
+# The default of the callback.
+PRECISION = 0.85
 BASELINES = ("paper", "loss", "loss mixture", "AUM", "argmax", "cleanlab", "cleanlab 5-fold")
 
 
@@ -89,9 +91,10 @@ def _paper_rows(recording: Any, last: Tensor) -> Tensor:
 
 def _recipe(name: str, score: Callable[[Evidence], Tensor] | None = None) -> Callable[[Evidence, Any], Answer]:
     def judge(evidence: Evidence, folds: Any) -> Answer:
-        probability = get_recipe(name).judge(evidence, no_reduce).clean_probability
+        verdict = get_recipe(name).judge(evidence, no_reduce)
+        probability, suspects = verdict.clean_probability, verdict.suspects(evidence.weight, no_reduce, PRECISION)
         ranked = probability if score is None else score(evidence)
-        return Answer(ranked.numpy(), (probability < 0.5).numpy(), 1 - probability.double().mean().item())
+        return Answer(ranked.numpy(), suspects.numpy(), 1 - probability.double().mean().item())
 
     return judge
 

@@ -128,7 +128,6 @@ def _with_unusable(verdict: Verdict, label: Tensor, unusable: Tensor, note: str)
         label_probability=None if of_label is None else of_label.masked_fill(unusable, 1),
         input_probability=of_input.masked_fill(unusable, 0),
         notes=(*verdict.notes, note),
-        suspect=None if verdict.suspect is None else verdict.suspect & ~unusable,
         unusable=unusable,
     )
 

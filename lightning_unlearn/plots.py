@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.arguments import check_choice
-from lightning_unlearn.types import REASONS, NeuronMask, Partition, confusion_counts, suggested_otherwise
+from lightning_unlearn.types import REASONS, NeuronMask, Partition, confusion_counts, cut_of, suggested_otherwise
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -195,20 +195,6 @@ def _luminance(color: Any) -> float:
     return float(0.2126 * red + 0.7152 * green + 0.0722 * blue)
 
 
-def _cut(partition: Partition, judged: Tensor) -> float | None:
-    """What lies between suspect and clean: the default where nothing speaks against it, else the middle of the gap.
-
-    Below it there may be clean samples, of a class of which too few would be left.
-    """
-    suspect = partition.clean_probability[judged & ~partition.is_clean]
-    if not len(suspect):
-        return None
-    low = float(suspect.max())
-    above = partition.clean_probability[judged & partition.is_clean & (partition.clean_probability > low)]
-    high = float(above.min()) if len(above) else 1.0
-    return 0.5 if low < 0.5 <= high else (low + high) / 2
-
-
 def _draw_histogram(partition: Partition, axes: Axes) -> None:
     judged = torch.ones(len(partition), dtype=torch.bool) if partition.is_multilabel else partition.label >= 0
     edges = np.linspace(0, 1, _BINS + 1).tolist()
@@ -225,7 +211,7 @@ def _draw_histogram(partition: Partition, axes: Axes) -> None:
             alpha=0.85,
             label=f"{title}: {int(members.sum()):,}{more}",
         )
-    cut = _cut(partition, judged)
+    cut = cut_of(partition)
     if cut is not None:
         axes.axvline(cut, color=axes.xaxis.label.get_color(), linestyle="--", linewidth=1.5, label=f"cut: {cut:.2g}")
     axes.set_ylim(0.7, max(axes.get_ylim()[1], 10) * 4)  # a bar of one sample is seen, and the legend is above the bars

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from lightning_unlearn.arguments import check_flag, check_names, check_number, plain, shown
+from lightning_unlearn.arguments import check_flag, check_names, check_number, check_whole, plain, shown
 from lightning_unlearn.fingerprint import mark_of
 from lightning_unlearn.storage import faults_of, load_record, save_record, write_csv
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-STATE_VERSION = 5
+STATE_VERSION = 6
 MASK_VERSION = 1
 
 _NONE = torch.zeros(0, 0)
@@ -31,6 +31,9 @@ _NONE = torch.zeros(0, 0)
 _MOST_CLASSES = 2**24
 # Those that NumPy has too.
 _STORED = (torch.float16, torch.float32, torch.float64)
+
+# Share of a list that must be expected to be wrong to be worth a look.
+_WORTH = 0.5
 
 NOT_BY_SAMPLE = ("basis", "unseen")
 """Fields of :class:`Evidence` that have no row per sample."""
@@ -162,9 +165,9 @@ class Partition:
 
     Args:
         clean_probability: (N,) float32, probability in [0, 1] that the sample is clean.
-        is_clean: (N,) bool, ``clean_probability`` at or above the threshold of the callback, or among the likeliest of
-            a class of which too few would be left. Where ``noise_rate_interval`` is known, all but the longest list of
-            suspects that has a high enough expected precision.
+        is_clean: (N,) bool, all but the suspects: where ``noise_rate_interval`` is known, the longest list that has the
+            expected precision which the callback was asked for, else those whose ``clean_probability`` is below one
+            half. The likeliest of a class of which too few would be left are clean too.
         suggested_label: (N,) int64; the given label where the sample is clean. Of a multi-label task (N, L).
         suggested_probability: (N,) float32, probability in [0, 1] that ``suggested_label`` is right.
         noise_rate: estimated share of samples that are not clean, in [0, 1]; there may be more of them than suspects.
@@ -187,9 +190,7 @@ class Partition:
         relabel_threshold: the least probability of a suggested label that is used, as the CleanSubsetFinetuneCallback
             of the fit was told.
         noise_rate_interval: of 95 %, low and high; high is 1.0 where ``noise_rate`` is only a lower bound; None where
-            it was not estimated.
-        expected_precision: share of the suspects whose label is expected to be wrong; None without suspects, or where
-            it was not estimated.
+            it was not estimated, so that ``clean_probability`` does not say how many of a list are wrong.
 
     Example:
         >>> import torch
@@ -230,7 +231,6 @@ class Partition:
     label_probability: Tensor = _NONE
     relabel_threshold: float = 0.7
     noise_rate_interval: tuple[float, float] | None = None
-    expected_precision: float | None = None
 
     def __post_init__(self) -> None:
         _check_primitives(self, noise_rate=float, epoch=int, recipe=str, layer=str, warning=str, fingerprint=str)
@@ -302,9 +302,54 @@ class Partition:
 
         Samples of equal probability come in the order of their evidence, weakest support for the label first.
         """
-        suspects = (~self.is_clean).nonzero().flatten()
-        by_evidence = suspects[self.label_evidence[suspects].argsort(stable=True)]
+        return self._by_doubt(~self.is_clean)
+
+    def review_ranking(self) -> Tensor:
+        """Dataset indices of all samples that are not suspect, those first that are most likely wrong, int64.
+
+        For people: nothing is done with them unless somebody decides it. How many of them are worth a look says
+        :meth:`worth_review`.
+        """
+        return self._by_doubt(self.is_clean)
+
+    def _by_doubt(self, of: Tensor) -> Tensor:
+        """Of the samples where ``of``, (N,) bool, the indices in the order of their doubt."""
+        members = of.nonzero().flatten()
+        by_evidence = members[self.label_evidence[members].argsort(stable=True)]
         return by_evidence[self.clean_probability[by_evidence].argsort(stable=True)]
+
+    def ranking(self) -> Tensor:
+        """Dataset indices of all samples, int64: the suspects, then :meth:`review_ranking`."""
+        return torch.cat([self.suspect_indices(), self.review_ranking()])
+
+    def expected_precision_at(self, depth: int) -> float | None:
+        """Share of the first so many samples of :meth:`ranking` that is expected to be wrong.
+
+        None where the noise rate was not estimated with an interval: ``clean_probability`` ranks, but does not count.
+
+        Raises:
+            ValueError: for a depth that is not in [1, N].
+        """
+        least = check_whole("depth", depth, least=1, most=len(self), meaning="the number of samples")
+        if self.noise_rate_interval is None:
+            return None
+        return 1 - self.clean_probability[self.ranking()[:least]].double().mean().item()
+
+    @property
+    def expected_precision(self) -> float | None:
+        """Share of the suspects that is expected to be wrong; None without suspects, or where it was not estimated."""
+        suspects = len(self) - int(self.is_clean.sum())
+        return self.expected_precision_at(suspects) if suspects else None
+
+    def worth_review(self) -> int:
+        """How many samples of :meth:`review_ranking` are worth a look: at least half of them are expected to be wrong.
+
+        0 where the noise rate was not estimated with an interval.
+        """
+        if self.noise_rate_interval is None:
+            return 0
+        wrong = 1 - self.clean_probability[self.review_ranking()].double()
+        return int((wrong.cumsum(0) >= _WORTH * torch.arange(1, len(wrong) + 1)).sum())
 
     def reasons(self) -> list[str]:
         """Why each sample is not clean, in words: ``"none"``, ``"label"``, ``"input"`` or ``"both"``."""
@@ -608,12 +653,9 @@ def _check_estimates(partition: Partition) -> None:
     """Makes the interval a pair of floats.
 
     Raises:
-        ValueError: for what is no interval within [0, 1], and for a precision that is no share.
+        ValueError: for what is no interval within [0, 1].
     """
-    interval, precision = partition.noise_rate_interval, partition.expected_precision
-    if precision is not None:
-        least = check_number("expected_precision", precision, least=0, most=1)
-        object.__setattr__(partition, "expected_precision", least)
+    interval = partition.noise_rate_interval
     if interval is None:
         return
     ends: Any = interval
@@ -677,6 +719,21 @@ def suggested_otherwise(partition: Partition) -> Tensor:
     """
     differs = of_any_label((partition.label >= 0) & (partition.suggested_label != partition.label))
     return ~partition.is_clean & (partition.reason != REASONS.index("input")) & differs
+
+
+def cut_of(partition: Partition) -> float | None:
+    """The p(clean) between suspect and clean: one half where nothing speaks against it, else the middle of the gap.
+
+    None without suspects. Below it there may be clean samples, of a class of which too few would be left.
+    """
+    judged = torch.ones_like(partition.is_clean) if partition.is_multilabel else partition.label >= 0
+    suspect = partition.clean_probability[judged & ~partition.is_clean]
+    if not len(suspect):
+        return None
+    low = float(suspect.max())
+    above = partition.clean_probability[judged & partition.is_clean & (partition.clean_probability > low)]
+    high = float(above.min()) if len(above) else 1.0
+    return 0.5 if low < 0.5 <= high else (low + high) / 2
 
 
 def held_labels(label: Tensor) -> list[list[int]]:

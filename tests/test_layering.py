@@ -132,7 +132,7 @@ MAY_IMPORT = {
     "callbacks._optimizers": {"callbacks._packages"},
     "callbacks._loggers": {"types", "plots", "callbacks._lightning", "callbacks._packages"},
     "callbacks._assembly": MATH | {"recipes", "distributed", "review", "callbacks._finding"},
-    "callbacks._finding": {"recipes"},
+    "callbacks._finding": {"recipes", "types"},
     "callbacks._early_epochs": ALL_BELOW,
     "callbacks._reviewing": ALL_BELOW | {"callbacks._base", "callbacks._lightning", "callbacks._scoring"},
     "callbacks._companions": {"batches", "targets"},

@@ -4,6 +4,8 @@ from dataclasses import FrozenInstanceError, replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lightning_unlearn.review import read_review
 from lightning_unlearn.types import (
@@ -132,19 +134,19 @@ def test_a_partition_of_an_empty_set_is_kept_too(tmp_path):
 
 def test_state_of_another_version_is_refused():
     state = make_partition().state_dict()
-    with pytest.raises(ValueError, match="Expected a partition of format version 5, but got version 1"):
+    with pytest.raises(ValueError, match="Expected a partition of format version 6, but got version 1"):
         Partition.from_state_dict(state | {"version": 1})
-    with pytest.raises(ValueError, match="Expected a partition of format version 5, but got version 99"):
+    with pytest.raises(ValueError, match="Expected a partition of format version 6, but got version 99"):
         Partition.from_state_dict(state | {"version": 99})
     del state["version"]
-    with pytest.raises(ValueError, match="format version 5, but got version None"):
+    with pytest.raises(ValueError, match="format version 6, but got version None"):
         Partition.from_state_dict(state)
 
 
 def test_from_state_dict_leaves_the_state_as_it_is():
     state = make_partition().state_dict()
     Partition.from_state_dict(state)
-    assert state["version"] == 5
+    assert state["version"] == 6
 
 
 def read_csv(path):
@@ -435,3 +437,57 @@ def test_sources_are_recognised_by_what_they_publish():
     assert not isinstance(Masks(), PartitionSource)
     assert isinstance(Masks(), MaskSource)
     assert not isinstance(Publishes(), MaskSource)
+
+
+@st.composite
+def partitions(draw):
+    """With an estimate; suspects are the surest, but for some that are kept for their class."""
+    total = draw(st.integers(1, 40))
+    clean = torch.tensor(draw(st.lists(st.sampled_from([0.0, 0.2, 0.5, 0.7, 1.0]), min_size=total, max_size=total)))
+    kept = torch.tensor(draw(st.lists(st.booleans(), min_size=total, max_size=total)))
+    label, sure = torch.zeros(total, dtype=torch.int64), torch.ones(total)
+    return make_partition(
+        clean_probability=clean,
+        is_clean=(clean > draw(st.sampled_from([-1.0, 0.3, 0.7, 1.0]))) | kept,
+        suggested_label=label,
+        suggested_probability=sure,
+        label=label,
+        label_evidence=torch.rand(total, generator=torch.Generator().manual_seed(total)),
+        input_evidence=sure,
+        reason=label.to(torch.uint8),
+        noise_rate_interval=(0.0, 1.0),
+    )
+
+
+@given(partitions())
+@settings(deadline=None)
+def test_two_lists_are_the_data_set_in_the_order_of_doubt(partition):
+    suspects, others, ranking = partition.suspect_indices(), partition.review_ranking(), partition.ranking()
+    assert ranking.tolist() == [*suspects.tolist(), *others.tolist()]
+    assert ranking.sort().values.equal(torch.arange(len(partition)))
+    for one, is_clean in ((suspects, False), (others, True)):
+        assert (partition.is_clean[one] == is_clean).all()
+        assert (partition.clean_probability[one].diff() >= 0).all()
+    if not len(suspects):
+        assert partition.expected_precision is None
+    else:
+        assert partition.expected_precision == partition.expected_precision_at(len(suspects))
+    wrong = 1 - partition.clean_probability.double()
+    for depth in range(1, len(partition) + 1):
+        assert partition.expected_precision_at(depth) == pytest.approx(wrong[ranking[:depth]].mean().item())
+    worth = partition.worth_review()
+    assert all(wrong[others[:k]].mean() >= 0.5 for k in range(1, worth + 1))
+    assert worth == len(others) or wrong[others[: worth + 1]].mean() < 0.5
+
+
+@pytest.mark.parametrize("depth", [0, 6, 1.5, "x"])
+def test_a_depth_is_a_number_of_samples(depth):
+    with pytest.raises(ValueError, match="Expected depth to be"):
+        make_partition().expected_precision_at(depth)
+
+
+def test_without_an_estimate_nothing_is_expected():
+    partition = make_partition()
+    assert partition.expected_precision_at(2) is None
+    assert partition.expected_precision is None
+    assert partition.worth_review() == 0

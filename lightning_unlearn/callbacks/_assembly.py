@@ -19,6 +19,7 @@ from lightning_unlearn.types import REASONS, Evidence, Partition, class_members
 _NO_MATRIX = torch.zeros(0, 0)
 # So many labels of a multi-label task are named in the log.
 _MOST_LABELS = 10
+_HALF = 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,11 +42,11 @@ class Cut:
     """What makes a sample clean.
 
     Args:
-        threshold: the least probability.
+        precision: share of the suspects that is expected to be wrong.
         min_class_share: share of each class's samples that is kept in any case.
     """
 
-    threshold: float
+    precision: float
     min_class_share: float
 
 
@@ -60,7 +61,7 @@ class _Column:
     suggested: Tensor
     of_suggested: Tensor
     usable: Tensor
-    suspect: Tensor | None = None
+    suspect: Tensor
 
 
 def assemble(  # noqa: PLR0913  (what a partition says of itself)
@@ -97,22 +98,19 @@ def assemble(  # noqa: PLR0913  (what a partition says of itself)
     if label.ndim > 1:
         # One label that cannot be told apart says nothing, and nothing against the others.
         judged = [replace(one, verdict=None) if one.verdict and one.verdict.warning else one for one in judged]
-    columns = [_column(one, given, reduce) for one, given in zip(judged, label.reshape(len(label), -1).T, strict=True)]
+    given_of_each = label.reshape(len(label), -1).unbind(dim=1)
+    columns = [_column(*each, cut.precision, reduce) for each in zip(judged, given_of_each, strict=True)]
     if decided is not None:
         new_label = decided.new_label.reshape(len(label), -1).unbind(dim=1)
-        given = label.reshape(len(label), -1).unbind(dim=1)
-        columns = [_reviewed(*each, decided.decision) for each in zip(columns, given, new_label, strict=True)]
-    one = columns[0] if label.ndim == 1 else _joined(columns, label, cut.threshold)
-    is_clean = _keep_some(
-        _above(one, cut.threshold) & one.usable, one.probability, label, cut.min_class_share, one.usable
-    )
+        columns = [_reviewed(*each, decided.decision) for each in zip(columns, given_of_each, new_label, strict=True)]
+    one = columns[0] if label.ndim == 1 else _joined(columns, label)
+    is_clean = _keep_some(~one.suspect & one.usable, one.probability, label, cut.min_class_share, one.usable)
     first = judged[0].verdict
     noise = None if first is None or label.ndim > 1 else first.noise
     rate = 1 - one.probability.double().mean().item() if noise is None or decided is not None else noise.rate
-    acted = noise is not None and noise.status == "found" and not bool(is_clean.all())
     matrix = None if first is None or label.ndim > 1 else first.noise_matrix
     kept = is_clean.unsqueeze(1) if label.ndim > 1 else is_clean
-    return Partition(
+    found = Partition(
         clean_probability=one.probability,
         is_clean=is_clean,
         suggested_label=torch.where(kept, label, one.suggested),
@@ -121,32 +119,26 @@ def assemble(  # noqa: PLR0913  (what a partition says of itself)
         label=label,
         label_evidence=one.support,
         input_evidence=one.of_input,
-        reason=_reasons(is_clean, one.of_label, one.of_input, cut.threshold),
+        reason=_reasons(is_clean, one.of_label, one.of_input),
         noise_matrix=_NO_MATRIX if matrix is None else matrix.cpu().float(),
         recipe=recipe,
         layer=layer,
         epoch=epoch,
-        warning=warning or _one_sided(is_clean, label, _caveat(first) if label.ndim == 1 else ""),
         fingerprint=fingerprint,
         label_probability=_NO_MATRIX if label.ndim == 1 else torch.stack([c.probability for c in columns], dim=1),
         noise_rate_interval=None if noise is None else noise.interval,
-        expected_precision=noise.expected_precision if noise is not None and acted else None,
-        **({} if relabel_threshold is None else {"relabel_threshold": relabel_threshold}),
     )
+    if relabel_threshold is not None:
+        found = replace(found, relabel_threshold=relabel_threshold)
+    caveat = _caveat(first, found.worth_review()) if label.ndim == 1 else ""
+    return replace(found, warning=warning or _one_sided(is_clean, label, caveat))
 
 
-def _above(one: _Column, threshold: float) -> Tensor:
-    """(N,) bool, the samples that the recipe calls clean."""
-    if one.suspect is None:
-        return one.probability >= threshold
-    return ~one.suspect & (one.of_input >= threshold)
-
-
-def _caveat(verdict: Verdict | None) -> str:
+def _caveat(verdict: Verdict | None, worth: int) -> str:
     """What may be wrong though nothing is suspect."""
     if verdict is None:
         return ""
-    return verdict.caveat if verdict.noise is None else caveat_of(verdict.noise)
+    return verdict.caveat if verdict.noise is None else caveat_of(verdict.noise, worth)
 
 
 def notes_of(judged: Sequence[Judged], partition: Partition) -> list[str]:
@@ -168,10 +160,10 @@ def found_in(judged: Sequence[Judged], partition: Partition) -> str:
     verdict = judged[0].verdict
     if partition.is_multilabel or verdict is None or verdict.noise is None:
         return ""
-    return finding_of(verdict.noise, len(partition.suspect_indices()))
+    return finding_of(verdict.noise, partition)
 
 
-def _column(one: Judged, given: Tensor, reduce: Reduce) -> _Column:
+def _column(one: Judged, given: Tensor, precision: float, reduce: Reduce) -> _Column:
     evidence, verdict, known = one.evidence, one.verdict, given >= 0
     certain = torch.ones_like(one.weight)
 
@@ -182,8 +174,8 @@ def _column(one: Judged, given: Tensor, reduce: Reduce) -> _Column:
         return placed.float().clamp(0, 1)
 
     if verdict is None:
-        everywhere = torch.ones(len(given))
-        return _Column(everywhere, everywhere, everywhere, of_all(evidence.support), given, everywhere, everywhere > 0)
+        sure = torch.ones(len(given))
+        return _Column(sure, sure, sure, of_all(evidence.support), given, sure, sure > 0, sure == 0)
     probability = of_all(verdict.clean_probability)
     of_suggested = verdict.suggested_probability
     suggested = place_by_index(evidence.index, one.weight, verdict.suggested_label.cpu(), len(given), reduce)
@@ -199,7 +191,7 @@ def _column(one: Judged, given: Tensor, reduce: Reduce) -> _Column:
         suggested.where(known, given),
         (1 - probability if of_suggested is None else of_all(of_suggested)).where(known, 1),
         usable | ~known,
-        None if verdict.suspect is None else (of_all(verdict.suspect.float()) > 0) & known,
+        (of_all(verdict.suspects(evidence.weight, reduce, precision).float()) > 0) & known,
     )
 
 
@@ -225,14 +217,14 @@ def _reviewed(one: _Column, given: Tensor, new: Tensor, decision: Tensor) -> _Co
         # Too little for a new label.
         one.of_suggested.masked_fill(right | wrong, 1).masked_fill(dropped, 0),
         (one.usable | right) & ~dropped & ~wrong,
-        None if one.suspect is None else one.suspect & ~right,
+        one.suspect & ~right,
     )
 
 
-def _joined(columns: Sequence[_Column], label: Tensor, threshold: float) -> _Column:
+def _joined(columns: Sequence[_Column], label: Tensor) -> _Column:
     """Of a sample with several labels: it is as clean as the most doubtful of them."""
     probability = torch.stack([column.probability for column in columns], dim=1)
-    wrong = probability < threshold
+    wrong = torch.stack([column.suspect | ~column.usable for column in columns], dim=1)
     suggested = torch.where(wrong, torch.stack([column.suggested for column in columns], dim=1), label)
     of_suggested = torch.stack([column.of_suggested for column in columns], dim=1)
     return _Column(
@@ -243,6 +235,7 @@ def _joined(columns: Sequence[_Column], label: Tensor, threshold: float) -> _Col
         suggested,
         torch.where(wrong, of_suggested, probability).amin(dim=1),
         torch.stack([column.usable for column in columns], dim=1).all(dim=1),
+        wrong.any(dim=1),
     )
 
 
@@ -266,9 +259,9 @@ def _keep_some(is_clean: Tensor, probability: Tensor, label: Tensor, share: floa
     return kept
 
 
-def _reasons(is_clean: Tensor, of_label: Tensor, of_input: Tensor, threshold: float) -> Tensor:
-    """(N,) uint8, positions in ``REASONS``. A sample below the threshold only in the product is so for the likelier."""
-    label, corrupted = of_label < threshold, of_input < threshold
+def _reasons(is_clean: Tensor, of_label: Tensor, of_input: Tensor) -> Tensor:
+    """(N,) uint8, positions in ``REASONS``; of a sample for which neither is below one half, the likelier."""
+    label, corrupted = of_label < _HALF, of_input < _HALF
     neither = ~label & ~corrupted
     label, corrupted = label | (neither & (of_label <= of_input)), corrupted | (neither & (of_label > of_input))
     reason = label * REASONS.index("label") + corrupted * REASONS.index("input")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lightning_unlearn.recipes.verdict import NoiseEstimate
+from lightning_unlearn.types import Partition
 
 # So many pairs of classes are named in the log.
 _MOST_NAMES = 3
@@ -47,35 +48,44 @@ def precision_in_words(expected: float) -> str:
     return f"about {max(1, round(10 * expected))} in 10 expected to be wrong"
 
 
-def finding_of(noise: NoiseEstimate, suspects: int) -> str:
+def finding_of(noise: NoiseEstimate, partition: Partition) -> str:
     """What was found, in one sentence without its end.
 
     Args:
         noise: what is estimated.
-        suspects: how many samples the partition does not call clean.
+        partition: that follows from it.
     """
     if noise.status == "none":
         return _NO_LIST
+    worth = partition.worth_review()
     if noise.status == "weak":
-        return caveat_of(noise)
-    named = f"{suspects:,} suspects, {precision_in_words(noise.expected_precision)}"
-    if not suspects:
-        named = "none of them surely enough to act upon"
+        return caveat_of(noise, worth)
+    named = "none of them surely enough to act upon"
+    if partition.expected_precision is not None:
+        suspects = len(partition.suspect_indices())
+        named = f"{suspects:,} suspects, {precision_in_words(partition.expected_precision)}"
     said = [rate_in_words(noise.rate, noise.interval), named]
-    if noise.worth_a_look:
-        said.append(f"the next {noise.worth_a_look:,} are worth a look")
+    if worth:
+        said.append(f"the next {worth:,} are worth a look")
     for given, other, share in noise.names[:_MOST_NAMES]:
         said.append(f"class {given} is often called {other} ({share:.0%})")
     return "; ".join(said)
 
 
-def caveat_of(noise: NoiseEstimate) -> str:
-    """What may be wrong though no sample is suspect."""
+def caveat_of(noise: NoiseEstimate, worth: int) -> str:
+    """What may be wrong though no sample is suspect.
+
+    Args:
+        noise: what is estimated.
+        worth: how many samples are worth a look.
+    """
     if noise.status == "weak":
-        many = f"{noise.suspects:,} labels look wrong" if noise.suspects else "labels may be wrong"
+        many = f"{worth:,} labels are worth a look" if worth else "labels may be wrong"
         if noise.shifted:
             return f"{many}, but class weights or a balanced sampler shift the outputs: {_LISTED}"
         if noise.names:
             return f"{many}, but no early epoch shows whether classes go by other names or are hard to tell: {_LISTED}"
         return f"{many}, too few signs to act on (z {noise.z_score:.1f}): {_LISTED}"
-    return finding_of(noise, 0)
+    if noise.status == "none":
+        return _NO_LIST
+    return f"{rate_in_words(noise.rate, noise.interval)}, none of them surely enough to act upon"

@@ -127,8 +127,9 @@ class AttributionPartitionCallback(UnlearnCallback):
         method: of attribution, one of ``lightning_unlearn.capture.ATTRIBUTION_METHODS``.
         input_layer: dotted path of the early layer whose output shows corrupted inputs; by default what the first block
             makes of the input.
-        threshold: samples with a probability below it are not clean. Where the partition says what precision is
-            expected of its suspects, they are a list of that precision instead.
+        precision: suspects are the longest list of which at least this share is expected to be wrong: higher for fewer
+            and surer ones. In [.5, 1). A recipe that does not estimate how many are wrong (a function of yours, and
+            ``"loss"``, ``"aum"``, ``"argmax"``, ``"rlap"``, ``"input"``) goes by p(clean) below .5 instead.
         min_class_share: share of each class's samples that is kept in any case, the likeliest; rounded up.
         action: ``"report"`` for a dry run: the partition is drawn, but nothing is pruned or fine-tuned; the log says
             what would be, and what it would cost. Without another callback of ours, ``at_epoch`` may be ``max_epochs``
@@ -182,7 +183,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         evidence_every_n_epochs: int = 1,
         method: str = GRADIENT_X_ACTIVATION,
         input_layer: str | None = None,
-        threshold: float = 0.5,
+        precision: float = 0.85,
         min_class_share: float = 0.1,
         action: Literal["act", "report"] = "act",
         review: str | PathLike[str] | None = None,
@@ -209,7 +210,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         self.evidence_every_n_epochs = check_whole("evidence_every_n_epochs", evidence_every_n_epochs, least=1)
         self.method = check_method(method)
         self.input_layer = None if input_layer is None else check_text("input_layer", input_layer, _PATH)
-        self.threshold = check_number("threshold", threshold, above=0, below=1)
+        self.precision = check_number("precision", precision, least=0.5, below=1)
         self.min_class_share = check_number("min_class_share", min_class_share, least=0, below=1)
         self.review = None if review is None else check_path("review", review, "a table of decisions")
         self.reading = Reading(
@@ -923,7 +924,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         return assemble(
             judged,
             label,
-            Cut(self.threshold, self.min_class_share),
+            Cut(self.precision, self.min_class_share),
             sum_over_ranks(trainer.strategy),
             recipe=self.recipe.name,
             layer=str(self._point),

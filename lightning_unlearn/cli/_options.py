@@ -33,7 +33,7 @@ PARTITION = [
     Option("input_layer", None, "early layer that shows corrupted inputs; the default: behind the first block"),
     Option("every_n_epochs", None, "draw it again after so many epochs; a third of those that remain is a good choice"),
     Option("evidence", "training", "read off the training steps; passes: in eval mode, if training batches are mixed"),
-    Option("threshold", 0.5, "p(clean) below which a sample is suspect; lower to suspect fewer"),
+    Option("precision", 0.85, "share of the suspects that is expected to be wrong; raise for fewer, surer ones"),
     Option("min_class_share", 0.1, "of each class kept in any case; raise where a rare class would be lost"),
     Option("action", "act", "report: say what would be done, and change nothing"),
     Option("review", None, "suspects.csv in which a person has filled the column decision"),

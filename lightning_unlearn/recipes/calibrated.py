@@ -14,9 +14,6 @@ from lightning_unlearn.recipes.label_noise import ACTED_Z, LabelHistory, LabelNo
 from lightning_unlearn.recipes.verdict import NoiseEstimate, Verdict
 from lightning_unlearn.types import Evidence, OutOfSample
 
-WORTH_A_LOOK = 0.5
-"""Expected precision down to which a list is worth a look."""
-
 # So far apart, training and validation accuracy say that labels are memorized.
 _GAP = 0.2
 
@@ -36,7 +33,6 @@ def verdict_of(found: LabelNoise, evidence: Evidence, reduce: Reduce, not_known:
         not_known: the warning where the network has learned too little.
     """
     clean = (1 - found.wrong).float()
-    acted = found.status == "found"
     return Verdict(
         clean,
         found.suggested,
@@ -45,13 +41,11 @@ def verdict_of(found: LabelNoise, evidence: Evidence, reduce: Reduce, not_known:
         noise_matrix=_matrix(found, evidence.num_classes).float().to(clean.device),
         notes=_notes(evidence, reduce),
         warning=not_known if found.status == "unknown" else "",
-        suspect=found.suspect if acted else torch.zeros_like(found.suspect),
         noise=None if found.status == "unknown" else _estimate(found),
     )
 
 
 def _estimate(found: LabelNoise) -> NoiseEstimate:
-    reach = found.precision.longest(WORTH_A_LOOK)[0]
     names: list[tuple[int, int, float]] = []
     if found.structured is not None:
         matrix = found.structured.transition.clone().fill_diagonal_(0)
@@ -62,9 +56,6 @@ def _estimate(found: LabelNoise) -> NoiseEstimate:
         rate=min(max(found.rate, 0.0), 1.0),
         interval=(min(max(low, 0.0), 1.0), min(max(high, low, 0.0), 1.0)),
         z_score=found.z,
-        suspects=found.suspects,
-        expected_precision=min(max(found.expected, 0.0), 1.0),
-        worth_a_look=max(0, round(reach) - found.suspects),
         shifted=found.status == "weak" and found.z >= ACTED_Z and found.structured is None,
         names=tuple(sorted(names, key=lambda name: -name[2])),
     )

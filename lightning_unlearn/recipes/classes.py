@@ -81,7 +81,6 @@ def of_all_classes(verdict: Verdict, evidence: Evidence, classes: Tensor) -> Ver
     return replace(
         verdict,
         noise=noise,
-        suspect=None if verdict.suspect is None else verdict.suspect & judged,
         clean_probability=clean,
         label_probability=clean,
         suggested_label=classes[verdict.suggested_label].where(judged, evidence.label),

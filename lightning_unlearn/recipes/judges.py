@@ -45,8 +45,7 @@ def judge_label(evidence: Evidence, reduce: Reduce) -> Verdict:
     Where the gate (below) finds wrong labels, it is the posterior from true classes behind the given ones. Where it
     does not, or where the detector of ``recipes.label_noise``, going by an early epoch, expects
     less than a quarter of them to be wrong, the detector speaks, if there is ``Evidence.unseen``: p(clean) is
-    calibrated, suspects are the longest list of an expected precision of .85, and they are acted upon if five standard
-    deviations say that labels are wrong.
+    calibrated, and it is acted upon if five standard deviations say that labels are wrong.
 
     A latent-class model (:func:`~lightning_unlearn.functional.fit_latent_classes`) on the class attributions of the
     first and the second half of training, as far as it was not memorised, and of the last pass gives every sample a
@@ -261,7 +260,6 @@ def judge_auto(evidence: Evidence, reduce: Reduce) -> Verdict:
         notes=labels.notes + inputs.notes,
         warning="" if corrupted else labels.warning,
         caveat=labels.caveat,
-        suspect=labels.suspect,
         noise=_with_inputs(labels.noise, number / of_all) if corrupted else labels.noise,
     )
 

@@ -22,7 +22,7 @@ from lightning_unlearn.functional.structured_noise import (
     find_structured_noise,
     fit_structured_noise,
 )
-from lightning_unlearn.functional.suspects import ExpectedPrecision, expected_precision, in_order_of, with_mean
+from lightning_unlearn.functional.suspects import LEAST, ExpectedPrecision, expected_precision, in_order_of, with_mean
 from lightning_unlearn.functional.symmetric_noise import SymmetricNoiseFit, fit_symmetric_noise, fit_with_and_without
 from lightning_unlearn.functional.transition import log_odds_of
 
@@ -149,7 +149,7 @@ def find_label_noise(
     guessed |= structured is not None and early is None
     status = _status(z, guessed) if _knows_classes(mean + shift, y, w, reduce) else "unknown"
     list_of = expected_precision(wrong, w, reduce=reduce)
-    number, threshold, expected = list_of.longest(precision) if status in {"found", "weak"} else (0.0, 1.0, 0.0)
+    number, threshold, expected = list_of.longest(precision, LEAST) if status in {"found", "weak"} else (0.0, 1.0, 0.0)
     share, suggested = others.scatter(1, y.unsqueeze(1), -torch.inf).softmax(1).max(1)
     return LabelNoise(
         wrong=wrong,

@@ -99,8 +99,6 @@ def checked(name: str, answer: Any, evidence: Evidence, reduce: Reduce, failure:
     device = evidence.weight.device
     moved = {field: value.detach().float().to(device) for field, value, _ in _parts(verdict) if value is not None}
     moved["suggested_label"] = verdict.suggested_label.detach().long().to(device)
-    if verdict.suspect is not None:
-        moved["suspect"] = moved["suspect"] > 0
     return replace(verdict, **moved)
 
 
@@ -115,7 +113,7 @@ def _parts(verdict: Verdict) -> list[tuple[str, Any, str]]:
         (_LABELS, verdict.suggested_label, _LABELS),
         *(
             (name, getattr(verdict, name), name)
-            for name in ("suggested_probability", "label_probability", "input_probability", "suspect")
+            for name in ("suggested_probability", "label_probability", "input_probability")
         ),
     ]
 

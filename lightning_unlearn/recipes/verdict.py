@@ -12,10 +12,12 @@ from torch import Tensor
 
 from lightning_unlearn.arguments import check_flag, check_text, fault_of_call, shown
 from lightning_unlearn.functional.mixture import Reduce
+from lightning_unlearn.functional.suspects import LEAST, expected_precision
 from lightning_unlearn.types import Evidence
 
 # Standard errors by which the components' means must differ before one is called clean.
 _DECISIVE = 3.0
+_HALF = 0.5
 LONE = 1.5
 
 # What a gate that is closed leaves of the doubt: nothing is suspect, and the order stays.
@@ -31,9 +33,6 @@ class NoiseEstimate:
         rate: of wrong labels.
         interval: of it, at 95 %; the upper end is 1 where the rate is only a lower bound.
         z_score: how sure it is that labels are wrong.
-        suspects: how many samples the list of suspects has.
-        expected_precision: share of them that is expected to be wrong; 0 without suspects.
-        worth_a_look: how many samples come after them in the list of which at least half are expected to be wrong.
         shifted: whether class weights or a balanced sampler had to be guessed.
         names: pairs of classes of which the first is often called the second, with how often.
     """
@@ -42,9 +41,6 @@ class NoiseEstimate:
     rate: float
     interval: tuple[float, float]
     z_score: float
-    suspects: int
-    expected_precision: float
-    worth_a_look: int
     shifted: bool = False
     names: tuple[tuple[int, int, float], ...] = ()
 
@@ -67,8 +63,8 @@ class Verdict:
         unusable: (n,) bool, samples that must not be trained on in any case; None where there are none.
         caveat: what may be there and might not show, and what to do then, for where nothing is suspect. The same on
             every rank.
-        suspect: (n,) bool, the samples that are not clean for their label; None to go by the callback's threshold.
-        noise: what is estimated of all the labels, with ``suspect``; None where it was not. The same on every rank.
+        noise: what is estimated of all the labels, of which p(clean) says how many of any list are wrong then; None
+            where it was not. The same on every rank.
     """
 
     clean_probability: Tensor
@@ -81,8 +77,30 @@ class Verdict:
     warning: str = ""
     unusable: Tensor | None = None
     caveat: str = ""
-    suspect: Tensor | None = None
     noise: NoiseEstimate | None = None
+
+    def suspects(self, weight: Tensor, reduce: Reduce, precision: float) -> Tensor:
+        """(n,) bool, the samples that are not clean.
+
+        Of labels of which the noise is estimated, the longest list of which so many are expected to be wrong; if
+        nothing was found, none. Else, and of inputs, where p(clean) is below one half.
+
+        Args:
+            weight: (n,) of this rank's samples, 0 for one that does not count.
+            reduce: sums over the ranks, each of which must ask.
+            precision: share of the list that is expected to be wrong.
+        """
+        if self.noise is None:
+            return self.clean_probability < _HALF
+        of_label = self.clean_probability if self.label_probability is None else self.label_probability
+        broken = torch.zeros_like(of_label, dtype=torch.bool)
+        if self.input_probability is not None:
+            broken = self.input_probability < _HALF
+        if self.noise.status != "found":
+            return broken
+        wrong = 1 - of_label.double()
+        number, threshold, _ = expected_precision(wrong, weight * ~broken, reduce=reduce).longest(precision, LEAST)
+        return broken | ((wrong >= threshold) & (number > 0))
 
 
 Judge = Callable[[Evidence, Reduce], Verdict]

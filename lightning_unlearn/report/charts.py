@@ -12,7 +12,7 @@ from markupsafe import Markup
 from torch import Tensor
 
 from lightning_unlearn.report.svg import Drawing, Plot, shortened, ticks, width_of
-from lightning_unlearn.types import NeuronMask, Partition
+from lightning_unlearn.types import NeuronMask, Partition, cut_of
 
 _BINS = 50
 # Neurons that are drawn: those most active for noise, and those most active for clean samples.
@@ -21,7 +21,7 @@ _SIGMAS = 1.96
 _Curves = Mapping[str, Sequence[Sequence[float]]]
 
 
-def histogram(partition: Partition, threshold: float) -> Markup:
+def histogram(partition: Partition) -> Markup:
     """How many samples have which probability of being clean, on a logarithmic scale, with the cut."""
     bins = (partition.clean_probability * _BINS).long().clamp(max=_BINS - 1)
     sides = [bins[side].bincount(minlength=_BINS).tolist() for side in (partition.is_clean, ~partition.is_clean)]
@@ -42,7 +42,9 @@ def histogram(partition: Partition, threshold: float) -> Markup:
     plot.drawing.line(plot.left, plot.bottom, plot.left + plot.width, plot.bottom)
     for tick in ticks(0.0, 1.0):
         plot.drawing.text(plot.x(tick), plot.bottom + 15, f"{tick:g}", "middle")
-    plot.mark(threshold, f"cut at {threshold:g}")
+    cut = cut_of(partition)
+    if cut is not None:
+        plot.mark(cut, f"cut at {cut:.2g}")
     plot.under("probability of being clean")
     return plot.drawing.markup()
 

@@ -30,7 +30,7 @@ class RunRecord:
             the data set.
         summary: fields of :class:`~lightning_unlearn.types.RepairSummary`; empty if the fit did not come to its end.
         rounds: fields of :class:`~lightning_unlearn.types.PartitionRound`, for every drawing of the partition.
-        threshold: below which a sample is not clean.
+        precision: share of the suspects that was to be wrong at least.
         class_names: by label; empty where they are not known.
         fit: what was fitted, with what and when, in words.
         provenance: what was done to which samples and neurons, with versions, seeds and settings, as
@@ -45,7 +45,7 @@ class RunRecord:
     gallery: dict[int, dict[str, Any]] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
     rounds: list[dict[str, Any]] = field(default_factory=list)
-    threshold: float = 0.5
+    precision: float = 0.85
     class_names: list[str] = field(default_factory=list)
     fit: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)

@@ -35,8 +35,11 @@ def refused(error, match, callbacks, *, module=None, data=None, steps=0, **train
             lambda: AttributionPartitionCallback(at_epoch=2, evidence_every_n_epochs=0),
             "evidence_every_n_epochs to be at least 1, but got 0",
         ),
-        (lambda: AttributionPartitionCallback(at_epoch=2, threshold=1), r"threshold to lie in \(0, 1\), but got 1"),
-        (lambda: AttributionPartitionCallback(at_epoch=2, threshold=0.0), r"threshold to lie in \(0, 1\), but got 0"),
+        (lambda: AttributionPartitionCallback(at_epoch=2, precision=1), r"precision to lie in \[0.5, 1\), but got 1"),
+        (
+            lambda: AttributionPartitionCallback(at_epoch=2, precision=0.4),
+            r"precision to lie in \[0.5, 1\), but got 0.4",
+        ),
         (
             lambda: AttributionPartitionCallback(at_epoch=2, recipe="lable"),
             "recipe to be one of .*'label'.*'rlap'.* but got 'lable'. Did you mean 'label'",

@@ -180,42 +180,53 @@ def test_a_fit_that_goes_on_has_what_an_early_epoch_told(tmp_path):
     assert resumed.state_dict()["early"] == whole
 
 
-ESTIMATE = NoiseEstimate("found", 0.03, (0.019, 0.044), 9.0, 212, 0.86, 300, names=((3, 5, 0.23),))
+ESTIMATE = NoiseEstimate("found", 0.03, (0.019, 0.044), 9.0, names=((3, 5, 0.23),))
+
+
+def lists_of(suspects, worth):
+    """A partition with so many suspects, and so many that are worth a look after them."""
+    suspect, clean = torch.arange(1000) < suspects, torch.full((1000,), 0.999)
+    clean[:suspects], clean[suspects : suspects + worth] = 0.14, 0.4999
+    label, sure = torch.zeros(1000, dtype=torch.int64), torch.ones(1000)
+    reason, matrix, interval = suspect.to(torch.uint8), torch.zeros(0, 0), (0.019, 0.044)
+    parts = (clean, ~suspect, label, sure, 0.03, label, sure, sure, reason, matrix, "label", "input of 'fc'", 5)
+    return Partition(*parts, noise_rate_interval=interval)
 
 
 @pytest.mark.parametrize(
-    ("noise", "suspects", "said"),
+    ("noise", "counts", "said"),
     [
         (
             ESTIMATE,
-            212,
+            (212, 300),
             "about 3.0% of the labels look wrong (1.9% to 4.4%; more if similar classes are confused); 212 suspects,"
             " about 9 in 10 expected to be wrong; the next 300 are worth a look; class 3 is often called 5 (23%)",
         ),
         (
-            replace(ESTIMATE, interval=(0.019, 1.0), worth_a_look=0, names=()),
-            7,
+            replace(ESTIMATE, interval=(0.019, 1.0), names=()),
+            (7, 0),
             "at least 1.9% of the labels look wrong; 7 suspects, about 9 in 10 expected to be wrong",
         ),
         (
             replace(ESTIMATE, status="weak", z_score=3.4),
-            0,
-            "212 labels look wrong, but no early epoch shows whether classes go by other names or are hard to tell:"
-            " listed for review, not acted upon",
+            (0, 212),
+            "212 labels are worth a look, but no early epoch shows whether classes go by other names or are hard to"
+            " tell: listed for review, not acted upon",
         ),
         (
             replace(ESTIMATE, status="weak", z_score=3.4, names=()),
-            0,
-            "212 labels look wrong, too few signs to act on (z 3.4): listed for review, not acted upon",
+            (0, 212),
+            "212 labels are worth a look, too few signs to act on (z 3.4): listed for review, not acted upon",
         ),
         (
             replace(ESTIMATE, status="weak", shifted=True),
-            0,
-            "212 labels look wrong, but class weights or a balanced sampler shift the outputs: listed for review, not"
-            " acted upon",
+            (0, 212),
+            "212 labels are worth a look, but class weights or a balanced sampler shift the outputs: listed for review,"
+            " not acted upon",
         ),
     ],
 )
-def test_what_is_said(noise, suspects, said):
-    assert finding_of(noise, suspects) == said
-    assert (caveat_of(noise) == said) == (noise.status == "weak")
+def test_what_is_said(noise, counts, said):
+    partition = lists_of(*counts)
+    assert finding_of(noise, partition) == said
+    assert (caveat_of(noise, partition.worth_review()) == said) == (noise.status == "weak")

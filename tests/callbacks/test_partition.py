@@ -288,14 +288,16 @@ def test_state_is_tensors_and_primitives(tmp_path):
         assert re.sub(r"\s", "", str(fresh.state_dict())) == re.sub(r"\s", "", str(callback.state_dict()))
 
 
-def test_the_threshold_decides_what_is_clean():
-    loose, strict = (
-        AttributionPartitionCallback(at_epoch=1, recipe="aum", threshold=t, min_class_share=0) for t in (0.01, 0.99)
-    )
-    for callback in (loose, strict):
-        fit(Toy(convnet), BlobsData(Blobs(noise=0.4, image=True)), [callback], max_epochs=2)
-        assert callback.partition.is_clean.equal(callback.partition.clean_probability >= callback.threshold)
-    assert strict.partition.is_clean.sum() < loose.partition.is_clean.sum()
+def test_a_recipe_that_does_not_count_wrong_labels_goes_by_one_half():
+    callback = AttributionPartitionCallback(at_epoch=1, recipe="aum", precision=0.99, min_class_share=0)
+    fit(Toy(convnet), BlobsData(Blobs(noise=0.4, image=True)), [callback], max_epochs=2)
+    assert callback.partition.is_clean.equal(callback.partition.clean_probability >= 0.5)
+    assert callback.partition.expected_precision is None
+
+
+def test_the_earlier_threshold_is_an_unknown_argument():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'threshold'"):
+        AttributionPartitionCallback(at_epoch=1, threshold=0.5)
 
 
 def test_a_dataset_whose_labels_change_is_refused_between_passes_and_not_read_in_training(monkeypatch):

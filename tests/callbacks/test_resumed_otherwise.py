@@ -144,9 +144,9 @@ def test_in_rounds_a_fit_that_did_not_re_label_does_so_from_the_next_round_on(ch
         ({"recipe": "loss"}, "recipe='loss' instead of 'auto'"),
         ({"recipe": by_margin}, "recipe='by_margin' instead of 'auto'"),
         ({"layer": "net.0"}, "layer='net.0' instead of None"),
-        ({"threshold": 0.9, "method": "deeplift"}, "method='deeplift' instead of "),
+        ({"precision": 0.9, "method": "deeplift"}, "method='deeplift' instead of "),
     ],
-    ids=["earlier", "later", "recipe", "own recipe", "layer", "threshold, method"],
+    ids=["earlier", "later", "recipe", "own recipe", "layer", "precision, method"],
 )
 def test_a_partition_that_is_drawn_holds(checkpoint, lines, settings, said):
     first, path = checkpoint()

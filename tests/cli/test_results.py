@@ -128,10 +128,10 @@ CHECKPOINTS = {
     ),
     "another version": (
         {"callbacks": {"AttributionPartitionCallback": STATE | {"partition": {"version": 3}}}},
-        "of format version 5, but got version 3",
+        "of format version 6, but got version 3",
     ),
     "fields missing": (
-        {"callbacks": {"AttributionPartitionCallback": STATE | {"partition": {"version": 5, "x": 1}}}},
+        {"callbacks": {"AttributionPartitionCallback": STATE | {"partition": {"version": 6, "x": 1}}}},
         "it has a field 'x' too many; its clean_probability is missing",
     ),
 }

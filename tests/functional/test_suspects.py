@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lightning_unlearn.functional.suspects import expected_precision, in_order_of, with_mean
+from lightning_unlearn.functional.suspects import LEAST, expected_precision, in_order_of, with_mean
 from tests.ranks import run_ranks
 
 
@@ -54,6 +54,15 @@ def test_the_longest_list_is_that_of_a_sort():
 
 def test_no_list_is_as_good_as_that():
     assert expected_precision(torch.full((10,), 0.1), torch.ones(10)).longest(0.5) == (0.0, 1.0, 0.0)
+
+
+def test_no_sample_of_a_list_is_surely_clean():
+    # Two fifths are surely wrong, the others surely right: half of the list would be of the others.
+    p = torch.cat([torch.full((400,), 0.999), torch.linspace(0.0005, 0.002, 600)])
+    found = expected_precision(p, torch.ones(1000))
+    assert found.longest(0.5)[0] > 790
+    assert found.longest(0.5, LEAST)[0] == 400
+    assert found.longest(0.5, 0.9995)[0] == 0
 
 
 def test_expected_precision_at_depth_is_the_mean_of_the_first():

@@ -81,8 +81,8 @@ def test_nothing_is_left_out_of_a_large_run(tmp_path):
 BROKEN = [
     ("run.json", "[" * 100_000, "it cannot be read"),
     ("run.json", b"\xff\xfe\x00", "it cannot be read"),
-    ("run.json", json.dumps({"version": 1, "threshold": float("nan")}), "it holds NaN, which is no number"),
-    ("run.json", json.dumps({"version": 1, "threshold": "x"}), "its threshold is a str"),
+    ("run.json", json.dumps({"version": 1, "precision": float("nan")}), "it holds NaN, which is no number"),
+    ("run.json", json.dumps({"version": 1, "precision": "x"}), "its precision is a str"),
     ("run.json", json.dumps({"version": 1, "class_names": [1]}), "its class_names is a list or table of other values"),
     ("run.json", json.dumps({"version": 1, "rounds": [1]}), "its rounds is a list or table of other values"),
     ("run.json", json.dumps({"version": 1, "curves": {"a": [[0, "x"]]}}), "its curves is a list or table of other val"),

@@ -254,7 +254,7 @@ def parts(markup, kind):
 
 def test_the_histogram_counts_every_sample_once_and_marks_the_cut():
     probability = torch.tensor([0.0, 0.01, 0.49, 0.5, 1.0, 1.0, 1.0])
-    drawn = str(histogram(make_partition(probability, torch.zeros(7, dtype=torch.int64)), 0.5))
+    drawn = str(histogram(make_partition(probability, torch.zeros(7, dtype=torch.int64))))
     counts = re.findall(r"to [\d.]+: (\d+) clean, (\d+) suspect", drawn)
     assert sum(int(clean) for clean, _ in counts) == 4
     assert sum(int(suspect) for _, suspect in counts) == 3

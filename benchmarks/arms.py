@@ -22,11 +22,11 @@ from torch.utils.data import DataLoader
 
 from benchmarks.cases import CLASSES, Case, Noisy, make
 from benchmarks.elr import regularise_early_learning
+from benchmarks.measures import quality
 from benchmarks.models import StopAfter, TrainOn, train_with
-from benchmarks.partition import Answer, scores
 from benchmarks.plans import BASE, CE, ELR, FFT, REPAIRS, RETRAIN, STEPS_OF, Repair, plan_of
-from benchmarks.record import Rows, as_it_is
 from benchmarks.runs import kept
+from benchmarks.sources import Rows, as_it_is
 from lightning_unlearn import (
     AttributionPartitionCallback,
     CleanSubsetFinetuneCallback,
@@ -253,11 +253,7 @@ class Unit:
 
     def _quality(self, partition: Partition) -> dict[str, Any]:
         """How good the partition is, judged with the truth that it never saw."""
-        found, bad = ~partition.is_clean, self.bad
-        answer = Answer(partition.clean_probability.numpy(), found.numpy(), partition.noise_rate)
-        of_wrong = found & self.data.wrong_label
+        of_wrong = ~partition.is_clean & self.data.wrong_label
         right = (partition.suggested_label == self.data.true_label)[of_wrong]
-        return scores(answer, bad.numpy()) | {
-            "warning": partition.warning,
-            "suggested_right": right.float().mean().item() if len(right) else None,
-        }
+        suggested_right = right.float().mean().item() if len(right) else None
+        return quality(partition, self.bad) | {"suggested_right": suggested_right}

@@ -206,6 +206,24 @@ def noisy_labels(source: Source, case: DetectionCase, seed: int) -> Tensor:
     return truth.index_put((chosen,), (truth[chosen] + step) % source.classes)
 
 
+def noisy_validation(source: Source, case: DetectionCase, seed: int) -> tuple[Tensor, Tensor] | None:
+    """Validation samples with labels as noisy as those of training; None where there are none."""
+    if source.val_x is None or source.val_y is None:
+        return None
+    if case.noise in {"clean", "given"}:
+        return source.val_x, source.val_y
+    human = None
+    if source.human is not None:
+        # What people called a training sample of the same class.
+        generator = torch.Generator().manual_seed(2000 + seed)
+        human = source.val_y.clone()
+        for c in range(source.classes):
+            members, known = (source.val_y == c).nonzero().squeeze(1), source.human[source.truth == c]
+            human[members] = known[torch.randint(len(known), (len(members),), generator=generator)]
+    held_out = Source(source.val_x, source.val_y, human=human, classes=source.classes)
+    return source.val_x, noisy_labels(held_out, case, 3000 + seed)
+
+
 class _Text(nn.Module):
     """The mean of the words' vectors, then a hidden layer."""
 
@@ -218,7 +236,8 @@ class _Text(nn.Module):
         return self.head(self.words(x))
 
 
-def _network(kind: str, inputs: int, outputs: int) -> nn.Module:
+def network_of(kind: str, inputs: int, outputs: int) -> nn.Module:
+    """The network of a case."""
     makers: dict[str, Callable[[], nn.Module]] = {
         "linear": partial(nn.Linear, inputs, outputs),
         "mlp": lambda: nn.Sequential(nn.Linear(inputs, 128), nn.ReLU(), nn.Linear(128, outputs)),
@@ -230,7 +249,8 @@ def _network(kind: str, inputs: int, outputs: int) -> nn.Module:
     return makers[kind]()
 
 
-def _loss(case: DetectionCase, label: Tensor, classes: int) -> Callable[[Tensor, Tensor], Tensor]:
+def loss_of(case: DetectionCase, label: Tensor, classes: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """The loss of a case, whose weights follow the given labels."""
     if case.loss == "weights":
         count = torch.bincount(label, minlength=classes).clamp(min=1)
         return nn.CrossEntropyLoss(weight=len(label) / (classes * count.float()))
@@ -257,9 +277,9 @@ def train(case: DetectionCase, folder: Path, seed: int) -> Fit:  # noqa: PLR0915
     source = load(case.data, folder, seed)
     label, outputs = noisy_labels(source, case, seed), case.outputs or source.classes
     torch.manual_seed(seed)
-    network = _network(case.network, source.x.shape[1], outputs)
+    network = network_of(case.network, source.x.shape[1], outputs)
     optimizer = torch.optim.Adam(network.parameters(), lr=case.learning_rate)
-    loss_of, last, position, training = _loss(case, label, outputs), {}, [], []
+    criterion, last, position, training = loss_of(case, label, outputs), {}, [], []
     seconds, accuracy = [], []
     for epoch in range(1, case.epochs + 1):
         started = time.perf_counter()
@@ -270,7 +290,7 @@ def train(case: DetectionCase, folder: Path, seed: int) -> Fit:  # noqa: PLR0915
             output = network(source.x[rows])
             said[rows], when[rows] = output.detach(), step / len(steps)
             optimizer.zero_grad()
-            loss_of(output, label[rows]).backward()
+            criterion(output, label[rows]).backward()
             optimizer.step()
         seconds.append(time.perf_counter() - started)
         training.append(said.half() if outputs > CIFAR_CLASSES else said)

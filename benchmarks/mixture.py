@@ -1,34 +1,23 @@
-"""Time and likelihood of the two-component mixture, beside scikit-learn's, and its growth with the number of rows.
-
-    python -m benchmarks.mixture                             # 50,000 x 256 beside scikit-learn, then 10,000 to 1.28 M
-    python -m benchmarks.mixture --skip growth --threads 1   # where other programs share the processor
-    python -m benchmarks.mixture --device cuda --out mixture.json
+"""Time and likelihood of the two-component mixture, beside scikit-learn's: a part of :mod:`benchmarks.speed`.
 
 All fits of a repeat follow each other in the same process, so that they meet the same load.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import statistics
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import sklearn
 import torch
 from sklearn.mixture import GaussianMixture as SklearnMixture
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from lightning_unlearn.functional import GaussianMixture, fit_mixture, standardise
-from lightning_unlearn.storage import target_file
 
-GROWTH = (10_000, 40_000, 160_000, 640_000, 1_280_000)
 SEED = 0
 
 
@@ -92,21 +81,29 @@ def summary(runs: list[dict[str, float]]) -> dict[str, float]:
     return middle | {"wall_per_step": middle["wall"] / middle["steps"]}
 
 
-def compare(args: argparse.Namespace) -> dict[str, Any]:
-    """Ours and scikit-learn's on the same rows, in turns."""
-    rows = attributions(args.rows, args.dim, args.device)
+def compare(total: int = 50_000, dimension: int = 256, *, device: str = "cpu", repeats: int = 3) -> dict[str, Any]:
+    """Ours and scikit-learn's on the same rows, in turns, with as many threads as torch has.
+
+    Args:
+        total: rows.
+        dimension: columns.
+        device: of ours.
+        repeats: of each.
+    """
+    rows = attributions(total, dimension, device)
     fits = {
         "ours": lambda: ours(rows),
         "scikit-learn, float32 rows": lambda: theirs(rows, torch.float32),
         "scikit-learn, float64 rows": lambda: theirs(rows, torch.float64),
     }
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in fits}
-    for _ in range(args.repeats):
-        for name, fit in fits.items():
-            runs[name].append(fit())
+    with threadpool_limits(torch.get_num_threads()):
+        for _ in range(repeats):
+            for name, fit in fits.items():
+                runs[name].append(fit())
     table = {name: summary(of_name) for name, of_name in runs.items()}
     base = table["ours"]
-    print(f"\n{args.rows:,} x {args.dim}, median of {args.repeats}\n")
+    print(f"\n{total:,} x {dimension}, median of {repeats}\n")
     print(
         "| fit | wall s | processor s | steps | wall s per step | mean log-likelihood | wall / ours | per step / ours |"
     )
@@ -117,55 +114,4 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
             f" | {row['log_likelihood']:.4f} | {row['wall'] / base['wall']:.2f}"
             f" | {row['wall_per_step'] / base['wall_per_step']:.2f} |"
         )
-    return {"rows": args.rows, "dim": args.dim, "summary": table, "runs": runs}
-
-
-def growth(args: argparse.Namespace) -> list[dict[str, float]]:
-    """Ours on more and more rows."""
-    everything = attributions(max(args.growth), args.dim, "cpu")
-    table = []
-    print("\n| rows | wall s | steps | wall s per step | processor µs per row and step | mean log-likelihood |")
-    print("|---|---|---|---|---|---|")
-    for n in args.growth:
-        rows = everything[:n].to(args.device)
-        row = {"rows": n} | summary([ours(rows) for _ in range(args.repeats)])
-        table.append(row)
-        print(
-            f"| {n:,} | {row['wall']:.2f} | {row['steps']:.0f} | {row['wall_per_step']:.3f}"
-            f" | {1e6 * row['processor'] / row['steps'] / n:.2f} | {row['log_likelihood']:.4f} |",
-            flush=True,
-        )
-    return table
-
-
-def main() -> None:
-    """Runs both tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=50_000)
-    parser.add_argument("--dim", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, help="processor threads for both (default: all)")
-    parser.add_argument("--growth", type=int, nargs="+", default=GROWTH, metavar="ROWS")
-    parser.add_argument("--skip", choices=["compare", "growth"], nargs="+", default=[])
-    parser.add_argument("--out", type=Path, help="JSON file")
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    result: dict[str, Any] = {
-        "torch": torch.__version__,
-        "scikit_learn": sklearn.__version__,
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.processor(),
-    }
-    with threadpool_limits(args.threads):
-        if "compare" not in args.skip:
-            result["compare"] = compare(args)
-        if "growth" not in args.skip:
-            result["growth"] = growth(args)
-    if args.out:
-        target_file(args.out).write_text(json.dumps(result, indent=2), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
+    return {"rows": total, "dim": dimension, "summary": table, "runs": runs}

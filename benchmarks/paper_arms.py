@@ -20,8 +20,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from benchmarks.measures import quality
 from benchmarks.models import StopAfter, TrainOn, train_with
-from benchmarks.partition import Answer, scores
 from benchmarks.runs import kept
 from examples.cifar10.cifar10 import Cifar10, PaperResNet18
 from examples.speech_commands.speech_commands import PaperSpeechCnn, SpeechCommands
@@ -242,8 +242,8 @@ class PaperUnit:
         if arm.criterion is None:
             partition.partition.save(self._partition_file(arm.recipe))
         pruned = sum(len(mask.pruned_indices()) for mask in prune.masks) if prune.has_acted else 0
-        quality = self._quality(partition.partition)
-        return found | own | {"acted": finetune.is_active, "pruned": pruned, "partition": quality}
+        quality_of = quality(partition.partition, self._bad)
+        return found | own | {"acted": finetune.is_active, "pruned": pruned, "partition": quality_of}
 
     def _pruning(self, arm: Arm) -> dict[str, Any]:
         if arm.criterion is not None:
@@ -318,8 +318,3 @@ class PaperUnit:
         names = {"accuracy": "acc", "precision": "precision", "recall": "recall", "f1": "f1", "top3": "top3"}
         metrics = {name: tested[f"test_{of}"] for name, of in names.items()}
         return {**metrics, **seconds, "epochs": trained or epochs, "steps": trainer.global_step - before}
-
-    def _quality(self, partition: Partition) -> dict[str, Any]:
-        """How good the partition is, judged with the truth that it never saw."""
-        answer = Answer(partition.clean_probability.numpy(), (~partition.is_clean).numpy(), partition.noise_rate)
-        return scores(answer, self._bad.numpy()) | {"warning": partition.warning}

@@ -10,10 +10,12 @@ import wave
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from lightning_unlearn.demo import DigitsDataModule
 
@@ -37,6 +39,33 @@ class Source:
     human_label: Tensor | None
     test: Tensor
     test_label: Tensor
+
+
+class Rows(Dataset[Any]):
+    """Tensors that are fetched a batch at a time."""
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.x, self.y = x, y
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.x[index], self.y[index]
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        rows = torch.tensor(indices)
+        return in_layout(self.x[rows]), self.y[rows]
+
+
+def in_layout(x: Tensor) -> Tensor:
+    """A batch as the networks take it: images with the channels last."""
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
+def as_it_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The collate function of :class:`Rows`."""
+    return batch
 
 
 def cifar(path: Path, train_size: int, test_size: int, seed: int) -> Source:

@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks import attribution, mixture
 from benchmarks.models import StopAfter, cifar_classifier
-from benchmarks.record import Rows, as_it_is
+from benchmarks.sources import Rows, as_it_is
 from lightning_unlearn import (
     AttributionPartitionCallback,
     CleanSubsetFinetuneCallback,
@@ -263,8 +263,7 @@ def main(given: Sequence[str] | None = None) -> None:
     text = tables(found).strip()
     print(text)
     if "mixture" in args.only:
-        asked = argparse.Namespace(rows=50_000, dim=256, device=args.device, repeats=3)
-        found["mixture"] = mixture.compare(asked)
+        found["mixture"] = mixture.compare(device=args.device)
     if args.write:
         with replacing(args.write) as file:
             file.write(f"{text}\n".encode())

@@ -44,7 +44,7 @@ test-newest: $(NEWEST_STAMP) ## run them with the newest versions that there are
 fuzz: setup ## run random fits (CASES=2000 FIRST=0: from seed FIRST on)
 	PYTHONDONTWRITEBYTECODE= FUZZ_CASES=$(CASES) FUZZ_FIRST=$(FIRST) $(BIN)/pytest -n $(JOBS) --maxprocesses 8 tests/test_fuzz.py $(ARGS)
 
-bench: setup ## measure the partition on real data (ARGS="--data DIR --cases spoken-sym40 --seeds 0")
+bench: setup ## measure the partition on real data (ARGS="--data DIR --only spoken-sym40 --seeds 1")
 	$(BIN)/python -m benchmarks.partition $(ARGS)
 
 docs: setup ## build the documentation into docs/_build/html; a warning is an error

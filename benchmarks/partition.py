@@ -38,28 +38,38 @@ from benchmarks.sources import DATA
 from lightning_unlearn import AttributionPartitionCallback, Partition
 
 AUTO, SECOND, MIDDLE, END = MOMENTS = ("auto", "second", "middle", "end")
-_HOOKS = ("setup", "teardown", "on_fit_start", "on_fit_end", "on_train_start", "on_train_end", "on_after_backward")
-_HOOKS += tuple(f"on_{of}_{end}" for of in ("train_epoch", "train_batch", "validation") for end in ("start", "end"))
 
 
-def count_seconds(callback: L.Callback) -> list[float]:
-    """Processor seconds of each call that Lightning makes of a callback from now on."""
-    seconds: list[float] = []
+class CountSeconds:
+    """Counts the processor seconds of the hooks of a callback; of one that calls another, once.
 
-    def counted(hook: Callable[..., Any]) -> Callable[..., Any]:
+    Args:
+        callback: whose hooks are counted from now on.
+
+    Attributes:
+        seconds: so far.
+    """
+
+    def __init__(self, callback: L.Callback) -> None:
+        self.seconds = 0.0
+        self._is_counting = False
+        for name in dir(L.Callback):
+            if name.startswith("on_") or name in {"setup", "teardown"}:
+                setattr(callback, name, self._counted(getattr(callback, name)))
+
+    def _counted(self, hook: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(hook)
         def call(*args: Any, **kwargs: Any) -> Any:
-            started = time.process_time()
+            if self._is_counting:
+                return hook(*args, **kwargs)
+            self._is_counting, started = True, time.process_time()
             try:
                 return hook(*args, **kwargs)
             finally:
-                seconds.append(time.process_time() - started)
+                self.seconds += time.process_time() - started
+                self._is_counting = False
 
         return call
-
-    for name in _HOOKS:
-        setattr(callback, name, counted(getattr(callback, name)))
-    return seconds
 
 
 def _peak_mib(*, again: bool = False) -> float:
@@ -87,13 +97,13 @@ def partition_at(problem: Problem, seed: int, moment: str) -> tuple[Partition, d
         epochs = {SECOND: 2, MIDDLE: problem.epochs // 2, END: problem.epochs}[moment]
         callback = AttributionPartitionCallback(at_epoch=epochs, action="report")
         stops = [StopAfter(epochs)]
-    own = count_seconds(callback)
+    own = CountSeconds(callback)
     L.seed_everything(seed, verbose=False)
     model, before, started = problem.network(), _peak_mib(again=True), time.process_time()
     problem.fit(model, problem.loader(), [callback, *stops])
     return callback.partition, {
         "seconds": time.process_time() - started,
-        "added": sum(own),
+        "added": own.seconds,
         "mib": _peak_mib() - before,
         "weight": next(model.parameters()).detach().double().sum().item(),
     }
@@ -101,7 +111,9 @@ def partition_at(problem: Problem, seed: int, moment: str) -> tuple[Partition, d
 
 def judged(partition: Partition, bad: Tensor, plain: dict[str, Any]) -> dict[str, Any]:
     """How good a partition is, beside the scores of the network that it has seen."""
-    wrong = 1 - partition.clean_probability.double()
+    # The order in which a user is shown them.
+    position = torch.empty(len(bad))
+    position[partition.ranking()] = torch.arange(len(bad)).float()
     row: dict[str, Any] = {
         "epoch": partition.epoch,
         "flags": flags(bad, ~partition.is_clean),
@@ -111,9 +123,8 @@ def judged(partition: Partition, bad: Tensor, plain: dict[str, Any]) -> dict[str
         "warning": partition.warning,
     }
     if bad.any():
-        number = int(bad.sum())
-        row["ours"] = ranking(bad, wrong)
-        row["stated_at_depth"] = wrong.topk(number).values.mean().item()
+        row["ours"] = ranking(bad, -position)
+        row["stated_at_depth"] = partition.expected_precision_at(int(bad.sum()))
         row |= {name: ranking(bad, plain[name][partition.epoch - 1]) for name in SCORES}
     return row
 

@@ -143,9 +143,11 @@ def summary(rows: Sequence[Row]) -> list[str]:
         ),
         *_tally("CIFAR features, human 9 %: precision of the suspects >= .9", _default(human), _finds(0.9, 1e-9)),
         *_tally(
-            "... precision at k, the true number, as of cleanlab with five folds", _default(human), _as_deep_as_folds
+            "CIFAR features, human 9 %: precision at k, the true number, as of cleanlab with five folds",
+            _default(human),
+            _as_deep_as_folds,
         ),
-        *_tally("... in every noisy case", folded, _as_deep_as_folds),
+        *_tally("precision at k as of cleanlab with five folds, in every noisy case", folded, _as_deep_as_folds),
         *_tally(
             "CIFAR features, next class 20 and 40 %: recall >= .6 at precision >= .7",
             _default(_of(rows, "next", 0.2, 0.4)),
@@ -162,7 +164,7 @@ def summary(rows: Sequence[Row]) -> list[str]:
             _ranks_well,
         ),
         *_tally("stated precision within .1 where 50 are flagged: symmetric, next class, human", kinds, _states_well),
-        *_tally("... in every case", many, _states_well),
+        *_tally("stated precision within .1 where 50 are flagged, in every case", many, _states_well),
         *_tally("the interval holds the rate of symmetric errors, in nine of ten", blind, _holds, 0.9),
         *_tally("the default's AUROC within .01 of the best of three fixed epochs", several, _is_steady),
         *_tally(

@@ -57,7 +57,7 @@ def partition_of(share: Evidence, label: Tensor, reduce: Reduce, recipe: str = "
     """What the callback makes of one rank's share of the evidence."""
     verdict = get_recipe(recipe).judge(share, reduce)
     judged = [Judged(share, share.weight, verdict)]
-    return assemble(judged, label, Cut(0.5, 0.1), reduce, recipe=recipe, layer="head", epoch=PHASES, fingerprint="")
+    return assemble(judged, label, Cut(0.85, 0.1), reduce, recipe=recipe, layer="head", epoch=PHASES, fingerprint="")
 
 
 # What is measured, each in a process of its own
@@ -81,7 +81,7 @@ def of_samples(total: int, num_classes: int) -> Row:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     verdict, judging = seconds_of(lambda: get_recipe("auto").judge(whole, no_reduce))
     judged = [Judged(whole, whole.weight, verdict)]
-    cut = Cut(0.5, 0.1)
+    cut = Cut(0.85, 0.1)
     made, assembling = seconds_of(
         lambda: assemble(judged, whole.label, cut, no_reduce, recipe="auto", layer="head", epoch=PHASES, fingerprint="")
     )

@@ -1,7 +1,9 @@
 import doctest
 import json
+import time
 from functools import partial
 
+import lightning as L
 import pytest
 import torch
 
@@ -71,6 +73,22 @@ def test_the_tables_have_every_case_and_what_was_asked_for(run):
     assert "| wine wide symmetric 0.2 8ep, 1 | " in text
     assert "### At fixed epochs" in text
     assert "seeds 1, 2 and 3 are reported" in text
+
+
+def test_seconds_of_a_hook_that_calls_another_are_counted_once():
+    class Waits(L.Callback):
+        def on_fit_start(self, trainer, pl_module):
+            started = time.process_time()
+            while time.process_time() < started + 0.02:
+                pass
+
+        def on_fit_end(self, trainer, pl_module):
+            self.on_fit_start(trainer, pl_module)
+
+    callback = Waits()
+    own = partition.CountSeconds(callback)
+    callback.on_fit_end(None, None)
+    assert 0.02 <= own.seconds < 0.04
 
 
 def found(number, precision, recall, **more):

@@ -1,6 +1,6 @@
-"""How well wrong labels are found: ranking, suspects, rate and calibration, beside other scores of the same fits.
+"""The detector of wrong labels on fits whose logits are kept, so that a change of it is judged in seconds a case.
 
-Fits are kept in a cache, so that a detector that has changed is judged again in a minute a case.
+Where it is developed; what users get in a fit: :mod:`benchmarks.partition`, which has the same tables.
 
     python -m benchmarks.detection --groups small real            # minutes
     python -m benchmarks.detection --groups vision --seeds 1 2 --rows rows.jsonl --write detection.md
@@ -20,10 +20,11 @@ from tempfile import gettempdir
 from typing import Any
 
 import torch
-from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
 from benchmarks.detection_cases import GROUPS, DetectionCase, Fit, fit_of
+from benchmarks.measures import flags, ranking
+from benchmarks.partition_tables import FOUND, found_cells, markdown, summary
 from benchmarks.sources import DATA
 from lightning_unlearn.functional import label_margin
 from lightning_unlearn.functional.leave_one_out import leave_one_out_scores
@@ -31,7 +32,6 @@ from lightning_unlearn.functional.prequential import PrequentialRate, prequentia
 from lightning_unlearn.recipes.label_noise import LabelHistory, LabelNoise, find_label_noise
 
 PHASES = 4
-DEPTHS = (0.005, 0.01, 0.02, 0.05, 0.1)
 _LIKE_LOGITS = 10.0
 _PATIENCE = 6  # epochs in which a network that still learns fast is waited for
 
@@ -103,34 +103,8 @@ class Replay:
         return {"aum": -margins.mean(dim=0), "loss": loss, "margin": -label_margin(last, self.label)}
 
 
-def _scores(wrong: Tensor, score: Tensor) -> list[float]:
-    return [float(roc_auc_score(wrong, score)), float(average_precision_score(wrong, score))]
-
-
-def _flags(wrong: Tensor, flagged: Tensor) -> list[float]:
-    hit, number = int((wrong & flagged).sum()), int(flagged.sum())
-    return [number, hit / max(number, 1), hit / max(int(wrong.sum()), 1)]
-
-
-def _cleanlab(replay: Replay, epochs: int) -> Tensor:
-    from cleanlab.filter import find_label_issues
-
-    probabilities = replay.last(epochs).softmax(1).numpy()
-    return torch.from_numpy(find_label_issues(replay.label.numpy(), probabilities, n_jobs=1))
-
-
-def _before(replay: Replay, epochs: int) -> Tensor:
-    """What the recipe ``label`` flags."""
-    from benchmarks.evidence import evidence_of_logits
-    from lightning_unlearn.functional.mixture import no_reduce
-    from lightning_unlearn.recipes.judges import judge_label
-
-    training = [torch.where(x.isfinite(), x, replay.last(epochs)) for x in map(replay.training, range(epochs))]
-    return judge_label(evidence_of_logits(training, replay.last(epochs), replay.label), no_reduce).clean_probability
-
-
-def judged(replay: Replay, epochs: int, seed: int, *, peers: bool, features: bool = False) -> dict[str, Any]:
-    """A row: what is found after so many epochs."""
+def judged(replay: Replay, epochs: int, seed: int, *, features: bool = False) -> dict[str, Any]:
+    """A row, as of :mod:`benchmarks.partition`: what is found after so many epochs."""
     started = time.process_time()
     replay.early(epochs)
     history = replay.history(epochs)
@@ -138,119 +112,55 @@ def judged(replay: Replay, epochs: int, seed: int, *, peers: bool, features: boo
         history = replace(history, left_out=replay.left_out())
     found: LabelNoise = find_label_noise(history)
     seconds = time.process_time() - started
-    wrong, n = replay.wrong, len(replay.label)
-    order = found.wrong.argsort(descending=True)
-    depths = [max(1, round(share * n)) for share in DEPTHS]
-    row: dict[str, Any] = {
-        "case": replay.case.name,
-        "seed": seed,
-        "epochs": epochs,
-        "rate": wrong.double().mean().item(),
-        "status": found.status,
-        "structured": found.structured is not None,
-        "z": found.z,
-        "found_rate": found.rate,
+    wrong, case = replay.wrong, replay.case
+    at: dict[str, Any] = {
+        "epoch": epochs,
+        "flags": flags(wrong, found.suspect),
+        "stated": found.expected if found.suspect.any() else None,
+        "rate": found.rate,
         "interval": found.interval,
-        "flags": _flags(wrong, found.suspect),
-        "expected": found.expected,
-        "depth_expected": found.precision.at_depth(depths),
-        "depth_true": [float(wrong[order[:k]].double().mean()) for k in depths],
-        "seconds": seconds,
-        "fit_seconds": sum(replay.fit.seconds[:epochs]),
-        "gap": history.gap,
     }
     if wrong.any():
-        row["ours"] = _scores(wrong, found.wrong)
-        row |= {name: _scores(wrong, score) for name, score in replay.peers(epochs).items()}
-        row["at_truth"] = float(wrong[order[: int(wrong.sum())]].double().mean())
-    if peers:
-        row["cleanlab"] = _flags(wrong, _cleanlab(replay, epochs))
-        before = _before(replay, epochs)
-        row["before"] = _flags(wrong, before < 0.5)
-        if wrong.any():
-            row["before_ranks"] = _scores(wrong, -before)
-    return row
+        at["ours"] = ranking(wrong, found.wrong)
+        at["stated_at_depth"] = found.precision.at_depth([int(wrong.sum())])[0]
+        at |= {name: ranking(wrong, score) for name, score in replay.peers(epochs).items()}
+    return {
+        "case": case.name,
+        "seed": seed,
+        "noise": case.noise,
+        "named_rate": case.rate,
+        "true_rate": wrong.double().mean().item(),
+        "samples": len(wrong),
+        "epochs": case.epochs,
+        "is_slow": False,
+        "peers": {},
+        "auto": at,
+        "status": f"{found.status}{' S' if found.structured else ''} {found.z:.1f}",
+        "seconds": [sum(replay.fit.seconds[:epochs]), seconds],
+    }
 
 
 def rows_of(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Every judgement of every case; peers that take long only in the middle of the fit."""
+    """Every judgement of every case."""
     for seed in args.seeds:
         for case in (case for group in args.groups for case in GROUPS[group]()):
             if not re.search(args.only, case.name):
                 continue
             replay = Replay(case, fit_of(case, args.cache, seed, args.data))
             for epochs in case.judged_after:
-                peers = not args.no_peers and epochs == case.judged_after[1]
-                yield judged(replay, epochs, seed, peers=peers, features=args.features)
+                yield judged(replay, epochs, seed, features=args.features)
 
 
-def _short(value: float) -> str:
-    return f"{value:.3f}".lstrip("0") if value < 1 else f"{value:.3f}"
-
-
-def _line(row: dict[str, Any]) -> str:
-    def pair(name: str) -> str:
-        return "/".join(_short(x) for x in row[name]) if name in row else ""
-
-    def flags(name: str) -> str:
-        if name not in row:
-            return ""
-        number, precision, recall = row[name]
-        return f"{number:.0f}, {precision:.2f}/{recall:.2f}" if number else "0"
-
-    low, high = row["interval"]
-    held = "+" if low <= row["rate"] <= high else "-"
-    ends = f"{100 * row['found_rate']:.1f} ({100 * low:.1f}-{100 * high:.1f}) {held}"
-    number = row["flags"][0]
-    expected = f"{row['expected']:.2f}" if number else ""
-    return (
-        f"| {row['case']}, {row['epochs']}, {row['seed']} | {100 * row['rate']:.1f} | {pair('ours')} | {pair('aum')}"
-        f" | {pair('loss')} | {pair('margin')} | {row['status']}{' S' if row['structured'] else ''} {row['z']:.1f}"
-        f" | {flags('flags')} | {expected} | {ends} | {flags('cleanlab')} | {flags('before')} {pair('before_ranks')}"
-        f" | {row['seconds']:.1f} |"
-    )
-
-
-def _summary(rows: Sequence[dict[str, Any]]) -> list[str]:
-    noisy, clean = [r for r in rows if "ours" in r], [r for r in rows if "ours" not in r]
-    peers = ("aum", "loss", "margin")
-    behind = [
-        [r["ours"][k] - max(r[name][k] for name in peers) for k in (0, 1)] for r in noisy
-    ]  # of AUROC and average precision
-    failed = sum(a < -0.005 or p < -0.02 for a, p in behind)
-    blind = [r for r in noisy if " symmetric " in r["case"]]
-    held = sum(r["interval"][0] <= r["rate"] <= r["interval"][1] for r in blind)
-    many = [r for r in noisy if r["flags"][0] >= 50]
-    off = [r["flags"][1] - r["expected"] for r in many]
-    good = [r for r in noisy if r["flags"][0] and r["flags"][1] >= max(0.6, min(3 * r["rate"], 0.9))]
-    lines = [
-        f"- {len(noisy)} noisy judgements, {len(clean)} clean ones.",
-        f"- Ranking behind the best of AUM, loss and margin by more than .005 AUROC or .02 AP: {failed}; by"
-        f" {-sum(a for a, _ in behind) / max(len(behind), 1):.4f} and"
-        f" {-sum(p for _, p in behind) / max(len(behind), 1):.4f} on average (negative: ahead).",
-        f"- Suspects with precision of .6 and three times the base rate: {len(good)} of {len(noisy)}.",
-        f"- The interval holds the rate of symmetric noise in {held} of {len(blind)}.",
-        f"- Expected precision of 50 and more suspects: within .1 of the true one, or below it, in"
-        f" {sum(x >= -0.1 for x in off)} of {len(off)}; within .1 in {sum(abs(x) <= 0.1 for x in off)}.",
-    ]
-    if clean:
-        most = max(clean, key=lambda r: r["flags"][0])
-        acted = sum(r["flags"][0] > 0 and r["status"] == "found" for r in clean)
-        named = sum(r["flags"][0] > 0 for r in clean)
-        lines.append(
-            f"- Clean: suspects in {named} of {len(clean)}, acted upon in {acted}; most: {most['flags'][0]:.0f}"
-            f" ({most['case']}, {most['epochs']} epochs)."
-        )
-    return lines
+def _cells(row: dict[str, Any]) -> list[str]:
+    seconds = " ".join(f"{value:.1f}" for value in row["seconds"])
+    return [f"{row['case']}, {row['seed']}", *found_cells(row, row["auto"]), row["status"], seconds]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The table and what it comes to."""
-    head = (
-        "| case, epochs, seed | wrong % | ours | AUM | loss | margin | status, z | suspects, P/R | expected"
-        " | rate % (95 %) | cleanlab in-sample | before | s |\n|" + " --- |" * 13
+    """What it comes to, and the table."""
+    return "\n".join(
+        [*summary(rows), *markdown(("case, seed", *FOUND, "status z", "s: fit, judging"), map(_cells, rows))]
     )
-    return "\n".join([*_summary(rows), "", head, *map(_line, rows), ""])
 
 
 def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
@@ -260,7 +170,6 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", default="", help="a regular expression that names of cases must match")
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--cache", type=Path, default=Path(gettempdir()) / "lightning_unlearn_detection")
-    parser.add_argument("--no-peers", action="store_true", help="without cleanlab and the recipe of before")
     parser.add_argument("--features", action="store_true", help="with leave-one-out scores of the networks' inputs")
     parser.add_argument("--rows", type=Path, help="JSON lines that rows are added to")
     parser.add_argument("--only-table", action="store_true", help="of the rows that there are")
@@ -275,7 +184,7 @@ def main(given: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     rows = []
     for row in () if args.only_table else rows_of(args):
-        print(_line(row), flush=True)
+        print("| " + " | ".join(_cells(row)) + " |", flush=True)
         rows.append(row)
         if args.rows:
             with args.rows.open("a", encoding="utf-8") as file:

@@ -92,7 +92,7 @@ def partition_at(problem: Problem, seed: int, moment: str) -> tuple[Partition, d
     """
     stops: list[L.Callback] = []
     if moment == AUTO:
-        callback = AttributionPartitionCallback()
+        callback = AttributionPartitionCallback(at_epoch=problem.epochs // 2, action="report")
     else:
         epochs = {SECOND: 2, MIDDLE: problem.epochs // 2, END: problem.epochs}[moment]
         callback = AttributionPartitionCallback(at_epoch=epochs, action="report")

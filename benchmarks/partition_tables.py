@@ -44,7 +44,7 @@ def _judgements(rows: Iterable[Row]) -> list[tuple[str, Row, Row]]:
 
 
 def _default(rows: Iterable[Row]) -> list[tuple[str, Row, Row]]:
-    return [(f"{row['case']}, {row['seed']}", row, row["auto"]) for row in rows]
+    return [(f"{row['case']}, {row['seed']}, epoch {row['auto']['epoch']}", row, row["auto"]) for row in rows]
 
 
 def _noisy(rows: Iterable[Row]) -> list[Row]:
@@ -80,7 +80,10 @@ def _states_well(row: Row, at: Row) -> bool:
 
 
 def _holds(row: Row, at: Row) -> bool:
-    return at["interval"] is not None and at["interval"][0] <= row["true_rate"] <= at["interval"][1]
+    """Whether there is an interval with an upper end, and it has the truth in it."""
+    if at["interval"] is None or at["interval"][1] >= 1:
+        return False
+    return bool(at["interval"][0] <= row["true_rate"] <= at["interval"][1])
 
 
 def _finds(precision: float, recall: float) -> Callable[[Row, Row], bool]:
@@ -126,7 +129,8 @@ def summary(rows: Sequence[Row]) -> list[str]:
     kinds = [found for found in many if found[1]["noise"] in {"symmetric", "next", "human"}]
     blind = [found for found in _default(noisy) if found[1]["noise"] == "symmetric"]
     folded = [found for found in _default(noisy) if "folds" in found[1]["peers"]]
-    timed = [found for found in _default(rows) if not found[1]["is_slow"]]
+    fitted = [found for found in _default(rows) if "cost" in found[1]]
+    timed = [found for found in fitted if not found[1]["is_slow"]]
     several = [found for found in _default(noisy) if "end" in found[1]]
     human = _of(rows, "human", 0.09)
     lines = [
@@ -144,7 +148,7 @@ def summary(rows: Sequence[Row]) -> list[str]:
         *_tally("CIFAR features, human 9 %: precision of the suspects >= .9", _default(human), _finds(0.9, 1e-9)),
         *_tally(
             "CIFAR features, human 9 %: precision at k, the true number, as of cleanlab with five folds",
-            _default(human),
+            [found for found in folded if found[1] in human],
             _as_deep_as_folds,
         ),
         *_tally("precision at k as of cleanlab with five folds, in every noisy case", folded, _as_deep_as_folds),
@@ -173,18 +177,16 @@ def summary(rows: Sequence[Row]) -> list[str]:
             lambda row, at: row["cost"]["added"] <= 0.05 * row["peers"]["plain"]["seconds"],
         ),
         *_of_before(rows),
-        *_tally(
-            "weights after the fit equal those without the callback", _default(rows), lambda row, at: row["is_same_fit"]
-        ),
+        *_tally("weights after the fit equal those without the callback", fitted, lambda row, at: row["is_same_fit"]),
     ]
     return ["| asked for | held | | not in |", "| --- | --- | --- | --- |", *lines, ""]
 
 
-def _number(value: float | None, digits: int = 3) -> str:
+def number(value: float | None, digits: int = 3) -> str:
     """Without the zero before the point.
 
     Example:
-        >>> _number(0.5), _number(1.0), _number(None)
+        >>> number(0.5), number(1.0), number(None)
         ('.500', '1.000', '')
     """
     if value is None:
@@ -193,51 +195,73 @@ def _number(value: float | None, digits: int = 3) -> str:
     return text[1:] if text.startswith("0.") else text
 
 
-def _list(found: Sequence[float]) -> str:
-    number, precision, recall = found
-    return f"{number:.0f}, {_number(precision, 2)}/{_number(recall, 2)}" if number else "0"
+def listed(found: Sequence[float]) -> str:
+    """Number, precision and recall of a list.
+
+    Example:
+        >>> listed([3, 1.0, 0.25]), listed([0, 0.0, 0.0])
+        ('3, 1.00/.25', '0')
+    """
+    count, precision, recall = found
+    return f"{count:.0f}, {number(precision, 2)}/{number(recall, 2)}" if count else "0"
 
 
-def _rate(row: Row, at: Row) -> str:
+def rate(row: Row, at: Row) -> str:
+    """In per cent, with its interval and whether that holds the truth."""
     if at["interval"] is None:
         return f"{100 * at['rate']:.1f}"
     low, high = at["interval"]
     return f"{100 * at['rate']:.1f} ({100 * low:.1f}-{100 * high:.1f}) {'+' if _holds(row, at) else '-'}"
 
 
+def found_cells(row: Row, at: Row) -> list[str]:
+    """The cells under :data:`FOUND`."""
+    no_fdr = at["stated"] is None or not at["flags"][0]
+    return [
+        f"{100 * row['true_rate']:.1f}",
+        f"{at['epoch']}/{row['epochs']}",
+        *(" ".join(number(value) for value in at.get(name, [])[:2]) for name in ("ours", *SCORES)),
+        listed(at["flags"]),
+        "" if no_fdr else f"{number(1 - at['stated'], 2)}/{number(1 - at['flags'][1], 2)}",
+        rate(row, at),
+    ]
+
+
 def _case(row: Row) -> list[str]:
     at, peers, cost = row["auto"], row["peers"], row["cost"]
-    stated = "" if at["stated"] is None else f"{_number(1 - at['stated'], 2)}/{_number(1 - at['flags'][1], 2)}"
     deep = [at["ours"][2] if "ours" in at else None, at.get("stated_at_depth")]
     deep += [peers.get(name, {}).get("ranks", [None] * 3)[2] for name in ("plain", "folds", "logistic")]
     seconds = [peers["plain"]["seconds"], cost["added"], peers.get("folds", {}).get("seconds")]
     return [
         f"{row['case']}, {row['seed']}",
-        f"{100 * row['true_rate']:.1f}",
-        f"{at['epoch']}/{row['epochs']}",
-        *(" ".join(_number(value) for value in at.get(name, [])[:2]) for name in ("ours", *SCORES)),
-        _list(at["flags"]),
-        stated,
-        _rate(row, at),
-        " ".join(_number(value, 2) or "-" for value in deep) if row["true_rate"] else "",
-        *(_list(peers[name]["flags"]) if name in peers else "" for name in ("plain", "folds", "logistic")),
+        *found_cells(row, at),
+        " ".join(number(value, 2) or "-" for value in deep) if row["true_rate"] else "",
+        *(listed(peers[name]["flags"]) if name in peers else "" for name in ("plain", "folds", "logistic")),
         " ".join("-" if value is None else f"{value:.1f}" for value in seconds),
         f"{cost['mib']:.0f}",
     ]
 
 
-_COLUMNS = (
-    *("case, seed", "wrong %", "epoch", "ours: AUROC AP", "AUM", "loss", "margin", "suspects, P/R", "FDR stated/true"),
-    *("rate % (95 %), holds", "precision at k", "cleanlab", "five folds", "logistic", "s", "MiB"),
+FOUND = (
+    "wrong %",
+    "epoch",
+    "ours: AUROC AP",
+    "AUM",
+    "loss",
+    "margin",
+    "suspects, P/R",
+    "FDR stated/true",
+    "rate %, holds",
 )
+_COLUMNS = ("case, seed", *FOUND, "precision at k", "cleanlab", "five folds", "logistic", "s", "MiB")
 
 
 def _epochs(row: Row) -> list[str]:
     cells = []
     for moment in MOMENTS:
         at = row.get(moment)
-        ours = "" if at is None or "ours" not in at else f"{_number(at['ours'][0])} {_number(at['ours'][1])}; "
-        cells.append("" if at is None else f"{at['epoch']}: {ours}{_list(at['flags'])}")
+        ours = "" if at is None or "ours" not in at else f"{number(at['ours'][0])} {number(at['ours'][1])}; "
+        cells.append("" if at is None else f"{at['epoch']}: {ours}{listed(at['flags'])}")
     return [f"{row['case']}, {row['seed']}", *cells]
 
 

@@ -43,17 +43,21 @@ def test_only_classes_that_occur_are_handed_over(replay):
 
 
 def test_a_row_says_what_was_found(replay, tmp_path, monkeypatch, capsys):
-    row = judged(replay, 8, 0, peers=True)
-    assert row["rate"] == pytest.approx(0.2, abs=0.01)
-    assert row["ours"][0] > 0.9
-    assert set(row) >= {"aum", "loss", "margin", "cleanlab", "before", "depth_expected", "interval"}
+    row = judged(replay, 8, 0)
+    assert row["true_rate"] == pytest.approx(0.2, abs=0.01)
+    assert row["auto"]["ours"][0] > 0.9
+    assert set(row["auto"]) >= {"aum", "loss", "margin", "stated_at_depth", "interval"}
     monkeypatch.setitem(GROUPS, "small", lambda: [CASE])
-    arguments = ["--groups", "small", "--cache", str(tmp_path), "--no-peers"]
+    arguments = ["--groups", "small", "--cache", str(tmp_path)]
     detection.main([*arguments, "--rows", str(tmp_path / "rows.jsonl"), "--write", str(tmp_path / "table.md")])
     lines = (tmp_path / "rows.jsonl").read_text().splitlines()
-    assert [json.loads(line)["epochs"] for line in lines] == [4, 8]
+    assert [json.loads(line)["auto"]["epoch"] for line in lines] == [4, 8]
     assert (tmp_path / "table.md").read_text() in capsys.readouterr().out
-    assert "2 noisy judgements, 0 clean ones" in table([json.loads(line) for line in lines])
+    text = table([json.loads(line) for line in lines])
+    assert (
+        "| ranking at most .005 AUROC and .02 AP behind the best of AUM, loss and margin, at any epoch | 2 of 2 |"
+        in text
+    )
 
 
 def test_a_case_without_the_labels_it_needs_is_refused(tmp_path):

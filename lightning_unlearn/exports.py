@@ -6,6 +6,7 @@ Rows, samples and columns are in the order of the data set, as the indices of a 
 from __future__ import annotations
 
 import importlib
+import math
 import warnings
 from collections.abc import Iterable, Sequence
 from os import PathLike
@@ -31,7 +32,8 @@ def to_dataframe(partition: Partition, *, class_names: Sequence[str] | None = No
     Returns:
         columns ``given_label``, ``suggested_label`` (of a multi-label task lists of the labels that a sample has),
         ``clean_probability``, ``suggested_probability``, ``label_evidence``, ``input_evidence``, ``reason``,
-        ``is_clean``, ``proposed`` and an empty ``decision`` (see :meth:`Partition.to_csv
+        ``is_clean``, ``rank``, ``list``, ``expected_precision`` (NaN where it is not known), ``proposed`` and an empty
+        ``decision`` (see :meth:`Partition.to_csv
         <lightning_unlearn.Partition.to_csv>`).
 
     Raises:
@@ -219,9 +221,13 @@ def _columns(partition: Partition, class_names: Sequence[str] | None) -> dict[st
             ]
     for name in ("clean_probability", "suggested_probability", "label_evidence", "input_evidence"):
         columns[name] = getattr(partition, name).tolist()
+    place, curve = partition.ranking().argsort(), partition.precision_curve()
     return columns | {
         "reason": partition.reasons(),
         "is_clean": partition.is_clean.tolist(),
+        "rank": (place + 1).tolist(),
+        "list": partition.listed(),
+        "expected_precision": [math.nan] * len(partition) if curve is None else curve[place].tolist(),
         "proposed": partition.decisions(),
         # For a person to fill.
         "decision": [""] * len(partition),

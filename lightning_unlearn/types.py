@@ -41,6 +41,9 @@ NOT_BY_SAMPLE = ("basis", "unseen")
 REASONS = ("none", "label", "input", "both")
 """Why a sample is not clean; ``Partition.reason`` holds positions in this tuple."""
 
+LISTS = ("suspect", "clean", "review")
+"""Which list a sample is on."""
+
 DECISIONS = ("keep", "drop", "relabel")
 """What becomes of a sample."""
 
@@ -191,6 +194,8 @@ class Partition:
             of the fit was told.
         noise_rate_interval: of 95 %, low and high; high is 1.0 where ``noise_rate`` is only a lower bound; None where
             it was not estimated, so that ``clean_probability`` does not say how many of a list are wrong.
+        often_called: pairs of classes of which the first is often called the second, with how often, the most frequent
+            first.
 
     Example:
         >>> import torch
@@ -231,6 +236,7 @@ class Partition:
     label_probability: Tensor = _NONE
     relabel_threshold: float = 0.7
     noise_rate_interval: tuple[float, float] | None = None
+    often_called: tuple[tuple[int, int, float], ...] = ()
 
     def __post_init__(self) -> None:
         _check_primitives(self, noise_rate=float, epoch=int, recipe=str, layer=str, warning=str, fingerprint=str)
@@ -330,10 +336,16 @@ class Partition:
         Raises:
             ValueError: for a depth that is not in [1, N].
         """
-        least = check_whole("depth", depth, least=1, most=len(self), meaning="the number of samples")
+        depth = check_whole("depth", depth, least=1, most=len(self), meaning="the number of samples")
+        curve = self.precision_curve()
+        return None if curve is None else float(curve[depth - 1])
+
+    def precision_curve(self) -> Tensor | None:
+        """(N,) float64, :meth:`expected_precision_at` every depth from 1 on; None where that is not known."""
         if self.noise_rate_interval is None:
             return None
-        return 1 - self.clean_probability[self.ranking()[:least]].double().mean().item()
+        wrong = 1 - self.clean_probability[self.ranking()].double()
+        return wrong.cumsum(0) / torch.arange(1, len(wrong) + 1)
 
     @property
     def expected_precision(self) -> float | None:
@@ -350,6 +362,13 @@ class Partition:
             return 0
         wrong = 1 - self.clean_probability[self.review_ranking()].double()
         return int((wrong.cumsum(0) >= _WORTH * torch.arange(1, len(wrong) + 1)).sum())
+
+    def listed(self) -> list[str]:
+        """Which list each sample is on: ``"suspect"``; ``"review"``, worth a look; or ``"clean"``, all others."""
+        word = [LISTS[int(one)] for one in self.is_clean.tolist()]
+        for index in self.review_ranking()[: self.worth_review()].tolist():
+            word[index] = LISTS[2]
+        return word
 
     def reasons(self) -> list[str]:
         """Why each sample is not clean, in words: ``"none"``, ``"label"``, ``"input"`` or ``"both"``."""
@@ -435,6 +454,7 @@ class Partition:
         state = {field.name: getattr(self, field.name) for field in fields(self)}
         if self.noise_rate_interval is not None:
             state["noise_rate_interval"] = list(self.noise_rate_interval)
+        state["often_called"] = [list(pair) for pair in self.often_called]
         return {"version": STATE_VERSION, **state}
 
     @classmethod
@@ -477,15 +497,19 @@ class Partition:
         path: str | PathLike[str],
         *,
         suspects_only: bool = True,
+        review: int = 0,
         class_names: Sequence[str] | None = None,
         columns: Mapping[str, Sequence[Any]] | None = None,
     ) -> None:
         """Writes a table of samples, the most suspect first.
 
         Columns: ``index``, ``given_label``, ``suggested_label``, ``clean_probability``, ``label_evidence``,
-            ``input_evidence``, ``reason``, ``is_clean``, ``proposed``, ``decision``, ``dataset``; with names,
-            ``given_class`` and ``suggested_class`` beside the labels.
+            ``input_evidence``, ``reason``, ``is_clean``, ``rank``, ``list``, ``expected_precision``, ``proposed``,
+            ``decision``, ``dataset``; with names, ``given_class`` and ``suggested_class`` beside the labels.
 
+        ``rank`` is the place in :meth:`ranking`, from 1; ``list`` is ``suspect``, ``review`` (worth a look) or
+        ``clean``; ``expected_precision`` is the share of the samples down to this rank that is expected to be wrong
+        (empty where that is not known).
         ``proposed`` says what becomes of a sample unless a person decides otherwise (see :meth:`decisions`).
         ``decision`` is empty: a person may write ``keep``, ``drop`` or ``relabel`` there, and another
         ``suggested_label``, in a spreadsheet. In the next fit ``AttributionPartitionCallback(review=path)`` goes by the
@@ -495,6 +519,8 @@ class Partition:
         Args:
             path: file to write; folders are made.
             suspects_only: leave out the samples that are clean.
+            review: so many of them are in the table all the same, the first of :meth:`review_ranking`; all that are
+                worth a look are ``partition.worth_review()``.
             class_names: the name of every class, by label. One that a spreadsheet would take for a formula gets a
                 single quote in front.
             columns: further ones by their title, of N values each, by dataset index: file names, for example. They
@@ -513,10 +539,10 @@ class Partition:
                 raise ValueError(
                     f"Expected column '{title}' to have a value for each of {len(self)} samples, but got {len(values)}."
                 )
-        decisions, order = self.decisions(), self.suspect_indices()
-        if not suspects_only:
-            clean = self.clean_indices()
-            order = torch.cat([order, clean[self.clean_probability[clean].argsort(stable=True)]])
+        review = check_whole("review", review, least=0, meaning="how many samples to add to the suspects")
+        decisions, listed, order, curve = self.decisions(), self.listed(), self.ranking(), self.precision_curve()
+        if suspects_only:
+            order = order[: len(self.suspect_indices()) + review]
         given, suggested = self.label[order], self.suggested_label[order]
         own = {
             "index": order.tolist(),
@@ -529,6 +555,9 @@ class Partition:
             "input_evidence": [f"{value:.6g}" for value in self.input_evidence[order].tolist()],
             "reason": [REASONS[code] for code in self.reason[order].tolist()],
             "is_clean": self.is_clean[order].int().tolist(),
+            "rank": list(range(1, len(order) + 1)),
+            "list": [listed[index] for index in order.tolist()],
+            "expected_precision": [""] * len(order) if curve is None else _short(curve[: len(order)]),
             "proposed": [decisions[index] for index in order.tolist()],
             "decision": [""] * len(order),
             "dataset": [mark_of(self.fingerprint)] * len(order),
@@ -650,11 +679,19 @@ def _check_sizes(partition: Partition) -> None:
 
 
 def _check_estimates(partition: Partition) -> None:
-    """Makes the interval a pair of floats.
+    """Makes the interval a pair of floats, and the pairs of classes tuples.
 
     Raises:
-        ValueError: for what is no interval within [0, 1].
+        ValueError: for what is no interval within [0, 1], and what are no classes with a share.
     """
+    pairs: Any = partition.often_called
+    try:
+        found = tuple((int(true), int(called), float(share)) for true, called, share in pairs)
+    except (TypeError, ValueError):
+        found = ((-1, -1, 0.0),)
+    if not all(min(pair[:2]) >= 0 and max(pair[:2]) < _MOST_CLASSES and 0 <= pair[2] <= 1 for pair in found):
+        raise ValueError(f"often_called must be pairs of classes, each with a share, but is {shown(pairs)}.")
+    object.__setattr__(partition, "often_called", found)
     interval = partition.noise_rate_interval
     if interval is None:
         return
@@ -672,6 +709,10 @@ def _check_matrix(name: str, value: Tensor) -> None:
         raise ValueError(
             f"{name} must be torch.float32 with two dimensions, but is {value.dtype} {tuple(value.shape)}."
         )
+
+
+def _short(value: Tensor) -> list[str]:
+    return [f"{one:.4f}" for one in value.tolist()]
 
 
 def _named(title: str, label: Tensor, names: dict[int, str] | None) -> dict[str, list[Any]]:

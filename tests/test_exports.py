@@ -21,6 +21,9 @@ COLUMNS = [
     "input_evidence",
     "reason",
     "is_clean",
+    "rank",
+    "list",
+    "expected_precision",
     "proposed",
     "decision",
 ]
@@ -69,6 +72,11 @@ def test_a_data_frame():
     assert frame["proposed"].tolist() == ["keep", "relabel", "drop", "keep"]
     assert frame["decision"].tolist() == [""] * 4
     assert frame["is_clean"].dtype == bool
+    assert frame["rank"].tolist() == [3, 2, 1, 4]
+    assert frame["list"].tolist() == ["clean", "suspect", "suspect", "clean"]
+    assert frame["expected_precision"].isna().all()
+    frame = to_dataframe(make_partition(noise_rate_interval=(0.2, 1.0)))
+    assert frame["expected_precision"].tolist() == pytest.approx([1.875 / 3, 1.625 / 2, 0.875, 2 / 4])
     assert list(to_dataframe(make_partition()).columns) == COLUMNS
     with pytest.raises(ValueError, match="Expected class_names to name each of 5 classes, but got 4 names"):
         to_dataframe(make_partition(), class_names=NAMES[:4])
@@ -207,7 +215,8 @@ def test_fields_of_fiftyone_samples():
     samples = Samples(4)
     to_fiftyone(make_partition(label=torch.tensor([3, 2, -1, 0])), samples, class_names=NAMES, prefix="lu_")
     names = ["given_label", "suggested_label", "clean_probability", "label_evidence", "input_evidence"]
-    assert list(samples.fields) == [f"lu_{name}" for name in (*names, "reason", "is_clean", "proposed", "decision")]
+    names += ["reason", "is_clean", "rank", "list", "expected_precision", "proposed", "decision"]
+    assert list(samples.fields) == [f"lu_{name}" for name in names]
     assert samples.fields["lu_suggested_label"] == [("fox", 0.75), ("dog", 0.9375), ("emu", 0.5), ("=cat", 0.875)]
     assert samples.fields["lu_given_label"] == [("fox", None), ("emu", None), None, ("=cat", None)]
     assert samples.fields["lu_clean_probability"] == [0.75, 0.25, 0.125, 0.875]

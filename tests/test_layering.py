@@ -27,6 +27,7 @@ ALL_BELOW = MATH | {
     "distributed",
     "fingerprint",
     "rows",
+    "finding",
 }
 SHARED = {
     "callbacks._copies",
@@ -73,6 +74,7 @@ MAY_IMPORT = {
     "types": {"arguments", "storage", "fingerprint", "plots"},  # the last when it is asked to draw
     "review": {"arguments", "types", "storage", "fingerprint"},
     "plots": {"arguments", "types"},
+    "finding": {"types"},
     "exports": {"arguments", "types", "storage"},
     "sharding": set(),
     "functional": MATH,
@@ -125,14 +127,14 @@ MAY_IMPORT = {
         "callbacks._strategies",
     },
     "callbacks._sample_rows": ALL_BELOW | {"callbacks._base", "callbacks._lightning", "callbacks._scoring"},
-    "callbacks._summary": {"types", "callbacks._diverged", "callbacks._finding"},
+    "callbacks._summary": {"types", "finding", "callbacks._diverged"},
     "callbacks._diverged": {"sharding"},
     "callbacks._neighbours": {"callbacks._lightning", "callbacks._packages"},
     "callbacks._resuming": {"types"},
     "callbacks._optimizers": {"callbacks._packages"},
     "callbacks._loggers": {"types", "plots", "callbacks._lightning", "callbacks._packages"},
     "callbacks._assembly": MATH | {"recipes", "distributed", "review", "callbacks._finding"},
-    "callbacks._finding": {"recipes", "types"},
+    "callbacks._finding": {"recipes", "finding"},
     "callbacks._early_epochs": ALL_BELOW,
     "callbacks._reviewing": ALL_BELOW | {"callbacks._base", "callbacks._lightning", "callbacks._scoring"},
     "callbacks._companions": {"batches", "targets"},
@@ -163,7 +165,7 @@ MAY_IMPORT = {
     "callbacks.finetune": ALL_BELOW | SHARED | {"callbacks._optimizers", "callbacks._relabel"},
     "callbacks.report": ALL_BELOW | SHARED | {"report"},
     "callbacks": ALL_BELOW | {"callbacks"},
-    "report": {"arguments", "types", "storage", "batches", "targets", "report"},
+    "report": {"arguments", "types", "storage", "batches", "finding", "targets", "report"},
 }
 # Who may know a package of others.
 MAY_KNOW = {

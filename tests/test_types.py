@@ -158,11 +158,32 @@ def test_csv_of_the_suspects(tmp_path):
     make_partition().to_csv(tmp_path / "suspects.csv")
     columns = "index given_label suggested_label clean_probability label_evidence input_evidence reason is_clean"
     assert read_csv(tmp_path / "suspects.csv") == [
-        [*columns.split(), "proposed", "decision", "dataset"],
-        ["2", "4", "2", "0.100000", "0.45", "0.125", "both", "0", "drop", "", ""],
-        ["4", "6", "5", "0.200000", "0.25", "1", "label", "0", "drop", "", ""],
-        ["1", "7", "1", "0.200000", "0.4", "0.75", "label", "0", "relabel", "", ""],
+        [*columns.split(), "rank", "list", "expected_precision", "proposed", "decision", "dataset"],
+        ["2", "4", "2", "0.100000", "0.45", "0.125", "both", "0", "1", "suspect", "", "drop", "", ""],
+        ["4", "6", "5", "0.200000", "0.25", "1", "label", "0", "2", "suspect", "", "drop", "", ""],
+        ["1", "7", "1", "0.200000", "0.4", "0.75", "label", "0", "3", "suspect", "", "relabel", "", ""],
     ]
+
+
+def test_csv_of_both_lists(tmp_path):
+    clean = torch.tensor([0.9, 0.2, 0.1, 0.45, 0.52])
+    is_clean = torch.tensor([True, False, False, True, True])
+    partition = make_partition(clean_probability=clean, is_clean=is_clean, noise_rate_interval=(0.4, 0.7))
+    found = []
+    for review, suspects_only in ((0, True), (2, True), (99, True), (0, False)):
+        partition.to_csv(tmp_path / "lists.csv", review=review, suspects_only=suspects_only)
+        titles, *rows = read_csv(tmp_path / "lists.csv")
+        found.append([[row[titles.index(name)] for name in ("index", "list", "expected_precision")] for row in rows])
+    everything = [
+        ["2", "suspect", "0.9000"],
+        ["1", "suspect", "0.8500"],
+        ["3", "review", "0.7500"],
+        ["4", "review", "0.6825"],
+        ["0", "clean", "0.5660"],
+    ]
+    assert found == [everything[:2], everything[:4], everything, everything]
+    with pytest.raises(ValueError, match="Expected review to be"):
+        partition.to_csv(tmp_path / "lists.csv", review=-1)
 
 
 def test_csv_says_in_every_row_of_which_data_set_it_is(tmp_path):
@@ -186,7 +207,7 @@ def test_what_is_done_by_default():
 def test_csv_of_all_puts_the_clean_samples_last(tmp_path):
     make_partition().to_csv(tmp_path / "all.csv", suspects_only=False)
     assert [row[0] for row in read_csv(tmp_path / "all.csv")[1:]] == ["2", "4", "1", "3", "0"]
-    assert [row[-4] for row in read_csv(tmp_path / "all.csv")[1:]] == ["0", "0", "0", "1", "1"]
+    assert [row[7] for row in read_csv(tmp_path / "all.csv")[1:]] == ["0", "0", "0", "1", "1"]
     assert [row[-3] for row in read_csv(tmp_path / "all.csv")[1:]] == ["drop", "drop", "relabel", "keep", "keep"]
     assert {row[-2] for row in read_csv(tmp_path / "all.csv")[1:]} == {""}
 

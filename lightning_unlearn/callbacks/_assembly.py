@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_unlearn.callbacks._finding import caveat_of, finding_of
+from lightning_unlearn.callbacks._finding import caveat_of
 from lightning_unlearn.distributed import place_by_index
 from lightning_unlearn.functional.mixture import Reduce
 from lightning_unlearn.recipes import Verdict
@@ -108,6 +108,7 @@ def assemble(  # noqa: PLR0913  (what a partition says of itself)
     first = judged[0].verdict
     noise = None if first is None or label.ndim > 1 else first.noise
     rate = 1 - one.probability.double().mean().item() if noise is None or decided is not None else noise.rate
+    interval = None if noise is None else _moved(noise.interval, rate - noise.rate)
     matrix = None if first is None or label.ndim > 1 else first.noise_matrix
     kept = is_clean.unsqueeze(1) if label.ndim > 1 else is_clean
     found = Partition(
@@ -126,12 +127,19 @@ def assemble(  # noqa: PLR0913  (what a partition says of itself)
         epoch=epoch,
         fingerprint=fingerprint,
         label_probability=_NO_MATRIX if label.ndim == 1 else torch.stack([c.probability for c in columns], dim=1),
-        noise_rate_interval=None if noise is None else noise.interval,
+        noise_rate_interval=interval,
+        often_called=() if noise is None else noise.names,
     )
     if relabel_threshold is not None:
         found = replace(found, relabel_threshold=relabel_threshold)
     caveat = _caveat(first, found.worth_review()) if label.ndim == 1 else ""
     return replace(found, warning=warning or _one_sided(is_clean, label, caveat))
+
+
+def _moved(interval: tuple[float, float], by: float) -> tuple[float, float]:
+    """The interval of a rate that is higher by so much for what a person has decided; 1 stays unknown."""
+    low, high = interval
+    return min(max(low + by, 0.0), 1.0), high if high >= 1 else min(max(high + by, 0.0), 1.0)
 
 
 def _caveat(verdict: Verdict | None, worth: int) -> str:
@@ -153,14 +161,6 @@ def notes_of(judged: Sequence[Judged], partition: Partition) -> list[str]:
     if same := [str(at) for at, one in enumerate(judged) if one.verdict is None]:
         notes.append(f"labels that are the same in all samples are not judged: {', '.join(same)}")
     return notes
-
-
-def found_in(judged: Sequence[Judged], partition: Partition) -> str:
-    """What was found about the labels, for who reads first; empty where the recipe does not estimate it."""
-    verdict = judged[0].verdict
-    if partition.is_multilabel or verdict is None or verdict.noise is None:
-        return ""
-    return finding_of(verdict.noise, partition)
 
 
 def _column(one: Judged, given: Tensor, precision: float, reduce: Reduce) -> _Column:

@@ -9,10 +9,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_unlearn.callbacks._lightning import callbacks_of
 from lightning_unlearn.callbacks._loggers import log_partition
 from lightning_unlearn.callbacks._saying import rank_zero_info
+from lightning_unlearn.callbacks._scoring import train_loader
 from lightning_unlearn.callbacks._summary import outlook
 from lightning_unlearn.distributed import sum_over_ranks
+from lightning_unlearn.finding import finding_of, names_in
 from lightning_unlearn.types import Partition
 
 # Samples per class below which clean data of a weak model were called noisy in four of ten simulated sets.
@@ -25,7 +28,7 @@ def report_partition(
     evidence: str,
     notes: Sequence[str],
     memorised: float | None,
-    finding: str = "",
+    class_names: Sequence[str] = (),
 ) -> None:
     """Says what the first partition found, and what follows from it.
 
@@ -35,13 +38,11 @@ def report_partition(
         evidence: what it was drawn from, in words.
         notes: of the person who has reviewed it and of the recipe, in words.
         memorised: see :class:`~lightning_unlearn.types.RepairSummary`.
-        finding: what was found about the labels, where that is known with an interval.
+        class_names: by label; empty where they are not known.
     """
-    suspects = len(partition.suspect_indices())
-    found = f"{suspects:,} of {len(partition):,} samples are suspect, estimated noise rate {partition.noise_rate:.1%}"
     rank_zero_info(
         f"Partition after {partition.epoch} epochs ({partition.recipe}, {partition.layer}, {evidence}):"
-        f" {finding or found}."
+        f" {finding_of(partition, class_names)}."
     )
     for note in (*notes, *_few_samples(len(partition), _classes_of(partition))):
         rank_zero_info(f"  {note}")
@@ -50,6 +51,15 @@ def report_partition(
     elif memorised is not None:
         rank_zero_info(f"  {outlook(memorised)}")
     log_partition(pl_module, partition)
+
+
+def class_names_of(trainer: Trainer, classes: int | None) -> list[str]:
+    """What the classes are called, as an UnlearnReport has been told or the training set says; empty if neither."""
+    for callback in callbacks_of(trainer):
+        names = getattr(callback, "class_names", None)
+        if isinstance(names, list) and len(names) == classes and all(isinstance(one, str) for one in names):
+            return names
+    return names_in(train_loader(trainer).dataset, classes)
 
 
 def report_round(pl_module: LightningModule, drawn: Partition, changed: float, is_stable: bool) -> None:

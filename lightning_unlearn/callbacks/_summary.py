@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightning_unlearn.callbacks._diverged import ADVICE
-from lightning_unlearn.callbacks._finding import precision_in_words
+from lightning_unlearn.finding import precision_in_words, worth_in_words
 from lightning_unlearn.types import Partition, RepairSummary
 
 # A network that gives so many of the suspects their given label has memorised them.
@@ -109,9 +109,7 @@ def _how_sure(partition: Partition) -> str:
         return ""
     low, high = partition.noise_rate_interval
     said = f" (at least {low:.1%})" if high >= 1 else f" ({low:.1%} to {high:.1%})"
-    if partition.expected_precision is None:
-        return said
-    return f"{said}, {precision_in_words(partition.expected_precision)}"
+    return "; ".join([f"{said}{precision_in_words(partition)}", *worth_in_words(partition)])
 
 
 def _gained(before: float | None, after: float | None) -> str:

@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from lightning_unlearn.arguments import check_choice, check_flag, check_number, check_path, check_text, check_whole
 from lightning_unlearn.batches import shown_path
-from lightning_unlearn.callbacks._assembly import Cut, Judged, assemble, found_in, notes_of, objection_of
+from lightning_unlearn.callbacks._assembly import Cut, Judged, assemble, notes_of, objection_of
 from lightning_unlearn.callbacks._base import (
     IndexedBatch,
     PartitionConsumer,
@@ -37,7 +37,13 @@ from lightning_unlearn.callbacks._lightning import (
     move_behind_averages,
     undisturbed,
 )
-from lightning_unlearn.callbacks._partition_log import report_partition, report_round, say_absent, warn_of_probabilities
+from lightning_unlearn.callbacks._partition_log import (
+    class_names_of,
+    report_partition,
+    report_round,
+    say_absent,
+    warn_of_probabilities,
+)
 from lightning_unlearn.callbacks._partition_settings import (
     attributed_point,
     check_max_epochs,
@@ -762,7 +768,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         if self.every_n_epochs is None or self._is_stable:
             self._trajectory = None
         if before is None:
-            self._report(pl_module, drawn, notes_of(judged, drawn), seconds, found_in(judged, drawn))
+            self._report(pl_module, drawn, notes_of(judged, drawn), seconds)
         else:
             report_round(pl_module, drawn, changed, self._is_stable)
 
@@ -935,12 +941,11 @@ class AttributionPartitionCallback(UnlearnCallback):
             decided=self._decided(judged, label),
         )
 
-    def _report(
-        self, pl_module: LightningModule, partition: Partition, notes: list[str], seconds: float, finding: str
-    ) -> None:
+    def _report(self, pl_module: LightningModule, partition: Partition, notes: list[str], seconds: float) -> None:
         evidence = f"evidence of {len(self._epochs_seen)} epochs and a pass of {seconds:.1f} s"
         reviewed = [] if self._review is None else [self._review.counts()]
-        report_partition(pl_module, partition, evidence, [*reviewed, *notes], self._memorised, finding)
+        names = class_names_of(pl_module.trainer, self.reading.num_classes)
+        report_partition(pl_module, partition, evidence, [*reviewed, *notes], self._memorised, names)
 
 
 def _tells(partition: Partition) -> bool:

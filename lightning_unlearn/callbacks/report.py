@@ -24,8 +24,9 @@ from lightning_unlearn.callbacks._packages import EitherCallback
 from lightning_unlearn.callbacks._provenance import copied
 from lightning_unlearn.callbacks._saying import rank_zero_info
 from lightning_unlearn.callbacks._scoring import scoring_loader, train_loader
+from lightning_unlearn.finding import names_in
 from lightning_unlearn.report import RunRecord, SampleView, shown_samples, write_report
-from lightning_unlearn.report.samples import file_card, names_in
+from lightning_unlearn.report.samples import file_card
 from lightning_unlearn.types import MaskSource, Partition, PartitionSource
 
 REPORT = "report.html"

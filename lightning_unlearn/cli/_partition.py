@@ -33,11 +33,12 @@ from lightning_unlearn.cli._results import (
     read_checkpoint,
     summary_of,
 )
+from lightning_unlearn.finding import names_in
 from lightning_unlearn.fingerprint import check_fingerprint, fingerprint
 from lightning_unlearn.recipes import get_recipe
 from lightning_unlearn.recipes.views import MEMORISED
 from lightning_unlearn.report import RunRecord, shown_samples, write_report
-from lightning_unlearn.report.samples import file_of, names_in
+from lightning_unlearn.report.samples import file_of
 from lightning_unlearn.storage import target_folder, write_json
 from lightning_unlearn.types import Partition
 
@@ -315,7 +316,9 @@ def _say(cli: PartitionCLI, partition: Partition, dataset: Any, lines: Sequence[
     names, files = _names(cli, partition, dataset), [file_of(dataset, index) for index in range(len(partition))]
     columns = {"file": files} if any(files) else None
     partition.save(cli.out / PARTITION)
-    partition.to_csv(cli.out / "suspects.csv", class_names=names or None, columns=columns)
+    partition.to_csv(
+        cli.out / "suspects.csv", review=partition.worth_review(), class_names=names or None, columns=columns
+    )
     cli.parser.save(cli.config, cli.out / "config.yaml", overwrite=True)
     print()
     print(printable(summary_of(partition, cli.config["top"], names)))

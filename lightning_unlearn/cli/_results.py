@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,10 +14,13 @@ import torch
 from lightning_unlearn.arguments import reason_of
 from lightning_unlearn.cli._errors import printable
 from lightning_unlearn.cli._examples import add_command
+from lightning_unlearn.finding import finding_of
 from lightning_unlearn.storage import fits
 from lightning_unlearn.types import Partition, held_labels
 
-PARTITION = "partition.npz"
+PARTITION, RUN = "partition.npz", "run.json"
+# Of --review without a number.
+_WORTH = -1
 
 
 def add_report(commands: Any) -> None:
@@ -79,26 +83,43 @@ def add_show(commands: Any) -> None:
     show = add_command(
         commands,
         "show",
-        "what a saved partition says: noise rate, the most suspect samples",
+        "what a saved partition says: how many labels look wrong, the suspects, and what else is worth a look",
         """\
 Prints what a partition says, and with --csv writes it as a table: a file of Partition.save, a run directory, or a
 checkpoint of a fit in which the partition was drawn.""",
         "lightning-unlearn show partition/partition.npz",
         "lightning-unlearn show lightning_logs/version_0/checkpoints/last.ckpt --top 50 --csv suspects.csv",
+        "lightning-unlearn show partition --review --csv review.csv",
     )
     show.add_argument("file", type=Path, metavar="FILE", help="partition.npz, a run directory, or a checkpoint")
-    show.add_argument("--csv", type=Path, metavar="FILE", help="write the suspects to this table (default: none)")
+    show.add_argument(
+        "--csv",
+        type=Path,
+        metavar="FILE",
+        help="write the suspects, and those of --review, to this table (default: none)",
+    )
     show.add_argument(
         "--top", type=int, default=10, metavar="N", help="how many of the most suspect to print (default: %(default)s)"
+    )
+    show.add_argument(
+        "--review",
+        type=int,
+        nargs="?",
+        const=_WORTH,
+        metavar="K",
+        help="how many of those that come after the suspects to print; without a number all that are worth a look"
+        " (default: as many as --top)",
     )
 
 
 def run_show(options: argparse.Namespace) -> None:
     """Prints a saved partition."""
     partition = _load(options.file)
-    print(printable(summary_of(partition, options.top)))
+    names = _class_names(options.file, partition)
+    review = partition.worth_review() if options.review == _WORTH else options.review
+    print(printable(summary_of(partition, options.top, names, review)))
     if options.csv is not None:
-        partition.to_csv(options.csv)
+        partition.to_csv(options.csv, review=max(review or 0, 0), class_names=names or None)
         print(f"\nTable: {options.csv}")
 
 
@@ -117,6 +138,20 @@ def _load(path: Path) -> Partition:
             f" in it: lightning-unlearn partition --config run.yaml --ckpt_path {path}"
         )
     return held_partition(found["partition"], path)
+
+
+def _class_names(path: Path, partition: Partition) -> list[str]:
+    """What the classes are called, as a run directory says; empty where it is none, or does not fit the partition."""
+    path = path.expanduser()
+    folder = _run_folder(path) if path.is_dir() else path.parent
+    if not path.is_dir() and path.name != PARTITION:
+        return []
+    try:
+        names = json.loads((folder / RUN).read_text(encoding="utf-8"))["class_names"]
+        return list(partition.names_of(names).values()) if names else []
+    except (OSError, LookupError, RecursionError, TypeError, ValueError):
+        # Names are a help; what the file is broken in, the command report says.
+        return []
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -168,42 +203,65 @@ def held_partition(state: Any, path: str | Path) -> Partition:
         raise ValueError(f"Expected {path} to hold a partition of this version, but: {error}") from error
 
 
-def summary_of(partition: Partition, top: int = 10, class_names: Sequence[str] = ()) -> str:
+def summary_of(partition: Partition, top: int = 10, class_names: Sequence[str] = (), review: int | None = None) -> str:
     """What a partition says, in a few lines.
 
     Args:
         partition: what was drawn.
         top: how many of the most suspect samples to list.
         class_names: by label; empty where they are not known.
+        review: how many of those that come after the suspects; None for as many as ``top``.
     """
-    suspects, reasons = partition.suspect_indices(), partition.reasons()
+    suspects, others, reasons = partition.suspect_indices(), partition.review_ranking(), partition.reasons()
     counts = {word: reasons.count(word) for word in ("label", "input", "both") if word in reasons}
     why = f" ({', '.join(f'{count:,} for {word}' for word, count in counts.items())})" if counts else ""
-    lines = [
-        f"{len(suspects):,} of {len(partition):,} training samples are suspect{why}.",
-        f"Estimated noise rate {partition.noise_rate:.1%}; recipe {partition.recipe!r}, {partition.layer}, after"
-        f" {partition.epoch} epochs.",
-    ]
+    drawn = f"recipe {partition.recipe!r}, {partition.layer}, after {partition.epoch} epochs"
+    lines = [f"{len(suspects):,} of {len(partition):,} training samples are suspect{why}."]
+    if partition.noise_rate_interval is None:
+        lines.append(f"Estimated noise rate {partition.noise_rate:.1%}; {drawn}.")
+    else:
+        found = f"{finding_of(partition, class_names)}." if len(suspects) else "No list of suspects."
+        lines = [f"{found[0].upper()}{found[1:]}", f"{lines[0][:-1]}; {drawn}."]
     if partition.warning:
         lines.append(f"Not to be acted upon: {partition.warning}.")
-    title = "most suspect"
-    if not len(suspects):
-        # The order of a ranking is worth a look even where nothing is sure.
-        suspects, title = partition.clean_probability.argsort(stable=True), "least sure all the same"
-    shown = suspects[: max(top, 0)].tolist()
-    if shown:
-        lines += ["", f"The {len(shown)} {title}:", *_table(partition, shown, class_names)]
+    first = suspects[: max(top, 0)].tolist()
+    then = others[: max(top if review is None else review, 0)].tolist()
+    rows = _table(partition, [*first, *then], class_names) if first or then else []
+    if first:
+        lines += ["", f"The {len(first)} most suspect of {len(suspects):,}:", *rows[: 1 + len(first)]]
+    if then:
+        title = _review_title(partition, len(then)) if len(suspects) else f"The {len(then)} least sure all the same"
+        lines += ["", f"{title}:", *([] if first else rows[:1]), *rows[1 + len(first) :]]
     return "\n".join(lines)
+
+
+def _review_title(partition: Partition, shown: int) -> str:
+    worth = partition.worth_review()
+    said = f"{worth:,} worth a look" if worth else "none of them worth a look"
+    if partition.noise_rate_interval is None:
+        return f"The {shown} that come next"
+    return f"The {shown} that come next ({said})"
 
 
 def _table(partition: Partition, shown: Sequence[int], class_names: Sequence[str]) -> list[str]:
     given, suggested = (_labels(x[list(shown)], class_names) for x in (partition.label, partition.suggested_label))
     probability = [f"{value:.4f}" for value in partition.clean_probability[list(shown)].tolist()]
-    reasons = partition.reasons()
-    titles = ("index", "given", "suggested", "p(clean)", "reason")
-    columns = [[str(i) for i in shown], given, suggested, probability, [reasons[i] for i in shown]]
-    rows = [titles, *zip(*columns, strict=True)]
-    widths = [max(len(row[at]) for row in rows) for at in range(len(titles))]
+    reasons, curve = partition.reasons(), partition.precision_curve()
+    columns = {
+        "index": [str(i) for i in shown],
+        "given": given,
+        "suggested": suggested,
+        "p(clean)": probability,
+        "reason": [reasons[i] for i in shown],
+    }
+    if curve is not None:
+        place = partition.ranking().argsort()[list(shown)]
+        columns |= {
+            "rank": [f"{int(at) + 1:,}" for at in place],
+            "wrong so far": [f"{value:.0%}" for value in curve[place].tolist()],
+        }
+    rows = [list(columns), *map(list, zip(*columns.values(), strict=True))]
+    widths = [max(len(row[at]) for row in rows) for at in range(len(columns))]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
 
 

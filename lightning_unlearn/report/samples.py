@@ -138,15 +138,6 @@ class SampleView:
         return np.asarray(np.clip(values, 0, 1) * 255).round().astype(np.uint8)
 
 
-def names_in(dataset: Any, classes: int | None = None) -> list[str]:
-    """The names of (so many) classes, where a data set, or what it is a part of, has them as torchvision's do."""
-    while not hasattr(dataset, "classes") and hasattr(dataset, "dataset"):
-        dataset = dataset.dataset
-    names = getattr(dataset, "classes", ())
-    named = isinstance(names, (list, tuple)) and all(isinstance(one, str) for one in names)
-    return list(names) if named and classes in (None, len(names)) else []
-
-
 def file_of(dataset: Any, index: int) -> str:
     """The path of a sample's file, where a data set lists them as torchvision's ImageFolder does; else empty."""
     while not hasattr(dataset, "samples") and hasattr(dataset, "dataset") and hasattr(dataset, "indices"):

@@ -11,9 +11,11 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_unlearn import AttributionPartitionCallback, Partition
+from lightning_unlearn import AttributionPartitionCallback, Partition, UnlearnReport
+from lightning_unlearn.callbacks import _partition_log
 from lightning_unlearn.callbacks._early_epochs import EarlyEpochs
-from lightning_unlearn.callbacks._finding import caveat_of, finding_of
+from lightning_unlearn.callbacks._finding import caveat_of
+from lightning_unlearn.finding import finding_of
 from lightning_unlearn.functional.mixture import no_reduce
 from lightning_unlearn.functional.prequential import PrequentialRate
 from lightning_unlearn.recipes.verdict import NoiseEstimate
@@ -48,19 +50,19 @@ def digits(rate=0.0, step=None):
     return (x / 16).float(), torch.where(wrong, (y + moved) % CLASSES, y).long(), wrong
 
 
-def judged(x, label, epochs, *, lr=3e-3, saves=(), resumed=None):
+def judged(x, label, epochs, *, lr=3e-3, saves=(), resumed=None, data=None, **settings):
     L.seed_everything(0, verbose=False)
-    callback = AttributionPartitionCallback(at_epoch=epochs, action="report")
+    callback = AttributionPartitionCallback(at_epoch=epochs, action="report", **settings)
     trainer = L.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
         callbacks=[callback, *saves],
         logger=False,
-        enable_checkpointing=bool(saves),
+        enable_checkpointing=any(isinstance(one, ModelCheckpoint) for one in saves),
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(Probe(lr), DataLoader(TensorDataset(x, label), 64, shuffle=True), ckpt_path=resumed)
+    trainer.fit(Probe(lr), DataLoader(data or TensorDataset(x, label), 64, shuffle=True), ckpt_path=resumed)
     return callback
 
 
@@ -87,8 +89,8 @@ def test_a_few_errors_among_classes_that_are_hard_to_tell():
     low, high = partition.noise_rate_interval
     assert low <= partition.noise_rate <= high < 1
     assert partition.is_actionable
-    said = f"noise rate {partition.noise_rate:.1%} ({low:.1%} to {high:.1%}), about 9 in 10 expected to be wrong."
-    assert said in callback.summary.advice
+    said = f"noise rate {partition.noise_rate:.1%} ({low:.1%} to {high:.1%}), about 9 in 10 expected to be wrong"
+    assert f"{said}; the next {partition.worth_review():,} are worth a look." in callback.summary.advice
     assert Partition.from_state_dict(partition.state_dict()).noise_rate_interval == (low, high)
 
 
@@ -180,53 +182,79 @@ def test_a_fit_that_goes_on_has_what_an_early_epoch_told(tmp_path):
     assert resumed.state_dict()["early"] == whole
 
 
-ESTIMATE = NoiseEstimate("found", 0.03, (0.019, 0.044), 9.0, names=((3, 5, 0.23),))
-
-
-def lists_of(suspects, worth):
-    """A partition with so many suspects, and so many that are worth a look after them."""
-    suspect, clean = torch.arange(1000) < suspects, torch.full((1000,), 0.999)
-    clean[:suspects], clean[suspects : suspects + worth] = 0.14, 0.4999
-    label, sure = torch.zeros(1000, dtype=torch.int64), torch.ones(1000)
-    reason, matrix, interval = suspect.to(torch.uint8), torch.zeros(0, 0), (0.019, 0.044)
-    parts = (clean, ~suspect, label, sure, 0.03, label, sure, sure, reason, matrix, "label", "input of 'fc'", 5)
-    return Partition(*parts, noise_rate_interval=interval)
+ESTIMATE = NoiseEstimate("weak", 0.03, (0.019, 0.044), 3.4)
 
 
 @pytest.mark.parametrize(
-    ("noise", "counts", "said"),
+    ("changes", "worth", "said"),
     [
         (
-            ESTIMATE,
-            (212, 300),
-            "about 3.0% of the labels look wrong (1.9% to 4.4%; more if similar classes are confused); 212 suspects,"
-            " about 9 in 10 expected to be wrong; the next 300 are worth a look; class 3 is often called 5 (23%)",
-        ),
-        (
-            replace(ESTIMATE, interval=(0.019, 1.0), names=()),
-            (7, 0),
-            "at least 1.9% of the labels look wrong; 7 suspects, about 9 in 10 expected to be wrong",
-        ),
-        (
-            replace(ESTIMATE, status="weak", z_score=3.4),
-            (0, 212),
+            {"names": ((3, 5, 0.23),)},
+            212,
             "212 labels are worth a look, but no early epoch shows whether classes go by other names or are hard to"
             " tell: listed for review, not acted upon",
         ),
+        ({}, 212, "212 labels are worth a look, too few signs to act on (z 3.4): listed for review, not acted upon"),
+        ({}, 0, "labels may be wrong, too few signs to act on (z 3.4): listed for review, not acted upon"),
         (
-            replace(ESTIMATE, status="weak", z_score=3.4, names=()),
-            (0, 212),
-            "212 labels are worth a look, too few signs to act on (z 3.4): listed for review, not acted upon",
-        ),
-        (
-            replace(ESTIMATE, status="weak", shifted=True),
-            (0, 212),
+            {"shifted": True},
+            212,
             "212 labels are worth a look, but class weights or a balanced sampler shift the outputs: listed for review,"
             " not acted upon",
         ),
+        (
+            {"status": "found"},
+            3,
+            "about 3.0% of the labels (1.9% to 4.4%; more if similar classes are confused) look wrong, but no list of"
+            " them is as precise as is asked for (precision)",
+        ),
     ],
 )
-def test_what_is_said(noise, counts, said):
-    partition = lists_of(*counts)
-    assert finding_of(noise, partition) == said
-    assert (caveat_of(noise, partition.worth_review()) == said) == (noise.status == "weak")
+def test_what_may_be_wrong_though_nothing_is_suspect(changes, worth, said):
+    assert caveat_of(replace(ESTIMATE, **changes), worth) == said
+
+
+def test_no_sign_is_no_promise_that_few_labels_are_wrong():
+    assert "%" not in caveat_of(replace(ESTIMATE, status="none"), 0)
+
+
+@pytest.mark.parametrize("named", ["data set", "report", "nobody"])
+def test_the_log_names_the_classes(monkeypatch, tmp_path, named):
+    x, label, _ = digits(0.2, step=1)
+    data, told = TensorDataset(x, label), []
+    names = [f"number {k}" for k in range(CLASSES)]
+    if named == "data set":
+        data.classes = names
+    reports = [UnlearnReport(tmp_path, class_names=names)] if named == "report" else []
+    monkeypatch.setattr(_partition_log, "finding_of", lambda partition, called: told.append(called) or "all")
+    judged(x, label, 2, saves=reports, data=data)
+    assert told == [[] if named == "nobody" else names]
+
+
+def test_the_log_begins_with_both_lists(caplog):
+    x, label, _ = pairs(0.05)
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+        partition = judged(x, label, 8, lr=1e-3).partition
+    (first,) = (one for one in caplog.messages if one.startswith("Partition after"))
+    assert first.endswith(f": {finding_of(partition)}.")
+    assert (
+        f"look wrong; {len(partition.suspect_indices()):,} suspects, about 9 in 10 expected to be wrong; the" in first
+    )
+    assert f"the next {partition.worth_review():,} are worth a look" in first
+
+
+def test_a_person_s_decisions_move_the_rate_and_its_interval(tmp_path):
+    x, label, _ = pairs(0.05)
+    before = judged(x, label, 8, lr=1e-3).partition
+    table, kept = tmp_path / "suspects.csv", before.suspect_indices()[:50]
+    dropped = before.review_ranking()[:20]
+    rows = [f"{index},keep" for index in kept.tolist()] + [f"{index},drop" for index in dropped.tolist()]
+    table.write_text("\n".join(["index,decision", *rows]))
+    after = judged(x, label, 8, lr=1e-3, review=table).partition
+    assert after.is_clean[kept].all()
+    assert not after.is_clean[dropped].any()
+    decided = before.clean_probability.double()
+    moved = (decided[dropped].sum() - (1 - decided[kept]).sum()).item() / len(before)
+    assert after.noise_rate == pytest.approx(before.noise_rate + moved, abs=1e-4)
+    low, high = (end + moved for end in before.noise_rate_interval)
+    assert after.noise_rate_interval == pytest.approx((max(low, 0), high), abs=1e-4)

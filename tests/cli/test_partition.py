@@ -61,7 +61,7 @@ def test_the_whole_training_is_judged_and_nothing_else_is_done(inside, judged):
     assert len(json.loads(Path("partition/gallery.json").read_text())["samples"]) == len(partition.suspect_indices())
     said = judged[1]
     assert f"{len(partition.suspect_indices())} of 201 training samples are suspect" in said
-    assert "The 10 most suspect:" in said
+    assert "The 10 most suspect of 40:" in said
     assert "\n  lightning-unlearn report partition --open\n" in said
 
 
@@ -100,7 +100,7 @@ def test_it_stops_at_the_partition_with_the_settings_of_the_configuration_but_ac
     assert "given_class" in Path("found/suspects.csv").read_text()
     assert not Path("elsewhere").exists()
     said = capsys.readouterr().out
-    assert "The 3 most suspect:" in said
+    assert "The 3 most suspect of 40:" in said
     assert "high" in said
     assert "with review: found/suspects.csv in init_args of its AttributionPartitionCallback" in said
 
@@ -111,8 +111,8 @@ def test_the_table_has_the_files_and_classes_of_an_image_folder(team, capsys):
     title, first = Path("partition/suspects.csv").read_text().splitlines()[:2]
     row = dict(zip(title.split(","), first.split(","), strict=True))
     assert row["file"] == f"{row['given_class']}/{row['index']}.png"
-    table = capsys.readouterr().out.partition("most suspect:\n")[2].splitlines()
-    assert table[1].split()[:3] == [row["index"], row["given_class"], row["suggested_class"]]
+    table = capsys.readouterr().out.partition("most suspect of ")[2].splitlines()
+    assert table[2].split()[:3] == [row["index"], row["given_class"], row["suggested_class"]]
 
 
 def test_what_early_stopping_leaves_is_judged(team, caplog):

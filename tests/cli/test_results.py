@@ -54,14 +54,78 @@ def test_a_saved_partition_is_shown_and_written_as_a_table(partition, tmp_path, 
             "2 of 5 training samples are suspect (2 for label).",
             "Estimated noise rate 42.0%; recipe 'label', nowhere, after 1 epochs.",
             "",
-            "The 2 most suspect:",
+            "The 2 most suspect of 2:",
             "index  given  suggested  p(clean)  reason",
             "    3      3          0    0.0500   label",
             "    1      1          2    0.2000   label",
             "",
+            "The 3 that come next:",
+            "    2      2          2    0.8000    none",
+            "    0      0          0    0.9000    none",
+            "    4      0          0    0.9500    none",
+            "",
             "Table: suspects.csv",
         ]
     assert Path("suspects.csv").read_text().count("\n") == 3
+
+
+RATE = "About 42.0% of the labels (30.0% to 50.0%; more if similar classes are confused) look wrong"
+
+
+@pytest.fixture
+def estimated(tmp_path, monkeypatch):
+    """A run directory with two suspects, two samples that are worth a look, and names of the classes."""
+    monkeypatch.chdir(tmp_path)
+    found = make_partition(torch.tensor([0.9, 0.21, 0.52, 0.05, 0.45]), torch.arange(5) % 4)
+    parts = {"is_clean": torch.tensor([True, False, True, False, True]), "noise_rate_interval": (0.3, 0.5)}
+    parts |= {"reason": torch.tensor([0, 1, 0, 1, 0], dtype=torch.uint8), "noise_rate": 0.42}
+    found = replace(found, **parts, often_called=((3, 0, 0.5),))
+    RunRecord(found, class_names=["ant", "bee", "cat", "dog"]).save("run")
+    return found
+
+
+def test_both_lists_are_shown_with_what_to_expect(estimated, capsys):
+    main(["show", "run"])
+    assert capsys.readouterr().out.splitlines() == [
+        f"{RATE}; 2 suspects, about 9 in 10 expected to be wrong; the next 2 are worth a look; 'dog' is often labeled"
+        " 'ant' (50%).",
+        "2 of 5 training samples are suspect (2 for label); recipe 'label', nowhere, after 1 epochs.",
+        "",
+        "The 2 most suspect of 2:",
+        "index  given  suggested  p(clean)  reason  rank  wrong so far",
+        "    3    dog        ant    0.0500   label     1           95%",
+        "    1    bee        cat    0.2100   label     2           87%",
+        "",
+        "The 3 that come next (2 worth a look):",
+        "    4    ant        bee    0.4500    none     3           76%",
+        "    2    cat        cat    0.5200    none     4           69%",
+        "    0    ant        ant    0.9000    none     5           57%",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "shown", "written"),
+    [
+        ([], 3, 2),
+        (["--review"], 2, 4),
+        (["--review", "1"], 1, 3),
+        (["--review", "0"], 0, 2),
+        (["--review", "99"], 3, 5),
+        (["--top", "1"], 1, 2),
+    ],
+)
+def test_so_many_of_the_review_list(estimated, capsys, options, shown, written):
+    main(["show", "run/partition.npz", "--csv", "lists.csv", *options])
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.endswith(("76%", "69%", "57%")) for line in lines) == shown
+    assert len(Path("lists.csv").read_text().splitlines()) == 1 + written
+
+
+def test_names_that_do_not_fit_are_left_out(estimated, capsys):
+    for content in ("{", "[]", '{"class_names": ["ant"]}', '{"class_names": 3}', '{"version": 1}'):
+        Path("run/run.json").write_text(content)
+        main(["show", "run"])
+        assert "class 3 is often labeled 0 (50%)" in capsys.readouterr().out
 
 
 def test_where_nothing_is_suspect_the_least_sure_are_shown():
@@ -76,7 +140,7 @@ def test_where_nothing_is_suspect_the_least_sure_are_shown():
 def test_names_and_a_warning_are_shown_too(partition):
     said = summary_of(make_partition(partition.clean_probability, partition.label, warning="it is a toy"), 1, "abcd")
     assert "Not to be acted upon: it is a toy." in said
-    assert said.splitlines()[-1].split() == ["3", "d", "a", "0.0500", "label"]
+    assert said.splitlines()[6].split() == ["3", "d", "a", "0.0500", "label"]
 
 
 def test_several_labels_are_shown_as_such(partition):
@@ -88,7 +152,7 @@ def test_several_labels_are_shown_as_such(partition):
             "label_probability": torch.full((5, 3), 0.2),
         }
     )
-    assert summary_of(several, 1).splitlines()[-1].split() == ["3", "0", "1", "none", "0.0500", "label"]
+    assert summary_of(several, 1, review=0).splitlines()[-1].split() == ["3", "0", "1", "none", "0.0500", "label"]
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,12 @@ MIN_SAMPLES = 10
 _AT_THE_START = {"next_iter_state": None, "_initial_iter_for_state_dict": False}
 
 
-def check_loader(loaders: Any) -> DataLoader[Any]:
+def check_loader(loaders: Any, of: str = "training") -> DataLoader[Any]:
     """The one train loader, if samples can be told apart by their index.
+
+    Args:
+        loaders: what the fit draws from.
+        of: ``"training"`` or ``"validation"``.
 
     Raises:
         TypeError: if it is not one DataLoader over a map-style dataset with a length.
@@ -38,9 +42,10 @@ def check_loader(loaders: Any) -> DataLoader[Any]:
             " out once as files, or a Hugging Face dataset)."
         )
     if not isinstance(loaders, DataLoader):
+        kind, rest = ("train", _instead_of(loaders)) if of == "training" else (of, "")
         raise TypeError(
-            "Expected one torch.utils.data.DataLoader as the train loader, but got"
-            f" {type(loaders).__name__}; give the loader with the noisy data alone{_instead_of(loaders)}."
+            f"Expected one torch.utils.data.DataLoader as the {kind} loader, but got"
+            f" {type(loaders).__name__}; give the loader with the noisy data alone{rest}."
         )
     try:
         size = len(dataset)
@@ -50,7 +55,7 @@ def check_loader(loaders: Any) -> DataLoader[Any]:
             f" number of samples ({error})."
         ) from error
     if size < MIN_SAMPLES:
-        raise ValueError(f"Expected at least {MIN_SAMPLES} training samples to partition, but the dataset has {size}.")
+        raise ValueError(f"Expected at least {MIN_SAMPLES} {of} samples to partition, but the dataset has {size}.")
     if loaders.batch_sampler is None:
         raise ValueError(
             "Expected a DataLoader that batches samples, but it has batch_size=None; set a batch_size, so that each"

@@ -118,6 +118,13 @@ class Trajectory:
     def __len__(self) -> int:
         return self._scores.shape[0]
 
+    def of_others(self, total: int) -> Trajectory:
+        """An empty one of other samples, ``total`` of them, with coordinates of the same classes."""
+        other = Trajectory(total, self.num_classes)
+        if len(self._classes):
+            other._take_classes(self._classes)
+        return other
+
     def coordinates(self, logits: Tensor) -> Tensor:
         """Logits in the coordinates ``basis``, (B, r) float32.
 

@@ -466,7 +466,6 @@ def check_reloaded(
         )
 
 
-@torch.no_grad()
 def training_set(
     trainer: Trainer,
     pl_module: LightningModule,
@@ -474,7 +473,20 @@ def training_set(
     title: str = "Evidence",
     absent: set[int] | None = None,
 ) -> Iterator[IndexedBatch]:
-    """This rank's share of the training set in index order. Use inside ``undisturbed``.
+    """This rank's share of the training set in index order; see :func:`in_index_order`."""
+    return in_index_order(trainer, pl_module, source, scoring_loader(trainer), title, absent)
+
+
+@torch.no_grad()
+def in_index_order(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    source: PartitionSource,
+    loader: DataLoader[Any],
+    title: str,
+    absent: set[int] | None = None,
+) -> Iterator[IndexedBatch]:
+    """This rank's share of a loader's data set in index order. Use inside ``undisturbed``.
 
     A sample that the data set gives as None has a weight of 0 and no label.
 
@@ -482,13 +494,14 @@ def training_set(
         trainer: of the running fit.
         pl_module: the user's.
         source: knows how to split a batch.
+        loader: of samples that have an index.
         title: of the line in the progress bar.
-        absent: takes the indices of such samples.
+        absent: takes the indices of such samples; those that it holds already count as such.
 
     Yields:
         batches, as many on every rank.
     """
-    loader, reading = scoring_loader(trainer), reading_of(source)
+    reading = reading_of(source)
     index, weight = rank_share(len(loader.dataset), trainer.global_rank, trainer.world_size)  # type: ignore[arg-type]
     absent = set() if absent is None else absent
     done, batches = 0, batch_count(loader, len(index))

@@ -11,11 +11,12 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
 
-from lightning_unlearn.callbacks._base import IndexedBatch, logits_of, reading_of, training_set
+from lightning_unlearn.callbacks._base import IndexedBatch, in_index_order, logits_of, reading_of
 from lightning_unlearn.callbacks._lightning import undisturbed
 from lightning_unlearn.callbacks._recognise import check_same_labels, check_same_size
-from lightning_unlearn.callbacks._scoring import train_loader
+from lightning_unlearn.callbacks._scoring import scoring_loader, train_loader
 from lightning_unlearn.callbacks._strategies import shards_weights
 from lightning_unlearn.capture import Attributor, MarginAttribution, response
 from lightning_unlearn.functional.attribution import label_margin
@@ -49,7 +50,10 @@ class EvidencePass:
         is_last: whether the partition is drawn after this pass, so that more is to be noted of every row.
         needs_rows: whether the recipe looks at the attributions themselves, after the last pass.
         early: the layer whose response is noted in the last pass; None for none.
-        absent: takes the indices of samples of this rank's share that the data set gives as None.
+        absent: takes the indices of samples of this rank's share that the data set gives as None; those that it holds
+            already count as such.
+        loader: of other samples than those of the training set; None for these.
+        title: of the line in the progress bar.
     """
 
     source: PartitionSource
@@ -59,6 +63,8 @@ class EvidencePass:
     needs_rows: bool
     early: LayerPoint | None
     absent: set[int] = field(default_factory=set)
+    loader: DataLoader[Any] | None = None
+    title: str = "Evidence"
 
     def run(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor]:
         """Passes over the share.
@@ -68,9 +74,10 @@ class EvidencePass:
         """
         columns: dict[str, list[Tensor]] = {}
         with undisturbed(trainer, pl_module):
-            samples: int = len(train_loader(trainer).dataset)  # type: ignore[arg-type]
+            samples: int = len((self.loader or train_loader(trainer)).dataset)  # type: ignore[arg-type]
             check_same_size(len(self.trajectory) // reading_of(self.source).rows_per_sample, samples)
-            for batch in training_set(trainer, pl_module, self.source, absent=self.absent):
+            loader = self.loader or scoring_loader(trainer)
+            for batch in in_index_order(trainer, pl_module, self.source, loader, self.title, self.absent):
                 for name, value in self._observe(pl_module, batch).items():
                     columns.setdefault(name, []).append(value.cpu())
         return {name: torch.cat(parts) for name, parts in columns.items()}

@@ -44,7 +44,9 @@ class _OtherNumber(Exception):
 
 
 @torch.no_grad()
-def establish_rows(trainer: Trainer, pl_module: LightningModule, reading: Reading, loader: DataLoader[Any]) -> Rows:
+def establish_rows(
+    trainer: Trainer, pl_module: LightningModule, reading: Reading, loader: DataLoader[Any], *, may_offer: bool = True
+) -> Rows:
     """Sees that the rows of the loader's batches are the samples drawn, in that order. Within ``undisturbed``.
 
     Args:
@@ -52,6 +54,7 @@ def establish_rows(trainer: Trainer, pl_module: LightningModule, reading: Readin
         pl_module: the user's.
         reading: knows how batches are read; settled.
         loader: of the training set.
+        may_offer: whether the passes may draw from another loader, which the user may offer.
 
     Returns:
         what was looked at.
@@ -69,10 +72,10 @@ def establish_rows(trainer: Trainer, pl_module: LightningModule, reading: Readin
         look = _Look(reading, batches)
         fault = look.fault(loader, transfer)
         if fault:
-            raise TypeError(f"{_EXPECTED} {_culprit(look, loader, transfer, pl_module, fault)}.")
+            raise TypeError(f"{_EXPECTED} {_culprit(look, loader, transfer, pl_module, fault, may_offer)}.")
         if look.tells:
             break
-    _check_last_batch(trainer, reading, loader, transfer)
+    _check_last_batch(trainer, reading, loader, transfer, may_offer)
     _established.add(loader)
     return look.first
 
@@ -90,12 +93,14 @@ def establish_rows_again(trainer: Trainer, pl_module: LightningModule, reading: 
         establish_rows(trainer, pl_module, reading, loader)
 
 
-def _check_last_batch(trainer: Trainer, reading: Reading, loader: DataLoader[Any], transfer: Transfer) -> None:
+def _check_last_batch(
+    trainer: Trainer, reading: Reading, loader: DataLoader[Any], transfer: Transfer, may_offer: bool
+) -> None:
     """A pass ends with a smaller batch, of which a collate function may make another number of rows."""
     last = math.ceil(len(loader.dataset) / trainer.world_size) % batch_size(loader)  # type: ignore[arg-type]
     if last:
         _, batch = next(indexed_batches(loader, torch.arange(last), probing=True, size=last, absent=set()))
-        check_number(loader, reading.split(transfer(batch))[1], last)
+        check_number(loader, reading.split(transfer(batch))[1], last, may_offer)
 
 
 _SAME_SAMPLE = (
@@ -188,7 +193,7 @@ def _moved(alone: Rows, together: Rows, name: str) -> int | None:
     return len([row for row, mine in pairs if row != mine and row in inside])
 
 
-def check_number(loader: DataLoader[Any], label: Any, samples: int) -> None:
+def check_number(loader: DataLoader[Any], label: Any, samples: int, may_offer: bool = True) -> None:
     """Refuses a batch that has not one row for each sample drawn.
 
     Raises:
@@ -199,10 +204,10 @@ def check_number(loader: DataLoader[Any], label: Any, samples: int) -> None:
     except TypeError:
         return
     if rows != samples:
+        offer = ", or offer attribution_dataloader(), a loader of the same samples that does" if may_offer else ""
         raise TypeError(
             f"Expected a batch with one row for each sample drawn, but of {samples} samples"
-            f" {name_of(loader.collate_fn)} makes {rows} rows; keep one row for each, in the order given, or offer"
-            " attribution_dataloader(), a loader of the same samples that does."
+            f" {name_of(loader.collate_fn)} makes {rows} rows; keep one row for each, in the order given{offer}."
         )
 
 
@@ -236,9 +241,11 @@ def name_of(collate: Any) -> str:
     return f"collate_fn ({getattr(collate, '__qualname__', type(collate).__name__)})"
 
 
-def _culprit(look: _Look, loader: DataLoader[Any], transfer: Transfer, pl_module: LightningModule, fault: str) -> str:
+def _culprit(
+    look: _Look, loader: DataLoader[Any], transfer: Transfer, pl_module: LightningModule, fault: str, may_offer: bool
+) -> str:
     """Who is to blame: the first without which the rows are right. What they do wrong, and what to do."""
-    offer = "or offer attribution_dataloader(), a loader of the same samples that keeps it"
+    offer = ", or offer attribution_dataloader(), a loader of the same samples that keeps it" if may_offer else ""
     if not _is_faulty(look, _by_item(loader, seeded=True), transfer):
         data, each = type(loader.dataset).__name__, _by_item(loader, seeded=False)
         # More than once, as what comes by chance may not come again.
@@ -257,7 +264,7 @@ def _culprit(look: _Look, loader: DataLoader[Any], transfer: Transfer, pl_module
     ):
         if not _is_faulty(look, without, moved):
             return f"{name} {fault}; {advice}"
-    return f"{name_of(loader.collate_fn)} {fault}; keep one row for each sample, in the order given, {offer}"
+    return f"{name_of(loader.collate_fn)} {fault}; keep one row for each sample, in the order given{offer}"
 
 
 def _by_item(loader: DataLoader[Any], *, seeded: bool) -> DataLoader[Any]:
@@ -278,13 +285,14 @@ def _is_faulty(look: _Look, loader: DataLoader[Any], transfer: Transfer) -> bool
         return True
 
 
-def check_same_on_ranks(trainer: Trainer, what: str, differs: bool) -> None:
+def check_same_on_ranks(trainer: Trainer, what: str, differs: bool, of: str = "training") -> None:
     """Refuses ranks whose data differ. Every rank must call it.
 
     Args:
         trainer: of the fit.
         what: is other than on rank 0, for the message.
         differs: whether it is so on this rank.
+        of: ``"training"`` or ``"validation"``.
 
     Raises:
         ValueError: on every rank.
@@ -292,14 +300,16 @@ def check_same_on_ranks(trainer: Trainer, what: str, differs: bool) -> None:
     ranks = int(sum_over_ranks(trainer.strategy)(torch.tensor([float(differs)])).item())
     if ranks:
         raise ValueError(
-            f"Expected every rank to have the same training data in the same order, but {ranks} of"
+            f"Expected every rank to have the same {of} data in the same order, but {ranks} of"
             f" {trainer.world_size} ranks have {what} than rank 0, as where a data set is shuffled, split or sampled"
             " without a seed; make it in the same way on every rank (seed_everything, or a generator with a seed), and"
             " leave it to the sampler to share it out."
         )
 
 
-def check_ranks(trainer: Trainer, total: int, found: str = "", labels: Rows | None = None) -> None:
+def check_ranks(
+    trainer: Trainer, total: int, found: str = "", labels: Rows | None = None, *, of: str = "training"
+) -> None:
     """Compares this rank's data with those of rank 0: their number, and, where given, what was looked at of them.
 
     Args:
@@ -307,6 +317,7 @@ def check_ranks(trainer: Trainer, total: int, found: str = "", labels: Rows | No
         total: N.
         found: the fingerprint of the data.
         labels: of the same samples on every rank.
+        of: ``"training"`` or ``"validation"``.
 
     Raises:
         ValueError: on every rank, if one has other data.
@@ -315,8 +326,8 @@ def check_ranks(trainer: Trainer, total: int, found: str = "", labels: Rows | No
         return
     here = (total, found, {} if labels is None else labels.label_of())
     first = trainer.strategy.broadcast(here)
-    check_same_on_ranks(trainer, "another number of samples", first[0] != total)
+    check_same_on_ranks(trainer, "another number of samples", first[0] != total, of)
     # Those looked at are others where ranks have another batch size.
     differ = any(first[2].get(index, label) != label for index, label in here[2].items())
-    check_same_on_ranks(trainer, "other labels at the same indices", differ)
-    check_same_on_ranks(trainer, "other items at the same indices", share_changed(first[1], found) > MOST_CHANGED)
+    check_same_on_ranks(trainer, "other labels at the same indices", differ, of)
+    check_same_on_ranks(trainer, "other items at the same indices", share_changed(first[1], found) > MOST_CHANGED, of)

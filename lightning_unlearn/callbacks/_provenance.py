@@ -52,6 +52,7 @@ def provenance(
     review: Review | None,
     done: Mapping[str, Mapping[str, Any]],
     accuracy: Mapping[str, float | None],
+    validation: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """All of it, in primitives.
 
@@ -62,6 +63,7 @@ def provenance(
         review: what a person has decided; None where nobody has.
         done: what each callback says of itself, by its name.
         accuracy: on the validation data, before and after.
+        validation: what was found of the validation set; None where it was not judged.
     """
     return primitive(  # type: ignore[no-any-return]  # a dict stays one
         {
@@ -81,6 +83,7 @@ def provenance(
                 "warning": partition.warning,
                 "rounds": [vars(drawn) for drawn in rounds],
             },
+            "validation": validation,
             "review": None if review is None else _reviewed(review, partition.label),
             "done": done,
             "accuracy": accuracy,

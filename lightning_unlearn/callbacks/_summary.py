@@ -39,6 +39,7 @@ def summarise(
     accuracy: tuple[float | None, float | None],
     is_dry_run: bool = False,
     diverged: str = "",
+    validation: str = "",
 ) -> RepairSummary:
     """The summary of a fit.
 
@@ -49,6 +50,7 @@ def summarise(
         accuracy: on the validation data, before and after; None where not known.
         is_dry_run: whether nothing was to be changed.
         diverged: which weights are NaN or infinite; empty for none.
+        validation: what was found of the validation set, in a sentence; empty where it was not judged.
     """
     suspects = len(partition.suspect_indices())
     sentences = [_found(partition, suspects)]
@@ -64,6 +66,8 @@ def summarise(
             sentences.append(_NOTHING)
     if diverged:
         sentences.append(f"Training has diverged since, {diverged} are NaN or infinite: {ADVICE}.")
+    if validation:
+        sentences.append(validation)
     before, after = accuracy
     return RepairSummary(
         samples=len(partition),

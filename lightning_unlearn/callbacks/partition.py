@@ -72,6 +72,7 @@ from lightning_unlearn.callbacks._strategies import shards_weights
 from lightning_unlearn.callbacks._summary import summarise
 from lightning_unlearn.callbacks._training_pass import TrainingPassReader
 from lightning_unlearn.callbacks._validation import forget_score, score_validation
+from lightning_unlearn.callbacks._validation_partition import ValidationJudge, check_validates
 from lightning_unlearn.capture import (
     GRADIENT_X_ACTIVATION,
     Attributor,
@@ -157,6 +158,8 @@ class AttributionPartitionCallback(UnlearnCallback):
             fits ``forward`` besides is found, such as ``(labels, text, offsets)``.
         logits_from: from what ``forward`` returns to logits; by default that itself, its ``logits``, or the first of
             a tuple.
+        judge_validation: judge the samples of the validation loader too, by one pass when those of training are judged
+            (:attr:`validation_partition`). Nothing acts on it; but wrong labels there count in the accuracy.
         check_data: refuse to resume on training data of which more than a quarter of 16 sampled items have another
             content than in the fit that wrote the checkpoint or ``review`` (not compared under random augmentation).
             Their number and labels are checked in any case.
@@ -198,6 +201,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         ignore_index: float | None = -100,
         batch_to_xy: Callable[[Any], tuple[Any, Tensor]] | None = None,
         logits_from: Callable[[Any], Tensor] | None = None,
+        judge_validation: bool = False,
         check_data: bool = True,
     ) -> None:
         self.layer = None if layer is None else check_text("layer", layer, _PATH)
@@ -226,6 +230,7 @@ class AttributionPartitionCallback(UnlearnCallback):
             batch_to_xy=batch_to_xy,
             logits_from=logits_from,
         )
+        self.judge_validation = check_flag("judge_validation", judge_validation)
         self.check_data = check_flag("check_data", check_data)
         self._reader = TrainingPassReader(reading=self.reading, sink=self)
         self._watch = LabelWatch(self.reading)
@@ -237,8 +242,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         self._early: LayerPoint | None = None
         self.reading.forget()
         # What a checkpoint's labels were taken for; empty before the first batch.
-        self._task = ""
-        self._fingerprint = ""
+        self._task, self._fingerprint = "", ""
         # What the file holds; and that, once it has been found to fit the data, or what a checkpoint has of it.
         self._table: Table | None = None
         self._review: Review | None = None
@@ -246,6 +250,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         self._trajectory: Trajectory | None = None
         self._forget_epochs()
         self._partition: Partition | None = None
+        self._validation = ValidationJudge()
         # Not in a checkpoint: neurons are ranked when a partition is drawn.
         self.sample_weight: Tensor | None = None
         self._rounds: list[PartitionRound] = []
@@ -281,6 +286,19 @@ class AttributionPartitionCallback(UnlearnCallback):
         return self._partition
 
     @property
+    def validation_partition(self) -> Partition:
+        """The partition of the validation set, by the index in the validation loader's data set.
+
+        Samples that the loader's sampler leaves out are not judged, and have the label -1. ``limit_val_batches`` does
+        not limit it.
+
+        Raises:
+            RuntimeError: without ``judge_validation``; before that of the training set is drawn; where the validation
+                data could not be read then.
+        """
+        return self._validation.found(self.judge_validation)
+
+    @property
     def rounds(self) -> tuple[PartitionRound, ...]:
         """Every drawing of the partition so far, the first one first."""
         return tuple(self._rounds)
@@ -301,9 +319,9 @@ class AttributionPartitionCallback(UnlearnCallback):
         """Where the result comes from, in primitives; checkpoints hold it too.
 
         ``fits`` (versions, seed, settings of all callbacks of ours, for each fit or resumed part of one), ``data``,
-        ``partition`` (with the indices of all suspects), ``review`` (what a person has decided), ``done`` (for each
-        callback: the indices that were dropped, those that were re-labelled with both labels, the pruned neurons of
-        each layer) and ``accuracy``.
+        ``partition`` and ``validation`` (with the indices of all suspects), ``review`` (what a person has decided),
+        ``done`` (for each callback: the indices that were dropped, those that were re-labelled with both labels, the
+        pruned neurons of each layer) and ``accuracy``.
 
         Raises:
             RuntimeError: before the partition is drawn.
@@ -317,6 +335,7 @@ class AttributionPartitionCallback(UnlearnCallback):
             review=self._review,
             done={type(partner).__name__: partner.record(self.partition) for partner in self._partners},
             accuracy=self._accuracy,
+            validation=self._validation.record(),
         )
 
     def save_provenance(self, path: str | PathLike[str]) -> None:
@@ -379,6 +398,8 @@ class AttributionPartitionCallback(UnlearnCallback):
         self._partners = _consumers(trainer)
         check_max_epochs(trainer, self.at_epoch, may_be_last=self.is_dry_run and not self._partners)
         self._table = open_review(trainer, self.review)
+        if self.judge_validation:
+            check_validates(trainer)
         if self._reads_training:
             self._reader.attach(trainer)
 
@@ -409,8 +430,20 @@ class AttributionPartitionCallback(UnlearnCallback):
                 self._watch.start(pl_module, trace.logit_maker(self.reading.num_outputs))
         self._rehearse(trainer, pl_module, first)
         self._try_recipe(trainer, total)
+        self._begin_validation(trainer, pl_module)
         if self._reads_training:
             self._start_reading(trainer, pl_module, trace, data, first)
+
+    def _begin_validation(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.judge_validation:
+            return
+        if self._trajectory is not None:
+            self._validation.begin(trainer, pl_module, self, self._fingerprint)
+        elif self._validation.partition is None:
+            rank_zero_warn(
+                "judge_validation=True has no effect here: the partition of the checkpoint was drawn without it; start"
+                " again without the checkpoint, or from one of before the partition."
+            )
 
     def _known_labels(self, first: IndexedBatch, total: int) -> Tensor | None:
         """The labels of all rows that a checkpoint has, if it fits the first batch; None in a fit from the start."""
@@ -700,7 +733,10 @@ class AttributionPartitionCallback(UnlearnCallback):
             share = self._observe_pass(trainer, pl_module)
             self._merge(trainer, pl_module, epoch, len(share["label"]))
         else:
+            validation = self._judged_validation(trainer, pl_module)
             self._draw(trainer, pl_module, started)
+            self._validation = validation
+            validation.report(pl_module)
         if epoch not in self._epochs_seen:
             self._epochs_seen.append(epoch)
         log_values(pl_module, {"unlearn/seconds_pass": time.perf_counter() - started})
@@ -747,8 +783,8 @@ class AttributionPartitionCallback(UnlearnCallback):
             self.recipe,
             self._out_of_sample(trainer, pl_module),
         )
-        before, drawn = self._partition, self._made(trainer, judged, label)
-        seconds = time.perf_counter() - started
+        before, decided = self._partition, self._decided(judged, label)
+        drawn, seconds = self._made(trainer, judged, label, self._fingerprint, decided), time.perf_counter() - started
         changed = 1.0 if before is None else (before.is_clean != drawn.is_clean).float().mean().item()
         # The one that others act upon first, or the first of all until there is one.
         is_first = before is None or (drawn.is_actionable and not before.is_actionable)
@@ -771,6 +807,17 @@ class AttributionPartitionCallback(UnlearnCallback):
             self._report(pl_module, drawn, notes_of(judged, drawn), seconds)
         else:
             report_round(pl_module, drawn, changed, self._is_stable)
+
+    def _judged_validation(self, trainer: Trainer, pl_module: LightningModule) -> ValidationJudge:
+        judge = ValidationJudge()
+        if not self.judge_validation:
+            return judge
+
+        def make(judged: Sequence[Judged], label: Tensor, fingerprint: str) -> Partition:
+            return self._made(trainer, judged, label, fingerprint, None)
+
+        judge.draw(trainer, pl_module, self._evidence_pass(trainer, pl_module, is_last=True), self.recipe, make)
+        return judge
 
     def _out_of_sample(self, trainer: Trainer, pl_module: LightningModule) -> OutOfSample | None:
         if not self.recipe.needs_unseen or self.reading.rows_per_sample > 1:
@@ -819,6 +866,7 @@ class AttributionPartitionCallback(UnlearnCallback):
             accuracy=(self._accuracy["before"], self._accuracy["after"]),
             is_dry_run=self.is_dry_run,
             diverged=diverged,
+            validation=self._validation.said,
         )
         rank_zero_info(self._summary.advice)
 
@@ -867,6 +915,7 @@ class AttributionPartitionCallback(UnlearnCallback):
             "is_stable": self._is_stable,
             "memorised": self._memorised,
             "accuracy_before": self._accuracy["before"],
+            "validation": self._validation.state_dict(),
             "review": None if self._review is None else copied(self._review.state_dict()),
             "fits": copied(self._fits),
             "provenance": None if self._partition is None else self.provenance,
@@ -897,6 +946,8 @@ class AttributionPartitionCallback(UnlearnCallback):
         self._is_stable = state["is_stable"]
         self._memorised = state["memorised"]
         self._accuracy["before"] = state["accuracy_before"]
+        # Absent in checkpoints of before validation samples were judged.
+        self._validation = ValidationJudge.from_state_dict(state.get("validation"))
         self._review = None if state["review"] is None else Review(**copied(state["review"]))
         self._fits = copied(state["fits"])
         # In a fit there is more to come; elsewhere those that acted are not here.
@@ -918,15 +969,20 @@ class AttributionPartitionCallback(UnlearnCallback):
     def _observe_pass(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor]:
         """Passes over this rank's share of the training set; see :meth:`EvidencePass.run`."""
         is_last = not self._is_before_the_first(trainer.current_epoch)
-        early = self._early if is_last else None
-        attributor = self._attributor(trainer, pl_module, () if early is None else (early,))
-        found = EvidencePass(self, attributor, self._trajectory_in_use, is_last, self.recipe.needs_rows, early)
+        found = self._evidence_pass(trainer, pl_module, is_last=is_last)
         share = found.run(trainer, pl_module)
         if is_last and self._partition is None:
             say_absent(trainer, len(found.absent), len(self._trajectory_in_use) // self.reading.rows_per_sample)
         return share
 
-    def _made(self, trainer: Trainer, judged: Sequence[Judged], label: Tensor) -> Partition:
+    def _evidence_pass(self, trainer: Trainer, pl_module: LightningModule, *, is_last: bool) -> EvidencePass:
+        early = self._early if is_last else None
+        attributor = self._attributor(trainer, pl_module, () if early is None else (early,))
+        return EvidencePass(self, attributor, self._trajectory_in_use, is_last, self.recipe.needs_rows, early)
+
+    def _made(
+        self, trainer: Trainer, judged: Sequence[Judged], label: Tensor, fingerprint: str, decided: Decided | None
+    ) -> Partition:
         return assemble(
             judged,
             label,
@@ -935,10 +991,10 @@ class AttributionPartitionCallback(UnlearnCallback):
             recipe=self.recipe.name,
             layer=str(self._point),
             epoch=trainer.current_epoch,
-            fingerprint=self._fingerprint,
+            fingerprint=fingerprint,
             relabel_threshold=max((getattr(one, "relabel_threshold", 0.0) for one in self._partners), default=0.0)
             or None,
-            decided=self._decided(judged, label),
+            decided=decided,
         )
 
     def _report(self, pl_module: LightningModule, partition: Partition, notes: list[str], seconds: float) -> None:

@@ -7,7 +7,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_unlearn import CleanSubsetFinetuneCallback
+from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback
 from tests.callbacks.published import Published, make_partition
 from tests.toys import Blobs, BlobsData, IndexRecorder, Toy, fit, mlp, trio, weights
 
@@ -142,6 +142,32 @@ def reviewed(folder):
     return fit_one("static", review=path if rank == 0 else folder / "nowhere.csv")
 
 
+class Validated(BlobsData):
+    """With as many validation samples as ranks do not share evenly."""
+
+    def __init__(self, train, valid, **kwargs):
+        super().__init__(train, **kwargs)
+        self.valid = valid
+
+    def val_dataloader(self):
+        return DataLoader(self.valid, batch_size=BATCH)
+
+
+def validated(name, devices=2, size=45):
+    """What is found of validation samples, by what the model says right then, and by the default."""
+    module, before, valid = Toy(plain), Before(), Blobs(size, 0.2, seed=7)
+    if devices > 1 and name == "one more":
+        valid = Blobs(size - torch.distributed.get_rank(), 0.2, seed=7)
+    recipe = "argmax" if name == "argmax" else "auto"
+    partition = AttributionPartitionCallback(at_epoch=AT, action="report", recipe=recipe, judge_validation=True)
+    data = Validated(Blobs(SIZE), valid, batch_size=BATCH)
+    try:
+        fit(module, data, [before, partition], max_epochs=AT + 1, devices=devices, strategy="ddp")
+    except ValueError as error:
+        return {"said": str(error), "steps": module.steps}
+    return {"partition": partition.validation_partition.state_dict(), "before": before.weights}
+
+
 def in_another_order(data, rank):
     order = torch.randperm(SIZE, generator=torch.Generator().manual_seed(rank))
     data.x, data.y = data.x[order], data.y[order]
@@ -199,5 +225,6 @@ def run(folder):
     path = folder / "rounds" / f"epoch={AT}.ckpt"
     found["resumed"] = fit_one("rounds", ckpt_path=path)
     found["reviewed"] = reviewed(folder)
+    found["validated"] = {name: validated(name) for name in ("argmax", "auto", "one more")}
     found["refused"] = {name: refused(name) for name in OTHER_DATA}
     torch.save(found, folder / f"{torch.distributed.get_rank()}.pt")

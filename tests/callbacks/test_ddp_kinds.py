@@ -18,7 +18,7 @@ from tests.callbacks.ddp_kinds_script import (
     run,
 )
 from tests.callbacks.test_ddp import assert_equal
-from tests.toys import Toy
+from tests.toys import Blobs, Toy
 
 pytestmark = pytest.mark.ddp
 
@@ -137,6 +137,25 @@ def test_what_a_fit_in_other_processes_finds_is_in_its_checkpoint(folder, strate
     module = Toy(plain)
     module.load_state_dict(checkpoint["state_dict"], strict=True)
     assert (module.net[2].weight[gone] == 0).all()
+
+
+def test_validation_samples_are_judged_once_each_on_both_ranks(ranks):
+    data, found = Blobs(45, 0.2, seed=7), ranks[0]["validated"]
+    for name in ("argmax", "auto"):
+        assert_equal(ranks[1]["validated"][name]["partition"], found[name]["partition"], name)
+        assert found[name]["partition"]["label"].equal(data.y)
+    module = Toy(plain)
+    module.load_state_dict(found["argmax"]["before"])
+    with torch.no_grad():
+        said = module.eval()(data.x).argmax(dim=1)
+    assert found["argmax"]["partition"]["is_clean"].equal(said == data.y)
+
+
+def test_ranks_with_other_validation_data_are_refused_before_the_first_step(ranks):
+    for rank in ranks:
+        found = rank["validated"]["one more"]
+        assert "same validation data in the same order, but 1 of 2 ranks have another number of" in found["said"]
+        assert found["steps"] == 0
 
 
 OTHERS = {

@@ -45,7 +45,8 @@ from lightning_unlearn.types import Partition
 HELP = """\
 Which of my training samples are wrong? Trains as the configuration says, with model and data as you have them, until
 the partition can be drawn, and stops there. Nothing is pruned, dropped or re-labelled. The folder --out has then
-partition.npz, suspects.csv, report.html, provenance.json and config.yaml.
+partition.npz, suspects.csv, report.html, provenance.json and config.yaml; with --judge_validation also
+validation_partition.npz and validation_suspects.csv.
 
 A checkpoint (--ckpt_path) of an epoch before --at_epoch is trained on from there. One past it is judged as it is, with
 the evidence that it holds; without any, from one pass over the data, in which memorised labels look right. Of one that
@@ -81,6 +82,11 @@ class PartitionCLI(ConfigCLI):
             help="auto, label, input, rlap, loss, aum, argmax, or a dotted path; by default that of the configuration,"
             " else auto",
         )
+        group.add_argument(
+            "--judge_validation",
+            action="store_true",
+            help="Judge the samples of the validation loader too, as their labels count in the validation accuracy",
+        )
         group.add_argument("--out", metavar="DIR", type=str, default="partition", help="Folder for what is found")
         group.add_argument(
             "--top", metavar="N", type=int, default=10, help="How many of the most suspect samples to print"
@@ -99,12 +105,15 @@ class PartitionCLI(ConfigCLI):
             get_recipe(recipe)
         path = self.config["ckpt_path"]
         self.checkpoint: dict[str, Any] = {} if path is None else read_checkpoint(path)
-        self.found: Any = (partition_state(self.checkpoint, path or "") or {}).get("partition")
+        state = partition_state(self.checkpoint, path or "") or {}
+        self.found: Any = state.get("partition")
         self.complete = 0
         if path is not None and self.found is None:
             self.complete = _complete_epochs(self.checkpoint, path)
         if self.found is not None:
             self.held = held_partition(self.found, path)
+            of_validation = (state.get("validation") or {}).get("partition")
+            self.held_validation = None if of_validation is None else held_partition(of_validation, path)
             self._check_no_other_is_asked_for(path)
 
     def _check_no_other_is_asked_for(self, path: str) -> None:
@@ -114,6 +123,11 @@ class PartitionCLI(ConfigCLI):
                     f"{path} holds a partition already ({name} {held}), and not what another could be drawn from; leave"
                     f" out --{name} {self.config[name]} to see it, or give a checkpoint of an epoch before it, or none."
                 )
+        if self.config["judge_validation"] and self.held_validation is None:
+            raise ValueError(
+                f"{path} holds a partition already, but none of the validation set; leave out --judge_validation to see"
+                " it, or give a checkpoint of an epoch before it, or none."
+            )
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -157,6 +171,8 @@ class PartitionCLI(ConfigCLI):
             partition.at_epoch = AttributionPartitionCallback(at_epoch=at_epoch).at_epoch
         if recipe is not None:
             partition.recipe = AttributionPartitionCallback(at_epoch=1, recipe=recipe).recipe
+        if self.config["judge_validation"]:
+            partition.judge_validation = True
         partition.action, partition.every_n_epochs = "report", None
         return partition
 
@@ -241,7 +257,21 @@ def _say_drawn(cli: PartitionCLI, arguments: Sequence[str]) -> None:
     if cli.complete and callback.provenance["fits"][0]["from_epoch"] >= callback.at_epoch:
         lines += one_pass_caution(callback.partition)
     loader: Any = cli.trainer.train_dataloader
+    if callback.judge_validation:
+        lines += _write_validation(cli, callback)
     _say(cli, callback.partition, loader.dataset, lines, arguments)
+
+
+def _write_validation(cli: PartitionCLI, callback: AttributionPartitionCallback) -> list[str]:
+    """Writes what was found of the validation set, and returns what there is to say of it."""
+    try:
+        partition = callback.validation_partition
+    except RuntimeError as error:
+        return [str(error)]
+    loaders: Any = cli.trainer.val_dataloaders
+    loader = loaders[0] if isinstance(loaders, (list, tuple)) else loaders
+    _write(cli, partition, loader.dataset, "validation_")
+    return []
 
 
 def one_pass_caution(partition: Partition) -> list[str]:
@@ -288,6 +318,8 @@ def _say_found(cli: PartitionCLI, arguments: Sequence[str]) -> None:
     write_report(record, record.save(cli.out) / "report.html")
     write_json(cli.out / "provenance.json", provenance)
     said = [f"This partition was in {cli.config['ckpt_path']}; nothing was trained."]
+    if cli.held_validation is not None:
+        _write(cli, cli.held_validation, None, "validation_")
     _say(cli, partition, loader.dataset, said, arguments)
 
 
@@ -312,13 +344,18 @@ def _names(cli: PartitionCLI, partition: Partition, dataset: Any) -> list[str]:
     return names
 
 
-def _say(cli: PartitionCLI, partition: Partition, dataset: Any, lines: Sequence[str], arguments: Sequence[str]) -> None:
+def _write(cli: PartitionCLI, partition: Partition, dataset: Any, prefix: str = "") -> list[str]:
+    """Writes a partition and its table, and returns the names of the classes."""
     names, files = _names(cli, partition, dataset), [file_of(dataset, index) for index in range(len(partition))]
     columns = {"file": files} if any(files) else None
-    partition.save(cli.out / PARTITION)
-    partition.to_csv(
-        cli.out / "suspects.csv", review=partition.worth_review(), class_names=names or None, columns=columns
-    )
+    partition.save(cli.out / f"{prefix}{PARTITION}")
+    table, review = cli.out / f"{prefix}suspects.csv", partition.worth_review()
+    partition.to_csv(table, review=review, class_names=names or None, columns=columns)
+    return names
+
+
+def _say(cli: PartitionCLI, partition: Partition, dataset: Any, lines: Sequence[str], arguments: Sequence[str]) -> None:
+    names = _write(cli, partition, dataset)
     cli.parser.save(cli.config, cli.out / "config.yaml", overwrite=True)
     print()
     print(printable(summary_of(partition, cli.config["top"], names)))

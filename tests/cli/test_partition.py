@@ -115,6 +115,25 @@ def test_the_table_has_the_files_and_classes_of_an_image_folder(team, capsys):
     assert table[2].split()[:3] == [row["index"], row["given_class"], row["suggested_class"]]
 
 
+def test_validation_samples_are_judged_on_request(team, capsys):
+    (team / "run.yaml").write_text(RUN.replace("TeamModel", "Validating").replace("TeamData", "Validated"))
+    main(["partition", "--config", "run.yaml", "--trainer.max_epochs", "4", "--judge_validation"])
+    assert "validation_partition.npz, validation_suspects.csv" in capsys.readouterr().out
+    partition = Partition.load("partition/validation_partition.npz")
+    lines = Path("partition/validation_suspects.csv").read_text().count("\n")
+    assert lines == 1 + len(partition.suspect_indices())
+    assert (partition.is_clean.logical_not() == (torch.arange(101) < 20)).float().mean() > 0.9
+    assert json.loads(Path("partition/provenance.json").read_text())["validation"]["samples"] == 101
+
+
+def test_the_partition_of_validation_samples_that_a_checkpoint_holds_is_written_too(team):
+    run = RUN.replace("TeamModel", "Validating").replace("TeamData", "Validated")
+    (team / "run.yaml").write_text(run + ACTING.replace("at_epoch: 4", "at_epoch: 4, judge_validation: true"))
+    main(["fit", "--config", "run.yaml"])
+    main(["partition", "--config", "run.yaml", "--ckpt_path", "saved/epoch=5.ckpt", "--judge_validation"])
+    assert len(Partition.load("partition/validation_partition.npz")) == 101
+
+
 def test_what_early_stopping_leaves_is_judged(team, caplog):
     stopping = """
     - class_path: team.StopEarly
@@ -184,6 +203,8 @@ def test_a_partition_that_a_checkpoint_holds_is_shown(team, capsys):
         SystemExit, match=r"holds a partition already \(recipe auto\).*leave out --recipe input to see it"
     ):
         main([*held, "--recipe", "input"])
+    with pytest.raises(SystemExit, match="a partition already, but none of the validation set; leave out --judge_val"):
+        main([*held, "--judge_validation"])
     # Of another length: Python takes compiled code for that of a file of the same length and second.
     (team / "team.py").write_text((team / "team.py").read_text().replace("201", "99"))
     sys.modules.pop("team")

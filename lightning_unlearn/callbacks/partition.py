@@ -784,7 +784,7 @@ class AttributionPartitionCallback(UnlearnCallback):
             self._out_of_sample(trainer, pl_module),
         )
         before, decided = self._partition, self._decided(judged, label)
-        drawn, seconds = self._made(trainer, judged, label, self._fingerprint, decided), time.perf_counter() - started
+        drawn, seconds = self._made(trainer, judged, label, decided), time.perf_counter() - started
         changed = 1.0 if before is None else (before.is_clean != drawn.is_clean).float().mean().item()
         # The one that others act upon first, or the first of all until there is one.
         is_first = before is None or (drawn.is_actionable and not before.is_actionable)
@@ -814,7 +814,7 @@ class AttributionPartitionCallback(UnlearnCallback):
             return judge
 
         def make(judged: Sequence[Judged], label: Tensor, fingerprint: str) -> Partition:
-            return self._made(trainer, judged, label, fingerprint, None)
+            return self._made(trainer, judged, label, validation=fingerprint)
 
         judge.draw(trainer, pl_module, self._evidence_pass(trainer, pl_module, is_last=True), self.recipe, make)
         return judge
@@ -981,17 +981,24 @@ class AttributionPartitionCallback(UnlearnCallback):
         return EvidencePass(self, attributor, self._trajectory_in_use, is_last, self.recipe.needs_rows, early)
 
     def _made(
-        self, trainer: Trainer, judged: Sequence[Judged], label: Tensor, fingerprint: str, decided: Decided | None
+        self,
+        trainer: Trainer,
+        judged: Sequence[Judged],
+        label: Tensor,
+        decided: Decided | None = None,
+        validation: str | None = None,
     ) -> Partition:
+        """The partition of the training set, or of the validation set with this fingerprint."""
         return assemble(
             judged,
             label,
-            Cut(self.precision, self.min_class_share),
+            # Of validation samples none are to be kept for training.
+            Cut(self.precision, self.min_class_share if validation is None else 0),
             sum_over_ranks(trainer.strategy),
             recipe=self.recipe.name,
             layer=str(self._point),
             epoch=trainer.current_epoch,
-            fingerprint=fingerprint,
+            fingerprint=self._fingerprint if validation is None else validation,
             relabel_threshold=max((getattr(one, "relabel_threshold", 0.0) for one in self._partners), default=0.0)
             or None,
             decided=decided,

@@ -60,6 +60,7 @@ PARTITIONING = {
     "callbacks._resuming",
     "callbacks._reviewing",
     "callbacks._summary",
+    "callbacks._validation_partition",
 }
 PRUNING = {
     "callbacks._prune_sites",
@@ -154,6 +155,9 @@ MAY_IMPORT = {
     "callbacks._evidence_pass": ALL_BELOW | SHARED | {"callbacks._recognise"},
     "callbacks._label_watch": ALL_BELOW | {"callbacks._head_watch"},
     "callbacks._judging": ALL_BELOW | SHARED | {"callbacks._assembly"},
+    "callbacks._validation_partition": ALL_BELOW
+    | SHARED
+    | {"callbacks._assembly", "callbacks._early_epochs", "callbacks._evidence_pass", "callbacks._judging"},
     "callbacks.partition": ALL_BELOW | SHARED | PARTITIONING,
     "callbacks._copies": ALL_BELOW | {"callbacks._lightning", "callbacks._packages"},
     "callbacks._prune_sites": ALL_BELOW | {"callbacks._copies"},

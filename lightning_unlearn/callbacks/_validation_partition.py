@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_unlearn.callbacks._assembly import Judged, found_in
+from lightning_unlearn.callbacks._assembly import Judged
 from lightning_unlearn.callbacks._base import logits_of, reading_of
 from lightning_unlearn.callbacks._early_epochs import EarlyEpochs
 from lightning_unlearn.callbacks._evidence_pass import EvidencePass
@@ -39,6 +39,7 @@ from lightning_unlearn.callbacks._strategies import shards_weights
 from lightning_unlearn.data import batch_size, check_iteration, check_loader, indexed_batches, rank_share
 from lightning_unlearn.distributed import place_by_index, sum_over_ranks
 from lightning_unlearn.drawing import drawing_of
+from lightning_unlearn.finding import finding_of
 from lightning_unlearn.fingerprint import fingerprint, varies
 from lightning_unlearn.recipes import Recipe
 from lightning_unlearn.targets import IGNORED
@@ -73,13 +74,11 @@ class ValidationJudge:
 
     Attributes:
         partition: the last one; None before the first.
-        said: what was found, in a sentence.
         fault: why there is none, where a pass has failed.
     """
 
     def __init__(self) -> None:
         self.partition: Partition | None = None
-        self.said = ""
         self.fault = ""
 
     def found(self, asked: bool) -> Partition:
@@ -175,7 +174,11 @@ class ValidationJudge:
             unseen = _unseen(trainer, one)
         judged, label = judge_share(trainer, pl_module, share, one.trajectory, reading, recipe, unseen)
         self.partition = make(judged, label, found)
-        self.said = _said(judged, self.partition)
+
+    @property
+    def said(self) -> str:
+        """What was found, in a sentence; empty where nothing was judged."""
+        return "" if self.partition is None else _said(self.partition)
 
     def report(self, pl_module: LightningModule) -> None:
         """Says what was found, or why nothing was."""
@@ -201,7 +204,7 @@ class ValidationJudge:
     def state_dict(self) -> dict[str, Any]:
         """Tensors and primitives."""
         partition = None if self.partition is None else copied(self.partition.state_dict())
-        return {"partition": partition, "said": self.said, "fault": self.fault}
+        return {"partition": partition, "fault": self.fault}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any] | None) -> ValidationJudge:
@@ -210,7 +213,7 @@ class ValidationJudge:
         if state is not None:
             held = state["partition"]
             judge.partition = None if held is None else Partition.from_state_dict(copied(held))
-            judge.said, judge.fault = state["said"], state["fault"]
+            judge.fault = state["fault"]
         return judge
 
 
@@ -335,14 +338,10 @@ def _number(partition: Partition) -> int:
     return int((judged.any(dim=1) if partition.is_multilabel else judged).sum())
 
 
-def _said(judged: Sequence[Judged], partition: Partition) -> str:
-    suspects, number = len(partition.suspect_indices()), _number(partition)
-    found = found_in(judged, partition)
-    if not found and partition.warning:
-        found = f"nothing is suspect: {partition.warning}"
-    elif not found:
-        found = f"{suspects:,} are suspect, estimated noise rate {partition.noise_rate:.1%}"
-    end = ""
-    if suspects:
-        end = "; nothing was changed: the validation accuracy counts these labels as right, and against the network"
-    return f"Validation set, {number:,} samples: {found}{end}."
+def _said(partition: Partition) -> str:
+    said = finding_of(partition)
+    if partition.warning:
+        said = f"{said}: {partition.warning}"
+    if len(partition.suspect_indices()):
+        said += "; nothing was changed: the validation accuracy counts these labels as right, and against the network"
+    return f"Validation set, {_number(partition):,} samples: {said}."

@@ -19,6 +19,7 @@ from torch.utils.data import (
 )
 
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback, Partition
+from lightning_unlearn.finding import finding_of
 from tests.callbacks.snapshot import random_states
 from tests.toys import CLASSES, Blobs, BlobsData, Toy, assert_same_weights, fit, mlp, weights
 
@@ -79,7 +80,7 @@ def test_it_is_said_and_recorded(whole, tmp_path):
     partition = callback.validation_partition
     suspects = partition.suspect_indices()
     said = callback.summary.advice
-    assert f" Validation set, 301 samples: {len(suspects)} are suspect, estimated noise rate " in said
+    assert f" Validation set, 301 samples: {finding_of(partition)}; nothing was changed: " in said
     assert "the validation accuracy counts these labels as right, and against the network." in said
     record = callback.provenance["validation"]
     assert (record["samples"], record["suspects"]) == (301, suspects.sort().values.tolist())

@@ -171,7 +171,8 @@ class Partition:
         is_clean: (N,) bool, all but the suspects: where ``noise_rate_interval`` is known, the longest list that has the
             expected precision which the callback was asked for, else those whose ``clean_probability`` is below one
             half. The likeliest of a class of which too few would be left are clean too.
-        suggested_label: (N,) int64; the given label where the sample is clean. Of a multi-label task (N, L).
+        suggested_label: (N,) int64; the given label where the sample is clean and not worth a look (see
+            :meth:`worth_review`). Of a multi-label task (N, L).
         suggested_probability: (N,) float32, probability in [0, 1] that ``suggested_label`` is right.
         noise_rate: estimated share of samples that are not clean, in [0, 1]; there may be more of them than suspects.
         label: (N,) int64, the given labels, -1 for one that is to be ignored, whose sample is not judged. Of a

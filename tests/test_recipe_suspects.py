@@ -6,6 +6,7 @@ import torch
 from lightning_unlearn.functional.mixture import no_reduce
 from lightning_unlearn.recipes import Verdict
 from lightning_unlearn.recipes.verdict import NoiseEstimate
+from tests.ranks import run_ranks
 
 CLEAN = torch.tensor([0.01, 0.1, 0.3, 0.45, 0.65, 0.8, 1.0, 1.0])
 LABEL = torch.zeros(8, dtype=torch.int64)
@@ -56,3 +57,22 @@ def test_corrupted_inputs_are_suspect_and_no_part_of_the_list():
     broken[[0, 7]] = 0.1
     assert suspects(0.85, noise=estimate("none"), input_probability=broken).tolist() == [0, 7]
     assert suspects(0.79, noise=estimate(), input_probability=broken).tolist() == [0, 1, 2, 7]
+
+
+def test_two_ranks_have_the_list_of_one():
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.rand(3000, generator=generator).sqrt()
+    clean[::50] = clean[0]
+    weight = (torch.rand(3000, generator=generator) < 0.9).float()
+    given = torch.zeros(3000, dtype=torch.int64)
+
+    def of(rows, reduce=no_reduce):
+        verdict = Verdict(clean[rows], given[rows], label_probability=clean[rows], noise=estimate())
+        return verdict.suspects(weight[rows], reduce, 0.7)
+
+    halves = torch.arange(0, 3000, 2), torch.arange(1, 3000, 2)
+    found = run_ranks(lambda rank, reduce: of(halves[rank], reduce), 2)
+    whole = of(torch.arange(3000))
+    assert 0 < whole.sum() < 3000
+    for rows, one in zip(halves, found, strict=True):
+        assert one.equal(whole[rows])

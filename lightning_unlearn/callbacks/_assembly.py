@@ -132,8 +132,18 @@ def assemble(  # noqa: PLR0913  (what a partition says of itself)
     )
     if relabel_threshold is not None:
         found = replace(found, relabel_threshold=relabel_threshold)
+    found = _with_suggestions(found, one)
     caveat = _caveat(first, found.worth_review()) if label.ndim == 1 else ""
     return replace(found, warning=warning or _one_sided(is_clean, label, caveat))
+
+
+def _with_suggestions(found: Partition, one: _Column) -> Partition:
+    """The partition, with what the recipe suggests for the samples that are worth a look too."""
+    worth = found.review_ranking()[: found.worth_review()]
+    # A sample that is kept for its class may be sure to be wrong, but nothing has been suggested for it.
+    label, probability = found.suggested_label.clone(), found.suggested_probability.clone()
+    label[worth], probability[worth] = one.suggested[worth], one.of_suggested[worth]
+    return replace(found, suggested_label=label, suggested_probability=probability)
 
 
 def _moved(interval: tuple[float, float], by: float) -> tuple[float, float]:

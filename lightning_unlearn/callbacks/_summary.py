@@ -102,8 +102,8 @@ def _found(partition: Partition, suspects: int) -> str:
     counts = {word: reasons.count(word) for word in ("label", "input", "both") if word in reasons}
     why = ", ".join(f"{count:,} for {word}" for word, count in counts.items())
     found = (
-        f"{suspects:,} of {len(partition):,} training samples are suspect ({why}), estimated noise rate"
-        f" {partition.noise_rate:.1%}{_how_sure(partition)}."
+        f"{suspects:,} of {len(partition):,} training samples are suspect ({why}){precision_in_words(partition)},"
+        f" estimated noise rate {partition.noise_rate:.1%}{_how_sure(partition)}."
     )
     return f"{found} Nothing was changed: {partition.warning}." if partition.warning else found
 
@@ -113,7 +113,7 @@ def _how_sure(partition: Partition) -> str:
         return ""
     low, high = partition.noise_rate_interval
     said = f" (at least {low:.1%})" if high >= 1 else f" ({low:.1%} to {high:.1%})"
-    return "; ".join([f"{said}{precision_in_words(partition)}", *worth_in_words(partition)])
+    return "; ".join([said, *worth_in_words(partition)])
 
 
 def _gained(before: float | None, after: float | None) -> str:

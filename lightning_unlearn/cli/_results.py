@@ -258,7 +258,7 @@ def _table(partition: Partition, shown: Sequence[int], class_names: Sequence[str
         place = partition.ranking().argsort()[list(shown)]
         columns |= {
             "rank": [f"{int(at) + 1:,}" for at in place],
-            "wrong so far": [f"{value:.0%}" for value in curve[place].tolist()],
+            "expected wrong": [f"{value:.0%}" for value in curve[place].tolist()],
         }
     rows = [list(columns), *map(list, zip(*columns.values(), strict=True))]
     widths = [max(len(row[at]) for row in rows) for at in range(len(columns))]

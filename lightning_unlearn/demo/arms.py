@@ -338,6 +338,8 @@ class _Repeat:
             suggested_label=self.data.true_label,
             suggested_probability=torch.ones(len(self.wrong)),
             noise_rate=self.wrong.float().mean().item(),
+            noise_rate_interval=None,
+            often_called=(),
             recipe="truth",
             warning="",
         )

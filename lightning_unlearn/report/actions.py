@@ -166,8 +166,9 @@ def _listed(title: tuple[str, ...], indices: Iterable[int], room: int) -> Listed
 def shown_samples(partition: Partition, provenance: Mapping[str, Any], most: int) -> list[int]:
     """The dataset indices of the samples that a gallery shows.
 
-    The most suspect first of which nobody has decided yet; what a person has decided already takes a quarter of the
-    places, or those that are left. Where nobody has decided any, and none is suspect, a few of the least sure.
+    The most suspect first of which nobody has decided yet; what is worth a look after them, and what a person has
+    decided already, takes a quarter of the places each, or those that are left. Where nobody has decided any, and none
+    is suspect, a few of the least sure.
 
     Args:
         partition: of the training set.
@@ -179,9 +180,13 @@ def shown_samples(partition: Partition, provenance: Mapping[str, Any], most: int
     fresh = [index for index in suspects if index not in reviewed]
     kept = sorted(reviewed.difference(suspects))
     decided = [index for index in suspects if index in reviewed] + kept
+    others = partition.review_ranking().tolist()
+    worth = [index for index in others[: partition.worth_review()] if index not in reviewed]
     if not fresh and not decided:
         # No doubt at all has no order.
-        unsure = partition.clean_probability.argsort(stable=True)[: min(most, _LEAST_SURE)]
-        return [index for index in unsure.tolist() if partition.clean_probability[index] < 1]
-    places = max(min(len(decided), most // 4), most - len(fresh))
-    return fresh[: most - min(places, len(decided))] + decided[:places]
+        unsure = others[: min(most, max(_LEAST_SURE, len(worth)))]
+        return [index for index in unsure if partition.clean_probability[index] < 1]
+    of_persons = min(len(decided), max(most // 4, most - len(fresh)))
+    left = most - of_persons
+    of_review = min(len(worth), max(left // 4, left - len(fresh)))
+    return fresh[: left - of_review] + worth[:of_review] + decided[:of_persons]

@@ -18,6 +18,8 @@ _BINS = 50
 # Neurons that are drawn: those most active for noise, and those most active for clean samples.
 _LOWEST, _HIGHEST = 80, 40
 _SIGMAS = 1.96
+# Samples that the chart of expected precision goes to at least, and points of a line in it.
+_SHORTEST, _POINTS = 50, 200
 _Curves = Mapping[str, Sequence[Sequence[float]]]
 
 
@@ -47,6 +49,40 @@ def histogram(partition: Partition) -> Markup:
         plot.mark(cut, f"cut at {cut:.2g}")
     plot.under("probability of being clean")
     return plot.drawing.markup()
+
+
+def precision_chart(partition: Partition) -> Markup | None:
+    """What share of a list is expected to be wrong, by its length; None where that is not known."""
+    curve = partition.precision_curve()
+    if curve is None or not len(curve):
+        return None
+    suspects, worth = len(partition) - int(partition.is_clean.sum()), partition.worth_review()
+    most = min(len(curve), max(_SHORTEST, math.ceil(1.5 * (suspects + worth))))
+    plot = Plot((640, 250), (0, most), (0, 1.02), "expected precision by the length of the list")
+    for tick in ticks(0.0, 1.0):
+        plot.row(tick, f"{tick:.0%}")
+    for tick in ticks(0.0, float(most)):
+        if tick == int(tick):
+            plot.drawing.text(plot.x(tick), plot.bottom + 15, f"{int(tick):,}", "middle")
+    _precision_line(plot, curve[:suspects], 0, "suspect")
+    _precision_line(plot, curve[:most], max(suspects - 1, 0), "clean")
+    if suspects:
+        plot.mark(suspects, f"{suspects:,} suspect{'s' if suspects > 1 else ''}")
+    if worth:
+        at = plot.x(suspects + worth)
+        plot.drawing.line(at, plot.top, at, plot.bottom, "cut")
+        plot.drawing.text(at + 5, plot.bottom - 8, f"{worth:,} more worth a look", "strong")
+    plot.under("samples looked at, the most suspect first")
+    return plot.drawing.markup()
+
+
+def _precision_line(plot: Plot, curve: Tensor, first: int, kind: str) -> None:
+    """The expected precision from a position of the list to its end."""
+    if len(curve) - first < 2:
+        return
+    depths = torch.linspace(first, len(curve) - 1, min(_POINTS, len(curve) - first)).long().tolist()
+    points = " ".join(f"{plot.x(at + 1):.1f},{plot.y(float(curve[at])):.1f}" for at in depths)
+    plot.drawing.add("polyline", points=points, class_=f"line {kind}")
 
 
 def heat_map(matrix: Tensor, names: Sequence[str], words: tuple[str, str, str]) -> Markup:

@@ -18,8 +18,17 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 from torch import Tensor
 
+from lightning_unlearn.finding import finding_of
 from lightning_unlearn.report.actions import DONE, Action, Actions
-from lightning_unlearn.report.charts import bars, curve_charts, has_coefficient, heat_map, histogram, sensitivities
+from lightning_unlearn.report.charts import (
+    bars,
+    curve_charts,
+    has_coefficient,
+    heat_map,
+    histogram,
+    precision_chart,
+    sensitivities,
+)
 from lightning_unlearn.report.record import RunRecord
 from lightning_unlearn.storage import replacing
 from lightning_unlearn.types import (
@@ -34,6 +43,8 @@ from lightning_unlearn.types import (
 
 # Classes in a heat map; of more, those with the most suspects.
 _CLASSES = 30
+# What the lists are called on the page.
+_LISTED = {"suspect": "suspects", "review": "worth a look", "clean": "clean"}
 _SOURCE = re.compile(r"data:(image/(png|jpeg)|audio/wav);base64,[A-Za-z0-9+/=]*")
 
 
@@ -61,19 +72,23 @@ def render_report(record: RunRecord, control: RunRecord | None = None) -> str:
     names = _Names(record)
     actions = Actions(partition, record.provenance)
     samples = list(_samples(record, actions))
+    suspects = len(partition.suspect_indices())
     page: str = (
         _environment()
         .get_template("report.html")
         .render(
             record=record,
             partition=partition,
-            suspects=len(partition.suspect_indices()),
+            suspects=suspects,
             reasons=_reason_counts(partition),
             names=names,
             classes=partition.class_summary(),
             confusion=_confusion(partition, names),
             noise_matrix=_noise_matrix(partition, names),
             histogram=histogram(partition),
+            precision=precision_chart(partition),
+            finding=finding_of(partition, names.known) if partition.noise_rate_interval and suspects else "",
+            worth=partition.worth_review(),
             curves=curve_charts(record.curves, record.swaps, None if control is None else control.curves),
             control={} if control is None else control.fit,
             neurons=[_neurons(mask) for mask in record.masks],
@@ -89,12 +104,14 @@ def render_report(record: RunRecord, control: RunRecord | None = None) -> str:
                     "proposes": not actions.has_acted,
                     "several": partition.is_multilabel,
                     "reasons": REASONS,
+                    "lists": [(word, _LISTED[word]) for word in ("suspect", "review", "clean")],
                     "actions": DONE if actions.has_acted else DECISIONS,
                     "samples": samples,
                 }
             ),
-            shown=sum(sample["reason"] != REASONS[0] for sample in samples),
-            spared=sum(sample["reason"] == REASONS[0] for sample in samples),
+            shown=sum(sample["list"] == "suspect" for sample in samples),
+            reviewed=sum(sample["list"] == "review" for sample in samples),
+            spared=sum(sample["list"] == "clean" for sample in samples),
             style=Markup(_template("report.css")),
             script=Markup(script),
             script_digest=digest,
@@ -195,11 +212,13 @@ def _timing(seconds: dict[str, float]) -> Markup | None:
 
 
 def _samples(record: RunRecord, actions: Actions) -> Iterator[dict[str, Any]]:
-    """Those of the gallery: the most suspect first, then what a person has kept, or the least sure where none is."""
+    """Those of the gallery: the most suspect first, what is worth a look, then what a person has kept."""
     partition = record.partition
-    suspects = [index for index in partition.suspect_indices().tolist() if index in record.gallery]
-    others = sorted(index for index in record.gallery if 0 <= index < len(partition) and partition.is_clean[index])
-    for index in [*suspects, *others]:
+    listed = partition.listed()
+    ranked = [index for index in partition.ranking().tolist() if index in record.gallery]
+    # What a person has kept has no doubt, and so no order.
+    kept = sorted(index for index in ranked if listed[index] == "clean")
+    for index in [*(index for index in ranked if listed[index] != "clean"), *kept]:
         yield {
             "index": index,
             "given": _labels(partition.label[index]),
@@ -208,6 +227,7 @@ def _samples(record: RunRecord, actions: Actions) -> Iterator[dict[str, Any]]:
             "p": round(float(partition.clean_probability[index]), 6),
             "support": round(float(partition.label_evidence[index]), 4),
             "reason": REASONS[int(partition.reason[index])],
+            "list": listed[index],
             **_action(actions.of(index)),
             "card": _safe(record.gallery[index]),
         }

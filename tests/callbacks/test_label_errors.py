@@ -1,5 +1,6 @@
 """Label errors that are few, by default: found in a fit, with what to expect of them, and nothing on clean data."""
 
+import csv
 from dataclasses import replace
 
 import lightning as L
@@ -19,6 +20,7 @@ from lightning_unlearn.finding import finding_of
 from lightning_unlearn.functional.mixture import no_reduce
 from lightning_unlearn.functional.prequential import PrequentialRate
 from lightning_unlearn.recipes.verdict import NoiseEstimate
+from lightning_unlearn.storage import write_csv
 from lightning_unlearn.trajectory import Trajectory
 from tests.ranks import run_ranks
 
@@ -89,7 +91,9 @@ def test_a_few_errors_among_classes_that_are_hard_to_tell():
     low, high = partition.noise_rate_interval
     assert low <= partition.noise_rate <= high < 1
     assert partition.is_actionable
-    said = f"noise rate {partition.noise_rate:.1%} ({low:.1%} to {high:.1%}), about 9 in 10 expected to be wrong"
+    said = (
+        f"about 9 in 10 expected to be wrong, estimated noise rate {partition.noise_rate:.1%} ({low:.1%} to {high:.1%})"
+    )
     assert f"{said}; the next {partition.worth_review():,} are worth a look." in callback.summary.advice
     assert Partition.from_state_dict(partition.state_dict()).noise_rate_interval == (low, high)
 
@@ -248,8 +252,12 @@ def test_a_person_s_decisions_move_the_rate_and_its_interval(tmp_path):
     before = judged(x, label, 8, lr=1e-3).partition
     table, kept = tmp_path / "suspects.csv", before.suspect_indices()[:50]
     dropped = before.review_ranking()[:20]
-    rows = [f"{index},keep" for index in kept.tolist()] + [f"{index},drop" for index in dropped.tolist()]
-    table.write_text("\n".join(["index,decision", *rows]))
+    before.to_csv(table, review=20)
+    rows = list(csv.DictReader(table.open()))
+    assert [int(row["index"]) for row in rows] == before.ranking()[: len(rows)].tolist()
+    for row in [*rows[:50], *rows[-20:]]:
+        row["decision"] = "drop" if row["list"] != "suspect" else "keep"
+    write_csv(table, {title: [row[title] for row in rows] for title in rows[0]})
     after = judged(x, label, 8, lr=1e-3, review=table).partition
     assert after.is_clean[kept].all()
     assert not after.is_clean[dropped].any()

@@ -92,14 +92,14 @@ def test_both_lists_are_shown_with_what_to_expect(estimated, capsys):
         "2 of 5 training samples are suspect (2 for label); recipe 'label', nowhere, after 1 epochs.",
         "",
         "The 2 most suspect of 2:",
-        "index  given  suggested  p(clean)  reason  rank  wrong so far",
-        "    3    dog        ant    0.0500   label     1           95%",
-        "    1    bee        cat    0.2100   label     2           87%",
+        "index  given  suggested  p(clean)  reason  rank  expected wrong",
+        "    3    dog        ant    0.0500   label     1             95%",
+        "    1    bee        cat    0.2100   label     2             87%",
         "",
         "The 3 that come next (2 worth a look):",
-        "    4    ant        bee    0.4500    none     3           76%",
-        "    2    cat        cat    0.5200    none     4           69%",
-        "    0    ant        ant    0.9000    none     5           57%",
+        "    4    ant        bee    0.4500    none     3             76%",
+        "    2    cat        cat    0.5200    none     4             69%",
+        "    0    ant        ant    0.9000    none     5             57%",
     ]
 
 

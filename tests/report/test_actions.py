@@ -102,6 +102,17 @@ def test_what_nobody_has_decided_yet_is_shown_first():
     assert shown_samples(partition, provenance_of(), 0) == []
 
 
+def test_what_is_worth_a_look_has_its_places():
+    clean = torch.cat([torch.linspace(0.01, 0.1, 20), torch.full((10,), 0.499), torch.full((70,), 0.999)])
+    found = make_partition(clean, torch.arange(100) % 4)
+    found = replace(found, is_clean=torch.arange(100) >= 20, noise_rate_interval=(0.1, 0.4))
+    assert found.worth_review() == 10
+    assert shown_samples(found, {}, 8) == [*range(6), 20, 21]
+    assert shown_samples(found, {}, 25) == [*range(19), *range(20, 26)]
+    assert shown_samples(found, {}, 99) == list(range(30))
+    assert shown_samples(found, {"review": {"keep": [20, 50]}}, 8) == [*range(5), 21, 20, 50]
+
+
 def test_where_none_is_suspect_the_least_sure_are_shown():
     partition = make_partition(torch.tensor([0.9, 1.0, 0.6, 0.7]), torch.arange(4))
     assert shown_samples(partition, {}, 3) == [2, 3, 0]

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lightning_unlearn.report import write_report
+from lightning_unlearn.report import RunRecord, write_report
 from lightning_unlearn.types import NeuronMask
+from tests.callbacks.published import make_partition
 from tests.report.browser import CHROMIUM, MISSING, Browser, NoBrowserError
 from tests.report.runs import BREAKING, NAMES, SUSPECTS, hostile_record
 
@@ -105,6 +106,23 @@ def test_each_control_leaves_what_it_names(page):
     assert where(page) == "no sample is like that"
 
 
+def test_both_lists_are_told_apart(browser, tmp_path):
+    clean = torch.tensor([0.9, 0.1, 0.52, 0.05, 0.45, 0.99])
+    found = make_partition(clean, torch.arange(6) % 4)
+    is_clean = clean > 0.2
+    parts = {"is_clean": is_clean, "reason": (~is_clean).to(torch.uint8), "noise_rate_interval": (0.3, 0.5)}
+    cards = {index: {"kind": "text", "text": "a"} for index in (1, 2, 3, 4)}
+    record = RunRecord(replace(found, **parts), gallery=cards)
+    browser.open(write_report(record, tmp_path / "report.html"))
+    assert shown(browser) == ["3", "1", "4", "2"]
+    choose(browser, "by-list", "worth a look (2)")
+    assert shown(browser) == ["4", "2"]
+    assert browser.run(f"{CARDS}.map(card => card.querySelector('.tag').textContent)") == ["worth a look"] * 2
+    choose(browser, "by-list", "suspects (2)")
+    assert shown(browser) == ["3", "1"]
+    assert browser.complaints() == []
+
+
 @pytest.mark.parametrize(
     ("order", "first"),
     [
@@ -139,11 +157,11 @@ def test_the_buttons_turn_pages_and_stop_at_the_ends(page):
 def test_all_of_it_can_be_done_with_the_keyboard(page):
     reached = []
     page.run("document.body.focus()")
-    for _ in range(8):
+    for _ in range(9):
         page.press("Tab")
         reached.append(page.run("document.activeElement.id"))
-    assert [name for name in reached if name][:7] == [
-        *("by-class", "by-reason", "by-action", "by-who", "by-sort", "by-size"),
+    assert [name for name in reached if name][:8] == [
+        *("by-list", "by-class", "by-reason", "by-action", "by-who", "by-sort", "by-size"),
         "after",
     ]
     page.run("document.getElementById('after').focus()")
@@ -159,7 +177,7 @@ def test_controls_have_names_and_pictures_texts(page):
     labels = page.run(
         "[...document.querySelectorAll('select')].map(one => one.labels[0]?.firstChild.textContent.trim() ?? '')"
     )
-    assert labels == ["given class", "reason", "what was done", "decided by", "order", "on a page"]
+    assert labels == ["list", "given class", "reason", "what was done", "decided by", "order", "on a page"]
     assert page.run("[...document.images].every(image => image.alt)")
     assert page.run("[...document.querySelectorAll('svg[role=img]')].every(one => one.getAttribute('aria-label'))")
     # Who cannot see it hears how many there are.

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_unlearn.report import RunRecord, render_report, write_report
-from lightning_unlearn.report.charts import bars, curve_charts, heat_map, histogram, sensitivities
+from lightning_unlearn.report.charts import bars, curve_charts, heat_map, histogram, precision_chart, sensitivities
 from lightning_unlearn.report.svg import Drawing, shortened, ticks
 from lightning_unlearn.types import NeuronMask
 from tests.callbacks.published import make_partition
@@ -100,6 +100,7 @@ def test_the_gallery_holds_the_suspects_the_most_suspect_first(page):
         "p": 0.07,
         "support": 1.0,
         "reason": "label",
+        "list": "suspect",
         "action": "dropped",
         "new": [],
         "person": False,
@@ -250,6 +251,55 @@ def test_a_hundred_thousand_samples_are_a_matter_of_seconds_and_of_less_than_20_
 
 def parts(markup, kind):
     return re.findall(rf'<(?:rect|circle|line|polyline) [^>]*class="{kind}"[^>]*>', str(markup))
+
+
+def estimated(interval=(0.3, 0.5), **changes):
+    """Two suspects, and two samples that are worth a look."""
+    clean = torch.tensor([0.9, 0.1, 0.52, 0.05, 0.45, 0.99])
+    is_clean = clean > 0.2
+    parts = {"is_clean": is_clean, "reason": (~is_clean).to(torch.uint8), "noise_rate": 0.375}
+    parts |= {"noise_rate_interval": interval, "often_called": ((1, 0, 0.5),)} | changes
+    return replace(make_partition(clean, torch.arange(6) % 4), **parts)
+
+
+def test_both_lists_and_what_to_expect_of_them():
+    record = RunRecord(estimated(), class_names=list("abcd"), gallery={3: {}, 1: {}, 4: {}, 2: {}})
+    page = Page(render_report(record))
+    assert (
+        "About 37.5% of the labels (30.0% to 50.0%; more if similar classes are confused) look wrong; 2 sus"
+        in page.text
+    )
+    assert "; the next 2 are worth a look; 'b' is often labeled 'a' (50%)." in page.text
+    assert "All 2, and all of 2 that are worth a look after them, by dataset index" in page.text
+    assert 'to_csv("suspects.csv", review=2)' in page.text
+    assert "92% of the suspects expected to be wrong" in page.text
+    assert "the longest list of which at least 85% are expected to be wrong" in page.text
+    assert [sample["list"] for sample in page.data()["samples"]] == ["suspect", "suspect", "review", "review"]
+
+
+def test_a_lower_bound_is_told_as_such_and_no_rate_is_told_where_none_is_suspect():
+    open_end = Page(render_report(RunRecord(estimated((0.3, 1.0))))).text
+    assert "At least 30.0% of the labels look wrong" in open_end
+    assert "30.0% look wrong at least" in open_end
+    assert "37.5%" not in open_end
+    none = torch.ones(6, dtype=torch.bool)
+    nothing = estimated(is_clean=none, reason=torch.zeros(6, dtype=torch.uint8))
+    assert "37.5%" not in Page(render_report(RunRecord(nothing))).text
+
+
+def test_the_chart_of_expected_precision_has_both_lists():
+    drawn = str(precision_chart(estimated()))
+    assert len(parts(drawn, "line suspect")) == len(parts(drawn, "line clean")) == 1
+    assert "2 suspects" in drawn
+    assert "2 more worth a look" in drawn
+    assert precision_chart(replace(estimated(), noise_rate_interval=None)) is None
+
+
+@pytest.mark.parametrize("size", [1, 2, 60])
+@pytest.mark.parametrize("clean", [0.01, 0.99])
+def test_the_chart_of_any_size(size, clean):
+    found = make_partition(torch.full((size,), clean), torch.arange(size) % 4)
+    assert str(precision_chart(replace(found, noise_rate_interval=(0.0, 1.0)))).startswith("<svg")
 
 
 def test_the_histogram_counts_every_sample_once_and_marks_the_cut():

@@ -13,9 +13,10 @@
   const gallery = document.getElementById("gallery");
   if (!gallery) { document.body.dataset.ready = "yes"; return; }
   const [before, after] = ["before", "after"].map((name) => document.getElementById(name));
-  const controls = { class: null, reason: null, action: null, who: null, sort: null, size: null };
+  const controls = { list: null, class: null, reason: null, action: null, who: null, sort: null, size: null };
   for (const name of Object.keys(controls)) controls[name] = document.getElementById("by-" + name);
   const called = (label) => (label < data.names.length ? data.names[label] : String(label));
+  const lists = new Map(data.lists);
   const persons = "by a person", who = (sample) => (sample.person ? persons : "by the recipe");
   const orders = {
     // What a person has decided already comes behind what is still to be looked at.
@@ -100,6 +101,7 @@
     const row = make("div", "tags"), same = sample.new.join() === sample.suggested.join();
     const why = { label: "for its label", input: "for its input", both: "for label and input" }[sample.reason];
     if (why) row.append(make("span", "tag", why));
+    if (sample.list === "review") row.append(make("span", "tag", lists.get("review")));
     const done = make("span", "tag done", (data.proposes ? "proposed: " : "") + sample.action);
     if (sample.new.length && !same) done.append(" to ", ...named(sample.new, () => ""));
     row.append(done);
@@ -132,12 +134,12 @@
   for (const label of [...classes.keys()].sort((a, b) => a - b)) {
     option(controls.class, label, called(label) + " (" + classes.get(label) + ")");
   }
-  const kinds = { reason: (sample) => sample.reason, action: (sample) => sample.action, who: who };
-  const known = { reason: data.reasons, action: data.actions, who: [who({}), persons] };
+  const kinds = { list: (sample) => sample.list, reason: (sample) => sample.reason, action: (sample) => sample.action, who: who };
+  const known = { list: [...lists.keys()], reason: data.reasons, action: data.actions, who: [who({}), persons] };
   for (const [name, of] of Object.entries(kinds)) {
     const counts = count(data.samples.map(of));
     for (const kind of known[name]) {
-      if (counts.has(kind)) option(controls[name], kind, kind + " (" + counts.get(kind) + ")");
+      if (counts.has(kind)) option(controls[name], kind, (name === "list" ? lists.get(kind) : kind) + " (" + counts.get(kind) + ")");
     }
     // What is the same of all needs no choice.
     controls[name].parentElement.hidden = counts.size < 2;
@@ -146,7 +148,7 @@
   function state() {
     const asked = new URLSearchParams(location.hash.slice(1));
     return {
-      class: asked.get("class") ?? "", reason: asked.get("reason") ?? "",
+      list: asked.get("list") ?? "", class: asked.get("class") ?? "", reason: asked.get("reason") ?? "",
       action: asked.get("action") ?? "", who: asked.get("who") ?? "",
       sort: Object.hasOwn(orders, asked.get("sort") ?? "") ? asked.get("sort") : "p",
       size: Math.min(500, Math.max(1, parseInt(asked.get("size"), 10) || 24)),

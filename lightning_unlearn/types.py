@@ -75,11 +75,14 @@ class OutOfSample:
             epoch, its bias (C,); None where no such epoch was read.
         drawn: (C,) float64, how often samples of each class were drawn in that epoch; None likewise.
         accuracy: share of the validation samples whose given label is predicted; None without enough of them.
+        left_out: a ``PrequentialRate`` of leave-one-out scores of features that training has not changed, its bias
+            (C,); None where there are none, or where they do not tell.
     """
 
     early: Any = None
     drawn: Tensor | None = None
     accuracy: float | None = None
+    left_out: Any = None
 
 
 @dataclass(frozen=True, eq=False)

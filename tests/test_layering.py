@@ -52,6 +52,7 @@ PARTITIONING = {
     "callbacks._assembly",
     "callbacks._early_epochs",
     "callbacks._evidence_pass",
+    "callbacks._frozen_features",
     "callbacks._judging",
     "callbacks._label_watch",
     "callbacks._partition_log",
@@ -152,7 +153,8 @@ MAY_IMPORT = {
     "callbacks._partition_log": ALL_BELOW | SHARED | {"callbacks._summary", "callbacks._loggers"},
     "callbacks._rows": ALL_BELOW | {"callbacks._lightning", "callbacks._scoring"},
     "callbacks._recognise": ALL_BELOW | SHARED,
-    "callbacks._evidence_pass": ALL_BELOW | SHARED | {"callbacks._recognise"},
+    "callbacks._frozen_features": ALL_BELOW | SHARED,
+    "callbacks._evidence_pass": ALL_BELOW | SHARED | {"callbacks._frozen_features", "callbacks._recognise"},
     "callbacks._label_watch": ALL_BELOW | {"callbacks._head_watch"},
     "callbacks._judging": ALL_BELOW | SHARED | {"callbacks._assembly"},
     "callbacks._validation_partition": ALL_BELOW

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from lightning_unlearn.callbacks._base import IndexedBatch, in_index_order, logits_of, reading_of
+from lightning_unlearn.callbacks._frozen_features import FrozenFeatures
 from lightning_unlearn.callbacks._lightning import undisturbed
 from lightning_unlearn.callbacks._recognise import check_same_labels, check_same_size
 from lightning_unlearn.callbacks._scoring import scoring_loader, train_loader
@@ -45,11 +46,12 @@ class EvidencePass:
 
     Args:
         source: knows how batches are read.
-        attributor: of the user's model; watches ``early``, if that is given.
+        attributor: of the user's model; watches ``early``, if that is given, and then that of ``features``.
         trajectory: takes the logits and margins of every row.
         is_last: whether the partition is drawn after this pass, so that more is to be noted of every row.
         needs_rows: whether the recipe looks at the attributions themselves, after the last pass.
         early: the layer whose response is noted in the last pass; None for none.
+        features: take what training has not changed, which ``attributor`` watches last; None for none.
         absent: takes the indices of samples of this rank's share that the data set gives as None; those that it holds
             already count as such.
         loader: of other samples than those of the training set; None for these.
@@ -62,6 +64,7 @@ class EvidencePass:
     is_last: bool
     needs_rows: bool
     early: LayerPoint | None
+    features: FrozenFeatures | None = None
     absent: set[int] = field(default_factory=set)
     loader: DataLoader[Any] | None = None
     title: str = "Evidence"
@@ -99,6 +102,8 @@ class EvidencePass:
         found |= _seen_in_the_last_pass(seen, label, margin)
         if self.early is not None:
             found["response"] = response(pl_module, self.early, seen.watched[0])
+        if self.features is not None:
+            self.features.take(seen.watched[-1])
         return found
 
     def _attribute(self, pl_module: LightningModule, x: Any, label: Tensor) -> MarginAttribution:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -34,7 +34,7 @@ def judge_share(
     trajectory: Trajectory,
     reading: Reading,
     recipe: Recipe,
-    unseen: OutOfSample | None = None,
+    out_of_sample: Callable[[Evidence], OutOfSample | None] = lambda _: None,
 ) -> tuple[list[Judged], Tensor]:
     """What the recipe makes of each label, and the given labels of the whole training set, (N,) or (N, L).
 
@@ -45,7 +45,7 @@ def judge_share(
         trajectory: what training and the passes showed.
         reading: how many rows a sample has.
         recipe: from evidence to a verdict.
-        unseen: what was said of labels that were not learned yet, for the recipes that ask for it.
+        out_of_sample: what is said of labels that were not learned, for the recipes that ask for it.
 
     Raises:
         ValueError: where all samples have the same label, or none.
@@ -73,7 +73,7 @@ def judge_share(
         # Copies of a sample, with the same label, are one for whatever is estimated.
         counts = weight / copies(mixed(identity + given))[index]
         evidence = _evidence(trajectory, of_label, index, counts, index * rows + at, device)
-        evidence = replace(evidence, unseen=unseen)
+        evidence = replace(evidence, unseen=out_of_sample(evidence))
         verdict = None if is_one_sided else judge_finite(recipe, evidence, reduce, fault)
         if verdict is not None:
             verdict = _suggests_only(verdict, torch.unique(known), evidence)

@@ -172,7 +172,7 @@ class ValidationJudge:
         unseen = None
         if recipe.needs_unseen and reading.rows_per_sample == 1:
             unseen = _unseen(trainer, one)
-        judged, label = judge_share(trainer, pl_module, share, one.trajectory, reading, recipe, unseen)
+        judged, label = judge_share(trainer, pl_module, share, one.trajectory, reading, recipe, lambda _: unseen)
         self.partition = make(judged, label, found)
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from os import PathLike
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ from lightning_unlearn.callbacks._base import (
 from lightning_unlearn.callbacks._diverged import ADVICE, not_finite
 from lightning_unlearn.callbacks._early_epochs import EarlyEpochs
 from lightning_unlearn.callbacks._evidence_pass import EvidencePass, make_attributor
+from lightning_unlearn.callbacks._frozen_features import FrozenFeatures
 from lightning_unlearn.callbacks._judging import judge_share, share_memorised, validation_accuracy, weight_of_copies
 from lightning_unlearn.callbacks._label_watch import LabelWatch
 from lightning_unlearn.callbacks._lightning import (
@@ -88,7 +90,7 @@ from lightning_unlearn.recipes.users import checking, trial
 from lightning_unlearn.review import Decided, Review, Table
 from lightning_unlearn.targets import Reading, SoftLabels, Task
 from lightning_unlearn.trajectory import PHASES, Trajectory
-from lightning_unlearn.types import LayerPoint, OutOfSample, Partition, PartitionRound, RepairSummary
+from lightning_unlearn.types import Evidence, LayerPoint, OutOfSample, Partition, PartitionRound, RepairSummary
 
 _PATH = "the dotted path of a layer, or None"
 
@@ -249,6 +251,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         # What earlier epochs showed, the same on every rank; None before the first and once no partition is to follow.
         self._trajectory: Trajectory | None = None
         self._forget_epochs()
+        self._features = FrozenFeatures()
         self._partition: Partition | None = None
         self._validation = ValidationJudge()
         # Not in a checkpoint: neurons are ranked when a partition is drawn.
@@ -262,11 +265,10 @@ class AttributionPartitionCallback(UnlearnCallback):
         self._partners: list[PartitionConsumer] = []
         self._fits: list[dict[str, Any]] = []
         self._recorded: dict[str, Any] | None = None
-        self._has_said_fallback = False
+        self._has_said_fallback = self._has_said_cost = False
         # How long the last epoch took, for who asks what a pass will cost.
         self._epoch_started: float | None = None
         self._epoch_seconds: float | None = None
-        self._has_said_cost = False
         self._reader.reset()
         self._watch.detach()
 
@@ -428,6 +430,8 @@ class AttributionPartitionCallback(UnlearnCallback):
             self._trajectory = Trajectory(total * rows, self.reading.num_classes)
             if self.reading.label_at is None:
                 self._watch.start(pl_module, trace.logit_maker(self.reading.num_outputs))
+        if self._trajectory is not None and self._asks_unseen:
+            self._features.start(trainer, pl_module, self, trace, first)
         self._rehearse(trainer, pl_module, first)
         self._try_recipe(trainer, total)
         self._begin_validation(trainer, pl_module)
@@ -670,10 +674,13 @@ class AttributionPartitionCallback(UnlearnCallback):
         if self._merge(trainer, pl_module, trainer.current_epoch + 1, self._reader.rows_read) > 0:
             self._epochs_seen.append(trainer.current_epoch + 1)
 
+    @property
+    def _asks_unseen(self) -> bool:
+        return self.recipe.needs_unseen and self.reading.rows_per_sample == 1
+
     def _looks_early(self, epoch: int) -> bool:
         """Whether the training steps of the ``epoch``-th epoch are looked at by themselves."""
-        is_asked = self.recipe.needs_unseen and self.reading.rows_per_sample == 1
-        return is_asked and epoch <= self.at_epoch and self._early_epochs.is_due(epoch)
+        return self._asks_unseen and epoch <= self.at_epoch and self._early_epochs.is_due(epoch)
 
     def _look_early(self, trainer: Trainer) -> None:
         positions, epoch = self._reader.positions, trainer.current_epoch + 1
@@ -781,7 +788,7 @@ class AttributionPartitionCallback(UnlearnCallback):
             self._trajectory_in_use,
             self.reading,
             self.recipe,
-            self._out_of_sample(trainer, pl_module),
+            partial(self._out_of_sample, trainer, pl_module),
         )
         before, decided = self._partition, self._decided(judged, label)
         drawn, seconds = self._made(trainer, judged, label, decided), time.perf_counter() - started
@@ -802,7 +809,7 @@ class AttributionPartitionCallback(UnlearnCallback):
             self._partition = drawn
             self.sample_weight = weight_of_copies(judged, len(drawn))
         if self.every_n_epochs is None or self._is_stable:
-            self._trajectory = None
+            self._trajectory, self._features = None, FrozenFeatures()
         if before is None:
             self._report(pl_module, drawn, notes_of(judged, drawn), seconds)
         else:
@@ -819,11 +826,12 @@ class AttributionPartitionCallback(UnlearnCallback):
         judge.draw(trainer, pl_module, self._evidence_pass(trainer, pl_module, is_last=True), self.recipe, make)
         return judge
 
-    def _out_of_sample(self, trainer: Trainer, pl_module: LightningModule) -> OutOfSample | None:
-        if not self.recipe.needs_unseen or self.reading.rows_per_sample > 1:
+    def _out_of_sample(self, trainer: Trainer, pl_module: LightningModule, evidence: Evidence) -> OutOfSample | None:
+        if not self._asks_unseen:
             return None
         accuracy = validation_accuracy(trainer, pl_module, self)
-        return OutOfSample(self._early_epochs.rate, self._early_epochs.drawn, accuracy)
+        unseen = OutOfSample(self._early_epochs.rate, self._early_epochs.drawn, accuracy)
+        return self._features.added_to(unseen, evidence, sum_over_ranks(trainer.strategy))
 
     def _acts(self, trainer: Trainer, partition: Partition) -> bool:
         """Whether another callback is to act on the partition."""
@@ -896,9 +904,9 @@ class AttributionPartitionCallback(UnlearnCallback):
     def state_dict(self) -> dict[str, Any]:
         """Tensors and primitives.
 
-        While evidence is gathered, ``16 r + 40`` bytes per sample with ``r = min(C - 1, 128)``; 34 once the partition
-        is drawn, and both as long as it may be drawn again; about 140 bytes for the fingerprint; in the provenance up
-        to 10 bytes for each suspect that is dropped, 35 for one that is re-labelled.
+        While evidence is gathered, ``16 r + 40`` bytes per sample with ``r = min(C - 1, 128)``, and four of features;
+        34 once the partition is drawn, and both as long as it may be drawn again; about 140 bytes for the fingerprint;
+        in the provenance up to 10 bytes for each suspect that is dropped, 35 for one that is re-labelled.
         A checkpoint that is written within an epoch lacks what the training steps of that epoch have shown so far.
         """
         return {
@@ -910,6 +918,7 @@ class AttributionPartitionCallback(UnlearnCallback):
             "partition": None if self._partition is None else copied(self._partition.state_dict()),
             "reader": self._reader.state_dict(),
             "early": self._early_epochs.state_dict(),
+            "features": self._features.state_dict(),
             "fingerprint": self._fingerprint,
             "rounds": [vars(drawn) | {} for drawn in self._rounds],
             "is_stable": self._is_stable,
@@ -938,6 +947,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         self._partition = None if partition is None else Partition.from_state_dict(copied(partition))
         self._reader.load_state_dict(state["reader"])
         self._early_epochs = EarlyEpochs.from_state_dict(state["early"])
+        self._features = FrozenFeatures.from_state_dict(state.get("features"))
         self._fingerprint = state["fingerprint"]
         if self._partition is not None:
             # It watches since setup, and would make the loader forget the batches that are to be re-labelled.
@@ -969,16 +979,21 @@ class AttributionPartitionCallback(UnlearnCallback):
     def _observe_pass(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor]:
         """Passes over this rank's share of the training set; see :meth:`EvidencePass.run`."""
         is_last = not self._is_before_the_first(trainer.current_epoch)
-        found = self._evidence_pass(trainer, pl_module, is_last=is_last)
+        total = len(self._trajectory_in_use)
+        features = self._features if is_last and self._features.hold(trainer, pl_module, self, total) else None
+        found = self._evidence_pass(trainer, pl_module, is_last=is_last, features=features)
         share = found.run(trainer, pl_module)
         if is_last and self._partition is None:
             say_absent(trainer, len(found.absent), len(self._trajectory_in_use) // self.reading.rows_per_sample)
         return share
 
-    def _evidence_pass(self, trainer: Trainer, pl_module: LightningModule, *, is_last: bool) -> EvidencePass:
+    def _evidence_pass(
+        self, trainer: Trainer, pl_module: LightningModule, *, is_last: bool, features: FrozenFeatures | None = None
+    ) -> EvidencePass:
         early = self._early if is_last else None
-        attributor = self._attributor(trainer, pl_module, () if early is None else (early,))
-        return EvidencePass(self, attributor, self._trajectory_in_use, is_last, self.recipe.needs_rows, early)
+        watched = (early, None if features is None else features.point)
+        attributor = self._attributor(trainer, pl_module, tuple(point for point in watched if point is not None))
+        return EvidencePass(self, attributor, self._trajectory_in_use, is_last, self.recipe.needs_rows, early, features)
 
     def _made(
         self,

@@ -4,6 +4,9 @@ Ridge regression of the given labels on the features: with the hat matrix ``H``,
 left out is its label less ``residual / (1 - leverage)`` (Allen 1974, PRESS). One eigendecomposition of the summed
 ``X'X`` serves all penalties, and each sample then needs its own row only. It is out of sample only if the features
 are: of a frozen backbone, or from before the fit.
+
+Of many features their leading principal components do, found by a random range finder with one power iteration
+(Halko, Martinsson and Tropp 2011), which does not see the labels.
 """
 
 from __future__ import annotations
@@ -15,11 +18,48 @@ from torch import Tensor
 
 from lightning_unlearn.functional.chunks import row_slices
 from lightning_unlearn.functional.mixture import Reduce, no_reduce, reduce_together
+from lightning_unlearn.functional.prequential import PrequentialRate, prequential_rate
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Shares of the mean eigenvalue; that of the least leave-one-out error is taken."""
 
+MAX_COMPONENTS = 384
+"""Of more features as many principal components are taken."""
+
+# The least deviation of a feature, of the largest one's: what varies less is the same for all.
+_LEAST_DEVIATION = 1e-7
+
 _MOST_LEVERAGE = 1 - 1e-6
+
+# So much less skill than the network's, and so much more than it has on validation samples, is no chance.
+_LESS_SKILL = 0.05
+_MORE_SKILL = 0.1
+
+# From scores of about 1 to something like logits, where the search for a temperature starts.
+_LIKE_LOGITS = 10.0
+
+
+def left_out_rate(
+    features: Tensor, label: Tensor, weight: Tensor, num_classes: int, *, reduce: Reduce = no_reduce
+) -> PrequentialRate:
+    """The noise rate by :func:`leave_one_out_scores`.
+
+    Args:
+        features: (n, D), of which no label was learned.
+        label: (n,) int64, each of the C classes occurs.
+        weight: (n,), 0 for a row that does not count; of k copies of a sample each has 1 / k.
+        num_classes: C.
+        reduce: sums over the ranks.
+
+    Returns:
+        the same on every rank.
+    """
+    features = _standardized(features, weight, reduce)
+    if features.shape[1] > MAX_COMPONENTS:
+        features = _principal_components(features, weight, MAX_COMPONENTS, reduce)
+    scores = leave_one_out_scores(features, label, weight, num_classes, reduce=reduce)
+    position = torch.zeros_like(label)
+    return prequential_rate(_LIKE_LOGITS * scores, label, position, weight, parts=1, reduce=reduce)
 
 
 def leave_one_out_scores(
@@ -80,6 +120,63 @@ def leave_one_out_scores(
         z = (features[rows].double() - mean) @ vector
         scores[rows] = _left_out(z, inverse, rotated, share, _one_hot(label[rows], num_classes), number)
     return scores
+
+
+def skill_of(accuracy: float, largest: float) -> float:
+    """What is predicted of what the largest class, of such a share, leaves."""
+    return (accuracy - largest) / max(1 - largest, 1e-9)
+
+
+def objection_to(left_out: PrequentialRate, predicted: float, validated: float | None, early: float | None) -> str:
+    """Why leave-one-out scores do not tell how many labels are wrong; empty where they do.
+
+    A ridge that knows less than the network takes for wrong what it does not understand. And features of which labels
+    have been learned before, as in an earlier fit, predict the labels of the training samples better than those of
+    validation samples, whatever is left out.
+
+    Args:
+        left_out: what they say.
+        predicted: skill of the network on the training samples.
+        validated: its skill on validation samples; None without any.
+        early: its skill in an early epoch; None where there was none.
+    """
+    known = validated if validated is not None else early if early is not None else predicted
+    if left_out.skill < known - _LESS_SKILL:
+        return "that is less than the network knows, so they do not tell the noise rate"
+    if validated is not None and min(left_out.skill, predicted) > validated + _MORE_SKILL:
+        return "that is more than the network knows of validation samples, so the features have seen the labels before"
+    return ""
+
+
+def _standardized(features: Tensor, weight: Tensor, reduce: Reduce) -> Tensor:
+    """(n, D) float32, as the columns of a table may be in any unit."""
+    w = weight.double()
+    parts = row_slices(len(features), features.shape[1], features.device)
+    zeros = w.new_zeros(features.shape[1])
+    count, total = reduce_together(
+        reduce, w.sum().reshape(1), sum((w[rows] @ features[rows].double() for rows in parts), zeros)
+    )
+    mean = total / count
+    squares = sum((w[rows] @ (features[rows].double() - mean).square() for rows in parts), zeros)
+    deviation = (reduce(squares) / count).sqrt()
+    deviation = deviation.clamp(min=max(_LEAST_DEVIATION * deviation.max().item(), 1e-12))
+    return torch.cat([((features[rows].double() - mean) / deviation).float() for rows in parts])
+
+
+def _principal_components(features: Tensor, weight: Tensor, number: int, reduce: Reduce) -> Tensor:
+    """(n, number) float32, the coordinates of the rows along about the directions of their largest variance."""
+    w, dimension = weight.float(), features.shape[1]
+    parts = row_slices(len(features), dimension, features.device)
+    sums = (w[rows] @ features[rows].float() for rows in parts)
+    count, total = reduce_together(reduce, w.sum().reshape(1), sum(sums, w.new_zeros(dimension)))
+    mean, generator = total / count, torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(dimension, number, generator=generator).to(w.device))[0]
+    image = torch.zeros_like(basis)
+    for rows in parts:
+        x = (features[rows].float() - mean) * w[rows].unsqueeze(1).sqrt()
+        image += x.T @ (x @ basis)
+    basis = torch.linalg.qr(reduce(image))[0]
+    return torch.cat([(features[rows].float() - mean) @ basis for rows in parts])
 
 
 def _one_hot(label: Tensor, num_classes: int) -> Tensor:

@@ -80,6 +80,7 @@ def _history(evidence: Evidence, unseen: OutOfSample, reduce: Reduce) -> LabelHi
         weight=evidence.weight,
         early=_early(evidence, unseen, reduce),
         gap=None if unseen.accuracy is None else accuracy - unseen.accuracy,
+        left_out=unseen.left_out,
     )
 
 

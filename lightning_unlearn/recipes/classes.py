@@ -54,8 +54,11 @@ def restricted(evidence: Evidence, classes: Tensor) -> Evidence:
 
 
 def _unseen_of(unseen: OutOfSample, classes: Tensor) -> OutOfSample:
-    early = None if unseen.early is None else replace(unseen.early, bias=unseen.early.bias[classes])
-    return replace(unseen, early=early, drawn=None if unseen.drawn is None else unseen.drawn[classes])
+    early, left_out = (
+        None if rate is None else replace(rate, bias=rate.bias[classes]) for rate in (unseen.early, unseen.left_out)
+    )
+    drawn = None if unseen.drawn is None else unseen.drawn[classes]
+    return replace(unseen, early=early, drawn=drawn, left_out=left_out)
 
 
 def of_all_classes(verdict: Verdict, evidence: Evidence, classes: Tensor) -> Verdict:

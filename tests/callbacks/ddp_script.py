@@ -4,7 +4,7 @@ Usage: ddp_script.py FOLDER NUMBER_OF_PROCESSES SCENARIO...
 """
 
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import lightning as L
@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, WeightedRandomSampler
 
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback, UnlearnReport
+from lightning_unlearn.recipes import RECIPES
 from tests.callbacks import test_training_evidence as evidence
 from tests.callbacks.test_resumed_otherwise import per_step
 from tests.callbacks.test_training_pass import BATCH, Coded, Net
@@ -38,6 +39,18 @@ def pretrained():
             torch.nn.functional.cross_entropy(net(data.x), data.y).backward()
             optimizer.step()
     return net
+
+
+class Told:
+    """The recipe for labels, which keeps what it was told of labels that were not learned."""
+
+    def __call__(self, evidence, reduce):
+        self.unseen = evidence.unseen
+        return RECIPES["label"].judge(evidence, reduce)
+
+
+def numbers(rate):
+    return {name: float(value) for name, value in vars(rate).items() if name != "bias"}
 
 
 class Failing(AttributionPartitionCallback):
@@ -66,7 +79,7 @@ class Watched(L.Callback):
 
 def run(folder, devices, scenario):
     distributed = {"devices": devices, "strategy": "ddp" if devices > 1 else "auto"}
-    data, watch = Blobs(101), Watched()
+    data, watch, told = Blobs(101), Watched(), Told()
     record = IndexRecorder(data)
     if scenario == "fails":
         fit(Toy(), BlobsData(data), [Failing(at_epoch=AT)], max_epochs=AT + 2, **distributed)
@@ -82,7 +95,12 @@ def run(folder, devices, scenario):
         loader = {"shuffle": None, "sampler": WeightedRandomSampler(weights_of(data), 150)}
         distributed["use_distributed_sampler"] = scenario == "weighted"
     settings = {
-        "still": {"net": pretrained, "optimizer": still, "finetune": {}},
+        "still": {
+            "net": pretrained,
+            "optimizer": still,
+            "finetune": {},
+            "recipe": replace(RECIPES["label"], judge=told),
+        },
         "still-rlap": {"net": pretrained, "optimizer": still, "finetune": {}, "recipe": "rlap"},
         "layers": {"net": mlp, "finetune": {"mode": "layers", "lr": 0.02}},
         "full": {"net": mlp, "finetune": {"lr": 0.02}},
@@ -91,6 +109,7 @@ def run(folder, devices, scenario):
         "weighted-each": {"net": mlp, "finetune": {}},
     }[scenario]
     recipe = settings.get("recipe", "label")
+    recipe = replace(RECIPES["label"], judge=told) if recipe == "told" else recipe
     # The regression alone: what it finds is what is pruned.
     plain = {"significance": None, "guard": False}
     partition, prune, finetune = trio(AT, prune=plain, finetune=settings["finetune"], recipe=recipe)
@@ -107,6 +126,7 @@ def run(folder, devices, scenario):
             "before": watch.before,
             "weights": weights(module),
             "target": prune.target_layer(),
+            "left_out": numbers(told.unseen.left_out) if scenario == "still" else None,
         },
         folder / f"{scenario}-{devices}-{trainer.global_rank}.pt",
     )

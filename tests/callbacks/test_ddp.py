@@ -190,6 +190,8 @@ def test_two_processes_find_what_one_finds(ranks, scenario, tmp_path):
     if alone["mask"] is not None:
         torch.testing.assert_close(both["sensitivity"], alone["sensitivity"], rtol=1e-4, atol=1e-5)
     assert (scenario == "still") == (alone["mask"] is not None)
+    if scenario == "still":
+        assert both["left_out"] == pytest.approx(alone["left_out"], rel=1e-3, abs=1e-6)
 
 
 def test_an_error_on_one_rank_ends_both(launched):

@@ -137,8 +137,9 @@ class AttributionPartitionCallback(UnlearnCallback):
         input_layer: dotted path of the early layer whose output shows corrupted inputs; by default what the first block
             makes of the input.
         precision: suspects are the longest list of which at least this share is expected to be wrong: higher for fewer
-            and surer ones. In [.5, 1). A recipe that does not estimate how many are wrong (a function of yours, and
-            ``"loss"``, ``"aum"``, ``"argmax"``, ``"rlap"``, ``"input"``) goes by p(clean) below .5 instead.
+            and surer ones. In [.5, 1); no sample that is less than .3 likely to be wrong is among them. A recipe that
+            does not estimate how many are wrong (a function of yours, and ``"loss"``, ``"aum"``, ``"argmax"``,
+            ``"rlap"``, ``"input"``) goes by p(clean) below .5 instead.
         min_class_share: share of each class's samples that is kept in any case, the likeliest; rounded up.
         action: ``"report"`` for a dry run: the partition is drawn, but nothing is pruned or fine-tuned; the log says
             what would be, and what it would cost. Without another callback of ours, ``at_epoch`` may be ``max_epochs``

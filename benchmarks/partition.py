@@ -31,7 +31,7 @@ from torch import Tensor
 from benchmarks.measures import flags, ranking
 from benchmarks.models import StopAfter
 from benchmarks.partition_tables import tables
-from benchmarks.peers import PEERS, SCORES, peer
+from benchmarks.peers import PEERS, SCORES, Recorder, peer
 from benchmarks.problems import Problem, problems
 from benchmarks.runs import head, where_and_when
 from benchmarks.sources import DATA
@@ -82,25 +82,29 @@ def _peak_mib(*, again: bool = False) -> float:
     return int(re.findall(r"VmHWM:\s+(\d+)", status.read_text(encoding="ascii"))[0]) / 1024
 
 
-def partition_at(problem: Problem, seed: int, moment: str) -> tuple[Partition, dict[str, Any]]:
+def partition_at(
+    problem: Problem, seed: int, moment: str, recorder: Recorder | None = None
+) -> tuple[Partition, dict[str, Any]]:
     """The partition that the callback draws in a fit, and what it cost.
 
     Args:
         problem: which.
         seed: of weights and order.
         moment: one of :data:`MOMENTS`; ``"auto"`` leaves it to the callback, which is told nothing.
+        recorder: that reads the same fit.
     """
-    stops: list[L.Callback] = []
+    others: list[L.Callback] = [] if recorder is None else [recorder]
     if moment == AUTO:
         callback = AttributionPartitionCallback(at_epoch=problem.epochs // 2, action="report")
     else:
         epochs = {SECOND: 2, MIDDLE: problem.epochs // 2, END: problem.epochs}[moment]
         callback = AttributionPartitionCallback(at_epoch=epochs, action="report")
-        stops = [StopAfter(epochs)]
+        others += [StopAfter(epochs)]
     own = CountSeconds(callback)
     L.seed_everything(seed, verbose=False)
     model, before, started = problem.network(), _peak_mib(again=True), time.process_time()
-    problem.fit(model, problem.loader(), [callback, *stops])
+    # The first of all, as a callback of ours may ask the network for something of its own.
+    problem.fit(model, problem.loader(sampler=recorder and recorder.sampler), [*others, callback])
     return callback.partition, {
         "seconds": time.process_time() - started,
         "added": own.seconds,
@@ -137,10 +141,8 @@ def _listed(bad: Tensor, found: dict[str, Any]) -> dict[str, Any]:
 
 def row_of(problem: Problem, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """All that is known of a case with a seed."""
-    # The folds of a slow case take as long as five fits.
-    names = [name for name in PEERS if args.slow_folds or not problem.is_slow or name == "plain"]
-    if problem.is_slow and "logistic" in names:
-        names.remove("logistic")  # there are no features
+    # The folds of a slow case take as long as five fits, and there are no features; its own scores come with its fit.
+    names = [name for name in PEERS if not problem.is_slow or (name == "folds" and args.slow_folds)]
     found = {name: peer(name, problem, seed, args.cache) for name in names}
     if args.peers_only:
         return {}
@@ -153,14 +155,18 @@ def row_of(problem: Problem, seed: int, args: argparse.Namespace) -> dict[str, A
         "samples": len(problem.bad),
         "epochs": problem.epochs,
         "is_slow": problem.is_slow,
-        "peers": {name: _listed(problem.bad, value) for name, value in found.items()},
     }
-    for moment in MOMENTS:
-        if moment == AUTO or (moment in args.moments and not problem.is_slow):
-            partition, cost = partition_at(problem, seed, moment)
-            row[moment] = judged(partition, problem.bad, found["plain"])
-            if moment == AUTO:
-                row |= {"cost": cost, "is_same_fit": cost["weight"] == found["plain"]["weight"]}
+    for moment in MOMENTS if not problem.is_slow else (AUTO,):
+        if moment != AUTO and moment not in args.moments:
+            continue
+        recorder = Recorder(problem) if problem.is_slow else None
+        partition, cost = partition_at(problem, seed, moment, recorder)
+        if recorder is not None:
+            found["plain"] = recorder.found(cost["seconds"] - cost["added"])
+        row[moment] = judged(partition, problem.bad, found["plain"])
+        if moment == AUTO:
+            row["cost"] = cost | {"is_same_fit": cost["weight"] == found["plain"].get("weight", cost["weight"])}
+    row["peers"] = {name: _listed(problem.bad, value) for name, value in found.items()}
     return row | where_and_when("cpu")
 
 

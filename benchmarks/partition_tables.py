@@ -130,7 +130,7 @@ def summary(rows: Sequence[Row]) -> list[str]:
     blind = [found for found in _default(noisy) if found[1]["noise"] == "symmetric"]
     folded = [found for found in _default(noisy) if "folds" in found[1]["peers"]]
     fitted = [found for found in _default(rows) if "cost" in found[1]]
-    timed = [found for found in fitted if not found[1]["is_slow"]]
+    twice = [found for found in fitted if not found[1]["is_slow"]]
     several = [found for found in _default(noisy) if "end" in found[1]]
     human = _of(rows, "human", 0.09)
     lines = [
@@ -173,11 +173,13 @@ def summary(rows: Sequence[Row]) -> list[str]:
         *_tally("the default's AUROC within .01 of the best of three fixed epochs", several, _is_steady),
         *_tally(
             "evidence and judging at most 5 % of the fit without them",
-            timed,
+            fitted,
             lambda row, at: row["cost"]["added"] <= 0.05 * row["peers"]["plain"]["seconds"],
         ),
         *_of_before(rows),
-        *_tally("weights after the fit equal those without the callback", fitted, lambda row, at: row["is_same_fit"]),
+        *_tally(
+            "weights after the fit equal those without the callback", twice, lambda row, at: row["cost"]["is_same_fit"]
+        ),
     ]
     return ["| asked for | held | | not in |", "| --- | --- | --- | --- |", *lines, ""]
 

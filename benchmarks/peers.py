@@ -1,7 +1,8 @@
 """What a partition is held against: scores of the same fit without us, and cleanlab in-sample and out-of-sample.
 
 None of it depends on what the partition does, so it is kept in a cache. The weights of a fit with the callback are bit
-for bit those without it, so the scores after an epoch are those of the network that the partition has seen.
+for bit those without it, so the scores after an epoch are those of the network that the partition has seen; a fit that
+takes minutes is run once, with both.
 """
 
 from __future__ import annotations
@@ -58,11 +59,16 @@ def predictions(trainer: L.Trainer, model: L.LightningModule, x: Tensor) -> Tens
     return torch.cat(parts)
 
 
-class _Recorder(L.Callback):
-    """Scores of every sample after each epoch: the higher the more suspect."""
+class Recorder(L.Callback):
+    """Scores of every sample after each epoch: the higher the more suspect.
 
-    def __init__(self, problem: Problem, sampler: Any) -> None:
-        self.problem, self.sampler = problem, sampler
+    Args:
+        problem: that is fitted, with the recorder's sampler.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.sampler = problem.sampler(problem.label, _RememberingShuffle, _RememberingWeights)
         self.scores: dict[str, list[Tensor]] = {name: [] for name in SCORES}
         self.last = torch.zeros(0)
         self.seconds = 0.0
@@ -101,6 +107,12 @@ class _Recorder(L.Callback):
         self.scores["margin"].append(-margin)
         self.seconds += time.process_time() - started
 
+    def found(self, seconds: float) -> dict[str, Any]:
+        """What is kept of a fit that took so many seconds with all that was read."""
+        scores = {name: torch.stack(values) for name, values in self.scores.items()}
+        cleanlab = cleanlab_on(self.problem.label, self.last.softmax(dim=1))
+        return {**scores, "cleanlab": cleanlab, "seconds": seconds - self.seconds}
+
 
 def cleanlab_on(label: Tensor, probability: Tensor) -> dict[str, Tensor]:
     """What cleanlab makes of predicted probabilities: a score, the higher the more suspect, and its issues."""
@@ -118,20 +130,10 @@ def cleanlab_on(label: Tensor, probability: Tensor) -> dict[str, Tensor]:
 def plain_fit(problem: Problem, seed: int) -> dict[str, Any]:
     """The fit without us: scores after each epoch, cleanlab in-sample at its end, and its seconds."""
     L.seed_everything(seed, verbose=False)
-    model = problem.network()
-    sampler = problem.sampler(problem.label, _RememberingShuffle, _RememberingWeights)
-    recorder = _Recorder(problem, sampler)
-    started = time.process_time()
-    problem.fit(model, problem.loader(sampler=sampler), [recorder])
-    seconds = time.process_time() - started - recorder.seconds
-    scores = {name: torch.stack(values) for name, values in recorder.scores.items()}
-    weight = next(model.parameters()).detach().double().sum().item()
-    return {
-        **scores,
-        "cleanlab": cleanlab_on(problem.label, recorder.last.softmax(dim=1)),
-        "seconds": seconds,
-        "weight": weight,
-    }
+    model, recorder, started = problem.network(), Recorder(problem), time.process_time()
+    problem.fit(model, problem.loader(sampler=recorder.sampler), [recorder])
+    found = recorder.found(time.process_time() - started)
+    return found | {"weight": next(model.parameters()).detach().double().sum().item()}
 
 
 def _out_of_fold(problem: Problem, seed: int) -> Tensor:

@@ -87,6 +87,7 @@ class Trajectory:
         self._take_coordinates(class_coordinates(num_classes))
         self.label = torch.full((total,), -1)
         self.rows_left_out = 0
+        self._epochs_each = 1
 
     def _take_coordinates(self, basis: Tensor) -> None:
         self.basis = basis
@@ -194,6 +195,34 @@ class Trajectory:
         self._fresh.zero_()
         self.rows_left_out = 0
 
+    def make_room(self, phase: int, width: int) -> int:
+        """Where the evidence of an epoch belongs, so that no later phase holds earlier epochs.
+
+        Args:
+            phase: that it is to belong to.
+            width: of how many epochs a phase is to be; where it has grown, pairs of phases are joined. 0 where phases
+                are not joined.
+        """
+        while 0 < self._epochs_each < width:
+            pairs = self._phases.reshape(PHASES // 2, 2, *self._phases.shape[1:]).sum(dim=1)
+            self._phases[: PHASES // 2], self._phases[PHASES // 2 :] = pairs, 0
+            self._epochs_each *= 2
+        held = [at for at in range(PHASES) if bool((self._phases[at, :, -1] > 0).any())]
+        return max([phase, *held])
+
+    def margins(self) -> tuple[Tensor, Tensor]:
+        """The mean margin (N,) of all that was merged, and how often each sample was seen (N,)."""
+        count = self._scores[:, 0]
+        return self._scores[:, 1] / count.clamp(min=1), count.clone()
+
+    def agreement(self) -> Tensor:
+        """(2,) float64: of how many samples this rank has observed, since the last merge, that the label leads; of all.
+
+        The margin is positive where the strongest class is the given label.
+        """
+        margin, count = self._fresh[:, -3], self._fresh[:, -4]
+        return torch.stack([(margin[count > 0] > 0).sum(), (count > 0).sum()]).double()
+
     def drop(self) -> None:
         """Forgets what was observed since the last merge, by a pass that did not reach its end."""
         self._fresh.zero_()
@@ -205,6 +234,7 @@ class Trajectory:
             tensor.zero_()
         self.label.fill_(-1)
         self.rows_left_out = 0
+        self._epochs_each = 1
 
     def phases(self, index: Tensor) -> list[Tensor]:
         """The mean class attributions of some samples over each phase of training that holds anything.
@@ -236,6 +266,7 @@ class Trajectory:
             "phases": self._phases.clone(),
             "scores": self._scores.clone(),
             "label": self.label.clone(),
+            "epochs_each": self._epochs_each,
         }
 
     @classmethod
@@ -251,4 +282,5 @@ class Trajectory:
             ("label", trajectory.label),
         ):
             tensor.copy_(state[name])
+        trajectory._epochs_each = state.get("epochs_each", 1)
         return trajectory

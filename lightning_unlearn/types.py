@@ -948,7 +948,8 @@ class NeuronMask:
 class PartitionSource(Protocol):
     """A callback that publishes a partition. How the callbacks know each other without importing each other."""
 
-    at_epoch: int
+    at_epoch: Any
+    """When the partition is drawn: a number of epochs, a share of them, or ``"auto"``."""
     reading: Any
     """How batches, outputs and labels are read: a :class:`~lightning_unlearn.targets.Reading`."""
     sample_weight: Tensor | None

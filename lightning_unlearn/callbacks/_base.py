@@ -45,12 +45,11 @@ from lightning_unlearn.types import Partition, PartitionSource
 _MISSING_PARTNER = """{who} needs an AttributionPartitionCallback in the Trainer's callbacks, in any place, but found
 {found}. Add it in Python:
     from lightning_unlearn import AttributionPartitionCallback
-    trainer = Trainer(callbacks=[AttributionPartitionCallback(at_epoch=20), {who}(...)])
+    trainer = Trainer(callbacks=[AttributionPartitionCallback(), {who}(...)])
 or in YAML:
     trainer:
       callbacks:
         - class_path: lightning_unlearn.AttributionPartitionCallback
-          init_args: {{at_epoch: 20}}
         - class_path: lightning_unlearn.{who}"""
 
 
@@ -281,6 +280,11 @@ class PartitionConsumer(UnlearnCallback):
             partition: the one that was acted upon.
         """
         return {}
+
+    def when_drawn(self) -> str:
+        """When there will be a partition, as far as is known."""
+        at_epoch = None if self._source is None else self._source.at_epoch
+        return f"at epoch {at_epoch}" if isinstance(at_epoch, int) else "when the partition is drawn"
 
     @property
     def _is_dry_run(self) -> bool:

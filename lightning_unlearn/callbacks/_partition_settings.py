@@ -1,35 +1,10 @@
-"""Whether the settings of a partition can work: by themselves, with the Trainer's, with the model and its task."""
+"""Whether the settings of a partition can work: with the model and its task."""
 
 from __future__ import annotations
 
-from lightning.pytorch import Trainer
-
-from lightning_unlearn.callbacks._lightning import is_fast_dev_run
-from lightning_unlearn.callbacks._packages import MisconfigurationException
 from lightning_unlearn.capture import GRADIENT_X_ACTIVATION, ForwardTrace, check_reached, plain_name
 from lightning_unlearn.recipes import Recipe
 from lightning_unlearn.types import LayerPoint
-
-
-def check_max_epochs(trainer: Trainer, at_epoch: int, *, may_be_last: bool) -> None:
-    """Refuses a partition after which no epoch is left.
-
-    Args:
-        trainer: of the fit.
-        at_epoch: after how many epochs it is drawn.
-        may_be_last: whether nothing is to follow it, so that training may end with it.
-
-    Raises:
-        MisconfigurationException: with both numbers.
-    """
-    max_epochs = trainer.max_epochs
-    if max_epochs == at_epoch and may_be_last:
-        return
-    if max_epochs is not None and 0 <= max_epochs <= at_epoch and not is_fast_dev_run(trainer):
-        raise MisconfigurationException(
-            "Expected at_epoch to be less than the Trainer's max_epochs, so that epochs are left after the"
-            f" partition, but got at_epoch={at_epoch} and max_epochs={max_epochs}."
-        )
 
 
 def check_several_labels(layer: str | None, method: str, recipe: Recipe) -> None:

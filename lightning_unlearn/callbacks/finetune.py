@@ -186,7 +186,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         if self._draw is None:
             if self._partition_epoch:
                 raise RuntimeError("Training goes on with all the data: the partition was not acted upon.")
-            when = "when the partition is drawn" if self._source is None else f"at epoch {self._source.at_epoch}"
+            when = self.when_drawn()
             raise RuntimeError(f"Training is on all the data yet: it is narrowed {when}.")
         return self._draw
 

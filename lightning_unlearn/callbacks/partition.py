@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from os import PathLike
 from typing import Any, Literal
@@ -27,6 +28,7 @@ from lightning_unlearn.callbacks._base import (
 )
 from lightning_unlearn.callbacks._diverged import ADVICE, not_finite
 from lightning_unlearn.callbacks._early_epochs import EarlyEpochs
+from lightning_unlearn.callbacks._early_stopping import EarlyEnd, go_on, has_fired
 from lightning_unlearn.callbacks._evidence_pass import EvidencePass, make_attributor
 from lightning_unlearn.callbacks._frozen_features import FrozenFeatures
 from lightning_unlearn.callbacks._judging import judge_share, share_memorised, validation_accuracy, weight_of_copies
@@ -48,7 +50,6 @@ from lightning_unlearn.callbacks._partition_log import (
 )
 from lightning_unlearn.callbacks._partition_settings import (
     attributed_point,
-    check_max_epochs,
     check_samples_first,
     check_several_labels,
     early_points,
@@ -75,6 +76,8 @@ from lightning_unlearn.callbacks._summary import summarise
 from lightning_unlearn.callbacks._training_pass import TrainingPassReader
 from lightning_unlearn.callbacks._validation import forget_score, score_validation
 from lightning_unlearn.callbacks._validation_partition import ValidationJudge, check_validates
+from lightning_unlearn.callbacks._validation_watch import ValidationWatch
+from lightning_unlearn.callbacks._when import DrawTime, monitored
 from lightning_unlearn.capture import (
     GRADIENT_X_ACTIVATION,
     Attributor,
@@ -89,10 +92,14 @@ from lightning_unlearn.recipes import RECIPES, Recipe, get_recipe
 from lightning_unlearn.recipes.users import checking, trial
 from lightning_unlearn.review import Decided, Review, Table
 from lightning_unlearn.targets import Reading, SoftLabels, Task
-from lightning_unlearn.trajectory import PHASES, Trajectory
+from lightning_unlearn.trajectory import Trajectory
 from lightning_unlearn.types import Evidence, LayerPoint, OutOfSample, Partition, PartitionRound, RepairSummary
 
 _PATH = "the dotted path of a layer, or None"
+_ONE_EPOCH = (
+    "it was drawn after a single epoch, in which most of what a network says is not learned yet; let training go on for"
+    " two or more"
+)
 
 
 class AttributionPartitionCallback(UnlearnCallback):
@@ -121,8 +128,12 @@ class AttributionPartitionCallback(UnlearnCallback):
     Args:
         layer: dotted path of the layer whose output is attributed; by default the input of the last Linear with an
             output per class that ``forward`` calls.
-        at_epoch: number of complete epochs after which the partition is drawn; epoch ``at_epoch`` (counted from 0) is
-            the first that can be trained on the clean subset.
+        at_epoch: when the partition is drawn, and training on the clean subset can begin. ``"auto"``: once the evidence
+            has peaked, as the ranking of the samples hardly changes any more, or training steps predict more of the
+            labels than validation does, or that gets worse; after epoch 2 at the earliest, after two thirds of what
+            the Trainer allows (epochs, steps, time) at the latest. A whole number: after so many epochs. A float in
+            (0, 1): after that share of ``max_epochs``. In any case where EarlyStopping would end training, which goes
+            on with what the partition leaves then; and where a fit ends before.
         every_n_epochs: draw the partition again after so many further epochs, and again; None for once.
         stable_share: it is not drawn again once less than this share of the samples has changed sides.
         recipe: ``"auto"``: wrong labels and corrupted inputs, each only if there is a sign of any; ``"label"`` or
@@ -172,8 +183,8 @@ class AttributionPartitionCallback(UnlearnCallback):
             when the fit is set up; for a layer that is not reached, labels out of range, or a ``review`` of other data,
             when training starts.
         TypeError: for a dataset without index or length, or a batch that is not ``(x, y)``, when training starts.
-        MisconfigurationException: if ``at_epoch`` is not before the Trainer's ``max_epochs``, or for a strategy that is
-            not supported, when the fit is set up.
+        MisconfigurationException: if ``at_epoch`` is not before the Trainer's ``max_epochs``, or a share of none, or
+            for a strategy that is not supported, when the fit is set up.
 
     Example:
         >>> AttributionPartitionCallback(at_epoch=20).partition
@@ -187,7 +198,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         self,
         layer: str | None = None,
         *,
-        at_epoch: int,
+        at_epoch: int | float | Literal["auto"] = "auto",
         every_n_epochs: int | None = None,
         stable_share: float = 0.01,
         recipe: str | Callable[..., Any] = "auto",
@@ -208,7 +219,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         check_data: bool = True,
     ) -> None:
         self.layer = None if layer is None else check_text("layer", layer, _PATH)
-        self.at_epoch = check_whole("at_epoch", at_epoch, least=1, meaning="the number of epochs on all the data")
+        self.at_epoch = at_epoch
         self.action: str = check_choice("action", action, ("act", "report"))
         self.every_n_epochs: int | None = None
         if every_n_epochs is not None:
@@ -237,10 +248,13 @@ class AttributionPartitionCallback(UnlearnCallback):
         self.check_data = check_flag("check_data", check_data)
         self._reader = TrainingPassReader(reading=self.reading, sink=self)
         self._watch = LabelWatch(self.reading)
+        self._validation_watch = ValidationWatch(self.reading)
+        self._end = EarlyEnd()
         self.reset()
 
     @override
     def reset(self) -> None:
+        self._when.reset()
         self._point: LayerPoint | None = None
         self._early: LayerPoint | None = None
         self.reading.forget()
@@ -258,7 +272,8 @@ class AttributionPartitionCallback(UnlearnCallback):
         # Not in a checkpoint: neurons are ranked when a partition is drawn.
         self.sample_weight: Tensor | None = None
         self._rounds: list[PartitionRound] = []
-        self._is_stable = False
+        # Late: drawn when training had ended.
+        self._is_stable = self._is_late = False
         self._memorised: float | None = None
         self._accuracy: dict[str, float | None] = {"before": None, "after": None}
         self._summary: RepairSummary | None = None
@@ -278,6 +293,15 @@ class AttributionPartitionCallback(UnlearnCallback):
         self._early_epochs = EarlyEpochs()
 
     @property
+    def at_epoch(self) -> int | float | str:
+        """When the partition is drawn, as asked for; see the class."""
+        return self._when.asked
+
+    @at_epoch.setter
+    def at_epoch(self, value: Any) -> None:
+        self._when = DrawTime(value)
+
+    @property
     def partition(self) -> Partition:
         """The partition of the training set.
 
@@ -285,7 +309,7 @@ class AttributionPartitionCallback(UnlearnCallback):
             RuntimeError: before it is drawn, saying when it will be.
         """
         if self._partition is None:
-            raise RuntimeError(f"There is no partition yet: it is drawn when {self.at_epoch} epochs are complete.")
+            raise RuntimeError(f"There is no partition yet: it is drawn {self._when}.")
         return self._partition
 
     @property
@@ -379,7 +403,7 @@ class AttributionPartitionCallback(UnlearnCallback):
             return self._is_next_due(epoch)
         if epoch < 1:
             return False
-        if epoch >= self.at_epoch:
+        if self._when.is_due(epoch):
             return True
         return self.recipe.averages and epoch not in self._epochs_seen and epoch % self.evidence_every_n_epochs == 0
 
@@ -399,7 +423,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         forget_scoring_loader(trainer)
         forget_score(trainer)
         self._partners = _consumers(trainer)
-        check_max_epochs(trainer, self.at_epoch, may_be_last=self.is_dry_run and not self._partners)
+        self._when.settle(trainer, may_be_last=self.is_dry_run and not self._partners)
         self._table = open_review(trainer, self.review)
         if self.judge_validation:
             check_validates(trainer)
@@ -433,6 +457,7 @@ class AttributionPartitionCallback(UnlearnCallback):
                 self._watch.start(pl_module, trace.logit_maker(self.reading.num_outputs))
         if self._trajectory is not None and self._asks_unseen:
             self._features.start(trainer, pl_module, self, trace, first)
+        self._watch_validation(pl_module, trace)
         self._rehearse(trainer, pl_module, first)
         self._try_recipe(trainer, total)
         self._begin_validation(trainer, pl_module)
@@ -449,6 +474,11 @@ class AttributionPartitionCallback(UnlearnCallback):
                 "judge_validation=True has no effect here: the partition of the checkpoint was drawn without it; start"
                 " again without the checkpoint, or from one of before the partition."
             )
+
+    def _watch_validation(self, pl_module: LightningModule, trace: ForwardTrace) -> None:
+        maker = trace.logit_maker(self.reading.num_outputs)
+        if self._partition is None and self._when.is_open and maker is not None:
+            self._validation_watch.start(resolve_layer(pl_module, maker))
 
     def _known_labels(self, first: IndexedBatch, total: int) -> Tensor | None:
         """The labels of all rows that a checkpoint has, if it fits the first batch; None in a fit from the start."""
@@ -620,10 +650,36 @@ class AttributionPartitionCallback(UnlearnCallback):
         super().on_train_epoch_start(trainer, pl_module)
         if not self._has_said_cost:
             self._epoch_started = time.perf_counter()
+        if self._end.release(trainer):
+            # The fit loop takes this for its end.
+            raise StopIteration
         if self._reads_training:
             self._reader.start_epoch(trainer)
         else:
             self._reader.detach()
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._validation_watch.begin()
+
+    @override
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._validation_watch.start_batch(batch)
+
+    @override
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._validation_watch.end_batch()
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -665,6 +721,9 @@ class AttributionPartitionCallback(UnlearnCallback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._epoch_started is not None:
             self._epoch_seconds = time.perf_counter() - self._epoch_started
+        if self._partition is None and self._partners and not self.is_dry_run:
+            self._end.hold(trainer)
+        self._note_validation(trainer)
         if not self._reads_training or self._trajectory is None:
             return
         if not self._reader.end_epoch(trainer):
@@ -679,9 +738,16 @@ class AttributionPartitionCallback(UnlearnCallback):
     def _asks_unseen(self) -> bool:
         return self.recipe.needs_unseen and self.reading.rows_per_sample == 1
 
+    def _note_validation(self, trainer: Trainer) -> None:
+        """Notes how validation has gone, where that tells when the partition is due."""
+        if self._partition is not None or not self._when.is_open:
+            return
+        shown = self._validation_watch.result(monitored(trainer), sum_over_ranks(trainer.strategy))
+        self._when.note(trainer.current_epoch + 1, **shown)
+
     def _looks_early(self, epoch: int) -> bool:
         """Whether the training steps of the ``epoch``-th epoch are looked at by themselves."""
-        return self._asks_unseen and epoch <= self.at_epoch and self._early_epochs.is_due(epoch)
+        return self._asks_unseen and not self._when.is_due(epoch - 1) and self._early_epochs.is_due(epoch)
 
     def _look_early(self, trainer: Trainer) -> None:
         positions, epoch = self._reader.positions, trainer.current_epoch + 1
@@ -701,19 +767,19 @@ class AttributionPartitionCallback(UnlearnCallback):
         """Adds what this rank observed in an epoch, and returns how many rows that all ranks observed are finite."""
         trajectory, reduce = self._trajectory_in_use, sum_over_ranks(trainer.strategy)
         left_out, total = (int(x) for x in reduce(torch.tensor([trajectory.rows_left_out, rows]).double()).tolist())
-        trajectory.merge(self._phase(epoch), reduce)
+        phase, width = self._when.phase(epoch)
+        with self._when.noting(epoch, trajectory, reduce, of_steps=self._reader.is_reading):
+            trajectory.merge(trajectory.make_room(phase, width), reduce)
         if said := check_rows_left_out(pl_module, left_out, total, epoch, reduce):
             rank_zero_warn(said)
         return total - left_out
-
-    def _phase(self, epoch: int) -> int:
-        """The quarter of training to which the evidence of the ``epoch``-th epoch belongs."""
-        return (epoch - 1) * PHASES // self.at_epoch
 
     @override
     def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._reader.detach()
         self._watch.detach()
+        self._validation_watch.detach()
+        self._end.release(trainer)
         # The user's loader, whose collate function may lead back to the Trainer.
         forget_scoring_loader(trainer)
 
@@ -725,10 +791,22 @@ class AttributionPartitionCallback(UnlearnCallback):
         """The partition, drawn now if it is due, or None if it is not due yet."""
         if self._point is not None and self._trajectory is not None:
             establish_rows_again(trainer, pl_module, self.reading)
+        if self._partition is None:
+            self._decide(trainer)
         if self.gathers_evidence(trainer.current_epoch):
             with self.timed():
                 self._gather(trainer, pl_module)
         return self._partition
+
+    def _decide(self, trainer: Trainer) -> None:
+        """Looks whether the partition is due."""
+        epoch = trainer.current_epoch
+        self._when.decide(
+            trainer,
+            is_settled=not (self._reader.is_reading and self._looks_early(epoch + 1)),
+            is_stopped=has_fired(trainer, epoch - 1),
+            reduce=sum_over_ranks(trainer.strategy),
+        )
 
     def _gather(self, trainer: Trainer, pl_module: LightningModule) -> None:
         epoch, started = trainer.current_epoch, time.perf_counter()
@@ -751,7 +829,7 @@ class AttributionPartitionCallback(UnlearnCallback):
 
     def _is_before_the_first(self, epoch: int) -> bool:
         """Whether no partition is to be drawn yet; one of a checkpoint may be older than ``at_epoch``."""
-        return self._partition is None and epoch < self.at_epoch
+        return self._partition is None and not self._when.is_due(epoch)
 
     def _say_cost(self, trainer: Trainer) -> None:
         """Says before the first pass what bounds its time; other methods pass through the network many times."""
@@ -791,8 +869,22 @@ class AttributionPartitionCallback(UnlearnCallback):
             self.recipe,
             partial(self._out_of_sample, trainer, pl_module),
         )
-        before, decided = self._partition, self._decided(judged, label)
+        decided, is_new = self._decided(judged, label), self._partition is None
         drawn, seconds = self._made(trainer, judged, label, decided), time.perf_counter() - started
+        changed = self._publish(trainer, pl_module, judged, drawn)
+        if is_new:
+            self._validation_watch.detach()
+            if self._when.is_stopped and self._acts(trainer, drawn):
+                go_on(trainer)
+            self._report(pl_module, judged, seconds)
+        else:
+            report_round(pl_module, drawn, changed, self._is_stable)
+
+    def _publish(
+        self, trainer: Trainer, pl_module: LightningModule, judged: Sequence[Judged], drawn: Partition
+    ) -> float:
+        """Makes a partition known, and returns the share of the samples that have changed sides."""
+        before = self._partition
         changed = 1.0 if before is None else (before.is_clean != drawn.is_clean).float().mean().item()
         # The one that others act upon first, or the first of all until there is one.
         is_first = before is None or (drawn.is_actionable and not before.is_actionable)
@@ -801,7 +893,7 @@ class AttributionPartitionCallback(UnlearnCallback):
             memorised = share_memorised(judged, drawn, sum_over_ranks(trainer.strategy))
         if is_first and self._acts(trainer, drawn):
             accuracy = self._validate(trainer, pl_module, "before")
-        # Published after all that may fail, and all at once.
+        # After all that may fail, and all at once.
         self._rounds.append(PartitionRound(drawn.epoch, len(drawn.suspect_indices()), drawn.noise_rate, changed))
         self._is_stable = not is_first and changed < self.stable_share and _tells(drawn)
         self._memorised, self._accuracy["before"] = memorised, accuracy
@@ -811,10 +903,7 @@ class AttributionPartitionCallback(UnlearnCallback):
             self.sample_weight = weight_of_copies(judged, len(drawn))
         if self.every_n_epochs is None or self._is_stable:
             self._trajectory, self._features = None, FrozenFeatures()
-        if before is None:
-            self._report(pl_module, drawn, notes_of(judged, drawn), seconds)
-        else:
-            report_round(pl_module, drawn, changed, self._is_stable)
+        return changed
 
     def _judged_validation(self, trainer: Trainer, pl_module: LightningModule) -> ValidationJudge:
         judge = ValidationJudge()
@@ -836,7 +925,8 @@ class AttributionPartitionCallback(UnlearnCallback):
 
     def _acts(self, trainer: Trainer, partition: Partition) -> bool:
         """Whether another callback is to act on the partition."""
-        return bool(_consumers(trainer)) and partition.is_actionable and not self.is_dry_run
+        acts = partition.is_actionable and not (self.is_dry_run or self._is_late)
+        return acts and bool(_consumers(trainer))
 
     def _validate(self, trainer: Trainer, pl_module: LightningModule, when: str) -> float | None:
         score = score_validation(trainer, pl_module, self)
@@ -847,19 +937,30 @@ class AttributionPartitionCallback(UnlearnCallback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._partition is None and self.is_dry_run and trainer.current_epoch >= self.at_epoch:
-            # No epoch has started since then.
-            self.advance(trainer, pl_module)
+        self._end.release(trainer)
+        if self._partition is None and not is_fast_dev_run(trainer) and trainer.current_epoch >= 1:
+            self._draw_at_the_end(trainer, pl_module)
         if self._partition is None:
-            if not is_fast_dev_run(trainer):
-                rank_zero_warn(
-                    f"Training ended in epoch {trainer.current_epoch - 1} (counted from 0), before the partition at the"
-                    f" start of epoch {self.at_epoch} (at_epoch): nothing was partitioned, pruned or fine-tuned."
-                )
             return
         for callback in _consumers(trainer):
             callback.confirm(trainer, pl_module)
         self._summarise(trainer, pl_module, self._partition)
+
+    def _draw_at_the_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draws the partition of a fit that ends before it is due, or with the epoch after which it is."""
+        epoch, self._is_late = trainer.current_epoch, True
+        is_early = not self._when.is_due(epoch)
+        late = f"Training has ended after {_epochs(epoch)}: the partition{f', due {self._when},' if is_early else ''}"
+        if self._partners and not self.is_dry_run:
+            rank_zero_warn(
+                f"{late} is drawn now, too late to prune or fine-tune; give training more epochs, or at_epoch a smaller"
+                " value."
+            )
+        elif is_early:
+            rank_zero_info(f"{late} is drawn now.")
+        if is_early:
+            self._when.decide_now(epoch, "training has ended")
+        self.advance(trainer, pl_module)
 
     def _summarise(self, trainer: Trainer, pl_module: LightningModule, partition: Partition) -> None:
         diverged = not_finite(trainer, pl_module)
@@ -889,8 +990,9 @@ class AttributionPartitionCallback(UnlearnCallback):
         Lightning then calls no hook of training, and has torn the strategy down. Every rank must call it; a second call
         does nothing.
         """
-        is_due = self.is_dry_run and trainer.current_epoch >= self.at_epoch
-        if self._summary is not None or not (self._partition is not None or is_due) or shards_weights(trainer):
+        seen = bool(self._epochs_seen) or (self.is_dry_run and self._when.is_due(trainer.current_epoch))
+        is_due = self._partition is not None or (seen and not is_fast_dev_run(trainer))
+        if self._summary is not None or not is_due or shards_weights(trainer):
             return
         device = next(pl_module.parameters()).device
         pl_module.to(trainer.strategy.root_device)
@@ -921,6 +1023,7 @@ class AttributionPartitionCallback(UnlearnCallback):
             "early": self._early_epochs.state_dict(),
             "features": self._features.state_dict(),
             "fingerprint": self._fingerprint,
+            "when": self._when.state_dict(),
             "rounds": [vars(drawn) | {} for drawn in self._rounds],
             "is_stable": self._is_stable,
             "memorised": self._memorised,
@@ -949,6 +1052,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         self._reader.load_state_dict(state["reader"])
         self._early_epochs = EarlyEpochs.from_state_dict(state["early"])
         self._features = FrozenFeatures.from_state_dict(state.get("features"))
+        self._when.load_state_dict(state.get("when"))
         self._fingerprint = state["fingerprint"]
         if self._partition is not None:
             # It watches since setup, and would make the loader forget the batches that are to be re-labelled.
@@ -1005,7 +1109,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         validation: str | None = None,
     ) -> Partition:
         """The partition of the training set, or of the validation set with this fingerprint."""
-        return assemble(
+        drawn = assemble(
             judged,
             label,
             # Of validation samples none are to be kept for training.
@@ -1019,12 +1123,22 @@ class AttributionPartitionCallback(UnlearnCallback):
             or None,
             decided=decided,
         )
+        is_early = self._partition is None and drawn.epoch == 1 and bool(self._when.why)
+        return replace(drawn, warning=_ONE_EPOCH) if is_early and not drawn.warning else drawn
 
-    def _report(self, pl_module: LightningModule, partition: Partition, notes: list[str], seconds: float) -> None:
+    def _report(self, pl_module: LightningModule, judged: Sequence[Judged], seconds: float) -> None:
+        partition = self.partition
         evidence = f"evidence of {len(self._epochs_seen)} epochs and a pass of {seconds:.1f} s"
+        if self._when.why:
+            rank_zero_info(f"The partition is drawn after {_epochs(partition.epoch)}: {self._when.why}.")
         reviewed = [] if self._review is None else [self._review.counts()]
         names = class_names_of(pl_module.trainer, self.reading.num_classes)
-        report_partition(pl_module, partition, evidence, [*reviewed, *notes], self._memorised, names)
+        notes = [*reviewed, *notes_of(judged, partition)]
+        report_partition(pl_module, partition, evidence, notes, self._memorised, names)
+
+
+def _epochs(number: int) -> str:
+    return f"{number} epoch{'' if number == 1 else 's'}"
 
 
 def _tells(partition: Partition) -> bool:

@@ -149,7 +149,7 @@ class SensitivityPruneCallback(PartitionConsumer):
         if not self._masks:
             if self._epoch >= 0:
                 raise RuntimeError("There is no mask: the partition was not acted upon, so no neuron was pruned.")
-            when = "when the partition is drawn" if self._source is None else f"at epoch {self._source.at_epoch}"
+            when = self.when_drawn()
             raise RuntimeError(f"There is no mask yet: neurons are pruned {when}.")
         return tuple(self._masks)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
@@ -17,6 +17,7 @@ from lightning_unlearn.callbacks import (
     SensitivityPruneCallback,
     UnlearnReport,
 )
+from lightning_unlearn.callbacks._when import LATEST
 from lightning_unlearn.cli._config import (
     CommandParser,
     ConfigCLI,
@@ -72,9 +73,9 @@ class PartitionCLI(ConfigCLI):
         group.add_argument(
             "--at_epoch",
             metavar="EPOCHS",
-            type=int | None,
-            help="After how many epochs; by default that of the AttributionPartitionCallback in the configuration, else"
-            " trainer.max_epochs: the whole training is judged",
+            type=int | float | Literal["auto"] | None,
+            help="After how many epochs, after which share of trainer.max_epochs (0.5), or auto: once the evidence has"
+            " peaked; by default that of the AttributionPartitionCallback in the configuration, else auto",
         )
         group.add_argument(
             "--recipe",
@@ -144,10 +145,11 @@ class PartitionCLI(ConfigCLI):
         ours = (self.partition, self.report)
         theirs = [one for one in others if one not in ours]
         limits: dict[str, Any] = {"min_epochs": None, "min_steps": None}
-        if self.complete >= self.partition.at_epoch:
+        if self.complete and self._is_past(self.config["trainer"]["max_epochs"]):
+            self.partition.at_epoch = self.complete
             # Nothing is trained, but a fit that has come to its end would not even start.
             limits |= {"max_epochs": self.complete + 1, "max_steps": -1, "max_time": None}
-        callbacks = [_DrawAtTheEnd(self.partition), *theirs, *ours, _StopWhenDrawn(self.partition)]
+        callbacks = [*theirs, *ours, _StopWhenDrawn(self.partition)]
         return super().instantiate_trainer(callbacks=callbacks, **limits, **kwargs)
 
     def _partition_callback(self, callbacks: Sequence[Callback]) -> AttributionPartitionCallback:
@@ -156,25 +158,23 @@ class PartitionCLI(ConfigCLI):
         if len(found) > 1:
             raise ValueError(f"Expected one AttributionPartitionCallback in the configuration, but found {len(found)}.")
         at_epoch, recipe = self.config["at_epoch"], self.config["recipe"]
-        if at_epoch is None and not found:
-            at_epoch = self.config["trainer"]["max_epochs"]
-            if at_epoch is None or at_epoch < 1:
-                raise ValueError(
-                    "Expected to know after how many epochs the samples are judged; give --at_epoch 20, or a"
-                    " trainer.max_epochs."
-                )
-        if not found:
-            found = [AttributionPartitionCallback(at_epoch=at_epoch)]
-        (partition,) = found
+        (partition,) = found or [AttributionPartitionCallback()]
         if at_epoch is not None:
-            # The constructor checks it.
-            partition.at_epoch = AttributionPartitionCallback(at_epoch=at_epoch).at_epoch
+            partition.at_epoch = at_epoch
         if recipe is not None:
-            partition.recipe = AttributionPartitionCallback(at_epoch=1, recipe=recipe).recipe
+            partition.recipe = AttributionPartitionCallback(recipe=recipe).recipe
         if self.config["judge_validation"]:
             partition.judge_validation = True
         partition.action, partition.every_n_epochs = "report", None
         return partition
+
+    def _is_past(self, max_epochs: int | None) -> bool:
+        """Whether the checkpoint is of an epoch after which the partition is drawn at the latest."""
+        at_epoch = self.partition.at_epoch
+        if isinstance(at_epoch, int):
+            return self.complete >= at_epoch
+        share = LATEST if at_epoch == "auto" else float(at_epoch)
+        return max_epochs is not None and self.complete >= share * max_epochs > 0
 
 
 def _complete_epochs(checkpoint: dict[str, Any], path: str) -> int:
@@ -185,19 +185,6 @@ def _complete_epochs(checkpoint: dict[str, Any], path: str) -> int:
             f"Expected a checkpoint that training can go on from, but {path} holds weights only (as with"
             " save_weights_only=True); give another, or train again without --ckpt_path."
         ) from None
-
-
-class _DrawAtTheEnd(Callback):
-    """Draws the partition where training ends before its epoch, as by EarlyStopping: what was seen is judged."""
-
-    def __init__(self, partition: AttributionPartitionCallback) -> None:
-        self._partition = partition
-
-    @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if 1 <= trainer.current_epoch < self._partition.at_epoch and not self._partition.has_acted:
-            rank_zero_info(f"Training has ended after {trainer.current_epoch} epochs, and is judged as it is.")
-            self._partition.at_epoch = trainer.current_epoch
 
 
 class _StopWhenDrawn(Callback):
@@ -254,7 +241,7 @@ def _say_drawn(cli: PartitionCLI, arguments: Sequence[str]) -> None:
     callback.save_provenance(cli.out / "provenance.json")
     # What follows for a fit, the callback has said right above.
     lines: list[str] = []
-    if cli.complete and callback.provenance["fits"][0]["from_epoch"] >= callback.at_epoch:
+    if cli.complete and callback.provenance["fits"][0]["from_epoch"] >= callback.partition.epoch:
         lines += one_pass_caution(callback.partition)
     loader: Any = cli.trainer.train_dataloader
     if callback.judge_validation:

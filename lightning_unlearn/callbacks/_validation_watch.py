@@ -1,0 +1,113 @@
+"""How often the fit's own validation gives the labels that its batches hold, read off the head at no cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_unlearn.capture import watch_output
+from lightning_unlearn.functional.mixture import Reduce
+from lightning_unlearn.targets import Reading
+
+
+class ValidationWatch:
+    """Counts right predictions in a validation that runs anyway.
+
+    It says nothing where a batch cannot be split into input and labels, or a step does not call the head once.
+
+    Args:
+        reading: how batches, outputs and labels are read.
+    """
+
+    def __init__(self, reading: Reading) -> None:
+        self._reading = reading
+        self._module: nn.Module | None = None
+        self._forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy looks at nothing.
+        return vars(ValidationWatch(self._reading))
+
+    def _forget(self) -> None:
+        self._end_watch: Callable[[], None] | None = None
+        self._outputs: list[Tensor] = []
+        self._label: Any = None
+        # How many are right, and how many have a label.
+        self._counts = torch.zeros(2)
+        self._is_whole = True
+        self._has_run = False
+
+    def start(self, module: nn.Module) -> None:
+        """From now on, looks at the module whose output is the logits."""
+        self._module = module
+
+    def begin(self) -> None:
+        """A validation begins: what an earlier one of the epoch has shown is of older weights."""
+        self._end()
+        self._forget()
+        self._has_run = True
+
+    def start_batch(self, batch: Any) -> None:
+        """Looks at the head until :meth:`end_batch`."""
+        self._end()
+        if self._module is None or not (self._has_run and self._is_whole):
+            return
+        try:
+            self._label = self._reading.split(batch)[1]
+        except Exception:  # anything may be in a validation batch
+            self._is_whole = False
+            return
+        self._outputs = []
+        self._end_watch = watch_output(self._module, self._look)
+
+    def _look(self, output: Any) -> None:
+        if isinstance(output, Tensor):
+            self._outputs.append(output.detach())
+
+    def end_batch(self) -> None:
+        """Counts what the step has shown."""
+        if self._end_watch is None:
+            return
+        self._end()
+        try:
+            (output,) = self._outputs
+            logits = self._reading.logits(output.float())
+            label = self._reading.classes(self._label, len(output)).to(logits.device)
+            counts = torch.stack([(logits.argmax(dim=1) == label).sum(), (label >= 0).sum()])
+        except Exception:
+            self._is_whole = False
+            return
+        self._counts = self._counts.to(counts.device) + counts
+
+    def _end(self) -> None:
+        if self._end_watch is not None:
+            self._end_watch()
+        self._end_watch = None
+
+    def result(self, metric: float, reduce: Reduce) -> dict[str, float]:
+        """What the last validation showed since the last call, by the names of an ``EpochNote``.
+
+        Every rank must call it.
+
+        Args:
+            metric: that a callback monitors, to this rank.
+            reduce: sums over the ranks.
+        """
+        self._end()
+        sums = torch.tensor([*self._counts.tolist(), not self._is_whole, metric, 1.0], dtype=torch.float64)
+        has_run = self._has_run
+        self._forget()
+        if not has_run:
+            return {}
+        right, samples, broken, metrics, ranks = reduce(sums).tolist()
+        shown = {"metric": metrics / ranks}
+        return shown if broken or not samples else {**shown, "accuracy": right / samples, "samples": samples}
+
+    def detach(self) -> None:
+        """Looks at nothing any more. May be called at any time, and again."""
+        self._end()
+        self._forget()
+        self._module = None

@@ -51,6 +51,7 @@ SHARED = {
 PARTITIONING = {
     "callbacks._assembly",
     "callbacks._early_epochs",
+    "callbacks._early_stopping",
     "callbacks._evidence_pass",
     "callbacks._frozen_features",
     "callbacks._judging",
@@ -62,6 +63,8 @@ PARTITIONING = {
     "callbacks._reviewing",
     "callbacks._summary",
     "callbacks._validation_partition",
+    "callbacks._validation_watch",
+    "callbacks._when",
 }
 PRUNING = {
     "callbacks._prune_sites",
@@ -138,6 +141,9 @@ MAY_IMPORT = {
     "callbacks._assembly": MATH | {"recipes", "distributed", "review", "callbacks._finding"},
     "callbacks._finding": {"recipes", "finding"},
     "callbacks._early_epochs": ALL_BELOW,
+    "callbacks._early_stopping": {"callbacks._lightning", "callbacks._packages", "callbacks._saying"},
+    "callbacks._validation_watch": ALL_BELOW,
+    "callbacks._when": ALL_BELOW | {"callbacks._lightning", "callbacks._packages"},
     "callbacks._reviewing": ALL_BELOW | {"callbacks._base", "callbacks._lightning", "callbacks._scoring"},
     "callbacks._companions": {"batches", "targets"},
     "callbacks._relabel": ALL_BELOW

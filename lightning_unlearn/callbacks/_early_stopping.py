@@ -24,11 +24,13 @@ class EarlyEnd:
 
     def hold(self, trainer: Trainer) -> None:
         """Does not let the fit end before the next epoch would start. Call in ``on_train_epoch_end``."""
-        stoppers = _stoppers(trainer)
-        if self._is_held or not stoppers or (trainer.should_stop and not has_fired(trainer, trainer.current_epoch)):
+        stoppers, epoch = _stoppers(trainer), trainer.current_epoch
+        # The same on every rank, unlike how often each has waited.
+        is_theirs = not trainer.should_stop or any(one.stopped_epoch == epoch for one in stoppers)
+        if self._is_held or not stoppers or not is_theirs:
             return
         self._is_held, self._min_epochs = True, trainer.fit_loop.min_epochs
-        trainer.fit_loop.min_epochs = max(self._min_epochs or 0, trainer.current_epoch + 2)
+        trainer.fit_loop.min_epochs = max(self._min_epochs or 0, epoch + 2)
 
     def release(self, trainer: Trainer) -> bool:
         """Whether the fit was held, and is to end now. May be called at any time, and again."""

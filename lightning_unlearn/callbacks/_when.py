@@ -35,7 +35,7 @@ LATEST = 2 / 3
 SETTLED = 0.997
 """Rank correlation of the evidence with that of an epoch before, from which on the ranking has settled."""
 
-MEMORIZED = 0.02
+MEMORIZED = 0.04
 """How much more often training steps may agree with the labels than validation does, beside two standard errors."""
 
 PATIENCE = 3
@@ -110,8 +110,12 @@ class DrawTime:
         self.epoch = self.asked if isinstance(self.asked, int) else None
         self.why = ""
         self.is_stopped = False
-        self._notes: dict[int, EpochNote] = {}
         self._looked_at = 0
+        self.forget()
+
+    def forget(self) -> None:
+        """Forgets what was noted, as it cannot be trusted."""
+        self._notes: dict[int, EpochNote] = {}
 
     def __str__(self) -> str:
         if self.epoch is not None:
@@ -206,26 +210,29 @@ class DrawTime:
         epoch = trainer.current_epoch
         if epoch < 1 or epoch == self._looked_at:
             return
-        self._looked_at = epoch
-        late = self.asked == "auto" and _share_of_time(trainer) >= LATEST
-        self.is_stopped, late = (reduce(torch.tensor([is_stopped, late]).double()) > 0).tolist()
+        self._looked_at, why = epoch, ""
+        if self.is_open and epoch >= EARLIEST:
+            why = (self._peaked(epoch) if is_settled else "") or self._late(trainer, epoch)
+        # Together, as ranks may have noted something else: one has given up reading before the others.
+        stopped, is_time = (reduce(torch.tensor([is_stopped, bool(why)]).double()) > 0).tolist()
+        self.is_stopped = stopped
         if self.is_due(epoch):
             return
-        why = "EarlyStopping was about to end training" if self.is_stopped else ""
-        if self.asked == "auto" and epoch >= EARLIEST:
-            why = why or (self._peaked(epoch) if is_settled else "") or self._late(trainer, epoch, late)
-        if why:
-            self.decide_now(epoch, why)
+        if stopped:
+            self.decide_now(epoch, "EarlyStopping was about to end training")
+        elif is_time:
+            self.decide_now(epoch, why or "another rank says so")
 
     def decide_now(self, epoch: int, why: str) -> None:
         """It is time, whatever was asked."""
         self.epoch, self.why = epoch, why
 
-    def _late(self, trainer: Trainer, epoch: int, is_late: bool) -> str:
+    def _late(self, trainer: Trainer, epoch: int) -> str:
         limits = [] if trainer.max_epochs is None or trainer.max_epochs < 1 else [float(trainer.max_epochs)]
         if trainer.max_steps > 0 and trainer.global_step > 0:
             limits.append(trainer.max_steps * epoch / trainer.global_step)
-        is_late |= bool(limits) and epoch >= max(EARLIEST, math.floor(LATEST * min(limits) + _ROUNDING))
+        is_late = bool(limits) and epoch >= max(EARLIEST, math.floor(LATEST * min(limits) + _ROUNDING))
+        is_late |= _share_of_time(trainer) >= LATEST
         return "two thirds of the training are over" if is_late else ""
 
     def _peaked(self, epoch: int) -> str:

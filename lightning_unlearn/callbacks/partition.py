@@ -254,7 +254,6 @@ class AttributionPartitionCallback(UnlearnCallback):
 
     @override
     def reset(self) -> None:
-        self._when.reset()
         self._point: LayerPoint | None = None
         self._early: LayerPoint | None = None
         self.reading.forget()
@@ -266,9 +265,9 @@ class AttributionPartitionCallback(UnlearnCallback):
         # What earlier epochs showed, the same on every rank; None before the first and once no partition is to follow.
         self._trajectory: Trajectory | None = None
         self._forget_epochs()
-        self._features = FrozenFeatures()
+        self._when.reset()
         self._partition: Partition | None = None
-        self._validation = ValidationJudge()
+        self._features, self._validation = FrozenFeatures(), ValidationJudge()
         # Not in a checkpoint: neurons are ranked when a partition is drawn.
         self.sample_weight: Tensor | None = None
         self._rounds: list[PartitionRound] = []
@@ -291,6 +290,7 @@ class AttributionPartitionCallback(UnlearnCallback):
     def _forget_epochs(self) -> None:
         self._epochs_seen: list[int] = []
         self._early_epochs = EarlyEpochs()
+        self._when.forget()
 
     @property
     def at_epoch(self) -> int | float | str:

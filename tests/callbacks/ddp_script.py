@@ -9,7 +9,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch.utils.data import DataLoader, WeightedRandomSampler
 
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback, UnlearnReport
@@ -105,6 +105,7 @@ def run(folder, devices, scenario):
         "layers": {"net": mlp, "finetune": {"mode": "layers", "lr": 0.02}},
         "full": {"net": mlp, "finetune": {"lr": 0.02}},
         "auto": {"net": mlp, "finetune": {"lr": 0.02}, "recipe": "auto"},
+        "when": {"net": mlp, "finetune": {}, "at_epoch": "auto"},
         "weighted": {"net": mlp, "finetune": {}},
         "weighted-each": {"net": mlp, "finetune": {}},
     }[scenario]
@@ -112,10 +113,13 @@ def run(folder, devices, scenario):
     recipe = replace(RECIPES["label"], judge=told) if recipe == "told" else recipe
     # The regression alone: what it finds is what is pruned.
     plain = {"significance": None, "guard": False}
-    partition, prune, finetune = trio(AT, prune=plain, finetune=settings["finetune"], recipe=recipe)
+    at_epoch = settings.get("at_epoch", AT)
+    partition, prune, finetune = trio(at_epoch, prune=plain, finetune=settings["finetune"], recipe=recipe)
     module = Toy(settings["net"], **({"optimizer": settings["optimizer"]} if "optimizer" in settings else {}))
     reports = [UnlearnReport(folder / f"report-{devices}", samples=5)] if scenario == "full" else []
     callbacks = [*reports, finetune, record, prune, watch, partition]
+    # Each rank has a loss of its own.
+    callbacks += [EarlyStopping("val_loss", patience=2, min_delta=1e9)] if scenario == "when" else []
     trainer = fit(module, BlobsData(data, **loader), callbacks, max_epochs=AT + 2, **distributed)
     torch.save(
         {
@@ -127,6 +131,8 @@ def run(folder, devices, scenario):
             "weights": weights(module),
             "target": prune.target_layer(),
             "left_out": numbers(told.unseen.left_out) if scenario == "still" else None,
+            # As text, since NaN is not equal to itself.
+            "when": str(partition.state_dict()["when"]),
         },
         folder / f"{scenario}-{devices}-{trainer.global_rank}.pt",
     )

@@ -197,9 +197,9 @@ def test_a_label_that_means_none_is_made_plain(value, kept):
 
 
 REFUSED = [
-    (AttributionPartitionCallback, "at_epoch", True, "to be a whole number of at least 1, .*, but got True"),
-    (AttributionPartitionCallback, "at_epoch", 2.5, "to be a whole number of at least 1, .*, but got 2.5"),
-    (AttributionPartitionCallback, "at_epoch", "2", "to be a whole number of at least 1, .*, but got '2'"),
+    (AttributionPartitionCallback, "at_epoch", True, "a whole number of epochs of at least 1, .*, but got True"),
+    (AttributionPartitionCallback, "at_epoch", 2.5, "a whole number of epochs of at least 1, .*, but got 2.5"),
+    (AttributionPartitionCallback, "at_epoch", "2", "a whole number of epochs of at least 1, .*, but got '2'"),
     (AttributionPartitionCallback, "every_n_epochs", 0, "to be at least 1, or None for one partition, but got 0"),
     (AttributionPartitionCallback, "precision", "x", r"to be a number in \[0.5, 1\), but got 'x'"),
     (AttributionPartitionCallback, "precision", float("nan"), r"to lie in \[0.5, 1\), but got nan"),

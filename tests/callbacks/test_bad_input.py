@@ -30,7 +30,7 @@ def refused(error, match, callbacks, *, module=None, data=None, steps=0, **train
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: AttributionPartitionCallback(at_epoch=0), "at_epoch to be at least 1.* but got 0"),
+        (lambda: AttributionPartitionCallback(at_epoch=0), "at_epoch to be 'auto', .* but got 0"),
         (
             lambda: AttributionPartitionCallback(at_epoch=2, evidence_every_n_epochs=0),
             "evidence_every_n_epochs to be at least 1, but got 0",

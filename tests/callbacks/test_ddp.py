@@ -18,7 +18,7 @@ from tests.ranks import run_script
 from tests.toys import Blobs
 
 pytestmark = pytest.mark.ddp
-SCENARIOS = ("still", "still-rlap", "layers", "full", "auto", "weighted", "weighted-each")
+SCENARIOS = ("still", "still-rlap", "layers", "full", "auto", "when", "weighted", "weighted-each")
 
 
 def launch(folder, *scenarios):
@@ -59,9 +59,20 @@ def assert_equal(one, other, name):
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-@pytest.mark.parametrize("what", ["partition", "mask", "sensitivity", "target"])
+@pytest.mark.parametrize("what", ["partition", "mask", "sensitivity", "target", "when"])
 def test_both_ranks_have_the_same(ranks, scenario, what):
     assert_equal(ranks[scenario][0][what], ranks[scenario][1][what], what)
+
+
+def test_the_ranks_draw_the_partition_together_where_early_stopping_would_end_training(ranks):
+    one, other = ranks["when"]
+    assert one["partition"]["epoch"] == 3
+    assert "EarlyStopping was about to end training" in one["when"]
+    clean = set(one["partition"]["is_clean"].nonzero().flatten().tolist())
+    for epoch, trained in ((2, set(range(101))), (3, clean), (4, clean)):
+        assert set(one["read"][epoch]) | set(other["read"][epoch]) == trained
+    # The samples of both ranks' validation, of which each saw a half, or all.
+    assert "'samples': 32.0" in one["when"]
 
 
 def test_one_rank_writes_the_report_of_all(ranks, launched):

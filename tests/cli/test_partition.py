@@ -31,7 +31,7 @@ def judged(tmp_path_factory):
     (folder / "run.yaml").write_text(RUN)
     torch.set_num_threads(1)
     patch.setattr("builtins.print", lambda *values, sep=" ", **_: printed.append(sep.join(map(str, values))))
-    main(["partition", "--config", "run.yaml"])
+    main(["partition", "--config", "run.yaml", "--at_epoch", "6"])
     patch.undo()
     sys.modules.pop("team", None)
     return folder, "\n".join(printed)
@@ -105,6 +105,17 @@ def test_it_stops_at_the_partition_with_the_settings_of_the_configuration_but_ac
     assert "with review: found/suspects.csv in init_args of its AttributionPartitionCallback" in said
 
 
+@pytest.mark.parametrize(
+    ("asked", "epochs"), [([], {2, 3, 4}), (["--at_epoch", "auto"], {2, 3, 4}), (["--at_epoch", "0.5"], {3})]
+)
+def test_by_default_it_stops_once_the_evidence_has_peaked(team, asked, epochs):
+    (team / "run.yaml").write_text(RUN)
+    main(["partition", "--config", "run.yaml", *asked])
+    partition = Partition.load("partition/partition.npz")
+    assert partition.epoch in epochs
+    assert epochs_saved() == [f"epoch={k}" for k in range(partition.epoch)]
+
+
 def test_the_table_has_the_files_and_classes_of_an_image_folder(team, capsys):
     (team / "run.yaml").write_text(RUN.replace("TeamData", "TeamFolder"))
     main(["partition", "--config", "run.yaml", "--trainer.max_epochs", "4", "--top", "1"])
@@ -142,12 +153,24 @@ def test_what_early_stopping_leaves_is_judged(team, caplog):
     (team / "run.yaml").write_text(RUN + stopping)
     caplog.set_level("INFO", logger="lightning.pytorch.utilities.rank_zero")
     main(["partition", "--config", "run.yaml"])
-    assert "Training has ended after 2 epochs, and is judged as it is" in caplog.text
+    assert "Training has ended after 2 epochs: the partition, due once the evidence has peaked" in caplog.text
     assert Partition.load("partition/partition.npz").epoch == 2
 
 
 def test_a_checkpoint_of_before_is_trained_on_from(inside):
-    main(["partition", "--config", "run.yaml", "--ckpt_path", "saved/epoch=2.ckpt", "--out", "resumed"])
+    main(
+        [
+            "partition",
+            "--config",
+            "run.yaml",
+            "--ckpt_path",
+            "saved/epoch=2.ckpt",
+            "--out",
+            "resumed",
+            "--at_epoch",
+            "6",
+        ]
+    )
     resumed, whole = Partition.load("resumed/partition.npz"), Partition.load("partition/partition.npz")
     assert resumed.epoch == 6
     fits = json.loads(Path("resumed/provenance.json").read_text())["fits"]
@@ -218,8 +241,8 @@ def test_a_partition_that_a_checkpoint_holds_is_shown(team, capsys):
     ("arguments", "message"),
     [
         (["partition.npz"], "To see a saved partition: lightning-unlearn show partition.npz"),
-        (["--trainer.max_epochs", "-1"], "give --at_epoch 20, or a trainer.max_epochs"),
-        (["--at_epoch", "0"], "Expected at_epoch to be at least 1"),
+        (["--at_epoch", "0"], "Expected at_epoch to be 'auto', a whole number of epochs of at least 1, or a share"),
+        (["--at_epoch", "0.5", "--trainer.max_epochs", "-1"], "to have max_epochs, of which at_epoch=0.5 is a share"),
         (["--at_epoch", "7"], "Expected at_epoch to be less than the Trainer's max_epochs"),
         (["--recipe", "labels"], "Did you mean 'label'"),
         (["--out", "run.yaml"], "Expected a folder to write to, but run.yaml is a file"),

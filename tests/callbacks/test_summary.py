@@ -65,7 +65,7 @@ def a_fit(*, optimizer=memorising, at=AT, epochs=6, data=None, beside=(), dry=Fa
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{line}:UserWarning")
-    for line in ("You defined a `validation_step`", "Training ended in epoch")
+    for line in ("You defined a `validation_step`", "Training has ended")
 ]
 
 
@@ -278,8 +278,10 @@ def test_there_is_no_summary_before_a_fit_has_ended():
         partition.summary  # noqa: B018
 
 
-def test_a_fit_that_ends_before_the_partition_has_no_summary():
+def test_before_the_fit_has_ended_there_is_no_summary_and_after_a_short_one_there_is():
     partition = AttributionPartitionCallback(at_epoch=3)
-    fit(Toy(), BlobsData(Blobs(101)), [partition], max_epochs=9, max_steps=8)
     with pytest.raises(RuntimeError, match="no summary yet"):
         partition.summary  # noqa: B018
+    fit(Toy(), BlobsData(Blobs(101)), [partition], max_epochs=9, max_steps=8)
+    assert partition.summary.samples == 101
+    assert partition.summary.done == ()

@@ -35,7 +35,7 @@ LATEST = 2 / 3
 SETTLED = 0.997
 """Rank correlation of the evidence with that of an epoch before, from which on the ranking has settled."""
 
-MEMORIZED = 0.04
+MEMORIZED = 0.06
 """How much more often training steps may agree with the labels than validation does, beside two standard errors."""
 
 PATIENCE = 3

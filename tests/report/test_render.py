@@ -284,7 +284,9 @@ def test_a_lower_bound_is_told_as_such_and_no_rate_is_told_where_none_is_suspect
     assert "37.5%" not in open_end
     none = torch.ones(6, dtype=torch.bool)
     nothing = estimated(is_clean=none, reason=torch.zeros(6, dtype=torch.uint8))
-    assert "37.5%" not in Page(render_report(RunRecord(nothing))).text
+    text = Page(render_report(RunRecord(nothing))).text
+    assert "37.5%" not in text
+    assert "5 worth a look" in text
 
 
 def test_the_chart_of_expected_precision_has_both_lists():

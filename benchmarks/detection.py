@@ -27,12 +27,11 @@ from benchmarks.measures import flags, ranking
 from benchmarks.partition_tables import FOUND, found_cells, markdown, summary
 from benchmarks.sources import DATA
 from lightning_unlearn.functional import label_margin
-from lightning_unlearn.functional.leave_one_out import leave_one_out_scores
+from lightning_unlearn.functional.leave_one_out import leave_one_out_logits, left_out_rate, objection_to, skill_of
 from lightning_unlearn.functional.prequential import PrequentialRate, prequential_rate
 from lightning_unlearn.recipes.label_noise import LabelHistory, LabelNoise, find_label_noise
 
 PHASES = 4
-_LIKE_LOGITS = 10.0
 _PATIENCE = 6  # epochs in which a network that still learns fast is waited for
 
 
@@ -63,14 +62,20 @@ class Replay:
             self._early.append(prequential_rate(logits, self.label, position, drawn, share=share))
         return self._early[-1]
 
-    def left_out(self) -> PrequentialRate | None:
-        """What leave-one-out scores of the network's inputs say."""
+    def with_left_out(self, history: LabelHistory) -> LabelHistory:
+        """With what leave-one-out scores of the network's inputs say, where a fit would trust them."""
         if self.fit.inputs is None:
-            return None
+            return history
         ones = torch.ones(len(self.label))
-        scores = leave_one_out_scores(self.fit.inputs.float(), self.label, ones, len(self.present))
-        # From indicators to something like logits, where the search for a temperature starts.
-        return prequential_rate(_LIKE_LOGITS * scores, self.label, torch.zeros_like(ones), ones, parts=1)
+        logits = leave_one_out_logits(self.fit.inputs.float(), self.label, ones, len(self.present))
+        rate = left_out_rate(logits, self.label, ones)
+        largest = torch.bincount(self.label).max().item() / len(self.label)
+        predicted = (history.last.argmax(1) == self.label).double().mean().item()
+        validated = None if history.gap is None else skill_of(predicted - history.gap, largest)
+        early = history.early.skill if history.early is not None and history.early.is_settled else None
+        if not rate.is_settled or objection_to(rate, skill_of(predicted, largest), validated, early):
+            return history
+        return replace(history, left_out=rate, left_out_logits=logits.float())
 
     def training(self, epoch: int) -> Tensor:
         """(N, C) of an epoch's steps."""
@@ -109,7 +114,7 @@ def judged(replay: Replay, epochs: int, seed: int, *, features: bool = False) ->
     replay.early(epochs)
     history = replay.history(epochs)
     if features:
-        history = replace(history, left_out=replay.left_out())
+        history = replay.with_left_out(history)
     found: LabelNoise = find_label_noise(history)
     seconds = time.process_time() - started
     wrong, case = replay.wrong, replay.case

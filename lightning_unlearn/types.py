@@ -109,6 +109,8 @@ class Evidence:
             where there is no such layer.
         rows: (n, D) per-neuron attributions of the last pass, for the recipes that ask for them, else None.
         unseen: what was said of labels that were not learned yet, for the recipes that ask for it, else None.
+        left_out: (n, r) leave-one-out logits of features that training has not changed, in the coordinates ``basis``;
+            None without ``unseen.left_out``, and where not all samples were taken for it.
     """
 
     index: Tensor
@@ -125,6 +127,7 @@ class Evidence:
     response: Tensor | None = None
     rows: Tensor | None = None
     unseen: OutOfSample | None = None
+    left_out: Tensor | None = None
 
     @property
     def num_classes(self) -> int:

@@ -118,6 +118,39 @@ def test_leave_one_out_scores_tell_the_rate_where_all_is_memorized():
     assert wrong[found.suspect].double().mean() > 0.75
 
 
+def with_left_out(seen, skill):
+    """What the network said at first in place of leave-one-out logits, known to be better than an early epoch."""
+    ones = torch.ones(len(seen.label))
+    told = prequential_rate(seen.phases[:, 0], seen.label, torch.zeros_like(ones), ones, parts=1)
+    early = replace(seen.early, skill=told.skill - skill, is_settled=True)
+    return replace(seen, early=early, left_out=told, left_out_logits=seen.phases[:, 0])
+
+
+def test_leave_one_out_scores_rank_where_they_know_more():
+    seen, wrong = history(4000, blind(0.1))
+    noise = 8 * torch.randn(seen.phases.shape, generator=torch.Generator().manual_seed(1))
+    kept, added = (
+        find_label_noise(replace(with_left_out(seen, skill), phases=seen.phases + noise)).wrong for skill in (0.0, 0.2)
+    )
+    precision = [wrong[order.argsort(descending=True)[:300]].double().mean() for order in (kept, added)]
+    assert precision[1] > precision[0] + 0.03
+    without = replace(with_left_out(seen, 0.2), phases=seen.phases + noise, left_out_logits=None)
+    torch.testing.assert_close(find_label_noise(without).wrong, kept)
+
+
+def test_two_ranks_rank_by_leave_one_out_scores_as_one_does():
+    seen = with_left_out(history(1501, blind(0.1), memorized=2.0)[0], 0.2)
+    one = find_label_noise(seen)
+
+    def on_rank(rank, reduce):
+        rows = slice(rank, None, 2)
+        of_rank = {name: getattr(seen, name)[rows] for name in ("phases", "last", "label", "weight", "left_out_logits")}
+        return find_label_noise(replace(seen, **of_rank), reduce=reduce)
+
+    for rank, found in enumerate(run_ranks(on_rank, 2)):
+        torch.testing.assert_close(found.wrong, one.wrong[rank::2], atol=1e-3, rtol=1e-2)
+
+
 def test_samples_that_a_phase_has_not_seen_are_judged_by_the_others():
     seen, wrong = history(4000, blind(0.1))
     phases = seen.phases.clone()

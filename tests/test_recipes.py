@@ -677,7 +677,7 @@ def test_rows_without_weight_do_not_count(recipe):
     extra = torch.cat([torch.arange(N), torch.arange(40)])
     columns = {}
     for field in fields(Evidence):
-        if field.name not in NOT_BY_SAMPLE:
+        if field.name not in NOT_BY_SAMPLE and getattr(evidence, field.name) is not None:
             columns[field.name] = getattr(evidence, field.name)[extra].clone()
             if columns[field.name].is_floating_point():
                 columns[field.name][N:] = -70.0

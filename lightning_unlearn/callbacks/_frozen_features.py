@@ -14,10 +14,10 @@ from lightning_unlearn.callbacks._base import IndexedBatch, output_of
 from lightning_unlearn.callbacks._lightning import undisturbed
 from lightning_unlearn.callbacks._saying import rank_zero_info
 from lightning_unlearn.capture import ForwardTrace, named_layers, take_rows, tap
-from lightning_unlearn.functional.leave_one_out import left_out_rate, objection_to, skill_of
+from lightning_unlearn.functional.leave_one_out import leave_one_out_logits, left_out_rate, objection_to, skill_of
 from lightning_unlearn.functional.mixture import Reduce, reduce_together
 from lightning_unlearn.functional.prequential import PrequentialRate
-from lightning_unlearn.types import Evidence, LayerPoint, OutOfSample, PartitionSource
+from lightning_unlearn.types import Evidence, LayerPoint, PartitionSource
 
 MOST_FEATURES = 4096
 """More than these are not looked at."""
@@ -151,41 +151,40 @@ class FrozenFeatures:
         self._parts.append(values[-self._seen % self._every :: self._every].float().cpu())
         self._seen += len(values)
 
-    def added_to(self, unseen: OutOfSample, evidence: Evidence, reduce: Reduce) -> OutOfSample:
-        """What else is known, with what the pass has shown, where that tells; it is then forgotten.
+    def added_to(self, evidence: Evidence, reduce: Reduce) -> Evidence:
+        """The evidence, with what the pass has shown, where that tells; it is then forgotten.
 
         Args:
-            unseen: what else is known.
-            evidence: of all samples of the pass.
+            evidence: of all samples of the pass, with what else is known of labels that were not learned.
             reduce: sums over the ranks.
-
-        Returns:
-            the same on every rank.
         """
-        found = self._rate(evidence, reduce)
-        if found is None or not found.is_settled:
-            return unseen
+        unseen = evidence.unseen
+        if unseen is None or not self._parts:
+            return evidence
+        found = self._left_out(evidence, reduce)
+        if found is None or not found[0].is_settled:
+            return evidence
+        rate, scores = found
         w = evidence.weight.double()
         right = (w @ (evidence.prediction == evidence.label).double()).reshape(1)
         given = w.new_zeros(evidence.num_classes).index_add(0, evidence.label, w)
         given, right = reduce_together(reduce, given, right)
         number, largest = given.sum().item(), (given.max() / given.sum()).item()
         fault = objection_to(
-            found,
+            rate,
             skill_of(right.item() / number, largest),
             None if unseen.accuracy is None else skill_of(unseen.accuracy, largest),
             unseen.early.skill if unseen.early is not None and unseen.early.is_settled else None,
         )
-        share = largest + found.skill * (1 - largest)
+        share = largest + rate.skill * (1 - largest)
         rank_zero_info(
             f"Training has not changed the {self.point}: ridge regression on it predicts {share:.1%} of the labels,"
             f" each left out in turn{f'; {fault}' if fault else ', which tells how many are wrong'}."
         )
-        return unseen if fault else replace(unseen, left_out=found)
+        return evidence if fault else replace(evidence, unseen=replace(unseen, left_out=rate), left_out=scores)
 
-    def _rate(self, evidence: Evidence, reduce: Reduce) -> PrequentialRate | None:
-        if not self._parts:
-            return None
+    def _left_out(self, evidence: Evidence, reduce: Reduce) -> tuple[PrequentialRate, Tensor | None] | None:
+        """The rate, and of all samples, if all were taken, the scores in the coordinates of the evidence."""
         label, weight = (value[:: self._every] for value in (evidence.label, evidence.weight))
         features, self._parts = torch.cat(self._parts).to(label.device), []
         finite = features.isfinite().all(dim=1)
@@ -196,10 +195,12 @@ class FrozenFeatures:
             return None
         place = torch.zeros_like(counts, dtype=torch.int64)
         place[present] = torch.arange(len(present), device=place.device)
-        found = left_out_rate(features, place[label], weight, len(present), reduce=reduce)
+        logits = leave_one_out_logits(features, place[label], weight, len(present), reduce=reduce)
+        rate = left_out_rate(logits, place[label], weight, reduce=reduce)
         bias = torch.zeros_like(counts)
-        bias[present] = found.bias
-        return replace(found, bias=bias.cpu())
+        bias[present] = rate.bias
+        scores = logits.to(evidence.basis) @ evidence.basis[present] if self._every == 1 else None
+        return replace(rate, bias=bias.cpu()), scores
 
     def state_dict(self) -> dict[str, Any] | None:
         """Tensors and primitives; None where there is nothing to compare."""

@@ -21,7 +21,7 @@ from lightning_unlearn.functional.mixture import Reduce
 from lightning_unlearn.recipes import Recipe, Verdict
 from lightning_unlearn.targets import IGNORED, Reading
 from lightning_unlearn.trajectory import Trajectory
-from lightning_unlearn.types import REASONS, Evidence, OutOfSample, Partition, PartitionSource
+from lightning_unlearn.types import REASONS, Evidence, Partition, PartitionSource
 
 # Validation samples: of fewer the accuracy says too little.
 _FEWEST = 200
@@ -34,7 +34,7 @@ def judge_share(
     trajectory: Trajectory,
     reading: Reading,
     recipe: Recipe,
-    out_of_sample: Callable[[Evidence], OutOfSample | None] = lambda _: None,
+    out_of_sample: Callable[[Evidence], Evidence],
 ) -> tuple[list[Judged], Tensor]:
     """What the recipe makes of each label, and the given labels of the whole training set, (N,) or (N, L).
 
@@ -45,7 +45,7 @@ def judge_share(
         trajectory: what training and the passes showed.
         reading: how many rows a sample has.
         recipe: from evidence to a verdict.
-        out_of_sample: what is said of labels that were not learned, for the recipes that ask for it.
+        out_of_sample: adds what is said of labels that were not learned, for the recipes that ask for it.
 
     Raises:
         ValueError: where all samples have the same label, or none.
@@ -73,7 +73,7 @@ def judge_share(
         # Copies of a sample, with the same label, are one for whatever is estimated.
         counts = weight / copies(mixed(identity + given))[index]
         evidence = _evidence(trajectory, of_label, index, counts, index * rows + at, device)
-        evidence = replace(evidence, unseen=out_of_sample(evidence))
+        evidence = out_of_sample(evidence)
         verdict = None if is_one_sided else judge_finite(recipe, evidence, reduce, fault)
         if verdict is not None:
             verdict = _suggests_only(verdict, torch.unique(known), evidence)

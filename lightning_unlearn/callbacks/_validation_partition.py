@@ -43,7 +43,7 @@ from lightning_unlearn.finding import finding_of
 from lightning_unlearn.fingerprint import fingerprint, varies
 from lightning_unlearn.recipes import Recipe
 from lightning_unlearn.targets import IGNORED
-from lightning_unlearn.types import OutOfSample, Partition, PartitionSource
+from lightning_unlearn.types import Evidence, OutOfSample, Partition, PartitionSource
 
 Make = Callable[[Sequence[Judged], Tensor, str], Partition]
 """From what was judged, the labels and the fingerprint to a partition."""
@@ -172,7 +172,11 @@ class ValidationJudge:
         unseen = None
         if recipe.needs_unseen and reading.rows_per_sample == 1:
             unseen = _unseen(trainer, one)
-        judged, label = judge_share(trainer, pl_module, share, one.trajectory, reading, recipe, lambda _: unseen)
+
+        def with_unseen(evidence: Evidence) -> Evidence:
+            return replace(evidence, unseen=unseen)
+
+        judged, label = judge_share(trainer, pl_module, share, one.trajectory, reading, recipe, with_unseen)
         self.partition = make(judged, label, found)
 
     @property

@@ -867,7 +867,7 @@ class AttributionPartitionCallback(UnlearnCallback):
             self._trajectory_in_use,
             self.reading,
             self.recipe,
-            partial(self._out_of_sample, trainer, pl_module),
+            partial(self._with_unseen, trainer, pl_module),
         )
         decided, is_new = self._decided(judged, label), self._partition is None
         drawn, seconds = self._made(trainer, judged, label, decided), time.perf_counter() - started
@@ -916,12 +916,12 @@ class AttributionPartitionCallback(UnlearnCallback):
         judge.draw(trainer, pl_module, self._evidence_pass(trainer, pl_module, is_last=True), self.recipe, make)
         return judge
 
-    def _out_of_sample(self, trainer: Trainer, pl_module: LightningModule, evidence: Evidence) -> OutOfSample | None:
+    def _with_unseen(self, trainer: Trainer, pl_module: LightningModule, evidence: Evidence) -> Evidence:
         if not self._asks_unseen:
-            return None
+            return evidence
         accuracy = validation_accuracy(trainer, pl_module, self)
         unseen = OutOfSample(self._early_epochs.rate, self._early_epochs.drawn, accuracy)
-        return self._features.added_to(unseen, evidence, sum_over_ranks(trainer.strategy))
+        return self._features.added_to(replace(evidence, unseen=unseen), sum_over_ranks(trainer.strategy))
 
     def _acts(self, trainer: Trainer, partition: Partition) -> bool:
         """Whether another callback is to act on the partition."""

@@ -35,14 +35,21 @@ _MOST_LEVERAGE = 1 - 1e-6
 _LESS_SKILL = 0.05
 _MORE_SKILL = 0.1
 
+# Their share in what ranks: at most; from which z on; at how much more skill than that of an early epoch all of it; and
+# at how many times the z of the network none of it.
+_MOST_SHARE = 0.7
+_LEAST_Z = 3.0
+_MUCH_MORE_SKILL = 0.2
+_AS_CLEAR = 0.5
+
 # From scores of about 1 to something like logits, where the search for a temperature starts.
 _LIKE_LOGITS = 10.0
 
 
-def left_out_rate(
+def leave_one_out_logits(
     features: Tensor, label: Tensor, weight: Tensor, num_classes: int, *, reduce: Reduce = no_reduce
-) -> PrequentialRate:
-    """The noise rate by :func:`leave_one_out_scores`.
+) -> Tensor:
+    """:func:`leave_one_out_scores` of features in any units, and of any number, as something like logits.
 
     Args:
         features: (n, D), of which no label was learned.
@@ -52,14 +59,34 @@ def left_out_rate(
         reduce: sums over the ranks.
 
     Returns:
-        the same on every rank.
+        (n, C) float64.
     """
     features = _standardized(features, weight, reduce)
     if features.shape[1] > MAX_COMPONENTS:
         features = _principal_components(features, weight, MAX_COMPONENTS, reduce)
-    scores = leave_one_out_scores(features, label, weight, num_classes, reduce=reduce)
-    position = torch.zeros_like(label)
-    return prequential_rate(_LIKE_LOGITS * scores, label, position, weight, parts=1, reduce=reduce)
+    return _LIKE_LOGITS * leave_one_out_scores(features, label, weight, num_classes, reduce=reduce)
+
+
+def left_out_rate(logits: Tensor, label: Tensor, weight: Tensor, *, reduce: Reduce = no_reduce) -> PrequentialRate:
+    """The noise rate by :func:`leave_one_out_logits`, the same on every rank."""
+    return prequential_rate(logits, label, torch.zeros_like(label), weight, parts=1, reduce=reduce)
+
+
+def left_out_share(left_out: PrequentialRate | None, early: PrequentialRate | None, z_score: float) -> float:
+    """How much leave-one-out logits count beside those of the network in ranking samples, from 0 to .7.
+
+    As far as the ridge knows more of labels that it is not told than an early epoch of the network did, and as it shows
+    wrong labels more clearly than all of training does.
+
+    Args:
+        left_out: what they say.
+        early: of an early epoch.
+        z_score: how sure it is by all of training that labels are wrong.
+    """
+    if left_out is None or early is None or not early.is_settled or left_out.z_score < _LEAST_Z:
+        return 0.0
+    more = min(max((left_out.skill - early.skill) / _MUCH_MORE_SKILL, 0.0), 1.0)
+    return _MOST_SHARE * more * min(max(left_out.z_score / max(z_score, 1e-9) - _AS_CLEAR, 0.0), 1.0)
 
 
 def leave_one_out_scores(

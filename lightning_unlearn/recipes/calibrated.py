@@ -81,6 +81,7 @@ def _history(evidence: Evidence, unseen: OutOfSample, reduce: Reduce) -> LabelHi
         early=_early(evidence, unseen, reduce),
         gap=None if unseen.accuracy is None else accuracy - unseen.accuracy,
         left_out=unseen.left_out,
+        left_out_logits=None if evidence.left_out is None else evidence.left_out.float() @ evidence.basis.float().T,
     )
 
 

@@ -39,6 +39,7 @@ def restricted(evidence: Evidence, classes: Tensor) -> Evidence:
         classes: (C',) int64, in ascending order; label k of the result is ``classes[k]``.
     """
     basis = helmert(len(classes)).to(evidence.basis)
+    change = evidence.basis[classes].T @ basis
     place = torch.full((evidence.num_classes,), -1, device=classes.device)
     place[classes] = torch.arange(len(classes), device=classes.device)
     label = place[evidence.label]
@@ -46,7 +47,8 @@ def restricted(evidence: Evidence, classes: Tensor) -> Evidence:
         evidence,
         weight=evidence.weight * (label >= 0),
         label=label.clamp(min=0),
-        attribution=evidence.attribution @ (evidence.basis[classes].T @ basis),
+        attribution=evidence.attribution @ change,
+        left_out=None if evidence.left_out is None else evidence.left_out @ change,
         basis=basis,
         prediction=place[evidence.prediction],
         unseen=None if evidence.unseen is None else _unseen_of(evidence.unseen, classes.cpu()),

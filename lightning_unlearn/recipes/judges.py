@@ -247,7 +247,7 @@ def judge_auto(evidence: Evidence, reduce: Reduce) -> Verdict:
     kept = replace(evidence, weight=evidence.weight * (intact >= _HALF))
     if corrupted and kept.unseen is not None:
         # Which tells nothing of the others: what is corrupted was in the early epoch and in the validation data.
-        kept = replace(kept, unseen=OutOfSample())
+        kept = replace(kept, unseen=OutOfSample(), left_out=None)
     labels = judge_label(kept, reduce)
     suggested = labels.suggested_probability
     return Verdict(

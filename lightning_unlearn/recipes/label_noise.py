@@ -14,6 +14,7 @@ from lightning_unlearn.functional.attribution import label_margin
 from lightning_unlearn.functional.chunks import softmax
 from lightning_unlearn.functional.coordinates import helmert
 from lightning_unlearn.functional.latent import fit_latent_classes
+from lightning_unlearn.functional.leave_one_out import left_out_share
 from lightning_unlearn.functional.mixture import Reduce, no_reduce
 from lightning_unlearn.functional.prequential import PrequentialRate
 from lightning_unlearn.functional.structured_noise import (
@@ -68,7 +69,8 @@ class LabelHistory:
         early: of the earliest epoch that tells; None if none was kept.
         gap: share of the training samples whose given label is predicted, less that of validation samples; None
             where there are none.
-        left_out: of a frozen backbone, the rate by leave-one-out scores of the head's inputs; None without one.
+        left_out: the rate by leave-one-out scores of features that training has not changed; None without any.
+        left_out_logits: (n, C) of them; None where not all samples have some.
     """
 
     phases: Tensor
@@ -78,6 +80,7 @@ class LabelHistory:
     early: PrequentialRate | None = None
     gap: float | None = None
     left_out: PrequentialRate | None = None
+    left_out_logits: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +130,7 @@ def find_label_noise(
     """
     y, w, bias = history.label, history.weight.double(), _bias(history)
     mean, score = _evidence(history)
-    fit, z = fit_with_and_without(score, y, w, bias=bias, reduce=reduce)
+    score, fit, z = _fitted(history, score, bias, reduce)
     # In logits from here on, so that what compares classes need not know of it.
     shift = (bias / fit.scale).to(mean)
     early = _unseen(history)
@@ -220,6 +223,20 @@ def _evidence(history: LabelHistory) -> tuple[Tensor, Tensor]:
     if history.gap is not None:
         share = min(max((_WIDE_GAP - history.gap) / (_WIDE_GAP - _NO_GAP), 0.0), 1.0)
     return mean, (1 - share) * mean + share * history.last if share else mean
+
+
+def _fitted(
+    history: LabelHistory, score: Tensor, bias: Tensor, reduce: Reduce
+) -> tuple[Tensor, SymmetricNoiseFit, float]:
+    """What ranks, with leave-one-out logits where they know more, and how blind errors explain the labels by that."""
+    y, w = history.label, history.weight.double()
+    fit, z = fit_with_and_without(score, y, w, bias=bias, reduce=reduce)
+    share = left_out_share(history.left_out, history.early, z)
+    if history.left_out_logits is None or share == 0:
+        return score, fit, z
+    told = fit_symmetric_noise(history.left_out_logits, y, w, reduce=reduce)
+    score = score + (share * told.scale / fit.scale).to(score) * history.left_out_logits.to(score)
+    return score, *fit_with_and_without(score, y, w, bias=bias, reduce=reduce)
 
 
 def _bias(history: LabelHistory) -> Tensor:

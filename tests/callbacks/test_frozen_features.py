@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from lightning_unlearn import AttributionPartitionCallback
 from lightning_unlearn.callbacks import _frozen_features
 from lightning_unlearn.callbacks._frozen_features import FrozenFeatures
-from lightning_unlearn.functional.leave_one_out import left_out_rate
+from lightning_unlearn.functional.leave_one_out import leave_one_out_logits, left_out_rate
 from lightning_unlearn.functional.mixture import no_reduce
 from lightning_unlearn.recipes import Recipe, Verdict
 from lightning_unlearn.types import OutOfSample
@@ -20,6 +20,11 @@ from tests.toys import Blobs, BlobsData, Toy, convnet, fit, mlp, sgd, weights
 
 SIZE, AT = 400, 2
 USED = "tells how many are wrong"
+
+
+def rate_of(features, label):
+    weight = torch.ones(len(label))
+    return left_out_rate(leave_one_out_logits(features, label, weight, 4), label, weight)
 
 
 class Sees:
@@ -71,8 +76,12 @@ def test_a_frozen_backbone_tells_the_rate(make, said):
     evidence, _ = seen(module, BlobsData(data, by_epoch=True))
     module.eval()
     with torch.no_grad():
-        expected = left_out_rate(module.backbone(data.x), data.y, torch.ones(SIZE), 4)
+        expected = rate_of(module.backbone(data.x), data.y)
     found = evidence.unseen.left_out
+    with torch.no_grad():
+        logits = leave_one_out_logits(module.backbone(data.x), data.y, torch.ones(SIZE), 4)
+    logits = (logits - logits.mean(dim=1, keepdim=True)).float()
+    torch.testing.assert_close(evidence.left_out @ evidence.basis.T, logits, atol=1e-2, rtol=1e-2)
     assert found.middle == pytest.approx(expected.middle, rel=1e-3)
     assert found.z_score == pytest.approx(expected.z_score, rel=1e-3)
     assert found.low <= data.wrong.float().mean() <= found.high
@@ -190,10 +199,11 @@ def test_of_many_samples_some_are_taken(monkeypatch, said):
     monkeypatch.setattr(_frozen_features, "MOST_NUMBERS", SIZE * 64 // 3)
     data, module = Blobs(SIZE), Frozen()
     evidence, _ = seen(module, BlobsData(data, by_epoch=True))
+    assert evidence.left_out is None
     module.eval()
     some = slice(None, None, 4)
     with torch.no_grad():
-        expected = left_out_rate(module.backbone(data.x)[some], data.y[some], torch.ones(SIZE // 4), 4)
+        expected = rate_of(module.backbone(data.x)[some], data.y[some])
     assert evidence.unseen.left_out.middle == pytest.approx(expected.middle, rel=1e-3)
 
 
@@ -216,8 +226,8 @@ def test_samples_that_are_not_finite_do_not_count():
     for x, weight in ((broken, torch.ones(SIZE)), (data.x, (torch.arange(SIZE) >= 10).float())):
         features = FrozenFeatures()
         features.take(x)
-        told = features.added_to(OutOfSample(), replace(evidence, weight=weight), no_reduce)
-        rates.append(told.left_out.middle)
+        bare = replace(evidence, weight=weight, unseen=OutOfSample(), left_out=None)
+        rates.append(features.added_to(bare, no_reduce).unseen.left_out.middle)
     assert rates[0] == pytest.approx(rates[1], rel=1e-6)
 
 

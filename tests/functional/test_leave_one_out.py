@@ -1,9 +1,19 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from sklearn.linear_model import Ridge
 
 from lightning_unlearn.functional import leave_one_out
-from lightning_unlearn.functional.leave_one_out import leave_one_out_scores, left_out_rate, objection_to, skill_of
+from lightning_unlearn.functional.leave_one_out import (
+    leave_one_out_logits,
+    leave_one_out_scores,
+    left_out_rate,
+    left_out_share,
+    objection_to,
+    skill_of,
+)
+from lightning_unlearn.functional.mixture import no_reduce
 from lightning_unlearn.functional.prequential import PrequentialRate
 from tests.ranks import run_ranks
 
@@ -59,6 +69,11 @@ def test_ranks_find_what_one_finds(world_size):
         torch.testing.assert_close(scores, one[rank::world_size])
 
 
+def rate_of(features, label, weight, classes, reduce=no_reduce):
+    logits = leave_one_out_logits(features, label, weight, classes, reduce=reduce)
+    return left_out_rate(logits, label, weight, reduce=reduce)
+
+
 def noisy(n=1500, dimension=40, classes=4, rate=0.1, seed=0):
     """Classes that a linear head tells apart, some labels wrong."""
     generator = torch.Generator().manual_seed(seed)
@@ -72,7 +87,7 @@ def noisy(n=1500, dimension=40, classes=4, rate=0.1, seed=0):
 @pytest.mark.parametrize("rate", [0.0, 0.03, 0.1, 0.3])
 def test_the_rate_is_within_its_interval(rate):
     features, label, wrong = noisy(rate=rate)
-    found = left_out_rate(features, label, torch.ones(1500), 4)
+    found = rate_of(features, label, torch.ones(1500), 4)
     assert found.is_settled
     assert found.low <= wrong.float().mean() <= found.high
     assert (found.z_score > 5) == (rate > 0)
@@ -81,13 +96,13 @@ def test_the_rate_is_within_its_interval(rate):
 def test_features_that_know_nothing_tell_nothing():
     _, label, _ = noisy()
     features = torch.randn(1500, 40, generator=torch.Generator().manual_seed(1))
-    assert not left_out_rate(features, label, torch.ones(1500), 4).is_settled
+    assert not rate_of(features, label, torch.ones(1500), 4).is_settled
 
 
 def test_the_unit_of_a_feature_does_not_matter():
     features, label, _ = noisy()
     unit = 10.0 ** torch.linspace(-3, 3, 40)
-    one, other = (left_out_rate(x, label, torch.ones(1500), 4) for x in (features, features * unit + 100 * unit))
+    one, other = (rate_of(x, label, torch.ones(1500), 4) for x in (features, features * unit + 100 * unit))
     assert other.middle == pytest.approx(one.middle, rel=0.02)
 
 
@@ -104,12 +119,12 @@ def test_of_many_features_the_leading_components_do(monkeypatch, world_size):
     features, label, _ = noisy(dimension=10)
     mix = torch.randn(10, 120, generator=torch.Generator().manual_seed(2))
     many = features @ mix + 0.05 * torch.randn(1500, 120, generator=torch.Generator().manual_seed(3))
-    whole = left_out_rate(many, label, torch.ones(1500), 4)
+    whole = rate_of(many, label, torch.ones(1500), 4)
     monkeypatch.setattr(leave_one_out, "MAX_COMPONENTS", 16)
 
     def on_rank(rank, reduce):
         part = slice(rank, None, world_size)
-        return left_out_rate(many[part], label[part], torch.ones(len(label[part])), 4, reduce=reduce)
+        return rate_of(many[part], label[part], torch.ones(len(label[part])), 4, reduce=reduce)
 
     for found in run_ranks(on_rank, world_size):
         assert found.middle == pytest.approx(whole.middle, abs=0.005)
@@ -143,5 +158,24 @@ def test_circles_are_not_told_apart_by_a_ridge():
     generator = torch.Generator().manual_seed(0)
     angle, label = 6.28 * torch.rand(2000, generator=generator), torch.arange(2000) % 2
     rows = torch.stack([angle.cos(), angle.sin()], 1) * (1 + label).unsqueeze(1)
-    found = left_out_rate(rows, label, torch.ones(2000), 2)
+    found = rate_of(rows, label, torch.ones(2000), 2)
     assert not found.is_settled or objection_to(found, skill_of(0.99, 0.5), None, None)
+
+
+@pytest.mark.parametrize(
+    ("skill", "left_out_z", "early", "z", "share"),
+    [
+        (0.8, 40.0, 0.5, 8.0, 0.7),  # knows more, and shows more
+        (0.8, 40.0, 0.5, 0.0, 0.7),  # the network has memorized all
+        (0.6, 12.0, 0.5, 12.0, 0.7 * 0.5 * 0.5),
+        (0.8, 5.0, 0.5, 10.0, 0.0),  # shows less
+        (0.5, 40.0, 0.5, 8.0, 0.0),  # knows no more
+        (0.8, 2.9, 0.5, 0.0, 0.0),  # shows nothing
+    ],
+)
+def test_how_much_leave_one_out_counts_in_ranking(skill, left_out_z, early, z, share):
+    one = replace(told(skill), z_score=left_out_z)
+    assert left_out_share(one, told(early), z) == pytest.approx(share)
+    assert left_out_share(one, None, z) == 0
+    assert left_out_share(one, replace(told(early), is_settled=False), z) == 0
+    assert left_out_share(None, told(early), z) == 0

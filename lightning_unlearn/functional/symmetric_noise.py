@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_unlearn.functional.chunks import row_slices
+from lightning_unlearn.functional.chunks import row_slices, softmax
 from lightning_unlearn.functional.lbfgs import minimize
 from lightning_unlearn.functional.mixture import Reduce, no_reduce
 
@@ -67,8 +67,8 @@ class SymmetricNoiseFit:
         for rows in row_slices(len(label), score.shape[1], score.device):
             scaled = _centered(score[rows]) * (self.scale[0] if group is None else self.scale[group[rows]].unsqueeze(1))
             z, y = scaled + self.bias, label[rows].unsqueeze(1)
-            clear = z.softmax(1).gather(1, y).squeeze(1)
-            unclear = (_NATURAL * z).softmax(1).gather(1, y).squeeze(1) if self.unclear else torch.zeros_like(clear)
+            unclear = softmax(_NATURAL * z).gather(1, y).squeeze(1) if self.unclear else 0.0
+            clear = softmax(z).gather(1, y).squeeze(1)
             of_blind = self.blind / len(self.bias)
             total = (1 - self.blind - self.unclear) * clear + self.unclear * unclear + of_blind
             parts.append(of_blind * (1 - clear) / total.clamp(min=_TINY))
@@ -108,11 +108,11 @@ class _Likelihood:
         clear_share, blind, unclear_share = shares
         scaled = _centered(self.score[rows]) * log_scale.exp()[self.group[rows]].unsqueeze(1)
         z, y = scaled + bias, self.label[rows].unsqueeze(1)
-        gradient = z.softmax(1)
+        soft = softmax(_NATURAL * z) if self.unclear else None
+        gradient = softmax(z)
         clear = gradient.gather(1, y).squeeze(1)
         total, unclear = clear_share * clear + blind / self.num_classes, torch.zeros_like(clear)
-        if self.unclear:
-            soft = (_NATURAL * z).softmax(1)
+        if soft is not None:
             unclear = soft.gather(1, y).squeeze(1)
             total = total + unclear_share * unclear
         total = total.clamp(min=_TINY)
@@ -121,7 +121,7 @@ class _Likelihood:
         log_total = total.log() if self.noisy else total.log().clamp(min=-FLOOR)
         by_clear = live * clear_share * clear / total
         gradient = gradient.mul_(-by_clear.unsqueeze(1)).scatter_add_(1, y, by_clear.unsqueeze(1))
-        if self.unclear:
+        if soft is not None:
             by_unclear = _NATURAL * live * unclear_share * unclear / total
             gradient -= soft.mul_(by_unclear.unsqueeze(1))
             gradient.scatter_add_(1, y, by_unclear.unsqueeze(1))

@@ -61,7 +61,7 @@ def run_init(options: argparse.Namespace) -> None:
         *_class("model", options.model or placeholder("your LightningModule, as team.Net"), model),
         *_class("data", options.data or placeholder("your LightningDataModule, as team.Data"), data),
         "trainer:",
-        "  max_epochs: 30  # on all the data until at_epoch, then on the clean subset",
+        "  max_epochs: 30  # on all the data until the partition, then on the clean subset",
         "  # accelerator: auto  # cpu, gpu, mps",
         "  # devices: auto  # how many; DDP and FSDP2 work",
         "  callbacks:",

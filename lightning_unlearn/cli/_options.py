@@ -22,12 +22,7 @@ class Option(NamedTuple):
 
 
 PARTITION = [
-    Option(
-        "at_epoch",
-        20,
-        "epochs on all the data, below max_epochs; when validation accuracy peaks: later may be too late",
-        True,
-    ),
+    Option("at_epoch", "auto", "once the evidence has peaked; or a number of epochs, or a share of max_epochs as 0.5"),
     Option("recipe", "auto", "wrong labels and corrupted inputs; label or input for one of them, rlap for the paper's"),
     Option("layer", None, "where attributions are taken; the default, the head's input, is right for wrong labels"),
     Option("input_layer", None, "early layer that shows corrupted inputs; the default: behind the first block"),

@@ -95,7 +95,7 @@ def partition_at(
     """
     others: list[L.Callback] = [] if recorder is None else [recorder]
     if moment == AUTO:
-        callback = AttributionPartitionCallback(at_epoch=problem.epochs // 2, action="report")
+        callback = AttributionPartitionCallback()
     else:
         epochs = {SECOND: 2, MIDDLE: problem.epochs // 2, END: problem.epochs}[moment]
         callback = AttributionPartitionCallback(at_epoch=epochs, action="report")

@@ -58,18 +58,19 @@ def images(total: int, size: int, channels: int) -> tuple[Tensor, Tensor]:
 
 
 class _Clock(L.Callback):
-    """Seconds from the start of one epoch to the start of the next, the last in the list that looks."""
+    """When epochs start and when the last one has ended, the last in the list that looks."""
 
     def __init__(self) -> None:
         self.started: list[float] = []
+        self.ended = 0.0
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Reads it."""
         self.started.append(seconds_now(pl_module.device))
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Reads it once more."""
-        self.started.append(seconds_now(pl_module.device))
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Reads it before a partition is drawn, since training ends."""
+        self.ended = seconds_now(pl_module.device)
 
 
 def seconds_now(device: torch.device) -> float:
@@ -152,7 +153,7 @@ def _step_seconds(model: L.LightningModule, loader: DataLoader[Any], callbacks: 
     clock, epochs = _Clock(), _WARM_UP + 1
     # Of more epochs than are run, so that the partition lies ahead.
     trainer_of(100, [*callbacks, StopAfter(epochs), clock], device).fit(model, loader)
-    return (clock.started[-1] - clock.started[_WARM_UP]) / len(loader)
+    return (clock.ended - clock.started[_WARM_UP]) / len(loader)
 
 
 def share(args: argparse.Namespace) -> list[Row]:

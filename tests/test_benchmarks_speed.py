@@ -23,12 +23,12 @@ def test_the_command_measures_steps_and_share(capsys, tmp_path, monkeypatch):
 
 
 class Counts(speed.L.Callback):
-    """How many rows the partition callback has gathered in the end."""
+    """How many rows the partition callback has gathered by the end of an epoch."""
 
     def __init__(self, partition):
         self.partition, self.rows = partition, None
 
-    def on_train_end(self, trainer, pl_module):
+    def on_train_epoch_end(self, trainer, pl_module):
         held = self.partition.state_dict()["trajectory"]
         self.rows = 0 if held is None else int(held["scores"][:, 0].sum())
 

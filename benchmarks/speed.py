@@ -164,6 +164,7 @@ def share(args: argparse.Namespace) -> list[Row]:
         loader = DataLoader(Rows(x, y), args.batch, shuffle=True, collate_fn=as_it_is)
         partition, prune = AttributionPartitionCallback(at_epoch=12), SensitivityPruneCallback()
         callbacks = [partition, prune, CleanSubsetFinetuneCallback()]
+        torch.manual_seed(0)
         with processor_clock(args.device):
             started = time.perf_counter()
             trainer_of(16, callbacks, args.device).fit(network(), loader)

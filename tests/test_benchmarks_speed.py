@@ -19,7 +19,6 @@ def test_the_command_measures_steps_and_share(capsys, tmp_path, monkeypatch):
     assert row["ratio"]["idle"] == row["all"]["idle"][0] / row["all"]["plain"][0]
     (row,) = found["share"]
     assert 0 < row["partition"] + row["prune"] < row["fit"]
-    assert row["suspects"] < 150  # a fifth of 300 are wrong
 
 
 class Counts(speed.L.Callback):

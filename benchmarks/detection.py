@@ -28,7 +28,7 @@ from benchmarks.partition_tables import FOUND, found_cells, markdown, summary
 from benchmarks.sources import DATA
 from lightning_unlearn.functional import label_margin
 from lightning_unlearn.functional.leave_one_out import leave_one_out_logits, left_out_rate, objection_to, skill_of
-from lightning_unlearn.functional.prequential import PrequentialRate, prequential_rate
+from lightning_unlearn.functional.prequential import PrequentialRate, favored_by_sampler, following, prequential_rate
 from lightning_unlearn.recipes.label_noise import LabelHistory, LabelNoise, find_label_noise
 
 PHASES = 4
@@ -52,15 +52,29 @@ class Replay:
 
     def early(self, epochs: int) -> PrequentialRate:
         """What the earliest epoch says in which the network no longer learns fast."""
-        share = torch.bincount(self.label).double()
-        for epoch in range(len(self._early), min(epochs, _PATIENCE)):
-            if self._early and self._early[-1].is_settled:
+        found: PrequentialRate | None = None
+        for epoch in range(min(epochs, _PATIENCE)):
+            if epoch == len(self._early):
+                logits = self.training(epoch)
+                drawn = logits.isfinite().all(dim=1)
+                position = self.fit.position[epoch].nan_to_num()
+                given, seen = (torch.bincount(x, minlength=len(self.present)) for x in (self.label, self.label[drawn]))
+                weight = drawn * (given / seen.clamp(min=1))[self.label]
+                each = prequential_rate(logits, self.label, position, weight, favored=self.favored())
+                self._early.append(each)
+            found = following(found, self._early[epoch])
+            if found.is_confirmed:
                 break
-            logits = self.training(epoch)
-            drawn = logits.isfinite().all(dim=1)
-            position = self.fit.position[epoch].nan_to_num()
-            self._early.append(prequential_rate(logits, self.label, position, drawn, share=share))
-        return self._early[-1]
+        if found is None:
+            raise ValueError("Expected a fit of at least one epoch.")
+        return found
+
+    def favored(self) -> Tensor | None:
+        """What the sampler did, by what it was asked for: the steps of a sample in an epoch are not kept apart."""
+        if self.case.loss != "sampler":
+            return None
+        given = torch.bincount(self.label)
+        return favored_by_sampler(given, torch.ones_like(given))
 
     def with_left_out(self, history: LabelHistory) -> LabelHistory:
         """With what leave-one-out scores of the network's inputs say, where a fit would trust them."""
@@ -97,7 +111,8 @@ class Replay:
             if self.case.data == "cifar":  # whose validation labels are clean; a user's are as noisy as the rest
                 validation *= 1 - self.wrong.double().mean().item()
             gap = (last.argmax(1) == self.label).double().mean().item() - validation
-        return LabelHistory(phases, last, self.label, torch.ones(len(last)), self.early(epochs), gap)
+        history = LabelHistory(phases, last, self.label, torch.ones(len(last)), self.early(epochs), gap)
+        return replace(history, favored=self.favored())
 
     def peers(self, epochs: int) -> dict[str, Tensor]:
         """Scores of the same fit, the higher the more suspect."""

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lightning_unlearn.functional.prequential import prequential_rate
+from lightning_unlearn.functional.prequential import following, prequential_rate
 from lightning_unlearn.recipes.label_noise import LabelHistory, find_label_noise
 from tests.ranks import run_ranks
 
@@ -80,13 +80,33 @@ def test_more_precision_is_a_shorter_list_of_the_same_order():
     assert torch.equal(few.wrong, many.wrong)
 
 
-def test_class_weights_change_little_but_are_said():
+def test_class_weights_change_little():
     plain, wrong = history(6000, blind(0.06))
     weighted, _ = history(6000, blind(0.06), weights=torch.tensor([0.0, 2.0, 4.0, 6.0, 0.0, 0.0]))
     a, b = find_label_noise(plain), find_label_noise(weighted)
     right = [wrong[found.wrong.argsort(descending=True)[:300]].double().mean() for found in (a, b)]
     assert right[1] >= right[0] - 0.1
-    assert (a.status, b.status) == ("found", "weak")
+    assert (a.status, b.status) == ("found", "found")
+    assert wrong[b.suspect].double().mean() >= b.expected - 0.1
+    assert (wrong & b.suspect).sum() >= 0.5 * wrong.sum()
+
+
+def test_suspects_of_a_sampler_that_prefers_classes_are_not_acted_upon():
+    favored = torch.tensor([-2.0, -1.0, 0.0, 0.0, 1.0, 2.0])
+    seen, wrong = history(6000, blind(0.06), weights=-favored)
+    found = find_label_noise(replace(seen, early=replace(seen.early, bias=0 * favored.double()), favored=favored))
+    assert found.status == "weak"
+    assert wrong[found.suspect].double().mean() >= found.expected - 0.1
+
+
+def test_what_the_next_epoch_does_not_confirm_is_not_believed():
+    seen, _ = history(6000, blind(0.0))
+    early = replace(seen.early, low=0.02, middle=0.05, z_score=9.0)
+    before = find_label_noise(replace(seen, early=early))
+    assert before.rate == 0.02
+    after = find_label_noise(replace(seen, early=following(early, seen.early)))
+    assert after.status == "none"
+    assert after.suspects == 0
 
 
 def test_a_network_that_says_one_class_tells_nothing():

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_unlearn.functional.mixture import Reduce
-from lightning_unlearn.functional.prequential import PARTS, PrequentialRate, prequential_rate
+from lightning_unlearn.functional.prequential import (
+    PARTS,
+    PrequentialRate,
+    favored_by_sampler,
+    following,
+    prequential_rate,
+)
 from lightning_unlearn.recipes.classes import is_exact, with_coordinates
 from lightning_unlearn.trajectory import Trajectory
 
@@ -18,13 +24,15 @@ MOST_EPOCHS = 6
 
 _SCALE = 255  # of positions
 _FEWEST = 2  # classes
+_HALVINGS = 40
+_MOST_DRAWS = 1e4  # of a sample in an epoch, on average
 
 
 class EarlyEpochs:
-    """The noise rate by the earliest epoch in which the network no longer learns fast.
+    """The noise rate by the earliest epoch in which the network no longer learns fast, as far as the next confirms it.
 
     Attributes:
-        rate: of the last epoch that was looked at; None before the first.
+        rate: by the epochs that were looked at; None before the first.
         drawn: (C,) float64, how often samples of each class were drawn in it.
     """
 
@@ -34,7 +42,7 @@ class EarlyEpochs:
 
     def is_due(self, epoch: int) -> bool:
         """Whether to look at the ``epoch``-th, counted from 1."""
-        return epoch <= MOST_EPOCHS and not (self.rate is not None and self.rate.is_settled)
+        return epoch <= MOST_EPOCHS and not (self.rate is not None and self.rate.is_confirmed)
 
     def look(
         self,
@@ -60,26 +68,30 @@ class EarlyEpochs:
         label, position = _of_all_ranks(trajectory.label, positions, reduce)
         label, position = label[index], position[index]
         counts = (count > 0) & (weight > 0) & (label >= 0) & (position >= 0)
-        drawn = torch.zeros(trajectory.num_classes, dtype=torch.float64)
-        drawn = reduce(drawn.index_add_(0, label[counts], count[counts].double()))
+        of_classes = torch.zeros(2, trajectory.num_classes, dtype=torch.float64)
+        each = torch.stack([count[counts].double(), torch.ones_like(count[counts]).double()])
+        drawn, seen = reduce(of_classes.index_add_(1, label[counts], each))
         present = ((drawn > 0) & with_coordinates(trajectory.basis)).nonzero().flatten()
         parts = int(max(1, min(PARTS, batches)))
         if len(present) < _FEWEST or not is_exact(trajectory.basis) or not _is_whole(position[counts], parts, reduce):
             return
         place = torch.zeros(trajectory.num_classes, dtype=torch.int64)
         place[present] = torch.arange(len(present))
+        given = held_by_class(seen[present], drawn[present])
+        favored = favored_by_sampler(given, drawn[present])
         logits = torch.where(counts.unsqueeze(1), coordinates, 0) @ trajectory.basis[present].T
         found = prequential_rate(
             logits.to(device),
             place[label.clamp(min=0)].to(device),
             position.clamp(min=0).to(device),
-            counts.float().to(device),
+            (counts * (given / seen[present])[place[label.clamp(min=0)]]).to(device),
+            favored=favored.to(device),
             parts=parts,
             reduce=reduce,
         )
         bias = torch.zeros(trajectory.num_classes, dtype=torch.float64)
         bias[present] = found.bias.cpu()
-        self.rate, self.drawn = PrequentialRate(**{**vars(found), "bias": bias}), drawn
+        self.rate, self.drawn = following(self.rate, replace(found, bias=bias)), drawn
 
     def state_dict(self) -> dict[str, Any] | None:
         """Plain numbers; None if no epoch was looked at."""
@@ -97,6 +109,21 @@ class EarlyEpochs:
             bias = torch.tensor(numbers.pop("bias"), dtype=torch.float64)
             early.rate = PrequentialRate(**numbers, bias=bias)
         return early
+
+
+def held_by_class(seen: Tensor, drawn: Tensor) -> Tensor:
+    """(C,) how many samples each class has, seen or not, by how many were drawn how often.
+
+    Of n samples that are drawn d times at random, with replacement, n (1 - exp(-d / n)) are seen. Where none is drawn
+    twice, it is as many as are seen.
+    """
+    part = seen / drawn.clamp(min=1)
+    low, high = torch.zeros_like(part), torch.full_like(part, _MOST_DRAWS)
+    for _ in range(_HALVINGS):
+        each = (low + high) / 2
+        is_more = -torch.expm1(-each) / each > part
+        low, high = torch.where(is_more, each, low), torch.where(is_more, high, each)
+    return torch.where(seen < drawn, drawn / high, seen)
 
 
 def _of_all_ranks(label: Tensor, positions: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor]:

@@ -26,8 +26,8 @@ def caveat_of(noise: NoiseEstimate, worth: int) -> str:
         rate = rate_in_words(noise.rate, noise.interval)
         return f"{rate}, but no list of them is as precise as is asked for (precision)"
     many = f"{worth:,} labels are worth a look" if worth else "labels may be wrong"
-    if noise.shifted:
-        return f"{many}, but class weights or a balanced sampler shift the outputs: {_LISTED}"
+    if noise.sampled:
+        return f"{many}, but the sampler draws some classes more often, which are memorized first: {_LISTED}"
     if noise.names:
         return f"{many}, but no early epoch shows whether classes go by other names or are hard to tell: {_LISTED}"
     return f"{many}, too few signs to act on (z {noise.z_score:.1f}): {_LISTED}"

@@ -38,6 +38,12 @@ MIN_SAMPLES_PER_BIAS = 10
 MAX_NUMBERS = 2**21
 """Scores that a fit looks at, over all classes; of more samples every second, third, ... is taken."""
 
+MAX_FALL = 1.5
+"""How many times as high as the next epoch's a rate may be: by more, it was what had not been learned yet."""
+
+MIN_DRAWN_SHIFT = 0.2
+"""Total variation between drawn and given classes from which on a sampler prefers some."""
+
 _TWO_SIDED = 1.96
 
 
@@ -52,8 +58,9 @@ class PrequentialRate:
         z_score: how sure it is that there are any wrong labels.
         skill: share of what the largest class leaves that the network predicted.
         is_settled: whether the network had learned enough, and no longer fast, for the other numbers to mean anything.
-        bias: (C,) float64, in nats, what makes the mean prediction match the given labels: the opposite of what class
-            weights or a balanced sampler did; 0 where they match.
+        bias: (C,) float64, in logits, what makes the mean prediction match the given labels: the opposite of what class
+            weights did; 0 where they match.
+        is_confirmed: whether the epoch after it was looked at, too.
     """
 
     low: float
@@ -63,6 +70,34 @@ class PrequentialRate:
     skill: float
     is_settled: bool
     bias: Tensor
+    is_confirmed: bool = False
+
+
+def following(known: PrequentialRate | None, found: PrequentialRate) -> PrequentialRate:
+    """What is known after one epoch more: the rate at its highest, as far as the epoch after that confirms it.
+
+    While the network learns, wrong labels stand out more and more, and the rate rises. Then labels are memorized, and
+    that of wrong ones falls by a tenth to a third in an epoch (fits of ``benchmarks/detection.py``). A rate that falls
+    to half or to nothing was of what had not been learned yet, such as classes that are seldom seen.
+
+    Args:
+        known: from the epochs before; None before the first.
+        found: in the next epoch.
+    """
+    if known is None or not known.is_settled:
+        return found
+    if not found.is_settled:
+        return known
+    if found.middle > known.middle and found.z_score > known.z_score:
+        return found
+    return replace(
+        known,
+        low=min(known.low, found.low),
+        middle=min(known.middle, MAX_FALL * found.middle),
+        high=max(known.high, found.high),
+        z_score=min(known.z_score, found.z_score),
+        is_confirmed=True,
+    )
 
 
 def prequential_rate(
@@ -71,7 +106,7 @@ def prequential_rate(
     position: Tensor,
     weight: Tensor,
     *,
-    share: Tensor | None = None,
+    favored: Tensor | None = None,
     parts: int = PARTS,
     reduce: Reduce = no_reduce,
 ) -> PrequentialRate:
@@ -81,9 +116,9 @@ def prequential_rate(
         logits: (n, C) of the steps; or other scores that have not seen the label, such as leave-one-out ones.
         label: (n,) int64.
         position: (n,) in [0, 1), how much of the epoch had passed.
-        weight: (n,), 0 for a sample that was not drawn in this epoch or does not count.
-        share: (C,) of each class among all given labels, where samples were not drawn alike; by default that of
-            the rows.
+        weight: (n,), 0 for a sample that was not drawn in this epoch or does not count. Where samples were not drawn
+            alike, the classes' sums are as their numbers among all samples.
+        favored: (C,) of :func:`favored_by_sampler`, where samples were not drawn alike.
         parts: of the epoch, each with a temperature of its own; 1 for scores that are all of one network.
         reduce: sums over the ranks.
 
@@ -92,14 +127,16 @@ def prequential_rate(
     """
     thin = _every(logits, weight, reduce)
     logits, label, position, weight = logits[::thin], label[::thin], position[::thin], weight[::thin].double()
-    weight, share = _stratified(label, weight, logits.shape[1], share, reduce)
+    share = reduce(weight.new_zeros(logits.shape[1]).index_add_(0, label, weight))
+    share = share / share.sum().clamp(min=1e-9)
     group = (position * parts).long().clamp(0, parts - 1)
-    data = (logits.nan_to_num(), label, weight)
+    logits = logits.nan_to_num()
+    data = (logits if favored is None else logits - favored.to(logits), label, weight)
     # Of few samples of each class a bias would be chance.
     biased = reduce((weight > 0).double().sum().reshape(1)).item() >= MIN_SAMPLES_PER_BIAS * logits.shape[1]
     some = fit_symmetric_noise(*data, group=group, num_groups=parts, biased=biased, reduce=reduce)
     skill, shift = _skill_and_shift(some, *data, group, share, reduce)
-    bias = (some.bias - some.bias.mean()) * (shift >= MIN_SHIFT)
+    bias = (some.bias - some.bias.mean()) / _typical(some.scale) * (shift >= MIN_SHIFT)
     if skill < MIN_SKILL or not _is_settled(some.scale):
         return PrequentialRate(0.0, 0.0, 1.0, 0.0, skill, False, bias)
     # The bias stays, and the fits start from where this one ended.
@@ -114,21 +151,31 @@ def prequential_rate(
     return PrequentialRate(low, sum(rates) / 2, min(high, 1.0), z, skill, True, bias)
 
 
+def favored_by_sampler(given: Tensor, drawn: Tensor) -> Tensor:
+    """How much oftener than its share each class was drawn, in nats less their mean; 0 where all were drawn alike.
+
+    A network that is trained on such draws adds as much to the logits.
+
+    Args:
+        given: (C,) how many samples each class has.
+        drawn: (C,) how often samples of each were drawn.
+
+    Example:
+        >>> favored_by_sampler(torch.tensor([900, 100]), torch.tensor([500, 500])).round(decimals=1)
+        tensor([-1.1000,  1.1000], dtype=torch.float64)
+    """
+    given, drawn = given.double(), drawn.double().to(given.device)
+    share, drawn_share = given / given.sum(), drawn / drawn.sum().clamp(min=1)
+    if (share - drawn_share).abs().sum().item() / 2 < MIN_DRAWN_SHIFT:
+        return torch.zeros_like(share)
+    # One of each class more, for those that were not drawn.
+    shift = ((drawn + 1) / (drawn + 1).sum()).log() - ((given + 1) / (given + 1).sum()).log()
+    return shift - shift.mean()
+
+
 def _every(logits: Tensor, weight: Tensor, reduce: Reduce) -> int:
     total = reduce(weight.double().sum().reshape(1)).item()
     return max(1, int(total * logits.shape[1] / MAX_NUMBERS))
-
-
-def _stratified(
-    label: Tensor, weight: Tensor, num_classes: int, share: Tensor | None, reduce: Reduce
-) -> tuple[Tensor, Tensor]:
-    """Weights under which the classes have their share of the rows, and that share (C,)."""
-    counts = weight.new_zeros(num_classes).index_add_(0, label, weight)
-    counts = reduce(counts)
-    if share is None:
-        return weight, counts / counts.sum()
-    share = share.to(counts) / share.sum().to(counts)
-    return weight * (share * counts.sum() / counts.clamp(min=1e-9))[label], share
 
 
 def _skill_and_shift(
@@ -150,5 +197,9 @@ def _skill_and_shift(
 def _is_settled(scale: Tensor) -> bool:
     if len(scale) == 1:
         return True
-    typical = scale[1:].median()
+    typical = _typical(scale)
     return bool(scale[0] <= MAX_SCALE_CHANGE * typical) and bool(typical <= MAX_SCALE)
+
+
+def _typical(scale: Tensor) -> Tensor:
+    return scale[min(1, len(scale) - 1) :].median()

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from lightning_unlearn.functional.mixture import Reduce
-from lightning_unlearn.functional.prequential import MIN_SHIFT, PrequentialRate
+from lightning_unlearn.functional.prequential import favored_by_sampler
 from lightning_unlearn.functional.structured_noise import MIN_ENTRY
 from lightning_unlearn.recipes.label_noise import ACTED_Z, LabelHistory, LabelNoise, find_label_noise
 from lightning_unlearn.recipes.verdict import NoiseEstimate, Verdict
@@ -56,7 +54,7 @@ def _estimate(found: LabelNoise) -> NoiseEstimate:
         rate=min(max(found.rate, 0.0), 1.0),
         interval=(min(max(low, 0.0), 1.0), min(max(high, low, 0.0), 1.0)),
         z_score=found.z,
-        shifted=found.status == "weak" and found.z >= ACTED_Z and found.structured is None,
+        sampled=found.status == "weak" and found.z >= ACTED_Z and found.structured is None,
         names=tuple(sorted(names, key=lambda name: -name[2])),
     )
 
@@ -78,27 +76,20 @@ def _history(evidence: Evidence, unseen: OutOfSample, reduce: Reduce) -> LabelHi
         last=last,
         label=evidence.label,
         weight=evidence.weight,
-        early=_early(evidence, unseen, reduce),
+        early=unseen.early,
         gap=None if unseen.accuracy is None else accuracy - unseen.accuracy,
         left_out=unseen.left_out,
         left_out_logits=None if evidence.left_out is None else evidence.left_out.float() @ evidence.basis.float().T,
+        favored=_favored(evidence, unseen.drawn, reduce),
     )
 
 
-def _early(evidence: Evidence, unseen: OutOfSample, reduce: Reduce) -> PrequentialRate | None:
-    """The early epoch's, and as bias what a sampler did that drew some classes more often than others."""
-    early, drawn = unseen.early, unseen.drawn
-    if early is None or drawn is None:
+def _favored(evidence: Evidence, drawn: Tensor | None, reduce: Reduce) -> Tensor | None:
+    if drawn is None:
         return None
-    weight, drawn = evidence.weight.double(), drawn.to(evidence.weight.device).double()
-    given = reduce(torch.zeros_like(drawn).index_add_(0, evidence.label, weight))
-    share, drawn_share = given / given.sum(), drawn / drawn.sum().clamp(min=1)
-    found: PrequentialRate = early
-    if (share - drawn_share).abs().sum().item() / 2 < MIN_SHIFT:
-        return found
-    # One of each class more, for those that were not drawn.
-    shift = ((given + 1) / (given + 1).sum()).log() - ((drawn + 1) / (drawn + 1).sum()).log()
-    return replace(found, bias=found.bias.to(shift.device) + shift - shift.mean())
+    weight = evidence.weight.double()
+    given = torch.zeros(evidence.num_classes, dtype=torch.float64, device=weight.device)
+    return favored_by_sampler(reduce(given.index_add_(0, evidence.label, weight)), drawn)
 
 
 def share_predicted(evidence: Evidence, reduce: Reduce) -> float:

@@ -33,7 +33,7 @@ class NoiseEstimate:
         rate: of wrong labels.
         interval: of it, at 95 %; the upper end is 1 where the rate is only a lower bound.
         z_score: how sure it is that labels are wrong.
-        shifted: whether class weights or a balanced sampler had to be guessed.
+        sampled: whether suspects are named only as a sampler draws some classes more often.
         names: pairs of classes of which the first is often called the second, with how often.
     """
 
@@ -41,7 +41,7 @@ class NoiseEstimate:
     rate: float
     interval: tuple[float, float]
     z_score: float
-    shifted: bool = False
+    sampled: bool = False
     names: tuple[tuple[int, int, float], ...] = ()
 
 

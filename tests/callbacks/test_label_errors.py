@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_unlearn import AttributionPartitionCallback, Partition, UnlearnReport
 from lightning_unlearn.callbacks import _partition_log
-from lightning_unlearn.callbacks._early_epochs import EarlyEpochs
+from lightning_unlearn.callbacks._early_epochs import EarlyEpochs, held_by_class
 from lightning_unlearn.callbacks._finding import caveat_of
 from lightning_unlearn.finding import finding_of
 from lightning_unlearn.functional.mixture import no_reduce
@@ -165,6 +165,18 @@ def test_an_epoch_that_was_resumed_in_the_middle_is_not_looked_at():
     assert early.rate is None
 
 
+def test_how_many_samples_a_class_has_is_told_by_what_is_drawn_twice():
+    generator = torch.Generator().manual_seed(0)
+    label = torch.arange(8000).remainder(20).clamp(max=2)  # 400, 400, 7,200
+    drawn = torch.multinomial((1 / torch.bincount(label))[label], 8000, replacement=True, generator=generator)
+    draws = torch.bincount(drawn, minlength=8000)
+    seen, of_class = (torch.zeros(3, dtype=torch.float64).index_add_(0, label, x.double()) for x in (draws > 0, draws))
+    expected = torch.tensor([400.0, 400, 7200]).double()
+    torch.testing.assert_close(held_by_class(seen, of_class), expected, rtol=0.1, atol=0)
+    once = torch.tensor([5.0, 7.0]).double()
+    assert torch.equal(held_by_class(once, once), once)
+
+
 def test_what_an_early_epoch_told_survives_a_checkpoint():
     early = EarlyEpochs()
     assert EarlyEpochs.from_state_dict(early.state_dict()).rate is None
@@ -172,7 +184,9 @@ def test_what_an_early_epoch_told_survives_a_checkpoint():
     early.drawn = torch.tensor([3.0, 4.0], dtype=torch.float64)
     found = EarlyEpochs.from_state_dict(early.state_dict())
     assert found.state_dict() == early.state_dict()
-    assert not found.is_due(2)
+    assert found.is_due(2)
+    found.rate = replace(found.rate, is_confirmed=True)
+    assert not EarlyEpochs.from_state_dict(found.state_dict()).is_due(2)
     assert EarlyEpochs().is_due(6)
     assert not EarlyEpochs().is_due(7)
 
@@ -201,10 +215,10 @@ ESTIMATE = NoiseEstimate("weak", 0.03, (0.019, 0.044), 3.4)
         ({}, 212, "212 labels are worth a look, too few signs to act on (z 3.4): listed for review, not acted upon"),
         ({}, 0, "labels may be wrong, too few signs to act on (z 3.4): listed for review, not acted upon"),
         (
-            {"shifted": True},
+            {"sampled": True},
             212,
-            "212 labels are worth a look, but class weights or a balanced sampler shift the outputs: listed for review,"
-            " not acted upon",
+            "212 labels are worth a look, but the sampler draws some classes more often, which are memorized first:"
+            " listed for review, not acted upon",
         ),
         (
             {"status": "found"},

@@ -1,8 +1,10 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from lightning_unlearn.functional import prequential
-from lightning_unlearn.functional.prequential import prequential_rate
+from lightning_unlearn.functional.prequential import favored_by_sampler, following, prequential_rate
 from tests.ranks import run_ranks
 
 
@@ -56,14 +58,55 @@ def test_class_weights_are_taken_out_and_chance_is_not():
     assert not prequential_rate(*epoch(8000, 0.05), torch.ones(8000)).bias.any()
 
 
+def test_a_bias_is_in_logits_whatever_their_scale():
+    prior = torch.tensor([3.0, 0.0, 0.0, -1.0, -2.0])
+    logits, label, position = epoch(8000, 0.05, prior=prior)
+    found = prequential_rate(logits / 3, label, position, torch.ones(8000))
+    torch.testing.assert_close(3 * found.bias, (prior - prior.mean()).double(), atol=0.3, rtol=0)
+
+
+def test_what_a_sampler_did_is_known():
+    favored = favored_by_sampler(torch.tensor([100, 200, 200, 300, 500]), torch.full((5,), 260))
+    assert favored.sum() == pytest.approx(0, abs=1e-9)
+    logits, label, position = epoch(8000, 0.05)
+    found = prequential_rate(logits + favored, label, position, torch.ones(8000), favored=favored)
+    alone = prequential_rate(logits, label, position, torch.ones(8000))
+    assert found.middle == pytest.approx(alone.middle, abs=1e-6)
+    assert not found.bias.any()
+    assert not favored_by_sampler(torch.tensor([100, 120]), torch.tensor([110, 100])).any()  # by chance
+
+
+EARLY = prequential_rate(*epoch(6000, 0.1), torch.ones(6000))
+
+
+@pytest.mark.parametrize(
+    ("low", "middle", "high", "z", "expected"),
+    [
+        (0.05, 0.07, 0.09, 8.0, (0.05, 0.08, 0.1, 8.0, True)),  # a little is memorized
+        (0.0, 0.02, 0.03, 4.0, (0.0, 0.03, 0.1, 4.0, True)),  # most had not been learned
+        (0.0, 0.0, 0.01, 0.0, (0.0, 0.0, 0.1, 0.0, True)),
+        (0.07, 0.09, 0.1, 12.0, (0.07, 0.09, 0.1, 12.0, False)),  # it still rises
+    ],
+)
+def test_an_epoch_says_as_much_as_the_next_confirms(low, middle, high, z, expected):
+    known = replace(EARLY, low=0.06, middle=0.08, high=0.1, z_score=9.0)
+    found = following(known, replace(EARLY, low=low, middle=middle, high=high, z_score=z))
+    assert (found.low, pytest.approx(found.middle), found.high, found.z_score, found.is_confirmed) == expected
+
+
+def test_an_epoch_that_is_not_believed_confirms_nothing():
+    unsettled = replace(EARLY, is_settled=False)
+    assert following(None, EARLY) is EARLY
+    assert following(EARLY, unsettled) is EARLY
+    assert following(unsettled, EARLY) is EARLY
+
+
 def test_samples_that_were_not_drawn_do_not_count():
     logits, label, position = epoch(3000, 0.1)
     missing = torch.arange(3000) % 3 == 0
     with_holes = logits.masked_fill(missing.unsqueeze(1), torch.nan)
-    found = prequential_rate(with_holes, label, position, (~missing).double(), share=torch.bincount(label))
-    alone = prequential_rate(
-        logits[~missing], label[~missing], position[~missing], torch.ones(2000), share=torch.bincount(label)
-    )
+    found = prequential_rate(with_holes, label, position, (~missing).double())
+    alone = prequential_rate(logits[~missing], label[~missing], position[~missing], torch.ones(2000))
     assert found.middle == pytest.approx(alone.middle, abs=1e-5)
 
 
@@ -75,13 +118,12 @@ def test_of_many_numbers_a_part_is_looked_at(monkeypatch):
 
 def test_ranks_find_what_one_finds():
     logits, label, position = epoch(1501, 0.1)
-    share = torch.bincount(label)
-    one = prequential_rate(logits, label, position, torch.ones(1501), share=share)
+    one = prequential_rate(logits, label, position, torch.ones(1501))
 
     def on_rank(rank, reduce):
         part = slice(rank, None, 2)
         ones = torch.ones(len(label[part]))
-        return prequential_rate(logits[part], label[part], position[part], ones, share=share, reduce=reduce)
+        return prequential_rate(logits[part], label[part], position[part], ones, reduce=reduce)
 
     for found in run_ranks(on_rank, 2):
         assert found.middle == pytest.approx(one.middle, abs=1e-5)

@@ -3,7 +3,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lightning_unlearn.functional.mixture import no_reduce
 from lightning_unlearn.functional.prequential import following, prequential_rate
+from lightning_unlearn.recipes import label_noise
 from lightning_unlearn.recipes.label_noise import LabelHistory, find_label_noise
 from tests.ranks import run_ranks
 
@@ -184,9 +186,11 @@ def test_samples_that_a_phase_has_not_seen_are_judged_by_the_others():
 def test_the_last_pass_counts_where_nothing_is_memorized():
     seen, _ = history(2000, blind(0.1))
     other = replace(seen, last=torch.randn_like(seen.last))
-    near, far = (find_label_noise(replace(other, gap=gap)).wrong for gap in (0.0, 0.3))
-    torch.testing.assert_close(far, find_label_noise(replace(other, gap=None)).wrong)
-    assert not torch.allclose(near, far)
+    near, half, far = (label_noise._evidence(replace(other, gap=gap))[1] for gap in (0.0, 0.125, 0.3))
+    assert torch.equal(near, other.last)
+    assert torch.equal(far, other.phases.mean(dim=1))
+    assert torch.equal(far, label_noise._evidence(replace(other, gap=None))[1])
+    torch.testing.assert_close(half, (near + far) / 2)
 
 
 def test_copies_that_share_a_weight_count_once():
@@ -215,3 +219,36 @@ def test_two_ranks_find_what_one_finds(names):
         torch.testing.assert_close(found.wrong, one.wrong[rank::2], atol=1e-3, rtol=1e-2)
         assert found.suspects == pytest.approx(one.suspects, abs=2)
         assert found.status == one.status
+
+
+def test_errors_on_classes_that_are_taken_for_each_other_are_added_to_blind_ones():
+    seen, _ = history(6000, blind(0.1))
+    seen = replace(seen, early=replace(seen.early, is_confirmed=True))
+    more = replace(seen, early=replace(seen.early, confused=0.05, most_confused=0.08))
+    few, many = (label_noise._by_blind_errors(label_noise._asked(one, no_reduce)[0]) for one in (seen, more))
+    assert many.rate == pytest.approx(few.rate + 0.05)
+    assert many.interval[1] == pytest.approx(seen.early.middle + 0.08)
+    assert many.interval[0] == few.interval[0]
+    assert many.wrong.mean().item() == pytest.approx(many.rate, abs=0.005)
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_few_samples_are_judged_by_latent_classes(early):
+    seen, wrong = history(150, blind(0.2))
+    found = find_label_noise(seen if early else replace(seen, early=None))
+    assert found.status == "found"
+    assert found.transition is not None
+    assert found.rate == pytest.approx(wrong.double().mean().item(), abs=0.08)
+    assert wrong[found.suspect].double().mean() >= 0.8
+    assert (wrong & found.suspect).sum() >= 0.7 * wrong.sum()
+    assert find_label_noise(history(150, blind(0.0))[0]).status == "none"
+
+
+def test_what_was_memorized_is_judged_at_the_rate_of_the_early_epoch():
+    seen, wrong = history(6000, blind(0.2), memorized=1.5)
+    asked, _ = label_noise._asked(replace(seen, early=replace(seen.early, is_confirmed=True)), no_reduce)
+    found = label_noise._by_blind_errors(asked)
+    assert asked.fit.rate < 0.1
+    assert found.rate == pytest.approx(wrong.double().mean().item(), abs=0.03)
+    assert found.wrong.mean().item() == pytest.approx(found.rate, abs=0.01)
+    assert found.wrong[wrong].mean() > 0.7

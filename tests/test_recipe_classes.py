@@ -5,8 +5,7 @@ import torch
 
 from lightning_unlearn.functional.mixture import no_reduce
 from lightning_unlearn.recipes import judge_argmax, judge_aum, judge_auto, judge_label
-from lightning_unlearn.recipes.classes import is_exact, judged_classes, restricted
-from lightning_unlearn.recipes.views import rival_of
+from lightning_unlearn.recipes.classes import is_exact, judged_classes, restricted, rival_of
 from tests.ranks import run_ranks
 from tests.test_recipes import SYMMETRIC, C, make_evidence, normal, scene, share_of
 

@@ -23,8 +23,6 @@ from lightning_unlearn.recipes import (
     judge_rlap,
     registry,
 )
-from lightning_unlearn.recipes.label_model import fit_view, label_model
-from lightning_unlearn.recipes.views import views_of
 from lightning_unlearn.trajectory import class_coordinates
 from lightning_unlearn.types import NOT_BY_SAMPLE, Evidence
 from tests.ranks import run_ranks
@@ -121,7 +119,8 @@ def happened(true, label):
 
 
 def flagged(verdict):
-    return verdict.clean_probability < 0.5
+    everyone = torch.ones_like(verdict.clean_probability)
+    return verdict.suspects(everyone, no_reduce, 0.85) & (verdict.warning == "")
 
 
 # Label evidence
@@ -144,8 +143,9 @@ def test_wrong_labels_are_found(noise, memorises, recipe):
     assert verdict.noise_matrix.dtype == torch.float32
     assert (verdict.suggested_label == true)[wrong].float().mean() > 0.85
     assert (verdict.suggested_label != evidence.label).all()
-    assert verdict.notes[0].startswith("labels: ")
-    assert verdict.notes[0].endswith(" of the average one: wrong labels")
+    assert verdict.noise.status == "found"
+    low, high = verdict.noise.interval
+    assert low <= wrong.float().mean() <= high
 
 
 def test_asymmetric_noise_is_found_where_the_margins_are_not_enough():
@@ -166,30 +166,27 @@ def test_hardly_anything_is_flagged_without_noise(apart, memorises, recipe, seed
     assert (accuracy < 0.7) == (apart == 1.0)
     verdict = RECIPES[recipe].judge(evidence, no_reduce)
     assert flagged(verdict).float().mean() <= 0.03
-    assert verdict.notes[0].endswith(": no sign of wrong labels")
+    assert verdict.noise.status == "none"
     # Nothing is claimed of how many may be wrong all the same.
     assert verdict.caveat == ""
     assert torch.equal(verdict.noise_matrix, torch.eye(C))
 
 
-def test_a_closed_gate_keeps_the_order_and_takes_the_doubt():
+def test_where_nothing_is_found_the_order_stays():
     true, evidence = scene(apart=1.0)
     verdict = judge_label(evidence, no_reduce)
-    assert verdict.clean_probability.min() >= 0.99
     assert verdict.clean_probability.unique().numel() > N / 2
     disagrees = evidence.prediction != true
     assert auroc(verdict.clean_probability, disagrees) > 0.8
 
 
-def test_blocks_that_repeat_the_given_labels_are_dropped():
+def test_blocks_that_repeat_the_given_labels_do_no_harm():
     true, evidence = scene(SYMMETRIC, memorises=True)
     last = evidence.attribution[:, 1:] @ evidence.basis.T
     assert (last.argmax(dim=2) == evidence.label.unsqueeze(1)).float().mean() > 0.99
-    verdict = judge_label(evidence, no_reduce)
-    first_only = judge_label(replace(evidence, attribution=evidence.attribution[:, :1]), no_reduce)
-    torch.testing.assert_close(verdict.clean_probability, first_only.clean_probability)
-    # The last pass alone says nothing of the wrong ones: the baselines that read it are at chance.
     wrong = evidence.label != true
+    assert auroc(judge_label(evidence, no_reduce).clean_probability, wrong) > 0.95
+    # The last pass alone says nothing of the wrong ones: the baselines that read it are at chance.
     for judge in (judge_loss, judge_argmax):
         assert auroc(judge(evidence, no_reduce).clean_probability, wrong) < 0.6
 
@@ -206,15 +203,11 @@ def test_what_was_half_memorised_is_left_out(noise):
     found = judge_label(make_evidence(blocks, evidence.label), no_reduce)
     assert auroc(found.clean_probability, wrong) > 0.94
     assert (flagged(found) == wrong).float().mean() > 0.88
-    # All of training together, which is no more than nine tenths repeated either, would keep the gate closed.
-    (longest, *_) = views_of(make_evidence(blocks, evidence.label), no_reduce)
-    assert longest.blocks.shape[1] == 3
-    assert fit_view(longest, make_evidence(blocks, evidence.label), no_reduce).unexplained < 1.5
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_an_early_quarter_that_was_hardly_learned_does_not_make_clean_labels_suspect(seed):
-    # Two classes that overlap: the best of several views once opened the gate on every such set.
+    # Two classes that overlap: the best of several windows would find something in every such set.
     generator = torch.Generator().manual_seed(seed)
     label = torch.arange(1000) % 2
     x = torch.eye(2)[label] + torch.randn(1000, 2, generator=generator)
@@ -232,7 +225,6 @@ def test_few_wrong_labels_are_found_by_a_network_that_has_learned_all_others(see
     label = torch.where(torch.rand(2 * N, generator=generator) < 0.05, (true + 1) % C, true)
     blocks = [s * torch.eye(C)[true] + torch.randn(2 * N, C, generator=generator) for s in (0.5, 5.0, 6.0, 6.0, 6.0)]
     evidence = make_evidence(blocks, label)
-    assert all(view.is_part for view in views_of(evidence, no_reduce))
     verdict = judge_label(evidence, no_reduce)
     assert auroc(verdict.clean_probability, label != true) > 0.99
     assert (flagged(verdict) == (label != true)).float().mean() > 0.98
@@ -257,24 +249,23 @@ def hard_and_easy(rate, seed, n=2000):
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("rate", [0.1, 0.2])
-def test_wrong_labels_show_through_large_uncertainty_by_their_lapses(rate, seed):
+def test_wrong_labels_show_through_large_uncertainty(rate, seed):
     true, evidence = hard_and_easy(rate, seed)
     wrong, verdict = evidence.label != true, judge_label(evidence, no_reduce)
-    assert label_model(evidence, no_reduce).unexplained < 1
     assert auroc(verdict.clean_probability, wrong) > 0.9
     assert wrong[flagged(verdict)].double().mean() > 0.7
     assert (1 - verdict.clean_probability).mean() == pytest.approx(rate, abs=0.04)
-    assert "however confident" in verdict.notes[0]
+    assert verdict.noise.status == "found"
 
 
-def test_ranks_find_the_same_lapses():
+def test_ranks_find_the_same():
     _, evidence = hard_and_easy(0.2, 0)
     whole = judge_label(evidence, no_reduce)
     shares = [share_of(evidence, rank, 3) for rank in range(3)]
     for share, verdict in zip(
         shares, run_ranks(lambda rank, reduce: judge_label(shares[rank], reduce), 3), strict=True
     ):
-        assert verdict.notes == whole.notes
+        assert verdict.noise.rate == pytest.approx(whole.noise.rate, abs=1e-4)
         counts = share.weight > 0
         torch.testing.assert_close(verdict.clean_probability[counts], whole.clean_probability[share.index[counts]])
 
@@ -287,16 +278,14 @@ def test_a_network_that_is_confident_and_wrong_as_often_as_it_says_makes_nothing
     label = torch.multinomial(logits.softmax(dim=1), 1, generator=generator).squeeze(1)
     blocks = [s * logits + 0.2 * torch.randn(2000, C, generator=generator) for s in (0.6, 0.9, 1.0)]
     evidence = make_evidence(blocks, label)
-    assert 1.5 < label_model(evidence, no_reduce).unexplained < 3
     assert not flagged(judge_label(evidence, no_reduce)).any()
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_uncertainty_alone_makes_no_lapses(seed):
+def test_uncertainty_alone_makes_nothing_suspect(seed):
     _, evidence = hard_and_easy(0.0, seed)
     verdict = judge_label(evidence, no_reduce)
     assert not flagged(verdict).any()
-    assert "however confident" not in verdict.notes[0]
 
 
 def test_the_first_block_stays_even_if_it_repeats_the_labels():
@@ -322,12 +311,10 @@ def test_ranks_decide_together_what_is_memorised():
 
 
 @pytest.mark.parametrize("apart", [1.0, 2.0])
-def test_the_mean_probability_is_the_rate_of_the_latent_classes(apart):
+def test_the_mean_probability_is_the_rate(apart):
     _, evidence = scene(SYMMETRIC, apart=apart)
-    model = label_model(evidence, no_reduce)
-    found = (1 - judge_label(evidence, no_reduce).clean_probability).mean().item()
-    assert found == pytest.approx(model.rate, abs=0.01)
-    assert (-model.log_odds).sigmoid().mean().item() != pytest.approx(model.rate, abs=0.01)  # if nothing were done
+    verdict = judge_label(evidence, no_reduce)
+    assert (1 - verdict.clean_probability).mean().item() == pytest.approx(verdict.noise.rate, abs=0.01)
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
@@ -489,7 +476,7 @@ def test_auto_tells_the_two_kinds_apart(noise):
     assert torch.equal(verdict.input_probability < 0.5, CORRUPTED)
     assert ((verdict.label_probability < 0.5) == wrong)[~CORRUPTED].float().mean() > 0.9
     assert (flagged(verdict) == (wrong | CORRUPTED)).float().mean() > 0.9
-    assert [note.split(":")[0] for note in verdict.notes] == ["labels", "inputs"]
+    assert [note.split(":")[0] for note in verdict.notes] == ["inputs"]
     matrix = happened(true[~CORRUPTED], evidence.label[~CORRUPTED])
     torch.testing.assert_close(verdict.noise_matrix, matrix, atol=0.1, rtol=0)
 
@@ -509,7 +496,7 @@ def test_labels_are_judged_by_what_was_learned_from_intact_inputs():
     assert auroc(verdict.label_probability[kept], (evidence.label != true)[kept]) > 0.96
 
 
-def test_auto_acts_on_one_kind_where_the_other_gate_is_closed():
+def test_auto_acts_on_one_kind_where_the_other_shows_nothing():
     _, evidence = scene(SYMMETRIC)
     labels_only = judge_auto(with_response(evidence, gap=0.0), no_reduce)
     assert (labels_only.input_probability == 1).all()
@@ -517,7 +504,7 @@ def test_auto_acts_on_one_kind_where_the_other_gate_is_closed():
 
     _, clean = scene()
     inputs_only = judge_auto(with_response(clean, gap=12.0), no_reduce)
-    assert inputs_only.label_probability.min() >= 0.99
+    assert inputs_only.label_probability.min() > 0.9
     assert torch.equal(flagged(inputs_only), CORRUPTED)
     nothing = judge_auto(with_response(clean, gap=12.0, unsure=0.0), no_reduce)
     assert not flagged(nothing).any()
@@ -926,5 +913,5 @@ def test_nothing_is_suspect_where_a_class_is_called_by_another_name_more_often_t
     swapped = CLEAN.clone()
     swapped[0] = 0.3 * CLEAN[0] + 0.7 * CLEAN[1]
     verdict = judge_label(scene(swapped)[-1], no_reduce)
-    assert "nothing can be told" in verdict.notes[0]
+    assert "nothing can be told" in verdict.warning
     assert not flagged(verdict).any()

@@ -37,7 +37,7 @@ from lightning_unlearn.cli._results import (
 from lightning_unlearn.finding import names_in
 from lightning_unlearn.fingerprint import check_fingerprint, fingerprint
 from lightning_unlearn.recipes import get_recipe
-from lightning_unlearn.recipes.views import MEMORISED
+from lightning_unlearn.recipes.latent_noise import MEMORIZED
 from lightning_unlearn.report import RunRecord, shown_samples, write_report
 from lightning_unlearn.report.samples import file_of
 from lightning_unlearn.storage import target_folder, write_json
@@ -277,7 +277,7 @@ def one_pass_caution(partition: Partition) -> list[str]:
         f"Judged from one pass: the checkpoint holds no evidence of earlier epochs. The network gives {agrees:.0%} of"
         " the training samples the label that they have"
     )
-    if agrees > MEMORISED:
+    if agrees > MEMORIZED:
         return [
             f"{said}: wrong labels that it has memorised look right by now, and no recipe can tell them from one pass;"
             " corrupted inputs still show (--recipe input). For labels, judge the training: leave out --ckpt_path, or"

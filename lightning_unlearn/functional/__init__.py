@@ -1,9 +1,8 @@
 """The mathematics: tensors in, tensors out; no module, trainer, rank, file or global random state."""
 
 from lightning_unlearn.functional.attribution import class_max_attribution, label_margin, strongest_other
-from lightning_unlearn.functional.evidence import confident_disagreement, label_support, shift_to_rate
+from lightning_unlearn.functional.evidence import confident_disagreement, label_support
 from lightning_unlearn.functional.importance import NeuronSums, importance_ratio, magnitude, neuron_sums
-from lightning_unlearn.functional.lapse import Lapses, fit_lapses
 from lightning_unlearn.functional.latent import LatentClasses, fit_latent_classes
 from lightning_unlearn.functional.logistic import fit_logistic
 from lightning_unlearn.functional.mixture import GaussianMixture, fit_mixture, standardise
@@ -13,7 +12,6 @@ from lightning_unlearn.functional.transition import LogNames, fit_transition, gi
 
 __all__ = [
     "GaussianMixture",
-    "Lapses",
     "LatentClasses",
     "LogNames",
     "NeuronSums",
@@ -22,7 +20,6 @@ __all__ = [
     "benjamini_hochberg",
     "class_max_attribution",
     "confident_disagreement",
-    "fit_lapses",
     "fit_latent_classes",
     "fit_logistic",
     "fit_mixture",
@@ -36,7 +33,6 @@ __all__ = [
     "neuron_sums",
     "regression_sums",
     "select_neurons",
-    "shift_to_rate",
     "solve_sensitivity",
     "standardise",
     "strongest_other",

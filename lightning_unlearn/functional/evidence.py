@@ -83,34 +83,3 @@ def confident_disagreement(
     before = asked.cumsum(dim=1) - asked
     part = ((wanted - before) / asked.clamp(min=1e-9)).clamp(0, 1)
     return float((part * disagree).sum() / (part * asked).sum().clamp(min=1e-9))
-
-
-def shift_to_rate(log_odds: Tensor, weight: Tensor, rate: float, *, reduce: Reduce = no_reduce) -> float:
-    """What to add to the log-odds of being clean so that the mean probability of *not* being clean is a given rate.
-
-    Args:
-        log_odds: (n,).
-        weight: (n,), 0 for a row that does not count.
-        rate: in (0, 1).
-        reduce: sums over the ranks.
-
-    Returns:
-        the shift, between -40 and 40, to about a hundredth.
-
-    Example:
-        >>> shift = shift_to_rate(torch.tensor([-5.0, 5.0]), torch.ones(2), 0.2)
-        >>> round((-(torch.tensor([-5.0, 5.0]) + shift)).sigmoid().mean().item(), 2)
-        0.2
-    """
-    # A histogram again: one collective instead of one for each step of the search.
-    width = 80 / _BINS
-    level = ((log_odds.double().clamp(-40, 40 - 1e-6) + 40) / width).long()
-    counts = torch.zeros(_BINS, dtype=torch.float64, device=log_odds.device).index_add_(0, level, weight.double())
-    counts = reduce(counts)
-    centres = (torch.arange(_BINS, device=counts.device) + 0.5) * width - 40
-    low, high = -40.0, 40.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        mean = (counts * (-(centres + middle)).sigmoid()).sum() / counts.sum()
-        low, high = (middle, high) if mean > rate else (low, middle)
-    return (low + high) / 2

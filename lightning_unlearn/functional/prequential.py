@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lightning_unlearn.functional.confusion_noise import asks_of_confusion, confusion_rate
 from lightning_unlearn.functional.mixture import Reduce, no_reduce
 from lightning_unlearn.functional.symmetric_noise import SymmetricNoiseFit, fit_symmetric_noise, z_score
 
@@ -34,6 +35,9 @@ MIN_SHIFT = 0.2
 
 MIN_SAMPLES_PER_BIAS = 10
 """Samples of each class, on average, from which on its bias is fitted."""
+
+MIN_Z = 3.0
+"""Sign of wrong labels from which on it is asked whether classes are taken for each other."""
 
 MAX_NUMBERS = 2**21
 """Scores that a fit looks at, over all classes; of more samples every second, third, ... is taken."""
@@ -61,6 +65,8 @@ class PrequentialRate:
         bias: (C,) float64, in logits, what makes the mean prediction match the given labels: the opposite of what class
             weights did; 0 where they match.
         is_confirmed: whether the epoch after it was looked at, too.
+        confused: how many more labels are wrong as classes are taken for each other.
+        most_confused: the same at most, if all confusion is wrong labels and none is hard to tell.
     """
 
     low: float
@@ -71,6 +77,8 @@ class PrequentialRate:
     is_settled: bool
     bias: Tensor
     is_confirmed: bool = False
+    confused: float = 0.0
+    most_confused: float = 0.0
 
 
 def following(known: PrequentialRate | None, found: PrequentialRate) -> PrequentialRate:
@@ -90,10 +98,12 @@ def following(known: PrequentialRate | None, found: PrequentialRate) -> Prequent
         return known
     if found.middle > known.middle and found.z_score > known.z_score:
         return found
+    middle = min(known.middle, MAX_FALL * found.middle)
     return replace(
         known,
         low=min(known.low, found.low),
-        middle=min(known.middle, MAX_FALL * found.middle),
+        middle=middle,
+        confused=known.confused * middle / known.middle if known.middle else 0.0,
         high=max(known.high, found.high),
         z_score=min(known.z_score, found.z_score),
         is_confirmed=True,
@@ -148,7 +158,12 @@ def prequential_rate(
     rates = sorted((lower.rate, some.rate))
     low = max(0.0, min(rates[0], lower.rate - _TWO_SIDED * lower.std_error * names))
     high = max(rates[1], some.rate + _TWO_SIDED * some.std_error * names)
-    return PrequentialRate(low, sum(rates) / 2, min(high, 1.0), z, skill, True, bias)
+    found = PrequentialRate(low, sum(rates) / 2, min(high, 1.0), z, skill, True, bias)
+    # Scores of another kind than a network's logits look as if classes were taken for each other.
+    if parts == 1 or z < MIN_Z or not asks_of_confusion(logits.shape[1], reduce(weight.sum().reshape(1)).item()):
+        return found
+    confused, most = confusion_rate(*data, some, group=group, reduce=reduce)
+    return replace(found, confused=confused, most_confused=most)
 
 
 def favored_by_sampler(given: Tensor, drawn: Tensor) -> Tensor:

@@ -92,6 +92,7 @@ class _Likelihood:
     noisy: bool
     unclear: bool
     biased: bool
+    known: bool
 
     def __post_init__(self) -> None:
         self.num_classes = self.score.shape[1]
@@ -144,7 +145,7 @@ class _Likelihood:
         sums[1 + groups : -2] += bias
         if not self.biased:
             sums[1 + groups : -2] = 0
-        for at, has in ((-2, self.noisy), (-1, self.unclear)):
+        for at, has in ((-2, self.noisy and not self.known), (-1, self.unclear)):
             if not has:
                 sums[at] = 0
         return sums[0].item() / self.total, sums[1:] / self.total
@@ -183,6 +184,7 @@ def fit_symmetric_noise(  # noqa: PLR0913  (what is fitted, and to what)
     noisy: bool = True,
     unclear: bool = False,
     biased: bool = False,
+    blind: float | None = None,
     start: SymmetricNoiseFit | None = None,
     reduce: Reduce = no_reduce,
     steps: int = 40,
@@ -198,6 +200,7 @@ def fit_symmetric_noise(  # noqa: PLR0913  (what is fitted, and to what)
         noisy: whether labels may be wrong at all.
         unclear: whether samples may be less clear than they look.
         biased: whether the classes have a bias; that of ``start`` otherwise.
+        blind: share of the labels that are drawn blindly, in (0, 1), where it is known.
         start: a fit to start from.
         reduce: sums over the ranks.
         steps: of L-BFGS, at most.
@@ -215,7 +218,7 @@ def fit_symmetric_noise(  # noqa: PLR0913  (what is fitted, and to what)
     """
     device = score.device
     group = torch.zeros_like(label) if group is None else group
-    loss_of = _Likelihood(score, label, weight.double(), group, reduce, noisy, unclear, biased)
+    loss_of = _Likelihood(score, label, weight.double(), group, reduce, noisy, unclear, biased, blind is not None)
     log_scale = torch.zeros(num_groups, dtype=torch.float64, device=device)
     bias = torch.zeros(score.shape[1], dtype=torch.float64, device=device)
     mixture = torch.full((2,), _START, dtype=torch.float64, device=device)
@@ -223,6 +226,8 @@ def fit_symmetric_noise(  # noqa: PLR0913  (what is fitted, and to what)
         log_scale, bias = start.scale.log().clone(), start.bias.clone()
         if start.blind > 0:
             mixture[0] = math.log(start.blind / max(1 - start.blind, 1e-9))
+    if blind is not None:
+        mixture[0] = math.log(blind / (1 - blind))
     sizes = [num_groups, len(bias), 2]
     found = minimize(lambda at: loss_of(*at.split(sizes)), torch.cat([log_scale, bias, mixture]), steps)  # type: ignore[no-untyped-call]
     log_scale, bias, mixture = found.split(sizes)  # type: ignore[no-untyped-call]

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.functional.mixture import GaussianMixture, Reduce, fit_mixture, standardise
+from lightning_unlearn.recipes.classes import class_scores, rival_of
 from lightning_unlearn.recipes.verdict import LONE, Verdict, calls_all_the_same, higher_component, undecided
-from lightning_unlearn.recipes.views import class_scores, rival_of
 from lightning_unlearn.types import Evidence
 
 

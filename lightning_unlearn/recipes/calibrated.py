@@ -8,37 +8,34 @@ from torch import Tensor
 from lightning_unlearn.functional.mixture import Reduce
 from lightning_unlearn.functional.prequential import favored_by_sampler
 from lightning_unlearn.functional.structured_noise import MIN_ENTRY
+from lightning_unlearn.functional.transition import MOST_NAMES
 from lightning_unlearn.recipes.label_noise import ACTED_Z, LabelHistory, LabelNoise, find_label_noise
-from lightning_unlearn.recipes.verdict import NoiseEstimate, Verdict
+from lightning_unlearn.recipes.verdict import NO_DOUBT, NoiseEstimate, Verdict
 from lightning_unlearn.types import Evidence, OutOfSample
 
 # So far apart, training and validation accuracy say that labels are memorized.
 _GAP = 0.2
 
 
-def label_noise_of(evidence: Evidence, reduce: Reduce) -> LabelNoise:
-    """What is found in evidence in which every class occurs."""
-    return find_label_noise(_history(evidence, evidence.unseen or OutOfSample(), reduce), reduce=reduce)
-
-
-def verdict_of(found: LabelNoise, evidence: Evidence, reduce: Reduce, not_known: str) -> Verdict:
-    """The verdict that follows from it.
+def verdict_on_labels(evidence: Evidence, reduce: Reduce) -> Verdict:
+    """The verdict on evidence in which every class occurs.
 
     Args:
-        found: of the evidence.
         evidence: of this rank's share.
         reduce: sums over the ranks.
-        not_known: the warning where the network has learned too little.
     """
-    clean = (1 - found.wrong).float()
+    found = find_label_noise(_history(evidence, evidence.unseen or OutOfSample(), reduce), reduce=reduce)
+    # Where nothing can be told, nothing is suspect, and the order stays.
+    wrong = found.wrong * NO_DOUBT if found.objection else found.wrong
+    clean = (1 - wrong).float()
     return Verdict(
         clean,
         found.suggested,
-        (found.wrong * found.suggested_share).float(),
+        (wrong * found.suggested_share).float(),
         label_probability=clean,
-        noise_matrix=_matrix(found, evidence.num_classes).float().to(clean.device),
+        noise_matrix=_matrix(found, evidence.num_classes, clean.device),
         notes=_notes(evidence, reduce),
-        warning=not_known if found.status == "unknown" else "",
+        warning=found.objection,
         noise=None if found.status == "unknown" else _estimate(found),
     )
 
@@ -59,11 +56,15 @@ def _estimate(found: LabelNoise) -> NoiseEstimate:
     )
 
 
-def _matrix(found: LabelNoise, classes: int) -> Tensor:
-    if found.structured is not None:
-        return found.structured.transition
+def _matrix(found: LabelNoise, classes: int, device: torch.device) -> Tensor | None:
+    if classes > MOST_NAMES:
+        return None
+    if found.status in {"none", "unknown"}:
+        return torch.eye(classes, device=device)
+    if found.transition is not None:
+        return found.transition.float().to(device)
     others = torch.full((classes, classes), found.rate / max(classes - 1, 1), dtype=torch.float64)
-    return others.fill_diagonal_(1 - found.rate)
+    return others.fill_diagonal_(1 - found.rate).float().to(device)
 
 
 def _history(evidence: Evidence, unseen: OutOfSample, reduce: Reduce) -> LabelHistory:

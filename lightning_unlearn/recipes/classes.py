@@ -14,6 +14,27 @@ from lightning_unlearn.recipes.verdict import Verdict
 from lightning_unlearn.types import Evidence, OutOfSample
 
 
+def rival_of(evidence: Evidence) -> tuple[Tensor, Tensor]:
+    """The class other than the given one that the model was most for on the whole, and its share among the others.
+
+    Where the evidence is a random part of what the model said, it is what the last pass predicts, with a share of 0.
+
+    Returns:
+        (n,) int64 and (n,) float32 in [0, 1].
+    """
+    if not is_exact(evidence.basis):
+        # Random coordinates say nothing of a single class.
+        return evidence.prediction, torch.zeros_like(evidence.weight)
+    scores = class_scores(evidence, evidence.attribution.mean(dim=1))
+    share, rival = scores.scatter(1, evidence.label.unsqueeze(1), -torch.inf).softmax(dim=1).max(dim=1)
+    return rival, share
+
+
+def class_scores(evidence: Evidence, block: Tensor) -> Tensor:
+    """(n, C), what a part (n, r) of the attributions says of each class; -inf of one without coordinates."""
+    return (block @ evidence.basis.T).masked_fill(~with_coordinates(evidence.basis), -torch.inf)
+
+
 def with_coordinates(basis: Tensor) -> Tensor:
     """(C,) bool, the classes of which the evidence holds anything."""
     return basis.abs().amax(dim=1) > 0

@@ -7,22 +7,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lightning_unlearn.functional.evidence import shift_to_rate
 from lightning_unlearn.functional.mixture import Reduce, fit_mixture, standardise
-from lightning_unlearn.recipes.calibrated import label_noise_of, verdict_of
+from lightning_unlearn.recipes.calibrated import verdict_on_labels
 from lightning_unlearn.recipes.classes import is_exact, judged_classes, of_all_classes, restricted
-from lightning_unlearn.recipes.label_model import NOT_KNOWN, label_model
-from lightning_unlearn.recipes.label_noise import LabelNoise
 from lightning_unlearn.recipes.verdict import NO_DOUBT, NoiseEstimate, Verdict
 from lightning_unlearn.types import Evidence, OutOfSample
 
-# What the gate calls wrong stands if the detector, too, expects so many of it to be.
-_PLAUSIBLE = 0.25
 _HALF = 0.5
-_MANY = 1000
-
-# Classes up to which the gate is asked: it takes long for many, and its lists of them were mostly right labels.
-_MOST_GATED = 65
 
 # Classes from which on there is something to tell apart.
 _FEWEST = 2
@@ -40,29 +31,21 @@ _BY_CLASS = 0.15
 
 
 def judge_label(evidence: Evidence, reduce: Reduce) -> Verdict:
-    """The probability that the given label is right; of many wrong labels as a gate finds them, else calibrated.
+    """The probability that the given label is right, calibrated, and how many labels are wrong.
 
-    Where the gate (below) finds wrong labels, it is the posterior from true classes behind the given ones. Where it
-    does not, or where the detector of ``recipes.label_noise``, going by an early epoch, expects
-    less than a quarter of them to be wrong, the detector speaks, if there is ``Evidence.unseen``: p(clean) is
-    calibrated, and it is acted upon if five standard deviations say that labels are wrong.
+    What the network said in the course of training, and in an early epoch, before it had learned the labels
+    (``Evidence.unseen``), is explained by one of three hypotheses (``recipes.label_noise``):
 
-    A latent-class model (:func:`~lightning_unlearn.functional.fit_latent_classes`) on the class attributions of the
-    first and the second half of training, as far as it was not memorised, and of the last pass gives every sample a
-    likelihood under each true class, and how classes are called. The likelihoods, weakened, are added to the model's
-    own logits; the probability of the given label under both, and under the transition matrix, is set to the noise rate
-    that the latent classes alone estimate, or to that of the lapses (below) if it is higher.
+    - some classes go by another class's name, and the labels are likelier by far then;
+    - any class may be called by any name: a latent-class model
+      (:func:`~lightning_unlearn.functional.fit_latent_classes`) on the class attributions tells the classes well apart,
+      and its most confident quarter disagrees with the labels more than 1.5 times as often as uncertainty explains of
+      the average sample;
+    - errors are blind, or fall on classes that are taken for each other, at a rate that the early epoch tells.
 
-    The gate: without noise, a classifier is wrong on the average sample as often as it expects to be, and on its most
-    confident quarter far less. If the most confident quarter of every class disagrees with the labels more than 1.5
-    times as often as the *average* sample is expected to, uncertainty does not explain it, and there are wrong labels.
-    A weaker model can be more uncertain than that and still tell: where the labels lapse, that is, differ from what it
-    says however sure it is (:func:`~lightning_unlearn.functional.fit_lapses`), by five standard deviations and as a
-    quarter of all the disagreement, there are wrong labels too. But a network that has hardly learned may be confident
-    and wrong: of a thousand samples or more some must lapse, by two standard deviations, or 1.5 times do not do, but 3.
-    Else nothing is suspect. Nor is anything where a class is called by another's name more often than by its own: which
-    of the two it is cannot be told then, and a network that has hardly learned yet looks like that. Nor is anything
-    where the model predicts hardly more than one class, or fewer than half of them.
+    Suspects are acted upon if five standard deviations say that labels are wrong. Nothing can be told, and that is a
+    warning, where the network predicts hardly more than one class, or fewer than half of them; nor where a class is
+    called by another's name more often than by its own and nothing else shows.
 
     Outputs of the model that no label names are left out. With more classes than the evidence has coordinates, what it
     says of a class is a random part of what the model said: samples are ranked by their margin then, and nothing is
@@ -72,8 +55,8 @@ def judge_label(evidence: Evidence, reduce: Reduce) -> Verdict:
     if len(classes) < _FEWEST or not is_exact(evidence.basis):
         return _by_margin(evidence, classes, reduce)
     if len(classes) == evidence.num_classes:
-        return _judge_label(evidence, reduce)
-    return of_all_classes(_judge_label(restricted(evidence, classes), reduce), evidence, classes)
+        return verdict_on_labels(evidence, reduce)
+    return of_all_classes(verdict_on_labels(restricted(evidence, classes), reduce), evidence, classes)
 
 
 def _by_margin(evidence: Evidence, classes: Tensor, reduce: Reduce) -> Verdict:
@@ -92,67 +75,6 @@ def _by_margin(evidence: Evidence, classes: Tensor, reduce: Reduce) -> Verdict:
         notes=(f"labels: {why}: samples are ranked by their margin, and none is suspect",),
         caveat=f"wrong labels would not show: {why}",
     )
-
-
-def _judge_label(evidence: Evidence, reduce: Reduce) -> Verdict:
-    """The verdict on evidence in which every class occurs."""
-    gated, is_open = None, False
-    if evidence.unseen is None or evidence.num_classes <= _MOST_GATED:
-        gated, is_open = _by_gate(evidence, reduce)
-    if gated is not None and (evidence.unseen is None or gated.warning):
-        return gated
-    if gated is not None and is_open and not _may_overrule(evidence, reduce):
-        return gated
-    found = label_noise_of(evidence, reduce)
-    if gated is not None and is_open and _is_plausible(gated, found, evidence, reduce):
-        return gated
-    return verdict_of(found, evidence, reduce, NOT_KNOWN)
-
-
-def _may_overrule(evidence: Evidence, reduce: Reduce) -> bool:
-    """Whether the detector may speak against the gate.
-
-    Without an early epoch to go by, what is memorized looks right, and of few samples it tells little.
-    """
-    early = evidence.unseen.early if evidence.unseen else None
-    return early is not None and early.is_settled and bool(reduce(evidence.weight.double().sum()) >= _MANY)
-
-
-def _is_plausible(gated: Verdict, found: LabelNoise, evidence: Evidence, reduce: Reduce) -> bool:
-    """Whether enough of what the gate calls wrong is expected to be."""
-    suspects = evidence.weight.double() * (gated.clean_probability < _HALF)
-    number, wrong = reduce(torch.stack([suspects.sum(), suspects @ found.wrong])).tolist()
-    return bool(number > 0 and wrong >= _PLAUSIBLE * number)
-
-
-def _by_gate(evidence: Evidence, reduce: Reduce) -> tuple[Verdict, bool]:
-    """The verdict of latent classes, and whether they find wrong labels."""
-    model, w = label_model(evidence, reduce), evidence.weight
-    rate = min(max(model.noise_rate, 1e-6), 1 - 1e-6)
-    probability = (model.log_odds + shift_to_rate(model.log_odds, w, rate, reduce=reduce)).sigmoid().float()
-    matrix = model.transition.float() if model.transition.ndim == 2 else None
-    found = model.finds_wrong_labels
-    if not found:
-        probability = 1 - NO_DOUBT * (1 - probability)
-        matrix = None if matrix is None else torch.eye(len(matrix), device=matrix.device)
-    lapses = ""
-    if (clear := model.clear_lapses) is not None:
-        lapses = f", {clear.rate:.1%} of all however confident ({clear.z:.1f} standard deviations)"
-    nothing = "no sign of wrong labels"
-    note = (
-        f"labels: {model.disagreement:.1%} of the most confident samples disagree, {model.uncertainty:.1%} expected of"
-        f" the average one{lapses}: {model.objection or ('wrong labels' if found else nothing)}"
-    )
-    verdict = Verdict(
-        probability,
-        model.suggested,
-        (1 - probability) * model.suggested_share.float(),
-        label_probability=probability,
-        noise_matrix=matrix,
-        notes=(note,),
-        warning=model.objection,
-    )
-    return verdict, found
 
 
 def judge_input(evidence: Evidence, reduce: Reduce) -> Verdict:
@@ -235,9 +157,9 @@ def _follows_classes(evidence: Evidence, share: Tensor, reduce: Reduce) -> bool:
 
 
 def judge_auto(evidence: Evidence, reduce: Reduce) -> Verdict:
-    """Both kinds of evidence, each behind its gate: p(clean) is the product.
+    """Both kinds of evidence: p(clean) is the product.
 
-    The latent classes are fitted on the samples whose input is intact.
+    Labels are judged on the samples whose input is intact.
     """
     inputs = judge_input(evidence, reduce)
     intact = inputs.clean_probability

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -11,21 +10,21 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.functional.attribution import label_margin
-from lightning_unlearn.functional.chunks import softmax
-from lightning_unlearn.functional.coordinates import helmert
-from lightning_unlearn.functional.latent import fit_latent_classes
 from lightning_unlearn.functional.leave_one_out import left_out_share
 from lightning_unlearn.functional.mixture import Reduce, no_reduce
 from lightning_unlearn.functional.prequential import PrequentialRate
-from lightning_unlearn.functional.structured_noise import (
-    MIN_ENTRY,
-    StructuredNoise,
-    find_structured_noise,
-    fit_structured_noise,
-)
+from lightning_unlearn.functional.structured_noise import StructuredNoise
 from lightning_unlearn.functional.suspects import LEAST, ExpectedPrecision, expected_precision, in_order_of, with_mean
 from lightning_unlearn.functional.symmetric_noise import SymmetricNoiseFit, fit_symmetric_noise, fit_with_and_without
 from lightning_unlearn.functional.transition import log_odds_of
+from lightning_unlearn.recipes.latent_noise import (
+    MANY,
+    NamedClasses,
+    TransitionNoise,
+    latent_windows,
+    named_classes,
+    transition_noise,
+)
 
 EXPECTED_PRECISION = 0.85
 """Of the suspects; what is true of them is mostly within .1 of it."""
@@ -41,18 +40,15 @@ ACTED_Z = 5.0
 # second, not at all.
 _NO_GAP, _WIDE_GAP = 0.05, 0.2
 
-_MEMORIZED = 0.9  # share of given labels that the last pass predicts, from which on it says nothing of classes
-# Latent classes beside the network's own logits: whether classes go by other names is told best by scores that are
-# mostly the network's, which are hardly ever wrong of clean data; which samples do, by the latent classes.
-_LIKELIHOOD, _TEST_LOGITS, _POSTERIOR_LOGITS, _SHARPEN = 0.15, 1.5, 0.15, 4.0
-MOST_STRUCTURED = 128
-"""Classes up to which one may be looked for that is called by another's name."""
-
-# Samples of a class for every class: with fewer, latent classes take what is confused for names.
-_LEAST_EACH = 2
+# Classes that are told apart so well are judged by latent classes, of however many samples: these do not memorize.
+_APART = 0.1
 
 _SELDOM = 0.05  # a class is not known if it is predicted less often than this share of the samples called so
 _LEAST_RATE = 1e-4  # for the order where no label is wrong
+_MOST_BLIND = 0.95
+
+NOT_KNOWN = "the model tells fewer than two classes, or than half of them, from the others, so nothing can be told"
+NOT_NAMED = "some class is called by another's name more often than by its own, so nothing can be told"
 
 Status = Literal["found", "weak", "none", "unknown"]
 
@@ -98,10 +94,12 @@ class LabelNoise:
         status: ``"found"``: suspects may be acted upon; ``"weak"``: they are named only, as little speaks for them,
             or a sampler draws some classes more often; ``"none"``: no sign; ``"unknown"``: the network has learned too
             little.
+        objection: why nothing can be told; empty if it can.
         rate: of wrong labels; a lower bound for errors that are not blind.
         interval: of it, at 95 %.
         z: how sure it is that labels are wrong.
         structured: the classes that go by another's name; None if none does.
+        transition: (C, C), row k the probabilities of what a sample of class k is called; None where errors are blind.
         precision: expected, of the list by ``wrong``.
         suspects: how many there are.
         expected: their expected precision.
@@ -112,10 +110,12 @@ class LabelNoise:
     suggested: Tensor
     suggested_share: Tensor
     status: Status
+    objection: str
     rate: float
     interval: tuple[float, float]
     z: float
     structured: StructuredNoise | None
+    transition: Tensor | None
     precision: ExpectedPrecision
     suspects: int
     expected: float
@@ -126,65 +126,172 @@ def find_label_noise(
 ) -> LabelNoise:
     """Finds the labels that are wrong.
 
+    Three hypotheses are asked, and the first that is shown explains the labels: some classes go by another's name; any
+    class may be called by any name, as latent classes that are told well apart show; errors that are blind, or fall
+    on classes that are taken for each other.
+
     Args:
         history: of this rank's samples.
         precision: that the suspects should have.
         reduce: sums over the ranks.
     """
-    y, w, bias = history.label, history.weight.double(), _bias(history)
-    mean, score = _evidence(history)
-    shift = bias.to(mean)
-    score, fit, z = _fitted(history, score + shift, reduce)
-    early = _unseen(history)
-    # What the next epoch has not confirmed had not been learned yet, and is still in the mean.
-    is_confirmed = early is not None and early.is_confirmed
-    z = early.z_score if early and is_confirmed else max(z, early.z_score if early else 0.0)
-    structured = _structured(history, mean + shift, reduce)
-    if structured is not None and early is not None and not _was_seen_early(structured, early, y, w, reduce):
-        structured = None
-    if structured is None:
-        rate = early.middle if early and is_confirmed else max(fit.rate, early.low if early else 0.0)
-        others = score.double()
-        wrong = _blind_errors(fit, score, y, w, rate, reduce)
+    asked, mean = _asked(history, reduce)
+    windows = latent_windows(_finite(history, mean), history.last, asked.label, history.weight, reduce)
+    given = (asked.shift, asked.label, asked.weight, reduce)
+    named, matrix = named_classes(windows, *given), transition_noise(windows, *given)
+    if named is not None and asked.early is not None and not _was_seen_early(named, asked):
+        named = None
+    number = reduce(asked.weight.sum().reshape(1)).item()
+    is_shown = matrix is not None and matrix.is_shown(number, asked.z)
+    if named is not None:
+        found = _by_names(named, asked)
+    elif matrix is not None and is_shown and _speaks(matrix, asked, number):
+        found = _by_matrix(matrix, asked)
     else:
-        others = structured.posterior(y)
-        wrong = torch.sigmoid(-log_odds_of(others, y))
-        number, total = reduce(torch.stack([w.sum(), w @ wrong])).tolist()
-        rate, z = total / number, math.sqrt(z**2 + 2 * structured.gain)
-    # Habits are told from what is hard by an early epoch alone.
-    is_open = _is_sampled(history) or (structured is not None and early is None)
-    status = _status(z, is_open=is_open) if _knows_classes(mean + shift, y, w, reduce) else "unknown"
-    list_of = expected_precision(wrong, w, reduce=reduce)
+        found = _by_blind_errors(asked)
+    # Habits are told from what is hard by an early epoch, or by the most confident samples.
+    is_open = _is_sampled(history) or (named is not None and asked.early is None and not is_shown)
+    objection = "" if _knows_classes(mean + asked.shift, asked.label, asked.weight, reduce) else NOT_KNOWN
+    status = _status(found.z, is_open=is_open)
+    if status == "none" and matrix is not None and not matrix.is_named:
+        objection = objection or NOT_NAMED
+    return _label_noise(found, named, "unknown" if objection else status, objection, asked, precision)
+
+
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """What every hypothesis has to explain: scores and labels, and how often these are wrong by what has not seen them.
+
+    Args:
+        score: (n, C), what ranks, as of a network that is trained on samples drawn alike.
+        is_left_out: whether leave-one-out logits are in it.
+        fit: of blind errors to it.
+        shift: (C,), what was added to logits for that.
+        label: (n,).
+        weight: (n,) float64.
+        early: what is told by evidence that has not seen the labels.
+        z: how sure it is that blind errors are there.
+        reduce: sums over the ranks.
+    """
+
+    score: Tensor
+    is_left_out: bool
+    fit: SymmetricNoiseFit
+    shift: Tensor
+    label: Tensor
+    weight: Tensor
+    early: PrequentialRate | None
+    z: float
+    reduce: Reduce
+
+
+def _asked(history: LabelHistory, reduce: Reduce) -> tuple[_Asked, Tensor]:
+    """It, and the mean over training (n, C)."""
+    y, w, early = history.label, history.weight.double(), _unseen(history)
+    mean, seen = _evidence(history)
+    shift = _bias(history).to(mean)
+    shifted = seen + shift
+    score, fit, z = _fitted(history, shifted, reduce)
+    # What the next epoch has not confirmed had not been learned yet, and is still in the mean.
+    if early is not None:
+        z = early.z_score if early.is_confirmed else max(z, early.z_score)
+    return _Asked(score, score is not shifted, fit, shift, y, w, early, z, reduce), mean
+
+
+@dataclass(frozen=True, eq=False)
+class _Explained:
+    """The labels as one hypothesis explains them; ``others`` (n, C) are log-probabilities of the true classes."""
+
+    wrong: Tensor
+    others: Tensor
+    rate: float
+    interval: tuple[float, float]
+    z: float
+    transition: Tensor | None = None
+
+
+def _label_noise(
+    found: _Explained, named: NamedClasses | None, status: Status, objection: str, asked: _Asked, precision: float
+) -> LabelNoise:
+    list_of = expected_precision(found.wrong, asked.weight, reduce=asked.reduce)
     number, threshold, expected = list_of.longest(precision, LEAST) if status in {"found", "weak"} else (0.0, 1.0, 0.0)
-    share, suggested = others.scatter(1, y.unsqueeze(1), -torch.inf).softmax(1).max(1)
+    share, suggested = found.others.scatter(1, asked.label.unsqueeze(1), -torch.inf).softmax(1).max(1)
     return LabelNoise(
-        wrong=wrong,
-        suspect=(wrong >= threshold) & (number > 0),
+        wrong=found.wrong,
+        suspect=(found.wrong >= threshold) & (number > 0),
         suggested=suggested,
         suggested_share=share,
         status=status,
-        rate=rate,
-        interval=_interval(fit, early, rate, structured is not None),
-        z=z,
-        structured=structured.noise if structured else None,
+        objection=objection,
+        rate=found.rate,
+        interval=found.interval,
+        z=found.z,
+        structured=named.noise if named else None,
+        transition=found.transition,
         precision=list_of,
         suspects=round(number),
         expected=expected,
     )
 
 
-def _was_seen_early(
-    structured: _Structured, early: PrequentialRate, label: Tensor, weight: Tensor, reduce: Reduce
-) -> bool:
+def _by_names(named: NamedClasses, asked: _Asked) -> _Explained:
+    others, w = named.posterior(asked.label), asked.weight
+    wrong = torch.sigmoid(-log_odds_of(others, asked.label))
+    number, total = asked.reduce(torch.stack([w.sum(), w @ wrong])).tolist()
+    rate, z = total / number, math.sqrt(asked.z**2 + 2 * named.gain)
+    return _Explained(wrong, others, rate, (rate / 2, 1.0), z, named.noise.transition)
+
+
+def _speaks(matrix: TransitionNoise, asked: _Asked, number: float) -> bool:
+    """Whether latent classes say more of the labels than an early epoch and the network's own scores."""
+    return number < MANY or asked.early is None or (matrix.uncertainty <= _APART and not asked.is_left_out)
+
+
+def _by_matrix(matrix: TransitionNoise, asked: _Asked) -> _Explained:
+    rate, early, interval = matrix.rate, asked.early, (matrix.rate / 2, 1.0)
+    if early is not None:
+        # An early epoch takes what is easily confused for uncertain, latent classes take it for wrong.
+        rate = (max(rate, early.middle) + min(max(rate, early.low), early.high)) / 2
+        interval = (min(early.low, rate), max(early.high, matrix.rate))
+    wrong = torch.sigmoid(-log_odds_of(matrix.posterior, asked.label))
+    wrong = with_mean(wrong, asked.weight, _possible(rate), reduce=asked.reduce)
+    return _Explained(wrong, matrix.posterior, rate, interval, max(asked.z, matrix.z), matrix.transition)
+
+
+def _by_blind_errors(asked: _Asked) -> _Explained:
+    """Errors that are blind, and those on classes that are taken for each other, which rank like them."""
+    fit, early, y, w, reduce = asked.fit, asked.early, asked.label, asked.weight, asked.reduce
+    rate, error = fit.rate, 1.96 * fit.std_error
+    interval = max(0.0, rate - error), 1.0
+    if early is not None:
+        rate = early.middle + early.confused if early.is_confirmed else max(rate, early.low)
+        most = early.middle + early.most_confused if early.confused else 0.0
+        interval = min(early.low, rate), max(early.high, fit.rate + error, rate, most)
+    blind = min(max(rate, _LEAST_RATE) / (1 - 1 / asked.score.shape[1]), _MOST_BLIND)
+    # At a rate that is higher than the scores show, their temperature is that of labels which are partly memorized.
+    known = fit_symmetric_noise(asked.score, y, w, start=fit, blind=blind, reduce=reduce)
+    wrong = with_mean(known.wrong_probability(asked.score, y), w, _possible(rate), reduce=reduce)
+    # The margin ranks better where classes are easily confused, as it leaves the less likely ones out.
+    wrong = in_order_of(-label_margin(asked.score, y), wrong, w, reduce=reduce)
+    return _Explained(wrong, asked.score.double(), rate, interval, asked.z)
+
+
+def _possible(rate: float) -> float:
+    return min(max(rate, _LEAST_RATE), 1 - _LEAST_RATE)
+
+
+def _was_seen_early(named: NamedClasses, asked: _Asked) -> bool:
     """Whether so many labels as go by another class's name were not what the network said in an early epoch.
 
     A class goes by its own name more often, so the network learns that first.
     """
-    wrong = torch.sigmoid(-log_odds_of(structured.posterior(label), label))
-    zeros = weight.new_zeros(structured.score.shape[1])
-    given = reduce(zeros.index_add(0, label, weight))
-    number, total = reduce(torch.stack([weight.sum(), weight @ wrong])).tolist()
-    disagreed = min(max((1 - early.skill) * (1 - given.max().item() / number), 0.0), 1.0)
+    label, weight, early = asked.label, asked.weight, asked.early
+    wrong = torch.sigmoid(-log_odds_of(named.posterior(label), label))
+    zeros = weight.new_zeros(named.score.shape[1])
+    given = asked.reduce(zeros.index_add(0, label, weight))
+    number, total = asked.reduce(torch.stack([weight.sum(), weight @ wrong])).tolist()
+    skill = early.skill if early else 0.0
+    disagreed = min(max((1 - skill) * (1 - given.max().item() / number), 0.0), 1.0)
     return bool(total / number <= disagreed + 2 * math.sqrt((disagreed + 1 / number) / number))
 
 
@@ -203,16 +310,6 @@ def _status(z: float, *, is_open: bool) -> Status:
     return "weak" if z >= NAMED_Z else "none"
 
 
-def _blind_errors(
-    fit: SymmetricNoiseFit, score: Tensor, label: Tensor, weight: Tensor, rate: float, reduce: Reduce
-) -> Tensor:
-    """(n,) probability that each label is wrong, ``rate`` on average."""
-    at_least = replace(fit, blind=max(fit.blind, _LEAST_RATE))
-    wrong = with_mean(at_least.wrong_probability(score, label), weight, max(rate, _LEAST_RATE), reduce=reduce)
-    # The margin ranks better where classes are easily confused, as it leaves the less likely ones out.
-    return in_order_of(-label_margin(score, label), wrong, weight, reduce=reduce)
-
-
 def _unseen(history: LabelHistory) -> PrequentialRate | None:
     """What is told by evidence that has not seen the labels: as much as the one shows that shows more."""
     told = [one for one in (history.early, history.left_out) if one is not None and one.is_settled]
@@ -223,6 +320,8 @@ def _unseen(history: LabelHistory) -> PrequentialRate | None:
         low=min(one.low for one in told),
         middle=max(one.middle for one in told),
         high=max(one.high for one in told),
+        confused=max(one.confused for one in told),
+        most_confused=max(one.most_confused for one in told),
         z_score=max(one.z_score for one in told),
         # What leaves the sample out is not of a network that still learns.
         is_confirmed=any(one.is_confirmed or one is history.left_out for one in told),
@@ -251,6 +350,10 @@ def _fitted(history: LabelHistory, score: Tensor, reduce: Reduce) -> tuple[Tenso
     return score, *fit_with_and_without(score, y, w, reduce=reduce)
 
 
+def _finite(history: LabelHistory, mean: Tensor) -> Tensor:
+    return torch.where(history.phases.isfinite(), history.phases, mean.unsqueeze(1))
+
+
 def _bias(history: LabelHistory) -> Tensor:
     """(C,) what is added to the logits so that they are those of a network trained on samples drawn alike."""
     bias = history.last.new_zeros(history.last.shape[1], dtype=torch.float64)
@@ -259,84 +362,8 @@ def _bias(history: LabelHistory) -> Tensor:
     return bias if history.favored is None else bias - history.favored.to(bias)
 
 
-@dataclass(frozen=True, eq=False)
-class _Structured:
-    """Scores (n, C) of latent classes, how these are called, and how many nats that gains."""
-
-    score: Tensor
-    noise: StructuredNoise
-    gain: float
-
-    def posterior(self, label: Tensor) -> Tensor:
-        """Log-probability (n, C) of each true class."""
-        return self.noise.posterior(self.score, label)
-
-
-def _structured(history: LabelHistory, mean: Tensor, reduce: Reduce) -> _Structured | None:
-    """Which classes go by another's name.
-
-    Looked for in the first phase, which is the least memorized, and in all of training; where more shows, is taken.
-    """
-    y, w, classes = history.label, history.weight.double(), mean.shape[1]
-    if not 2 < classes <= MOST_STRUCTURED:
-        return None
-    if reduce(w.sum().reshape(1)).item() < _LEAST_EACH * classes * classes:
-        return None
-    best = None
-    for parts, logits in _windows(history, mean, reduce):
-        likelihood, candidate = _latent_classes(parts, y, w, reduce)
-        if not bool((candidate.clone().fill_diagonal_(0) >= MIN_ENTRY).any()):
-            continue
-        score = _LIKELIHOOD * likelihood + _TEST_LOGITS * logits.double()
-        base = fit_symmetric_noise(score, y, w, biased=True, reduce=reduce)
-        found = find_structured_noise(score, y, w, candidate, base, reduce=reduce)
-        if found is not None and (best is None or found[1] > best[2]):
-            best = likelihood, logits, found[1], candidate
-    if best is None:
-        return None
-    likelihood, logits, gain, candidate = best
-    score = _LIKELIHOOD * likelihood + _POSTERIOR_LOGITS * logits.double()
-    base = fit_symmetric_noise(score, y, w, biased=True, reduce=reduce)
-    noise = fit_structured_noise(score, y, w, candidate, base, reduce=reduce)
-    return None if noise is None else _Structured(score, noise, gain)
-
-
-def _windows(history: LabelHistory, mean: Tensor, reduce: Reduce) -> list[tuple[list[Tensor], Tensor]]:
-    """Parts of training (n, C) that latent classes are fitted to together, and the logits that go with them."""
-    w, right = history.weight.double(), (history.last.argmax(1) == history.label).double()
-    hit, number = reduce(torch.stack([w @ right, w.sum()])).tolist()
-    phases = torch.where(history.phases.isfinite(), history.phases, mean.unsqueeze(1))
-    parts = [part.mean(dim=1) for part in phases.tensor_split(2, dim=1) if part.shape[1]]
-    if hit < _MEMORIZED * number:
-        parts.append(history.last)
-    return [([phases[:, 0]], phases[:, 0]), (parts, mean)]
-
-
-def _latent_classes(parts: Sequence[Tensor], label: Tensor, weight: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor]:
-    """The log-likelihood of each latent class (n, C), and how the classes are called (C, C)."""
-    classes = parts[0].shape[1]
-    basis = helmert(classes).to(parts[0])
-    rows = torch.cat([part @ basis for part in parts], dim=1)
-
-    def first_guess(x: Tensor) -> Tensor:
-        of_mean = x.reshape(len(x), -1, classes - 1)[:, :2].mean(dim=1).double()
-        return softmax(_SHARPEN * of_mean @ basis.double().T)
-
-    latent = fit_latent_classes(rows, label, weight, first_guess, classes, reduce=reduce)
-    return latent.log_likelihood(rows), latent.transition
-
-
 def _knows_classes(mean: Tensor, label: Tensor, weight: Tensor, reduce: Reduce) -> bool:
     zeros = weight.new_zeros(mean.shape[1])
     given, said = reduce(torch.stack([zeros.index_add(0, of, weight) for of in (label, mean.argmax(1))]))
     known = (said >= _SELDOM * given)[given > 0]
     return bool(known.sum() >= max(2, len(known) / 2))
-
-
-def _interval(
-    fit: SymmetricNoiseFit, early: PrequentialRate | None, rate: float, structured: bool
-) -> tuple[float, float]:
-    if early is None or structured:
-        error = 1.96 * fit.std_error
-        return max(0.0, fit.rate - error if not structured else rate / 2), 1.0
-    return min(early.low, rate), max(early.high, fit.rate + 1.96 * fit.std_error, rate)

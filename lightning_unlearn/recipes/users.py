@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lightning_unlearn.arguments import called, fault_of_call
 from lightning_unlearn.functional.mixture import Reduce, no_reduce
+from lightning_unlearn.recipes.classes import rival_of
 from lightning_unlearn.recipes.verdict import Judge, Recipe, Verdict
-from lightning_unlearn.recipes.views import rival_of
 from lightning_unlearn.types import Evidence
 
 # Of a trial, the share of wrong labels and the neurons.

@@ -20,7 +20,7 @@ _DECISIVE = 3.0
 _HALF = 0.5
 LONE = 1.5
 
-# What a gate that is closed leaves of the doubt: nothing is suspect, and the order stays.
+# What is left of the doubt where nothing can be told: nothing is suspect, and the order stays.
 NO_DOUBT = 0.01
 
 
@@ -58,7 +58,7 @@ class Verdict:
         input_probability: (n,) float32, probability that the input is intact; None if it was not asked.
         noise_matrix: (C, C) float32, row k the estimated probabilities of what a sample of class k is called; None if
             it was not estimated, as with more than 2,048 classes. The same on every rank.
-        notes: what the gates said, for the log. The same on every rank.
+        notes: what was found, for the log. The same on every rank.
         warning: why the verdict should not be acted upon; empty if it can be. The same on every rank.
         unusable: (n,) bool, samples that must not be trained on in any case; None where there are none.
         caveat: what may be there and might not show, and what to do then, for where nothing is suspect. The same on

@@ -1,9 +1,7 @@
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from lightning_unlearn.functional import confident_disagreement, evidence, shift_to_rate
+from lightning_unlearn.functional import confident_disagreement, evidence
 from tests.ranks import run_ranks
 
 
@@ -79,41 +77,14 @@ def test_log_odds_beyond_the_histogram_are_the_most_confident():
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_give_what_one_gives(world_size):
     sample = draw(301, 4, 2)
-    whole = confident_disagreement(*sample, 4), shift_to_rate(sample[0], sample[3], 0.3)
+    whole = confident_disagreement(*sample, 4)
 
     def work(rank, reduce):
         log_odds, agrees, group, weight = (column[rank::world_size] for column in sample)
-        return (
-            confident_disagreement(log_odds, agrees, group, weight, 4, reduce=reduce),
-            shift_to_rate(log_odds, weight, 0.3, reduce=reduce),
-        )
+        return confident_disagreement(log_odds, agrees, group, weight, 4, reduce=reduce)
 
     for found in run_ranks(work, world_size):
         assert found == pytest.approx(whole, abs=1e-12)
-
-
-@given(
-    log_odds=st.lists(st.floats(-38, 38, width=32), min_size=1, max_size=60),
-    rate=st.floats(0.001, 0.999),
-)
-def test_the_shift_sets_the_mean_to_the_rate(log_odds, rate):
-    x = torch.tensor(log_odds)
-    shift = shift_to_rate(x, torch.ones(len(x)), rate)
-    if abs(shift) < 39.9:  # else the rate is out of reach
-        assert (-(x.double() + shift)).sigmoid().mean().item() == pytest.approx(rate, abs=0.01)
-
-
-def test_the_shift_asks_only_rows_that_count():
-    x = torch.cat([torch.linspace(-3, 3, 50), torch.full((50,), 30.0)])
-    weight = torch.cat([torch.ones(50), torch.zeros(50)])
-    shift = shift_to_rate(x, weight, 0.1)
-    assert (-(x[:50] + shift)).sigmoid().mean().item() == pytest.approx(0.1, abs=0.01)
-
-
-def test_infinite_log_odds_have_a_shift_too():
-    x = torch.tensor([-torch.inf, torch.inf, 0.0])
-    shift = shift_to_rate(x, torch.ones(3), 0.5)
-    assert (-(x + shift)).sigmoid().mean().item() == pytest.approx(0.5, abs=0.01)
 
 
 def test_very_many_groups_have_coarser_histograms(monkeypatch):

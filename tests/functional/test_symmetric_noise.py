@@ -51,7 +51,8 @@ def test_is_the_maximum_that_scipy_finds(classes, rate, factor):
 def test_gradient_is_that_of_the_loss(noisy, unclear):
     score, label = draw(200, 4, 0.2)
     group = torch.arange(200) % 3
-    loss_of = _Likelihood(score, label, torch.rand(200).double(), group, lambda x: x, noisy, unclear, biased=True)
+    weight, how = torch.rand(200).double(), {"noisy": noisy, "unclear": unclear, "biased": True, "known": False}
+    loss_of = _Likelihood(score, label, weight, group, lambda x: x, **how)
     at = torch.tensor([0.3, -0.2, 0.1, 0.5, 0.2, -0.3, -0.4, -2.0, -1.0], dtype=torch.float64)
 
     def loss(x):
@@ -143,3 +144,14 @@ def test_ranks_find_what_one_finds(world_size):
     for fit in run_ranks(on_rank, world_size):
         assert fit.rate == pytest.approx(one.rate, abs=1e-6)
         assert fit.std_error == pytest.approx(one.std_error, rel=1e-4)
+
+
+def test_a_rate_that_is_known_stays_and_the_temperature_follows():
+    score, label = draw(2000, 4, 0.2)
+    free = fit_symmetric_noise(score, label, torch.ones(2000))
+    for blind in (0.1, 0.4):
+        known = fit_symmetric_noise(score, label, torch.ones(2000), blind=blind)
+        assert known.blind == pytest.approx(blind)
+        assert known.log_likelihood < free.log_likelihood
+        # The more of what differs is blind, the surer the scores are of the others.
+        assert (known.scale > free.scale).item() == (blind > free.blind)

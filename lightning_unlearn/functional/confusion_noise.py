@@ -1,0 +1,128 @@
+"""How many labels are wrong if classes are taken for each other, as people do, and not only blindly.
+
+Of a sample whose classes score ``s_k``, the label has the probability ``sum_k softmax(a s + b)_k T_ky``, with a full
+transition matrix T. A classifier that confuses classes by itself looks a little like that, too; blind errors
+(:mod:`lightning_unlearn.functional.symmetric_noise`) explain its labels nearly as well. So what T adds to their rate
+counts only as far as it gains more than such confusion does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_unlearn.functional.chunks import row_slices
+from lightning_unlearn.functional.lbfgs import minimize
+from lightning_unlearn.functional.mixture import Reduce, no_reduce
+from lightning_unlearn.functional.symmetric_noise import SymmetricNoiseFit
+
+GAIN_PER_ENTRY, GAIN_PER_SAMPLE = 1.1, 0.01
+"""Nats that a full matrix gains where labels are right, or wrong blindly."""
+
+MOST_CLASSES, LEAST_EACH = 128, 2
+"""Classes, and samples of a class for every class, with which a full matrix can be fitted."""
+
+_OWN = 0.3  # in root samples of a class, how many more that are called by their own name each class is given
+_STEPS = 60
+
+
+@dataclass(eq=False)
+class _Likelihood:
+    """The mean negative log-likelihood and its gradient, over the rows of all ranks."""
+
+    score: Tensor
+    label: Tensor
+    weight: Tensor
+    group: Tensor
+    groups: int
+    reduce: Reduce
+
+    def __post_init__(self) -> None:
+        self.num_classes = classes = self.score.shape[1]
+        given = self.reduce(self.weight.new_zeros(classes).index_add(0, self.label, self.weight))
+        self.total = given.sum()
+        self.more = torch.full((classes, classes), 1 / classes).to(given)
+        self.more.diagonal().add_(_OWN * given.sqrt())
+
+    def sums(self, at: Tensor) -> tuple[Tensor, ...]:
+        """Log-likelihood and wrong labels (2,), derivatives in log-scale (J,) and bias (C,), and counts (C, C)."""
+        classes, groups = self.num_classes, self.groups
+        scale, bias = at[:groups].exp(), at[groups : groups + classes]
+        names = at[groups + classes :].reshape(classes, classes).softmax(1).T.contiguous()
+        sums = self.score.new_zeros(2 + groups + classes * (classes + 1), dtype=torch.float64)
+        two, of_scale, of_bias, counts = self.parts(sums)
+        for rows in row_slices(len(self.label), classes, self.score.device):
+            y, w, group = self.label[rows], self.weight[rows], self.group[rows]
+            scaled = self.score[rows].double()
+            scaled = (scaled - scaled.mean(1, keepdim=True)) * scale[group].unsqueeze(1)
+            prior = (scaled + bias).softmax(1)
+            joint = prior * names[y]
+            likelihood = joint.sum(1, keepdim=True).clamp(min=1e-300)
+            true = joint / likelihood
+            two += torch.stack([w @ likelihood.log().squeeze(1), w @ (1 - true.gather(1, y.unsqueeze(1)).squeeze(1))])
+            of_scale.index_add_(0, group, w * ((true - prior) * scaled).sum(1))
+            of_bias += w @ (true - prior)
+            counts.view(classes, classes).index_add_(0, y, w.unsqueeze(1) * true)
+        two, of_scale, of_bias, counts = self.parts(self.reduce(sums))
+        return two, of_scale, of_bias, counts.reshape(classes, classes).T
+
+    def parts(self, sums: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Views of what belongs together."""
+        at = [2, 2 + self.groups, 2 + self.groups + self.num_classes]
+        two, of_scale, of_bias, counts = sums.tensor_split(at)
+        return two, of_scale, of_bias, counts
+
+    def __call__(self, at: Tensor) -> tuple[float, Tensor]:
+        classes, groups = self.num_classes, self.groups
+        bias, names = at[groups : groups + classes], at[groups + classes :].reshape(classes, classes).log_softmax(1)
+        two, of_scale, of_bias, counts = self.sums(at)
+        counts = counts + self.more
+        loss = -two[0] - (self.more * names).sum() + 0.5 * bias.square().sum()
+        of_names = counts.sum(1, keepdim=True) * names.exp() - counts
+        gradient = torch.cat([-of_scale, bias - of_bias, of_names.flatten()])
+        return (loss / self.total).item(), gradient / self.total
+
+
+def asks_of_confusion(classes: int, samples: float) -> bool:
+    """Whether so many samples tell how so many classes are taken for each other."""
+    return 2 < classes <= MOST_CLASSES and samples >= LEAST_EACH * classes * classes
+
+
+def confusion_rate(
+    score: Tensor,
+    label: Tensor,
+    weight: Tensor,
+    start: SymmetricNoiseFit,
+    *,
+    group: Tensor | None = None,
+    reduce: Reduce = no_reduce,
+) -> tuple[float, float]:
+    """How many more labels are wrong than by blind errors.
+
+    Args:
+        score: (n, C), log-probabilities up to a temperature and what is added to all classes, that have not seen the
+            labels.
+        label: (n,) int64.
+        weight: (n,), 0 for a row that does not count.
+        start: the fit of blind errors to the same.
+        group: (n,) int64, samples whose scores have a temperature of their own; None where all have the same.
+        reduce: sums over the ranks.
+
+    Returns:
+        the best guess, and what there may be at most; the same on every rank.
+    """
+    classes, groups, weight = score.shape[1], len(start.scale), weight.double()
+    group = torch.zeros_like(label) if group is None else group
+    loss_of = _Likelihood(score, label, weight, group, groups, reduce)
+    blind = max(start.blind, 1e-3) / classes
+    names = torch.full((classes, classes), blind, dtype=torch.float64, device=score.device)
+    names = names.fill_diagonal_(1 - blind * (classes - 1)).log()
+    found = minimize(loss_of, torch.cat([start.scale.log(), start.bias, names.flatten()]), _STEPS)
+    likelihood, wrong = loss_of.sums(found)[0].tolist()
+    total = loss_of.total.item()
+    gain = likelihood - 0.5 * start.bias.square().sum().item() - start.log_likelihood
+    by_chance = max(GAIN_PER_ENTRY * classes * (classes - 1), GAIN_PER_SAMPLE * total)
+    more = max(0.0, wrong / total - start.rate)
+    return more * max(0.0, 1 - by_chance / max(gain, 1e-9)), more

@@ -1,0 +1,268 @@
+"""True classes behind the given labels, in what a network said of them: which go by another's name, and how often."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_unlearn.functional.chunks import softmax
+from lightning_unlearn.functional.coordinates import helmert
+from lightning_unlearn.functional.evidence import confident_disagreement
+from lightning_unlearn.functional.latent import fit_latent_classes
+from lightning_unlearn.functional.mixture import Reduce
+from lightning_unlearn.functional.structured_noise import (
+    MIN_ENTRY,
+    StructuredNoise,
+    find_structured_noise,
+    fit_structured_noise,
+)
+from lightning_unlearn.functional.symmetric_noise import fit_symmetric_noise
+from lightning_unlearn.functional.transition import fit_transition, given_posterior, log_odds_of
+
+MOST_CLASSES = 128
+"""Up to which true classes are looked for behind the given ones."""
+
+# Samples of a class for every class: with fewer, latent classes take what is confused for names.
+_LEAST_EACH = 2
+
+MEMORIZED = 0.9
+"""Share of the given labels that the last pass predicts, from which on it says nothing of classes."""
+
+# Latent classes beside the network's own logits: whether classes go by other names is told best by scores that are
+# mostly the network's, which are hardly ever wrong of clean data; which samples do, by the latent classes.
+_LIKELIHOOD, _LOGITS, _POSTERIOR_LOGITS, _SHARPEN = 0.15, 1.5, 0.15, 4.0
+
+# Likelihoods of Gaussians in many correlated coordinates are too sure of themselves where a matrix is fitted to them.
+_TEMPER = 0.7
+
+UNEXPLAINED = 1.5
+"""How many times as often as uncertainty explains of the average sample the most confident quarter disagrees."""
+
+# From which on a thousand samples and more need no other sign, and a shorter window may be less sure.
+_STRIKING = 3.0
+
+# A shorter window shows so many times as much, and is at most so many times as uncertain.
+_CLEARER, _LESS_SURE = 1.25, 1.5
+
+MANY = 1000
+"""Samples of which blind errors show."""
+
+_SIGN = 2.0  # standard deviations
+
+
+@dataclass(frozen=True, eq=False)
+class LatentWindow:
+    """A part of training and what latent classes make of it.
+
+    Args:
+        parts: (n, C) each, that the classes were fitted to together.
+        logits: (n, C), their mean.
+        likelihood: (n, C), the log-likelihood of each latent class.
+        transition: (C, C), how they are called.
+    """
+
+    parts: Sequence[Tensor]
+    logits: Tensor
+    likelihood: Tensor
+    transition: Tensor
+
+
+def latent_windows(
+    phases: Tensor, last: Tensor, label: Tensor, weight: Tensor, reduce: Reduce
+) -> tuple[LatentWindow, ...]:
+    """All of training, its first half, and its first phase, which is the least memorized.
+
+    None where there are too many classes.
+
+    Args:
+        phases: (n, P, C), finite.
+        last: (n, C).
+        label: (n,) int64.
+        weight: (n,).
+        reduce: sums over the ranks.
+    """
+    w, right, classes = weight.double(), (last.argmax(1) == label).double(), last.shape[1]
+    hit, number = reduce(torch.stack([w @ right, w.sum()])).tolist()
+    if not 2 <= classes <= MOST_CLASSES or number < _LEAST_EACH * classes * classes:
+        return ()
+    number_of = phases.shape[1]
+    windows = []
+    for length in sorted({number_of, max(1, number_of // 2), 1}, reverse=True):
+        parts = [part.mean(dim=1) for part in phases[:, :length].tensor_split(2, dim=1) if part.shape[1]]
+        if length == number_of and hit < MEMORIZED * number:
+            parts.append(last)
+        windows.append(LatentWindow(parts, phases[:, :length].mean(1), *_latent_classes(parts, label, w, reduce)))
+    return tuple(windows)
+
+
+def _latent_classes(parts: Sequence[Tensor], label: Tensor, weight: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor]:
+    classes = parts[0].shape[1]
+    basis = helmert(classes).to(parts[0])
+    rows = torch.cat([part @ basis for part in parts], dim=1)
+
+    def first_guess(x: Tensor) -> Tensor:
+        of_mean = x.reshape(len(x), -1, classes - 1)[:, :2].mean(dim=1).double()
+        return softmax(_SHARPEN * of_mean @ basis.double().T)
+
+    latent = fit_latent_classes(rows, label, weight, first_guess, classes, reduce=reduce)
+    return latent.log_likelihood(rows), latent.transition
+
+
+@dataclass(frozen=True, eq=False)
+class NamedClasses:
+    """Classes some of which go by another's name.
+
+    Args:
+        score: (n, C) of the latent classes.
+        noise: how they are called.
+        gain: in nats, over blind errors.
+    """
+
+    score: Tensor
+    noise: StructuredNoise
+    gain: float
+
+    def posterior(self, label: Tensor) -> Tensor:
+        """Log-probability (n, C) of each true class."""
+        return self.noise.posterior(self.score, label)
+
+
+def named_classes(
+    windows: Sequence[LatentWindow], shift: Tensor, label: Tensor, weight: Tensor, reduce: Reduce
+) -> NamedClasses | None:
+    """Which classes go by another's name, in the window in which more shows; None if none does.
+
+    Args:
+        windows: of :func:`latent_windows`.
+        shift: (C,), what is added to logits.
+        label: (n,) int64.
+        weight: (n,).
+        reduce: sums over the ranks.
+    """
+    y, w, best = label, weight.double(), None
+    for window in dict.fromkeys((*windows[-1:], *windows[:1])):
+        candidate = window.transition
+        if len(candidate) == 2 or not bool((candidate.clone().fill_diagonal_(0) >= MIN_ENTRY).any()):
+            continue
+        score = _LIKELIHOOD * window.likelihood + _LOGITS * (window.logits + shift).double()
+        base = fit_symmetric_noise(score, y, w, biased=True, reduce=reduce)
+        found = find_structured_noise(score, y, w, candidate, base, reduce=reduce)
+        if found is not None and (best is None or found[1] > best[1]):
+            best = window, found[1]
+    if best is None:
+        return None
+    window, gain = best
+    score = _LIKELIHOOD * window.likelihood + _POSTERIOR_LOGITS * (window.logits + shift).double()
+    base = fit_symmetric_noise(score, y, w, biased=True, reduce=reduce)
+    noise = fit_structured_noise(score, y, w, window.transition, base, reduce=reduce)
+    return None if noise is None else NamedClasses(score, noise, gain)
+
+
+@dataclass(frozen=True, eq=False)
+class TransitionNoise:
+    """Labels that a full transition matrix of latent classes explains, and uncertainty does not.
+
+    Without wrong labels a classifier disagrees with them on the average sample as often as it expects to, and on its
+    most confident quarter far less.
+
+    Args:
+        posterior: (n, C) log-probability of each true class.
+        transition: (C, C), row k the probabilities of what a sample of class k is called.
+        rate: of wrong labels.
+        uncertainty: share of the true classes that the latent classes expect to get wrong without the given label.
+        confident: share of the most confident quarter that disagrees.
+        z: how sure it is that more samples disagree than 1.5 times the uncertainty, in standard deviations.
+        is_named: whether each class goes by its own name most often.
+    """
+
+    posterior: Tensor
+    transition: Tensor
+    rate: float
+    uncertainty: float
+    confident: float
+    z: float
+    is_named: bool
+
+    @property
+    def unexplained(self) -> float:
+        """How many times as often the most confident disagree as uncertainty explains of the average sample."""
+        return self.confident / max(self.uncertainty, 1e-9) if self.is_named else 0.0
+
+    def is_shown(self, samples: float, z: float) -> bool:
+        """Whether there are wrong labels.
+
+        A network that has hardly learned may be confident and wrong. But of many samples there is another sign then.
+
+        Args:
+            samples: how many there are.
+            z: how sure it is otherwise that labels are wrong.
+        """
+        return self.unexplained > (UNEXPLAINED if samples < MANY or z >= _SIGN else _STRIKING)
+
+
+def transition_noise(
+    windows: Sequence[LatentWindow], shift: Tensor, label: Tensor, weight: Tensor, reduce: Reduce
+) -> TransitionNoise | None:
+    """How the latent classes are called, in the window that shows wrong labels most clearly; None without windows.
+
+    What was half memorized in the end speaks for wrong labels as if they were right; what was hardly learned yet is
+    unsure of everything. Of several windows of clean data some look suspicious by chance, so a shorter one must be far
+    clearer than a longer one.
+
+    Args:
+        windows: of :func:`latent_windows`.
+        shift: (C,), what is added to logits.
+        label: (n,) int64.
+        weight: (n,).
+        reduce: sums over the ranks.
+    """
+    best = longest = None
+    for window in windows:
+        found = _transition_noise(window, shift, label, weight.double(), reduce)
+        if best is None or longest is None:
+            best = longest = found
+            continue
+        is_sure = found.uncertainty <= _LESS_SURE * longest.uncertainty
+        if found.unexplained > _CLEARER * best.unexplained and (is_sure or found.unexplained > _STRIKING):
+            best = found
+    return best
+
+
+def _transition_noise(
+    window: LatentWindow, shift: Tensor, label: Tensor, weight: Tensor, reduce: Reduce
+) -> TransitionNoise:
+    likelihood, classes = window.likelihood, window.likelihood.shape[1]
+    transition = fit_transition(_TEMPER * likelihood, label, weight, window.transition, reduce=reduce)
+    column = label.unsqueeze(1)
+    wrong = 1 - given_posterior(_TEMPER * likelihood, label, transition).gather(1, column).squeeze(1).exp()
+    unsure = 1 - softmax(likelihood.clone()).amax(dim=1)
+    late = torch.stack([part + shift for part in window.parts[-2:]]).mean(dim=0)
+    score = _LIKELIHOOD * likelihood + _LOGITS * late.double()
+    predicted = score.argmax(dim=1)
+    sums = torch.stack([torch.ones_like(wrong), wrong, unsure, (predicted != label).double()])
+    number, rate, uncertainty, differs = reduce(sums @ weight).tolist()
+    confident = confident_disagreement(
+        log_odds_of(score, predicted), predicted == label, predicted, weight, classes, reduce=reduce
+    )
+    rate, uncertainty, differs = rate / number, uncertainty / number, differs / number
+    return TransitionNoise(
+        posterior=given_posterior(score, label, transition),
+        transition=transition,
+        rate=rate,
+        uncertainty=uncertainty,
+        confident=confident,
+        z=_binomial_z(differs, UNEXPLAINED * uncertainty, number),
+        is_named=bool((transition.diagonal() >= transition.amax(dim=1)).all()),
+    )
+
+
+def _binomial_z(share: float, expected: float, number: float) -> float:
+    """How surely a share is above the expected one, in standard deviations."""
+    p, q = min(max(share, 1e-9), 1 - 1e-9), min(max(expected, 1e-9), 1 - 1e-9)
+    if p <= q:
+        return 0.0
+    return math.sqrt(2 * number * (p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))))

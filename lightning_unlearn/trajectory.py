@@ -7,10 +7,12 @@ of the epochs before the partition (what is memorised shows late, what is hard s
 support of the given label, and of the uncertainty.
 
 **Classes.** Of a model with more than 129 outputs only the classes that labels name in the first epoch get coordinates,
-if they are at most 129; that epoch's coordinates are not kept then. If they are more, the coordinates are random.
+if they are at most 129. If they are more, soft margins are kept instead
+(:mod:`~lightning_unlearn.functional.soft_margin`): how far the label's logit leads those of the other classes that
+occur, at nine temperatures. What the first epoch showed is not kept where fewer than half of the outputs occur.
 
-**Memory.** With ``r = min(C - 1, 128)``, C being the outputs, or those classes: 20 r + 56 bytes per sample, on the CPU
-(236 for 10 classes, 2,616 for 129 and more), of which 16 r + 40 go into a checkpoint.
+**Memory.** With C outputs, or classes that occur, and ``r = C - 1``, or ``r = 9`` of more than 129: 20 r + 56 bytes per
+sample, on the CPU (236 for 10 classes, 2,616 for 129, 236 for more), of which 16 r + 40 go into a checkpoint.
 """
 
 from __future__ import annotations
@@ -21,9 +23,11 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.functional.attribution import label_margin
+from lightning_unlearn.functional.chunks import row_slices
 from lightning_unlearn.functional.coordinates import helmert, times_helmert
 from lightning_unlearn.functional.evidence import label_support
 from lightning_unlearn.functional.mixture import Reduce
+from lightning_unlearn.functional.soft_margin import NUM_SCALES, rivals_of, soft_margins
 
 MOST_COORDINATES = 128
 PHASES = 4
@@ -41,7 +45,7 @@ def class_coordinates(num_classes: int) -> Tensor:
     Returns:
         (C, r) float32 with ``r = min(C - 1, 128)``. For C <= 129 it keeps all differences (Helmert's basis); for more
         classes it is a random part of them, always the same, which keeps distances to within some ten per cent (Johnson
-        and Lindenstrauss).
+        and Lindenstrauss), for recipes of users.
 
     Example:
         >>> basis = class_coordinates(3)
@@ -59,10 +63,13 @@ def _entropy(logits: Tensor) -> Tensor:
 
     Not by way of torch's own softmax, which takes several times as long for few classes on a processor.
     """
-    below = logits - logits.amax(dim=1, keepdim=True)
-    odds = below.exp()
-    total = odds.sum(dim=1)
-    return total.log() - (odds * below).sum(dim=1) / total
+    parts = []
+    for rows in row_slices(len(logits), logits.shape[1], logits.device):
+        below = logits[rows] - logits[rows].amax(dim=1, keepdim=True)
+        odds = below.exp()
+        total = odds.sum(dim=1)
+        parts.append(total.log() - (odds * below).sum(dim=1) / total)
+    return torch.cat(parts) if parts else logits.new_zeros(0)
 
 
 class Trajectory:
@@ -71,50 +78,92 @@ class Trajectory:
     Args:
         total: N.
         num_classes: C.
+        keeps_coordinates: whether more than 129 classes have random coordinates beside soft margins, for a recipe that
+            looks at the attributions themselves.
 
     Attributes:
-        basis: (C, r), see :func:`class_coordinates`; 0 in the rows of classes without coordinates.
+        basis: (C, r), see :func:`class_coordinates`; 0 in the rows of classes without coordinates; (C, 0) where soft
+            margins are kept instead.
         label: (N,) int64, the given labels that this rank has seen, -1 for others.
         rows_left_out: of what this rank observed since the last merge, how many rows were NaN or infinite.
     """
 
-    def __init__(self, total: int, num_classes: int) -> None:
+    def __init__(self, total: int, num_classes: int, *, keeps_coordinates: bool = False) -> None:
         self.num_classes = num_classes
-        # Those that have coordinates; none where all have.
+        # Those that occur, of more outputs than have coordinates; none where that is not known yet.
         self._classes = torch.zeros(0, dtype=torch.int64)
         # Columns: how often the sample was seen, margin, support of the given label, uncertainty.
         self._scores = torch.zeros(total, 4)
-        self._take_coordinates(class_coordinates(num_classes))
         self.label = torch.full((total,), -1)
+        is_exact = num_classes - 1 <= MOST_COORDINATES
+        basis = class_coordinates(num_classes) if is_exact or keeps_coordinates else torch.zeros(num_classes, 0)
+        self._lay_out(basis, 0 if is_exact else NUM_SCALES)
+        # (C,) how often each class was expected since the last merge, where soft margins are kept.
+        self._expected = torch.zeros(num_classes if self.has_margins else 0, dtype=torch.float64)
         self.rows_left_out = 0
         self._epochs_each = 1
 
-    def _take_coordinates(self, basis: Tensor) -> None:
-        self.basis = basis
-        # Columns: the coordinates, then how often the sample was seen.
-        self._phases = torch.zeros(PHASES, len(self), basis.shape[1] + 1)
-        self._fresh = torch.zeros(len(self), basis.shape[1] + 4)
+    def _lay_out(self, basis: Tensor, num_margins: int) -> None:
+        self.basis, self._num_margins = basis, num_margins
+        # Columns: the coordinates, the soft margins, then how often the sample was seen.
+        self._phases = torch.zeros(PHASES, len(self), self._width + 1)
+        self._fresh = torch.zeros(len(self), self._width + 4)
+
+    @property
+    def _width(self) -> int:
+        """Coordinates and soft margins."""
+        return self.basis.shape[1] + self._num_margins
+
+    @property
+    def has_margins(self) -> bool:
+        """Whether soft margins are kept, as more classes occur than have coordinates, or that is not known yet."""
+        return self._num_margins > 0
+
+    @property
+    def num_rivals(self) -> int:
+        """How many classes the soft margins compare."""
+        return len(self._classes) or self.num_classes
+
+    @property
+    def knows_classes(self) -> bool:
+        """Whether it was looked which classes occur, of more outputs than have coordinates."""
+        return len(self._classes) > 0
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was merged yet."""
+        return not bool(self._scores[:, 0].any())
 
     def _take_classes(self, classes: Tensor) -> None:
-        """From now on only these classes have coordinates; what was kept of the others' is lost."""
-        basis = torch.zeros(self.num_classes, len(classes) - 1)
-        basis[classes] = class_coordinates(len(classes))
+        """From now on these classes alone are compared; they have coordinates, if they are few enough."""
         self._classes = classes
-        self._take_coordinates(basis)
+        if len(classes) <= MOST_COORDINATES + 1:
+            basis = torch.zeros(self.num_classes, len(classes) - 1)
+            basis[classes] = class_coordinates(len(classes))
+            self._lay_out(basis, 0)
 
-    def _find_classes(self, reduce: Reduce) -> None:
-        """Looks which classes occur, where there are more outputs than coordinates. Every rank must call it."""
-        if len(self._classes) or self.num_classes - 1 <= MOST_COORDINATES:
-            return
+    def _find_classes(self, reduce: Reduce) -> bool:
+        """Looks which classes occur, where soft margins are kept. Every rank must call it.
+
+        Returns:
+            whether what was observed since the last merge is not to be kept, but for its scores.
+        """
+        if not self.has_margins:
+            return False
         counts = reduce(torch.bincount(self.label[self.label >= 0], minlength=self.num_classes).double())
         classes = counts.nonzero().flatten()
-        if 1 < len(classes) <= MOST_COORDINATES + 1:
-            coordinates, scores = self.basis.shape[1], self._scores
+        if len(classes) <= 1:
+            return False
+        is_narrower = bool(2 * len(classes) < self.num_rivals)
+        if len(classes) <= MOST_COORDINATES + 1:
             # In parts, as of a merge.
-            for first in range(0, len(self), _ROWS):
-                rows = slice(first, first + _ROWS)
-                scores[rows] += reduce(self._fresh[rows, coordinates:])
-            self._take_classes(classes)
+            for rows in self._parts():
+                self._scores[rows] += reduce(self._fresh[rows, self._width :])
+        self._take_classes(classes)
+        return is_narrower
+
+    def _parts(self) -> list[slice]:
+        return [slice(first, first + _ROWS) for first in range(0, len(self), _ROWS)]
 
     def __len__(self) -> int:
         return self._scores.shape[0]
@@ -136,6 +185,25 @@ class Trajectory:
         with torch.autocast(logits.device.type, enabled=False):
             return logits.float() @ self.basis.to(logits.device)
 
+    def _margins(self, logits: Tensor, label: Tensor, expected: Tensor | None = None) -> Tensor:
+        """(B, K) soft margins of (B, C) logits against the classes that occur; (B, 0) where none are kept."""
+        if not self.has_margins:
+            return logits.new_zeros(len(logits), 0)
+        return soft_margins(logits, label, rivals=self._classes if len(self._classes) else None, expected=expected)
+
+    def of_last_pass(self, logits: Tensor, label: Tensor) -> dict[str, Tensor]:
+        """What is to be noted of rows of the last pass: the coordinates as ``last``; with soft margins also these.
+
+        Args:
+            logits: (B, C).
+            label: (B,) int64.
+        """
+        found = {"last": self.coordinates(logits)}
+        if self.has_margins:
+            found["soft_margins"] = self._margins(logits, label)
+            found["rival"], found["rival_share"] = rivals_of(logits, label, self._classes)
+        return found
+
     def observe(self, index: Tensor, logits: Tensor, label: Tensor, margin: Tensor | None = None) -> None:
         """Takes rows of a pass, but for those that are not finite: one such step would outlast all others in a sum.
 
@@ -148,8 +216,11 @@ class Trajectory:
         logits = logits.detach().float()
         margin = label_margin(logits, label) if margin is None else margin
         scores = torch.stack([torch.ones_like(margin), margin, label_support(margin), _entropy(logits)], dim=1)
-        rows = torch.cat([self.coordinates(logits), scores], dim=1)
+        expected = logits.new_zeros(self.num_classes) if self.has_margins else None
+        rows = torch.cat([self.coordinates(logits), self._margins(logits, label, expected), scores], dim=1)
         index, rows = index.cpu(), rows.cpu()
+        if expected is not None and (known := expected.cpu()).isfinite().all():
+            self._expected += known
         self.label[index] = label.cpu()
         if not rows.sum().isfinite():  # of all at once, as it is nearly always
             finite = rows.isfinite().all(dim=1)
@@ -165,16 +236,24 @@ class Trajectory:
             reduce: sums over the ranks.
 
         Returns:
-            the mean coordinates (n, r) of each sample, NaN for one that was not seen; and how often each was seen (n,).
+            the mean coordinates (n, r) of each sample, or its mean soft margins (n, K) where these are kept, NaN for
+            one that was not seen; and how often each was seen (n,).
         """
-        coordinates = self.basis.shape[1]
-        found = torch.zeros(len(index), coordinates + 1)
-        for first in range(0, len(self), _ROWS):
-            rows = reduce(self._fresh[first : first + _ROWS, : coordinates + 1])
-            inside = (index >= first) & (index < first + _ROWS)
-            found[inside] = rows[index[inside] - first]
+        first = self.basis.shape[1] if self.has_margins else 0
+        found = torch.zeros(len(index), self._width + 1 - first)
+        for part in self._parts():
+            rows = reduce(self._fresh[part, first : self._width + 1])
+            inside = (index >= part.start) & (index < part.stop)
+            found[inside] = rows[index[inside] - part.start]
         count = found[:, -1]
         return found[:, :-1] / count.where(count > 0, torch.nan).unsqueeze(1), count
+
+    def expected(self, reduce: Reduce) -> Tensor:
+        """(C,) float64, how often each class was expected since the last merge, where soft margins are kept.
+
+        Every rank must call it.
+        """
+        return reduce(self._expected)
 
     def merge(self, phase: int | None, reduce: Reduce) -> None:
         """Adds what was observed since the last merge, on any rank, to one phase. Every rank must call it.
@@ -183,17 +262,15 @@ class Trajectory:
             phase: from 0 to ``PHASES - 1``; None for what belongs to none of them and only counts in the scores.
             reduce: sums over the ranks.
         """
-        if phase is not None:
-            self._find_classes(reduce)
-        coordinates = self.basis.shape[1]
-        for first in range(0, len(self), _ROWS):
-            rows = slice(first, first + _ROWS)
+        if phase is not None and self._find_classes(reduce):
+            # Of other classes than are compared from now on.
+            phase = None
+        for rows in self._parts():
             fresh = reduce(self._fresh[rows])
             if phase is not None:
-                self._phases[phase, rows] += fresh[:, : coordinates + 1]
-            self._scores[rows] += fresh[:, coordinates:]
-        self._fresh.zero_()
-        self.rows_left_out = 0
+                self._phases[phase, rows] += fresh[:, : self._width + 1]
+            self._scores[rows] += fresh[:, self._width :]
+        self.drop()
 
     def make_room(self, phase: int, width: int) -> int:
         """Where the evidence of an epoch belongs, so that no later phase holds earlier epochs.
@@ -226,14 +303,15 @@ class Trajectory:
     def drop(self) -> None:
         """Forgets what was observed since the last merge, by a pass that did not reach its end."""
         self._fresh.zero_()
+        self._expected.zero_()
         self.rows_left_out = 0
 
     def forget(self) -> None:
         """Forgets everything."""
-        for tensor in (self._phases, self._scores, self._fresh):
-            tensor.zero_()
+        self.drop()
+        self._phases.zero_()
+        self._scores.zero_()
         self.label.fill_(-1)
-        self.rows_left_out = 0
         self._epochs_each = 1
 
     def phases(self, index: Tensor) -> list[Tensor]:
@@ -245,6 +323,13 @@ class Trajectory:
         Returns:
             up to ``PHASES`` of (n, r), with NaN in the rows of samples that this phase has not seen.
         """
+        return [rows[:, : self.basis.shape[1]] for rows in self._means(index)]
+
+    def soft_margins(self, index: Tensor) -> list[Tensor]:
+        """Their mean soft margins likewise, (n, K) each; (n, 0) where none are kept."""
+        return [rows[:, self.basis.shape[1] :] for rows in self._means(index)]
+
+    def _means(self, index: Tensor) -> list[Tensor]:
         seen = []
         for phase in self._phases:
             if bool((phase[:, -1] > 0).any()):
@@ -272,10 +357,19 @@ class Trajectory:
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Trajectory:
         """The trajectory that :meth:`state_dict` described."""
-        trajectory = cls(len(state["scores"]), state["num_classes"])
+        width, classes = state["phases"].shape[2] - 1, state.get("classes", torch.zeros(0, dtype=torch.int64))
+        trajectory = cls(
+            len(state["scores"]), state["num_classes"], keeps_coordinates=width == MOST_COORDINATES + NUM_SCALES
+        )
         # Absent in checkpoints of before it was looked which classes occur.
-        if len(classes := state.get("classes", trajectory._classes)):
+        if len(classes):
             trajectory._take_classes(classes)
+        if width != trajectory._width:
+            raise ValueError(
+                f"Expected a checkpoint with evidence that tells {trajectory.num_classes} classes apart, but it is of a"
+                " version of lightning_unlearn that kept a random part of it; resume with that version, or start the"
+                " fit again."
+            )
         for name, tensor in (
             ("phases", trajectory._phases),
             ("scores", trajectory._scores),

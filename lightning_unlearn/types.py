@@ -111,6 +111,12 @@ class Evidence:
         unseen: what was said of labels that were not learned yet, for the recipes that ask for it, else None.
         left_out: (n, r) leave-one-out logits of features that training has not changed, in the coordinates ``basis``;
             None without ``unseen.left_out``, and where not all samples were taken for it.
+        soft_margins: (n, P, K) of the same parts as ``attribution``, where more classes occur than have coordinates,
+            else None; see :mod:`~lightning_unlearn.functional.soft_margin`. ``basis`` is (C, 0) then, or, for recipes
+            of users, a random part of the classes' differences.
+        rival: (n,) int64, the strongest class of the last pass other than the given label, where there are soft
+            margins, else None.
+        rival_share: (n,) its probability among the classes other than the given label; None likewise.
     """
 
     index: Tensor
@@ -128,6 +134,9 @@ class Evidence:
     rows: Tensor | None = None
     unseen: OutOfSample | None = None
     left_out: Tensor | None = None
+    soft_margins: Tensor | None = None
+    rival: Tensor | None = None
+    rival_share: Tensor | None = None
 
     @property
     def num_classes(self) -> int:

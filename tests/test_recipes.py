@@ -97,7 +97,7 @@ def share_of(evidence, rank, world_size):
     columns = {}
     for field in fields(Evidence):
         value = getattr(evidence, field.name)
-        if field.name == "basis" or value is None:
+        if field.name in NOT_BY_SAMPLE or value is None:
             continue
         columns[field.name] = value[index].clone()
         if value.is_floating_point():

@@ -5,6 +5,7 @@ import torch
 
 from lightning_unlearn.functional.attribution import label_margin
 from lightning_unlearn.functional.mixture import no_reduce
+from lightning_unlearn.functional.soft_margin import NUM_SCALES, soft_margins
 from lightning_unlearn.trajectory import MOST_COORDINATES, PHASES, Trajectory, class_coordinates
 from tests.ranks import run_ranks
 
@@ -329,7 +330,8 @@ def tensor_bytes(values):
 
 
 @pytest.mark.parametrize(
-    ("classes", "held", "saved"), [(10, 236, 184), (65, 1336, 1064), (200, 2616, 2088), (2, 76, 56)]
+    ("classes", "held", "saved"),
+    [(10, 236, 184), (65, 1336, 1064), (129, 2616, 2088), (200, 236, 184), (10_000, 236, 184), (2, 76, 56)],
 )
 def test_bytes_per_sample(classes, held, saved):
     # Of ten thousand, less nothing at all, so that the basis does not count.
@@ -338,7 +340,7 @@ def test_bytes_per_sample(classes, held, saved):
 
     assert grown(lambda trajectory: vars(trajectory).values()) == held
     assert grown(lambda trajectory: trajectory.state_dict().values()) == saved
-    r = min(classes - 1, MOST_COORDINATES)
+    r = classes - 1 if classes - 1 <= MOST_COORDINATES else NUM_SCALES
     assert (held, saved) == (20 * r + 56, 16 * r + 40)
 
 
@@ -405,11 +407,132 @@ def test_the_ranks_take_the_classes_of_all_of_them():
     assert bases[0].abs().amax(dim=1).nonzero().flatten().tolist() == [0, 30, 60, 90, 120]
 
 
-def test_more_classes_than_coordinates_and_the_last_pass_leave_the_coordinates_as_they_are():
+def test_the_last_pass_leaves_open_which_classes_occur():
     trajectory, logits = Trajectory(200, 200), wide_logits(200, 200)
     trajectory.observe(torch.arange(200), logits, torch.arange(200) % 5)
-    trajectory.merge(None, no_reduce)  # its rows are in the coordinates that there were
-    assert trajectory.basis.equal(class_coordinates(200))
-    trajectory.observe(torch.arange(200), logits, torch.arange(200))
+    trajectory.merge(None, no_reduce)  # its rows are as those before
+    assert trajectory.has_margins
+    assert not trajectory.knows_classes
+    assert not trajectory.is_empty
+
+
+def many(total=600, outputs=400, occurring=150, *, seed=3, **arguments):
+    """Logits of more outputs than have coordinates, labels of some of them, and what takes them."""
+    label = 2 * (torch.arange(total) % occurring)
+    return torch.arange(total), wide_logits(total, outputs, seed), label, Trajectory(total, outputs, **arguments)
+
+
+def test_of_more_classes_than_coordinates_the_soft_margins_are_averaged():
+    index, logits, label, trajectory = many(occurring=200)
+    for phase, factor in ((0, 1.0), (0, 2.0), (2, 3.0)):
+        for rows in index.split(70):
+            trajectory.observe(rows, factor * logits[rows], label[rows])
+        trajectory.merge(phase, no_reduce)
+    assert trajectory.basis.shape == (400, 0)
+    assert trajectory.num_rivals == 200
+    first, third = trajectory.soft_margins(index)
+    occurring = torch.arange(0, 400, 2)
+    # Half of the outputs occur: the first epoch, in which all were compared, counts too.
+    expected = [soft_margins(logits, label), soft_margins(2 * logits, label, rivals=occurring)]
+    torch.testing.assert_close(first, torch.stack(expected).mean(dim=0), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(third, soft_margins(3 * logits, label, rivals=occurring), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(trajectory.scores(index)["margin"], 2 * label_margin(logits, label))
+    assert [phase.shape[1] for phase in trajectory.phases(index)] == [0, 0]
+
+
+def test_where_most_outputs_are_named_by_no_label_the_first_epoch_is_not_kept():
+    index, logits, label, trajectory = many()
+    trajectory.observe(index, logits, label)
     trajectory.merge(0, no_reduce)
-    assert trajectory.basis.equal(class_coordinates(200))
+    assert trajectory.soft_margins(index) == []
+    trajectory.observe(index, logits, label)
+    trajectory.merge(1, no_reduce)
+    (found,) = trajectory.soft_margins(index)
+    torch.testing.assert_close(found, soft_margins(logits, label, rivals=torch.arange(0, 300, 2)), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(trajectory.scores(index)["margin"], label_margin(logits, label))
+    last = trajectory.of_last_pass(logits, label)
+    torch.testing.assert_close(last["soft_margins"], found)
+    assert last["last"].shape == (600, 0)
+    assert set(last["rival"].tolist()) <= set(range(0, 300, 2))
+
+
+def test_a_class_that_is_first_named_later_is_compared_from_then_on():
+    index, logits, label, trajectory = many(occurring=200)
+    seen = index[label < 300]
+    trajectory.observe(seen, logits[seen], label[seen])
+    trajectory.merge(0, no_reduce)
+    assert trajectory.num_rivals == 150
+    trajectory.observe(index, logits, label)
+    trajectory.merge(1, no_reduce)
+    assert trajectory.num_rivals == 200
+    assert trajectory.soft_margins(index)[-1].isfinite().all()
+
+
+def test_what_is_fresh_of_many_classes_and_how_often_each_was_expected():
+    index, logits, label, trajectory = many()
+    trajectory.observe(index[:400], logits[:400], label[:400])
+    found, count = trajectory.fresh(index, no_reduce)
+    torch.testing.assert_close(found[:400], soft_margins(logits[:400], label[:400]))
+    assert found[400:].isnan().all()
+    assert count.tolist() == [1] * 400 + [0] * 200
+    torch.testing.assert_close(trajectory.expected(no_reduce).float(), logits[:400].softmax(1).sum(0))
+    broken = logits[400:410].clone()
+    broken[0, 0] = torch.nan
+    trajectory.observe(index[400:410], broken, label[400:410])
+    assert trajectory.rows_left_out == 1
+    assert trajectory.expected(no_reduce).isfinite().all()
+    trajectory.merge(0, no_reduce)
+    assert not trajectory.expected(no_reduce).any()
+
+
+def test_ranks_merge_soft_margins_to_what_one_has(monkeypatch):
+    monkeypatch.setattr("lightning_unlearn.trajectory._ROWS", 250)
+    index, logits, label, _ = many(occurring=200)
+
+    def gather(rank, reduce, world_size=2):
+        trajectory = Trajectory(600, 400)
+        for phase in (0, 2):
+            rows = index[rank::world_size]
+            trajectory.observe(rows, (phase + 1) * logits[rows], label[rows])
+            trajectory.merge(phase, reduce)
+        return trajectory
+
+    whole = gather(0, no_reduce, 1)
+    for found in run_ranks(gather, 2):
+        assert found.num_rivals == whole.num_rivals == 200
+        for one, other in zip(found.soft_margins(index), whole.soft_margins(index), strict=True):
+            torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_the_state_of_many_classes_goes_into_a_checkpoint_and_back(keeps):
+    index, logits, label, trajectory = many(occurring=200, keeps_coordinates=keeps)
+    for phase in (0, 1):
+        trajectory.observe(index, logits, label)
+        trajectory.merge(phase, no_reduce)
+    again = Trajectory.from_state_dict(saved_and_loaded(trajectory.state_dict()))
+    for each in (trajectory, again):
+        each.observe(index, 2 * logits, label)
+        each.merge(3, no_reduce)
+    assert again.num_rivals == 200
+    assert again.basis.equal(trajectory.basis)
+    for one, other in zip(again.soft_margins(index), trajectory.soft_margins(index), strict=True):
+        assert one.equal(other)
+    for one, other in zip(again.phases(index), trajectory.phases(index), strict=True):
+        assert one.equal(other)
+
+
+def test_a_recipe_that_looks_at_attributions_has_random_coordinates_too():
+    index, logits, label, trajectory = many(occurring=200, keeps_coordinates=True)
+    trajectory.observe(index, logits, label)
+    trajectory.merge(0, no_reduce)
+    assert trajectory.basis.equal(class_coordinates(400))
+    torch.testing.assert_close(trajectory.phases(index)[0], logits @ trajectory.basis)
+    torch.testing.assert_close(trajectory.soft_margins(index)[0], soft_margins(logits, label), atol=1e-4, rtol=1e-5)
+
+
+def test_evidence_of_a_version_that_kept_random_coordinates_is_refused():
+    state = Trajectory(30, 200).state_dict()
+    state["phases"] = torch.zeros(PHASES, 30, MOST_COORDINATES + 1)
+    with pytest.raises(ValueError, match=r"tells 200 classes apart, but it is of a version .* start the fit again"):
+        Trajectory.from_state_dict(state)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_unlearn.functional.margin_noise import prequential_margin_rate
 from lightning_unlearn.functional.mixture import Reduce
 from lightning_unlearn.functional.prequential import (
     PARTS,
@@ -73,6 +74,9 @@ class EarlyEpochs:
         drawn, seen = reduce(of_classes.index_add_(1, label[counts], each))
         present = ((drawn > 0) & with_coordinates(trajectory.basis)).nonzero().flatten()
         parts = int(max(1, min(PARTS, batches)))
+        if trajectory.has_margins:
+            self._look_at_margins(trajectory, coordinates, (position, counts), drawn, parts, device, reduce)
+            return
         if len(present) < _FEWEST or not is_exact(trajectory.basis) or not _is_whole(position[counts], parts, reduce):
             return
         place = torch.zeros(trajectory.num_classes, dtype=torch.int64)
@@ -92,6 +96,36 @@ class EarlyEpochs:
         bias = torch.zeros(trajectory.num_classes, dtype=torch.float64)
         bias[present] = found.bias.cpu()
         self.rate, self.drawn = following(self.rate, replace(found, bias=bias)), drawn
+
+    def _look_at_margins(
+        self,
+        trajectory: Trajectory,
+        margins: Tensor,
+        of_rows: tuple[Tensor, Tensor],
+        drawn: Tensor,
+        parts: int,
+        device: torch.device,
+        reduce: Reduce,
+    ) -> None:
+        """Looks at an epoch of many classes, which are compared by soft margins (n, K)."""
+        position, counts = of_rows
+        # Where most outputs are named by no label, these are left out from the next epoch on.
+        few = 2 * int((drawn > 0).sum()) < trajectory.num_rivals
+        expected = trajectory.expected(reduce)
+        if few or not _is_whole(position[counts], parts, reduce):
+            return
+        found = prequential_margin_rate(
+            margins.nan_to_num().to(device),
+            position.clamp(min=0).to(device),
+            counts.float().to(device),
+            trajectory.num_rivals,
+            drawn=drawn,
+            expected=expected,
+            is_first=trajectory.is_empty,
+            parts=parts,
+            reduce=reduce,
+        )
+        self.rate, self.drawn = following(self.rate, found), drawn
 
     def state_dict(self) -> dict[str, Any] | None:
         """Plain numbers; None if no epoch was looked at."""

@@ -97,7 +97,7 @@ class EvidencePass:
         trajectory.observe(index[counts.cpu()], seen.logits[counts], label[counts], margin[counts])
         if not self.is_last:
             return {"label": batch.label}
-        found = {"label": batch.label, "last": trajectory.coordinates(seen.logits)}
+        found = {"label": batch.label, **trajectory.of_last_pass(seen.logits, label)}
         found["identity"] = reading.by_row(_identity(batch))
         found |= _seen_in_the_last_pass(seen, label, margin)
         if self.early is not None:

@@ -161,6 +161,10 @@ class FrozenFeatures:
         unseen = evidence.unseen
         if unseen is None or not self._parts:
             return evidence
+        if evidence.soft_margins is not None:
+            # Of so many classes a score for each would take too much memory.
+            self._parts = []
+            return evidence
         found = self._left_out(evidence, reduce)
         if found is None or not found[0].is_settled:
             return evidence

@@ -150,16 +150,16 @@ def _evidence(
         rows: (n,) int64, their rows in the trajectory.
         device: where the recipe computes.
     """
-    last = share["last"]
     # A sample that was not drawn in one phase of training is as it was in the last pass.
-    blocks = [phase.where(phase.isfinite(), last) for phase in trajectory.phases(rows)]
+    blocks = _filled(trajectory.phases(rows), share["last"])
     scores = trajectory.scores(rows)
     counts = weight * (share["label"] != IGNORED)
+    many = trajectory.has_margins and trajectory.knows_classes
     return Evidence(
         index=index,
         weight=counts.to(device),
         label=share["label"].clamp(min=0).to(device),
-        attribution=torch.stack([*blocks, last], dim=1).to(device),
+        attribution=blocks.to(device),
         basis=trajectory.basis.to(device),
         margin=share["margin"].to(device),
         mean_margin=scores["margin"].to(device),
@@ -169,7 +169,14 @@ def _evidence(
         prediction=share["prediction"].to(device),
         response=share["response"].to(device) if "response" in share else None,
         rows=share["rows"].to(device) if "rows" in share else None,
+        soft_margins=_filled(trajectory.soft_margins(rows), share["soft_margins"]).to(device) if many else None,
+        rival=share["rival"].to(device) if many else None,
+        rival_share=share["rival_share"].to(device) if many else None,
     )
+
+
+def _filled(phases: Sequence[Tensor], last: Tensor) -> Tensor:
+    return torch.stack([*(phase.where(phase.isfinite(), last) for phase in phases), last], dim=1)
 
 
 def share_memorised(judged: Sequence[Judged], partition: Partition, reduce: Reduce) -> float | None:

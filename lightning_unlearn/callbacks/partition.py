@@ -452,7 +452,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         self._note_fit(trainer)
         self._say_what_is_lost()
         if self._trajectory is None and self._partition is None:
-            self._trajectory = Trajectory(total * rows, self.reading.num_classes)
+            self._trajectory = self._new_trajectory(total * rows)
             if self.reading.label_at is None:
                 self._watch.start(pl_module, trace.logit_maker(self.reading.num_outputs))
         if self._trajectory is not None and self._asks_unseen:
@@ -1007,9 +1007,10 @@ class AttributionPartitionCallback(UnlearnCallback):
     def state_dict(self) -> dict[str, Any]:
         """Tensors and primitives.
 
-        While evidence is gathered, ``16 r + 40`` bytes per sample with ``r = min(C - 1, 128)``, and four of features;
-        34 once the partition is drawn, and both as long as it may be drawn again; about 140 bytes for the fingerprint;
-        in the provenance up to 10 bytes for each suspect that is dropped, 35 for one that is re-labelled.
+        While evidence is gathered, ``16 r + 40`` bytes per sample with ``r = C - 1``, or ``r = 9`` of more than 129
+        classes, and four of features; 34 once the partition is drawn, and both as long as it may be drawn again; about
+        140 bytes for the fingerprint; in the provenance up to 10 bytes for each suspect that is dropped, 35 for one
+        that is re-labelled.
         A checkpoint that is written within an epoch lacks what the training steps of that epoch have shown so far.
         """
         return {
@@ -1047,7 +1048,7 @@ class AttributionPartitionCallback(UnlearnCallback):
             self.reading.label_at = tuple(path)
         self._epochs_seen = list(state["epochs_seen"])
         trajectory, partition = state["trajectory"], state["partition"]
-        self._trajectory = None if trajectory is None else Trajectory.from_state_dict(trajectory)
+        self._trajectory = None if trajectory is None else self._trajectory_of(trajectory)
         self._partition = None if partition is None else Partition.from_state_dict(copied(partition))
         self._reader.load_state_dict(state["reader"])
         self._early_epochs = EarlyEpochs.from_state_dict(state["early"])
@@ -1067,6 +1068,20 @@ class AttributionPartitionCallback(UnlearnCallback):
         self._fits = copied(state["fits"])
         # In a fit there is more to come; elsewhere those that acted are not here.
         self._recorded = None if self._fitting else copied(state["provenance"])
+
+    def _new_trajectory(self, rows: int) -> Trajectory:
+        # A recipe of a user may look at the attributions of however many classes.
+        keeps = self.recipe not in RECIPES.values()
+        return Trajectory(rows, self.reading.num_classes, keeps_coordinates=keeps)
+
+    def _trajectory_of(self, state: dict[str, Any]) -> Trajectory | None:
+        try:
+            return Trajectory.from_state_dict(state)
+        except ValueError as error:
+            if self._fitting:
+                raise
+            rank_zero_warn(f"{error} Weights are not affected.")
+            return None
 
     @property
     def _trajectory_in_use(self) -> Trajectory:

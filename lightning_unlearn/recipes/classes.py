@@ -17,11 +17,14 @@ from lightning_unlearn.types import Evidence, OutOfSample
 def rival_of(evidence: Evidence) -> tuple[Tensor, Tensor]:
     """The class other than the given one that the model was most for on the whole, and its share among the others.
 
-    Where the evidence is a random part of what the model said, it is what the last pass predicts, with a share of 0.
+    Of more classes than have coordinates, it is that of the last pass; where that is not known either, what this
+    predicts, with a share of 0.
 
     Returns:
         (n,) int64 and (n,) float32 in [0, 1].
     """
+    if evidence.rival is not None and evidence.rival_share is not None:
+        return evidence.rival, evidence.rival_share
     if not is_exact(evidence.basis):
         # Random coordinates say nothing of a single class.
         return evidence.prediction, torch.zeros_like(evidence.weight)
@@ -37,12 +40,12 @@ def class_scores(evidence: Evidence, block: Tensor) -> Tensor:
 
 def with_coordinates(basis: Tensor) -> Tensor:
     """(C,) bool, the classes of which the evidence holds anything."""
-    return basis.abs().amax(dim=1) > 0
+    return basis.abs().sum(dim=1) > 0
 
 
 def is_exact(basis: Tensor) -> bool:
     """Whether attributions in these coordinates are those of the classes, and not a random part of them."""
-    return int(with_coordinates(basis).sum()) - 1 <= basis.shape[1]
+    return 0 < int(with_coordinates(basis).sum()) <= basis.shape[1] + 1
 
 
 def judged_classes(evidence: Evidence, reduce: Reduce) -> Tensor:

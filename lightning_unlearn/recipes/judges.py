@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_unlearn.functional.mixture import Reduce, fit_mixture, standardise
 from lightning_unlearn.recipes.calibrated import verdict_on_labels
 from lightning_unlearn.recipes.classes import is_exact, judged_classes, of_all_classes, restricted
+from lightning_unlearn.recipes.many_classes import judge_many
 from lightning_unlearn.recipes.verdict import NO_DOUBT, NoiseEstimate, Verdict
 from lightning_unlearn.types import Evidence, OutOfSample
 
@@ -47,26 +48,25 @@ def judge_label(evidence: Evidence, reduce: Reduce) -> Verdict:
     warning, where the network predicts hardly more than one class, or fewer than half of them; nor where a class is
     called by another's name more often than by its own and nothing else shows.
 
-    Outputs of the model that no label names are left out. With more classes than the evidence has coordinates, what it
-    says of a class is a random part of what the model said: samples are ranked by their margin then, and nothing is
-    suspect.
+    Outputs of the model that no label names are left out. With more classes than coordinates (129), soft margins tell
+    errors that fall on any class alike (``recipes.many_classes``); without these, samples are ranked by their margin,
+    and nothing is suspect.
     """
+    if evidence.soft_margins is not None:
+        return judge_many(evidence, evidence.soft_margins, reduce)
     classes = judged_classes(evidence, reduce)
     if len(classes) < _FEWEST or not is_exact(evidence.basis):
-        return _by_margin(evidence, classes, reduce)
+        return _by_margin(evidence, reduce)
     if len(classes) == evidence.num_classes:
         return verdict_on_labels(evidence, reduce)
     return of_all_classes(verdict_on_labels(restricted(evidence, classes), reduce), evidence, classes)
 
 
-def _by_margin(evidence: Evidence, classes: Tensor, reduce: Reduce) -> Verdict:
+def _by_margin(evidence: Evidence, reduce: Reduce) -> Verdict:
     """The order of the margins (AUM), and nothing suspect."""
     margin = standardise(evidence.mean_margin.double().unsqueeze(1), evidence.weight, reduce).squeeze(1)
     probability = (1 - NO_DOUBT * (-margin).sigmoid()).float()
-    why = (
-        f"{len(classes)} classes occur, and the {evidence.basis.shape[1]} coordinates that are kept of a sample's"
-        " evidence do not tell them apart"
-    )
+    why = "what is kept of the evidence does not tell the classes apart"
     return Verdict(
         probability,
         evidence.label,

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lightning_unlearn.arguments import called, fault_of_call
 from lightning_unlearn.functional.mixture import Reduce, no_reduce
-from lightning_unlearn.recipes.classes import rival_of
+from lightning_unlearn.functional.soft_margin import rivals_of, soft_margins
+from lightning_unlearn.recipes.classes import is_exact, rival_of
 from lightning_unlearn.recipes.verdict import Judge, Recipe, Verdict
 from lightning_unlearn.types import Evidence
 
@@ -193,6 +194,9 @@ def made_up(basis: Tensor, index: Tensor, recipe: Recipe) -> Evidence:
         "loss": torch.nn.functional.cross_entropy(last, label, reduction="none"),
         "prediction": last.argmax(dim=1),
     }
+    if not is_exact(basis):
+        parts["soft_margins"] = torch.stack([soft_margins(block, label) for block in scores.unbind(dim=1)], dim=1)
+        parts["rival"], parts["rival_share"] = rivals_of(last, label)
     if recipe.needs_response:
         parts["response"] = 1 + torch.rand(count, 2, generator=generator)
     if recipe.needs_rows:

@@ -1,0 +1,155 @@
+"""Which given labels are wrong where more classes occur than have coordinates: by soft margins.
+
+Blind errors are found, which fall on any class alike; classes that go by another's name are not looked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lightning_unlearn.functional.margin_noise import (
+    AveragedCurve,
+    average_of,
+    class_shift,
+    fit_with_and_without,
+    predicted,
+    wrong_probability,
+)
+from lightning_unlearn.functional.mixture import Reduce
+from lightning_unlearn.functional.prequential import PrequentialRate
+from lightning_unlearn.functional.suspects import in_order_of, with_mean
+from lightning_unlearn.functional.symmetric_noise import SymmetricNoiseFit
+from lightning_unlearn.functional.transition import MOST_NAMES
+from lightning_unlearn.recipes.label_noise import ACTED_Z, NAMED_Z, NOT_KNOWN
+from lightning_unlearn.recipes.verdict import NO_DOUBT, NoiseEstimate, Verdict
+from lightning_unlearn.types import Evidence
+
+# A part of training counts if its steps predicted so large a share of what is predicted of validation samples, or,
+# without these, of what those of the best part did: a network that still learns knows the most in the end.
+_AS_MUCH, _KNOWING = 0.9, 0.5
+
+# So far apart, training and validation accuracy say that labels are memorized, and the last pass does not count.
+_GAP = 0.2
+
+_SHIFTED = ("labels: class weights or a sampler shift the outputs, which is not corrected for: nothing is acted upon",)
+
+_SELDOM = 0.05  # a class is not known if it is predicted less often than this share of the samples called so
+_LEAST_RATE = 1e-4  # for the order where no label is wrong
+_TWO_SIDED = 1.96
+
+
+def judge_many(evidence: Evidence, margins: Tensor, reduce: Reduce) -> Verdict:
+    """The probability that the given label is right.
+
+    Args:
+        evidence: of this rank's share.
+        margins: (n, P, K), its soft margins.
+        reduce: sums over the ranks.
+    """
+    w = evidence.weight.double()
+    zeros, right = w.new_zeros(evidence.num_classes), (evidence.prediction == evidence.label).double()
+    of_label, of_prediction = (zeros.index_add(0, of, w) for of in (evidence.label, evidence.prediction))
+    given, said = reduce(torch.stack([of_label, of_prediction]))
+    accuracy = (reduce((w @ right).reshape(1)) / given.sum().clamp(min=1e-9)).item()
+    memorized, classes = _memorized(accuracy, evidence), int((given > 0).sum())
+    parts, curve = _parts(margins, evidence, classes, reduce, with_last=not memorized)
+    early, weighted, sampled = _early(evidence, given)
+    wrong, noise = _blind_errors(parts, curve, w, classes, early, reduce)
+    is_known = _knows_classes(given, said)
+    # Where nothing can be told, nothing is suspect, and the order stays.
+    clean = (1 - (wrong if is_known else NO_DOUBT * wrong)).float()
+    note = f"labels: {classes} classes: looked for errors that fall on any class alike, and for no others"
+    return Verdict(
+        clean,
+        evidence.label if evidence.rival is None else evidence.rival,
+        (1 - clean) * (0 if evidence.rival_share is None else evidence.rival_share),
+        label_probability=clean,
+        noise_matrix=_matrix(given > 0, noise.rate),
+        notes=(note, *memorized, *(_SHIFTED if weighted or sampled else ())),
+        warning="" if is_known else NOT_KNOWN,
+        noise=_weak_if(weighted, sampled, noise) if is_known else None,
+    )
+
+
+def _early(evidence: Evidence, given: Tensor) -> tuple[PrequentialRate | None, bool, bool]:
+    """An early epoch that tells, and whether class weights, or a sampler, shifted the classes there."""
+    unseen = evidence.unseen
+    if unseen is None or unseen.early is None:
+        return None, False, False
+    sampled = unseen.drawn is not None and bool(class_shift(given, unseen.drawn).any())
+    return (unseen.early if unseen.early.is_settled else None), bool(unseen.early.bias.any()), sampled
+
+
+def _weak_if(weighted: bool, sampled: bool, noise: NoiseEstimate) -> NoiseEstimate:
+    if noise.status != "found" or not (weighted or sampled):
+        return noise
+    return replace(noise, status="weak", sampled=sampled)
+
+
+def _memorized(accuracy: float, evidence: Evidence) -> tuple[str, ...]:
+    """What to say where labels are memorized; empty if they are not, or that is not known."""
+    validation = evidence.unseen.accuracy if evidence.unseen else None
+    if validation is None or accuracy - validation < _GAP:
+        return ()
+    both = f"{accuracy:.0%} of the given labels and {validation:.0%} of those of validation samples"
+    return (f"labels: the network predicts {both}: it has memorized labels; the early epochs decide",)
+
+
+def _parts(
+    margins: Tensor, evidence: Evidence, classes: int, reduce: Reduce, *, with_last: bool
+) -> tuple[list[Tensor], AveragedCurve]:
+    """The parts (n, K) of training that count, all alike, and the curve of their average."""
+    *phases, last = margins.unbind(dim=1)
+    weight, validation = evidence.weight.double(), evidence.unseen.accuracy if evidence.unseen else None
+    if phases:
+        each = [weight @ predicted(part, classes).double() for part in phases]
+        *hits, number = reduce(torch.stack([*each, weight.sum()])).tolist()
+        least = _KNOWING * max(hits) if validation is None else _AS_MUCH * validation * number
+        phases = [part for part, hit in zip(phases, hits, strict=True) if hit >= least]
+    parts = [*phases, last] if with_last or not phases else phases
+    return parts, average_of(parts, weight, classes, reduce=reduce)
+
+
+def _blind_errors(
+    parts: list[Tensor],
+    curve: AveragedCurve,
+    weight: Tensor,
+    classes: int,
+    early: PrequentialRate | None,
+    reduce: Reduce,
+) -> tuple[Tensor, NoiseEstimate]:
+    """(n,) probability that each label is wrong, and how many are."""
+    rows = torch.cat(parts, dim=1)
+    fit, z = fit_with_and_without(rows, weight, classes, curve=curve, reduce=reduce)
+    rate, z = (max(fit.rate, early.middle), max(z, early.z_score)) if early else (fit.rate, z)
+    at_least = replace(fit, blind=max(fit.blind, _LEAST_RATE))
+    wrong = with_mean(wrong_probability(at_least, rows, curve), weight, max(rate, _LEAST_RATE), reduce=reduce)
+    # Which leaves the less likely classes out, and ranks better where classes are easily confused.
+    strongest = torch.stack([part[:, -1] for part in parts]).mean(dim=0)
+    wrong = in_order_of(-strongest, wrong, weight, reduce=reduce)
+    status = "found" if z >= ACTED_Z else "weak" if z >= NAMED_Z else "none"
+    return wrong, NoiseEstimate(status, rate, _interval(fit, early, rate), z)
+
+
+def _interval(fit: SymmetricNoiseFit, early: PrequentialRate | None, rate: float) -> tuple[float, float]:
+    error = _TWO_SIDED * fit.std_error
+    if early is None:
+        return max(0.0, fit.rate - error), 1.0
+    return min(early.low, rate), min(max(early.high, fit.rate + error, rate), 1.0)
+
+
+def _knows_classes(given: Tensor, said: Tensor) -> bool:
+    known = (said >= _SELDOM * given)[given > 0]
+    return bool(known.sum() >= max(2, len(known) / 2))
+
+
+def _matrix(occurs: Tensor, rate: float) -> Tensor | None:
+    """Of errors that fall on any class that occurs alike; None of so many outputs that it would be too large."""
+    if len(occurs) > MOST_NAMES:
+        return None
+    there = occurs.float()
+    matrix = there.unsqueeze(1) * there * rate / max(int(occurs.sum()) - 1, 1)
+    return matrix.diagonal_scatter(1 - rate * there)

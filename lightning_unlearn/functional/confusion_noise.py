@@ -18,7 +18,7 @@ from lightning_unlearn.functional.lbfgs import minimize
 from lightning_unlearn.functional.mixture import Reduce, no_reduce
 from lightning_unlearn.functional.symmetric_noise import SymmetricNoiseFit
 
-GAIN_PER_ENTRY, GAIN_PER_SAMPLE = 1.1, 0.01
+GAIN_PER_ENTRY, GAIN_PER_SAMPLE = 1.25, 0.0115
 """Nats that a full matrix gains where labels are right, or wrong blindly."""
 
 MOST_CLASSES, LEAST_EACH = 128, 2

@@ -45,7 +45,7 @@ def test_what_falls_on_the_class_beside_is_added():
     score, label, wrong = draw(6000, pairs(0.3))
     fit, (best, most) = more(score, label)
     assert fit.rate < wrong - 0.03
-    assert fit.rate + best == pytest.approx(wrong, abs=0.03)
+    assert fit.rate + best == pytest.approx(wrong, abs=0.05)
     assert best <= most
     assert fit.rate + most == pytest.approx(wrong, abs=0.03)
 

@@ -968,6 +968,10 @@ class PartitionSource(Protocol):
     """(N,) float32, of this rank's samples, 1/k for each of k copies; None where each counts."""
 
     @property
+    def memorised(self) -> float | None:
+        """Share of the labels suspected to be wrong that the network predicts; None where none is."""
+
+    @property
     def is_dry_run(self) -> bool:
         """Whether nothing is to be changed: who would act says what it would do instead."""
 

@@ -28,6 +28,7 @@ ALL_BELOW = MATH | {
     "fingerprint",
     "rows",
     "finding",
+    "finetuning",
 }
 SHARED = {
     "callbacks._copies",
@@ -94,6 +95,7 @@ MAY_IMPORT = {
     "drawing": set(),
     "sampling": MATH | {"data", "drawing"},
     "masking": MATH,
+    "finetuning": MATH | {"capture", "finetuning"},
     "distributed": MATH,
     "noise": {"arguments", "noise", "storage"},
     "fingerprint": {"attributes"},

@@ -444,6 +444,7 @@ def test_sources_are_recognised_by_what_they_publish():
         is_dry_run = False
         reading = None
         sample_weight = None
+        memorised = None
 
         def pull_partition(self, trainer, pl_module): ...
 

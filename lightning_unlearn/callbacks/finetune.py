@@ -51,7 +51,7 @@ from lightning_unlearn.callbacks._optimizers import (
     forget_schedule,
     groups_of,
 )
-from lightning_unlearn.callbacks._packages import MisconfigurationException
+from lightning_unlearn.callbacks._packages import MisconfigurationException, is_a
 from lightning_unlearn.callbacks._provenance import copied
 from lightning_unlearn.callbacks._relabel import Relabelling, check_relabelling, fault_of_absent
 from lightning_unlearn.callbacks._saying import rank_zero_info
@@ -61,6 +61,7 @@ from lightning_unlearn.capture import ForwardTrace, named_layers, plain_name, re
 from lightning_unlearn.data import check_loader
 from lightning_unlearn.distributed import sum_over_ranks
 from lightning_unlearn.drawing import Drawing
+from lightning_unlearn.finetuning.warm_start import Start, StartWeights, WarmStart, choose_start
 from lightning_unlearn.masking import is_computed
 from lightning_unlearn.sampling import (
     CleanSubsetSampler,
@@ -72,6 +73,8 @@ from lightning_unlearn.sampling import (
     training_draw,
 )
 from lightning_unlearn.types import MaskSource, Partition
+
+_STARTS = {"keep": "", "shrink": ", from weights moved back towards those of the start", "start": ", from the start"}
 
 MakeOptimizer = Callable[[Iterable[Any]], Optimizer]
 MakeScheduler = Callable[[Optimizer], LRScheduler]
@@ -93,6 +96,13 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
             statistics of its batch norms included.
         layers: with ``mode="layers"``: dotted paths of the modules to train; by default the layer that the
             SensitivityPruneCallback prunes and those that ``forward`` calls after it.
+        warm_start: what fine-tuning starts from. ``"keep"``: the weights as they are. ``"shrink"``: what was memorized
+            is in all of the weights, so those that training has changed are moved back towards those that the fit began
+            with; a fifth of the way is kept. ``"start"``: those that the fit began with. ``"auto"``: ``"shrink"`` where
+            the network predicts at least half of the suspect labels, else ``"keep"``. Only what is trained from then on
+            is moved; pruned neurons stay at zero, averages of the weights follow, and running statistics of norms begin
+            anew from those of the start. Except with ``"keep"``, a copy of all trained parameters is kept on the CPU,
+            and in checkpoints, until fine-tuning starts.
         on_noisy: what becomes of samples that are not clean. ``"drop"``: they are left out. ``"weigh"``: every sample
             is drawn in an epoch with its probability of being clean. ``"relabel"``: where the label is wrong and the
             suggested one is probable enough, the sample is trained on under the suggested label, which takes the given
@@ -118,6 +128,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         self,
         mode: Literal["full", "layers"] = "full",
         *,
+        warm_start: WarmStart = "keep",
         layers: list[str] | None = None,
         on_noisy: OnNoisy = "drop",
         relabel_threshold: float = 0.7,
@@ -128,6 +139,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         restart_optimizer: bool = False,
     ) -> None:
         self.mode = check_choice("mode", mode, ("full", "layers"))
+        self.warm_start: WarmStart = check_choice("warm_start", warm_start, get_args(WarmStart))
         self.layers = _checked_layers(self.mode, layers)
         self.on_noisy: OnNoisy = check_choice("on_noisy", on_noisy, get_args(OnNoisy))
         self.relabel_threshold = check_number("relabel_threshold", relabel_threshold, above=0, most=1)
@@ -163,6 +175,9 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         self._saved_groups: list[list[tuple[int, set[str]]]] = []
         self._frozen: dict[str, list[str]] = {"parameters": [], "norms": []}
         self._remaining: int | None = None
+        # What the fit began with, until fine-tuning starts; and what that has started from.
+        self._start_weights = StartWeights()
+        self._started_from = "keep"
         self._epoch_started: float | None = None
         self._seconds_per_epoch: float | None = None
         self._seed = 0
@@ -201,7 +216,8 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         if self._draw is None:
             return ""
         kind = "F-FT" if self.mode == "full" else "L-FT"
-        return f"trained on {_samples_of(self._draw)} from epoch {self._first_epoch} on ({kind})"
+        start = _STARTS[self._started_from]
+        return f"trained on {_samples_of(self._draw)} from epoch {self._first_epoch} on ({kind}{start})"
 
     @override
     def record(self, partition: Partition) -> dict[str, Any]:
@@ -212,6 +228,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         moved, new = self._draw.relabelled, self._draw.new_label
         return {
             "from_epoch": self._first_epoch,
+            "started_from": self._started_from,
             "seed": self._seed,
             "dropped": dropped.nonzero().flatten(),
             # Of several labels, -1 for one that stays.
@@ -232,6 +249,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
             lr=self.lr is not None,
             optimizer=self.optimizer is not None,
             restart_optimizer=self.restart_optimizer,
+            warm_start=self._must_move,
         )
         refuse_beside_finetuning(
             trainer,
@@ -241,6 +259,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
                 "optimizer": self.optimizer is not None,
                 "restart_optimizer=True": self.restart_optimizer,
                 "mode='layers'": self.mode == "layers",
+                f"warm_start='{self.warm_start}'": self._must_move,
             },
         )
         self._masks = next((callback for callback in callbacks_of(trainer) if isinstance(callback, MaskSource)), None)
@@ -273,6 +292,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         elif self.on_noisy == "relabel":
             # The next round is to re-label, where the checkpoint did not.
             self._check_head_and_labels(trainer, pl_module)
+        self._check_start_is_known(trainer)
         if self.is_active and self._at_once(trainer) != self._planned_size:
             check_steps_left(trainer, _remaining_epochs(trainer), self._planned_size)
             self._plan(trainer)
@@ -310,6 +330,8 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._relabelling.start_batch(pl_module)
+        if self.warm_start != "keep" and not self.is_active:
+            self._remember_start(trainer, pl_module, batch_idx)
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -338,6 +360,8 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
                 with self.timed():
                     (self._renew if self.is_active else self._start)(trainer, pl_module, draw)
             self._partition_epoch = partition.epoch
+            if not self._may_start_later:
+                self._start_weights.forget()
         if self.is_active:
             self._data = train_loader(trainer).dataset
         self._hold_modes(pl_module)
@@ -435,7 +459,10 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and primitives, 8 bytes per clean sample; 12 per sample to weigh, 16 to re-label."""
+        """Tensors and primitives, 8 bytes per clean sample; 12 per sample to weigh, 16 to re-label.
+
+        Before fine-tuning starts, the trained parameters as the fit began with them, but with ``warm_start="keep"``.
+        """
         return {
             "version": self.state_version,
             "partition_epoch": self._partition_epoch,
@@ -448,6 +475,8 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
             "is_scheduled": self._is_scheduled,
             "frozen": {kind: list(names) for kind, names in self._frozen.items()},
             "remaining": self._remaining,
+            "start_weights": copied(self._start_weights.state_dict()),
+            "started_from": self._started_from,
             "seed": self._seed,
         }
 
@@ -468,6 +497,8 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         self._made_by, self._is_scheduled = state.get("made_by", asked[0]), state.get("is_scheduled", asked[1])
         self._frozen = {kind: list(names) for kind, names in state["frozen"].items()}
         self._remaining = state["remaining"]
+        self._start_weights.load_state_dict(copied(state.get("start_weights")))
+        self._started_from = state.get("started_from", "keep")
         self._seed = state["seed"]
 
     @property
@@ -490,8 +521,8 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
             return
         if self.mode == "layers":
             self._frozen = self._names_to_freeze(trainer, pl_module)
-        before = trainer.num_training_batches
-        with self._all_or_nothing(trainer, pl_module):
+        before, start, moved = trainer.num_training_batches, self._chosen_start(trainer), 0
+        with self._all_or_nothing(trainer, pl_module) as undoing:
             self._draw = draw
             self._first_epoch = trainer.current_epoch
             self._remaining = _remaining_epochs(trainer)
@@ -500,9 +531,13 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
             self._plan(trainer)
             self._made_by, self._is_scheduled = self._asked_of_optimizer
             self._train_from_here(trainer, pl_module)
+            if start.moves:
+                moved = self._move_weights(trainer, pl_module, start, undoing)
             # Last, since nothing brings the old weights back.
             if self.reset_head:
                 self._reset_head(trainer, pl_module)
+        if start.said:
+            rank_zero_info(f"{start.said[:-1]}{f' ({moved:,} parameters)' if start.moves else ''}.")
         frozen = set(self._frozen["parameters"])
         named = pl_module.named_parameters()
         trained = sum(p.numel() for n, p in named if p.requires_grad and plain_name(n) not in frozen)
@@ -512,24 +547,81 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
             " trained."
         )
 
+    @property
+    def _must_move(self) -> bool:
+        return self.warm_start in ("shrink", "start")
+
+    def _remember_start(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
+        """Keeps the weights that the fit began with, as long as they may be asked for."""
+        weights = self._start_weights
+        is_time = trainer.global_step == 0 or (weights.is_known and batch_idx == 0)
+        if is_time and self._may_start_later and not self._obstacle(trainer):
+            weights.remember(pl_module)
+
+    def _move_weights(
+        self, trainer: Trainer, pl_module: LightningModule, start: Start, undoing: list[Callable[[], None]]
+    ) -> int:
+        frozen = {name for names in self._frozen.values() for name in names}
+        copies = weight_copies(trainer, pl_module)
+        moved, undo = self._start_weights.move(pl_module, start.how, copies, frozen)
+        undoing.append(undo)
+        self._started_from = start.how
+        if self._masks is not None:
+            self._masks.silence()
+        return moved
+
+    @property
+    def _may_start_later(self) -> bool:
+        """Whether fine-tuning has not started, and is to start with a partition that is drawn later."""
+        has_rounds = getattr(self.source, "every_n_epochs", None) is not None
+        return not (self.is_active or self.source.is_dry_run) and (has_rounds or self._partition_epoch == 0)
+
+    def _obstacle(self, trainer: Trainer) -> str:
+        """Why weights are not moved, and the optimizer not made anew, where nobody has insisted on it."""
+        if shards_weights(trainer):
+            return f"under {type(trainer.strategy).__name__} every rank holds a part of them"
+        other = next((callback for callback in callbacks_of(trainer) if is_a(callback, "BaseFinetuning")), None)
+        return "" if other is None else f"{type(other).__name__} goes by the optimizer that it knows"
+
+    def _chosen_start(self, trainer: Trainer) -> Start:
+        obstacle = self._obstacle(trainer)
+        if not obstacle and not self._start_weights.is_known:
+            obstacle = "the checkpoint that the fit goes on from does not have those that it began with"
+        return choose_start(self.warm_start, self.source.memorised, obstacle)
+
+    def _check_start_is_known(self, trainer: Trainer) -> None:
+        is_late = trainer.global_step > 0 and self._may_start_later
+        if self._must_move and is_late and not self._start_weights.is_known:
+            raise MisconfigurationException(
+                f"CleanSubsetFinetuneCallback(warm_start='{self.warm_start}') needs the weights that the fit began"
+                " with, but the checkpoint does not have them, as that fit had no such setting; set"
+                " warm_start='keep', or start again without the checkpoint."
+            )
+
     @contextmanager
-    def _all_or_nothing(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+    def _all_or_nothing(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[list[Callable[[], None]]]:
         """Where an optimizer or a loader of the user's cannot be made, the fit is as if it had not begun to be changed.
 
         A checkpoint that is written of the exception then fits its optimizer.
+
+        Yields:
+            a list of what more is to be called then.
         """
+        undoing: list[Callable[[], None]] = []
         strategy = trainer.strategy
         optimizers, schedules = strategy.optimizers, strategy.lr_scheduler_configs
         # A loader that is iterated anew has drawn from it.
         random_state = torch.get_rng_state()
         try:
-            yield
+            yield undoing
         except BaseException:
+            for function in undoing:
+                function()
             self.undo(trainer, pl_module)
             strategy.optimizers, strategy.lr_scheduler_configs = optimizers, schedules
             torch.set_rng_state(random_state)
             self._draw, self._first_epoch, self._planned_batches, self._remaining = None, 0, 0, None
-            self._made_by, self._is_scheduled = "", False
+            self._made_by, self._is_scheduled, self._started_from = "", False, "keep"
             self._frozen = {"parameters": [], "norms": []}
             raise
 

@@ -388,6 +388,11 @@ class AttributionPartitionCallback(UnlearnCallback):
         return settings_of(self, recipe=self.recipe.name, **reading)
 
     @property
+    def memorised(self) -> float | None:
+        """Of the labels suspected to be wrong, how many the network predicted when that was found; None without any."""
+        return self._memorised
+
+    @property
     def is_dry_run(self) -> bool:
         """Whether nothing is pruned or fine-tuned, only reported."""
         return self.action == "report"

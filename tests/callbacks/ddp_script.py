@@ -103,7 +103,7 @@ def run(folder, devices, scenario):
         },
         "still-rlap": {"net": pretrained, "optimizer": still, "finetune": {}, "recipe": "rlap"},
         "layers": {"net": mlp, "finetune": {"mode": "layers", "lr": 0.02}},
-        "full": {"net": mlp, "finetune": {"lr": 0.02}},
+        "full": {"net": mlp, "finetune": {"lr": 0.02, "warm_start": "shrink"}},
         "auto": {"net": mlp, "finetune": {"lr": 0.02}, "recipe": "auto"},
         "when": {"net": mlp, "finetune": {}, "at_epoch": "auto"},
         "weighted": {"net": mlp, "finetune": {}},

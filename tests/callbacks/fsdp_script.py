@@ -25,6 +25,7 @@ REFUSED = {
     "lr": lambda: [CleanSubsetFinetuneCallback(lr=0.1)],
     "optimizer": lambda: [CleanSubsetFinetuneCallback(optimizer=torch.optim.SGD)],
     "restart_optimizer": lambda: [CleanSubsetFinetuneCallback(restart_optimizer=True)],
+    "warm_start": lambda: [CleanSubsetFinetuneCallback(warm_start="shrink")],
     "reset_head": lambda: [CleanSubsetFinetuneCallback(reset_head=True)],
     "averages": lambda: [StochasticWeightAveraging(0.01)],
     "tensor_parallel": list,

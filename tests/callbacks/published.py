@@ -51,6 +51,7 @@ class Published(L.Callback):
         self.regresses_on_probability = soft
         self.reading = Reading()
         self.sample_weight = None
+        self.memorised = None
 
     def pull_partition(self, trainer, pl_module):
         due = [partition for partition in self.partitions if partition.epoch <= trainer.current_epoch]

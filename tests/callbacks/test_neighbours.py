@@ -35,8 +35,9 @@ class OwnFinetuning(BackboneFinetuning):
         ({"optimizer": torch.optim.Adam}, "optimizer"),
         ({"restart_optimizer": True}, "restart_optimizer=True"),
         ({"mode": "layers"}, "mode='layers'"),
+        ({"warm_start": "shrink"}, "warm_start='shrink'"),
     ],
-    ids=["lr", "optimizer", "restart", "layers"],
+    ids=["lr", "optimizer", "restart", "layers", "warm start"],
 )
 def test_a_fresh_optimizer_beside_callbacks_that_add_parameter_groups_is_refused(kind, finetune, word):
     module = WithBackbone()

@@ -37,6 +37,8 @@ def half_rate_in_the_middle(module):
 VARIANTS = {
     "full": {},
     "full, lr": {"lr": 0.01},
+    "shrunk": {"warm_start": "shrink"},
+    "from the start, layers": {"warm_start": "start", "mode": "layers", "lr": 0.01},
     "layers": {"mode": "layers"},
     "layers, lr": {"mode": "layers", "lr": 0.01},
     "layers, optimizer": {"mode": "layers", "optimizer": lambda p: torch.optim.Adam(p, 0.01), "lr_scheduler": halving},

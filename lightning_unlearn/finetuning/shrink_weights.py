@@ -1,0 +1,27 @@
+"""The formula that moves trained weights back towards those that a fit began with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+KEPT = 0.2
+"""How much of the way that training has come is kept: of .2, .4 and .6 the best on three kinds of data."""
+
+
+def shrink(weight: Tensor, start: Tensor, kept: float = KEPT) -> Tensor:
+    """``start + kept * (weight - start)``, computed in float32 at least.
+
+    Args:
+        weight: trained, floating.
+        start: the same weight when the fit began, on the same device.
+        kept: 1 for the weight as it is, 0 for ``start`` whatever has become of the weight.
+
+    Example:
+        >>> shrink(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 2.0]))
+        tensor([0.2000, 2.0000])
+    """
+    if kept == 0:
+        return start.to(weight.dtype)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return torch.lerp(start.to(wide), weight.to(wide), kept).to(weight.dtype)

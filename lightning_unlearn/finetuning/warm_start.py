@@ -1,0 +1,183 @@
+"""Where fine-tuning starts: from the trained weights, from those that the fit began with, or in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from lightning_unlearn.capture import named_layers, plain_name
+from lightning_unlearn.finetuning.shrink_weights import KEPT, shrink
+
+WarmStart = Literal["auto", "shrink", "keep", "start"]
+
+MEMORIZED = 0.5
+"""Share of the suspect labels that a network which has memorized them predicts, at least."""
+
+_SHARES = {"shrink": KEPT, "start": 0.0}
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+@dataclass(frozen=True)
+class Start:
+    """What fine-tuning starts from.
+
+    Args:
+        how: ``"keep"``, ``"shrink"`` or ``"start"``.
+        said: in a sentence for the log; empty where nothing else was asked for.
+    """
+
+    how: str
+    said: str = ""
+
+    @property
+    def moves(self) -> bool:
+        """Whether weights are changed."""
+        return self.how != "keep"
+
+
+def choose_start(asked: WarmStart, memorised: float | None, obstacle: str = "") -> Start:
+    """What fine-tuning starts from.
+
+    Args:
+        asked: ``warm_start``.
+        memorised: share of the suspect labels that the network predicts; None where none is suspect.
+        obstacle: why the weights cannot be moved, in a clause; empty if they can.
+
+    Example:
+        >>> choose_start("auto", 0.93).how, choose_start("auto", 0.1).how, choose_start("start", None).how
+        ('shrink', 'keep', 'start')
+    """
+    if asked == "keep":
+        return Start("keep")
+    if asked == "auto" and memorised is None:
+        return Start("keep", "Fine-tuning goes on from the weights as they are: no label is suspect.")
+    seen = "" if memorised is None else f"The network predicts {memorised:.0%} of the suspect labels"
+    if asked == "auto" and memorised is not None and memorised < MEMORIZED:
+        return Start("keep", f"{seen}, fewer than half: fine-tuning goes on from the weights as they are.")
+    if asked == "auto" and obstacle:
+        return Start("keep", f"{seen}, so it has memorized them; its weights are kept all the same: {obstacle}.")
+    if asked == "start":
+        return Start("start", "Fine-tuning starts from the weights that the fit began with.")
+    why = f"{seen}, so it has memorized them: fine-tuning" if asked == "auto" else "Fine-tuning"
+    return Start(
+        "shrink",
+        f"{why} starts from weights moved back towards those that the fit began with; {KEPT:.0%} of the way is kept.",
+    )
+
+
+class StartWeights:
+    """The weights that a fit began with, on the CPU, and the running statistics of norms.
+
+    Parameters are known by their names, tied ones by the first. One that is unfrozen later is taken up when it is, as
+    it has not changed until then.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] | None = None
+
+    @property
+    def is_known(self) -> bool:
+        """Whether they have been remembered."""
+        return self._kept is not None
+
+    def remember(self, model: nn.Module) -> None:
+        """Copies what is trained and not known yet. Call before the first step, and when something may be unfrozen."""
+        kept = {} if self._kept is None else self._kept
+        trained = ((name, p) for name, p in _parameters(model) if p.requires_grad)
+        statistics = () if self._kept is not None else _norm_statistics(model)
+        for name, tensor in (*trained, *statistics):
+            if name not in kept:
+                kept[name] = _on_cpu(tensor)
+        self._kept = kept
+
+    def forget(self) -> None:
+        """Keeps nothing any more."""
+        self._kept = None
+
+    def state_dict(self) -> dict[str, Tensor] | None:
+        """The tensors by name; None where nothing is known."""
+        return self._kept
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Takes over what a checkpoint has."""
+        self._kept = None if state is None else dict(state)
+
+    @torch.no_grad()
+    def move(
+        self, model: nn.Module, how: str, copies: Sequence[Mapping[str, Tensor]], frozen: Collection[str]
+    ) -> tuple[int, Callable[[], None]]:
+        """Moves the trained weights that have changed, and their averages, towards those of the start.
+
+        Running statistics of norms become those of the start: they are of other weights, and training estimates them
+        anew on what it draws from then on. An average of weights, moved, is the average of weights that were moved.
+
+        Args:
+            model: that is trained.
+            how: ``"shrink"`` or ``"start"``.
+            copies: averages of weights, each by name.
+            frozen: names of parameters and norms that stay as they are.
+
+        Returns:
+            how many weights were moved, and a function that undoes all of it. After an exception all is as it was.
+        """
+        weights = [(name, p) for name, p in _parameters(model) if p.requires_grad and name not in frozen]
+        statistics = [(n, t) for n, t in _norm_statistics(model) if n.rpartition(".")[0] not in frozen]
+        own = dict(weights)
+        averaged = {id(copy[name]): (name, copy[name]) for copy in copies for name in copy if name in own}
+        for parameter in own.values():
+            averaged.pop(id(parameter), None)
+        before: list[tuple[Tensor, Tensor]] = []
+
+        def undo() -> None:
+            with torch.no_grad():
+                for tensor, value in before:
+                    tensor.copy_(value)
+
+        moved = 0
+        try:
+            for part, kept in ((weights, _SHARES[how]), (list(averaged.values()), _SHARES[how]), (statistics, 0.0)):
+                for name, tensor in part:
+                    if (start := self._start_of(name, tensor)) is None:
+                        continue
+                    before.append((tensor, _on_cpu(tensor)))
+                    tensor.copy_(shrink(tensor.detach(), start, kept))
+                    moved += tensor.numel() if part is weights else 0
+        except BaseException:
+            undo()
+            raise
+        return moved, undo
+
+    def _start_of(self, name: str, tensor: Tensor) -> Tensor | None:
+        """What a tensor was when the fit began, beside it; None where that is not known, or is the same."""
+        start = (self._kept or {}).get(name)
+        if start is None or start.shape != tensor.shape:
+            return None
+        start = start.to(tensor.device)
+        return None if torch.equal(start, tensor.detach().to(start.dtype)) else start
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    parameter: Any
+    for name, parameter in model.named_parameters():
+        if not is_lazy(parameter) and parameter.is_floating_point():
+            yield plain_name(name), parameter
+
+
+def _norm_statistics(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, module in named_layers(model).items():
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            held: dict[str, Any] = dict(module.named_buffers(recurse=False))
+            yield from ((f"{name}.{kind}", held[kind]) for kind in _STATISTICS if not _is_absent(held.get(kind)))
+
+
+def _is_absent(tensor: Any) -> bool:
+    return tensor is None or is_lazy(tensor)
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)

@@ -1,0 +1,145 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from lightning_unlearn.finetuning.shrink_weights import KEPT, shrink
+from lightning_unlearn.finetuning.warm_start import StartWeights, choose_start
+from tests.toys import assert_same_weights, mlp, weights
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_shrinking_keeps_a_fifth_of_the_way(dtype):
+    start, weight = torch.randn(2, 50, 3, dtype=torch.float64).to(dtype)
+    moved = shrink(weight, start)
+    expected = (start.double() + KEPT * (weight.double() - start.double())).to(dtype)
+    assert moved.dtype == dtype
+    torch.testing.assert_close(moved, expected)
+    assert shrink(weight, start, 1.0).equal(weight)
+    assert shrink(weight, start, 0.0).equal(start)
+    assert shrink(torch.tensor([float("nan")]), torch.ones(1), 0.0).equal(torch.ones(1))
+
+
+def trained(net):
+    """The same network, every parameter and buffer of it changed."""
+    with torch.no_grad():
+        for tensor in (*net.parameters(), *net.buffers()):
+            tensor.add_(1)
+    return net
+
+
+def norms(net):
+    return {name for name in net.state_dict() if "running" in name or "tracked" in name}
+
+
+def test_all_that_is_trained_is_moved_and_norms_begin_anew():
+    net, start = mlp(), StartWeights()
+    before = weights(net)
+    start.remember(net)
+    moved, undo = start.move(trained(net), "shrink", [], ())
+    assert moved == sum(parameter.numel() for parameter in net.parameters())
+    for name, tensor in net.state_dict().items():
+        torch.testing.assert_close(tensor, before[name] if name in norms(net) else before[name] + KEPT, msg=name)
+    undo()
+    assert_same_weights(weights(net), weights(trained(copy.deepcopy(load(net, before)))))
+
+
+def load(net, state):
+    net.load_state_dict(state)
+    return net
+
+
+def test_back_to_the_start():
+    net, start = mlp(), StartWeights()
+    before = weights(net)
+    start.remember(net)
+    start.move(trained(net), "start", [], ())
+    assert_same_weights(weights(net), before)
+
+
+def test_what_is_frozen_stays_as_it_is():
+    net, start = mlp(), StartWeights()
+    net[4].weight.requires_grad_(False)
+    start.remember(net)
+    now = weights(trained(net))
+    start.move(net, "start", [], {"0.weight", "1"})
+    same = {name for name in now if now[name].equal(net.state_dict()[name])}
+    assert same == {"0.weight", "4.weight", *(name for name in norms(net) if name.startswith("1."))}
+
+
+def test_what_is_unfrozen_later_is_remembered_before_it_changes():
+    net, start = mlp(), StartWeights()
+    net[0].requires_grad_(False)
+    start.remember(net)
+    known = set(start.state_dict())
+    net[0].requires_grad_(True)
+    before = weights(net)
+    start.remember(net)
+    assert set(start.state_dict()) - known == {"0.weight", "0.bias"}
+    trained(net)
+    start.remember(net)
+    start.move(net, "start", [], ())
+    assert_same_weights(weights(net), before)
+
+
+def test_tied_and_computed_weights_are_moved_once_by_what_they_are_computed_from():
+    net, start = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), weight_norm(nn.Linear(4, 4))), StartWeights()
+    net[1].weight = net[0].weight
+    before = weights(net)
+    start.remember(net)
+    start.move(trained(net), "shrink", [], ())
+    for name, tensor in net.state_dict().items():
+        torch.testing.assert_close(tensor, before[name] + KEPT, msg=name)
+    assert "2.parametrizations.weight.original1" in start.state_dict()
+    assert "1.weight" not in start.state_dict()
+
+
+def test_averages_follow_once_even_where_they_ask_for_gradients():
+    class Averaged(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.ema = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    net, start = Averaged(), StartWeights()
+    before, outside = weights(net), {"net.weight": torch.full((2, 3), 5.0)}
+    start.remember(net)
+    inside = {f"net.{name}": parameter for name, parameter in trained(net).ema.named_parameters()}
+    _, undo = start.move(net, "shrink", [inside, outside, outside], ())
+    for name, tensor in net.state_dict().items():
+        torch.testing.assert_close(tensor, before[name] + KEPT, msg=name)
+    torch.testing.assert_close(outside["net.weight"], before["net.weight"].lerp(torch.tensor(5.0), KEPT))
+    undo()
+    assert outside["net.weight"].eq(5).all()
+
+
+def test_a_failure_in_the_middle_leaves_nothing_changed():
+    net, start = mlp(), StartWeights()
+    start.remember(net)
+    now = weights(trained(net))
+    # An average on which a graph still depends cannot be written to.
+    leaf = torch.zeros(20, 32, requires_grad=True).expand(20, 32)
+    with pytest.raises(RuntimeError):
+        start.move(net, "shrink", [{"4.weight": leaf[:1].expand(20, 32)}], ())
+    assert_same_weights(weights(net), now)
+
+
+@pytest.mark.parametrize(
+    ("asked", "memorised", "obstacle", "how", "said"),
+    [
+        ("keep", 0.9, "", "keep", ""),
+        ("auto", None, "", "keep", "goes on from the weights as they are: no label is suspect."),
+        ("auto", 0.49, "", "keep", "predicts 49% of the suspect labels, fewer than half: fine-tuning goes on"),
+        ("auto", 0.5, "", "shrink", "predicts 50% of the suspect labels, so it has memorized them: fine-tuning starts"),
+        ("auto", 0.9, "of this", "keep", "so it has memorized them; its weights are kept all the same: of this."),
+        ("shrink", None, "", "shrink", "Fine-tuning starts from weights moved back towards those that the fit began"),
+        ("shrink", 0.1, "", "shrink", "with; 20% of the way is kept."),
+        ("start", 0.1, "", "start", "Fine-tuning starts from the weights that the fit began with."),
+    ],
+)
+def test_where_fine_tuning_starts_from(asked, memorised, obstacle, how, said):
+    start = choose_start(asked, memorised, obstacle)
+    assert start.how == how
+    assert said in start.said
+    assert start.moves == (how != "keep")

@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
+from torch.optim.lr_scheduler import CyclicLR, LambdaLR, OneCycleLR
 
 from lightning_unlearn.callbacks._packages import MisconfigurationException
 
@@ -65,6 +66,101 @@ def forget_schedule(optimizer: Optimizer, given: Mapping[int, Mapping[str, Any]]
             group["lr"] = lr
         if "initial_lr" in group:
             group["initial_lr"] = group["lr"]
+
+
+class PeakRates:
+    """The highest learning rate that each parameter group has had."""
+
+    def __init__(self) -> None:
+        self._rates: list[list[float]] = []
+
+    def see(self, optimizers: Sequence[Optimizer]) -> None:
+        """Looks at the rates that the next step is made with. Of one on a device nothing is asked, which takes time."""
+        rates = [[_rate(group.get("lr")) for group in one.param_groups] for one in optimizers]
+        if [len(one) for one in rates] == [len(one) for one in self._rates]:
+            pairs = zip(rates, self._rates, strict=True)
+            rates = [[max(two) for two in zip(now, before, strict=True)] for now, before in pairs]
+        self._rates = rates
+
+    def of(self, optimizers: Sequence[Optimizer]) -> list[list[float]]:
+        """The peak of each group of optimizers that were made anew; its own rate where groups are others."""
+        peaks = self._rates
+        if [len(one) for one in peaks] != [len(one.param_groups) for one in optimizers]:
+            peaks = [[0.0 for _ in one.param_groups] for one in optimizers]
+        return [
+            [_peak(group, seen) for group, seen in zip(one.param_groups, of_one, strict=True)]
+            for one, of_one in zip(optimizers, peaks, strict=True)
+        ]
+
+    def state_dict(self) -> list[list[float]]:
+        """Plain numbers."""
+        return [list(rates) for rates in self._rates]
+
+    def load_state_dict(self, state: Sequence[Sequence[float]]) -> None:
+        """Takes over what a checkpoint has."""
+        self._rates = [list(rates) for rates in state]
+
+
+def _rate(value: Any) -> float:
+    """A learning rate; 0 for what is on a device, or no number."""
+    is_elsewhere = getattr(getattr(value, "device", None), "type", "cpu") != "cpu"
+    return 0.0 if value is None or is_elsewhere else float(value)
+
+
+def _peak(group: Mapping[str, Any], seen: float) -> float:
+    # A OneCycleLR may not have come to its peak yet.
+    return max(seen, _rate(group.get("max_lr"))) or float(group.get("initial_lr", group["lr"]))
+
+
+def share_over(trainer: Trainer, epoch: int, step: int) -> float | None:
+    """How much is over of what was to come at a moment of the fit; None where it is not known how much that is.
+
+    Args:
+        trainer: of the fit, whose limits count as they are now.
+        epoch: the first of what was to come, counted from 0.
+        step: how many optimizer steps had been made.
+    """
+    shares = []
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        batches, current = trainer.num_training_batches, trainer.fit_loop.epoch_loop.batch_progress.current
+        done: int = getattr(current, "processed", 0)
+        within = done / batches if batches else 0
+        shares.append((trainer.current_epoch + within - epoch) / max(1, trainer.max_epochs - epoch))
+    if trainer.max_steps > 0:
+        shares.append((trainer.global_step - step) / max(1, trainer.max_steps - step))
+    return min(max(*shares, 0.0), 1.0) if shares else None
+
+
+def _cosine(trainer: Trainer, epoch: int, step: int, _: int) -> float:
+    share = share_over(trainer, epoch, step)
+    return 1.0 if share is None else (1 + math.cos(math.pi * share)) / 2
+
+
+def fall_to_zero(
+    trainer: Trainer, given: Mapping[int, Mapping[str, Any]], peaks: Sequence[Sequence[float]], since: tuple[int, int]
+) -> list[LRSchedulerConfig]:
+    """Schedules of fresh optimizers that fall by a cosine, step by step, from their peaks to zero when the fit ends.
+
+    They go by how much of the fit is over, and so by no number of steps that another partition might change.
+
+    Args:
+        trainer: with the optimizers.
+        given: what their groups held before a schedule that is dropped; see :func:`before_schedules`.
+        peaks: of each optimizer and group.
+        since: the epoch and the step with which they begin.
+    """
+    schedules = []
+    for optimizer, rates in zip(trainer.strategy.optimizers, peaks, strict=True):
+        forget_schedule(optimizer, given, None)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = group["initial_lr"] = rate
+        # Not a function of this fit's, which could not be pickled, nor an object, whose state a checkpoint would have.
+        schedule = LambdaLR(optimizer, functools.partial(_cosine, trainer, *since))
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            # Between epochs, how much is over cannot be told; and in a fit that is resumed, its state comes next.
+            group["lr"] = rate
+        schedules.append(LRSchedulerConfig(schedule, interval="step"))
+    return schedules
 
 
 def check_rates(optimizer: Optimizer) -> None:

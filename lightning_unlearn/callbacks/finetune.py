@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal, get_args
@@ -44,12 +44,15 @@ from lightning_unlearn.callbacks._lightning import (
 )
 from lightning_unlearn.callbacks._neighbours import refuse_beside_finetuning
 from lightning_unlearn.callbacks._optimizers import (
+    PeakRates,
     before_schedules,
     check_groups,
     check_rates,
     check_steps_left,
+    fall_to_zero,
     forget_schedule,
     groups_of,
+    share_over,
 )
 from lightning_unlearn.callbacks._packages import MisconfigurationException, is_a
 from lightning_unlearn.callbacks._provenance import copied
@@ -74,6 +77,8 @@ from lightning_unlearn.sampling import (
 )
 from lightning_unlearn.types import MaskSource, Partition
 
+# What makes the optimizer where weights were moved and nothing was asked for.
+_COSINE = "warm_start"
 _STARTS = {"keep": "", "shrink": ", from weights moved back towards those of the start", "start": ", from the start"}
 
 MakeOptimizer = Callable[[Iterable[Any]], Optimizer]
@@ -110,7 +115,9 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         relabel_threshold: the least probability of a suggested label that is used.
         reset_head: give the head (the last Linear with an output per class) new initial weights first.
         lr: with a value, ``configure_optimizers`` (or ``optimizer``) makes a fresh optimizer with this constant
-            learning rate; its own schedulers are dropped. Without, the optimizer and its schedule go on as they are.
+            learning rate; its own schedulers are dropped. Without, the optimizer and its schedule go on as they are;
+            but where weights are moved (``warm_start``), ``configure_optimizers`` runs again, and the rate falls by a
+            cosine from the highest that the fit has had to zero when it ends.
         optimizer: makes the optimizer from the trainable parameters, in YAML as ``class_path`` and ``init_args``. With
             frozen layers a fit goes on from its checkpoints only with this callback: of fewer parameters there is less
             state. The weights load anywhere.
@@ -178,6 +185,8 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         # What the fit began with, until fine-tuning starts; and what that has started from.
         self._start_weights = StartWeights()
         self._started_from = "keep"
+        self._peaks = PeakRates()
+        self._first_step = 0
         self._epoch_started: float | None = None
         self._seconds_per_epoch: float | None = None
         self._seed = 0
@@ -477,6 +486,8 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
             "remaining": self._remaining,
             "start_weights": copied(self._start_weights.state_dict()),
             "started_from": self._started_from,
+            "peaks": self._peaks.state_dict(),
+            "first_step": self._first_step,
             "seed": self._seed,
         }
 
@@ -499,6 +510,8 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         self._remaining = state["remaining"]
         self._start_weights.load_state_dict(copied(state.get("start_weights")))
         self._started_from = state.get("started_from", "keep")
+        self._peaks.load_state_dict(state.get("peaks", ()))
+        self._first_step = state.get("first_step", 0)
         self._seed = state["seed"]
 
     @property
@@ -524,20 +537,23 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         before, start, moved = trainer.num_training_batches, self._chosen_start(trainer), 0
         with self._all_or_nothing(trainer, pl_module) as undoing:
             self._draw = draw
-            self._first_epoch = trainer.current_epoch
+            self._first_epoch, self._first_step = trainer.current_epoch, trainer.global_step
             self._remaining = _remaining_epochs(trainer)
             self._attach(trainer, pl_module)
             # Before limit_train_batches, which is applied to what a loader has whenever it is loaded again.
             self._plan(trainer)
             self._made_by, self._is_scheduled = self._asked_of_optimizer
-            self._train_from_here(trainer, pl_module)
+            if start.moves and not self._made_by:
+                self._made_by = _remade_by(trainer, pl_module, (self._first_epoch, self._first_step))
+            remade = self._train_from_here(trainer, pl_module)
             if start.moves:
                 moved = self._move_weights(trainer, pl_module, start, undoing)
             # Last, since nothing brings the old weights back.
             if self.reset_head:
                 self._reset_head(trainer, pl_module)
-        if start.said:
-            rank_zero_info(f"{start.said[:-1]}{f' ({moved:,} parameters)' if start.moves else ''}.")
+        for sentence in (start.said.replace(".", f" ({moved:,} parameters).") if moved else start.said, remade):
+            if sentence:
+                rank_zero_info(sentence)
         frozen = set(self._frozen["parameters"])
         named = pl_module.named_parameters()
         trained = sum(p.numel() for n, p in named if p.requires_grad and plain_name(n) not in frozen)
@@ -557,6 +573,8 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         is_time = trainer.global_step == 0 or (weights.is_known and batch_idx == 0)
         if is_time and self._may_start_later and not self._obstacle(trainer):
             weights.remember(pl_module)
+        if not self._makes_optimizer:
+            self._peaks.see(trainer.optimizers)
 
     def _move_weights(
         self, trainer: Trainer, pl_module: LightningModule, start: Start, undoing: list[Callable[[], None]]
@@ -621,6 +639,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
             strategy.optimizers, strategy.lr_scheduler_configs = optimizers, schedules
             torch.set_rng_state(random_state)
             self._draw, self._first_epoch, self._planned_batches, self._remaining = None, 0, 0, None
+            self._first_step = 0
             self._made_by, self._is_scheduled, self._started_from = "", False, "keep"
             self._frozen = {"parameters": [], "norms": []}
             raise
@@ -702,7 +721,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
 
     def _most_samples(self, trainer: Trainer, at_once: int) -> int | None:
         """A schedule of steps was planned for the first subset: a larger one of a later round must not overrun it."""
-        steps = any(config.interval == "step" for config in trainer.lr_scheduler_configs)
+        steps = self._made_by != _COSINE and any(c.interval == "step" for c in trainer.lr_scheduler_configs)
         # A fit that goes on with batches of another size has other steps: no sample is left out for the old ones.
         return self._planned_batches * at_once if steps and at_once == self._planned_size else None
 
@@ -773,7 +792,8 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         frozen = [name for name in parameters if not trained.has(name.rpartition(".")[0])]
         return {"parameters": frozen, "norms": [name for name in norms if not trained.has(name)]}
 
-    def _train_from_here(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _train_from_here(self, trainer: Trainer, pl_module: LightningModule) -> str:
+        """Freezes layers, makes an optimizer, and returns what is to be said of it, if anything."""
         named = {plain_name(name): parameter for name, parameter in pl_module.named_parameters()}
         for name in self._frozen["parameters"]:
             named[name].grad = None
@@ -788,15 +808,15 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         self._hold_modes(pl_module)
         if self._frozen["parameters"]:
             rewrap_ddp(trainer)
-        if self._made_by:
-            self._make_optimizer(trainer, pl_module)
+        return self._make_optimizer(trainer, pl_module) if self._made_by else ""
 
     def _hold_modes(self, pl_module: LightningModule) -> None:
         """Keeps frozen batch norms in eval mode; modes are not in a checkpoint, and Lightning sets them at its will."""
         for module, _ in self._modes:
             module.eval()
 
-    def _make_optimizer(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _make_optimizer(self, trainer: Trainer, pl_module: LightningModule) -> str:
+        """Makes a fresh optimizer, and returns what is to be said of it, if anything."""
         with before_schedules() as given:
             if self._made_by != "optimizer" or self.optimizer is None:
                 with planned_epochs(trainer, self._remaining):
@@ -805,7 +825,9 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
                 trained = [p for p in pl_module.parameters() if p.requires_grad]
                 trainer.strategy.optimizers = [self.optimizer(trained)]
         if self._made_by == "restart_optimizer":
-            return
+            return ""
+        if self._made_by == _COSINE:
+            return self._fall_to_zero(trainer, given)
         optimizer = trainer.strategy.optimizers[0]
         forget_schedule(optimizer, given, self.lr)
         check_rates(optimizer)
@@ -813,6 +835,22 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         if self._is_scheduled and self.lr_scheduler is not None:
             schedulers.append(LRSchedulerConfig(self.lr_scheduler(optimizer)))
         trainer.strategy.lr_scheduler_configs = schedulers
+        return ""
+
+    def _fall_to_zero(self, trainer: Trainer, given: Mapping[int, Mapping[str, Any]]) -> str:
+        """Schedules a fresh optimizer, and returns a sentence that says so."""
+        replaced = {type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs}
+        peaks = self._peaks.of(trainer.strategy.optimizers)
+        since = self._first_epoch, self._first_step
+        trainer.strategy.lr_scheduler_configs = fall_to_zero(trainer, given, peaks, since)
+        if not peaks:
+            return ""
+        instead = f", in place of {' and '.join(sorted(replaced))}" if replaced else ""
+        return (
+            "configure_optimizers has run again, since an optimizer remembers the weights that were; by a cosine, the"
+            f" learning rate falls from {max(max(rates) for rates in peaks):.3g} to zero at the end of the"
+            f" fit{instead}."
+        )
 
 
 class _TrainedFrom:
@@ -840,6 +878,19 @@ def _batches_of(trainer: Trainer, loader: DataLoader[Any], sampler: CleanSubsetS
     batch_sampler: Any = loader.batch_sampler
     size: int = batch_sampler.batch_size
     return limited_batches(trainer, len(sampler) // size if batch_sampler.drop_last else -(-len(sampler) // size))
+
+
+def _remade_by(trainer: Trainer, pl_module: LightningModule, since: tuple[int, int]) -> str:
+    """How the optimizer of a fit whose weights are moved is made anew, where nothing was asked for."""
+    if pl_module.automatic_optimization and share_over(trainer, *since) is not None:
+        return _COSINE
+    why = (
+        "max_epochs and max_steps do not say how much is to come"
+        if pl_module.automatic_optimization
+        else "the module optimizes manually, and steps them itself"
+    )
+    rank_zero_info(f"configure_optimizers runs again, with its own schedules from their beginning: {why}.")
+    return "restart_optimizer"
 
 
 def _samples_of(draw: TrainingDraw) -> str:

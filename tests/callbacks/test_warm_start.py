@@ -2,6 +2,8 @@
 
 import copy
 import logging
+import math
+from functools import partial
 
 import lightning as L
 import pytest
@@ -215,3 +217,157 @@ def test_auto_keeps_the_weights_where_the_checkpoint_does_not_have_those_of_the_
         fit(Toy(optimizer=adamw), BlobsData(Blobs(101), by_epoch=True), callbacks, ckpt_path=path)
     said = "its weights are kept all the same: the checkpoint that the fit goes on from does not have those that it"
     assert any(said in line for line in caplog.messages)
+
+
+class Rates(L.Callback):
+    """Optimizers, and the learning rates of their groups at each step."""
+
+    def __init__(self):
+        self.rates, self.optimizers, self.momenta = {}, [], {}
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        groups = [group for one in trainer.optimizers for group in one.param_groups]
+        self.rates.setdefault(trainer.current_epoch, []).append([group["lr"] for group in groups])
+        if batch_idx == 0:
+            self.momenta[trainer.current_epoch] = [group.get("momentum") for group in groups]
+            self.optimizers.append(list(trainer.optimizers))
+            self.has_state = [bool(one.state) for one in trainer.optimizers]
+
+
+def scheduled(make, interval="epoch"):
+    def optimizer(module):
+        groups = [{"params": module.net[:4].parameters()}, {"params": module.net[4:].parameters(), "lr": 0.02}]
+        made = torch.optim.SGD(groups, 0.04, momentum=0.9)
+        schedule = {"scheduler": make(made), "interval": interval, "monitor": "val_loss"}
+        return {"optimizer": made, "lr_scheduler": schedule}
+
+    return optimizer
+
+
+S = torch.optim.lr_scheduler
+SCHEDULES = {
+    "StepLR": scheduled(lambda o: S.StepLR(o, 1, 0.5)),
+    "ReduceLROnPlateau": scheduled(S.ReduceLROnPlateau),
+    "LambdaLR": scheduled(lambda o: S.LambdaLR(o, lambda step: min(1.0, (step + 1) / 3)), "step"),
+    "OneCycleLR": scheduled(
+        lambda o: S.OneCycleLR(o, [0.04, 0.02], total_steps=60, pct_start=0.1, cycle_momentum=False), "step"
+    ),
+}
+
+
+def cosine(share):
+    return (1 + math.cos(math.pi * share)) / 2
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_rate_falls_from_its_peak_to_zero_step_by_step(caplog, name):
+    watch = Rates()
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
+        run({"warm_start": "shrink"}, optimizer=SCHEDULES[name], others=[watch], max_epochs=5)
+    assert watch.optimizers[AT - 1][0] is not watch.optimizers[AT][0]
+    seen = [rates for epoch in range(AT, 5) for rates in watch.rates[epoch]]
+    expected = [[rate * cosine(step / len(seen)) for rate in (0.04, 0.02)] for step in range(len(seen))]
+    torch.testing.assert_close(torch.tensor(seen), torch.tensor(expected))
+    said = f"the learning rate falls from 0.04 to zero at the end of the fit, in place of {name}."
+    assert sum(line.endswith(said) for line in caplog.messages) == 1
+
+
+def test_without_a_schedule_it_falls_from_the_rate_there_is(caplog):
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
+        _, module, _ = run({"warm_start": "start"})
+    assert any(line.endswith("falls from 0.01 to zero at the end of the fit.") for line in caplog.messages)
+    assert module.optimizers().param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
+
+
+def test_of_a_schedule_that_gives_rates_outright_the_highest_so_far_is_the_peak():
+    watch, make = Rates(), scheduled(lambda o: S.LambdaLR(o, [lambda _: 0.25, lambda e: 0.5**e]))
+    run({"warm_start": "shrink"}, optimizer=make, others=[watch])
+    assert watch.rates[AT][0] == [0.01, 0.02]
+
+
+def test_momentum_is_that_of_before_the_schedule_that_is_dropped():
+    watch = Rates()
+
+    def make(module):
+        made = torch.optim.SGD(module.parameters(), lr=0.05, momentum=0.6)
+        return {"optimizer": made, "lr_scheduler": {"scheduler": S.OneCycleLR(made, 0.08, 60), "interval": "step"}}
+
+    run({"warm_start": "shrink"}, optimizer=make, others=[watch])
+    assert watch.momenta[AT] == [0.6]
+    assert watch.rates[AT][0] == [0.08]
+
+
+def test_several_optimizers_are_made_anew():
+    class Two(Toy):
+        def configure_optimizers(self):
+            made = [torch.optim.SGD(self.net[i].parameters(), lr=0.05 * (i + 1), momentum=0.9) for i in (0, 7)]
+            return made, [S.StepLR(one, 1) for one in made]
+
+        def training_step(self, batch):
+            loss = torch.nn.functional.cross_entropy(self(batch[0]), batch[1])
+            self.manual_backward(loss)
+            for optimizer in self.optimizers():
+                optimizer.step()
+                optimizer.zero_grad()
+
+    watch, module = Rates(), Two(manual=True)
+    fit(module, BlobsData(Blobs(101)), [*trio(AT, finetune={"warm_start": "shrink"}), watch])
+    assert len(watch.optimizers[AT]) == 2
+    assert all(one is not other for one, other in zip(*watch.optimizers[AT - 1 : AT + 1], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("manual", "limits", "why"),
+    [
+        (True, {}, "the module optimizes manually, and steps them itself."),
+        (False, {"max_epochs": -1, "max_time": {"seconds": 2}}, "max_epochs and max_steps do not say how much is to"),
+    ],
+    ids=["manual", "no end in sight"],
+)
+def test_where_no_rate_can_be_planned_the_own_schedule_starts_anew(caplog, manual, limits, why):
+    watch, module = Rates(), Toy(optimizer=SCHEDULES["StepLR"], manual=manual)
+    callbacks = [*trio(AT, finetune={"warm_start": "shrink"}), watch]
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
+        fit(module, BlobsData(Blobs(101)), callbacks, **limits)
+    said = f"configure_optimizers runs again, with its own schedules from their beginning: {why}"
+    assert any(said in line for line in caplog.messages)
+    assert watch.rates[AT][0] == [0.04, 0.02]
+    assert watch.optimizers[AT - 1][0] is not watch.optimizers[AT][0]
+
+
+def test_where_steps_end_the_fit_the_rate_falls_with_them():
+    watch = Rates()
+    run({"warm_start": "shrink"}, others=[watch], max_epochs=-1, max_steps=22)
+    seen = [rates[0] for epoch in sorted(watch.rates) if epoch >= AT for rates in watch.rates[epoch]]
+    first = 22 - len(seen)
+    assert seen == pytest.approx([0.01 * cosine(step / (22 - first)) for step in range(len(seen))])
+
+
+def test_in_rounds_a_larger_subset_is_trained_on_whole_and_the_rate_still_ends_at_zero():
+    watch = Rates()
+    rounds = {"every_n_epochs": 1, "stable_share": 0}
+    _, module, _ = run({"warm_start": "shrink"}, others=[watch], partition=rounds, max_epochs=6)
+    assert module.optimizers().param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
+    assert watch.rates[5][0][0] == pytest.approx(0.01 * cosine(3 / 4))
+
+
+@pytest.mark.parametrize("finetune", [{"lr": 0.007}, {"optimizer": partial(torch.optim.SGD, lr=0.007)}], ids=str)
+def test_what_is_asked_for_makes_the_optimizer(finetune):
+    watch = Rates()
+    run({"warm_start": "shrink", **finetune}, others=[watch])
+    assert {rates[0] for epoch in (AT, AT + 1) for rates in watch.rates[epoch]} == {0.007}
+
+
+def test_an_own_schedule_that_is_asked_for_starts_anew():
+    watch = Rates()
+    run({"warm_start": "shrink", "restart_optimizer": True}, optimizer=SCHEDULES["StepLR"], others=[watch])
+    assert [rates[0][0] for rates in watch.rates.values()] == [0.04, 0.02, 0.04, 0.02]
+
+
+def test_a_fit_that_goes_on_longer_falls_from_where_that_leaves_it(checkpoints):
+    path, watch = checkpoints({"warm_start": "shrink"}) / "epoch=3.ckpt", Rates()
+    run({"warm_start": "shrink"}, others=[watch], max_epochs=6, ckpt_path=path)
+    # The first step is made with the rate of the checkpoint.
+    assert watch.rates[4][0][0] == pytest.approx(0, abs=1e-9)
+    steps = len(watch.rates[4])
+    assert watch.rates[4][1][0] == pytest.approx(0.01 * cosine((2 + 1 / steps) / 4))

@@ -430,7 +430,7 @@ def test_resumed_from_any_epoch_it_is_drawn_as_in_a_fit_that_went_through(patien
 @pytest.mark.parametrize(("first", "then", "drawn"), [("auto", 5, 5), (6, "auto", 4), (6, 0.5, 4), ("auto", 3, 3)])
 def test_another_wish_applies_where_the_fit_goes_on(first, then, drawn, tmp_path, monkeypatch, said):
     monkeypatch.setattr(DrawTime, "_peaked", lambda *_: "")
-    monkeypatch.setattr(DrawTime, "_late", lambda _, trainer, epoch, __: "it is" if epoch >= 4 else "")
+    monkeypatch.setattr(DrawTime, "_late", lambda _, __, epoch: "it is" if epoch >= 4 else "")
     run(tmp_path, first)
     again, *_ = run(tmp_path / "again", then, tmp_path / "epoch=1.ckpt")
     assert again.partition.epoch == drawn

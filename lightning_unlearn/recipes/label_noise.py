@@ -299,7 +299,7 @@ def _is_sampled(history: LabelHistory) -> bool:
     """Whether some classes were drawn more often than others.
 
     Samples that are drawn again and again are memorized first, and what is like them looks wrong: of suspects under a
-    balanced sampler .55 to .96 were, where .85 were expected.
+    balanced sampler .52 to .96 were, where .85 were expected.
     """
     return history.favored is not None and bool(history.favored.any())
 

@@ -23,8 +23,23 @@ from torch.utils.data import DataLoader
 from benchmarks.cases import CLASSES, Case, Noisy, make
 from benchmarks.elr import regularise_early_learning
 from benchmarks.measures import quality
-from benchmarks.models import StopAfter, TrainOn, train_with
-from benchmarks.plans import BASE, CE, ELR, FFT, REPAIRS, RETRAIN, STEPS_OF, Repair, plan_of
+from benchmarks.models import StopAfter, TrainOn, move_towards, train_with
+from benchmarks.plans import (
+    BASE,
+    CE,
+    CEILING,
+    CONTROLS,
+    ELR,
+    FFT,
+    REPAIRS,
+    RETRAIN,
+    RETRAIN_SHORT,
+    SHRINK_ALL,
+    SHRINK_TO,
+    STEPS_OF,
+    Repair,
+    plan_of,
+)
 from benchmarks.runs import kept
 from benchmarks.sources import Rows, as_it_is
 from lightning_unlearn import (
@@ -64,14 +79,22 @@ class Unit:
         """What an arm comes to: test accuracy, seconds, steps and what else is worth knowing."""
         if arm not in (BASE, CE, ELR):
             self.result(BASE)
-        if arm == RETRAIN or arm in STEPS_OF:
+        if arm in CONTROLS or arm in STEPS_OF:
             self.result(STEPS_OF.get(arm, FFT))
         L.seed_everything(self.seed, verbose=False)
         if arm in REPAIRS:
             return self._resume(arm)
         if arm in STEPS_OF:
             return self._continue(self.result(STEPS_OF[arm])["steps"])
-        return {BASE: self._base, RETRAIN: self._retrain, CE: self._cross_entropy, ELR: self._elr}[arm]()
+        return {
+            BASE: self._base,
+            RETRAIN: self._retrain,
+            RETRAIN_SHORT: lambda: self._like_fine_tuning(self._network(), self._kept),
+            CEILING: lambda: self._like_fine_tuning(self._network(), (~self.bad).nonzero().squeeze(1)),
+            SHRINK_ALL: lambda: self._like_fine_tuning(self._shrunk()),
+            CE: self._cross_entropy,
+            ELR: self._elr,
+        }[arm]()
 
     def result(self, arm: str) -> dict[str, Any]:
         """What an arm came to, run now if it has not been."""
@@ -150,16 +173,36 @@ class Unit:
 
     def _continue(self, steps: int) -> dict[str, Any]:
         """All the data, with the optimizer and the steps of another arm: only the data differ."""
-        loader = self._loader()
-        epochs = -(-steps // len(loader))
         model = self._network()
-        model.load_state_dict(torch.load(self.checkpoint, map_location="cpu", weights_only=True)["state_dict"])
+        model.load_state_dict(self._base_weights())
+        return self._like_fine_tuning(model, steps=steps)
+
+    def _like_fine_tuning(
+        self, model: L.LightningModule, index: Tensor | None = None, steps: int | None = None
+    ) -> dict[str, Any]:
+        """With the optimizer and the schedule of F-FT, and as many steps unless it says otherwise."""
+        steps = self.result(FFT)["steps"] if steps is None else steps
+        loader = self._loader(index)
+        epochs = -(-steps // len(loader))
         train_with(model, self.plan.optimizer, partial(CosineAnnealingLR, T_max=epochs), "epoch")
         return self._fit(model, loader, [], epochs, steps=steps)
 
+    def _base_weights(self) -> dict[str, Tensor]:
+        return torch.load(self.checkpoint, map_location="cpu", weights_only=True)["state_dict"]  # type: ignore[no-any-return]
+
+    def _shrunk(self) -> L.LightningModule:
+        """The base, most of the way back to the weights that its fit began with: the seed has just been set again."""
+        model = self._network()
+        move_towards(model, self._base_weights(), SHRINK_TO, (x for x, _ in self._loader()))
+        return model
+
+    @property
+    def _kept(self) -> Tensor:
+        return Partition.load(self.folder / "partition.pt").clean_indices()
+
     def _retrain(self) -> dict[str, Any]:
         """The kept subset, from new weights, for as many epochs as the base had."""
-        loader = self._loader(Partition.load(self.folder / "partition.pt").clean_indices())
+        loader = self._loader(self._kept)
         epochs = self.plan.base_epochs
         return self._fit(self._one_cycle(loader, epochs), loader, [], epochs)
 

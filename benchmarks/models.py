@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import lightning as L
@@ -159,3 +159,22 @@ def train_with(
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     model.configure_optimizers = configure_optimizers
+
+
+@torch.no_grad()
+def move_towards(
+    model: L.LightningModule, weights: Mapping[str, Tensor], share: float, batches: Iterable[Tensor]
+) -> None:
+    """Moves a network a share of the way to other weights, and lets its batch norms see the data anew."""
+    for name, weight in model.named_parameters():
+        weight.lerp_(weights[name], share)
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean of all batches
+    model.train()
+    for x in batches:
+        model(x)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum

@@ -14,6 +14,11 @@ from benchmarks.cases import Case
 BASE, CONTINUE, FFT, RETRAIN, CE, ELR = "base", "continue", "F-FT", "retrain", "cross-entropy", "ELR"
 # Re-labelling trains on more samples, so for more steps, than F-FT does: it has a control of its own.
 RELABEL, CONTINUE_LONG = "relabel", "continue, steps of relabel"
+# Controls from other weights than the base's, with the optimizer, schedule and steps of F-FT. The truly clean set is
+# the most that any partition could come to.
+RETRAIN_SHORT, SHRINK_ALL, CEILING = "retrain, same steps", "shrink, all data", "truly clean, retrained, same steps"
+SHRINK_TO = 0.1
+"""How much of the way from the start of the fit to the base's weights is left by "shrink, all data"."""
 
 
 @dataclass(frozen=True)
@@ -126,4 +131,5 @@ REPAIRS: dict[str, Repair] = {
 # Arms that are trained for as many steps as another one was.
 STEPS_OF = {CONTINUE: FFT, CONTINUE_LONG: RELABEL}
 # In the order in which they are run: what others need comes first.
-ARMS = (BASE, FFT, CONTINUE, RETRAIN, *(name for name in REPAIRS if name != FFT), CONTINUE_LONG, CE, ELR)
+CONTROLS = (CONTINUE, RETRAIN_SHORT, RETRAIN, CEILING, SHRINK_ALL)
+ARMS = (BASE, FFT, *CONTROLS, *(name for name in REPAIRS if name != FFT), CONTINUE_LONG, CE, ELR)

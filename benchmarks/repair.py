@@ -28,15 +28,14 @@ from benchmarks.plans import (
     ARMS,
     BASE,
     CE,
-    CONTINUE,
     CONTINUE_LONG,
+    CONTROLS,
     ELR,
     FFT,
     FRESH,
     MEMORISED,
     REGIMES,
     RELABEL,
-    RETRAIN,
 )
 from benchmarks.repair_tables import Results, tables
 from benchmarks.sources import DATA
@@ -54,7 +53,7 @@ CPU_TABLE = (
     "spoken-both",
     "cifar-sym40",
 )
-MAIN_ARMS = (BASE, FFT, CONTINUE, RETRAIN, RELABEL, "rounds", "rounds + relabel", "oracle", CE, ELR)
+MAIN_ARMS = (BASE, FFT, *CONTROLS, RELABEL, "rounds", "rounds + relabel", "oracle", CE, ELR)
 # Defaults of the options, by scale.
 SCALES = {
     # 27.8 processor minutes in all (results/repair-scale-cpu.md). The longest units first, so that two jobs

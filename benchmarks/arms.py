@@ -144,6 +144,7 @@ class Unit:
         decay = partial(CosineAnnealingLR, T_max=plan.repair_epochs)
         finetune = CleanSubsetFinetuneCallback(
             repair.mode,
+            warm_start="keep",
             on_noisy=repair.on_noisy,
             optimizer=plan.optimizer,
             lr_scheduler=decay,

@@ -230,7 +230,7 @@ class PaperUnit:
         setting = self.setting
         partition, adam = self._partitioner(arm.recipe), partial(torch.optim.Adam, lr=1e-3)
         prune = SensitivityPruneCallback(amount=AMOUNT, **self._pruning(arm))
-        finetune = CleanSubsetFinetuneCallback(arm.mode, optimizer=adam)
+        finetune = CleanSubsetFinetuneCallback(arm.mode, warm_start="keep", optimizer=adam)
         callbacks = [TrainOn(adam), partition, prune, finetune]
         last = setting.base_epochs + setting.repair_epochs
         found = self._fit(

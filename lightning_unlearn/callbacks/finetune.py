@@ -103,7 +103,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
             SensitivityPruneCallback prunes and those that ``forward`` calls after it.
         warm_start: what fine-tuning starts from. ``"keep"``: the weights as they are. ``"shrink"``: what was memorized
             is in all of the weights, so those that training has changed are moved back towards those that the fit began
-            with; a fifth of the way is kept. ``"start"``: those that the fit began with. ``"auto"``: ``"shrink"`` where
+            with; a tenth of the way is kept. ``"start"``: those that the fit began with. ``"auto"``: ``"shrink"`` where
             the network predicts at least half of the suspect labels, else ``"keep"``. Only what is trained from then on
             is moved; pruned neurons stay at zero, averages of the weights follow, and running statistics of norms begin
             anew from those of the start. Except with ``"keep"``, a copy of all trained parameters is kept on the CPU,
@@ -135,7 +135,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         self,
         mode: Literal["full", "layers"] = "full",
         *,
-        warm_start: WarmStart = "keep",
+        warm_start: WarmStart = "auto",
         layers: list[str] | None = None,
         on_noisy: OnNoisy = "drop",
         relabel_threshold: float = 0.7,

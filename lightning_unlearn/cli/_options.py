@@ -55,7 +55,7 @@ FINETUNE = [
     Option("lr", 1e-3, "of a fresh optimizer; leave out to go on with the optimizer and schedule as they are", True),
     Option("optimizer", None, "class_path and init_args instead of configure_optimizers, as torch.optim.AdamW"),
     Option("lr_scheduler", None, "class_path and init_args, stepped once an epoch"),
-    Option("warm_start", "keep", "what fine-tuning starts from: keep, shrink, start or auto"),
+    Option("warm_start", "auto", "keep, shrink or start: weights as they are, moved back, or those of the start"),
     Option("restart_optimizer", False, "without lr: run configure_optimizers again, for the epochs that remain"),
 ]
 REPORT = [

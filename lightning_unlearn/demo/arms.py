@@ -307,7 +307,9 @@ class _Repeat:
 
     def _finetune(self, mode: Literal["full", "layers"], on_noisy: OnNoisy = "drop") -> CleanSubsetFinetuneCallback:
         schedule = partial(CosineAnnealingLR, T_max=self.settings.repair_epochs)
-        return CleanSubsetFinetuneCallback(mode, on_noisy=on_noisy, optimizer=self.optimizer, lr_scheduler=schedule)
+        return CleanSubsetFinetuneCallback(
+            mode, warm_start="keep", on_noisy=on_noisy, optimizer=self.optimizer, lr_scheduler=schedule
+        )
 
     def _train_like_fine_tuning(self, model: DigitsClassifier, epochs: int) -> None:
         """Gives the model the optimizer and schedule of the fine-tuning."""

@@ -11,7 +11,7 @@ from tests.toys import assert_same_weights, mlp, weights
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_shrinking_keeps_a_fifth_of_the_way(dtype):
+def test_shrinking_keeps_a_tenth_of_the_way(dtype):
     start, weight = torch.randn(2, 50, 3, dtype=torch.float64).to(dtype)
     moved = shrink(weight, start)
     expected = (start.double() + KEPT * (weight.double() - start.double())).to(dtype)
@@ -134,7 +134,7 @@ def test_a_failure_in_the_middle_leaves_nothing_changed():
         ("auto", 0.5, "", "shrink", "predicts 50% of the suspect labels, so it has memorized them: fine-tuning starts"),
         ("auto", 0.9, "of this", "keep", "so it has memorized them; its weights are kept all the same: of this."),
         ("shrink", None, "", "shrink", "Fine-tuning starts from weights moved back towards those that the fit began"),
-        ("shrink", 0.1, "", "shrink", "with; 20% of the way is kept."),
+        ("shrink", 0.1, "", "shrink", "with; 10% of the way is kept."),
         ("start", 0.1, "", "start", "Fine-tuning starts from the weights that the fit began with."),
     ],
 )

@@ -77,6 +77,11 @@ def worth_in_words(partition: Partition) -> list[str]:
     return [f"the next {worth:,} are worth a look" if worth > 1 else "the next one is worth a look"]
 
 
+def epochs_in_words(number: int) -> str:
+    """So many epochs, in the singular for one."""
+    return f"{number} epoch{'' if number == 1 else 's'}"
+
+
 def names_in(dataset: Any, classes: int | None = None) -> list[str]:
     """The names of (so many) classes, where a data set, or what it is a part of, has them as torchvision's do."""
     while not hasattr(dataset, "classes") and hasattr(dataset, "dataset"):

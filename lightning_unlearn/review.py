@@ -1,7 +1,7 @@
 """What a person has decided about samples: read from a table that has been through a spreadsheet, and laid over labels.
 
 The table is what :meth:`~lightning_unlearn.types.Partition.to_csv` writes. Only the columns ``index`` and ``decision``
-are needed, ``suggested_label`` where a sample is re-labelled, in any order and among others. Rows that are missing, or
+are needed, ``suggested_label`` where a sample is re-labeled, in any order and among others. Rows that are missing, or
 whose decision is empty, leave the decision to the recipe.
 """
 
@@ -45,7 +45,7 @@ class Row:
         line: of the file, counted from 1.
         index: of the sample.
         decision: position in ``DECISIONS``.
-        new: the classes to train with where it is re-labelled, else empty.
+        new: the classes to train with where it is re-labeled, else empty.
         given: the classes that the file says it was given; None if it does not say.
     """
 
@@ -99,6 +99,24 @@ def read_review(path: str | PathLike[str]) -> Table:
             f"Expected {source} to be a table of decisions, as Partition.to_csv writes it, but it cannot be read"
             f" ({reason_of(error)}); save it as CSV again."
         ) from error
+
+
+def check_undecided(path: str | PathLike[str]) -> None:
+    """Refuses to write over a table in which a person has decided something.
+
+    Raises:
+        ValueError: with the name of the file.
+    """
+    target = Path(path).expanduser()
+    try:
+        cells = list(_cells(target, _decoded(target.read_bytes())))
+    except (OSError, ValueError, csv.Error):
+        return  # there is none, or it is no table of ours
+    if decided := sum(bool(row.get("decision", "").strip()) for _, row in cells):
+        raise ValueError(
+            f"Expected to write a new table, but {target} has {decided:,} decision{'s' if decided > 1 else ''} of a"
+            " person, which would be lost; write to another place, or rename it."
+        )
 
 
 def _table(source: Path, found: list[tuple[int, Mapping[str, str]]]) -> Table:
@@ -178,13 +196,13 @@ def _row(where: str, line: int, cells: Mapping[str, str]) -> Row | None:
     if new is None:
         found = cells.get("suggested_label", "no such column")
         raise ValueError(
-            f"{where}: expected suggested_label to be the class to train with (a number, of a multi-label task several"
-            f" with a blank between), but it is {found!r}."
+            f"{where}: expected suggested_label to be the class to train with (a number; in a multi-label task, numbers"
+            f" separated by spaces), but it is {found!r}."
         )
     if new == given:
         raise ValueError(
             f"{where}: expected another suggested_label than the given one, {cells['given_label']!r}, for a sample that"
-            " is re-labelled; write keep, or give another."
+            " is re-labeled; write keep, or give another."
         )
     return Row(line, index, decision, new, given)
 
@@ -241,7 +259,7 @@ class Review:
         line: (K,) int64, of the file.
         index: (K,) int64, of the samples.
         decision: (K,) int8, position in ``DECISIONS``.
-        new_label: (K,) int64, of a multi-label task (K, L), the label to train with where it is re-labelled, else -1.
+        new_label: (K,) int64, of a multi-label task (K, L), the label to train with where it is re-labeled, else -1.
         given_label: likewise, the label that the file says it was given; -2 where it does not say.
     """
 
@@ -262,7 +280,7 @@ class Review:
     def counts(self) -> str:
         """How many decisions there are, in words."""
         kept, dropped, relabelled = (int((self.decision == code).sum()) for code in (KEEP, DROP, RELABEL))
-        return f"decided in {self.path}: {kept:,} samples to keep, {dropped:,} to drop, {relabelled:,} to re-label"
+        return f"decided in {self.path}: keep {kept:,}, drop {dropped:,}, relabel {relabelled:,}"
 
     def agrees_with(self, other: Review) -> bool:
         """Whether the same is decided of the same samples, in whatever order."""

@@ -204,7 +204,7 @@ def test_the_state_and_whether_two_agree(tmp_path):
     assert not fitted(written(tmp_path, table(ROWS[:2]))).agrees_with(review)
     assert not fitted(written(tmp_path, table().replace("DROP", "keep"))).agrees_with(review)
     assert not fitted(written(tmp_path, table().replace("4,1,3", "4,1,2"))).agrees_with(review)
-    assert review.counts().endswith("suspects.csv: 1 samples to keep, 1 to drop, 1 to re-label")
+    assert review.counts().endswith("suspects.csv: keep 1, drop 1, relabel 1")
 
 
 def test_a_table_of_clean_samples_has_nothing_to_decide(tmp_path):

@@ -15,7 +15,7 @@ from lightning_unlearn.callbacks._saying import rank_zero_info
 from lightning_unlearn.callbacks._scoring import train_loader
 from lightning_unlearn.callbacks._summary import outlook
 from lightning_unlearn.distributed import sum_over_ranks
-from lightning_unlearn.finding import finding_of, names_in
+from lightning_unlearn.finding import epochs_in_words, finding_of, names_in
 from lightning_unlearn.types import Partition
 
 # Samples per class below which clean data of a weak model were called noisy in four of ten simulated sets.
@@ -41,7 +41,7 @@ def report_partition(
         class_names: by label; empty where they are not known.
     """
     rank_zero_info(
-        f"Partition after {partition.epoch} epochs ({partition.recipe}, {partition.layer}, {evidence}):"
+        f"Partition after {epochs_in_words(partition.epoch)} ({partition.recipe}, {partition.layer}, {evidence}):"
         f" {finding_of(partition, class_names)}."
     )
     for note in (*notes, *_few_samples(len(partition), _classes_of(partition))):
@@ -79,8 +79,8 @@ def report_round(pl_module: LightningModule, drawn: Partition, changed: float, i
         last = ", and none is drawn again" if is_stable else ""
         end = f"; it is not acted upon ({drawn.warning}), the one before stays{last}"
     rank_zero_info(
-        f"Partition drawn again after {drawn.epoch} epochs: {suspects:,} of {len(drawn):,} samples are suspect,"
-        f" estimated noise rate {drawn.noise_rate:.1%}, {changed:.1%} changed sides{end}."
+        f"Partition drawn again after {epochs_in_words(drawn.epoch)}: {suspects:,} of {len(drawn):,} samples are"
+        f" suspect, estimated noise rate {drawn.noise_rate:.1%}, {changed:.1%} changed sides{end}."
     )
 
 

@@ -6,7 +6,7 @@ from lightning_unlearn.callbacks._diverged import ADVICE
 from lightning_unlearn.finding import precision_in_words, worth_in_words
 from lightning_unlearn.types import Partition, RepairSummary
 
-# A network that gives so many of the suspects their given label has memorised them.
+# A network that gives so many of the suspects their given label has memorized them.
 MEMORISED = 0.5
 # On validation data, less is no gain: training on would have moved it as much.
 _POINTS = 0.003
@@ -14,20 +14,20 @@ _NOTHING = "Nothing was done about it: no callback acted on the partition."
 
 
 def outlook(memorised: float) -> str:
-    """What to expect of dropping the suspects, from the share of their labels that the network has memorised.
+    """What to expect of dropping the suspects, from the share of their labels that the network has memorized.
 
-    Measured (``benchmarks/results/repair-cpu.md``): where the wrong labels were memorised, fine-tuning on the clean
+    Measured (``benchmarks/results/repair-cpu.md``): where the wrong labels were memorized, fine-tuning on the clean
     subset was 6 to 33 points ahead of training on. Where they were not, it was between 1 point behind and 3 ahead of
     training on for a short time; with the partition drawn again as the model got cleaner, it was ahead in every case.
-    Where training on memorised the rest, as in ``examples/speech`` (30 % at first), it was 26 points ahead.
+    Where training on memorized the rest, as in ``examples/speech`` (30 % at first), it was 26 points ahead.
     """
     given = f"(it predicts {memorised:.0%} of them)"
     if memorised >= MEMORISED:
-        return f"The network has memorised the suspect labels {given}: fine-tuning on the clean subset should pay."
+        return f"The network has memorized the suspect labels {given}: fine-tuning on the clean subset should pay."
     return (
-        f"The network has not memorised most of the suspect labels yet {given}: further training on them would, and"
-        " dropping them now prevents it. The gain over a short training on may be small; draw the partition again as"
-        " the model gets cleaner (every_n_epochs)."
+        f"The network has not memorized most of the suspect labels yet {given}: further training on them would, and"
+        " dropping them now prevents it. It may gain little over a few more epochs on all the data; draw the partition"
+        " again as the model gets cleaner (every_n_epochs)."
     )
 
 

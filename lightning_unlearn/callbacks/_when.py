@@ -21,6 +21,7 @@ from torch import Tensor
 from lightning_unlearn.arguments import check_number, check_whole, plain, shown
 from lightning_unlearn.callbacks._lightning import callbacks_of, is_fast_dev_run
 from lightning_unlearn.callbacks._packages import MisconfigurationException, is_a
+from lightning_unlearn.finding import epochs_in_words
 from lightning_unlearn.functional.mixture import Reduce
 from lightning_unlearn.trajectory import PHASES, Trajectory
 
@@ -119,7 +120,7 @@ class DrawTime:
 
     def __str__(self) -> str:
         if self.epoch is not None:
-            return f"when {self.epoch} epochs are complete"
+            return f"when {epochs_in_words(self.epoch)} {'is' if self.epoch == 1 else 'are'} complete"
         if self.asked == "auto":
             return "once the evidence has peaked, after two thirds of the epochs at the latest"
         return f"when {self.asked:.0%} of the epochs are complete"

@@ -87,6 +87,7 @@ from lightning_unlearn.capture import (
 )
 from lightning_unlearn.data import rank_share
 from lightning_unlearn.distributed import sum_over_ranks
+from lightning_unlearn.finding import epochs_in_words
 from lightning_unlearn.finite import check_rows_left_out
 from lightning_unlearn.recipes import RECIPES, Recipe, get_recipe
 from lightning_unlearn.recipes.users import checking, trial
@@ -105,7 +106,7 @@ _ONE_EPOCH = (
 class AttributionPartitionCallback(UnlearnCallback):
     """Attributes every training sample and gives it a probability of being clean (RLAP, steps 2 and 3).
 
-    Evidence is gathered over training, because what has been memorised no longer shows: from the outputs of the
+    Evidence is gathered over training, because what has been memorized no longer shows: from the outputs of the
     training steps themselves, at no cost (at the head's input, the sum of gradient x activation of a class's logit is
     that logit less the bias). Where a row's output does not belong to one sample and its label (MixUp, CutMix, two
     views, several forward calls in a step), this is noticed, said in the log, and replaced by passes over the training
@@ -347,7 +348,7 @@ class AttributionPartitionCallback(UnlearnCallback):
 
         ``fits`` (versions, seed, settings of all callbacks of ours, for each fit or resumed part of one), ``data``,
         ``partition`` and ``validation`` (with the indices of all suspects), ``review`` (what a person has decided),
-        ``done`` (for each callback: the indices that were dropped, those that were re-labelled with both labels, the
+        ``done`` (for each callback: the indices that were dropped, those that were re-labeled with both labels, the
         pruned neurons of each layer) and ``accuracy``.
 
         Raises:
@@ -817,6 +818,9 @@ class AttributionPartitionCallback(UnlearnCallback):
         epoch, started = trainer.current_epoch, time.perf_counter()
         if self._point is None:
             self.begin(trainer, pl_module)
+        is_first = self._partition is None and self._when.is_due(epoch)
+        if is_first and self._when.why:
+            rank_zero_info(f"The partition is drawn after {epochs_in_words(epoch)}: {self._when.why}.")
         self._say_cost(trainer)
         # A pass that failed, in a fit that goes on, is not counted besides this one.
         self._trajectory_in_use.drop()
@@ -955,7 +959,8 @@ class AttributionPartitionCallback(UnlearnCallback):
         """Draws the partition of a fit that ends before it is due, or with the epoch after which it is."""
         epoch, self._is_late = trainer.current_epoch, True
         is_early = not self._when.is_due(epoch)
-        late = f"Training has ended after {_epochs(epoch)}: the partition{f', due {self._when},' if is_early else ''}"
+        due = f", due {self._when}," if is_early else ""
+        late = f"Training has ended after {epochs_in_words(epoch)}: the partition{due}"
         if self._partners and not self.is_dry_run:
             rank_zero_warn(
                 f"{late} is drawn now, too late to prune or fine-tune; give training more epochs, or at_epoch a smaller"
@@ -1015,7 +1020,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         While evidence is gathered, ``16 r + 40`` bytes per sample with ``r = C - 1``, or ``r = 9`` of more than 129
         classes, and four of features; 34 once the partition is drawn, and both as long as it may be drawn again; about
         140 bytes for the fingerprint; in the provenance up to 10 bytes for each suspect that is dropped, 35 for one
-        that is re-labelled.
+        that is re-labeled.
         A checkpoint that is written within an epoch lacks what the training steps of that epoch have shown so far.
         """
         return {
@@ -1061,7 +1066,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         self._when.load_state_dict(state.get("when"))
         self._fingerprint = state["fingerprint"]
         if self._partition is not None:
-            # It watches since setup, and would make the loader forget the batches that are to be re-labelled.
+            # It watches since setup, and would make the loader forget the batches that are to be re-labeled.
             self._reader.detach()
         self._rounds = [PartitionRound(**drawn) for drawn in state["rounds"]]
         self._is_stable = state["is_stable"]
@@ -1148,17 +1153,11 @@ class AttributionPartitionCallback(UnlearnCallback):
 
     def _report(self, pl_module: LightningModule, judged: Sequence[Judged], seconds: float) -> None:
         partition = self.partition
-        evidence = f"evidence of {len(self._epochs_seen)} epochs and a pass of {seconds:.1f} s"
-        if self._when.why:
-            rank_zero_info(f"The partition is drawn after {_epochs(partition.epoch)}: {self._when.why}.")
+        evidence = f"evidence of {epochs_in_words(len(self._epochs_seen))} and a pass of {seconds:.1f} s"
         reviewed = [] if self._review is None else [self._review.counts()]
         names = class_names_of(pl_module.trainer, self.reading.num_classes)
         notes = [*reviewed, *notes_of(judged, partition)]
         report_partition(pl_module, partition, evidence, notes, self._memorised, names)
-
-
-def _epochs(number: int) -> str:
-    return f"{number} epoch{'' if number == 1 else 's'}"
 
 
 def _tells(partition: Partition) -> bool:

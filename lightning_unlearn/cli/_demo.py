@@ -22,7 +22,7 @@ def add_demo(commands: Any) -> None:
         "demo",
         "train on digits with wrong labels, repair, and compare with controls",
         """\
-Trains a small network on scikit-learn's digits with 40 % of the training labels wrong until it has memorised them,
+Trains a small network on scikit-learn's digits with 40 % of the training labels wrong until it has memorized them,
 then partitions, prunes and fine-tunes, beside every control. Needs no network.""",
         "lightning-unlearn demo --fast",
         "lightning-unlearn demo --out runs/demo --json runs/demo/results.json",

@@ -55,7 +55,7 @@ def _is_misconfiguration(error: BaseException) -> bool:
 
 
 def printable(text: str) -> str:
-    r"""A text as a terminal may show it: what would move its cursor, colour it or turn its direction, as its number.
+    r"""A text as a terminal may show it: what would move its cursor, color it or turn its direction, as its number.
 
     Example:
         >>> print(printable("cat \x1b[2J"))

@@ -34,23 +34,24 @@ from lightning_unlearn.cli._results import (
     read_checkpoint,
     summary_of,
 )
-from lightning_unlearn.finding import names_in
+from lightning_unlearn.finding import finding_of, names_in
 from lightning_unlearn.fingerprint import check_fingerprint, fingerprint
 from lightning_unlearn.recipes import get_recipe
 from lightning_unlearn.recipes.latent_noise import MEMORIZED
 from lightning_unlearn.report import RunRecord, shown_samples, write_report
 from lightning_unlearn.report.samples import file_of
+from lightning_unlearn.review import check_undecided
 from lightning_unlearn.storage import target_folder, write_json
 from lightning_unlearn.types import Partition
 
 HELP = """\
 Which of my training samples are wrong? Trains as the configuration says, with model and data as you have them, until
-the partition can be drawn, and stops there. Nothing is pruned, dropped or re-labelled. The folder --out has then
+the partition can be drawn, and stops there. Nothing is pruned, dropped or re-labeled. The folder --out has then
 partition.npz, suspects.csv, report.html, provenance.json and config.yaml; with --judge_validation also
 validation_partition.npz and validation_suspects.csv.
 
 A checkpoint (--ckpt_path) of an epoch before --at_epoch is trained on from there. One past it is judged as it is, with
-the evidence that it holds; without any, from one pass over the data, in which memorised labels look right. Of one that
+the evidence that it holds; without any, from one pass over the data, in which memorized labels look right. Of one that
 holds a partition, that is shown. An AttributionPartitionCallback or UnlearnReport in the configuration is taken with
 its settings; SensitivityPruneCallback and CleanSubsetFinetuneCallback are left out."""
 _EXAMPLES = examples(
@@ -102,6 +103,8 @@ class PartitionCLI(ConfigCLI):
     def before_instantiate_classes(self) -> None:
         # Before the data are read, and hours of training.
         self.out = target_folder(self.config["out"])
+        for prefix in ("", "validation_"):
+            check_undecided(self.out / f"{prefix}suspects.csv")
         if (recipe := self.config["recipe"]) is not None:
             get_recipe(recipe)
         path = self.config["ckpt_path"]
@@ -257,8 +260,12 @@ def _write_validation(cli: PartitionCLI, callback: AttributionPartitionCallback)
         return [str(error)]
     loaders: Any = cli.trainer.val_dataloaders
     loader = loaders[0] if isinstance(loaders, (list, tuple)) else loaders
-    _write(cli, partition, loader.dataset, "validation_")
-    return []
+    return _write_found(cli, partition, loader.dataset)
+
+
+def _write_found(cli: PartitionCLI, partition: Partition, dataset: Any) -> list[str]:
+    names = _write(cli, partition, dataset, "validation_")
+    return [f"Validation set, {len(partition):,} samples: {finding_of(partition, names)} (validation_suspects.csv)."]
 
 
 def one_pass_caution(partition: Partition) -> list[str]:
@@ -279,7 +286,7 @@ def one_pass_caution(partition: Partition) -> list[str]:
     )
     if agrees > MEMORIZED:
         return [
-            f"{said}: wrong labels that it has memorised look right by now, and no recipe can tell them from one pass;"
+            f"{said}: wrong labels that it has memorized look right by now, and no recipe can tell them from one pass;"
             " corrupted inputs still show (--recipe input). For labels, judge the training: leave out --ckpt_path, or"
             " give an earlier checkpoint."
         ]
@@ -306,7 +313,7 @@ def _say_found(cli: PartitionCLI, arguments: Sequence[str]) -> None:
     write_json(cli.out / "provenance.json", provenance)
     said = [f"This partition was in {cli.config['ckpt_path']}; nothing was trained."]
     if cli.held_validation is not None:
-        _write(cli, cli.held_validation, None, "validation_")
+        said += _write_found(cli, cli.held_validation, None)
     _say(cli, partition, loader.dataset, said, arguments)
 
 

@@ -14,11 +14,13 @@ import torch
 from lightning_unlearn.arguments import reason_of
 from lightning_unlearn.cli._errors import printable
 from lightning_unlearn.cli._examples import add_command
-from lightning_unlearn.finding import finding_of
+from lightning_unlearn.finding import epochs_in_words, finding_of
+from lightning_unlearn.review import check_undecided
 from lightning_unlearn.storage import fits
 from lightning_unlearn.types import Partition, held_labels
 
 PARTITION, RUN = "partition.npz", "run.json"
+OF_VALIDATION = f"validation_{PARTITION}"
 # Of --review without a number.
 _WORTH = -1
 
@@ -115,6 +117,8 @@ checkpoint of a fit in which the partition was drawn.""",
 def run_show(options: argparse.Namespace) -> None:
     """Prints a saved partition."""
     partition = _load(options.file)
+    if options.csv is not None:
+        check_undecided(options.csv)
     names = _class_names(options.file, partition)
     review = partition.worth_review() if options.review == _WORTH else options.review
     print(printable(summary_of(partition, options.top, names, review)))
@@ -144,7 +148,7 @@ def _class_names(path: Path, partition: Partition) -> list[str]:
     """What the classes are called, as a run directory says; empty where it is none, or does not fit the partition."""
     path = path.expanduser()
     folder = _run_folder(path) if path.is_dir() else path.parent
-    if not path.is_dir() and path.name != PARTITION:
+    if not path.is_dir() and path.name not in (PARTITION, OF_VALIDATION):
         return []
     try:
         names = json.loads((folder / RUN).read_text(encoding="utf-8"))["class_names"]
@@ -215,8 +219,8 @@ def summary_of(partition: Partition, top: int = 10, class_names: Sequence[str] =
     suspects, others, reasons = partition.suspect_indices(), partition.review_ranking(), partition.reasons()
     counts = {word: reasons.count(word) for word in ("label", "input", "both") if word in reasons}
     why = f" ({', '.join(f'{count:,} for {word}' for word, count in counts.items())})" if counts else ""
-    drawn = f"recipe {partition.recipe!r}, {partition.layer}, after {partition.epoch} epochs"
-    lines = [f"{len(suspects):,} of {len(partition):,} training samples are suspect{why}."]
+    drawn = f"recipe {partition.recipe!r}, {partition.layer}, after {epochs_in_words(partition.epoch)}"
+    lines = [f"{len(suspects):,} of {len(partition):,} samples are suspect{why}."]
     if partition.noise_rate_interval is None:
         lines.append(f"Estimated noise rate {partition.noise_rate:.1%}; {drawn}.")
     else:
@@ -258,7 +262,7 @@ def _table(partition: Partition, shown: Sequence[int], class_names: Sequence[str
         place = partition.ranking().argsort()[list(shown)]
         columns |= {
             "rank": [f"{int(at) + 1:,}" for at in place],
-            "expected wrong": [f"{value:.0%}" for value in curve[place].tolist()],
+            "precision@rank": [f"{value:.0%}" for value in curve[place].tolist()],
         }
     rows = [list(columns), *map(list, zip(*columns.values(), strict=True))]
     widths = [max(len(row[at]) for row in rows) for at in range(len(columns))]

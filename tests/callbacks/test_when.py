@@ -188,7 +188,8 @@ def test_by_default_it_works_in_any_fit(said):
     assert 2 <= partition.partition.epoch <= 6
     assert auroc(partition.partition.clean_probability, ~data.train.wrong) > 0.95
     assert finetune.first_epoch == partition.partition.epoch
-    assert f"The partition is drawn after {partition.partition.epoch} epochs: " in said()
+    why = f"The partition is drawn after {partition.partition.epoch} epochs: "
+    assert said().index(why) < said().index("training samples begins")
     assert partition.provenance["fits"][0]["settings"]["AttributionPartitionCallback"]["at_epoch"] == "auto"
 
 

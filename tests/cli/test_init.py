@@ -63,6 +63,13 @@ def test_what_stands_as_a_default_is_the_callbacks_own(name):
             assert parameters[one.name].default == one.value, one.name
 
 
+def test_every_option_of_a_partition_that_a_user_sets_stands_there():
+    # What is for experiments with the method stands in its docstring alone.
+    left_out = {"self", "stable_share", "evidence_every_n_epochs", "method", "check_data"}
+    parameters = inspect.signature(lightning_unlearn.AttributionPartitionCallback.__init__).parameters
+    assert set(parameters) - left_out == {one.name for one in PARTITION}
+
+
 def test_what_has_no_default_is_a_placeholder_of_which_fit_tells(team, capsys):
     main(["init", *TEAM, "--out", "needy.yaml"])
     assert capsys.readouterr().out == "Written: needy.yaml\n"

@@ -11,6 +11,7 @@ import torch
 
 from lightning_unlearn import Partition
 from lightning_unlearn.cli import main
+from lightning_unlearn.finding import finding_of
 from tests.cli.conftest import RUN, enter
 
 WRONG = torch.arange(201) < 40
@@ -61,7 +62,7 @@ def test_the_whole_training_is_judged_and_nothing_else_is_done(inside, judged):
     # The gallery of the report shows samples.
     assert len(json.loads(Path("partition/gallery.json").read_text())["samples"]) == len(partition.suspect_indices())
     said = judged[1]
-    assert f"{len(partition.suspect_indices())} of 201 training samples are suspect" in said
+    assert f"{len(partition.suspect_indices())} of 201 samples are suspect" in said
     assert f"The 10 most suspect of {len(partition.suspect_indices())}:" in said
     assert "\n  lightning-unlearn report partition --open\n" in said
 
@@ -127,15 +128,28 @@ def test_the_table_has_the_files_and_classes_of_an_image_folder(team, capsys):
     assert table[2].split()[:3] == [row["index"], row["given_class"], row["suggested_class"]]
 
 
+@pytest.mark.parametrize("name", ["suspects.csv", "validation_suspects.csv"])
+def test_decisions_of_a_person_are_seen_before_training(team, name):
+    (team / "run.yaml").write_text(RUN)
+    Path("partition").mkdir()
+    Path("partition", name).write_text("index,decision\n3,keep\n")
+    with pytest.raises(SystemExit, match=f"partition/{name} has 1 decision of a person, which would be lost"):
+        main(["partition", "--config", "run.yaml"])
+    assert [file.name for file in Path("partition").iterdir()] == [name]
+
+
 def test_validation_samples_are_judged_on_request(team, capsys):
     (team / "run.yaml").write_text(RUN.replace("TeamModel", "Validating").replace("TeamData", "Validated"))
     main(["partition", "--config", "run.yaml", "--trainer.max_epochs", "4", "--judge_validation"])
-    assert "validation_partition.npz, validation_suspects.csv" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "validation_partition.npz, validation_suspects.csv" in out
     partition = Partition.load("partition/validation_partition.npz")
     lines = Path("partition/validation_suspects.csv").read_text().count("\n")
     assert lines == 1 + len(partition.suspect_indices())
     assert (partition.is_clean.logical_not() == (torch.arange(101) < 20)).float().mean() > 0.9
     assert json.loads(Path("partition/provenance.json").read_text())["validation"]["samples"] == 101
+    said = f"Validation set, 101 samples: {finding_of(partition)} (validation_suspects.csv)."
+    assert said in out.splitlines()
 
 
 def test_the_partition_of_validation_samples_that_a_checkpoint_holds_is_written_too(team):

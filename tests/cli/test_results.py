@@ -51,8 +51,8 @@ def test_a_saved_partition_is_shown_and_written_as_a_table(partition, tmp_path, 
     for given in ("run/unlearn/partition.npz", "run/unlearn", "run"):
         main(["show", given, "--csv", "suspects.csv"])
         assert capsys.readouterr().out.splitlines() == [
-            "2 of 5 training samples are suspect (2 for label).",
-            "Estimated noise rate 42.0%; recipe 'label', nowhere, after 1 epochs.",
+            "2 of 5 samples are suspect (2 for label).",
+            "Estimated noise rate 42.0%; recipe 'label', nowhere, after 1 epoch.",
             "",
             "The 2 most suspect of 2:",
             "index  given  suggested  p(clean)  reason",
@@ -89,10 +89,10 @@ def test_both_lists_are_shown_with_what_to_expect(estimated, capsys):
     assert capsys.readouterr().out.splitlines() == [
         f"{RATE}; 2 suspects, about 9 in 10 expected to be wrong; the next 2 are worth a look; 'dog' is often labeled"
         " 'ant' (50%).",
-        "2 of 5 training samples are suspect (2 for label); recipe 'label', nowhere, after 1 epochs.",
+        "2 of 5 samples are suspect (2 for label); recipe 'label', nowhere, after 1 epoch.",
         "",
         "The 2 most suspect of 2:",
-        "index  given  suggested  p(clean)  reason  rank  expected wrong",
+        "index  given  suggested  p(clean)  reason  rank  precision@rank",
         "    3    dog        ant    0.0500   label     1             95%",
         "    1    bee        cat    0.2100   label     2             87%",
         "",
@@ -121,6 +121,24 @@ def test_so_many_of_the_review_list(estimated, capsys, options, shown, written):
     assert len(Path("lists.csv").read_text().splitlines()) == 1 + written
 
 
+def test_decisions_of_a_person_are_not_written_over(estimated):
+    main(["show", "run", "--csv", "lists.csv"])
+    table = Path("lists.csv").read_text()
+    assert ",relabel,," in table
+    Path("lists.csv").write_text(decided := table.replace(",relabel,,", ",relabel,keep,", 1))
+    with pytest.raises(SystemExit, match=r"lists\.csv has 1 decision of a person, which would be lost"):
+        main(["show", "run", "--csv", "lists.csv"])
+    assert Path("lists.csv").read_text() == decided
+
+
+def test_the_validation_set_has_the_names_of_classes_too(estimated, capsys):
+    estimated.save("run/validation_partition.npz")
+    main(["show", "run/validation_partition.npz"])
+    out = capsys.readouterr().out
+    assert "'dog' is often labeled 'ant'" in out
+    assert "2 of 5 samples are suspect" in out
+
+
 def test_names_that_do_not_fit_are_left_out(estimated, capsys):
     for content in ("{", "[]", '{"class_names": ["ant"]}', '{"class_names": 3}', '{"version": 1}'):
         Path("run/run.json").write_text(content)
@@ -132,7 +150,7 @@ def test_where_nothing_is_suspect_the_least_sure_are_shown():
     clean = make_partition(torch.tensor([0.9, 0.8, 0.95]), torch.arange(3))
     assert repr(clean).startswith("Partition(3 samples, 0 suspect, noise_rate=0.117, recipe='label'")
     said = summary_of(clean, top=1).splitlines()
-    assert said[0] == "0 of 3 training samples are suspect."
+    assert said[0] == "0 of 3 samples are suspect."
     assert said[-3] == "The 1 least sure all the same:"
     assert said[-1].split()[0] == "1"
 

@@ -114,13 +114,13 @@ def test_numbers(page):
         "37.5% estimated noise rate",
         f"{LABEL} suspect for their label",
         f"{INPUT} suspect for their input",
-        "40% of wrong labels memorised",
+        "40% of the suspect labels memorized",
         "0.500 \u2192 0.750 validation accuracy",
         "2 neurons pruned",
         "All 40, by dataset index",
         "Done, from epoch 1 on",
         "30 samples dropped",
-        "10 samples re-labelled",
+        "10 samples re-labeled",
         "Drawn 2 times",
     ):
         assert text in page.text
@@ -164,7 +164,7 @@ def test_samples_drawn_by_their_probability_are_counted():
 def test_where_nothing_was_done_the_page_proposes():
     page = Page(render_report(hostile_record(provenance=provenance_of(from_epoch=None, dropped=[], relabelled=[]))))
     assert page.data()["actions"] == ["keep", "drop", "relabel"]
-    assert "No sample was dropped or re-labelled" in page.text
+    assert "No sample was dropped or re-labeled" in page.text
     assert "samples dropped from epoch" not in page.text
 
 
@@ -271,7 +271,7 @@ def test_both_lists_and_what_to_expect_of_them():
     )
     assert "; the next 2 are worth a look; 'b' is often labeled 'a' (50%)." in page.text
     assert "All 2, and all of 2 that are worth a look after them, by dataset index" in page.text
-    assert 'to_csv("suspects.csv", review=2)' in page.text
+    assert 'lightning-unlearn show . --review --csv suspects.csv' in page.text
     assert "92% of the suspects expected to be wrong" in page.text
     assert "the longest list of which at least 85% are expected to be wrong" in page.text
     assert [sample["list"] for sample in page.data()["samples"]] == ["suspect", "suspect", "review", "review"]

@@ -49,7 +49,7 @@ def fit(epochs: int) -> tuple[Partition, NeuronMask, Evidence, torch.Tensor]:
 
 
 def draw_training(evidence: Evidence, wrong: torch.Tensor) -> plt.Figure:
-    """The margin of the given label in each quarter of training: right labels, and wrong ones that are memorised."""
+    """The margin of the given label in each quarter of training: right labels, and wrong ones that are memorized."""
     classes = evidence.attribution @ evidence.basis.T  # (n, P, C)
     given = torch.nn.functional.one_hot(evidence.label, classes.shape[2]).bool()[:, None]
     margin = classes.masked_select(given).view(classes.shape[:2]) - classes.masked_fill(given, -torch.inf).amax(2)

@@ -139,7 +139,7 @@ def indexed_batches(
         loader: the user's; left as it is.
         index: (n,) int64, dataset indices.
         probing: only the first batch is wanted, so load it without worker processes, or, where each of them is
-            initialised by a function of the user's, with one.
+            initialized by a function of the user's, with one.
         size: samples per batch; by default as many as the loader's have.
         absent: takes the indices of items that are None, which a collate function leaves out or replaces. Another item
             of the batch stands in for each, so that the others keep their rows. Without it, batches are as they come.

@@ -42,7 +42,7 @@ def fingerprint(loader: DataLoader[Any]) -> str:
     """Length of a loader's data set, and a hash of each of 16 items as ``__getitem__`` returns them.
 
     They are read twice, after other seeds of the global random states: where they differ, as under random augmentation,
-    the fingerprint is the length alone. Where the loader gives its workers an initialisation of the user's, they are
+    the fingerprint is the length alone. Where the loader gives its workers an initialization of the user's, they are
     read in such a worker. Seeds the global random states; put them back.
 
     Args:

@@ -1,6 +1,6 @@
 """Pictures of a partition and of a mask, in torchmetrics' style: each returns the figure and its axes.
 
-Matplotlib is imported when something is drawn. Colours are told apart by the colour-blind (Okabe and Ito; one hue from
+Matplotlib is imported when something is drawn. Colors are told apart by the color-blind (Okabe and Ito; one hue from
 pale to dark in the heat map) and follow a dark or a light style.
 """
 

@@ -3,7 +3,7 @@
 At the head's input, gradient x activation of a class's logit, summed over the neurons, is that logit less the head's
 bias. So the logits of the training steps, which cost nothing, are the class attributions of every sample, one pass an
 epoch. What is kept of them are sums: of the attributions, in coordinates of the classes' differences, over each quarter
-of the epochs before the partition (what is memorised shows late, what is hard shows early), of the margin, of the
+of the epochs before the partition (what is memorized shows late, what is hard shows early), of the margin, of the
 support of the given label, and of the uncertainty.
 
 **Classes.** Of a model with more than 129 outputs only the classes that labels name in the first epoch get coordinates,

@@ -404,7 +404,7 @@ class Partition:
         least = self.relabel_threshold
         if threshold is not None:
             least = check_number("threshold", threshold, above=0, most=1)
-        # A recipe that suggests what the network predicts suggests the given label again where that was memorised.
+        # A recipe that suggests what the network predicts suggests the given label again where that was memorized.
         differs = of_any_label(self.suggested_label != self.label)
         wrong = ~self.is_clean & (self.reason == REASONS.index("label"))
         return wrong & (self.suggested_probability >= least) & differs
@@ -895,7 +895,7 @@ class NeuronMask:
     Args:
         layer: dotted path of the layer whose neurons are meant.
         keep: (D,) bool, False for a pruned neuron.
-        sensitivity: (D,) float32, standardised coefficient of the neuron's activation in the regression on the
+        sensitivity: (D,) float32, standardized coefficient of the neuron's activation in the regression on the
             probability of being clean (paper, step 4); below zero for a neuron that is active for noise. With another
             criterion, its score.
         standard_error: (D,) float32, of the sensitivity; None where the criterion has none.

@@ -98,7 +98,7 @@ def test_sampled_items_reach_from_the_first_to_the_last(total):
 
 def test_it_reads_16_items_twice():
     items = Items(lambda k: k, 101)
-    fingerprint(DataLoader(items, batch_size=4, num_workers=2))  # without an initialisation of the workers, none starts
+    fingerprint(DataLoader(items, batch_size=4, num_workers=2))  # without an initialization of the workers, none starts
     assert items.read == sampled_indices(101).tolist() * 2
 
 

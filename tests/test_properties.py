@@ -210,7 +210,7 @@ SCALES = st.sampled_from([1e-3, 0.25, 0.5, 3.0, 100.0])
 @bounded
 @given(drawn=networks(), scale=SCALES)
 def test_the_scale_of_logits_does_not_matter_to_what_compares_margins(drawn, scale):
-    # aum standardises its score, so the probabilities stay; argmax asks only for the sign, so the sides and ranks stay.
+    # aum standardizes its score, so the probabilities stay; argmax asks only for the sign, so the sides and ranks stay.
     label, logits = drawn
     plain = evidence_of(logits, label)
     scaled = of_logits([scale * block for block in logits], label, plain)

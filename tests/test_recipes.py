@@ -219,7 +219,7 @@ def test_an_early_quarter_that_was_hardly_learned_does_not_make_clean_labels_sus
 
 @pytest.mark.parametrize("seed", range(3))
 def test_few_wrong_labels_are_found_by_a_network_that_has_learned_all_others(seed):
-    # It predicts .95 of the given labels from the second quarter on, as if it had memorised them; before, too little.
+    # It predicts .95 of the given labels from the second quarter on, as if it had memorized them; before, too little.
     true, _ = scene(n=2 * N)
     generator = torch.Generator().manual_seed(seed)
     label = torch.where(torch.rand(2 * N, generator=generator) < 0.05, (true + 1) % C, true)
@@ -406,7 +406,7 @@ def test_a_network_that_has_hardly_learned_may_be_sure_of_noise_and_wrong(right,
     if right < 0.5 and (right_on_corrupted < right or more_loss):
         assert (verdict.clean_probability == 1).all()
         assert verdict.notes[0].endswith(": but it does worse on the other, so which is corrupted cannot be told yet")
-    else:  # one that has learned may have memorised the noise before the rest
+    else:  # one that has learned may have memorized the noise before the rest
         assert torch.equal(flagged(verdict), ~CORRUPTED)
 
 

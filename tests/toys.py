@@ -38,7 +38,7 @@ class Blobs(Dataset[tuple[Tensor, Tensor]]):
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
         shape = (2, 8, 8) if image else (FEATURES,)
-        # The centres are those of every seed: the test set is another draw from the same blobs.
+        # The centers are those of every seed: the test set is another draw from the same blobs.
         centre = torch.randn(CLASSES, *shape, generator=torch.Generator().manual_seed(99)) * 2
         self.clean = torch.randint(0, CLASSES, (size,), generator=generator)
         self.x = centre[self.clean] + torch.randn(size, *shape, generator=generator)
@@ -159,9 +159,9 @@ class Toy(L.LightningModule):
     """A classifier that remembers what it was given.
 
     Args:
-        net: the network; by default an MLP, initialised by a fixed seed.
+        net: the network; by default an MLP, initialized by a fixed seed.
         optimizer: makes what ``configure_optimizers`` returns.
-        manual: optimise by hand.
+        manual: optimize by hand.
     """
 
     def __init__(
@@ -222,7 +222,7 @@ class Plain(L.LightningModule):
 class IndexRecorder(L.Callback):
     """The dataset indices of every training batch, by epoch.
 
-    Each sample of a :class:`Blobs` without augmentation is recognised by its content.
+    Each sample of a :class:`Blobs` without augmentation is recognized by its content.
     """
 
     def __init__(self, data: Blobs) -> None:

@@ -102,7 +102,7 @@ def mirrored_and_shifted(x: Tensor) -> Tensor:
 
 
 class Cifar10(L.LightningDataModule):
-    """CIFAR-10 with noise: decoded once, fetched batch-wise, augmented and normalised on the device.
+    """CIFAR-10 with noise: decoded once, fetched batch-wise, augmented and normalized on the device.
 
     Args:
         data: torchvision's folder, or an ``.npz`` (see ``read_images``).
@@ -115,7 +115,7 @@ class Cifar10(L.LightningDataModule):
         rate: share of the labels that are wrong with ``"symmetric"``; with ``"asymmetric"`` of those five classes.
         human_file: of CIFAR-N, for ``labels="human"``; an ``.npz`` may hold them itself.
         inputs: ``"gaussian"``: noise on pixels in [0, 1], where all images are clamped; ``"paper"``: the paper's noise,
-            after normalisation, where only noisy images are clamped, which gives them away.
+            after normalization, where only noisy images are clamped, which gives them away.
         sigma: of that noise; by default the paper's 4.5, which is about 1.1 of a pixel's range.
         share: of the training images that are noisy.
         augment: mirror and shift images in training; the paper does not.
@@ -250,7 +250,7 @@ class Cifar10(L.LightningDataModule):
         return DataLoader(rows, self.batch_size, shuffle=shuffle, collate_fn=as_it_is, pin_memory=pins)
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
-        """Augments in training alone, not in the passes of the partition, and normalises."""
+        """Augments in training alone, not in the passes of the partition, and normalizes."""
         x, y = batch
         if self.augment and self.trainer is not None and self.trainer.training:
             x = mirrored_and_shifted(x)

@@ -140,7 +140,7 @@ def coefficients(clips: Dataset[Any]) -> Tensor:
 
 
 class SpeechCommands(L.LightningDataModule):
-    """Ten words with noise, as MFCCs: made once, fetched batch-wise, standardised on the device.
+    """Ten words with noise, as MFCCs: made once, fetched batch-wise, standardized on the device.
 
     Args:
         data: torchaudio's folder (which holds ``SpeechCommands``), or with ``digits=True`` a folder or zip file of

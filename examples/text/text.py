@@ -2,7 +2,7 @@
 
 Measured on 3,972 docstrings, of which library each is, 40 % wrong: validation accuracy .598 after 4 epochs; after as
 many steps more .674 on everything, .749 without the suspects, of which 810 of 859 were truly wrong (of 1,589 that
-are). 29 s of CPU. Texts are memorised soon: the first partition has 863 suspects after 4 epochs, and 413 after 6. The
+are). 29 s of CPU. Texts are memorized soon: the first partition has 863 suspects after 4 epochs, and 413 after 6. The
 texts depend on the versions installed. One seed, one thread of a busy 2-core x86-64 machine, torch 2.11.0, lightning
 2.6.6, captum 0.9.0, 2026-11-25.
 
@@ -118,7 +118,7 @@ class Classifier(L.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.words = nn.EmbeddingBag(vocabulary, 64, mode="mean", padding_idx=0)
-        nn.init.normal_(self.words.weight, std=0.05)  # of 1, as by default, chance directions would be memorised
+        nn.init.normal_(self.words.weight, std=0.05)  # of 1, as by default, chance directions would be memorized
         self.features = nn.Sequential(nn.Linear(64, 128), nn.ReLU())
         self.head = nn.Linear(128, classes)
 
@@ -166,7 +166,7 @@ def main() -> None:
     data.setup("fit")
 
     # What a team has: a model, data, a Trainer. What is new: the callbacks.
-    # Early, for texts are memorised soon; and again every other epoch, for more is known then.
+    # Early, for texts are memorized soon; and again every other epoch, for more is known then.
     partition = AttributionPartitionCallback(at_epoch=epochs, every_n_epochs=2)
     finetune = CleanSubsetFinetuneCallback(lr=1e-3)
     report = UnlearnReport(options.out, class_names=data.classes)

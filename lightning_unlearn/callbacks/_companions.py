@@ -1,4 +1,4 @@
-"""Fields of a batch that are made of the label, as one-hot or smoothed rows of a collate_fn: re-labelled with it."""
+"""Fields of a batch that are made of the label, as one-hot or smoothed rows of a collate_fn: re-labeled with it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Companion:
             why = "is not made of the label in the same way everywhere" if differs.any() else "is not known for a class"
             raise RuntimeError(
                 f"{shown_path(self.path, batch)}, which is made of the label, {why}, so a training batch cannot be"
-                " re-labelled; use on_noisy='drop' or 'weigh', which need no other labels, or make it of the label in"
+                " re-labeled; use on_noisy='drop' or 'weigh', which need no other labels, or make it of the label in"
                 " training_step."
             )
         changed = rows.clone()

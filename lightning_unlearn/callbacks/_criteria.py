@@ -36,7 +36,7 @@ CRITERIA = (SENSITIVITY, "random", "magnitude", *RATIOS, *GRADIENTS)
 
 # A logistic regression holds this many bytes of activations, on each rank, at most.
 LOGISTIC_BYTES = 256 * 2**20
-# L2 penalty on standardised coefficients. It shrinks a direction in which neurons hardly differ, with a thousandth of
+# L2 penalty on standardized coefficients. It shrinks a direction in which neurons hardly differ, with a thousandth of
 # the variance of one neuron, to half: what collinear neurons have in common stays, what tells them apart is noise.
 RIDGE = 1e-3
 
@@ -72,7 +72,7 @@ class Ranking:
     """What a criterion says of the neurons of one layer.
 
     Args:
-        score: (D,) float32, the standardised coefficient, or the criterion's own number, of which the largest are
+        score: (D,) float32, the standardized coefficient, or the criterion's own number, of which the largest are
             pruned first.
         standard_error: (D,) float32, of a coefficient.
         order: (K,) int64, the neurons that may be pruned, the worst first.

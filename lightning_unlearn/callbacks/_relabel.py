@@ -152,7 +152,7 @@ class Relabelling:
                 return batch
             if index is None:
                 raise RuntimeError(
-                    f"The dataset indices of a training batch are not known, so it cannot be re-labelled{_ADVICE}."
+                    f"The dataset indices of a training batch are not known, so it cannot be re-labeled{_ADVICE}."
                 )
             known = given()
             rows = rows_of(batch, reading, index, known, train_loader(trainer))
@@ -194,7 +194,7 @@ class Relabelling:
         old, new = self._seen.tolist()
         if old >= _FEWEST and old > _TIMES * new:
             raise RuntimeError(
-                f"Expected the loss to follow the new labels of re-labelled samples, but of {old + new:.0f} rows it"
+                f"Expected the loss to follow the new labels of re-labeled samples, but of {old + new:.0f} rows it"
                 f" follows the given one in {old:.0f}: training_step takes them from elsewhere{_ADVICE}."
             )
         self._is_watching = self._steps < _MOST_STEPS and not (new >= _FEWEST and new > _TIMES * old)
@@ -272,7 +272,7 @@ def check_given(batch: Any, reading: Reading, given: Tensor, rows: int) -> None:
 
 
 def fault_of_absent(trainer: Trainer, pl_module: LightningModule, reading: Reading, partition: Partition) -> str:
-    """Why batches cannot be re-labelled some of whose items are None, once it is known which; empty if they can."""
+    """Why batches cannot be re-labeled some of whose items are None, once it is known which; empty if they can."""
     given, loader = partition.label, train_loader(trainer)
     unlabelled = (given == IGNORED).reshape(len(given), -1).all(dim=1)
     others = (~unlabelled).nonzero().flatten()[: max(1, batch_size(loader) - 1)]
@@ -302,7 +302,7 @@ def check_relabelling(trainer: Trainer, pl_module: LightningModule, reading: Rea
     if not is_torchs_iterator(iterator) or (loader.num_workers > 0 and not getattr(loader, "in_order", True)):
         raise TypeError(
             "Expected a train loader of torch's own iteration that delivers batches in the order drawn, so that they"
-            f" can be re-labelled, but {type(loader).__name__} does not (or training_step draws batches itself, or"
+            f" can be re-labeled, but {type(loader).__name__} does not (or training_step draws batches itself, or"
             f" in_order=False){_ADVICE}."
         )
     with undisturbed(trainer, pl_module), torch.no_grad():

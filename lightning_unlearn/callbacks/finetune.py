@@ -384,7 +384,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         if not trainer.strategy.reduce_boolean_decision(bool(fault), all=False):
             return "relabel"
         fault = fault or "Another rank has batches in which labels cannot be replaced."
-        rank_zero_warn(f"Suspects are dropped instead of re-labelled. {fault}")
+        rank_zero_warn(f"Suspects are dropped instead of re-labeled. {fault}")
         return "drop"
 
     def _check_data(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -899,7 +899,7 @@ def _samples_of(draw: TrainingDraw) -> str:
         return f"{len(draw.index):,} samples, each drawn as often as it is likely to be clean"
     changed = len(draw.relabelled)
     kept = f"{len(draw.index) - changed:,} clean samples"
-    return f"{kept} and {changed:,} re-labelled ones" if draw.new_label is not None else kept
+    return f"{kept} and {changed:,} re-labeled ones" if draw.new_label is not None else kept
 
 
 def _remaining_epochs(trainer: Trainer) -> int | None:

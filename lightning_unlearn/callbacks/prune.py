@@ -77,7 +77,7 @@ class SensitivityPruneCallback(PartitionConsumer):
             and ``"hessian"`` of the loss of the given labels), largest first.
         regression: ``"ridge"``, in one pass from sums; or ``"logistic"``, which holds a layer's activations in memory
             and is replaced by ridge where they take more than 256 MB on a rank.
-        ridge: L2 penalty on standardised coefficients, per sample; by default 0.001, which steadies neurons that are
+        ridge: L2 penalty on standardized coefficients, per sample; by default 0.001, which steadies neurons that are
             nearly collinear and hardly moves the rest, and 0 for the least squares of recipe ``"rlap"``.
         significance: level of the test, the expected share of innocent neurons among those that pass it (Benjamini and
             Hochberg); None for no test: all neurons of the harmful sign may be pruned.
@@ -164,7 +164,7 @@ class SensitivityPruneCallback(PartitionConsumer):
 
     @property
     def sensitivity(self) -> Tensor:
-        """(D,) float32, standardised coefficient of every neuron of the one layer; raises like :attr:`mask`."""
+        """(D,) float32, standardized coefficient of every neuron of the one layer; raises like :attr:`mask`."""
         return self.mask.sensitivity
 
     def target_layer(self) -> str:

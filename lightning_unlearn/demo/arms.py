@@ -51,13 +51,13 @@ class Settings:
     """What the demo runs.
 
     Args:
-        base_epochs: epochs on all the data; long enough to memorise the wrong labels.
+        base_epochs: epochs on all the data; long enough to memorize the wrong labels.
         repair_epochs: epochs on the clean subset.
         noise: share of wrong training labels.
         amount: share of the live neurons to prune.
         lr: learning rate at which the fine-tuning's AdamW starts; it falls to zero along a cosine. The controls of the
             same steps have both.
-        weight_decay: likewise. Strong, since what was memorised must fade while the loss on the subset is small.
+        weight_decay: likewise. Strong, since what was memorized must fade while the loss on the subset is small.
         seeds: of the repeats: split, noise, initial weights and order.
     """
 
@@ -406,7 +406,7 @@ def table(settings: Settings, outcomes: list[Outcome]) -> str:
         [
             f"Digits, 1,198 training images, {settings.noise:.0%} of the labels wrong;"
             f" {settings.base_epochs} + {settings.repair_epochs} epochs; {seeds}.",
-            f"The base has memorised {score['memorised']} of the wrong labels.",
+            f"The base has memorized {score['memorised']} of the wrong labels.",
             "",
             *lines,
             "",

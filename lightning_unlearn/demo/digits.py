@@ -1,4 +1,4 @@
-"""scikit-learn's bundled digits with wrong training labels, and a network that memorises them.
+"""scikit-learn's bundled digits with wrong training labels, and a network that memorizes them.
 
 Neither class knows of the callbacks: they are what a team already has.
 """
@@ -66,7 +66,7 @@ class DigitsDataModule(L.LightningDataModule):
 
 
 class DigitsClassifier(L.LightningModule):
-    """Two convolutions and two linear layers, large enough to memorise a thousand wrong labels.
+    """Two convolutions and two linear layers, large enough to memorize a thousand wrong labels.
 
     Args:
         lr: learning rate of Adam.

@@ -1,7 +1,7 @@
 """Label evidence gathered over training, a few numbers per sample.
 
-Evidence is averaged over training because the last model has memorised part of the noise: what survives memorisation is
-how the margin was while the network was still generalising (the idea of AUM, Pleiss et al. 2020, arXiv 2001.10528).
+Evidence is averaged over training because the last model has memorized part of the noise: what survives memorization is
+how the margin was while the network was still generalizing (the idea of AUM, Pleiss et al. 2020, arXiv 2001.10528).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def label_support(margin: Tensor) -> Tensor:
     """How strongly the given label is supported against the strongest other, between 0 and 1.
 
     The logistic function of the margin: the probability of the given label if only these two were possible. Margins are
-    averaged over training in this form, because they grow as a network memorises, without bound; as they are, the last
+    averaged over training in this form, because they grow as a network memorizes, without bound; as they are, the last
     passes, which know least, would outweigh the early ones.
 
     Args:

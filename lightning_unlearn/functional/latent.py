@@ -2,7 +2,7 @@
 
 A sample has a true class k, drawn from the prior. Its evidence x, what the model said of each class in the course of
 training, is Gaussian around the mean of class k, whatever the sample is called. The label that it was given is drawn
-from row k of the transition matrix. Expectation maximisation fits all of it from ``(x, given label)`` alone: no mask,
+from row k of the transition matrix. Expectation maximization fits all of it from ``(x, given label)`` alone: no mask,
 no clean set, no noise rate.
 
 It sees what no margin sees. Where two in five of every class c are called c + 1, a network that has learned this gives
@@ -130,7 +130,7 @@ def fit_latent_classes(
     *,
     reduce: Reduce = no_reduce,
 ) -> LatentClasses:
-    """Fits the classes by expectation maximisation.
+    """Fits the classes by expectation maximization.
 
     Args:
         rows: (n, d), this rank's rows; finite.

@@ -16,7 +16,7 @@ from lightning_unlearn.functional.sensitivity import Sensitivity, check_rows, is
 _FLAT = 1e-9
 _STEPS = 50
 _HALVINGS = 30
-# Rows that are standardised in double precision at a time.
+# Rows that are standardized in double precision at a time.
 _ROWS = 8192
 
 
@@ -84,7 +84,7 @@ def fit_logistic(
         target: (n,) in [0, 1], the probability of being clean.
         weight: (n,), 0 for a row that does not count.
         reduce: sums over the ranks.
-        ridge: L2 penalty on the standardised coefficients, per sample: half of it times their squares is added to the
+        ridge: L2 penalty on the standardized coefficients, per sample: half of it times their squares is added to the
             mean loss. With 0, samples that the neurons separate perfectly have no finite coefficients.
 
     Returns:
@@ -108,7 +108,7 @@ def fit_logistic(
 
 
 class _Problem:
-    """A regression on standardised live neurons and a column of ones, whose rows lie on several ranks."""
+    """A regression on standardized live neurons and a column of ones, whose rows lie on several ranks."""
 
     def __init__(self, activation: Tensor, target: Tensor, weight: Tensor, reduce: Reduce) -> None:
         self._rows = [torch.split(rows, _ROWS) for rows in (activation, target, weight)]

@@ -451,7 +451,7 @@ def fit_mixture(
     tol: float = 1e-3,
     reg_covar: float = 1e-6,
 ) -> GaussianMixture:
-    """Fits two Gaussians with full covariance by expectation maximisation.
+    """Fits two Gaussians with full covariance by expectation maximization.
 
     The start is deterministic and the same for every sharding of the data: the sign of the projection on the first
     principal component, which like everything else comes from summed moments.
@@ -483,7 +483,7 @@ def fit_mixture(
         )
     dtype = _work_dtype(rows)
     # From the mean on, since the difference of two large sums would lose the covariance. In the precision of the work,
-    # so that every chunk sees the same centre.
+    # so that every chunk sees the same center.
     centre = mean.to(dtype)
     total, start = _halves(rows, weight, mean, centre, reduce)
     mixture = _maximise(total.reduced(reduce), start, reg_covar)

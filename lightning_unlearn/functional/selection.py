@@ -117,7 +117,7 @@ def check_amount(amount: float, neurons: int) -> None:
 def select_neurons(sensitivity: Tensor, amount: float) -> Tensor:
     """The neurons to keep when the ``amount`` of largest magnitude is pruned, as the paper has it.
 
-    The share is taken of the *live* neurons, those with a sensitivity other than 0. A ReLU layer that has memorised its
+    The share is taken of the *live* neurons, those with a sensitivity other than 0. A ReLU layer that has memorized its
     data can have half of its neurons dead; half of all neurons would then be all that the network has left.
 
     Args:

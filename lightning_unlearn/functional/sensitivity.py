@@ -136,7 +136,7 @@ def solve_sensitivity(sums: RegressionSums, ridge: float = 0.0) -> Sensitivity:
 
     Args:
         sums: over all samples.
-        ridge: L2 penalty on the standardised coefficients, per sample (``R + ridge * I``); with 0 the minimum-norm
+        ridge: L2 penalty on the standardized coefficients, per sample (``R + ridge * I``); with 0 the minimum-norm
             solution of ordinary least squares.
 
     Returns:

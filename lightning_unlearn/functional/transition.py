@@ -143,7 +143,7 @@ def fit_transition(
         weight: (n,), 0 for a row that does not count.
         start: (C, C) or (C,) to start from, see :class:`~lightning_unlearn.functional.LatentClasses`.
         reduce: sums over the ranks.
-        steps: of expectation maximisation.
+        steps: of expectation maximization.
 
     Returns:
         float64 of the shape of ``start``.

@@ -26,7 +26,7 @@ _ARRAY_PARTS: list[Any] = [
 def human_labels(file: str | PathLike[str], which: str = "worse_label") -> tuple[Tensor, Tensor]:
     """What people called the images of CIFAR-10 or CIFAR-100, in the order of torchvision's training set.
 
-    The labels are those of CIFAR-N (J. Wei et al., "Learning with Noisy Labels Revisited", ICLR 2022, licence CC BY-NC
+    The labels are those of CIFAR-N (J. Wei et al., "Learning with Noisy Labels Revisited", ICLR 2022, license CC BY-NC
     4.0): download ``CIFAR-10_human.pt`` or ``CIFAR-100_human.pt`` from the authors' page. Nothing in the file is run.
 
     Args:

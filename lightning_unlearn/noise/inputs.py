@@ -16,7 +16,7 @@ class GaussianInputs(Dataset[Any]):
     """A dataset of ``(x, y)`` with Gaussian noise on some of its inputs, the same in every epoch.
 
     Args:
-        dataset: map-style, of items ``(x, y)`` with a float tensor x, before normalisation.
+        dataset: map-style, of items ``(x, y)`` with a float tensor x, before normalization.
         sigma: standard deviation of the noise, in units of x.
         share: share of the items that are corrupted, to the nearest item.
         seed: of the choice and of the noise.
@@ -70,12 +70,12 @@ class GaussianInputs(Dataset[Any]):
 class PaperImageNoise(GaussianInputs):
     """The image noise of the paper's experiments, as its code adds it: it gives itself away.
 
-    ``clamp(x + 4.5 * randn, 0, 1)`` on *normalised* pixels, where the images without noise are not clamped (RLAP, arXiv
+    ``clamp(x + 4.5 * randn, 0, 1)`` on *normalized* pixels, where the images without noise are not clamped (RLAP, arXiv
     2506.11615): ``x.min() >= 0`` tells the two apart without a model. For reproduction; take :class:`GaussianInputs`
-    before normalisation to judge anything. Unlike the paper's code, an image has the same noise in every epoch.
+    before normalization to judge anything. Unlike the paper's code, an image has the same noise in every epoch.
 
     Args:
-        dataset: map-style, of items ``(x, y)`` with a float tensor x, *after* normalisation.
+        dataset: map-style, of items ``(x, y)`` with a float tensor x, *after* normalization.
         sigma: standard deviation of the noise; the paper has 4.5 and 8 for CIFAR-10, 5 for MNIST.
         share: share of the items that are corrupted, to the nearest item.
         seed: of the choice and of the noise.

@@ -23,7 +23,7 @@ _FEWEST = 2
 # in standard deviations.
 _BETWEEN = 0.01
 _LESS_SURE = 0.5
-# A network that predicts fewer labels than this of what is called intact has not begun to memorise noise: on intact
+# A network that predicts fewer labels than this of what is called intact has not begun to memorize noise: on intact
 # inputs it is right more often then, and its loss is lower. By how many standard errors it may be otherwise.
 _LEARNED = 0.5
 _CONTRARY = 3.0

@@ -10,7 +10,7 @@ import torch
 
 from lightning_unlearn.types import DECISIONS, Partition, held_labels
 
-DONE = ("dropped", "re-labelled", "drawn by p(clean)", "kept")
+DONE = ("dropped", "re-labeled", "drawn by p(clean)", "kept")
 """What a fit does with a sample, in words; where it has done nothing, one of ``DECISIONS`` is proposed."""
 
 # Of more indices, the page holds the first; run.json holds all.
@@ -26,7 +26,7 @@ class Action:
 
     Args:
         word: one of :data:`DONE`, or of ``DECISIONS`` for what is proposed.
-        new: the labels that it is trained on with where it is re-labelled.
+        new: the labels that it is trained on with where it is re-labeled.
         by_person: whether a person has decided it.
     """
 
@@ -112,7 +112,7 @@ class Actions:
         if index in self._gone:
             return Action("dropped", by_person=by_person)
         if index in self._moved:
-            return Action("re-labelled", self._after(self._moved[index]), by_person)
+            return Action("re-labeled", self._after(self._moved[index]), by_person)
         weighed = self.weighs and not bool(self._partition.is_clean[index])
         return Action("drawn by p(clean)" if weighed else "kept", by_person=by_person)
 
@@ -121,7 +121,7 @@ class Actions:
         return _listed((), self.dropped, _MOST)
 
     def listed_moves(self, called: Any) -> tuple[list[Listed], int]:
-        """The samples that were re-labelled, by labels before and after, the most frequent first.
+        """The samples that were re-labeled, by labels before and after, the most frequent first.
 
         Args:
             called: from a label to its name.
@@ -146,7 +146,7 @@ class Actions:
         return [_listed((layer,), neurons, _MOST) for layer, neurons in self.pruned.items()]
 
     def _after(self, one: Mapping[str, Any]) -> tuple[int, ...]:
-        """The labels that a re-labelled sample is trained on with; of several, -1 is one that stays."""
+        """The labels that a re-labeled sample is trained on with; of several, -1 is one that stays."""
         new = one["new"]
         if isinstance(new, Sequence):
             new = [given if value < 0 else value for value, given in zip(new, one["given"], strict=True)]

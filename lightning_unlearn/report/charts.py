@@ -86,7 +86,7 @@ def _precision_line(plot: Plot, curve: Tensor, first: int, kind: str) -> None:
 
 
 def heat_map(matrix: Tensor, names: Sequence[str], words: tuple[str, str, str]) -> Markup:
-    """A square matrix as colours, the strongest the largest entry off the diagonal.
+    """A square matrix as colors, the strongest the largest entry off the diagonal.
 
     Args:
         matrix: (K, K), counts (int64) or shares (float), at least 0.

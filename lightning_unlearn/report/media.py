@@ -32,7 +32,7 @@ def png(pixels: Array) -> bytes:
     """A PNG file.
 
     Args:
-        pixels: (H, W) grey, or (H, W, 3) red, green and blue, uint8.
+        pixels: (H, W) gray, or (H, W, 3) red, green and blue, uint8.
 
     Example:
         >>> png(np.zeros((2, 3), dtype=np.uint8))[1:4]

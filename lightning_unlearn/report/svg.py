@@ -1,4 +1,4 @@
-"""Drawings as inline SVG, coloured by the page's style sheet, so that they follow light, dark and print."""
+"""Drawings as inline SVG, colored by the page's style sheet, so that they follow light, dark and print."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fields of a batch that are made of the label are re-labelled with it, and the loss is seen to follow."""
+"""Fields of a batch that are made of the label are re-labeled with it, and the loss is seen to follow."""
 
 import pytest
 import torch
@@ -77,7 +77,7 @@ def test_a_row_that_is_not_made_of_the_label_after_all_is_an_error():
     unknown = Companion(
         ("made",), smoothed(torch.arange(C)).double().masked_fill(torch.eye(C)[4].bool()[:, None], torch.nan)
     )
-    with pytest.raises(RuntimeError, match="is not known for a class, so a training batch cannot be re-labelled; use"):
+    with pytest.raises(RuntimeError, match="is not known for a class, so a training batch cannot be re-labeled; use"):
         unknown.replaced({"made": smoothed(Y[:2])}, smoothed(Y[:2]), Y[:2], torch.tensor([-1, 4]))
 
 
@@ -85,7 +85,7 @@ def test_a_row_that_is_not_made_of_the_label_after_all_is_an_error():
 
 
 class Followed(Net):
-    """Notes what the loss was of, once samples are re-labelled."""
+    """Notes what the loss was of, once samples are re-labeled."""
 
     def __init__(self, loss, target):
         super().__init__(loss, optional=False)
@@ -140,7 +140,7 @@ def test_a_loss_that_does_not_follow_the_new_labels_ends_the_fit_before_a_step_w
     alone = Net(module.loss, optional=False)
     fit(alone, loader_of(collate, Blobs(240), 240), max_epochs=6)
     match = (
-        "follow the new labels of re-labelled samples, but of .* training_step takes them from elsewhere; use on_noisy"
+        "follow the new labels of re-labeled samples, but of .* training_step takes them from elsewhere; use on_noisy"
     )
     with pytest.raises(RuntimeError, match=match):
         fit(module, loader_of(collate, Blobs(240), 240), ours, max_epochs=8)

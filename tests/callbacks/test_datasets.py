@@ -114,7 +114,7 @@ def to_tensor(image):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Sixty pictures in a folder per colour, of which every fifth is in a wrong one."""
+    """Sixty pictures in a folder per color, of which every fifth is in a wrong one."""
     image = pytest.importorskip("PIL.Image")
     root = tmp_path_factory.mktemp("pictures")
     for i in range(60):

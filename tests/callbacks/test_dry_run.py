@@ -90,7 +90,7 @@ def test_so_they_are_with_augmentation(alone):
     [
         ("drop", "152 clean samples"),
         ("weigh", "203 samples, each drawn as often as it is likely to be clean"),
-        ("relabel", "152 clean samples and 51 re-labelled ones"),
+        ("relabel", "152 clean samples and 51 re-labeled ones"),
     ],
 )
 def test_the_log_says_what_would_be_trained_on_and_what_that_would_cost(said, on_noisy, wording):

@@ -259,7 +259,7 @@ def test_what_collate_fn_mixes_is_scored_unmixed_where_a_loader_is_offered(soft_
         (False, {"soft_labels": "argmax"}, ValueError, r"same label whenever it is read, .* offer attribution_dataloa"),
         (True, {"finetune": {"on_noisy": "relabel"}}, TypeError, "differ from .*, as where collate_fn mixes samples"),
     ],
-    ids=["soft", "the largest", "re-labelled"],
+    ids=["soft", "the largest", "re-labeled"],
 )
 def test_mixed_samples_that_cannot_be_judged_or_relabelled_are_refused_before_the_first_step(
     offers, settings, error, message

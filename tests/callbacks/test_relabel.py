@@ -1,4 +1,4 @@
-"""Which labels training sees once suspects are re-labelled, and that nobody else sees them."""
+"""Which labels training sees once suspects are re-labeled, and that nobody else sees them."""
 
 import copy
 import gc
@@ -68,7 +68,7 @@ class Noting(Toy):
     """Notes the label of every sample that a step gets, by the sample's content.
 
     Args:
-        data: whose samples are recognised.
+        data: whose samples are recognized.
         split: from a batch to (x, y).
     """
 

@@ -67,7 +67,7 @@ def test_the_head_has_new_weights_when_fine_tuning_begins_and_nothing_else_has(n
     assert (new.weight[:, gone] == 0).all()
     assert (new.weight[:, ~gone] != old.weight[:, ~gone]).all()
     assert (new.bias != old.bias).all()
-    # As a new Linear is initialised.
+    # As a new Linear is initialized.
     assert new.weight.abs().max() <= 20**-0.5
     assert new.weight[:, ~gone].std().item() == pytest.approx(20**-0.5 / 3**0.5, rel=0.25)
     assert new.bias.abs().max() <= 20**-0.5

@@ -64,7 +64,7 @@ def data():
 
 @pytest.fixture(scope="module")
 def reviewed(data, tmp_path_factory):
-    """A table of all samples, and one in which a person has kept, dropped and re-labelled what was not so."""
+    """A table of all samples, and one in which a person has kept, dropped and re-labeled what was not so."""
     folder = tmp_path_factory.mktemp("review")
     first, tune, _, module = run(data)
     first.partition.to_csv(folder / "suspects.csv", suspects_only=False)

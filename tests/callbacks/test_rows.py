@@ -308,9 +308,7 @@ def test_others_are_relabelled_where_items_are_none(collate):
 def test_where_a_batch_is_filled_up_suspects_are_dropped_instead_of_relabelled():
     data = Gaps(FEW)
     module, ours = Noting(data.blobs), trio(AT, finetune={"on_noisy": "relabel"})
-    with pytest.warns(
-        UserWarning, match="Suspects are dropped instead of re-labelled. .* as where collate_fn fills up"
-    ):
+    with pytest.warns(UserWarning, match="Suspects are dropped instead of re-labeled. .* as where collate_fn fills up"):
         fit(module, DataLoader(data, 16, shuffle=True, collate_fn=fills_up), ours)
     assert ours[2].draw.new_label is None
     for index, labels in module.trained[AT].items():

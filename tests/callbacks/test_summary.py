@@ -20,7 +20,7 @@ from tests.toys import Blobs, BlobsData, Toy, fit, mlp, trio
 
 LABEL = REASONS.index("label")
 AT = 3
-SOME = 15  # epochs after which some wrong labels are memorised
+SOME = 15  # epochs after which some wrong labels are memorized
 
 
 class Snapshot(L.Callback):
@@ -159,8 +159,8 @@ def test_advice_where_nothing_is_noisy():
 @pytest.mark.parametrize(
     ("optimizer", "at", "sentence"),
     [
-        (memorising, 40, "The network has memorised the suspect labels (it predicts {share} of them): fine-tuning"),
-        (creeping, 2, "The network has not memorised most of the suspect labels yet (it predicts {share} of them):"),
+        (memorising, 40, "The network has memorized the suspect labels (it predicts {share} of them): fine-tuning"),
+        (creeping, 2, "The network has not memorized most of the suspect labels yet (it predicts {share} of them):"),
     ],
     ids=["memorised", "not memorised"],
 )
@@ -172,7 +172,7 @@ def test_advice_says_whether_wrong_labels_were_memorised(optimizer, at, sentence
     assert sentence.format(share=f"{summary.memorised:.0%}") in summary.advice
     assert ("(every_n_epochs)" in summary.advice) == (at == 2)
     assert summary.advice.startswith(f"{summary.suspects} of 203 training samples are suspect ({summary.suspects} for")
-    assert f"estimated noise rate {summary.noise_rate:.1%}." in summary.advice
+    assert f"estimated noise rate {summary.noise_rate:.1%}" in summary.advice
     # Said once when the partition is drawn, and in the end.
     said = [record.getMessage() for record in caplog.records]
     assert sum(sentence.format(share=f"{summary.memorised:.0%}") in line for line in said) == 2
@@ -242,7 +242,7 @@ def test_advice_says_what_was_gained(after, points, ending):
 def test_advice_where_the_partition_was_not_acted_upon():
     summary = summarise(partition_of(warning="it is not sure"), memorised=0.8, done=(), accuracy=(None, None))
     assert summary.advice.endswith("Nothing was changed: it is not sure.")
-    assert "memorised" not in summary.advice
+    assert "memorized" not in summary.advice
 
 
 def test_advice_of_a_dry_run_does_not_ask_whether_it_helped():

@@ -25,7 +25,7 @@ from lightning_unlearn.report import RunRecord
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """Every arm for a few epochs: nothing is memorised yet, but everything runs."""
+    """Every arm for a few epochs: nothing is memorized yet, but everything runs."""
     out = tmp_path_factory.mktemp("demo")
     settings = Settings(base_epochs=3, repair_epochs=2, seeds=(0,))
     return settings, run_demo(settings, out), out

@@ -95,7 +95,7 @@ def test_separated_data_gives_what_sklearn_finds_from_its_own_start(dimension):
 
 
 def wide_rows(n=3000, dimension=48, narrow=1.0):
-    """Two overlapping clouds, standardised, float32; along half of the axes the second is narrower."""
+    """Two overlapping clouds, standardized, float32; along half of the axes the second is narrower."""
     generator = torch.Generator().manual_seed(1)
     rows = torch.randn(n, dimension, generator=generator)
     second = torch.rand(n, 1, generator=generator) < 0.4

@@ -160,7 +160,7 @@ class Browser:
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def emulate(self, width=1200, scheme="light", media=""):
-        """Shows the page on a screen of a width, in a colour scheme, or as printed."""
+        """Shows the page on a screen of a width, in a color scheme, or as printed."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
         self.call(
             "Emulation.setEmulatedMedia", media=media, features=[{"name": "prefers-color-scheme", "value": scheme}]

@@ -17,7 +17,7 @@ SUSPECTS, LABEL, INPUT = 40, 30, 10
 
 
 def provenance_of(**finetuned):
-    """The suspects of class 0 are re-labelled to class 1, the others dropped; a person has decided of 0, 1 and 50."""
+    """The suspects of class 0 are re-labeled to class 1, the others dropped; a person has decided of 0, 1 and 50."""
     moved = [{"index": index, "given": 0, "new": 1} for index in range(0, SUSPECTS, 4)]
     dropped = [index for index in range(SUSPECTS) if index % 4]
     done = {"from_epoch": 1, "seed": 0, "dropped": dropped, "relabelled": moved, "weighed": False, **finetuned}

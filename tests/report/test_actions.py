@@ -17,10 +17,10 @@ def actions(provenance=None):
 @pytest.mark.parametrize(
     ("index", "expected"),
     [
-        (0, Action("re-labelled", (1,), by_person=True)),
+        (0, Action("re-labeled", (1,), by_person=True)),
         (1, Action("dropped", by_person=True)),
         (2, Action("dropped")),
-        (4, Action("re-labelled", (1,))),
+        (4, Action("re-labeled", (1,))),
         (50, Action("kept", by_person=True)),
         (51, Action("kept")),
     ],
@@ -52,7 +52,7 @@ def test_of_several_labels_those_that_stay_are_trained_on_too():
     )
     moved = [{"index": 7, "given": [1, 0, 1], "new": [-1, 1, 0]}]
     found = Actions(partition, provenance_of(relabelled=moved, dropped=[]))
-    assert found.of(7) == Action("re-labelled", (0, 1))
+    assert found.of(7) == Action("re-labeled", (0, 1))
     assert found.listed_moves(str)[0][0].title == ("0, 2", "0, 1")
 
 

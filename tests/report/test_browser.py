@@ -94,10 +94,10 @@ def test_each_control_leaves_what_it_names(page):
     choose(page, "by-reason", "input (10)")
     assert set(shown(page, "reason")) == {"input"}
     choose(page, "by-reason", "all")
-    choose(page, "by-action", "re-labelled (10)")
-    assert set(shown(page, "action")) == {"re-labelled"}
+    choose(page, "by-action", "re-labeled (10)")
+    assert set(shown(page, "action")) == {"re-labeled"}
     texts = page.run(f"{CARDS}.map(card => card.textContent)")
-    assert all(f"suggested {NAMES[1]}" in text and "re-labelled" in text for text in texts)
+    assert all(f"suggested {NAMES[1]}" in text and "re-labeled" in text for text in texts)
     choose(page, "by-who", "by a person (3)")
     assert shown(page) == ["0"]
     choose(page, "by-action", "all")

@@ -271,7 +271,7 @@ def test_both_lists_and_what_to_expect_of_them():
     )
     assert "; the next 2 are worth a look; 'b' is often labeled 'a' (50%)." in page.text
     assert "All 2, and all of 2 that are worth a look after them, by dataset index" in page.text
-    assert 'lightning-unlearn show . --review --csv suspects.csv' in page.text
+    assert "lightning-unlearn show . --review --csv suspects.csv" in page.text
     assert "92% of the suspects expected to be wrong" in page.text
     assert "the longest list of which at least 85% are expected to be wrong" in page.text
     assert [sample["list"] for sample in page.data()["samples"]] == ["suspect", "suspect", "review", "review"]

@@ -133,7 +133,9 @@ class Unit:
             save_on_train_epoch_end=True,
             enable_version_counter=False,
         )
-        callbacks = [AttributionPartitionCallback(at_epoch=plan.base_epochs), StopAfter(plan.base_epochs), keep]
+        partition, finetune = AttributionPartitionCallback(at_epoch=plan.base_epochs), CleanSubsetFinetuneCallback()
+        # The fine-tuning does nothing yet, but the checkpoint has the weights that it may move back to.
+        callbacks = [partition, finetune, StopAfter(plan.base_epochs), keep]
         # One epoch more than is run, since the partition wants to have one left after it.
         found = self._fit(model, loader, callbacks, plan.base_epochs + 1)
         return found | {"memorised": self._memorised(model), "samples": len(self.data.train)}
@@ -144,8 +146,8 @@ class Unit:
         decay = partial(CosineAnnealingLR, T_max=plan.repair_epochs)
         finetune = CleanSubsetFinetuneCallback(
             repair.mode,
-            warm_start="keep",
             on_noisy=repair.on_noisy,
+            warm_start=repair.warm_start,
             optimizer=plan.optimizer,
             lr_scheduler=decay,
         )

@@ -14,6 +14,7 @@ from benchmarks.cases import Case
 BASE, CONTINUE, FFT, RETRAIN, CE, ELR = "base", "continue", "F-FT", "retrain", "cross-entropy", "ELR"
 # Re-labelling trains on more samples, so for more steps, than F-FT does: it has a control of its own.
 RELABEL, CONTINUE_LONG = "relabel", "continue, steps of relabel"
+KEEP = "F-FT keep"
 # Controls from other weights than the base's, with the optimizer, schedule and steps of F-FT. The truly clean set is
 # the most that any partition could come to.
 RETRAIN_SHORT, SHRINK_ALL, CEILING = "retrain, same steps", "shrink, all data", "truly clean, retrained, same steps"
@@ -102,6 +103,7 @@ class Repair:
         on_noisy: likewise.
         rounds: whether there is a new partition after every third of the fine-tuning.
         knows_truth: whether the partition is the true one.
+        warm_start: what the fine-tuning starts from.
     """
 
     prune: dict[str, Any] | None = field(default_factory=dict)
@@ -109,12 +111,15 @@ class Repair:
     on_noisy: str = "drop"
     rounds: bool = False
     knows_truth: bool = False
+    warm_start: str = "auto"
 
 
 # The same share of the neurons for every criterion, and none taken back, so that only the choice differs.
 _BLIND = {"amount": 0.3, "significance": None, "guard": False}
 REPAIRS: dict[str, Repair] = {
     FFT: Repair(),
+    KEEP: Repair(warm_start="keep"),
+    "F-FT start": Repair(warm_start="start"),
     "L-FT": Repair(mode="layers"),
     "F-FT no prune": Repair(prune=None),
     "prune random": Repair(prune={**_BLIND, "criterion": "random"}),

@@ -33,6 +33,7 @@ from benchmarks.plans import (
     ELR,
     FFT,
     FRESH,
+    KEEP,
     MEMORISED,
     REGIMES,
     RELABEL,
@@ -53,7 +54,7 @@ CPU_TABLE = (
     "spoken-both",
     "cifar-sym40",
 )
-MAIN_ARMS = (BASE, FFT, *CONTROLS, RELABEL, "rounds", "rounds + relabel", "oracle", CE, ELR)
+MAIN_ARMS = (BASE, FFT, KEEP, *CONTROLS, RELABEL, "rounds", "rounds + relabel", "oracle", CE, ELR)
 # Defaults of the options, by scale.
 SCALES = {
     # 27.8 processor minutes in all (results/repair-scale-cpu.md). The longest units first, so that two jobs

@@ -180,8 +180,8 @@ def test_every_control_but_a_full_retraining_has_the_steps_of_fine_tuning(tmp_pa
         DIGITS_CASES["digits-sym40"], "memorised", 0, folder=tmp_path, data=tmp_path, accelerator="cpu", fast=True
     )
     unit.plan = replace(unit.plan, base_epochs=2, repair_epochs=1)
-    steps = {arm: unit.result(arm)["steps"] for arm in ("F-FT", *CONTROLS)}
-    short = {steps[arm] for arm in CONTROLS if arm != "retrain"}
+    steps = {arm: unit.result(arm)["steps"] for arm in ("F-FT", "F-FT start", *CONTROLS)}
+    short = {steps[arm] for arm in steps if arm != "retrain"}
     assert short == {steps["F-FT"]} != {steps["retrain"]}
 
 
@@ -205,7 +205,15 @@ def defaults_of(monkeypatch, *words):
 
 
 def test_a_scale_has_its_defaults_and_an_option_goes_before_them(monkeypatch):
-    main = ["base", "F-FT", "continue", "retrain, same steps", "retrain", "truly clean, retrained, same steps"]
+    main = [
+        "base",
+        "F-FT",
+        "F-FT keep",
+        "continue",
+        "retrain, same steps",
+        "retrain",
+        "truly clean, retrained, same steps",
+    ]
     main += ["shrink, all data", "relabel", "rounds", "rounds + relabel", "oracle", "cross-entropy", "ELR"]
     assert defaults_of(monkeypatch) == {
         "cases": ["cifar-human", "spoken-sym40"],

@@ -21,6 +21,8 @@ def finding_of(partition: Partition, class_names: Sequence[str] = ()) -> str:
     """
     suspects = len(partition) - int(partition.is_clean.sum())
     if partition.noise_rate_interval is None:
+        if not suspects and partition.warning and not partition.warning.startswith("it calls"):
+            return "nothing is known about the samples"  # the warning says why
         return (
             f"{suspects:,} of {len(partition):,} samples are suspect, estimated noise rate {partition.noise_rate:.1%}"
         )

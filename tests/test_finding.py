@@ -40,8 +40,12 @@ def lists_of(suspects, worth, *, doubt=0.14, **changes):
             lists_of(20, 0, noise_rate_interval=None),
             "20 of 1,000 samples are suspect, estimated noise rate 3.0%",
         ),
+        (
+            lists_of(0, 0, noise_rate_interval=None, warning="some class has no name, so nothing can be told"),
+            "nothing is known about the samples",
+        ),
     ],
-    ids=["all", "lower bound", "one", "none", "not estimated"],
+    ids=["all", "lower bound", "one", "none", "not estimated", "not known"],
 )
 def test_what_is_said(partition, said):
     assert finding_of(partition) == said

@@ -30,6 +30,10 @@ def history(n, names, *, seed=0, memorized=0.0, weights=None, gap=0.1):
     return LabelHistory(torch.stack(phases, 1), last, label, torch.ones(n), early, gap), label != truth
 
 
+def generator_of(seed):
+    return torch.Generator().manual_seed(seed)
+
+
 def blind(rate):
     return (1 - rate) * torch.eye(CLASSES) + rate / CLASSES
 
@@ -252,3 +256,20 @@ def test_what_was_memorized_is_judged_at_the_rate_of_the_early_epoch():
     assert found.rate == pytest.approx(wrong.double().mean().item(), abs=0.03)
     assert found.wrong.mean().item() == pytest.approx(found.rate, abs=0.01)
     assert found.wrong[wrong].mean() > 0.7
+
+
+def test_two_classes_of_which_one_is_rare_are_judged_by_the_scores():
+    n, generator = 4000, generator_of(1)
+    truth = (torch.rand(n, generator=generator) < 0.05).long()
+    is_hard = torch.rand(n, generator=generator) < 0.15
+    margin = torch.where(truth == 1, 3.0, -3.0) * torch.where(is_hard, 0.3, 1.0) - 1.5
+    margin += torch.randn(n, generator=generator) * torch.where(truth == 1, 2.5, 0.8)
+    label = torch.where(torch.rand(n, generator=generator) < 0.03, 1 - truth, truth)
+    said = torch.stack([-margin / 2, margin / 2], 1)
+    phases = [said * (0.6 + 0.15 * k) + 0.2 * torch.randn(n, 2, generator=generator) for k in range(4)]
+    ones, position = torch.ones(n), torch.rand(n, generator=generator)
+    early = replace(prequential_rate(phases[0], label, position, ones), is_confirmed=True)
+    found = find_label_noise(LabelHistory(torch.stack(phases, 1), phases[3], label, ones, early))
+    assert found.status == "found"
+    assert (label != truth)[found.suspect].double().mean() >= found.expected - 0.1
+    assert found.suspects >= 100

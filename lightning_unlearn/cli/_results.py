@@ -222,7 +222,10 @@ def summary_of(partition: Partition, top: int = 10, class_names: Sequence[str] =
     drawn = f"recipe {partition.recipe!r}, {partition.layer}, after {epochs_in_words(partition.epoch)}"
     lines = [f"{len(suspects):,} of {len(partition):,} samples are suspect{why}."]
     if partition.noise_rate_interval is None:
-        lines.append(f"Estimated noise rate {partition.noise_rate:.1%}; {drawn}.")
+        found = finding_of(partition, class_names)
+        is_known = "estimated noise rate" in found
+        rate = f"Estimated noise rate {partition.noise_rate:.1%}" if is_known else f"{found[0].upper()}{found[1:]}"
+        lines.append(f"{rate}; {drawn}.")
     else:
         found = f"{finding_of(partition, class_names)}." if len(suspects) else "No list of suspects."
         lines = [f"{found[0].upper()}{found[1:]}", f"{lines[0][:-1]}; {drawn}."]

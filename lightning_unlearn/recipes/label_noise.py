@@ -42,6 +42,7 @@ _NO_GAP, _WIDE_GAP = 0.05, 0.2
 
 # Classes that are told apart so well are judged by latent classes, of however many samples: these do not memorize.
 _APART = 0.1
+_TWO = 2
 
 _SELDOM = 0.05  # a class is not known if it is predicted less often than this share of the samples called so
 _LEAST_RATE = 1e-4  # for the order where no label is wrong
@@ -243,8 +244,13 @@ def _by_names(named: NamedClasses, asked: _Asked) -> _Explained:
 
 
 def _speaks(matrix: TransitionNoise, asked: _Asked, number: float) -> bool:
-    """Whether latent classes say more of the labels than an early epoch and the network's own scores."""
-    return number < MANY or asked.early is None or (matrix.uncertainty <= _APART and not asked.is_left_out)
+    """Whether latent classes say more of the labels than an early epoch and the network's own scores.
+
+    Of two classes, these are a single number, of which latent classes make too much where one is rare.
+    """
+    if number < MANY or asked.early is None:
+        return True
+    return matrix.uncertainty <= _APART and not asked.is_left_out and len(matrix.transition) > _TWO
 
 
 def _by_matrix(matrix: TransitionNoise, asked: _Asked) -> _Explained:

@@ -10,6 +10,7 @@ from lightning_unlearn.types import REASONS, Partition
 # So many pairs of classes are named.
 _MOST_NAMES = 3
 _NEARLY_ALL = 0.95
+_LEAST_TOLD = 0.0005  # which is .1 %
 
 
 def finding_of(partition: Partition, class_names: Sequence[str] = ()) -> str:
@@ -44,22 +45,29 @@ def finding_of(partition: Partition, class_names: Sequence[str] = ()) -> str:
 
 
 def rate_in_words(rate: float, interval: tuple[float, float], what: str = "labels") -> str:
-    """How many look wrong; a lower bound where the upper end is not known.
+    """How many look wrong; without an upper end where it is not known.
 
-    The upper end holds for errors that fall on any class alike. Those of people lie between similar classes, where they
-    look like uncertainty: 9 % of them were called 4 % (``benchmarks/results/detection-in-a-fit.md``).
+    It is known for errors that fall on any class alike. Those of people lie between similar classes, where they look
+    like uncertainty: 9 % of them were called 6 % (``benchmarks/results/detection-cpu.md``).
 
     Example:
         >>> rate_in_words(0.03, (0.019, 0.044))
-        'about 3.0% of the labels (1.9% to 4.4%; more if similar classes are confused) look wrong'
+        'about 3.0% of the labels (1.9% to 4.4%) look wrong'
         >>> rate_in_words(0.03, (0.019, 1.0))
-        'at least 1.9% of the labels look wrong'
+        'about 3.0% of the labels look wrong (at least 1.9%)'
     """
+    return f"about {rate:.1%} of the {what}{_ends(interval)} look wrong{at_least(interval)}"
+
+
+def _ends(interval: tuple[float, float]) -> str:
     low, high = interval
-    if high >= 1:
-        return f"at least {low:.1%} of the {what} look wrong"
-    ends = f"{low:.1%} to {high:.1%}; more if similar classes are confused"
-    return f"about {rate:.1%} of the {what} ({ends}) look wrong"
+    return "" if high >= 1 else f" ({low:.1%} to {high:.1%})"
+
+
+def at_least(interval: tuple[float, float]) -> str:
+    """The lower end, in parentheses after a space, where the upper one is not known; empty if it is none."""
+    low, high = interval
+    return f" (at least {low:.1%})" if high >= 1 and low >= _LEAST_TOLD else ""
 
 
 def precision_in_words(partition: Partition) -> str:

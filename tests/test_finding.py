@@ -8,7 +8,7 @@ import torch
 from lightning_unlearn import Partition
 from lightning_unlearn.finding import finding_of
 
-RATE = "about 3.0% of the labels (1.9% to 4.4%; more if similar classes are confused) look wrong"
+RATE = "about 3.0% of the labels (1.9% to 4.4%) look wrong"
 
 
 def lists_of(suspects, worth, *, doubt=0.14, **changes):
@@ -31,8 +31,12 @@ def lists_of(suspects, worth, *, doubt=0.14, **changes):
         ),
         (
             lists_of(7, 1, doubt=0.01, noise_rate_interval=(0.019, 1.0)),
-            "at least 1.9% of the labels look wrong; 7 suspects, nearly all expected to be wrong; the next one is worth"
-            " a look",
+            "about 3.0% of the labels look wrong (at least 1.9%); 7 suspects, nearly all expected to be wrong; the next"
+            " one is worth a look",
+        ),
+        (
+            lists_of(9, 0, doubt=0.01, noise_rate_interval=(0.0, 1.0)),
+            "about 3.0% of the labels look wrong; 9 suspects, nearly all expected to be wrong",
         ),
         (lists_of(1, 0, doubt=0.28), f"{RATE}; 1 suspect, about 7 in 10 expected to be wrong"),
         (lists_of(0, 300), "no suspects"),
@@ -45,7 +49,7 @@ def lists_of(suspects, worth, *, doubt=0.14, **changes):
             "nothing is known about the samples",
         ),
     ],
-    ids=["all", "lower bound", "one", "none", "not estimated", "not known"],
+    ids=["all", "lower bound", "no bound", "one", "none", "not estimated", "not known"],
 )
 def test_what_is_said(partition, said):
     assert finding_of(partition) == said

@@ -48,7 +48,7 @@ def test_clean_data_has_no_suspects(seed, memorized):
     found = find_label_noise(history(3000, blind(0.0), seed=seed, memorized=memorized)[0])
     assert found.status in {"none", "weak"}
     assert found.suspect.double().mean() <= 0.003
-    assert found.interval[0] == 0
+    assert found.interval == (0, 1)
     assert found.structured is None
 
 
@@ -59,7 +59,7 @@ def test_blind_errors_are_found_at_the_precision_that_is_stated(rate, memorized)
     found = find_label_noise(seen)
     true_rate = wrong.double().mean().item()
     assert found.status == "found"
-    assert found.interval[0] <= true_rate <= found.interval[1]
+    assert found.interval[0] <= true_rate <= found.interval[1] < 1
     assert wrong[found.suspect].double().mean().item() >= found.expected - 0.1
     assert (wrong & found.suspect).sum() >= 0.5 * wrong.sum()
     assert found.suspects == pytest.approx(int(found.suspect.sum()), abs=1)
@@ -102,6 +102,7 @@ def test_suspects_of_a_sampler_that_prefers_classes_are_not_acted_upon():
     seen, wrong = history(6000, blind(0.06), weights=-favored)
     found = find_label_noise(replace(seen, early=replace(seen.early, bias=0 * favored.double()), favored=favored))
     assert found.status == "weak"
+    assert found.interval[1] == 1
     assert wrong[found.suspect].double().mean() >= found.expected - 0.1
 
 
@@ -228,12 +229,27 @@ def test_two_ranks_find_what_one_finds(names):
 def test_errors_on_classes_that_are_taken_for_each_other_are_added_to_blind_ones():
     seen, _ = history(6000, blind(0.1))
     seen = replace(seen, early=replace(seen.early, is_confirmed=True))
-    more = replace(seen, early=replace(seen.early, confused=0.05, most_confused=0.08))
+    more = replace(seen, early=replace(seen.early, confused=0.05, most_confused=0.08, is_blind=False))
     few, many = (label_noise._by_blind_errors(label_noise._asked(one, no_reduce)[0]) for one in (seen, more))
     assert many.rate == pytest.approx(few.rate + 0.05)
-    assert many.interval[1] == pytest.approx(seen.early.middle + 0.08)
-    assert many.interval[0] == few.interval[0]
+    assert many.interval == (few.interval[0], 1)
     assert many.wrong.mean().item() == pytest.approx(many.rate, abs=0.005)
+
+
+def test_the_upper_end_holds_all_confusion_that_may_be_errors():
+    seen, _ = history(6000, blind(0.1))
+    found = find_label_noise(replace(seen, early=replace(seen.early, most_confused=0.08)))
+    assert found.interval[1] == pytest.approx(seen.early.middle + 0.08)
+    weighted = replace(seen.early, bias=torch.linspace(-1, 1, CLASSES).double())
+    for early in (replace(seen.early, is_blind=False), weighted):
+        assert find_label_noise(replace(seen, early=early)).interval[1] == 1
+
+
+def test_what_no_other_epoch_confirms_is_not_believed_beside_leave_one_out_scores():
+    seen, _ = history(6000, blind(0.1))
+    early = replace(seen.early, middle=0.2, confused=0.1, is_confirmed=False)
+    told = label_noise._unseen(replace(seen, early=early, left_out=seen.early))
+    assert (told.middle, told.confused, told.is_confirmed) == (seen.early.middle, 0, True)
 
 
 @pytest.mark.parametrize("early", [True, False])

@@ -71,7 +71,7 @@ def test_an_early_epoch_tells_what_was_memorized_later():
     assert judge_label(memorized, no_reduce).noise.status == "none"
     verdict = judge_label(replace(memorized, unseen=seen), no_reduce)
     assert verdict.noise.rate == pytest.approx(0.08)
-    assert verdict.noise.interval == pytest.approx((0.075, 0.085), abs=0.01)
+    assert verdict.noise.interval == (pytest.approx(0.075, abs=0.01), 1)
     assert any("has memorized labels" in note for note in verdict.notes)
     assert not judge_label(replace(evidence, unseen=replace(seen, accuracy=0.9)), no_reduce).notes[1:]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightning_unlearn.callbacks._diverged import ADVICE
-from lightning_unlearn.finding import precision_in_words, worth_in_words
+from lightning_unlearn.finding import at_least, precision_in_words, worth_in_words
 from lightning_unlearn.types import Partition, RepairSummary
 
 # A network that gives so many of the suspects their given label has memorized them.
@@ -112,7 +112,7 @@ def _how_sure(partition: Partition) -> str:
     if partition.noise_rate_interval is None:
         return ""
     low, high = partition.noise_rate_interval
-    said = f" (at least {low:.1%})" if high >= 1 else f" ({low:.1%} to {high:.1%})"
+    said = at_least((low, high)) if high >= 1 else f" ({low:.1%} to {high:.1%})"
     return "; ".join([said, *worth_in_words(partition)])
 
 

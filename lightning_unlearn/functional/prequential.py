@@ -30,6 +30,12 @@ MAX_SCALE_CHANGE = 2.0
 MAX_SCALE = 10.0
 """Scale from which on the network has hardly begun."""
 
+MAX_SCALE_OF_CONFUSION = 2.5
+"""Scale up to which confusion counts.
+
+Above it, outputs are no probabilities of labels, as where only hard samples are trained on.
+"""
+
 MIN_SHIFT = 0.2
 """Total variation between predicted and given classes, up to which no bias is taken out: it may be chance."""
 
@@ -67,6 +73,7 @@ class PrequentialRate:
         is_confirmed: whether the epoch after it was looked at, too.
         confused: how many more labels are wrong as classes are taken for each other.
         most_confused: the same at most, if all confusion is wrong labels and none is hard to tell.
+        is_blind: whether classes were asked about, and taken for each other add no more than ``high`` does.
     """
 
     low: float
@@ -79,6 +86,7 @@ class PrequentialRate:
     is_confirmed: bool = False
     confused: float = 0.0
     most_confused: float = 0.0
+    is_blind: bool = False
 
 
 def following(known: PrequentialRate | None, found: PrequentialRate) -> PrequentialRate:
@@ -163,7 +171,10 @@ def prequential_rate(
     if parts == 1 or z < MIN_Z or not asks_of_confusion(logits.shape[1], reduce(weight.sum().reshape(1)).item()):
         return found
     confused, most = confusion_rate(*data, some, group=group, reduce=reduce)
-    return replace(found, confused=confused, most_confused=most)
+    # A network that is trained on hard samples only confuses classes everywhere, whatever the labels.
+    is_sure = bool(_typical(some.scale) <= MAX_SCALE_OF_CONFUSION)
+    is_blind = confused <= found.high - found.middle
+    return replace(found, confused=confused * is_sure, most_confused=most, is_blind=is_blind)
 
 
 def favored_by_sampler(given: Tensor, drawn: Tensor) -> Tensor:

@@ -190,5 +190,6 @@ def _with_inputs(noise: NoiseEstimate | None, corrupted: float) -> NoiseEstimate
     """The estimate of labels where a share of all samples has a corrupted input, and its labels were not judged."""
     if noise is None:
         return None
-    rate, low, high = (corrupted + (1 - corrupted) * share for share in (noise.rate, *noise.interval))
+    # So that 1 stays exactly 1.
+    rate, low, high = (1 - (1 - corrupted) * (1 - share) for share in (noise.rate, *noise.interval))
     return replace(noise, rate=rate, interval=(low, high))

@@ -97,7 +97,7 @@ class LabelNoise:
             little.
         objection: why nothing can be told; empty if it can.
         rate: of wrong labels; a lower bound for errors that are not blind.
-        interval: of it, at 95 %.
+        interval: of it, at 95 %; the upper end is 1 where errors are not known to fall on any class alike.
         z: how sure it is that labels are wrong.
         structured: the classes that go by another's name; None if none does.
         transition: (C, C), row k the probabilities of what a sample of class k is called; None where errors are blind.
@@ -151,7 +151,7 @@ def find_label_noise(
     else:
         found = _by_blind_errors(asked)
     # Habits are told from what is hard by an early epoch, or by the most confident samples.
-    is_open = _is_sampled(history) or (named is not None and asked.early is None and not is_shown)
+    is_open = asked.is_sampled or (named is not None and asked.early is None and not is_shown)
     objection = "" if _knows_classes(mean + asked.shift, asked.label, asked.weight, reduce) else NOT_KNOWN
     status = _status(found.z, is_open=is_open)
     if status == "none" and matrix is not None and not matrix.is_named:
@@ -172,6 +172,7 @@ class _Asked:
         weight: (n,) float64.
         early: what is told by evidence that has not seen the labels.
         z: how sure it is that blind errors are there.
+        is_sampled: whether some classes were drawn more often than others.
         reduce: sums over the ranks.
     """
 
@@ -183,6 +184,7 @@ class _Asked:
     weight: Tensor
     early: PrequentialRate | None
     z: float
+    is_sampled: bool
     reduce: Reduce
 
 
@@ -196,7 +198,7 @@ def _asked(history: LabelHistory, reduce: Reduce) -> tuple[_Asked, Tensor]:
     # What the next epoch has not confirmed had not been learned yet, and is still in the mean.
     if early is not None:
         z = early.z_score if early.is_confirmed else max(z, early.z_score)
-    return _Asked(score, score is not shifted, fit, shift, y, w, early, z, reduce), mean
+    return _Asked(score, score is not shifted, fit, shift, y, w, early, z, _is_sampled(history), reduce), mean
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,7 +217,8 @@ def _label_noise(
     found: _Explained, named: NamedClasses | None, status: Status, objection: str, asked: _Asked, precision: float
 ) -> LabelNoise:
     list_of = expected_precision(found.wrong, asked.weight, reduce=asked.reduce)
-    number, threshold, expected = list_of.longest(precision, LEAST) if status in {"found", "weak"} else (0.0, 1.0, 0.0)
+    is_shown = status in {"found", "weak"}
+    number, threshold, expected = list_of.longest(precision, LEAST) if is_shown else (0.0, 1.0, 0.0)
     share, suggested = found.others.scatter(1, asked.label.unsqueeze(1), -torch.inf).softmax(1).max(1)
     return LabelNoise(
         wrong=found.wrong,
@@ -225,7 +228,8 @@ def _label_noise(
         status=status,
         objection=objection,
         rate=found.rate,
-        interval=found.interval,
+        # What does not show, or is memorized first, may be any number.
+        interval=found.interval if is_shown and not asked.is_sampled else (found.interval[0], 1.0),
         z=found.z,
         structured=named.noise if named else None,
         transition=found.transition,
@@ -258,7 +262,7 @@ def _by_matrix(matrix: TransitionNoise, asked: _Asked) -> _Explained:
     if early is not None:
         # An early epoch takes what is easily confused for uncertain, latent classes take it for wrong.
         rate = (max(rate, early.middle) + min(max(rate, early.low), early.high)) / 2
-        interval = (min(early.low, rate), max(early.high, matrix.rate))
+        interval = min(early.low, rate), max(_highest(early), matrix.rate)
     wrong = torch.sigmoid(-log_odds_of(matrix.posterior, asked.label))
     wrong = with_mean(wrong, asked.weight, _possible(rate), reduce=asked.reduce)
     return _Explained(wrong, matrix.posterior, rate, interval, max(asked.z, matrix.z), matrix.transition)
@@ -271,8 +275,7 @@ def _by_blind_errors(asked: _Asked) -> _Explained:
     interval = max(0.0, rate - error), 1.0
     if early is not None:
         rate = early.middle + early.confused if early.is_confirmed else max(rate, early.low)
-        most = early.middle + early.most_confused if early.confused else 0.0
-        interval = min(early.low, rate), max(early.high, fit.rate + error, rate, most)
+        interval = min(early.low, rate), max(_highest(early), fit.rate + error, rate)
     blind = min(max(rate, _LEAST_RATE) / (1 - 1 / asked.score.shape[1]), _MOST_BLIND)
     # At a rate that is higher than the scores show, their temperature is that of labels which are partly memorized.
     known = fit_symmetric_noise(asked.score, y, w, start=fit, blind=blind, reduce=reduce)
@@ -280,6 +283,15 @@ def _by_blind_errors(asked: _Asked) -> _Explained:
     # The margin ranks better where classes are easily confused, as it leaves the less likely ones out.
     wrong = in_order_of(-label_margin(asked.score, y), wrong, w, reduce=reduce)
     return _Explained(wrong, asked.score.double(), rate, interval, asked.z)
+
+
+def _highest(early: PrequentialRate) -> float:
+    """How many labels are wrong at most; 1 where errors are not blind, so that an unknown number does not show.
+
+    A shift between classes that is taken out is not told from classes that are taken for each other.
+    """
+    is_known = early.is_blind and not bool(early.bias.any())
+    return max(early.high, early.middle + early.most_confused) if is_known else 1.0
 
 
 def _possible(rate: float) -> float:
@@ -321,16 +333,17 @@ def _unseen(history: LabelHistory) -> PrequentialRate | None:
     told = [one for one in (history.early, history.left_out) if one is not None and one.is_settled]
     if not told:
         return None
+    # What leaves the sample out is not of a network that still learns.
+    sure = [one for one in told if one.is_confirmed or one is history.left_out]
     return replace(
         told[0],
         low=min(one.low for one in told),
-        middle=max(one.middle for one in told),
+        middle=max(one.middle for one in sure or told),
         high=max(one.high for one in told),
-        confused=max(one.confused for one in told),
+        confused=max(one.confused for one in sure or told),
         most_confused=max(one.most_confused for one in told),
-        z_score=max(one.z_score for one in told),
-        # What leaves the sample out is not of a network that still learns.
-        is_confirmed=any(one.is_confirmed or one is history.left_out for one in told),
+        z_score=max(one.z_score for one in sure or told),
+        is_confirmed=bool(sure),
     )
 
 

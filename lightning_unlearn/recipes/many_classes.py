@@ -135,10 +135,8 @@ def _blind_errors(
 
 
 def _interval(fit: SymmetricNoiseFit, early: PrequentialRate | None, rate: float) -> tuple[float, float]:
-    error = _TWO_SIDED * fit.std_error
-    if early is None:
-        return max(0.0, fit.rate - error), 1.0
-    return min(early.low, rate), min(max(early.high, fit.rate + error, rate), 1.0)
+    """Without an upper end, as it is not asked whether classes are taken for each other."""
+    return (max(0.0, fit.rate - _TWO_SIDED * fit.std_error) if early is None else min(early.low, rate)), 1.0
 
 
 def _knows_classes(given: Tensor, said: Tensor) -> bool:

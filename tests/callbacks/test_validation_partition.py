@@ -71,6 +71,8 @@ def test_wrong_labels_of_validation_samples_are_found(whole):
     flagged = ~partition.is_clean
     assert (flagged & VALID.wrong).sum() >= 0.9 * VALID.wrong.sum()
     assert VALID.wrong[flagged].float().mean() >= 0.9
+    # Of errors that the network has learned from the training labels nothing shows.
+    assert partition.noise_rate_interval[0] <= VALID.wrong.float().mean() < partition.noise_rate_interval[1] == 1
     assert partition.epoch == AT
     assert partition.fingerprint != callback.partition.fingerprint
 

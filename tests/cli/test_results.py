@@ -69,7 +69,7 @@ def test_a_saved_partition_is_shown_and_written_as_a_table(partition, tmp_path, 
     assert Path("suspects.csv").read_text().count("\n") == 3
 
 
-RATE = "About 42.0% of the labels (30.0% to 50.0%; more if similar classes are confused) look wrong"
+RATE = "About 42.0% of the labels (30.0% to 50.0%) look wrong"
 
 
 @pytest.fixture

@@ -76,6 +76,27 @@ def test_what_a_sampler_did_is_known():
     assert not favored_by_sampler(torch.tensor([100, 120]), torch.tensor([110, 100])).any()  # by chance
 
 
+@pytest.mark.parametrize(("scale", "counts"), [(1.0, 1), (0.2, 0)], ids=["probabilities", "hard samples only"])
+def test_confusion_counts_where_outputs_are_probabilities(scale, counts, monkeypatch):
+    logits, label, position = epoch(8000, 0.05)
+    data = (scale * logits, label, position, torch.ones(8000))
+    found = prequential_rate(*data)
+    assert (found.confused, found.is_blind) == (0, True)
+    less = (found.high - found.middle) / 2
+    monkeypatch.setattr(prequential, "confusion_rate", lambda *_, **__: (less, 0.05))
+    assert prequential_rate(*data).is_blind
+    monkeypatch.setattr(prequential, "confusion_rate", lambda *_, **__: (0.02, 0.05))
+    found = prequential_rate(*data)
+    assert (found.confused, found.most_confused, found.is_blind) == (0.02 * counts, 0.05, False)
+
+
+def test_no_upper_end_where_it_is_not_asked_whether_classes_are_confused():
+    two = prequential_rate(*epoch(8000, 0.05, classes=2), torch.ones(8000))
+    assert two.z_score > 3
+    assert not two.is_blind
+    assert not prequential_rate(*epoch(8000, 0.0), torch.ones(8000)).is_blind
+
+
 EARLY = prequential_rate(*epoch(6000, 0.1), torch.ones(6000))
 
 

@@ -226,7 +226,8 @@ def test_two_ranks_find_what_one_finds(names):
         assert found.status == one.status
 
 
-def test_errors_on_classes_that_are_taken_for_each_other_are_added_to_blind_ones():
+def test_errors_on_classes_that_are_taken_for_each_other_are_added_to_blind_ones(monkeypatch):
+    monkeypatch.setattr(label_noise, "_CLEAR_CUT", 0.0)  # as where classes are hard to tell
     seen, _ = history(6000, blind(0.1))
     seen = replace(seen, early=replace(seen.early, is_confirmed=True))
     more = replace(seen, early=replace(seen.early, confused=0.05, most_confused=0.08, is_blind=False))
@@ -234,6 +235,19 @@ def test_errors_on_classes_that_are_taken_for_each_other_are_added_to_blind_ones
     assert many.rate == pytest.approx(few.rate + 0.05)
     assert many.interval == (few.interval[0], 1)
     assert many.wrong.mean().item() == pytest.approx(many.rate, abs=0.005)
+
+
+@pytest.mark.parametrize(("confused", "counted"), [(0.0, 0.0), (0.02, 0.0), (0.03, 0.015), (0.04, 0.04), (0.2, 0.2)])
+def test_little_confusion_is_of_classes_that_overlap(confused, counted):
+    assert label_noise._counted(confused) == pytest.approx(counted)
+
+
+def test_where_scores_split_in_two_they_tell_how_many_labels_are_wrong():
+    seen, wrong = history(6000, blind(0.02))
+    too_many = replace(seen.early, low=0.0, middle=0.05, high=0.07, confused=0.05, is_confirmed=True)
+    found = find_label_noise(replace(seen, early=too_many))
+    assert found.rate == pytest.approx(wrong.double().mean().item(), abs=0.006)
+    assert wrong[found.suspect].double().mean() > found.expected - 0.1
 
 
 def test_the_upper_end_holds_all_confusion_that_may_be_errors():

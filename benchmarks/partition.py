@@ -31,7 +31,7 @@ from torch import Tensor
 from benchmarks.measures import flags, ranking
 from benchmarks.models import StopAfter
 from benchmarks.partition_tables import tables
-from benchmarks.peers import PEERS, SCORES, Recorder, peer
+from benchmarks.peers import OUT_OF_FOLD, SCORES, Recorder, peer
 from benchmarks.problems import Problem, problems
 from benchmarks.runs import head, where_and_when
 from benchmarks.sources import DATA
@@ -142,7 +142,9 @@ def _listed(bad: Tensor, found: dict[str, Any]) -> dict[str, Any]:
 def row_of(problem: Problem, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """All that is known of a case with a seed."""
     # The folds of a slow case take as long as five fits, and there are no features; its own scores come with its fit.
-    names = [name for name in PEERS if not problem.is_slow or (name == "folds" and args.slow_folds)]
+    names = ["plain", *args.peers]
+    if problem.is_slow:
+        names = ["folds"] if args.slow_folds else []
     found = {name: peer(name, problem, seed, args.cache) for name in names}
     if args.peers_only:
         return {}
@@ -214,6 +216,7 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the data files")
     parser.add_argument("--out", type=Path, default=Path("runs/partition"), help="where rows are kept")
     parser.add_argument("--cache", type=Path, default=Path("runs/partition/peers"))
+    parser.add_argument("--peers", nargs="*", choices=OUT_OF_FOLD, default=OUT_OF_FOLD, help="five trainings each")
     parser.add_argument("--slow-folds", action="store_true", help="five folds of the convolutional networks too")
     parser.add_argument("--peers-only", action="store_true", help="fill the cache")
     parser.add_argument("--tables-only", action="store_true", help="of the rows that there are")

@@ -24,6 +24,7 @@ from lightning_unlearn.functional import label_margin
 
 FOLDS = 5
 SCORES = ("aum", "loss", "margin")
+OUT_OF_FOLD = ("folds", "logistic")
 _EVAL_BATCH = 500
 _MOST_STEPS = 100  # of the logistic regression
 

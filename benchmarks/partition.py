@@ -235,6 +235,8 @@ def main(given: Sequence[str] | None = None) -> None:
     if not args.tables_only:
         run(args)
     rows = [row for row in _known(args.out / "rows.jsonl") if re.search(args.only, row["case"])]
+    order = list(problems())
+    rows.sort(key=lambda row: (order.index(row["case"]), row["seed"]))
     if not rows or args.peers_only:
         return
     text = head("benchmarks.partition", rows, ["cleanlab"]) + tables(rows)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_unlearn.callbacks._base import IndexedBatch, output_of
 from lightning_unlearn.callbacks._lightning import undisturbed
 from lightning_unlearn.callbacks._saying import rank_zero_info
-from lightning_unlearn.capture import ForwardTrace, named_layers, take_rows, tap
+from lightning_unlearn.capture import BATCH_NORM, ForwardTrace, named_layers, take_rows, tap
 from lightning_unlearn.functional.leave_one_out import leave_one_out_logits, left_out_rate, objection_to, skill_of
 from lightning_unlearn.functional.mixture import Reduce, reduce_together
 from lightning_unlearn.functional.prequential import PrequentialRate
@@ -30,8 +30,6 @@ _ROWS = 4
 _SAME = 1e-4
 
 _FEWEST = 2  # classes
-
-_NORMS = nn.modules.batchnorm._NormBase
 
 
 class FrozenFeatures:
@@ -241,6 +239,6 @@ def _first_trained(trace: ForwardTrace, trainer: Trainer, samples: int) -> Layer
 
 def _statistics(model: nn.Module) -> dict[str, Tensor]:
     """What batch norms have learned of their inputs in training."""
-    norms = [(name, one) for name, one in named_layers(model).items() if isinstance(one, _NORMS)]
+    norms = [(name, one) for name, one in named_layers(model).items() if isinstance(one, BATCH_NORM)]
     found = {f"{name}.{of}": getattr(module, of) for name, module in norms for of in ("running_mean", "running_var")}
     return {name: value for name, value in found.items() if value is not None}

@@ -1110,7 +1110,9 @@ class AttributionPartitionCallback(UnlearnCallback):
         """Passes over this rank's share of the training set; see :meth:`EvidencePass.run`."""
         is_last = not self._is_before_the_first(trainer.current_epoch)
         total = len(self._trajectory_in_use)
-        features = self._features if is_last and self._features.hold(trainer, pl_module, self, total) else None
+        # The margins of several labels are those of the logits, for which no layer is watched.
+        watches = is_last and self.reading.task != "multilabel"
+        features = self._features if watches and self._features.hold(trainer, pl_module, self, total) else None
         found = self._evidence_pass(trainer, pl_module, is_last=is_last, features=features)
         share = found.run(trainer, pl_module)
         if is_last and self._partition is None:

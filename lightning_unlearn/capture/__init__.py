@@ -3,6 +3,7 @@
 from lightning_unlearn.capture.attributor import Attributor, MarginAttribution
 from lightning_unlearn.capture.calls import Forward, ModuleCall
 from lightning_unlearn.capture.layers import (
+    BATCH_NORM,
     named_layers,
     neuron_count,
     neuron_dimension,
@@ -21,6 +22,7 @@ from lightning_unlearn.capture.watching import watch_output
 
 __all__ = [
     "ATTRIBUTION_METHODS",
+    "BATCH_NORM",
     "GRADIENT_X_ACTIVATION",
     "Attributor",
     "Forward",

@@ -12,8 +12,9 @@ from lightning_unlearn.types import LayerPoint
 
 # Convolutions and their norms have the neuron (channel) in dimension 1, everything else in the last one.
 CONV = nn.modules.conv._ConvNd
-_CHANNEL_FIRST = (CONV, nn.modules.batchnorm._NormBase, nn.GroupNorm)
-NORM = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+BATCH_NORM = nn.modules.batchnorm._NormBase
+_CHANNEL_FIRST = (CONV, BATCH_NORM, nn.GroupNorm)
+NORM = (BATCH_NORM, nn.LayerNorm, nn.GroupNorm)
 
 
 # What torch.compile, and torch's wrapper for activation checkpointing, put into dotted paths.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_unlearn.capture import named_layers, plain_name
+from lightning_unlearn.capture import BATCH_NORM, named_layers, plain_name
 from lightning_unlearn.finetuning.shrink_weights import KEPT, shrink
 
 WarmStart = Literal["auto", "shrink", "keep", "start"]
@@ -170,7 +170,7 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def _norm_statistics(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, module in named_layers(model).items():
-        if isinstance(module, nn.modules.batchnorm._NormBase):
+        if isinstance(module, BATCH_NORM):
             held: dict[str, Any] = dict(module.named_buffers(recurse=False))
             yield from ((f"{name}.{kind}", held[kind]) for kind in _STATISTICS if not _is_absent(held.get(kind)))
 

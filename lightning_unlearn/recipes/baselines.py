@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.functional.mixture import GaussianMixture, Reduce, fit_mixture, standardise
-from lightning_unlearn.recipes.classes import class_scores, rival_of
+from lightning_unlearn.recipes.classes import class_scores, rival_of, with_coordinates
 from lightning_unlearn.recipes.verdict import LONE, Verdict, calls_all_the_same, higher_component, undecided
 from lightning_unlearn.types import Evidence
 
@@ -63,7 +63,9 @@ def _judge_score(score: Tensor, evidence: Evidence, reduce: Reduce) -> Verdict:
 
 
 def confidence(evidence: Evidence) -> Tensor:
-    """(n,) in [0, 1], the model's probability of its own prediction in the last pass."""
+    """(n,) in [0, 1], the model's probability of its own prediction in the last pass; 0 if no class has coordinates."""
+    if not bool(with_coordinates(evidence.basis).any()):
+        return torch.zeros_like(evidence.weight)
     return class_scores(evidence, evidence.attribution[:, -1]).softmax(dim=1).amax(dim=1)
 
 

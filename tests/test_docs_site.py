@@ -81,7 +81,7 @@ def test_links_lead_somewhere(page):
     repository = "https://github.com/lightning-unlearn/lightning-unlearn/blob/main/"
     for link in re.findall(r"\]\(([^)]+)\)", PAGES[page]):
         path, _, anchor = link.partition("#")
-        target = ROOT / path.removeprefix(repository) if link.startswith(repository) else folder / path
+        target = ROOT / path.removeprefix(repository) if link.startswith(repository) else folder / (path or page)
         if link.startswith(repository) or not link.startswith("https://"):
             assert target.exists(), link
             assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link

@@ -153,6 +153,7 @@ class _TruePartition(L.Callback):
     regresses_on_probability = True
     is_dry_run = False
     sample_weight = None
+    memorised = None
 
     def __init__(self, truth: Partition, at_epoch: int) -> None:
         self.truth = truth

@@ -319,7 +319,7 @@ def test_a_text_classifier_in_the_manner_of_hugging_face(given):
 )
 def test_a_layer_inside_is_attributed_pruned_and_trained_from(make, layer, norm):
     module, partition, prune, finetune = repair(
-        lambda: Toy(make), loader_of(IMAGES), at=1, layer=layer, prune={"layer": layer}, finetune={"mode": "layers"}
+        lambda: Toy(make), loader_of(IMAGES), at=2, layer=layer, prune={"layer": layer}, finetune={"mode": "layers"}
     )
     assert partition.partition.layer == f"output of '{layer}'"
     assert (prune._sites[0].layer, prune._sites[0].norm) == (layer, norm)

@@ -61,7 +61,7 @@ def test_a_missing_partner_is_an_error_that_shows_the_lines_to_add(alone, partit
     lines = [line.strip() for line in str(error.value).splitlines()]
     assert f"{alone.__name__} needs an AttributionPartitionCallback" in lines[0]
     assert lines[1].startswith(f"{partitions or 'none'}.")
-    assert f"trainer = Trainer(callbacks=[AttributionPartitionCallback(at_epoch=20), {alone.__name__}(...)])" in lines
+    assert f"trainer = Trainer(callbacks=[AttributionPartitionCallback(), {alone.__name__}(...)])" in lines
     assert "- class_path: lightning_unlearn.AttributionPartitionCallback" in lines
     assert f"- class_path: lightning_unlearn.{alone.__name__}" in lines
 

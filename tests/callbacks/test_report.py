@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch.nn.functional import cross_entropy
 
-from lightning_unlearn import Partition, UnlearnReport
+from lightning_unlearn import UnlearnReport
 from lightning_unlearn.callbacks._packages import MisconfigurationException
 from lightning_unlearn.cli import main
 from lightning_unlearn.report import RunRecord
@@ -74,10 +74,12 @@ def test_where_it_comes_from_is_said_once_and_as_the_checkpoint_says_it(run, tmp
     assert ", ".join(map(str, prune.mask.pruned_indices().tolist())) in page
     assert '"action":"dropped"' in page
     # What the page advises, for who wants to decide otherwise.
-    assert 'Partition.load("partition.npz").to_csv("suspects.csv")' in page
-    Partition.load(folder / "partition.npz").to_csv(tmp_path / "suspects.csv")
+    worth = partition.partition.worth_review()
+    review = " --review" if worth else ""
+    assert f"<code>lightning-unlearn show .{review} --csv suspects.csv</code> in the run directory" in page
+    main(["show", str(folder), *review.split(), "--csv", str(tmp_path / "suspects.csv")])
     rows = (tmp_path / "suspects.csv").read_text().splitlines()
-    assert len(rows) == 1 + len(partition.partition.suspect_indices())
+    assert len(rows) == 1 + len(partition.partition.suspect_indices()) + worth
 
 
 def test_the_gallery_is_of_the_most_suspect_samples_as_the_data_set_has_them(run):
@@ -186,10 +188,14 @@ def test_a_report_that_cannot_be_written_does_not_end_the_fit(tmp_path):
     assert module.trainer.state.finished
 
 
-def test_a_fit_that_ends_before_the_partition_has_no_report(tmp_path):
-    with pytest.warns(UserWarning, match="There is no report of this fit: RuntimeError: There is no partition yet"):
-        a_fit(UnlearnReport(tmp_path / "run"), max_steps=3)
-    assert not (tmp_path / "run").exists()
+def test_a_fit_that_ends_before_the_partition_is_due_has_a_report_of_the_one_drawn_at_its_end(tmp_path):
+    with pytest.warns(UserWarning, match="due when 2 epochs are complete, is drawn now, too late to prune"):
+        _, (partition, *_) = a_fit(UnlearnReport(tmp_path / "run"), max_steps=3)
+    record = RunRecord.load(tmp_path / "run")
+    assert record.partition.clean_probability.equal(partition.partition.clean_probability)
+    assert not record.masks
+    assert not record.swaps
+    assert (tmp_path / "run" / "report.html").exists()
 
 
 def test_too_few_names_are_refused_before_the_first_step(tmp_path):

@@ -36,7 +36,7 @@ class ValidationWatch:
         self._outputs: list[Tensor] = []
         self._label: Any = None
         # How many are right, and how many have a label.
-        self._counts = torch.zeros(2)
+        self._counts: Tensor | None = None
         self._is_whole = True
         self._has_run = False
 
@@ -80,7 +80,7 @@ class ValidationWatch:
         except Exception:
             self._is_whole = False
             return
-        self._counts = self._counts.to(counts.device) + counts
+        self._counts = counts if self._counts is None else self._counts + counts
 
     def _end(self) -> None:
         if self._end_watch is not None:
@@ -97,7 +97,8 @@ class ValidationWatch:
             reduce: sums over the ranks.
         """
         self._end()
-        sums = torch.tensor([*self._counts.tolist(), not self._is_whole, metric, 1.0], dtype=torch.float64)
+        counts = [0.0, 0.0] if self._counts is None else self._counts.tolist()
+        sums = torch.tensor([*counts, not self._is_whole, metric, 1.0], dtype=torch.float64)
         has_run = self._has_run
         self._forget()
         if not has_run:

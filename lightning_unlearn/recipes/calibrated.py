@@ -88,9 +88,10 @@ def _history(evidence: Evidence, unseen: OutOfSample, reduce: Reduce) -> LabelHi
 def _favored(evidence: Evidence, drawn: Tensor | None, reduce: Reduce) -> Tensor | None:
     if drawn is None:
         return None
-    weight = evidence.weight.double()
-    given = torch.zeros(evidence.num_classes, dtype=torch.float64, device=weight.device)
-    return favored_by_sampler(reduce(given.index_add_(0, evidence.label, weight)), drawn)
+    # Of copies each is drawn.
+    each = (evidence.weight > 0).double()
+    given = torch.zeros(evidence.num_classes, dtype=torch.float64, device=each.device)
+    return favored_by_sampler(reduce(given.index_add_(0, evidence.label, each)), drawn)
 
 
 def share_predicted(evidence: Evidence, reduce: Reduce) -> float:

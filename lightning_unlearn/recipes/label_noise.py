@@ -269,7 +269,8 @@ def _by_matrix(matrix: TransitionNoise, asked: _Asked) -> _Explained:
     rate, early, interval = matrix.rate, asked.early, (matrix.rate / 2, 1.0)
     if early is not None:
         # An early epoch takes what is easily confused for uncertain, latent classes take it for wrong.
-        rate = (max(rate, early.middle) + min(max(rate, early.low), early.high)) / 2
+        most = early.high if early.is_blind else 1.0
+        rate = (max(rate, early.middle) + min(max(rate, early.low), most)) / 2
         interval = min(early.low, rate), max(_highest(early), matrix.rate)
     wrong = torch.sigmoid(-log_odds_of(matrix.posterior, asked.label))
     wrong = with_mean(wrong, asked.weight, _possible(rate), reduce=asked.reduce)
@@ -283,7 +284,7 @@ def _by_blind_errors(asked: _Asked) -> _Explained:
     interval = max(0.0, rate - error), 1.0
     if early is not None:
         rate = early.middle + _counted(early.confused) if early.is_confirmed else max(rate, early.low)
-        if early.low <= fit.rate and _is_clear_cut(asked):
+        if early.low <= fit.rate and fit.rate > error and _is_clear_cut(asked):
             rate = min(rate, fit.rate + error)
         interval = min(early.low, rate), max(_highest(early), fit.rate + error, rate)
     blind = min(max(rate, _LEAST_RATE) / (1 - 1 / asked.score.shape[1]), _MOST_BLIND)

@@ -112,7 +112,7 @@ class Evidence:
         left_out: (n, r) leave-one-out logits of features that training has not changed, in the coordinates ``basis``;
             None without ``unseen.left_out``, and where not all samples were taken for it.
         soft_margins: (n, P, K) of the same parts as ``attribution``, where more classes occur than have coordinates,
-            else None; see :mod:`~lightning_unlearn.functional.soft_margin`. ``basis`` is (C, 0) then, or, for recipes
+            else None; see ``lightning_unlearn.functional.soft_margin``. ``basis`` is (C, 0) then, or, for recipes
             of users, a random part of the classes' differences.
         rival: (n,) int64, the strongest class of the last pass other than the given label, where there are soft
             margins, else None.

@@ -174,7 +174,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         logits_from: from what ``forward`` returns to logits; by default that itself, its ``logits``, or the first of
             a tuple.
         judge_validation: judge the samples of the validation loader too, by one pass when those of training are judged
-            (:attr:`validation_partition`). Nothing acts on it; but wrong labels there count in the accuracy.
+            (``validation_partition``). Nothing acts on it; but wrong labels there count in the accuracy.
         check_data: refuse to resume on training data of which more than a quarter of 16 sampled items have another
             content than in the fit that wrote the checkpoint or ``review`` (not compared under random augmentation).
             Their number and labels are checked in any case.

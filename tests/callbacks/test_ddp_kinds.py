@@ -69,7 +69,8 @@ def test_the_ranks_share_the_clean_subset(ranks, name):
         # Where nobody splits the data, each rank has all of it.
         assert len(one[epoch]) == len(other[epoch]) == (SIZE if name == "unsplit" else SIZE // 2 + 1)
         assert set(one[epoch]) | set(other[epoch]) == set(range(SIZE))
-    for epoch in range(AT, len(one)):
+    # A later round may call another sample clean than the first one did.
+    for epoch in range(len(one) - 1 if name == "rounds" else AT, len(one)):
         assert set(one[epoch]) | set(other[epoch]) == clean
         assert len(one[epoch]) == len(other[epoch]) == (len(clean) + 1) // 2
         assert len(set(one[epoch]) & set(other[epoch])) == len(clean) % 2

@@ -74,7 +74,11 @@ def test_shards_find_and_make_what_one_process_does(ranks, scenario):
     for mine, yours in zip(both["sensitivity"], alone["sensitivity"], strict=True):
         torch.testing.assert_close(mine, yours, rtol=1e-2, atol=1e-3)
     assert both["summary"]["accuracy_after"] == alone["summary"]["accuracy_after"]
-    assert_close(both["weights"], alone["weights"])
+    if scenario == "weigh":  # of an odd number of draws one is repeated, so that two ranks have as many
+        for name, weight in alone["weights"].items():
+            torch.testing.assert_close(both["weights"][name], weight, rtol=0, atol=1e-2)
+    else:
+        assert_close(both["weights"], alone["weights"])
 
 
 def test_ddp_with_the_same_global_batches_finds_what_one_process_does(ranks):

@@ -9,21 +9,18 @@ number here; the pairs of the callback differed by at most .001.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
-from tempfile import gettempdir
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from benchmarks.detection import Replay, judged
+from benchmarks.detection import Replay, judged, run_study, study_options
 from benchmarks.detection_cases import GROUPS, DetectionCase, fit_of, load
-from benchmarks.sources import DATA
+from lightning_unlearn.callbacks._early_epochs import MOST_EPOCHS
 from lightning_unlearn.callbacks._when import EARLIEST, DrawTime, similarity
 from lightning_unlearn.functional import label_margin
 
@@ -67,8 +64,7 @@ def chosen(row: dict[str, Any]) -> tuple[int, str]:
         trainer: Any = SimpleNamespace(
             current_epoch=epoch, max_epochs=epochs, max_steps=-1, global_step=epoch, callbacks=[]
         )
-        # As many epochs as the noise rate is looked for in.
-        settled = noted["settled"] or epoch >= 6
+        settled = noted["settled"] or epoch >= MOST_EPOCHS
         when.decide(trainer, is_settled=settled, is_stopped=False, reduce=lambda part: part)
         if when.epoch is not None:
             return epoch, when.why
@@ -130,30 +126,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def main(given: Sequence[str] | None = None) -> None:
     """Judges the fits and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=["small", "real", "vision"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--only", default="", help="a regular expression that names of cases must match")
-    parser.add_argument("--data", type=Path, default=DATA)
-    parser.add_argument("--cache", type=Path, default=Path(gettempdir()) / "lightning_unlearn_at_epoch")
-    parser.add_argument("--rows", type=Path, help="JSON lines that rows are added to")
-    parser.add_argument("--only-table", action="store_true", help="of the rows that there are")
-    parser.add_argument("--write", type=Path)
-    args = parser.parse_args(given)
+    args = study_options(__doc__, "lightning_unlearn_at_epoch").parse_args(given)
     torch.set_num_threads(1)
-    rows = []
-    for row in () if args.only_table else rows_of(args):
-        print(row["case"], row["seed"], *chosen(row), flush=True)
-        rows.append(row)
-        if args.rows:
-            with args.rows.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-    if args.rows:
-        rows = [json.loads(line) for line in args.rows.read_text(encoding="utf-8").splitlines()]
-    text = table(rows)
-    print(text)
-    if args.write:
-        args.write.write_text(text, encoding="utf-8")
+    run_study(args, rows_of, lambda row: " ".join(map(str, (row["case"], row["seed"], *chosen(row)))), table)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import argparse
 import json
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import gettempdir
@@ -26,13 +26,13 @@ from benchmarks.detection_cases import GROUPS, DetectionCase, Fit, fit_of
 from benchmarks.measures import flags, ranking
 from benchmarks.partition_tables import FOUND, found_cells, markdown, summary
 from benchmarks.sources import DATA
+from lightning_unlearn.callbacks._early_epochs import MOST_EPOCHS
 from lightning_unlearn.functional import label_margin
 from lightning_unlearn.functional.leave_one_out import leave_one_out_logits, left_out_rate, objection_to, skill_of
 from lightning_unlearn.functional.prequential import PrequentialRate, favored_by_sampler, following, prequential_rate
 from lightning_unlearn.recipes.label_noise import LabelHistory, LabelNoise, find_label_noise
 
 PHASES = 4
-_PATIENCE = 6  # epochs in which a network that still learns fast is waited for
 
 
 class Replay:
@@ -53,7 +53,7 @@ class Replay:
     def early(self, epochs: int) -> PrequentialRate:
         """What the earliest epoch says in which the network no longer learns fast."""
         found: PrequentialRate | None = None
-        for epoch in range(min(epochs, _PATIENCE)):
+        for epoch in range(min(epochs, MOST_EPOCHS)):
             if epoch == len(self._early):
                 logits = self.training(epoch)
                 drawn = logits.isfinite().all(dim=1)
@@ -183,28 +183,42 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def study_options(about: str | None, cache: str) -> argparse.ArgumentParser:
+    """The options of a study of kept fits.
+
+    Args:
+        about: its docstring.
+        cache: the name of the folder that its fits are kept in by default.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=["small", "real", "vision"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--only", default="", help="a regular expression that names of cases must match")
     parser.add_argument("--data", type=Path, default=DATA)
-    parser.add_argument("--cache", type=Path, default=Path(gettempdir()) / "lightning_unlearn_detection")
-    parser.add_argument("--features", action="store_true", help="with leave-one-out scores of the networks' inputs")
+    parser.add_argument("--cache", type=Path, default=Path(gettempdir()) / cache)
     parser.add_argument("--rows", type=Path, help="JSON lines that rows are added to")
     parser.add_argument("--only-table", action="store_true", help="of the rows that there are")
     parser.add_argument("--write", type=Path)
-    parser.add_argument("--threads", type=int, default=1)
-    return parser.parse_args(given)
+    return parser
 
 
-def main(given: Sequence[str] | None = None) -> None:
-    """Judges the fits and prints the table."""
-    args = _arguments(given)
-    torch.set_num_threads(args.threads)
+def run_study(
+    args: argparse.Namespace,
+    rows_of: Callable[[argparse.Namespace], Iterator[dict[str, Any]]],
+    shown: Callable[[dict[str, Any]], str],
+    table: Callable[[Sequence[dict[str, Any]]], str],
+) -> None:
+    """Makes rows, keeps them, and prints and writes their table.
+
+    Args:
+        args: of :func:`study_options`.
+        rows_of: makes them.
+        shown: of a row, while it runs.
+        table: of all.
+    """
     rows = []
     for row in () if args.only_table else rows_of(args):
-        print("| " + " | ".join(_cells(row)) + " |", flush=True)
+        print(shown(row), flush=True)
         rows.append(row)
         if args.rows:
             with args.rows.open("a", encoding="utf-8") as file:
@@ -215,6 +229,16 @@ def main(given: Sequence[str] | None = None) -> None:
     print(text)
     if args.write:
         args.write.write_text(text, encoding="utf-8")
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    """Judges the fits and prints the table."""
+    parser = study_options(__doc__, "lightning_unlearn_detection")
+    parser.add_argument("--features", action="store_true", help="with leave-one-out scores of the networks' inputs")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args(given)
+    torch.set_num_threads(args.threads)
+    run_study(args, rows_of, lambda row: f"| {' | '.join(_cells(row))} |", table)
 
 
 if __name__ == "__main__":

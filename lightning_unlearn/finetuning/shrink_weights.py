@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 KEPT = 0.1
-"""How much of the way that training has come is kept: of .1, .2 and .4 the best over three kinds of data."""
+"""How much of the way that training has come is kept; .2 does as well, .4 worse (three kinds of data, one seed)."""
 
 
 def shrink(weight: Tensor, start: Tensor, kept: float = KEPT) -> Tensor:

@@ -22,20 +22,27 @@ from lightning_unlearn.functional.prequential import (
     MIN_SHIFT,
     PARTS,
     PrequentialRate,
+    rate_between,
 )
 from lightning_unlearn.functional.soft_margin import SCALES, interpolation
-from lightning_unlearn.functional.symmetric_noise import FLOOR, SymmetricNoiseFit, z_score
+from lightning_unlearn.functional.symmetric_noise import (
+    FLOOR,
+    NATURAL,
+    START,
+    TINY,
+    SymmetricNoiseFit,
+    blind_error,
+    first_mixture,
+    mixture_shares,
+    z_score,
+)
 
 LEAST_SKILL = 0.3
 """How much of what the largest class leaves the network must predict; of many classes it still learns fast below it."""
 
 _AS_GOOD = 0.5  # what the first part of an epoch must predict of what the last does
-_NATURAL = 0.5  # what the scores of less clear samples are multiplied by
-_START = -3.0  # log-weight of each further part, relative to the first
-_TINY = 1e-300
 # Where a search starts: at the scales that are kept, and between them.
 _FIRST_SCALES = torch.arange(2 * len(SCALES) - 1, dtype=torch.float64) * math.log(2) / 2 + math.log(SCALES[0])
-_TWO_SIDED = 1.96
 
 Curve = Callable[[float], tuple[Tensor, Tensor]]
 """From the logarithm of a scale to what kept margins are multiplied by for that scale's, and its derivative."""
@@ -128,7 +135,7 @@ def wrong_probability(fit: SymmetricNoiseFit, margins: Tensor, curve: Curve = in
     group, classes = torch.zeros(len(margins), dtype=torch.int64, device=margins.device), len(fit.bias)
     clear, _ = _probability(margins, fit.scale[:1].log(), group, classes, curve)
     of_blind = fit.blind / classes
-    return of_blind * (1 - clear) / ((1 - fit.blind) * clear + of_blind).clamp(min=_TINY)
+    return of_blind * (1 - clear) / ((1 - fit.blind) * clear + of_blind).clamp(min=TINY)
 
 
 @dataclass(eq=False)
@@ -149,9 +156,7 @@ class _Likelihood:
 
     def shares(self, mixture: Tensor) -> list[float]:
         """Of clear samples, of blind labels, and of samples that are less clear than they look."""
-        has = torch.tensor([True, self.noisy, self.unclear])
-        logits = torch.cat([torch.zeros(1, dtype=torch.float64), mixture.detach().cpu()])
-        return logits.masked_fill(~has, -math.inf).softmax(0).tolist()
+        return mixture_shares(mixture, noisy=self.noisy, unclear=self.unclear)
 
     def rows(self, log_scale: Tensor, mixture: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The labels' log-probability (n,), its derivatives in the log-scale (n,), and in the log-weights (2, n)."""
@@ -161,10 +166,10 @@ class _Likelihood:
         total, slope = clear_share * clear + blind / self.num_classes, clear_share * slope
         unclear = torch.zeros_like(clear)
         if self.unclear:
-            softer = log_scale + math.log(_NATURAL)
+            softer = log_scale + math.log(NATURAL)
             unclear, of_softer = _probability(self.margins, softer, *of_rows[2:])
             total, slope = total + unclear_share * unclear, slope + unclear_share * of_softer
-        total = total.clamp(min=_TINY)
+        total = total.clamp(min=TINY)
         # Where none is wrong, a label that is as good as impossible costs no more than FLOOR, whatever the scale.
         live = torch.ones_like(total) if self.noisy else (total > math.exp(-FLOOR)).double()
         log_total = total.log() if self.noisy else total.log().clamp(min=-FLOOR)
@@ -197,11 +202,7 @@ class _Likelihood:
         each = slope.new_zeros(len(slope), groups).scatter_(1, self.group.unsqueeze(1), slope.unsqueeze(1))
         each = torch.cat([each, of_mixture[: 1 + self.unclear].T], dim=1)
         information = self.reduce(each.T @ (self.weight.unsqueeze(1) * each)).cpu()
-        information.diagonal().add_(1e-9 * information.diagonal().max() + 1e-12)
-        covariance = torch.linalg.inv(information)[groups:, groups:]
-        of_blind = torch.tensor([shares[1] * (1 - shares[1]), -shares[1] * shares[2]], dtype=torch.float64)
-        of_blind = of_blind[: 1 + self.unclear]
-        return math.sqrt(max(0.0, (of_blind @ covariance @ of_blind).item()))
+        return blind_error(information, shares, unclear=self.unclear)
 
 
 def fit_margin_noise(  # noqa: PLR0913  (what is fitted, and to what)
@@ -247,13 +248,12 @@ def fit_margin_noise(  # noqa: PLR0913  (what is fitted, and to what)
     """
     group = torch.zeros(len(margins), dtype=torch.int64, device=margins.device) if group is None else group
     loss_of = _Likelihood(margins, weight.double(), group, num_classes, curve, reduce, noisy, unclear)
-    mixture = torch.full((2,), _START, dtype=torch.float64)
+    mixture = torch.full((2,), START, dtype=torch.float64)
     if start is None:
         log_scale = replace(loss_of, noisy=False, unclear=False).best_of(_FIRST_SCALES, num_groups)
     else:
         log_scale = start.scale.log().clone()
-        if start.blind > 0:
-            mixture[0] = math.log(start.blind / max(1 - start.blind, 1e-9))
+        mixture[0] = first_mixture(start.blind)
     sizes = [num_groups, 2]
     found = minimize(lambda at: loss_of(*at.split(sizes)), torch.cat([log_scale, mixture]), steps)  # type: ignore[no-untyped-call]
     log_scale, mixture = found.split(sizes)  # type: ignore[no-untyped-call]
@@ -324,8 +324,5 @@ def prequential_margin_rate(  # noqa: PLR0913  (what was seen, of what, and when
     is_settled = _is_settled(some.scale, hits / total.clamp(min=1e-9))
     if skill < LEAST_SKILL or not is_settled:
         return PrequentialRate(0.0, 0.0, 1.0, 0.0, skill, False, bias)
-    lower = fit(unclear=True, start=some)
-    names, rates = 1 - 1 / num_classes, sorted((lower.rate, some.rate))
-    low = max(0.0, min(rates[0], lower.rate - _TWO_SIDED * lower.std_error * names))
-    high = max(rates[1], some.rate + _TWO_SIDED * some.std_error * names) if is_first else 1.0
-    return PrequentialRate(low, sum(rates) / 2, min(high, 1.0), z_score(some, none), skill, True, bias)
+    low, middle, high = rate_between(fit(unclear=True, start=some), some)
+    return PrequentialRate(low, middle, high if is_first else 1.0, z_score(some, none), skill, True, bias)

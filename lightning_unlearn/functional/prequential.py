@@ -162,11 +162,8 @@ def prequential_rate(
         *data, group=group, num_groups=parts, noisy=False, start=replace(some, blind=0.0), reduce=reduce
     )
     lower = fit_symmetric_noise(*data, group=group, num_groups=parts, unclear=True, start=some, reduce=reduce)
-    z, names = z_score(some, none), 1 - 1 / logits.shape[1]
-    rates = sorted((lower.rate, some.rate))
-    low = max(0.0, min(rates[0], lower.rate - _TWO_SIDED * lower.std_error * names))
-    high = max(rates[1], some.rate + _TWO_SIDED * some.std_error * names)
-    found = PrequentialRate(low, sum(rates) / 2, min(high, 1.0), z, skill, True, bias)
+    z = z_score(some, none)
+    found = PrequentialRate(*rate_between(lower, some), z, skill, True, bias)
     # Scores of another kind than a network's logits look as if classes were taken for each other.
     if parts == 1 or z < MIN_Z or not asks_of_confusion(logits.shape[1], reduce(weight.sum().reshape(1)).item()):
         return found
@@ -175,6 +172,14 @@ def prequential_rate(
     is_sure = bool(_typical(some.scale) <= MAX_SCALE_OF_CONFUSION)
     is_blind = confused <= found.high - found.middle
     return replace(found, confused=confused * is_sure, most_confused=most, is_blind=is_blind)
+
+
+def rate_between(lower: SymmetricNoiseFit, upper: SymmetricNoiseFit) -> tuple[float, float, float]:
+    """Lower end, best guess and upper end of the rate, by a fit with natural confusion taken out and one without."""
+    names, rates = 1 - 1 / len(upper.bias), sorted((lower.rate, upper.rate))
+    low = max(0.0, min(rates[0], lower.rate - _TWO_SIDED * lower.std_error * names))
+    high = max(rates[1], upper.rate + _TWO_SIDED * upper.std_error * names)
+    return low, sum(rates) / 2, min(high, 1.0)
 
 
 def favored_by_sampler(given: Tensor, drawn: Tensor) -> Tensor:

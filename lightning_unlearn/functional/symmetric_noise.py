@@ -22,9 +22,9 @@ from lightning_unlearn.functional.mixture import Reduce, no_reduce
 FLOOR = 30.0
 """Nats below certainty from which on a label is as good as impossible, where none is wrong."""
 
-_NATURAL = 0.5  # what the scores of less clear samples are multiplied by
-_START = -3.0  # log-weight of each further part, relative to the first
-_TINY = 1e-300
+NATURAL = 0.5  # what the scores of less clear samples are multiplied by
+START = -3.0  # log-weight of each further part, relative to the first
+TINY = 1e-300
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,17 +67,51 @@ class SymmetricNoiseFit:
         for rows in row_slices(len(label), score.shape[1], score.device):
             scaled = _centered(score[rows]) * (self.scale[0] if group is None else self.scale[group[rows]].unsqueeze(1))
             z, y = scaled + self.bias, label[rows].unsqueeze(1)
-            unclear = softmax(_NATURAL * z).gather(1, y).squeeze(1) if self.unclear else 0.0
+            unclear = softmax(NATURAL * z).gather(1, y).squeeze(1) if self.unclear else 0.0
             clear = softmax(z).gather(1, y).squeeze(1)
             of_blind = self.blind / len(self.bias)
             total = (1 - self.blind - self.unclear) * clear + self.unclear * unclear + of_blind
-            parts.append(of_blind * (1 - clear) / total.clamp(min=_TINY))
+            parts.append(of_blind * (1 - clear) / total.clamp(min=TINY))
         return torch.cat(parts) if parts else score.new_zeros(0, dtype=torch.float64)
 
 
 def z_score(some: SymmetricNoiseFit, none: SymmetricNoiseFit) -> float:
     """How sure it is that labels are wrong, in standard deviations: the root of twice the gain in log-likelihood."""
     return math.sqrt(2 * max(0.0, some.log_likelihood - none.log_likelihood))
+
+
+def mixture_shares(mixture: Tensor, *, noisy: bool, unclear: bool) -> list[float]:
+    """Shares of clear samples, of blind labels, and of samples that are less clear than they look.
+
+    Args:
+        mixture: (2,) log-weights of the last two, relative to the first.
+        noisy: whether there are blind labels.
+        unclear: whether there are samples that are less clear.
+    """
+    has = torch.tensor([True, noisy, unclear])
+    logits = torch.cat([torch.zeros(1, dtype=torch.float64), mixture.detach().cpu()])
+    return logits.masked_fill(~has, -math.inf).softmax(0).tolist()
+
+
+def first_mixture(blind: float) -> float:
+    """The log-weight at which a search starts that goes on from a fit with a share of blind labels."""
+    return math.log(blind / max(1 - blind, 1e-9)) if blind > 0 else START
+
+
+def blind_error(information: Tensor, shares: list[float], *, unclear: bool) -> float:
+    """Standard error of the share of blind labels.
+
+    Args:
+        information: (J + 1, J + 1) on the CPU, of J scales and of the log-weight of blind labels; (J + 2, J + 2) with
+            that of less clear samples. Changed in place.
+        shares: of :func:`mixture_shares`.
+        unclear: whether there are less clear samples.
+    """
+    parts = 1 + unclear
+    information.diagonal().add_(1e-9 * information.diagonal().max() + 1e-12)
+    covariance = torch.linalg.inv(information)[-parts:, -parts:]
+    of_blind = torch.tensor([shares[1] * (1 - shares[1]), -shares[1] * shares[2]], dtype=torch.float64)[:parts]
+    return math.sqrt(max(0.0, (of_blind @ covariance @ of_blind).item()))
 
 
 @dataclass(eq=False)
@@ -100,30 +134,28 @@ class _Likelihood:
 
     def shares(self, mixture: Tensor) -> list[float]:
         """Of clear samples, of blind labels, and of samples that are less clear than they look."""
-        has = torch.tensor([True, self.noisy, self.unclear])
-        logits = torch.cat([torch.zeros(1, dtype=torch.float64), mixture.detach().cpu()])
-        return logits.masked_fill(~has, -math.inf).softmax(0).tolist()
+        return mixture_shares(mixture, noisy=self.noisy, unclear=self.unclear)
 
     def rows(self, rows: slice, log_scale: Tensor, bias: Tensor, shares: list[float]) -> tuple[Tensor, ...]:
         """Of some rows: log-probability of the label, its derivatives in the logits, and in the shares' log-weights."""
         clear_share, blind, unclear_share = shares
         scaled = _centered(self.score[rows]) * log_scale.exp()[self.group[rows]].unsqueeze(1)
         z, y = scaled + bias, self.label[rows].unsqueeze(1)
-        soft = softmax(_NATURAL * z) if self.unclear else None
+        soft = softmax(NATURAL * z) if self.unclear else None
         gradient = softmax(z)
         clear = gradient.gather(1, y).squeeze(1)
         total, unclear = clear_share * clear + blind / self.num_classes, torch.zeros_like(clear)
         if soft is not None:
             unclear = soft.gather(1, y).squeeze(1)
             total = total + unclear_share * unclear
-        total = total.clamp(min=_TINY)
+        total = total.clamp(min=TINY)
         # Where none is wrong, a label that is as good as impossible costs no more than FLOOR, whatever the scale.
         live = torch.ones_like(total) if self.noisy else (total > math.exp(-FLOOR)).double()
         log_total = total.log() if self.noisy else total.log().clamp(min=-FLOOR)
         by_clear = live * clear_share * clear / total
         gradient = gradient.mul_(-by_clear.unsqueeze(1)).scatter_add_(1, y, by_clear.unsqueeze(1))
         if soft is not None:
-            by_unclear = _NATURAL * live * unclear_share * unclear / total
+            by_unclear = NATURAL * live * unclear_share * unclear / total
             gradient -= soft.mul_(by_unclear.unsqueeze(1))
             gradient.scatter_add_(1, y, by_unclear.unsqueeze(1))
         of_mixture = torch.stack([blind * (1 / self.num_classes - total), unclear_share * (unclear - total)])
@@ -161,12 +193,7 @@ class _Likelihood:
             each.scatter_(1, self.group[rows].unsqueeze(1), (gradient * scaled).sum(1, keepdim=True))
             each = torch.cat([each, of_mixture[: 1 + self.unclear].T], dim=1)
             information += each.T @ (self.weight[rows].unsqueeze(1) * each)
-        information = self.reduce(information).cpu()
-        information.diagonal().add_(1e-9 * information.diagonal().max() + 1e-12)
-        covariance = torch.linalg.inv(information)[groups:, groups:]
-        of_blind = torch.tensor([shares[1] * (1 - shares[1]), -shares[1] * shares[2]], dtype=torch.float64)
-        of_blind = of_blind[: 1 + self.unclear]
-        return math.sqrt(max(0.0, (of_blind @ covariance @ of_blind).item()))
+        return blind_error(self.reduce(information).cpu(), shares, unclear=self.unclear)
 
 
 def _centered(score: Tensor) -> Tensor:
@@ -221,11 +248,10 @@ def fit_symmetric_noise(  # noqa: PLR0913  (what is fitted, and to what)
     loss_of = _Likelihood(score, label, weight.double(), group, reduce, noisy, unclear, biased, blind is not None)
     log_scale = torch.zeros(num_groups, dtype=torch.float64, device=device)
     bias = torch.zeros(score.shape[1], dtype=torch.float64, device=device)
-    mixture = torch.full((2,), _START, dtype=torch.float64, device=device)
+    mixture = torch.full((2,), START, dtype=torch.float64, device=device)
     if start is not None:
         log_scale, bias = start.scale.log().clone(), start.bias.clone()
-        if start.blind > 0:
-            mixture[0] = math.log(start.blind / max(1 - start.blind, 1e-9))
+        mixture[0] = first_mixture(start.blind)
     if blind is not None:
         mixture[0] = math.log(blind / (1 - blind))
     sizes = [num_groups, len(bias), 2]
@@ -238,7 +264,7 @@ def fit_symmetric_noise(  # noqa: PLR0913  (what is fitted, and to what)
 
 
 def fit_with_and_without(
-    score: Tensor, label: Tensor, weight: Tensor, *, bias: Tensor | None = None, reduce: Reduce = no_reduce
+    score: Tensor, label: Tensor, weight: Tensor, *, reduce: Reduce = no_reduce
 ) -> tuple[SymmetricNoiseFit, float]:
     """One temperature for all: the noise, none of it where it makes the labels no likelier, and how sure that is.
 
@@ -246,13 +272,9 @@ def fit_with_and_without(
         score: (n, C).
         label: (n,) int64.
         weight: (n,), 0 for a row that does not count.
-        bias: (C,) of the classes, in nats, that is known; None: there is none.
         reduce: sums over the ranks.
     """
-    start = None
-    if bias is not None:
-        start = SymmetricNoiseFit(torch.ones_like(bias[:1]), bias, 0.0, 0.0, -math.inf)
-    some = fit_symmetric_noise(score, label, weight, start=start, reduce=reduce)
+    some = fit_symmetric_noise(score, label, weight, reduce=reduce)
     none = fit_symmetric_noise(score, label, weight, noisy=False, start=replace(some, blind=0.0), reduce=reduce)
     if some.log_likelihood <= none.log_likelihood:
         return replace(none, blind=0.0), 0.0

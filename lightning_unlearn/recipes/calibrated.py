@@ -24,7 +24,8 @@ def verdict_on_labels(evidence: Evidence, reduce: Reduce) -> Verdict:
         evidence: of this rank's share.
         reduce: sums over the ranks.
     """
-    found = find_label_noise(_history(evidence, evidence.unseen or OutOfSample(), reduce), reduce=reduce)
+    unseen, predicted = evidence.unseen or OutOfSample(), share_predicted(evidence, reduce)
+    found = find_label_noise(_history(evidence, unseen, predicted, reduce), reduce=reduce)
     # Where nothing can be told, nothing is suspect, and the order stays.
     wrong = found.wrong * NO_DOUBT if found.objection else found.wrong
     clean = (1 - wrong).float()
@@ -34,7 +35,7 @@ def verdict_on_labels(evidence: Evidence, reduce: Reduce) -> Verdict:
         (wrong * found.suggested_share).float(),
         label_probability=clean,
         noise_matrix=_matrix(found, evidence.num_classes, clean.device),
-        notes=_notes(evidence, reduce),
+        notes=_notes(predicted, unseen.accuracy),
         warning=found.objection,
         noise=None if found.status == "unknown" else _estimate(found),
     )
@@ -67,18 +68,17 @@ def _matrix(found: LabelNoise, classes: int, device: torch.device) -> Tensor | N
     return others.fill_diagonal_(1 - found.rate).float().to(device)
 
 
-def _history(evidence: Evidence, unseen: OutOfSample, reduce: Reduce) -> LabelHistory:
+def _history(evidence: Evidence, unseen: OutOfSample, predicted: float, reduce: Reduce) -> LabelHistory:
     scores = evidence.attribution.float() @ evidence.basis.float().T
     last = scores[:, -1]
     phases = scores[:, :-1] if scores.shape[1] > 1 else scores
-    accuracy = share_predicted(evidence, reduce)
     return LabelHistory(
         phases=phases,
         last=last,
         label=evidence.label,
         weight=evidence.weight,
         early=unseen.early,
-        gap=None if unseen.accuracy is None else accuracy - unseen.accuracy,
+        gap=None if unseen.accuracy is None else predicted - unseen.accuracy,
         left_out=unseen.left_out,
         left_out_logits=None if evidence.left_out is None else evidence.left_out.float() @ evidence.basis.float().T,
         favored=_favored(evidence, unseen.drawn, reduce),
@@ -101,8 +101,7 @@ def share_predicted(evidence: Evidence, reduce: Reduce) -> float:
     return float(right / max(number, 1))
 
 
-def _notes(evidence: Evidence, reduce: Reduce) -> tuple[str, ...]:
-    predicted, accuracy = share_predicted(evidence, reduce), evidence.unseen.accuracy if evidence.unseen else None
+def _notes(predicted: float, accuracy: float | None) -> tuple[str, ...]:
     if accuracy is None or predicted - accuracy < _GAP:
         return ()
     said = f"the network predicts {predicted:.0%} of the given labels and {accuracy:.0%} of those of validation samples"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_unlearn.callbacks._prune_sites import PruneSite
 from lightning_unlearn.callbacks._validation import Score, score_samples, score_validation
-from lightning_unlearn.masking import NeuronPruning, snapshot
+from lightning_unlearn.pruning.masking import NeuronPruning, snapshot
 from lightning_unlearn.types import Partition, PartitionSource, class_members
 
 HELD_SHARE = 0.1

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_unlearn.callbacks._copies import silence_copies
-from lightning_unlearn.masking import NeuronPruning, PrunedEntries, are_revived, snapshot
+from lightning_unlearn.pruning.masking import NeuronPruning, PrunedEntries, are_revived, snapshot
 
 
 class HeldEntries:

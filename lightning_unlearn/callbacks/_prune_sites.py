@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from lightning_unlearn.callbacks._copies import averaged_parts
 from lightning_unlearn.capture import ForwardTrace, ModuleCall, check_reached, named_layers, neuron_count, resolve_layer
 from lightning_unlearn.functional.selection import check_amount
-from lightning_unlearn.masking import PrunedEntries, as_in_eval, consumer_entries, neuron_entries, owners, silenced
+from lightning_unlearn.pruning.masking import (
+    PrunedEntries,
+    as_in_eval,
+    consumer_entries,
+    neuron_entries,
+    owners,
+    silenced,
+)
 from lightning_unlearn.sharding import whole
 from lightning_unlearn.types import LayerPoint
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_unlearn.callbacks._prune_sites import PruneSite
 from lightning_unlearn.capture import neuron_dimension, resolve_layer
-from lightning_unlearn.masking import silenced
+from lightning_unlearn.pruning.masking import silenced
 from lightning_unlearn.sharding import local_part
 
 

@@ -65,7 +65,7 @@ from lightning_unlearn.data import check_loader
 from lightning_unlearn.distributed import sum_over_ranks
 from lightning_unlearn.drawing import Drawing
 from lightning_unlearn.finetuning.warm_start import Start, StartWeights, WarmStart, choose_start
-from lightning_unlearn.masking import is_computed
+from lightning_unlearn.pruning.masking import is_computed
 from lightning_unlearn.sampling import (
     CleanSubsetSampler,
     NarrowedLoaders,

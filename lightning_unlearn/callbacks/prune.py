@@ -34,7 +34,7 @@ from lightning_unlearn.callbacks._saying import rank_zero_info
 from lightning_unlearn.callbacks._silence import find_silent
 from lightning_unlearn.capture import ForwardTrace, plain_name
 from lightning_unlearn.functional.selection import share_of
-from lightning_unlearn.masking import PrunedEntries, are_revived
+from lightning_unlearn.pruning.masking import PrunedEntries, are_revived
 from lightning_unlearn.sharding import reshard
 from lightning_unlearn.types import NeuronMask, Partition
 

@@ -20,7 +20,7 @@ from lightning_unlearn.callbacks import prune as prune_module
 from lightning_unlearn.callbacks._guard import Gauge
 from lightning_unlearn.callbacks._lightning import TrainDataSwap
 from lightning_unlearn.capture import Attributor
-from lightning_unlearn.masking import NeuronPruning
+from lightning_unlearn.pruning.masking import NeuronPruning
 from lightning_unlearn.sampling import NarrowedLoaders
 from lightning_unlearn.trajectory import Trajectory
 from tests.callbacks import snapshot

@@ -8,7 +8,13 @@ from torch.nn.utils.parametrizations import spectral_norm as parametrised_spectr
 from torch.nn.utils.parametrizations import weight_norm as parametrised_weight_norm
 from torch.nn.utils.parametrize import register_parametrization
 
-from lightning_unlearn.masking import NeuronPruning, PrunedEntries, consumer_entries, is_computed, neuron_entries
+from lightning_unlearn.pruning.masking import (
+    NeuronPruning,
+    PrunedEntries,
+    consumer_entries,
+    is_computed,
+    neuron_entries,
+)
 
 NEURONS = torch.tensor([0, 2])
 

@@ -1,0 +1,1 @@
+"""Step 4: which neurons carry the noise, and keeping them at zero."""

@@ -23,7 +23,7 @@ ALL_BELOW = MATH | {
     "review",
     "drawing",
     "sampling",
-    "pruning.masking",
+    "pruning",
     "distributed",
     "fingerprint",
     "rows",
@@ -68,11 +68,9 @@ PARTITIONING = {
     "callbacks._when",
 }
 PRUNING = {
-    "callbacks._prune_sites",
     "callbacks._criteria",
     "callbacks._guard",
     "callbacks._holding",
-    "callbacks._silence",
 }
 MAY_IMPORT = {
     "arguments": set(),
@@ -94,7 +92,7 @@ MAY_IMPORT = {
     "targets": {"arguments", "batches"},
     "drawing": set(),
     "sampling": MATH | {"data", "drawing"},
-    "pruning": MATH | {"pruning"},
+    "pruning": MATH | {"capture", "pruning"},
     "finetuning": MATH | {"capture", "finetuning"},
     "distributed": MATH,
     "noise": {"arguments", "noise", "storage"},
@@ -170,11 +168,9 @@ MAY_IMPORT = {
     | {"callbacks._assembly", "callbacks._early_epochs", "callbacks._evidence_pass", "callbacks._judging"},
     "callbacks.partition": ALL_BELOW | SHARED | PARTITIONING,
     "callbacks._copies": ALL_BELOW | {"callbacks._lightning", "callbacks._packages"},
-    "callbacks._prune_sites": ALL_BELOW | {"callbacks._copies"},
-    "callbacks._silence": ALL_BELOW | {"callbacks._prune_sites"},
     "callbacks._holding": ALL_BELOW | {"callbacks._copies"},
-    "callbacks._criteria": ALL_BELOW | SHARED | {"callbacks._prune_sites"},
-    "callbacks._guard": ALL_BELOW | SHARED | {"callbacks._prune_sites"},
+    "callbacks._criteria": ALL_BELOW | SHARED | {"pruning"},
+    "callbacks._guard": ALL_BELOW | SHARED | {"pruning"},
     "callbacks.prune": ALL_BELOW | SHARED | PRUNING,
     "callbacks.finetune": ALL_BELOW | SHARED | {"callbacks._optimizers", "callbacks._relabel"},
     "callbacks.report": ALL_BELOW | SHARED | {"report"},

@@ -16,7 +16,6 @@ from torch import Tensor
 from lightning_unlearn.arguments import check_choice, check_number, check_seed
 from lightning_unlearn.callbacks._base import IndexedBatch, logits_of, output_of, reading_of, training_set
 from lightning_unlearn.callbacks._lightning import undisturbed
-from lightning_unlearn.callbacks._prune_sites import PruneSite
 from lightning_unlearn.callbacks._saying import rank_zero_info
 from lightning_unlearn.capture import SmallerBatches, loss_gradients, neuron_dimension, resolve_layer, tap
 from lightning_unlearn.data import rank_share
@@ -26,6 +25,7 @@ from lightning_unlearn.functional.logistic import fit_logistic
 from lightning_unlearn.functional.mixture import Reduce
 from lightning_unlearn.functional.selection import harmful_neurons, in_order
 from lightning_unlearn.functional.sensitivity import RegressionSums, Sensitivity, regression_sums, solve_sensitivity
+from lightning_unlearn.pruning.sites import PruneSite
 from lightning_unlearn.types import Partition, PartitionSource
 
 SENSITIVITY = "sensitivity"

@@ -10,9 +10,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_unlearn.callbacks._prune_sites import PruneSite
 from lightning_unlearn.callbacks._validation import Score, score_samples, score_validation
 from lightning_unlearn.pruning.masking import NeuronPruning, snapshot
+from lightning_unlearn.pruning.sites import PruneSite
 from lightning_unlearn.types import Partition, PartitionSource, class_members
 
 HELD_SHARE = 0.1

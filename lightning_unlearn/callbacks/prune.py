@@ -16,25 +16,26 @@ from typing_extensions import override
 
 from lightning_unlearn.arguments import check_flag, check_names, check_number, check_text, check_whole
 from lightning_unlearn.callbacks._base import IndexedBatch, PartitionConsumer, probe
+from lightning_unlearn.callbacks._copies import averaged_parts
 from lightning_unlearn.callbacks._criteria import SENSITIVITY, Method, Ranking, Subject, rank_neurons
 from lightning_unlearn.callbacks._guard import Gauge, Outcome, make_gauge, prune_in_steps
 from lightning_unlearn.callbacks._holding import HeldEntries, silence_state
 from lightning_unlearn.callbacks._lightning import log_values
 from lightning_unlearn.callbacks._loggers import log_masks
 from lightning_unlearn.callbacks._provenance import copied, settings_of
-from lightning_unlearn.callbacks._prune_sites import (
+from lightning_unlearn.callbacks._sample_rows import locate_samples, no_rows
+from lightning_unlearn.callbacks._saying import rank_zero_info
+from lightning_unlearn.capture import ForwardTrace, plain_name
+from lightning_unlearn.functional.selection import share_of
+from lightning_unlearn.pruning.masking import PrunedEntries, are_revived
+from lightning_unlearn.pruning.silence import find_silent
+from lightning_unlearn.pruning.sites import (
     PruneSite,
     check_layer,
     check_trained,
     default_site,
     named_site,
 )
-from lightning_unlearn.callbacks._sample_rows import locate_samples, no_rows
-from lightning_unlearn.callbacks._saying import rank_zero_info
-from lightning_unlearn.callbacks._silence import find_silent
-from lightning_unlearn.capture import ForwardTrace, plain_name
-from lightning_unlearn.functional.selection import share_of
-from lightning_unlearn.pruning.masking import PrunedEntries, are_revived
 from lightning_unlearn.sharding import reshard
 from lightning_unlearn.types import NeuronMask, Partition
 
@@ -220,7 +221,7 @@ class SensitivityPruneCallback(PartitionConsumer):
         else:
             named = {name: named_site(pl_module, name, trace, first) for name in self._names()}
             sites = [named[call.name] for call in first.calls if call.name in named]
-        check_trained(pl_module, sites)
+        check_trained(sites, averaged_parts(pl_module))
         sites = self._located(trainer, pl_module, batch, sites)
         # Every other neuron, so that an operation that mixes neurons shows too.
         every_other = [torch.arange(0, site.width(pl_module), 2) for site in sites]

@@ -131,8 +131,8 @@ ELSEWHERE = {
     "cli/_config.py": {"_actions": "of an argparse parser"},
     "cli/_init.py": {"_replace": "of a named tuple, public by its documentation"},
     "report/samples.py": {"_asdict": "of a named tuple, public by its documentation"},
-    "masking.py": {"_ConvTransposeNd": "torch's class"},
-    "shrinking.py": {"_ConvNd": "torch's class", "_NormBase": "torch's class"},
+    "pruning/masking.py": {"_ConvTransposeNd": "torch's class"},
+    "shrinking/channels.py": {"_ConvNd": "torch's class", "_NormBase": "torch's class"},
     "callbacks/_kept.py": {
         "_buffers": "of a torch.nn.Module, also of those that it has just got",
         "_modules": "the same",
@@ -140,7 +140,7 @@ ELSEWHERE = {
         "_forward_hooks": "of a torch.nn.Module, which no public name lists",
         "_forward_pre_hooks": "the same",
     },
-    "callbacks/_prune_sites.py": {
+    "pruning/sites.py": {
         "_ConvNd": "torch's class",
         "_ConvTransposeNd": "torch's class",
         "_NormBase": "torch's class",

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_unlearn.callbacks._copies import averaged_parts
 from lightning_unlearn.capture import ForwardTrace, ModuleCall, check_reached, named_layers, neuron_count, resolve_layer
 from lightning_unlearn.functional.selection import check_amount
 from lightning_unlearn.pruning.masking import (
@@ -179,13 +178,17 @@ def default_site(model: nn.Module, amount: float, first: ForwardTrace) -> PruneS
     return site
 
 
-def check_trained(model: nn.Module, sites: Sequence[PruneSite]) -> None:
+def check_trained(sites: Sequence[PruneSite], averages: Sequence[str]) -> None:
     """Refuses layers of an average that the module keeps of others of its layers, and runs in eval mode.
+
+    Args:
+        sites: the layers.
+        averages: dotted paths of the module's submodules that are averages of others.
 
     Raises:
         ValueError: naming the layer.
     """
-    parts = tuple(f"{name}." for name in averaged_parts(model))
+    parts = tuple(f"{name}." for name in averages)
     for site in sites:
         if site.target.startswith(parts):
             raise ValueError(

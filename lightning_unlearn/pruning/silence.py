@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_unlearn.callbacks._prune_sites import PruneSite
 from lightning_unlearn.capture import neuron_dimension, resolve_layer
 from lightning_unlearn.pruning.masking import silenced
+from lightning_unlearn.pruning.sites import PruneSite
 from lightning_unlearn.sharding import local_part
 
 

@@ -1,25 +1,15 @@
-"""The demo: the three callbacks in one fit, beside the controls that show what they are worth."""
+"""The demo: the three callbacks as they are in one fit, beside the controls that show what they are worth."""
 
 from __future__ import annotations
 
-import logging
-import statistics
 import tempfile
-import time
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
-from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader, Subset
 from torchmetrics.functional.classification import binary_auroc
 from tqdm import tqdm
@@ -32,328 +22,127 @@ from lightning_unlearn import (
     UnlearnReport,
 )
 from lightning_unlearn.demo.digits import DigitsClassifier, DigitsDataModule
-from lightning_unlearn.sampling import OnNoisy
+from lightning_unlearn.demo.outcomes import (
+    ARMS,
+    AUTO,
+    BASE,
+    CEILING,
+    CONTINUE,
+    KEPT_WEIGHTS,
+    REPAIR,
+    RETRAIN,
+    RETRAIN_SHORT,
+    SHRINK_ALL,
+    Arm,
+    Detection,
+    Outcome,
+    Settings,
+)
+from lightning_unlearn.demo.phases import Phase, fall_to_zero, make_trainer, quiet
+from lightning_unlearn.finetuning.warm_start import StartWeights
 from lightning_unlearn.storage import target_folder
-from lightning_unlearn.targets import Reading
-
-BASE = "base"
-CONTINUE = "continue on all data, same steps"
-RETRAIN_SHORT = "retrain on the subset, same steps"
-RETRAIN = "retrain on the subset, as the base"
-LFT = "L-FT (fine-tune pruned layer and after)"
-FFT = "F-FT (fine-tune all layers)"
-RELABEL = "F-FT, wrong labels replaced"
-ORACLE = "F-FT on the truly clean subset"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the demo runs.
-
-    Args:
-        base_epochs: epochs on all the data; long enough to memorize the wrong labels.
-        repair_epochs: epochs on the clean subset.
-        noise: share of wrong training labels.
-        amount: share of the live neurons to prune.
-        lr: learning rate at which the fine-tuning's AdamW starts; it falls to zero along a cosine. The controls of the
-            same steps have both.
-        weight_decay: likewise. Strong, since what was memorized must fade while the loss on the subset is small.
-        seeds: of the repeats: split, noise, initial weights and order.
-    """
-
-    base_epochs: int = 40
-    repair_epochs: int = 20
-    noise: float = 0.4
-    amount: float = 0.15
-    lr: float = 3e-3
-    weight_decay: float = 2.0
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-
-
-@dataclass(frozen=True)
-class Arm:
-    """What one way to train came to.
-
-    Args:
-        accuracy: on the test set, in [0, 1].
-        seconds: wall time; of the arms that start from the base, without the base.
-        steps: optimizer steps, counted likewise.
-    """
-
-    accuracy: float
-    seconds: float
-    steps: int
-
-
-@dataclass(frozen=True)
-class Detection:
-    """How well the partition found the wrong labels, judged with the true labels that it never saw.
-
-    Args:
-        auroc: of ``1 - clean_probability`` against the true mask.
-        precision: share of the suspects whose label is wrong.
-        recall: share of the wrong labels that are suspects.
-        suggested_right: share of the suspects with a wrong label whose suggested label is right.
-        noise_rate: as estimated.
-        memorised: share of the wrong labels that the base model predicts.
-    """
-
-    auroc: float
-    precision: float
-    recall: float
-    suggested_right: float
-    noise_rate: float
-    memorised: float
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One repeat."""
-
-    seed: int
-    arms: dict[str, Arm]
-    detection: Detection
-
-
-class _Phase(L.Callback):
-    """A progress bar for one phase of a fit, and its wall time and steps."""
-
-    def __init__(self, name: str, first: int, last: int) -> None:
-        self.name, self.first, self.last = name, first, last
-        self.started = 0.0
-        self.seconds = 0.0
-        self.steps = 0
-        self._bar: Any = None
-
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.current_epoch == self.first:
-            self.started, self.steps = time.perf_counter(), trainer.global_step
-            self._bar = tqdm(total=self.last - self.first, desc=f"{self.name:<42}", unit=" epochs")
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._bar is not None:
-            self._bar.update()
-            if trainer.current_epoch == self.last - 1:
-                self._end(trainer)
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def _end(self, trainer: L.Trainer) -> None:
-        self.seconds = time.perf_counter() - self.started
-        self.steps = trainer.global_step - self.steps
-        self._bar.close()
-        self._bar = None
-
-
-class _TruePartition(L.Callback):
-    """Publishes the partition that knows the true labels: the best that any partition could do."""
-
-    regresses_on_probability = True
-    is_dry_run = False
-    sample_weight = None
-    memorised = None
-
-    def __init__(self, truth: Partition, at_epoch: int) -> None:
-        self.truth = truth
-        self.at_epoch = at_epoch
-        self.reading = Reading()
-
-    def pull_partition(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Partition | None:
-        return self.truth if trainer.current_epoch >= self.at_epoch else None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without Lightning's lines about hardware and loaders; on one thread, as more would only wait for each other."""
-    logger = logging.getLogger("lightning.pytorch")
-    level, threads = logger.level, torch.get_num_threads()
-    logger.setLevel(logging.ERROR)
-    torch.set_num_threads(1)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-        torch.set_num_threads(threads)
-
-
-def _trainer(epochs: int, callbacks: list[L.Callback], steps: int = -1) -> L.Trainer:
-    return L.Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=epochs,
-        max_steps=steps,
-        callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-
-
-def _accuracy(model: L.LightningModule, data: DigitsDataModule) -> float:
-    (result,) = _trainer(1, []).test(model, datamodule=data, verbose=False)
-    return float(result["test_acc"])
 
 
 class _Repeat:
-    """One seed of the demo; every arm after the base starts from the same checkpoint."""
+    """One seed of the demo."""
 
     def __init__(self, settings: Settings, seed: int, folder: Path, report: Path | None = None) -> None:
-        self.settings = settings
         self.seed = seed
-        self.folder = folder
         self.report = report
         self.first = settings.base_epochs
         self.last = settings.base_epochs + settings.repair_epochs
         self.data = DigitsDataModule(noise=settings.noise, seed=seed)
-        self.optimizer = partial(torch.optim.AdamW, lr=settings.lr, weight_decay=settings.weight_decay)
         self.data.setup()
         self.wrong = self.data.given_label != self.data.true_label
+        self.checkpoint = folder / f"base-{seed}.ckpt"
 
     def run(self) -> tuple[Outcome, Partition]:
         """All arms."""
-        arms, partition, checkpoint = self._product()
-        memorised = self._memorised(checkpoint)
-        arms[CONTINUE] = self._continue(checkpoint, arms[FFT].steps)
-        clean = partition.clean_indices()
-        arms[RETRAIN_SHORT] = self._retrain(RETRAIN_SHORT, clean, self.settings.repair_epochs, like_fine_tuning=True)
-        arms[RETRAIN] = self._retrain(RETRAIN, clean, self.settings.base_epochs)
-        arms[LFT] = self._resume(
-            LFT,
-            checkpoint,
-            [
-                AttributionPartitionCallback(at_epoch=self.first),
-                SensitivityPruneCallback(amount=self.settings.amount),
-                self._finetune("layers"),
-            ],
-        )
-        arms[RELABEL] = self._resume(
-            RELABEL,
-            checkpoint,
-            [
-                AttributionPartitionCallback(at_epoch=self.first),
-                SensitivityPruneCallback(amount=self.settings.amount),
-                self._finetune("full", on_noisy="relabel"),
-            ],
-        )
-        arms[ORACLE] = self._resume(
-            ORACLE,
-            checkpoint,
-            [
-                _TruePartition(self._truth(partition), self.first),
-                SensitivityPruneCallback(amount=self.settings.amount),
-                self._finetune("full"),
-            ],
-        )
-        order = (BASE, CONTINUE, RETRAIN_SHORT, RETRAIN, LFT, FFT, RELABEL, ORACLE)
-        return Outcome(
-            self.seed, {name: arms[name] for name in order}, self._detection(partition, memorised)
-        ), partition
+        arms, partition = self._product()
+        steps = arms[REPAIR].steps
+        kept, clean = partition.clean_indices(), (~self.wrong).nonzero().flatten()
+        arms[KEPT_WEIGHTS] = self._resume(KEPT_WEIGHTS, CleanSubsetFinetuneCallback(warm_start="keep"))
+        arms[CONTINUE] = self._train(CONTINUE, self._base(), steps)
+        arms[SHRINK_ALL] = self._train(SHRINK_ALL, self._shrunk(), steps)
+        arms[RETRAIN_SHORT] = self._train(RETRAIN_SHORT, self._fresh(), steps, kept)
+        arms[CEILING] = self._train(CEILING, self._fresh(), steps, clean)
+        arms[RETRAIN] = self._train(RETRAIN, self._fresh(), self.first * self._batches(kept), kept)
+        arms[AUTO] = self._auto()
+        detection = self._detection(partition, self._memorised())
+        return Outcome(self.seed, {name: arms[name] for name in ARMS}, detection), partition
 
-    def _product(self) -> tuple[dict[str, Arm], Partition, Path]:
+    def _product(self) -> tuple[dict[str, Arm], Partition]:
         """What a user runs: one fit with the three callbacks. The base is this fit after ``base_epochs``."""
         partition = AttributionPartitionCallback(at_epoch=self.first)
-        base, repair = _Phase(BASE, 0, self.first), _Phase(FFT, self.first, self.last)
+        base, repair = Phase(BASE, 0, self.first), Phase(REPAIR, self.first, self.last)
         keep = ModelCheckpoint(
-            self.folder,
-            filename=f"base-{self.seed}",
+            self.checkpoint.parent,
+            filename=self.checkpoint.stem,
             every_n_epochs=self.first,
             save_top_k=-1,
             save_on_train_epoch_end=True,
         )
-        L.seed_everything(self.seed, verbose=False)
-        model = DigitsClassifier()
-        callbacks: list[L.Callback] = [
-            base,
-            repair,
-            partition,
-            SensitivityPruneCallback(amount=self.settings.amount),
-            self._finetune("full"),
-            keep,
-        ]
+        model = self._fresh()
+        callbacks: list[L.Callback] = [base, repair, partition, *_acting(), keep]
         if self.report is not None:
             callbacks.append(UnlearnReport(self.report))
-        _trainer(self.last, callbacks).fit(model, datamodule=self.data)
-        checkpoint = self.folder / f"base-{self.seed}.ckpt"
-        before = DigitsClassifier.load_from_checkpoint(checkpoint, map_location="cpu")
-        arms = {
-            BASE: self._arm(before, base),
-            FFT: self._arm(model, repair),
-        }
-        return arms, partition.partition, checkpoint
+        make_trainer(self.last, callbacks).fit(model, datamodule=self.data)
+        return {BASE: self._arm(self._base(), base), REPAIR: self._arm(model, repair)}, partition.partition
 
-    def _arm(self, model: DigitsClassifier, phase: _Phase) -> Arm:
-        return Arm(_accuracy(model, self.data), phase.seconds, phase.steps)
-
-    def _resume(self, name: str, checkpoint: Path, callbacks: list[L.Callback]) -> Arm:
-        phase = _Phase(name, self.first, self.last)
-        L.seed_everything(self.seed, verbose=False)
-        model = DigitsClassifier()
-        _trainer(self.last, [phase, *callbacks]).fit(model, datamodule=self.data, ckpt_path=checkpoint)
+    def _auto(self) -> Arm:
+        """The same fit with nothing set at all."""
+        model, phase = self._fresh(), Phase(AUTO, 0, self.last)
+        callbacks = [phase, AttributionPartitionCallback(), *_acting()]
+        make_trainer(self.last, callbacks).fit(model, datamodule=self.data)
         return self._arm(model, phase)
 
-    def _continue(self, checkpoint: Path, steps: int) -> Arm:
-        """From the base's weights, with the optimizer and the steps of the fine-tuning: only the data differ."""
-        model = DigitsClassifier.load_from_checkpoint(checkpoint, map_location="cpu")
-        epochs = -(-steps // len(self.data.train_dataloader()))
-        self._train_like_fine_tuning(model, epochs)
-        phase = _Phase(CONTINUE, 0, epochs)
-        L.seed_everything(self.seed, verbose=False)
-        _trainer(epochs, [phase], steps).fit(model, datamodule=self.data)
+    def _resume(self, name: str, finetune: CleanSubsetFinetuneCallback) -> Arm:
+        """From the base's checkpoint, with another fine-tuning."""
+        model, phase = self._fresh(), Phase(name, self.first, self.last)
+        partition = AttributionPartitionCallback(at_epoch=self.first)
+        trainer = make_trainer(self.last, [phase, partition, SensitivityPruneCallback(), finetune])
+        trainer.fit(model, datamodule=self.data, ckpt_path=self.checkpoint)
         return self._arm(model, phase)
 
-    def _finetune(self, mode: Literal["full", "layers"], on_noisy: OnNoisy = "drop") -> CleanSubsetFinetuneCallback:
-        schedule = partial(CosineAnnealingLR, T_max=self.settings.repair_epochs)
-        return CleanSubsetFinetuneCallback(
-            mode, warm_start="keep", on_noisy=on_noisy, optimizer=self.optimizer, lr_scheduler=schedule
-        )
-
-    def _train_like_fine_tuning(self, model: DigitsClassifier, epochs: int) -> None:
-        """Gives the model the optimizer and schedule of the fine-tuning."""
-
-        def configure_optimizers() -> Any:
-            optimizer = self.optimizer(model.parameters())
-            return [optimizer], [CosineAnnealingLR(optimizer, T_max=epochs)]
-
-        model.configure_optimizers = configure_optimizers  # type: ignore[method-assign]
-
-    def _retrain(self, name: str, clean: Tensor, epochs: int, like_fine_tuning: bool = False) -> Arm:
-        """From new weights, with the optimizer of the base or of the fine-tuning."""
-        phase = _Phase(name, 0, epochs)
+    def _train(self, name: str, model: DigitsClassifier, steps: int, index: Tensor | None = None) -> Arm:
+        """So many steps on those samples, or on all, with the schedule of the fine-tuning."""
+        index = torch.arange(len(self.wrong)) if index is None else index
+        epochs = -(-steps // self._batches(index))
+        phase = Phase(name, 0, epochs)
+        fall_to_zero(model, steps)
         L.seed_everything(self.seed, verbose=False)
-        model = DigitsClassifier()
-        if like_fine_tuning:
-            self._train_like_fine_tuning(model, epochs)
-        subset = Subset(self.data.train_data, clean.tolist())
+        subset = Subset(self.data.train_data, index.tolist())
         loader = DataLoader(subset, batch_size=self.data.batch_size, shuffle=True)
-        _trainer(epochs, [phase]).fit(model, loader)
+        make_trainer(epochs, [phase], steps).fit(model, loader, self.data.val_dataloader())
         return self._arm(model, phase)
 
-    def _truth(self, partition: Partition) -> Partition:
-        return replace(
-            partition,
-            clean_probability=(~self.wrong).float(),
-            is_clean=~self.wrong,
-            suggested_label=self.data.true_label,
-            suggested_probability=torch.ones(len(self.wrong)),
-            noise_rate=self.wrong.float().mean().item(),
-            noise_rate_interval=None,
-            often_called=(),
-            recipe="truth",
-            warning="",
-        )
+    def _batches(self, index: Tensor) -> int:
+        return -(-len(index) // self.data.batch_size)
+
+    def _fresh(self) -> DigitsClassifier:
+        """With the weights that the fit of this seed began with."""
+        L.seed_everything(self.seed, verbose=False)
+        return DigitsClassifier()
+
+    def _base(self) -> DigitsClassifier:
+        return DigitsClassifier.load_from_checkpoint(self.checkpoint, map_location="cpu")
+
+    def _shrunk(self) -> DigitsClassifier:
+        start = StartWeights()
+        start.remember(self._fresh())
+        model = self._base()
+        start.move(model, "shrink", (), ())
+        return model
+
+    def _arm(self, model: DigitsClassifier, phase: Phase) -> Arm:
+        (result,) = make_trainer(1, []).test(model, datamodule=self.data, verbose=False)
+        return Arm(float(result["test_acc"]), phase.seconds, phase.steps)
 
     @torch.no_grad()
-    def _memorised(self, checkpoint: Path) -> float:
-        model = DigitsClassifier.load_from_checkpoint(checkpoint, map_location="cpu").eval()
-        image = self.data.train_data.tensors[0]
-        logits: Tensor = model(image)
-        fitted = logits.argmax(dim=1) == self.data.given_label
-        return fitted[self.wrong].float().mean().item()
+    def _memorised(self) -> float:
+        image, given = self.data.train_data.tensors
+        logits: Tensor = self._base().eval()(image)
+        return (logits.argmax(dim=1) == given)[self.wrong].float().mean().item()
 
     def _detection(self, partition: Partition, memorised: float) -> Detection:
         suspect, wrong = ~partition.is_clean, self.wrong
@@ -369,54 +158,20 @@ class _Repeat:
         )
 
 
+def _acting() -> list[L.Callback]:
+    return [SensitivityPruneCallback(), CleanSubsetFinetuneCallback()]
+
+
 def run_demo(settings: Settings, out: str | PathLike[str]) -> list[Outcome]:
     """Runs every seed; writes ``suspects.csv``, ``partition.npz`` and ``report.html`` of the first to ``out``."""
     out = target_folder(out)
     outcomes = []
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with tempfile.TemporaryDirectory() as folder, quiet():
         for number, seed in enumerate(settings.seeds):
             if len(settings.seeds) > 1:
-                tqdm.write(f"Repeat {number + 1} of {len(settings.seeds)} (seed {seed})")
+                tqdm.write(f"Seed {seed}, {number + 1} of {len(settings.seeds)}")
             outcome, partition = _Repeat(settings, seed, Path(folder), None if number else out).run()
             outcomes.append(outcome)
             if number == 0:
                 partition.to_csv(out / "suspects.csv")
     return outcomes
-
-
-def _spread(values: list[float], digits: int) -> str:
-    text = f"{statistics.mean(values):.{digits}f}"
-    return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.{digits}f}"
-
-
-def table(settings: Settings, outcomes: list[Outcome]) -> str:
-    """The demo's last words: every arm, and the partition against the true mask."""
-    lines = [f"{'':<42}{'test accuracy':>16}{'vs base':>10}{'seconds':>14}{'steps':>8}"]
-    base = statistics.mean(outcome.arms[BASE].accuracy for outcome in outcomes)
-    for name in outcomes[0].arms:
-        arms = [outcome.arms[name] for outcome in outcomes]
-        accuracy = [arm.accuracy for arm in arms]
-        gain = "" if name == BASE else f"{100 * (statistics.mean(accuracy) - base):+.1f}"
-        steps = round(statistics.mean(arm.steps for arm in arms))
-        seconds = _spread([arm.seconds for arm in arms], 1)
-        lines.append(f"{name:<42}{_spread(accuracy, 3):>16}{gain:>10}{seconds:>14}{steps:>8}")
-    found = [outcome.detection for outcome in outcomes]
-    score = {field: _spread([getattr(each, field) for each in found], 3) for field in asdict(found[0])}
-    seeds = f"mean ± standard deviation of {len(outcomes)} seeds" if len(outcomes) > 1 else f"seed {outcomes[0].seed}"
-    return "\n".join(
-        [
-            f"Digits, 1,198 training images, {settings.noise:.0%} of the labels wrong;"
-            f" {settings.base_epochs} + {settings.repair_epochs} epochs; {seeds}.",
-            f"The base has memorized {score['memorised']} of the wrong labels.",
-            "",
-            *lines,
-            "",
-            "Arms of the same steps have the optimizer of the fine-tuning; retraining starts from new weights, and 'as",
-            "the base' has its optimizer and epochs. Seconds and steps below the base come on top of it; the base's",
-            "include reading the evidence, L-FT's and F-FT's its last pass, partition and pruning. With wrong labels",
-            "replaced there are more samples, so more steps.",
-            f"Partition: AUROC {score['auroc']}, precision {score['precision']}, recall {score['recall']};"
-            f" estimated noise rate {score['noise_rate']};",
-            f"suggested label right for {score['suggested_right']} of the wrong labels found.",
-        ]
-    )

@@ -16,13 +16,14 @@ from torchmetrics.functional.classification import multiclass_accuracy
 from lightning_unlearn.noise import flip_labels
 
 CLASSES = 10
+VALIDATION = 200
 
 
 class DigitsDataModule(L.LightningDataModule):
-    """1,797 images of handwritten digits, 8 x 8 pixels in [0, 1]; two thirds are for training.
+    """1,797 images of handwritten digits, 8 x 8 pixels in [0, 1]: 1,198 to train on, 200 to validate, 399 to test.
 
     Args:
-        noise: share of the training labels that are wrong; the test labels are right.
+        noise: share of the training labels that are wrong (symmetric label noise); all others are right.
         batch_size: of every loader.
         seed: of the split and of the noise.
 
@@ -50,18 +51,23 @@ class DigitsDataModule(L.LightningDataModule):
         label = torch.tensor(digits.target, dtype=torch.int64)
         generator = torch.Generator().manual_seed(self.seed)
         order = torch.randperm(len(label), generator=generator)
-        train, test = order[: 2 * len(order) // 3], order[2 * len(order) // 3 :]
+        train, val, test = order.tensor_split([2 * len(order) // 3, 2 * len(order) // 3 + VALIDATION])
         self.true_label = label[train]
         self.given_label = flip_labels(self.true_label, self.noise, CLASSES, generator)
         self.train_data = TensorDataset(image[train], self.given_label)
+        self.val_data = TensorDataset(image[val], label[val])
         self.test_data = TensorDataset(image[test], label[test])
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled images with the given labels."""
         return DataLoader(self.train_data, batch_size=self.batch_size, shuffle=True)
 
-    def test_dataloader(self) -> DataLoader[Any]:
+    def val_dataloader(self) -> DataLoader[Any]:
         """Held-out images with their true labels."""
+        return DataLoader(self.val_data, batch_size=VALIDATION)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Other ones."""
         return DataLoader(self.test_data, batch_size=self.batch_size)
 
 
@@ -98,6 +104,11 @@ class DigitsClassifier(L.LightningModule):
         loss = nn.functional.cross_entropy(self(x), y)
         self.log("train_loss", loss)
         return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Logs the accuracy as ``val_acc``."""
+        x, y = batch
+        self.log("val_acc", multiclass_accuracy(self(x), y, num_classes=CLASSES, average="micro"))
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Logs the accuracy as ``test_acc``."""

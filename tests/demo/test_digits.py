@@ -11,13 +11,14 @@ def test_the_same_seed_gives_the_same_data_and_test_labels_are_right():
     assert first.given_label.equal(second.given_label)
     assert not first.given_label.equal(other.given_label)
     assert len(first.train_data) == 1198
-    assert len(first.test_data) == 599
+    assert (len(first.val_data), len(first.test_data)) == (200, 399)
     wrong = (first.given_label != first.true_label).float().mean()
     assert wrong == pytest.approx(0.4, abs=1e-3)
     clean = DigitsDataModule(seed=1, noise=0.0)
     clean.setup()
     assert clean.given_label.equal(first.true_label)
-    assert clean.test_data.tensors[1].equal(first.test_data.tensors[1])
+    for part in ("val_data", "test_data"):
+        assert getattr(clean, part).tensors[1].equal(getattr(first, part).tensors[1])
 
 
 def test_no_loader_hands_out_the_true_labels():

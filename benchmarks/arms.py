@@ -48,7 +48,7 @@ from lightning_unlearn import (
     Partition,
     SensitivityPruneCallback,
 )
-from lightning_unlearn.types import Evidence
+from lightning_unlearn.recipes.evidence import Evidence
 
 
 class Unit:

@@ -34,10 +34,10 @@ from captum.attr import LayerGradientXActivation
 from torch import Tensor, nn
 
 from benchmarks.models import cifar_classifier
-from lightning_unlearn.capture import Attributor, resolve_layer
+from lightning_unlearn.attribution import Attributor, resolve_layer
+from lightning_unlearn.attribution.layers import LayerPoint
 from lightning_unlearn.functional import label_margin
-from lightning_unlearn.storage import target_file
-from lightning_unlearn.types import LayerPoint
+from lightning_unlearn.utilities.files import target_file
 
 CLASSES = 10
 SLOW, SLOW_EVERY = "C backward", 5

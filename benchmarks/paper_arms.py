@@ -31,7 +31,7 @@ from lightning_unlearn import (
     Partition,
     SensitivityPruneCallback,
 )
-from lightning_unlearn.types import Evidence
+from lightning_unlearn.recipes.evidence import Evidence
 
 SEED_OF_CRITERION = 0
 AMOUNT = 40 / 256  # of the neurons that are pruned

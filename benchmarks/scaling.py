@@ -31,12 +31,15 @@ from benchmarks.scaling_tables import figure, tables
 from benchmarks.simulated import SimulatedRanks
 from benchmarks.synthetic import evidence, share_of
 from lightning_unlearn.callbacks._assembly import Cut, Judged, assemble
-from lightning_unlearn.functional.mixture import Reduce, fit_mixture, no_reduce, standardise
+from lightning_unlearn.functional.mixture import fit_mixture
 from lightning_unlearn.functional.sensitivity import regression_sums, solve_sensitivity
+from lightning_unlearn.functional.standardize import standardise
 from lightning_unlearn.recipes import get_recipe
-from lightning_unlearn.storage import replacing, write_json
+from lightning_unlearn.recipes.evidence import Evidence
+from lightning_unlearn.results.partition import Partition
 from lightning_unlearn.trajectory import PHASES, Trajectory
-from lightning_unlearn.types import Evidence, Partition
+from lightning_unlearn.utilities.files import replacing, write_json
+from lightning_unlearn.utilities.reduce import Reduce, no_reduce
 
 SAMPLES = (10_000, 40_000, 160_000, 640_000, 1_280_000)
 CLASSES = (10, 100, 1_000, 10_000)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_unlearn.storage import replacing
+from lightning_unlearn.utilities.files import replacing
 
 Row = dict[str, Any]
 

@@ -41,7 +41,7 @@ from lightning_unlearn import (
 )
 from lightning_unlearn.demo import DigitsClassifier
 from lightning_unlearn.noise import symmetric_labels
-from lightning_unlearn.storage import replacing, write_json
+from lightning_unlearn.utilities.files import replacing, write_json
 
 _CLASSES = 10
 _WARM_UP, _STEPS = 1, 12

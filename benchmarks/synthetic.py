@@ -12,11 +12,11 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor
 
-from lightning_unlearn.data import rank_share
+from lightning_unlearn.data.loaders import rank_share
 from lightning_unlearn.functional.attribution import label_margin
 from lightning_unlearn.noise import symmetric_labels
+from lightning_unlearn.recipes.evidence import Evidence
 from lightning_unlearn.trajectory import PHASES, class_coordinates
-from lightning_unlearn.types import Evidence
 
 # How far the true class, and the given one, stand out of the others in each phase of training and in the last pass.
 _LEARNED = (1.0, 2.0, 2.5, 2.5, 2.5)

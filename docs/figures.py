@@ -14,7 +14,7 @@ from matplotlib import pyplot as plt
 from lightning_unlearn import AttributionPartitionCallback, NeuronMask, Partition, SensitivityPruneCallback
 from lightning_unlearn.demo import DigitsClassifier, DigitsDataModule
 from lightning_unlearn.recipes import RECIPES
-from lightning_unlearn.types import Evidence
+from lightning_unlearn.recipes.evidence import Evidence
 
 LOOK = {
     "svg.hashsalt": "lightning-unlearn",

@@ -4,8 +4,9 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from lightning_unlearn.results.mask import NeuronMask
+from lightning_unlearn.results.partition import Partition
 from lightning_unlearn.shrinking import shrink
-from lightning_unlearn.types import NeuronMask, Partition
 
 if TYPE_CHECKING:
     from lightning_unlearn.callbacks import (

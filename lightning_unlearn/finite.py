@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_unlearn.functional.mixture import Reduce
 from lightning_unlearn.recipes import Recipe, Verdict
-from lightning_unlearn.types import NOT_BY_SAMPLE, Evidence
+from lightning_unlearn.recipes.evidence import NOT_BY_SAMPLE, Evidence
+from lightning_unlearn.utilities.reduce import Reduce
 
 # Of more samples than that, it is not the samples that are broken.
 _MOST = 0.5

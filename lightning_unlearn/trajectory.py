@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.functional.attribution import label_margin
-from lightning_unlearn.functional.chunks import row_slices
 from lightning_unlearn.functional.coordinates import helmert, times_helmert
 from lightning_unlearn.functional.evidence import label_support
-from lightning_unlearn.functional.mixture import Reduce
 from lightning_unlearn.functional.soft_margin import NUM_SCALES, rivals_of, soft_margins
+from lightning_unlearn.utilities.chunks import row_slices
+from lightning_unlearn.utilities.reduce import Reduce
 
 MOST_COORDINATES = 128
 PHASES = 4

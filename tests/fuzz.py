@@ -19,8 +19,8 @@ from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Dataset, R
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback, SensitivityPruneCallback
+from lightning_unlearn.attribution import ATTRIBUTION_METHODS
 from lightning_unlearn.callbacks._criteria import CRITERIA
-from lightning_unlearn.capture import ATTRIBUTION_METHODS
 from lightning_unlearn.recipes import RECIPES
 from tests.toys import by_margin
 

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from lightning_unlearn.finite import check_rows_left_out, finite_rows, first_not_finite, judge_finite
-from lightning_unlearn.functional.mixture import no_reduce
 from lightning_unlearn.recipes import RECIPES, Recipe, Verdict, get_recipe
-from lightning_unlearn.types import Evidence
+from lightning_unlearn.recipes.evidence import Evidence
+from lightning_unlearn.utilities.reduce import no_reduce
 from tests.ranks import run_ranks
-from tests.test_recipes import N, every_kind, flagged, share_of, users
+from tests.recipes.test_recipes import N, every_kind, flagged, share_of, users
 
 BAD = torch.tensor([3, 10, 500, 501])
 VALUES = (torch.nan, torch.inf, -torch.inf)

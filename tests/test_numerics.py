@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from lightning_unlearn.finite import judge_finite
-from lightning_unlearn.functional.mixture import no_reduce
 from lightning_unlearn.recipes import RECIPES, judge_label
 from lightning_unlearn.trajectory import Trajectory
+from lightning_unlearn.utilities.reduce import no_reduce
 from tests.ranks import run_ranks
-from tests.test_recipes import auroc, flagged, make_evidence, normal, share_of
+from tests.recipes.test_recipes import auroc, flagged, make_evidence, normal, share_of
 
 ASKS_LABELS = ("auto", "label", "loss", "aum", "argmax")
 GATED = ("auto", "label", "input")

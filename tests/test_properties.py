@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from lightning_unlearn import AttributionPartitionCallback
 from lightning_unlearn.callbacks._assembly import _keep_some
 from lightning_unlearn.finite import judge_finite
-from lightning_unlearn.functional.mixture import no_reduce
 from lightning_unlearn.recipes import RECIPES, get_recipe
+from lightning_unlearn.recipes.evidence import Evidence
 from lightning_unlearn.recipes.latent_noise import latent_windows, transition_noise
-from lightning_unlearn.types import Evidence
+from lightning_unlearn.utilities.reduce import no_reduce
 from tests.ranks import run_ranks
+from tests.recipes.test_recipes import make_evidence, users
 from tests.test_numerics import evidence_of, network
-from tests.test_recipes import make_evidence, users
 from tests.toys import CLASSES, FEATURES, Blobs, BlobsData, Toy, adamw, fit
 
 bounded = settings(max_examples=12, deadline=None, derandomize=True)

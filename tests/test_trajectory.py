@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from lightning_unlearn.functional.attribution import label_margin
-from lightning_unlearn.functional.mixture import no_reduce
 from lightning_unlearn.functional.soft_margin import NUM_SCALES, soft_margins
 from lightning_unlearn.trajectory import MOST_COORDINATES, PHASES, Trajectory, class_coordinates
+from lightning_unlearn.utilities.reduce import no_reduce
 from tests.ranks import run_ranks
 
 N, C = 23, 4

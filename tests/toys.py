@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback, SensitivityPruneCallback
-from lightning_unlearn.types import Evidence
+from lightning_unlearn.recipes.evidence import Evidence
 
 CLASSES = 4
 FEATURES = 16

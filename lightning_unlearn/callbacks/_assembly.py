@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.callbacks._finding import caveat_of
-from lightning_unlearn.distributed import place_by_index
-from lightning_unlearn.functional.mixture import Reduce
 from lightning_unlearn.recipes import Verdict
-from lightning_unlearn.review import DROP, KEEP, RELABEL, Decided
-from lightning_unlearn.types import REASONS, Evidence, Partition, class_members
+from lightning_unlearn.recipes.evidence import Evidence
+from lightning_unlearn.results.labels import DROP, KEEP, REASONS, RELABEL, class_members
+from lightning_unlearn.results.partition import Partition
+from lightning_unlearn.results.review import Decided
+from lightning_unlearn.utilities.distributed import place_by_index
+from lightning_unlearn.utilities.reduce import Reduce
 
 _NO_MATRIX = torch.zeros(0, 0)
 # So many labels of a multi-label task are named in the log.

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from lightning_unlearn.attribution import ForwardTrace, trace_forward
 from lightning_unlearn.callbacks._layouts import settle_layout
 from lightning_unlearn.callbacks._lightning import (
     callbacks_of,
@@ -35,12 +36,12 @@ from lightning_unlearn.callbacks._provenance import settings_of
 from lightning_unlearn.callbacks._rows import check_batch, check_number
 from lightning_unlearn.callbacks._scoring import scoring_loader, train_loader
 from lightning_unlearn.callbacks._strategies import check_strategy
-from lightning_unlearn.capture import ForwardTrace, trace_forward
-from lightning_unlearn.data import batch_count, batch_size, check_iteration, indexed_batches, rank_share
-from lightning_unlearn.fingerprint import sampled_indices
-from lightning_unlearn.sharding import reshard
-from lightning_unlearn.targets import IGNORED, Reading
-from lightning_unlearn.types import Partition, PartitionSource
+from lightning_unlearn.data.fingerprint import sampled_indices
+from lightning_unlearn.data.loaders import batch_count, batch_size, check_iteration, indexed_batches, rank_share
+from lightning_unlearn.data.task_format import IGNORED, Reading
+from lightning_unlearn.results.partition import Partition
+from lightning_unlearn.trainer.protocols import PartitionSource
+from lightning_unlearn.utilities.sharding import reshard
 
 _MISSING_PARTNER = """{who} needs an AttributionPartitionCallback in the Trainer's callbacks, in any place, but found
 {found}. Add it in Python:
@@ -84,7 +85,7 @@ class IndexedBatch:
         weight: (B,) float32 on the batch's device, 0 for padding.
         x: the model's input.
         label: (U,) int64, class labels of the batch's rows, -1 for one that is to be ignored; the rows are the samples,
-            but in a multi-label task (see :class:`~lightning_unlearn.targets.Reading`).
+            but in a multi-label task (see :class:`~lightning_unlearn.data.task_format.Reading`).
     """
 
     index: Tensor
@@ -346,7 +347,7 @@ def output_of(source: PartitionSource, pl_module: LightningModule, x: Any) -> Te
 
 
 def logits_of(source: PartitionSource, pl_module: LightningModule, x: Any) -> Tensor:
-    """Rows (U, C) of class logits; see :class:`~lightning_unlearn.targets.Reading`."""
+    """Rows (U, C) of class logits; see :class:`~lightning_unlearn.data.task_format.Reading`."""
     return reading_of(source).logits(output_of(source, pl_module, x))
 
 

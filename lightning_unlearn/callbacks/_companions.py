@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_unlearn.batches import Path, field_at, has_rows, leaves_of, shown_path
-from lightning_unlearn.targets import Reading
+from lightning_unlearn.data.batch import Path, field_at, has_rows, leaves_of, shown_path
+from lightning_unlearn.data.task_format import Reading
 
 # Rows of classes that come again from which on a field is said to be made of the label.
 _AGAIN = 8

@@ -14,9 +14,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
+from lightning_unlearn.attribution import plain_name
 from lightning_unlearn.callbacks._lightning import callbacks_of
 from lightning_unlearn.callbacks._packages import is_a
-from lightning_unlearn.capture import plain_name
 from lightning_unlearn.pruning.masking import PrunedEntries
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")

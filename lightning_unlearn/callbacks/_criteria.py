@@ -13,20 +13,21 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_unlearn.arguments import check_choice, check_number, check_seed
+from lightning_unlearn.attribution import SmallerBatches, loss_gradients, neuron_dimension, resolve_layer, tap
 from lightning_unlearn.callbacks._base import IndexedBatch, logits_of, output_of, reading_of, training_set
 from lightning_unlearn.callbacks._lightning import undisturbed
 from lightning_unlearn.callbacks._saying import rank_zero_info
-from lightning_unlearn.capture import SmallerBatches, loss_gradients, neuron_dimension, resolve_layer, tap
-from lightning_unlearn.data import rank_share
-from lightning_unlearn.distributed import sum_over_ranks
+from lightning_unlearn.data.loaders import rank_share
 from lightning_unlearn.functional.importance import NeuronSums, importance_ratio, magnitude, neuron_sums
 from lightning_unlearn.functional.logistic import fit_logistic
-from lightning_unlearn.functional.mixture import Reduce
 from lightning_unlearn.functional.selection import harmful_neurons, in_order
 from lightning_unlearn.functional.sensitivity import RegressionSums, Sensitivity, regression_sums, solve_sensitivity
 from lightning_unlearn.pruning.sites import PruneSite
-from lightning_unlearn.types import Partition, PartitionSource
+from lightning_unlearn.results.partition import Partition
+from lightning_unlearn.trainer.protocols import PartitionSource
+from lightning_unlearn.utilities.checks import check_choice, check_number, check_seed
+from lightning_unlearn.utilities.distributed import sum_over_ranks
+from lightning_unlearn.utilities.reduce import Reduce
 
 SENSITIVITY = "sensitivity"
 RATIOS = ("mean_abs_ratio", "rms_ratio", "std_ratio", "frequency_ratio")

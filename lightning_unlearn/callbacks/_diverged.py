@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_unlearn.sharding import local_part
+from lightning_unlearn.utilities.sharding import local_part
 
 ADVICE = "use a smaller learning rate or gradient_clip_val, and resume from an earlier checkpoint"
 

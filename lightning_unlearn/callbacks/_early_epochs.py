@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.functional.margin_noise import prequential_margin_rate
-from lightning_unlearn.functional.mixture import Reduce
 from lightning_unlearn.functional.prequential import (
     PARTS,
     PrequentialRate,
@@ -19,6 +18,7 @@ from lightning_unlearn.functional.prequential import (
 )
 from lightning_unlearn.recipes.classes import is_exact, with_coordinates
 from lightning_unlearn.trajectory import Trajectory
+from lightning_unlearn.utilities.reduce import Reduce
 
 MOST_EPOCHS = 6
 """In which a network that still learns fast is waited for."""

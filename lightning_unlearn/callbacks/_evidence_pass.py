@@ -13,18 +13,19 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
+from lightning_unlearn.attribution import Attributor, MarginAttribution, response
+from lightning_unlearn.attribution.layers import LayerPoint
 from lightning_unlearn.callbacks._base import IndexedBatch, in_index_order, logits_of, reading_of
 from lightning_unlearn.callbacks._frozen_features import FrozenFeatures
 from lightning_unlearn.callbacks._lightning import undisturbed
 from lightning_unlearn.callbacks._recognise import check_same_labels, check_same_size
 from lightning_unlearn.callbacks._scoring import scoring_loader, train_loader
 from lightning_unlearn.callbacks._strategies import shards_weights
-from lightning_unlearn.capture import Attributor, MarginAttribution, response
+from lightning_unlearn.data.task_format import IGNORED
 from lightning_unlearn.functional.attribution import label_margin
 from lightning_unlearn.functional.identity import mixed, row_identity
-from lightning_unlearn.targets import IGNORED
+from lightning_unlearn.trainer.protocols import PartitionSource
 from lightning_unlearn.trajectory import Trajectory
-from lightning_unlearn.types import LayerPoint, PartitionSource
 
 
 def make_attributor(
@@ -73,7 +74,8 @@ class EvidencePass:
         """Passes over the share.
 
         Returns:
-            what the pass showed, one row for each row of the share; see :class:`~lightning_unlearn.targets.Reading`.
+            what the pass showed, one row for each row of the share; see
+            :class:`~lightning_unlearn.data.task_format.Reading`.
         """
         columns: dict[str, list[Tensor]] = {}
         with undisturbed(trainer, pl_module):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lightning_unlearn.finding import rate_in_words
 from lightning_unlearn.recipes.verdict import NoiseEstimate
+from lightning_unlearn.results.finding import rate_in_words
 
 _NO_LIST = (
     "no list of suspects can be made from this fit; errors among classes that are easily confused would not show; the"

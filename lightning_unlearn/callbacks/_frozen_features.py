@@ -10,14 +10,16 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
+from lightning_unlearn.attribution import BATCH_NORM, ForwardTrace, named_layers, take_rows, tap
+from lightning_unlearn.attribution.layers import LayerPoint
 from lightning_unlearn.callbacks._base import IndexedBatch, output_of
 from lightning_unlearn.callbacks._lightning import undisturbed
 from lightning_unlearn.callbacks._saying import rank_zero_info
-from lightning_unlearn.capture import BATCH_NORM, ForwardTrace, named_layers, take_rows, tap
 from lightning_unlearn.functional.leave_one_out import leave_one_out_logits, left_out_rate, objection_to, skill_of
-from lightning_unlearn.functional.mixture import Reduce, reduce_together
 from lightning_unlearn.functional.prequential import PrequentialRate
-from lightning_unlearn.types import Evidence, LayerPoint, PartitionSource
+from lightning_unlearn.recipes.evidence import Evidence
+from lightning_unlearn.trainer.protocols import PartitionSource
+from lightning_unlearn.utilities.reduce import Reduce, reduce_together
 
 MOST_FEATURES = 4096
 """More than these are not looked at."""

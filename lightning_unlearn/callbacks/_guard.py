@@ -13,7 +13,9 @@ from torch import Tensor
 from lightning_unlearn.callbacks._validation import Score, score_samples, score_validation
 from lightning_unlearn.pruning.masking import NeuronPruning, snapshot
 from lightning_unlearn.pruning.sites import PruneSite
-from lightning_unlearn.types import Partition, PartitionSource, class_members
+from lightning_unlearn.results.labels import class_members
+from lightning_unlearn.results.partition import Partition
+from lightning_unlearn.trainer.protocols import PartitionSource
 
 HELD_SHARE = 0.1
 HELD_MOST = 2000

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_unlearn.capture import watch_output
+from lightning_unlearn.attribution import watch_output
 
 
 @dataclass(eq=False)

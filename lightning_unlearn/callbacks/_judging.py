@@ -13,15 +13,18 @@ from lightning_unlearn.callbacks._assembly import Judged
 from lightning_unlearn.callbacks._lightning import compute_device
 from lightning_unlearn.callbacks._strategies import shards_weights
 from lightning_unlearn.callbacks._validation import score_validation
-from lightning_unlearn.data import rank_share
-from lightning_unlearn.distributed import place_by_index, sum_over_ranks
+from lightning_unlearn.data.loaders import rank_share
+from lightning_unlearn.data.task_format import IGNORED, Reading
 from lightning_unlearn.finite import first_not_finite, judge_finite
 from lightning_unlearn.functional.identity import copies, mixed
-from lightning_unlearn.functional.mixture import Reduce
 from lightning_unlearn.recipes import Recipe, Verdict
-from lightning_unlearn.targets import IGNORED, Reading
+from lightning_unlearn.recipes.evidence import Evidence
+from lightning_unlearn.results.labels import REASONS
+from lightning_unlearn.results.partition import Partition
+from lightning_unlearn.trainer.protocols import PartitionSource
 from lightning_unlearn.trajectory import Trajectory
-from lightning_unlearn.types import REASONS, Evidence, Partition, PartitionSource
+from lightning_unlearn.utilities.distributed import place_by_index, sum_over_ranks
+from lightning_unlearn.utilities.reduce import Reduce
 
 # Validation samples: of fewer the accuracy says too little.
 _FEWEST = 200

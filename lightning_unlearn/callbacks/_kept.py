@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
-from lightning_unlearn.sharding import local_part
+from lightning_unlearn.utilities.sharding import local_part
 
 # Tensors that are not buffers, and containers, are kept up to this many elements and items.
 _MOST_ELEMENTS = 2**24

@@ -15,11 +15,11 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_unlearn.batches import Path, has_rows, how_to_split, leaves_of, shown_path
+from lightning_unlearn.attribution import resolve_layer
 from lightning_unlearn.callbacks._head_watch import HeadWatch, Step
-from lightning_unlearn.capture import resolve_layer
-from lightning_unlearn.functional.mixture import Reduce
-from lightning_unlearn.targets import Reading
+from lightning_unlearn.data.batch import Path, has_rows, how_to_split, leaves_of, shown_path
+from lightning_unlearn.data.task_format import Reading
+from lightning_unlearn.utilities.reduce import Reduce
 
 # So many steps are looked at, at most, until it is clear what the loss follows.
 MOST_STEPS = 16

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_unlearn.batches import (
+from lightning_unlearn.attribution import ForwardTrace, is_out_of_memory
+from lightning_unlearn.data.batch import (
     Layout,
     Path,
     called,
@@ -18,11 +19,10 @@ from lightning_unlearn.batches import (
     leaves_of,
     shown_path,
 )
-from lightning_unlearn.capture import ForwardTrace, is_out_of_memory
-from lightning_unlearn.targets import Reading
+from lightning_unlearn.data.task_format import Reading
 
 _MOST_SAID = 300
-_OURS = tuple(f"lightning_unlearn.{room}" for room in ("batches", "targets", "callbacks.", "capture."))
+_OURS = tuple(f"lightning_unlearn.{room}" for room in ("data.batch", "data.task_format", "callbacks.", "attribution."))
 
 
 def settle_layout(

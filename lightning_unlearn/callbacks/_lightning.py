@@ -29,11 +29,11 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
+from lightning_unlearn.attribution import whole_batches
 from lightning_unlearn.callbacks._kept import kept
 from lightning_unlearn.callbacks._packages import is_a
 from lightning_unlearn.callbacks._progress import close_lines
-from lightning_unlearn.capture import whole_batches
-from lightning_unlearn.sharding import reshard
+from lightning_unlearn.utilities.sharding import reshard
 
 
 def runs_in_other_processes(trainer: Trainer) -> bool:

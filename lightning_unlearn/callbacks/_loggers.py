@@ -12,8 +12,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_unlearn.callbacks._lightning import log_values
 from lightning_unlearn.callbacks._packages import is_a
-from lightning_unlearn.plots import new_axes, pixels, plot_mask, plot_partition
-from lightning_unlearn.types import REASONS, NeuronMask, Partition
+from lightning_unlearn.results.labels import REASONS
+from lightning_unlearn.results.mask import NeuronMask
+from lightning_unlearn.results.partition import Partition
+from lightning_unlearn.results.plots import new_axes, pixels, plot_mask, plot_partition
 
 Show = Callable[[Any, str, Any, int], None]
 

@@ -14,9 +14,9 @@ from lightning_unlearn.callbacks._loggers import log_partition
 from lightning_unlearn.callbacks._saying import rank_zero_info
 from lightning_unlearn.callbacks._scoring import train_loader
 from lightning_unlearn.callbacks._summary import outlook
-from lightning_unlearn.distributed import sum_over_ranks
-from lightning_unlearn.finding import epochs_in_words, finding_of, names_in
-from lightning_unlearn.types import Partition
+from lightning_unlearn.results.finding import epochs_in_words, finding_of, names_in
+from lightning_unlearn.results.partition import Partition
+from lightning_unlearn.utilities.distributed import sum_over_ranks
 
 # Samples per class below which clean data of a weak model were called noisy in four of ten simulated sets.
 _FEW = 50
@@ -37,7 +37,7 @@ def report_partition(
         partition: that was drawn.
         evidence: what it was drawn from, in words.
         notes: of the person who has reviewed it and of the recipe, in words.
-        memorised: see :class:`~lightning_unlearn.types.RepairSummary`.
+        memorised: see :class:`~lightning_unlearn.results.summary.RepairSummary`.
         class_names: by label; empty where they are not known.
     """
     rank_zero_info(

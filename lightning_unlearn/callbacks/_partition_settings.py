@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from lightning_unlearn.capture import GRADIENT_X_ACTIVATION, ForwardTrace, check_reached, plain_name
+from lightning_unlearn.attribution import GRADIENT_X_ACTIVATION, ForwardTrace, check_reached, plain_name
+from lightning_unlearn.attribution.layers import LayerPoint
 from lightning_unlearn.recipes import Recipe
-from lightning_unlearn.types import LayerPoint
 
 
 def check_several_labels(layer: str | None, method: str, recipe: Recipe) -> None:

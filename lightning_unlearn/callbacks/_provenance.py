@@ -14,10 +14,12 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_unlearn.arguments import plain
-from lightning_unlearn.review import Review
-from lightning_unlearn.storage import write_json
-from lightning_unlearn.types import DECISIONS, Partition, PartitionRound
+from lightning_unlearn.results.labels import DECISIONS
+from lightning_unlearn.results.partition import Partition
+from lightning_unlearn.results.review import Review
+from lightning_unlearn.results.summary import PartitionRound
+from lightning_unlearn.utilities.checks import plain
+from lightning_unlearn.utilities.files import write_json
 
 FORMAT = "lightning_unlearn.provenance"
 VERSION = 1

@@ -15,10 +15,10 @@ from lightning_unlearn.callbacks._lightning import undisturbed
 from lightning_unlearn.callbacks._rows import check_numbers, check_ranks, establish_rows
 from lightning_unlearn.callbacks._saying import rank_zero_info
 from lightning_unlearn.callbacks._scoring import OFFER, offers_scoring_loader, scoring_loader, train_loader
-from lightning_unlearn.fingerprint import check_fingerprint, fingerprint, sampled_indices, varies
-from lightning_unlearn.rows import Rows
-from lightning_unlearn.targets import Reading
-from lightning_unlearn.types import PartitionSource
+from lightning_unlearn.data.fingerprint import check_fingerprint, fingerprint, sampled_indices, varies
+from lightning_unlearn.data.row_order import Rows
+from lightning_unlearn.data.task_format import Reading
+from lightning_unlearn.trainer.protocols import PartitionSource
 
 _AUGMENTED = (
     "The training set uses random augmentation, so passes score augmented samples. To score the originals, give the"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_unlearn.types import Partition
+from lightning_unlearn.results.partition import Partition
 
 # What counts from here on whatever the checkpoint holds, what is checked elsewhere, and functions, of which two may do
 # the same under different names.

@@ -9,9 +9,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_unlearn.callbacks._base import class_labels, read_labels, reading_of
 from lightning_unlearn.callbacks._lightning import undisturbed
 from lightning_unlearn.callbacks._scoring import scoring_loader
-from lightning_unlearn.distributed import on_rank_zero
-from lightning_unlearn.review import Review, Table, read_review, settle
-from lightning_unlearn.types import PartitionSource
+from lightning_unlearn.results.review import Review, settle
+from lightning_unlearn.results.review_csv import Table, read_review
+from lightning_unlearn.trainer.protocols import PartitionSource
+from lightning_unlearn.utilities.distributed import on_rank_zero
 
 
 def open_review(trainer: Trainer, path: str | PathLike[str] | None) -> Table | None:

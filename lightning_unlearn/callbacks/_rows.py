@@ -14,10 +14,9 @@ from torch.utils.data import DataLoader
 
 from lightning_unlearn.callbacks._lightning import to_device, undisturbed
 from lightning_unlearn.callbacks._scoring import offers_scoring_loader, train_loader
-from lightning_unlearn.data import apart, batch_size, indexed_batches
-from lightning_unlearn.distributed import sum_over_ranks
-from lightning_unlearn.fingerprint import MOST_CHANGED, share_changed
-from lightning_unlearn.rows import (
+from lightning_unlearn.data.fingerprint import MOST_CHANGED, share_changed
+from lightning_unlearn.data.loaders import apart, batch_size, indexed_batches
+from lightning_unlearn.data.row_order import (
     ALONE,
     ItemByItem,
     Rows,
@@ -28,7 +27,8 @@ from lightning_unlearn.rows import (
     sample_batches,
     shuffled,
 )
-from lightning_unlearn.targets import Reading
+from lightning_unlearn.data.task_format import Reading
+from lightning_unlearn.utilities.distributed import sum_over_ranks
 
 # So often other samples are taken where those before were all alike.
 _ATTEMPTS = 4

@@ -11,12 +11,13 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from lightning_unlearn.attribution import sample_dimension, take_rows, tap
+from lightning_unlearn.attribution.layers import LayerPoint
 from lightning_unlearn.callbacks._base import IndexedBatch, output_of, reading_of
 from lightning_unlearn.callbacks._lightning import to_device, undisturbed
 from lightning_unlearn.callbacks._scoring import scoring_loader
-from lightning_unlearn.capture import sample_dimension, take_rows, tap
-from lightning_unlearn.data import indexed_batches
-from lightning_unlearn.types import LayerPoint, PartitionSource
+from lightning_unlearn.data.loaders import indexed_batches
+from lightning_unlearn.trainer.protocols import PartitionSource
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
 from lightning_unlearn.callbacks._packages import MisconfigurationException
-from lightning_unlearn.data import check_loader
+from lightning_unlearn.data.loaders import check_loader
 
 OFFER = "attribution_dataloader"
 """Name of the method of a DataModule, or LightningModule, that returns such a loader."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from lightning_unlearn.callbacks._diverged import ADVICE
-from lightning_unlearn.finding import at_least, precision_in_words, worth_in_words
-from lightning_unlearn.types import Partition, RepairSummary
+from lightning_unlearn.results.finding import at_least, precision_in_words, worth_in_words
+from lightning_unlearn.results.partition import Partition
+from lightning_unlearn.results.summary import RepairSummary
 
 # A network that gives so many of the suspects their given label has memorized them.
 MEMORISED = 0.5
@@ -45,7 +46,7 @@ def summarise(
 
     Args:
         partition: the last one that was acted upon, or the one that was not.
-        memorised: see :class:`~lightning_unlearn.types.RepairSummary`.
+        memorised: see :class:`~lightning_unlearn.results.summary.RepairSummary`.
         done: a clause for each callback that did something.
         accuracy: on the validation data, before and after; None where not known.
         is_dry_run: whether nothing was to be changed.

@@ -16,11 +16,12 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightning_unlearn.attribution import resolve_layer
 from lightning_unlearn.callbacks._head_watch import HeadWatch, Step, as_columns
 from lightning_unlearn.callbacks._lightning import TrainLoaderWatch, live_iterator, live_loaders
-from lightning_unlearn.capture import resolve_layer
-from lightning_unlearn.data import as_indices, check_loader, delivered_batch, forget_batches, remember_batches
-from lightning_unlearn.targets import IGNORED, Reading
+from lightning_unlearn.data.index_tracking import as_indices, delivered_batch, forget_batches, remember_batches
+from lightning_unlearn.data.loaders import check_loader
+from lightning_unlearn.data.task_format import IGNORED, Reading
 
 # The rows of so many batches are checked, and handed on, together: one wait for the accelerator instead of many.
 WINDOW = 16

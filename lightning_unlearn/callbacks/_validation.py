@@ -16,17 +16,17 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import BatchSampler, DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
+from lightning_unlearn.attribution import SmallerBatches
 from lightning_unlearn.callbacks._base import logits_of, reading_of
 from lightning_unlearn.callbacks._lightning import to_device, undisturbed, validation_loaders
 from lightning_unlearn.callbacks._progress import shown
 from lightning_unlearn.callbacks._saying import rank_zero_info
 from lightning_unlearn.callbacks._scoring import scoring_loader
 from lightning_unlearn.callbacks._strategies import shards_weights
-from lightning_unlearn.capture import SmallerBatches
-from lightning_unlearn.data import apart, batch_count, indexed_batches, rank_share
-from lightning_unlearn.distributed import sum_over_ranks
-from lightning_unlearn.targets import IGNORED
-from lightning_unlearn.types import PartitionSource
+from lightning_unlearn.data.loaders import apart, batch_count, indexed_batches, rank_share
+from lightning_unlearn.data.task_format import IGNORED
+from lightning_unlearn.trainer.protocols import PartitionSource
+from lightning_unlearn.utilities.distributed import sum_over_ranks
 
 _Item = TypeVar("_Item")
 

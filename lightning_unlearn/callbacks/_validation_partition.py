@@ -36,14 +36,16 @@ from lightning_unlearn.callbacks._rows import check_number, check_ranks, establi
 from lightning_unlearn.callbacks._saying import rank_zero_info
 from lightning_unlearn.callbacks._scoring import train_loader
 from lightning_unlearn.callbacks._strategies import shards_weights
-from lightning_unlearn.data import batch_size, check_iteration, check_loader, indexed_batches, rank_share
-from lightning_unlearn.distributed import place_by_index, sum_over_ranks
-from lightning_unlearn.drawing import drawing_of
-from lightning_unlearn.finding import finding_of
-from lightning_unlearn.fingerprint import fingerprint, varies
+from lightning_unlearn.data.fingerprint import fingerprint, varies
+from lightning_unlearn.data.loaders import batch_size, check_iteration, check_loader, indexed_batches, rank_share
+from lightning_unlearn.data.sampling_scheme import drawing_of
+from lightning_unlearn.data.task_format import IGNORED
 from lightning_unlearn.recipes import Recipe
-from lightning_unlearn.targets import IGNORED
-from lightning_unlearn.types import Evidence, OutOfSample, Partition, PartitionSource
+from lightning_unlearn.recipes.evidence import Evidence, OutOfSample
+from lightning_unlearn.results.finding import finding_of
+from lightning_unlearn.results.partition import Partition
+from lightning_unlearn.trainer.protocols import PartitionSource
+from lightning_unlearn.utilities.distributed import place_by_index, sum_over_ranks
 
 Make = Callable[[Sequence[Judged], Tensor, str], Partition]
 """From what was judged, the labels and the fingerprint to a partition."""

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_unlearn.capture import watch_output
-from lightning_unlearn.functional.mixture import Reduce
-from lightning_unlearn.targets import Reading
+from lightning_unlearn.attribution import watch_output
+from lightning_unlearn.data.task_format import Reading
+from lightning_unlearn.utilities.reduce import Reduce
 
 
 class ValidationWatch:

@@ -18,12 +18,12 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from lightning_unlearn.arguments import check_number, check_whole, plain, shown
 from lightning_unlearn.callbacks._lightning import callbacks_of, is_fast_dev_run
 from lightning_unlearn.callbacks._packages import MisconfigurationException, is_a
-from lightning_unlearn.finding import epochs_in_words
-from lightning_unlearn.functional.mixture import Reduce
+from lightning_unlearn.results.finding import epochs_in_words
 from lightning_unlearn.trajectory import PHASES, Trajectory
+from lightning_unlearn.utilities.checks import check_number, check_whole, plain, shown
+from lightning_unlearn.utilities.reduce import Reduce
 
 AtEpoch = int | float | Literal["auto"]
 

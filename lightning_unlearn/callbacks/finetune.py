@@ -21,15 +21,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 from typing_extensions import override
 
-from lightning_unlearn.arguments import (
-    check_choice,
-    check_flag,
-    check_function,
-    check_names,
-    check_number,
-    check_text,
-    shown,
-)
+from lightning_unlearn.attribution import ForwardTrace, named_layers, plain_name, resolve_layer
 from lightning_unlearn.callbacks._base import PartitionConsumer, check_reloaded, probe, reading_of
 from lightning_unlearn.callbacks._copies import weight_copies
 from lightning_unlearn.callbacks._diverged import ADVICE, LossWatch, not_finite
@@ -60,13 +52,9 @@ from lightning_unlearn.callbacks._relabel import Relabelling, check_relabelling,
 from lightning_unlearn.callbacks._saying import rank_zero_info
 from lightning_unlearn.callbacks._scoring import train_loader
 from lightning_unlearn.callbacks._strategies import refuse_where_sharded, shards_weights
-from lightning_unlearn.capture import ForwardTrace, named_layers, plain_name, resolve_layer
-from lightning_unlearn.data import check_loader
-from lightning_unlearn.distributed import sum_over_ranks
-from lightning_unlearn.drawing import Drawing
-from lightning_unlearn.finetuning.warm_start import Start, StartWeights, WarmStart, choose_start
-from lightning_unlearn.pruning.masking import is_computed
-from lightning_unlearn.sampling import (
+from lightning_unlearn.data.loaders import check_loader
+from lightning_unlearn.data.sampling_scheme import Drawing
+from lightning_unlearn.data.subset_sampler import (
     CleanSubsetSampler,
     NarrowedLoaders,
     OnNoisy,
@@ -75,7 +63,20 @@ from lightning_unlearn.sampling import (
     fault_of_batch_sampler,
     training_draw,
 )
-from lightning_unlearn.types import MaskSource, Partition
+from lightning_unlearn.finetuning.warm_start import Start, StartWeights, WarmStart, choose_start
+from lightning_unlearn.pruning.masking import is_computed
+from lightning_unlearn.results.partition import Partition
+from lightning_unlearn.trainer.protocols import MaskSource
+from lightning_unlearn.utilities.checks import (
+    check_choice,
+    check_flag,
+    check_function,
+    check_names,
+    check_number,
+    check_text,
+    shown,
+)
+from lightning_unlearn.utilities.distributed import sum_over_ranks
 
 # What makes the optimizer where weights were moved and nothing was asked for.
 _COSINE = "warm_start"

@@ -16,8 +16,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_unlearn.arguments import check_choice, check_flag, check_number, check_path, check_text, check_whole
-from lightning_unlearn.batches import shown_path
+from lightning_unlearn.attribution import GRADIENT_X_ACTIVATION, Attributor, ForwardTrace, check_method, resolve_layer
+from lightning_unlearn.attribution.layers import LayerPoint
 from lightning_unlearn.callbacks._assembly import Cut, Judged, assemble, notes_of, objection_of
 from lightning_unlearn.callbacks._base import (
     IndexedBatch,
@@ -78,23 +78,28 @@ from lightning_unlearn.callbacks._validation import forget_score, score_validati
 from lightning_unlearn.callbacks._validation_partition import ValidationJudge, check_validates
 from lightning_unlearn.callbacks._validation_watch import ValidationWatch
 from lightning_unlearn.callbacks._when import DrawTime, monitored
-from lightning_unlearn.capture import (
-    GRADIENT_X_ACTIVATION,
-    Attributor,
-    ForwardTrace,
-    check_method,
-    resolve_layer,
-)
-from lightning_unlearn.data import rank_share
-from lightning_unlearn.distributed import sum_over_ranks
-from lightning_unlearn.finding import epochs_in_words
+from lightning_unlearn.data.batch import shown_path
+from lightning_unlearn.data.loaders import rank_share
+from lightning_unlearn.data.task_format import Reading, SoftLabels, Task
 from lightning_unlearn.finite import check_rows_left_out
 from lightning_unlearn.recipes import RECIPES, Recipe, get_recipe
+from lightning_unlearn.recipes.evidence import Evidence, OutOfSample
 from lightning_unlearn.recipes.users import checking, trial
-from lightning_unlearn.review import Decided, Review, Table
-from lightning_unlearn.targets import Reading, SoftLabels, Task
+from lightning_unlearn.results.finding import epochs_in_words
+from lightning_unlearn.results.partition import Partition
+from lightning_unlearn.results.review import Decided, Review
+from lightning_unlearn.results.review_csv import Table
+from lightning_unlearn.results.summary import PartitionRound, RepairSummary
 from lightning_unlearn.trajectory import Trajectory
-from lightning_unlearn.types import Evidence, LayerPoint, OutOfSample, Partition, PartitionRound, RepairSummary
+from lightning_unlearn.utilities.checks import (
+    check_choice,
+    check_flag,
+    check_number,
+    check_path,
+    check_text,
+    check_whole,
+)
+from lightning_unlearn.utilities.distributed import sum_over_ranks
 
 _PATH = "the dotted path of a layer, or None"
 _ONE_EPOCH = (
@@ -145,7 +150,7 @@ class AttributionPartitionCallback(UnlearnCallback):
             passes in eval mode.
         evidence_every_n_epochs: how often there is a pass before ``at_epoch``, where training steps are not read. It
             costs about as much as a validation pass over the training set.
-        method: of attribution, one of ``lightning_unlearn.capture.ATTRIBUTION_METHODS``.
+        method: of attribution, one of ``lightning_unlearn.attribution.ATTRIBUTION_METHODS``.
         input_layer: dotted path of the early layer whose output shows corrupted inputs; by default what the first block
             makes of the input.
         precision: suspects are the longest list of which at least this share is expected to be wrong: higher for fewer
@@ -169,8 +174,8 @@ class AttributionPartitionCallback(UnlearnCallback):
             and stays in training as it is; may be NaN; None for no such label.
         batch_to_xy: from a batch on the device to ``(x, y)``: the input of ``forward`` (a tensor, or a tuple or dict
             of its arguments) and the labels. By default a batch is ``(x, y)``, ``(x1, x2, ..., y)``, or a dict, named
-            tuple or dataclass with labels under a usual name (see :func:`~lightning_unlearn.batches.split_batch`); what
-            fits ``forward`` besides is found, such as ``(labels, text, offsets)``.
+            tuple or dataclass with labels under a usual name (see :func:`~lightning_unlearn.data.batch.split_batch`);
+            what fits ``forward`` besides is found, such as ``(labels, text, offsets)``.
         logits_from: from what ``forward`` returns to logits; by default that itself, its ``logits``, or the first of
             a tuple.
         judge_validation: judge the samples of the validation loader too, by one pass when those of training are judged

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_unlearn.arguments import check_flag, check_names, check_number, check_text, check_whole
+from lightning_unlearn.attribution import ForwardTrace, plain_name
 from lightning_unlearn.callbacks._base import IndexedBatch, PartitionConsumer, probe
 from lightning_unlearn.callbacks._copies import averaged_parts
 from lightning_unlearn.callbacks._criteria import SENSITIVITY, Method, Ranking, Subject, rank_neurons
@@ -25,7 +25,6 @@ from lightning_unlearn.callbacks._loggers import log_masks
 from lightning_unlearn.callbacks._provenance import copied, settings_of
 from lightning_unlearn.callbacks._sample_rows import locate_samples, no_rows
 from lightning_unlearn.callbacks._saying import rank_zero_info
-from lightning_unlearn.capture import ForwardTrace, plain_name
 from lightning_unlearn.functional.selection import share_of
 from lightning_unlearn.pruning.masking import PrunedEntries, are_revived
 from lightning_unlearn.pruning.silence import find_silent
@@ -36,8 +35,10 @@ from lightning_unlearn.pruning.sites import (
     default_site,
     named_site,
 )
-from lightning_unlearn.sharding import reshard
-from lightning_unlearn.types import NeuronMask, Partition
+from lightning_unlearn.results.mask import NeuronMask
+from lightning_unlearn.results.partition import Partition
+from lightning_unlearn.utilities.checks import check_flag, check_names, check_number, check_text, check_whole
+from lightning_unlearn.utilities.sharding import reshard
 
 _NOT_SILENT = (
     "Zeroing the weights of its neurons would not silence them, since forward computes them from more than the"

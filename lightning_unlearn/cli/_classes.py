@@ -13,7 +13,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
 
-from lightning_unlearn.capture import named_layers, neuron_count, trace_forward
+from lightning_unlearn.attribution import named_layers, neuron_count, trace_forward
 
 _LISTED = 8
 _SHORT = {"--model": "Net", "--data": "Data"}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_unlearn.cli._examples import add_command
-from lightning_unlearn.storage import replacing, target_file, target_folder
+from lightning_unlearn.utilities.files import replacing, target_file, target_folder
 
 _PACKAGES = ("torch", "lightning", "captum", "torchmetrics", "scikit-learn")
 

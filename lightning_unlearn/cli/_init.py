@@ -13,7 +13,7 @@ import yaml  # type: ignore[import-untyped]  # comes with Lightning, its types d
 
 from lightning_unlearn.cli._examples import add_command
 from lightning_unlearn.cli._options import FINETUNE, PARTITION, PRUNE, REPORT, Option
-from lightning_unlearn.storage import replacing
+from lightning_unlearn.utilities.files import replacing
 
 _PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
 

@@ -34,15 +34,15 @@ from lightning_unlearn.cli._results import (
     read_checkpoint,
     summary_of,
 )
-from lightning_unlearn.finding import finding_of, names_in
-from lightning_unlearn.fingerprint import check_fingerprint, fingerprint
+from lightning_unlearn.data.fingerprint import check_fingerprint, fingerprint
 from lightning_unlearn.recipes import get_recipe
 from lightning_unlearn.recipes.latent_noise import MEMORIZED
 from lightning_unlearn.report import RunRecord, shown_samples, write_report
 from lightning_unlearn.report.samples import file_of
-from lightning_unlearn.review import check_undecided
-from lightning_unlearn.storage import target_folder, write_json
-from lightning_unlearn.types import Partition
+from lightning_unlearn.results.finding import finding_of, names_in
+from lightning_unlearn.results.partition import Partition
+from lightning_unlearn.results.review_csv import check_undecided
+from lightning_unlearn.utilities.files import target_folder, write_json
 
 HELP = """\
 Which of my training samples are wrong? Trains as the configuration says, with model and data as you have them, until

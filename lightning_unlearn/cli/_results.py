@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
-from lightning_unlearn.arguments import reason_of
 from lightning_unlearn.cli._errors import printable
 from lightning_unlearn.cli._examples import add_command
-from lightning_unlearn.finding import epochs_in_words, finding_of
-from lightning_unlearn.review import check_undecided
-from lightning_unlearn.storage import fits
-from lightning_unlearn.types import Partition, held_labels
+from lightning_unlearn.results.finding import epochs_in_words, finding_of
+from lightning_unlearn.results.labels import held_labels
+from lightning_unlearn.results.partition import Partition
+from lightning_unlearn.results.review_csv import check_undecided
+from lightning_unlearn.results.storage import fits
+from lightning_unlearn.utilities.checks import reason_of
 
 PARTITION, RUN = "partition.npz", "run.json"
 OF_VALIDATION = f"validation_{PARTITION}"

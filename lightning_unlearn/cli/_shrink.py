@@ -17,9 +17,9 @@ from lightning_unlearn.callbacks import AttributionPartitionCallback
 from lightning_unlearn.cli._config import CommandParser, ConfigCLI, find_users_classes
 from lightning_unlearn.cli._examples import examples
 from lightning_unlearn.cli._results import read_checkpoint
+from lightning_unlearn.data.task_format import Reading
 from lightning_unlearn.shrinking import ExampleInput, compare, save_shrunk, shrink
-from lightning_unlearn.storage import target_file
-from lightning_unlearn.targets import Reading
+from lightning_unlearn.utilities.files import target_file
 
 HELP = """\
 Makes a pruned model smaller for real. Builds model and data of the configuration, loads the weights of the checkpoint,

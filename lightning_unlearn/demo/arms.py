@@ -40,7 +40,7 @@ from lightning_unlearn.demo.outcomes import (
 )
 from lightning_unlearn.demo.phases import Phase, fall_to_zero, make_trainer, quiet
 from lightning_unlearn.finetuning.warm_start import StartWeights
-from lightning_unlearn.storage import target_folder
+from lightning_unlearn.utilities.files import target_folder
 
 
 class _Repeat:

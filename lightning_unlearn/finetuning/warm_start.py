@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_unlearn.capture import BATCH_NORM, named_layers, plain_name
+from lightning_unlearn.attribution import BATCH_NORM, named_layers, plain_name
 from lightning_unlearn.finetuning.shrink_weights import KEPT, shrink
 
 WarmStart = Literal["auto", "shrink", "keep", "start"]

@@ -2,12 +2,14 @@
 
 from lightning_unlearn.functional.attribution import class_max_attribution, label_margin, strongest_other
 from lightning_unlearn.functional.evidence import confident_disagreement, label_support
+from lightning_unlearn.functional.gaussian import GaussianMixture
 from lightning_unlearn.functional.importance import NeuronSums, importance_ratio, magnitude, neuron_sums
-from lightning_unlearn.functional.latent import LatentClasses, fit_latent_classes
+from lightning_unlearn.functional.latent_classes import LatentClasses, fit_latent_classes
 from lightning_unlearn.functional.logistic import fit_logistic
-from lightning_unlearn.functional.mixture import GaussianMixture, fit_mixture, standardise
+from lightning_unlearn.functional.mixture import fit_mixture
 from lightning_unlearn.functional.selection import benjamini_hochberg, harmful_neurons, select_neurons
 from lightning_unlearn.functional.sensitivity import RegressionSums, Sensitivity, regression_sums, solve_sensitivity
+from lightning_unlearn.functional.standardize import standardise
 from lightning_unlearn.functional.transition import LogNames, fit_transition, given_posterior
 
 __all__ = [

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_unlearn.functional.chunks import row_slices
 from lightning_unlearn.functional.lbfgs import minimize
-from lightning_unlearn.functional.mixture import Reduce, no_reduce
 from lightning_unlearn.functional.symmetric_noise import SymmetricNoiseFit
+from lightning_unlearn.utilities.chunks import row_slices
+from lightning_unlearn.utilities.reduce import Reduce, no_reduce
 
 GAIN_PER_ENTRY, GAIN_PER_SAMPLE = 1.25, 0.0115
 """Nats that a full matrix gains where labels are right, or wrong blindly."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_unlearn.functional.mixture import Reduce, no_reduce
+from lightning_unlearn.utilities.reduce import Reduce, no_reduce
 
 _BINS = 2_000
 # Numbers in the histograms of all groups together; with very many groups each has fewer bins.

@@ -12,8 +12,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from lightning_unlearn.functional.mixture import Reduce, reduce_together
 from lightning_unlearn.functional.sensitivity import is_varying
+from lightning_unlearn.utilities.reduce import Reduce, reduce_together
 
 
 @dataclass(frozen=True, eq=False)

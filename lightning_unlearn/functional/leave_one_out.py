@@ -16,9 +16,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_unlearn.functional.chunks import row_slices
-from lightning_unlearn.functional.mixture import Reduce, no_reduce, reduce_together
 from lightning_unlearn.functional.prequential import PrequentialRate, prequential_rate
+from lightning_unlearn.utilities.chunks import row_slices
+from lightning_unlearn.utilities.reduce import Reduce, no_reduce, reduce_together
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Shares of the mean eigenvalue; that of the least leave-one-out error is taken."""

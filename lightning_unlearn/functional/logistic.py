@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from lightning_unlearn.functional.mixture import Reduce, no_reduce, reduce_together, weighted_mean
 from lightning_unlearn.functional.sensitivity import Sensitivity, check_rows, is_varying
+from lightning_unlearn.functional.standardize import weighted_mean
+from lightning_unlearn.utilities.reduce import Reduce, no_reduce, reduce_together
 
 # Newton's method has converged when no component of the mean gradient is larger; it takes about six steps to.
 _FLAT = 1e-9

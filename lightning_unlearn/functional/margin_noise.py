@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.functional.lbfgs import minimize
-from lightning_unlearn.functional.mixture import Reduce, no_reduce
 from lightning_unlearn.functional.prequential import (
     MAX_SCALE,
     MAX_SCALE_CHANGE,
@@ -36,6 +35,7 @@ from lightning_unlearn.functional.symmetric_noise import (
     mixture_shares,
     z_score,
 )
+from lightning_unlearn.utilities.reduce import Reduce, no_reduce
 
 LEAST_SKILL = 0.3
 """How much of what the largest class leaves the network must predict; of many classes it still learns fast below it."""

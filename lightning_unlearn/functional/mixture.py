@@ -17,211 +17,18 @@ float64. Components of very unlike shape, and a GPU, take two products for eithe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-Reduce = Callable[[Tensor], Tensor]
-"""Sums a tensor over the ranks; the identity on one process."""
-
-CHUNK = 2**19
-"""Numbers of the rows that are worked on at a time: 2,048 rows of 256, which stay in a CPU's cache."""
-
-NARROWEST = 1e-6
-"""Variance of one component in a direction, relative to both, below which they no longer share coordinates."""
+from lightning_unlearn.functional.gaussian import Coordinates, GaussianMixture, coordinates_of, principal_coordinates
+from lightning_unlearn.functional.standardize import chunk_length, in_chunks, weighted_mean, work_dtype
+from lightning_unlearn.utilities.reduce import Reduce, no_reduce, reduce_together
 
 SIMILAR = 1e-2
 """The same, down to which the moments of the heavier component are the difference of two sums."""
-
-
-def no_reduce(total: Tensor) -> Tensor:
-    """The sum over ranks where there is only one."""
-    return total
-
-
-def reduce_together(reduce: Reduce, *parts: Tensor) -> list[Tensor]:
-    """Sums several tensors of one dtype over the ranks, each as it is, in one collective."""
-    flat = reduce(torch.cat([part.flatten() for part in parts]))
-    pieces = torch.split(flat, [part.numel() for part in parts])
-    return [piece.reshape(part.shape) for piece, part in zip(pieces, parts, strict=True)]
-
-
-@dataclass(frozen=True, eq=False)
-class GaussianMixture:
-    """Two Gaussians with full covariance.
-
-    Args:
-        weight: (2,) float64, share of each component.
-        mean: (2, D) float64.
-        covariance: (2, D, D) float64.
-        log_likelihood: mean log-likelihood per sample, in nats.
-        n_iter: EM steps made.
-        converged: whether the last step gained less than the tolerance.
-    """
-
-    weight: Tensor
-    mean: Tensor
-    covariance: Tensor
-    log_likelihood: float = -math.inf
-    n_iter: int = 0
-    converged: bool = False
-
-    def log_prob(self, rows: Tensor) -> Tensor:
-        """Log of weight x density of each component.
-
-        Args:
-            rows: (n, D).
-
-        Returns:
-            (n, 2) float64.
-        """
-        factor = torch.linalg.cholesky(self.covariance)
-        dimension = rows.shape[1]
-        out = []
-        for component in range(2):
-            centred = (rows.double() - self.mean[component]).T
-            whitened = torch.linalg.solve_triangular(factor[component], centred, upper=False)
-            half_log_det = factor[component].diagonal().log().sum()
-            out.append(
-                self.weight[component].log()
-                - half_log_det
-                - 0.5 * (dimension * math.log(2 * math.pi) + whitened.square().sum(dim=0))
-            )
-        return torch.stack(out, dim=1)
-
-    def posterior(self, rows: Tensor) -> Tensor:
-        """Probability of each component.
-
-        Args:
-            rows: (n, D).
-
-        Returns:
-            (n, 2) float64, rows summing to 1.
-        """
-        chunks = [self.log_prob(chunk).softmax(dim=1) for (chunk,) in _chunks(rows)]
-        return torch.cat(chunks) if chunks else rows.new_zeros(0, 2, dtype=torch.float64)
-
-    def posterior_monotone(self, rows: Tensor, component: int) -> Tensor:
-        """Probability of one component of a one-dimensional mixture, made monotone in the data.
-
-        With unequal variances the wider component wins in *both* tails, so that the strongest evidence for one side
-        would count for the other. The log-odds are a parabola; past its vertex, on the side where it turns back, they
-        are held at the vertex's value.
-
-        Args:
-            rows: (n, 1).
-            component: the component asked for, 0 or 1.
-
-        Returns:
-            (n,) float64, rising with the data if this component has the larger mean, else falling.
-        """
-        if rows.ndim != 2 or rows.shape[1] != 1:
-            raise ValueError(f"Expected rows of shape (n, 1), but got {tuple(rows.shape)}.")
-        x = rows.double().squeeze(1)
-        other = 1 - component
-        mean, variance = self.mean.squeeze(1), self.covariance.reshape(2)
-        curvature = 0.5 * (1 / variance[other] - 1 / variance[component])
-        if curvature != 0:
-            slope = mean[component] / variance[component] - mean[other] / variance[other]
-            vertex = -slope / (2 * curvature)
-            rising = mean[component] > mean[other]
-            # The parabola opens upwards for curvature > 0: its falling half lies below the vertex, else above it.
-            turns_below = (curvature > 0) == rising
-            x = x.clamp(min=vertex) if turns_below else x.clamp(max=vertex)
-        log_prob = self.log_prob(x.unsqueeze(1))
-        return (log_prob[:, component] - log_prob[:, other]).sigmoid()
-
-
-@dataclass(frozen=True, eq=False)
-class _Coordinates:
-    """Coordinates z = (x - mean) @ matrix in which the covariance of a component is diagonal.
-
-    Args:
-        matrix: (D, D) for each component, in the precision of the work; the same object where they share it.
-        inverse: (D, D) float64 for each component.
-        mean: (2, D) float64, of the components.
-        variance: (2, D) float64, of the components along the coordinates.
-        log_scale: (2,) float64, log of weight / sqrt(det of the covariance).
-    """
-
-    matrix: tuple[Tensor, Tensor]
-    inverse: tuple[Tensor, Tensor]
-    mean: Tensor
-    variance: Tensor
-    log_scale: Tensor
-
-    @property
-    def shared(self) -> bool:
-        """Whether both components have the same coordinates."""
-        return self.matrix[0] is self.matrix[1]
-
-    def of(self, x: Tensor, out: Tensor) -> Tensor:
-        """The coordinates (2, n, D) of rows (n, D), written to ``out``."""
-        first, second = (self.mean[k].to(x.dtype) @ self.matrix[k] for k in range(2))
-        torch.mm(x, self.matrix[0], out=out[0])
-        if self.shared:
-            torch.sub(out[0], second, out=out[1])
-        else:
-            torch.mm(x, self.matrix[1], out=out[1]).sub_(second)
-        out[0].sub_(first)
-        return out
-
-    def log_prob(self, z: Tensor, scratch: Tensor) -> Tensor:
-        """Log of weight x density of each component, (n, 2) float64; ``scratch`` (n, D) is written to."""
-        scale = self.variance.reciprocal().to(z.dtype)
-        distance = torch.stack([torch.mul(z[k], z[k], out=scratch) @ scale[k] for k in range(2)], dim=1)
-        return self.log_scale - 0.5 * (distance.double() + z.shape[2] * math.log(2 * math.pi))
-
-
-def _separate(mixture: GaussianMixture) -> _Coordinates:
-    """Coordinates of its own for each component, in float64: right for any two covariances that can be factorised."""
-    factor = torch.linalg.cholesky(mixture.covariance)
-    identity = torch.eye(factor.shape[1], dtype=factor.dtype, device=factor.device)
-    matrix = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False).mT.contiguous()
-    log_scale = mixture.weight.log() - factor.diagonal(dim1=1, dim2=2).log().sum(dim=1)
-    inverse = (factor[0].T, factor[1].T)
-    return _Coordinates((matrix[0], matrix[1]), inverse, mixture.mean, torch.ones_like(mixture.mean), log_scale)
-
-
-def _shared(mixture: GaussianMixture, dtype: torch.dtype) -> _Coordinates | None:
-    """Coordinates in which both covariances are diagonal and their weighted sum is the identity.
-
-    One product instead of two then serves both components. None where one of them is so narrow against the other that
-    its variance would be lost.
-    """
-    pooled = (mixture.weight.reshape(2, 1, 1) * mixture.covariance).sum(dim=0)
-    factor, failed = torch.linalg.cholesky_ex(pooled)
-    if failed or not pooled.isfinite().all():
-        return None
-    half = torch.linalg.solve_triangular(factor, mixture.covariance[0], upper=False)
-    _, rotation = torch.linalg.eigh(torch.linalg.solve_triangular(factor, half.T, upper=False))
-    matrix = torch.linalg.solve_triangular(factor.T, rotation, upper=True)
-    variance = torch.stack([((covariance @ matrix) * matrix).sum(dim=0) for covariance in mixture.covariance])
-    if not variance.min() > NARROWEST:
-        return None
-    log_scale = mixture.weight.log() - 0.5 * variance.log().sum(dim=1) - factor.diagonal().log().sum()
-    cast, inverse = matrix.to(dtype), rotation.T @ factor.T
-    return _Coordinates((cast, cast), (inverse, inverse), mixture.mean, variance, log_scale)
-
-
-def _coordinates(mixture: GaussianMixture, dtype: torch.dtype) -> _Coordinates:
-    # On a GPU the eigenvectors would take longer than the product that they save.
-    shared = _shared(mixture, dtype) if mixture.mean.device.type == "cpu" else None
-    return _separate(mixture) if shared is None else shared
-
-
-def _principal(covariance: Tensor, mean: Tensor, dtype: torch.dtype) -> _Coordinates:
-    """Principal components, scaled to variance 1 where they have one; the last is the largest."""
-    values, vectors = torch.linalg.eigh(covariance)
-    # An eigenvector's sign is the solver's choice, which another rank's library may make otherwise.
-    axis = vectors[:, -1]
-    vectors[:, -1] = axis * axis[axis.abs().argmax()].sign()
-    scale = values.clamp(min=max(1e-6 * values[-1].item(), 1e-12)).sqrt()
-    matrix, inverse = (vectors / scale).to(dtype), (vectors * scale).T
-    variance = torch.ones(2, len(values), dtype=torch.float64, device=values.device)
-    return _Coordinates((matrix, matrix), (inverse, inverse), mean.expand(2, -1), variance, variance.new_zeros(2))
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,31 +43,6 @@ class _Moments:
     def reduced(self, reduce: Reduce) -> _Moments:
         """The same, summed over the ranks in one collective."""
         return _Moments(*reduce_together(reduce, self.count, self.first, self.second, self.log_likelihood))
-
-
-def _chunk_length(rows: Tensor) -> int:
-    """Rows that are worked on at a time."""
-    # A GPU is kept busy by more rows only.
-    numbers = CHUNK if rows.device.type == "cpu" else 16 * CHUNK
-    return min(max(1, len(rows)), max(1, numbers // max(1, rows[:1].numel())))
-
-
-def _chunks(rows: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same rows of several tensors, about ``CHUNK`` numbers of the first at a time."""
-    length = _chunk_length(rows)
-    return zip(*(torch.split(tensor, length) for tensor in (rows, *tensors)), strict=True)
-
-
-def _work_dtype(rows: Tensor) -> torch.dtype:
-    """Float32 for wide float32 rows on a CPU, which halves the time; else float64.
-
-    Not where the user lets float32 products be rounded to bfloat16, found by trying, as there are several settings.
-    """
-    dimension = rows.shape[1]
-    if rows.dtype == torch.float64 or dimension < 32 or rows.device.type != "cpu":
-        return torch.float64
-    fine = torch.full((256, dimension), 1 + 2.0**-12)
-    return torch.float32 if (fine @ torch.eye(dimension)).equal(fine) else torch.float64
 
 
 def _add_scatter(total: Tensor, z: Tensor, share: Tensor, least: float, scratch: Tensor) -> None:
@@ -283,26 +65,11 @@ def _symmetric(upper: Tensor) -> Tensor:
     return upper.triu() + upper.triu(1).mT
 
 
-def weighted_mean(rows: Tensor, weight: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor]:
-    """Mean (D,) of the rows of all ranks, and the sum () of their weights, in float64.
-
-    Args:
-        rows: (n, D).
-        weight: (n,), 0 for a row that does not count.
-        reduce: sums over the ranks.
-    """
-    total = torch.zeros(rows.shape[1] + 1, dtype=torch.float64, device=rows.device)
-    for chunk, w in _chunks(rows, weight.double()):
-        total += torch.cat([w @ chunk.double(), w.sum().reshape(1)])
-    total = reduce(total)
-    return total[:-1] / total[-1], total[-1]
-
-
 def _total_covariance(rows: Tensor, weight: Tensor, mean: Tensor, centre: Tensor, reduce: Reduce) -> Tensor:
     """Covariance (D, D) of the rows of all ranks, in float64; the work is done from ``centre``, in its precision."""
     total = torch.zeros(len(centre), len(centre), dtype=torch.float64, device=rows.device)
-    scratch = centre.new_empty(_chunk_length(rows), len(centre))
-    for chunk, w in _chunks(rows, weight):
+    scratch = centre.new_empty(chunk_length(rows), len(centre))
+    for chunk, w in in_chunks(rows, weight):
         _add_scatter(total, chunk.to(centre.dtype) - centre, w, least=0.0, scratch=scratch[: len(chunk)])
     offset = mean - centre
     flat = reduce(torch.cat([_symmetric(total).flatten(), weight.double().sum().reshape(1)]))
@@ -331,7 +98,7 @@ def _moments(
     rows: Tensor,
     weight: Tensor,
     centre: Tensor,
-    coordinates: _Coordinates,
+    coordinates: Coordinates,
     respond: Respond,
     least: Sequence[float] = (0.0, 0.0),
     only: int | None = None,
@@ -345,8 +112,8 @@ def _moments(
     first, second = count.new_zeros(2, dimension), count.new_zeros(2, dimension, dimension)
     log_likelihood = count.new_zeros(1)
     # Used again by every chunk: to fetch and return this much memory each time can cost as much as the products.
-    buffers = torch.empty(3, _chunk_length(rows), dimension, dtype=dtype, device=rows.device)
-    for chunk, chunk_weight in _chunks(rows, weight):
+    buffers = torch.empty(3, chunk_length(rows), dimension, dtype=dtype, device=rows.device)
+    for chunk, chunk_weight in in_chunks(rows, weight):
         scratch = buffers[2, : len(chunk)]
         z = coordinates.of(torch.sub(chunk, centre.to(dtype), out=scratch), out=buffers[:2, : len(chunk)])
         share, log_prob = respond(z, scratch)
@@ -374,35 +141,6 @@ def _maximise(moments: _Moments, mean: Tensor, reg_covar: float) -> GaussianMixt
     return GaussianMixture(weight=count / count.sum(), mean=mean + step, covariance=covariance)
 
 
-def standardise(rows: Tensor, weight: Tensor, reduce: Reduce = no_reduce) -> Tensor:
-    """Columns with mean 0 and standard deviation 1 over all ranks; constant columns become 0.
-
-    Args:
-        rows: (n, D).
-        weight: (n,), 0 for a row that does not count.
-        reduce: sums over the ranks.
-
-    Returns:
-        (n, D) in the dtype of ``rows``.
-
-    Example:
-        >>> standardise(torch.tensor([[1.0, 5.0], [3.0, 5.0]]), torch.ones(2))
-        tensor([[-1.,  0.],
-                [ 1.,  0.]])
-    """
-    mean, count = weighted_mean(rows, weight, reduce)
-    # The variance around the mean, not the difference of two large sums, which would lose small variances.
-    squares = torch.zeros_like(mean)
-    for chunk, w in _chunks(rows, weight.double()):
-        squares += w @ (chunk.double() - mean).square()
-    scale = (reduce(squares) / count).sqrt()
-    scale = torch.where(scale > 1e-12 * mean.abs().clamp(min=1e-300), scale, torch.inf)
-    standardised = torch.empty_like(rows)
-    for chunk, out in _chunks(rows, standardised):
-        out.copy_((chunk - mean) / scale)
-    return standardised
-
-
 def _expected(
     rows: Tensor, weight: Tensor, centre: Tensor, mixture: GaussianMixture, total: _Moments, start: Tensor
 ) -> _Moments:
@@ -410,7 +148,7 @@ def _expected(
 
     ``total`` are its moments of any division of the rows, about ``start`` (2, D) twice the same.
     """
-    coordinates = _coordinates(mixture, centre.dtype)
+    coordinates = coordinates_of(mixture, centre.dtype)
 
     def posterior(z: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor]:
         log_prob = coordinates.log_prob(z, scratch)
@@ -433,7 +171,7 @@ def _halves(rows: Tensor, weight: Tensor, mean: Tensor, centre: Tensor, reduce: 
     ``mean`` is the mean of all rows. What is returned is seen from ``centre``.
     """
     covariance = _total_covariance(rows, weight, mean, centre, reduce)
-    principal = _principal(covariance, mean - centre, centre.dtype)
+    principal = principal_coordinates(covariance, mean - centre, centre.dtype)
 
     def side(z: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor]:
         above = (z[0][:, -1] > 0).double()
@@ -481,7 +219,7 @@ def fit_mixture(
         raise ValueError(
             "The mixture needs finite evidence, but some rows hold NaN or infinity: has training diverged?"
         )
-    dtype = _work_dtype(rows)
+    dtype = work_dtype(rows)
     # From the mean on, since the difference of two large sums would lose the covariance. In the precision of the work,
     # so that every chunk sees the same center.
     centre = mean.to(dtype)

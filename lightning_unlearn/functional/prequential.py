@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.functional.confusion_noise import asks_of_confusion, confusion_rate
-from lightning_unlearn.functional.mixture import Reduce, no_reduce
 from lightning_unlearn.functional.symmetric_noise import SymmetricNoiseFit, fit_symmetric_noise, z_score
+from lightning_unlearn.utilities.reduce import Reduce, no_reduce
 
 PARTS = 5
 """Into how many parts an epoch is divided, each with a temperature of its own."""

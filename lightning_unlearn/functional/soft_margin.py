@@ -15,7 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lightning_unlearn.functional.chunks import row_slices
+from lightning_unlearn.utilities.chunks import row_slices
 
 SCALES = tuple(2.0**power for power in range(-3, 6))
 """At which soft margins are kept, each twice the one before."""

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_unlearn.functional.chunks import row_slices
 from lightning_unlearn.functional.lbfgs import minimize
-from lightning_unlearn.functional.mixture import Reduce, no_reduce
 from lightning_unlearn.functional.symmetric_noise import SymmetricNoiseFit
+from lightning_unlearn.utilities.chunks import row_slices
+from lightning_unlearn.utilities.reduce import Reduce, no_reduce
 
 MIN_ENTRY = 0.06
 """How often a class goes by another's name at least, or the entry is dropped."""

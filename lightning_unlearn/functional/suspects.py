@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_unlearn.functional.mixture import Reduce, no_reduce
+from lightning_unlearn.utilities.reduce import Reduce, no_reduce
 
 _BINS = 2**14
 _WIDEST = 40.0  # log-odds

@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_unlearn.functional.chunks import row_slices, softmax
 from lightning_unlearn.functional.lbfgs import minimize
-from lightning_unlearn.functional.mixture import Reduce, no_reduce
+from lightning_unlearn.utilities.chunks import row_slices, softmax
+from lightning_unlearn.utilities.reduce import Reduce, no_reduce
 
 FLOOR = 30.0
 """Nats below certainty from which on a label is as good as impossible, where none is wrong."""

@@ -14,8 +14,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lightning_unlearn.functional.chunks import row_slices
-from lightning_unlearn.functional.mixture import Reduce, no_reduce
+from lightning_unlearn.utilities.chunks import row_slices
+from lightning_unlearn.utilities.reduce import Reduce, no_reduce
 
 MOST_NAMES = 2_048
 """Classes up to which there is a number for every name that each may go by."""

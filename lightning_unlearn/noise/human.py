@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_unlearn.storage import source_file
+from lightning_unlearn.utilities.files import source_file
 
 # ``numpy.core`` is what numpy 1 called the module, and what the files of CIFAR-N say.
 _reconstruct = np.array(0).__reduce__()[0]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_unlearn.arguments import check_number, check_seed, check_whole
+from lightning_unlearn.utilities.checks import check_number, check_seed, check_whole
 
 Labels = Tensor | Sequence[int]
 

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_unlearn.sharding import local_part, local_positions
+from lightning_unlearn.utilities.sharding import local_part, local_positions
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_unlearn.capture import neuron_dimension, resolve_layer
+from lightning_unlearn.attribution import neuron_dimension, resolve_layer
 from lightning_unlearn.pruning.masking import silenced
 from lightning_unlearn.pruning.sites import PruneSite
-from lightning_unlearn.sharding import local_part
+from lightning_unlearn.utilities.sharding import local_part
 
 
 def find_silent(

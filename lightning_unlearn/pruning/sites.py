@@ -10,7 +10,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_unlearn.capture import ForwardTrace, ModuleCall, check_reached, named_layers, neuron_count, resolve_layer
+from lightning_unlearn.attribution import (
+    ForwardTrace,
+    ModuleCall,
+    check_reached,
+    named_layers,
+    neuron_count,
+    resolve_layer,
+)
+from lightning_unlearn.attribution.layers import LayerPoint
 from lightning_unlearn.functional.selection import check_amount
 from lightning_unlearn.pruning.masking import (
     PrunedEntries,
@@ -20,8 +28,7 @@ from lightning_unlearn.pruning.masking import (
     owners,
     silenced,
 )
-from lightning_unlearn.sharding import whole
-from lightning_unlearn.types import LayerPoint
+from lightning_unlearn.utilities.sharding import whole
 
 Trace = Callable[[], ForwardTrace]
 """Runs the model on the first samples."""

@@ -1,7 +1,7 @@
 """From evidence to the probability that a sample is clean, by name.
 
-A recipe is a function from :class:`~lightning_unlearn.types.Evidence`, one rank's share of it, and a function that sums
-over ranks, to a :class:`Verdict`. None needs a Trainer, a noise mask, a clean set or a noise rate.
+A recipe is a function from :class:`~lightning_unlearn.recipes.evidence.Evidence`, one rank's share of it, and a
+function that sums over ranks, to a :class:`Verdict`. None needs a Trainer, a noise mask, a clean set or a noise rate.
 """
 
 from lightning_unlearn.recipes.baselines import judge_argmax, judge_aum, judge_loss, judge_rlap

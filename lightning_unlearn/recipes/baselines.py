@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_unlearn.functional.mixture import GaussianMixture, Reduce, fit_mixture, standardise
+from lightning_unlearn.functional.gaussian import GaussianMixture
+from lightning_unlearn.functional.mixture import fit_mixture
+from lightning_unlearn.functional.standardize import standardise
 from lightning_unlearn.recipes.classes import class_scores, rival_of, with_coordinates
+from lightning_unlearn.recipes.evidence import Evidence
 from lightning_unlearn.recipes.verdict import LONE, Verdict, calls_all_the_same, higher_component, undecided
-from lightning_unlearn.types import Evidence
+from lightning_unlearn.utilities.reduce import Reduce
 
 
 def judge_rlap(evidence: Evidence, reduce: Reduce) -> Verdict:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_unlearn.functional.mixture import Reduce
 from lightning_unlearn.functional.prequential import favored_by_sampler
 from lightning_unlearn.functional.structured_noise import MIN_ENTRY
 from lightning_unlearn.functional.transition import MOST_NAMES
+from lightning_unlearn.recipes.evidence import Evidence, OutOfSample
 from lightning_unlearn.recipes.label_noise import ACTED_Z, LabelHistory, LabelNoise, find_label_noise
 from lightning_unlearn.recipes.verdict import NO_DOUBT, NoiseEstimate, Verdict
-from lightning_unlearn.types import Evidence, OutOfSample
+from lightning_unlearn.utilities.reduce import Reduce
 
 # So far apart, training and validation accuracy say that labels are memorized.
 _GAP = 0.2

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.functional.coordinates import helmert
-from lightning_unlearn.functional.mixture import Reduce
 from lightning_unlearn.functional.transition import MOST_NAMES
+from lightning_unlearn.recipes.evidence import Evidence, OutOfSample
 from lightning_unlearn.recipes.verdict import Verdict
-from lightning_unlearn.types import Evidence, OutOfSample
+from lightning_unlearn.utilities.reduce import Reduce
 
 
 def rival_of(evidence: Evidence) -> tuple[Tensor, Tensor]:

@@ -7,12 +7,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lightning_unlearn.functional.mixture import Reduce, fit_mixture, standardise
+from lightning_unlearn.functional.mixture import fit_mixture
+from lightning_unlearn.functional.standardize import standardise
 from lightning_unlearn.recipes.calibrated import verdict_on_labels
 from lightning_unlearn.recipes.classes import is_exact, judged_classes, of_all_classes, restricted
+from lightning_unlearn.recipes.evidence import Evidence, OutOfSample
 from lightning_unlearn.recipes.many_classes import judge_many
 from lightning_unlearn.recipes.verdict import NO_DOUBT, NoiseEstimate, Verdict
-from lightning_unlearn.types import Evidence, OutOfSample
+from lightning_unlearn.utilities.reduce import Reduce
 
 _HALF = 0.5
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from lightning_unlearn.functional.attribution import label_margin
 from lightning_unlearn.functional.leave_one_out import left_out_share
-from lightning_unlearn.functional.mixture import Reduce, no_reduce
 from lightning_unlearn.functional.prequential import PrequentialRate
 from lightning_unlearn.functional.structured_noise import StructuredNoise
 from lightning_unlearn.functional.suspects import LEAST, ExpectedPrecision, expected_precision, in_order_of, with_mean
@@ -25,6 +24,7 @@ from lightning_unlearn.recipes.latent_noise import (
     named_classes,
     transition_noise,
 )
+from lightning_unlearn.utilities.reduce import Reduce, no_reduce
 
 EXPECTED_PRECISION = 0.85
 """Of the suspects; what is true of them is mostly within .1 of it."""

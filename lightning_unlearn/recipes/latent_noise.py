@@ -9,11 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_unlearn.functional.chunks import softmax
 from lightning_unlearn.functional.coordinates import helmert
 from lightning_unlearn.functional.evidence import confident_disagreement
-from lightning_unlearn.functional.latent import fit_latent_classes
-from lightning_unlearn.functional.mixture import Reduce
+from lightning_unlearn.functional.latent_classes import fit_latent_classes
 from lightning_unlearn.functional.structured_noise import (
     MIN_ENTRY,
     StructuredNoise,
@@ -22,6 +20,8 @@ from lightning_unlearn.functional.structured_noise import (
 )
 from lightning_unlearn.functional.symmetric_noise import fit_symmetric_noise
 from lightning_unlearn.functional.transition import fit_transition, given_posterior, log_odds_of
+from lightning_unlearn.utilities.chunks import softmax
+from lightning_unlearn.utilities.reduce import Reduce
 
 MOST_CLASSES = 128
 """Up to which true classes are looked for behind the given ones."""

@@ -18,14 +18,14 @@ from lightning_unlearn.functional.margin_noise import (
     predicted,
     wrong_probability,
 )
-from lightning_unlearn.functional.mixture import Reduce
 from lightning_unlearn.functional.prequential import PrequentialRate
 from lightning_unlearn.functional.suspects import in_order_of, with_mean
 from lightning_unlearn.functional.symmetric_noise import SymmetricNoiseFit
 from lightning_unlearn.functional.transition import MOST_NAMES
+from lightning_unlearn.recipes.evidence import Evidence
 from lightning_unlearn.recipes.label_noise import ACTED_Z, NAMED_Z, NOT_KNOWN
 from lightning_unlearn.recipes.verdict import NO_DOUBT, NoiseEstimate, Verdict
-from lightning_unlearn.types import Evidence
+from lightning_unlearn.utilities.reduce import Reduce
 
 # A part of training counts if its steps predicted so large a share of what is predicted of validation samples, or,
 # without these, of what those of the best part did: a network that still learns knows the most in the end.

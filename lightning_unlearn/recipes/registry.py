@@ -9,11 +9,11 @@ from dataclasses import replace
 from importlib.metadata import entry_points
 from typing import Any
 
-from lightning_unlearn.arguments import called, plain
 from lightning_unlearn.recipes.baselines import judge_argmax, judge_aum, judge_loss, judge_rlap
 from lightning_unlearn.recipes.judges import judge_auto, judge_input, judge_label
 from lightning_unlearn.recipes.users import judge_of
 from lightning_unlearn.recipes.verdict import Recipe
+from lightning_unlearn.utilities.checks import called, plain
 
 ENTRY_POINTS = "lightning_unlearn.recipes"
 """Group in which other packages offer recipes."""
@@ -39,8 +39,9 @@ def get_recipe(recipe: str | Recipe | Callable[..., Any]) -> Recipe:
     Args:
         recipe: a name of :data:`~lightning_unlearn.recipes.RECIPES`; a name in the entry-point group
             ``lightning_unlearn.recipes``; the dotted path of a function or a :class:`Recipe`; or one of these. A
-            function takes :class:`~lightning_unlearn.types.Evidence`, and, if it has a second positional parameter
-            without a default, the function that sums over ranks; it returns p(clean), (n,), or a :class:`Verdict`.
+            function takes :class:`~lightning_unlearn.recipes.evidence.Evidence`, and, if it has a second positional
+            parameter without a default, the function that sums over ranks; it returns p(clean), (n,), or a
+            :class:`Verdict`.
 
     Raises:
         ValueError: if there is none, the message lists those there are; or for a function of other arguments.

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_unlearn.arguments import called, fault_of_call
-from lightning_unlearn.functional.mixture import Reduce, no_reduce
 from lightning_unlearn.functional.soft_margin import rivals_of, soft_margins
 from lightning_unlearn.recipes.classes import is_exact, rival_of
+from lightning_unlearn.recipes.evidence import Evidence
 from lightning_unlearn.recipes.verdict import Judge, Recipe, Verdict
-from lightning_unlearn.types import Evidence
+from lightning_unlearn.utilities.checks import called, fault_of_call
+from lightning_unlearn.utilities.reduce import Reduce, no_reduce
 
 # Of a trial, the share of wrong labels and the neurons.
 _WRONG = 0.2

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_unlearn.arguments import check_flag, check_text, fault_of_call, shown
-from lightning_unlearn.functional.mixture import Reduce
 from lightning_unlearn.functional.suspects import LEAST, expected_precision
-from lightning_unlearn.types import Evidence
+from lightning_unlearn.recipes.evidence import Evidence
+from lightning_unlearn.utilities.checks import check_flag, check_text, fault_of_call, shown
+from lightning_unlearn.utilities.reduce import Reduce
 
 # Standard errors by which the components' means must differ before one is called clean.
 _DECISIVE = 3.0

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from lightning_unlearn.types import DECISIONS, Partition, held_labels
+from lightning_unlearn.results.labels import DECISIONS, held_labels
+from lightning_unlearn.results.partition import Partition
 
 DONE = ("dropped", "re-labeled", "drawn by p(clean)", "kept")
 """What a fit does with a sample, in words; where it has done nothing, one of ``DECISIONS`` is proposed."""

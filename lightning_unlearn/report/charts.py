@@ -12,7 +12,9 @@ from markupsafe import Markup
 from torch import Tensor
 
 from lightning_unlearn.report.svg import Drawing, Plot, shortened, ticks, width_of
-from lightning_unlearn.types import NeuronMask, Partition, cut_of
+from lightning_unlearn.results.labels import cut_of
+from lightning_unlearn.results.mask import NeuronMask
+from lightning_unlearn.results.partition import Partition
 
 _BINS = 50
 # Neurons that are drawn: those most active for noise, and those most active for clean samples.

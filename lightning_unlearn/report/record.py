@@ -10,9 +10,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from lightning_unlearn.arguments import reason_of, shown
-from lightning_unlearn.storage import fits, target_folder, write_json
-from lightning_unlearn.types import NeuronMask, Partition
+from lightning_unlearn.results.mask import NeuronMask
+from lightning_unlearn.results.partition import Partition
+from lightning_unlearn.results.storage import fits
+from lightning_unlearn.utilities.checks import reason_of, shown
+from lightning_unlearn.utilities.files import target_folder, write_json
 
 RUN_VERSION = 1
 _INDEX = re.compile(r"[0-9]{1,18}")
@@ -28,8 +30,10 @@ class RunRecord:
         masks: of pruned neurons, one for each layer.
         gallery: what is shown of a sample (see :class:`~lightning_unlearn.report.samples.SampleView`), by its index in
             the data set.
-        summary: fields of :class:`~lightning_unlearn.types.RepairSummary`; empty if the fit did not come to its end.
-        rounds: fields of :class:`~lightning_unlearn.types.PartitionRound`, for every drawing of the partition.
+        summary: fields of :class:`~lightning_unlearn.results.summary.RepairSummary`; empty if the fit did not come to
+            its end.
+        rounds: fields of :class:`~lightning_unlearn.results.summary.PartitionRound`, for every drawing of the
+            partition.
         precision: share of the suspects that was to be wrong at least.
         class_names: by label; empty where they are not known.
         fit: what was fitted, with what and when, in words.

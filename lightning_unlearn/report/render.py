@@ -18,7 +18,6 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 from torch import Tensor
 
-from lightning_unlearn.finding import finding_of
 from lightning_unlearn.report.actions import DONE, Action, Actions
 from lightning_unlearn.report.charts import (
     bars,
@@ -30,16 +29,12 @@ from lightning_unlearn.report.charts import (
     sensitivities,
 )
 from lightning_unlearn.report.record import RunRecord
-from lightning_unlearn.storage import replacing
-from lightning_unlearn.types import (
-    DECISIONS,
-    REASONS,
-    NeuronMask,
-    Partition,
-    confusion_counts,
-    held_labels,
-    suggested_otherwise,
-)
+from lightning_unlearn.results.class_summary import confusion_counts
+from lightning_unlearn.results.finding import finding_of
+from lightning_unlearn.results.labels import DECISIONS, REASONS, held_labels, suggested_otherwise
+from lightning_unlearn.results.mask import NeuronMask
+from lightning_unlearn.results.partition import Partition
+from lightning_unlearn.utilities.files import replacing
 
 # Classes in a heat map; of more, those with the most suspects.
 _CLASSES = 30

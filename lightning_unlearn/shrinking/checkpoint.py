@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_unlearn.storage import replacing, source_file
+from lightning_unlearn.utilities.files import replacing, source_file
 
 _Model = TypeVar("_Model", bound=nn.Module)
 

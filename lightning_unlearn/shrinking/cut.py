@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_unlearn.arguments import check_names
 from lightning_unlearn.shrinking.channels import LAYERS, Channels, may_be_cut, silent_rows, treats_each_alone
 from lightning_unlearn.shrinking.cost import parameter_count
 from lightning_unlearn.shrinking.equivalence import (
@@ -23,6 +22,7 @@ from lightning_unlearn.shrinking.equivalence import (
     traced_outputs,
     tried,
 )
+from lightning_unlearn.utilities.checks import check_names
 
 _Model = TypeVar("_Model", bound=nn.Module)
 

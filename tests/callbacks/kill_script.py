@@ -23,10 +23,10 @@ from lightning.pytorch.trainer.states import RunningStage
 
 import lightning_unlearn.callbacks.partition as partition_module
 from lightning_unlearn import CleanSubsetFinetuneCallback, SensitivityPruneCallback
+from lightning_unlearn.attribution import Attributor
 from lightning_unlearn.callbacks import _guard
 from lightning_unlearn.callbacks._criteria import SENSITIVITY
 from lightning_unlearn.callbacks._holding import HeldEntries
-from lightning_unlearn.capture import Attributor
 from tests.toys import Blobs, BlobsData, IndexRecorder, Toy, fit, sgd, trio, weights
 
 SIZE, AT, EPOCHS = 101, 2, 5

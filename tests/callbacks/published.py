@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy, one_hot
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_unlearn.targets import Reading
-from lightning_unlearn.types import Partition
+from lightning_unlearn.data.task_format import Reading
+from lightning_unlearn.results.partition import Partition
 
 CLASSES = 4
 # Neurons of Planted, by what they do.

@@ -20,8 +20,8 @@ from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-import lightning_unlearn.capture.tracing as tracing
-from lightning_unlearn.capture.calls import is_same
+import lightning_unlearn.attribution.trace as tracing
+from lightning_unlearn.attribution.trace import is_same
 
 IS_SUPPORTED = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
 PACKAGE = Path(tracing.__file__).parents[1]

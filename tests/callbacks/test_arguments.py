@@ -20,8 +20,8 @@ from lightning_unlearn import (
     SensitivityPruneCallback,
     UnlearnReport,
 )
+from lightning_unlearn.data.task_format import Reading
 from lightning_unlearn.recipes import Recipe, get_recipe
-from lightning_unlearn.targets import Reading
 
 
 class Word(str, enum.Enum):

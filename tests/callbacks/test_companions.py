@@ -6,7 +6,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback
 from lightning_unlearn.callbacks._companions import Companion, companions_in
-from lightning_unlearn.targets import Reading
+from lightning_unlearn.data.task_format import Reading
 from tests.callbacks.test_label_watch import Net, loader_of
 from tests.toys import CLASSES, Blobs, fit, weights
 

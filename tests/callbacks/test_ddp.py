@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, WeightedRandomSampler
 
-from lightning_unlearn.drawing import drawing_of
-from lightning_unlearn.fingerprint import fingerprint
+from lightning_unlearn.data.fingerprint import fingerprint
+from lightning_unlearn.data.sampling_scheme import drawing_of
+from lightning_unlearn.data.subset_sampler import CleanSubsetSampler
+from lightning_unlearn.recipes.evidence import Evidence
 from lightning_unlearn.report import RunRecord
-from lightning_unlearn.sampling import CleanSubsetSampler
-from lightning_unlearn.types import Evidence
 from tests.callbacks.ddp_script import AT, run, weights_of
 from tests.callbacks.test_training_evidence import assert_is_what_the_steps_showed, last_logits, small
 from tests.callbacks.test_training_pass import Coded

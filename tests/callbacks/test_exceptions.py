@@ -13,15 +13,15 @@ from lightning.pytorch.callbacks import Callback, OnExceptionCheckpoint, Progres
 from lightning.pytorch.trainer.states import RunningStage
 from torch.utils.data import DataLoader, default_collate
 
+from lightning_unlearn.attribution import Attributor
 from lightning_unlearn.callbacks import _partition_log, _recognise
 from lightning_unlearn.callbacks import finetune as finetune_module
 from lightning_unlearn.callbacks import partition as partition_module
 from lightning_unlearn.callbacks import prune as prune_module
 from lightning_unlearn.callbacks._guard import Gauge
 from lightning_unlearn.callbacks._lightning import TrainDataSwap
-from lightning_unlearn.capture import Attributor
+from lightning_unlearn.data.subset_sampler import NarrowedLoaders
 from lightning_unlearn.pruning.masking import NeuronPruning
-from lightning_unlearn.sampling import NarrowedLoaders
 from lightning_unlearn.trajectory import Trajectory
 from tests.callbacks import snapshot
 from tests.toys import Blobs, Toy, make_trainer, mlp, sgd, trio, weights

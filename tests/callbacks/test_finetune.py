@@ -11,8 +11,8 @@ from torch.optim.lr_scheduler import ConstantLR, CyclicLR, LambdaLR, OneCycleLR,
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, SequentialSampler, Subset
 
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback
-from lightning_unlearn.drawing import evenly
-from lightning_unlearn.sampling import CleanSubsetSampler
+from lightning_unlearn.data.sampling_scheme import evenly
+from lightning_unlearn.data.subset_sampler import CleanSubsetSampler
 from tests.toys import (
     Blobs,
     BlobsData,

@@ -13,9 +13,9 @@ from lightning_unlearn import AttributionPartitionCallback
 from lightning_unlearn.callbacks import _frozen_features
 from lightning_unlearn.callbacks._frozen_features import FrozenFeatures
 from lightning_unlearn.functional.leave_one_out import leave_one_out_logits, left_out_rate
-from lightning_unlearn.functional.mixture import no_reduce
 from lightning_unlearn.recipes import Recipe, Verdict
-from lightning_unlearn.types import OutOfSample
+from lightning_unlearn.recipes.evidence import OutOfSample
+from lightning_unlearn.utilities.reduce import no_reduce
 from tests.toys import Blobs, BlobsData, Toy, convnet, fit, mlp, sgd, weights
 
 SIZE, AT = 400, 2

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from lightning_unlearn.capture import ATTRIBUTION_METHODS
+from lightning_unlearn.attribution import ATTRIBUTION_METHODS
 from tests.callbacks import forked
 from tests.callbacks.fsdp_script import (
     AT,

@@ -16,12 +16,12 @@ from lightning_unlearn import AttributionPartitionCallback, Partition, UnlearnRe
 from lightning_unlearn.callbacks import _partition_log
 from lightning_unlearn.callbacks._early_epochs import EarlyEpochs, held_by_class
 from lightning_unlearn.callbacks._finding import caveat_of
-from lightning_unlearn.finding import finding_of
-from lightning_unlearn.functional.mixture import no_reduce
 from lightning_unlearn.functional.prequential import PrequentialRate
 from lightning_unlearn.recipes.verdict import NoiseEstimate
-from lightning_unlearn.storage import write_csv
+from lightning_unlearn.results.finding import finding_of
 from lightning_unlearn.trajectory import Trajectory
+from lightning_unlearn.utilities.files import write_csv
+from lightning_unlearn.utilities.reduce import no_reduce
 from tests.ranks import run_ranks
 
 CLASSES = 10

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from lightning_unlearn import AttributionPartitionCallback
 from lightning_unlearn.callbacks._label_watch import agreement
-from lightning_unlearn.targets import Reading
+from lightning_unlearn.data.task_format import Reading
 from tests.toys import CLASSES, FEATURES, Blobs, fit, weights
 
 SIZE, AT = 96, 2

@@ -106,24 +106,27 @@ def test_every_private_name_that_is_used_is_listed_and_tested():
 
 # What else is private and used, and why there is no public way.
 ELSEWHERE = {
-    "data.py": {
+    "data/loaders.py": {
         "_iterator": "a copy of a DataLoader makes its own iterator",
+    },
+    "data/index_tracking.py": {
+        "_iterator": "persistent workers keep theirs",
         "_index_sampler": "persistent workers go on with the batch sampler that their iterator has",
         "_sampler_iter": "what the iterator of a DataLoader draws from",
         "_num_yielded": "how many batches it has delivered",
         "_sampler_iter_yielded": "how many torchdata's had drawn before a checkpoint",
     },
-    "batches.py": {
+    "data/batch.py": {
         "_asdict": "of a named tuple, public by its documentation",
         "_fields": "of a named tuple, public by its documentation",
         "_orig_mod": "what torch.compile wraps",
     },
-    "capture/calls.py": {"_version": "how often a tensor has been changed in place, which nothing else tells"},
-    "capture/layers.py": {
+    "attribution/trace.py": {"_version": "how often a tensor has been changed in place, which nothing else tells"},
+    "attribution/layers.py": {
         "_ConvNd": "torch's class of all convolutions",
         "_NormBase": "torch's class of all batch norms",
     },
-    "capture/memory.py": {"_fields": "of a named tuple, public by its documentation"},
+    "attribution/oom.py": {"_fields": "of a named tuple, public by its documentation"},
     "cli/_completion.py": {
         "_actions": "of an argparse parser: shtab reads them too",
         "_SubParsersAction": "what argparse's add_subparsers returns",

@@ -17,10 +17,10 @@ from torch.utils.data import (
 )
 
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback
-from lightning_unlearn.drawing import drawing_of
-from lightning_unlearn.sampling import CleanSubsetSampler
+from lightning_unlearn.data.sampling_scheme import drawing_of
+from lightning_unlearn.data.subset_sampler import CleanSubsetSampler
 from tests.callbacks.test_relabel import Noting
-from tests.test_data import Ahead, Elsewhere, OneForEver, Pairwise
+from tests.data.test_loaders import Ahead, Elsewhere, OneForEver, Pairwise
 from tests.toys import Blobs, IndexRecorder, Toy, auroc, fit, trio
 
 N, AT = 203, 2

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
-from lightning_unlearn import plots
 from lightning_unlearn.callbacks import _loggers
+from lightning_unlearn.results import plots
 from tests.toys import Blobs, BlobsData, Toy, fit, trio
 
 AT, SIZE = 1, 101

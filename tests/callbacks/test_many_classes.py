@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_unlearn import AttributionPartitionCallback
 from lightning_unlearn.callbacks._early_epochs import EarlyEpochs
-from lightning_unlearn.functional.mixture import no_reduce
 from lightning_unlearn.trajectory import Trajectory
+from lightning_unlearn.utilities.reduce import no_reduce
 from tests.ranks import run_ranks
 
 CLASSES, EACH = 200, 30

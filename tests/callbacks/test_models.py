@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_unlearn import AttributionPartitionCallback
-from lightning_unlearn.capture import resolve_layer
+from lightning_unlearn.attribution import resolve_layer
 from tests.toys import Blobs, Toy, assert_same_weights, auroc, fit, trio, weights
 
 torchvision = pytest.importorskip("torchvision")

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_unlearn
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback, SensitivityPruneCallback
-from lightning_unlearn.batches import split_batch
 from lightning_unlearn.callbacks._provenance import primitive
+from lightning_unlearn.data.batch import split_batch
 from tests.toys import CLASSES, Blobs, BlobsData, Toy, fit, trio
 
 pytestmark = [
@@ -183,7 +183,7 @@ def test_functions_go_by_their_path(tmp_path):
         at_epoch=7, recipe="tests.toys.by_margin", batch_to_xy=split_batch
     ).settings()
     assert settings["recipe"] == "tests.toys.by_margin"
-    assert settings["batch_to_xy"] == "lightning_unlearn.batches.split_batch"
+    assert settings["batch_to_xy"] == "lightning_unlearn.data.batch.split_batch"
     assert primitive([tmp_path, torch.ones(2), object(), {1: (float("inf"), None)}]) == [
         str(tmp_path),
         [1.0, 1.0],

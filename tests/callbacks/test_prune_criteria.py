@@ -6,10 +6,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from lightning_unlearn import SensitivityPruneCallback
+from lightning_unlearn.attribution import loss_gradients
+from lightning_unlearn.attribution.layers import LayerPoint
 from lightning_unlearn.callbacks import _criteria
 from lightning_unlearn.callbacks._criteria import CRITERIA, GRADIENTS, RATIOS
-from lightning_unlearn.capture import loss_gradients
-from lightning_unlearn.types import LayerPoint
 from tests.callbacks.published import FLAG, Planted, PlantedData, Published, make_partition
 from tests.callbacks.test_leaves_model_as_found import hooks_of
 from tests.toys import Blobs, BlobsData, Toy, convnet, fit, mlp

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from lightning_unlearn import CleanSubsetFinetuneCallback, SensitivityPruneCallback
-from lightning_unlearn.types import MaskSource, NeuronMask
+from lightning_unlearn.results.mask import NeuronMask
+from lightning_unlearn.trainer.protocols import MaskSource
 from tests.callbacks.published import ANTI, FLAG, IDLE, Planted, PlantedData, Published, make_partition
 from tests.toys import Blobs, BlobsData, Toy, adamw, fit, mlp, weights
 

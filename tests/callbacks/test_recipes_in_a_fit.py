@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_unlearn import AttributionPartitionCallback
-from lightning_unlearn.capture import ATTRIBUTION_METHODS
+from lightning_unlearn.attribution import ATTRIBUTION_METHODS
 from lightning_unlearn.recipes import RECIPES, Recipe, Verdict
 from tests.toys import Blobs, BlobsData, Toy, adamw, assert_same_weights, auroc, by_margin, convnet, fit, trio, weights
 

@@ -18,9 +18,9 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 
 from lightning_unlearn import CleanSubsetFinetuneCallback
 from lightning_unlearn.callbacks._relabel import with_labels
-from lightning_unlearn.data import indexed_batches
-from lightning_unlearn.targets import Reading, split_batch
-from lightning_unlearn.types import REASONS
+from lightning_unlearn.data.loaders import indexed_batches
+from lightning_unlearn.data.task_format import Reading, split_batch
+from lightning_unlearn.results.labels import REASONS
 from tests.callbacks.published import Published, make_partition
 from tests.toys import CLASSES, Blobs, BlobsData, Toy, assert_same_weights, fit, mlp, trio, weights
 

@@ -4,7 +4,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_unlearn.fingerprint import fingerprint
+from lightning_unlearn.data.fingerprint import fingerprint
 from tests.toys import (
     Blobs,
     BlobsData,

@@ -10,8 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback, Partition
 from lightning_unlearn.recipes import Verdict
-from lightning_unlearn.review import DROP, KEEP, RELABEL
-from lightning_unlearn.types import DECISIONS
+from lightning_unlearn.results.labels import DECISIONS, DROP, KEEP, RELABEL
 from tests.toys import CLASSES, Blobs, BlobsData, IndexRecorder, Toy, assert_same_weights, fit, trio, weights
 
 pytestmark = [

@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback
 from lightning_unlearn.recipes import Verdict
-from lightning_unlearn.types import PartitionRound
+from lightning_unlearn.results.summary import PartitionRound
 from tests.toys import Blobs, BlobsData, IndexRecorder, Toy, adamw, assert_same_weights, fit, mlp, trio, weights
 
 SIZE = 101

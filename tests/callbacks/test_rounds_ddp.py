@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lightning_unlearn.drawing import evenly
-from lightning_unlearn.sampling import CleanSubsetSampler
+from lightning_unlearn.data.sampling_scheme import evenly
+from lightning_unlearn.data.subset_sampler import CleanSubsetSampler
 from tests.callbacks import forked
 from tests.callbacks.rounds_script import AT, EPOCHS, SIZE, run_all
 from tests.callbacks.test_ddp import assert_equal

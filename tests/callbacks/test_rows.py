@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback
 from lightning_unlearn.callbacks._rows import check_ranks
-from lightning_unlearn.fingerprint import sampled_indices
-from lightning_unlearn.rows import Rows
+from lightning_unlearn.data.fingerprint import sampled_indices
+from lightning_unlearn.data.row_order import Rows
 from tests.callbacks.test_relabel import Noting
 from tests.toys import CLASSES, Blobs, BlobsData, Toy, auroc, fit, trio
 

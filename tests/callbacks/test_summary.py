@@ -14,7 +14,7 @@ from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneC
 from lightning_unlearn.callbacks import partition as partition_module
 from lightning_unlearn.callbacks._judging import judge_share
 from lightning_unlearn.callbacks._summary import summarise
-from lightning_unlearn.types import REASONS
+from lightning_unlearn.results.labels import REASONS
 from tests.callbacks.published import make_partition
 from tests.toys import Blobs, BlobsData, Toy, fit, mlp, trio
 

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_unlearn import Partition
-from lightning_unlearn.types import REASONS
+from lightning_unlearn.results.labels import REASONS
 from tests.toys import CLASSES, FEATURES, Blobs, Toy, auroc, fit, trio
 
 AT, EPOCHS = 5, 7

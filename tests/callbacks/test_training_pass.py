@@ -13,8 +13,8 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 
 from lightning_unlearn.callbacks import _training_pass
 from lightning_unlearn.callbacks._training_pass import WINDOW, TrainingPassReader, pulled_elsewhere
-from lightning_unlearn.data import RememberedBatches
-from lightning_unlearn.targets import Reading, split_batch
+from lightning_unlearn.data.index_tracking import RememberedBatches
+from lightning_unlearn.data.task_format import Reading, split_batch
 from tests.callbacks import forked
 from tests.toys import CLASSES, Toy, assert_same_weights, fit, make_trainer, mlp, sgd, weights
 

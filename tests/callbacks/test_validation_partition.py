@@ -19,7 +19,7 @@ from torch.utils.data import (
 )
 
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback, Partition
-from lightning_unlearn.finding import finding_of
+from lightning_unlearn.results.finding import finding_of
 from tests.callbacks.snapshot import random_states
 from tests.toys import CLASSES, Blobs, BlobsData, Toy, assert_same_weights, fit, mlp, weights
 

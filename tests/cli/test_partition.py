@@ -11,7 +11,7 @@ import torch
 
 from lightning_unlearn import Partition
 from lightning_unlearn.cli import main
-from lightning_unlearn.finding import finding_of
+from lightning_unlearn.results.finding import finding_of
 from tests.cli.conftest import RUN, enter
 
 WRONG = torch.arange(201) < 40

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from lightning_unlearn.functional.confusion_noise import _Likelihood, asks_of_confusion, confusion_rate
-from lightning_unlearn.functional.mixture import no_reduce
 from lightning_unlearn.functional.symmetric_noise import fit_symmetric_noise
+from lightning_unlearn.utilities.reduce import no_reduce
 from tests.ranks import run_ranks
 
 C = 6

@@ -13,8 +13,8 @@ from lightning_unlearn.functional.leave_one_out import (
     objection_to,
     skill_of,
 )
-from lightning_unlearn.functional.mixture import no_reduce
 from lightning_unlearn.functional.prequential import PrequentialRate
+from lightning_unlearn.utilities.reduce import no_reduce
 from tests.ranks import run_ranks
 
 

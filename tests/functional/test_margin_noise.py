@@ -15,11 +15,11 @@ from lightning_unlearn.functional.margin_noise import (
     prequential_margin_rate,
     wrong_probability,
 )
-from lightning_unlearn.functional.mixture import no_reduce
 from lightning_unlearn.functional.prequential import prequential_rate
 from lightning_unlearn.functional.soft_margin import interpolation, soft_margins
 from lightning_unlearn.functional.symmetric_noise import fit_symmetric_noise
 from lightning_unlearn.functional.symmetric_noise import fit_with_and_without as by_logits
+from lightning_unlearn.utilities.reduce import no_reduce
 from tests.ranks import run_ranks
 
 CLASSES = 66

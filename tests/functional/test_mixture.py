@@ -10,9 +10,12 @@ from scipy.stats import multivariate_normal
 from sklearn.mixture import GaussianMixture as SklearnMixture
 from sklearn.preprocessing import StandardScaler
 
-from lightning_unlearn.data import rank_share
+from lightning_unlearn.data.loaders import rank_share
+from lightning_unlearn.functional import gaussian, standardize
 from lightning_unlearn.functional import mixture as module
-from lightning_unlearn.functional.mixture import GaussianMixture, fit_mixture, standardise
+from lightning_unlearn.functional.gaussian import GaussianMixture
+from lightning_unlearn.functional.mixture import fit_mixture
+from lightning_unlearn.functional.standardize import standardise
 from tests.ranks import run_ranks
 
 
@@ -113,7 +116,7 @@ def assert_near_sklearn(ours, theirs):
 @pytest.mark.parametrize("narrow", [1.0, 1e-2, 1e-4], ids=["difference", "shared coordinates", "separate coordinates"])
 def test_wide_float32_rows_give_the_mixture_of_double_precision(narrow):
     rows = wide_rows(narrow=narrow)
-    assert module._work_dtype(rows) == torch.float32
+    assert standardize.work_dtype(rows) == torch.float32
     assert_near_sklearn(fit_mixture(rows, torch.ones(3000)), sklearn_from_our_start(rows.double()))
 
 
@@ -121,7 +124,7 @@ def test_where_float32_products_are_rounded_the_work_is_done_in_float64(monkeypa
     rows = wide_rows(100)
     # What torch.set_float32_matmul_precision("medium") allows, and only some processors do.
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: torch.mm(a.bfloat16().float(), b))
-    assert module._work_dtype(rows) == torch.float64
+    assert standardize.work_dtype(rows) == torch.float64
 
 
 def test_rows_of_low_rank_can_be_fitted_in_float32():
@@ -136,7 +139,7 @@ def test_rows_of_low_rank_can_be_fitted_in_float32():
 def test_every_way_to_the_moments_gives_the_same(monkeypatch, limit, value):
     rows = two_clouds(500, 4, distance=1.5)
     expected = fit_mixture(rows, torch.ones(500))
-    monkeypatch.setattr(module, limit, value)
+    monkeypatch.setattr(gaussian if limit == "NARROWEST" else module, limit, value)
     got = fit_mixture(rows, torch.ones(500))
     assert got.n_iter == expected.n_iter
     for ours, theirs in zip(in_order(got), in_order(expected), strict=True):
@@ -146,8 +149,8 @@ def test_every_way_to_the_moments_gives_the_same(monkeypatch, limit, value):
 def test_ranks_that_choose_other_ways_agree(monkeypatch):
     rows = two_clouds(400, 4, distance=1.5)
     whole = fit_mixture(rows, torch.ones(400))
-    decided, shared = threading.local(), module._shared
-    monkeypatch.setattr(module, "_shared", lambda *args: None if decided.separate else shared(*args))
+    decided, shared = threading.local(), gaussian._shared
+    monkeypatch.setattr(gaussian, "_shared", lambda *args: None if decided.separate else shared(*args))
 
     def fit(rank, reduce):
         decided.separate = rank == 0
@@ -186,7 +189,7 @@ def test_posterior_of_no_rows_has_two_columns():
 def test_chunks_change_nothing(monkeypatch):
     rows = two_clouds(500, 3, distance=1.5)
     whole = fit_mixture(standardise(rows, torch.ones(500)), torch.ones(500))
-    monkeypatch.setattr(module, "CHUNK", 3 * 64)
+    monkeypatch.setattr(standardize, "CHUNK", 3 * 64)
     chunked = fit_mixture(standardise(rows, torch.ones(500)), torch.ones(500))
     torch.testing.assert_close(chunked.covariance, whole.covariance)
     torch.testing.assert_close(chunked.posterior(rows), whole.posterior(rows))

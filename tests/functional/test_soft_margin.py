@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from lightning_unlearn.functional import chunks
 from lightning_unlearn.functional.soft_margin import SCALES, interpolation, rivals_of, soft_margins
+from lightning_unlearn.utilities import chunks
 
 
 def scene(n=40, classes=7, spread=3.0):

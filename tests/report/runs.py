@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from lightning_unlearn.report import RunRecord
-from lightning_unlearn.types import NeuronMask
+from lightning_unlearn.results.mask import NeuronMask
 from tests.callbacks.published import make_partition
 
 HOSTILE = "<script>alert(1)</script>"

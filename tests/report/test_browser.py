@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_unlearn.report import RunRecord, write_report
-from lightning_unlearn.types import NeuronMask
+from lightning_unlearn.results.mask import NeuronMask
 from tests.callbacks.published import make_partition
 from tests.report.browser import CHROMIUM, MISSING, Browser, NoBrowserError
 from tests.report.runs import BREAKING, NAMES, SUSPECTS, hostile_record

@@ -10,7 +10,7 @@ import torch
 from lightning_unlearn.report import RunRecord, render_report, write_report
 from lightning_unlearn.report.charts import bars, curve_charts, heat_map, histogram, precision_chart, sensitivities
 from lightning_unlearn.report.svg import Drawing, shortened, ticks
-from lightning_unlearn.types import NeuronMask
+from lightning_unlearn.results.mask import NeuronMask
 from tests.callbacks.published import make_partition
 from tests.report.runs import BREAKING, HOSTILE, INPUT, LABEL, NAMES, SUSPECTS, hostile_record, provenance_of
 

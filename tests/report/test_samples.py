@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.utils.data import Subset
 
-from lightning_unlearn.finding import names_in
 from lightning_unlearn.report.media import png
 from lightning_unlearn.report.samples import SampleView, content_of, file_card
+from lightning_unlearn.results.finding import names_in
 
 BUDGET = 60_000
 Named = namedtuple("Named", "x label")

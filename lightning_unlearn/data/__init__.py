@@ -1,0 +1,1 @@
+"""Dataset index <-> batch row, and what batches, outputs and labels mean."""

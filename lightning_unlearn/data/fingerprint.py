@@ -1,0 +1,217 @@
+"""What a data set holds, in a few bytes: to notice that a fit is resumed, or a partition used, on another one."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import fields, is_dataclass
+from hashlib import blake2b
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_unlearn.data.dataset_state import unopened
+
+SAMPLED = 16
+_DIGITS = 8
+# Of each item, in a mark: enough to tell data sets apart, of which several items differ.
+_DIGITS_OF_MARK = 2
+_MARK = re.compile(r"n(\d+)-((?:[0-9a-f]{2})*)")
+# Content that still varies rarely, after two equal readings of all items, must not look like other data.
+MOST_CHANGED = 0.25
+
+
+def sampled_indices(total: int) -> Tensor:
+    """(n,) int64, up to 16 dataset indices, spread evenly from the first to the last.
+
+    Example:
+        >>> sampled_indices(31).tolist()
+        [0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30]
+    """
+    count = min(total, SAMPLED)
+    return torch.arange(count) * (total - 1) // max(count - 1, 1)
+
+
+def fingerprint(loader: DataLoader[Any]) -> str:
+    """Length of a loader's data set, and a hash of each of 16 items as ``__getitem__`` returns them.
+
+    They are read twice, after other seeds of the global random states: where they differ, as under random augmentation,
+    the fingerprint is the length alone. Where the loader gives its workers an initialization of the user's, they are
+    read in such a worker. Seeds the global random states; put them back.
+
+    Args:
+        loader: of a map-style data set with a length.
+
+    Example:
+        >>> fingerprint(DataLoader([(torch.rand(2), k) for k in range(10)])).split(":")[0]
+        '10'
+    """
+    total = len(loader.dataset)  # type: ignore[arg-type]
+    first, second = (_read(loader, sampled_indices(total), seed) for seed in (0, 1))
+    return f"{total}:{''.join(first) if first == second else ''}"
+
+
+def varies(fingerprint: str) -> bool:
+    """Whether items differed from one reading to the next."""
+    return fingerprint.endswith(":")
+
+
+def share_changed(before: str, now: str) -> float:
+    """The share of the sampled items whose content differs between two fingerprints, in [0, 1].
+
+    It is 0 where that cannot be told (random augmentation, no fingerprint) and 1 for another length.
+
+    Example:
+        >>> share_changed("20:0000000011111111", "20:0000000022222222"), share_changed("20:00000000", "20:")
+        (0.5, 0.0)
+    """
+    if not before or not now:
+        return 0.0
+    return _share_changed(before.split(":"), now.split(":"), _DIGITS)
+
+
+def check_fingerprint(before: str, now: str) -> None:
+    """Refuses other data than before: another length, or more than a quarter of the sampled items.
+
+    Raises:
+        ValueError: saying what to do.
+    """
+    share = share_changed(before, now)
+    if share > MOST_CHANGED:
+        raise ValueError(
+            f"Expected the training data that the checkpoint was made with, but {share:.0%} of {SAMPLED} sampled items"
+            " have another content; give the data it was made with, or start again without the checkpoint. Where only"
+            " the preprocessing has changed, on purpose, set check_data=False."
+        )
+
+
+def mark_of(fingerprint: str) -> str:
+    """A fingerprint in one short word that no spreadsheet takes for a number, a time or a formula.
+
+    Example:
+        >>> mark_of("20:00aaaaaa11bbbbbb"), mark_of("20:"), mark_of("")
+        ('n20-0011', 'n20-', '')
+    """
+    size, colon, content = fingerprint.partition(":")
+    if not colon:
+        return ""
+    return f"n{size}-{''.join(piece[:_DIGITS_OF_MARK] for piece in _pieces(content))}"
+
+
+def is_mark(text: str) -> bool:
+    """Whether a text is one that :func:`mark_of` returns."""
+    return text == "" or _MARK.fullmatch(text) is not None
+
+
+def mark_differs(mark: str, fingerprint: str) -> float:
+    """The share of the sampled items whose content differs between a mark and a fingerprint, in [0, 1].
+
+    As :func:`share_changed`; more than a quarter is another data set.
+
+    Example:
+        >>> (
+        ...     mark_differs("n20-0011", "20:00aaaaaa22bbbbbb"),
+        ...     mark_differs("n20-", "20:00aaaaaa"),
+        ...     mark_differs("n9-", "20:"),
+        ... )
+        (0.5, 0.0, 1.0)
+    """
+    now = mark_of(fingerprint)
+    if not mark or not now:
+        return 0.0
+    return _share_changed(mark.split("-"), now.split("-"), _DIGITS_OF_MARK)
+
+
+def _share_changed(before: Sequence[str], now: Sequence[str], digits: int) -> float:
+    (size, content), (other_size, other_content) = before, now
+    if size != other_size:
+        return 1.0
+    pairs = list(zip(_pieces(content, digits), _pieces(other_content, digits), strict=False))
+    return sum(one != other for one, other in pairs) / len(pairs) if pairs else 0.0
+
+
+def _pieces(content: str, digits: int = _DIGITS) -> Iterator[str]:
+    return (content[at : at + digits] for at in range(0, len(content), digits))
+
+
+def _read(loader: DataLoader[Any], index: Tensor, seed: int) -> list[str]:
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  (the global one, which augmentation may draw from)
+    torch.manual_seed(seed)
+    own: dict[str, Any] = {}
+    if loader.worker_init_fn is not None and loader.num_workers > 0:
+        own = {
+            "num_workers": 1,
+            "worker_init_fn": loader.worker_init_fn,
+            "multiprocessing_context": loader.multiprocessing_context,
+            "timeout": loader.timeout,
+        }
+    # Not a copy of the user's, which may do more than iterate.
+    items: Any = DataLoader(loader.dataset, batch_size=SAMPLED, sampler=index.tolist(), collate_fn=_digests, **own)
+    with unopened(loader) if not own else nullcontext():
+        return [digest for digests in items for digest in digests]
+
+
+def _digests(items: Sequence[Any]) -> list[str]:
+    """Stands in for the collate function; a function of the module, since workers may have to pickle it."""
+    return [digest(item) for item in items]
+
+
+def digest(item: Any) -> str:
+    """A hash of what an item holds: tensors, arrays, images, numbers, texts, and what holds them."""
+    found = blake2b(digest_size=_DIGITS // 2)
+    for part in _content(item):
+        # With its length, so that no two items run together to the same bytes.
+        found.update(len(part).to_bytes(8, "little") + part)
+    return found.hexdigest()
+
+
+def _content(item: Any) -> Iterator[bytes]:
+    """The bytes of an item: tensors, arrays, images, numbers, strings and what holds them; else the class."""
+    if isinstance(item, Tensor):
+        item = _as_array(item)
+    elif isinstance(item, str) and "\n" not in item and PurePath(item).is_absolute():
+        # The folder may be another on each machine, or in each job.
+        item = PurePath(item).name
+    parts = _parts_of(item)
+    if parts is not None:
+        yield str(len(parts)).encode()
+        for part in parts:
+            yield from _content(part)
+    elif item is None or isinstance(item, (bool, int, float, complex, str, bytes)):
+        yield repr(item).encode()
+    elif callable(getattr(item, "tobytes", None)):
+        # Arrays and numbers of numpy, and images of PIL.
+        yield " ".join(str(getattr(item, name, "")) for name in ("dtype", "shape", "mode", "size")).encode()
+        yield item.tobytes()
+    else:
+        yield type(item).__qualname__.encode()
+
+
+def _parts_of(item: Any) -> list[Any] | None:
+    """What an item holds; None where it is one thing."""
+    if isinstance(item, Mapping):
+        return [part for pair in item.items() for part in pair]
+    if isinstance(item, (list, tuple)):
+        return list(item)
+    if isinstance(item, np.ndarray) and item.dtype.hasobject:
+        return list(item.flat)
+    if is_dataclass(item) and not isinstance(item, type):
+        return [getattr(item, field.name) for field in fields(item)]
+    return None
+
+
+def _as_array(tensor: Tensor) -> Any:
+    """A tensor as numpy knows it, bit for bit; as bytes where it knows no such type. Of sparse ones the class."""
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.device.type == "meta":
+        return type(tensor)
+    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    if plain.dtype == torch.bfloat16 or "float8" in str(plain.dtype):
+        return (str(plain.dtype), list(plain.shape), plain.reshape(-1).view(torch.uint8).numpy())
+    return plain.numpy()

@@ -1,0 +1,360 @@
+"""What a batch, a model's output and a label mean: where the input and the labels are, and which classes they name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lightning_unlearn.data.batch import Layout, Path, call_forward, split_batch
+from lightning_unlearn.utilities.checks import check_choice, check_function, check_number, plain
+
+Task = Literal["auto", "multiclass", "binary", "multilabel"]
+"""The kinds of classification, by torchmetrics' names; ``"auto"``: as the first batch looks."""
+SoftLabels = Literal["refuse", "argmax"]
+"""What becomes of labels that are probabilities."""
+
+IGNORED = -1
+"""What a label is that is to be ignored."""
+
+_ILLEGAL = -2
+# Of a row of probabilities that is one class outright, in any floating-point precision.
+_ROUNDING = 1e-3
+
+
+def logits_in(output: Any) -> Any:
+    """The logits in what ``forward`` returned: ``output.logits``, ``output["logits"]``, the first of a tuple, or it."""
+    if isinstance(output, Mapping):
+        return output.get("logits", output)
+    if hasattr(output, "logits"):
+        return output.logits
+    return output[0] if isinstance(output, (tuple, list)) and output else output
+
+
+def _checked_ignore_index(value: Any) -> float | None:
+    """As labels are compared with it: a whole number is an int, since a float may not hold it."""
+    found = plain(value)
+    if found is None or (isinstance(found, float) and math.isnan(found)):
+        return found
+    if isinstance(found, int) and not isinstance(found, bool) and abs(found) < 2**63:
+        return int(found)
+    return check_number("ignore_index", value, meaning="the label that means none, NaN, or None")
+
+
+class Reading:
+    """How batches, outputs and labels are read. What is ``"auto"`` is settled by the first batch.
+
+    **Rows.** Everything downstream sees rows of class logits (U, C) with class labels (U,). Of a multi-class task they
+    are the samples; a binary task's one logit z becomes those of two classes, -z/2 and z/2, whose softmax is its
+    sigmoid; of a multi-label task each label of each sample is such a binary row, sample by sample: U = B L.
+
+    Args:
+        task: kind of classification.
+        soft_labels: ``"refuse"`` labels that are probabilities, or take the class of the largest (``"argmax"``).
+        ignore_index: a label that means none, as in ``torch.nn.functional.cross_entropy``, or NaN; None for no such
+            label.
+        batch_to_xy: from a batch to the input and the labels; by default that is seen at the first batch.
+        logits_from: from what ``forward`` returns to logits, by default :func:`logits_in`.
+
+    Raises:
+        ValueError: for an unknown task or treatment of soft labels.
+    """
+
+    def __init__(
+        self,
+        *,
+        task: Task = "auto",
+        soft_labels: SoftLabels = "refuse",
+        ignore_index: float | None = -100,
+        batch_to_xy: Callable[[Any], tuple[Any, Tensor]] | None = None,
+        logits_from: Callable[[Any], Tensor] | None = None,
+    ) -> None:
+        self.wanted: Task = check_choice("task", task, get_args(Task))
+        self.soft_labels: SoftLabels = check_choice("soft_labels", soft_labels, get_args(SoftLabels))
+        self.ignore_index = _checked_ignore_index(ignore_index)
+        self.batch_to_xy = batch_to_xy
+        if batch_to_xy is not None:
+            self.batch_to_xy = check_function("batch_to_xy", batch_to_xy, "from a batch to (x, y)")
+        self.logits_from: Callable[[Any], Any] = logits_in
+        if logits_from is not None:
+            self.logits_from = check_function("logits_from", logits_from, "from what forward returns to logits")
+        self.forget()
+
+    def forget(self) -> None:
+        """Unsettles what an earlier model's first batch has settled."""
+        self._task: Task = "auto"
+        self.num_outputs = 0
+        self.layout: Layout | None = None
+        # Where the labels are, once that has been seen; other fields that could be; whether these are as likely.
+        self.label_at: Path | None = None
+        self.rivals: tuple[Path, ...] = ()
+        self.is_open = False
+
+    def split(self, batch: Any) -> tuple[Any, Any]:
+        """The input and the labels of a batch: as ``batch_to_xy`` says, as settled, or as ``split_batch`` does."""
+        if self.batch_to_xy is not None:
+            return self.batch_to_xy(batch)
+        if self.layout is not None and self.layout.fits(batch):
+            return self.layout.split(batch)
+        return split_batch(batch)
+
+    @property
+    def label_field(self) -> Path | None:
+        """Where in a batch the labels are; None before the first batch, or where ``batch_to_xy`` says."""
+        return self.label_at if self.layout is None else self.layout.label
+
+    @property
+    def task(self) -> Task:
+        """The kind of classification.
+
+        Raises:
+            RuntimeError: before the first batch.
+        """
+        if self._task == "auto":
+            raise RuntimeError("The task is not settled yet; this is an error in lightning_unlearn.")
+        return self._task
+
+    @property
+    def num_classes(self) -> int:
+        """C, the number of classes of a row."""
+        return self.num_outputs if self.task == "multiclass" else 2
+
+    @property
+    def rows_per_sample(self) -> int:
+        """1, or for a multi-label task the number of labels."""
+        return self.num_outputs if self.task == "multilabel" else 1
+
+    def output(self, model: nn.Module, x: Any) -> Tensor:
+        """The logits that a model returns, (B, K), one column for a binary task.
+
+        Raises:
+            TypeError: if it returns something else.
+        """
+        logits = self.logits_from(call_forward(model, x))
+        if not isinstance(logits, Tensor) or logits.ndim not in (1, 2) or not logits.is_floating_point():
+            found = f"{logits.dtype} {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+            raise TypeError(
+                f"Expected forward of {type(model).__name__} to return logits (B, C), or (B,) of a binary task, or"
+                f" something that holds them as 'logits', but it returned {found}; pass logits_from=... to"
+                " AttributionPartitionCallback, a function from what forward returns to the logits."
+            )
+        return logits.unsqueeze(1) if logits.ndim == 1 else logits
+
+    def settle(self, output: Tensor, label: Any) -> None:
+        """Settles the task by the first batch; later calls do nothing.
+
+        Args:
+            output: (B, K).
+            label: as the batch holds it.
+
+        Raises:
+            ValueError: if the task asked for does not fit.
+        """
+        if self._task != "auto":
+            return
+        outputs = output.shape[1]
+        task = self._seen_task(outputs, label) if self.wanted == "auto" else self.wanted
+        if (task == "binary") != (outputs == 1) and task != "multilabel":
+            kind = "one logit" if task == "binary" else "a logit for each class, at least two,"
+            raise ValueError(
+                f"Expected forward to return {kind} per sample, as task='{task}' says, but it returned {outputs}; set"
+                f" task='{'multiclass' if task == 'binary' else 'binary'}'."
+            )
+        self._task, self.num_outputs = task, outputs
+
+    def alike(self, output: Tensor, label: Any) -> Reading:
+        """Another reading with the same settings, settled by another first batch; see :meth:`settle`."""
+        other = Reading(task=self.wanted, soft_labels=self.soft_labels, ignore_index=self.ignore_index)
+        other.settle(output, label)
+        return other
+
+    def _seen_task(self, outputs: int, label: Any) -> Task:
+        if outputs == 1:
+            return "binary"
+        if not _is_dense(label) or label.ndim != 2 or label.shape[1] != outputs:
+            return "multiclass"
+        known = label[~self._is_ignored(label)]
+        bits = bool(((known == 0) | (known == 1)).all())
+        # A row with no or several ones, or with ignored entries, is not that of a class.
+        return "multilabel" if bits and bool((label.sum(dim=1) != 1).any()) else "multiclass"
+
+    def logits(self, output: Tensor) -> Tensor:
+        """Rows (U, C) of class logits.
+
+        Args:
+            output: (B, K), or (B,) of a binary task.
+        """
+        if self.task == "multiclass":
+            return output
+        half = output.reshape(-1, 1) / 2
+        return torch.cat([-half, half], dim=1)
+
+    def gradients(self, gradient: Tensor) -> Tensor:
+        """Rows (U, C) of the gradient of the loss at the class logits, up to a factor, from that at the output."""
+        if self.task == "multiclass":
+            return gradient
+        flat = gradient.reshape(-1, 1)
+        return torch.cat([-flat, flat], dim=1)
+
+    def row_indices(self, index: Tensor) -> Tensor:
+        """(U,) int64, the rows of samples (B,) by their dataset index."""
+        count = self.rows_per_sample
+        if count == 1:
+            return index
+        return (index.unsqueeze(1) * count + torch.arange(count, device=index.device)).flatten()
+
+    def by_row(self, values: Tensor) -> Tensor:
+        """(U,), a value (B,) for each sample repeated for each of its rows."""
+        return values if self.rows_per_sample == 1 else values.repeat_interleave(self.rows_per_sample, dim=0)
+
+    def classes(self, label: Any, num_samples: int) -> Tensor:
+        """Class labels of rows, without looking at values, so that no accelerator is waited for.
+
+        Args:
+            label: as the batch holds it.
+            num_samples: B.
+
+        Returns:
+            (U,) int64: ``IGNORED`` for none, and below it for what is no label.
+
+        Raises:
+            ValueError: if they have not the right shape or type.
+        """
+        if not _is_dense(label) or label.is_complex():
+            raise ValueError(f"Expected a dense tensor of labels, but got {_kind(label)}{_CONVERT}")
+        if self.task == "multiclass":
+            if label.ndim == 2 and label.shape == (num_samples, self.num_outputs):
+                return self._largest(label)
+            return self._indices(label, num_samples)
+        shapes = [(num_samples, self.num_outputs)] if self.task == "multilabel" else [(num_samples,), (num_samples, 1)]
+        if tuple(label.shape) not in shapes:
+            raise ValueError(
+                f"Expected labels of shape {shapes[0]}, 0 or 1 for each logit, but got {_kind(label)}{_CONVERT}"
+            )
+        return self._bits(label.flatten())
+
+    def classes_of_batches(self, batches: Sequence[tuple[Any, int]]) -> Tensor:
+        """Class labels of the rows of several batches, in one go where they are alike.
+
+        Args:
+            batches: of each, its labels and B; at least one.
+
+        Returns:
+            as :meth:`classes`.
+
+        Raises:
+            ValueError: as :meth:`classes`.
+        """
+        labels = [label for label, _ in batches]
+        if all(map(_is_dense, labels)) and len({(label.dtype, label.shape[1:]) for label in labels}) == 1:
+            return self.classes(torch.cat(labels), sum(size for _, size in batches))
+        return torch.cat([self.classes(label, size) for label, size in batches])
+
+    def _indices(self, label: Tensor, num_samples: int) -> Tensor:
+        if tuple(label.shape) not in ((num_samples,), (num_samples, 1)) or label.is_floating_point():
+            raise ValueError(
+                f"Expected integer labels of shape ({num_samples},), one class index per sample, or of shape"
+                f" ({num_samples}, {self.num_outputs}), a column for each class, but got {_kind(label)}{_CONVERT}"
+            )
+        value = label.flatten().long()
+        legal = (value >= 0) & (value < self.num_outputs)
+        return self._without_ignored(value.where(legal, _ILLEGAL), label.flatten())
+
+    def _largest(self, label: Tensor) -> Tensor:
+        largest, value = label.max(dim=1)
+        rows = label.double()
+        legal = (rows >= 0).all(dim=1) & (largest > 0) & rows.isfinite().all(dim=1)
+        if self.soft_labels == "refuse":
+            legal &= (rows.sum(dim=1) - 1).abs().le(_ROUNDING) & (largest.double() >= 1 - _ROUNDING)
+        return value.where(legal, _ILLEGAL)
+
+    def _bits(self, label: Tensor) -> Tensor:
+        value = label.double()
+        legal = (value >= 0) & (value <= 1)
+        if self.soft_labels == "refuse":
+            legal &= (value == 0) | (value == 1)
+        return self._without_ignored((value > 0.5).long().where(legal, _ILLEGAL), label)
+
+    def _without_ignored(self, value: Tensor, label: Tensor) -> Tensor:
+        return value.masked_fill(self._is_ignored(label), IGNORED)
+
+    def _is_ignored(self, label: Tensor) -> Tensor:
+        if self.ignore_index is None:
+            return torch.zeros_like(label, dtype=torch.bool)
+        if math.isnan(self.ignore_index):
+            return label.isnan()
+        # Not as bytes, in which -100 is 156.
+        return (label if label.is_floating_point() else label.long()) == self.ignore_index
+
+    def labels(self, label: Any, num_samples: int, first_index: int = 0) -> Tensor:
+        """Class labels of rows, each of which names a class or is ignored.
+
+        Args:
+            label: as the batch holds it.
+            num_samples: B.
+            first_index: dataset index of the first sample, for the message.
+
+        Returns:
+            (U,) int64 in [0, C), ``IGNORED`` for none.
+
+        Raises:
+            ValueError: if a label names no class.
+        """
+        found = self.classes(label, num_samples)
+        illegal = (found == _ILLEGAL).nonzero().flatten()
+        if len(illegal):
+            at = int(illegal[0]) // self.rows_per_sample
+            raise ValueError(self._complaint(label[at], first_index))
+        return found
+
+    def _complaint(self, label: Tensor, first_index: int) -> str:
+        where = f"in the batch that starts at dataset index {first_index}"
+        shown = label.item() if label.numel() == 1 else [round(value, 4) for value in label.flatten()[:8].tolist()]
+        if self.task == "multiclass" and label.numel() == 1:
+            start = ", or number the classes from 0 (batch_to_xy=...)" if shown == self.num_outputs else ""
+            return (
+                f"Expected labels in [0, {self.num_outputs}), as the model has {self.num_outputs} outputs, but found"
+                f" {shown} {where}; set ignore_index={shown} if it means no label{start}."
+            )
+        if self.task == "multiclass":
+            return (
+                f"Expected labels with a single 1 in each row, but found {shown} {where}; set soft_labels='argmax' to"
+                " take the class of the largest, or task='multilabel' if there may be several. Where samples are mixed"
+                " (MixUp, CutMix), offer attribution_dataloader(), a loader that does not mix them."
+            )
+        return (
+            f"Expected labels 0 or 1 of a {self.task} task, but found {shown} {where}; set soft_labels='argmax' to"
+            " round probabilities, or ignore_index to the value that means no label."
+        )
+
+    def replaced(self, label: Tensor, new: Tensor) -> Tensor:
+        """A batch's labels, in the form they have, with other classes in their place.
+
+        Args:
+            label: as the batch holds it.
+            new: (U,) int64, -1 where the given one stays.
+        """
+        new = new.to(label.device)
+        if self.task == "multiclass" and label.ndim == 2 and label.shape[1] == self.num_outputs:
+            rows = torch.nn.functional.one_hot(new.clamp(min=0), self.num_outputs).to(label.dtype)
+            return torch.where((new >= 0).unsqueeze(1), rows, label)
+        return torch.where(new.reshape(label.shape) >= 0, new.reshape(label.shape).to(label.dtype), label)
+
+
+_CONVERT = "; pass batch_to_xy=... to AttributionPartitionCallback to convert them."
+
+
+def _is_dense(label: Any) -> bool:
+    return isinstance(label, Tensor) and label.layout == torch.strided and not label.is_nested
+
+
+def _kind(label: Any) -> str:
+    if not isinstance(label, Tensor):
+        return type(label).__name__
+    if label.is_nested:
+        return "a nested tensor"
+    layout = "" if label.layout == torch.strided else f"{label.layout} and "
+    return f"{layout}{label.dtype} of shape {tuple(label.shape)}"

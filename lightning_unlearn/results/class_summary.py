@@ -1,0 +1,62 @@
+"""What was found in each class, and which classes are taken for each other."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ClassSummary:
+    """What was found among the samples of one given label.
+
+    Args:
+        label: the given label.
+        samples: how many samples have it.
+        suspects: how many of them are not clean.
+        noise_rate: estimated share of them that is not clean.
+        confused_with: the class that most of those with a wrong label are suggested to be; None if there are none.
+        confused_samples: how many of them.
+    """
+
+    label: int
+    samples: int
+    suspects: int
+    noise_rate: float
+    confused_with: int | None
+    confused_samples: int
+
+
+def confusion_counts(given: Tensor, suggested: Tensor, classes: Tensor) -> Tensor:
+    """(S, S) int64, how often each of some classes is suggested in place of each.
+
+    Args:
+        given: (K,) int64, labels.
+        suggested: (K,) int64, other labels of the same samples.
+        classes: (S,) int64, ascending; pairs with another class are not counted.
+
+    Example:
+        >>> confusion_counts(torch.tensor([4, 4, 9]), torch.tensor([9, 9, 1]), torch.tensor([4, 9]))
+        tensor([[0, 2],
+                [0, 0]])
+    """
+    known = torch.cat([given, suggested, classes])
+    place = torch.full((1 + int(known.max()) if len(known) else 0,), -1)
+    place[classes] = torch.arange(len(classes))
+    row, column = place[given], place[suggested]
+    inside = (row >= 0) & (column >= 0)
+    cell = row[inside] * len(classes) + column[inside]
+    return cell.bincount(minlength=len(classes) ** 2).reshape(len(classes), len(classes))
+
+
+def most_confused(label: Tensor, suggested: Tensor) -> dict[int, tuple[int, int]]:
+    """Of each label, the other one that most of its samples are suggested to be, the first of several, and how many."""
+    counts = Counter(zip(label.tolist(), suggested.tolist(), strict=True))
+    found: dict[int, tuple[int, int]] = {}
+    for (c, to), count in sorted(counts.items()):
+        if count > found.get(c, (0, 0))[1]:
+            found[c] = to, count
+    return found

@@ -1,0 +1,86 @@
+"""Which neurons are pruned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from os import PathLike
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lightning_unlearn.results.storage import load_record, save_record
+from lightning_unlearn.results.validate import check_held, check_primitives, check_scores
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+MASK_VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class NeuronMask:
+    """Which neurons of a layer are kept.
+
+    Args:
+        layer: dotted path of the layer whose neurons are meant.
+        keep: (D,) bool, False for a pruned neuron.
+        sensitivity: (D,) float32, standardized coefficient of the neuron's activation in the regression on the
+            probability of being clean (paper, step 4); below zero for a neuron that is active for noise. With another
+            criterion, its score.
+        standard_error: (D,) float32, of the sensitivity; None where the criterion has none.
+    """
+
+    layer: str
+    keep: Tensor
+    sensitivity: Tensor
+    standard_error: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        check_primitives(self, layer=str)
+        check_held(self)
+        if self.keep.dtype != torch.bool or self.keep.ndim != 1 or self.keep.shape != self.sensitivity.shape:
+            raise ValueError(
+                f"keep must be bool of shape (D,) and sensitivity of the same shape, but they are {self.keep.dtype}"
+                f" {tuple(self.keep.shape)} and {tuple(self.sensitivity.shape)}."
+            )
+        check_scores("sensitivity", self.sensitivity, self.keep.shape)
+        if self.standard_error is not None:
+            check_scores("standard_error", self.standard_error, self.keep.shape)
+
+    def pruned_indices(self) -> Tensor:
+        """Indices of the pruned neurons, ascending, int64."""
+        return (~self.keep).nonzero().flatten()
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes the mask to a file that :meth:`load` reads: an npz archive of arrays, without a pickle.
+
+        Args:
+            path: file to write, under this very name; folders are made. What was there is replaced in one step.
+        """
+        save_record(self, MASK_VERSION, path)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> NeuronMask:
+        """Reads a mask that :meth:`save` wrote; no code is unpickled.
+
+        Raises:
+            ValueError: for any other file, saying what to do.
+        """
+        return load_record(cls, MASK_VERSION, path)
+
+    def plot(self, ax: Axes | None = None) -> tuple[Figure, Axes]:
+        """Draws the sensitivity of every neuron with its standard error, the lowest first; pruned ones are marked.
+
+        Args:
+            ax: where to draw; by default in a new figure.
+
+        Returns:
+            the matplotlib figure and its axes.
+
+        Raises:
+            ImportError: without matplotlib: ``pip install 'lightning-unlearn[plot]'``.
+        """
+        from lightning_unlearn.results.plots import plot_mask
+
+        return plot_mask(self, ax)

@@ -1,0 +1,517 @@
+"""The nouns that flow between the rooms of the package.
+
+Letters used throughout: ``N`` samples of the training set, ``n`` samples of one rank's share of them, ``B`` samples of
+a batch, ``D`` neurons of a layer, ``C`` classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_unlearn.data.fingerprint import mark_of
+from lightning_unlearn.results.class_summary import ClassSummary, most_confused
+from lightning_unlearn.results.labels import (
+    DECISIONS,
+    LISTS,
+    REASONS,
+    class_members,
+    held_labels,
+    of_any_label,
+    suggested_otherwise,
+)
+from lightning_unlearn.results.storage import faults_of, load_record, save_record
+from lightning_unlearn.results.validate import check_estimates, check_held, check_matrix, check_primitives, check_sizes
+from lightning_unlearn.utilities.checks import check_flag, check_names, check_number, check_whole, shown
+from lightning_unlearn.utilities.files import write_csv
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+STATE_VERSION = 6
+
+_NONE = torch.zeros(0, 0)
+
+# Share of a list that must be expected to be wrong to be worth a look.
+_WORTH = 0.5
+
+
+@dataclass(frozen=True, eq=False)
+class Partition:
+    """Every training sample with the probability that it is clean, by dataset index.
+
+    An index is a position in ``loader.dataset``: with a Subset, in the Subset, whose ``indices`` lead to what it is a
+    subset of; with a ConcatDataset, counted through. Samples that the loader's sampler leaves out have one too.
+
+    Args:
+        clean_probability: (N,) float32, probability in [0, 1] that the sample is clean.
+        is_clean: (N,) bool, all but the suspects: where ``noise_rate_interval`` is known, the longest list that has the
+            expected precision which the callback was asked for, else those whose ``clean_probability`` is below one
+            half. The likeliest of a class of which too few would be left are clean too.
+        suggested_label: (N,) int64; the given label where the sample is clean and not worth a look (see
+            :meth:`worth_review`). Of a multi-label task (N, L).
+        suggested_probability: (N,) float32, probability in [0, 1] that ``suggested_label`` is right.
+        noise_rate: estimated share of samples that are not clean, in [0, 1]; there may be more of them than suspects.
+        label: (N,) int64, the given labels, -1 for one that is to be ignored, whose sample is not judged. Of a
+            multi-label task (N, L), 1 for a label that the sample has, and 0.
+        label_evidence: (N,) float32 in [0, 1], the support of the given label, averaged over the passes; of several
+            labels that of the weakest.
+        input_evidence: (N,) float32 in [0, 1], the probability that the input is intact; 1 where it was not asked.
+        reason: (N,) uint8, why a sample is not clean: a position in :data:`~lightning_unlearn.results.labels.REASONS`;
+            0 for a clean one.
+        noise_matrix: (C, C) float32, row k the estimated probabilities of what a sample of class k is called; (0, 0)
+            where the recipe does not estimate it.
+        recipe: name of the recipe that made the partition.
+        layer: where the attributions were taken.
+        epoch: how many epochs were complete.
+        warning: why the partition should not be acted upon; empty if it can be.
+        fingerprint: of the training set, made of its size and of some of its samples; empty where it is not known.
+        label_probability: (N, L) float32 of a multi-label task, the probability that each label (or its absence) is
+            right, of which ``clean_probability`` is the least; else (0, 0).
+        relabel_threshold: the least probability of a suggested label that is used, as the CleanSubsetFinetuneCallback
+            of the fit was told.
+        noise_rate_interval: of 95 %, low and high; high is 1.0 where ``noise_rate`` is only a lower bound; None where
+            it was not estimated, so that ``clean_probability`` does not say how many of a list are wrong.
+        often_called: pairs of classes of which the first is often called the second, with how often, the most frequent
+            first.
+
+    Example:
+        >>> import torch
+        >>> partition = Partition(
+        ...     clean_probability=torch.tensor([0.9, 0.2]),
+        ...     is_clean=torch.tensor([True, False]),
+        ...     suggested_label=torch.tensor([3, 1]),
+        ...     suggested_probability=torch.tensor([0.9, 0.7]),
+        ...     noise_rate=0.45,
+        ...     label=torch.tensor([3, 7]),
+        ...     label_evidence=torch.tensor([0.9, 0.1]),
+        ...     input_evidence=torch.ones(2),
+        ...     reason=torch.tensor([0, 1], dtype=torch.uint8),
+        ...     noise_matrix=torch.zeros(0, 0),
+        ...     recipe="label",
+        ...     layer="input of 'fc'",
+        ...     epoch=5,
+        ... )
+        >>> partition.clean_indices(), partition.suspect_indices()
+        (tensor([0]), tensor([1]))
+    """
+
+    clean_probability: Tensor
+    is_clean: Tensor
+    suggested_label: Tensor
+    suggested_probability: Tensor
+    noise_rate: float
+    label: Tensor
+    label_evidence: Tensor
+    input_evidence: Tensor
+    reason: Tensor
+    noise_matrix: Tensor
+    recipe: str
+    layer: str
+    epoch: int
+    warning: str = ""
+    fingerprint: str = ""
+    label_probability: Tensor = _NONE
+    relabel_threshold: float = 0.7
+    noise_rate_interval: tuple[float, float] | None = None
+    often_called: tuple[tuple[int, int, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        check_primitives(self, noise_rate=float, epoch=int, recipe=str, layer=str, warning=str, fingerprint=str)
+        relabel_threshold = check_number("relabel_threshold", self.relabel_threshold, above=0, most=1)
+        object.__setattr__(self, "relabel_threshold", relabel_threshold)
+        check_held(self)
+        shape = self.clean_probability.shape
+        if len(shape) != 1:
+            raise ValueError(f"clean_probability must have shape (N,), but has {tuple(shape)}.")
+        of_labels = torch.Size([*shape, *self.label_probability.shape[1:]]) if self.is_multilabel else shape
+        for name, dtype in {
+            "clean_probability": torch.float32,
+            "is_clean": torch.bool,
+            "suggested_label": torch.int64,
+            "suggested_probability": torch.float32,
+            "label": torch.int64,
+            "label_evidence": torch.float32,
+            "input_evidence": torch.float32,
+            "reason": torch.uint8,
+        }.items():
+            value = getattr(self, name)
+            expected = of_labels if name in ("label", "suggested_label") else shape
+            if value.shape != expected or value.dtype != dtype:
+                raise ValueError(
+                    f"{name} must be {dtype} of shape {tuple(expected)}, but is {value.dtype} of shape"
+                    f" {tuple(value.shape)}."
+                )
+        for name in ("noise_matrix", "label_probability"):
+            check_matrix(name, getattr(self, name))
+        check_sizes(self)
+        check_estimates(self)
+        if len(self) and int(self.reason.max()) >= len(REASONS):
+            raise ValueError(f"reason must hold numbers below {len(REASONS)}, but holds {int(self.reason.max())}.")
+        low, high = self.clean_probability.aminmax() if len(self) else (torch.zeros(()), torch.zeros(()))
+        if not (0 <= low <= high <= 1 and 0 <= self.noise_rate <= 1):
+            raise ValueError(
+                f"Probabilities must lie in [0, 1], but clean_probability spans [{low:.4g}, {high:.4g}] and"
+                f" noise_rate is {self.noise_rate:.4g}."
+            )
+
+    def __len__(self) -> int:
+        return len(self.clean_probability)
+
+    def __repr__(self) -> str:
+        # Of a data set's size, the tensors tell nobody anything.
+        suspects = len(self) - int(self.is_clean.sum())
+        warned = f", warning={self.warning!r}" if self.warning else ""
+        return (
+            f"Partition({len(self):,} samples, {suspects:,} suspect, noise_rate={self.noise_rate:.3f},"
+            f" recipe={self.recipe!r}, layer={self.layer!r}, epoch={self.epoch}{warned})"
+        )
+
+    @property
+    def is_multilabel(self) -> bool:
+        """Whether a sample may have several labels."""
+        return self.label_probability.numel() > 0
+
+    @property
+    def is_actionable(self) -> bool:
+        """Whether there are samples on both sides and nothing speaks against acting on them."""
+        return not self.warning and 0 < int(self.is_clean.sum()) < len(self)
+
+    def clean_indices(self) -> Tensor:
+        """Dataset indices of the clean samples, ascending, int64."""
+        return self.is_clean.nonzero().flatten()
+
+    def suspect_indices(self) -> Tensor:
+        """Dataset indices of the samples that are not clean, the most suspect first, int64.
+
+        Samples of equal probability come in the order of their evidence, weakest support for the label first.
+        """
+        return self._by_doubt(~self.is_clean)
+
+    def review_ranking(self) -> Tensor:
+        """Dataset indices of all samples that are not suspect, those first that are most likely wrong, int64.
+
+        For people: nothing is done with them unless somebody decides it. How many of them are worth a look says
+        :meth:`worth_review`.
+        """
+        return self._by_doubt(self.is_clean)
+
+    def _by_doubt(self, of: Tensor) -> Tensor:
+        """Of the samples where ``of``, (N,) bool, the indices in the order of their doubt."""
+        members = of.nonzero().flatten()
+        by_evidence = members[self.label_evidence[members].argsort(stable=True)]
+        return by_evidence[self.clean_probability[by_evidence].argsort(stable=True)]
+
+    def ranking(self) -> Tensor:
+        """Dataset indices of all samples, int64: the suspects, then :meth:`review_ranking`."""
+        return torch.cat([self.suspect_indices(), self.review_ranking()])
+
+    def expected_precision_at(self, depth: int) -> float | None:
+        """Share of the first so many samples of :meth:`ranking` that is expected to be wrong.
+
+        None where the noise rate was not estimated with an interval: ``clean_probability`` ranks, but does not count.
+
+        Raises:
+            ValueError: for a depth that is not in [1, N].
+        """
+        depth = check_whole("depth", depth, least=1, most=len(self), meaning="the number of samples")
+        curve = self.precision_curve()
+        return None if curve is None else float(curve[depth - 1])
+
+    def precision_curve(self) -> Tensor | None:
+        """(N,) float64, :meth:`expected_precision_at` every depth from 1 on; None where that is not known."""
+        if self.noise_rate_interval is None:
+            return None
+        wrong = 1 - self.clean_probability[self.ranking()].double()
+        return wrong.cumsum(0) / torch.arange(1, len(wrong) + 1)
+
+    @property
+    def expected_precision(self) -> float | None:
+        """Share of the suspects that is expected to be wrong; None without suspects, or where it was not estimated."""
+        suspects = len(self) - int(self.is_clean.sum())
+        return self.expected_precision_at(suspects) if suspects else None
+
+    def worth_review(self) -> int:
+        """How many samples of :meth:`review_ranking` are worth a look: at least half of them are expected to be wrong.
+
+        0 where the noise rate was not estimated with an interval.
+        """
+        if self.noise_rate_interval is None:
+            return 0
+        wrong = 1 - self.clean_probability[self.review_ranking()].double()
+        return int((wrong.cumsum(0) >= _WORTH * torch.arange(1, len(wrong) + 1)).sum())
+
+    def listed(self) -> list[str]:
+        """Which list each sample is on: ``"suspect"``; ``"review"``, worth a look; or ``"clean"``, all others."""
+        word = [LISTS[int(one)] for one in self.is_clean.tolist()]
+        for index in self.review_ranking()[: self.worth_review()].tolist():
+            word[index] = LISTS[2]
+        return word
+
+    def reasons(self) -> list[str]:
+        """Why each sample is not clean, in words: ``"none"``, ``"label"``, ``"input"`` or ``"both"``."""
+        return [REASONS[code] for code in self.reason.tolist()]
+
+    def worth_relabelling(self, threshold: float | None = None) -> Tensor:
+        """(N,) bool, the samples whose label is wrong, and another one likely enough.
+
+        A sample whose input is corrupted is not worth a new label.
+
+        Args:
+            threshold: the least probability of a suggested label that is used; by default ``relabel_threshold``.
+
+        Raises:
+            ValueError: for a threshold out of range.
+        """
+        least = self.relabel_threshold
+        if threshold is not None:
+            least = check_number("threshold", threshold, above=0, most=1)
+        # A recipe that suggests what the network predicts suggests the given label again where that was memorized.
+        differs = of_any_label(self.suggested_label != self.label)
+        wrong = ~self.is_clean & (self.reason == REASONS.index("label"))
+        return wrong & (self.suggested_probability >= least) & differs
+
+    def decisions(self, threshold: float | None = None) -> list[str]:
+        """What becomes of each sample unless a person decides otherwise: ``"keep"``, ``"drop"`` or ``"relabel"``.
+
+        ``"relabel"`` is for a CleanSubsetFinetuneCallback with ``on_noisy="relabel"``; others drop such a sample.
+
+        Args:
+            threshold: the least probability of a suggested label that is used; by default ``relabel_threshold``.
+
+        Raises:
+            ValueError: for a threshold out of range.
+        """
+        code = torch.where(self.is_clean, 0, torch.where(self.worth_relabelling(threshold), 2, 1))
+        return [DECISIONS[one] for one in code.tolist()]
+
+    def class_summary(self) -> list[ClassSummary]:
+        """What was found in each class of given labels, the class with the largest share of suspects first."""
+        if self.is_multilabel:
+            return self._label_summary()
+        classes = int(torch.cat([self.label, self.suggested_label]).max()) + 1 if len(self) else 0
+        suspect = ~self.is_clean
+        judged = self.label >= 0
+        wrong = suggested_otherwise(self)
+        confused = most_confused(self.label[wrong], self.suggested_label[wrong])
+        samples, suspects = (self.label[x].bincount(minlength=classes) for x in (judged, judged & suspect))
+        doubt = torch.zeros(classes, dtype=torch.float64)
+        doubt.index_add_(0, self.label[judged], 1 - self.clean_probability[judged].double())
+        rows = [
+            ClassSummary(
+                label=c,
+                samples=int(samples[c]),
+                suspects=int(suspects[c]),
+                noise_rate=float(doubt[c] / samples[c]),
+                confused_with=confused.get(c, (None, 0))[0],
+                confused_samples=confused.get(c, (None, 0))[1],
+            )
+            for c in range(classes)
+            if samples[c] > 0
+        ]
+        return sorted(rows, key=lambda row: -row.suspects / row.samples)
+
+    def _label_summary(self) -> list[ClassSummary]:
+        """Of each label, among the samples that have it: how many have it wrongly."""
+        wrong = self.suggested_label != self.label
+        rows = [
+            ClassSummary(
+                label=c,
+                samples=len(members),
+                suspects=int(wrong[members, c].sum()),
+                noise_rate=float(1 - self.label_probability[members, c].double().mean()),
+                confused_with=None,
+                confused_samples=0,
+            )
+            for c, members in class_members(self.label)
+        ]
+        return sorted(rows, key=lambda row: -row.suspects / row.samples)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and primitives only, so that it loads with ``weights_only=True``."""
+        state = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.noise_rate_interval is not None:
+            state["noise_rate_interval"] = list(self.noise_rate_interval)
+        state["often_called"] = [list(pair) for pair in self.often_called]
+        return {"version": STATE_VERSION, **state}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> Partition:
+        """The partition that :meth:`state_dict` described.
+
+        Raises:
+            ValueError: if the state was written by another version of the format, or holds something else.
+        """
+        if not isinstance(state, Mapping):
+            raise ValueError(f"Expected the state of a partition, a dict, but got a {type(state).__name__}.")
+        state = {str(name): value for name, value in state.items()}
+        if (version := state.pop("version", None)) != STATE_VERSION:
+            raise ValueError(
+                f"Expected a partition of format version {STATE_VERSION}, but got version {shown(version)}."
+            )
+        if faults := list(faults_of(cls, state)):
+            raise ValueError(f"Expected the state of a partition, but {'; '.join(faults[:5])}.")
+        return cls(**state)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes the partition to a file that :meth:`load` reads: an npz archive of arrays, without a pickle.
+
+        Args:
+            path: file to write, under this very name; folders are made. What was there is replaced in one step.
+        """
+        save_record(self, STATE_VERSION, path)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Partition:
+        """Reads a partition that :meth:`save` wrote; no code is unpickled.
+
+        Raises:
+            ValueError: for any other file, saying what to do.
+        """
+        return load_record(cls, STATE_VERSION, path)
+
+    def to_csv(
+        self,
+        path: str | PathLike[str],
+        *,
+        suspects_only: bool = True,
+        review: int = 0,
+        class_names: Sequence[str] | None = None,
+        columns: Mapping[str, Sequence[Any]] | None = None,
+    ) -> None:
+        """Writes a table of samples, the most suspect first.
+
+        Columns: ``index``, ``given_label``, ``suggested_label``, ``clean_probability``, ``label_evidence``,
+            ``input_evidence``, ``reason``, ``is_clean``, ``rank``, ``list``, ``expected_precision``, ``proposed``,
+            ``decision``, ``dataset``; with names, ``given_class`` and ``suggested_class`` beside the labels.
+
+        ``rank`` is the place in :meth:`ranking`, from 1; ``list`` is ``suspect``, ``review`` (worth a look) or
+        ``clean``; ``expected_precision`` is the share of the samples down to this rank that is expected to be wrong
+        (empty where that is not known).
+        ``proposed`` says what becomes of a sample unless a person decides otherwise (see :meth:`decisions`).
+        ``decision`` is empty: a person may write ``keep``, ``drop`` or ``relabel`` there, and another
+        ``suggested_label``, in a spreadsheet. In the next fit ``AttributionPartitionCallback(review=path)`` goes by the
+        rows that have a decision. ``dataset`` says in every row of which data set it is, so that it outlives sorted,
+        deleted and copied rows.
+
+        Args:
+            path: file to write; folders are made.
+            suspects_only: leave out the samples that are clean.
+            review: so many of them are in the table all the same, the first of :meth:`review_ranking`; all that are
+                worth a look are ``partition.worth_review()``.
+            class_names: the name of every class, by label. One that a spreadsheet would take for a formula gets a
+                single quote in front.
+            columns: further ones by their title, of N values each, by dataset index: file names, for example. They
+                stand right of the index.
+
+        Raises:
+            ValueError: if there is not one name per class, one value per sample, or a title is taken.
+        """
+        suspects_only = check_flag("suspects_only", suspects_only)
+        names = None if class_names is None else self.names_of(class_names)
+        if not isinstance(columns, (Mapping, type(None))):
+            raise ValueError(f"Expected columns to be a dict of values by title, but got {shown(columns)}.")
+        added = {str(title): list(values) for title, values in (columns or {}).items()}
+        for title, values in added.items():
+            if len(values) != len(self):
+                raise ValueError(
+                    f"Expected column '{title}' to have a value for each of {len(self)} samples, but got {len(values)}."
+                )
+        review = check_whole("review", review, least=0, meaning="how many samples to add to the suspects")
+        decisions, listed, order, curve = self.decisions(), self.listed(), self.ranking(), self.precision_curve()
+        if suspects_only:
+            order = order[: len(self.suspect_indices()) + review]
+        given, suggested = self.label[order], self.suggested_label[order]
+        own = {
+            "index": order.tolist(),
+            "given_label": _label_cells(given),
+            **_named("given_class", given, names),
+            "suggested_label": _label_cells(suggested),
+            **_named("suggested_class", suggested, names),
+            "clean_probability": [f"{value:.6f}" for value in self.clean_probability[order].tolist()],
+            "label_evidence": [f"{value:.6g}" for value in self.label_evidence[order].tolist()],
+            "input_evidence": [f"{value:.6g}" for value in self.input_evidence[order].tolist()],
+            "reason": [REASONS[code] for code in self.reason[order].tolist()],
+            "is_clean": self.is_clean[order].int().tolist(),
+            "rank": list(range(1, len(order) + 1)),
+            "list": [listed[index] for index in order.tolist()],
+            "expected_precision": [""] * len(order) if curve is None else _short(curve[: len(order)]),
+            "proposed": [decisions[index] for index in order.tolist()],
+            "decision": [""] * len(order),
+            "dataset": [mark_of(self.fingerprint)] * len(order),
+        }
+        # Whoever reads the table, as ``review=`` does, may not tell large from small letters in titles.
+        if taken := [title for title in added if title.strip().lower() in own]:
+            raise ValueError(f"Expected titles of columns that are not taken, but got '{taken[0]}'; give another.")
+        index = own.pop("index")
+        more = {title: [values[at] for at in index] for title, values in added.items()}
+        write_csv(path, {"index": index, **more, **own})
+
+    def plot(
+        self,
+        ax: Axes | Sequence[Axes] | None = None,
+        *,
+        kind: Literal["both", "histogram", "confusion"] = "both",
+        class_names: Sequence[str] | None = None,
+    ) -> tuple[Figure, Any]:
+        """Draws the histogram of p(clean) with the cut, and which labels are suggested for which given ones.
+
+        Args:
+            ax: where to draw; two axes for both. By default in a new figure.
+            kind: both, or one of the two.
+            class_names: the name of every class, by label.
+
+        Returns:
+            the matplotlib figure and its axes, two of them for both.
+
+        Raises:
+            ImportError: without matplotlib: ``pip install 'lightning-unlearn[plot]'``.
+            ValueError: for another kind, too few or too many axes, or not one name per class.
+        """
+        from lightning_unlearn.results.plots import plot_partition
+
+        return plot_partition(self, ax, kind=kind, class_names=class_names)
+
+    def names_of(self, class_names: Sequence[str]) -> dict[int, str]:
+        """What every class is called, by label.
+
+        Raises:
+            ValueError: if there is not one name per class.
+        """
+        # A recipe that estimates no noise does not say how many classes there are.
+        classes = len(self.noise_matrix)
+        seen = int(torch.cat([self.label, self.suggested_label]).max()) + 1 if len(self) else 0
+        if self.is_multilabel:
+            classes = self.label.shape[1]
+        is_text = isinstance(class_names, str)
+        names = [] if is_text else check_names("class_names", class_names, "names", each_once=False)
+        if is_text or len(names) < seen or (classes and len(names) != classes):
+            found = f"the text {class_names!r}" if is_text else f"{len(names)} names"
+            raise ValueError(f"Expected class_names to name each of {classes or seen} classes, but got {found}.")
+        return dict(enumerate(names))
+
+
+def _short(value: Tensor) -> list[str]:
+    return [f"{one:.4f}" for one in value.tolist()]
+
+
+def _named(title: str, label: Tensor, names: dict[int, str] | None) -> dict[str, list[Any]]:
+    """The column of the labels' names, if they have any."""
+    if names is None:
+        return {}
+    if label.ndim == 1:
+        return {title: [names.get(one, "") for one in label.tolist()]}
+    return {title: ["; ".join(names[one] for one in row) for row in held_labels(label)]}
+
+
+def _label_cells(label: Tensor) -> list[Any]:
+    """A class index for each sample, or the labels that it has, as in ``0 3``."""
+    if label.ndim == 1:
+        return label.tolist()
+    return [" ".join(map(str, row)) for row in held_labels(label)]

@@ -1,0 +1,239 @@
+"""Tables of decisions as spreadsheets leave them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+from lightning_unlearn.data.fingerprint import is_mark
+from lightning_unlearn.results.labels import DECISIONS, RELABEL
+from lightning_unlearn.utilities.checks import reason_of
+from lightning_unlearn.utilities.files import source_file
+
+_SEPARATORS = ",;\t|"
+# What Excel's own first line may name besides.
+_NAMED_SEPARATORS = (*_SEPARATORS, ":", "^", "~", "#")
+_NEEDED = {"index", "decision"}
+# A number that pandas has read beside an empty cell is written with a decimal place, which some languages set a comma
+# before. Not "1,000", which may be a thousand.
+_WHOLE = re.compile(r"(\d{1,18})(?:[.,]0)?")
+UNKNOWN = -2
+
+
+@dataclass(frozen=True)
+class Row:
+    """One decision, as it stands in the file.
+
+    Args:
+        line: of the file, counted from 1.
+        index: of the sample.
+        decision: position in ``DECISIONS``.
+        new: the classes to train with where it is re-labeled, else empty.
+        given: the classes that the file says it was given; None if it does not say.
+    """
+
+    line: int
+    index: int
+    decision: int
+    new: tuple[int, ...]
+    given: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a file holds.
+
+    Args:
+        path: of the file.
+        mark: of the data set that it is of (see :func:`~lightning_unlearn.data.fingerprint.mark_of`); empty if not
+            known.
+        rows: those with a decision.
+    """
+
+    path: str
+    mark: str
+    rows: tuple[Row, ...]
+
+
+def read_review(path: str | PathLike[str]) -> Table:
+    """Reads the decisions of a file, and refuses what can be seen to be wrong without the data.
+
+    Args:
+        path: a file of separated values (comma, semicolon, tab or bar), UTF-8 with or without a mark, UTF-16, or of
+            another encoding that has ASCII in it.
+
+    Raises:
+        ValueError: with the line, saying what is expected there.
+        FileNotFoundError: where there is no such file.
+    """
+    source = source_file(path)
+    try:
+        raw = source.read_bytes()
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"Expected review to name a file of decisions, as Partition.to_csv writes it, but there is no {source};"
+            " give its path, or leave review out (a checkpoint has the decisions that it was made with)."
+        ) from None
+    if raw.startswith(b"PK"):
+        raise ValueError(f"Expected {source} to be a file of separated values, but it is a workbook; save it as CSV.")
+    try:
+        return _table(source, list(_cells(source, _decoded(raw))))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"Expected {source} to be a table of decisions, as Partition.to_csv writes it, but it cannot be read"
+            f" ({reason_of(error)}); save it as CSV again."
+        ) from error
+
+
+def check_undecided(path: str | PathLike[str]) -> None:
+    """Refuses to write over a table in which a person has decided something.
+
+    Raises:
+        ValueError: with the name of the file.
+    """
+    target = Path(path).expanduser()
+    try:
+        cells = list(_cells(target, _decoded(target.read_bytes())))
+    except (OSError, ValueError, csv.Error):
+        return  # there is none, or it is no table of ours
+    if decided := sum(bool(row.get("decision", "").strip()) for _, row in cells):
+        raise ValueError(
+            f"Expected to write a new table, but {target} has {decided:,} decision{'s' if decided > 1 else ''} of a"
+            " person, which would be lost; write to another place, or rename it."
+        )
+
+
+def _table(source: Path, found: list[tuple[int, Mapping[str, str]]]) -> Table:
+    """The rows in which something is decided."""
+    rows, marks = [], {}
+    lines: dict[int, int] = {}
+    names: dict[int, tuple[str, int]] = {}
+    for line, cells in found:
+        # Also of a row in which nothing is decided.
+        marks[cells.get("dataset", "")] = line
+        row = _row(f"{source}, line {line}", line, cells)
+        if row is None:
+            continue
+        if first := lines.get(row.index):
+            raise ValueError(
+                f"{source}, line {line}: expected each index once, but {row.index} is in line {first} too; delete one."
+            )
+        lines[row.index] = line
+        _check_names(source, row, cells, names)
+        rows.append(row)
+    return Table(str(source), _one_mark(source, marks), tuple(rows))
+
+
+def _decoded(raw: bytes) -> str:
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return raw.decode("utf-16")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        # What is read of it is ASCII, but for the names of classes, which are only compared with each other.
+        return raw.decode("latin-1")
+
+
+def _cells(source: Path, text: str) -> Iterator[tuple[int, Mapping[str, str]]]:
+    """The rows with anything in them, by title in small letters, and where they end."""
+    skipped, separators = 0, _SEPARATORS
+    if text[:4].lower() == "sep=":
+        # What Excel writes for itself.
+        skipped, separators = 1, text[4:5] if text[4:5] in _NAMED_SEPARATORS else _SEPARATORS
+    for separator in separators:
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+        for _ in range(skipped):
+            next(reader, None)
+        titles = [title.strip().lower() for title in next(reader, [])]
+        if set(titles) >= _NEEDED:
+            break
+    else:
+        found = (text.splitlines()[skipped : skipped + 1] or [""])[0][:80]
+        raise ValueError(
+            f"{source}, line {skipped + 1}: expected titles with 'index' and 'decision' among them, as Partition.to_csv"
+            f" writes them, but found {found!r}."
+        )
+    if twice := [title for title in titles if title and titles.count(title) > 1]:
+        raise ValueError(f"{source}, line {skipped + 1}: expected each title once, but {twice[0]!r} is there twice.")
+    for row in reader:
+        cells = dict(zip(titles, (cell.strip() for cell in row), strict=False))
+        if any(cells.values()):
+            yield reader.line_num, cells
+
+
+def _row(where: str, line: int, cells: Mapping[str, str]) -> Row | None:
+    """A row, or None where nothing is decided in it."""
+    word = cells.get("decision", "").lower()
+    if not word:
+        return None
+    if word not in DECISIONS:
+        raise ValueError(f"{where}: expected decision to be keep, drop or relabel, but it is {word!r}.")
+    index = _whole(cells.get("index", ""))
+    if index is None:
+        raise ValueError(f"{where}: expected index to be the number of a sample, but it is {cells.get('index', '')!r}.")
+    decision, given = DECISIONS.index(word), None
+    if "given_label" in cells:
+        given = _classes(cells["given_label"])
+    if decision != RELABEL:
+        return Row(line, index, decision, (), given)
+    new = _classes(cells["suggested_label"]) if "suggested_label" in cells else None
+    if new is None:
+        found = cells.get("suggested_label", "no such column")
+        raise ValueError(
+            f"{where}: expected suggested_label to be the class to train with (a number; in a multi-label task, numbers"
+            f" separated by spaces), but it is {found!r}."
+        )
+    if new == given:
+        raise ValueError(
+            f"{where}: expected another suggested_label than the given one, {cells['given_label']!r}, for a sample that"
+            " is re-labeled; write keep, or give another."
+        )
+    return Row(line, index, decision, new, given)
+
+
+def _whole(text: str) -> int | None:
+    found = _WHOLE.fullmatch(text)
+    return int(found[1]) if found else None
+
+
+def _classes(text: str) -> tuple[int, ...] | None:
+    """The classes that a cell names; None where it names something else."""
+    found = [-1 if part == "-1" else _whole(part) for part in text.split()]
+    return None if None in found else tuple(sorted({one for one in found if one is not None}))
+
+
+def _check_names(source: Path, row: Row, cells: Mapping[str, str], names: dict[int, tuple[str, int]]) -> None:
+    """Notices where only one of a class's number and name has been edited."""
+    for title, classes in (("given", row.given), ("suggested", row.new)):
+        name = cells.get(f"{title}_class", "")
+        if not name or classes is None or len(classes) != 1:
+            continue
+        known, line = names.setdefault(classes[0], (name, row.line))
+        if known != name:
+            raise ValueError(
+                f"{source}, line {row.line}: expected {title}_class to be {known!r}, as class {classes[0]} is called in"
+                f" line {line}, but it is {name!r}; {title}_label is what counts: mend it, and let the name agree or"
+                " empty its cell."
+            )
+
+
+def _one_mark(source: Path, marks: Mapping[str, int]) -> str:
+    """The mark in the column ``dataset``, which rows that were added by hand may lack."""
+    for mark, line in marks.items():
+        if not is_mark(mark):
+            raise ValueError(
+                f"{source}, line {line}: expected dataset as Partition.to_csv has written it, but it is {mark!r};"
+                " empty the cell if it is lost."
+            )
+    known = [mark for mark in marks if mark]
+    if len(known) > 1:
+        raise ValueError(
+            f"{source}, line {marks[known[1]]}: expected all rows to be of one data set, but dataset is {known[1]!r}"
+            f" where it is {known[0]!r} in other lines; keep to the file of one."
+        )
+    return known[0] if known else ""

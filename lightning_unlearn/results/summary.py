@@ -1,0 +1,48 @@
+"""What a fit with repair comes to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PartitionRound:
+    """One drawing of the partition in a fit that draws it several times.
+
+    Args:
+        epoch: how many epochs were complete.
+        suspects: how many samples were not clean.
+        noise_rate: estimated share of samples that are not clean.
+        changed: share of the samples that were on the other side the time before; 1 for the first.
+    """
+
+    epoch: int
+    suspects: int
+    noise_rate: float
+    changed: float
+
+
+@dataclass(frozen=True)
+class RepairSummary:
+    """What was found, what was done about it, and what came of it.
+
+    Args:
+        samples: N.
+        suspects: how many samples the last partition does not call clean.
+        noise_rate: its estimate.
+        memorised: share of the samples suspected for their label to which the network gave that label when the first
+            partition that was acted upon was drawn; None if there were none.
+        done: what the callbacks did, a clause for each.
+        accuracy_before: on the validation data at the same time; None where it is not known.
+        accuracy_after: likewise, at the end of the fit; of the averaged weights where a callback averages them.
+        advice: all of this in one paragraph, with what it means.
+    """
+
+    samples: int
+    suspects: int
+    noise_rate: float
+    memorised: float | None
+    done: tuple[str, ...]
+    accuracy_before: float | None
+    accuracy_after: float | None
+    advice: str

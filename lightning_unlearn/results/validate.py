@@ -1,0 +1,120 @@
+"""Checks of what a partition or a mask is made of."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_unlearn.utilities.checks import check_number, plain, shown
+
+if TYPE_CHECKING:
+    from lightning_unlearn.results.partition import Partition
+
+
+# More than any classifier has; tables with a row for each class are made of labels that a file holds.
+_MOST_CLASSES = 2**24
+# Those that NumPy has too.
+_STORED = (torch.float16, torch.float32, torch.float64)
+
+
+def check_primitives(record: Any, **kinds: type[Any]) -> None:
+    """Makes numbers and texts those of Python, as a file or a checkpoint holds them; NumPy's are taken.
+
+    Raises:
+        ValueError: naming the field of another kind.
+    """
+    for name, kind in kinds.items():
+        value = getattr(record, name)
+        found = plain(value)
+        fits = isinstance(found, (int, float) if kind is float else kind) and not isinstance(found, bool)
+        if not fits:
+            raise ValueError(f"{name} must be a {kind.__name__}, but is {value!r}.")
+        # The class is frozen for everybody else.
+        object.__setattr__(record, name, kind(found))
+
+
+def check_held(record: Any) -> None:
+    """Refuses what has no content that a file could hold, and leaves out how a tensor was computed.
+
+    Raises:
+        ValueError: naming the field that is no tensor, a sparse one, or one without content.
+    """
+    for field in fields(record):
+        value = getattr(record, field.name)
+        if "Tensor" not in str(field.type) or (value is None and "None" in str(field.type)):
+            continue
+        if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta:
+            found = type(value).__name__ if not isinstance(value, Tensor) else f"{value.layout} on {value.device}"
+            raise ValueError(f"{field.name} must be a dense tensor, but is {found}.")
+        object.__setattr__(record, field.name, value.detach())
+
+
+def check_scores(name: str, value: Tensor, shape: torch.Size) -> None:
+    """Refuses scores of another shape, or of a type that a file cannot hold."""
+    if value.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}, but has {tuple(value.shape)}.")
+    if not value.is_floating_point():
+        raise ValueError(f"{name} must be of a floating type, but is {value.dtype}.")
+    if value.dtype not in _STORED:
+        raise ValueError(f"{name} must be of a floating type that a file can hold, but is {value.dtype}; use .float().")
+
+
+def check_sizes(partition: Partition) -> None:
+    """Refuses labels and shapes of which no table with a row for each class can be made, and what is no number.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    for name in ("suggested_probability", "label_evidence", "input_evidence", "noise_matrix", "label_probability"):
+        if not bool(getattr(partition, name).isfinite().all()):
+            raise ValueError(f"{name} must be finite, but holds NaN or infinity.")
+    if not 0 <= partition.epoch < 2**63:
+        raise ValueError(f"epoch must be a number of epochs, but is {shown(partition.epoch)}.")
+    rows, columns = partition.noise_matrix.shape
+    if rows not in (0, columns) or columns > _MOST_CLASSES:
+        raise ValueError(f"noise_matrix must have a row for each column, but has shape {(rows, columns)}.")
+    shape = tuple(partition.label_probability.shape)
+    if shape[1] > _MOST_CLASSES or (partition.is_multilabel and shape[0] != len(partition)):
+        raise ValueError(f"label_probability must have shape ({len(partition)}, L) or (0, 0), but has {shape}.")
+    most = 1 if partition.is_multilabel else _MOST_CLASSES - 1
+    for name in ("label", "suggested_label") if len(partition) else ():
+        low, high = (int(one) for one in getattr(partition, name).aminmax())
+        if low < -1 or high > most:
+            raise ValueError(f"{name} must lie in [-1, {most:,}], but spans [{low}, {high}].")
+
+
+def check_estimates(partition: Partition) -> None:
+    """Makes the interval a pair of floats, and the pairs of classes tuples.
+
+    Raises:
+        ValueError: for what is no interval within [0, 1], and what are no classes with a share.
+    """
+    pairs: Any = partition.often_called
+    try:
+        found = tuple((int(true), int(called), float(share)) for true, called, share in pairs)
+    except (TypeError, ValueError):
+        found = ((-1, -1, 0.0),)
+    if not all(min(pair[:2]) >= 0 and max(pair[:2]) < _MOST_CLASSES and 0 <= pair[2] <= 1 for pair in found):
+        raise ValueError(f"often_called must be pairs of classes, each with a share, but is {shown(pairs)}.")
+    object.__setattr__(partition, "often_called", found)
+    interval = partition.noise_rate_interval
+    if interval is None:
+        return
+    ends: Any = interval
+    if not isinstance(ends, (tuple, list)) or len(ends) != 2:
+        raise ValueError(f"noise_rate_interval must be its two ends, but is {shown(interval)}.")
+    low, high = (check_number("noise_rate_interval", end, least=0, most=1) for end in ends)
+    if low > high:
+        raise ValueError(f"noise_rate_interval must be its lower and its upper end, but is {shown(interval)}.")
+    object.__setattr__(partition, "noise_rate_interval", (low, high))
+
+
+def check_matrix(name: str, value: Tensor) -> None:
+    """Refuses what is no matrix of float32."""
+    if value.ndim != 2 or value.dtype != torch.float32:
+        raise ValueError(
+            f"{name} must be torch.float32 with two dimensions, but is {value.dtype} {tuple(value.shape)}."
+        )

@@ -1,0 +1,1 @@
+"""Everything that touches the Trainer beyond the hooks of a callback."""

@@ -1,0 +1,51 @@
+"""How the callbacks know each other without importing each other."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from lightning_unlearn.results.mask import NeuronMask
+from lightning_unlearn.results.partition import Partition
+
+
+@runtime_checkable
+class PartitionSource(Protocol):
+    """A callback that publishes a partition. How the callbacks know each other without importing each other."""
+
+    at_epoch: Any
+    """When the partition is drawn: a number of epochs, a share of them, or ``"auto"``."""
+    reading: Any
+    """How batches, outputs and labels are read: a :class:`~lightning_unlearn.data.task_format.Reading`."""
+    sample_weight: Tensor | None
+    """(N,) float32, of this rank's samples, 1/k for each of k copies; None where each counts."""
+
+    @property
+    def memorised(self) -> float | None:
+        """Share of the labels suspected to be wrong that the network predicts; None where none is."""
+
+    @property
+    def is_dry_run(self) -> bool:
+        """Whether nothing is to be changed: who would act says what it would do instead."""
+
+    @property
+    def regresses_on_probability(self) -> bool:
+        """Whether neurons are regressed on the probability of being clean, or (as in the paper) on the two clusters."""
+
+    def pull_partition(self, trainer: Any, pl_module: Any) -> Partition | None:
+        """The partition, drawn now if it is due, or None if it is not due yet."""
+
+
+@runtime_checkable
+class MaskSource(Protocol):
+    """A callback that publishes a mask of pruned neurons."""
+
+    def pull_mask(self, trainer: Any, pl_module: Any) -> NeuronMask | None:
+        """The mask, made now if it is due, or None if it is not due yet or nothing was pruned."""
+
+    def target_layer(self) -> str:
+        """Dotted path of the layer that is or will be pruned, of several the first; known from the start."""
+
+    def silence(self) -> None:
+        """Sets what belongs to pruned neurons to zero again, for who has just changed weights."""

@@ -16,7 +16,6 @@ MAY_IMPORT = {
     "utilities": set(),
     "functional": {"utilities"},
     "data": {"utilities"},
-    "data.subset_sampler": {"data", "results", "utilities"},
     "results": {"data.fingerprint", "utilities"},
     "attribution": {"functional", "utilities"},
     "recipes": {"functional", "utilities"},
@@ -26,7 +25,7 @@ MAY_IMPORT = {
     "trajectory": {"functional", "utilities"},
     "finite": {"recipes", "utilities"},
     "pruning": BELOW_TRAINER | {"trainer"},
-    "finetuning": BELOW_TRAINER | {"trainer"},
+    "finetuning": BELOW_TRAINER | {"trainer", "pruning", "callbacks"},
     "shrinking": {"pruning.masking", "utilities"},
     "callbacks": BELOW_CALLBACKS,
     "callbacks.report": BELOW_CALLBACKS | {"callbacks", "report"},
@@ -36,7 +35,7 @@ CALLBACKS = [f"callbacks.{name}" for name in ("partition", "prune", "finetune", 
 # Who may know a package of others.
 MAY_KNOW = {
     "captum": {"attribution.captum_layers"},
-    "lightning": {"trainer", "callbacks", "cli", "demo"},
+    "lightning": {"trainer", "callbacks", "finetuning", "cli", "demo"},
     "pytorch_lightning": set(),
     "torch_pruning": {"shrinking.cut"},
     # By name, when they are called.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 
 from lightning_unlearn.callbacks._lightning import callbacks_of
@@ -60,3 +62,29 @@ def go_on(trainer: Trainer) -> None:
         "EarlyStopping would have ended training on all the data here; it goes on with what the partition leaves, and"
         " the patience of EarlyStopping is counted anew."
     )
+
+
+def count_anew(trainer: Trainer) -> Callable[[], None]:
+    """Has EarlyStopping count its patience from weights that have just been moved.
+
+    These are worse at first than the best so far, which would end the fit before they are trained. A ModelCheckpoint
+    keeps the best score of the whole fit: what is best is best.
+
+    Returns:
+        a function that undoes it.
+    """
+    before = [(one, one.best_score, one.wait_count) for one in _stoppers(trainer)]
+    for one in _stoppers(trainer):
+        worst = torch.inf if one.monitor_op is torch.lt else -torch.inf
+        one.best_score, one.wait_count = torch.full_like(torch.as_tensor(one.best_score), worst), 0
+
+    def undo() -> None:
+        for stopper, best, waited in before:
+            stopper.best_score, stopper.wait_count = best, waited
+
+    if before:
+        rank_zero_info(
+            "EarlyStopping counts its patience anew, without the best score so far: weights that were moved are worse"
+            " at first."
+        )
+    return undo

@@ -1,26 +1,19 @@
-"""Which samples are trained on after the partition, how often and under which label; and loaders narrowed to them."""
+"""A sampler that draws from some of the samples in the way of the user's, and loaders narrowed to them."""
 
 from __future__ import annotations
 
 import copy
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_unlearn.data.index_tracking import forget_batches, remember_batches
 from lightning_unlearn.data.loaders import batch_size
 from lightning_unlearn.data.sampling_scheme import Drawing, drawing_of
-from lightning_unlearn.results.labels import of_any_label
-from lightning_unlearn.results.partition import Partition
-
-OnNoisy = Literal["drop", "weigh", "relabel"]
-"""What becomes of the samples that are not clean."""
 
 
 class CleanSubsetSampler(DistributedSampler[int]):
@@ -81,75 +74,6 @@ class CleanSubsetSampler(DistributedSampler[int]):
         # The same on every rank, each of which takes its share of it.
         drawn = self.drawing.draw(torch.Generator().manual_seed(self.seed + self.epoch)).tolist()
         return (drawn[position] for position in itertools.islice(super().__iter__(), self.count))
-
-
-@dataclass(frozen=True, eq=False)
-class TrainingDraw:
-    """Which samples are trained on, how often, and what they are called.
-
-    Args:
-        index: (K,) int64, dataset indices, ascending.
-        probability: (K,) float32, with which each is drawn in an epoch; None for all in every epoch.
-        new_label: (N,) int64, or (N, L) of a multi-label task, the label to train with in place of the given one, -1
-            for the given one; None where no label is replaced.
-    """
-
-    index: Tensor
-    probability: Tensor | None = None
-    new_label: Tensor | None = None
-
-    def state_dict(self) -> dict[str, Tensor | None]:
-        """Tensors only."""
-        return {"index": self.index, "probability": self.probability, "new_label": self.new_label}
-
-    @property
-    def relabelled(self) -> Tensor:
-        """(R,) int64, the dataset indices whose label is replaced."""
-        none = torch.zeros(0, dtype=torch.int64)
-        return none if self.new_label is None else of_any_label(self.new_label >= 0).nonzero().flatten()
-
-
-def training_draw(partition: Partition, on_noisy: OnNoisy, relabel_threshold: float) -> TrainingDraw:
-    """What is to be trained on after the partition.
-
-    Args:
-        partition: of the training set.
-        on_noisy: ``"drop"``: the clean samples; ``"weigh"``: every sample with its probability of being clean;
-            ``"relabel"``: the clean ones, and those whose label is wrong with the suggested one where that is likely
-            enough. A sample whose input is corrupted is not worth a new label.
-        relabel_threshold: the least probability of a suggested label that is used.
-
-    Example:
-        >>> partition = Partition(
-        ...     clean_probability=torch.tensor([0.9, 0.1, 0.2]),
-        ...     is_clean=torch.tensor([True, False, False]),
-        ...     suggested_label=torch.tensor([3, 1, 2]),
-        ...     suggested_probability=torch.tensor([0.9, 0.9, 0.4]),
-        ...     noise_rate=0.6,
-        ...     label=torch.tensor([3, 7, 7]),
-        ...     label_evidence=torch.tensor([0.9, 0.1, 0.2]),
-        ...     input_evidence=torch.ones(3),
-        ...     reason=torch.tensor([0, 1, 1], dtype=torch.uint8),
-        ...     noise_matrix=torch.zeros(0, 0),
-        ...     recipe="label",
-        ...     layer="input of 'fc'",
-        ...     epoch=5,
-        ... )
-        >>> draw = training_draw(partition, "relabel", 0.8)
-        >>> draw.index, draw.new_label
-        (tensor([0, 1]), tensor([-1,  1, -1]))
-    """
-    clean, probability = partition.is_clean, partition.clean_probability
-    if on_noisy == "weigh":
-        # A sample that is kept only for its class's sake still counts by half.
-        weight = torch.where(clean, probability.clamp(min=0.5), probability)
-        index = (weight > 0).nonzero().flatten()
-        return TrainingDraw(index, weight[index])
-    if on_noisy == "drop":
-        return TrainingDraw(partition.clean_indices())
-    sure = partition.worth_relabelling(relabel_threshold)
-    new_label = torch.where(sure.unsqueeze(1) if partition.is_multilabel else sure, partition.suggested_label, -1)
-    return TrainingDraw((clean | sure).nonzero().flatten(), new_label=new_label)
 
 
 def check_drawing(loader: DataLoader[Any], sampler: Any, *, ranks: int = 1) -> Drawing:

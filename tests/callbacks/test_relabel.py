@@ -17,9 +17,9 @@ from torch.nn.functional import one_hot
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, RandomSampler, default_collate
 
 from lightning_unlearn import CleanSubsetFinetuneCallback
-from lightning_unlearn.callbacks._relabel import with_labels
 from lightning_unlearn.data.loaders import indexed_batches
 from lightning_unlearn.data.task_format import Reading, split_batch
+from lightning_unlearn.finetuning.relabel import with_labels
 from lightning_unlearn.results.labels import REASONS
 from tests.callbacks.published import Published, make_partition
 from tests.toys import CLASSES, Blobs, BlobsData, Toy, assert_same_weights, fit, mlp, trio, weights

@@ -1,4 +1,4 @@
-"""What is trained on after a partition, against loops that do the same one sample at a time; and the loaders for it."""
+"""Draws from a subset, against loops that do the same one sample at a time; and the loaders for it."""
 
 import itertools
 import re
@@ -22,102 +22,12 @@ from lightning_unlearn.data.sampling_scheme import drawing_of, evenly
 from lightning_unlearn.data.subset_sampler import (
     CleanSubsetSampler,
     NarrowedLoaders,
-    TrainingDraw,
     check_drawing,
     fault_of_batch_sampler,
-    training_draw,
 )
-from lightning_unlearn.results.labels import REASONS
-from lightning_unlearn.results.partition import Partition
 from tests.data.test_loaders import Bucketed, Doubling, N, OddsThenEvens, RequiredArgumentLoader, numbers
 
 QUICK = settings(max_examples=60, deadline=None)
-INPUT = {REASONS.index("input"), REASONS.index("both")}
-tenths = st.integers(0, 10).map(lambda tenth: tenth / 10)
-
-
-@st.composite
-def partitions(draw):
-    """Partitions of any kind, forced-kept samples and probabilities on the threshold among them."""
-    number = draw(st.integers(2, 25))
-
-    def column(values):
-        return torch.tensor(draw(st.lists(values, min_size=number, max_size=number)))
-
-    probability, forced = column(tenths), column(st.booleans())
-    is_clean = (probability >= 0.5) | forced
-    return Partition(
-        clean_probability=probability,
-        is_clean=is_clean,
-        suggested_label=column(st.integers(0, 3)),
-        suggested_probability=column(tenths),
-        noise_rate=0.5,
-        label=column(st.integers(0, 3)),
-        label_evidence=torch.ones(number),
-        input_evidence=torch.ones(number),
-        reason=torch.where(is_clean, 0, column(st.integers(1, 3))).to(torch.uint8),
-        noise_matrix=torch.zeros(0, 0),
-        recipe="auto",
-        layer="nowhere",
-        epoch=1,
-    )
-
-
-@QUICK
-@given(partitions())
-def test_dropping_leaves_the_clean_ones(partition):
-    draw = training_draw(partition, "drop", 0.7)
-    assert draw.index.tolist() == [i for i in range(len(partition)) if partition.is_clean[i]]
-    assert draw.probability is None
-    assert draw.new_label is None
-    assert draw.relabelled.tolist() == []
-
-
-@QUICK
-@given(partitions())
-def test_weighing_takes_each_with_its_probability_and_the_kept_ones_with_a_half_at_least(partition):
-    draw = training_draw(partition, "weigh", 0.7)
-    expected = {}
-    for i in range(len(partition)):
-        p = partition.clean_probability[i].item()
-        weight = max(p, 0.5) if partition.is_clean[i] else p
-        if weight > 0:
-            expected[i] = weight
-    assert dict(zip(draw.index.tolist(), draw.probability.tolist(), strict=True)) == expected
-    assert draw.new_label is None
-
-
-@QUICK
-@given(partitions(), st.integers(1, 10).map(lambda tenth: tenth / 10))
-def test_a_wrong_label_is_replaced_where_the_suggested_one_is_probable_enough_and_the_input_intact(partition, least):
-    draw = training_draw(partition, "relabel", least)
-    index, new = [], [-1] * len(partition)
-    for i in range(len(partition)):
-        if partition.is_clean[i]:
-            index.append(i)
-        elif (
-            REASONS[partition.reason[i]] == "label"
-            and partition.suggested_probability[i] >= least
-            and partition.suggested_label[i] != partition.label[i]
-        ):
-            index.append(i)
-            new[i] = partition.suggested_label[i].item()
-    assert draw.index.tolist() == index
-    assert draw.new_label.tolist() == new
-    assert draw.relabelled.tolist() == [i for i in range(len(partition)) if new[i] >= 0]
-    assert draw.probability is None
-    assert not any(partition.reason[i].item() in INPUT or partition.is_clean[i] for i in draw.relabelled)
-
-
-@QUICK
-@given(partitions(), st.sampled_from(["drop", "weigh", "relabel"]))
-def test_a_draw_comes_back_from_its_state(partition, on_noisy):
-    draw = training_draw(partition, on_noisy, 0.5)
-    again = TrainingDraw(**draw.state_dict())
-    for name, value in draw.state_dict().items():
-        other = getattr(again, name)
-        assert (value is None) == (other is None)
-        assert value is None or value.equal(other)
 
 
 def ranks_of(world_size, epoch=0, *, indices, probability=None, shuffle=True, **kwargs):

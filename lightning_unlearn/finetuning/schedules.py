@@ -1,11 +1,10 @@
-"""Fresh optimizers: what their groups had before a schedule, and whether they are those of a checkpoint."""
+"""Schedules of fresh optimizers: what they have written into parameter groups, and one that falls to zero."""
 
 from __future__ import annotations
 
 import functools
-import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,11 +12,6 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LambdaLR, OneCycleLR
-
-from lightning_unlearn.callbacks._packages import MisconfigurationException
-
-# What schedules write into parameter groups for themselves.
-_OF_SCHEDULES = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum"}
 
 
 @contextmanager
@@ -161,95 +155,3 @@ def fall_to_zero(
             group["lr"] = rate
         schedules.append(LRSchedulerConfig(schedule, interval="step"))
     return schedules
-
-
-def check_rates(optimizer: Optimizer) -> None:
-    """Refuses learning rates with which no weight would stay finite.
-
-    Raises:
-        ValueError: naming the rate.
-    """
-    for group in optimizer.param_groups:
-        if not math.isfinite(float(group["lr"])):
-            raise ValueError(f"Expected optimizer to make one with finite learning rates, but got lr={group['lr']}.")
-
-
-def groups_of(states: Iterable[Mapping[str, Any]]) -> list[list[tuple[int, set[str]]]]:
-    """Of each optimizer in a checkpoint, how many parameters each group has, and what its options are called.
-
-    Args:
-        states: the optimizers' ``state_dict``.
-    """
-    return [
-        [(len(group["params"]), set(group) - _OF_SCHEDULES - {"params"}) for group in state.get("param_groups", ())]
-        for state in states
-    ]
-
-
-def check_groups(optimizers: Sequence[Optimizer], saved: Sequence[Sequence[tuple[int, set[str]]]]) -> None:
-    """Refuses a fresh optimizer that cannot take over the state that a checkpoint has of one.
-
-    Args:
-        optimizers: that were made.
-        saved: :func:`groups_of` the checkpoint; empty where it has none.
-
-    Raises:
-        MisconfigurationException: for other groups, or for an optimizer of another kind.
-    """
-    made = groups_of(optimizer.state_dict() for optimizer in optimizers)
-    if not saved:
-        return
-    if _sizes(made) != _sizes(saved):
-        raise MisconfigurationException(_other_optimizer(_sizes(saved), _sizes(made)))
-    for (_, now), (_, before) in zip(itertools.chain(*made), itertools.chain(*saved), strict=True):
-        # Another version of torch may know an option more.
-        if now - before and before - now:
-            raise MisconfigurationException(
-                _other_optimizer(f"options {sorted(before - now)}", f"{sorted(now - before)}")
-            )
-
-
-def _sizes(optimizers: Sequence[Sequence[tuple[int, set[str]]]]) -> str:
-    return f"groups of {[[size for size, _ in groups] for groups in optimizers]} parameters"
-
-
-def _other_optimizer(before: str, now: str) -> str:
-    return (
-        f"The optimizer of the checkpoint has {before}, but the one that CleanSubsetFinetuneCallback makes has {now},"
-        " so its state cannot be loaded; restore the arguments and configure_optimizers of that fit, or resume from a"
-        " checkpoint from before the partition."
-    )
-
-
-def check_steps_left(trainer: Trainer, epochs: int | None, planned_size: int) -> None:
-    """Refuses batches of another size with which a schedule of the checkpoint would end before the fit does.
-
-    Such a schedule, a OneCycleLR, ends the fit with an error when it is stepped too often.
-
-    Args:
-        trainer: with the state of the checkpoint.
-        epochs: that remain; None where that is not known.
-        planned_size: how many samples a batch of all ranks had before.
-
-    Raises:
-        MisconfigurationException: saying how many steps are left, and what to do.
-    """
-    if epochs is None:
-        return
-    progress = trainer.fit_loop.epoch_loop.batch_progress
-    done = 0 if progress.is_last_batch else progress.current.completed
-    accumulated = trainer.accumulate_grad_batches
-    needed = epochs * math.ceil(trainer.num_training_batches / accumulated) - done // accumulated
-    if trainer.max_steps > 0:
-        needed = min(needed, trainer.max_steps - trainer.global_step)
-    for config in trainer.lr_scheduler_configs:
-        total = getattr(config.scheduler, "total_steps", None)
-        if config.interval != "step" or not isinstance(total, int):
-            continue
-        left = total - config.scheduler.last_epoch
-        if needed // config.frequency > left:
-            raise MisconfigurationException(
-                f"The {type(config.scheduler).__name__} of the checkpoint has {left} steps left, planned for"
-                f" {planned_size} samples a batch, but the rest of the fit takes {needed}; resume with the batch size,"
-                " number of devices and max_epochs of that fit, raise accumulate_grad_batches, or lower max_epochs."
-            )

@@ -1,0 +1,146 @@
+"""Which layers fine-tuning leaves as they are, and what keeps them so."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+
+from lightning_unlearn.attribution import ForwardTrace, named_layers, plain_name
+from lightning_unlearn.callbacks._lightning import rewrap_ddp
+from lightning_unlearn.callbacks._strategies import shards_weights
+from lightning_unlearn.utilities.checks import check_names, check_text, shown
+
+
+class LayersFrom:
+    """The modules that ``forward`` calls from one layer on, with all that they hold.
+
+    Args:
+        trace: of a forward pass.
+        layer: dotted path.
+    """
+
+    def __init__(self, trace: ForwardTrace, layer: str) -> None:
+        called = [call.name for call in trace.calls]
+        self._called = set(called)
+        self._from_here = set(called[called.index(layer) :]) - set(trace.modules_before(layer))
+
+    def has(self, name: str) -> bool:
+        """Whether a module is among them; one that is not called itself goes with the nearest that holds it."""
+        while name and name not in self._called:
+            name = name.rpartition(".")[0]
+        return name in self._from_here
+
+
+class FrozenLayers:
+    """Parameters that are not trained, and batch norms whose statistics stay.
+
+    Attributes:
+        parameters: their names.
+        norms: dotted paths.
+    """
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Freezes nothing; what is held already stays so until :meth:`thaw`."""
+        self.parameters: list[str] = []
+        self.norms: list[str] = []
+        if not hasattr(self, "_thawed"):
+            self._thawed: list[tuple[nn.Parameter, bool]] = []
+            # Frozen by having no gradient, where requires_grad is not looked at.
+            self._unmoved: list[nn.Parameter] = []
+            self._modes: list[tuple[nn.Module, bool]] = []
+
+    @property
+    def names(self) -> set[str]:
+        """Of parameters and norms."""
+        return {*self.parameters, *self.norms}
+
+    def choose_outside(self, model: nn.Module, layers: Sequence[str]) -> None:
+        """Everything but what is within some layers."""
+        parameters, norms = _names(model)
+        inside = inside_of(layers)
+        self.parameters = [name for name in parameters if not name.startswith(inside)]
+        self.norms = [name for name in norms if not f"{name}.".startswith(inside)]
+
+    def choose_before(self, model: nn.Module, trace: ForwardTrace, layer: str) -> None:
+        """Everything but what ``forward`` calls from a layer on."""
+        parameters, norms = _names(model)
+        trained = LayersFrom(trace, layer)
+        self.parameters = [name for name in parameters if not trained.has(name.rpartition(".")[0])]
+        self.norms = [name for name in norms if not trained.has(name)]
+
+    def freeze(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Holds what was chosen from now on."""
+        named = {plain_name(name): parameter for name, parameter in pl_module.named_parameters()}
+        for name in self.parameters:
+            named[name].grad = None
+            if shards_weights(trainer):
+                # FSDP2 has seen requires_grad when it sharded the weights, and does not look again.
+                self._unmoved.append(named[name])
+            else:
+                self._thawed.append((named[name], named[name].requires_grad))
+                named[name].requires_grad_(False)
+        modules = named_layers(pl_module)
+        self._modes += [(modules[name], modules[name].training) for name in self.norms]
+        self.hold_modes()
+        if self.parameters:
+            rewrap_ddp(trainer)
+
+    def hold_modes(self) -> None:
+        """Keeps frozen batch norms in eval mode; modes are not in a checkpoint, and Lightning sets them at its will."""
+        for module, _ in self._modes:
+            module.eval()
+
+    def drop_gradients(self) -> None:
+        """An optimizer leaves alone what has no gradient, its weight decay and momentum included."""
+        for parameter in self._unmoved:
+            parameter.grad = None
+
+    def thaw(self) -> None:
+        """Puts everything back as it was before :meth:`freeze`."""
+        # The first entry of each is the oldest, and has the last word.
+        for parameter, requires_grad in reversed(self._thawed):
+            parameter.requires_grad_(requires_grad)
+        for module, training in reversed(self._modes):
+            module.training = training
+        self._thawed, self._unmoved, self._modes = [], [], []
+
+    def state_dict(self) -> dict[str, list[str]]:
+        """Names."""
+        return {"parameters": list(self.parameters), "norms": list(self.norms)}
+
+    def load_state_dict(self, state: dict[str, list[str]]) -> None:
+        """Takes over the names; :meth:`freeze` holds them."""
+        self.parameters, self.norms = list(state["parameters"]), list(state["norms"])
+
+
+def _names(model: nn.Module) -> tuple[list[str], list[str]]:
+    """Of all parameters and of all batch norms."""
+    norms = (name for name, one in named_layers(model).items() if isinstance(one, nn.modules.batchnorm._NormBase))
+    return [plain_name(name) for name, _ in model.named_parameters()], list(norms)
+
+
+def inside_of(layers: Sequence[str]) -> tuple[str, ...]:
+    """What the names of all that these modules hold begin with."""
+    return tuple(f"{plain_name(name)}." for name in layers)
+
+
+def check_layer_names(mode: str, layers: Any) -> list[str] | None:
+    """The names of the layers to train, of one as of several.
+
+    Raises:
+        ValueError: for names that are none, or without ``mode="layers"``.
+    """
+    if mode == "full" and layers is not None:
+        raise ValueError(f"Expected layers only with mode='layers', but got mode='full' and layers={shown(layers)}.")
+    if layers is None:
+        return None
+    names = [layers] if isinstance(layers, str) else check_names("layers", layers, "dotted paths of modules")
+    if not names:
+        raise ValueError("Expected layers to name at least one module, but got an empty list.")
+    return [check_text("layers", name, "a list of dotted paths of modules") for name in names]

@@ -1,0 +1,336 @@
+"""The optimizer of fine-tuning, where it is made anew, and whether it is that of a checkpoint."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.types import LRSchedulerConfig
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from lightning_unlearn.callbacks._lightning import planned_epochs
+from lightning_unlearn.callbacks._packages import MisconfigurationException
+from lightning_unlearn.callbacks._saying import rank_zero_info
+from lightning_unlearn.callbacks._strategies import shards_weights
+from lightning_unlearn.finetuning.schedules import (
+    PeakRates,
+    before_schedules,
+    fall_to_zero,
+    forget_schedule,
+    share_over,
+)
+from lightning_unlearn.utilities.checks import check_function
+
+MakeOptimizer = Callable[[Iterable[Any]], Optimizer]
+MakeScheduler = Callable[[Optimizer], LRScheduler]
+
+# What makes the optimizer where weights were moved and nothing was asked for.
+_COSINE = "warm_start"
+# What schedules write into parameter groups for themselves.
+_OF_SCHEDULES = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum"}
+
+
+class FreshOptimizer:
+    """Makes the optimizer of fine-tuning anew, where that was asked for or weights were moved.
+
+    Args:
+        lr: constant learning rate of a fresh optimizer; None for none.
+        optimizer: makes it from the trainable parameters; None for ``configure_optimizers``.
+        lr_scheduler: makes its schedule.
+        restart: whether ``configure_optimizers`` runs again with its schedules.
+
+    Attributes:
+        remaining: epochs that were left when fine-tuning began; None where that is not known.
+
+    Raises:
+        ValueError: for arguments that do not fit each other.
+    """
+
+    def __init__(
+        self, lr: float | None, optimizer: MakeOptimizer | None, lr_scheduler: MakeScheduler | None, *, restart: bool
+    ) -> None:
+        if optimizer is not None:
+            check_function("optimizer", optimizer, "from parameters to an optimizer, as torch.optim.AdamW")
+        if lr_scheduler is not None:
+            check_function("lr_scheduler", lr_scheduler, "from an optimizer to its schedule")
+        if lr_scheduler is not None and lr is None and optimizer is None:
+            raise ValueError("Expected lr or optimizer beside lr_scheduler, which schedules a fresh optimizer.")
+        if restart and (lr is not None or optimizer is not None):
+            raise ValueError(
+                "Expected restart_optimizer without lr and optimizer, which make a fresh optimizer anyway."
+            )
+        self._lr, self._optimizer, self._lr_scheduler, self._restart = lr, optimizer, lr_scheduler, restart
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets an earlier fit."""
+        self.peaks = PeakRates()
+        self.forget()
+        # What it looks like in the checkpoint that a fit goes on from.
+        self._saved_groups: list[list[tuple[int, set[str]]]] = []
+
+    def forget(self) -> None:
+        """As if none had been made."""
+        # Which argument has made it, and whether lr_scheduler its schedule.
+        self._made_by, self._is_scheduled = "", False
+        self.remaining: int | None = None
+        self._since = 0, 0
+
+    @property
+    def is_asked_for(self) -> bool:
+        """Whether an argument asks for it."""
+        return self._lr is not None or self._optimizer is not None or self._restart
+
+    @property
+    def _asked(self) -> tuple[str, bool]:
+        """Which argument makes it, empty for none; and whether ``lr_scheduler`` makes its schedule."""
+        made_by = {"restart_optimizer": self._restart, "lr": self._lr is not None}
+        made_by["optimizer"] = self._optimizer is not None
+        return next((name for name in reversed(made_by) if made_by[name]), ""), self._lr_scheduler is not None
+
+    def keeps_plan(self, trainer: Trainer) -> bool:
+        """Whether a schedule of steps was planned for the first subset, which later ones must not overrun."""
+        return self._made_by != _COSINE and any(c.interval == "step" for c in trainer.lr_scheduler_configs)
+
+    def see(self, optimizers: Sequence[Optimizer]) -> None:
+        """Notes the learning rates of the fit, as long as no other was asked for. Call before each step."""
+        if not self.is_asked_for:
+            self.peaks.see(optimizers)
+
+    def check(self) -> None:
+        """Refuses early a scheduler that could not be stepped later."""
+        if self._lr_scheduler is None:
+            return
+        try:
+            trial = self._lr_scheduler(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.9))
+        except Exception:  # it may need more than a stand-in has; the real one is made when fine-tuning starts
+            return
+        if isinstance(trial, ReduceLROnPlateau):
+            raise ValueError(
+                "Expected lr_scheduler to make a scheduler that is stepped without a metric, but it makes a"
+                " ReduceLROnPlateau; use another, or restart_optimizer=True with a configure_optimizers that returns"
+                " one."
+            )
+
+    def check_one(self, trainer: Trainer) -> None:
+        """Refuses several optimizers where one is to be made.
+
+        Raises:
+            MisconfigurationException: with their number.
+        """
+        if self.is_asked_for and not self._restart and len(trainer.optimizers) != 1:
+            raise MisconfigurationException(
+                "CleanSubsetFinetuneCallback can make a fresh optimizer in place of one, but the module has"
+                f" {len(trainer.optimizers)}; leave out lr, optimizer and lr_scheduler to keep them."
+            )
+
+    def begin(self, trainer: Trainer, pl_module: LightningModule, *, moves: bool) -> None:
+        """Decides, where fine-tuning starts, what makes the optimizer.
+
+        Args:
+            trainer: of the fit.
+            pl_module: the user's.
+            moves: whether weights are moved, so that an optimizer remembers others.
+        """
+        self._since, self.remaining = (trainer.current_epoch, trainer.global_step), remaining_epochs(trainer)
+        self._made_by, self._is_scheduled = self._asked
+        if moves and not self._made_by:
+            self._made_by = _remade_by(trainer, pl_module, self._since)
+
+    def make(self, trainer: Trainer, pl_module: LightningModule) -> str:
+        """Makes it where that was decided, and returns what is to be said of it, if anything."""
+        if not self._made_by:
+            return ""
+        with before_schedules() as given:
+            if self._made_by != "optimizer" or self._optimizer is None:
+                with planned_epochs(trainer, self.remaining):
+                    trainer.strategy.setup_optimizers(trainer)
+            else:
+                trained = [p for p in pl_module.parameters() if p.requires_grad]
+                trainer.strategy.optimizers = [self._optimizer(trained)]
+        if self._made_by == "restart_optimizer":
+            return ""
+        if self._made_by == _COSINE:
+            return self._fall_to_zero(trainer, given)
+        optimizer = trainer.strategy.optimizers[0]
+        forget_schedule(optimizer, given, self._lr)
+        _check_rates(optimizer)
+        schedulers = []
+        if self._is_scheduled and self._lr_scheduler is not None:
+            schedulers.append(LRSchedulerConfig(self._lr_scheduler(optimizer)))
+        trainer.strategy.lr_scheduler_configs = schedulers
+        return ""
+
+    def _fall_to_zero(self, trainer: Trainer, given: Mapping[int, Mapping[str, Any]]) -> str:
+        """Schedules a fresh optimizer, and returns a sentence that says so."""
+        replaced = {type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs}
+        peaks = self.peaks.of(trainer.strategy.optimizers)
+        trainer.strategy.lr_scheduler_configs = fall_to_zero(trainer, given, peaks, self._since)
+        if not peaks:
+            return ""
+        instead = f", in place of {' and '.join(sorted(replaced))}" if replaced else ""
+        return (
+            "configure_optimizers has run again, since an optimizer remembers the weights that were; by a cosine, the"
+            f" learning rate falls from {max(max(rates) for rates in peaks):.3g} to zero at the end of the"
+            f" fit{instead}."
+        )
+
+    def load_groups(self, states: Iterable[Mapping[str, Any]]) -> None:
+        """Notes what the optimizers of a checkpoint look like, by their states."""
+        self._saved_groups = groups_of(states)
+
+    def check_goes_on(self) -> None:
+        """Refuses to go on without the functions that have made the checkpoint's optimizer and its schedule."""
+        needed = {"optimizer": self._made_by == "optimizer" and self._optimizer is None}
+        needed["lr_scheduler"] = self._is_scheduled and self._lr_scheduler is None
+        missing = [name for name, is_missing in needed.items() if is_missing]
+        if missing:
+            raise MisconfigurationException(
+                f"The checkpoint is of a fine-tuning with {' and '.join(missing)}, but CleanSubsetFinetuneCallback has"
+                " none now; give the same again, or resume from a checkpoint of before the partition."
+            )
+
+    def check_groups(self, trainer: Trainer) -> None:
+        """Refuses a fresh optimizer that cannot take over the state that the checkpoint has."""
+        if self._made_by and not shards_weights(trainer):
+            check_groups(trainer.optimizers, self._saved_groups)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Primitives."""
+        return {
+            "made_by": self._made_by,
+            "is_scheduled": self._is_scheduled,
+            "remaining": self.remaining,
+            "peaks": self.peaks.state_dict(),
+            "first_step": self._since[1],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], *, is_active: bool) -> None:
+        """Takes over what a checkpoint has.
+
+        Args:
+            state: of the callback.
+            is_active: whether fine-tuning had begun.
+        """
+        # Absent in checkpoints of before it was kept.
+        asked = self._asked if is_active else ("", False)
+        self._made_by, self._is_scheduled = state.get("made_by", asked[0]), state.get("is_scheduled", asked[1])
+        self.remaining = state["remaining"]
+        self.peaks.load_state_dict(state.get("peaks", ()))
+        self._since = state["first_epoch"], state.get("first_step", 0)
+
+
+def _remade_by(trainer: Trainer, pl_module: LightningModule, since: tuple[int, int]) -> str:
+    """How the optimizer of a fit whose weights are moved is made anew, where nothing was asked for."""
+    if pl_module.automatic_optimization and share_over(trainer, *since) is not None:
+        return _COSINE
+    why = (
+        "max_epochs and max_steps do not say how much is to come"
+        if pl_module.automatic_optimization
+        else "the module optimizes manually, and steps them itself"
+    )
+    rank_zero_info(f"configure_optimizers runs again, with its own schedules from their beginning: {why}.")
+    return "restart_optimizer"
+
+
+def remaining_epochs(trainer: Trainer) -> int | None:
+    """How many epochs are left, the current one among them; None without a last one."""
+    return None if trainer.max_epochs in (None, -1) else trainer.max_epochs - trainer.current_epoch
+
+
+def _check_rates(optimizer: Optimizer) -> None:
+    """Refuses learning rates with which no weight would stay finite.
+
+    Raises:
+        ValueError: naming the rate.
+    """
+    for group in optimizer.param_groups:
+        if not math.isfinite(float(group["lr"])):
+            raise ValueError(f"Expected optimizer to make one with finite learning rates, but got lr={group['lr']}.")
+
+
+def groups_of(states: Iterable[Mapping[str, Any]]) -> list[list[tuple[int, set[str]]]]:
+    """Of each optimizer in a checkpoint, how many parameters each group has, and what its options are called.
+
+    Args:
+        states: the optimizers' ``state_dict``.
+    """
+    return [
+        [(len(group["params"]), set(group) - _OF_SCHEDULES - {"params"}) for group in state.get("param_groups", ())]
+        for state in states
+    ]
+
+
+def check_groups(optimizers: Sequence[Optimizer], saved: Sequence[Sequence[tuple[int, set[str]]]]) -> None:
+    """Refuses a fresh optimizer that cannot take over the state that a checkpoint has of one.
+
+    Args:
+        optimizers: that were made.
+        saved: :func:`groups_of` the checkpoint; empty where it has none.
+
+    Raises:
+        MisconfigurationException: for other groups, or for an optimizer of another kind.
+    """
+    made = groups_of(optimizer.state_dict() for optimizer in optimizers)
+    if not saved:
+        return
+    if _sizes(made) != _sizes(saved):
+        raise MisconfigurationException(_other_optimizer(_sizes(saved), _sizes(made)))
+    for (_, now), (_, before) in zip(itertools.chain(*made), itertools.chain(*saved), strict=True):
+        # Another version of torch may know an option more.
+        if now - before and before - now:
+            raise MisconfigurationException(
+                _other_optimizer(f"options {sorted(before - now)}", f"{sorted(now - before)}")
+            )
+
+
+def _sizes(optimizers: Sequence[Sequence[tuple[int, set[str]]]]) -> str:
+    return f"groups of {[[size for size, _ in groups] for groups in optimizers]} parameters"
+
+
+def _other_optimizer(before: str, now: str) -> str:
+    return (
+        f"The optimizer of the checkpoint has {before}, but the one that CleanSubsetFinetuneCallback makes has {now},"
+        " so its state cannot be loaded; restore the arguments and configure_optimizers of that fit, or resume from a"
+        " checkpoint from before the partition."
+    )
+
+
+def check_steps_left(trainer: Trainer, epochs: int | None, planned_size: int) -> None:
+    """Refuses batches of another size with which a schedule of the checkpoint would end before the fit does.
+
+    Such a schedule, a OneCycleLR, ends the fit with an error when it is stepped too often.
+
+    Args:
+        trainer: with the state of the checkpoint.
+        epochs: that remain; None where that is not known.
+        planned_size: how many samples a batch of all ranks had before.
+
+    Raises:
+        MisconfigurationException: saying how many steps are left, and what to do.
+    """
+    if epochs is None:
+        return
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    done = 0 if progress.is_last_batch else progress.current.completed
+    accumulated = trainer.accumulate_grad_batches
+    needed = epochs * math.ceil(trainer.num_training_batches / accumulated) - done // accumulated
+    if trainer.max_steps > 0:
+        needed = min(needed, trainer.max_steps - trainer.global_step)
+    for config in trainer.lr_scheduler_configs:
+        total = getattr(config.scheduler, "total_steps", None)
+        if config.interval != "step" or not isinstance(total, int):
+            continue
+        left = total - config.scheduler.last_epoch
+        if needed // config.frequency > left:
+            raise MisconfigurationException(
+                f"The {type(config.scheduler).__name__} of the checkpoint has {left} steps left, planned for"
+                f" {planned_size} samples a batch, but the rest of the fit takes {needed}; resume with the batch size,"
+                " number of devices and max_epochs of that fit, raise accumulate_grad_batches, or lower max_epochs."
+            )

@@ -31,9 +31,9 @@ from lightning_unlearn import (
     Partition,
     SensitivityPruneCallback,
 )
+from lightning_unlearn.pruning.criteria import Sensitivity
 from lightning_unlearn.recipes.evidence import Evidence
 
-SEED_OF_CRITERION = 0
 AMOUNT = 40 / 256  # of the neurons that are pruned
 CRITERIA = (
     "sensitivity",
@@ -248,7 +248,8 @@ class PaperUnit:
     def _pruning(self, arm: Arm) -> dict[str, Any]:
         if arm.criterion is not None:
             # As many neurons for every criterion, and none taken back, so that only the choice differs.
-            return {"criterion": arm.criterion, "significance": None, "guard": False, "seed": SEED_OF_CRITERION}
+            criterion = Sensitivity(fdr_level=None) if arm.criterion == "sensitivity" else arm.criterion
+            return {"criterion": criterion, "guard": False}
         return {"guard": False} if arm.recipe == "rlap" else {}
 
     def _partitioner(self, recipe: str) -> AttributionPartitionCallback:

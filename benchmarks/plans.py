@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.cases import Case
+from lightning_unlearn.pruning.criteria import Sensitivity
 
 BASE, CONTINUE, FFT, RETRAIN, CE, ELR = "base", "continue", "F-FT", "retrain", "cross-entropy", "ELR"
 # Re-labelling trains on more samples, so for more steps, than F-FT does: it has a control of its own.
@@ -115,7 +116,7 @@ class Repair:
 
 
 # The same share of the neurons for every criterion, and none taken back, so that only the choice differs.
-_BLIND = {"amount": 0.3, "significance": None, "guard": False}
+_BLIND = {"amount": 0.3, "guard": False}
 REPAIRS: dict[str, Repair] = {
     FFT: Repair(),
     KEEP: Repair(warm_start="keep"),
@@ -125,7 +126,7 @@ REPAIRS: dict[str, Repair] = {
     "prune random": Repair(prune={**_BLIND, "criterion": "random"}),
     "prune magnitude": Repair(prune={**_BLIND, "criterion": "magnitude"}),
     "prune ratio": Repair(prune={**_BLIND, "criterion": "mean_abs_ratio"}),
-    "prune ours": Repair(prune={**_BLIND, "criterion": "sensitivity"}),
+    "prune ours": Repair(prune={**_BLIND, "criterion": Sensitivity(fdr_level=None)}),
     "weigh": Repair(on_noisy="weigh"),
     RELABEL: Repair(on_noisy="relabel"),
     "rounds": Repair(rounds=True),

@@ -20,7 +20,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback, SensitivityPruneCallback
 from lightning_unlearn.attribution import ATTRIBUTION_METHODS
-from lightning_unlearn.callbacks._criteria import CRITERIA
+from lightning_unlearn.pruning.criteria import CRITERIA, Sensitivity
 from lightning_unlearn.recipes import RECIPES
 from tests.toys import by_margin
 
@@ -402,16 +402,19 @@ def draw_partition(rng: random.Random, case: Case) -> dict[str, Any]:
 
 
 def draw_prune(rng: random.Random, case: Case) -> dict[str, Any]:
-    drawn = some(rng, {"criterion": lambda: rng.choice(CRITERIA), "guard": lambda: rng.random() < 0.2}, 0.7)
+    drawn = some(
+        rng,
+        {
+            "criterion": lambda: rng.choice([*CRITERIA, Sensitivity(None, 0.1), Sensitivity(0.5, 0.0)]),
+            "guard": lambda: rng.random() < 0.2,
+        },
+        0.7,
+    )
     drawn |= some(
         rng,
         {
             "amount": lambda: rng.choice([0.15, 0.3, 0.3, 0.9]),
-            "regression": lambda: rng.choice(["ridge", "logistic"]),
-            "ridge": lambda: rng.choice([0.0, 0.1]),
-            "significance": lambda: rng.choice([None, 0.5]),
-            "guard_tolerance": lambda: rng.choice([0.0, 0.5]),
-            "guard_steps": lambda: rng.choice([1, 9]),
+            "max_val_drop": lambda: rng.choice([0.0, 0.5]),
         },
         0.4,
     )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -16,56 +15,15 @@ from torch import Tensor
 from lightning_unlearn.attribution import SmallerBatches, loss_gradients, neuron_dimension, resolve_layer, tap
 from lightning_unlearn.callbacks._base import IndexedBatch, logits_of, output_of, reading_of, training_set
 from lightning_unlearn.callbacks._lightning import undisturbed
-from lightning_unlearn.callbacks._saying import rank_zero_info
-from lightning_unlearn.data.loaders import rank_share
-from lightning_unlearn.functional.importance import NeuronSums, importance_ratio, magnitude, neuron_sums
-from lightning_unlearn.functional.logistic import fit_logistic
-from lightning_unlearn.functional.selection import harmful_neurons, in_order
-from lightning_unlearn.functional.sensitivity import RegressionSums, Sensitivity, regression_sums, solve_sensitivity
+from lightning_unlearn.functional.importance import NeuronSums, neuron_sums
+from lightning_unlearn.functional.selection import in_order
+from lightning_unlearn.functional.sensitivity import RegressionSums, regression_sums, solve_sensitivity
+from lightning_unlearn.pruning.criteria import L2_PENALTY, Criterion, NeuronStatistics, Sensitivity, check_score
 from lightning_unlearn.pruning.sites import PruneSite
 from lightning_unlearn.results.partition import Partition
 from lightning_unlearn.trainer.protocols import PartitionSource
-from lightning_unlearn.utilities.checks import check_choice, check_number, check_seed
 from lightning_unlearn.utilities.distributed import sum_over_ranks
 from lightning_unlearn.utilities.reduce import Reduce
-
-SENSITIVITY = "sensitivity"
-RATIOS = ("mean_abs_ratio", "rms_ratio", "std_ratio", "frequency_ratio")
-GRADIENTS = ("taylor", "hessian")
-CRITERIA = (SENSITIVITY, "random", "magnitude", *RATIOS, *GRADIENTS)
-"""By what neurons are ranked: the regression on p(clean), and what it is compared with."""
-
-# A logistic regression holds this many bytes of activations, on each rank, at most.
-LOGISTIC_BYTES = 256 * 2**20
-# L2 penalty on standardized coefficients. It shrinks a direction in which neurons hardly differ, with a thousandth of
-# the variance of one neuron, to half: what collinear neurons have in common stays, what tells them apart is noise.
-RIDGE = 1e-3
-
-
-@dataclass(frozen=True)
-class Method:
-    """How neurons are ranked; see ``SensitivityPruneCallback``."""
-
-    criterion: str
-    regression: str
-    ridge: float | None
-    significance: float | None
-    seed: int
-
-    def __post_init__(self) -> None:
-        plain: dict[str, Any] = {
-            "criterion": check_choice("criterion", self.criterion, CRITERIA),
-            "regression": check_choice("regression", self.regression, ("ridge", "logistic")),
-            "seed": check_seed("seed", self.seed),
-        }
-        if self.ridge is not None:
-            plain["ridge"] = check_number("ridge", self.ridge, least=0)
-        if self.significance is not None:
-            plain["significance"] = check_number(
-                "significance", self.significance, above=0, below=1, meaning="or None for no test"
-            )
-        for name, value in plain.items():
-            object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,12 +50,12 @@ class Subject:
 
     Args:
         partition: which samples are noise.
-        held: (H,) int64, samples that are left out.
+        weight: (N,) float32, of each sample; 0 for one that is left out.
         gone: for each layer, (D,) bool, neurons that have been pruned before; None where none has.
     """
 
     partition: Partition
-    held: Tensor
+    weight: Tensor
     gone: Sequence[Tensor | None]
 
 
@@ -116,17 +74,21 @@ def rank_neurons(
     pl_module: LightningModule,
     source: PartitionSource,
     sites: Sequence[PruneSite],
-    method: Method,
+    criterion: Criterion,
     subject: Subject,
 ) -> list[Ranking]:
     """The neurons of each layer, ranked in one pass over the training set. Every rank must call it."""
-    weight = torch.ones(len(subject.partition)) if source.sample_weight is None else source.sample_weight.clone()
-    weight[subject.held] = 0
-    make = _maker(trainer, pl_module, source, method, subject.partition, weight)
-    readers: list[_Reader] = [make(site) for site in sites]
-    watch = _gradients if method.criterion in GRADIENTS else _activations
+
+    def reader_of(site: PruneSite) -> _Reader:
+        if isinstance(criterion, Sensitivity):
+            target = _target(source, subject.partition)
+            return _RegressionReader(criterion, target, subject.weight, soft=source.regresses_on_probability)
+        return _StatisticReader(criterion, site, pl_module, subject)
+
+    readers = [reader_of(site) for site in sites]
+    watch = _gradients if criterion.needs_gradients else _activations
     # Ratios are of what a neuron does at each position; the rest is of its mean over them.
-    reads = _Reads(source, pl_module, sites, by_position=method.criterion in RATIOS)
+    reads = _Reads(source, pl_module, sites, by_position=criterion.per_position)
     left_out = torch.zeros(2, dtype=torch.float64)
     with undisturbed(trainer, pl_module):
         for whole, part in watch(reads, training_set(trainer, pl_module, source, "Neurons")):
@@ -141,7 +103,7 @@ def rank_neurons(
     if broken:
         rank_zero_warn(
             f"Neurons are ranked without {broken:,} of {total:,} training samples, for which activations"
-            f"{' or gradients' if method.criterion in GRADIENTS else ''} are NaN or infinite."
+            f"{' or gradients' if criterion.needs_gradients else ''} are NaN or infinite."
         )
     return [reader.rank(reduce) for reader in readers]
 
@@ -216,62 +178,16 @@ def _gradients(reads: _Reads, batches: Iterator[IndexedBatch]) -> Iterator[tuple
         yield batch, [(torch.cat([v for v, _ in parts]), torch.cat([p for _, p in parts])) for parts in by_site]
 
 
-def _maker(
-    trainer: Trainer,
-    pl_module: LightningModule,
-    source: PartitionSource,
-    method: Method,
-    partition: Partition,
-    weight: Tensor,
-) -> Callable[[PruneSite], _Reader]:
-    soft = source.regresses_on_probability
-    target = partition.clean_probability if soft else partition.is_clean.float()
-    rows = len(rank_share(len(partition), trainer.global_rank, trainer.world_size)[0])
-
-    def make(site: PruneSite) -> _Reader:
-        if method.criterion != SENSITIVITY:
-            score = None
-            if method.criterion == "random":
-                # Of each layer by itself: of one stream, layers of a width would lose the same neurons.
-                generator = torch.Generator().manual_seed(_seed_of(method.seed, partition.epoch, site.name))
-                score = torch.rand(_width(pl_module, site), generator=generator)
-            elif method.criterion == "magnitude":
-                score = -magnitude(*site.weight(pl_module)).cpu()
-            return _StatisticReader(method.criterion, partition.is_clean, weight, score)
-        if method.regression == "logistic":
-            held = rows * _width(pl_module, site) * 4
-            if held <= LOGISTIC_BYTES:
-                return _LogisticReader(method, target, weight, soft)
-            rank_zero_info(
-                f"A logistic regression on the neurons of '{site.target}' would hold {held / 2**20:,.0f} MB of"
-                f" activations on each rank, more than {LOGISTIC_BYTES / 2**20:,.0f} MB; a ridge regression is taken."
-            )
-        return _RidgeReader(method, target, weight, soft)
-
-    return make
+def _target(source: PartitionSource, partition: Partition) -> Tensor:
+    """(N,) float32, what activations are regressed on."""
+    return partition.clean_probability if source.regresses_on_probability else partition.is_clean.float()
 
 
-def _seed_of(*parts: object) -> int:
-    """A number below 2**63 that is the same in every process."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+class _RegressionReader:
+    """Sums of the regression of being clean on what a neuron does on average."""
 
-
-def _width(pl_module: LightningModule, site: PruneSite) -> int:
-    weight, dimension = site.weight(pl_module)
-    return weight.shape[dimension]
-
-
-def _ranked(found: Sensitivity, method: Method, soft: bool) -> Ranking:
-    if soft:
-        order = harmful_neurons(found, method.significance)
-    else:
-        order = in_order(found.coefficient.abs(), found.is_live & (found.coefficient != 0))
-    return Ranking(found.coefficient.float(), found.standard_error.float(), order, int((found.is_live).sum()))
-
-
-class _RidgeReader:
-    def __init__(self, method: Method, target: Tensor, weight: Tensor, soft: bool) -> None:
-        self._method, self._target, self._weight, self._soft = method, target, weight, soft
+    def __init__(self, criterion: Sensitivity, target: Tensor, weight: Tensor, *, soft: bool) -> None:
+        self._criterion, self._target, self._weight, self._soft = criterion, target, weight, soft
         self._sums: RegressionSums | None = None
 
     def add(self, values: Tensor, product: Tensor | None, batch: IndexedBatch) -> None:
@@ -283,35 +199,22 @@ class _RidgeReader:
         if self._sums is None:
             raise RuntimeError("The training set yielded no batch; this is an error in lightning_unlearn.")
         sums = RegressionSums(reduce(self._sums.xtx), reduce(self._sums.xty), reduce(self._sums.yty))
-        ridge = self._method.ridge
-        if ridge is None:
-            ridge = RIDGE if self._soft else 0.0  # the paper has none
-        return _ranked(solve_sensitivity(sums, ridge), self._method, self._soft)
-
-
-class _LogisticReader:
-    def __init__(self, method: Method, target: Tensor, weight: Tensor, soft: bool) -> None:
-        self._method, self._target, self._weight, self._soft = method, target, weight, soft
-        self._rows: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    def add(self, values: Tensor, product: Tensor | None, batch: IndexedBatch) -> None:
-        weight = self._weight[batch.index] * batch.weight.cpu()
-        self._rows.append((values.mean(dim=1), self._target[batch.index], weight))
-
-    def rank(self, reduce: Reduce) -> Ranking:
-        activation, target, weight = (torch.cat(column) for column in zip(*self._rows, strict=True))
-        self._rows.clear()
-        ridge = RIDGE if self._method.ridge is None else self._method.ridge
-        return _ranked(fit_logistic(activation, target, weight, reduce, ridge), self._method, self._soft)
+        penalty = self._criterion.l2_penalty
+        if penalty is None:
+            penalty = L2_PENALTY if self._soft else 0.0  # the paper has none
+        found = solve_sensitivity(sums, penalty)
+        order = self._criterion.order(found, soft=self._soft)
+        return Ranking(found.coefficient.float(), found.standard_error.float(), order, int(found.is_live.sum()))
 
 
 class _StatisticReader:
     """Sums over the suspect and over the clean samples; a score that needs none still needs to know who is live."""
 
-    def __init__(self, criterion: str, is_clean: Tensor, weight: Tensor, score: Tensor | None) -> None:
-        self._statistic = criterion.removesuffix("_ratio")
-        self._uses_gradient = criterion in GRADIENTS
-        self._score = score
+    def __init__(self, criterion: Criterion, site: PruneSite, pl_module: LightningModule, subject: Subject) -> None:
+        self._criterion, self._layer, self._epoch = criterion, site.name, subject.partition.epoch
+        # Looked at by every rank, whatever batches it has: of weights in parts, all give theirs.
+        self._weight: tuple[Tensor | None, int] = site.weight(pl_module) if criterion.needs_weight else (None, 0)
+        is_clean, weight = subject.partition.is_clean, subject.weight
         self._groups = (weight * ~is_clean, weight * is_clean)
         self._values: list[NeuronSums] = []
         self._products: list[NeuronSums] = []
@@ -323,13 +226,12 @@ class _StatisticReader:
             self._products = _added(self._products, [neuron_sums(product, weight) for weight in weights])
 
     def rank(self, reduce: Reduce) -> Ranking:
-        suspect, clean = (sums.reduced(reduce) for sums in self._values)
-        live = (suspect + clean).is_live()
-        score = self._score
-        if self._uses_gradient:
-            suspect, clean = (sums.reduced(reduce) for sums in self._products)
-        if score is None:
-            score = importance_ratio(suspect, clean, self._statistic)
+        noisy, clean = (sums.reduced(reduce) for sums in self._values)
+        products = [sums.reduced(reduce) for sums in self._products]
+        noisy_product, clean_product = products or (None, None)
+        seen = NeuronStatistics(self._layer, self._epoch, noisy, clean, noisy_product, clean_product, *self._weight)
+        score = check_score(self._criterion, self._criterion.score(seen), len(clean.total), self._layer)
+        live = (noisy + clean).is_live()
         return Ranking(score.float(), None, in_order(score, live), int(live.sum()))
 
 

@@ -19,6 +19,8 @@ from lightning_unlearn.trainer.protocols import PartitionSource
 
 HELD_SHARE = 0.1
 HELD_MOST = 2000
+STEPS = 4
+"""In how many a proposal is pruned; each costs a pass over the validation data."""
 # A fall of exactly the tolerance is allowed; 0.81 - 0.8 is 0.010000000000000009.
 _ROUNDING = 1e-9
 
@@ -122,7 +124,7 @@ class Outcome:
 
 
 def prune_in_steps(
-    pl_module: LightningModule, sites: Sequence[PruneSite], proposal: Sequence[Tensor], gauge: Gauge, steps: int
+    pl_module: LightningModule, sites: Sequence[PruneSite], proposal: Sequence[Tensor], gauge: Gauge
 ) -> Outcome:
     """Silences the proposed neurons, the worst of each layer first, for as long as the model gets no worse.
 
@@ -133,9 +135,8 @@ def prune_in_steps(
         sites: the layers.
         proposal: for each layer, (K,) int64, the worst first.
         gauge: measures the model.
-        steps: in how many steps, at most.
     """
-    steps = min(steps, max(len(neurons) for neurons in proposal))
+    steps = min(STEPS, max(len(neurons) for neurons in proposal))
     chunks = list(zip(*(neurons.tensor_split(steps) for neurons in proposal), strict=True))
     kept = [neurons[:0] for neurons in proposal]
     restore = snapshot([entry for site, n in zip(sites, proposal, strict=True) for entry in site.entries(pl_module, n)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -17,7 +17,7 @@ from typing_extensions import override
 from lightning_unlearn.attribution import ForwardTrace, plain_name
 from lightning_unlearn.callbacks._base import IndexedBatch, PartitionConsumer, probe
 from lightning_unlearn.callbacks._copies import averaged_parts
-from lightning_unlearn.callbacks._criteria import SENSITIVITY, Method, Ranking, Subject, rank_neurons
+from lightning_unlearn.callbacks._criteria import Ranking, Subject, rank_neurons
 from lightning_unlearn.callbacks._guard import Gauge, Outcome, make_gauge, prune_in_steps
 from lightning_unlearn.callbacks._holding import HeldEntries, silence_state
 from lightning_unlearn.callbacks._lightning import log_values
@@ -26,6 +26,7 @@ from lightning_unlearn.callbacks._provenance import copied, settings_of
 from lightning_unlearn.callbacks._sample_rows import locate_samples, no_rows
 from lightning_unlearn.callbacks._saying import rank_zero_info
 from lightning_unlearn.functional.selection import share_of
+from lightning_unlearn.pruning.criteria import Criterion, find_criterion
 from lightning_unlearn.pruning.masking import PrunedEntries, are_revived
 from lightning_unlearn.pruning.silence import find_silent
 from lightning_unlearn.pruning.sites import (
@@ -37,7 +38,7 @@ from lightning_unlearn.pruning.sites import (
 )
 from lightning_unlearn.results.mask import NeuronMask
 from lightning_unlearn.results.partition import Partition
-from lightning_unlearn.utilities.checks import check_flag, check_names, check_number, check_text, check_whole
+from lightning_unlearn.utilities.checks import check_flag, check_names, check_number, check_text
 from lightning_unlearn.utilities.sharding import reshard
 
 _NOT_SILENT = (
@@ -76,17 +77,10 @@ class SensitivityPruneCallback(PartitionConsumer):
         criterion: ``"sensitivity"``, or one to compare it with, which prunes ``amount`` in any case: ``"random"``;
             ``"magnitude"`` of the weights, smallest first; the importance for suspect samples over that for clean ones
             (``"mean_abs_ratio"``, ``"rms_ratio"``, ``"std_ratio"``, ``"frequency_ratio"`` of activations, ``"taylor"``
-            and ``"hessian"`` of the loss of the given labels), largest first.
-        regression: ``"ridge"``, in one pass from sums; or ``"logistic"``, which holds a layer's activations in memory
-            and is replaced by ridge where they take more than 256 MB on a rank.
-        ridge: L2 penalty on standardized coefficients, per sample; by default 0.001, which steadies neurons that are
-            nearly collinear and hardly moves the rest, and 0 for the least squares of recipe ``"rlap"``.
-        significance: level of the test, the expected share of innocent neurons among those that pass it (Benjamini and
-            Hochberg); None for no test: all neurons of the harmful sign may be pruned.
+            and ``"hessian"`` of the loss of the given labels), largest first. Or one with settings of its own, as
+            ``Sensitivity(fdr_level=None)``, or of your own making: see :mod:`lightning_unlearn.pruning.criteria`.
         guard: whether to measure, and take back what hurts.
-        guard_tolerance: by how much validation accuracy may fall (0.01 is one point), or the loss rise, in nats.
-        guard_steps: in how many steps to prune; each costs a pass over the validation data.
-        seed: of the criterion ``"random"``.
+        max_val_drop: by how much validation accuracy may fall (0.01 is one point), or the loss rise, in nats.
 
     Raises:
         ValueError: for arguments out of range, here; for a layer that is unknown or cannot be pruned, when the fit is
@@ -101,26 +95,21 @@ class SensitivityPruneCallback(PartitionConsumer):
 
     state_version = 2
 
-    def __init__(  # noqa: PLR0913  (each is an option of its own)
+    def __init__(
         self,
         layer: str | list[str] | None = None,
         *,
         amount: float = 0.15,
-        criterion: str = SENSITIVITY,
-        regression: Literal["ridge", "logistic"] = "ridge",
-        ridge: float | None = None,
-        significance: float | None = 0.05,
+        criterion: str | Criterion = "sensitivity",
         guard: bool = True,
-        guard_tolerance: float = 0.01,
-        guard_steps: int = 4,
-        seed: int = 0,
+        max_val_drop: float = 0.01,
     ) -> None:
         self.layer = _checked_layer(layer)
         self.amount = check_number("amount", amount, above=0, below=1, meaning="the share of neurons to prune")
-        self.method = Method(criterion, regression, ridge, significance, seed)
+        self._criterion = find_criterion(criterion)
+        self.criterion = criterion if isinstance(criterion, Criterion) else self._criterion.name
         self.guard = check_flag("guard", guard)
-        self.guard_tolerance = check_number("guard_tolerance", guard_tolerance, least=0)
-        self.guard_steps = check_whole("guard_steps", guard_steps, least=1)
+        self.max_val_drop = check_number("max_val_drop", max_val_drop, least=0)
         self.reset()
 
     @override
@@ -190,7 +179,7 @@ class SensitivityPruneCallback(PartitionConsumer):
 
     @override
     def settings(self) -> dict[str, Any]:
-        return settings_of(self, **vars(self.method))
+        return settings_of(self, criterion=self.criterion if isinstance(self.criterion, str) else repr(self.criterion))
 
     @override
     def record(self, partition: Partition) -> dict[str, Any]:
@@ -404,7 +393,7 @@ class SensitivityPruneCallback(PartitionConsumer):
     def _prune(self, trainer: Trainer, pl_module: LightningModule, partition: Partition) -> None:
         gauge, started = None, time.perf_counter()
         if self.guard:
-            gauge = make_gauge(trainer, pl_module, self.source, partition, self.guard_tolerance)
+            gauge = make_gauge(trainer, pl_module, self.source, partition, self.max_val_drop)
         guard = time.perf_counter() - started
         rankings = self._rank(trainer, pl_module, partition, gauge)
         lives = self._live or [ranking.live for ranking in rankings]
@@ -416,7 +405,7 @@ class SensitivityPruneCallback(PartitionConsumer):
         outcome = Outcome(proposal)
         if gauge is not None and any(len(neurons) for neurons in proposal):
             steps_started = time.perf_counter()
-            outcome = prune_in_steps(pl_module, sites, proposal, gauge, self.guard_steps)
+            outcome = prune_in_steps(pl_module, sites, proposal, gauge)
             guard += time.perf_counter() - steps_started
         masks = [
             self._mask_of(at, sites[at], ranking, kept)
@@ -439,10 +428,13 @@ class SensitivityPruneCallback(PartitionConsumer):
         partition: Partition,
         gauge: Gauge | None,
     ) -> list[Ranking]:
-        held = torch.zeros(0, dtype=torch.int64) if gauge is None else gauge.held
+        weight = self.source.sample_weight
+        weight = torch.ones(len(partition)) if weight is None else weight.clone()
+        if gauge is not None:
+            weight[gauge.held] = 0
         gone = [~mask.keep for mask in self._masks] if self._holds() else [None] * len(self._sites)
-        subject = Subject(partition, held, gone)
-        return rank_neurons(trainer, pl_module, self.source, self._sites, self.method, subject)
+        subject = Subject(partition, weight, gone)
+        return rank_neurons(trainer, pl_module, self.source, self._sites, self._criterion, subject)
 
     def _holds(self) -> bool:
         """Whether neurons have been pruned before, and not only proposed."""
@@ -479,7 +471,7 @@ class SensitivityPruneCallback(PartitionConsumer):
                     " activation varies is less than one."
                 )
             elif len(ranking.order) == 0:
-                level = self.method.significance
+                level = getattr(self._criterion, "fdr_level", None)
                 rank_zero_info(
                     f"No neuron of '{mask.layer}' is pruned: of its {ranking.live} live neurons, none is"
                     f" {'' if level is None else 'significantly '}more active for noise"
@@ -488,7 +480,7 @@ class SensitivityPruneCallback(PartitionConsumer):
             elif len(proposed):
                 rank_zero_info(
                     f"{len(ranking.order)} of the {ranking.live} live neurons of '{mask.layer}' may be pruned"
-                    f" ({self.method.criterion}); proposed, the worst first: {len(proposed)} (amount={self.amount})."
+                    f" ({self._criterion.name}); proposed, the worst first: {len(proposed)} (amount={self.amount})."
                 )
         proposed_all = sum(len(neurons) for neurons in proposal)
         if outcome.rolled_back:

@@ -43,9 +43,8 @@ PRUNE = [
     Option("layer", None, "Linear or convolution to prune, or a list; the default: the inputs of the head"),
     Option("amount", 0.15, "share of the layer's neurons to prune at most"),
     Option("criterion", "sensitivity", "eight others to compare with, as magnitude or taylor"),
-    Option("significance", 0.05, "level of the test; null prunes amount of them, whether significant or not"),
     Option("guard", True, "measure, and take back what makes validation worse"),
-    Option("guard_tolerance", 0.01, "how much validation accuracy may fall"),
+    Option("max_val_drop", 0.01, "how much validation accuracy may fall"),
 ]
 FINETUNE = [
     Option("mode", "full", "layers: train the pruned layer and those behind it only, which is faster"),

@@ -5,7 +5,6 @@ from lightning_unlearn.functional.evidence import confident_disagreement, label_
 from lightning_unlearn.functional.gaussian import GaussianMixture
 from lightning_unlearn.functional.importance import NeuronSums, importance_ratio, magnitude, neuron_sums
 from lightning_unlearn.functional.latent_classes import LatentClasses, fit_latent_classes
-from lightning_unlearn.functional.logistic import fit_logistic
 from lightning_unlearn.functional.mixture import fit_mixture
 from lightning_unlearn.functional.selection import benjamini_hochberg, harmful_neurons, select_neurons
 from lightning_unlearn.functional.sensitivity import RegressionSums, Sensitivity, regression_sums, solve_sensitivity
@@ -23,7 +22,6 @@ __all__ = [
     "class_max_attribution",
     "confident_disagreement",
     "fit_latent_classes",
-    "fit_logistic",
     "fit_mixture",
     "fit_transition",
     "given_posterior",

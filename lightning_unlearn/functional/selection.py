@@ -39,7 +39,7 @@ def benjamini_hochberg(p_value: Tensor, level: float) -> Tensor:
     return rejected
 
 
-def harmful_neurons(found: Sensitivity, significance: float | None = None) -> Tensor:
+def harmful_neurons(found: Sensitivity, fdr_level: float | None = None) -> Tensor:
     """The neurons that are more active for noise, the most harmful first.
 
     With a level of significance, only those of whom it is sure: a one-sided test of each live neuron (neurons that are
@@ -50,7 +50,7 @@ def harmful_neurons(found: Sensitivity, significance: float | None = None) -> Te
 
     Args:
         found: the regression.
-        significance: level in (0, 1), or None for no test.
+        fdr_level: level in (0, 1), or None for no test.
 
     Returns:
         (K,) int64.
@@ -61,13 +61,13 @@ def harmful_neurons(found: Sensitivity, significance: float | None = None) -> Te
         ...     standard_error=torch.tensor([0.1, 0.1, 0.1, 0.1]).double(),
         ...     is_live=torch.ones(4, dtype=torch.bool),
         ... )
-        >>> harmful_neurons(found, significance=0.05), harmful_neurons(found)
+        >>> harmful_neurons(found, fdr_level=0.05), harmful_neurons(found)
         (tensor([2, 0]), tensor([2, 0, 3]))
     """
     harmful = found.is_live & (found.coefficient < 0)
-    if significance is not None:
+    if fdr_level is not None:
         sure = torch.zeros_like(harmful)
-        sure[found.is_live] = benjamini_hochberg(found.harmful_p_value()[found.is_live], significance)
+        sure[found.is_live] = benjamini_hochberg(found.harmful_p_value()[found.is_live], fdr_level)
         harmful &= sure
     return in_order(-found.coefficient, harmful)
 

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback
+from lightning_unlearn.pruning.criteria import Sensitivity
 from tests.callbacks.published import Published, make_partition
 from tests.toys import Blobs, BlobsData, IndexRecorder, Toy, fit, mlp, trio, weights
 
@@ -63,7 +64,7 @@ def fit_one(name, *more, devices=2, review=None, **kwargs):
     module, record, before = chosen.get("module", Toy)(plain), IndexRecorder(data), Before()
     partition, prune, finetune = trio(
         AT,
-        prune={"significance": None, "guard": False},
+        prune={"criterion": Sensitivity(fdr_level=None), "guard": False},
         finetune=chosen.get("finetune"),
         review=review,
         **{"recipe": "label", **chosen.get("partition", {})},
@@ -202,7 +203,9 @@ def refused(name):
 
 def elsewhere(folder, strategy):
     """A fit in other processes, which leave a checkpoint. Its own is not of a group."""
-    partition, prune, finetune = trio(AT, recipe="label", prune={"significance": None, "guard": False})
+    partition, prune, finetune = trio(
+        AT, recipe="label", prune={"criterion": Sensitivity(fdr_level=None), "guard": False}
+    )
     keep = ModelCheckpoint(folder / strategy, "last", save_on_train_epoch_end=True)
     fit(
         Toy(plain),

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch.utils.data import DataLoader, WeightedRandomSampler
 
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback, UnlearnReport
+from lightning_unlearn.pruning.criteria import Sensitivity
 from lightning_unlearn.recipes import RECIPES
 from tests.callbacks import test_training_evidence as evidence
 from tests.callbacks.test_resumed_otherwise import per_step
@@ -112,7 +113,7 @@ def run(folder, devices, scenario):
     recipe = settings.get("recipe", "label")
     recipe = replace(RECIPES["label"], judge=told) if recipe == "told" else recipe
     # The regression alone: what it finds is what is pruned.
-    plain = {"significance": None, "guard": False}
+    plain = {"criterion": Sensitivity(fdr_level=None), "guard": False}
     at_epoch = settings.get("at_epoch", AT)
     partition, prune, finetune = trio(at_epoch, prune=plain, finetune=settings["finetune"], recipe=recipe)
     module = Toy(settings["net"], **({"optimizer": settings["optimizer"]} if "optimizer" in settings else {}))

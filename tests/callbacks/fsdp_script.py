@@ -14,13 +14,14 @@ from torch.utils.data import DataLoader, DistributedSampler
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback, SensitivityPruneCallback
 from lightning_unlearn.attribution import ATTRIBUTION_METHODS
 from lightning_unlearn.callbacks._validation import score_validation
+from lightning_unlearn.pruning.criteria import Sensitivity
 from lightning_unlearn.recipes import Recipe, Verdict
 from lightning_unlearn.utilities.sharding import whole
 from tests.callbacks.published import Planted, PlantedData, Published, make_partition
 from tests.toys import Blobs, BlobsData, IndexRecorder, Toy, fit, mlp, trio
 
 SIZE, AT, PER_RANK = 104, 2, 8
-CRITERIA = ("random", "magnitude", "mean_abs_ratio", "std_ratio", "frequency_ratio", "taylor", "hessian")
+CRITERIA = ("sensitivity", "random", "magnitude", "mean_abs_ratio", "std_ratio", "frequency_ratio", "taylor", "hessian")
 REFUSED = {
     "lr": lambda: [CleanSubsetFinetuneCallback(lr=0.1)],
     "optimizer": lambda: [CleanSubsetFinetuneCallback(optimizer=torch.optim.SGD)],
@@ -155,7 +156,7 @@ def callbacks_of(scenario):
     # The regression alone: what it finds is what is pruned.
     return trio(
         AT,
-        prune={"significance": None, "guard": chosen.get("guard", True)},
+        prune={"criterion": Sensitivity(fdr_level=None), "guard": chosen.get("guard", True)},
         finetune=chosen.get("finetune"),
         **{"recipe": "label", **chosen.get("partition", {})},
     )
@@ -215,7 +216,7 @@ def resumed(folder):
 def pruned_by(kind, **arguments):
     """The mask of neurons whose partition is known in advance."""
     data = PlantedData(101, validation=False)
-    prune = SensitivityPruneCallback("fc", amount=0.5, guard="regression" in arguments, **arguments)
+    prune = SensitivityPruneCallback("fc", amount=0.5, guard=arguments["criterion"] == "sensitivity", **arguments)
     module = ShardedPlanted()
     published = Published(make_partition(data.probability(), data.y))
     fit(module, data, [prune, published], max_epochs=2, **settings(kind))
@@ -305,8 +306,7 @@ def run(folder):
             for name in SCENARIOS
         },
         "resumed": resumed(folder),
-        "criteria": {name: pruned_by("fsdp", criterion=name) for name in CRITERIA}
-        | {"logistic": pruned_by("fsdp", regression="logistic")},
+        "criteria": {name: pruned_by("fsdp", criterion=name) for name in CRITERIA},
         "methods": {method: attributed_by("fsdp", method) for method in ATTRIBUTION_METHODS},
         "untouched": untouched(),
         "refused": refusals(),

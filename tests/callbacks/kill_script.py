@@ -25,7 +25,6 @@ import lightning_unlearn.callbacks.partition as partition_module
 from lightning_unlearn import CleanSubsetFinetuneCallback, SensitivityPruneCallback
 from lightning_unlearn.attribution import Attributor
 from lightning_unlearn.callbacks import _guard
-from lightning_unlearn.callbacks._criteria import SENSITIVITY
 from lightning_unlearn.callbacks._holding import HeldEntries
 from tests.toys import Blobs, BlobsData, IndexRecorder, Toy, fit, sgd, trio, weights
 
@@ -41,7 +40,7 @@ def small_adam(parameters: Any) -> torch.optim.Optimizer:
 
 
 # A criterion that prunes in any case, so that the guard has something to weigh up.
-PRUNES = {"criterion": "magnitude", "amount": 0.3, "guard_tolerance": 0.5}
+PRUNES = {"criterion": "magnitude", "amount": 0.3, "max_val_drop": 0.5}
 VARIANTS: dict[str, dict[str, Any]] = {
     "full": {"prune": PRUNES},
     "layers, lr": {"prune": PRUNES, "finetune": {"mode": "layers", "lr": 0.01}},
@@ -51,7 +50,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "evidence": "passes",
     },
     "rounds, relabel": {
-        "prune": {"criterion": SENSITIVITY},
+        "prune": {"criterion": "sensitivity"},
         "finetune": {"on_noisy": "relabel", "relabel_threshold": 0.4},
         "every_n_epochs": 1,
         "stable_share": 0,

@@ -4,6 +4,7 @@ import torch
 
 from lightning_unlearn import SensitivityPruneCallback
 from lightning_unlearn.callbacks._validation import score_samples, score_validation
+from lightning_unlearn.pruning.criteria import Sensitivity
 from tests.callbacks.published import Planted, PlantedData, Published, make_partition
 from tests.callbacks.test_prune_guard import class_zero_is_suspect
 from tests.toys import fit, weights
@@ -12,7 +13,8 @@ SIZE = 101
 CASES = {
     "guard": {},
     "no validation": {},
-    "logistic": {"regression": "logistic"},
+    "no penalty": {"criterion": Sensitivity(l2_penalty=0.0)},
+    "magnitude": {"criterion": "magnitude", "guard": False},
     "hessian": {"criterion": "hessian", "guard": False},
     "std": {"criterion": "std_ratio"},
 }

@@ -18,6 +18,7 @@ import lightning_unlearn
 
 EARLY = "lightning" in sys.modules  # before anybody has asked for a callback
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback, SensitivityPruneCallback  # noqa: E402
+from lightning_unlearn.pruning.criteria import Sensitivity  # noqa: E402
 
 EARLIEST = AttributionPartitionCallback(at_epoch=1)
 NEVER_IMPORTED = "pytorch_lightning" not in sys.modules
@@ -79,7 +80,7 @@ class TeamData(pl.LightningDataModule):
 QUIET = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_model_summary": False}
 ARGUMENTS = {
     "partition": {"at_epoch": 5, "recipe": "label"},
-    "prune": {"layer": "encoder.0", "amount": 0.25, "significance": None, "guard": False},
+    "prune": {"layer": "encoder.0", "amount": 0.25, "criterion": Sensitivity(fdr_level=None), "guard": False},
     "finetune": {"mode": "full", "lr": 1e-2},
 }
 

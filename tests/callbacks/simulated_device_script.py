@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from lightning_unlearn import UnlearnReport
+from lightning_unlearn.pruning.criteria import Sensitivity
 from tests.callbacks.simulated_device import SimulatedStrategy, install, waits
 from tests.toys import Blobs, BlobsData, Toy, convnet, fit, trio
 
@@ -23,7 +24,7 @@ CASES: dict[str, dict[str, Any]] = {
     "passes, weigh, blind pruning": {
         "evidence": "passes",
         "finetune": {"on_noisy": "weigh"},
-        "prune": {"amount": 0.3, "significance": None, "guard": False},
+        "prune": {"amount": 0.3, "criterion": Sensitivity(fdr_level=None), "guard": False},
     },
 }
 

@@ -21,6 +21,7 @@ from lightning_unlearn import (
     UnlearnReport,
 )
 from lightning_unlearn.data.task_format import Reading
+from lightning_unlearn.pruning.criteria import Random, Sensitivity
 from lightning_unlearn.recipes import Recipe, get_recipe
 
 
@@ -105,6 +106,8 @@ VALUES = {
 MAKERS = {
     AttributionPartitionCallback: {"at_epoch": 3},
     SensitivityPruneCallback: {},
+    Sensitivity: {},
+    Random: {},
     CleanSubsetFinetuneCallback: {},
     UnlearnReport: {},
     Reading: {},
@@ -168,7 +171,10 @@ TAKEN = [
     (AttributionPartitionCallback, "check_data", np.bool_(False), False),
     (AttributionPartitionCallback, "action", np.str_("report"), "report"),
     (AttributionPartitionCallback, "action", Word.ACT, "act"),
-    (SensitivityPruneCallback, "guard_steps", np.float32(3), 3),
+    (SensitivityPruneCallback, "max_val_drop", np.float32(3), 3.0),
+    (SensitivityPruneCallback, "criterion", np.str_("random"), "random"),
+    (Sensitivity, "fdr_level", np.float64(0.5), 0.5),
+    (Random, "seed", np.float32(3), 3),
     (SensitivityPruneCallback, "amount", fractions.Fraction(1, 4), 0.25),
     (SensitivityPruneCallback, "layer", ("a", np.str_("b")), ["a", "b"]),
     (SensitivityPruneCallback, "layer", np.str_("a"), "a"),
@@ -216,8 +222,8 @@ REFUSED = [
     (SensitivityPruneCallback, "guard", "yes", "to be True or False, but got 'yes'"),
     (SensitivityPruneCallback, "layer", {"a", "b"}, "to be a list of dotted paths of layers, but got "),
     (SensitivityPruneCallback, "layer", ["a", "a"], "to hold each of the dotted paths of layers once, but got 'a' tw"),
-    (SensitivityPruneCallback, "seed", 0.5, "to be a whole number, but got 0.5"),
-    (SensitivityPruneCallback, "guard_tolerance", float("inf"), "to be a finite number of at least 0, but got inf"),
+    (Random, "seed", 0.5, "to be a whole number, but got 0.5"),
+    (SensitivityPruneCallback, "max_val_drop", float("inf"), "to be a finite number of at least 0, but got inf"),
     (CleanSubsetFinetuneCallback, "lr", float("inf"), "to be a finite number greater than 0, but got inf"),
     (CleanSubsetFinetuneCallback, "lr", "1e-3", "to be a finite number greater than 0, but got '1e-3'"),
     (CleanSubsetFinetuneCallback, "optimizer", VALUES["optimizer"], "from parameters to an optimizer, as torch.*, but"),

@@ -13,6 +13,7 @@ from torch.utils.data import (
 )
 
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback, SensitivityPruneCallback
+from lightning_unlearn.pruning.criteria import Sensitivity
 from tests.toys import Blobs, BlobsData, Residual, Swapped, Toy, fit, mlp, trio
 
 
@@ -72,7 +73,7 @@ def refused(error, match, callbacks, *, module=None, data=None, steps=0, **train
         (lambda: SensitivityPruneCallback(amount=0), r"amount to lie in \(0, 1\), .* but got 0"),
         (lambda: SensitivityPruneCallback(amount=1.0), r"amount to lie in \(0, 1\), .* but got 1.0"),
         (lambda: SensitivityPruneCallback(amount=-0.1), r"amount to lie in \(0, 1\), .* but got -0.1"),
-        (lambda: SensitivityPruneCallback(ridge=-1.0), "ridge to be at least 0, but got -1.0"),
+        (lambda: Sensitivity(l2_penalty=-1.0), "l2_penalty to be at least 0, but got -1.0"),
         (lambda: CleanSubsetFinetuneCallback("some"), "mode to be 'full' or 'layers', but got 'some'"),
         (lambda: CleanSubsetFinetuneCallback(layers=["net.7"]), r"layers only with mode='layers', but got mode='full'"),
         (lambda: CleanSubsetFinetuneCallback("layers", layers=[]), "name at least one module, but got an empty list"),

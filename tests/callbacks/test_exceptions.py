@@ -28,7 +28,7 @@ from tests.toys import Blobs, Toy, make_trainer, mlp, sgd, trio, weights
 
 THIS = sys.modules[__name__]
 AT, EPOCHS = 2, 4
-PRUNES = {"criterion": "magnitude", "amount": 0.3, "guard_tolerance": 0.5}
+PRUNES = {"criterion": "magnitude", "amount": 0.3, "max_val_drop": 0.5}
 
 
 class Fault(Exception):

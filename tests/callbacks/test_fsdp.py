@@ -144,16 +144,16 @@ def test_every_method_attributes_through_shards(ranks, method):
         torch.testing.assert_close(rank["methods"][method]["probability"], alone, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", [*CRITERIA, "logistic"])
+@pytest.mark.parametrize("name", CRITERIA)
 def test_every_criterion_ranks_neurons_of_shards(ranks, name):
-    alone = pruned_by("single", **({"regression": name} if name == "logistic" else {"criterion": name}))
+    alone = pruned_by("single", criterion=name)
     assert 0 < (~alone["keep"]).sum() <= 4
     for rank in ranks:
         both = rank["criteria"][name]
         assert both["keep"].equal(alone["keep"])
         torch.testing.assert_close(both["score"], alone["score"], rtol=1e-3, atol=1e-5)
         assert (both["weight"][~both["keep"]] == 0).all()
-    if name in ("logistic", "mean_abs_ratio"):
+    if name in ("sensitivity", "mean_abs_ratio"):
         assert not alone["keep"][FLAG]
 
 

@@ -11,11 +11,12 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from lightning_unlearn.callbacks import _loggers
+from lightning_unlearn.pruning.criteria import Sensitivity
 from lightning_unlearn.results import plots
 from tests.toys import Blobs, BlobsData, Toy, fit, trio
 
 AT, SIZE = 1, 101
-PRUNES = {"significance": None, "guard_tolerance": 1.0}
+PRUNES = {"criterion": Sensitivity(fdr_level=None), "max_val_drop": 1.0}
 SCALARS = {
     "noise_rate",
     "kept_share",

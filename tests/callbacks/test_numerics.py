@@ -7,6 +7,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from lightning_unlearn import AttributionPartitionCallback, SensitivityPruneCallback
+from lightning_unlearn.pruning.criteria import Sensitivity
 from tests.toys import CLASSES, FEATURES, Blobs, BlobsData, Toy, adamw, auroc, convnet, fit, trio, weights
 
 BROKEN = torch.tensor([1, 30, 31, 77])
@@ -48,7 +49,7 @@ class LeavesStepsOut(Toy):
 def broken(request):
     module, evidence = request.param
     data = BrokenBlobs(size=400)
-    prune = {"significance": None, "guard_tolerance": 1.0}
+    prune = {"criterion": Sensitivity(fdr_level=None), "max_val_drop": 1.0}
     callbacks = trio(3, evidence=evidence, prune=prune, finetune={"lr": 0.01})
     module = module(no_norms, adamw)
     fit(module, BlobsData(data, batch_size=4), callbacks, max_epochs=5)
@@ -166,17 +167,15 @@ class Mends(nn.Module):
 
 
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf])
-@pytest.mark.parametrize(
-    "method", [{}, {"regression": "logistic"}, {"criterion": "rms_ratio"}, {"criterion": "taylor"}], ids=str
-)
-def test_neurons_are_ranked_without_the_samples_that_break_them(broken, method):
+@pytest.mark.parametrize("criterion", [Sensitivity(fdr_level=None), "rms_ratio", "taylor"], ids=str)
+def test_neurons_are_ranked_without_the_samples_that_break_them(broken, criterion):
     module = Toy(lambda: nn.Sequential(Breaks(FEATURES, 32), Mends(), nn.Linear(32, CLASSES)), adamw)
     module.net[0].value = broken
     data = Blobs(400)
     few = int((data.x[:, 0] > 4).sum())
     assert 0 < few < 40
     partition = AttributionPartitionCallback(at_epoch=3, recipe="aum", evidence="passes")
-    prune = SensitivityPruneCallback(layer="net.0", amount=0.2, significance=None, guard=False, **method)
+    prune = SensitivityPruneCallback(layer="net.0", amount=0.2, guard=False, criterion=criterion)
     with pytest.warns(UserWarning, match=f"ranked without {few} of 400 training samples, for which activations"):
         fit(module, BlobsData(data), [partition, prune], max_epochs=4)
     assert partition.partition.clean_probability.isfinite().all()

@@ -11,11 +11,13 @@ from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgre
 from lightning_unlearn import AttributionPartitionCallback
 from lightning_unlearn.callbacks import _progress
 from lightning_unlearn.callbacks._progress import close_lines, shown
+from lightning_unlearn.pruning.criteria import Sensitivity
 from tests.toys import Blobs, BlobsData, Toy, fit, trio
 
 AT, SIZE = 2, 101
 BATCHES = -(-SIZE // 16)
-PRUNES = {"significance": None, "guard_tolerance": 1.0, "guard_steps": 1}
+# One neuron, so one step of the guard.
+PRUNES = {"criterion": Sensitivity(fdr_level=None), "max_val_drop": 1.0, "amount": 0.05}
 # Two passes for evidence; validation before, which the guard goes by too; the regression; the guard's score after a
 # step; validation after.
 PASSES = [

@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveragi
 from torch import nn
 
 from lightning_unlearn import AttributionPartitionCallback, SensitivityPruneCallback
+from lightning_unlearn.pruning.criteria import Sensitivity
 from tests.toys import Blobs, BlobsData, Plain, Residual, Swapped, Toy, adamw, convnet, fit, mlp, sgd, trio, weights
 
 
@@ -153,7 +154,7 @@ def test_pruning_changes_nothing_but_the_declared_entries():
 
 
 # The regression alone: no shrinkage, no test, nothing taken back.
-PLAIN = {"ridge": 0.0, "significance": None, "guard": False}
+PLAIN = {"criterion": Sensitivity(fdr_level=None, l2_penalty=0.0), "guard": False}
 
 
 def naive_sensitivity(activation, target):
@@ -205,7 +206,7 @@ def test_sensitivity_is_that_of_least_squares_on_the_activations(net, image, lay
 def test_a_ridge_shrinks_the_coefficients():
     norms = []
     for ridge in (0.0, 10.0):
-        partition, prune, _ = trio(2, prune={"ridge": ridge})
+        partition, prune, _ = trio(2, prune={"criterion": Sensitivity(l2_penalty=ridge)})
         fit(Toy(), BlobsData(Blobs()), [partition, prune], max_epochs=3)
         norms.append(prune.sensitivity.norm())
     assert norms[1] < 0.5 * norms[0]

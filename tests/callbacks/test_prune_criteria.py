@@ -1,19 +1,18 @@
 import numpy as np
 import pytest
 import torch
-from sklearn.linear_model import LogisticRegression
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from lightning_unlearn import SensitivityPruneCallback
 from lightning_unlearn.attribution import loss_gradients
 from lightning_unlearn.attribution.layers import LayerPoint
-from lightning_unlearn.callbacks import _criteria
-from lightning_unlearn.callbacks._criteria import CRITERIA, GRADIENTS, RATIOS
-from tests.callbacks.published import FLAG, Planted, PlantedData, Published, make_partition
+from lightning_unlearn.pruning.criteria import CRITERIA, Random, Sensitivity
+from tests.callbacks.published import Planted, PlantedData, Published, make_partition
 from tests.callbacks.test_leaves_model_as_found import hooks_of
 from tests.toys import Blobs, BlobsData, Toy, convnet, fit, mlp
 
+GRADIENTS = ("taylor", "hessian")
 STATISTICS = {
     "mean_abs_ratio": lambda a: np.abs(a).mean(axis=0),
     "rms_ratio": lambda a: np.sqrt((a**2).mean(axis=0)),
@@ -81,7 +80,7 @@ def run(criterion, layer, image=True, size=101, **arguments):
     return callback, untouched.eval(), data, probability >= 0.5
 
 
-@pytest.mark.parametrize("criterion", [*RATIOS, *GRADIENTS])
+@pytest.mark.parametrize("criterion", STATISTICS)
 @pytest.mark.parametrize("layer", ["net.net.0", "net.net.6", None])
 def test_a_ratio_is_that_of_the_samples_one_by_one(criterion, layer):
     callback, module, data, is_clean = run(criterion, layer)
@@ -116,7 +115,7 @@ def test_magnitude_prunes_the_smallest_rows(layer, parameter):
 
 
 def test_random_depends_on_the_seed_alone():
-    pruned = [run("random", "net.4", image=False, seed=seed)[0].mask.pruned_indices().tolist() for seed in (0, 0, 1)]
+    pruned = [run(Random(seed), "net.4", image=False)[0].mask.pruned_indices().tolist() for seed in (0, 0, 1)]
     assert pruned[0] == pruned[1] != pruned[2]
     assert len(pruned[0]) == 6
 
@@ -139,57 +138,22 @@ def test_random_draws_for_each_layer_by_itself():
     assert alone.mask.keep.equal(second.keep)
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("criterion", [*list(CRITERIA)[1:], Sensitivity(fdr_level=None)])
 def test_every_criterion_works_on_several_layers_at_once(criterion):
-    callback, module, _, _ = run(criterion, ["net.0", "net.4"], image=False, significance=None)
+    callback, module, _, _ = run(criterion, ["net.0", "net.4"], image=False)
     assert [mask.layer for mask in callback.masks] == ["net.0", "net.4"]
     for layer, mask in zip(("net.0", "net.4"), callback.masks, strict=True):
-        alone = run(criterion, layer, image=False, significance=None)[0].mask
+        alone = run(criterion, layer, image=False)[0].mask
         torch.testing.assert_close(mask.sensitivity, alone.sensitivity)
         assert mask.keep.equal(alone.keep)
         assert len(mask.pruned_indices()) > 0
     assert not any(hooks_of(module).values())
 
 
-def test_logistic_regression_is_that_of_sklearn():
+@pytest.mark.parametrize("fdr_level", [0.05, 1e-9])
+def test_the_papers_regression_knows_no_test_no_sign_and_no_ridge(fdr_level):
     data = PlantedData()
-    probability = data.probability()
-    callback = SensitivityPruneCallback("fc", regression="logistic", ridge=1e-2, guard=False, amount=0.5)
-    fit(Planted(), data, [callback, Published(make_partition(probability, data.y))], max_epochs=2)
-    x = data.x[:, :7].double().numpy()
-    x = (x - x.mean(axis=0)) / x.std(axis=0)
-    target = probability.double().numpy()
-    model = LogisticRegression(C=1 / (1e-2 * 400), tol=1e-12, max_iter=1000)
-    weight = np.stack([target, 1 - target], axis=1).ravel()
-    model.fit(np.repeat(x, 2, axis=0), np.tile([1, 0], 400), sample_weight=weight)
-    expected = torch.from_numpy(model.coef_[0]).float()
-    torch.testing.assert_close(callback.sensitivity[:7], expected, rtol=1e-3, atol=1e-4)
-    assert callback.sensitivity[7] == 0
-    assert callback.mask.pruned_indices().tolist() == [FLAG]
-    assert (callback.mask.standard_error[:7] > 0).all()
-
-
-def test_too_many_activations_for_memory_are_regressed_by_ridge(monkeypatch):
-    said = []
-    monkeypatch.setattr(_criteria, "LOGISTIC_BYTES", 400 * 8 * 4 - 1)
-    monkeypatch.setattr(_criteria, "rank_zero_info", said.append)
-    data, found = PlantedData(), []
-    for regression in ("logistic", "ridge"):
-        callback = SensitivityPruneCallback("fc", regression=regression, guard=False)
-        fit(Planted(), data, [callback, Published(make_partition(data.probability(), data.y))], max_epochs=2)
-        found.append(callback.sensitivity)
-    assert found[0].equal(found[1])
-    assert len(said) == 1
-    assert said[0].startswith(
-        "A logistic regression on the neurons of 'fc' would hold 0 MB of activations on each rank"
-    )
-    assert said[0].endswith("a ridge regression is taken.")
-
-
-@pytest.mark.parametrize("significance", [0.05, 1e-9])
-def test_the_papers_regression_knows_no_test_no_sign_and_no_ridge(significance):
-    data = PlantedData()
-    callback = SensitivityPruneCallback("fc", amount=0.3, guard=False, significance=significance)
+    callback = SensitivityPruneCallback("fc", amount=0.3, guard=False, criterion=Sensitivity(fdr_level))
     partition = make_partition(data.probability(), data.y)
     fit(Planted(), data, [callback, Published(partition, soft=False)], max_epochs=2)
     x, y = data.x[:, :7].double(), partition.is_clean.double()
@@ -205,14 +169,8 @@ def test_the_papers_regression_knows_no_test_no_sign_and_no_ridge(significance):
     [
         ({"criterion": "talyor"}, "Expected criterion to be one of 'sensitivity', .*Did you mean 'taylor'?"),
         ({"criterion": "xyz"}, r"but got 'xyz'\.$"),
-        (
-            {"regression": "logit"},
-            "Expected regression to be 'ridge' or 'logistic', but got 'logit'. Did you mean 'logi",
-        ),
-        ({"ridge": -1.0}, "Expected ridge to be at least 0, but got -1.0"),
-        ({"significance": 0.0}, r"Expected significance to lie in \(0, 1\), or None for no test, but got 0.0"),
-        ({"guard_steps": 0}, "Expected guard_steps to be at least 1, but got 0"),
-        ({"guard_tolerance": -0.1}, "Expected guard_tolerance to be at least 0, but got -0.1"),
+        ({"criterion": Sensitivity}, r"Expected criterion to be one of 'sensitivity', .*, but got <class"),
+        ({"max_val_drop": -0.1}, "Expected max_val_drop to be at least 0, but got -0.1"),
         ({"layer": []}, r"Expected layer to name at least one layer, and each once, but got \[\]"),
         ({"layer": ["a", "b", "a"]}, "each of the dotted paths of layers once"),
     ],
@@ -297,7 +255,7 @@ def test_gradients_that_cannot_be_had_are_refused():
     assert not any(hooks_of(silent).values())
 
 
-@pytest.mark.parametrize("criterion", ["sensitivity", "mean_abs_ratio"])
+@pytest.mark.parametrize("criterion", [Sensitivity(fdr_level=None), "mean_abs_ratio"])
 def test_copies_of_a_sample_are_one_sample_where_neurons_are_ranked(criterion):
     def net():
         return nn.Sequential(nn.Linear(16, 20), nn.Tanh(), nn.Linear(20, 4))
@@ -311,7 +269,7 @@ def test_copies_of_a_sample_are_one_sample_where_neurons_are_ranked(criterion):
         published = Published(make_partition(probability, data.y))
         published.sample_weight = torch.ones(101 + copies)
         published.sample_weight[[3, *range(101, 101 + copies)]] = 1 / (1 + copies)
-        callback = SensitivityPruneCallback("net.0", criterion=criterion, amount=0.3, guard=False, significance=None)
+        callback = SensitivityPruneCallback("net.0", criterion=criterion, amount=0.3, guard=False)
         fit(Toy(net, still), BlobsData(data), [published, callback], max_epochs=2)
         return callback.mask
 

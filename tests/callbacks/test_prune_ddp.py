@@ -42,7 +42,7 @@ def test_two_processes_prune_what_one_does(found, case):
         torch.testing.assert_close(one["standard_error"], other["standard_error"], rtol=1e-4, atol=1e-6)
     assert alone["said"] == both["said"]
     assert not one["keep"].all()
-    if case != "hessian":  # the flag moves the loss least
+    if case not in ("hessian", "magnitude"):  # the flag moves the loss least, and its weights are as large as any
         assert not one["keep"][FLAG]
 
 

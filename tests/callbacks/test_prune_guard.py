@@ -9,6 +9,7 @@ from lightning_unlearn import SensitivityPruneCallback
 from lightning_unlearn.callbacks import _guard, prune
 from lightning_unlearn.callbacks._guard import Gauge, held_back
 from lightning_unlearn.callbacks._validation import Score
+from lightning_unlearn.pruning.criteria import Sensitivity
 from tests.callbacks.published import ANTI, FLAG, IDLE, Planted, PlantedData, Published, make_partition
 from tests.toys import fit, weights
 
@@ -76,13 +77,14 @@ def test_without_a_guard_it_stays():
 
 def test_a_tolerance_that_is_large_lets_it_pass():
     data = PlantedData()
-    _, callback = run(data, class_zero_is_suspect(data), guard_tolerance=0.5)
+    _, callback = run(data, class_zero_is_suspect(data), max_val_drop=0.5)
     assert callback.mask.pruned_indices().tolist() == [0, FLAG]
 
 
-def test_where_the_first_step_hurts_nothing_is_pruned_and_the_weights_are_as_they_were():
+def test_where_the_first_step_hurts_nothing_is_pruned_and_the_weights_are_as_they_were(monkeypatch):
+    monkeypatch.setattr(_guard, "STEPS", 1)
     data = PlantedData()
-    module, callback = run(data, class_zero_is_suspect(data), guard_steps=1)
+    module, callback = run(data, class_zero_is_suspect(data))
     assert callback.mask.keep.all()
     before = weights(Planted())
     assert all(value.equal(before[name]) for name, value in weights(module).items())
@@ -113,8 +115,8 @@ def test_an_error_in_the_middle_leaves_the_weights_as_they_were(monkeypatch):
 def test_as_many_scores_are_taken_as_steps_are_said(monkeypatch):
     data, taken = PlantedData(), []
     monkeypatch.setattr(_guard, "score_validation", lambda *_: taken.append(1) or Score(1.0, 0.1, 10))
-    run(data, data.probability(), criterion="random", amount=0.72, guard_steps=2)
-    assert len(taken) == 1 + 2
+    run(data, data.probability(), criterion="random", amount=0.72)
+    assert len(taken) == 1 + _guard.STEPS
     taken.clear()
     # One neuron is one step.
     run(data, data.probability(), amount=0.15)
@@ -128,7 +130,7 @@ def test_where_no_neuron_is_proposed_held_back_samples_are_not_scored(monkeypatc
     run(data, data.probability(), amount=0.15)
     assert len(taken) == 2
     taken.clear()
-    _, prune = run(data, data.probability(), amount=0.15, significance=1e-300)
+    _, prune = run(data, data.probability(), amount=0.15, criterion=Sensitivity(fdr_level=1e-300))
     assert len(taken) == 0
     assert prune.mask.keep.all()
 
@@ -159,7 +161,7 @@ def test_held_back_samples_are_left_out_of_the_regression():
     data = PlantedData(validation=False)
     probability = data.probability()
     held = held_back(make_partition(probability, data.y))
-    _, callback = run(data, probability, ridge=0.0)
+    _, callback = run(data, probability, criterion=Sensitivity(l2_penalty=0.0))
     used = torch.ones(len(data.y), dtype=torch.bool)
     used[held] = False
     x, y = data.x[used, :7].double(), probability[used].double()
@@ -167,7 +169,7 @@ def test_held_back_samples_are_left_out_of_the_regression():
     expected = torch.linalg.lstsq(x, y.unsqueeze(1)).solution[:, 0]
     torch.testing.assert_close(callback.sensitivity[:7], expected.float(), rtol=1e-4, atol=1e-5)
     # With validation data, all samples are used.
-    _, all_of_them = run(PlantedData(), probability, ridge=0.0)
+    _, all_of_them = run(PlantedData(), probability, criterion=Sensitivity(l2_penalty=0.0))
     assert not torch.allclose(all_of_them.sensitivity, callback.sensitivity, rtol=1e-4)
 
 
@@ -267,7 +269,7 @@ def test_a_dry_run_changes_nothing_and_says_what_it_would_do(validation, lr, sai
     for with_callback in (False, True):
         module = Planted(lr=lr)
         published = Published(make_partition(class_zero_is_suspect(data), data.y), is_dry_run=True)
-        callback = SensitivityPruneCallback("fc", amount=0.5, significance=None)
+        callback = SensitivityPruneCallback("fc", amount=0.5, criterion=Sensitivity(fdr_level=None))
         fit(module, data, [published, *([callback] if with_callback else [])], max_epochs=3)
         final.append(weights(module))
     assert all(final[0][name].equal(final[1][name]) for name in final[0])

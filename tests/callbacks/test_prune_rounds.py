@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from lightning_unlearn import CleanSubsetFinetuneCallback, SensitivityPruneCallback
+from lightning_unlearn.pruning.criteria import Sensitivity
 from lightning_unlearn.results.mask import NeuronMask
 from lightning_unlearn.trainer.protocols import MaskSource
 from tests.callbacks.published import ANTI, FLAG, IDLE, Planted, PlantedData, Published, make_partition
@@ -40,7 +41,10 @@ def rounds(data, *epochs, **kwargs):
 
 @pytest.mark.parametrize("layer", ["net.4", None])
 def test_every_partition_is_acted_upon_once_and_what_was_pruned_stays(layer):
-    data, prune = Blobs(101), SensitivityPruneCallback(layer, amount=0.2, guard=False, significance=None, ridge=0.3)
+    data, prune = (
+        Blobs(101),
+        SensitivityPruneCallback(layer, amount=0.2, guard=False, criterion=Sensitivity(fdr_level=None, l2_penalty=0.3)),
+    )
     watch = Watch(prune, "net.4")
     fit(Toy(optimizer=adamw), BlobsData(data), [prune, rounds(data, 1, 3, 4), watch], max_epochs=6)
     # Four of 20 in all, all in the first round, if there were as many of the harmful sign: so none is left for later.
@@ -85,7 +89,7 @@ class ResidualPlanted(Planted):
 def test_a_neuron_whose_columns_are_gone_is_not_pruned_twice_nor_told_apart_by():
     data = PlantedData()
     first, second = (make_partition(data.probability(), data.y, epoch=e) for e in (1, 2))
-    prune, module = SensitivityPruneCallback(amount=0.5, ridge=0.0), ResidualPlanted()
+    prune, module = SensitivityPruneCallback(amount=0.5, criterion=Sensitivity(l2_penalty=0.0)), ResidualPlanted()
     found = []
 
     class Keeps(L.Callback):
@@ -170,7 +174,7 @@ def test_a_dry_run_in_rounds_leaves_a_fit_with_dropout_and_augmentation_bit_for_
     final, data = [], Blobs(101, augment="numpy")
     for with_callback in (False, True):
         module = Toy(lambda: mlp(dropout=0.5), adamw)
-        prune = Sparing(amount=0.3, criterion="random", guard=guard, guard_tolerance=0.5)
+        prune = Sparing(amount=0.3, criterion="random", guard=guard, max_val_drop=0.5)
         published = rounds(data, 1, 2, is_dry_run=True)
         fit(module, BlobsData(data), [published, *([prune] if with_callback else [])], max_epochs=4)
         final.append(weights(module))

@@ -30,7 +30,7 @@ from tests.toys import (
 )
 
 PARTITION, PRUNE, FINETUNE = "AttributionPartitionCallback", "SensitivityPruneCallback", "CleanSubsetFinetuneCallback"
-PRUNES = {"criterion": "magnitude", "amount": 0.3, "guard_tolerance": 0.5}
+PRUNES = {"criterion": "magnitude", "amount": 0.3, "max_val_drop": 0.5}
 AT, EPOCHS = 1, 3
 
 

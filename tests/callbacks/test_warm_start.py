@@ -12,10 +12,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveragi
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_unlearn.finetuning.shrink_weights import shrink
+from lightning_unlearn.pruning.criteria import Sensitivity
 from tests.toys import Blobs, BlobsData, Toy, adamw, assert_same_weights, fit, trio, weights
 
 AT = 2
-PRUNES = {"significance": None, "guard": False, "amount": 0.3}
+PRUNES = {"criterion": Sensitivity(fdr_level=None), "guard": False, "amount": 0.3}
 
 
 class Moments(L.Callback):

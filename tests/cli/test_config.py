@@ -30,7 +30,11 @@ trainer:
     - class_path: lightning_unlearn.AttributionPartitionCallback
       init_args: {at_epoch: 5, recipe: auto}
     - class_path: lightning_unlearn.SensitivityPruneCallback
-      init_args: {layer: encoder.0, amount: 0.25, significance: null, guard: false}
+      init_args:
+        layer: encoder.0
+        amount: 0.25
+        criterion: {class_path: lightning_unlearn.pruning.criteria.Sensitivity, init_args: {fdr_level: null}}
+        guard: false
     - class_path: lightning.pytorch.callbacks.ModelCheckpoint
       init_args: {dirpath: saved, filename: last}
 """

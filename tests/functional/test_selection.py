@@ -114,9 +114,9 @@ def test_neurons_of_clean_samples_do_not_make_others_suspect():
     z[:50], z[99] = 10.0, -2.3
     found = Sensitivity(z, torch.ones(100).double(), torch.ones(100, dtype=torch.bool))
     assert benjamini_hochberg(found.p_value(), 0.05)[99]
-    assert len(harmful_neurons(found, significance=0.05)) == 0
+    assert len(harmful_neurons(found, fdr_level=0.05)) == 0
     z[98] = -6.0
-    assert harmful_neurons(found, significance=0.05).tolist() == [98]
+    assert harmful_neurons(found, fdr_level=0.05).tolist() == [98]
 
 
 @pytest.mark.parametrize(("t", "freedom"), [(2.0, 5.0), (-3.0, 12.0), (1.0, 40.0)])

@@ -91,29 +91,27 @@ def _import(name: str, wanted: str) -> Any:
         raise ValueError(f"{wanted} importing {name} fails: {type(error).__name__}: {error}.") from error
 
 
-def layer_notes(kind: type[LightningModule]) -> tuple[list[str], str | None]:
-    """What there is to say of a model's layers, and the dotted path of the one before the head, None if not known."""
+def layer_notes(kind: type[LightningModule]) -> list[str]:
+    """What there is to say of a model's layers, in lines."""
     parameters = inspect.signature(kind).parameters.values()
     by_force = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     if any(one.default is one.empty and one.kind not in by_force for one in parameters):
-        return [], None
+        return []
     try:
         model = kind()
     except Exception as error:  # of the user's class
-        return [f"The layers are not known: {kind.__name__}() fails with {type(error).__name__}: {error}"[:110]], None
+        return [f"The layers are not known: {kind.__name__}() fails with {type(error).__name__}: {error}"[:110]]
     counts = {
         name: neuron_count(module)
         for name, module in named_layers(model).items()
         if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
     }
     if not counts:
-        return [], None
+        return []
     head = _head_of(model) or list(counts)[-1]
     others = [f"{name} ({count})" for name, count in counts.items() if name != head]
     more = f"{len(others) - _LISTED} more, " if len(others) > _LISTED else ""
-    notes = [f"Layers, with their neurons: {more}{', '.join([*others[-_LISTED:], f'{head}: the head'])}"]
-    before = list(counts)[: list(counts).index(head)] if head in counts else []
-    return notes, before[-1] if before else None
+    return [f"Layers, with their neurons: {more}{', '.join([*others[-_LISTED:], f'{head}: the head'])}"]
 
 
 def _head_of(model: LightningModule) -> str | None:

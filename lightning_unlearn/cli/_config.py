@@ -6,7 +6,7 @@ import argparse
 import difflib
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,6 +16,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
+from lightning_unlearn.cli._classes import data_class, model_class
 from lightning_unlearn.cli._errors import is_for_the_user
 from lightning_unlearn.cli._examples import examples
 
@@ -137,20 +138,87 @@ def _may_exist(checkpoint: str) -> bool:
     return is_looked_up or Path(checkpoint).expanduser().exists()
 
 
-def config_arguments(arguments: Sequence[str]) -> list[str]:
-    """Those of the arguments that name configurations, as ``["--config", "run.yaml"]``."""
+def _values_of(arguments: Sequence[str], *names: str) -> list[str]:
+    """What an option is given, each time that it is."""
     found = []
     for at, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
-        if name in ("-c", "--config"):
-            found += ["--config", value if equals else "".join(arguments[at + 1 : at + 2])]
+        if name in names:
+            found.append(value if equals else "".join(arguments[at + 1 : at + 2]))
     return found
 
 
+def without(arguments: Sequence[str], *names: str, flags: Collection[str] = ()) -> list[str]:
+    """Arguments without some options and their values.
+
+    Args:
+        arguments: of a command.
+        names: of options with a value.
+        flags: of those without.
+
+    Example:
+        >>> without(["--config", "run.yaml", "--top=3", "--out", "found", "--fast"], "--top", "--out", flags=["--fast"])
+        ['--config', 'run.yaml']
+    """
+    kept, rest = [], list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        name, equals, _ = argument.partition("=")
+        if name in names:
+            del rest[: 0 if equals else 1]
+        elif argument not in flags:
+            kept.append(argument)
+    return kept
+
+
 def _config_files(arguments: Sequence[str]) -> Iterator[Path]:
-    for value in config_arguments(arguments)[1::2]:
+    for value in _values_of(arguments, "-c", "--config"):
         if (path := Path(value).expanduser()).is_file():
             yield path
+
+
+def named_classes(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Classes for a YAML that has their arguments alone, as one of a script with ``LightningCLI(Net, Data)``.
+
+    Args:
+        arguments: of a command.
+
+    Returns:
+        the arguments without ``--model`` and ``--data`` where their classes are taken from there, and what LightningCLI
+        is to be made with.
+
+    Raises:
+        ValueError: for such a YAML without ``--model`` or ``--data``.
+    """
+    kept, classes = list(arguments), {}
+    for key, option, parameter, read in (
+        ("model", "--model", "model_class", model_class),
+        ("data", "--data", "datamodule_class", data_class),
+    ):
+        flat = [file for file in _config_files(arguments) if _is_flat(_content(file).get(key))]
+        given = _values_of(arguments, option)
+        if flat and not given:
+            raise ValueError(
+                f"{flat[0]} has the arguments of your {key} under '{key}:', but not its class, as where a script has"
+                " LightningCLI(Net, Data); name the class: --model team.Net --data team.Data."
+            )
+        if flat:
+            classes[parameter] = read(given[-1])
+            kept = without(kept, option)
+    return kept, classes
+
+
+def _is_flat(value: Any) -> bool:
+    return isinstance(value, Mapping) and bool(value) and "class_path" not in value
+
+
+def _content(file: Path) -> Mapping[str, Any]:
+    """What a YAML holds; nothing of one that cannot be read, which is told elsewhere."""
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, Mapping) else {}
 
 
 def _fault_of(file: Path) -> str:
@@ -166,6 +234,8 @@ def _fault_of(file: Path) -> str:
             f"{where}: this is no YAML ({error.problem}); look at the indentation, and at the line above: what stands"
             " below init_args needs init_args without '# ' in front."
         )
+    if isinstance(content, Mapping) and "trainer" not in content and isinstance(content.get("fit"), Mapping):
+        return f"{file} has its settings below 'fit:'; move them to the top, where LightningCLI's fit reads them too."
     shown = ", ".join(f"{key} ({value})" for key, value in _walk("", content))
     return f"{file} has values that only you know: {shown}; replace them." if shown else ""
 
@@ -189,9 +259,11 @@ def find_users_classes() -> None:
 
 FIT_HELP = """\
 Trains with the callbacks of the YAML: LightningCLI's fit, with model, data and Trainer as you have them. Checkpoints,
-loggers and the rest of the Trainer work as ever; --ckpt_path goes on from a checkpoint."""
+loggers and the rest of the Trainer work as ever; --ckpt_path goes on from a checkpoint. A YAML of your own script with
+LightningCLI(Net, Data) runs as it is: name the classes with --model and --data."""
 _FIT_EXAMPLES = examples(
     "lightning-unlearn fit --config run.yaml",
+    "lightning-unlearn fit --config config.yaml --model team.Net --data team.Data",
     "lightning-unlearn fit --config run.yaml --trainer.max_epochs 40 --ckpt_path last.ckpt",
     "lightning-unlearn fit --config run.yaml --print_config",
 )
@@ -200,10 +272,14 @@ _FIT_EXAMPLES = examples(
 def run_fit(arguments: Sequence[str]) -> None:
     """LightningCLI's fit."""
     find_users_classes()
-    usage = "lightning-unlearn fit --config FILE [OPTION]..."
+    arguments, classes = named_classes(arguments)
+    usage = "lightning-unlearn fit --config FILE [--model CLASS --data CLASS] [OPTION]..."
     fit: dict[str, Any] = {"description": FIT_HELP, "usage": usage, "epilog": _FIT_EXAMPLES}
     ConfigCLI(
-        args=["fit", *arguments], parser_class=CommandParser, parser_kwargs={"prog": "lightning-unlearn", "fit": fit}
+        args=["fit", *arguments],
+        parser_class=CommandParser,
+        parser_kwargs={"prog": "lightning-unlearn", "fit": fit},
+        **classes,
     )
 
 

@@ -25,11 +25,11 @@ def in_one_sentence(command: str) -> Iterator[None]:
     except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
         if not is_for_the_user(error):
             raise
-        raise SystemExit(printable(f"lightning-unlearn {command}: {error}")) from error
+        raise SystemExit(printable(f"lightning-unlearn {command}: error: {error}")) from error
     except Exception as error:
         if not _is_misconfiguration(error):
             raise
-        raise SystemExit(printable(f"lightning-unlearn {command}: {error}")) from error
+        raise SystemExit(printable(f"lightning-unlearn {command}: error: {error}")) from error
 
 
 def is_for_the_user(error: BaseException) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import inspect
 import math
+import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,14 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]  # comes with Lightning, its types do not
 
 from lightning_unlearn.cli._examples import add_command
-from lightning_unlearn.cli._options import FINETUNE, PARTITION, PRUNE, REPORT, Option
 from lightning_unlearn.utilities.files import replacing
 
+_CALLBACKS = (
+    "AttributionPartitionCallback",
+    "SensitivityPruneCallback",
+    "CleanSubsetFinetuneCallback",
+    "UnlearnReport",
+)
 _PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
 
 
@@ -25,86 +32,84 @@ def add_init(commands: Any) -> None:
         "init",
         "print a commented YAML for your model and data",
         """\
-Prints a YAML for lightning-unlearn fit and partition: your classes with their arguments, types and defaults, the
-Trainer, and the callbacks with each option in a line. What has no default stands as <fill in: type>, and fit says so
-until it is replaced. Where the model can be built without arguments, its layers are listed.""",
+Prints a YAML for lightning-unlearn fit and partition, and for your own script with LightningCLI(Net, Data): the
+arguments of your classes with their types and defaults, the Trainer, and the callbacks with each option in a line.
+Nothing needs to be set: what has no default stands as <fill in: type>, and fit says so until it is replaced. Where the
+model can be built without arguments, its layers are listed.""",
         "lightning-unlearn init --model team.Net --data team.Data --out run.yaml",
         "lightning-unlearn init --model lightning_unlearn.demo.DigitsClassifier --data"
         " lightning_unlearn.demo.DigitsDataModule",
     )
-    init.add_argument(
-        "--model", metavar="CLASS", help="dotted path of your LightningModule (default: a placeholder for it)"
-    )
-    init.add_argument(
-        "--data", metavar="CLASS", help="dotted path of your LightningDataModule (default: a placeholder for it)"
-    )
+    init.add_argument("--model", metavar="CLASS", help="dotted path of your LightningModule (default: named later)")
+    init.add_argument("--data", metavar="CLASS", help="dotted path of your LightningDataModule (default: named later)")
     init.add_argument("--out", type=Path, metavar="FILE", help="the file to write (default: standard output)")
 
 
 def run_init(options: argparse.Namespace) -> None:
     """Prints or writes the YAML."""
     from lightning_unlearn.cli._classes import data_class, layer_notes, model_class
-    from lightning_unlearn.cli._config import find_users_classes, placeholder
+    from lightning_unlearn.cli._config import find_users_classes
 
     find_users_classes()
     model = None if options.model is None else model_class(options.model)
     data = None if options.data is None else data_class(options.data)
     if options.out is not None and options.out.expanduser().exists():
         raise ValueError(f"Expected a new file, but {options.out} exists; give another --out, or remove it.")
-    layers, near_head = ([], None) if model is None else layer_notes(model)
+    net, datamodule = options.model or "team.Net", options.data or "team.Data"
+    arguments = f"--config {options.out or 'run.yaml'} --model {net} --data {datamodule}"
     lines = [
-        f"# lightning-unlearn fit --config {options.out or 'run.yaml'}",
-        f"# lightning-unlearn partition --config {options.out or 'run.yaml'}   # only says which samples are wrong",
-        "# A line such as '# name: value' shows a default: take the '# ' in front away to change it,",
-        "# and that of the init_args above it.",
+        f"# lightning-unlearn partition {arguments}   # which labels are wrong",
+        f"# lightning-unlearn fit {arguments}         # trains with the callbacks",
+        f"# python train.py fit --config {options.out or 'run.yaml'}   # the same, where your script has"
+        f" LightningCLI({net.rpartition('.')[2]}, {datamodule.rpartition('.')[2]})",
+        "# Nothing needs to be set. A line such as '# name: value' shows a default: to change it, take the '# ' in",
+        "# front away, and that of the line above it which ends with a colon.",
         "seed_everything: 0",
-        *_class("model", options.model or placeholder("your LightningModule, as team.Net"), model),
-        *_class("data", options.data or placeholder("your LightningDataModule, as team.Data"), data),
+        *_class("model", model),
+        *_class("data", data),
         "trainer:",
-        "  max_epochs: 30  # on all the data until the partition, then on the clean subset",
+        "  max_epochs: 30",
         "  # accelerator: auto  # cpu, gpu, mps",
         "  # devices: auto  # how many; DDP and FSDP2 work",
         "  callbacks:",
     ]
-    for name, entries in _callbacks(near_head):
-        lines += _callback(name, entries, layers)
+    layers = [] if model is None else layer_notes(model)
+    for name in _CALLBACKS:
+        lines += _callback(name, layers)
     text = "\n".join(lines) + "\n"
     if options.out is None:
         print(text, end="")
         return
     with replacing(options.out) as file:
         file.write(text.encode())
-    print(f"Written: {options.out}")
+    print(f"Written: {options.out}\nNext:\n  lightning-unlearn partition {arguments}")
 
 
-def _callbacks(near_head: str | None) -> Iterator[tuple[str, Sequence[Option]]]:
-    yield "AttributionPartitionCallback", PARTITION
-    prune = PRUNE
-    if near_head is not None:
-        prune = [one._replace(value=near_head) if one.name == "layer" else one for one in PRUNE]
-    yield "SensitivityPruneCallback", prune
-    yield "CleanSubsetFinetuneCallback", FINETUNE
-    yield "UnlearnReport", REPORT
+def _callback(name: str, layers: Sequence[str]) -> Iterator[str]:
+    import lightning_unlearn
 
-
-def _callback(name: str, options: Sequence[Option], layers: Sequence[str]) -> Iterator[str]:
-    yield f"    - class_path: lightning_unlearn.{name}"
-    is_set = any(one.is_set for one in options)
-    yield f"      {'' if is_set else '# '}init_args:"
-    for one in options:
+    yield f"    - class_path: lightning_unlearn.{name}  # python -m pydoc lightning_unlearn.{name}"
+    yield "      # init_args:"
+    kind = getattr(lightning_unlearn, name)
+    documented = _documented(kind)
+    for one in inspect.signature(kind).parameters.values():
         if one.name == "layer":
             yield from (f"        ## {line}" for line in layers)
-        mark = "" if one.is_set else "# "
-        yield f"        {mark}{one.name}: {_value(one.value)}  # {one.what}"
+        yield f"        # {one.name}: {_value(one.default)}  # {_in_a_line(documented[one.name])}"
 
 
-def _class(key: str, path: str, kind: type[Any] | None) -> Iterator[str]:
-    yield f"{key}:"
-    yield f"  class_path: {_value(path)}"
+def _in_a_line(text: str) -> str:
+    """A docstring's first sentence as plain text, cut where it is long."""
+    plain = re.sub(r":\w+:`~?(?:.*?\.)?(\w+)(?: <.*?>)?`", r"\1", text).replace("`", "").replace('"', "")
+    return textwrap.shorten(plain.split(". ")[0].rstrip("."), 110, placeholder=" ...")
+
+
+def _class(key: str, kind: type[Any] | None) -> Iterator[str]:
+    """The arguments of a user's class, as LightningCLI(Net, Data) takes them."""
     arguments = [] if kind is None else list(_arguments(kind))
     if arguments:
-        yield f"  {'# ' if all(line.startswith('#') for line in arguments) else ''}init_args:"
-        yield from (f"    {line}" for line in arguments)
+        yield f"{'# ' if all(line.startswith('#') for line in arguments) else ''}{key}:"
+        yield from (f"  {line}" for line in arguments)
 
 
 def _arguments(kind: type[Any]) -> Iterator[str]:

@@ -30,7 +30,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lightning-unlearn",
         description=lightning_unlearn.__doc__,
-        epilog=examples("lightning-unlearn demo --fast", "lightning-unlearn fit --config run.yaml")
+        epilog=examples(
+            "lightning-unlearn demo --fast",
+            "lightning-unlearn init --model team.Net --data team.Data --out run.yaml",
+            "lightning-unlearn partition --config run.yaml --model team.Net --data team.Data",
+            "lightning-unlearn report partition --open",
+        )
         + '\n  eval "$(lightning-unlearn --print-completion bash)"   # or once into a file that the shell reads'
         "\n\nlightning-unlearn COMMAND --help shows the options of a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -22,8 +23,9 @@ from lightning_unlearn.cli._config import (
     CommandParser,
     ConfigCLI,
     add_fit_arguments,
-    config_arguments,
     find_users_classes,
+    named_classes,
+    without,
 )
 from lightning_unlearn.cli._errors import printable
 from lightning_unlearn.cli._examples import examples
@@ -53,13 +55,19 @@ validation_partition.npz and validation_suspects.csv.
 A checkpoint (--ckpt_path) of an epoch before --at_epoch is trained on from there. One past it is judged as it is, with
 the evidence that it holds; without any, from one pass over the data, in which memorized labels look right. Of one that
 holds a partition, that is shown. An AttributionPartitionCallback or UnlearnReport in the configuration is taken with
-its settings; SensitivityPruneCallback and CleanSubsetFinetuneCallback are left out."""
+its settings; SensitivityPruneCallback and CleanSubsetFinetuneCallback are left out. A YAML of your own script with
+LightningCLI(Net, Data) runs as it is: name the classes with --model and --data."""
 _EXAMPLES = examples(
     "lightning-unlearn partition --config run.yaml",
+    "lightning-unlearn partition --config config.yaml --model team.Net --data team.Data",
     "lightning-unlearn partition --config run.yaml --at_epoch 20 --recipe label --out found",
     "lightning-unlearn partition --config run.yaml --ckpt_path lightning_logs/version_0/checkpoints/last.ckpt",
     "lightning-unlearn partition --model team.Net --data team.Data --trainer.max_epochs 10",
 )
+
+
+# Of this command alone, or of what has been judged.
+_OWN = ("--at_epoch", "--recipe", "--out", "--top", "--ckpt_path")
 
 
 class PartitionCLI(ConfigCLI):
@@ -214,14 +222,16 @@ def run_partition(arguments: Sequence[str]) -> None:
     find_users_classes()
     if any(argument.endswith(".npz") for argument in arguments[:1]):
         raise ValueError(f"To see a saved partition: lightning-unlearn show {arguments[0]}")
+    given, classes = named_classes(arguments)
     cli = PartitionCLI(
-        args=list(arguments),
+        **classes,
+        args=given,
         run=False,
         save_config_callback=None,
         parser_class=CommandParser,
         parser_kwargs={
             "prog": "lightning-unlearn partition",
-            "usage": "lightning-unlearn partition --config FILE [OPTION]...",
+            "usage": "lightning-unlearn partition --config FILE [--model CLASS --data CLASS] [OPTION]...",
             "description": HELP,
             "epilog": _EXAMPLES,
         },
@@ -367,21 +377,24 @@ def next_steps(cli: PartitionCLI, partition: Partition, arguments: Sequence[str]
         partition: what was found.
         arguments: that it was called with.
     """
-    look = f"  lightning-unlearn report {cli.out} --open"
+    look = f"  lightning-unlearn report {_quoted(cli.out)} --open"
     if not len(partition.suspect_indices()):
         return [look]
     table = cli.out / "suspects.csv"
-    correct = f"  fill the column decision of {table} where you know better (keep, drop, relabel), and train by it:"
-    fit = f"  lightning-unlearn fit {' '.join(config_arguments(arguments)) or '--config run.yaml'}"
+    correct = f"  # Where you know better, fill the column decision of {table} (keep, drop, relabel). Then train by it"
+    fit = f"  lightning-unlearn fit {' '.join(map(_quoted, without(arguments, *_OWN, flags=['--judge_validation'])))}"
     if cli.has_callback:
-        in_yaml = f"  with review: {table} in init_args of its AttributionPartitionCallback"
-        return [look, correct, fit, in_yaml, "  and on_noisy: relabel in those of its CleanSubsetFinetuneCallback"]
+        in_yaml = f"with review: {table} in init_args of the AttributionPartitionCallback"
+        return [look, f"{correct},", f"  # {in_yaml}:", fit]
     epochs, name = partition.epoch + max(1, partition.epoch // 2), "--trainer.callbacks"
     return [
         look,
-        correct,
+        f"{correct}:",
         f"{fit} --trainer.max_epochs {epochs} \\",
         f"    {name}+=lightning_unlearn.AttributionPartitionCallback {name}.at_epoch {partition.epoch} \\",
-        f"    {name}.review {table} {name}+=lightning_unlearn.CleanSubsetFinetuneCallback \\",
-        f"    {name}.on_noisy relabel",
+        f"    {name}.review {_quoted(table)} {name}+=lightning_unlearn.CleanSubsetFinetuneCallback",
     ]
+
+
+def _quoted(word: Any) -> str:
+    return shlex.quote(str(word))

@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_unlearn.callbacks import AttributionPartitionCallback
-from lightning_unlearn.cli._config import CommandParser, ConfigCLI, find_users_classes
+from lightning_unlearn.cli._config import CommandParser, ConfigCLI, find_users_classes, named_classes
 from lightning_unlearn.cli._examples import examples
 from lightning_unlearn.cli._results import read_checkpoint
 from lightning_unlearn.data.task_format import Reading
@@ -98,7 +98,9 @@ class ShrinkCLI(ConfigCLI):
 def run_shrink(arguments: Sequence[str]) -> None:
     """Shrinks, compares, writes, and says how to load it."""
     find_users_classes()
+    arguments, classes = named_classes(arguments)
     cli = ShrinkCLI(
+        **classes,
         args=list(arguments),
         run=False,
         save_config_callback=None,
@@ -171,7 +173,8 @@ def _first(output: Any) -> Tensor:
 def how_to_load(cli: ShrinkCLI, out: Path) -> str:
     """Lines of Python."""
     kind = type(cli.model)
-    init = cli.config["model"].get("init_args") or {}
+    settings = cli.config["model"]
+    init = (settings.get("init_args") or {}) if "class_path" in settings else settings
     arguments = ", ".join(f"{name}={value!r}" for name, value in dict(init).items())
     return (
         f"    from {kind.__module__} import {kind.__qualname__}\n"

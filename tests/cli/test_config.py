@@ -2,9 +2,11 @@
 
 import logging
 import re
+import sys
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_unlearn import Partition
@@ -67,6 +69,31 @@ def test_a_yaml_runs_through_our_command_and_a_users_own_cli_alike(team, caplog)
     assert (~ours.is_clean[:40]).float().mean() > 0.9
 
 
+@pytest.mark.parametrize("command", ["fit", "partition"])
+def test_a_yaml_of_a_users_own_script_runs_where_its_classes_are_named(command, team, capsys):
+    """As LightningCLI(TeamModel, TeamData) reads it, and has saved it."""
+    sys.path.insert(0, str(team))  # as of a script that lies there
+    from team import TeamData, TeamModel
+
+    given = re.sub(r"model: .*\ndata: .*\n", "model: {width: 16}\n", RUN)
+    (team / "theirs.yaml").write_text(given)
+    LightningCLI(TeamModel, TeamData, args=["fit", "--config", "theirs.yaml", "--trainer.max_epochs", "1"])
+    saved = "config.yaml"
+    classes = ["--model", "team.TeamModel", "--data=team.TeamData"]
+    for file in ("theirs.yaml", saved):
+        with pytest.raises(SystemExit) as exit_info:
+            main([command, "--config", file, *classes, "--trainer.max_epochs", "3", "--print_config"])
+        assert exit_info.value.code == 0
+        assert yaml.safe_load(capsys.readouterr().out)["model"] == {"width": 16}
+    main([command, "--config", "theirs.yaml", *classes, "--trainer.max_epochs", "3", "--trainer.logger", "true"])
+    with pytest.raises(SystemExit) as exit_info:
+        main([command, "--config", "theirs.yaml"])
+    assert exit_info.value.code == (
+        f"lightning-unlearn {command}: error: theirs.yaml has the arguments of your model under 'model:', but not its"
+        " class, as where a script has LightningCLI(Net, Data); name the class: --model team.Net --data team.Data."
+    )
+
+
 def test_the_configuration_is_printed_and_a_fit_goes_on_from_a_checkpoint(team, capsys):
     with pytest.raises(SystemExit) as exit_info:
         main(["fit", "--config", "run.yaml", "--trainer.max_epochs", "2", "--print_config"])
@@ -80,7 +107,7 @@ def test_the_configuration_is_printed_and_a_fit_goes_on_from_a_checkpoint(team, 
     assert last["global_step"] == 3 * 13
     # What it would overwrite is not a bug to be read of in a traceback.
     with pytest.raises(
-        SystemExit, match=r"lightning-unlearn fit: SaveConfigCallback expected .*config.yaml to NOT exist"
+        SystemExit, match=r"lightning-unlearn fit: error: SaveConfigCallback expected .*config.yaml to NOT exist"
     ):
         main(["fit", "--config", "run.yaml"])
 
@@ -95,12 +122,14 @@ def test_the_configuration_is_printed_and_a_fit_goes_on_from_a_checkpoint(team, 
         (["--config", "run.yaml", "--nosuch", "3"], "unrecognized arguments: --nosuch 3"),
         (["--config", "run.yaml", "--model", "team.Nosuch"], "team.Nosuch"),
         (["--config", "run.yaml", "--model", "gone.Net"], "Run the command in the folder that 'gone' lies in"),
+        (["--config", "below.yaml"], "below.yaml has its settings below 'fit:'; move them to the top"),
         (["--config", "broken.yaml"], "broken.yaml, line 3: this is no YAML"),
     ],
 )
 def test_a_wrong_call_is_told_in_a_line_and_not_in_a_page(arguments, message, team, capsys):
     (team / "broken.yaml").write_text("model:\n  class_path: team.TeamModel\n    width: 16\n")
     (team / "callback.yaml").write_text(f"{RUN}    - {{class_path: team.StopEarly, init_args: {{epock: 1}}}}\n")
+    (team / "below.yaml").write_text("fit:" + RUN.replace("\n", "\n  "))
     (team / "bad.yaml").write_text(RUN.replace("max_epochs", "max_epoch"))
     with pytest.raises(SystemExit) as exit_info:
         main(["fit", *arguments])
@@ -114,14 +143,14 @@ def test_a_wrong_call_is_told_in_a_line_and_not_in_a_page(arguments, message, te
 
 def test_a_checkpoint_that_is_not_there_is_named_before_anything_is_made(team):
     with pytest.raises(
-        SystemExit, match=r"fit: Expected --ckpt_path to name a checkpoint, but nosuch.ckpt does not exist"
+        SystemExit, match=r"fit: error: Expected --ckpt_path to name a checkpoint, but nosuch.ckpt does not exist"
     ):
         main(["fit", "--config", "run.yaml", "--model", "team.Broken", "--ckpt_path", "nosuch.ckpt"])
 
 
 def test_a_misconfiguration_is_one_sentence(team):
     ours = "--trainer.callbacks+=lightning_unlearn.SensitivityPruneCallback"
-    with pytest.raises(SystemExit, match="fit: SensitivityPruneCallback needs an AttributionPartitionCallback"):
+    with pytest.raises(SystemExit, match="fit: error: SensitivityPruneCallback needs an AttributionPartitionCallback"):
         main(["fit", "--config", "run.yaml", ours])
 
 
@@ -138,5 +167,5 @@ def test_a_misconfiguration_is_one_sentence(team):
 def test_an_argument_that_is_refused_is_one_sentence(wrong, message, team):
     with_classes = "model: {class_path: team.TeamModel, init_args: {width: 16}}\ndata: {class_path: team.TeamData}\n"
     (team / "wrong.yaml").write_text(with_classes + CALLBACKS.replace(*wrong))
-    with pytest.raises(SystemExit, match=f"^{re.escape(f'lightning-unlearn fit: {message}')}$"):
+    with pytest.raises(SystemExit, match=f"^{re.escape(f'lightning-unlearn fit: error: {message}')}$"):
         main(["fit", "--config", "wrong.yaml"])

@@ -5,19 +5,20 @@ import re
 
 import pytest
 import yaml
+from lightning.pytorch.cli import LightningCLI
 
 import lightning_unlearn
 from lightning_unlearn.cli import main
-from lightning_unlearn.cli._options import FINETUNE, PARTITION, PRUNE, REPORT
 
 DEMO = ["--model", "lightning_unlearn.demo.DigitsClassifier", "--data", "lightning_unlearn.demo.DigitsDataModule"]
+PLAIN = ["--model", "team.TeamModel", "--data", "team.TeamData"]
 TEAM = ["--model", "team.Needy", "--data", "team.TeamData"]
-OPTIONS = {
-    "AttributionPartitionCallback": PARTITION,
-    "SensitivityPruneCallback": PRUNE,
-    "CleanSubsetFinetuneCallback": FINETUNE,
-    "UnlearnReport": REPORT,
-}
+CALLBACKS = (
+    "AttributionPartitionCallback",
+    "SensitivityPruneCallback",
+    "CleanSubsetFinetuneCallback",
+    "UnlearnReport",
+)
 
 
 def printed(arguments, capsys):
@@ -33,67 +34,81 @@ def parsed(file, capsys, *arguments):
     return yaml.safe_load(capsys.readouterr().out)
 
 
+def uncommented(text):
+    """With every default set."""
+    return re.sub(r"^( *)# (?=\w+:)", r"\1", text, flags=re.M)
+
+
 def test_of_the_demo_it_says_what_there_is_and_fit_takes_it(team, capsys):
     text = printed(DEMO, capsys)
-    assert "    # lr: 0.001  # float: learning rate of Adam." in text
-    assert "    # noise: 0.4  # float: share of the training labels that are wrong" in text
+    assert "# model:\n  # lr: 0.001  # float: learning rate of Adam." in text
+    assert "  # noise: 0.4  # float: share of the training labels that are wrong" in text
     assert "## Layers, with their neurons: features.0 (32), features.3 (64), fc (128), head: the head" in text
-    assert "        # layer: fc  # Linear or convolution to prune" in text
     (team / "run.yaml").write_text(text)
-    config = parsed("run.yaml", capsys)
-    assert [one["class_path"].split(".")[-1] for one in config["trainer"]["callbacks"]] == list(OPTIONS)
+    config = parsed("run.yaml", capsys, *DEMO)
+    assert [one["class_path"].split(".")[-1] for one in config["trainer"]["callbacks"]] == list(CALLBACKS)
 
 
-def test_every_line_that_is_uncommented_is_a_default_that_fit_takes(team, capsys):
-    text = printed(["--model", "team.TeamModel", "--data", "team.TeamData"], capsys)
-    (team / "all.yaml").write_text(re.sub(r"^( +)# (?=[\w]+:)", r"\1", text, flags=re.M))
+def test_nothing_is_set_and_every_line_that_is_uncommented_is_a_default_that_fit_takes(team, capsys):
+    text = printed(PLAIN, capsys)
+    (team / "all.yaml").write_text(uncommented(text))
     (team / "some.yaml").write_text(text)
-    everything, some = parsed("all.yaml", capsys), parsed("some.yaml", capsys)
-    prune = everything["trainer"]["callbacks"][1]["init_args"]
-    assert prune.pop("layer") == "encoder.0"
-    some["trainer"]["callbacks"][1]["init_args"].pop("layer")
-    assert everything == some
+    everything, some = parsed("all.yaml", capsys, *PLAIN), parsed("some.yaml", capsys, *PLAIN)
+    assert everything["model"] == some["model"]["init_args"] == {"width": 32}
+    for key in ("trainer", "seed_everything"):
+        assert everything[key] == some[key]
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-def test_what_stands_as_a_default_is_the_callbacks_own(name):
-    parameters = inspect.signature(getattr(lightning_unlearn, name).__init__).parameters
-    for one in OPTIONS[name]:
-        if not one.is_set:
-            assert parameters[one.name].default == one.value, one.name
+@pytest.mark.parametrize("text", ["as it is", "with every default set"])
+def test_the_yaml_runs_in_a_users_own_cli_script(text, team, capsys):
+    printed_text = printed(PLAIN, capsys)
+    (team / "run.yaml").write_text(printed_text if text == "as it is" else uncommented(printed_text))
+    from team import TeamData, TeamModel
+
+    cli = LightningCLI(TeamModel, TeamData, args=["--config", "run.yaml", "--trainer.accelerator", "cpu"], run=False)
+    ours = [type(one).__name__ for one in cli.trainer.callbacks if type(one).__name__ in CALLBACKS]
+    assert sorted(ours) == sorted(CALLBACKS)
 
 
-def test_every_option_of_a_partition_that_a_user_sets_stands_there():
-    # What is for experiments with the method stands in its docstring alone.
-    left_out = {"self", "stable_share", "evidence_every_n_epochs", "method", "check_data"}
-    parameters = inspect.signature(lightning_unlearn.AttributionPartitionCallback.__init__).parameters
-    assert set(parameters) - left_out == {one.name for one in PARTITION}
+@pytest.mark.parametrize("name", CALLBACKS)
+def test_every_option_of_a_callback_stands_in_a_line_with_its_default_and_what_it_is(name, capsys):
+    block = printed([], capsys).partition(f"lightning_unlearn.{name}  #")[2].partition("- class_path")[0]
+    shown = re.findall(r"^        # (\w+): (.*?)  # (.+)$", block, re.M)
+    parameters = list(inspect.signature(getattr(lightning_unlearn, name)).parameters.values())
+    assert [option for option, _, _ in shown] == [one.name for one in parameters]
+    for (option, value, what), one in zip(shown, parameters, strict=True):
+        assert yaml.safe_load(value) == one.default, option
+        assert 10 < len(what) <= 110, option
+        assert not set(what) & set('`:"') or ": " in what, option
 
 
 def test_what_has_no_default_is_a_placeholder_of_which_fit_tells(team, capsys):
     main(["init", *TEAM, "--out", "needy.yaml"])
-    assert capsys.readouterr().out == "Written: needy.yaml\n"
+    said = capsys.readouterr().out
+    assert said == f"Written: needy.yaml\nNext:\n  lightning-unlearn partition --config needy.yaml {' '.join(TEAM)}\n"
     text = (team / "needy.yaml").read_text()
-    assert "    width: '<fill in: int>'  # needed; int" in text
-    assert "    # rates: [1.0e-05, 0.5]  # tuple[float, ...]" in text
+    assert "model:\n  width: '<fill in: int>'  # needed; int" in text
+    assert "  # rates: [1.0e-05, 0.5]  # tuple[float, ...]" in text
     assert "the default is ReLU()" in text
     for command in ("fit", "partition"):
         with pytest.raises(SystemExit) as exit_info:
-            main([command, "--config", "needy.yaml"])
+            main([command, "--config", "needy.yaml", *TEAM])
         assert exit_info.value.code == 2
         assert capsys.readouterr().err.startswith(
-            f"lightning-unlearn {command}: error: needy.yaml has values that only you know: model.init_args.width"
-            " (<fill in: int>), model.init_args.name (<fill in: str>); replace them."
+            f"lightning-unlearn {command}: error: needy.yaml has values that only you know: model.width"
+            " (<fill in: int>), model.name (<fill in: str>); replace them."
         )
     (team / "needy.yaml").write_text(text.replace("'<fill in: int>'", "16").replace("'<fill in: str>'", "net"))
-    assert parsed("needy.yaml", capsys)["model"]["init_args"]["width"] == 16
+    assert parsed("needy.yaml", capsys, *TEAM)["model"]["width"] == 16
     with pytest.raises(SystemExit, match=r"Expected a new file, but needy.yaml exists"):
         main(["init", *TEAM, "--out", "needy.yaml"])
 
 
-def test_without_classes_these_are_placeholders(team, capsys):
-    content = yaml.safe_load(printed([], capsys))
-    assert content["model"] == {"class_path": "<fill in: your LightningModule, as team.Net>"}
+def test_without_classes_they_are_named_with_the_command(team, capsys):
+    text = printed([], capsys)
+    assert text.startswith("# lightning-unlearn partition --config run.yaml --model team.Net --data team.Data ")
+    (team / "run.yaml").write_text(text)
+    assert parsed("run.yaml", capsys, *PLAIN)["model"]["class_path"] == "team.TeamModel"
 
 
 def test_a_model_that_cannot_be_built_is_described_without_its_layers(team, capsys):
@@ -130,5 +145,5 @@ def test_a_class_that_will_not_do_is_told_in_a_sentence(arguments, message, team
     (team / "other.py").write_text(
         "class LightningModule: __module__ = 'pytorch_lightning.core.module'\nclass Net(LightningModule): pass"
     )
-    with pytest.raises(SystemExit, match=f"lightning-unlearn init: .*{message}"):
+    with pytest.raises(SystemExit, match=f"lightning-unlearn init: error: .*{message}"):
         main(["init", *arguments])

@@ -86,7 +86,7 @@ def test_a_bug_keeps_its_traceback_and_so_does_a_users_error():
         raise ValueError("of a user")
     with pytest.raises(RuntimeError, match="There is no partition yet"), in_one_sentence("fit"):
         lightning_unlearn.AttributionPartitionCallback(at_epoch=1).partition  # noqa: B018
-    with pytest.raises(SystemExit, match=r"^lightning-unlearn fit: Expected at_epoch"), in_one_sentence("fit"):
+    with pytest.raises(SystemExit, match=r"^lightning-unlearn fit: error: Expected at_epoch"), in_one_sentence("fit"):
         lightning_unlearn.AttributionPartitionCallback(at_epoch=0)
 
 
@@ -104,5 +104,5 @@ def test_where_nothing_can_be_written_the_demo_says_so_before_it_trains(argument
     Path("file").touch()
     Path("folder").mkdir()
     monkeypatch.setattr("lightning_unlearn.demo.arms.run_demo", lambda *_: pytest.fail("it trained"))
-    with pytest.raises(SystemExit, match=f"lightning-unlearn demo: {message}"):
+    with pytest.raises(SystemExit, match=f"lightning-unlearn demo: error: {message}"):
         main(["demo", "--fast", *arguments])

@@ -75,7 +75,7 @@ def test_the_training_is_that_of_the_configuration(inside, monkeypatch):
 
 
 def test_the_next_command_is_one_that_runs(inside, judged, capsys):
-    _, _, command = judged[1].partition("and train by it:\n")
+    _, _, command = judged[1].partition("Then train by it:\n")
     words = shlex.split(command.replace("\\\n", " "))
     assert words[:2] == ["lightning-unlearn", "fit"]
     with pytest.raises(SystemExit) as exit_info:
@@ -104,7 +104,11 @@ def test_it_stops_at_the_partition_with_the_settings_of_the_configuration_but_ac
     said = capsys.readouterr().out
     assert re.search(r"The 3 most suspect of 4\d:", said)
     assert "high" in said
-    assert "with review: found/suspects.csv in init_args of its AttributionPartitionCallback" in said
+    _, _, following = said.partition("Next:\n")
+    assert following.splitlines()[2:] == [
+        "  # with review: found/suspects.csv in init_args of the AttributionPartitionCallback:",
+        "  lightning-unlearn fit --config run.yaml",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ def test_a_folder_without_a_run_is_no_report(arguments, message, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     Path("folder").mkdir()
     make_partition(torch.rand(20), torch.arange(20) % 4).save("run/partition.npz")
-    with pytest.raises(SystemExit, match=f"lightning-unlearn report: .*{message}"):
+    with pytest.raises(SystemExit, match=f"lightning-unlearn report: error: .*{message}"):
         main(["report", *arguments])
 
 
@@ -225,7 +225,7 @@ def test_a_checkpoint_of_another_shape_is_refused_with_its_name(name, tmp_path):
     if isinstance(content, dict):
         content = {"state_dict": {}} | content
     torch.save(content, tmp_path / "last.ckpt")
-    with pytest.raises(SystemExit, match=rf"^lightning-unlearn show: Expected .*last.ckpt.*{message}") as error:
+    with pytest.raises(SystemExit, match=rf"^lightning-unlearn show: error: Expected .*last.ckpt.*{message}") as error:
         main(["show", str(tmp_path / "last.ckpt")])
     assert "\n" not in str(error.value)
 
@@ -244,5 +244,5 @@ def test_a_terminal_is_not_told_what_a_file_says(partition, tmp_path, capsys):
 
 def test_a_run_of_which_no_report_can_be_made_is_refused_with_its_name(partition, tmp_path):
     RunRecord(partition, provenance={"fits": 3}).save(tmp_path / "run")
-    with pytest.raises(SystemExit, match=r"report: Expected .*run to hold a run that .* no report can be made of it"):
+    with pytest.raises(SystemExit, match=r"report: error: Expected .*run to hold a run .* no report can be made of it"):
         main(["report", str(tmp_path / "run")])

@@ -60,7 +60,7 @@ def test_what_is_written_is_smaller_says_the_same_and_loads_as_it_is_told(pruned
     ],
 )
 def test_where_nothing_can_be_shrunk_a_sentence_says_why_and_nothing_is_written(arguments, message, pruned, tmp_path):
-    with pytest.raises(SystemExit, match=f"lightning-unlearn shrink: .*{message}"):
+    with pytest.raises(SystemExit, match=f"lightning-unlearn shrink: error: .*{message}"):
         shrink(*arguments, "--out", "small.pt")
     assert not (tmp_path / "small.pt").exists()
 

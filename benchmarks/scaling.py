@@ -206,7 +206,7 @@ def simulate(world_size: int, total: int, num_classes: int, recipe: str = "auto"
         "largest difference of what was gathered": max(off),
         "largest difference of p(clean)": (first.clean_probability - alone.clean_probability).abs().max().item(),
         "samples that changed sides": int((first.is_clean != alone.is_clean).sum()),
-        "difference of the noise rate": abs(first.noise_rate - alone.noise_rate),
+        "difference of the noise rate": abs((first.noise_rate or 0) - (alone.noise_rate or 0)),
         "collectives": ranks.collectives,
         "bytes summed per rank": ranks.bytes,
     }

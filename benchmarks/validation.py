@@ -76,6 +76,7 @@ def line(case: DetectionCase, seed: int, folder: Path) -> str:
     number, hit = int(flagged.sum()), int((flagged & wrong).sum())
     found = f"{number}, {hit / number:.2f}/{hit / int(wrong.sum()):.2f}" if number and wrong.any() else str(number)
     expected = "" if partition.expected_precision is None else f"{partition.expected_precision:.2f}"
+    rate = "" if partition.noise_rate is None else f"{100 * partition.noise_rate:.1f}"
     interval = partition.noise_rate_interval
     ends = "" if interval is None else f" ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})"
     loss = nn.functional.cross_entropy(logits, label, reduction="none")
@@ -84,7 +85,7 @@ def line(case: DetectionCase, seed: int, folder: Path) -> str:
     accuracy = ", ".join(f"{(logits.argmax(1) == of).float().mean():.3f}" for of in (label, truth))
     return (
         f"| {case.name}, {seed} | {len(label)} | {100 * wrong.double().mean():.1f} | {found} | {expected}"
-        f" | {100 * partition.noise_rate:.1f}{ends} | {ranks} | {accuracy} |"
+        f" | {rate}{ends} | {ranks} | {accuracy} |"
     )
 
 

@@ -12,9 +12,11 @@ from torch import Tensor
 from lightning_unlearn.callbacks._finding import caveat_of
 from lightning_unlearn.recipes import Verdict
 from lightning_unlearn.recipes.evidence import Evidence
+from lightning_unlearn.recipes.verdict import NoiseEstimate
 from lightning_unlearn.results.labels import DROP, KEEP, REASONS, RELABEL, class_members
 from lightning_unlearn.results.partition import Partition
 from lightning_unlearn.results.review import Decided
+from lightning_unlearn.results.status import PartitionStatus
 from lightning_unlearn.utilities.distributed import place_by_index
 from lightning_unlearn.utilities.reduce import Reduce
 
@@ -94,9 +96,9 @@ def assemble(  # noqa: PLR0913  (what a partition says of itself)
         decided: what a person has decided of some samples, which holds whatever the recipe says. Where that should not
             be acted upon, the other samples are clean.
     """
-    warning = objection_of(judged)
-    if decided is not None and warning:
-        judged, warning = [replace(one, verdict=None) for one in judged], ""
+    objection = objection_of(judged)
+    if decided is not None and objection:
+        judged = [replace(one, verdict=None) for one in judged]
     if label.ndim > 1:
         # One label that cannot be told apart says nothing, and nothing against the others.
         judged = [replace(one, verdict=None) if one.verdict and one.verdict.warning else one for one in judged]
@@ -109,8 +111,7 @@ def assemble(  # noqa: PLR0913  (what a partition says of itself)
     is_clean = _keep_some(~one.suspect & one.usable, one.probability, label, cut.min_class_share, one.usable)
     first = judged[0].verdict
     noise = None if first is None or label.ndim > 1 else first.noise
-    rate = 1 - one.probability.double().mean().item() if noise is None or decided is not None else noise.rate
-    interval = None if noise is None else _moved(noise.interval, rate - noise.rate)
+    rate, interval = _rate(noise, one.probability, is_decided=decided is not None)
     matrix = None if first is None or label.ndim > 1 else first.noise_matrix
     kept = is_clean.unsqueeze(1) if label.ndim > 1 else is_clean
     found = Partition(
@@ -118,7 +119,7 @@ def assemble(  # noqa: PLR0913  (what a partition says of itself)
         is_clean=is_clean,
         suggested_label=torch.where(kept, label, one.suggested),
         suggested_probability=torch.where(is_clean, one.probability, one.of_suggested),
-        noise_rate=min(max(rate, 0.0), 1.0),
+        noise_rate=None if objection else rate,
         label=label,
         label_evidence=one.support,
         input_evidence=one.of_input,
@@ -135,8 +136,11 @@ def assemble(  # noqa: PLR0913  (what a partition says of itself)
     if relabel_threshold is not None:
         found = replace(found, relabel_threshold=relabel_threshold)
     found = _with_suggestions(found, one)
-    caveat = _caveat(first, found.worth_review()) if label.ndim == 1 else ""
-    return replace(found, warning=warning or _one_sided(is_clean, label, caveat))
+    found = _with_status(found, [each.verdict.noise for each in judged if each.verdict and each.verdict.noise])
+    # What a person has decided holds all the same.
+    if objection and (decided is None or found.status is PartitionStatus.ALL_CLEAN):
+        return replace(found, status=PartitionStatus.INCONCLUSIVE, warning=objection)
+    return found
 
 
 def _with_suggestions(found: Partition, one: _Column) -> Partition:
@@ -148,17 +152,29 @@ def _with_suggestions(found: Partition, one: _Column) -> Partition:
     return replace(found, suggested_label=label, suggested_probability=probability)
 
 
+def _rate(
+    noise: NoiseEstimate | None, probability: Tensor, *, is_decided: bool
+) -> tuple[float, tuple[float, float] | None]:
+    """How many samples are not clean, and its interval, with what a person has decided."""
+    mean = min(max(1 - probability.double().mean().item(), 0.0), 1.0)
+    if noise is None:
+        return mean, None
+    rate = mean if is_decided else noise.rate
+    return rate, _moved(noise.interval, rate - noise.rate)
+
+
+def _with_status(found: Partition, noises: Sequence[NoiseEstimate]) -> Partition:
+    """The partition with what may be done with it, by what is estimated of each label of which something is."""
+    status, warning = _status(found, noises)
+    # What does not show may be any number.
+    rate = None if status is PartitionStatus.ALL_CLEAN and noises else found.noise_rate
+    return replace(found, status=status, warning=warning, noise_rate=rate)
+
+
 def _moved(interval: tuple[float, float], by: float) -> tuple[float, float]:
     """The interval of a rate that is higher by so much for what a person has decided; 1 stays unknown."""
     low, high = interval
     return min(max(low + by, 0.0), 1.0), high if high >= 1 else min(max(high + by, 0.0), 1.0)
-
-
-def _caveat(verdict: Verdict | None, worth: int) -> str:
-    """What may be wrong though nothing is suspect."""
-    if verdict is None:
-        return ""
-    return verdict.caveat if verdict.noise is None else caveat_of(verdict.noise, worth)
 
 
 def notes_of(judged: Sequence[Judged], partition: Partition) -> list[str]:
@@ -280,15 +296,24 @@ def _reasons(is_clean: Tensor, of_label: Tensor, of_input: Tensor) -> Tensor:
     return torch.where(is_clean, 0, reason).to(torch.uint8)
 
 
-def _one_sided(is_clean: Tensor, label: Tensor, caveat: str) -> str:
-    """Why a partition leaves too little to train on, or nothing out; else empty.
+def _status(found: Partition, noises: Sequence[NoiseEstimate]) -> tuple[PartitionStatus, str]:
+    """What may be done with a partition, and why it leaves too little to train on, or nothing out; else empty.
 
-    ``caveat`` is what may be there though nothing is suspect.
+    Args:
+        found: the partition.
+        noises: what is estimated of each label of which something is.
     """
-    kept, total = int(is_clean.sum()), len(is_clean)
+    kept, total = int(found.is_clean.sum()), len(found)
     if kept == total:
-        return "; ".join(filter(None, (f"it calls all of the {total} samples clean", caveat)))
+        if not noises:
+            return PartitionStatus.ALL_CLEAN, f"it calls all of the {total} samples clean"
+        most = max(noises, key=lambda one: one.z_score)
+        status = PartitionStatus.ALL_CLEAN if most.status == "none" else PartitionStatus.REVIEW_ONLY
+        return status, caveat_of(most, found.worth_review())
     if kept == 0:
-        return f"it calls none of the {total} samples clean"
-    lost = [c for c, members in class_members(label) if not bool(is_clean[members].any())]
-    return f"it keeps no sample of {'class' if len(lost) == 1 else 'the classes'} {str(lost)[1:-1]}" if lost else ""
+        return PartitionStatus.NONE_CLEAN, f"it calls none of the {total} samples clean"
+    lost = [c for c, members in class_members(found.label) if not bool(found.is_clean[members].any())]
+    if lost:
+        of = "class" if len(lost) == 1 else "the classes"
+        return PartitionStatus.CLASS_LOST, f"it keeps no sample of {of} {str(lost)[1:-1]}"
+    return PartitionStatus.OK, ""

@@ -24,7 +24,7 @@ def caveat_of(noise: NoiseEstimate, worth: int) -> str:
         return _NO_LIST
     if noise.status == "found":
         rate = rate_in_words(noise.rate, noise.interval)
-        return f"{rate}, but no list of them is as precise as is asked for (precision)"
+        return f"{rate}, but no list of them is as precise as is asked for (suspect_precision)"
     many = f"{worth:,} labels are worth a look" if worth else "labels may be wrong"
     if noise.sampled:
         return f"{many}, but the sampler draws some classes more often, which are memorized first: {_LISTED}"

@@ -24,14 +24,17 @@ _gave_up: WeakKeyDictionary[Trainer, set[int]] = WeakKeyDictionary()
 
 
 def log_partition(pl_module: LightningModule, partition: Partition) -> None:
-    """Logs the noise rate, the share of samples that is kept, the two lists, why samples are suspect, and a picture."""
+    """Logs what is found, and a picture.
+
+    The noise rate where it is known, the share of samples that is kept, the two lists, and why samples are suspect.
+    """
     counts = partition.reason[~partition.is_clean].long().bincount(minlength=len(REASONS)).tolist()
     by_reason = {f"unlearn/suspects_{word}": float(counts[code]) for code, word in enumerate(REASONS) if code}
     expected = partition.expected_precision
     log_values(
         pl_module,
         {
-            "unlearn/noise_rate": partition.noise_rate,
+            **({} if partition.noise_rate is None else {"unlearn/noise_rate": partition.noise_rate}),
             "unlearn/kept_share": partition.is_clean.float().mean().item(),
             "unlearn/suspects": float(len(partition.suspect_indices())),
             "unlearn/worth_review": float(partition.worth_review()),

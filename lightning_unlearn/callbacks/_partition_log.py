@@ -78,9 +78,10 @@ def report_round(pl_module: LightningModule, drawn: Partition, changed: float, i
     else:
         last = ", and none is drawn again" if is_stable else ""
         end = f"; it is not acted upon ({drawn.warning}), the one before stays{last}"
+    rate = "" if drawn.noise_rate is None else f" estimated noise rate {drawn.noise_rate:.1%},"
     rank_zero_info(
         f"Partition drawn again after {epochs_in_words(drawn.epoch)}: {suspects:,} of {len(drawn):,} samples are"
-        f" suspect, estimated noise rate {drawn.noise_rate:.1%}, {changed:.1%} changed sides{end}."
+        f" suspect,{rate} {changed:.1%} changed sides{end}."
     )
 
 

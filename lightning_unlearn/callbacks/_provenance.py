@@ -82,6 +82,7 @@ def provenance(
                 "expected_precision": partition.expected_precision,
                 "worth_review": partition.worth_review(),
                 "suspects": partition.suspect_indices().sort().values,
+                "status": partition.status.value,
                 "warning": partition.warning,
                 "rounds": [vars(drawn) for drawn in rounds],
             },

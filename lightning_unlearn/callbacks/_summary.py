@@ -5,6 +5,7 @@ from __future__ import annotations
 from lightning_unlearn.callbacks._diverged import ADVICE
 from lightning_unlearn.results.finding import at_least, precision_in_words, worth_in_words
 from lightning_unlearn.results.partition import Partition
+from lightning_unlearn.results.status import PartitionStatus
 from lightning_unlearn.results.summary import RepairSummary
 
 # A network that gives so many of the suspects their given label has memorized them.
@@ -83,29 +84,21 @@ def summarise(
 
 
 def _found(partition: Partition, suspects: int) -> str:
-    if not suspects and partition.warning and not partition.warning.startswith("it calls all"):
-        number = f"{len(partition):,}"
+    number = f"{len(partition):,}"
+    if partition.status is PartitionStatus.INCONCLUSIVE and not suspects:
         return f"Nothing is known about the {number} training samples, and nothing was changed: {partition.warning}."
-    if not suspects and partition.noise_rate_interval is not None:
-        caveat = partition.warning.partition("; ")[2]
-        return (
-            f"All of the {len(partition):,} training samples count as clean, nothing was changed: {caveat}."
-            " The table with suspects_only=False (Partition.to_csv) has them by doubt."
-        )
     if not suspects:
-        # What follows, where something follows, is what could be there all the same.
-        _, more, caveat = partition.warning.partition("; ")
-        return (
-            f"No sign of noise in the {len(partition):,} training samples: nothing was changed{more}{caveat}."
-            " The table with suspects_only=False (Partition.to_csv) has them by doubt all the same."
-        )
+        found = f"No sign of noise in the {number} training samples: nothing was changed."
+        if partition.noise_rate_interval is not None:
+            found = f"All of the {number} training samples count as clean, nothing was changed: {partition.warning}."
+        return f"{found} The table with suspects_only=False (Partition.to_csv) has them by doubt."
     reasons = partition.reasons()
     counts = {word: reasons.count(word) for word in ("label", "input", "both") if word in reasons}
     why = ", ".join(f"{count:,} for {word}" for word, count in counts.items())
-    found = (
-        f"{suspects:,} of {len(partition):,} training samples are suspect ({why}){precision_in_words(partition)},"
-        f" estimated noise rate {partition.noise_rate:.1%}{_how_sure(partition)}."
-    )
+    found = f"{suspects:,} of {number} training samples are suspect ({why}){precision_in_words(partition)}"
+    if partition.noise_rate is not None:
+        found += f", estimated noise rate {partition.noise_rate:.1%}{_how_sure(partition)}"
+    found += "."
     return f"{found} Nothing was changed: {partition.warning}." if partition.warning else found
 
 

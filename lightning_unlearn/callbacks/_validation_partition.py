@@ -192,8 +192,10 @@ class ValidationJudge:
             rank_zero_warn(f"The validation set was not judged: {self.fault}.")
         if self.partition is not None:
             rank_zero_info(self.said)
-            suspects, rate = len(self.partition.suspect_indices()), self.partition.noise_rate
-            log_values(pl_module, {"unlearn/val_suspects": float(suspects), "unlearn/val_noise_rate": rate})
+            found = {"unlearn/val_suspects": float(len(self.partition.suspect_indices()))}
+            if self.partition.noise_rate is not None:
+                found["unlearn/val_noise_rate"] = self.partition.noise_rate
+            log_values(pl_module, found)
 
     def record(self) -> dict[str, Any] | None:
         """What was found, for the provenance; None for nothing."""
@@ -204,6 +206,7 @@ class ValidationJudge:
             "fingerprint": self.partition.fingerprint,
             "noise_rate": self.partition.noise_rate,
             "suspects": self.partition.suspect_indices().sort().values,
+            "status": self.partition.status.value,
             "warning": self.partition.warning,
         }
 

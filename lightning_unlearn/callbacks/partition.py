@@ -89,6 +89,7 @@ from lightning_unlearn.results.finding import epochs_in_words
 from lightning_unlearn.results.partition import Partition
 from lightning_unlearn.results.review import Decided, Review
 from lightning_unlearn.results.review_csv import Table
+from lightning_unlearn.results.status import PartitionStatus
 from lightning_unlearn.results.summary import PartitionRound, RepairSummary
 from lightning_unlearn.trajectory import Trajectory
 from lightning_unlearn.utilities.checks import (
@@ -153,10 +154,10 @@ class AttributionPartitionCallback(UnlearnCallback):
         method: of attribution, one of ``lightning_unlearn.attribution.ATTRIBUTION_METHODS``.
         input_layer: dotted path of the early layer whose output shows corrupted inputs; by default what the first block
             makes of the input.
-        precision: suspects are the longest list of which at least this share is expected to be wrong: higher for fewer
-            and surer ones. In [.5, 1); no sample that is less than .3 likely to be wrong is among them. A recipe that
-            does not estimate how many are wrong (a function of yours, and ``"loss"``, ``"aum"``, ``"argmax"``,
-            ``"rlap"``, ``"input"``) goes by p(clean) below .5 instead.
+        suspect_precision: suspects are the longest list of which at least this share is expected to be wrong: higher
+            for fewer and surer ones. In [.5, 1); no sample that is less than .3 likely to be wrong is among them. A
+            recipe that does not estimate how many are wrong (a function of yours, and ``"loss"``, ``"aum"``,
+            ``"argmax"``, ``"rlap"``, ``"input"``) goes by p(clean) below .5 instead.
         min_class_share: share of each class's samples that is kept in any case, the likeliest; rounded up.
         action: ``"report"`` for a dry run: the partition is drawn, but nothing is pruned or fine-tuned; the log says
             what would be, and what it would cost. Without another callback of ours, ``at_epoch`` may be ``max_epochs``
@@ -212,7 +213,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         evidence_every_n_epochs: int = 1,
         method: str = GRADIENT_X_ACTIVATION,
         input_layer: str | None = None,
-        precision: float = 0.85,
+        suspect_precision: float = 0.85,
         min_class_share: float = 0.1,
         action: Literal["act", "report"] = "act",
         review: str | PathLike[str] | None = None,
@@ -240,7 +241,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         self.evidence_every_n_epochs = check_whole("evidence_every_n_epochs", evidence_every_n_epochs, least=1)
         self.method = check_method(method)
         self.input_layer = None if input_layer is None else check_text("input_layer", input_layer, _PATH)
-        self.precision = check_number("precision", precision, least=0.5, below=1)
+        self.suspect_precision = check_number("suspect_precision", suspect_precision, least=0.5, below=1)
         self.min_class_share = check_number("min_class_share", min_class_share, least=0, below=1)
         self.review = None if review is None else check_path("review", review, "a table of decisions")
         self.reading = Reading(
@@ -1145,7 +1146,7 @@ class AttributionPartitionCallback(UnlearnCallback):
             judged,
             label,
             # Of validation samples none are to be kept for training.
-            Cut(self.precision, self.min_class_share if validation is None else 0),
+            Cut(self.suspect_precision, self.min_class_share if validation is None else 0),
             sum_over_ranks(trainer.strategy),
             recipe=self.recipe.name,
             layer=str(self._point),
@@ -1156,7 +1157,9 @@ class AttributionPartitionCallback(UnlearnCallback):
             decided=decided,
         )
         is_early = self._partition is None and drawn.epoch == 1 and bool(self._when.why)
-        return replace(drawn, warning=_ONE_EPOCH) if is_early and not drawn.warning else drawn
+        if is_early and drawn.status is PartitionStatus.OK:
+            return replace(drawn, status=PartitionStatus.TOO_EARLY, warning=_ONE_EPOCH)
+        return drawn
 
     def _report(self, pl_module: LightningModule, judged: Sequence[Judged], seconds: float) -> None:
         partition = self.partition
@@ -1169,7 +1172,7 @@ class AttributionPartitionCallback(UnlearnCallback):
 
 def _tells(partition: Partition) -> bool:
     """Whether it tells noise from clean samples, or finds no noise: what could not be told may be told later."""
-    return partition.is_actionable or partition.warning.startswith("it calls all")
+    return partition.status in (PartitionStatus.OK, PartitionStatus.ALL_CLEAN, PartitionStatus.REVIEW_ONLY)
 
 
 def _consumers(trainer: Trainer) -> list[PartitionConsumer]:

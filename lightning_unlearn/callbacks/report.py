@@ -242,7 +242,7 @@ class UnlearnReport(EitherCallback):
             gallery=gallery,
             summary={} if summary is None else {**vars(summary), "done": list(summary.done)},
             rounds=rounds,
-            precision=float(getattr(source, "precision", 0.85)),
+            suspect_precision=float(getattr(source, "suspect_precision", 0.85)),
             class_names=self.class_names or names_in(dataset, reading_of(source).num_classes),
             provenance=provenance,
             fit=_facts(trainer, pl_module) | ({"dry run": "yes"} if source.is_dry_run else {}),

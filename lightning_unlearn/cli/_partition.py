@@ -44,6 +44,7 @@ from lightning_unlearn.report.samples import file_of
 from lightning_unlearn.results.finding import finding_of, names_in
 from lightning_unlearn.results.partition import Partition
 from lightning_unlearn.results.review_csv import check_undecided
+from lightning_unlearn.utilities.checks import check_number
 from lightning_unlearn.utilities.files import target_folder, write_json
 
 HELP = """\
@@ -93,6 +94,13 @@ class PartitionCLI(ConfigCLI):
             " else auto",
         )
         group.add_argument(
+            "--suspect_precision",
+            metavar="SHARE",
+            type=float | None,
+            help="Suspects are the longest list of which at least this share is expected to be wrong, in [0.5, 1); by"
+            " default that of the configuration, else 0.85",
+        )
+        group.add_argument(
             "--judge_validation",
             action="store_true",
             help="Judge the samples of the validation loader too, as their labels count in the validation accuracy",
@@ -115,6 +123,8 @@ class PartitionCLI(ConfigCLI):
             check_undecided(self.out / f"{prefix}suspects.csv")
         if (recipe := self.config["recipe"]) is not None:
             get_recipe(recipe)
+        if (share := self.config["suspect_precision"]) is not None:
+            check_number("suspect_precision", share, least=0.5, below=1)
         path = self.config["ckpt_path"]
         self.checkpoint: dict[str, Any] = {} if path is None else read_checkpoint(path)
         state = partition_state(self.checkpoint, path or "") or {}
@@ -135,6 +145,11 @@ class PartitionCLI(ConfigCLI):
                     f"{path} holds a partition already ({name} {held}), and not what another could be drawn from; leave"
                     f" out --{name} {self.config[name]} to see it, or give a checkpoint of an epoch before it, or none."
                 )
+        if (share := self.config["suspect_precision"]) is not None:
+            raise ValueError(
+                f"{path} holds a partition already, whose suspects are chosen; leave out --suspect_precision {share} to"
+                " see it, or give a checkpoint of an epoch before it, or none."
+            )
         if self.config["judge_validation"] and self.held_validation is None:
             raise ValueError(
                 f"{path} holds a partition already, but none of the validation set; leave out --judge_validation to see"
@@ -174,6 +189,8 @@ class PartitionCLI(ConfigCLI):
             partition.at_epoch = at_epoch
         if recipe is not None:
             partition.recipe = AttributionPartitionCallback(recipe=recipe).recipe
+        if (share := self.config["suspect_precision"]) is not None:
+            partition.suspect_precision = share
         if self.config["judge_validation"]:
             partition.judge_validation = True
         partition.action, partition.every_n_epochs = "report", None

@@ -223,9 +223,11 @@ def summary_of(partition: Partition, top: int = 10, class_names: Sequence[str] =
     drawn = f"recipe {partition.recipe!r}, {partition.layer}, after {epochs_in_words(partition.epoch)}"
     lines = [f"{len(suspects):,} of {len(partition):,} samples are suspect{why}."]
     if partition.noise_rate_interval is None:
-        found = finding_of(partition, class_names)
-        is_known = "estimated noise rate" in found
-        rate = f"Estimated noise rate {partition.noise_rate:.1%}" if is_known else f"{found[0].upper()}{found[1:]}"
+        rate = (
+            "Noise rate not known"
+            if partition.noise_rate is None
+            else f"Estimated noise rate {partition.noise_rate:.1%}"
+        )
         lines.append(f"{rate}; {drawn}.")
     else:
         found = f"{finding_of(partition, class_names)}." if len(suspects) else "No list of suspects."
@@ -246,7 +248,7 @@ def summary_of(partition: Partition, top: int = 10, class_names: Sequence[str] =
 def _review_title(partition: Partition, shown: int) -> str:
     worth = partition.worth_review()
     said = f"{worth:,} worth a look" if worth else "none of them worth a look"
-    if partition.noise_rate_interval is None:
+    if partition.noise_rate is None or partition.noise_rate_interval is None:
         return f"The {shown} that come next"
     return f"The {shown} that come next ({said})"
 
@@ -259,7 +261,7 @@ def _table(partition: Partition, shown: Sequence[int], class_names: Sequence[str
         "index": [str(i) for i in shown],
         "given": given,
         "suggested": suggested,
-        "p(clean)": probability,
+        **({} if partition.noise_rate is None else {"p(clean)": probability}),
         "reason": [reasons[i] for i in shown],
     }
     if curve is not None:

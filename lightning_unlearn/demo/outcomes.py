@@ -65,7 +65,7 @@ class Detection:
         precision: share of the suspects whose label is wrong.
         recall: share of the wrong labels that are suspects.
         suggested_right: share of the suspects with a wrong label whose suggested label is right.
-        noise_rate: as estimated.
+        noise_rate: as estimated; None where it is not known.
         memorised: share of the wrong labels that the base model predicts.
     """
 
@@ -73,7 +73,7 @@ class Detection:
     precision: float
     recall: float
     suggested_right: float
-    noise_rate: float
+    noise_rate: float | None
     memorised: float
 
 

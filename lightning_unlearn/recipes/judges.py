@@ -74,8 +74,7 @@ def _by_margin(evidence: Evidence, reduce: Reduce) -> Verdict:
         evidence.label,
         torch.zeros_like(probability),
         label_probability=probability,
-        notes=(f"labels: {why}: samples are ranked by their margin, and none is suspect",),
-        caveat=f"wrong labels would not show: {why}",
+        warning=f"{why}: samples are ranked by their margin, and none is suspect",
     )
 
 
@@ -173,6 +172,9 @@ def judge_auto(evidence: Evidence, reduce: Reduce) -> Verdict:
         # Which tells nothing of the others: what is corrupted was in the early epoch and in the validation data.
         kept = replace(kept, unseen=OutOfSample(), left_out=None)
     labels = judge_label(kept, reduce)
+    if corrupted and labels.warning:
+        # What is known is which inputs are broken.
+        return replace(inputs, notes=(*labels.notes, f"labels: {labels.warning}", *inputs.notes))
     suggested = labels.suggested_probability
     return Verdict(
         labels.clean_probability * intact,
@@ -182,8 +184,7 @@ def judge_auto(evidence: Evidence, reduce: Reduce) -> Verdict:
         input_probability=inputs.input_probability,
         noise_matrix=labels.noise_matrix,
         notes=labels.notes + inputs.notes,
-        warning="" if corrupted else labels.warning,
-        caveat=labels.caveat,
+        warning=labels.warning,
         noise=_with_inputs(labels.noise, number / of_all) if corrupted else labels.noise,
     )
 

@@ -61,8 +61,6 @@ class Verdict:
         notes: what was found, for the log. The same on every rank.
         warning: why the verdict should not be acted upon; empty if it can be. The same on every rank.
         unusable: (n,) bool, samples that must not be trained on in any case; None where there are none.
-        caveat: what may be there and might not show, and what to do then, for where nothing is suspect. The same on
-            every rank.
         noise: what is estimated of all the labels, of which p(clean) says how many of any list are wrong then; None
             where it was not. The same on every rank.
     """
@@ -76,7 +74,6 @@ class Verdict:
     notes: tuple[str, ...] = ()
     warning: str = ""
     unusable: Tensor | None = None
-    caveat: str = ""
     noise: NoiseEstimate | None = None
 
     def suspects(self, weight: Tensor, reduce: Reduce, precision: float) -> Tensor:

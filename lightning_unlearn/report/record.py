@@ -16,7 +16,7 @@ from lightning_unlearn.results.storage import fits
 from lightning_unlearn.utilities.checks import reason_of, shown
 from lightning_unlearn.utilities.files import target_folder, write_json
 
-RUN_VERSION = 1
+RUN_VERSION = 2
 _INDEX = re.compile(r"[0-9]{1,18}")
 _RUN, _GALLERY, _PARTITION = "run.json", "gallery.json", "partition.npz"
 
@@ -34,7 +34,7 @@ class RunRecord:
             its end.
         rounds: fields of :class:`~lightning_unlearn.results.summary.PartitionRound`, for every drawing of the
             partition.
-        precision: share of the suspects that was to be wrong at least.
+        suspect_precision: share of the suspects that was to be wrong at least.
         class_names: by label; empty where they are not known.
         fit: what was fitted, with what and when, in words.
         provenance: what was done to which samples and neurons, with versions, seeds and settings, as
@@ -49,7 +49,7 @@ class RunRecord:
     gallery: dict[int, dict[str, Any]] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
     rounds: list[dict[str, Any]] = field(default_factory=list)
-    precision: float = 0.85
+    suspect_precision: float = 0.85
     class_names: list[str] = field(default_factory=list)
     fit: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)

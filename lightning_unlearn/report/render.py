@@ -220,6 +220,7 @@ def _samples(record: RunRecord, actions: Actions) -> Iterator[dict[str, Any]]:
             "suggested": _labels(partition.suggested_label[index]),
             "sure": round(float(partition.suggested_probability[index]), 4),
             "p": round(float(partition.clean_probability[index]), 6),
+            "told": partition.noise_rate is not None,
             "support": round(float(partition.label_evidence[index]), 4),
             "reason": REASONS[int(partition.reason[index])],
             "list": listed[index],

@@ -17,7 +17,7 @@ class ClassSummary:
         label: the given label.
         samples: how many samples have it.
         suspects: how many of them are not clean.
-        noise_rate: estimated share of them that is not clean.
+        noise_rate: estimated share of them that is not clean; None where that of the partition is.
         confused_with: the class that most of those with a wrong label are suggested to be; None if there are none.
         confused_samples: how many of them.
     """
@@ -25,7 +25,7 @@ class ClassSummary:
     label: int
     samples: int
     suspects: int
-    noise_rate: float
+    noise_rate: float | None
     confused_with: int | None
     confused_samples: int
 

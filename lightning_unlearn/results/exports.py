@@ -32,8 +32,8 @@ def to_dataframe(partition: Partition, *, class_names: Sequence[str] | None = No
 
     Returns:
         columns ``given_label``, ``suggested_label`` (of a multi-label task lists of the labels that a sample has),
-        ``clean_probability``, ``suggested_probability``, ``label_evidence``, ``input_evidence``, ``reason``,
-        ``is_clean``, ``rank``, ``list``, ``expected_precision`` (NaN where it is not known), ``proposed`` and an empty
+        ``clean_probability`` and ``expected_precision`` (NaN where they are not known), ``suggested_probability``,
+        ``label_evidence``, ``input_evidence``, ``reason``, ``is_clean``, ``rank``, ``list``, ``proposed`` and an empty
         ``decision`` (see :meth:`Partition.to_csv
         <lightning_unlearn.Partition.to_csv>`).
 
@@ -222,6 +222,8 @@ def _columns(partition: Partition, class_names: Sequence[str] | None) -> dict[st
             ]
     for name in ("clean_probability", "suggested_probability", "label_evidence", "input_evidence"):
         columns[name] = getattr(partition, name).tolist()
+    if partition.noise_rate is None:
+        columns["clean_probability"] = [math.nan] * len(partition)
     place, curve = partition.ranking().argsort(), partition.precision_curve()
     return columns | {
         "reason": partition.reasons(),

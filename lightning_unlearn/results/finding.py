@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning_unlearn.results.labels import REASONS
 from lightning_unlearn.results.partition import Partition
+from lightning_unlearn.results.status import PartitionStatus
 
 # So many pairs of classes are named.
 _MOST_NAMES = 3
@@ -23,13 +24,11 @@ def finding_of(partition: Partition, class_names: Sequence[str] = ()) -> str:
     """
     suspects = len(partition) - int(partition.is_clean.sum())
     if partition.noise_rate_interval is None:
-        if not suspects and partition.warning and not partition.warning.startswith("it calls"):
+        if not suspects and partition.status is PartitionStatus.INCONCLUSIVE:
             return "nothing is known about the samples"  # the warning says why
-        return (
-            f"{suspects:,} of {len(partition):,} samples are suspect, estimated noise rate {partition.noise_rate:.1%}"
-        )
-    if not suspects:
-        return "no suspects"
+        return f"{suspects:,} of {len(partition):,} samples are suspect{_estimated(partition)}"
+    if not suspects or partition.noise_rate is None:
+        return f"{suspects:,} suspects" if suspects else "no suspects"
     has_inputs = bool((partition.reason >= REASONS.index("input")).any())
     what = "samples" if has_inputs else "labels"
     said = [
@@ -43,6 +42,10 @@ def finding_of(partition: Partition, class_names: Sequence[str] = ()) -> str:
             pair = f"'{class_names[true]}'", f"'{class_names[called]}'"
         said.append(f"{pair[0]} is often labeled {pair[1]} ({share:.0%})")
     return "; ".join(said)
+
+
+def _estimated(partition: Partition) -> str:
+    return "" if partition.noise_rate is None else f", estimated noise rate {partition.noise_rate:.1%}"
 
 
 def rate_in_words(rate: float, interval: tuple[float, float], what: str = "labels") -> str:

@@ -25,6 +25,7 @@ from lightning_unlearn.results.labels import (
     of_any_label,
     suggested_otherwise,
 )
+from lightning_unlearn.results.status import PartitionStatus, checked_status
 from lightning_unlearn.results.storage import faults_of, load_record, save_record
 from lightning_unlearn.results.validate import check_estimates, check_held, check_matrix, check_primitives, check_sizes
 from lightning_unlearn.utilities.checks import check_flag, check_names, check_number, check_whole, shown
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-STATE_VERSION = 6
+STATE_VERSION = 7
 
 _NONE = torch.zeros(0, 0)
 
@@ -50,7 +51,8 @@ class Partition:
     subset of; with a ConcatDataset, counted through. Samples that the loader's sampler leaves out have one too.
 
     Args:
-        clean_probability: (N,) float32, probability in [0, 1] that the sample is clean.
+        clean_probability: (N,) float32, probability in [0, 1] that the sample is clean; an order only, where
+            ``noise_rate`` is None.
         is_clean: (N,) bool, all but the suspects: where ``noise_rate_interval`` is known, the longest list that has the
             expected precision which the callback was asked for, else those whose ``clean_probability`` is below one
             half. The likeliest of a class of which too few would be left are clean too.
@@ -58,6 +60,8 @@ class Partition:
             :meth:`worth_review`). Of a multi-label task (N, L).
         suggested_probability: (N,) float32, probability in [0, 1] that ``suggested_label`` is right.
         noise_rate: estimated share of samples that are not clean, in [0, 1]; there may be more of them than suspects.
+            None where it is not known: nothing can be told, or there is no sign of noise, which does not say how much
+            of it fails to show. ``clean_probability`` is an order then, whose numbers say nothing.
         label: (N,) int64, the given labels, -1 for one that is to be ignored, whose sample is not judged. Of a
             multi-label task (N, L), 1 for a label that the sample has, and 0.
         label_evidence: (N,) float32 in [0, 1], the support of the given label, averaged over the passes; of several
@@ -70,16 +74,17 @@ class Partition:
         recipe: name of the recipe that made the partition.
         layer: where the attributions were taken.
         epoch: how many epochs were complete.
-        warning: why the partition should not be acted upon; empty if it can be.
+        warning: why the partition should not be acted upon, in words; empty if it can be.
         fingerprint: of the training set, made of its size and of some of its samples; empty where it is not known.
         label_probability: (N, L) float32 of a multi-label task, the probability that each label (or its absence) is
             right, of which ``clean_probability`` is the least; else (0, 0).
         relabel_threshold: the least probability of a suggested label that is used, as the CleanSubsetFinetuneCallback
             of the fit was told.
-        noise_rate_interval: of 95 %, low and high; high is 1.0 where ``noise_rate`` is only a lower bound; None where
-            it was not estimated, so that ``clean_probability`` does not say how many of a list are wrong.
+        noise_rate_interval: of 95 %, low and high; high is 1.0 where only a lower bound is known; None where it was
+            not estimated, so that ``clean_probability`` does not say how many of a list are wrong.
         often_called: pairs of classes of which the first is often called the second, with how often, the most frequent
             first.
+        status: what may be done with it; with a warning that is not told ``"ok"``, it is ``"inconclusive"``.
 
     Example:
         >>> import torch
@@ -106,7 +111,7 @@ class Partition:
     is_clean: Tensor
     suggested_label: Tensor
     suggested_probability: Tensor
-    noise_rate: float
+    noise_rate: float | None
     label: Tensor
     label_evidence: Tensor
     input_evidence: Tensor
@@ -121,9 +126,13 @@ class Partition:
     relabel_threshold: float = 0.7
     noise_rate_interval: tuple[float, float] | None = None
     often_called: tuple[tuple[int, int, float], ...] = ()
+    status: PartitionStatus = PartitionStatus.OK
 
     def __post_init__(self) -> None:
-        check_primitives(self, noise_rate=float, epoch=int, recipe=str, layer=str, warning=str, fingerprint=str)
+        object.__setattr__(self, "status", checked_status(self.status, self.warning))
+        if self.noise_rate is not None:
+            check_primitives(self, noise_rate=float)
+        check_primitives(self, epoch=int, recipe=str, layer=str, warning=str, fingerprint=str)
         relabel_threshold = check_number("relabel_threshold", self.relabel_threshold, above=0, most=1)
         object.__setattr__(self, "relabel_threshold", relabel_threshold)
         check_held(self)
@@ -155,10 +164,10 @@ class Partition:
         if len(self) and int(self.reason.max()) >= len(REASONS):
             raise ValueError(f"reason must hold numbers below {len(REASONS)}, but holds {int(self.reason.max())}.")
         low, high = self.clean_probability.aminmax() if len(self) else (torch.zeros(()), torch.zeros(()))
-        if not (0 <= low <= high <= 1 and 0 <= self.noise_rate <= 1):
+        if not (0 <= low <= high <= 1 and 0 <= (self.noise_rate or 0) <= 1):
             raise ValueError(
                 f"Probabilities must lie in [0, 1], but clean_probability spans [{low:.4g}, {high:.4g}] and"
-                f" noise_rate is {self.noise_rate:.4g}."
+                f" noise_rate is {self.noise_rate}."
             )
 
     def __len__(self) -> int:
@@ -168,8 +177,9 @@ class Partition:
         # Of a data set's size, the tensors tell nobody anything.
         suspects = len(self) - int(self.is_clean.sum())
         warned = f", warning={self.warning!r}" if self.warning else ""
+        rate = "" if self.noise_rate is None else f", noise_rate={self.noise_rate:.3f}"
         return (
-            f"Partition({len(self):,} samples, {suspects:,} suspect, noise_rate={self.noise_rate:.3f},"
+            f"Partition({len(self):,} samples, {suspects:,} suspect{rate}, status={self.status.value!r},"
             f" recipe={self.recipe!r}, layer={self.layer!r}, epoch={self.epoch}{warned})"
         )
 
@@ -181,7 +191,7 @@ class Partition:
     @property
     def is_actionable(self) -> bool:
         """Whether there are samples on both sides and nothing speaks against acting on them."""
-        return not self.warning and 0 < int(self.is_clean.sum()) < len(self)
+        return self.status is PartitionStatus.OK and 0 < int(self.is_clean.sum()) < len(self)
 
     def clean_indices(self) -> Tensor:
         """Dataset indices of the clean samples, ascending, int64."""
@@ -215,7 +225,8 @@ class Partition:
     def expected_precision_at(self, depth: int) -> float | None:
         """Share of the first so many samples of :meth:`ranking` that is expected to be wrong.
 
-        None where the noise rate was not estimated with an interval: ``clean_probability`` ranks, but does not count.
+        None where the noise rate is not known, or was estimated without an interval: ``clean_probability`` ranks, but
+        does not count.
 
         Raises:
             ValueError: for a depth that is not in [1, N].
@@ -226,10 +237,15 @@ class Partition:
 
     def precision_curve(self) -> Tensor | None:
         """(N,) float64, :meth:`expected_precision_at` every depth from 1 on; None where that is not known."""
-        if self.noise_rate_interval is None:
+        if not self._counts:
             return None
         wrong = 1 - self.clean_probability[self.ranking()].double()
         return wrong.cumsum(0) / torch.arange(1, len(wrong) + 1)
+
+    @property
+    def _counts(self) -> bool:
+        """Whether p(clean) says how many of a list are wrong."""
+        return self.noise_rate is not None and self.noise_rate_interval is not None
 
     @property
     def expected_precision(self) -> float | None:
@@ -240,9 +256,9 @@ class Partition:
     def worth_review(self) -> int:
         """How many samples of :meth:`review_ranking` are worth a look: at least half of them are expected to be wrong.
 
-        0 where the noise rate was not estimated with an interval.
+        0 where the noise rate is not known, or was estimated without an interval.
         """
-        if self.noise_rate_interval is None:
+        if not self._counts:
             return 0
         wrong = 1 - self.clean_probability[self.review_ranking()].double()
         return int((wrong.cumsum(0) >= _WORTH * torch.arange(1, len(wrong) + 1)).sum())
@@ -308,7 +324,7 @@ class Partition:
                 label=c,
                 samples=int(samples[c]),
                 suspects=int(suspects[c]),
-                noise_rate=float(doubt[c] / samples[c]),
+                noise_rate=None if self.noise_rate is None else float(doubt[c] / samples[c]),
                 confused_with=confused.get(c, (None, 0))[0],
                 confused_samples=confused.get(c, (None, 0))[1],
             )
@@ -325,11 +341,12 @@ class Partition:
                 label=c,
                 samples=len(members),
                 suspects=int(wrong[members, c].sum()),
-                noise_rate=float(1 - self.label_probability[members, c].double().mean()),
+                noise_rate=None if self.noise_rate is None else float(1 - doubt),
                 confused_with=None,
                 confused_samples=0,
             )
             for c, members in class_members(self.label)
+            for doubt in [self.label_probability[members, c].double().mean()]
         ]
         return sorted(rows, key=lambda row: -row.suspects / row.samples)
 
@@ -339,6 +356,7 @@ class Partition:
         if self.noise_rate_interval is not None:
             state["noise_rate_interval"] = list(self.noise_rate_interval)
         state["often_called"] = [list(pair) for pair in self.often_called]
+        state["status"] = self.status.value
         return {"version": STATE_VERSION, **state}
 
     @classmethod
@@ -384,6 +402,7 @@ class Partition:
         review: int = 0,
         class_names: Sequence[str] | None = None,
         columns: Mapping[str, Sequence[Any]] | None = None,
+        overwrite: bool = False,
     ) -> None:
         """Writes a table of samples, the most suspect first.
 
@@ -393,7 +412,7 @@ class Partition:
 
         ``rank`` is the place in :meth:`ranking`, from 1; ``list`` is ``suspect``, ``review`` (worth a look) or
         ``clean``; ``expected_precision`` is the share of the samples down to this rank that is expected to be wrong
-        (empty where that is not known).
+        (empty where that is not known). ``clean_probability`` is empty where ``noise_rate`` is None.
         ``proposed`` says what becomes of a sample unless a person decides otherwise (see :meth:`decisions`).
         ``decision`` is empty: a person may write ``keep``, ``drop`` or ``relabel`` there, and another
         ``suggested_label``, in a spreadsheet. In the next fit ``AttributionPartitionCallback(review=path)`` goes by the
@@ -409,11 +428,17 @@ class Partition:
                 single quote in front.
             columns: further ones by their title, of N values each, by dataset index: file names, for example. They
                 stand right of the index.
+            overwrite: write over a table in which a person has decided something, too.
 
         Raises:
-            ValueError: if there is not one name per class, one value per sample, or a title is taken.
+            ValueError: if there is not one name per class, one value per sample, or a title is taken; for a table with
+                decisions of a person in its place, unless ``overwrite``.
         """
         suspects_only = check_flag("suspects_only", suspects_only)
+        if not check_flag("overwrite", overwrite):
+            from lightning_unlearn.results.review_csv import check_undecided
+
+            check_undecided(path, "give another path, rename it, or set overwrite=True")
         names = None if class_names is None else self.names_of(class_names)
         if not isinstance(columns, (Mapping, type(None))):
             raise ValueError(f"Expected columns to be a dict of values by title, but got {shown(columns)}.")
@@ -434,7 +459,9 @@ class Partition:
             **_named("given_class", given, names),
             "suggested_label": _label_cells(suggested),
             **_named("suggested_class", suggested, names),
-            "clean_probability": [f"{value:.6f}" for value in self.clean_probability[order].tolist()],
+            "clean_probability": [
+                "" if self.noise_rate is None else f"{value:.6f}" for value in self.clean_probability[order].tolist()
+            ],
             "label_evidence": [f"{value:.6g}" for value in self.label_evidence[order].tolist()],
             "input_evidence": [f"{value:.6g}" for value in self.input_evidence[order].tolist()],
             "reason": [REASONS[code] for code in self.reason[order].tolist()],

@@ -221,10 +221,12 @@ def _draw_histogram(partition: Partition, axes: Axes) -> None:
     axes.set_ylim(0.7, max(axes.get_ylim()[1], 10) * 4)  # a bar of one sample is seen, and the legend is above the bars
     axes.set_yscale("log")
     axes.set_xlim(0, 1)
-    axes.set_xlabel("probability of being clean")
+    axes.set_xlabel("order of doubt" if partition.noise_rate is None else "probability of being clean")
     axes.set_ylabel("samples (log scale)")
     left_out = int((~judged).sum())
-    title = f"{int(judged.sum()):,} samples, estimated noise rate {partition.noise_rate:.1%}"
+    rate = partition.noise_rate
+    said = "noise rate not known" if rate is None else f"estimated noise rate {rate:.1%}"
+    title = f"{int(judged.sum()):,} samples, {said}"
     axes.set_title(title + (f" ({left_out:,} not judged)" if left_out else ""))
     axes.legend(loc="upper center", framealpha=1, edgecolor="none", facecolor=axes.get_facecolor())
 

@@ -90,8 +90,12 @@ def read_review(path: str | PathLike[str]) -> Table:
         ) from error
 
 
-def check_undecided(path: str | PathLike[str]) -> None:
+def check_undecided(path: str | PathLike[str], remedy: str = "write to another place, or rename it") -> None:
     """Refuses to write over a table in which a person has decided something.
+
+    Args:
+        path: of the table that is to be written.
+        remedy: what to do.
 
     Raises:
         ValueError: with the name of the file.
@@ -104,7 +108,7 @@ def check_undecided(path: str | PathLike[str]) -> None:
     if decided := sum(bool(row.get("decision", "").strip()) for _, row in cells):
         raise ValueError(
             f"Expected to write a new table, but {target} has {decided:,} decision{'s' if decided > 1 else ''} of a"
-            " person, which would be lost; write to another place, or rename it."
+            f" person, which would be lost; {remedy}."
         )
 
 

@@ -8,6 +8,7 @@ import math
 import os
 import zipfile
 from collections.abc import Iterator, Mapping
+from enum import Enum
 from os import PathLike
 from types import UnionType
 from typing import Any, BinaryIO, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -165,6 +166,8 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return any(value == one.value for one in hint)
     return hint is Any or not isinstance(hint, type) or isinstance(value, hint)
 
 

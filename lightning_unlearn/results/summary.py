@@ -12,13 +12,13 @@ class PartitionRound:
     Args:
         epoch: how many epochs were complete.
         suspects: how many samples were not clean.
-        noise_rate: estimated share of samples that are not clean.
+        noise_rate: estimated share of samples that are not clean; None where it is not known.
         changed: share of the samples that were on the other side the time before; 1 for the first.
     """
 
     epoch: int
     suspects: int
-    noise_rate: float
+    noise_rate: float | None
     changed: float
 
 
@@ -29,7 +29,7 @@ class RepairSummary:
     Args:
         samples: N.
         suspects: how many samples the last partition does not call clean.
-        noise_rate: its estimate.
+        noise_rate: its estimate; None where it is not known.
         memorised: share of the samples suspected for their label to which the network gave that label when the first
             partition that was acted upon was drawn; None if there were none.
         done: what the callbacks did, a clause for each.
@@ -40,7 +40,7 @@ class RepairSummary:
 
     samples: int
     suspects: int
-    noise_rate: float
+    noise_rate: float | None
     memorised: float | None
     done: tuple[str, ...]
     accuracy_before: float | None

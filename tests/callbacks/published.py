@@ -14,7 +14,7 @@ CLASSES = 4
 FLAG, IDLE, ANTI = 4, 5, 6
 
 
-def make_partition(probability, label, epoch=1, warning=""):
+def make_partition(probability, label, epoch=1, warning="", status="ok"):
     """A partition of the given probabilities of being clean."""
     is_clean = probability >= 0.5
     return Partition(
@@ -32,6 +32,7 @@ def make_partition(probability, label, epoch=1, warning=""):
         layer="nowhere",
         epoch=epoch,
         warning=warning,
+        status=status,
     )
 
 

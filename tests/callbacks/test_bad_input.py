@@ -36,9 +36,12 @@ def refused(error, match, callbacks, *, module=None, data=None, steps=0, **train
             lambda: AttributionPartitionCallback(at_epoch=2, evidence_every_n_epochs=0),
             "evidence_every_n_epochs to be at least 1, but got 0",
         ),
-        (lambda: AttributionPartitionCallback(at_epoch=2, precision=1), r"precision to lie in \[0.5, 1\), but got 1"),
         (
-            lambda: AttributionPartitionCallback(at_epoch=2, precision=0.4),
+            lambda: AttributionPartitionCallback(at_epoch=2, suspect_precision=1),
+            r"precision to lie in \[0.5, 1\), but got 1",
+        ),
+        (
+            lambda: AttributionPartitionCallback(at_epoch=2, suspect_precision=0.4),
             r"precision to lie in \[0.5, 1\), but got 0.4",
         ),
         (

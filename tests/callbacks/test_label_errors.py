@@ -249,7 +249,7 @@ ESTIMATE = NoiseEstimate("weak", 0.03, (0.019, 0.044), 3.4)
             {"status": "found"},
             3,
             "about 3.0% of the labels (1.9% to 4.4%) look wrong, but no list of"
-            " them is as precise as is asked for (precision)",
+            " them is as precise as is asked for (suspect_precision)",
         ),
     ],
 )

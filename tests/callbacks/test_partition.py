@@ -283,7 +283,7 @@ def test_state_is_tensors_and_primitives(tmp_path):
 
 
 def test_a_recipe_that_does_not_count_wrong_labels_goes_by_one_half():
-    callback = AttributionPartitionCallback(at_epoch=1, recipe="aum", precision=0.99, min_class_share=0)
+    callback = AttributionPartitionCallback(at_epoch=1, recipe="aum", suspect_precision=0.99, min_class_share=0)
     fit(Toy(convnet), BlobsData(Blobs(noise=0.4, image=True)), [callback], max_epochs=2)
     assert callback.partition.is_clean.equal(callback.partition.clean_probability >= 0.5)
     assert callback.partition.expected_precision is None

@@ -60,7 +60,7 @@ def test_what_was_found_and_done_is_in_the_run_directory(run):
     assert record.summary["advice"] == partition.summary.advice
     assert record.summary["done"] == [prune.describe(), finetune.describe()]
     assert record.swaps == [AT]
-    assert record.precision == 0.85
+    assert record.suspect_precision == 0.85
     assert record.fit["epochs"] == EPOCHS
 
 

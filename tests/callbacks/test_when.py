@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback
 from lightning_unlearn.callbacks._when import DrawTime, check_at_epoch, similarity
+from lightning_unlearn.results.status import PartitionStatus
 from tests.toys import Blobs, BlobsData, Toy, adamw, assert_same_weights, auroc, fit, sgd, trio, weights
 
 SIZE = 101
@@ -394,6 +395,7 @@ def test_a_single_epoch_is_not_relied_upon(at_epoch):
     callback = AttributionPartitionCallback(at_epoch=at_epoch)
     fit(Toy(), BlobsData(Blobs(SIZE)), [callback], max_epochs=5 if at_epoch == 3 else 1, max_steps=7)
     assert "it was drawn after a single epoch" in callback.partition.warning
+    assert callback.partition.status is PartitionStatus.TOO_EARLY
     assert not callback.partition.is_actionable
     asked = AttributionPartitionCallback(at_epoch=1, recipe="label")
     fit(Toy(optimizer=adamw), BlobsData(Blobs(SIZE)), [asked], max_epochs=2)

@@ -132,6 +132,17 @@ def test_the_table_has_the_files_and_classes_of_an_image_folder(team, capsys):
     assert table[2].split()[:3] == [row["index"], row["given_class"], row["suggested_class"]]
 
 
+def test_how_sure_suspects_are_to_be(team):
+    (team / "run.yaml").write_text(RUN)
+    with pytest.raises(SystemExit, match=r"suspect_precision to lie in \[0.5, 1\), but got 1.5"):
+        main(["partition", "--config", "run.yaml", "--suspect_precision", "1.5"])
+    assert not list(Path("partition").glob("*"))
+    main(["partition", "--config", "run.yaml", "--suspect_precision", "0.97"])
+    settings = json.loads(Path("partition/provenance.json").read_text())["fits"][0]["settings"]
+    assert settings["AttributionPartitionCallback"]["suspect_precision"] == 0.97
+    assert json.loads(Path("partition/run.json").read_text())["suspect_precision"] == 0.97
+
+
 @pytest.mark.parametrize("name", ["suspects.csv", "validation_suspects.csv"])
 def test_decisions_of_a_person_are_seen_before_training(team, name):
     (team / "run.yaml").write_text(RUN)

@@ -167,8 +167,7 @@ def test_hardly_anything_is_flagged_without_noise(apart, memorises, recipe, seed
     verdict = RECIPES[recipe].judge(evidence, no_reduce)
     assert flagged(verdict).float().mean() <= 0.03
     assert verdict.noise.status == "none"
-    # Nothing is claimed of how many may be wrong all the same.
-    assert verdict.caveat == ""
+    assert verdict.warning == ""
     assert torch.equal(verdict.noise_matrix, torch.eye(C))
 
 

@@ -98,6 +98,7 @@ def test_the_gallery_holds_the_suspects_the_most_suspect_first(page):
         "suggested": [0],
         "sure": 1.0,
         "p": 0.07,
+        "told": True,
         "support": 1.0,
         "reason": "label",
         "list": "suspect",

@@ -14,6 +14,7 @@ from lightning_unlearn.results.labels import REASONS
 from lightning_unlearn.results.mask import NeuronMask
 from lightning_unlearn.results.partition import Partition
 from lightning_unlearn.results.review_csv import read_review
+from lightning_unlearn.results.status import PartitionStatus
 from lightning_unlearn.trainer.protocols import MaskSource, PartitionSource
 
 
@@ -75,6 +76,63 @@ def test_actionable_only_without_warning_and_with_two_sides(changes, actionable)
     assert make_partition(**changes).is_actionable is actionable
 
 
+def test_a_status_outlives_files_and_checkpoints(tmp_path):
+    made = make_partition(status="review_only", warning="too few signs", noise_rate=None)
+    assert made.status is PartitionStatus.REVIEW_ONLY
+    assert f"{made.status}" == "review_only"
+    made.save(tmp_path / "partition.npz")
+    held = torch.load(_saved(made.state_dict(), tmp_path / "state.pt"), weights_only=True)
+    for again in (Partition.load(tmp_path / "partition.npz"), Partition.from_state_dict(held)):
+        assert (again.status, again.noise_rate, again.warning) == (made.status, None, "too few signs")
+        assert not again.is_actionable
+
+
+def _saved(state, path):
+    torch.save(state, path)
+    return path
+
+
+def test_another_status_is_refused():
+    with pytest.raises(ValueError, match=r"status must be one of 'ok', 'all_clean', .*, but is 'fine'"):
+        make_partition(status="fine")
+    with pytest.raises(ValueError, match="its status is a str"):
+        Partition.from_state_dict(make_partition().state_dict() | {"status": "fine"})
+
+
+def test_a_warning_alone_says_that_nothing_can_be_told():
+    assert make_partition(warning="it does not separate").status is PartitionStatus.INCONCLUSIVE
+    assert make_partition().status is PartitionStatus.OK
+
+
+def test_without_a_rate_no_number_is_claimed(tmp_path):
+    known = make_partition(noise_rate_interval=(0.1, 1.0))
+    assert known.expected_precision == pytest.approx(2.5 / 3)
+    assert known.class_summary()[0].noise_rate is not None
+    found = replace(known, noise_rate=None, status="all_clean", warning="no list can be made")
+    assert (found.expected_precision, found.precision_curve(), found.worth_review()) == (None, None, 0)
+    assert {row.noise_rate for row in found.class_summary()} == {None}
+    found.to_csv(tmp_path / "all.csv", suspects_only=False)
+    rows = list(csv.DictReader((tmp_path / "all.csv").open()))
+    assert {(row["clean_probability"], row["expected_precision"]) for row in rows} == {("", "")}
+    assert [int(row["index"]) for row in rows] == found.ranking().tolist()
+    assert "noise_rate" not in repr(found)
+
+
+def test_a_table_with_decisions_is_not_written_over(tmp_path):
+    table, partition = tmp_path / "suspects.csv", make_partition()
+    partition.to_csv(table)
+    partition.to_csv(table, review=1)
+    filled = table.read_text().replace("drop,,", "drop,keep,", 1)
+    table.write_text(filled)
+    with pytest.raises(
+        ValueError, match=r"suspects\.csv has 1 decision of a person, .* another path, .*overwrite=True"
+    ):
+        partition.to_csv(table)
+    assert table.read_text() == filled
+    partition.to_csv(table, overwrite=True)
+    assert table.read_text() != filled
+
+
 def test_frozen():
     with pytest.raises(FrozenInstanceError):
         make_partition().noise_rate = 0.1
@@ -131,19 +189,19 @@ def test_a_partition_of_an_empty_set_is_kept_too(tmp_path):
 
 def test_state_of_another_version_is_refused():
     state = make_partition().state_dict()
-    with pytest.raises(ValueError, match="Expected a partition of format version 6, but got version 1"):
+    with pytest.raises(ValueError, match="Expected a partition of format version 7, but got version 1"):
         Partition.from_state_dict(state | {"version": 1})
-    with pytest.raises(ValueError, match="Expected a partition of format version 6, but got version 99"):
+    with pytest.raises(ValueError, match="Expected a partition of format version 7, but got version 99"):
         Partition.from_state_dict(state | {"version": 99})
     del state["version"]
-    with pytest.raises(ValueError, match="format version 6, but got version None"):
+    with pytest.raises(ValueError, match="format version 7, but got version None"):
         Partition.from_state_dict(state)
 
 
 def test_from_state_dict_leaves_the_state_as_it_is():
     state = make_partition().state_dict()
     Partition.from_state_dict(state)
-    assert state["version"] == 6
+    assert state["version"] == 7
 
 
 def read_csv(path):

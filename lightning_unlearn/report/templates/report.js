@@ -112,7 +112,7 @@
   function article(sample) {
     const card = make("article", "card");
     Object.assign(card.dataset, { index: sample.index, p: sample.p, reason: sample.reason, given: sample.given.join(" "), action: sample.action });
-    const facts = make("div", "facts", "p(clean) " + (sample.p < 0.001 ? "< 0.001" : sample.p.toFixed(3)));
+    const facts = make("div", "facts", !sample.told ? "" : "p(clean) " + (sample.p < 0.001 ? "< 0.001" : sample.p.toFixed(3)));
     card.append(look(sample), labels(sample), tags(sample), facts);
     if (sample.card.file) card.append(make("div", "facts file", sample.card.file));
     return card;

@@ -26,7 +26,7 @@ from benchmarks.detection_cases import GROUPS, DetectionCase, Fit, fit_of
 from benchmarks.measures import flags, ranking
 from benchmarks.partition_tables import FOUND, found_cells, markdown, summary
 from benchmarks.sources import DATA
-from lightning_unlearn.callbacks._early_epochs import MOST_EPOCHS
+from lightning_unlearn.evidence.early_epochs import MOST_EPOCHS
 from lightning_unlearn.functional import label_margin
 from lightning_unlearn.functional.leave_one_out import leave_one_out_logits, left_out_rate, objection_to, skill_of
 from lightning_unlearn.functional.prequential import PrequentialRate, favored_by_sampler, following, prequential_rate

@@ -30,14 +30,14 @@ from torch import Tensor
 from benchmarks.scaling_tables import figure, tables
 from benchmarks.simulated import SimulatedRanks
 from benchmarks.synthetic import evidence, share_of
-from lightning_unlearn.callbacks._assembly import Cut, Judged, assemble
+from lightning_unlearn.evidence.training_dynamics import PHASES, Trajectory
 from lightning_unlearn.functional.mixture import fit_mixture
 from lightning_unlearn.functional.sensitivity import regression_sums, solve_sensitivity
 from lightning_unlearn.functional.standardize import standardise
+from lightning_unlearn.partitioning.build import Cut, Judged, assemble
 from lightning_unlearn.recipes import get_recipe
 from lightning_unlearn.recipes.evidence import Evidence
 from lightning_unlearn.results.partition import Partition
-from lightning_unlearn.trajectory import PHASES, Trajectory
 from lightning_unlearn.utilities.files import replacing, write_json
 from lightning_unlearn.utilities.reduce import Reduce, no_reduce
 

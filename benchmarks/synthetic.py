@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.data.loaders import rank_share
+from lightning_unlearn.evidence.training_dynamics import PHASES, class_coordinates
 from lightning_unlearn.functional.attribution import label_margin
 from lightning_unlearn.noise import symmetric_labels
 from lightning_unlearn.recipes.evidence import Evidence
-from lightning_unlearn.trajectory import PHASES, class_coordinates
 
 # How far the true class, and the given one, stand out of the others in each phase of training and in the last pass.
 _LEARNED = (1.0, 2.0, 2.5, 2.5, 2.5)

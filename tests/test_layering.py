@@ -11,7 +11,8 @@ FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
 
 # What the files of a folder may import of ours, beside each other; a file belongs to the longest prefix of its name.
 BELOW_TRAINER = {"utilities", "functional", "data", "results", "attribution"}
-BELOW_CALLBACKS = BELOW_TRAINER | {"recipes", "trainer", "finite", "trajectory", "pruning", "finetuning"}
+STEPS = {"evidence", "partitioning", "pruning", "finetuning"}
+BELOW_CALLBACKS = BELOW_TRAINER | {"recipes", "trainer"} | STEPS
 MAY_IMPORT = {
     "utilities": set(),
     "functional": {"utilities"},
@@ -22,10 +23,10 @@ MAY_IMPORT = {
     "noise": {"utilities"},
     "report": {"data.batch", "results", "utilities"},
     "trainer": BELOW_TRAINER,
-    "trajectory": {"functional", "utilities"},
-    "finite": {"recipes", "utilities"},
+    "evidence": BELOW_TRAINER | {"trainer", "recipes.classes", "recipes.evidence"},
+    "partitioning": BELOW_TRAINER | {"trainer", "evidence", "recipes"},
     "pruning": BELOW_TRAINER | {"trainer"},
-    "finetuning": BELOW_TRAINER | {"trainer", "pruning", "callbacks"},
+    "finetuning": BELOW_TRAINER | {"trainer", "pruning.masking"},
     "shrinking": {"pruning.masking", "utilities"},
     "callbacks": BELOW_CALLBACKS,
     "callbacks.report": BELOW_CALLBACKS | {"callbacks", "report"},
@@ -35,7 +36,7 @@ CALLBACKS = [f"callbacks.{name}" for name in ("partition", "prune", "finetune", 
 # Who may know a package of others.
 MAY_KNOW = {
     "captum": {"attribution.captum_layers"},
-    "lightning": {"trainer", "callbacks", "finetuning", "cli", "demo"},
+    "lightning": {"trainer", "callbacks", "cli", "demo", *STEPS},
     "pytorch_lightning": set(),
     "torch_pruning": {"shrinking.cut"},
     # By name, when they are called.
@@ -145,9 +146,10 @@ def test_a_circle_is_found():
         ("utilities/distributed.py", "from lightning_unlearn.functional.mixture import fit_mixture"),
         ("data/loaders.py", "from lightning_unlearn.results.partition import Partition"),
         ("recipes/judges.py", "from lightning_unlearn.data.loaders import rank_share"),
-        ("trajectory.py", "from lightning_unlearn.recipes import Verdict"),
-        ("recipes/judges.py", "from lightning_unlearn.trajectory import Trajectory"),
-        ("trainer/protocols.py", "from lightning_unlearn.callbacks._base import probe"),
+        ("evidence/training_dynamics.py", "from lightning_unlearn.recipes import Verdict"),
+        ("recipes/judges.py", "from lightning_unlearn.evidence.training_dynamics import Trajectory"),
+        ("trainer/protocols.py", "from lightning_unlearn.callbacks.base import UnlearnCallback"),
+        ("pruning/guard.py", "from lightning_unlearn.finetuning.relabel import with_labels"),
         ("data/loaders.py", "import lightning.pytorch as pl"),
         ("data/loaders.py", "from captum.attr import LayerGradientXActivation"),
         ("callbacks/prune.py", "import captum"),
@@ -174,9 +176,9 @@ def test_a_wrong_import_is_found(file, source):
     ("file", "source"),
     [
         ("functional/mixture.py", "import torch\nfrom lightning_unlearn.utilities.reduce import Reduce"),
-        ("callbacks/prune.py", "import lightning\nfrom lightning_unlearn.callbacks._base import probe"),
-        ("trajectory.py", "from lightning_unlearn.functional.evidence import label_support"),
-        ("callbacks/partition.py", "from lightning_unlearn.trajectory import Trajectory"),
+        ("callbacks/prune.py", "import lightning\nfrom lightning_unlearn.trainer.context import probe"),
+        ("evidence/training_dynamics.py", "from lightning_unlearn.functional.evidence import label_support"),
+        ("callbacks/partition.py", "from lightning_unlearn.evidence.training_dynamics import Trajectory"),
         ("callbacks/__init__.py", "from lightning_unlearn.callbacks.prune import SensitivityPruneCallback"),
         ("attribution/captum_layers.py", "from captum.attr import LayerGradientXActivation"),
         ("cli/_config.py", "import lightning"),

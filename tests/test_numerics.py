@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lightning_unlearn.finite import judge_finite
+from lightning_unlearn.evidence.training_dynamics import Trajectory
+from lightning_unlearn.partitioning.non_finite import judge_finite
 from lightning_unlearn.recipes import RECIPES, judge_label
-from lightning_unlearn.trajectory import Trajectory
 from lightning_unlearn.utilities.reduce import no_reduce
 from tests.ranks import run_ranks
 from tests.recipes.test_recipes import auroc, flagged, make_evidence, normal, share_of

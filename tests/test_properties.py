@@ -9,8 +9,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lightning_unlearn import AttributionPartitionCallback
-from lightning_unlearn.callbacks._assembly import _keep_some
-from lightning_unlearn.finite import judge_finite
+from lightning_unlearn.partitioning.build import _keep_some
+from lightning_unlearn.partitioning.non_finite import judge_finite
 from lightning_unlearn.recipes import RECIPES, get_recipe
 from lightning_unlearn.recipes.evidence import Evidence
 from lightning_unlearn.recipes.latent_noise import latent_windows, transition_noise

@@ -3,11 +3,11 @@
 from lightning_utilities.core import rank_zero
 from lightning_utilities.core.rank_zero import log as _log
 
-from lightning_unlearn.callbacks._packages import join_packages
 from lightning_unlearn.callbacks.finetune import CleanSubsetFinetuneCallback
 from lightning_unlearn.callbacks.partition import AttributionPartitionCallback
 from lightning_unlearn.callbacks.prune import SensitivityPruneCallback
 from lightning_unlearn.callbacks.report import UnlearnReport
+from lightning_unlearn.trainer.compat import join_packages
 
 __all__ = ["AttributionPartitionCallback", "CleanSubsetFinetuneCallback", "SensitivityPruneCallback", "UnlearnReport"]
 

@@ -17,17 +17,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_unlearn.attribution import ForwardTrace, plain_name, resolve_layer
-from lightning_unlearn.callbacks._base import PartitionConsumer, check_reloaded, probe, reading_of
-from lightning_unlearn.callbacks._copies import weight_copies
-from lightning_unlearn.callbacks._diverged import ADVICE, LossWatch, not_finite
-from lightning_unlearn.callbacks._early_stopping import count_anew
-from lightning_unlearn.callbacks._lightning import callbacks_of
-from lightning_unlearn.callbacks._neighbours import refuse_beside_finetuning
-from lightning_unlearn.callbacks._packages import MisconfigurationException, is_a
-from lightning_unlearn.callbacks._provenance import copied
-from lightning_unlearn.callbacks._saying import rank_zero_info
-from lightning_unlearn.callbacks._scoring import train_loader
-from lightning_unlearn.callbacks._strategies import refuse_where_sharded, shards_weights
+from lightning_unlearn.callbacks.base import PartitionConsumer
 
 # Modules, since whoever imports one of them before the callbacks is not done when these are.
 from lightning_unlearn.finetuning import freezing, messages, optimizers, relabel, train_data
@@ -35,7 +25,19 @@ from lightning_unlearn.finetuning.training_subset import OnNoisy, TrainingDraw, 
 from lightning_unlearn.finetuning.warm_start import Start, StartWeights, WarmStart, choose_start
 from lightning_unlearn.pruning.masking import is_computed
 from lightning_unlearn.results.partition import Partition
+from lightning_unlearn.results.provenance import copied
+from lightning_unlearn.trainer.callback_order import callbacks_of
+from lightning_unlearn.trainer.compat import MisconfigurationException, is_a
+from lightning_unlearn.trainer.context import probe, reading_of
+from lightning_unlearn.trainer.data_checks import check_reloaded
+from lightning_unlearn.trainer.divergence import ADVICE, LossWatch, not_finite
+from lightning_unlearn.trainer.early_stopping import count_anew
+from lightning_unlearn.trainer.incompatible import refuse_beside_finetuning
+from lightning_unlearn.trainer.progress import rank_zero_info
 from lightning_unlearn.trainer.protocols import MaskSource
+from lightning_unlearn.trainer.scoring_loader import train_loader
+from lightning_unlearn.trainer.strategies import refuse_where_sharded, shards_weights
+from lightning_unlearn.trainer.weight_averages import weight_copies
 from lightning_unlearn.utilities.checks import check_choice, check_flag, check_number
 from lightning_unlearn.utilities.distributed import sum_over_ranks
 

@@ -18,80 +18,73 @@ from typing_extensions import override
 
 from lightning_unlearn.attribution import GRADIENT_X_ACTIVATION, Attributor, ForwardTrace, check_method, resolve_layer
 from lightning_unlearn.attribution.layers import LayerPoint
-from lightning_unlearn.callbacks._assembly import Cut, Judged, assemble, notes_of, objection_of
-from lightning_unlearn.callbacks._base import (
-    IndexedBatch,
-    PartitionConsumer,
-    UnlearnCallback,
+from lightning_unlearn.callbacks.base import PartitionConsumer, UnlearnCallback
+from lightning_unlearn.data.batch import shown_path
+from lightning_unlearn.data.loaders import rank_share
+from lightning_unlearn.data.task_format import Reading, SoftLabels, Task
+from lightning_unlearn.evidence.early_epochs import EarlyEpochs
+from lightning_unlearn.evidence.eval_pass import EvidencePass, make_attributor
+from lightning_unlearn.evidence.frozen_features import FrozenFeatures
+from lightning_unlearn.evidence.label_field import LabelWatch
+from lightning_unlearn.evidence.step_reader import TrainingPassReader
+from lightning_unlearn.evidence.training_dynamics import Trajectory
+from lightning_unlearn.evidence.validation_watch import ValidationWatch
+from lightning_unlearn.partitioning.apply_recipe import (
+    judge_share,
+    share_memorised,
+    validation_accuracy,
+    weight_of_copies,
+)
+from lightning_unlearn.partitioning.build import Cut, Judged, assemble, notes_of, objection_of
+from lightning_unlearn.partitioning.checks import (
+    attributed_point,
     check_classifies,
-    probe,
+    check_samples_first,
+    check_several_labels,
+    early_points,
 )
-from lightning_unlearn.callbacks._diverged import ADVICE, not_finite
-from lightning_unlearn.callbacks._early_epochs import EarlyEpochs
-from lightning_unlearn.callbacks._early_stopping import EarlyEnd, go_on, has_fired
-from lightning_unlearn.callbacks._evidence_pass import EvidencePass, make_attributor
-from lightning_unlearn.callbacks._frozen_features import FrozenFeatures
-from lightning_unlearn.callbacks._judging import judge_share, share_memorised, validation_accuracy, weight_of_copies
-from lightning_unlearn.callbacks._label_watch import LabelWatch
-from lightning_unlearn.callbacks._lightning import (
-    callbacks_of,
-    compute_device,
-    is_fast_dev_run,
-    log_values,
-    move_behind_averages,
-    undisturbed,
-)
-from lightning_unlearn.callbacks._partition_log import (
+from lightning_unlearn.partitioning.messages import (
     class_names_of,
     report_partition,
     report_round,
     say_absent,
     warn_of_probabilities,
 )
-from lightning_unlearn.callbacks._partition_settings import (
-    attributed_point,
-    check_samples_first,
-    check_several_labels,
-    early_points,
-)
-from lightning_unlearn.callbacks._provenance import copied, fit_record, provenance, settings_of, write_provenance
-from lightning_unlearn.callbacks._recognise import (
+from lightning_unlearn.partitioning.non_finite import check_rows_left_out
+from lightning_unlearn.partitioning.resuming import what_holds
+from lightning_unlearn.partitioning.review import check_agrees, fit_to_data, open_review
+from lightning_unlearn.partitioning.summary import summarise
+from lightning_unlearn.partitioning.validation_set import ValidationJudge, check_validates
+from lightning_unlearn.partitioning.when import DrawTime, monitored
+from lightning_unlearn.recipes import RECIPES, Recipe, get_recipe
+from lightning_unlearn.recipes.evidence import Evidence, OutOfSample
+from lightning_unlearn.recipes.users import checking, trial
+from lightning_unlearn.results.finding import epochs_in_words
+from lightning_unlearn.results.partition import Partition
+from lightning_unlearn.results.provenance import copied, fit_record, provenance, settings_of, write_provenance
+from lightning_unlearn.results.review import Decided, Review
+from lightning_unlearn.results.review_csv import Table
+from lightning_unlearn.results.status import PartitionStatus
+from lightning_unlearn.results.summary import PartitionRound, RepairSummary
+from lightning_unlearn.trainer.callback_order import callbacks_of, move_behind_averages
+from lightning_unlearn.trainer.context import IndexedBatch, probe
+from lightning_unlearn.trainer.data_checks import (
     Recognised,
     check_same_labels,
     check_same_size,
     recognise_data,
     same_task,
 )
-from lightning_unlearn.callbacks._resuming import what_holds
-from lightning_unlearn.callbacks._reviewing import check_agrees, fit_to_data, open_review
-from lightning_unlearn.callbacks._rows import check_ranks, establish_rows_again
-from lightning_unlearn.callbacks._sample_rows import locate_samples, no_rows
-from lightning_unlearn.callbacks._saying import rank_zero_info
-from lightning_unlearn.callbacks._scoring import (
-    forget_scoring_loader,
-    train_loader,
-)
-from lightning_unlearn.callbacks._strategies import shards_weights
-from lightning_unlearn.callbacks._summary import summarise
-from lightning_unlearn.callbacks._training_pass import TrainingPassReader
-from lightning_unlearn.callbacks._validation import forget_score, score_validation
-from lightning_unlearn.callbacks._validation_partition import ValidationJudge, check_validates
-from lightning_unlearn.callbacks._validation_watch import ValidationWatch
-from lightning_unlearn.callbacks._when import DrawTime, monitored
-from lightning_unlearn.data.batch import shown_path
-from lightning_unlearn.data.loaders import rank_share
-from lightning_unlearn.data.task_format import Reading, SoftLabels, Task
-from lightning_unlearn.finite import check_rows_left_out
-from lightning_unlearn.recipes import RECIPES, Recipe, get_recipe
-from lightning_unlearn.recipes.evidence import Evidence, OutOfSample
-from lightning_unlearn.recipes.users import checking, trial
-from lightning_unlearn.results.finding import epochs_in_words
-from lightning_unlearn.results.partition import Partition
-from lightning_unlearn.results.review import Decided, Review
-from lightning_unlearn.results.review_csv import Table
-from lightning_unlearn.results.status import PartitionStatus
-from lightning_unlearn.results.summary import PartitionRound, RepairSummary
-from lightning_unlearn.trajectory import Trajectory
+from lightning_unlearn.trainer.divergence import ADVICE, not_finite
+from lightning_unlearn.trainer.early_stopping import EarlyEnd, go_on, has_fired
+from lightning_unlearn.trainer.fit_loop import compute_device, is_fast_dev_run, log_values
+from lightning_unlearn.trainer.isolation import undisturbed
+from lightning_unlearn.trainer.progress import rank_zero_info
+from lightning_unlearn.trainer.row_checks import check_ranks, establish_rows_again
+from lightning_unlearn.trainer.sample_rows import locate_samples, no_rows
+from lightning_unlearn.trainer.scoring_loader import forget_scoring_loader, train_loader
+from lightning_unlearn.trainer.strategies import shards_weights
+from lightning_unlearn.trainer.validation import forget_score, score_validation
 from lightning_unlearn.utilities.checks import (
     check_choice,
     check_flag,

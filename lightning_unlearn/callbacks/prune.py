@@ -15,19 +15,13 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_unlearn.attribution import ForwardTrace, plain_name
-from lightning_unlearn.callbacks._base import IndexedBatch, PartitionConsumer, probe
-from lightning_unlearn.callbacks._copies import averaged_parts
-from lightning_unlearn.callbacks._criteria import Ranking, Subject, rank_neurons
-from lightning_unlearn.callbacks._guard import Gauge, Outcome, make_gauge, prune_in_steps
-from lightning_unlearn.callbacks._holding import HeldEntries, silence_state
-from lightning_unlearn.callbacks._lightning import log_values
-from lightning_unlearn.callbacks._loggers import log_masks
-from lightning_unlearn.callbacks._provenance import copied, settings_of
-from lightning_unlearn.callbacks._sample_rows import locate_samples, no_rows
-from lightning_unlearn.callbacks._saying import rank_zero_info
+from lightning_unlearn.callbacks.base import PartitionConsumer
 from lightning_unlearn.functional.selection import share_of
 from lightning_unlearn.pruning.criteria import Criterion, find_criterion
+from lightning_unlearn.pruning.guard import Gauge, Outcome, make_gauge, prune_in_steps
+from lightning_unlearn.pruning.holding import HeldEntries, silence_state
 from lightning_unlearn.pruning.masking import PrunedEntries, are_revived
+from lightning_unlearn.pruning.ranking import Ranking, Subject, rank_neurons
 from lightning_unlearn.pruning.silence import find_silent
 from lightning_unlearn.pruning.sites import (
     PruneSite,
@@ -38,6 +32,13 @@ from lightning_unlearn.pruning.sites import (
 )
 from lightning_unlearn.results.mask import NeuronMask
 from lightning_unlearn.results.partition import Partition
+from lightning_unlearn.results.provenance import copied, settings_of
+from lightning_unlearn.trainer.context import IndexedBatch, probe
+from lightning_unlearn.trainer.fit_loop import log_values
+from lightning_unlearn.trainer.loggers import log_masks
+from lightning_unlearn.trainer.progress import rank_zero_info
+from lightning_unlearn.trainer.sample_rows import locate_samples, no_rows
+from lightning_unlearn.trainer.weight_averages import averaged_parts
 from lightning_unlearn.utilities.checks import check_flag, check_names, check_number, check_text
 from lightning_unlearn.utilities.sharding import reshard
 

@@ -16,18 +16,20 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_unlearn.callbacks._base import PartitionConsumer, find_partition_source, reading_of
-from lightning_unlearn.callbacks._lightning import callbacks_of, is_fast_dev_run
-from lightning_unlearn.callbacks._packages import EitherCallback
-from lightning_unlearn.callbacks._provenance import copied
-from lightning_unlearn.callbacks._saying import rank_zero_info
-from lightning_unlearn.callbacks._scoring import scoring_loader, train_loader
+from lightning_unlearn.callbacks.base import PartitionConsumer
 from lightning_unlearn.data.dataset_state import unopened
 from lightning_unlearn.report import RunRecord, SampleView, shown_samples, write_report
 from lightning_unlearn.report.samples import file_card
 from lightning_unlearn.results.finding import names_in
 from lightning_unlearn.results.partition import Partition
-from lightning_unlearn.trainer.protocols import MaskSource, PartitionSource
+from lightning_unlearn.results.provenance import copied
+from lightning_unlearn.trainer.callback_order import callbacks_of
+from lightning_unlearn.trainer.compat import EitherCallback
+from lightning_unlearn.trainer.context import reading_of
+from lightning_unlearn.trainer.fit_loop import is_fast_dev_run
+from lightning_unlearn.trainer.progress import rank_zero_info
+from lightning_unlearn.trainer.protocols import MaskSource, PartitionSource, find_partition_source
+from lightning_unlearn.trainer.scoring_loader import scoring_loader, train_loader
 from lightning_unlearn.utilities.checks import check_names, check_path, check_whole
 
 REPORT = "report.html"

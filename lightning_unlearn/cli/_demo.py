@@ -41,8 +41,8 @@ minutes, --fast less than one; downloads nothing.""",
 
 def run_demo(options: argparse.Namespace) -> None:
     """Runs every arm and prints the table."""
-    from lightning_unlearn.callbacks._provenance import versions
     from lightning_unlearn.demo import arms, outcomes
+    from lightning_unlearn.results.provenance import versions
 
     # Before the work, not after it.
     out, result_file = target_folder(options.out), None if options.json is None else target_file(options.json)

@@ -18,7 +18,6 @@ from lightning_unlearn.callbacks import (
     SensitivityPruneCallback,
     UnlearnReport,
 )
-from lightning_unlearn.callbacks._when import LATEST
 from lightning_unlearn.cli._config import (
     CommandParser,
     ConfigCLI,
@@ -37,6 +36,7 @@ from lightning_unlearn.cli._results import (
     summary_of,
 )
 from lightning_unlearn.data.fingerprint import check_fingerprint, fingerprint
+from lightning_unlearn.partitioning.when import LATEST
 from lightning_unlearn.recipes import get_recipe
 from lightning_unlearn.recipes.latent_noise import MEMORIZED
 from lightning_unlearn.report import RunRecord, shown_samples, write_report

@@ -9,8 +9,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from lightning_unlearn.attribution import ForwardTrace, named_layers, plain_name
-from lightning_unlearn.callbacks._lightning import rewrap_ddp
-from lightning_unlearn.callbacks._strategies import shards_weights
+from lightning_unlearn.trainer.fit_loop import rewrap_ddp
+from lightning_unlearn.trainer.strategies import shards_weights
 from lightning_unlearn.utilities.checks import check_names, check_text, shown
 
 

@@ -14,10 +14,6 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from lightning_unlearn.callbacks._lightning import planned_epochs
-from lightning_unlearn.callbacks._packages import MisconfigurationException
-from lightning_unlearn.callbacks._saying import rank_zero_info
-from lightning_unlearn.callbacks._strategies import shards_weights
 from lightning_unlearn.finetuning.schedules import (
     PeakRates,
     before_schedules,
@@ -25,6 +21,10 @@ from lightning_unlearn.finetuning.schedules import (
     forget_schedule,
     share_over,
 )
+from lightning_unlearn.trainer.compat import MisconfigurationException
+from lightning_unlearn.trainer.fit_loop import planned_epochs
+from lightning_unlearn.trainer.progress import rank_zero_info
+from lightning_unlearn.trainer.strategies import shards_weights
 from lightning_unlearn.utilities.checks import check_function
 
 MakeOptimizer = Callable[[Iterable[Any]], Optimizer]

@@ -16,18 +16,20 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_unlearn.attribution import resolve_layer
-from lightning_unlearn.callbacks._base import read_labels, same_labels
-from lightning_unlearn.callbacks._companions import Companion, companions_in
-from lightning_unlearn.callbacks._head_watch import HeadWatch, Step
-from lightning_unlearn.callbacks._lightning import BatchHook, live_iterator, to_device, undisturbed
-from lightning_unlearn.callbacks._rows import establish_rows
-from lightning_unlearn.callbacks._scoring import offers_scoring_loader, train_loader
+from lightning_unlearn.attribution.head_watch import HeadWatch, Step
 from lightning_unlearn.data.batch import field_at
 from lightning_unlearn.data.dataset_state import unopened
 from lightning_unlearn.data.index_tracking import delivered_indices, is_torchs_iterator
 from lightning_unlearn.data.loaders import batch_size, indexed_batches
 from lightning_unlearn.data.task_format import IGNORED, Reading
+from lightning_unlearn.finetuning.companions import Companion, companions_in
 from lightning_unlearn.results.partition import Partition
+from lightning_unlearn.trainer.data_checks import read_labels, same_labels
+from lightning_unlearn.trainer.fit_loop import live_iterator
+from lightning_unlearn.trainer.isolation import undisturbed
+from lightning_unlearn.trainer.row_checks import establish_rows
+from lightning_unlearn.trainer.scoring_loader import offers_scoring_loader, train_loader
+from lightning_unlearn.trainer.train_data import BatchHook, to_device
 from lightning_unlearn.utilities.reduce import Reduce
 
 _ADVICE = "; use on_noisy='drop' or 'weigh', which need no other labels"

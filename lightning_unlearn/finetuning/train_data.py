@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
-from lightning_unlearn.callbacks._lightning import TrainDataSwap, limited_batches, next_epoch, users_sampler
-from lightning_unlearn.callbacks._scoring import train_loader
 from lightning_unlearn.data.loaders import check_loader
 from lightning_unlearn.data.sampling_scheme import Drawing
 from lightning_unlearn.data.subset_sampler import (
@@ -28,6 +26,9 @@ from lightning_unlearn.data.task_format import Reading
 # A module, since whoever imports it before the callbacks is not done when this is.
 from lightning_unlearn.finetuning import relabel
 from lightning_unlearn.finetuning.training_subset import TrainingDraw
+from lightning_unlearn.trainer.fit_loop import limited_batches, next_epoch
+from lightning_unlearn.trainer.scoring_loader import train_loader
+from lightning_unlearn.trainer.train_data import TrainDataSwap, users_sampler
 
 
 class SubsetLoader:

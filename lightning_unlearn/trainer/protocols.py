@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Protocol, runtime_checkable
 
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lightning_unlearn.results.mask import NeuronMask
 from lightning_unlearn.results.partition import Partition
+from lightning_unlearn.trainer.callback_order import callbacks_of
+from lightning_unlearn.trainer.compat import MisconfigurationException
 
 
 @runtime_checkable
@@ -49,3 +52,26 @@ class MaskSource(Protocol):
 
     def silence(self) -> None:
         """Sets what belongs to pruned neurons to zero again, for who has just changed weights."""
+
+
+_MISSING_PARTNER = """{who} needs an AttributionPartitionCallback in the Trainer's callbacks, in any place, but found
+{found}. Add it in Python:
+    from lightning_unlearn import AttributionPartitionCallback
+    trainer = Trainer(callbacks=[AttributionPartitionCallback(), {who}(...)])
+or in YAML:
+    trainer:
+      callbacks:
+        - class_path: lightning_unlearn.AttributionPartitionCallback
+        - class_path: lightning_unlearn.{who}"""
+
+
+def find_partition_source(trainer: Trainer, who: str) -> PartitionSource:
+    """The one callback of the Trainer that publishes a partition.
+
+    Raises:
+        MisconfigurationException: if there is none or more than one; the message shows the lines to add.
+    """
+    sources = [callback for callback in callbacks_of(trainer) if isinstance(callback, PartitionSource)]
+    if len(sources) != 1:
+        raise MisconfigurationException(_MISSING_PARTNER.format(who=who, found=len(sources) or "none"))
+    return sources[0]

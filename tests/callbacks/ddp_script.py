@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, WeightedRandomSampler
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback, UnlearnReport
 from lightning_unlearn.pruning.criteria import Sensitivity
 from lightning_unlearn.recipes import RECIPES
-from tests.callbacks import test_training_evidence as evidence
 from tests.callbacks.test_resumed_otherwise import per_step
-from tests.callbacks.test_training_pass import BATCH, Coded, Net
+from tests.evidence import test_training_steps as evidence
+from tests.evidence.test_step_reader import BATCH, Coded, Net
 from tests.toys import Blobs, BlobsData, IndexRecorder, Toy, fit, mlp, trio, weights
 
 AT = 5

@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback, SensitivityPruneCallback
 from lightning_unlearn.attribution import ATTRIBUTION_METHODS
-from lightning_unlearn.callbacks._validation import score_validation
 from lightning_unlearn.pruning.criteria import Sensitivity
 from lightning_unlearn.recipes import Recipe, Verdict
+from lightning_unlearn.trainer.validation import score_validation
 from lightning_unlearn.utilities.sharding import whole
 from tests.callbacks.published import Planted, PlantedData, Published, make_partition
 from tests.toys import Blobs, BlobsData, IndexRecorder, Toy, fit, mlp, trio

@@ -24,8 +24,8 @@ from lightning.pytorch.trainer.states import RunningStage
 import lightning_unlearn.callbacks.partition as partition_module
 from lightning_unlearn import CleanSubsetFinetuneCallback, SensitivityPruneCallback
 from lightning_unlearn.attribution import Attributor
-from lightning_unlearn.callbacks import _guard
-from lightning_unlearn.callbacks._holding import HeldEntries
+from lightning_unlearn.pruning import guard as guard_module
+from lightning_unlearn.pruning.holding import HeldEntries
 from tests.toys import Blobs, BlobsData, IndexRecorder, Toy, fit, sgd, trio, weights
 
 SIZE, AT, EPOCHS = 101, 2, 5
@@ -106,7 +106,7 @@ PLACES = {
     "drawing the partition": (partition_module.AttributionPartitionCallback, "_draw"),
     "reporting the partition": (partition_module.AttributionPartitionCallback, "_report"),
     "pruning": (SensitivityPruneCallback, "_prune"),
-    "measuring in the guard": (_guard.Gauge, "is_worse"),
+    "measuring in the guard": (guard_module.Gauge, "is_worse"),
     "holding at zero": (HeldEntries, "hold"),
     "starting to fine-tune": (CleanSubsetFinetuneCallback, "_start"),
     "optimizer step": (torch.optim.SGD, "step"),

@@ -3,8 +3,8 @@
 import torch
 
 from lightning_unlearn import SensitivityPruneCallback
-from lightning_unlearn.callbacks._validation import score_samples, score_validation
 from lightning_unlearn.pruning.criteria import Sensitivity
+from lightning_unlearn.trainer.validation import score_samples, score_validation
 from tests.callbacks.published import Planted, PlantedData, Published, make_partition
 from tests.callbacks.test_prune_guard import class_zero_is_suspect
 from tests.toys import fit, weights

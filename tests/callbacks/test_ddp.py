@@ -12,8 +12,8 @@ from lightning_unlearn.data.subset_sampler import CleanSubsetSampler
 from lightning_unlearn.recipes.evidence import Evidence
 from lightning_unlearn.report import RunRecord
 from tests.callbacks.ddp_script import AT, run, weights_of
-from tests.callbacks.test_training_evidence import assert_is_what_the_steps_showed, last_logits, small
-from tests.callbacks.test_training_pass import Coded
+from tests.evidence.test_step_reader import Coded
+from tests.evidence.test_training_steps import assert_is_what_the_steps_showed, last_logits, small
 from tests.ranks import run_script
 from tests.toys import Blobs
 

@@ -14,15 +14,16 @@ from lightning.pytorch.trainer.states import RunningStage
 from torch.utils.data import DataLoader, default_collate
 
 from lightning_unlearn.attribution import Attributor
-from lightning_unlearn.callbacks import _partition_log, _recognise
 from lightning_unlearn.callbacks import finetune as finetune_module
 from lightning_unlearn.callbacks import partition as partition_module
 from lightning_unlearn.callbacks import prune as prune_module
-from lightning_unlearn.callbacks._guard import Gauge
-from lightning_unlearn.callbacks._lightning import TrainDataSwap
 from lightning_unlearn.data.subset_sampler import NarrowedLoaders
+from lightning_unlearn.evidence.training_dynamics import Trajectory
+from lightning_unlearn.partitioning import messages as messages_module
+from lightning_unlearn.pruning.guard import Gauge
 from lightning_unlearn.pruning.masking import NeuronPruning
-from lightning_unlearn.trajectory import Trajectory
+from lightning_unlearn.trainer import data_checks as data_checks_module
+from lightning_unlearn.trainer.train_data import TrainDataSwap
 from tests.callbacks import snapshot
 from tests.toys import Blobs, Toy, make_trainer, mlp, sgd, trio, weights
 
@@ -198,7 +199,7 @@ USERS = {
 OURS = {
     "reading in a pass": (Data, "read_in_pass"),
     "collating in a pass": (Collates, "collate_in_pass"),
-    "fingerprint": (_recognise, "fingerprint"),
+    "fingerprint": (data_checks_module, "fingerprint"),
     "rehearsal": (partition_module, "probe"),
     "attribution": (Attributor, "attribute"),
     "evidence of a pass": (Trajectory, "observe"),
@@ -206,7 +207,7 @@ OURS = {
     "recipe": (THIS, "recipe_of_a_user"),
     "memorised": (partition_module, "share_memorised"),
     "score before": (partition_module.AttributionPartitionCallback, "_validate"),
-    "report of the partition": (_partition_log, "log_partition"),
+    "report of the partition": (messages_module, "log_partition"),
     "gauge": (prune_module, "make_gauge"),
     "ranking": (prune_module, "rank_neurons"),
     "guard": (Gauge, "is_worse"),

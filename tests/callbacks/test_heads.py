@@ -8,7 +8,7 @@ from torch.nn.functional import one_hot
 from torch.utils.data import DataLoader, default_collate
 
 from lightning_unlearn import AttributionPartitionCallback
-from lightning_unlearn.callbacks._scoring import OFFER
+from lightning_unlearn.trainer.scoring_loader import OFFER
 from tests.toys import CLASSES, FEATURES, Blobs, BlobsData, Toy, auroc, fit, trio, weights
 
 AT, EPOCHS, SIZE = 5, 7, 240
@@ -156,7 +156,7 @@ class Offers(BlobsData):
 class ListensToInfo(L.Callback):
     def __init__(self, monkeypatch):
         self.said = []
-        monkeypatch.setattr("lightning_unlearn.callbacks._recognise.rank_zero_info", self.said.append)
+        monkeypatch.setattr("lightning_unlearn.trainer.data_checks.rank_zero_info", self.said.append)
 
     def of_augmentation(self):
         return [line for line in self.said if "random augmentation" in line]

@@ -13,13 +13,13 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_unlearn import AttributionPartitionCallback, Partition, UnlearnReport
-from lightning_unlearn.callbacks import _partition_log
-from lightning_unlearn.callbacks._early_epochs import EarlyEpochs, held_by_class
-from lightning_unlearn.callbacks._finding import caveat_of
+from lightning_unlearn.evidence.early_epochs import EarlyEpochs, held_by_class
+from lightning_unlearn.evidence.training_dynamics import Trajectory
 from lightning_unlearn.functional.prequential import PrequentialRate
+from lightning_unlearn.partitioning import messages as messages_module
+from lightning_unlearn.partitioning.caveat import caveat_of
 from lightning_unlearn.recipes.verdict import NoiseEstimate
 from lightning_unlearn.results.finding import finding_of
-from lightning_unlearn.trajectory import Trajectory
 from lightning_unlearn.utilities.files import write_csv
 from lightning_unlearn.utilities.reduce import no_reduce
 from tests.ranks import run_ranks
@@ -269,7 +269,7 @@ def test_the_log_names_the_classes(monkeypatch, tmp_path, named):
     if named == "data set":
         data.classes = names
     reports = [UnlearnReport(tmp_path, class_names=names)] if named == "report" else []
-    monkeypatch.setattr(_partition_log, "finding_of", lambda partition, called: told.append(called) or "all")
+    monkeypatch.setattr(messages_module, "finding_of", lambda partition, called: told.append(called) or "all")
     judged(x, label, 2, saves=reports, data=data)
     assert told == [[] if named == "nobody" else names]
 

@@ -12,7 +12,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.data import DataLoader
 
 from lightning_unlearn import AttributionPartitionCallback
-from lightning_unlearn.callbacks import _kept
+from lightning_unlearn.trainer import model_state as model_state_module
 from tests.toys import Blobs, BlobsData, Toy, adamw, assert_same_weights, convnet, fit, mlp, sgd, trio, weights
 
 
@@ -252,7 +252,7 @@ FIRST = {
 # Of a large model only the weights are kept that are known to be written to.
 @pytest.mark.parametrize(("first", "most"), [*((first, 2**27) for first in FIRST), ("lora", 0), ("max_norm", 0)])
 def test_weights_that_a_pass_would_change_are_put_back(monkeypatch, first, most, evidence):
-    monkeypatch.setattr(_kept, "_MOST_WEIGHTS", most)
+    monkeypatch.setattr(model_state_module, "_MOST_WEIGHTS", most)
     final = []
     for with_ours in (False, True):
         seed_everything(0)

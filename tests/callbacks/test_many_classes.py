@@ -9,8 +9,8 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_unlearn import AttributionPartitionCallback
-from lightning_unlearn.callbacks._early_epochs import EarlyEpochs
-from lightning_unlearn.trajectory import Trajectory
+from lightning_unlearn.evidence.early_epochs import EarlyEpochs
+from lightning_unlearn.evidence.training_dynamics import Trajectory
 from lightning_unlearn.utilities.reduce import no_reduce
 from tests.ranks import run_ranks
 

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_unlearn
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback, SensitivityPruneCallback
-from lightning_unlearn.callbacks._provenance import primitive
 from lightning_unlearn.data.batch import split_batch
+from lightning_unlearn.results.provenance import primitive
 from tests.toys import CLASSES, Blobs, BlobsData, Toy, fit, trio
 
 pytestmark = [

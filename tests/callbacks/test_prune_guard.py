@@ -6,10 +6,11 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from lightning_unlearn import SensitivityPruneCallback
-from lightning_unlearn.callbacks import _guard, prune
-from lightning_unlearn.callbacks._guard import Gauge, held_back
-from lightning_unlearn.callbacks._validation import Score
+from lightning_unlearn.callbacks import prune
+from lightning_unlearn.pruning import guard as guard_module
 from lightning_unlearn.pruning.criteria import Sensitivity
+from lightning_unlearn.pruning.guard import Gauge, held_back
+from lightning_unlearn.trainer.validation import Score
 from tests.callbacks.published import ANTI, FLAG, IDLE, Planted, PlantedData, Published, make_partition
 from tests.toys import fit, weights
 
@@ -82,7 +83,7 @@ def test_a_tolerance_that_is_large_lets_it_pass():
 
 
 def test_where_the_first_step_hurts_nothing_is_pruned_and_the_weights_are_as_they_were(monkeypatch):
-    monkeypatch.setattr(_guard, "STEPS", 1)
+    monkeypatch.setattr(guard_module, "STEPS", 1)
     data = PlantedData()
     module, callback = run(data, class_zero_is_suspect(data))
     assert callback.mask.keep.all()
@@ -105,7 +106,7 @@ def test_an_error_in_the_middle_leaves_the_weights_as_they_were(monkeypatch):
             raise Raises
         return Score(1.0, 0.1, 10)
 
-    monkeypatch.setattr(_guard, "score_validation", fails)
+    monkeypatch.setattr(guard_module, "score_validation", fails)
     with pytest.raises(Raises):
         run(data, class_zero_is_suspect(data), module=module)
     assert module.fc.weight.equal(Planted().fc.weight)
@@ -114,9 +115,9 @@ def test_an_error_in_the_middle_leaves_the_weights_as_they_were(monkeypatch):
 
 def test_as_many_scores_are_taken_as_steps_are_said(monkeypatch):
     data, taken = PlantedData(), []
-    monkeypatch.setattr(_guard, "score_validation", lambda *_: taken.append(1) or Score(1.0, 0.1, 10))
+    monkeypatch.setattr(guard_module, "score_validation", lambda *_: taken.append(1) or Score(1.0, 0.1, 10))
     run(data, data.probability(), criterion="random", amount=0.72)
-    assert len(taken) == 1 + _guard.STEPS
+    assert len(taken) == 1 + guard_module.STEPS
     taken.clear()
     # One neuron is one step.
     run(data, data.probability(), amount=0.15)
@@ -125,7 +126,7 @@ def test_as_many_scores_are_taken_as_steps_are_said(monkeypatch):
 
 def test_where_no_neuron_is_proposed_held_back_samples_are_not_scored(monkeypatch):
     taken = []
-    monkeypatch.setattr(_guard, "score_samples", lambda *_: taken.append(1) or Score(1.0, 0.1, 10))
+    monkeypatch.setattr(guard_module, "score_samples", lambda *_: taken.append(1) or Score(1.0, 0.1, 10))
     data = PlantedData(validation=False)
     run(data, data.probability(), amount=0.15)
     assert len(taken) == 2
@@ -257,7 +258,7 @@ def test_where_no_neuron_is_significant_none_is_pruned_and_one_line_says_so(said
 
 def test_nothing_is_measured_where_nothing_is_proposed(monkeypatch):
     data, taken = PlantedData(), []
-    monkeypatch.setattr(_guard, "score_validation", lambda *_: taken.append(1) or Score(1.0, 0.1, 10))
+    monkeypatch.setattr(guard_module, "score_validation", lambda *_: taken.append(1) or Score(1.0, 0.1, 10))
     run(data, torch.rand(400, generator=torch.Generator().manual_seed(5)))
     assert len(taken) == 1
 

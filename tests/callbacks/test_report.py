@@ -11,10 +11,10 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.nn.functional import cross_entropy
 
 from lightning_unlearn import UnlearnReport
-from lightning_unlearn.callbacks._packages import MisconfigurationException
 from lightning_unlearn.cli import main
 from lightning_unlearn.pruning.criteria import Sensitivity
 from lightning_unlearn.report import RunRecord
+from lightning_unlearn.trainer.compat import MisconfigurationException
 from tests.toys import Blobs, BlobsData, Toy, assert_same_weights, fit, mlp, trio, weights
 
 NAMES = ["north", "<script>alert(1)</script>", "south", "west"]

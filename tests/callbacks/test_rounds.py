@@ -199,7 +199,7 @@ def test_what_cannot_be_told_twice_is_not_stable():
 
 def test_a_data_set_without_noise_is_not_looked_at_for_ever(monkeypatch):
     said = []
-    monkeypatch.setattr("lightning_unlearn.callbacks._partition_log.rank_zero_info", said.append)
+    monkeypatch.setattr("lightning_unlearn.partitioning.messages.rank_zero_info", said.append)
     (partition, _, _), *_ = drawn_again(Scripted(everything), every=1, stable_share=0.01)
     assert [drawn.epoch for drawn in partition.rounds] == [2, 3]
     (line,) = [line for line in said if "drawn again" in line]

@@ -22,7 +22,7 @@ from torch.nn.utils import prune as torch_prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lightning_unlearn import CleanSubsetFinetuneCallback, SensitivityPruneCallback
-from lightning_unlearn.callbacks import _holding
+from lightning_unlearn.pruning import holding as holding_module
 from tests.callbacks.published import Published, make_partition
 from tests.toys import Blobs, BlobsData, Toy, adamw, fit, make_trainer, weights
 
@@ -594,7 +594,9 @@ def test_an_error_while_neurons_are_zeroed_claims_nothing(where, monkeypatch):
     class Arms(L.Callback):
         def on_train_epoch_end(self, trainer, pl_module):
             before.update(weights(pl_module))
-            monkeypatch.setattr(_holding if where == "silence_copies" else _holding.NeuronPruning, where, fails)
+            monkeypatch.setattr(
+                holding_module if where == "silence_copies" else holding_module.NeuronPruning, where, fails
+            )
 
     with pytest.raises(ArithmeticError):
         fit(module, BlobsData(data), [published, prune, Arms()], max_epochs=3)

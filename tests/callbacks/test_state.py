@@ -13,7 +13,7 @@ from lightning_unlearn import (
     SensitivityPruneCallback,
     UnlearnReport,
 )
-from lightning_unlearn.callbacks._provenance import primitive
+from lightning_unlearn.results.provenance import primitive
 from tests.toys import (
     CLASSES,
     Blobs,

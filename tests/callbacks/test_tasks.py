@@ -142,7 +142,7 @@ def test_single_labels_of_several_are_replaced():
 
 def test_a_label_that_all_samples_have_is_not_judged(monkeypatch):
     said = []
-    monkeypatch.setattr("lightning_unlearn.callbacks._partition_log.rank_zero_info", said.append)
+    monkeypatch.setattr("lightning_unlearn.partitioning.messages.rank_zero_info", said.append)
     x, y, wrong = separable(2, 0.1)
     y = torch.cat([y, torch.ones(SIZE, 1, dtype=torch.int64)], dim=1)
     partition, *_ = callbacks = trio(AT, recipe="label")

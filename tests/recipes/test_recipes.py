@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lightning_unlearn.data.loaders import rank_share
+from lightning_unlearn.evidence.training_dynamics import class_coordinates
 from lightning_unlearn.functional import label_margin, label_support
 from lightning_unlearn.recipes import (
     RECIPES,
@@ -23,7 +24,6 @@ from lightning_unlearn.recipes import (
     registry,
 )
 from lightning_unlearn.recipes.evidence import NOT_BY_SAMPLE, Evidence
-from lightning_unlearn.trajectory import class_coordinates
 from lightning_unlearn.utilities.reduce import no_reduce
 from tests.ranks import run_ranks
 

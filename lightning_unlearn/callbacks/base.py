@@ -1,0 +1,264 @@
+"""What the three callbacks share: when they act, how they find each other, one pass over the training set."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from typing_extensions import override
+
+from lightning_unlearn.results.partition import Partition
+from lightning_unlearn.results.provenance import settings_of
+from lightning_unlearn.trainer.callback_order import callbacks_of, move_before_progress_bars, restore_order
+from lightning_unlearn.trainer.compat import EitherCallback, MisconfigurationException, may_make_layers
+from lightning_unlearn.trainer.incompatible import refuse_privacy
+from lightning_unlearn.trainer.protocols import PartitionSource, find_partition_source
+from lightning_unlearn.trainer.strategies import check_strategy
+from lightning_unlearn.utilities.sharding import reshard
+
+
+def _has_pruned(state: dict[str, Any]) -> bool:
+    return not state.get("is_proposal") and any(not mask["keep"].all() for mask in state.get("masks", ()))
+
+
+def _has_narrowed(state: dict[str, Any]) -> bool:
+    return state.get("draw") is not None
+
+
+# Where one of ours has acted in a checkpoint and is missing in the fit that goes on from it: how its state tells, and
+# what is lost.
+_MISSED = {
+    "SensitivityPruneCallback": (
+        _has_pruned,
+        "the neurons that it has pruned are no longer held at zero, and training may bring them back",
+    ),
+    "CleanSubsetFinetuneCallback": (
+        _has_narrowed,
+        "training goes on with all the data, all layers and the optimizer of configure_optimizers",
+    ),
+}
+
+
+class UnlearnCallback(EitherCallback):
+    """Acts at the start of training and of every epoch, whenever :meth:`advance` finds that something is due.
+
+    Both hooks, because after a resume Lightning may skip the second; and never at the end of an epoch, where a
+    ModelCheckpoint would store changed weights under the metric of the unchanged ones.
+    """
+
+    seconds = 0.0
+    """How long this callback's own work between epochs has taken since the fit was started or resumed."""
+    # Of what ``state_dict`` describes; a checkpoint with another is not taken over.
+    state_version = 1
+
+    _fitting = False
+    # What a checkpoint's state is to be put into that comes after on_fit_start, as where a strategy shards weights.
+    _late: tuple[Trainer, LightningModule] | None = None
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._fitting = stage == "fit"
+        self._late = None
+        if not self._fitting:
+            return
+        self.seconds = 0.0
+        check_strategy(trainer, type(self).__name__)
+        # Trainer sets some of its attributes without declaring them.
+        if overfit_batches := getattr(trainer, "overfit_batches", 0):
+            raise MisconfigurationException(
+                f"{type(self).__name__} needs all the training data, but the Trainer has"
+                f" overfit_batches={overfit_batches}; set it to 0."
+            )
+        move_before_progress_bars(trainer, self)
+        if trainer.current_epoch == 0:
+            # A fit from the start, with callbacks that may have seen another; a checkpoint's state is loaded after
+            # this.
+            self.reset()
+        self.check(trainer, pl_module)
+        if not may_make_layers(pl_module):
+            self.check_layers(pl_module)
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._fitting and trainer.strategy.restore_checkpoint_after_setup:
+            self._late = trainer, pl_module
+        ours = [callback for callback in callbacks_of(trainer) if isinstance(callback, UnlearnCallback)]
+        if self._fitting and self is ours[0]:
+            _warn_of_missing({callback.state_key for callback in ours}, checkpoint.get("callbacks", {}))
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # Lightning also restores callbacks for test and validate, often from a checkpoint of an earlier epoch: what a
+        # fit has found must not be lost to that.
+        if self._fitting or not self.has_acted:
+            self._restore_known(state_dict)
+        if self._late is not None:
+            self.resume(*self._late)
+            self._late = None
+
+    def _restore_known(self, state: dict[str, Any]) -> None:
+        found, expected, who = state.get("version"), self.state_version, type(self).__name__
+        if found == expected:
+            self.restore(state)
+            return
+        said = f"Expected a state of {who} in format version {expected}, but the checkpoint has version {found}"
+        if self._fitting:
+            raise ValueError(
+                f"{said}; go on with the version of lightning_unlearn that wrote it, or start again from its weights"
+                " without ckpt_path."
+            )
+        rank_zero_warn(f"{said}; weights are not affected, but what {who} had found is not known here.")
+
+    @property
+    def has_acted(self) -> bool:
+        """Whether there is a result that a user may ask for."""
+        raise NotImplementedError
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes over the state that ``state_dict`` described."""
+        raise NotImplementedError
+
+    def reset(self) -> None:
+        """Forgets an earlier fit."""
+
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments, as primitives."""
+        return settings_of(self)
+
+    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuses, before anything has run, what could not work later."""
+
+    def check_layers(self, pl_module: LightningModule) -> None:
+        """Refuses names of layers that there are not, or that cannot be what they are named for.
+
+        When the callback is set up; for a module that may make layers in ``setup`` or ``configure_model``, which come
+        later, when the fit starts.
+        """
+
+    def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuses, before the first step, what only the loaders and a forward pass show."""
+
+    def resume(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes up what a checkpoint's state says was under way; does nothing in a fit from the start."""
+
+    def advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Does what is due at this epoch boundary; a second call does nothing."""
+        raise NotImplementedError
+
+    def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gives back what was borrowed for the fit."""
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Counts what is done inside in :attr:`seconds`. Not around what asks another callback of ours."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - started
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.check_layers(pl_module)
+        # Before the state of the optimizer is restored, which must find the optimizer that it belongs to.
+        self.resume(trainer, pl_module)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        reshard(pl_module)
+        refuse_privacy(trainer, pl_module, type(self).__name__)
+        self.begin(trainer, pl_module)
+        self.advance(trainer, pl_module)
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A validation may have left weights whole.
+        reshard(pl_module)
+        self.advance(trainer, pl_module)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._give_back(trainer, pl_module)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        # Lightning does not call teardown after an exception.
+        self._give_back(trainer, pl_module)
+
+    def _give_back(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._late = None
+        restore_order(trainer)
+        self.undo(trainer, pl_module)
+        self.let_go()
+
+
+def _warn_of_missing(here: set[str], states: dict[str, Any]) -> None:
+    for name, (has_acted, consequence) in _MISSED.items():
+        if name in states and name not in here and has_acted(states[name]):
+            rank_zero_warn(
+                f"The checkpoint is of a fit in which {name} has acted, but the Trainer has none: {consequence}. Add it"
+                " again, unless that is what you want."
+            )
+
+
+class PartitionConsumer(UnlearnCallback):
+    """Acts on the partition that another callback of the Trainer publishes."""
+
+    @override
+    def reset(self) -> None:
+        self._source: PartitionSource | None = None
+
+    @override
+    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._source = find_partition_source(trainer, type(self).__name__)
+
+    def confirm(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Sees to it that what was done still holds, before somebody says so."""
+
+    def describe(self) -> str:
+        """What was done, in one clause; empty where nothing was."""
+        raise NotImplementedError
+
+    def record(self, partition: Partition) -> dict[str, Any]:
+        """What was done to which samples or neurons, by whoever says so.
+
+        Args:
+            partition: the one that was acted upon.
+        """
+        return {}
+
+    def when_drawn(self) -> str:
+        """When there will be a partition, as far as is known."""
+        at_epoch = None if self._source is None else self._source.at_epoch
+        return f"at epoch {at_epoch}" if isinstance(at_epoch, int) else "when the partition is drawn"
+
+    @property
+    def _is_dry_run(self) -> bool:
+        return self._source is not None and self._source.is_dry_run
+
+    def refuse_dry_run(self) -> None:
+        """Refuses to call a fit a dry run that goes on from a checkpoint in which weights or data were changed.
+
+        Raises:
+            MisconfigurationException: saying what to do.
+        """
+        if self._is_dry_run:
+            raise MisconfigurationException(
+                f"action='report' changes nothing, but in the checkpoint {type(self).__name__} has acted already; set"
+                " action='act', or resume from a checkpoint of before the partition."
+            )
+
+    @property
+    def source(self) -> PartitionSource:
+        """The callback that publishes the partition.
+
+        Raises:
+            RuntimeError: before a Trainer has set this callback up.
+        """
+        if self._source is None:
+            raise RuntimeError(f"{type(self).__name__} must be set up by a Trainer first.")
+        return self._source

@@ -1,0 +1,1 @@
+"""Step 2: what the model shows of each sample while it trains."""

@@ -1,0 +1,178 @@
+"""What the training steps of the first epochs say of the labels before the network has learned them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_unlearn.evidence.training_dynamics import Trajectory
+from lightning_unlearn.functional.margin_noise import prequential_margin_rate
+from lightning_unlearn.functional.prequential import (
+    PARTS,
+    PrequentialRate,
+    favored_by_sampler,
+    following,
+    prequential_rate,
+)
+from lightning_unlearn.recipes.classes import is_exact, with_coordinates
+from lightning_unlearn.utilities.reduce import Reduce
+
+MOST_EPOCHS = 6
+"""In which a network that still learns fast is waited for."""
+
+_SCALE = 255  # of positions
+_FEWEST = 2  # classes
+_HALVINGS = 40
+_MOST_DRAWS = 1e4  # of a sample in an epoch, on average
+
+
+class EarlyEpochs:
+    """The noise rate by the earliest epoch in which the network no longer learns fast, as far as the next confirms it.
+
+    Attributes:
+        rate: by the epochs that were looked at; None before the first.
+        drawn: (C,) float64, how often samples of each class were drawn in it.
+    """
+
+    def __init__(self) -> None:
+        self.rate: PrequentialRate | None = None
+        self.drawn: Tensor | None = None
+
+    def is_due(self, epoch: int) -> bool:
+        """Whether to look at the ``epoch``-th, counted from 1."""
+        return epoch <= MOST_EPOCHS and not (self.rate is not None and self.rate.is_confirmed)
+
+    def look(
+        self,
+        trajectory: Trajectory,
+        positions: Tensor,
+        batches: float,
+        share: tuple[Tensor, Tensor],
+        device: torch.device,
+        reduce: Reduce,
+    ) -> None:
+        """Looks at an epoch before its evidence is merged. Every rank must call it.
+
+        Args:
+            trajectory: with what was observed in this epoch.
+            positions: (N,) uint8, see :class:`~lightning_unlearn.evidence.step_reader.TrainingPassReader`.
+            batches: how many the epoch has.
+            share: (n,) indices of this rank's samples, and (n,) 0 for one that only pads.
+            device: where to compute.
+            reduce: sums over the ranks.
+        """
+        index, weight = share
+        coordinates, count = trajectory.fresh(index, reduce)
+        label, position = _of_all_ranks(trajectory.label, positions, reduce)
+        label, position = label[index], position[index]
+        counts = (count > 0) & (weight > 0) & (label >= 0) & (position >= 0)
+        of_classes = torch.zeros(2, trajectory.num_classes, dtype=torch.float64)
+        each = torch.stack([count[counts].double(), torch.ones_like(count[counts]).double()])
+        drawn, seen = reduce(of_classes.index_add_(1, label[counts], each))
+        present = ((drawn > 0) & with_coordinates(trajectory.basis)).nonzero().flatten()
+        parts = int(max(1, min(PARTS, batches)))
+        if trajectory.has_margins:
+            self._look_at_margins(trajectory, coordinates, (position, counts), drawn, parts, device, reduce)
+            return
+        if len(present) < _FEWEST or not is_exact(trajectory.basis) or not _is_whole(position[counts], parts, reduce):
+            return
+        place = torch.zeros(trajectory.num_classes, dtype=torch.int64)
+        place[present] = torch.arange(len(present))
+        given = held_by_class(seen[present], drawn[present])
+        favored = favored_by_sampler(given, drawn[present])
+        logits = torch.where(counts.unsqueeze(1), coordinates, 0) @ trajectory.basis[present].T
+        found = prequential_rate(
+            logits.to(device),
+            place[label.clamp(min=0)].to(device),
+            position.clamp(min=0).to(device),
+            (counts * (given / seen[present])[place[label.clamp(min=0)]]).to(device),
+            favored=favored.to(device),
+            parts=parts,
+            reduce=reduce,
+        )
+        bias = torch.zeros(trajectory.num_classes, dtype=torch.float64)
+        bias[present] = found.bias.cpu()
+        self.rate, self.drawn = following(self.rate, replace(found, bias=bias)), drawn
+
+    def _look_at_margins(
+        self,
+        trajectory: Trajectory,
+        margins: Tensor,
+        of_rows: tuple[Tensor, Tensor],
+        drawn: Tensor,
+        parts: int,
+        device: torch.device,
+        reduce: Reduce,
+    ) -> None:
+        """Looks at an epoch of many classes, which are compared by soft margins (n, K)."""
+        position, counts = of_rows
+        # Where most outputs are named by no label, these are left out from the next epoch on.
+        few = 2 * int((drawn > 0).sum()) < trajectory.num_rivals
+        expected = trajectory.expected(reduce)
+        if few or not _is_whole(position[counts], parts, reduce):
+            return
+        found = prequential_margin_rate(
+            margins.nan_to_num().to(device),
+            position.clamp(min=0).to(device),
+            counts.float().to(device),
+            trajectory.num_rivals,
+            drawn=drawn,
+            expected=expected,
+            is_first=trajectory.is_empty,
+            parts=parts,
+            reduce=reduce,
+        )
+        self.rate, self.drawn = following(self.rate, found), drawn
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Plain numbers; None if no epoch was looked at."""
+        if self.rate is None or self.drawn is None:
+            return None
+        return {**asdict(self.rate), "bias": self.rate.bias.tolist(), "drawn": self.drawn.tolist()}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any] | None) -> EarlyEpochs:
+        """What :meth:`state_dict` described."""
+        early = cls()
+        if state is not None:
+            numbers = dict(state)
+            early.drawn = torch.tensor(numbers.pop("drawn"), dtype=torch.float64)
+            bias = torch.tensor(numbers.pop("bias"), dtype=torch.float64)
+            early.rate = PrequentialRate(**numbers, bias=bias)
+        return early
+
+
+def held_by_class(seen: Tensor, drawn: Tensor) -> Tensor:
+    """(C,) how many samples each class has, seen or not, by how many were drawn how often.
+
+    Of n samples that are drawn d times at random, with replacement, n (1 - exp(-d / n)) are seen. Where none is drawn
+    twice, it is as many as are seen.
+    """
+    part = seen / drawn.clamp(min=1)
+    low, high = torch.zeros_like(part), torch.full_like(part, _MOST_DRAWS)
+    for _ in range(_HALVINGS):
+        each = (low + high) / 2
+        is_more = -torch.expm1(-each) / each > part
+        low, high = torch.where(is_more, each, low), torch.where(is_more, high, each)
+    return torch.where(seen < drawn, drawn / high, seen)
+
+
+def _of_all_ranks(label: Tensor, positions: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor]:
+    """(N,) each: the label, and the position in [0, 1), of a sample, as any rank has seen it; -1 where none has.
+
+    Where ranks have drawn a sample each, as what fills up their shares, it is in the middle between them.
+    """
+    placed, known = positions > 0, label >= 0
+    sums = reduce(torch.stack([label.clamp(min=0).double(), known.double(), positions.double(), placed.double()]))
+    of_all = torch.where(sums[1] > 0, sums[0] / sums[1].clamp(min=1), -1).round().long()
+    where = torch.where(sums[3] > 0, (sums[2] / sums[3].clamp(min=1) - 1) / _SCALE, -1.0)
+    return of_all, where.float()
+
+
+def _is_whole(position: Tensor, parts: int, reduce: Reduce) -> bool:
+    """Whether something was drawn in each part of the epoch, as where it was not resumed in the middle."""
+    held = torch.bincount((position * parts).long().clamp(0, parts - 1), minlength=parts)
+    return bool((reduce(held.double()) > 0).all())

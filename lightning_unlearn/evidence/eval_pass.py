@@ -1,0 +1,137 @@
+"""One pass over the training set: what it shows of every row of this rank's share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+
+from lightning_unlearn.attribution import Attributor, MarginAttribution, response
+from lightning_unlearn.attribution.layers import LayerPoint
+from lightning_unlearn.data.task_format import IGNORED
+from lightning_unlearn.evidence.frozen_features import FrozenFeatures
+from lightning_unlearn.evidence.training_dynamics import Trajectory
+from lightning_unlearn.functional.attribution import label_margin
+from lightning_unlearn.functional.identity import mixed, row_identity
+from lightning_unlearn.trainer.context import IndexedBatch, in_index_order, logits_of, reading_of
+from lightning_unlearn.trainer.data_checks import check_same_labels, check_same_size
+from lightning_unlearn.trainer.isolation import undisturbed
+from lightning_unlearn.trainer.protocols import PartitionSource
+from lightning_unlearn.trainer.scoring_loader import scoring_loader, train_loader
+from lightning_unlearn.trainer.strategies import shards_weights
+
+
+def make_attributor(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    source: PartitionSource,
+    point: LayerPoint,
+    method: str,
+    watch: Sequence[LayerPoint] = (),
+) -> Attributor:
+    """What attributes the user's model in the passes of a fit, with as many passes on every rank where ranks meet."""
+    agree = partial(trainer.strategy.reduce_boolean_decision, all=True) if shards_weights(trainer) else bool
+    return Attributor(pl_module, point, lambda x: logits_of(source, pl_module, x), method, watch=watch, agree=agree)
+
+
+@dataclass(frozen=True, eq=False)
+class EvidencePass:
+    """A pass in index order over this rank's share of the training set.
+
+    Args:
+        source: knows how batches are read.
+        attributor: of the user's model; watches ``early``, if that is given, and then that of ``features``.
+        trajectory: takes the logits and margins of every row.
+        is_last: whether the partition is drawn after this pass, so that more is to be noted of every row.
+        needs_rows: whether the recipe looks at the attributions themselves, after the last pass.
+        early: the layer whose response is noted in the last pass; None for none.
+        features: take what training has not changed, which ``attributor`` watches last; None for none.
+        absent: takes the indices of samples of this rank's share that the data set gives as None; those that it holds
+            already count as such.
+        loader: of other samples than those of the training set; None for these.
+        title: of the line in the progress bar.
+    """
+
+    source: PartitionSource
+    attributor: Attributor
+    trajectory: Trajectory
+    is_last: bool
+    needs_rows: bool
+    early: LayerPoint | None
+    features: FrozenFeatures | None = None
+    absent: set[int] = field(default_factory=set)
+    loader: DataLoader[Any] | None = None
+    title: str = "Evidence"
+
+    def run(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor]:
+        """Passes over the share.
+
+        Returns:
+            what the pass showed, one row for each row of the share; see
+            :class:`~lightning_unlearn.data.task_format.Reading`.
+        """
+        columns: dict[str, list[Tensor]] = {}
+        with undisturbed(trainer, pl_module):
+            samples: int = len((self.loader or train_loader(trainer)).dataset)  # type: ignore[arg-type]
+            check_same_size(len(self.trajectory) // reading_of(self.source).rows_per_sample, samples)
+            loader = self.loader or scoring_loader(trainer)
+            for batch in in_index_order(trainer, pl_module, self.source, loader, self.title, self.absent):
+                for name, value in self._observe(pl_module, batch).items():
+                    columns.setdefault(name, []).append(value.cpu())
+        return {name: torch.cat(parts) for name, parts in columns.items()}
+
+    def _observe(self, pl_module: LightningModule, batch: IndexedBatch) -> dict[str, Tensor]:
+        """Hands the rows of a batch to the trajectory, and returns what else is to be noted of them."""
+        reading, trajectory = reading_of(self.source), self.trajectory
+        label = batch.label.clamp(min=0)
+        seen = self._attribute(pl_module, batch.x, label)
+        margin, index = seen.total(), reading.row_indices(batch.index)
+        counts = (reading.by_row(batch.weight) > 0) & (batch.label != IGNORED)
+        there = (reading.by_row(batch.weight) > 0).cpu()
+        check_same_labels(trajectory.label[index[there]], batch.label.cpu()[there])
+        trajectory.observe(index[counts.cpu()], seen.logits[counts], label[counts], margin[counts])
+        if not self.is_last:
+            return {"label": batch.label}
+        found = {"label": batch.label, **trajectory.of_last_pass(seen.logits, label)}
+        found["identity"] = reading.by_row(_identity(batch))
+        found |= _seen_in_the_last_pass(seen, label, margin)
+        if self.early is not None:
+            found["response"] = response(pl_module, self.early, seen.watched[0])
+        if self.features is not None:
+            self.features.take(seen.watched[-1])
+        return found
+
+    def _attribute(self, pl_module: LightningModule, x: Any, label: Tensor) -> MarginAttribution:
+        if reading_of(self.source).task == "multilabel":
+            with torch.no_grad():
+                return _of_several_labels(logits_of(self.source, pl_module, x), label)
+        return self.attributor.attribute(x, label, rows=self.is_last and self.needs_rows)
+
+
+def _identity(batch: IndexedBatch) -> Tensor:
+    """(B,) int64, equal for samples whose inputs are; where that cannot be told, different for all."""
+    identity = row_identity(batch.x, len(batch.index))
+    return mixed(batch.index + 1) if identity is None else identity
+
+
+def _seen_in_the_last_pass(seen: MarginAttribution, label: Tensor, margin: Tensor) -> dict[str, Tensor]:
+    rows = {} if seen.class_max is None else {"rows": seen.class_max}
+    return {
+        "margin": margin,
+        "loss": cross_entropy(seen.logits, label, reduction="none"),
+        "prediction": seen.logits.argmax(dim=1),
+        **rows,
+    }
+
+
+def _of_several_labels(logits: Tensor, label: Tensor) -> MarginAttribution:
+    """Each label's margin: at the head's input its logit is, less the bias, the sum of gradient x activation."""
+    logits = logits.float()
+    return MarginAttribution(label_margin(logits, label).unsqueeze(1), logits)

@@ -1,0 +1,246 @@
+"""The features that training has not changed, and what they say of the labels, each sample left out in turn."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+
+from lightning_unlearn.attribution import BATCH_NORM, ForwardTrace, named_layers, take_rows, tap
+from lightning_unlearn.attribution.layers import LayerPoint
+from lightning_unlearn.functional.leave_one_out import leave_one_out_logits, left_out_rate, objection_to, skill_of
+from lightning_unlearn.functional.prequential import PrequentialRate
+from lightning_unlearn.recipes.evidence import Evidence
+from lightning_unlearn.trainer.context import IndexedBatch, output_of
+from lightning_unlearn.trainer.isolation import undisturbed
+from lightning_unlearn.trainer.progress import rank_zero_info
+from lightning_unlearn.trainer.protocols import PartitionSource
+from lightning_unlearn.utilities.reduce import Reduce, reduce_together
+
+MOST_FEATURES = 4096
+"""More than these are not looked at."""
+
+MOST_NUMBERS = 2**26
+"""That a rank keeps of them, a quarter of a gigabyte: of more samples every second, third, ... is taken."""
+
+# Samples that tell whether features have changed, and by how much of their size they may differ for rounding's sake.
+_ROWS = 4
+_SAME = 1e-4
+
+_FEWEST = 2  # classes
+
+
+class FrozenFeatures:
+    """What the first layer that is trained takes, if that stays the same in the course of the fit.
+
+    So it is with a frozen backbone, and of a network that is trained from its first layer on with its inputs. Whether
+    it has stayed the same is not concluded from what is to be trained, but seen: a few samples are kept, and what the
+    layer took of them when the fit began. Statistics of batch norms are put back for that: what frozen layers make
+    of the inputs, without the labels, may have changed them.
+
+    Attributes:
+        point: the input of the layer; None where there are no such features.
+    """
+
+    def __init__(self) -> None:
+        self.point: LayerPoint | None = None
+        self._values: Tensor | None = None
+        self._statistics: dict[str, Tensor] = {}
+        self._x: Any = None
+        self._parts: list[Tensor] = []
+        self._seen = 0
+        self._every = 1
+
+    def start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        source: PartitionSource,
+        trace: ForwardTrace,
+        first: IndexedBatch,
+    ) -> None:
+        """Looks at the features when a fit begins or goes on. Every rank must call it.
+
+        Args:
+            trainer: of the running fit.
+            pl_module: the user's.
+            source: knows how outputs are read.
+            trace: of a forward pass over the first batch.
+            first: that batch.
+        """
+        if self._x is not None:
+            return
+        samples = len(first.index)
+        if self._values is None:
+            # What an earlier part of the fit has changed is not known.
+            self.point = None if trainer.global_step else _first_trained(trace, trainer, samples)
+        if self.point is None:
+            return
+        try:
+            rows = take_rows(first.x, slice(0, _ROWS), samples)
+        except ValueError:
+            self.point = None
+            return
+        self._x = apply_to_collection(rows, Tensor, lambda value: value.detach().clone())
+        if self._values is not None:
+            self._check_resumed(trainer, pl_module, source)
+            return
+        before = set(trace.modules_before(self.point.name))
+        found = _statistics(pl_module).items()
+        self._statistics = {name: value.cpu().clone() for name, value in found if name.rpartition(".")[0] in before}
+        self._values = self._look(trainer, pl_module, source)
+        if not trainer.strategy.reduce_boolean_decision(self._values is not None, all=True):
+            self.point = None
+
+    def _check_resumed(self, trainer: Trainer, pl_module: LightningModule, source: PartitionSource) -> None:
+        if not self._are_the_same(trainer, pl_module, source):
+            rank_zero_info(
+                f"Whether the {self.point} is what it was when the fit began cannot be told after this checkpoint, as"
+                " where samples are augmented at random, so leave-one-out scores of it are not used."
+            )
+            self.point = None
+
+    def _look(self, trainer: Trainer, pl_module: LightningModule, source: PartitionSource) -> Tensor | None:
+        """What the layer takes of the samples that were kept, under the statistics that were kept."""
+        if self.point is None:
+            return None
+        with undisturbed(trainer, pl_module), torch.no_grad(), tap(pl_module, self.point) as take:
+            for name, value in _statistics(pl_module).items():
+                value.copy_(self._statistics.get(name, value))
+            try:
+                output_of(source, pl_module, self._x)
+                return take().float().cpu()
+            except Exception:  # as of a model of a fixed batch size; the fit does not depend on it
+                return None
+
+    def _are_the_same(self, trainer: Trainer, pl_module: LightningModule, source: PartitionSource) -> bool:
+        found, known = self._look(trainer, pl_module, source), self._values
+        same = found is not None and known is not None and found.shape == known.shape
+        if same and found is not None and known is not None:
+            same = bool((found - known).norm() <= _SAME * known.norm())
+        return trainer.strategy.reduce_boolean_decision(same, all=True)
+
+    def hold(self, trainer: Trainer, pl_module: LightningModule, source: PartitionSource, total: int) -> bool:
+        """Whether the features are those of when the fit began, so that a pass may take them. Every rank must call it.
+
+        Args:
+            trainer: of the running fit.
+            pl_module: the user's.
+            source: knows how outputs are read.
+            total: N.
+        """
+        self._parts, self._seen = [], 0
+        if self.point is None or self._x is None or self._values is None:
+            return False
+        if not self._are_the_same(trainer, pl_module, source):
+            rank_zero_info(
+                f"The {self.point} is no longer what it was when the fit began, so leave-one-out scores of it tell"
+                " nothing of labels that have been learned."
+            )
+            return False
+        share = -(-total // trainer.world_size)
+        self._every = max(1, -(-share * self._values.shape[1] // MOST_NUMBERS))
+        return True
+
+    def take(self, values: Tensor) -> None:
+        """Takes the features (B, D) of a batch of the pass."""
+        self._parts.append(values[-self._seen % self._every :: self._every].float().cpu())
+        self._seen += len(values)
+
+    def added_to(self, evidence: Evidence, reduce: Reduce) -> Evidence:
+        """The evidence, with what the pass has shown, where that tells; it is then forgotten.
+
+        Args:
+            evidence: of all samples of the pass, with what else is known of labels that were not learned.
+            reduce: sums over the ranks.
+        """
+        unseen = evidence.unseen
+        if unseen is None or not self._parts:
+            return evidence
+        if evidence.soft_margins is not None:
+            # Of so many classes a score for each would take too much memory.
+            self._parts = []
+            return evidence
+        found = self._left_out(evidence, reduce)
+        if found is None or not found[0].is_settled:
+            return evidence
+        rate, scores = found
+        w = evidence.weight.double()
+        right = (w @ (evidence.prediction == evidence.label).double()).reshape(1)
+        given = w.new_zeros(evidence.num_classes).index_add(0, evidence.label, w)
+        given, right = reduce_together(reduce, given, right)
+        number, largest = given.sum().item(), (given.max() / given.sum()).item()
+        fault = objection_to(
+            rate,
+            skill_of(right.item() / number, largest),
+            None if unseen.accuracy is None else skill_of(unseen.accuracy, largest),
+            unseen.early.skill if unseen.early is not None and unseen.early.is_settled else None,
+        )
+        share = largest + rate.skill * (1 - largest)
+        rank_zero_info(
+            f"Training has not changed the {self.point}: ridge regression on it predicts {share:.1%} of the labels,"
+            f" each left out in turn{f'; {fault}' if fault else ', which tells how many are wrong'}."
+        )
+        return evidence if fault else replace(evidence, unseen=replace(unseen, left_out=rate), left_out=scores)
+
+    def _left_out(self, evidence: Evidence, reduce: Reduce) -> tuple[PrequentialRate, Tensor | None] | None:
+        """The rate, and of all samples, if all were taken, the scores in the coordinates of the evidence."""
+        label, weight = (value[:: self._every] for value in (evidence.label, evidence.weight))
+        features, self._parts = torch.cat(self._parts).to(label.device), []
+        finite = features.isfinite().all(dim=1)
+        features, weight = features.nan_to_num(0, 0, 0), weight.double() * finite
+        counts = reduce(weight.new_zeros(evidence.num_classes).index_add(0, label, weight))
+        present = (counts > 0).nonzero().flatten()
+        if len(present) < _FEWEST:
+            return None
+        place = torch.zeros_like(counts, dtype=torch.int64)
+        place[present] = torch.arange(len(present), device=place.device)
+        logits = leave_one_out_logits(features, place[label], weight, len(present), reduce=reduce)
+        rate = left_out_rate(logits, place[label], weight, reduce=reduce)
+        bias = torch.zeros_like(counts)
+        bias[present] = rate.bias
+        scores = logits.to(evidence.basis) @ evidence.basis[present] if self._every == 1 else None
+        return replace(rate, bias=bias.cpu()), scores
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Tensors and primitives; None where there is nothing to compare."""
+        if self.point is None or self._values is None:
+            return None
+        return {
+            "point": [self.point.name, self.point.at, self.point.samples],
+            "values": self._values.clone(),
+            "statistics": {name: value.clone() for name, value in self._statistics.items()},
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any] | None) -> FrozenFeatures:
+        """What :meth:`state_dict` described."""
+        features = cls()
+        if state is not None:
+            features.point = LayerPoint(*state["point"])
+            features._values = state["values"]
+            features._statistics = state["statistics"]
+        return features
+
+
+def _first_trained(trace: ForwardTrace, trainer: Trainer, samples: int) -> LayerPoint | None:
+    """The input of the first layer that an optimizer trains, if that is one row of features for each sample."""
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    trained = {parameter for group in groups for parameter in group["params"] if parameter.requires_grad}
+    call = next((one for one in trace.calls if not trained.isdisjoint(one.module.parameters(recurse=False))), None)
+    if call is None or not call.inputs or len(trace.calls_of(call.name)) != 1:
+        return None
+    x = call.inputs[0]
+    is_row = isinstance(x, Tensor) and x.is_floating_point() and x.ndim == 2 and len(x) == samples
+    return LayerPoint(call.name, "input") if is_row and x.shape[1] <= MOST_FEATURES else None
+
+
+def _statistics(model: nn.Module) -> dict[str, Tensor]:
+    """What batch norms have learned of their inputs in training."""
+    norms = [(name, one) for name, one in named_layers(model).items() if isinstance(one, BATCH_NORM)]
+    found = {f"{name}.{of}": getattr(module, of) for name, module in norms for of in ("running_mean", "running_var")}
+    return {name: value for name, value in found.items() if value is not None}

@@ -1,0 +1,391 @@
+"""Label evidence from the forward passes of training: whose row is whose, and when that can no longer be told.
+
+Nothing of the fit is changed: the batch sampler is the user's with a memory, the head's output is copied, and the
+gradient that the loss sends to it is looked at. Who drives a :class:`TrainingPassReader` calls, in this order,
+``attach`` in ``setup``, ``start`` in ``on_train_start``, ``start_epoch`` in ``on_train_epoch_start``, ``start_batch``
+and ``end_batch`` in ``on_train_batch_start`` and ``on_train_batch_end``, ``end_epoch`` in ``on_train_epoch_end``, and
+``detach`` in ``teardown`` and ``on_exception``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_unlearn.attribution import resolve_layer
+from lightning_unlearn.attribution.head_watch import HeadWatch, Step, as_columns
+from lightning_unlearn.data.index_tracking import as_indices, delivered_batch, forget_batches, remember_batches
+from lightning_unlearn.data.loaders import check_loader
+from lightning_unlearn.data.task_format import IGNORED, Reading
+from lightning_unlearn.evidence.mixed_targets import pulled_elsewhere
+from lightning_unlearn.trainer.fit_loop import live_iterator, live_loaders
+from lightning_unlearn.trainer.train_data import TrainLoaderWatch
+
+# The rows of so many batches are checked, and handed on, together: one wait for the accelerator instead of many.
+WINDOW = 16
+# and is taken for mixing where so many rows, and such a share of an epoch's rows so far, show it. A loss of the given
+# label alone shows none; MixUp with probability 0.1 a few per cent.
+_MIN_PULLED = 4
+_MAX_SHARE = 0.01
+
+
+class EvidenceSink(Protocol):
+    """Who takes the evidence."""
+
+    def observe(self, index: Tensor, logits: Tensor, label: Tensor) -> None:
+        """Takes rows of the training forward pass, of one or several batches.
+
+        Args:
+            index: (B,) int64 on the CPU, the dataset index of each row; the same index may come twice.
+            logits: (B, C) float32 on the device.
+            label: (B,) int64 on the device.
+        """
+
+    def forget(self) -> None:
+        """Drops all that was observed in this fit: it cannot be trusted."""
+
+
+class TrainingPassReader:
+    """Reads (dataset index, logits, given label) of every row from the forward passes of training.
+
+    Rows reach the sink in windows of up to 16 batches, after the check of their window: until then they lie on the
+    device, with their gradient (at most ``16 x B x 2C`` floats). Per sample it keeps 4 bytes on the device, the label
+    last seen, to notice when an index and its label no longer belong together.
+
+    It gives up, for good and with a ``reason``, where a row's output no longer belongs to one sample and its label:
+    several calls of the head in a step, other than one row per label, labels that are not one integer per row or that
+    change for an index, rows whose loss pulls towards another class (MixUp, CutMix; see :func:`pulled_elsewhere`); and
+    where that cannot be checked: a compiled head, no gradient at the logits, batches drawn out of order. Then
+    everything is put back and the sink forgets. A single epoch whose batches cannot be told, as may happen on a resume,
+    is only left out. Batches that do not train (a skipped step) are left out as well.
+
+    ``left_open`` is whether the fit that is resumed was within an epoch of which it had rows, which are lost.
+    ``positions``, if who drives it sets them to N zeros (uint8), are how much of the epoch had passed when each sample
+    was drawn last, from 1 to 255; 0 of one that was not drawn.
+    ``head`` is the module that is read; ``reason`` is why it gave up, empty while it reads; ``rows_read`` is how many
+    rows the sink got in the last epoch.
+
+    Args:
+        reading: how batches, outputs and labels are read.
+        sink: takes the evidence.
+
+    Example:
+        >>> class Sink:
+        ...     def observe(self, index, logits, label): ...
+        ...     def forget(self): ...
+        >>> TrainingPassReader(reading=Reading(), sink=Sink()).is_reading
+        False
+    """
+
+    def __init__(self, *, reading: Reading, sink: EvidenceSink) -> None:
+        self._reading = reading
+        self._sink = sink
+        self._watch = TrainLoaderWatch()
+        self._module: nn.Module | None = None
+        self._head_watch = HeadWatch()
+        self.head = ""
+        self._loaders: list[DataLoader[Any]] = []
+        self.reset()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy knows what was seen, and reads nothing.
+        return {**self.__dict__, "_module": None, "_seen": None, "_loaders": [], "_held": []}
+
+    def reset(self) -> None:
+        """Forgets an earlier fit."""
+        self.detach()
+        self.reason = ""
+        self.rows_read = 0
+        self._agreed = False
+        self._size = 0
+        self._seen: Tensor | None = None
+        self._known: Tensor | None = None
+        self._has_judged = False
+        self._unknown_epochs = 0
+        self.left_open = False
+        self.positions: Tensor | None = None
+        self._begin_epoch()
+
+    def _begin_epoch(self) -> None:
+        self._held: list[Step] = []
+        self._unchecked = 0
+        self._unchecked_why = ""
+        self._judged = 0
+        self._pulled = 0
+        self._epoch_rows = 0
+        self._is_unknown = False
+        self._is_blind = False
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether training steps are read: it was started, and has not given up."""
+        return self._module is not None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whether it gave up, and why; and what it would give up for sooner or later."""
+        return {
+            "reason": self.reason,
+            "unknown_epochs": self._unknown_epochs,
+            "has_judged": self._has_judged,
+            "is_open": self.is_reading and bool(self._held or self._epoch_rows),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Stays given up where the fit that is resumed had given up."""
+        self.reason = str(state["reason"])
+        self._unknown_epochs = int(state["unknown_epochs"])
+        self._has_judged = bool(state["has_judged"])
+        self.left_open = bool(state.get("is_open"))
+
+    def attach(self, trainer: Trainer) -> None:
+        """Watches for the train loaders. Call in ``setup`` of a fit: later, the first epoch is not read."""
+        self._watch.attach(trainer, self._remember)
+
+    def start(self, trainer: Trainer, pl_module: LightningModule, head: str, known: Tensor | None = None) -> None:
+        """Starts to read. Call in ``on_train_start``.
+
+        Args:
+            trainer: of the fit.
+            pl_module: the user's.
+            head: dotted path of the module whose output is the logits that ``forward`` returns.
+            known: (R,) int64, the labels of all rows by dataset index as far as passes have shown them, -1 for others.
+        """
+        if self.reason:
+            self.detach()
+            return
+        loaders = live_loaders(trainer)
+        fault = _fault_of_loaders(loaders)
+        if fault:
+            self.give_up(fault)
+            return
+        self._remember(loaders)
+        self._module = resolve_layer(pl_module, head)
+        self._size = len(loaders[0].dataset) * self._reading.rows_per_sample
+        self.head = head
+        self._known, self._seen = known, None
+
+    def start_epoch(self, trainer: Trainer) -> None:
+        """Looks whether the loader is still the same. Call in ``on_train_epoch_start``."""
+        if self.is_reading:
+            self._remember(live_loaders(trainer))
+
+    def start_batch(self, trainer: Trainer, batch: Any, position: float = 0.0) -> None:
+        """Notes whose rows come next. Call in ``on_train_batch_start``, on the batch as it is given there.
+
+        Args:
+            trainer: of the fit.
+            batch: of the step.
+            position: in [0, 1), how much of the epoch has passed.
+        """
+        self._head_watch.end()
+        if self._module is None or self._is_unknown:
+            return
+        drawn = delivered_batch(*live_iterator(trainer))
+        if not hasattr(drawn, "__len__"):
+            self._is_unknown = True
+            return
+        label = self._labels_of(batch, len(drawn))
+        if label is not None:
+            self._head_watch.start(self._module, Step(drawn, label, self._reading.num_outputs, position))
+
+    def end_batch(self) -> None:
+        """Takes what the step has shown. Call in ``on_train_batch_end``."""
+        step = self._head_watch.end()
+        if step is None or not self.is_reading:
+            return
+        if step.calls > 1:
+            self.give_up(f"training_step calls '{self.head}' {step.calls} times, not once")
+        elif step.fault:
+            self.give_up(f"training_step calls '{self.head}', but {step.fault}")
+        elif step.gradient is None:
+            self._unchecked += 1
+            self._unchecked_why = (
+                f"a training step calls '{self.head}' without sending a gradient to its output"
+                if step.calls
+                else f"a training step does not call '{self.head}' with gradients, or calls it compiled"
+            )
+        else:
+            self._held.append(step)
+        if len(self._held) + self._unchecked >= WINDOW:
+            self._close_window()
+
+    def end_epoch(self, trainer: Trainer) -> bool:
+        """Whether it goes on reading, the same on every rank. Every rank must call it, in ``on_train_epoch_end``."""
+        if self.is_reading:
+            self._close_window()
+        if self.is_reading:
+            self._judge_epoch()
+        if not self._agreed:
+            self._agreed = trainer.strategy.reduce_boolean_decision(bool(self.reason), all=False)
+            if self._agreed and not self.reason:
+                self.give_up("another rank gave up")
+        self.rows_read = self._epoch_rows
+        self._begin_epoch()
+        return not self._agreed
+
+    def begin_again(self) -> None:
+        """Drops what was read, as labels lie elsewhere; :meth:`start` goes on with the batches of this epoch."""
+        self._head_watch.end()
+        self._module = None
+        self._seen = None
+        self._has_judged = False
+        self._begin_epoch()
+
+    def detach(self) -> None:
+        """Puts everything back and reads no more. May be called at any time, and again."""
+        self._watch.detach()
+        self._head_watch.end()
+        self._module = None
+        for loader in self._loaders:
+            forget_batches(loader)
+        self._loaders = []
+        self._seen = None
+        self._held = []
+
+    def _remember(self, loaders: list[Any]) -> None:
+        """Lets the loader in use remember its batches, and gives back those it has replaced."""
+        if self.reason or _fault_of_loaders(loaders):
+            return
+        for loader in self._loaders:
+            if all(loader is not other for other in loaders):
+                forget_batches(loader)
+        self._loaders = loaders
+        for loader in loaders:
+            remember_batches(loader)
+
+    def _labels_of(self, batch: Any, num_rows: int) -> Any:
+        """The labels that a batch holds; None, having given up, where it has not as many as rows."""
+        try:
+            label: Any = self._reading.split(batch)[1]
+        except Exception as error:
+            self.give_up(f"the batch of a training step cannot be split into input and labels ({error})")
+            return None
+        try:
+            labels = len(label)
+        except TypeError as error:
+            self._give_up_labels(error)
+            return None
+        if labels != num_rows:
+            self.give_up(f"a batch of {num_rows} dataset indices has {labels} rows")
+            return None
+        # A copy, since training_step may permute them in place.
+        return label.clone() if isinstance(label, Tensor) else label
+
+    def _give_up_labels(self, error: Exception) -> None:
+        self.give_up(f"the labels of a training step have another form than those of a pass ({error})")
+
+    def _close_window(self) -> None:
+        """Checks the rows held back and hands them on."""
+        held, unchecked = self._held, self._unchecked
+        self._held, self._unchecked = [], 0
+        if unchecked > len(held):
+            self.give_up(self._unchecked_why)
+            return
+        index = [as_indices(step.batch) for step in held]
+        known = [(step, of) for step, of in zip(held, index, strict=True) if of is not None]
+        self._is_unknown |= len(known) < len(held)
+        if known:
+            self._check(*map(list, zip(*known, strict=True)))
+
+    def _check(self, held: list[Step], of_steps: list[Tensor]) -> None:
+        try:
+            label = self._reading.classes_of_batches([(step.label, len(step.batch)) for step in held])
+        except (TypeError, ValueError) as error:
+            self._give_up_labels(error)
+            return
+        index, logits, gradient, label = self._labelled_rows(held, torch.cat(of_steps), label)
+        if len(index) == 0:
+            return
+        if index.min() < 0 or index.max() >= self._size:
+            self.give_up(f"the train loader draws indices outside [0, {self._size})")
+            return
+        legal = (label >= 0) & (label < logits.shape[1])
+        judged, pulled = pulled_elsewhere(logits, gradient, label.where(legal, 0))
+        counts = torch.stack([judged.sum(), pulled.sum(), (~legal).sum(), self._relabelled(index, label)])
+        num_judged, num_pulled, num_illegal, num_relabelled = counts.tolist()  # a wait for the device
+        self._judged += num_judged
+        self._pulled += num_pulled
+        fault = self._fault_of_counts(num_illegal, num_relabelled)
+        if fault:
+            self.give_up(fault)
+        elif num_judged or self._has_judged:
+            self._has_judged = True
+            self._epoch_rows += len(index)
+            self._place(held, of_steps)
+            self._sink.observe(index, logits, label)
+        else:
+            self._is_blind = True
+
+    def _place(self, held: list[Step], of_steps: list[Tensor]) -> None:
+        """Notes how much of the epoch had passed when samples were drawn."""
+        if self.positions is not None:
+            for step, of in zip(held, of_steps, strict=True):
+                self.positions[of] = 1 + int(step.position * 255)
+
+    def _labelled_rows(self, held: list[Step], index: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Rows, logits, gradients and labels of some steps, without the rows whose label is to be ignored."""
+        reading = self._reading
+        output = torch.cat([as_columns(step.output) for step in held if step.output is not None])
+        sent = torch.cat([as_columns(step.gradient) for step in held if step.gradient is not None])
+        index, logits, gradient = reading.row_indices(index), reading.logits(output.float()), reading.gradients(sent)
+        label = label.to(logits.device)
+        counted = (label != IGNORED).nonzero().flatten()
+        if len(counted) == len(label):
+            return index, logits, gradient, label
+        return index[counted.cpu()], logits[counted], gradient[counted], label[counted]
+
+    def _fault_of_counts(self, num_illegal: int, num_relabelled: int) -> str:
+        if num_illegal:
+            return f"{num_illegal} labels of training batches name no class that '{self.head}' has an output for"
+        if num_relabelled:
+            return (
+                f"{num_relabelled} rows have another label than the one seen before at their dataset index, as where"
+                " collate_fn or a transfer hook reorders a batch"
+            )
+        if self._pulled >= _MIN_PULLED and self._pulled > _MAX_SHARE * self._judged:
+            return (
+                f"the loss pulls {self._pulled / self._judged:.0%} of the rows towards another class than their label,"
+                " as MixUp and CutMix do"
+            )
+        return ""
+
+    def _relabelled(self, index: Tensor, label: Tensor) -> Tensor:
+        """How many rows have another label than their index had before; a scalar on the device."""
+        if self._seen is None:
+            known = torch.full((self._size,), -1) if self._known is None else self._known
+            self._seen = known.to(label.device, torch.int32, copy=True)
+        where = index.to(label.device, non_blocking=True)
+        before = self._seen[where]
+        self._seen[where] = label.int()
+        return ((before >= 0) & (before != label)).sum()
+
+    def _judge_epoch(self) -> None:
+        """Gives up where an epoch has shown nothing that can be checked, for want of a gradient or of indices."""
+        if self._is_unknown:
+            self._unknown_epochs += 1
+            if self._unknown_epochs > 1:
+                self.give_up("the train loader's batches cannot be matched with dataset indices")
+        elif self._is_blind and not self._has_judged:
+            self.give_up("the gradient of the loss at the logits is zero or not finite in all rows of an epoch")
+
+    def give_up(self, reason: str) -> None:
+        """Reads no more steps of this fit; the first reason is kept."""
+        self.reason = self.reason or reason
+        self.detach()
+        self._sink.forget()
+
+
+def _fault_of_loaders(loaders: list[Any]) -> str:
+    """Why batches of these train loaders cannot be matched with dataset indices; empty if they can."""
+    try:
+        loader = check_loader(loaders[0] if len(loaders) == 1 else loaders)
+    except (TypeError, ValueError) as error:
+        return f"the train loader does not draw batches of dataset indices ({error})"
+    # in_order is new in torch 2.6.
+    if loader.num_workers > 0 and not getattr(loader, "in_order", True):
+        return "the train loader has in_order=False, so its workers deliver batches in any order"
+    return ""

@@ -1,0 +1,196 @@
+"""From what training and the last pass showed of this rank's share to what the recipe says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from lightning_unlearn.data.loaders import rank_share
+from lightning_unlearn.data.task_format import IGNORED, Reading
+from lightning_unlearn.evidence.training_dynamics import Trajectory
+from lightning_unlearn.functional.identity import copies, mixed
+from lightning_unlearn.partitioning.build import Judged
+from lightning_unlearn.partitioning.non_finite import first_not_finite, judge_finite
+from lightning_unlearn.recipes import Recipe, Verdict
+from lightning_unlearn.recipes.evidence import Evidence
+from lightning_unlearn.results.labels import REASONS
+from lightning_unlearn.results.partition import Partition
+from lightning_unlearn.trainer.fit_loop import compute_device
+from lightning_unlearn.trainer.protocols import PartitionSource
+from lightning_unlearn.trainer.strategies import shards_weights
+from lightning_unlearn.trainer.validation import score_validation
+from lightning_unlearn.utilities.distributed import place_by_index, sum_over_ranks
+from lightning_unlearn.utilities.reduce import Reduce
+
+# Validation samples: of fewer the accuracy says too little.
+_FEWEST = 200
+
+
+def judge_share(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    share: dict[str, Tensor],
+    trajectory: Trajectory,
+    reading: Reading,
+    recipe: Recipe,
+    out_of_sample: Callable[[Evidence], Evidence],
+) -> tuple[list[Judged], Tensor]:
+    """What the recipe makes of each label, and the given labels of the whole training set, (N,) or (N, L).
+
+    Args:
+        trainer: of the fit.
+        pl_module: whose weights are looked at.
+        share: what the last pass showed of this rank's rows.
+        trajectory: what training and the passes showed.
+        reading: how many rows a sample has.
+        recipe: from evidence to a verdict.
+        out_of_sample: adds what is said of labels that were not learned, for the recipes that ask for it.
+
+    Raises:
+        ValueError: where all samples have the same label, or none.
+    """
+    reduce, rows = sum_over_ranks(trainer.strategy), reading.rows_per_sample
+    total = len(trajectory) // rows
+    index, weight = rank_share(total, trainer.global_rank, trainer.world_size)
+    device = compute_device(trainer)
+    trajectory.merge(None, reduce)
+    label = place_by_index(index, weight, share["label"].reshape(-1, rows), total, reduce)
+    _check_labels_of_ranks(trajectory.label, label.flatten(), reduce)
+    identity = place_by_index(index, weight, share["identity"][::rows], total, reduce)
+    judged, fault = [], first_not_finite(pl_module)
+    for at, given in enumerate(label.unbind(dim=1)):
+        known = given[given >= 0]
+        is_one_sided = len(known) == 0 or bool(known.min() == known.max())
+        if is_one_sided and rows == 1:
+            raise ValueError(
+                f"Expected training labels of at least two classes, but all {len(known)} samples have label"
+                f" {int(known[0])}; there is nothing to tell apart."
+                if len(known)
+                else f"Expected labels to judge, but all {total} samples have ignore_index={reading.ignore_index}."
+            )
+        of_label = {name: value[at::rows] for name, value in share.items()}
+        # Copies of a sample, with the same label, are one for whatever is estimated.
+        counts = weight / copies(mixed(identity + given))[index]
+        evidence = _evidence(trajectory, of_label, index, counts, index * rows + at, device)
+        evidence = out_of_sample(evidence)
+        verdict = None if is_one_sided else judge_finite(recipe, evidence, reduce, fault)
+        if verdict is not None:
+            verdict = _suggests_only(verdict, torch.unique(known), evidence)
+        judged.append(Judged(evidence, weight, verdict))
+    return judged, label if reading.task == "multilabel" else label.flatten()
+
+
+def weight_of_copies(judged: Sequence[Judged], total: int) -> Tensor:
+    """(N,) float32, 1/k for each of k copies among this rank's samples, 1 for all others.
+
+    Args:
+        judged: this rank's share; of several labels the first tells.
+        total: N.
+    """
+    evidence, weight = judged[0].evidence, torch.ones(total)
+    # Neither padding nor a label to be ignored says how many copies there are.
+    counts = (judged[0].weight > 0) & (evidence.weight.cpu() > 0)
+    weight[evidence.index[counts]] = evidence.weight.cpu()[counts]
+    return weight
+
+
+def validation_accuracy(trainer: Trainer, pl_module: LightningModule, source: PartitionSource) -> float | None:
+    """Share of the validation samples whose given label is predicted; None without enough of them.
+
+    Every rank must call it. Not of a fit that has not validated; nor where ranks meet in every forward pass, as
+    validation data that cannot be read would end the fit.
+    """
+    if shards_weights(trainer) or trainer.val_dataloaders is None:
+        return None
+    score = score_validation(trainer, pl_module, source, say=False)
+    return None if score is None or score.samples < _FEWEST else score.accuracy
+
+
+def _check_labels_of_ranks(seen: Tensor, label: Tensor, reduce: Reduce) -> None:
+    """Compares the labels that this rank has seen with those of the ranks whose share the samples are."""
+    other = int(reduce(((seen >= 0) & (label >= 0) & (seen != label)).sum().double().reshape(1)).item())
+    if other:
+        raise ValueError(
+            f"Expected every rank to have the same labels at the same indices, but {other} that ranks have seen in"
+            " training are others on the rank that judges the sample, as where a data set is shuffled, split or given"
+            " noise without a seed; make it in the same way on every rank."
+        )
+
+
+def _suggests_only(verdict: Verdict, occurring: Tensor, evidence: Evidence) -> Verdict:
+    """The verdict, but that no class is suggested which no sample is called."""
+    occurs = torch.isin(verdict.suggested_label, occurring.to(verdict.suggested_label.device))
+    if occurs.all():
+        return verdict
+    share = verdict.suggested_probability
+    share = 1 - verdict.clean_probability if share is None else share
+    return replace(
+        verdict,
+        suggested_label=verdict.suggested_label.where(occurs, evidence.label),
+        suggested_probability=share.where(occurs, 0),
+    )
+
+
+def _evidence(
+    trajectory: Trajectory,
+    share: dict[str, Tensor],
+    index: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    device: torch.device,
+) -> Evidence:
+    """This rank's evidence.
+
+    Args:
+        trajectory: what training and the passes showed.
+        share: what the last pass showed of one label of each of this rank's samples.
+        index: (n,) int64, the samples.
+        weight: (n,), 0 for one that only pads, 1/k for each of k copies.
+        rows: (n,) int64, their rows in the trajectory.
+        device: where the recipe computes.
+    """
+    # A sample that was not drawn in one phase of training is as it was in the last pass.
+    blocks = _filled(trajectory.phases(rows), share["last"])
+    scores = trajectory.scores(rows)
+    counts = weight * (share["label"] != IGNORED)
+    many = trajectory.has_margins and trajectory.knows_classes
+    return Evidence(
+        index=index,
+        weight=counts.to(device),
+        label=share["label"].clamp(min=0).to(device),
+        attribution=blocks.to(device),
+        basis=trajectory.basis.to(device),
+        margin=share["margin"].to(device),
+        mean_margin=scores["margin"].to(device),
+        support=scores["support"].to(device),
+        uncertainty=scores["uncertainty"].to(device),
+        loss=share["loss"].to(device),
+        prediction=share["prediction"].to(device),
+        response=share["response"].to(device) if "response" in share else None,
+        rows=share["rows"].to(device) if "rows" in share else None,
+        soft_margins=_filled(trajectory.soft_margins(rows), share["soft_margins"]).to(device) if many else None,
+        rival=share["rival"].to(device) if many else None,
+        rival_share=share["rival_share"].to(device) if many else None,
+    )
+
+
+def _filled(phases: Sequence[Tensor], last: Tensor) -> Tensor:
+    return torch.stack([*(phase.where(phase.isfinite(), last) for phase in phases), last], dim=1)
+
+
+def share_memorised(judged: Sequence[Judged], partition: Partition, reduce: Reduce) -> float | None:
+    """Of the labels suspected to be wrong, how many the network gives nevertheless; None where none is suspected."""
+    sums = torch.zeros(2)
+    by_label = partition.reason.eq(REASONS.index("label"))
+    for at, one in enumerate(judged):
+        evidence, wrong = one.evidence, by_label
+        if partition.is_multilabel:
+            wrong = wrong & (partition.suggested_label != partition.label)[:, at]
+        counted = (evidence.weight * wrong[evidence.index].to(evidence.weight.device)).cpu()
+        sums += torch.stack([counted.sum(), counted[(evidence.prediction == evidence.label).cpu()].sum()])
+    suspects, memorised = reduce(sums).tolist()
+    return memorised / suspects if suspects else None

@@ -1,0 +1,319 @@
+"""From what a recipe says of each rank's share to one partition of the training set."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lightning_unlearn.partitioning.caveat import caveat_of
+from lightning_unlearn.recipes import Verdict
+from lightning_unlearn.recipes.evidence import Evidence
+from lightning_unlearn.recipes.verdict import NoiseEstimate
+from lightning_unlearn.results.labels import DROP, KEEP, REASONS, RELABEL, class_members
+from lightning_unlearn.results.partition import Partition
+from lightning_unlearn.results.review import Decided
+from lightning_unlearn.results.status import PartitionStatus
+from lightning_unlearn.utilities.distributed import place_by_index
+from lightning_unlearn.utilities.reduce import Reduce
+
+_NO_MATRIX = torch.zeros(0, 0)
+# So many labels of a multi-label task are named in the log.
+_MOST_LABELS = 10
+_HALF = 0.5
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """What was seen of one rank's share of the samples, and what a recipe made of it.
+
+    Args:
+        evidence: of this rank's share.
+        weight: (n,), 0 for a row that only pads the share; where the label is to be ignored, the evidence's is 0 too.
+        verdict: None where there was nothing to judge, as all samples have the same label.
+    """
+
+    evidence: Evidence
+    weight: Tensor
+    verdict: Verdict | None
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """What makes a sample clean.
+
+    Args:
+        precision: share of the suspects that is expected to be wrong.
+        min_class_share: share of each class's samples that is kept in any case.
+    """
+
+    precision: float
+    min_class_share: float
+
+
+@dataclass(frozen=True, eq=False)
+class _Column:
+    """What is known of every sample's one label; (N,) each."""
+
+    probability: Tensor
+    of_label: Tensor
+    of_input: Tensor
+    support: Tensor
+    suggested: Tensor
+    of_suggested: Tensor
+    usable: Tensor
+    suspect: Tensor
+
+
+def assemble(  # noqa: PLR0913  (what a partition says of itself)
+    judged: Sequence[Judged],
+    label: Tensor,
+    cut: Cut,
+    reduce: Reduce,
+    *,
+    recipe: str,
+    layer: str,
+    epoch: int,
+    fingerprint: str = "",
+    relabel_threshold: float | None = None,
+    decided: Decided | None = None,
+) -> Partition:
+    """The partition, the same on every rank, each of which must ask.
+
+    Args:
+        judged: this rank's share, for each label of a sample; of a multi-class task there is one.
+        label: (N,) int64 the given labels, or (N, L) of a multi-label task; -1 for one that is to be ignored.
+        cut: what makes a sample clean.
+        reduce: sums over the ranks.
+        recipe: its name.
+        layer: where the attributions were taken.
+        epoch: how many epochs are complete.
+        fingerprint: of the training set.
+        relabel_threshold: the least probability of a suggested label that is used; None where nobody says.
+        decided: what a person has decided of some samples, which holds whatever the recipe says. Where that should not
+            be acted upon, the other samples are clean.
+    """
+    objection = objection_of(judged)
+    if decided is not None and objection:
+        judged = [replace(one, verdict=None) for one in judged]
+    if label.ndim > 1:
+        # One label that cannot be told apart says nothing, and nothing against the others.
+        judged = [replace(one, verdict=None) if one.verdict and one.verdict.warning else one for one in judged]
+    given_of_each = label.reshape(len(label), -1).unbind(dim=1)
+    columns = [_column(*each, cut.precision, reduce) for each in zip(judged, given_of_each, strict=True)]
+    if decided is not None:
+        new_label = decided.new_label.reshape(len(label), -1).unbind(dim=1)
+        columns = [_reviewed(*each, decided.decision) for each in zip(columns, given_of_each, new_label, strict=True)]
+    one = columns[0] if label.ndim == 1 else _joined(columns, label)
+    is_clean = _keep_some(~one.suspect & one.usable, one.probability, label, cut.min_class_share, one.usable)
+    first = judged[0].verdict
+    noise = None if first is None or label.ndim > 1 else first.noise
+    rate, interval = _rate(noise, one.probability, is_decided=decided is not None)
+    matrix = None if first is None or label.ndim > 1 else first.noise_matrix
+    kept = is_clean.unsqueeze(1) if label.ndim > 1 else is_clean
+    found = Partition(
+        clean_probability=one.probability,
+        is_clean=is_clean,
+        suggested_label=torch.where(kept, label, one.suggested),
+        suggested_probability=torch.where(is_clean, one.probability, one.of_suggested),
+        noise_rate=None if objection else rate,
+        label=label,
+        label_evidence=one.support,
+        input_evidence=one.of_input,
+        reason=_reasons(is_clean, one.of_label, one.of_input),
+        noise_matrix=_NO_MATRIX if matrix is None else matrix.cpu().float(),
+        recipe=recipe,
+        layer=layer,
+        epoch=epoch,
+        fingerprint=fingerprint,
+        label_probability=_NO_MATRIX if label.ndim == 1 else torch.stack([c.probability for c in columns], dim=1),
+        noise_rate_interval=interval,
+        often_called=() if noise is None else noise.names,
+    )
+    if relabel_threshold is not None:
+        found = replace(found, relabel_threshold=relabel_threshold)
+    found = _with_suggestions(found, one)
+    found = _with_status(found, [each.verdict.noise for each in judged if each.verdict and each.verdict.noise])
+    # What a person has decided holds all the same.
+    if objection and (decided is None or found.status is PartitionStatus.ALL_CLEAN):
+        return replace(found, status=PartitionStatus.INCONCLUSIVE, warning=objection)
+    return found
+
+
+def _with_suggestions(found: Partition, one: _Column) -> Partition:
+    """The partition, with what the recipe suggests for the samples that are worth a look too."""
+    worth = found.review_ranking()[: found.worth_review()]
+    # A sample that is kept for its class may be sure to be wrong, but nothing has been suggested for it.
+    label, probability = found.suggested_label.clone(), found.suggested_probability.clone()
+    label[worth], probability[worth] = one.suggested[worth], one.of_suggested[worth]
+    return replace(found, suggested_label=label, suggested_probability=probability)
+
+
+def _rate(
+    noise: NoiseEstimate | None, probability: Tensor, *, is_decided: bool
+) -> tuple[float, tuple[float, float] | None]:
+    """How many samples are not clean, and its interval, with what a person has decided."""
+    mean = min(max(1 - probability.double().mean().item(), 0.0), 1.0)
+    if noise is None:
+        return mean, None
+    rate = mean if is_decided else noise.rate
+    return rate, _moved(noise.interval, rate - noise.rate)
+
+
+def _with_status(found: Partition, noises: Sequence[NoiseEstimate]) -> Partition:
+    """The partition with what may be done with it, by what is estimated of each label of which something is."""
+    status, warning = _status(found, noises)
+    # What does not show may be any number.
+    rate = None if status is PartitionStatus.ALL_CLEAN and noises else found.noise_rate
+    return replace(found, status=status, warning=warning, noise_rate=rate)
+
+
+def _moved(interval: tuple[float, float], by: float) -> tuple[float, float]:
+    """The interval of a rate that is higher by so much for what a person has decided; 1 stays unknown."""
+    low, high = interval
+    return min(max(low + by, 0.0), 1.0), high if high >= 1 else min(max(high + by, 0.0), 1.0)
+
+
+def notes_of(judged: Sequence[Judged], partition: Partition) -> list[str]:
+    """What the gates said, for the log; of a multi-label task what was found at which labels."""
+    if not partition.is_multilabel:
+        return [note for one in judged if one.verdict for note in one.verdict.notes]
+    wrong = (partition.suggested_label != partition.label).float().mean(dim=0)
+    shares = sorted(((share, at) for at, share in enumerate(wrong.tolist()) if share), reverse=True)
+    said = [f"label {at} ({share:.1%} of the samples)" for share, at in shares[:_MOST_LABELS]]
+    found = f"{', '.join(said)}{', ...' if len(shares) > _MOST_LABELS else ''}" if said else "none"
+    notes = [f"labels with wrong values: {len(shares)} of {len(judged)}: {found}"]
+    if same := [str(at) for at, one in enumerate(judged) if one.verdict is None]:
+        notes.append(f"labels that are the same in all samples are not judged: {', '.join(same)}")
+    return notes
+
+
+def _column(one: Judged, given: Tensor, precision: float, reduce: Reduce) -> _Column:
+    evidence, verdict, known = one.evidence, one.verdict, given >= 0
+    certain = torch.ones_like(one.weight)
+
+    def of_all(values: Tensor | None) -> Tensor:
+        placed = place_by_index(
+            evidence.index, one.weight, (certain if values is None else values).cpu(), len(given), reduce
+        )
+        return placed.float().clamp(0, 1)
+
+    if verdict is None:
+        sure = torch.ones(len(given))
+        return _Column(sure, sure, sure, of_all(evidence.support), given, sure, sure > 0, sure == 0)
+    probability = of_all(verdict.clean_probability)
+    of_suggested = verdict.suggested_probability
+    suggested = place_by_index(evidence.index, one.weight, verdict.suggested_label.cpu(), len(given), reduce)
+    usable = torch.ones(len(given), dtype=torch.bool)
+    if verdict.unusable is not None:
+        usable = of_all(verdict.unusable.float()) == 0
+    # A sample whose label is to be ignored is not judged.
+    return _Column(
+        probability.where(known, 1),
+        of_all(verdict.label_probability).where(known, 1),
+        of_all(verdict.input_probability).where(known, 1),
+        of_all(evidence.support).where(known, 1),
+        suggested.where(known, given),
+        (1 - probability if of_suggested is None else of_all(of_suggested)).where(known, 1),
+        usable | ~known,
+        (of_all(verdict.suspects(evidence.weight, reduce, precision).float()) > 0) & known,
+    )
+
+
+def _reviewed(one: _Column, given: Tensor, new: Tensor, decision: Tensor) -> _Column:
+    """What is known of every sample's one label, with what a person has decided.
+
+    Args:
+        one: what the recipe says.
+        given: (N,) the label.
+        new: (N,) that to train with, -1 for the given one.
+        decision: (N,) int8, positions in ``DECISIONS``, -1 where nothing is decided.
+    """
+    dropped, moved = decision == DROP, decision == RELABEL
+    # Of several labels, those that stay are right.
+    wrong = moved & (new >= 0) & (new != given)
+    right = (decision == KEEP) | (moved & ~wrong)
+    return _Column(
+        one.probability.masked_fill(right, 1).masked_fill(dropped | wrong, 0),
+        one.of_label.masked_fill(right, 1).masked_fill(wrong, 0),
+        one.of_input.masked_fill(right | wrong, 1),
+        one.support,
+        torch.where(wrong, new, torch.where(right, given, one.suggested)),
+        # Too little for a new label.
+        one.of_suggested.masked_fill(right | wrong, 1).masked_fill(dropped, 0),
+        (one.usable | right) & ~dropped & ~wrong,
+        one.suspect & ~right,
+    )
+
+
+def _joined(columns: Sequence[_Column], label: Tensor) -> _Column:
+    """Of a sample with several labels: it is as clean as the most doubtful of them."""
+    probability = torch.stack([column.probability for column in columns], dim=1)
+    wrong = torch.stack([column.suspect | ~column.usable for column in columns], dim=1)
+    suggested = torch.where(wrong, torch.stack([column.suggested for column in columns], dim=1), label)
+    of_suggested = torch.stack([column.of_suggested for column in columns], dim=1)
+    return _Column(
+        probability.amin(dim=1),
+        torch.stack([column.of_label for column in columns], dim=1).amin(dim=1),
+        torch.stack([column.of_input for column in columns], dim=1).amin(dim=1),
+        torch.stack([column.support for column in columns], dim=1).amin(dim=1),
+        suggested,
+        torch.where(wrong, of_suggested, probability).amin(dim=1),
+        torch.stack([column.usable for column in columns], dim=1).all(dim=1),
+        wrong.any(dim=1),
+    )
+
+
+def objection_of(judged: Sequence[Judged]) -> str:
+    """Why what the recipe says should not be acted upon; empty if it can be."""
+    warnings = [one.verdict.warning if one.verdict else "" for one in judged]
+    if len(judged) == 1:
+        return warnings[0]
+    said = [f"label {at}: {warning}" for at, warning in enumerate(warnings) if warning]
+    return "; ".join(said) if len(said) == len(judged) else ""
+
+
+def _keep_some(is_clean: Tensor, probability: Tensor, label: Tensor, share: float, usable: Tensor) -> Tensor:
+    """The samples to keep: the clean ones, and in each class at least a share of its usable samples, the likeliest."""
+    kept = is_clean.clone()
+    for _, of_class in class_members(label):
+        members = of_class[usable[of_class]]
+        least = math.ceil(share * len(members))
+        if int(is_clean[members].sum()) < least:
+            kept[members[probability[members].argsort(descending=True, stable=True)[:least]]] = True
+    return kept
+
+
+def _reasons(is_clean: Tensor, of_label: Tensor, of_input: Tensor) -> Tensor:
+    """(N,) uint8, positions in ``REASONS``; of a sample for which neither is below one half, the likelier."""
+    label, corrupted = of_label < _HALF, of_input < _HALF
+    neither = ~label & ~corrupted
+    label, corrupted = label | (neither & (of_label <= of_input)), corrupted | (neither & (of_label > of_input))
+    reason = label * REASONS.index("label") + corrupted * REASONS.index("input")
+    return torch.where(is_clean, 0, reason).to(torch.uint8)
+
+
+def _status(found: Partition, noises: Sequence[NoiseEstimate]) -> tuple[PartitionStatus, str]:
+    """What may be done with a partition, and why it leaves too little to train on, or nothing out; else empty.
+
+    Args:
+        found: the partition.
+        noises: what is estimated of each label of which something is.
+    """
+    kept, total = int(found.is_clean.sum()), len(found)
+    if kept == total:
+        if not noises:
+            return PartitionStatus.ALL_CLEAN, f"it calls all of the {total} samples clean"
+        most = max(noises, key=lambda one: one.z_score)
+        status = PartitionStatus.ALL_CLEAN if most.status == "none" else PartitionStatus.REVIEW_ONLY
+        return status, caveat_of(most, found.worth_review())
+    if kept == 0:
+        return PartitionStatus.NONE_CLEAN, f"it calls none of the {total} samples clean"
+    lost = [c for c, members in class_members(found.label) if not bool(found.is_clean[members].any())]
+    if lost:
+        of = "class" if len(lost) == 1 else "the classes"
+        return PartitionStatus.CLASS_LOST, f"it keeps no sample of {of} {str(lost)[1:-1]}"
+    return PartitionStatus.OK, ""

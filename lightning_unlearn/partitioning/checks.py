@@ -1,0 +1,88 @@
+"""Whether the settings of a partition can work: with the model and its task."""
+
+from __future__ import annotations
+
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_unlearn.attribution import GRADIENT_X_ACTIVATION, ForwardTrace, check_reached, plain_name
+from lightning_unlearn.attribution.layers import LayerPoint
+from lightning_unlearn.recipes import Recipe
+from lightning_unlearn.trainer.compat import MisconfigurationException
+
+
+def check_several_labels(layer: str | None, method: str, recipe: Recipe) -> None:
+    """Refuses what a multi-label task, each label of which is judged by itself, cannot have.
+
+    Raises:
+        ValueError: naming the argument to leave out.
+    """
+    found = {
+        "layer": (layer, layer is not None),
+        "method": (method, method != GRADIENT_X_ACTIVATION),
+        "recipe": (recipe.name, recipe.needs_rows),
+    }
+    for name, (value, is_wrong) in found.items():
+        if is_wrong:
+            raise ValueError(
+                "Expected a multi-label task to be attributed at the input of its head by"
+                f" {GRADIENT_X_ACTIVATION}, but got {name}={value!r}; leave {name} out."
+            )
+
+
+def check_samples_first(point: LayerPoint | None, method: str) -> None:
+    """Refuses a layer with the samples elsewhere for the methods that interpolate, whose passes count on them first.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if point is not None and point.samples and method != GRADIENT_X_ACTIVATION:
+        raise ValueError(
+            f"Expected a layer with the samples first for method={method!r}, but the {point.at} of layer '{point.name}'"
+            f" has them in dimension {point.samples}; name another layer, or set method={GRADIENT_X_ACTIVATION!r}."
+        )
+
+
+def attributed_point(trace: ForwardTrace, layer: str | None, num_outputs: int) -> LayerPoint:
+    """Where the margin is attributed: at the output of the layer that was named, or at the input of the head.
+
+    Raises:
+        ValueError: where ``forward`` does not call that layer once.
+    """
+    point = LayerPoint(trace.head(num_outputs), "input") if layer is None else LayerPoint(plain_name(layer), "output")
+    check_reached(trace, point)
+    return point
+
+
+def early_points(trace: ForwardTrace, batch: int, input_layer: str | None) -> list[LayerPoint]:
+    """Where corrupted inputs show: at the output of the layer that was named, or where the first block has seen them.
+
+    Of several, the first that has a row for each sample is to be taken.
+
+    Raises:
+        ValueError: where ``forward`` does not call the layer that was named once.
+    """
+    if input_layer is None:
+        return trace.first_blocks(batch)
+    point = LayerPoint(plain_name(input_layer), "output")
+    check_reached(trace, point)
+    return [point]
+
+
+def check_classifies(trainer: Trainer, pl_module: LightningModule, trace: ForwardTrace) -> None:
+    """Refuses networks that are trained in turns, as a GAN's, where ``forward`` may be any of them.
+
+    Raises:
+        MisconfigurationException: where one of several optimizers trains nothing that ``forward`` calls.
+    """
+    called = {parameter for call in trace.calls for parameter in call.module.parameters()}
+    called |= set(pl_module.parameters(recurse=False))
+    names = {parameter: name for name, parameter in pl_module.named_parameters()}
+    for number, optimizer in enumerate(trainer.optimizers):
+        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if len(trainer.optimizers) > 1 and called.isdisjoint(trained):
+            raise MisconfigurationException(
+                f"Expected one network that classifies, but forward of {type(pl_module).__name__} calls nothing that"
+                f" optimizer {number} trains ({', '.join(names.get(p, '?') for p in trained[:3])}, ...), as where a"
+                " GAN's networks are trained in turns. If forward is the classifier all the same, name its layer with"
+                " layer='...'."
+            )

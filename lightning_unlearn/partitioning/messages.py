@@ -1,0 +1,116 @@
+"""What is said when a partition is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from lightning_unlearn.partitioning.summary import outlook
+from lightning_unlearn.results.finding import epochs_in_words, finding_of, names_in
+from lightning_unlearn.results.partition import Partition
+from lightning_unlearn.trainer.callback_order import callbacks_of
+from lightning_unlearn.trainer.loggers import log_partition
+from lightning_unlearn.trainer.progress import rank_zero_info
+from lightning_unlearn.trainer.scoring_loader import train_loader
+from lightning_unlearn.utilities.distributed import sum_over_ranks
+
+# Samples per class below which clean data of a weak model were called noisy in four of ten simulated sets.
+_FEW = 50
+
+
+def report_partition(
+    pl_module: LightningModule,
+    partition: Partition,
+    evidence: str,
+    notes: Sequence[str],
+    memorised: float | None,
+    class_names: Sequence[str] = (),
+) -> None:
+    """Says what the first partition found, and what follows from it.
+
+    Args:
+        pl_module: logs.
+        partition: that was drawn.
+        evidence: what it was drawn from, in words.
+        notes: of the person who has reviewed it and of the recipe, in words.
+        memorised: see :class:`~lightning_unlearn.results.summary.RepairSummary`.
+        class_names: by label; empty where they are not known.
+    """
+    rank_zero_info(
+        f"Partition after {epochs_in_words(partition.epoch)} ({partition.recipe}, {partition.layer}, {evidence}):"
+        f" {finding_of(partition, class_names)}."
+    )
+    for note in (*notes, *_few_samples(len(partition), _classes_of(partition))):
+        rank_zero_info(f"  {note}")
+    if partition.warning:
+        rank_zero_warn(f"The partition is not acted upon, training goes on with all the data: {partition.warning}.")
+    elif memorised is not None:
+        rank_zero_info(f"  {outlook(memorised)}")
+    log_partition(pl_module, partition)
+
+
+def class_names_of(trainer: Trainer, classes: int | None) -> list[str]:
+    """What the classes are called, as an UnlearnReport has been told or the training set says; empty if neither."""
+    for callback in callbacks_of(trainer):
+        names = getattr(callback, "class_names", None)
+        if isinstance(names, list) and len(names) == classes and all(isinstance(one, str) for one in names):
+            return names
+    return names_in(train_loader(trainer).dataset, classes)
+
+
+def report_round(pl_module: LightningModule, drawn: Partition, changed: float, is_stable: bool) -> None:
+    """Says what drawing it again found.
+
+    Args:
+        pl_module: logs.
+        drawn: the new partition.
+        changed: share of the samples that have changed sides.
+        is_stable: whether that was so few that it is not drawn again.
+    """
+    suspects = len(drawn.suspect_indices())
+    end = "; it is stable, and not drawn again" if is_stable else ""
+    if drawn.is_actionable:
+        log_partition(pl_module, drawn)
+    else:
+        last = ", and none is drawn again" if is_stable else ""
+        end = f"; it is not acted upon ({drawn.warning}), the one before stays{last}"
+    rate = "" if drawn.noise_rate is None else f" estimated noise rate {drawn.noise_rate:.1%},"
+    rank_zero_info(
+        f"Partition drawn again after {epochs_in_words(drawn.epoch)}: {suspects:,} of {len(drawn):,} samples are"
+        f" suspect,{rate} {changed:.1%} changed sides{end}."
+    )
+
+
+def warn_of_probabilities(logits: Tensor) -> None:
+    """Warns where what ``forward`` returns, (B, C), seems to be probabilities."""
+    if (logits >= 0).all() and ((logits.float().sum(dim=1) - 1).abs() < 1e-2).all():
+        rank_zero_warn(
+            "forward seems to return probabilities, whose differences say little where the model is sure; return logits"
+            " (or log-probabilities) for a better partition."
+        )
+
+
+def _classes_of(partition: Partition) -> int:
+    """How many classes its labels name."""
+    return 2 if partition.is_multilabel else len(torch.unique(partition.label[partition.label >= 0]))
+
+
+def _few_samples(total: int, num_classes: int) -> list[str]:
+    """A word of caution where so few samples were measured to look like noise though they are clean."""
+    if total >= _FEW * num_classes:
+        return []
+    return [f"fewer than {_FEW} samples for a class on average, of which some are often suspected though all are clean"]
+
+
+def say_absent(trainer: Trainer, absent: int, total: int) -> None:
+    """Says how many samples the data set gives as None. Every rank must call it, with the number in its own share."""
+    number = int(sum_over_ranks(trainer.strategy)(torch.tensor([float(absent)])).item())
+    if number:
+        rank_zero_info(
+            f"{number:,} of {total:,} training samples are None in the data set, so that collate_fn leaves them out or"
+            " replaces them: they have no label, are not judged, and stay as they are."
+        )

@@ -1,0 +1,69 @@
+"""What a fit that goes on from a checkpoint says of settings other than those that the checkpoint was made with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning_unlearn.results.partition import Partition
+
+# What counts from here on whatever the checkpoint holds, what is checked elsewhere, and functions, of which two may do
+# the same under different names.
+_LEFT_OUT = {"action", "review", "check_data", "every_n_epochs", "stable_share", "batch_to_xy", "logits_from"}
+_SIZES = {"batch_size": "batch size", "ranks": "number of ranks"}
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """How two records of fits differ in what a checkpoint may hold: in settings, and in sizes.
+
+    Args:
+        before: of the fit that wrote the checkpoint; see :func:`~lightning_unlearn.results.provenance.fit_record`.
+        now: of the one that goes on from it.
+
+    Returns:
+        each with the new value and the old one, in words.
+    """
+    settings = [
+        f"{name}={value!r} instead of {before['settings'][who][name]!r}"
+        for who, given in now["settings"].items()
+        for name, value in given.items()
+        if name not in _LEFT_OUT and value != before["settings"].get(who, {}).get(name, value)
+    ]
+    sizes = [
+        f"{words} {now[name]} instead of {before[name]}"
+        for name, words in _SIZES.items()
+        if now.get(name) != before.get(name, now.get(name))
+    ]
+    return settings, sizes
+
+
+def what_holds(
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    *,
+    partition: Partition | None,
+    epochs_seen: int,
+    may_be_drawn_again: bool,
+) -> str:
+    """A line for the log; empty where nothing differs, or nothing is held.
+
+    Args:
+        before: see :func:`differences`.
+        now: see :func:`differences`.
+        partition: that the checkpoint holds.
+        epochs_seen: of how many epochs it holds evidence.
+        may_be_drawn_again: whether other partitions are to follow.
+    """
+    settings, sizes = differences(before, now)
+    if not (settings or sizes) or (partition is None and not epochs_seen):
+        return ""
+    said = f"The fit goes on from its checkpoint with {', '.join([*settings, *sizes])}"
+    if partition is None:
+        return f"{said}: the evidence of {epochs_seen} epochs in it is kept, and the new settings apply from here on."
+    held = f"{said}. Its partition, drawn at epoch {partition.epoch}, and what was done about it stay as they are."
+    if settings:
+        effect = "apply to partitions drawn from here on" if may_be_drawn_again else "have no effect"
+        held += f" The new settings of the callbacks {effect}."
+    if sizes:
+        held += " Every sample that was kept is still trained on."
+    return held

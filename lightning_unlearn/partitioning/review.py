@@ -1,0 +1,81 @@
+"""A person's decisions in a fit: read once for all ranks, compared with the data before the first step."""
+
+from __future__ import annotations
+
+from os import PathLike
+
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_unlearn.results.review import Review, settle
+from lightning_unlearn.results.review_csv import Table, read_review
+from lightning_unlearn.trainer.context import reading_of
+from lightning_unlearn.trainer.data_checks import class_labels, read_labels
+from lightning_unlearn.trainer.isolation import undisturbed
+from lightning_unlearn.trainer.protocols import PartitionSource
+from lightning_unlearn.trainer.scoring_loader import scoring_loader
+from lightning_unlearn.utilities.distributed import on_rank_zero
+
+
+def open_review(trainer: Trainer, path: str | PathLike[str] | None) -> Table | None:
+    """What a file holds, read by rank 0, and known or refused on every rank.
+
+    Raises:
+        ValueError: with the line, for what is wrong in it.
+        FileNotFoundError: where rank 0 finds no such file.
+    """
+    return None if path is None else on_rank_zero(trainer.strategy, lambda: read_review(path))
+
+
+def fit_to_data(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    source: PartitionSource,
+    table: Table,
+    fingerprint: str,
+    *,
+    content: bool,
+) -> Review:
+    """The decisions, which fit the training set as far as its size, fingerprint and 16 labels tell.
+
+    Args:
+        trainer: of the running fit.
+        pl_module: the user's.
+        source: knows how to read labels.
+        table: what the file holds.
+        fingerprint: of the training set.
+        content: whether that of its items counts.
+
+    Raises:
+        ValueError: with the line, for what does not fit; on every rank.
+    """
+    reading, loader = reading_of(source), scoring_loader(trainer)
+    several = reading.task == "multilabel"
+    with undisturbed(trainer, pl_module):
+        review = settle(
+            table,
+            total=len(loader.dataset),  # type: ignore[arg-type]  # its length has been checked
+            classes=reading.num_outputs if several else reading.num_classes,
+            labels=reading.num_outputs if several else None,
+            fingerprint=fingerprint,
+            content=content,
+        )
+        compared = review.compared()
+        if len(compared):
+            label = class_labels(reading, read_labels(trainer, pl_module, reading, loader, review.index[compared]))
+            review.check_labels(compared, label.reshape(review.given_label[compared].shape))
+    return review
+
+
+def check_agrees(before: Review | None, now: Review) -> None:
+    """Refuses other decisions than those that a checkpoint's partition was made with.
+
+    Raises:
+        ValueError: saying what to do.
+    """
+    if before is None or not before.agrees_with(now):
+        made = "without decisions" if before is None else f"with other decisions ({before.path})"
+        raise ValueError(
+            f"Expected the decisions of {now.path} before the partition is drawn, but that of the checkpoint was drawn"
+            f" {made}; resume from a checkpoint of before at_epoch, start again without one, or leave review out to go"
+            " on with what the checkpoint has."
+        )

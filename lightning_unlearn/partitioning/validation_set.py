@@ -1,0 +1,351 @@
+"""A partition of the validation set: its labels are wrong too, and the validation accuracy counts them all the same.
+
+No training step has seen a validation sample, so what the network says of it is not memorized: one pass at the moment
+of the training partition is all the evidence there is, and takes the place of the early epoch too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_unlearn.data.fingerprint import fingerprint, varies
+from lightning_unlearn.data.loaders import batch_size, check_iteration, check_loader, indexed_batches, rank_share
+from lightning_unlearn.data.sampling_scheme import drawing_of
+from lightning_unlearn.data.task_format import IGNORED
+from lightning_unlearn.evidence.early_epochs import EarlyEpochs
+from lightning_unlearn.evidence.eval_pass import EvidencePass
+from lightning_unlearn.partitioning.apply_recipe import judge_share
+from lightning_unlearn.partitioning.build import Judged
+from lightning_unlearn.recipes import Recipe
+from lightning_unlearn.recipes.evidence import Evidence, OutOfSample
+from lightning_unlearn.results.finding import finding_of
+from lightning_unlearn.results.partition import Partition
+from lightning_unlearn.results.provenance import copied
+from lightning_unlearn.trainer.compat import MisconfigurationException
+from lightning_unlearn.trainer.context import logits_of, reading_of
+from lightning_unlearn.trainer.fit_loop import compute_device, log_values, validation_loaders
+from lightning_unlearn.trainer.isolation import undisturbed
+from lightning_unlearn.trainer.progress import rank_zero_info
+from lightning_unlearn.trainer.protocols import PartitionSource
+from lightning_unlearn.trainer.row_checks import check_number, check_ranks, establish_rows
+from lightning_unlearn.trainer.scoring_loader import train_loader
+from lightning_unlearn.trainer.strategies import shards_weights
+from lightning_unlearn.trainer.train_data import to_device, users_sampler
+from lightning_unlearn.utilities.distributed import place_by_index, sum_over_ranks
+
+Make = Callable[[Sequence[Judged], Tensor, str], Partition]
+"""From what was judged, the labels and the fingerprint to a partition."""
+
+_WANTED = "Expected validation data that can be judged (judge_validation=True), but"
+
+
+@dataclass(frozen=True, eq=False)
+class _Samples:
+    """The validation set.
+
+    Args:
+        loader: that the fit validates with.
+        left_out: dataset indices that it never draws.
+        fingerprint: of its data set.
+    """
+
+    loader: DataLoader[Any]
+    left_out: frozenset[int]
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.loader.dataset)  # type: ignore[arg-type]  # its length has been checked
+
+
+class ValidationJudge:
+    """Judges the validation samples of a fit, when the training samples are judged.
+
+    Attributes:
+        partition: the last one; None before the first.
+        fault: why there is none, where a pass has failed.
+    """
+
+    def __init__(self) -> None:
+        self.partition: Partition | None = None
+        self.fault = ""
+
+    def found(self, asked: bool) -> Partition:
+        """The partition.
+
+        Args:
+            asked: whether one is to be drawn.
+
+        Raises:
+            RuntimeError: without one, saying when there will be.
+        """
+        if self.partition is not None:
+            return self.partition
+        if self.fault:
+            raise RuntimeError(f"There is no partition of the validation set: {self.fault}.")
+        if asked:
+            raise RuntimeError(
+                "There is no partition of the validation set yet: it is drawn with that of the training set."
+            )
+        raise RuntimeError(
+            "There is no partition of the validation set: set judge_validation=True, and it is drawn with that of the"
+            " training set."
+        )
+
+    def begin(self, trainer: Trainer, pl_module: LightningModule, source: PartitionSource, trained_on: str) -> None:
+        """Refuses, before the first step, what cannot be judged. Every rank must call it.
+
+        Args:
+            trainer: of the fit.
+            pl_module: the user's.
+            source: knows how batches are read.
+            trained_on: the fingerprint of the training set.
+
+        Raises:
+            MisconfigurationException: for several validation loaders, or none.
+            TypeError: for samples that cannot be told apart by their index, or batches that are not like training's.
+            ValueError: for samples that are trained on, labels out of range, or ranks with different data.
+        """
+        samples = _samples(trainer, pl_module, source)
+        _check_not_trained_on(trainer, samples, trained_on)
+        if varies(samples.fingerprint):
+            rank_zero_info("The validation set uses random augmentation, so its samples are judged as augmented.")
+
+    def draw(
+        self, trainer: Trainer, pl_module: LightningModule, training: EvidencePass, recipe: Recipe, make: Make
+    ) -> None:
+        """Passes over the validation set and judges it. Every rank must call it.
+
+        Validation data that fail by now end no fit: a warning says so, and there is no partition.
+
+        Args:
+            trainer: of the fit.
+            pl_module: the user's.
+            training: the pass over the training set, of which this one takes all but the samples.
+            recipe: from evidence to a verdict.
+            make: makes the partition.
+        """
+        try:
+            samples = _samples(trainer, pl_module, training.source)
+            trajectory = training.trajectory.of_others(len(samples) * reading_of(training.source).rows_per_sample)
+            one = replace(
+                training,
+                trajectory=trajectory,
+                loader=samples.loader,
+                absent=set(samples.left_out),
+                title="Validation",
+            )
+            share = one.run(trainer, pl_module)
+        except Exception as error:  # of whatever kind, from the user's data
+            if shards_weights(trainer):
+                # Others may wait in the forward pass in which this rank has failed.
+                raise
+            self.fault = f"{type(error).__name__}: {error}".rstrip(".")
+            return
+        if _is_one_sided(trainer, share, len(samples)):
+            self.fault = "all of its samples have the same label, or none"
+            return
+        self._judge(trainer, pl_module, one, share, recipe, make, samples.fingerprint)
+
+    def _judge(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        one: EvidencePass,
+        share: dict[str, Tensor],
+        recipe: Recipe,
+        make: Make,
+        found: str,
+    ) -> None:
+        reading = reading_of(one.source)
+        unseen = None
+        if recipe.needs_unseen and reading.rows_per_sample == 1:
+            unseen = _unseen(trainer, one)
+
+        def with_unseen(evidence: Evidence) -> Evidence:
+            return replace(evidence, unseen=unseen)
+
+        judged, label = judge_share(trainer, pl_module, share, one.trajectory, reading, recipe, with_unseen)
+        self.partition = make(judged, label, found)
+
+    @property
+    def said(self) -> str:
+        """What was found, in a sentence; empty where nothing was judged."""
+        return "" if self.partition is None else _said(self.partition)
+
+    def report(self, pl_module: LightningModule) -> None:
+        """Says what was found, or why nothing was."""
+        if self.fault:
+            rank_zero_warn(f"The validation set was not judged: {self.fault}.")
+        if self.partition is not None:
+            rank_zero_info(self.said)
+            found = {"unlearn/val_suspects": float(len(self.partition.suspect_indices()))}
+            if self.partition.noise_rate is not None:
+                found["unlearn/val_noise_rate"] = self.partition.noise_rate
+            log_values(pl_module, found)
+
+    def record(self) -> dict[str, Any] | None:
+        """What was found, for the provenance; None for nothing."""
+        if self.partition is None:
+            return None
+        return {
+            "samples": _number(self.partition),
+            "fingerprint": self.partition.fingerprint,
+            "noise_rate": self.partition.noise_rate,
+            "suspects": self.partition.suspect_indices().sort().values,
+            "status": self.partition.status.value,
+            "warning": self.partition.warning,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and primitives."""
+        partition = None if self.partition is None else copied(self.partition.state_dict())
+        return {"partition": partition, "fault": self.fault}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any] | None) -> ValidationJudge:
+        """What :meth:`state_dict` described; nothing found where there is no such state."""
+        judge = cls()
+        if state is not None:
+            held = state["partition"]
+            judge.partition = None if held is None else Partition.from_state_dict(copied(held))
+            judge.fault = state["fault"]
+        return judge
+
+
+def check_validates(trainer: Trainer) -> None:
+    """Refuses a fit without validation.
+
+    Raises:
+        MisconfigurationException: saying what to do.
+    """
+    if not trainer.enable_validation:
+        raise MisconfigurationException(
+            "Expected a fit that validates, for judge_validation=True, but it does not; give a validation loader and a"
+            " validation_step (and no limit_val_batches=0), or leave judge_validation out."
+        )
+
+
+def _samples(trainer: Trainer, pl_module: LightningModule, source: PartitionSource) -> _Samples:
+    with undisturbed(trainer, pl_module, keep=False):
+        loaders = [loader for loader, _ in validation_loaders(trainer)]
+        if len(loaders) != 1:
+            raise MisconfigurationException(
+                f"Expected one validation loader for judge_validation=True, but the fit has {len(loaders)}; return one"
+                " from val_dataloader (torch's ConcatDataset joins data sets), or leave judge_validation out."
+            )
+        with _named():
+            loader = check_loader(loaders[0], "validation")
+            left_out = _left_out(trainer, loader)
+    with undisturbed(trainer, pl_module), torch.no_grad(), _named():
+        check_iteration(loader)
+        _try_batch(trainer, pl_module, source, loader)
+        rows = establish_rows(trainer, pl_module, reading_of(source), loader, may_offer=False)
+        found = fingerprint(loader)
+    samples = _Samples(loader, left_out, found)
+    check_ranks(trainer, len(samples), found, rows, of="validation")
+    return samples
+
+
+@contextmanager
+def _named() -> Iterator[None]:
+    """Says of errors that they are about the validation data."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        # Not as of its own class, which may be made of something else than a text.
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{_WANTED}: {error}") from error
+    except Exception as error:  # of whatever kind, from the user's data or forward
+        raise ValueError(
+            f"{_WANTED}: {type(error).__name__}: {error}; let its batches be like those of training, or leave"
+            " judge_validation out."
+        ) from error
+
+
+def _left_out(trainer: Trainer, loader: DataLoader[Any]) -> frozenset[int]:
+    """Which samples of its data set a loader never draws."""
+    drawn_from = getattr(loader.batch_sampler, "sampler", None)
+    sampler, _ = users_sampler(trainer, loader, drawn_from, loader.sampler)
+    drawing = drawing_of(sampler)
+    if drawing is None:
+        raise TypeError(
+            "which samples are for validation cannot be told, as its loader draws with a"
+            f" {type(loader.batch_sampler if sampler is None else sampler).__name__}; use one of torch's samplers"
+        )
+    drawn = set(drawing.index[drawing.weight > 0].tolist())
+    return frozenset(range(len(loader.dataset))) - drawn  # type: ignore[arg-type]  # its length has been checked
+
+
+def _try_batch(trainer: Trainer, pl_module: LightningModule, source: PartitionSource, loader: DataLoader[Any]) -> None:
+    """Sees that the first batch is read, and passes through the model, as one of training does."""
+    reading, size = reading_of(source), min(batch_size(loader), len(loader.dataset))  # type: ignore[arg-type]
+    indices, batch = next(indexed_batches(loader, torch.arange(size), probing=True, absent=set()))
+    x, label = reading.split(to_device(trainer, pl_module, batch))
+    check_number(loader, label, len(indices), may_offer=False)
+    labels, logits = reading.labels(label, len(indices)), logits_of(source, pl_module, x)
+    if tuple(logits.shape) != (len(labels), reading.num_classes):
+        raise ValueError(
+            f"forward returns logits {tuple(logits.shape)} for {len(labels)} labels of {reading.num_classes} classes"
+        )
+
+
+def _check_not_trained_on(trainer: Trainer, samples: _Samples, trained_on: str) -> None:
+    loader = train_loader(trainer)
+    is_known = samples.fingerprint == trained_on and not varies(trained_on)
+    if not is_known and samples.loader.dataset is not loader.dataset:
+        return
+    sampler, _ = users_sampler(trainer, loader, getattr(loader.batch_sampler, "sampler", None), loader.sampler)
+    drawing = drawing_of(sampler)
+    drawn = set(range(len(samples)) if drawing is None else drawing.index[drawing.weight > 0].tolist())
+    if both := len(drawn - samples.left_out):
+        raise ValueError(
+            f"{_WANTED} {both:,} of its {len(samples) - len(samples.left_out):,} samples are in the training set too,"
+            " so the network has learned their labels; give other samples, or leave judge_validation out."
+        )
+
+
+def _unseen(trainer: Trainer, one: EvidencePass) -> OutOfSample:
+    """What the pass says that has seen none of these labels."""
+    total = len(one.trajectory)
+    early = EarlyEpochs()
+    early.look(
+        one.trajectory,
+        torch.ones(total, dtype=torch.uint8),
+        1,
+        rank_share(total, trainer.global_rank, trainer.world_size),
+        compute_device(trainer),
+        sum_over_ranks(trainer.strategy),
+    )
+    return OutOfSample(early.rate, early.drawn)
+
+
+def _is_one_sided(trainer: Trainer, share: dict[str, Tensor], total: int) -> bool:
+    """Whether there is nothing to tell apart, of any label."""
+    index, weight = rank_share(total, trainer.global_rank, trainer.world_size)
+    rows = share["label"].reshape(len(index), -1)
+    label = place_by_index(index, weight, rows, total, sum_over_ranks(trainer.strategy))
+    return all(len(torch.unique(one[one != IGNORED])) < 2 for one in label.unbind(dim=1))
+
+
+def _number(partition: Partition) -> int:
+    """How many samples were judged."""
+    judged = partition.label >= 0
+    return int((judged.any(dim=1) if partition.is_multilabel else judged).sum())
+
+
+def _said(partition: Partition) -> str:
+    said = finding_of(partition)
+    if partition.warning:
+        said = f"{said}: {partition.warning}"
+    if len(partition.suspect_indices()):
+        said += "; nothing was changed: the validation accuracy counts these labels as right, and against the network"
+    return f"Validation set, {_number(partition):,} samples: {said}."

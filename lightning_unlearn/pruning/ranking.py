@@ -1,0 +1,239 @@
+"""One pass over the training set that ranks the neurons of some layers, by the criterion of a given name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from lightning_unlearn.attribution import SmallerBatches, loss_gradients, neuron_dimension, resolve_layer, tap
+from lightning_unlearn.functional.importance import NeuronSums, neuron_sums
+from lightning_unlearn.functional.selection import in_order
+from lightning_unlearn.functional.sensitivity import RegressionSums, regression_sums, solve_sensitivity
+from lightning_unlearn.pruning.criteria import L2_PENALTY, Criterion, NeuronStatistics, Sensitivity, check_score
+from lightning_unlearn.pruning.sites import PruneSite
+from lightning_unlearn.results.partition import Partition
+from lightning_unlearn.trainer.context import IndexedBatch, logits_of, output_of, reading_of, training_set
+from lightning_unlearn.trainer.isolation import undisturbed
+from lightning_unlearn.trainer.protocols import PartitionSource
+from lightning_unlearn.utilities.distributed import sum_over_ranks
+from lightning_unlearn.utilities.reduce import Reduce
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """What a criterion says of the neurons of one layer.
+
+    Args:
+        score: (D,) float32, the standardized coefficient, or the criterion's own number, of which the largest are
+            pruned first.
+        standard_error: (D,) float32, of a coefficient.
+        order: (K,) int64, the neurons that may be pruned, the worst first.
+        live: how many neurons vary.
+    """
+
+    score: Tensor
+    standard_error: Tensor | None
+    order: Tensor
+    live: int
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """What neurons are ranked for.
+
+    Args:
+        partition: which samples are noise.
+        weight: (N,) float32, of each sample; 0 for one that is left out.
+        gone: for each layer, (D,) bool, neurons that have been pruned before; None where none has.
+    """
+
+    partition: Partition
+    weight: Tensor
+    gone: Sequence[Tensor | None]
+
+
+class _Reader(Protocol):
+    """Gathers, over the batches of one rank, what its criterion needs of one layer."""
+
+    def add(self, values: Tensor, product: Tensor | None, batch: IndexedBatch) -> None:
+        """Takes the activations (B, P, D) of a batch, and the sum over positions of gradient x activation (B, D)."""
+
+    def rank(self, reduce: Reduce) -> Ranking:
+        """What all ranks have seen; every rank must ask."""
+
+
+def rank_neurons(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    source: PartitionSource,
+    sites: Sequence[PruneSite],
+    criterion: Criterion,
+    subject: Subject,
+) -> list[Ranking]:
+    """The neurons of each layer, ranked in one pass over the training set. Every rank must call it."""
+
+    def reader_of(site: PruneSite) -> _Reader:
+        if isinstance(criterion, Sensitivity):
+            target = _target(source, subject.partition)
+            return _RegressionReader(criterion, target, subject.weight, soft=source.regresses_on_probability)
+        return _StatisticReader(criterion, site, pl_module, subject)
+
+    readers = [reader_of(site) for site in sites]
+    watch = _gradients if criterion.needs_gradients else _activations
+    # Ratios are of what a neuron does at each position; the rest is of its mean over them.
+    reads = _Reads(source, pl_module, sites, by_position=criterion.per_position)
+    left_out = torch.zeros(2, dtype=torch.float64)
+    with undisturbed(trainer, pl_module):
+        for whole, part in watch(reads, training_set(trainer, pl_module, source, "Neurons")):
+            batch, seen = _finite_only(whole, part)
+            left_out += torch.stack([(whole.weight - batch.weight).sum(), whole.weight.sum()]).cpu()
+            for reader, gone, (values, product) in zip(readers, subject.gone, seen, strict=True):
+                # What only the head's columns silence is still active, and must not be told apart by.
+                active = values if gone is None else values.masked_fill(gone.to(values.device), 0)
+                reader.add(active.cpu(), None if product is None else product.cpu(), batch)
+    reduce = sum_over_ranks(trainer.strategy)
+    broken, total = (int(x) for x in reduce(left_out).tolist())
+    if broken:
+        rank_zero_warn(
+            f"Neurons are ranked without {broken:,} of {total:,} training samples, for which activations"
+            f"{' or gradients' if criterion.needs_gradients else ''} are NaN or infinite."
+        )
+    return [reader.rank(reduce) for reader in readers]
+
+
+@dataclass(frozen=True, eq=False)
+class _Reads:
+    """Of which layers activations are read, and whether at each position or their mean."""
+
+    source: PartitionSource
+    pl_module: LightningModule
+    sites: Sequence[PruneSite]
+    by_position: bool
+
+    def values(self, site: PruneSite, activation: Tensor) -> Tensor:
+        """(B, P, D) float32, with P = 1 for the mean over positions."""
+        rows = self._rows(site, activation)
+        return rows if self.by_position else rows.mean(dim=1, keepdim=True)
+
+    def total(self, site: PruneSite, product: Tensor) -> Tensor:
+        """(B, D) float32, the sum over positions."""
+        return self._rows(site, product).sum(dim=1)
+
+    def _rows(self, site: PruneSite, activation: Tensor) -> Tensor:
+        dimension = neuron_dimension(resolve_layer(self.pl_module, site.name), activation.ndim)
+        rows = activation.float().movedim(dimension, -1)
+        return rows.reshape(len(rows), -1, rows.shape[-1])
+
+
+Seen = list[tuple[Tensor, Tensor | None]]
+
+
+def _finite_only(batch: IndexedBatch, seen: Seen) -> tuple[IndexedBatch, Seen]:
+    """Zero, without weight, for samples of which a neuron of any layer has a number that is not finite."""
+    found = [tensor for pair in seen for tensor in pair if tensor is not None]
+    finite = torch.stack([tensor.isfinite().flatten(1).all(dim=1) for tensor in found]).all(dim=0)
+    if finite.all():
+        return batch, seen
+
+    def cleared(tensor: Tensor) -> Tensor:
+        return tensor.where(finite.reshape(-1, *(1,) * (tensor.ndim - 1)), 0)
+
+    cleaned: Seen = [(cleared(values), None if product is None else cleared(product)) for values, product in seen]
+    return replace(batch, weight=batch.weight * finite.to(batch.weight.device)), cleaned
+
+
+def _activations(reads: _Reads, batches: Iterator[IndexedBatch]) -> Iterator[tuple[IndexedBatch, Seen]]:
+    with ExitStack() as stack:
+        takes = [stack.enter_context(tap(reads.pl_module, site.point)) for site in reads.sites]
+        for batch in batches:
+            with torch.no_grad():
+                output_of(reads.source, reads.pl_module, batch.x)
+            yield batch, [(reads.values(s, take()), None) for s, take in zip(reads.sites, takes, strict=True)]
+
+
+def _gradients(reads: _Reads, batches: Iterator[IndexedBatch]) -> Iterator[tuple[IndexedBatch, Seen]]:
+    in_parts, points = SmallerBatches(), [site.point for site in reads.sites]
+
+    rows = reading_of(reads.source).rows_per_sample
+
+    def of_part(x: Any, label: Tensor) -> list[tuple[Tensor, Tensor]]:
+        def forward(value: Any) -> Tensor:
+            return logits_of(reads.source, reads.pl_module, value)
+
+        found = loss_gradients(reads.pl_module, points, forward, x, label.flatten())
+        return [
+            (reads.values(site, a), reads.total(site, a.float() * g.float()))
+            for site, (a, g) in zip(reads.sites, found, strict=True)
+        ]
+
+    for batch in batches:
+        by_site = zip(*in_parts(of_part, batch.x, batch.label.reshape(-1, rows)), strict=True)
+        yield batch, [(torch.cat([v for v, _ in parts]), torch.cat([p for _, p in parts])) for parts in by_site]
+
+
+def _target(source: PartitionSource, partition: Partition) -> Tensor:
+    """(N,) float32, what activations are regressed on."""
+    return partition.clean_probability if source.regresses_on_probability else partition.is_clean.float()
+
+
+class _RegressionReader:
+    """Sums of the regression of being clean on what a neuron does on average."""
+
+    def __init__(self, criterion: Sensitivity, target: Tensor, weight: Tensor, *, soft: bool) -> None:
+        self._criterion, self._target, self._weight, self._soft = criterion, target, weight, soft
+        self._sums: RegressionSums | None = None
+
+    def add(self, values: Tensor, product: Tensor | None, batch: IndexedBatch) -> None:
+        weight = self._weight[batch.index] * batch.weight.cpu()
+        part = regression_sums(values.mean(dim=1), self._target[batch.index], weight)
+        self._sums = part if self._sums is None else self._sums + part
+
+    def rank(self, reduce: Reduce) -> Ranking:
+        if self._sums is None:
+            raise RuntimeError("The training set yielded no batch; this is an error in lightning_unlearn.")
+        sums = RegressionSums(reduce(self._sums.xtx), reduce(self._sums.xty), reduce(self._sums.yty))
+        penalty = self._criterion.l2_penalty
+        if penalty is None:
+            penalty = L2_PENALTY if self._soft else 0.0  # the paper has none
+        found = solve_sensitivity(sums, penalty)
+        order = self._criterion.order(found, soft=self._soft)
+        return Ranking(found.coefficient.float(), found.standard_error.float(), order, int(found.is_live.sum()))
+
+
+class _StatisticReader:
+    """Sums over the suspect and over the clean samples; a score that needs none still needs to know who is live."""
+
+    def __init__(self, criterion: Criterion, site: PruneSite, pl_module: LightningModule, subject: Subject) -> None:
+        self._criterion, self._layer, self._epoch = criterion, site.name, subject.partition.epoch
+        # Looked at by every rank, whatever batches it has: of weights in parts, all give theirs.
+        self._weight: tuple[Tensor | None, int] = site.weight(pl_module) if criterion.needs_weight else (None, 0)
+        is_clean, weight = subject.partition.is_clean, subject.weight
+        self._groups = (weight * ~is_clean, weight * is_clean)
+        self._values: list[NeuronSums] = []
+        self._products: list[NeuronSums] = []
+
+    def add(self, values: Tensor, product: Tensor | None, batch: IndexedBatch) -> None:
+        weights = [group[batch.index] * batch.weight.cpu() for group in self._groups]
+        self._values = _added(self._values, [neuron_sums(values, weight) for weight in weights])
+        if product is not None:
+            self._products = _added(self._products, [neuron_sums(product, weight) for weight in weights])
+
+    def rank(self, reduce: Reduce) -> Ranking:
+        noisy, clean = (sums.reduced(reduce) for sums in self._values)
+        products = [sums.reduced(reduce) for sums in self._products]
+        noisy_product, clean_product = products or (None, None)
+        seen = NeuronStatistics(self._layer, self._epoch, noisy, clean, noisy_product, clean_product, *self._weight)
+        score = check_score(self._criterion, self._criterion.score(seen), len(clean.total), self._layer)
+        live = (noisy + clean).is_live()
+        return Ranking(score.float(), None, in_order(score, live), int(live.sum()))
+
+
+def _added(sums: list[NeuronSums], parts: list[NeuronSums]) -> list[NeuronSums]:
+    return [one + part for one, part in zip(sums, parts, strict=True)] if sums else parts

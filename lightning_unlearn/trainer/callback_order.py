@@ -1,0 +1,56 @@
+"""Where our callbacks stand among the Trainer's."""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from lightning.pytorch import Trainer
+
+from lightning_unlearn.trainer.compat import is_a
+from lightning_unlearn.trainer.fit_loop import averages_weights
+
+
+def callbacks_of(trainer: Trainer) -> list[Any]:
+    """The Trainer's callbacks, an attribute that it sets without declaring it."""
+    return list(getattr(trainer, "callbacks", []))
+
+
+# The callbacks as the user gave them, of each Trainer in which ours have moved.
+_given: WeakKeyDictionary[Trainer, list[Any]] = WeakKeyDictionary()
+
+
+def _put_callbacks(trainer: Trainer, callbacks: list[Any]) -> None:
+    _given.setdefault(trainer, callbacks_of(trainer))
+    setattr(trainer, "callbacks", callbacks)  # noqa: B010  (see callbacks_of)
+
+
+def move_before_progress_bars(trainer: Trainer, callback: Any) -> None:
+    """Lets a callback run before the progress bars, which read the number of batches when an epoch starts.
+
+    The hook loop that is running goes on over the old list, so the list is replaced and not changed.
+    """
+    callbacks = callbacks_of(trainer)
+    here = callbacks.index(callback)
+    bar = next((i for i, other in enumerate(callbacks[:here]) if is_a(other, "ProgressBar")), None)
+    if bar is None:
+        return
+    callbacks.insert(bar, callbacks.pop(here))
+    _put_callbacks(trainer, callbacks)
+
+
+def move_behind_averages(trainer: Trainer, callback: Any) -> None:
+    """Lets a callback run after those that average weights, which put the average in the model's place in the end."""
+    callbacks = callbacks_of(trainer)
+    last = max((i for i, other in enumerate(callbacks) if averages_weights(other)), default=-1)
+    here = callbacks.index(callback)
+    if here < last:
+        callbacks.insert(last, callbacks.pop(here))
+        _put_callbacks(trainer, callbacks)
+
+
+def restore_order(trainer: Trainer) -> None:
+    """Puts the callbacks in the order in which the user gave them, unless others have come or gone."""
+    given, now = _given.pop(trainer, None), callbacks_of(trainer)
+    if given is not None and sorted(map(id, given)) == sorted(map(id, now)):
+        setattr(trainer, "callbacks", given)  # noqa: B010  (see callbacks_of)

@@ -1,0 +1,145 @@
+"""What a step needs of a running fit: its batches in index order, and the logits of the user's module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_unlearn.attribution import ForwardTrace, trace_forward
+from lightning_unlearn.data.loaders import batch_count, batch_size, check_iteration, indexed_batches, rank_share
+from lightning_unlearn.data.task_format import IGNORED, Reading
+from lightning_unlearn.trainer.compat import has_forward
+from lightning_unlearn.trainer.isolation import undisturbed
+from lightning_unlearn.trainer.layouts import settle_layout
+from lightning_unlearn.trainer.progress import shown
+from lightning_unlearn.trainer.protocols import PartitionSource
+from lightning_unlearn.trainer.row_checks import check_batch, check_number
+from lightning_unlearn.trainer.scoring_loader import scoring_loader, train_loader
+from lightning_unlearn.trainer.train_data import to_device
+
+
+@dataclass(frozen=True, eq=False)
+class IndexedBatch:
+    """One batch of a pass in index order.
+
+    Args:
+        index: (B,) int64 on the CPU.
+        weight: (B,) float32 on the batch's device, 0 for padding.
+        x: the model's input.
+        label: (U,) int64, class labels of the batch's rows, -1 for one that is to be ignored; the rows are the samples,
+            but in a multi-label task (see :class:`~lightning_unlearn.data.task_format.Reading`).
+    """
+
+    index: Tensor
+    weight: Tensor
+    x: Any
+    label: Tensor
+
+
+def reading_of(source: PartitionSource) -> Reading:
+    """How batches, outputs and labels are read."""
+    return cast("Reading", source.reading)
+
+
+def output_of(source: PartitionSource, pl_module: LightningModule, x: Any) -> Tensor:
+    """The logits that ``forward`` returns, (B, K).
+
+    Raises:
+        TypeError: if the module has no ``forward``, or it takes another input or returns something else.
+    """
+    if not has_forward(pl_module):
+        raise TypeError(
+            f"Expected {type(pl_module).__name__} to have a forward that returns logits, but it has none; add"
+            " `def forward(self, x): return self.net(x)`, which training_step may call too."
+        )
+    return reading_of(source).output(pl_module, x)
+
+
+def logits_of(source: PartitionSource, pl_module: LightningModule, x: Any) -> Tensor:
+    """Rows (U, C) of class logits; see :class:`~lightning_unlearn.data.task_format.Reading`."""
+    return reading_of(source).logits(output_of(source, pl_module, x))
+
+
+def probe(trainer: Trainer, pl_module: LightningModule, source: PartitionSource) -> tuple[ForwardTrace, IndexedBatch]:
+    """One forward pass over the first samples, to fail before hours of training and to see what calls what."""
+    with undisturbed(trainer, pl_module, keep=False):
+        scoring_loader(trainer)
+    with undisturbed(trainer, pl_module), torch.no_grad():
+        check_iteration(train_loader(trainer))
+        loader = scoring_loader(trainer)
+        size = min(batch_size(loader), len(loader.dataset))  # type: ignore[arg-type]  # its length has been checked
+        absent: set[int] = set()
+        indices, batch = next(indexed_batches(loader, torch.arange(size), probing=True, absent=absent))
+        check_batch(loader, batch, len(indices))
+        reading, batch = reading_of(source), to_device(trainer, pl_module, batch)
+
+        def traced(value: Any) -> ForwardTrace:
+            return trace_forward(pl_module, lambda x: output_of(source, pl_module, x), value)
+
+        trace, x, label = settle_layout(reading, pl_module, batch, len(indices), traced)
+    label = without(absent, indices, reading, reading.labels(label, len(indices)))
+    return trace, IndexedBatch(indices, _is_there(absent, indices).float().to(label.device), x, label)
+
+
+def without(absent: set[int], indices: Tensor, reading: Reading, label: Tensor) -> Tensor:
+    """The labels (U,) of a batch, those of samples that are not there to be ignored."""
+    gone = ~_is_there(absent, indices)
+    return label.masked_fill(reading.by_row(gone).to(label.device), IGNORED) if gone.any() else label
+
+
+def _is_there(absent: set[int], indices: Tensor) -> Tensor:
+    return torch.tensor([index not in absent for index in indices.tolist()], dtype=torch.bool)
+
+
+def training_set(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    source: PartitionSource,
+    title: str = "Evidence",
+    absent: set[int] | None = None,
+) -> Iterator[IndexedBatch]:
+    """This rank's share of the training set in index order; see :func:`in_index_order`."""
+    return in_index_order(trainer, pl_module, source, scoring_loader(trainer), title, absent)
+
+
+@torch.no_grad()
+def in_index_order(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    source: PartitionSource,
+    loader: DataLoader[Any],
+    title: str,
+    absent: set[int] | None = None,
+) -> Iterator[IndexedBatch]:
+    """This rank's share of a loader's data set in index order. Use inside ``undisturbed``.
+
+    A sample that the data set gives as None has a weight of 0 and no label.
+
+    Args:
+        trainer: of the running fit.
+        pl_module: the user's.
+        source: knows how to split a batch.
+        loader: of samples that have an index.
+        title: of the line in the progress bar.
+        absent: takes the indices of such samples; those that it holds already count as such.
+
+    Yields:
+        batches, as many on every rank.
+    """
+    reading = reading_of(source)
+    index, weight = rank_share(len(loader.dataset), trainer.global_rank, trainer.world_size)  # type: ignore[arg-type]
+    absent = set() if absent is None else absent
+    done, batches = 0, batch_count(loader, len(index))
+    for indices, batch in shown(trainer, title, batches, indexed_batches(loader, index, absent=absent)):
+        x, label = reading.split(to_device(trainer, pl_module, batch))
+        check_number(loader, label, len(indices))
+        label = without(absent, indices, reading, reading.labels(label, len(indices), int(indices[0])))
+        counts = weight[done : done + len(indices)] * _is_there(absent, indices)
+        yield IndexedBatch(indices, counts.to(label.device), x, label)
+        done += len(indices)

@@ -1,0 +1,256 @@
+"""Whether the training data are still those that the evidence is of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_unlearn.data.fingerprint import check_fingerprint, fingerprint, sampled_indices, varies
+from lightning_unlearn.data.loaders import indexed_batches
+from lightning_unlearn.data.row_order import Rows
+from lightning_unlearn.data.task_format import Reading
+from lightning_unlearn.results.partition import Partition
+from lightning_unlearn.trainer.context import reading_of
+from lightning_unlearn.trainer.isolation import undisturbed
+from lightning_unlearn.trainer.progress import rank_zero_info
+from lightning_unlearn.trainer.protocols import PartitionSource
+from lightning_unlearn.trainer.row_checks import check_numbers, check_ranks, establish_rows
+from lightning_unlearn.trainer.scoring_loader import OFFER, offers_scoring_loader, scoring_loader, train_loader
+from lightning_unlearn.trainer.train_data import to_device
+
+
+@torch.no_grad()
+def read_labels(
+    trainer: Trainer, pl_module: LightningModule, reading: Reading, loader: DataLoader[Any], index: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """The labels of some samples, as batches hold them, with the dataset indices of each batch.
+
+    Use inside ``undisturbed``.
+
+    Args:
+        trainer: of the running fit.
+        pl_module: the user's.
+        reading: knows how to split a batch.
+        loader: of the training set.
+        index: (n,) int64, dataset indices.
+    """
+    batches = indexed_batches(loader, index, probing=True, absent=set())
+    return [(indices, reading.split(to_device(trainer, pl_module, batch))[1]) for indices, batch in batches]
+
+
+def class_labels(reading: Reading, read: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """(U,) int64 on the CPU, the class labels of the rows of what :func:`read_labels` has read."""
+    return torch.cat([reading.labels(label, len(index), int(index[0])).cpu() for index, label in read])
+
+
+def same_labels(one: list[tuple[Tensor, Tensor]], other: list[tuple[Tensor, Tensor]]) -> bool:
+    """Whether two readings of the same samples found the same labels; not so where samples are mixed."""
+    return all(_same(label, again) for (_, label), (_, again) in zip(one, other, strict=True))
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    # Not torch.equal, to which NaN, a label that is missing, differs from itself.
+    return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
+
+
+def check_reloaded(
+    trainer: Trainer, pl_module: LightningModule, source: PartitionSource, loader: DataLoader[Any], partition: Partition
+) -> None:
+    """Refuses a loader, made again during the fit, in which an index means another sample than in the partition.
+
+    Args:
+        trainer: of the running fit.
+        pl_module: the user's.
+        source: knows how to split a batch.
+        loader: the new one.
+        partition: that the fit goes by.
+
+    Raises:
+        ValueError: for another number of samples, or other labels of some that are looked at.
+    """
+    total, fault = len(loader.dataset), ""  # type: ignore[arg-type]  # its length has been checked
+    index, reading = sampled_indices(total), reading_of(source)
+    if total != len(partition):
+        fault = f"it has {total} samples instead of {len(partition)}"
+    else:
+        with undisturbed(trainer, pl_module):
+            first, again = (read_labels(trainer, pl_module, reading, loader, index) for _ in range(2))
+            # Of samples that are mixed the labels say nothing.
+            if not same_labels(first, again):
+                return
+            given = class_labels(reading, first)
+        if differ := int((given != partition.label.flatten()[reading.row_indices(index)]).sum()):
+            fault = f"{differ} of {len(given)} labels that were compared differ"
+    if fault:
+        raise ValueError(
+            "Expected a train loader that is made again (reload_dataloaders_every_n_epochs) to have the samples of the"
+            f" partition in the same order, but {fault}; make the data set once, in setup(), and the loader of it."
+        )
+
+
+_AUGMENTED = (
+    "The training set uses random augmentation, so passes score augmented samples. To score the originals, give the"
+    f" DataModule or LightningModule a method {OFFER}() that returns a loader of the same samples, in the same order,"
+    " without augmentation."
+)
+
+_MIXED = (
+    "Expected a sample to have the same label whenever it is read, but it differs, as where samples are mixed (MixUp,"
+    f" CutMix). Where collate_fn mixes them, let the DataModule offer {OFFER}(), a loader of the same samples in the"
+    " same order that does not; a transfer hook shall mix only if self.trainer.training."
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Recognised:
+    """What the training data were found to be.
+
+    Args:
+        fingerprint: of the data set.
+        rows: some samples, with their labels.
+        train_fault: why the rows of training batches are not the samples drawn, where passes draw from another loader.
+    """
+
+    fingerprint: str
+    rows: Rows
+    train_fault: str = ""
+
+
+def recognise_data(
+    trainer: Trainer, pl_module: LightningModule, source: PartitionSource, known: Tensor | None, before: str | None
+) -> Recognised:
+    """Takes the data's fingerprint, sees that rows are samples, and compares with a checkpoint and the other ranks.
+
+    Within ``undisturbed``, so that where one rank refuses its data, all do.
+
+    Args:
+        trainer: of the fit.
+        pl_module: the user's.
+        source: knows how batches are read.
+        known: (N,) int64, the label of every row as a checkpoint has it; None in a fit from the start.
+        before: the fingerprint in the checkpoint, or empty; None for no comparison.
+
+    Raises:
+        ValueError: for other data than before; for labels that vary from one reading to the next; where the loader that
+            is offered for the passes has other labels; where ranks have different data.
+        TypeError: where the rows of batches are not the samples drawn.
+    """
+    loader, reading = scoring_loader(trainer), reading_of(source)
+    index = sampled_indices(len(loader.dataset))  # type: ignore[arg-type]
+
+    def read(of: DataLoader[Any]) -> list[tuple[Tensor, Tensor]]:
+        return read_labels(trainer, pl_module, reading, of, index)
+
+    with undisturbed(trainer, pl_module):
+        found = fingerprint(loader)
+        first = read(loader)
+        check_numbers(loader, first)
+        # Also where there is nothing to compare them with: one of them may not be of the task that the first batch
+        # seemed to be of.
+        given = class_labels(reading, first)
+        train_fault = ""
+        if offers_scoring_loader(trainer):
+            train_fault = _fault_in_training(trainer, pl_module, reading, read, None if known is not None else given)
+        again = read(loader)
+        if not same_labels(first, again):
+            if given.sort().values.equal(class_labels(reading, again).sort().values):
+                # The same ones in another order, which is said better there.
+                establish_rows(trainer, pl_module, reading, loader)
+            raise ValueError(_MIXED)
+        if known is not None:
+            check_same_labels(known[reading.row_indices(index)], given)
+        if before is not None:
+            check_fingerprint(before, found)
+        rows = establish_rows(trainer, pl_module, reading, loader)
+    check_ranks(trainer, len(loader.dataset), found, rows)  # type: ignore[arg-type]
+    if varies(found):
+        rank_zero_info(_AUGMENTED)
+    return Recognised(found, rows, train_fault)
+
+
+def _fault_in_training(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    reading: Reading,
+    read: Callable[[DataLoader[Any]], list[tuple[Tensor, Tensor]]],
+    offered: Tensor | None,
+) -> str:
+    """Why rows of training batches are not the samples drawn, which is no harm to passes that draw from elsewhere.
+
+    Args:
+        trainer: of the fit.
+        pl_module: the user's.
+        reading: knows how batches are read.
+        read: the labels of some samples, from a loader.
+        offered: these labels in the loader that is offered for the passes; None for no comparison.
+
+    Raises:
+        ValueError: where the two loaders have other labels.
+    """
+    loader = train_loader(trainer)
+    first = read(loader)
+    if not same_labels(first, read(loader)):
+        # Samples are mixed in training, which the offer is there to spare the passes.
+        return ""
+    try:
+        establish_rows(trainer, pl_module, reading, loader)
+    except TypeError as error:
+        return str(error)
+    if offered is not None and (differ := int((class_labels(reading, first) != offered).sum())):
+        raise ValueError(
+            f"Expected {OFFER}() to return a loader of the training set's samples in the same order, but {differ}"
+            f" of {len(offered)} labels that were compared differ."
+        )
+    return ""
+
+
+def check_same_size(before: int, now: int) -> None:
+    """Refuses a training set of another length than that of the evidence so far.
+
+    Raises:
+        ValueError: with both numbers.
+    """
+    if before != now:
+        raise ValueError(
+            f"Expected the {before} training samples of the evidence gathered so far, but the dataset now has {now};"
+            " it must keep its length during a fit, and a checkpoint goes on with the data it was made with (or start"
+            " again without it)."
+        )
+
+
+def check_same_labels(before: Tensor, now: Tensor) -> None:
+    """Refuses other labels than those seen before, of which -1 is none.
+
+    Raises:
+        ValueError: with the number of labels that have changed.
+    """
+    changed = int(((before >= 0) & (before != now)).sum())
+    if changed:
+        raise ValueError(
+            f"Expected every dataset index to keep its label, but {changed} of {len(now)} changed since the last"
+            " evidence pass; labels must be fixed per index, also where a fit is resumed."
+        )
+
+
+def same_task(before: str, now: str) -> str:
+    """The task, if it is that of the checkpoint.
+
+    Args:
+        before: the checkpoint's; empty in a fit from the start.
+        now: as the first batch looks.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if before not in ("", now):
+        raise ValueError(
+            f"Expected a {before} task, as in the checkpoint, but the first batch has labels of a {now} task; give the"
+            f" data it was made with, set task='{before}' if these are its labels, or start again without it."
+        )
+    return now

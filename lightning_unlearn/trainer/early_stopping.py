@@ -1,0 +1,90 @@
+"""EarlyStopping on all the data leads to the partition, and the clean subset gets the epochs that remain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+
+from lightning_unlearn.trainer.callback_order import callbacks_of
+from lightning_unlearn.trainer.compat import is_a
+from lightning_unlearn.trainer.progress import rank_zero_info
+
+
+class EarlyEnd:
+    """Keeps a fit that EarlyStopping ends until the next epoch would start, where the partition is drawn.
+
+    EarlyStopping looks at its metric after all other callbacks, at the end of an epoch, and the fit loop ends right
+    after it. In between, ``min_epochs`` is one epoch more.
+    """
+
+    def __init__(self) -> None:
+        self._min_epochs: int | None = None
+        self._is_held = False
+
+    def hold(self, trainer: Trainer) -> None:
+        """Does not let the fit end before the next epoch would start. Call in ``on_train_epoch_end``."""
+        stoppers, epoch = _stoppers(trainer), trainer.current_epoch
+        # The same on every rank, unlike how often each has waited.
+        is_theirs = not trainer.should_stop or any(one.stopped_epoch == epoch for one in stoppers)
+        if self._is_held or not stoppers or not is_theirs:
+            return
+        self._is_held, self._min_epochs = True, trainer.fit_loop.min_epochs
+        trainer.fit_loop.min_epochs = max(self._min_epochs or 0, epoch + 2)
+
+    def release(self, trainer: Trainer) -> bool:
+        """Whether the fit was held, and is to end now. May be called at any time, and again."""
+        if not self._is_held:
+            return False
+        trainer.fit_loop.min_epochs = self._min_epochs
+        self._is_held, self._min_epochs = False, None
+        epochs, steps = trainer.min_epochs or 0, trainer.min_steps or 0
+        return trainer.should_stop and trainer.current_epoch >= epochs and trainer.global_step >= steps
+
+
+def _stoppers(trainer: Trainer) -> list[Any]:
+    return [callback for callback in callbacks_of(trainer) if is_a(callback, "EarlyStopping")]
+
+
+def has_fired(trainer: Trainer, epoch: int) -> bool:
+    """Whether the patience of an EarlyStopping ran out in an epoch, to this rank."""
+    return any(one.stopped_epoch == epoch and one.wait_count >= max(1, one.patience) for one in _stoppers(trainer))
+
+
+def go_on(trainer: Trainer) -> None:
+    """Lets the fit go on that EarlyStopping has ended."""
+    for callback in _stoppers(trainer):
+        callback.wait_count = 0
+    trainer.should_stop = False
+    rank_zero_info(
+        "EarlyStopping would have ended training on all the data here; it goes on with what the partition leaves, and"
+        " the patience of EarlyStopping is counted anew."
+    )
+
+
+def count_anew(trainer: Trainer) -> Callable[[], None]:
+    """Has EarlyStopping count its patience from weights that have just been moved.
+
+    These are worse at first than the best so far, which would end the fit before they are trained. A ModelCheckpoint
+    keeps the best score of the whole fit: what is best is best.
+
+    Returns:
+        a function that undoes it.
+    """
+    before = [(one, one.best_score, one.wait_count) for one in _stoppers(trainer)]
+    for one in _stoppers(trainer):
+        worst = torch.inf if one.monitor_op is torch.lt else -torch.inf
+        one.best_score, one.wait_count = torch.full_like(torch.as_tensor(one.best_score), worst), 0
+
+    def undo() -> None:
+        for stopper, best, waited in before:
+            stopper.best_score, stopper.wait_count = best, waited
+
+    if before:
+        rank_zero_info(
+            "EarlyStopping counts its patience anew, without the best score so far: weights that were moved are worse"
+            " at first."
+        )
+    return undo

@@ -1,0 +1,334 @@
+"""Refuses, before the first step, loaders whose rows are not the samples drawn; and ranks whose data differ."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_unlearn.data.fingerprint import MOST_CHANGED, share_changed
+from lightning_unlearn.data.loaders import apart, batch_size, indexed_batches
+from lightning_unlearn.data.row_order import (
+    ALONE,
+    ItemByItem,
+    Rows,
+    compare,
+    joined,
+    lengths,
+    row_hashes,
+    sample_batches,
+    shuffled,
+)
+from lightning_unlearn.data.task_format import Reading
+from lightning_unlearn.trainer.isolation import undisturbed
+from lightning_unlearn.trainer.scoring_loader import offers_scoring_loader, train_loader
+from lightning_unlearn.trainer.train_data import to_device
+from lightning_unlearn.utilities.distributed import sum_over_ranks
+
+# So often other samples are taken where those before were all alike.
+_ATTEMPTS = 4
+# So often it is looked whether items of themselves are others from one reading to the next.
+_AGAIN = 4
+Transfer = Callable[[Any], Any]
+# Those whose rows have been seen to be the samples drawn.
+_established: WeakSet[DataLoader[Any]] = WeakSet()
+
+
+class _OtherNumber(Exception):
+    """A batch has not one row for each sample drawn."""
+
+
+@torch.no_grad()
+def establish_rows(
+    trainer: Trainer, pl_module: LightningModule, reading: Reading, loader: DataLoader[Any], *, may_offer: bool = True
+) -> Rows:
+    """Sees that the rows of the loader's batches are the samples drawn, in that order. Within ``undisturbed``.
+
+    Args:
+        trainer: of the fit.
+        pl_module: the user's.
+        reading: knows how batches are read; settled.
+        loader: of the training set.
+        may_offer: whether the passes may draw from another loader, which the user may offer.
+
+    Returns:
+        what was looked at.
+
+    Raises:
+        TypeError: where they are not, naming what is likely to be in the way.
+    """
+
+    def transfer(batch: Any) -> Any:
+        return to_device(trainer, pl_module, batch)
+
+    total, size = len(loader.dataset), batch_size(loader)  # type: ignore[arg-type]  # its length has been checked
+    for attempt in range(_ATTEMPTS):
+        batches = sample_batches(total, size, attempt)
+        look = _Look(reading, batches)
+        fault = look.fault(loader, transfer)
+        if fault:
+            raise TypeError(f"{_EXPECTED} {_culprit(look, loader, transfer, pl_module, fault, may_offer)}.")
+        if look.tells:
+            break
+    _check_last_batch(trainer, reading, loader, transfer, may_offer)
+    _established.add(loader)
+    return look.first
+
+
+def establish_rows_again(trainer: Trainer, pl_module: LightningModule, reading: Reading) -> None:
+    """Does so for a train loader that was made again since. Every rank must call it.
+
+    Raises:
+        TypeError: as :func:`establish_rows`.
+    """
+    loader = train_loader(trainer)
+    if loader in _established or offers_scoring_loader(trainer):
+        return
+    with undisturbed(trainer, pl_module):
+        establish_rows(trainer, pl_module, reading, loader)
+
+
+def _check_last_batch(
+    trainer: Trainer, reading: Reading, loader: DataLoader[Any], transfer: Transfer, may_offer: bool
+) -> None:
+    """A pass ends with a smaller batch, of which a collate function may make another number of rows."""
+    last = math.ceil(len(loader.dataset) / trainer.world_size) % batch_size(loader)  # type: ignore[arg-type]
+    if last:
+        _, batch = next(indexed_batches(loader, torch.arange(last), probing=True, size=last, absent=set()))
+        check_number(loader, reading.split(transfer(batch))[1], last, may_offer)
+
+
+_SAME_SAMPLE = (
+    "return the same sample for an index every time (None, which collate_fn leaves out, for one that cannot be read)"
+)
+_EXPECTED = "Expected the rows of a batch to be the samples that were drawn for it, in that order, but"
+
+
+class _Look:
+    """Some samples, fetched in two orders and alone.
+
+    Args:
+        reading: knows how batches are read.
+        batches: of dataset indices.
+    """
+
+    def __init__(self, reading: Reading, batches: Sequence[Tensor]) -> None:
+        self._reading = reading
+        self._batches = batches
+        self.tells = False
+        self.first: Rows
+
+    def fault(self, loader: DataLoader[Any], transfer: Transfer) -> str:
+        """What is wrong with the rows, in a clause about whoever is to blame; empty where nothing is."""
+        try:
+            return self._fault(loader, transfer)
+        except _OtherNumber as other:
+            return f"makes {other}"
+
+    def _fault(self, loader: DataLoader[Any], transfer: Transfer) -> str:
+        self.first = self._read(loader, transfer, self._batches)
+        found = compare(self.first, self._read(loader, transfer, shuffled(self._batches)))
+        wrong = max(found.labels, found.moved)
+        if not wrong:
+            wrong = self._compare_alone(loader, transfer, found.kept)
+        if not wrong and not found.kept:
+            # Random augmentation, or the rows are all alike.
+            steady = _by_item(loader, seeded=True)
+            one = self._read(steady, transfer, self._batches)
+            seeded = compare(one, self._read(steady, transfer, shuffled(self._batches)))
+            wrong, self.tells = seeded.moved, found.tells or seeded.tells
+        else:
+            self.tells = found.tells
+        return (
+            f"puts {wrong} of the {len(self.first.index)} rows checked in the place of other samples" if wrong else ""
+        )
+
+    def _read(
+        self, loader: DataLoader[Any], transfer: Transfer, batches: Sequence[Tensor], size: int | None = None
+    ) -> Rows:
+        read: list[Rows] = []
+        absent: set[int] = set()
+        index = torch.cat(list(batches))
+        for indices, batch in indexed_batches(loader, index, probing=True, size=size, absent=absent):
+            x, label = self._reading.split(transfer(batch))
+            if hasattr(label, "__len__") and len(label) != len(indices):
+                raise _OtherNumber(f"{len(label)} rows of {len(indices)} samples")
+            labels = self._reading.classes(label, len(indices)).cpu().reshape(len(indices), -1)
+            # What stands in for a sample that is None is another's.
+            there = [place for place, drawn in enumerate(indices.tolist()) if drawn not in absent]
+            hashes = {name: [rows[place] for place in there] for name, rows in row_hashes(x, len(indices)).items()}
+            read.append(Rows(indices[there], labels[there], hashes))
+        return joined(read)
+
+    def _compare_alone(self, loader: DataLoader[Any], transfer: Transfer, kept: frozenset[str]) -> int:
+        """How many of some samples have another label, or are what another index had, where they are fetched alone."""
+        few = torch.cat(list(self._batches))[:ALONE]
+        try:
+            alone = self._read(loader, transfer, [few], size=1)
+        except (_OtherNumber, TypeError, ValueError, IndexError, RuntimeError):
+            # A batch of one may be a case of its own to who made the loader for larger ones.
+            return 0
+        known, found = self.first.label_of(), alone.label_of()
+        labels = sum(known[index] != label for index, label in found.items())
+        moved = [_moved(alone, self.first, name) for name in kept]
+        # A part that is as it was speaks for all.
+        return max(labels, 0 if None in moved else max((number or 0 for number in moved), default=0))
+
+
+def _moved(alone: Rows, together: Rows, name: str) -> int | None:
+    """How many samples that were fetched alone are what another index had, by a part of the input.
+
+    None where each is what it was. Padding, which a sample has only among longer ones, makes it another thing.
+    """
+    inside, rows = together.columns[name], alone.columns.get(name, [])
+    own = dict(zip(together.index.tolist(), inside, strict=True))
+    pairs = [(row, own[index]) for index, row in zip(alone.index.tolist(), rows, strict=False)]
+    if pairs and all(row == mine for row, mine in pairs):
+        return None
+    return len([row for row, mine in pairs if row != mine and row in inside])
+
+
+def check_number(loader: DataLoader[Any], label: Any, samples: int, may_offer: bool = True) -> None:
+    """Refuses a batch that has not one row for each sample drawn.
+
+    Raises:
+        TypeError: saying what to do.
+    """
+    try:
+        rows = len(label)
+    except TypeError:
+        return
+    if rows != samples:
+        offer = ", or offer attribution_dataloader(), a loader of the same samples that does" if may_offer else ""
+        raise TypeError(
+            f"Expected a batch with one row for each sample drawn, but of {samples} samples"
+            f" {name_of(loader.collate_fn)} makes {rows} rows; keep one row for each, in the order given{offer}."
+        )
+
+
+def check_numbers(loader: DataLoader[Any], read: Sequence[tuple[Tensor, Any]]) -> None:
+    """Refuses batches that have not one label for each sample drawn.
+
+    Args:
+        loader: that has delivered them.
+        read: the dataset indices and the labels of each.
+
+    Raises:
+        TypeError: as :func:`check_number`.
+    """
+    for indices, label in read:
+        check_number(loader, label, len(indices))
+
+
+def check_batch(loader: DataLoader[Any], batch: Any, samples: int) -> None:
+    """Refuses a batch, not yet read, all of whose tensors have another number of rows than samples were drawn.
+
+    Raises:
+        TypeError: as :func:`check_number`.
+    """
+    numbers = lengths(batch)
+    if len(numbers) == 1:
+        check_number(loader, range(numbers.pop()), samples)
+
+
+def name_of(collate: Any) -> str:
+    """A collate function by name."""
+    return f"collate_fn ({getattr(collate, '__qualname__', type(collate).__name__)})"
+
+
+def _culprit(
+    look: _Look, loader: DataLoader[Any], transfer: Transfer, pl_module: LightningModule, fault: str, may_offer: bool
+) -> str:
+    """Who is to blame: the first without which the rows are right. What they do wrong, and what to do."""
+    offer = ", or offer attribution_dataloader(), a loader of the same samples that keeps it" if may_offer else ""
+    if not _is_faulty(look, _by_item(loader, seeded=True), transfer):
+        data, each = type(loader.dataset).__name__, _by_item(loader, seeded=False)
+        # More than once, as what comes by chance may not come again.
+        if not hasattr(loader.dataset, "__getitems__") or any(_is_faulty(look, each, transfer) for _ in range(_AGAIN)):
+            return f"{data}.__getitem__ {fault}; {_SAME_SAMPLE}"
+        return f"{data}.__getitems__ {fault}; return the items in the order asked for"
+    plain = apart(loader)
+    plain.__class__ = DataLoader
+    for name, (without, moved), advice in (
+        (
+            "a transfer hook (on_before_batch_transfer, on_after_batch_transfer)",
+            (loader, _as_it_is),
+            "let it keep their order where self.trainer.training is False",
+        ),
+        (f"{type(loader).__name__}.__iter__", (plain, _as_it_is), "use torch's DataLoader"),
+    ):
+        if not _is_faulty(look, without, moved):
+            return f"{name} {fault}; {advice}"
+    return f"{name_of(loader.collate_fn)} {fault}; keep one row for each sample, in the order given{offer}"
+
+
+def _by_item(loader: DataLoader[Any], *, seeded: bool) -> DataLoader[Any]:
+    """The loader with its data set asked for one item after the other."""
+    other = apart(loader)
+    other.__dict__["dataset"] = ItemByItem(loader.dataset, seeded=seeded)
+    return other
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _is_faulty(look: _Look, loader: DataLoader[Any], transfer: Transfer) -> bool:
+    try:
+        return bool(look.fault(loader, transfer))
+    except Exception:  # of whatever kind: what a stage needs of those left out cannot be known
+        return True
+
+
+def check_same_on_ranks(trainer: Trainer, what: str, differs: bool, of: str = "training") -> None:
+    """Refuses ranks whose data differ. Every rank must call it.
+
+    Args:
+        trainer: of the fit.
+        what: is other than on rank 0, for the message.
+        differs: whether it is so on this rank.
+        of: ``"training"`` or ``"validation"``.
+
+    Raises:
+        ValueError: on every rank.
+    """
+    ranks = int(sum_over_ranks(trainer.strategy)(torch.tensor([float(differs)])).item())
+    if ranks:
+        raise ValueError(
+            f"Expected every rank to have the same {of} data in the same order, but {ranks} of"
+            f" {trainer.world_size} ranks have {what} than rank 0, as where a data set is shuffled, split or sampled"
+            " without a seed; make it in the same way on every rank (seed_everything, or a generator with a seed), and"
+            " leave it to the sampler to share it out."
+        )
+
+
+def check_ranks(
+    trainer: Trainer, total: int, found: str = "", labels: Rows | None = None, *, of: str = "training"
+) -> None:
+    """Compares this rank's data with those of rank 0: their number, and, where given, what was looked at of them.
+
+    Args:
+        trainer: of the fit.
+        total: N.
+        found: the fingerprint of the data.
+        labels: of the same samples on every rank.
+        of: ``"training"`` or ``"validation"``.
+
+    Raises:
+        ValueError: on every rank, if one has other data.
+    """
+    if trainer.world_size == 1:
+        return
+    here = (total, found, {} if labels is None else labels.label_of())
+    first = trainer.strategy.broadcast(here)
+    check_same_on_ranks(trainer, "another number of samples", first[0] != total, of)
+    # Those looked at are others where ranks have another batch size.
+    differ = any(first[2].get(index, label) != label for index, label in here[2].items())
+    check_same_on_ranks(trainer, "other labels at the same indices", differ, of)
+    check_same_on_ranks(trainer, "other items at the same indices", share_changed(first[1], found) > MOST_CHANGED, of)

@@ -1,0 +1,117 @@
+"""Which row of an activation is of which sample of a batch: seen in passes over fewer samples and in another order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from lightning_unlearn.attribution import sample_dimension, take_rows, tap
+from lightning_unlearn.attribution.layers import LayerPoint
+from lightning_unlearn.data.loaders import indexed_batches
+from lightning_unlearn.trainer.context import IndexedBatch, output_of, reading_of
+from lightning_unlearn.trainer.isolation import undisturbed
+from lightning_unlearn.trainer.protocols import PartitionSource
+from lightning_unlearn.trainer.scoring_loader import scoring_loader
+from lightning_unlearn.trainer.train_data import to_device
+
+
+@dataclass(frozen=True, eq=False)
+class _Passes:
+    """What some layers, and ``forward``, last, have for a batch, for fewer samples, in reverse and once more.
+
+    Args:
+        samples: B.
+        fewer: how many of them the second pass is of.
+        seen: of each pass the activations and the output; None for one that fails.
+    """
+
+    samples: int
+    fewer: int
+    seen: Sequence[list[Tensor] | None]
+
+    def dimension(self, at: int) -> int | None:
+        """The dimension of one of them that counts samples."""
+        whole, part, reverse, again = (None if one is None else one[at] for one in self.seen)
+        return None if whole is None else sample_dimension(whole, part, reverse, self.samples, self.fewer, again)
+
+
+def locate_samples(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    source: PartitionSource,
+    first: IndexedBatch,
+    points: Sequence[LayerPoint],
+) -> list[LayerPoint | None]:
+    """The points, with the dimension that counts samples; None for one that has no row for each sample.
+
+    Time-first layers have it second; where there are as many steps as samples, sizes do not tell. Every rank must call
+    it, before the first step.
+
+    Args:
+        trainer: of the running fit.
+        pl_module: the user's.
+        source: knows how to split a batch.
+        first: the first batch.
+        points: each of a layer that is called once.
+
+    Raises:
+        ValueError: where ``forward`` does not return the logits of the batch's samples, in their order.
+    """
+    samples = len(first.index)
+    fewer = samples - 1 if samples > 1 else 2
+    with undisturbed(trainer, pl_module), torch.no_grad():
+
+        def run(x: Any) -> list[Tensor]:
+            with ExitStack() as stack:
+                takes = [stack.enter_context(tap(pl_module, replace(point, samples=0))) for point in points]
+                output = output_of(source, pl_module, x)
+                return [*(take() for take in takes), output]
+
+        def loaded(index: Tensor) -> Any:
+            loader = scoring_loader(trainer)
+            _, batch = next(indexed_batches(loader, first.index[index], probing=True, absent=set()))
+            return reading_of(source).split(to_device(trainer, pl_module, batch))[0]
+
+        def taken(index: Tensor) -> Any:
+            return take_rows(first.x, index, samples)
+
+        whole = run(first.x)
+        less = torch.arange(samples)[:fewer] if samples > 1 else torch.zeros(2, dtype=torch.int64)
+        orders = (less, torch.arange(samples).flip(0), torch.arange(samples))
+        # Of the batch in hand, if it can be taken apart by rows; else, or where its rows are no samples, as the loader
+        # delivers these samples.
+        passes = _Passes(samples, fewer, (whole, *(_tried(run, taken, order) for order in orders)))
+        if passes.dimension(len(points)) != 0:
+            passes = _Passes(samples, fewer, (whole, *(_tried(run, loaded, order) for order in orders)))
+        if passes.dimension(len(points)) != 0:
+            raise ValueError(
+                f"Expected forward of {type(pl_module).__name__} to return the logits of each sample of a batch, in the"
+                f" order of the batch, but of {samples} samples it returned {len(whole[-1])} rows that do not follow"
+                " them where these are fewer or in another order; return one row of logits for each sample, or pass"
+                " logits_from=... to AttributionPartitionCallback."
+            )
+        found = [passes.dimension(at) for at in range(len(points))]
+    return [None if d is None else replace(p, samples=d) for p, d in zip(points, found, strict=True)]
+
+
+def _tried(run: Any, make: Any, order: Tensor) -> list[Tensor] | None:
+    """What a pass over these samples shows; None where there is none, as of a model of a fixed batch size."""
+    try:
+        seen: list[Tensor] = run(make(order))
+    except Exception:  # whatever it is, the fit does not depend on such a batch
+        return None
+    return seen
+
+
+def no_rows(point: LayerPoint, samples: int) -> str:
+    """What to say of a layer without a row for each sample."""
+    return (
+        f"The {point.at} of layer '{point.name}' has no row for each of the {samples} samples of a batch, in their"
+        " order, as where forward folds time steps into rows, or sorts samples; name another layer."
+    )

@@ -1,0 +1,63 @@
+"""From which loader the passes draw: the fit's own, or one without augmentation that the user offers for them."""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader
+
+from lightning_unlearn.data.loaders import check_loader
+from lightning_unlearn.trainer.compat import MisconfigurationException
+
+OFFER = "attribution_dataloader"
+"""Name of the method of a DataModule, or LightningModule, that returns such a loader."""
+
+# Made once in a fit, as a user's method may read a data set.
+_loaders: WeakKeyDictionary[Trainer, DataLoader[Any]] = WeakKeyDictionary()
+
+
+def train_loader(trainer: Trainer) -> DataLoader[Any]:
+    """The loader that the fit draws from, if its samples have an index."""
+    return check_loader(trainer.train_dataloader)
+
+
+def offers_scoring_loader(trainer: Trainer) -> bool:
+    """Whether the user offers a loader for the passes."""
+    return _offer(trainer) is not None
+
+
+def scoring_loader(trainer: Trainer) -> DataLoader[Any]:
+    """The loader whose data set, transforms and collate function the passes use.
+
+    Raises:
+        MisconfigurationException: if the user's has another number of samples than the train loader.
+        TypeError: if its samples have no index.
+    """
+    offer = _offer(trainer)
+    if offer is None:
+        return train_loader(trainer)
+    if trainer not in _loaders:
+        loader = check_loader(offer())
+        expected, found = (len(x.dataset) for x in (train_loader(trainer), loader))  # type: ignore[arg-type]
+        if expected != found:
+            raise MisconfigurationException(
+                f"Expected {OFFER}() to return a loader of the {expected} samples of the training set, in the same"
+                f" order, but its data set has {found}."
+            )
+        _loaders[trainer] = loader
+    return _loaders[trainer]
+
+
+def forget_scoring_loader(trainer: Trainer) -> None:
+    """Asks the user again the next time."""
+    _loaders.pop(trainer, None)
+
+
+def _offer(trainer: Trainer) -> Any:
+    # A Trainer has its DataModule without declaring it.
+    for holder in (getattr(trainer, "datamodule", None), trainer.lightning_module):
+        if callable(offer := getattr(holder, OFFER, None)):
+            return offer
+    return None

@@ -1,0 +1,293 @@
+"""How good the model is right now: on the fit's own validation data, or on some of the training samples."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data.distributed import DistributedSampler
+
+from lightning_unlearn.attribution import SmallerBatches
+from lightning_unlearn.data.loaders import apart, batch_count, indexed_batches, rank_share
+from lightning_unlearn.data.task_format import IGNORED
+from lightning_unlearn.trainer.context import logits_of, reading_of
+from lightning_unlearn.trainer.fit_loop import validation_loaders
+from lightning_unlearn.trainer.isolation import undisturbed
+from lightning_unlearn.trainer.progress import rank_zero_info, shown
+from lightning_unlearn.trainer.protocols import PartitionSource
+from lightning_unlearn.trainer.scoring_loader import scoring_loader
+from lightning_unlearn.trainer.strategies import shards_weights
+from lightning_unlearn.trainer.train_data import to_device
+from lightning_unlearn.utilities.distributed import sum_over_ranks
+
+_Item = TypeVar("_Item")
+
+# What each Trainer has been told already; it is told once.
+_said: WeakKeyDictionary[Trainer, set[str]] = WeakKeyDictionary()
+# The score that was measured last in each fit, of which weights, and why there is none.
+_scores: WeakKeyDictionary[Trainer, tuple[tuple[Any, ...] | None, Score | None, str]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well the model does on some samples.
+
+    Args:
+        accuracy: share of the samples whose strongest class is the given label.
+        loss: mean cross-entropy of the given label, in nats.
+        samples: how many samples, each counted once.
+    """
+
+    accuracy: float
+    loss: float
+    samples: int
+
+    def __str__(self) -> str:
+        return f"accuracy {self.accuracy:.3f}, loss {self.loss:.3f} on {self.samples:,} samples"
+
+
+class _Tally:
+    """Sums over samples that make a :class:`Score`: right ones, losses, samples, ranks that could not go on."""
+
+    def __init__(self, pl_module: LightningModule, source: PartitionSource) -> None:
+        self._pl_module = pl_module
+        self._source = source
+        self._in_parts = SmallerBatches()
+        self.sums = torch.zeros(4, dtype=torch.float64)
+
+    def check(self, label: Tensor) -> Tensor:
+        """The targets of a batch's rows; raises for labels that cannot be read."""
+        return reading_of(self._source).labels(label, len(label))
+
+    def add(self, x: Any, label: Tensor, weight: Tensor) -> None:
+        """Counts a batch; a row of weight 0 does not count."""
+        reading, target = reading_of(self._source), self.check(label)
+        counts = reading.by_row(weight.to(target.device)) * (target >= 0) / reading.rows_per_sample
+        done = 0
+        for logits in self._in_parts(lambda part, _: logits_of(self._source, self._pl_module, part).float(), x, label):
+            rows = slice(done, done + len(logits))
+            done += len(logits)
+            losses = cross_entropy(logits, target[rows], reduction="none", ignore_index=IGNORED)
+            # The largest of numbers that are not numbers is the first, which for some labels would be right. A logit of
+            # -inf rules a class out.
+            right = (logits.argmax(dim=1) == target[rows]) & ~(logits.isnan() | logits.isposinf()).any(dim=1)
+            columns = torch.stack([right, losses, torch.ones_like(losses)], dim=1)
+            self.sums[:3] += (columns.double().cpu() * counts[rows].double().cpu().unsqueeze(1)).sum(dim=0)
+
+    def give_up(self) -> None:
+        """Notes that a score would not be one."""
+        self.sums[3] = 1
+
+    def score(self, trainer: Trainer) -> Score | None:
+        """The score over all ranks, each of which must ask; None where one gave up or there are no samples."""
+        right, loss, samples, failed = sum_over_ranks(trainer.strategy)(self.sums).tolist()
+        return None if failed or samples == 0 else Score(right / samples, loss / samples, round(samples))
+
+
+def score_validation(
+    trainer: Trainer, pl_module: LightningModule, source: PartitionSource, *, say: bool = True
+) -> Score | None:
+    """How well the model does on the fit's own validation loaders, within ``limit_val_batches``.
+
+    Every rank must call it. Where a DistributedSampler repeats samples to make the ranks' shares equal, they are
+    counted once; a sampler of the user's own that does so may have a few counted twice.
+
+    Args:
+        trainer: of the running fit.
+        pl_module: the user's.
+        source: knows how to split a batch.
+        say: whether a line in the log is to say why there is no score, if there is none.
+
+    Returns:
+        None where there is no loader, a batch cannot be split into input and
+        labels, or labels are not class indices.
+    """
+    moment, (known_at, score, reason) = _moment(trainer, pl_module), _scores.get(trainer, (None, None, ""))
+    is_known = moment is not None and moment == known_at
+    # Who measures next finds the score of the same weights; every rank, or none. Shards do not count their changes.
+    if shards_weights(trainer) or not trainer.strategy.reduce_boolean_decision(is_known, all=True):
+        score, reason = _measure_validation(trainer, pl_module, source)
+        _scores[trainer] = moment, score, reason
+    if score is None and say:
+        _say_once(trainer, reason)
+    return score
+
+
+def _moment(trainer: Trainer, pl_module: LightningModule) -> tuple[Any, ...] | None:
+    """What changes whenever weights or buffers do; None where that is not counted."""
+    tensors = [*pl_module.parameters(), *pl_module.buffers()]
+    if shards_weights(trainer) or any(tensor.is_inference() for tensor in tensors):
+        return None
+    try:
+        versions = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
+    except (RuntimeError, NotImplementedError):  # of a kind without memory of its own
+        return None
+    return id(pl_module), trainer.current_epoch, trainer.global_step, versions
+
+
+def forget_score(trainer: Trainer) -> None:
+    """Measures anew the next time."""
+    _scores.pop(trainer, None)
+
+
+def _measure_validation(
+    trainer: Trainer, pl_module: LightningModule, source: PartitionSource
+) -> tuple[Score | None, str]:
+    """The score, and why there is none on this rank."""
+    tally, reason = _Tally(pl_module, source), ""
+    with undisturbed(trainer, pl_module, keep=False):
+        loaders = validation_loaders(trainer)
+    with undisturbed(trainer, pl_module), torch.no_grad():
+        # Anything may be in a validation loader, and not to know a score must not end the fit.
+        try:
+            for loader, limit in loaders:
+                with _as_it_was(loader) as batches:
+                    total, drawn = _length(loader, limit), itertools.islice(batches, limit)
+                    _count(trainer, pl_module, source, tally, shown(trainer, "Score", total, drawn))
+        except Exception as error:
+            if shards_weights(trainer) and not isinstance(error, _OutOfStep):
+                # Others wait in the forward pass in which this rank has failed, and not for its score.
+                raise
+            reason = f"{type(error).__name__}: {error}"
+            tally.give_up()
+    return tally.score(trainer), reason or "the fit has no validation batches"
+
+
+def score_samples(trainer: Trainer, pl_module: LightningModule, source: PartitionSource, index: Tensor) -> Score:
+    """How well the model does on samples of the training set, against their given labels.
+
+    Every rank must call it. Two calls in a row see the same augmentation.
+
+    Args:
+        trainer: of the running fit.
+        pl_module: the user's.
+        source: knows how to split a batch.
+        index: (K,) int64, dataset indices, the same on every rank.
+
+    Raises:
+        ValueError: without a sample, or for labels that are not class indices.
+    """
+    if len(index) == 0:
+        raise ValueError("Expected at least one sample to score, but got none.")
+    tally, loader = _Tally(pl_module, source), scoring_loader(trainer)
+    place, weight = rank_share(len(index), trainer.global_rank, trainer.world_size)
+    done, absent = 0, set[int]()
+    with undisturbed(trainer, pl_module), torch.no_grad():
+        batches = batch_count(loader, len(place))
+        drawn = indexed_batches(loader, index.cpu()[place], absent=absent)
+        for rows, batch in shown(trainer, "Score", batches, drawn):
+            x, label = reading_of(source).split(to_device(trainer, pl_module, batch))
+            there = torch.tensor([row not in absent for row in rows.tolist()])
+            tally.add(x, label, weight[done : done + len(rows)] * there)
+            done += len(rows)
+    score = tally.score(trainer)
+    if score is None:
+        raise RuntimeError("The samples yielded no batch; this is an error in lightning_unlearn.")
+    return score
+
+
+def _length(loader: Any, limit: int | None) -> int | None:
+    """How many batches are drawn, where that is known."""
+    length = limit
+    # Anything may be in a validation loader, and its length is wanted for nothing but a progress bar.
+    with suppress(Exception):
+        length = len(loader) if limit is None else min(len(loader), limit)
+    return length
+
+
+def _count(
+    trainer: Trainer, pl_module: LightningModule, source: PartitionSource, tally: _Tally, batches: Iterable[Any]
+) -> None:
+    def split() -> Iterator[tuple[Any, Tensor, Tensor]]:
+        for batch, weigh in batches:
+            x, label = reading_of(source).split(to_device(trainer, pl_module, batch))
+            tally.check(label)
+            yield x, label, weigh(len(label))
+
+    for x, label, weight in _in_step(trainer, split()) if shards_weights(trainer) else split():
+        tally.add(x, label, weight)
+
+
+class _OutOfStep(ValueError):
+    """A rank has no batch where another has one."""
+
+
+def _in_step(trainer: Trainer, batches: Iterator[_Item]) -> Iterator[_Item]:
+    """The batches, where ranks meet in each forward pass, so that every rank takes as many.
+
+    Raises:
+        _OutOfStep: on every rank, where one cannot go on with the others.
+    """
+    while True:
+        item, error = None, None
+        try:
+            item = next(batches, None)
+        except Exception as failure:
+            error = failure
+        one_has, all_have = (
+            trainer.strategy.reduce_boolean_decision(item is not None, all=of_all) for of_all in (False, True)
+        )
+        if error is not None:
+            raise _OutOfStep(f"{type(error).__name__}: {error}") from error
+        if one_has and not all_have:
+            raise _OutOfStep("another rank has more or fewer batches, or could not go on")
+        if item is None:
+            return
+        yield item
+
+
+@contextmanager
+def _as_it_was(loader: Any) -> Iterator[Iterator[tuple[Any, Callable[[int], Tensor]]]]:
+    """Draws from a loader and leaves it, its workers and the generators that it draws from as they were.
+
+    Yields:
+        each batch with a function from its number of rows to their weights.
+    """
+    batches = getattr(loader, "batch_sampler", None)
+    holders = (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None))
+    generators = [
+        value for holder in holders if isinstance(value := getattr(holder, "generator", None), torch.Generator)
+    ]
+    states = [generator.get_state() for generator in generators]
+    if isinstance(loader, DataLoader):
+        # In order, since what a batch counts depends on its place; its workers end with the iteration.
+        loader = apart(loader)
+    try:
+        yield _weighed(loader)
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+def _weighed(loader: Any) -> Iterator[tuple[Any, Callable[[int], Tensor]]]:
+    sampler = getattr(loader, "sampler", None)
+    plain = type(getattr(loader, "batch_sampler", None)) is BatchSampler
+    done = 0
+
+    def weigh(rows: int) -> Tensor:
+        nonlocal done
+        position = torch.arange(done, done + rows)
+        done += rows
+        if not (plain and isinstance(sampler, DistributedSampler)):
+            return torch.ones(rows)
+        # What is drawn beyond the data set's length is drawn only to make the ranks' shares equal.
+        total: Any = sampler.dataset
+        return (position * sampler.num_replicas + sampler.rank < len(total)).float()
+
+    for batch in loader:
+        yield batch, weigh
+
+
+def _say_once(trainer: Trainer, reason: str) -> None:
+    if reason not in _said.setdefault(trainer, set()):
+        _said[trainer].add(reason)
+        rank_zero_info(f"There is no score on validation data to go by: {reason}.")

@@ -1,0 +1,1 @@
+from tests.quiet import quiet  # noqa: F401

@@ -1,0 +1,288 @@
+"""What a fit with repair is said to have come to."""
+
+import copy
+import logging
+from dataclasses import replace
+from types import SimpleNamespace
+
+import lightning as L
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback
+from lightning_unlearn.callbacks import partition as partition_module
+from lightning_unlearn.partitioning.apply_recipe import judge_share
+from lightning_unlearn.partitioning.summary import summarise
+from lightning_unlearn.results.labels import REASONS
+from tests.callbacks.published import make_partition
+from tests.toys import Blobs, BlobsData, Toy, fit, mlp, trio
+
+LABEL = REASONS.index("label")
+AT = 3
+SOME = 15  # epochs after which some wrong labels are memorized
+
+
+class Snapshot(L.Callback):
+    """The network as it is when the partition is about to be drawn."""
+
+    def __init__(self, at):
+        self.at = at
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        if trainer.current_epoch == self.at - 1:
+            self.net = copy.deepcopy(pl_module.net)
+
+
+class Unlike(BlobsData):
+    """Validates on noisy samples, which nobody gets all right, of which the last batch is not full."""
+
+    def val_dataloader(self):
+        return DataLoader(Blobs(45, 0.3, seed=11), batch_size=16)
+
+
+@torch.no_grad()
+def accuracy(net, x, y):
+    return (copy.deepcopy(net).eval()(x).argmax(1) == y).float().mean().item()
+
+
+def memorising(module):
+    return torch.optim.Adam(module.parameters(), lr=0.02)
+
+
+def creeping(module):
+    return torch.optim.SGD(module.parameters(), lr=0.02)
+
+
+def a_fit(*, optimizer=memorising, at=AT, epochs=6, data=None, beside=(), dry=False, partners=True, **kwargs):
+    data = data or Unlike(Blobs())
+    callbacks = trio(at, action="report" if dry else "act", **kwargs)
+    snapshot, module = Snapshot(at), Toy(mlp, optimizer)
+    ours = callbacks if partners else callbacks[:1]
+    fit(module, data, [*ours, snapshot, *beside], max_epochs=epochs)
+    return callbacks, snapshot, module, data
+
+
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{line}:UserWarning")
+    for line in ("You defined a `validation_step`", "Training has ended")
+]
+
+
+@pytest.fixture(scope="module")
+def repaired():
+    torch.set_num_threads(1)
+    return a_fit(at=SOME, epochs=SOME + 4, finetune={"lr": 0.02})
+
+
+def test_counts_are_those_of_the_partition(repaired):
+    (partition, _, _), *_ = repaired
+    summary, drawn = partition.summary, partition.partition
+    assert summary.samples == 203
+    assert summary.suspects == int((~drawn.is_clean).sum()) > 30
+    assert summary.noise_rate == drawn.noise_rate
+
+
+def test_what_was_memorised_is_how_often_the_network_gave_suspects_their_label(repaired):
+    (partition, _, _), snapshot, _, data = repaired
+    suspects = (partition.partition.reason == LABEL).nonzero().flatten()
+    assert len(suspects) > 30
+    expected = accuracy(snapshot.net, data.train.x[suspects], data.train.y[suspects])
+    assert partition.summary.memorised == pytest.approx(expected)
+    assert 0 < expected < 1
+
+
+def test_accuracies_are_those_of_the_model_before_pruning_and_at_the_end(repaired):
+    (partition, _, _), snapshot, module, data = repaired
+    held_out = data.val_dataloader().dataset
+    before, after = (accuracy(net, held_out.x, held_out.y) for net in (snapshot.net, module.net))
+    assert before != after
+    assert partition.summary.accuracy_before == pytest.approx(before)
+    assert partition.summary.accuracy_after == pytest.approx(after)
+
+
+def test_what_was_done_is_what_the_callbacks_say(repaired):
+    (partition, prune, finetune), *_ = repaired
+    assert partition.summary.done == tuple(clause for clause in (prune.describe(), finetune.describe()) if clause)
+    kept = int(partition.partition.is_clean.sum())
+    assert finetune.describe() == f"trained on {kept} clean samples from epoch {SOME} on (F-FT)"
+    assert finetune.describe() in partition.summary.advice
+
+
+def test_what_the_callbacks_took_is_counted_once_and_anew_in_each_fit(monkeypatch):
+    now = [0]
+
+    def slowly(function, seconds):
+        def run(*given):
+            now[0] += seconds
+            return function(*given)
+
+        return run
+
+    _, prune, finetune = callbacks = trio(1)
+    monkeypatch.setattr("lightning_unlearn.callbacks.base.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    # The one that prunes asks the one that partitions, whose time is not its own.
+    monkeypatch.setattr(partition_module, "judge_share", slowly(judge_share, 100))
+    monkeypatch.setattr(prune, "_rank", slowly(prune._rank, 10))
+    monkeypatch.setattr(finetune, "_attach", slowly(finetune._attach, 1))
+    for _ in range(2):
+        fit(Toy(mlp), BlobsData(Blobs()), reversed(callbacks), max_epochs=2)
+        assert [callback.seconds for callback in callbacks] == [100, 10, 1]
+
+
+def test_the_validation_loaders_may_be_limited():
+    data = Unlike(Blobs())
+    callbacks, snapshot, module = trio(AT), Snapshot(AT), Toy(mlp, memorising)
+    fit(module, data, [*callbacks, snapshot], max_epochs=5, limit_val_batches=1)
+    held_out = data.val_dataloader().dataset
+    before, after = (accuracy(net, held_out.x[:16], held_out.y[:16]) for net in (snapshot.net, module.net))
+    summary = callbacks[0].summary
+    assert (summary.accuracy_before, summary.accuracy_after) == pytest.approx((before, after))
+
+
+def test_advice_where_nothing_is_noisy():
+    with pytest.warns(UserWarning, match="not acted upon"):
+        (partition, _, finetune), *_ = a_fit(data=Unlike(Blobs(noise=0)))
+    summary = partition.summary
+    assert (partition.partition.status, partition.partition.noise_rate, summary.noise_rate) == ("all_clean", None, None)
+    caveat = partition.partition.warning
+    assert caveat.startswith("no list of suspects can be made from this fit; errors among classes that are easily ")
+    found = f"All of the 203 training samples count as clean, nothing was changed: {caveat}. The table"
+    assert summary.advice.startswith(found)
+    plain = make_partition(torch.ones(8), torch.arange(8) % 4, warning="it calls all clean", status="all_clean")
+    said = summarise(plain, memorised=None, done=(), accuracy=(None, None)).advice
+    assert said.startswith("No sign of noise in the 8 training samples: nothing was changed. The table")
+    assert (summary.suspects, summary.memorised, summary.done) == (0, None, ())
+    assert (summary.accuracy_before, summary.accuracy_after) == (None, None)
+    assert not finetune.is_active
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "at", "sentence"),
+    [
+        (memorising, 40, "The network has memorized the suspect labels (it predicts {share} of them): fine-tuning"),
+        (creeping, 2, "The network has not memorized most of the suspect labels yet (it predicts {share} of them):"),
+    ],
+    ids=["memorised", "not memorised"],
+)
+def test_advice_says_whether_wrong_labels_were_memorised(optimizer, at, sentence, caplog):
+    caplog.set_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero")
+    (partition, _, _), *_ = a_fit(optimizer=optimizer, at=at, epochs=at + 1)
+    summary = partition.summary
+    assert (summary.memorised >= 0.5) == (at == 40)
+    assert sentence.format(share=f"{summary.memorised:.0%}") in summary.advice
+    assert ("(every_n_epochs)" in summary.advice) == (at == 2)
+    assert summary.advice.startswith(f"{summary.suspects} of 203 training samples are suspect ({summary.suspects} for")
+    assert f"estimated noise rate {summary.noise_rate:.1%}" in summary.advice
+    # Said once when the partition is drawn, and in the end.
+    said = [record.getMessage() for record in caplog.records]
+    assert sum(sentence.format(share=f"{summary.memorised:.0%}") in line for line in said) == 2
+    assert said.count(summary.advice) == 1
+
+
+def test_advice_without_validation_data():
+    data = DataLoader(Blobs(), batch_size=16, shuffle=True)
+    (partition, _, _), *_ = a_fit(data=data)
+    summary = partition.summary
+    assert (summary.accuracy_before, summary.accuracy_after) == (None, None)
+    assert summary.advice.endswith("Without validation data it is not known whether it helped.")
+
+
+def test_advice_of_the_partition_alone():
+    (partition, _, _), *_ = a_fit(partners=False)
+    summary = partition.summary
+    assert summary.done == ()
+    assert summary.memorised is not None
+    assert (summary.accuracy_before, summary.accuracy_after) == (None, None)
+    assert summary.advice.endswith("Nothing was done about it: no callback acted on the partition.")
+
+
+def test_advice_where_the_clean_samples_do_not_fill_a_batch():
+    data = Unlike(Blobs(), batch_size=180, drop_last=True)
+    partition, finetune = AttributionPartitionCallback(at_epoch=AT), CleanSubsetFinetuneCallback()
+    with pytest.warns(UserWarning, match="do not fill one batch"):
+        fit(Toy(mlp, memorising), data, [partition, finetune], max_epochs=20)
+    advice = partition.summary.advice
+    assert "Nothing was done about it: no callback acted on the partition." in advice
+    assert "pay here" not in advice
+
+
+def partition_of(suspects=2, **kwargs):
+    drawn = make_partition(torch.where(torch.arange(10) < suspects, 0.1, 0.9), torch.arange(10) % 4)
+    return replace(drawn, **kwargs)
+
+
+def test_advice_counts_reasons():
+    reason = torch.tensor([1, 1, 3, 2, 2, 2, 0, 0, 0, 0], dtype=torch.uint8)
+    summary = summarise(
+        partition_of(6, reason=reason, noise_rate=0.6), memorised=None, done=("did it",), accuracy=(None, None)
+    )
+    assert summary.advice == (
+        "6 of 10 training samples are suspect (2 for label, 3 for input, 1 for both), estimated noise rate 60.0%."
+        " Done: did it. Without validation data it is not known whether it helped."
+    )
+
+
+@pytest.mark.parametrize(
+    ("after", "points", "ending"),
+    [
+        (0.75, "+25.0", "; a fit that trains on with the same steps tells how much of that is due to the repair."),
+        (0.504, "+0.4", "; a fit that trains on with the same steps tells how much of that is due to the repair."),
+        (0.502, "+0.2", ", no gain to speak of."),
+        (0.5, "+0.0", ", no gain to speak of."),
+        (0.499, "-0.1", ", no gain to speak of."),
+        (0.4, "-10.0", ", a loss. Check the suspects before you use this model."),
+    ],
+)
+def test_advice_says_what_was_gained(after, points, ending):
+    summary = summarise(partition_of(), memorised=0.8, done=("a", "b"), accuracy=(0.5, after))
+    text = f"Done: a; b. Validation accuracy 0.500 before, {after:.3f} after: {points} points{ending}"
+    assert summary.advice.endswith(text)
+
+
+def test_advice_where_the_partition_was_not_acted_upon():
+    summary = summarise(partition_of(warning="it is not sure"), memorised=0.8, done=(), accuracy=(None, None))
+    assert summary.advice.endswith("Nothing was changed: it is not sure.")
+    assert "memorized" not in summary.advice
+
+
+def test_advice_of_a_dry_run_does_not_ask_whether_it_helped():
+    summary = summarise(
+        partition_of(), memorised=0.2, done=("would prune 1 of 8 neurons",), accuracy=(None, None), is_dry_run=True
+    )
+    assert "would prune 1 of 8 neurons" in summary.advice
+    assert "nothing was changed" in summary.advice
+    assert "Done" not in summary.advice
+    assert "helped" not in summary.advice
+
+
+class Halts(Exception):
+    """As a full disk would."""
+
+
+def test_there_is_no_summary_before_a_fit_has_ended():
+    class Asks(L.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            with pytest.raises(RuntimeError, match="no summary yet: it is made when a fit that has drawn a partition"):
+                partition.summary  # noqa: B018
+            if trainer.current_epoch == stop:
+                raise Halts
+
+    partition, stop = AttributionPartitionCallback(at_epoch=1), None
+    fit(Toy(), BlobsData(Blobs(101)), [partition, Asks()], max_epochs=3)
+    assert partition.summary.samples == 101
+    # A new fit forgets the old one's, also where it does not end.
+    stop = 2
+    with pytest.raises(Halts):
+        fit(Toy(), BlobsData(Blobs(101)), [partition, Asks()], max_epochs=4)
+    with pytest.raises(RuntimeError, match="no summary yet"):
+        partition.summary  # noqa: B018
+
+
+def test_before_the_fit_has_ended_there_is_no_summary_and_after_a_short_one_there_is():
+    partition = AttributionPartitionCallback(at_epoch=3)
+    with pytest.raises(RuntimeError, match="no summary yet"):
+        partition.summary  # noqa: B018
+    fit(Toy(), BlobsData(Blobs(101)), [partition], max_epochs=9, max_steps=8)
+    assert partition.summary.samples == 101
+    assert partition.summary.done == ()

@@ -21,6 +21,7 @@ from lightning_unlearn.attribution.layers import LayerPoint
 from lightning_unlearn.callbacks.base import PartitionConsumer, UnlearnCallback
 from lightning_unlearn.data.batch import shown_path
 from lightning_unlearn.data.loaders import rank_share
+from lightning_unlearn.data.naming import files_in
 from lightning_unlearn.data.task_format import Reading, SoftLabels, Task
 from lightning_unlearn.evidence.early_epochs import EarlyEpochs
 from lightning_unlearn.evidence.eval_pass import EvidencePass, make_attributor
@@ -550,6 +551,7 @@ class AttributionPartitionCallback(UnlearnCallback):
 
     def _note_fit(self, trainer: Trainer) -> None:
         """Notes what this fit is made with, once."""
+        self._remember_files(trainer)
         settings = {type(one).__name__: one.settings() for one in (self, *self._partners)}
         size = getattr(train_loader(trainer).batch_sampler, "batch_size", None)
         fit = fit_record(trainer.current_epoch, trainer.world_size, size if isinstance(size, int) else None, settings)
@@ -908,6 +910,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         # A later partition that cannot be acted upon does not undo what an earlier one has led to.
         if is_first or drawn.is_actionable:
             self._partition = drawn
+            self._remember_files(trainer)
             self.sample_weight = weight_of_copies(judged, len(drawn))
         if self.every_n_epochs is None or self._is_stable:
             self._trajectory, self._features = None, FrozenFeatures()
@@ -1149,18 +1152,23 @@ class AttributionPartitionCallback(UnlearnCallback):
             or None,
             decided=decided,
         )
+        drawn = replace(drawn, class_names=tuple(class_names_of(trainer, self.reading.num_classes)))
         is_early = self._partition is None and drawn.epoch == 1 and bool(self._when.why)
         if is_early and drawn.status is PartitionStatus.OK:
             return replace(drawn, status=PartitionStatus.TOO_EARLY, warning=_ONE_EPOCH)
         return drawn
 
+    def _remember_files(self, trainer: Trainer) -> None:
+        if self._partition is not None:
+            files = files_in(train_loader(trainer).dataset)
+            self._partition.remember_files(files if len(files) == len(self._partition) else ())
+
     def _report(self, pl_module: LightningModule, judged: Sequence[Judged], seconds: float) -> None:
         partition = self.partition
         evidence = f"evidence of {epochs_in_words(len(self._epochs_seen))} and a pass of {seconds:.1f} s"
         reviewed = [] if self._review is None else [self._review.counts()]
-        names = class_names_of(pl_module.trainer, self.reading.num_classes)
         notes = [*reviewed, *notes_of(judged, partition)]
-        report_partition(pl_module, partition, evidence, notes, self._memorised, names)
+        report_partition(pl_module, partition, evidence, notes, self._memorised)
 
 
 def _tells(partition: Partition) -> bool:

@@ -18,9 +18,9 @@ from typing_extensions import override
 
 from lightning_unlearn.callbacks.base import PartitionConsumer
 from lightning_unlearn.data.dataset_state import unopened
+from lightning_unlearn.data.naming import files_in
 from lightning_unlearn.report import RunRecord, SampleView, shown_samples, write_report
 from lightning_unlearn.report.samples import file_card
-from lightning_unlearn.results.finding import names_in
 from lightning_unlearn.results.partition import Partition
 from lightning_unlearn.results.provenance import copied
 from lightning_unlearn.trainer.callback_order import callbacks_of
@@ -245,7 +245,7 @@ class UnlearnReport(EitherCallback):
             summary={} if summary is None else {**vars(summary), "done": list(summary.done)},
             rounds=rounds,
             suspect_precision=float(getattr(source, "suspect_precision", 0.85)),
-            class_names=self.class_names or names_in(dataset, reading_of(source).num_classes),
+            class_names=self.class_names or list(partition.class_names),
             provenance=provenance,
             fit=_facts(trainer, pl_module) | ({"dry run": "yes"} if source.is_dry_run else {}),
             seconds=self._seconds | _phases([source, *ours]),
@@ -261,14 +261,15 @@ class UnlearnReport(EitherCallback):
             indices: of these samples.
         """
         with isolate_rng():
-            cards = {index: self._card(dataset, index) for index in indices}
+            files = files_in(dataset) if len(indices) else []
+            cards = {index: self._card(dataset, index, files) for index in indices}
         faults = [f"sample {index}: {card['text']}" for index, card in cards.items() if card["kind"] == "fault"]
         return cards, faults[0] if faults else ""
 
-    def _card(self, dataset: Any, index: int) -> dict[str, Any]:
+    def _card(self, dataset: Any, index: int, files: Sequence[str]) -> dict[str, Any]:
         budget = min(_MOST_PER_SAMPLE, _BUDGET // max(1, self.samples))
         try:
-            return self.view.card(dataset[index], budget) | file_card(dataset, index)
+            return self.view.card(dataset[index], budget) | file_card(files[index] if files else "")
         except Exception as error:  # of the user's data set, or render
             return {"kind": "fault", "text": f"{type(error).__name__}: {error}"[:300]}
 

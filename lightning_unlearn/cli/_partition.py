@@ -36,12 +36,12 @@ from lightning_unlearn.cli._results import (
     summary_of,
 )
 from lightning_unlearn.data.fingerprint import check_fingerprint, fingerprint
+from lightning_unlearn.data.naming import class_names_in, files_in
 from lightning_unlearn.partitioning.when import LATEST
 from lightning_unlearn.recipes import get_recipe
 from lightning_unlearn.recipes.latent_noise import MEMORIZED
 from lightning_unlearn.report import RunRecord, shown_samples, write_report
-from lightning_unlearn.report.samples import file_of
-from lightning_unlearn.results.finding import finding_of, names_in
+from lightning_unlearn.results.finding import finding_of
 from lightning_unlearn.results.partition import Partition
 from lightning_unlearn.results.review_csv import check_undecided
 from lightning_unlearn.utilities.checks import check_number
@@ -356,7 +356,7 @@ def _loader_of(cli: PartitionCLI) -> DataLoader[Any]:
 
 def _names(cli: PartitionCLI, partition: Partition, dataset: Any) -> list[str]:
     """Of the classes: those that were given, or the data set's own if there is one for each class."""
-    names = cli.report.class_names or names_in(dataset)
+    names = cli.report.class_names or list(partition.class_names) or class_names_in(dataset)
     if cli.report.class_names is None and names:
         try:
             partition.names_of(names)
@@ -367,11 +367,11 @@ def _names(cli: PartitionCLI, partition: Partition, dataset: Any) -> list[str]:
 
 def _write(cli: PartitionCLI, partition: Partition, dataset: Any, prefix: str = "") -> list[str]:
     """Writes a partition and its table, and returns the names of the classes."""
-    names, files = _names(cli, partition, dataset), [file_of(dataset, index) for index in range(len(partition))]
-    columns = {"file": files} if any(files) else None
+    names, files = _names(cli, partition, dataset), files_in(dataset)
+    partition.remember_files(files if len(files) == len(partition) else ())
     partition.save(cli.out / f"{prefix}{PARTITION}")
     table, review = cli.out / f"{prefix}suspects.csv", partition.worth_review()
-    partition.to_csv(table, review=review, class_names=names or None, columns=columns)
+    partition.to_csv(table, review=review, class_names=names or None)
     return names
 
 

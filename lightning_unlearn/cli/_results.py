@@ -147,6 +147,8 @@ def _load(path: Path) -> Partition:
 
 def _class_names(path: Path, partition: Partition) -> list[str]:
     """What the classes are called, as a run directory says; empty where it is none, or does not fit the partition."""
+    if partition.class_names:
+        return list(partition.class_names)
     path = path.expanduser()
     folder = _run_folder(path) if path.is_dir() else path.parent
     if not path.is_dir() and path.name not in (PARTITION, OF_VALIDATION):

@@ -9,8 +9,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_unlearn.data.naming import class_names_in
 from lightning_unlearn.partitioning.summary import outlook
-from lightning_unlearn.results.finding import epochs_in_words, finding_of, names_in
+from lightning_unlearn.results.finding import epochs_in_words, finding_of
 from lightning_unlearn.results.partition import Partition
 from lightning_unlearn.trainer.callback_order import callbacks_of
 from lightning_unlearn.trainer.loggers import log_partition
@@ -28,7 +29,6 @@ def report_partition(
     evidence: str,
     notes: Sequence[str],
     memorised: float | None,
-    class_names: Sequence[str] = (),
 ) -> None:
     """Says what the first partition found, and what follows from it.
 
@@ -38,11 +38,10 @@ def report_partition(
         evidence: what it was drawn from, in words.
         notes: of the person who has reviewed it and of the recipe, in words.
         memorised: see :class:`~lightning_unlearn.results.summary.RepairSummary`.
-        class_names: by label; empty where they are not known.
     """
     rank_zero_info(
         f"Partition after {epochs_in_words(partition.epoch)} ({partition.recipe}, {partition.layer}, {evidence}):"
-        f" {finding_of(partition, class_names)}."
+        f" {finding_of(partition)}."
     )
     for note in (*notes, *_few_samples(len(partition), _classes_of(partition))):
         rank_zero_info(f"  {note}")
@@ -59,7 +58,7 @@ def class_names_of(trainer: Trainer, classes: int | None) -> list[str]:
         names = getattr(callback, "class_names", None)
         if isinstance(names, list) and len(names) == classes and all(isinstance(one, str) for one in names):
             return names
-    return names_in(train_loader(trainer).dataset, classes)
+    return class_names_in(train_loader(trainer).dataset, classes)
 
 
 def report_round(pl_module: LightningModule, drawn: Partition, changed: float, is_stable: bool) -> None:

@@ -138,20 +138,8 @@ class SampleView:
         return np.asarray(np.clip(values, 0, 1) * 255).round().astype(np.uint8)
 
 
-def file_of(dataset: Any, index: int) -> str:
-    """The path of a sample's file, where a data set lists them as torchvision's ImageFolder does; else empty."""
-    while not hasattr(dataset, "samples") and hasattr(dataset, "dataset") and hasattr(dataset, "indices"):
-        dataset, index = dataset.dataset, int(dataset.indices[index])
-    try:
-        path = dataset.samples[index][0]
-    except (AttributeError, LookupError, TypeError):
-        return ""
-    return path if isinstance(path, str) else ""
-
-
-def file_card(dataset: Any, index: int) -> Card:
-    """The name of a sample's file and of its folder, for its card; see :func:`file_of`."""
-    path = file_of(dataset, index)
+def file_card(path: str) -> Card:
+    """The name of a sample's file and of its folder, for its card; nothing without a path."""
     return {"file": "/".join(Path(path).parts[-2:])} if path else {}
 
 

@@ -28,12 +28,14 @@ def to_dataframe(partition: Partition, *, class_names: Sequence[str] | None = No
 
     Args:
         partition: of the training set.
-        class_names: the name of every class, by label; for the columns ``given_class`` and ``suggested_class``.
+        class_names: the name of every class, by label, for the columns ``given_class`` and ``suggested_class``; by
+            default the partition's own.
 
     Returns:
-        columns ``given_label``, ``suggested_label`` (of a multi-label task lists of the labels that a sample has),
-        ``clean_probability`` and ``expected_precision`` (NaN where they are not known), ``suggested_probability``,
-        ``label_evidence``, ``input_evidence``, ``reason``, ``is_clean``, ``rank``, ``list``, ``proposed`` and an empty
+        columns ``file`` (where the data set of the fit lists its files), ``given_label``, ``suggested_label`` (of a
+        multi-label task lists of the labels that a sample has), ``clean_probability`` and ``expected_precision`` (NaN
+        where they are not known), ``suggested_probability``, ``label_evidence``, ``input_evidence``, ``reason``,
+        ``is_clean``, ``rank``, ``list``, ``proposed`` and an empty
         ``decision`` (see :meth:`Partition.to_csv
         <lightning_unlearn.Partition.to_csv>`).
 
@@ -87,6 +89,7 @@ def to_datalab(partition: Partition, lab: Any = None, *, class_names: Sequence[s
             "Expected a label of each sample, as Datalab has them, but some are to be ignored (-1); it cannot say so."
         )
     if lab is None:
+        class_names = class_names if class_names is not None else partition.class_names or None
         lab = _new_lab(partition, class_names)
     if len(lab.labels) != len(partition):
         raise ValueError(
@@ -169,7 +172,7 @@ def to_fiftyone(
     """
     fiftyone = _package("fiftyone")
     _check_length(partition, len(samples), "samples")
-    names = None if class_names is None else partition.names_of(class_names)
+    names = partition.known_names(class_names)
 
     def classified(label: int | list[int], confidence: float | None) -> Any:
         several = [
@@ -179,7 +182,9 @@ def to_fiftyone(
         ]
         return fiftyone.Classifications(classifications=several) if partition.is_multilabel else (several or [None])[0]
 
-    columns = _columns(partition, None)
+    columns = {
+        name: values for name, values in _columns(partition, None).items() if not name.endswith(("file", "_class"))
+    }
     sure = columns.pop("suggested_probability")
     columns["given_label"] = [classified(label, None) for label in columns["given_label"]]
     columns["suggested_label"] = [classified(*pair) for pair in zip(columns["suggested_label"], sure, strict=True)]
@@ -211,8 +216,8 @@ def _check_length(partition: Partition, found: int, what: str) -> None:
 
 
 def _columns(partition: Partition, class_names: Sequence[str] | None) -> dict[str, list[Any]]:
-    names = None if class_names is None else partition.names_of(class_names)
-    columns: dict[str, list[Any]] = {}
+    names = partition.known_names(class_names)
+    columns: dict[str, list[Any]] = {"file": list(partition.files)} if partition.files else {}
     for title, label in (("given", partition.label), ("suggested", partition.suggested_label)):
         cells = _cells(label)
         columns[f"{title}_label"] = cells

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from lightning_unlearn.results.labels import REASONS
 from lightning_unlearn.results.partition import Partition
@@ -20,8 +19,9 @@ def finding_of(partition: Partition, class_names: Sequence[str] = ()) -> str:
 
     Args:
         partition: of the training set.
-        class_names: by label; empty where they are not known.
+        class_names: by label; by default the partition's own, where they are known.
     """
+    class_names = class_names or partition.class_names
     suspects = len(partition) - int(partition.is_clean.sum())
     if partition.noise_rate_interval is None:
         if not suspects and partition.status is PartitionStatus.INCONCLUSIVE:
@@ -94,12 +94,3 @@ def worth_in_words(partition: Partition) -> list[str]:
 def epochs_in_words(number: int) -> str:
     """So many epochs, in the singular for one."""
     return f"{number} epoch{'' if number == 1 else 's'}"
-
-
-def names_in(dataset: Any, classes: int | None = None) -> list[str]:
-    """The names of (so many) classes, where a data set, or what it is a part of, has them as torchvision's do."""
-    while not hasattr(dataset, "classes") and hasattr(dataset, "dataset"):
-        dataset = dataset.dataset
-    names = getattr(dataset, "classes", ())
-    named = isinstance(names, (list, tuple)) and all(isinstance(one, str) for one in names)
-    return list(names) if named and classes in (None, len(names)) else []

@@ -84,6 +84,7 @@ class Partition:
             not estimated, so that ``clean_probability`` does not say how many of a list are wrong.
         often_called: pairs of classes of which the first is often called the second, with how often, the most frequent
             first.
+        class_names: what the classes are called, by label; empty where that is not known.
         status: what may be done with it; with a warning that is not told ``"ok"``, it is ``"inconclusive"``.
 
     Example:
@@ -127,9 +128,15 @@ class Partition:
     noise_rate_interval: tuple[float, float] | None = None
     often_called: tuple[tuple[int, int, float], ...] = ()
     status: PartitionStatus = PartitionStatus.OK
+    class_names: tuple[str, ...] = ()
+
+    # Where the samples lie, by index; for tables, in no file.
+    _files = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "status", checked_status(self.status, self.warning))
+        named = check_names("class_names", self.class_names, "names", each_once=False) if self.class_names else ()
+        object.__setattr__(self, "class_names", tuple(named))
         if self.noise_rate is not None:
             check_primitives(self, noise_rate=float)
         check_primitives(self, epoch=int, recipe=str, layer=str, warning=str, fingerprint=str)
@@ -356,7 +363,7 @@ class Partition:
         if self.noise_rate_interval is not None:
             state["noise_rate_interval"] = list(self.noise_rate_interval)
         state["often_called"] = [list(pair) for pair in self.often_called]
-        state["status"] = self.status.value
+        state["status"], state["class_names"] = self.status.value, list(self.class_names)
         return {"version": STATE_VERSION, **state}
 
     @classmethod
@@ -408,7 +415,8 @@ class Partition:
 
         Columns: ``index``, ``given_label``, ``suggested_label``, ``clean_probability``, ``label_evidence``,
             ``input_evidence``, ``reason``, ``is_clean``, ``rank``, ``list``, ``expected_precision``, ``proposed``,
-            ``decision``, ``dataset``; with names, ``given_class`` and ``suggested_class`` beside the labels.
+            ``decision``, ``dataset``; where names are known, ``given_class`` and ``suggested_class`` beside the labels,
+            and right of the index ``file``, the path of the sample's file.
 
         ``rank`` is the place in :meth:`ranking`, from 1; ``list`` is ``suspect``, ``review`` (worth a look) or
         ``clean``; ``expected_precision`` is the share of the samples down to this rank that is expected to be wrong
@@ -424,8 +432,8 @@ class Partition:
             suspects_only: leave out the samples that are clean.
             review: so many of them are in the table all the same, the first of :meth:`review_ranking`; all that are
                 worth a look are ``partition.worth_review()``.
-            class_names: the name of every class, by label. One that a spreadsheet would take for a formula gets a
-                single quote in front.
+            class_names: the name of every class, by label; by default the partition's own. One that a spreadsheet would
+                take for a formula gets a single quote in front.
             columns: further ones by their title, of N values each, by dataset index: file names, for example. They
                 stand right of the index.
             overwrite: write over a table in which a person has decided something, too.
@@ -439,10 +447,12 @@ class Partition:
             from lightning_unlearn.results.review_csv import check_undecided
 
             check_undecided(path, "give another path, rename it, or set overwrite=True")
-        names = None if class_names is None else self.names_of(class_names)
+        names = self.known_names(class_names)
         if not isinstance(columns, (Mapping, type(None))):
             raise ValueError(f"Expected columns to be a dict of values by title, but got {shown(columns)}.")
         added = {str(title): list(values) for title, values in (columns or {}).items()}
+        if self.files:
+            added = {"file": list(self.files), **added}
         for title, values in added.items():
             if len(values) != len(self):
                 raise ValueError(
@@ -492,7 +502,7 @@ class Partition:
         Args:
             ax: where to draw; two axes for both. By default in a new figure.
             kind: both, or one of the two.
-            class_names: the name of every class, by label.
+            class_names: the name of every class, by label; by default the partition's own.
 
         Returns:
             the matplotlib figure and its axes, two of them for both.
@@ -504,6 +514,37 @@ class Partition:
         from lightning_unlearn.results.plots import plot_partition
 
         return plot_partition(self, ax, kind=kind, class_names=class_names)
+
+    @property
+    def files(self) -> Sequence[str]:
+        """The path of each sample's file, by index, as the data set of the fit lists them; empty where it does not.
+
+        Known in the fit's process; neither a file nor a checkpoint keeps it.
+        """
+        return self._files
+
+    def remember_files(self, files: Sequence[str]) -> None:
+        """Takes the paths of the samples' files, for tables.
+
+        Args:
+            files: N paths, by index, or none.
+
+        Raises:
+            ValueError: for another number.
+        """
+        if files and len(files) != len(self):
+            raise ValueError(f"Expected a file for each of {len(self)} samples, but got {len(files)}.")
+        # The class is frozen for everybody else.
+        object.__setattr__(self, "_files", files)
+
+    def known_names(self, class_names: Sequence[str] | None = None) -> dict[int, str] | None:
+        """What every class is called, by label: as given, else as the data set has said; None where neither is known.
+
+        Raises:
+            ValueError: if there is not one name per class.
+        """
+        names = self.class_names if class_names is None else class_names
+        return self.names_of(names) if class_names is not None or names else None
 
     def names_of(self, class_names: Sequence[str]) -> dict[int, str]:
         """What every class is called, by label.

@@ -64,7 +64,7 @@ def plot_partition(
         ValueError: for another kind, too few or too many axes, or not one name per class.
     """
     kind = check_choice("kind", kind, ("both", "histogram", "confusion"))
-    names = None if class_names is None else partition.names_of(class_names)
+    names = partition.known_names(class_names)
     if kind == "both":
         left, right = _axes(ax, 2)
         _draw_histogram(partition, left)

@@ -148,7 +148,7 @@ def test_names_that_do_not_fit_are_left_out(estimated, capsys):
 
 def test_where_nothing_is_suspect_the_least_sure_are_shown():
     clean = make_partition(torch.tensor([0.9, 0.8, 0.95]), torch.arange(3))
-    assert repr(clean).startswith("Partition(3 samples, 0 suspect, noise_rate=0.117, recipe='label'")
+    assert repr(clean).startswith("Partition(3 samples, 0 suspect, noise_rate=0.117, status='ok', recipe='label'")
     said = summary_of(clean, top=1).splitlines()
     assert said[0] == "0 of 3 samples are suspect."
     assert said[-3] == "The 1 least sure all the same:"
@@ -210,10 +210,10 @@ CHECKPOINTS = {
     ),
     "another version": (
         {"callbacks": {"AttributionPartitionCallback": STATE | {"partition": {"version": 3}}}},
-        "of format version 6, but got version 3",
+        "of format version 7, but got version 3",
     ),
     "fields missing": (
-        {"callbacks": {"AttributionPartitionCallback": STATE | {"partition": {"version": 6, "x": 1}}}},
+        {"callbacks": {"AttributionPartitionCallback": STATE | {"partition": {"version": 7, "x": 1}}}},
         "it has a field 'x' too many; its clean_probability is missing",
     ),
 }

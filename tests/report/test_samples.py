@@ -7,11 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Subset
 
 from lightning_unlearn.report.media import png
 from lightning_unlearn.report.samples import SampleView, content_of, file_card
-from lightning_unlearn.results.finding import names_in
 
 BUDGET = 60_000
 Named = namedtuple("Named", "x label")
@@ -196,17 +194,6 @@ def test_options_that_do_not_fit(options, message):
         SampleView(**options)
 
 
-class Folder:
-    """As torchvision's ImageFolder."""
-
-    classes = ["cat", "dog"]  # noqa: RUF012
-    samples = [("pets/cat/1.png", 0), ("pets/dog/2.png", 1)]  # noqa: RUF012
-
-
-def test_a_folder_of_pictures_names_its_classes_and_files_through_subsets_too():
-    part = Subset(Folder(), [1])
-    assert names_in(part, 2) == ["cat", "dog"]
-    assert names_in(part) == ["cat", "dog"]
-    assert names_in(part, 3) == []
-    assert file_card(part, 0) == {"file": "dog/2.png"}
-    assert file_card([1, 2], 0) == {} == file_card(Subset([1, 2], [0]), 0)
+def test_a_card_has_the_name_of_a_file_and_of_its_folder():
+    assert file_card("pets/dog/2.png") == {"file": "dog/2.png"}
+    assert file_card("") == {}

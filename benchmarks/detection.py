@@ -29,10 +29,12 @@ from benchmarks.sources import DATA
 from lightning_unlearn.evidence.early_epochs import MOST_EPOCHS
 from lightning_unlearn.functional import label_margin
 from lightning_unlearn.functional.leave_one_out import leave_one_out_logits, left_out_rate, objection_to, skill_of
-from lightning_unlearn.functional.prequential import PrequentialRate, favored_by_sampler, following, prequential_rate
+from lightning_unlearn.functional.prequential import PrequentialRate, class_shift, following, prequential_rate
+from lightning_unlearn.functional.suspects import expected_precision, longest_list
 from lightning_unlearn.recipes.label_noise import LabelHistory, LabelNoise, find_label_noise
 
 PHASES = 4
+SUSPECT_PRECISION = 0.85  # as by default
 
 
 class Replay:
@@ -74,7 +76,7 @@ class Replay:
         if self.case.loss != "sampler":
             return None
         given = torch.bincount(self.label)
-        return favored_by_sampler(given, torch.ones_like(given))
+        return -class_shift(given, torch.ones_like(given))
 
     def with_left_out(self, history: LabelHistory) -> LabelHistory:
         """With what leave-one-out scores of the network's inputs say, where a fit would trust them."""
@@ -131,18 +133,21 @@ def judged(replay: Replay, epochs: int, seed: int, *, features: bool = False) ->
     if features:
         history = replay.with_left_out(history)
     found: LabelNoise = find_label_noise(history)
+    ones = torch.ones(len(found.wrong))
+    suspect, stated = longest_list(found.wrong, ones, SUSPECT_PRECISION)
+    suspect &= found.status in {"found", "weak"}
     seconds = time.process_time() - started
     wrong, case = replay.wrong, replay.case
     at: dict[str, Any] = {
         "epoch": epochs,
-        "flags": flags(wrong, found.suspect),
-        "stated": found.expected if found.suspect.any() else None,
+        "flags": flags(wrong, suspect),
+        "stated": stated if suspect.any() else None,
         "rate": found.rate,
         "interval": found.interval,
     }
     if wrong.any():
         at["ours"] = ranking(wrong, found.wrong)
-        at["stated_at_depth"] = found.precision.at_depth([int(wrong.sum())])[0]
+        at["stated_at_depth"] = expected_precision(found.wrong, ones).at_depth([int(wrong.sum())])[0]
         at |= {name: ranking(wrong, score) for name, score in replay.peers(epochs).items()}
     return {
         "case": case.name,

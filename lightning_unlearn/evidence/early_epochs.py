@@ -13,7 +13,7 @@ from lightning_unlearn.functional.margin_noise import prequential_margin_rate
 from lightning_unlearn.functional.prequential import (
     PARTS,
     PrequentialRate,
-    favored_by_sampler,
+    class_shift,
     following,
     prequential_rate,
 )
@@ -82,7 +82,7 @@ class EarlyEpochs:
         place = torch.zeros(trajectory.num_classes, dtype=torch.int64)
         place[present] = torch.arange(len(present))
         given = held_by_class(seen[present], drawn[present])
-        favored = favored_by_sampler(given, drawn[present])
+        favored = -class_shift(given, drawn[present])
         logits = torch.where(counts.unsqueeze(1), coordinates, 0) @ trajectory.basis[present].T
         found = prequential_rate(
             logits.to(device),

@@ -12,9 +12,8 @@ via generative classifiers") put Gaussian classes on a trained network's feature
 attributions over training, and the transition matrix is fitted with them.
 
 Every step reduces sums that ranks can add: counts (C, C), first moments (C, d), and second moments (C, d, d), or (d, d)
-where there are many classes. Of very many, a transition matrix would have more entries than there are samples to tell
-them: there it has one number a class, how often it goes by its own name, and all other names are alike. Nothing is held
-per sample beside the rows, labels and weights that are given: 4 d + 16 bytes a sample.
+where there are many classes. Nothing is held per sample beside the rows, labels and weights that are given: 4 d + 16
+bytes a sample.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.functional.standardize import weighted_mean
-from lightning_unlearn.functional.transition import LogNames, count, is_square, no_counts, smoothed
+from lightning_unlearn.functional.transition import LogNames, smoothed
 from lightning_unlearn.utilities.chunks import row_chunks, rows_at_a_time, softmax
 from lightning_unlearn.utilities.reduce import Reduce, no_reduce, reduce_together
 
@@ -52,8 +51,7 @@ class LatentClasses:
         prior: (C,) float64, share of each true class.
         mean: (C, d) float64, of the rows.
         factor: (C, d, d) float64, or (1, d, d) for all of them: lower Cholesky factor of the covariance.
-        transition: (C, C) float64, row k the probabilities of what a sample of class k is called; or (C,), the
-            probabilities of its own name, the others being alike.
+        transition: (C, C) float64, row k the probabilities of what a sample of class k is called.
     """
 
     prior: Tensor
@@ -180,7 +178,7 @@ def fit_latent_classes(
 
 @dataclass(frozen=True, eq=False)
 class _Moments:
-    """Counts of names and true classes, first (C, d) and second (C or 1, d, d) moments."""
+    """Counts (C, C) of names and true classes, first (C, d) and second (C or 1, d, d) moments."""
 
     counts: Tensor
     first: Tensor
@@ -199,13 +197,13 @@ def _moments(
     dimension = rows.shape[1]
     zeros = rows.new_zeros
     numbers = own_numbers(num_classes, dimension) if own else num_classes
-    counts = no_counts(rows, num_classes)
+    counts = zeros(num_classes, num_classes, dtype=torch.float64)
     first = zeros(num_classes, dimension, dtype=torch.float64)
     second = zeros(num_classes if own else 1, dimension, dimension, dtype=torch.float64)
     for chunk, y, w in row_chunks(numbers, rows, *label_and_weight):
         x = chunk.double() - centre
         share = share_of(x, y).mul_(w.double().unsqueeze(1))
-        count(counts, share, y)
+        counts.index_add_(0, y, share)
         first += share.T @ x
         # With a row for each class and coordinate, so that one product serves all classes.
         by, columns = (share.T if own else w.double().unsqueeze(0)).contiguous(), x.T.contiguous()
@@ -215,7 +213,7 @@ def _moments(
 
 def _maximise(part: _Moments, reduce: Reduce) -> LatentClasses:
     counts, first, second = reduce_together(reduce, part.counts, part.first, part.second)
-    number = counts.sum(dim=0) if is_square(counts) else counts[0]
+    number = counts.sum(dim=0)
     # A class without samples keeps the overall mean and covariance: nothing is drawn to it, nothing divides by zero.
     present = number > 1e-6
     mean = torch.where(present.unsqueeze(1), first / number.clamp(min=1e-6).unsqueeze(1), 0)

@@ -18,9 +18,9 @@ from lightning_unlearn.functional.lbfgs import minimize
 from lightning_unlearn.functional.prequential import (
     MAX_SCALE,
     MAX_SCALE_CHANGE,
-    MIN_SHIFT,
     PARTS,
     PrequentialRate,
+    class_shift,
     rate_between,
 )
 from lightning_unlearn.functional.soft_margin import SCALES, interpolation
@@ -86,25 +86,6 @@ def average_of(parts: Sequence[Tensor], weight: Tensor, num_classes: int, *, red
     fits = [fit_margin_noise(part, weight, num_classes, reduce=reduce) for part in parts]
     # One that says nothing of the labels has no scale of its own.
     return AveragedCurve(torch.cat([fit.scale for fit in fits]).clamp(SCALES[0], SCALES[-1]))
-
-
-def class_shift(given: Tensor, expected: Tensor) -> Tensor:
-    """What makes the classes' shares of an epoch match those of the labels: the opposite of class weights or a sampler.
-
-    Args:
-        given: (C,), how often each class is called.
-        expected: (C,), how often it was expected, or drawn.
-
-    Returns:
-        (C,) float64, in nats; 0 where they match, but for what may be chance, and of a class that is never given.
-    """
-    given, expected = given.double(), expected.to(given.device).double()
-    share, said = (x / x.sum().clamp(min=1e-9) for x in (given, expected))
-    if (share - said).abs().sum().item() / 2 < MIN_SHIFT:
-        return torch.zeros_like(share)
-    # One of each class more, for those that were never expected.
-    shift = ((given + 1) / (given + 1).sum()).log() - ((expected + 1) / (expected + 1).sum()).log()
-    return (shift - shift[given > 0].mean()) * (given > 0)
 
 
 def _probability(

@@ -37,7 +37,7 @@ Above it, outputs are no probabilities of labels, as where only hard samples are
 """
 
 MIN_SHIFT = 0.2
-"""Total variation between predicted and given classes, up to which no bias is taken out: it may be chance."""
+"""Total variation between the given classes and those predicted, or drawn, up to which no shift is seen: by chance."""
 
 MIN_SAMPLES_PER_BIAS = 10
 """Samples of each class, on average, from which on its bias is fitted."""
@@ -50,9 +50,6 @@ MAX_NUMBERS = 2**21
 
 MAX_FALL = 1.5
 """How many times as high as the next epoch's a rate may be: by more, it was what had not been learned yet."""
-
-MIN_DRAWN_SHIFT = 0.2
-"""Total variation between drawn and given classes from which on a sampler prefers some."""
 
 _TWO_SIDED = 1.96
 
@@ -136,7 +133,7 @@ def prequential_rate(
         position: (n,) in [0, 1), how much of the epoch had passed.
         weight: (n,), 0 for a sample that was not drawn in this epoch or does not count. Where samples were not drawn
             alike, the classes' sums are as their numbers among all samples.
-        favored: (C,) of :func:`favored_by_sampler`, where samples were not drawn alike.
+        favored: (C,) in nats less their mean, how much oftener than its share each class was drawn; None for none.
         parts: of the epoch, each with a temperature of its own; 1 for scores that are all of one network.
         reduce: sums over the ranks.
 
@@ -182,26 +179,29 @@ def rate_between(lower: SymmetricNoiseFit, upper: SymmetricNoiseFit) -> tuple[fl
     return low, sum(rates) / 2, min(high, 1.0)
 
 
-def favored_by_sampler(given: Tensor, drawn: Tensor) -> Tensor:
-    """How much oftener than its share each class was drawn, in nats less their mean; 0 where all were drawn alike.
+def class_shift(given: Tensor, drawn: Tensor) -> Tensor:
+    """What makes drawn classes match the given ones, in nats: the opposite of what a sampler, or class weights, did.
 
-    A network that is trained on such draws adds as much to the logits.
+    A network that is trained on such draws adds as much, with the other sign, to the logits.
 
     Args:
         given: (C,) how many samples each class has.
-        drawn: (C,) how often samples of each were drawn.
+        drawn: (C,) how often samples of each were drawn; or how often a network expected it.
+
+    Returns:
+        (C,) float64, of mean 0; 0 where they match, but for what may be chance, and of a class that is never given.
 
     Example:
-        >>> favored_by_sampler(torch.tensor([900, 100]), torch.tensor([500, 500])).round(decimals=1)
-        tensor([-1.1000,  1.1000], dtype=torch.float64)
+        >>> class_shift(torch.tensor([900, 100]), torch.tensor([500, 500])).round(decimals=1)
+        tensor([ 1.1000, -1.1000], dtype=torch.float64)
     """
     given, drawn = given.double(), drawn.double().to(given.device)
-    share, drawn_share = given / given.sum(), drawn / drawn.sum().clamp(min=1)
-    if (share - drawn_share).abs().sum().item() / 2 < MIN_DRAWN_SHIFT:
+    share, drawn_share = (x / x.sum().clamp(min=1e-9) for x in (given, drawn))
+    if (share - drawn_share).abs().sum().item() / 2 < MIN_SHIFT:
         return torch.zeros_like(share)
     # One of each class more, for those that were not drawn.
-    shift = ((drawn + 1) / (drawn + 1).sum()).log() - ((given + 1) / (given + 1).sum()).log()
-    return shift - shift.mean()
+    shift = ((given + 1) / (given + 1).sum()).log() - ((drawn + 1) / (drawn + 1).sum()).log()
+    return (shift - shift[given > 0].mean()) * (given > 0)
 
 
 def _every(logits: Tensor, weight: Tensor, reduce: Reduce) -> int:

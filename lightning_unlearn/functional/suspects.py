@@ -157,3 +157,25 @@ def expected_precision(probability: Tensor, weight: Tensor, *, reduce: Reduce = 
     counts = reduce(torch.stack([_histogram(place, w), _histogram(place, w * p)])).flip(1).cumsum(1)
     edges = torch.arange(_BINS - 1, -1, -1, dtype=torch.float64, device=p.device) / _BINS
     return ExpectedPrecision(counts[0], counts[1], torch.sigmoid((edges - 0.5) * 2 * _WIDEST))
+
+
+def longest_list(
+    probability: Tensor, weight: Tensor, precision: float, *, reduce: Reduce = no_reduce
+) -> tuple[Tensor, float]:
+    """The samples of the longest list of which so large a share is expected to be wrong, and that expected share.
+
+    Args:
+        probability: (n,) of being wrong; a sample below :data:`LEAST` is on no list.
+        weight: (n,), 0 for a row that does not count.
+        precision: that is asked for.
+        reduce: sums over the ranks, each of which must ask.
+
+    Returns:
+        (n,) bool, and the expected precision of all ranks' lists together, 0 for none.
+
+    Example:
+        >>> longest_list(torch.tensor([0.9, 0.8, 0.1]), torch.ones(3), 0.8)[0]
+        tensor([ True,  True, False])
+    """
+    number, threshold, expected = expected_precision(probability, weight, reduce=reduce).longest(precision, LEAST)
+    return (probability >= threshold) & (number > 0), expected

@@ -1,8 +1,6 @@
 """How classes are called: the transition matrix of a noisy labeller.
 
-Row k holds the probabilities of what a sample of class k is called. Of very many classes it would have more entries
-than there are samples to tell them: there it has one number a class, how often it goes by its own name, and all other
-names are alike.
+Row k holds the probabilities of what a sample of class k is called.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ from lightning_unlearn.utilities.chunks import row_slices
 from lightning_unlearn.utilities.reduce import Reduce, no_reduce
 
 MOST_NAMES = 2_048
-"""Classes up to which there is a number for every name that each may go by."""
+"""Classes up to which a partition has a matrix of what samples of each are called."""
 
 MOST_HELD = 2**24
 """Likelihoods, one for each class of a row, that are held in double precision: 128 MiB."""
@@ -32,7 +30,7 @@ class LogNames:
     """How classes are called, as logarithms, which take as long as a good many rows.
 
     Args:
-        transition: (C, C) or (C,), see :class:`~lightning_unlearn.functional.LatentClasses`.
+        transition: (C, C), see :class:`~lightning_unlearn.functional.LatentClasses`.
     """
 
     transition: Tensor
@@ -42,21 +40,9 @@ class LogNames:
         """(C, C), row y the log-probabilities of that name under each true class."""
         return self.transition.clamp(min=1e-300).log().T.contiguous()
 
-    @cached_property
-    def _other_and_own(self) -> tuple[Tensor, Tensor]:
-        """(C,) each: of any other name, and how much more of its own."""
-        others = (1 - self.transition) / max(len(self.transition) - 1, 1)
-        own, other = (x.clamp(min=1e-300).log() for x in (self.transition, others))
-        return other, own - other
-
     def joint(self, log_likelihood: Tensor, label: Tensor) -> Tensor:
         """(n, C), log-probability of the evidence and the name of each sample under each true class."""
-        if self.transition.ndim == 2:
-            return self._of_name[label].add_(log_likelihood.double())
-        other, more = self._other_and_own
-        joint = log_likelihood.double() + other
-        joint[torch.arange(len(label), device=label.device), label] += more[label]
-        return joint
+        return self._of_name[label].add_(log_likelihood.double())
 
 
 def given_posterior(log_likelihood: Tensor, label: Tensor, transition: Tensor | LogNames) -> Tensor:
@@ -65,8 +51,8 @@ def given_posterior(log_likelihood: Tensor, label: Tensor, transition: Tensor | 
     Args:
         log_likelihood: (n, C), see :meth:`~lightning_unlearn.functional.LatentClasses.log_likelihood`.
         label: (n,) int64.
-        transition: (C, C) or (C,), see :class:`~lightning_unlearn.functional.LatentClasses`; for who asks of many
-            parts, its logarithms.
+        transition: (C, C), see :class:`~lightning_unlearn.functional.LatentClasses`; for who asks of many parts, its
+            logarithms.
 
     Returns:
         (n, C) float64, log-probabilities.
@@ -94,35 +80,12 @@ def log_odds_of(log_probability: Tensor, label: Tensor) -> Tensor:
     return own - log_probability.scatter(1, column, -torch.inf).logsumexp(dim=1)
 
 
-def no_counts(like: Tensor, num_classes: int) -> Tensor:
-    """Of true class and given name, (C, C); with very many classes of true class, and of those by its own name (C, 2).
-
-    The names come first, as whole rows are added.
-    """
-    names = num_classes if num_classes <= MOST_NAMES else 2
-    return like.new_zeros(names, num_classes, dtype=torch.float64)
-
-
-def is_square(counts: Tensor) -> bool:
-    """Whether there is a number for every name."""
-    return counts.shape[0] == counts.shape[1]
-
-
-def count(counts: Tensor, share: Tensor, label: Tensor) -> None:
-    """Adds shares (n, C) of the true classes of samples of these names."""
-    if is_square(counts):
-        counts.index_add_(0, label, share)
-    else:
-        counts[0] += share.sum(dim=0)
-        counts[1].index_add_(0, label, share.gather(1, label.unsqueeze(1)).squeeze(1))
-
-
 def smoothed(counts: Tensor) -> Tensor:
-    """Counts as probabilities; one sample more of each class, spread over the names, so that nothing is impossible."""
-    each = 1 / counts.shape[1]
-    if not is_square(counts):
-        return (counts[1] + each) / (counts[0] + 1)
-    counts = counts.T + each
+    """Counts (C, C) of names and true classes as probabilities of the names of each class.
+
+    One sample more of each class, spread over the names, so that nothing is impossible.
+    """
+    counts = counts.T + 1 / counts.shape[1]
     return counts / counts.sum(dim=1, keepdim=True)
 
 
@@ -141,22 +104,21 @@ def fit_transition(
         log_likelihood: (n, C) of the true classes; or a function from some rows to theirs, so that not all are held.
         label: (n,) int64.
         weight: (n,), 0 for a row that does not count.
-        start: (C, C) or (C,) to start from, see :class:`~lightning_unlearn.functional.LatentClasses`.
+        start: (C, C) to start from, see :class:`~lightning_unlearn.functional.LatentClasses`.
         reduce: sums over the ranks.
         steps: of expectation maximization.
 
     Returns:
-        float64 of the shape of ``start``.
+        (C, C) float64.
     """
     transition = start
     likelihood = _relative_likelihoods(log_likelihood, label, len(start))
     for _ in range(steps):
-        counts = start.new_zeros(len(start) if start.ndim == 2 else 2, len(start))
-        names, add = transition.clamp(min=1e-300), _add_own_names
-        if start.ndim == 2:
-            names, add = names.T.contiguous(), _add_names
+        counts, names = torch.zeros_like(start), transition.clamp(min=1e-300).T.contiguous()
         for rows, part in likelihood():
-            add(counts, part, label[rows], weight[rows].double(), names)
+            share = names[label[rows]].mul_(part)
+            share.mul_((weight[rows].double() / share.sum(dim=1)).unsqueeze(1))
+            counts.index_add_(0, label[rows], share)
         transition = smoothed(reduce(counts))
     return transition
 
@@ -181,22 +143,3 @@ def _relative_likelihoods(
     dtype = torch.float64 if numbers <= MOST_HELD else torch.float32
     held = [made(rows).to(dtype) for rows in parts]
     return lambda: ((rows, part.double()) for rows, part in zip(parts, held, strict=True))
-
-
-def _add_names(counts: Tensor, likelihood: Tensor, label: Tensor, weight: Tensor, names: Tensor) -> None:
-    """Adds the shares of the true classes of samples to their names (C, C); ``names`` has a row for each."""
-    share = names[label].mul_(likelihood)
-    share.mul_((weight / share.sum(dim=1)).unsqueeze(1))
-    counts.index_add_(0, label, share)
-
-
-def _add_own_names(counts: Tensor, likelihood: Tensor, label: Tensor, weight: Tensor, names: Tensor) -> None:
-    """Adds them to the true classes and to those by their own name (2, C); ``names`` has that one's probability."""
-    other = ((1 - names) / max(len(names) - 1, 1)).clamp(min=1e-300)
-    own = likelihood.gather(1, label.unsqueeze(1)).squeeze(1)
-    by_name = own * names[label]
-    more = by_name - own * other[label]
-    each = weight / (likelihood @ other + more)
-    counts[0] += (each @ likelihood) * other
-    counts[0].index_add_(0, label, each * more)
-    counts[1].index_add_(0, label, each * by_name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_unlearn.functional.prequential import favored_by_sampler
+from lightning_unlearn.functional.prequential import class_shift
 from lightning_unlearn.functional.structured_noise import MIN_ENTRY
 from lightning_unlearn.functional.transition import MOST_NAMES
 from lightning_unlearn.recipes.evidence import Evidence, OutOfSample
@@ -91,7 +91,7 @@ def _favored(evidence: Evidence, drawn: Tensor | None, reduce: Reduce) -> Tensor
     # Of copies each is drawn.
     each = (evidence.weight > 0).double()
     given = torch.zeros(evidence.num_classes, dtype=torch.float64, device=each.device)
-    return favored_by_sampler(reduce(given.index_add_(0, evidence.label, each)), drawn)
+    return -class_shift(reduce(given.index_add_(0, evidence.label, each)), drawn)
 
 
 def share_predicted(evidence: Evidence, reduce: Reduce) -> float:

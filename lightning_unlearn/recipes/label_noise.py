@@ -13,7 +13,7 @@ from lightning_unlearn.functional.attribution import label_margin
 from lightning_unlearn.functional.leave_one_out import left_out_share
 from lightning_unlearn.functional.prequential import PrequentialRate
 from lightning_unlearn.functional.structured_noise import StructuredNoise
-from lightning_unlearn.functional.suspects import LEAST, ExpectedPrecision, expected_precision, in_order_of, with_mean
+from lightning_unlearn.functional.suspects import in_order_of, with_mean
 from lightning_unlearn.functional.symmetric_noise import SymmetricNoiseFit, fit_symmetric_noise, fit_with_and_without
 from lightning_unlearn.functional.transition import log_odds_of
 from lightning_unlearn.recipes.latent_noise import (
@@ -25,9 +25,6 @@ from lightning_unlearn.recipes.latent_noise import (
     transition_noise,
 )
 from lightning_unlearn.utilities.reduce import Reduce, no_reduce
-
-EXPECTED_PRECISION = 0.85
-"""Of the suspects; what is true of them is mostly within .1 of it."""
 
 NAMED_Z = 3.0
 """From which on suspects are named."""
@@ -76,7 +73,7 @@ class LabelHistory:
             where there are none.
         left_out: the rate by leave-one-out scores of features that training has not changed; None without any.
         left_out_logits: (n, C) of them; None where not all samples have some.
-        favored: (C,) by a sampler (:func:`~lightning_unlearn.functional.prequential.favored_by_sampler`); None if
+        favored: (C,) in nats less their mean, how much oftener than its share a sampler drew each class; None if
             samples were drawn alike.
     """
 
@@ -93,11 +90,10 @@ class LabelHistory:
 
 @dataclass(frozen=True, eq=False)
 class LabelNoise:
-    """What is found. All but the first four is the same on every rank.
+    """What is found. All but the first three is the same on every rank.
 
     Args:
         wrong: (n,) float64, probability that the given label is wrong; it ranks.
-        suspect: (n,) bool.
         suggested: (n,) int64, the likeliest other class.
         suggested_share: (n,) float64, its probability among the other classes.
         status: ``"found"``: suspects may be acted upon; ``"weak"``: they are named only, as little speaks for them,
@@ -109,13 +105,9 @@ class LabelNoise:
         z: how sure it is that labels are wrong.
         structured: the classes that go by another's name; None if none does.
         transition: (C, C), row k the probabilities of what a sample of class k is called; None where errors are blind.
-        precision: expected, of the list by ``wrong``.
-        suspects: how many there are.
-        expected: their expected precision.
     """
 
     wrong: Tensor
-    suspect: Tensor
     suggested: Tensor
     suggested_share: Tensor
     status: Status
@@ -125,14 +117,9 @@ class LabelNoise:
     z: float
     structured: StructuredNoise | None
     transition: Tensor | None
-    precision: ExpectedPrecision
-    suspects: int
-    expected: float
 
 
-def find_label_noise(
-    history: LabelHistory, *, precision: float = EXPECTED_PRECISION, reduce: Reduce = no_reduce
-) -> LabelNoise:
+def find_label_noise(history: LabelHistory, *, reduce: Reduce = no_reduce) -> LabelNoise:
     """Finds the labels that are wrong.
 
     Three hypotheses are asked, and the first that is shown explains the labels: some classes go by another's name; any
@@ -141,7 +128,6 @@ def find_label_noise(
 
     Args:
         history: of this rank's samples.
-        precision: that the suspects should have.
         reduce: sums over the ranks.
     """
     asked, mean = _asked(history, reduce)
@@ -164,7 +150,7 @@ def find_label_noise(
     status = _status(found.z, is_open=is_open)
     if status == "none" and matrix is not None and not matrix.is_named:
         objection = objection or NOT_NAMED
-    return _label_noise(found, named, "unknown" if objection else status, objection, asked, precision)
+    return _label_noise(found, named, "unknown" if objection else status, objection, asked)
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,15 +208,12 @@ class _Explained:
 
 
 def _label_noise(
-    found: _Explained, named: NamedClasses | None, status: Status, objection: str, asked: _Asked, precision: float
+    found: _Explained, named: NamedClasses | None, status: Status, objection: str, asked: _Asked
 ) -> LabelNoise:
-    list_of = expected_precision(found.wrong, asked.weight, reduce=asked.reduce)
     is_shown = status in {"found", "weak"}
-    number, threshold, expected = list_of.longest(precision, LEAST) if is_shown else (0.0, 1.0, 0.0)
     share, suggested = found.others.scatter(1, asked.label.unsqueeze(1), -torch.inf).softmax(1).max(1)
     return LabelNoise(
         wrong=found.wrong,
-        suspect=(found.wrong >= threshold) & (number > 0),
         suggested=suggested,
         suggested_share=share,
         status=status,
@@ -241,9 +224,6 @@ def _label_noise(
         z=found.z,
         structured=named.noise if named else None,
         transition=found.transition,
-        precision=list_of,
-        suspects=round(number),
-        expected=expected,
     )
 
 

@@ -13,12 +13,11 @@ from torch import Tensor
 from lightning_unlearn.functional.margin_noise import (
     AveragedCurve,
     average_of,
-    class_shift,
     fit_with_and_without,
     predicted,
     wrong_probability,
 )
-from lightning_unlearn.functional.prequential import PrequentialRate
+from lightning_unlearn.functional.prequential import PrequentialRate, class_shift
 from lightning_unlearn.functional.suspects import in_order_of, with_mean
 from lightning_unlearn.functional.symmetric_noise import SymmetricNoiseFit
 from lightning_unlearn.functional.transition import MOST_NAMES

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_unlearn.functional.suspects import LEAST, expected_precision
+from lightning_unlearn.functional.suspects import longest_list
 from lightning_unlearn.recipes.evidence import Evidence
 from lightning_unlearn.utilities.checks import check_flag, check_text, fault_of_call, shown
 from lightning_unlearn.utilities.reduce import Reduce
@@ -96,8 +96,7 @@ class Verdict:
         if self.noise.status != "found":
             return broken
         wrong = 1 - of_label.double()
-        number, threshold, _ = expected_precision(wrong, weight * ~broken, reduce=reduce).longest(precision, LEAST)
-        return broken | ((wrong >= threshold) & (number > 0))
+        return broken | longest_list(wrong, weight * ~broken, precision, reduce=reduce)[0]
 
 
 Judge = Callable[[Evidence, Reduce], Verdict]

@@ -316,66 +316,9 @@ def test_rows_that_are_not_finite_are_refused_on_every_rank(value):
     assert run_ranks(work, 2) == [True, True]
 
 
-# Very many classes
-
-
-@pytest.fixture
-def compact(monkeypatch):
-    """As with more classes than there is a number for every name of."""
-    monkeypatch.setattr(transition, "MOST_NAMES", C - 1)
-
-
-def full(own):
-    """(C, C), the matrix that one number a class stands for."""
-    matrix = ((1 - own) / (len(own) - 1)).unsqueeze(1).repeat(1, len(own))
-    return matrix.diagonal_scatter(own)
-
-
-@pytest.mark.usefixtures("compact")
-def test_with_very_many_classes_other_names_are_alike():
-    rows, given, true = draw(SYMMETRIC, 4000)
-    classes = fit(rows, given)
-    assert classes.transition.shape == (C,)
-    torch.testing.assert_close(classes.transition, happened(true, given).diagonal(), atol=0.04, rtol=0)
-    found = given_posterior(classes.log_likelihood(rows), given, classes.transition)
-    expected = given_posterior(classes.log_likelihood(rows), given, full(classes.transition))
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(found.exp().sum(dim=1), torch.ones(4000).double())
-
-
-@pytest.mark.usefixtures("compact")
-def test_one_step_with_very_many_classes_matches_a_loop():
-    _, given, _ = draw(SYMMETRIC, 30)
-    log_likelihood = torch.randn(30, C, generator=torch.Generator().manual_seed(5)).double()
-    weight = (torch.arange(30) % 3 > 0).float()
-    start = torch.tensor([0.6, 0.5, 0.9, 0.3]).double()
-    own, total = np.full(C, 1 / C), np.ones(C)
-    for i in range(30):
-        p = [math.exp(log_likelihood[i, k]) * full(start)[k, given[i]].item() for k in range(C)]
-        for k in range(C):
-            total[k] += weight[i].item() * p[k] / sum(p)
-            own[k] += (given[i] == k).item() * weight[i].item() * p[k] / sum(p)
-    found = fit_transition(log_likelihood, given, weight, start, steps=1)
-    torch.testing.assert_close(found, torch.tensor(own / total))
-
-
-@pytest.mark.usefixtures("compact")
-def test_ranks_fit_very_many_classes_as_one_does():
-    rows, given, _ = draw(SYMMETRIC, 301)
-    whole = fit(rows, given)
-
-    def work(rank, reduce):
-        share, label, weight = padded_shares((rows, given), rank, 2)
-        return fit(share, label, weight, reduce=reduce)
-
-    for classes in run_ranks(work, 2):
-        assert_same(classes, whole)
-
-
-@pytest.mark.parametrize("start", [SYMMETRIC.double(), torch.tensor([0.6, 0.5, 0.9, 0.3]).double()], ids=["all", "own"])
 @pytest.mark.parametrize(("held", "single", "tolerance"), [(0, 2**26, 1e-6), (0, 0, 1e-14)])
-def test_the_transition_is_the_same_whether_likelihoods_are_held(start, held, single, tolerance, monkeypatch):
-    rows, given, _ = draw(SYMMETRIC, 300)
+def test_the_transition_is_the_same_whether_likelihoods_are_held(held, single, tolerance, monkeypatch):
+    (rows, given, _), start = draw(SYMMETRIC, 300), SYMMETRIC.double()
     log_likelihood = fit(rows, given).log_likelihood(rows)
     calls = []
 

@@ -8,7 +8,6 @@ import torch
 from lightning_unlearn.functional.margin_noise import (
     AveragedCurve,
     average_of,
-    class_shift,
     fit_margin_noise,
     fit_with_and_without,
     predicted,
@@ -182,11 +181,3 @@ def test_an_early_epoch_of_ranks_is_that_of_one():
     ):
         assert found.middle == pytest.approx(one.middle, rel=1e-3)
         assert found.skill == pytest.approx(one.skill)
-
-
-def test_class_weights_shift_what_is_expected():
-    given = torch.tensor([900.0, 60.0, 40.0, 0.0])
-    assert not class_shift(given, torch.tensor([880.0, 70.0, 50.0, 0.0])).any()
-    shift = class_shift(given, torch.tensor([330.0, 330.0, 330.0, 10.0]))
-    assert shift[0] > 0 > shift[1] > shift[2]
-    assert shift[3] == 0

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_unlearn.functional import prequential
-from lightning_unlearn.functional.prequential import favored_by_sampler, following, prequential_rate
+from lightning_unlearn.functional.prequential import class_shift, following, prequential_rate
 from tests.ranks import run_ranks
 
 
@@ -65,15 +65,23 @@ def test_a_bias_is_in_logits_whatever_their_scale():
     torch.testing.assert_close(3 * found.bias, (prior - prior.mean()).double(), atol=0.3, rtol=0)
 
 
+def test_class_weights_shift_what_is_expected():
+    given = torch.tensor([900.0, 60.0, 40.0, 0.0])
+    assert not class_shift(given, torch.tensor([880.0, 70.0, 50.0, 0.0])).any()
+    shift = class_shift(given, torch.tensor([330.0, 330.0, 330.0, 10.0]))
+    assert shift[0] > 0 > shift[1] > shift[2]
+    assert shift[3] == 0
+
+
 def test_what_a_sampler_did_is_known():
-    favored = favored_by_sampler(torch.tensor([100, 200, 200, 300, 500]), torch.full((5,), 260))
+    favored = -class_shift(torch.tensor([100, 200, 200, 300, 500]), torch.full((5,), 260))
     assert favored.sum() == pytest.approx(0, abs=1e-9)
     logits, label, position = epoch(8000, 0.05)
     found = prequential_rate(logits + favored, label, position, torch.ones(8000), favored=favored)
     alone = prequential_rate(logits, label, position, torch.ones(8000))
     assert found.middle == pytest.approx(alone.middle, abs=1e-6)
     assert not found.bias.any()
-    assert not favored_by_sampler(torch.tensor([100, 120]), torch.tensor([110, 100])).any()  # by chance
+    assert not class_shift(torch.tensor([100, 120]), torch.tensor([110, 100])).any()  # by chance
 
 
 @pytest.mark.parametrize(("scale", "counts"), [(1.0, 1), (0.2, 0)], ids=["probabilities", "hard samples only"])

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lightning_unlearn.functional.suspects import LEAST, expected_precision, in_order_of, with_mean
+from lightning_unlearn.functional.suspects import LEAST, expected_precision, in_order_of, longest_list, with_mean
 from tests.ranks import run_ranks
 
 
@@ -83,3 +83,16 @@ def test_ranks_find_what_one_finds():
 
     for rank, of_rank in enumerate(run_ranks(on_rank, 2)):
         torch.testing.assert_close(of_rank, one[rank::2])
+
+
+def test_the_longest_list_leaves_out_what_is_hardly_wrong_and_ranks_make_the_same():
+    probability = torch.tensor([0.99, 0.98, 0.9, 0.8, 0.5, LEAST - 0.05, 0.01])
+    weight = torch.tensor([1.0, 1, 1, 0, 1, 1, 1])
+    listed, expected = longest_list(probability, weight, 0.8)
+    assert listed.tolist() == [True, True, True, True, True, False, False]
+    assert expected == pytest.approx((0.99 + 0.98 + 0.9 + 0.5) / 4, abs=1e-6)
+    both = run_ranks(lambda rank, reduce: longest_list(probability[rank::2], weight[rank::2], 0.8, reduce=reduce), 2)
+    for rank, (of_rank, share) in enumerate(both):
+        assert of_rank.equal(listed[rank::2])
+        assert share == pytest.approx(expected)
+    assert not longest_list(probability[-1:], weight[-1:], 0.8)[0].any()

@@ -12,7 +12,7 @@ FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
 # What the files of a folder may import of ours, beside each other; a file belongs to the longest prefix of its name.
 BELOW_TRAINER = {"utilities", "functional", "data", "results", "attribution"}
 STEPS = {"evidence", "partitioning", "pruning", "finetuning"}
-BELOW_CALLBACKS = BELOW_TRAINER | {"recipes", "trainer"} | STEPS
+BELOW_CALLBACKS = BELOW_TRAINER | {"recipes", "trainer", "shrinking"} | STEPS
 MAY_IMPORT = {
     "utilities": set(),
     "functional": {"utilities"},
@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "trainer": BELOW_TRAINER,
     "evidence": BELOW_TRAINER | {"trainer", "recipes.classes", "recipes.evidence"},
     "partitioning": BELOW_TRAINER | {"trainer", "evidence", "recipes"},
-    "pruning": BELOW_TRAINER | {"trainer"},
+    "pruning": BELOW_TRAINER | {"trainer", "shrinking"},
     "finetuning": BELOW_TRAINER | {"trainer", "pruning.masking"},
     "shrinking": {"pruning.masking", "utilities"},
     "callbacks": BELOW_CALLBACKS,

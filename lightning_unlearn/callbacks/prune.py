@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from os import PathLike
 from typing import Any
 
 import torch
@@ -30,16 +31,19 @@ from lightning_unlearn.pruning.sites import (
     default_site,
     named_site,
 )
+from lightning_unlearn.pruning.smaller import refuse_unshrinkable, write_shrunk
 from lightning_unlearn.results.mask import NeuronMask
 from lightning_unlearn.results.partition import Partition
 from lightning_unlearn.results.provenance import copied, settings_of
+from lightning_unlearn.shrinking.cut import require_torch_pruning
 from lightning_unlearn.trainer.context import IndexedBatch, probe
 from lightning_unlearn.trainer.fit_loop import log_values
 from lightning_unlearn.trainer.loggers import log_masks
 from lightning_unlearn.trainer.progress import rank_zero_info
 from lightning_unlearn.trainer.sample_rows import locate_samples, no_rows
+from lightning_unlearn.trainer.strategies import refuse_where_sharded
 from lightning_unlearn.trainer.weight_averages import averaged_parts
-from lightning_unlearn.utilities.checks import check_flag, check_names, check_number, check_text
+from lightning_unlearn.utilities.checks import check_flag, check_names, check_number, check_path, check_text
 from lightning_unlearn.utilities.sharding import reshard
 
 _NOT_SILENT = (
@@ -82,11 +86,16 @@ class SensitivityPruneCallback(PartitionConsumer):
             ``Sensitivity(fdr_level=None)``, or of your own making: see :mod:`lightning_unlearn.pruning.criteria`.
         guard: whether to measure, and take back what hurts.
         max_val_drop: by how much validation accuracy may fall (0.01 is one point), or the loss rise, in nats.
+        shrink_to: file to which rank 0 writes the network without its pruned neurons when the fit ends, as the weights
+            are then: with fewer parameters, and the same outputs. :func:`~lightning_unlearn.shrinking.load_shrunk`
+            reads it. Of another checkpoint, ``lightning-unlearn shrink`` makes one.
 
     Raises:
         ValueError: for arguments out of range, here; for a layer that is unknown or cannot be pruned, when the fit is
             set up; for one that is not reached, or too small for ``amount``, when training starts.
-        MisconfigurationException: without an AttributionPartitionCallback beside it, when the fit is set up.
+        MisconfigurationException: without an AttributionPartitionCallback beside it, or with ``shrink_to`` where ranks
+            hold parts of the weights, when the fit is set up.
+        ImportError: with ``shrink_to``, without the package torch-pruning, when the fit is set up.
 
     Example:
         >>> SensitivityPruneCallback(["fc1", "fc2"], criterion="taylors")
@@ -104,6 +113,7 @@ class SensitivityPruneCallback(PartitionConsumer):
         criterion: str | Criterion = "sensitivity",
         guard: bool = True,
         max_val_drop: float = 0.01,
+        shrink_to: str | PathLike[str] | None = None,
     ) -> None:
         self.layer = _checked_layer(layer)
         self.amount = check_number("amount", amount, above=0, below=1, meaning="the share of neurons to prune")
@@ -111,6 +121,7 @@ class SensitivityPruneCallback(PartitionConsumer):
         self.criterion = criterion if isinstance(criterion, Criterion) else self._criterion.name
         self.guard = check_flag("guard", guard)
         self.max_val_drop = check_number("max_val_drop", max_val_drop, least=0)
+        self.shrink_to = None if shrink_to is None else check_path("shrink_to", shrink_to, "a file to write")
         self.reset()
 
     @override
@@ -188,6 +199,13 @@ class SensitivityPruneCallback(PartitionConsumer):
         return {"pruned": pruned, "note": self._note}
 
     @override
+    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().check(trainer, pl_module)
+        if self.shrink_to is not None:
+            refuse_where_sharded(trainer, "SensitivityPruneCallback", shrink_to=True)
+            require_torch_pruning()
+
+    @override
     def check_layers(self, pl_module: LightningModule) -> None:
         for name in self._names():
             check_layer(pl_module, name, self.amount)
@@ -198,15 +216,16 @@ class SensitivityPruneCallback(PartitionConsumer):
 
     @override
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Also for a source that has not looked at a batch since a resume, so that it learns what its labels mean.
+        first, batch = probe(trainer, pl_module, self.source)
+        if self.shrink_to is not None:
+            refuse_unshrinkable(trainer, pl_module, batch.x, self.shrink_to)
         if self._masks:
-            # A source that has not looked at a batch since the resume learns what its labels mean.
-            probe(trainer, pl_module, self.source)
             return
 
         def trace() -> ForwardTrace:
             return probe(trainer, pl_module, self.source)[0]
 
-        first, batch = probe(trainer, pl_module, self.source)
         if self.layer is None:
             sites = [default_site(pl_module, self.amount, first)]
         else:
@@ -318,6 +337,14 @@ class SensitivityPruneCallback(PartitionConsumer):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.confirm(trainer, pl_module)
+        if self.shrink_to is None:
+            return
+        if not self._holds() or all(bool(mask.keep.all()) for mask in self._masks):
+            rank_zero_info(f"No neuron is pruned, so {self.shrink_to} is not written.")
+            return
+        _, batch = probe(trainer, pl_module, self.source)
+        with self.timed():
+            write_shrunk(trainer, pl_module, batch.x, self.shrink_to)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -56,7 +56,7 @@ def shrink(model: _Model, example_input: ExampleInput, *, layers: Sequence[str] 
         Sequential( (0): Linear(in_features=4, out_features=5, bias=True) (1): ReLU()
             (2): Linear(in_features=5, out_features=2, bias=True) )
     """
-    _torch_pruning()
+    require_torch_pruning()
     wanted = _chosen(model, layers)
     with torch.inference_mode(False), torch.enable_grad():
         small = _copied(model).eval()
@@ -87,7 +87,12 @@ def _chosen(model: nn.Module, layers: Sequence[str] | None) -> list[str]:
     return known if layers is None else [name for name in known if name in layers]
 
 
-def _torch_pruning() -> Any:
+def require_torch_pruning() -> Any:
+    """The package that knows what else must be cut with a neuron.
+
+    Raises:
+        ImportError: without it, naming the extra.
+    """
     try:
         import torch_pruning
     except ImportError as error:
@@ -157,7 +162,8 @@ def _dependency_graph(model: nn.Module, example_input: Any) -> Any:
         return outputs
 
     try:
-        return _torch_pruning().DependencyGraph().build_dependency(model, None, forward_fn=forward, verbose=False)
+        graph = require_torch_pruning().DependencyGraph()
+        return graph.build_dependency(model, None, forward_fn=forward, verbose=False)
     except Exception as error:
         raise ValueError(
             f"Expected a {type(model).__name__} that torch-pruning can trace, but it cannot ({error!r}); shrink the"

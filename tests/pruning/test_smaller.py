@@ -1,0 +1,146 @@
+"""The smaller network that a fit leaves."""
+
+import logging
+import sys
+
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from lightning_unlearn import SensitivityPruneCallback
+from lightning_unlearn.shrinking import load_shrunk
+from tests.callbacks import forked
+from tests.callbacks.published import Published, make_partition
+from tests.toys import Blobs, BlobsData, Toy, adamw, fit, make_trainer, weights
+
+
+@pytest.fixture
+def said(caplog):
+    caplog.set_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero")
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
+def net():
+    return nn.Sequential(nn.Linear(16, 20), nn.ReLU(), nn.Linear(20, 12), nn.ReLU(), nn.Linear(12, 4))
+
+
+def callbacks(data, path, dry=False, **arguments):
+    probability = torch.rand(101, generator=torch.Generator().manual_seed(1))
+    published = Published(make_partition(probability, data.y), is_dry_run=dry)
+    prune = {"criterion": "random", "amount": 0.5, "guard": False, **arguments}
+    return [published, SensitivityPruneCallback(["net.0", "net.2"], shrink_to=path, **prune)]
+
+
+def run(path, module=None, **arguments):
+    data, toy = Blobs(101), module or Toy(net, adamw)
+    fit(toy, BlobsData(data), ours := callbacks(data, path, **arguments), max_epochs=3)
+    return toy, ours[1], data
+
+
+def outputs(module, x):
+    with torch.no_grad():
+        return module.eval()(x)
+
+
+def test_it_answers_as_the_fits_module_does(tmp_path, said):
+    path = tmp_path / "made" / "small.pt"
+    module, prune, data = run(path)
+    small = load_shrunk(Toy(net), path)
+    assert (small.net[0].out_features, small.net[2].out_features, small.net[2].in_features) == (10, 6, 10)
+    torch.testing.assert_close(outputs(small, data.x), outputs(module, data.x))
+    count = sum(p.numel() for p in small.parameters())
+    assert (
+        f"{path} holds the network without its pruned neurons: {count} of 644 parameters. load_shrunk reads it."
+        in said()
+    )
+    # The fit's own module keeps its shapes.
+    assert module.net[0].out_features == 20
+    assert prune.settings()["shrink_to"] == str(path)
+
+
+def test_a_fit_is_the_same_without_it(tmp_path):
+    with_it, without = run(tmp_path / "small.pt")[0], run(None)[0]
+    assert all(value.equal(weights(without)[name]) for name, value in weights(with_it).items())
+
+
+@pytest.mark.parametrize("arguments", [{"dry": True}, {"criterion": "sensitivity"}])
+def test_where_no_neuron_is_pruned_nothing_is_written(tmp_path, arguments, said):
+    run(tmp_path / "small.pt", **arguments)
+    assert f"No neuron is pruned, so {tmp_path / 'small.pt'} is not written." in said()
+    assert not (tmp_path / "small.pt").exists()
+
+
+def test_a_resumed_fit_writes_it_too(tmp_path):
+    data, module = Blobs(101), Toy(net, adamw)
+    trainer = fit(module, BlobsData(data), callbacks(data, None), max_epochs=2)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    again = Toy(net, adamw)
+    ours = callbacks(data, tmp_path / "small.pt")
+    fit(again, BlobsData(data), ours, max_epochs=3, ckpt_path=tmp_path / "last.ckpt")
+    small = load_shrunk(Toy(net), tmp_path / "small.pt")
+    torch.testing.assert_close(outputs(small, data.x), outputs(again, data.x))
+
+
+def test_what_cannot_be_shrunk_is_refused_before_the_first_step(tmp_path):
+    steps = []
+
+    class Detached(Toy):
+        def forward(self, x):
+            return super().forward(x).detach()
+
+        def training_step(self, batch, batch_idx):
+            steps.append(batch_idx)
+            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    with pytest.raises(ValueError, match="Expected a Detached that torch-pruning can trace"):
+        run(tmp_path / "small.pt", Detached(net, adamw))
+    with pytest.raises(ValueError, match=r"Expected a file to write, but .* is a folder"):
+        run(tmp_path)
+    assert steps == []
+
+
+def test_without_torch_pruning_the_extra_is_named_when_the_fit_is_set_up(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
+    with pytest.raises(ImportError, match=r"pip install 'lightning-unlearn\[shrink\]'"):
+        run(tmp_path / "small.pt")
+
+
+def test_a_path_that_is_none_is_refused_by_name():
+    with pytest.raises(ValueError, match="Expected shrink_to to be the path of a file to write, but got 3"):
+        SensitivityPruneCallback(shrink_to=3)
+
+
+def test_where_ranks_hold_parts_of_the_weights_it_is_refused_by_name(tmp_path):
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    data = Blobs(101)
+    prune = callbacks(data, tmp_path / "small.pt")
+    trainer = make_trainer(callbacks=prune)
+    trainer.strategy.__class__ = type("Parts", (ModelParallelStrategy,), {})
+    with pytest.raises(MisconfigurationException, match=r"SensitivityPruneCallback\(shrink_to=\.\.\.\) does not work"):
+        prune[1].check(trainer, Toy(net))
+
+
+def fit_on_two_ranks(folder, devices):
+    data, module = Blobs(101), Toy(net, adamw)
+    ours = callbacks(data, folder / "small.pt")
+    trainer = fit(module, BlobsData(data), ours, max_epochs=3, devices=devices, strategy="ddp")
+    torch.save(module.state_dict(), folder / f"{trainer.global_rank}.pt")
+    refused = callbacks(data, folder)
+    try:
+        fit(Toy(net, adamw), BlobsData(data), refused, max_epochs=3, devices=devices, strategy="ddp")
+    except ValueError as error:
+        (folder / f"refused-{trainer.global_rank}").write_text(str(error))
+
+
+@pytest.mark.ddp
+def test_two_processes_write_one_network_and_refuse_on_both(tmp_path):
+    done = forked.launch(fit_on_two_ranks, tmp_path, 2)
+    assert (tmp_path / "refused-1").exists(), done.stderr[-4000:]
+    module, data = Toy(net), Blobs(101)
+    module.load_state_dict(torch.load(tmp_path / "1.pt", weights_only=True))
+    small = load_shrunk(Toy(net), tmp_path / "small.pt")
+    assert small.net[0].out_features == 10
+    torch.testing.assert_close(outputs(small, data.x), outputs(module, data.x))
+    assert all("is a folder" in (tmp_path / f"refused-{rank}").read_text() for rank in (0, 1))

@@ -69,12 +69,21 @@ def check_make(words):
 
 def check_pip(words):
     assert words[1] == "install", words
-    for name, extras in re.findall(r"([\w-]+)(?:\[([\w,]+)\])?", words[2]):
-        assert name == "lightning-unlearn", words
-        assert all(re.search(rf"^{extra} = \[", PROJECT, re.MULTILINE) for extra in extras.split(",") if extra), words
+    # The checkout, or a wheel of it, or its repository.
+    found = re.fullmatch(r"(\.|lightning-unlearn)(?:\[([\w,]+)\])?(?: @ git\+https://.*/lightning-unlearn)?", words[-1])
+    assert found or words[-1] == "dist/*.whl", words
+    extras = found[2].split(",") if found and found[2] else []
+    assert all(re.search(rf"^{extra} = \[", PROJECT, re.MULTILINE) for extra in extras), words
+
+
+def check_uv(words):
+    assert words[:3] == ["uv", "pip", "install"], words
+    check_pip(words[1:])
 
 
 def check_python(words):
+    if words[1] == "train.py":  # a user's own
+        return
     path = words[2].replace(".", "/") + ".py" if words[1] == "-m" else words[1]
     assert (ROOT / path).is_file(), words
 
@@ -83,6 +92,7 @@ CHECKS = {
     "lightning-unlearn": check_ours,
     "make": check_make,
     "pip": check_pip,
+    "uv": check_uv,
     "python": check_python,
 }
 

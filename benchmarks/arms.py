@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 from torch.utils.data import DataLoader
 
-from benchmarks.cases import CLASSES, Case, Noisy, make
+from benchmarks.cases import Case, Noisy, make
 from benchmarks.elr import regularise_early_learning
 from benchmarks.measures import quality
 from benchmarks.models import StopAfter, TrainOn, move_towards, train_with
@@ -28,9 +28,11 @@ from benchmarks.plans import (
     BASE,
     CE,
     CEILING,
+    CLEANLAB,
     CONTROLS,
     ELR,
     FFT,
+    FRESH,
     REPAIRS,
     RETRAIN,
     RETRAIN_SHORT,
@@ -77,7 +79,7 @@ class Unit:
 
     def run(self, arm: str) -> dict[str, Any]:
         """What an arm comes to: test accuracy, seconds, steps and what else is worth knowing."""
-        if arm not in (BASE, CE, ELR):
+        if arm not in (BASE, CLEANLAB, CE, ELR):
             self.result(BASE)
         if arm in CONTROLS or arm in STEPS_OF:
             self.result(STEPS_OF.get(arm, FFT))
@@ -92,6 +94,7 @@ class Unit:
             RETRAIN_SHORT: lambda: self._like_fine_tuning(self._network(), self._kept),
             CEILING: lambda: self._like_fine_tuning(self._network(), (~self.bad).nonzero().squeeze(1)),
             SHRINK_ALL: lambda: self._like_fine_tuning(self._shrunk()),
+            CLEANLAB: self._cleanlab,
             CE: self._cross_entropy,
             ELR: self._elr,
         }[arm]()
@@ -203,9 +206,26 @@ class Unit:
     def _kept(self) -> Tensor:
         return Partition.load(self.folder / "partition.pt").clean_indices()
 
-    def _retrain(self) -> dict[str, Any]:
+    def _cleanlab(self) -> dict[str, Any]:
+        """What cleanlab leaves by probabilities of five networks that have not seen the sample, retrained in full."""
+        from benchmarks.peers import FOLDS, cleanlab_on, predictions
+
+        fresh, total = plan_of(self.case, FRESH, fast=self.fast), len(self.data.train)
+        fold = torch.randperm(total, generator=torch.Generator().manual_seed(self.seed)) % FOLDS
+        rows: list[tuple[Tensor, Tensor]] = []
+        for k in range(FOLDS):
+            model, loader = self._network(), self._loader((fold != k).nonzero().squeeze(1))
+            train_with(model, fresh.base_optimizer, None, "epoch")
+            trainer = self._trainer(fresh.base_epochs, [], -1)
+            trainer.fit(model, loader)
+            rows.append(((fold == k).nonzero().squeeze(1), predictions(trainer, model, self.data.train[fold == k])))
+        probability = torch.cat([said for _, said in rows]).softmax(dim=1)[torch.cat([i for i, _ in rows]).argsort()]
+        left = ~cleanlab_on(self.data.given_label, probability)["flagged"]
+        return self._retrain(left.nonzero().squeeze(1))
+
+    def _retrain(self, index: Tensor | None = None) -> dict[str, Any]:
         """The kept subset, from new weights, for as many epochs as the base had."""
-        loader = self._loader(self._kept)
+        loader = self._loader(self._kept if index is None else index)
         epochs = self.plan.base_epochs
         return self._fit(self._one_cycle(loader, epochs), loader, [], epochs)
 
@@ -223,7 +243,7 @@ class Unit:
         total = len(self.data.train)
         loader = self._loader(label=torch.stack([self.data.given_label, torch.arange(total)], dim=1))
         model = self._one_cycle(loader, self._alone_epochs)
-        regularise_early_learning(model, total, CLASSES)
+        regularise_early_learning(model, total, int(self.data.given_label.max()) + 1)
         return self._fit(model, loader, [], self._alone_epochs)
 
     def _loader(self, index: Tensor | None = None, label: Tensor | None = None) -> DataLoader[Any]:
@@ -280,7 +300,10 @@ class Unit:
         """Trains and tests; of a fit that is resumed, seconds and steps are those after the base."""
         trainer = self._trainer(epochs, callbacks, steps)
         started = time.perf_counter(), time.process_time()
-        trainer.fit(model, loader, ckpt_path=self.checkpoint if resume else None)
+        # Only for who partitions: whoever does without needs none.
+        held = self.data.validation if callbacks else None
+        values = None if held is None else DataLoader(Rows(*held), 500, collate_fn=as_it_is)
+        trainer.fit(model, loader, values, ckpt_path=self.checkpoint if resume else None)
         seconds = {"seconds": time.perf_counter() - started[0], "process_seconds": time.process_time() - started[1]}
         taken = trainer.global_step - (self.result(BASE)["steps"] if resume else 0)
         tests = DataLoader(Rows(self.data.test, self.data.test_label), 500, collate_fn=as_it_is)

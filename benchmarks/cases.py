@@ -12,12 +12,24 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from benchmarks.models import ResNetClassifier, cifar_classifier, spoken_classifier
+from benchmarks.detection_cases import DetectionCase, load, noisy_labels, noisy_validation, test_part
+from benchmarks.detection_cases import Source as Table
+from benchmarks.models import ResNetClassifier, TableClassifier, cifar_classifier, spoken_classifier
 from benchmarks.sources import Source, cifar, digits, spoken_digits
 from lightning_unlearn.demo import DigitsClassifier
 from lightning_unlearn.noise import GaussianInputs, PaperImageNoise, asymmetric_labels, symmetric_labels
 
 CLASSES = 10
+
+
+# Of tables and texts: the network of :mod:`benchmarks.detection_cases`, columns and classes. Fits take seconds.
+TABLES = {
+    "features": ("mlp", 1280, 10),
+    "music-mv": ("wide", 124, 10),
+    "hate": ("text", 120, 3),
+    "phon-15": ("wide", 5, 2),
+}
+_VALIDATION = 500  # of the test images' features; the rest is tested on
 
 
 @dataclass(frozen=True)
@@ -26,8 +38,8 @@ class Case:
 
     Args:
         name: of the case.
-        data: ``"cifar"``, ``"spoken"`` or ``"digits"``.
-        labels: ``"clean"``, ``"human"``, ``"symmetric"`` or ``"asymmetric"``.
+        data: ``"cifar"``, ``"spoken"``, ``"digits"``, or one of :data:`TABLES`.
+        labels: ``"clean"``, ``"human"``, ``"symmetric"``, ``"asymmetric"``, or ``"given"`` as published.
         rate: share of wrong labels, where they are injected.
         sigma: of the Gaussian noise on inputs in [0, 1]; 0 for none.
         share: share of corrupted inputs.
@@ -61,13 +73,15 @@ class Case:
     @property
     def batch(self) -> int:
         """Samples per step."""
-        return 128 if self.data == "cifar" else 64
+        return {"cifar": 128, "features": 128, "hate": 128, "music-mv": 32, "phon-15": 32}.get(self.data, 64)
 
     @property
     def network(self) -> Callable[[], L.LightningModule]:
         """Makes the network."""
         if self.large:
             return partial(ResNetClassifier, self.depth)
+        if self.data in TABLES:
+            return partial(TableClassifier, *TABLES[self.data])
         return {"cifar": cifar_classifier, "spoken": spoken_classifier, "digits": DigitsClassifier}[self.data]
 
 
@@ -103,6 +117,19 @@ CASES: dict[str, Case] = {
 DIGITS_CASES: dict[str, Case] = {
     case.name: case for case in (Case("digits-sym40", "digits", "symmetric", 0.4), Case("digits-clean", "digits"))
 }
+TABLE_CASES: dict[str, Case] = {
+    case.name: case
+    for case in (
+        Case("features-human40", "features", "human", 0.4, train_size=6_000),
+        Case("features-human17", "features", "human", 0.17, train_size=6_000),
+        Case("features-human9", "features", "human", 0.09, train_size=6_000),
+        Case("features-sym20", "features", "symmetric", 0.2, train_size=6_000),
+        Case("features-clean", "features", train_size=6_000),
+        Case("music", "music-mv", "given"),
+        Case("hate", "hate", "given"),
+        Case("phon-15", "phon-15", "given"),
+    )
+}
 CPU_CASES = tuple(name for name in CASES if not CASES[name].large)
 # Where cleanlab's out-of-sample probabilities, at five times the training, are worth their time.
 FOLD_CASES = ("cifar-human", "cifar-sym40", "cifar-asym40", "spoken-sym40", "spoken-asym40")
@@ -120,6 +147,7 @@ class Noisy:
         corrupted: (N,) bool, for evaluation only.
         test: normalised.
         test_label: (M,) int64.
+        validation: inputs, and labels as noisy as those of training; None where there are none.
     """
 
     train: Tensor
@@ -129,6 +157,26 @@ class Noisy:
     corrupted: Tensor
     test: Tensor
     test_label: Tensor
+    validation: tuple[Tensor, Tensor] | None = None
+
+
+def _table(case: Case, seed: int, data: Path) -> Noisy:
+    noise = DetectionCase("cifar" if case.data == "features" else case.data, case.labels, case.rate)
+    whole = load(noise.data, data, seed)
+    if whole.val_x is None or whole.val_y is None:
+        raise ValueError(f"{case.data} has no validation samples.")
+    if noise.data == "cifar":
+        few, held = slice(case.train_size), slice(_VALIDATION)
+        human = None if whole.human is None else whole.human[few]
+        test, test_label = whole.val_x[_VALIDATION:], whole.val_y[_VALIDATION:]
+        whole = Table(
+            whole.x[few], whole.truth[few], human=human, val_x=whole.val_x[held], val_y=whole.val_y[held], classes=10
+        )
+    else:
+        test, test_label = test_part(data, case.data)
+    given, validation = noisy_labels(whole, noise, seed), noisy_validation(whole, noise, seed)
+    corrupted = torch.zeros(len(given), dtype=torch.bool)
+    return Noisy(whole.x, given, whole.truth, given != whole.truth, corrupted, test, test_label, validation)
 
 
 def make(case: Case, seed: int, data: Path) -> Noisy:
@@ -137,8 +185,10 @@ def make(case: Case, seed: int, data: Path) -> Noisy:
     Args:
         case: which.
         seed: of the choice of images and of the noise.
-        data: folder with ``cifar10n.npz`` and ``fsdd.zip``.
+        data: folder with the files.
     """
+    if case.data in TABLES:
+        return _table(case, seed, data)
     if case.data == "cifar":
         source = cifar(data / "cifar10n.npz", case.train_size, 5_000, seed)
     else:

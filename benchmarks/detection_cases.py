@@ -134,6 +134,13 @@ def _published(folder: Path, name: str, seed: int) -> Source:
     return Source(x, _long(file[f"{name}/ref"]), given, None, val_x, val_y, of_case["classes"])
 
 
+def test_part(folder: Path, name: str) -> tuple[Tensor, Tensor]:
+    """Inputs, and the better labels, on which what was published is tested."""
+    file = np.load(folder / "realnoise.npz")
+    is_text = json.loads(str(file["meta"]))[name]["kind"] == "text"
+    return torch.from_numpy(file[f"{name}/xt"].astype(np.int64 if is_text else np.float32)), _long(file[f"{name}/yt"])
+
+
 def _table(load: Callable[..., tuple[np.ndarray, np.ndarray]], seed: int) -> Source:
     x, y = load(return_X_y=True)
     order = np.random.default_rng(seed).permutation(len(y))

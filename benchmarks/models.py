@@ -11,6 +11,8 @@ from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_accuracy
 
+from benchmarks.detection_cases import network_of
+
 
 def _block(inputs: int, outputs: int, *, pool: bool) -> nn.Sequential:
     layers = [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
@@ -108,6 +110,37 @@ class ResNetClassifier(SmallClassifier):
         self.blocks = nn.Sequential(stem, net.layer1, net.layer2, net.layer3, net.layer4, net.avgpool)
         self.fc = nn.Identity()
         self.head = net.fc
+
+
+class TableClassifier(L.LightningModule):
+    """A network of :mod:`benchmarks.detection_cases`, for vectors and texts.
+
+    Args:
+        kind: its name there.
+        inputs: columns.
+        classes: of the labels.
+    """
+
+    def __init__(self, kind: str, inputs: int, classes: int) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.network = network_of(kind, inputs, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, C)."""
+        return self.network(x)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Cross-entropy of the given labels."""
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Logs the cross-entropy as ``val_loss``."""
+        self.log("val_loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Logs the accuracy as ``test_acc``."""
+        self.log("test_acc", (self(batch[0]).argmax(dim=1) == batch[1]).float().mean())
 
 
 class StopAfter(L.Callback):

@@ -19,6 +19,8 @@ KEEP = "F-FT keep"
 # Controls from other weights than the base's, with the optimizer, schedule and steps of F-FT. The truly clean set is
 # the most that any partition could come to.
 RETRAIN_SHORT, SHRINK_ALL, CEILING = "retrain, same steps", "shrink, all data", "truly clean, retrained, same steps"
+# What out-of-sample probabilities of five networks leave, retrained in full.
+CLEANLAB = "cleanlab, retrain"
 SHRINK_TO = 0.1
 """How much of the way from the start of the fit to the base's weights is left by "shrink, all data"."""
 
@@ -83,6 +85,14 @@ PLANS: dict[tuple[str, str], Plan] = {
     ("spoken", MEMORISED): Plan(80, 12),
     ("digits", FRESH): replace(_DIGITS, base_epochs=8),
     ("digits", MEMORISED): _DIGITS,
+    ("features", FRESH): Plan(4, 12, lr=1e-3, precision="32-true"),
+    ("features", MEMORISED): Plan(40, 12, lr=1e-3, precision="32-true"),
+    ("music-mv", FRESH): Plan(10, 20, lr=1e-3, precision="32-true"),
+    ("music-mv", MEMORISED): Plan(60, 20, lr=1e-3, precision="32-true"),
+    ("hate", FRESH): Plan(2, 4, base_lr=3e-3, lr=3e-3, precision="32-true"),
+    ("hate", MEMORISED): Plan(8, 4, base_lr=3e-3, lr=3e-3, precision="32-true"),
+    ("phon-15", FRESH): Plan(10, 20, lr=1e-3, precision="32-true"),
+    ("phon-15", MEMORISED): Plan(60, 20, lr=1e-3, precision="32-true"),
     ("large", FRESH): replace(_LARGE, base_decays=True, mirror=True),
     ("large", MEMORISED): _LARGE,
 }
@@ -138,4 +148,4 @@ REPAIRS: dict[str, Repair] = {
 STEPS_OF = {CONTINUE: FFT, CONTINUE_LONG: RELABEL}
 # In the order in which they are run: what others need comes first.
 CONTROLS = (CONTINUE, RETRAIN_SHORT, RETRAIN, CEILING, SHRINK_ALL)
-ARMS = (BASE, FFT, *CONTROLS, *(name for name in REPAIRS if name != FFT), CONTINUE_LONG, CE, ELR)
+ARMS = (BASE, FFT, *CONTROLS, *(name for name in REPAIRS if name != FFT), CONTINUE_LONG, CLEANLAB, CE, ELR)

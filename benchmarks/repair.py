@@ -7,6 +7,7 @@ the units, each taking one that no other is at.
 
     python -m benchmarks.repair --jobs 2                                 # human noise and spoken digits, seed 0, main
                                                                          # arms: 14 minutes of each of 2 quiet cores
+    python -m benchmarks.repair --scale quick                            # features, tables, texts and digits: an hour
     python -m benchmarks.repair --scale cpu-all --jobs 2                 # nine cases, three seeds, all arms: some hours
     python -m benchmarks.repair --cases spoken-sym40 --regimes memorised --seeds 0 --arms F-FT continue
     python -m benchmarks.repair --scale cpu-all --tables-only --write benchmarks/results/repair-cpu.md
@@ -22,12 +23,13 @@ from itertools import product
 from pathlib import Path
 
 from benchmarks.arms import Unit
-from benchmarks.cases import CASES, DIGITS_CASES, Case
+from benchmarks.cases import CASES, DIGITS_CASES, TABLE_CASES, Case
 from benchmarks.command import add_run_options, folder_of, run
 from benchmarks.plans import (
     ARMS,
     BASE,
     CE,
+    CLEANLAB,
     CONTINUE_LONG,
     CONTROLS,
     ELR,
@@ -41,7 +43,7 @@ from benchmarks.plans import (
 from benchmarks.repair_tables import Results, tables
 from benchmarks.sources import DATA
 
-ALL_CASES = CASES | DIGITS_CASES
+ALL_CASES = CASES | DIGITS_CASES | TABLE_CASES
 # In the order of what they tell.
 CPU_TABLE = (
     "spoken-sym40",
@@ -66,6 +68,14 @@ SCALES = {
         "seeds": [0],
         "accelerator": "cpu",
     },
+    # Features, tables, texts and digits: an hour of one processor.
+    "quick": {
+        "cases": (*TABLE_CASES, *DIGITS_CASES),
+        "regimes": REGIMES,
+        "arms": (BASE, FFT, *CONTROLS, KEEP, "F-FT start", "weigh", CLEANLAB),
+        "seeds": [0, 1, 2],
+        "accelerator": "cpu",
+    },
     "cpu-all": {"cases": CPU_TABLE, "regimes": REGIMES, "arms": ARMS, "seeds": [0, 1, 2], "accelerator": "cpu"},
     # With augmentation the base of 85 epochs has memorised too: one regime.
     "gpu": {
@@ -86,7 +96,7 @@ def _case(name: str) -> Case:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=DATA, help="folder with cifar10n.npz and fsdd.zip")
+    parser.add_argument("--data", type=Path, default=DATA, help="folder with the files that benchmarks/README.md names")
     parser.add_argument(
         "--scale", choices=SCALES, default="cpu", help="defaults of cases, regimes, arms, accelerator and seeds"
     )

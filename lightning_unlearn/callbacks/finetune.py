@@ -18,11 +18,9 @@ from typing_extensions import override
 
 from lightning_unlearn.attribution import ForwardTrace, plain_name, resolve_layer
 from lightning_unlearn.callbacks.base import PartitionConsumer
-
-# Modules, since whoever imports one of them before the callbacks is not done when these are.
 from lightning_unlearn.finetuning import freezing, messages, optimizers, relabel, train_data
 from lightning_unlearn.finetuning.training_subset import OnNoisy, TrainingDraw, training_draw
-from lightning_unlearn.finetuning.warm_start import Start, StartWeights, WarmStart, choose_start
+from lightning_unlearn.finetuning.warm_start import Memory, Start, StartWeights, WarmStart, choose_start
 from lightning_unlearn.pruning.masking import is_computed
 from lightning_unlearn.results.partition import Partition
 from lightning_unlearn.results.provenance import copied
@@ -434,14 +432,15 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
             # Last, since nothing brings the old weights back.
             if self.reset_head:
                 self._reset_head(trainer, pl_module)
-        for sentence in (start.said.replace(".", f" ({moved:,} parameters).") if moved else start.said, remade):
-            if sentence:
-                rank_zero_info(sentence)
+        self._say_start(trainer, start, moved)
+        if remade:
+            rank_zero_info(remade)
         frozen = set(self._frozen.parameters)
         named = pl_module.named_parameters()
         trained = sum(p.numel() for n, p in named if p.requires_grad and plain_name(n) not in frozen)
         batches = before, trainer.num_training_batches
-        rank_zero_info(messages.started(draw, trainer.current_epoch, batches, trained))
+        left = "" if self._partition is None else messages.left_out(self._partition, draw)
+        rank_zero_info(messages.started(draw, left, trainer.current_epoch, batches, trained))
 
     @property
     def _must_move(self) -> bool:
@@ -484,7 +483,18 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         obstacle = self._obstacle(trainer)
         if not obstacle and not self._start_weights.is_known:
             obstacle = "the checkpoint that the fit goes on from does not have those that it began with"
-        return choose_start(self.warm_start, self.source.memorised, obstacle)
+        return choose_start(self.warm_start, self._memory, obstacle)
+
+    @property
+    def _memory(self) -> Memory:
+        return Memory(self.source.memorised, self.source.accuracy_gap)
+
+    def _say_start(self, trainer: Trainer, start: Start, moved: int) -> None:
+        if self._partition is not None:
+            epochs, expected = optimizers.remaining_epochs(trainer), self._partition.expected_precision
+            rank_zero_info(messages.prospect(self._memory, start, expected, epochs))
+        if start.because or start.moves:
+            rank_zero_info(messages.start_of(start, moved))
 
     def _check_start_is_known(self, trainer: Trainer) -> None:
         is_late = trainer.global_step > 0 and self._may_start_later
@@ -539,7 +549,9 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         sampler = self._loader.sampler(trainer, loader, draw, keeps_plan=False)
         batches = int(trainer.num_training_batches), train_data.batches_of(trainer, loader, sampler)
         epochs = optimizers.remaining_epochs(trainer)
+        start = choose_start(self.warm_start, self._memory, self._obstacle(trainer))
         rank_zero_info(messages.of_dry_run(draw, epochs, batches, self._seconds_per_epoch))
+        rank_zero_info(f"Dry run: {messages.start_of(start)}")
 
     def _fills_batches(self, trainer: Trainer, draw: TrainingDraw) -> bool:
         fault = self._loader.fault_of(trainer, draw, keeps_plan=self._fresh.keeps_plan(trainer))

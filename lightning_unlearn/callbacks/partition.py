@@ -33,6 +33,7 @@ from lightning_unlearn.evidence.validation_watch import ValidationWatch
 from lightning_unlearn.partitioning.apply_recipe import (
     judge_share,
     share_memorised,
+    share_predicted,
     validation_accuracy,
     weight_of_copies,
 )
@@ -193,7 +194,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         RuntimeError: There is no partition yet: it is drawn when 20 epochs are complete.
     """
 
-    state_version = 2
+    state_version = 3
 
     def __init__(  # noqa: PLR0913  (each is an option of its own)
         self,
@@ -275,7 +276,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         # Late: drawn when training had ended.
         self._is_stable = self._is_late = False
         self._memorised: float | None = None
-        self._accuracy: dict[str, float | None] = {"before": None, "after": None}
+        self._accuracy: dict[str, float | None] = {"before": None, "after": None, "gap": None}
         self._summary: RepairSummary | None = None
         # Those that act upon the partition, the fits that led to it, and what a checkpoint says of where it comes from.
         self._partners: list[PartitionConsumer] = []
@@ -392,6 +393,14 @@ class AttributionPartitionCallback(UnlearnCallback):
     def memorised(self) -> float | None:
         """Of the labels suspected to be wrong, how many the network predicted when that was found; None without any."""
         return self._memorised
+
+    @property
+    def accuracy_gap(self) -> float | None:
+        """Share of the training labels that the network predicted then, less that of the validation labels.
+
+        None without enough validation samples.
+        """
+        return self._accuracy["gap"]
 
     @property
     def is_dry_run(self) -> bool:
@@ -898,15 +907,18 @@ class AttributionPartitionCallback(UnlearnCallback):
         changed = 1.0 if before is None else (before.is_clean != drawn.is_clean).float().mean().item()
         # The one that others act upon first, or the first of all until there is one.
         is_first = before is None or (drawn.is_actionable and not before.is_actionable)
-        memorised, accuracy = self._memorised, self._accuracy["before"]
+        memorised, accuracy, gap = self._memorised, self._accuracy["before"], self._accuracy["gap"]
         if is_first:
             memorised = share_memorised(judged, drawn, sum_over_ranks(trainer.strategy))
+            if drawn.is_actionable and _consumers(trainer):
+                given = validation_accuracy(trainer, pl_module, self)
+                gap = None if given is None else share_predicted(judged, sum_over_ranks(trainer.strategy)) - given
         if is_first and self._acts(trainer, drawn):
             accuracy = self._validate(trainer, pl_module, "before")
         # After all that may fail, and all at once.
         self._rounds.append(PartitionRound(drawn.epoch, len(drawn.suspect_indices()), drawn.noise_rate, changed))
         self._is_stable = not is_first and changed < self.stable_share and _tells(drawn)
-        self._memorised, self._accuracy["before"] = memorised, accuracy
+        self._memorised, self._accuracy["before"], self._accuracy["gap"] = memorised, accuracy, gap
         # A later partition that cannot be acted upon does not undo what an earlier one has led to.
         if is_first or drawn.is_actionable:
             self._partition = drawn
@@ -1040,6 +1052,7 @@ class AttributionPartitionCallback(UnlearnCallback):
             "rounds": [vars(drawn) | {} for drawn in self._rounds],
             "is_stable": self._is_stable,
             "memorised": self._memorised,
+            "accuracy_gap": self._accuracy["gap"],
             "accuracy_before": self._accuracy["before"],
             "validation": self._validation.state_dict(),
             "review": None if self._review is None else copied(self._review.state_dict()),
@@ -1073,6 +1086,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         self._rounds = [PartitionRound(**drawn) for drawn in state["rounds"]]
         self._is_stable = state["is_stable"]
         self._memorised = state["memorised"]
+        self._accuracy["gap"] = state["accuracy_gap"]
         self._accuracy["before"] = state["accuracy_before"]
         # Absent in checkpoints of before validation samples were judged.
         self._validation = ValidationJudge.from_state_dict(state.get("validation"))

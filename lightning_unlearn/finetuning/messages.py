@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import torch
+
 from lightning_unlearn.finetuning.training_subset import TrainingDraw
+from lightning_unlearn.finetuning.warm_start import Memory, Start
+from lightning_unlearn.results.finding import epochs_in_words
+from lightning_unlearn.results.partition import Partition
 
 _STARTS = {"keep": "", "shrink": ", from weights moved back towards those of the start", "start": ", from the start"}
 
@@ -29,19 +34,65 @@ def done(draw: TrainingDraw, epoch: int, *, mode: str, started_from: str) -> str
     return f"trained on {samples_of(draw)} from epoch {epoch} on ({kind}{_STARTS[started_from]})"
 
 
-def started(draw: TrainingDraw, epoch: int, batches: tuple[int | float, int | float], trained: int) -> str:
+def left_out(partition: Partition, draw: TrainingDraw) -> str:
+    """How many samples a draw leaves out and why, in a clause after a comma; empty where it leaves none out."""
+    out = torch.ones(len(partition), dtype=torch.bool)
+    out[draw.index] = False
+    suspects, doubtful = int((out & ~partition.is_clean).sum()), int((out & partition.doubtful).sum())
+    said = [f"{suspects:,} suspect{'' if suspects == 1 else 's'}"] if suspects else []
+    said += [f"{doubtful:,} more whose label is doubtful"] if doubtful else []
+    return f", without {' and '.join(said)}" if said else ""
+
+
+def start_of(start: Start, moved: int = 0) -> str:
+    """Where fine-tuning starts from, and why.
+
+    Args:
+        start: that was chosen.
+        moved: number of parameters that were changed.
+
+    Example:
+        >>> start_of(Start("keep", because="no label is suspect"))
+        'Fine-tuning goes on from the weights as they are: no label is suspect.'
+    """
+    many = f"; {moved:,} parameters" if moved else ""
+    return f"Fine-tuning {start.said}{many}{': ' if start.because else ''}{start.because}."
+
+
+def prospect(memory: Memory, start: Start, precision: float | None, epochs: int | None) -> str:
+    """What there is to be won, in one sentence, before it is known.
+
+    Measured (``benchmarks/results/repair-quick-cpu.md``).
+
+    Args:
+        memory: what the network shows of having memorized wrong labels.
+        start: that was chosen.
+        precision: share of the suspects that is expected to be wrong; None where it is not known.
+        epochs: that remain; None where that is not known.
+    """
+    listed = "" if precision is None else f" (about {max(1, round(10 * precision))} in 10 of them wrong)"
+    left = "" if epochs is None else f" in the {epochs_in_words(epochs)} that remain" if epochs > 1 else " in one epoch"
+    if not memory.is_memorized:
+        return f"Little is to be won{left}: the suspect labels{listed} are not memorized; leaving them out keeps it so."
+    if not start.moves:
+        return f"Part of what the memorized labels{listed} have spoilt is to be won back{left}: the weights are kept."
+    return f"What the memorized labels{listed} have spoilt is to be won back{left}."
+
+
+def started(draw: TrainingDraw, left: str, epoch: int, batches: tuple[int | float, int | float], trained: int) -> str:
     """That fine-tuning starts.
 
     Args:
         draw: that is trained on.
+        left: :func:`left_out`.
         epoch: the first on it.
         batches: per epoch, before and from now on.
         trained: number of parameters.
     """
     before, now = batches
     return (
-        f"Fine-tuning from epoch {epoch} on {samples_of(draw)}, {now} batches per epoch instead of {before};"
-        f" {trained:,} parameters are trained."
+        f"Fine-tuning from epoch {epoch} on {samples_of(draw)}{left},"
+        f" {now} batches per epoch instead of {before}; {trained:,} parameters are trained."
     )
 
 

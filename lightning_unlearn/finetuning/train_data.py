@@ -22,9 +22,7 @@ from lightning_unlearn.data.subset_sampler import (
     fault_of_batch_sampler,
 )
 from lightning_unlearn.data.task_format import Reading
-
-# A module, since whoever imports it before the callbacks is not done when this is.
-from lightning_unlearn.finetuning import relabel
+from lightning_unlearn.finetuning.relabel import Relabelling
 from lightning_unlearn.finetuning.training_subset import TrainingDraw
 from lightning_unlearn.trainer.fit_loop import limited_batches, next_epoch
 from lightning_unlearn.trainer.scoring_loader import train_loader
@@ -42,7 +40,7 @@ class SubsetLoader:
     """
 
     def __init__(self) -> None:
-        self._swap, self._narrowed, self.relabelling = TrainDataSwap(), NarrowedLoaders(), relabel.Relabelling()
+        self._swap, self._narrowed, self.relabelling = TrainDataSwap(), NarrowedLoaders(), Relabelling()
         self.reset()
 
     def reset(self) -> None:

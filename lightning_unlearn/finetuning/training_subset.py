@@ -46,9 +46,9 @@ def training_draw(partition: Partition, on_noisy: OnNoisy, relabel_threshold: fl
 
     Args:
         partition: of the training set.
-        on_noisy: ``"drop"``: the clean samples; ``"weigh"``: every sample with its probability of being clean;
-            ``"relabel"``: the clean ones, and those whose label is wrong with the suggested one where that is likely
-            enough. A sample whose input is corrupted is not worth a new label.
+        on_noisy: ``"drop"``: the clean samples but the doubtful ones; ``"weigh"``: every sample with its probability of
+            being clean; ``"relabel"``: as ``"drop"``, and those whose label is wrong with the suggested one where that
+            is likely enough. A sample whose input is corrupted is not worth a new label.
         relabel_threshold: the least probability of a suggested label that is used.
 
     Example:
@@ -78,7 +78,7 @@ def training_draw(partition: Partition, on_noisy: OnNoisy, relabel_threshold: fl
         index = (weight > 0).nonzero().flatten()
         return TrainingDraw(index, weight[index])
     if on_noisy == "drop":
-        return TrainingDraw(partition.clean_indices())
+        return TrainingDraw(partition.trained_on().nonzero().flatten())
     sure = partition.worth_relabelling(relabel_threshold)
     new_label = torch.where(sure.unsqueeze(1) if partition.is_multilabel else sure, partition.suggested_label, -1)
-    return TrainingDraw((clean | sure).nonzero().flatten(), new_label=new_label)
+    return TrainingDraw((partition.trained_on() | sure).nonzero().flatten(), new_label=new_label)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -18,8 +18,40 @@ WarmStart = Literal["auto", "shrink", "keep", "start"]
 MEMORIZED = 0.5
 """Share of the suspect labels that a network which has memorized them predicts, at least."""
 
+GAP = 0.15
+"""By how much more of the training labels than of the validation labels it predicts, at least."""
+
 _SHARES = {"shrink": KEPT, "start": 0.0}
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a network shows of having memorized wrong labels.
+
+    Args:
+        suspects: share of the suspect labels that it predicts; None where none is suspect.
+        gap: share of the training labels that it predicts, less that of the validation labels; None without enough of
+            these.
+    """
+
+    suspects: float | None = None
+    gap: float | None = None
+
+    @property
+    def is_memorized(self) -> bool:
+        """Whether it has. Labels of validation that are cleaner than those of training make the gap smaller."""
+        if self.suspects is None:
+            return False
+        return self.suspects >= MEMORIZED or (self.gap is not None and self.gap >= GAP)
+
+    def __str__(self) -> str:
+        """In words that follow "the network"."""
+        said = f"predicts {self.suspects or 0:.0%} of the suspect labels"
+        if self.gap is None:
+            return said
+        points = f"{100 * abs(self.gap):.0f} points {'more' if self.gap >= 0 else 'less'}"
+        return f"{said}, and {points} of the training labels than of the validation labels"
 
 
 @dataclass(frozen=True)
@@ -28,11 +60,13 @@ class Start:
 
     Args:
         how: ``"keep"``, ``"shrink"`` or ``"start"``.
-        said: in a sentence for the log; empty where nothing else was asked for.
+        said: in words that follow "fine-tuning".
+        because: why, in a clause; empty where it was asked for.
     """
 
     how: str
-    said: str = ""
+    said: str = "goes on from the weights as they are"
+    because: str = ""
 
     @property
     def moves(self) -> bool:
@@ -40,34 +74,38 @@ class Start:
         return self.how != "keep"
 
 
-def choose_start(asked: WarmStart, memorised: float | None, obstacle: str = "") -> Start:
+def choose_start(asked: WarmStart, memory: Memory, obstacle: str = "") -> Start:
     """What fine-tuning starts from.
 
     Args:
         asked: ``warm_start``.
-        memorised: share of the suspect labels that the network predicts; None where none is suspect.
+        memory: what the network shows.
         obstacle: why the weights cannot be moved, in a clause; empty if they can.
 
     Example:
-        >>> choose_start("auto", 0.93).how, choose_start("auto", 0.1).how, choose_start("start", None).how
-        ('shrink', 'keep', 'start')
+        >>> choose_start("auto", Memory(0.93)).how, choose_start("auto", Memory(0.1)).how
+        ('shrink', 'keep')
+        >>> choose_start("auto", Memory(0.1, gap=0.3)).how, choose_start("start", Memory()).how
+        ('shrink', 'start')
     """
-    if asked == "keep":
-        return Start("keep")
-    if asked == "auto" and memorised is None:
-        return Start("keep", "Fine-tuning goes on from the weights as they are: no label is suspect.")
-    seen = "" if memorised is None else f"The network predicts {memorised:.0%} of the suspect labels"
-    if asked == "auto" and memorised is not None and memorised < MEMORIZED:
-        return Start("keep", f"{seen}, fewer than half: fine-tuning goes on from the weights as they are.")
-    if asked == "auto" and obstacle:
-        return Start("keep", f"{seen}, so it has memorized them; its weights are kept all the same: {obstacle}.")
+    if asked == "auto":
+        if memory.suspects is None:
+            return Start("keep", because="no label is suspect")
+        if not memory.is_memorized:
+            return Start("keep", because=f"the network {memory}, so it has not memorized them")
+        because = f"the network {memory}, so it has memorized them"
+        if obstacle:
+            return Start("keep", because=f"{because}, but its weights are kept all the same: {obstacle}")
+        return replace(_SHRUNK, because=because)
     if asked == "start":
-        return Start("start", "Fine-tuning starts from the weights that the fit began with.")
-    why = f"{seen}, so it has memorized them: fine-tuning" if asked == "auto" else "Fine-tuning"
-    return Start(
-        "shrink",
-        f"{why} starts from weights moved back towards those that the fit began with; {KEPT:.0%} of the way is kept.",
-    )
+        return Start("start", "starts from the weights that the fit began with")
+    return _SHRUNK if asked == "shrink" else Start("keep")
+
+
+_SHRUNK = Start(
+    "shrink",
+    f"starts from weights moved back towards those that the fit began with ({KEPT:.0%} of the way is kept)",
+)
 
 
 class StartWeights:

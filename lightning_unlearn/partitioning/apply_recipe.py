@@ -194,3 +194,14 @@ def share_memorised(judged: Sequence[Judged], partition: Partition, reduce: Redu
         sums += torch.stack([counted.sum(), counted[(evidence.prediction == evidence.label).cpu()].sum()])
     suspects, memorised = reduce(sums).tolist()
     return memorised / suspects if suspects else None
+
+
+def share_predicted(judged: Sequence[Judged], reduce: Reduce) -> float:
+    """How many of the given labels the network predicts; of copies of a sample each counts in part."""
+    sums = torch.zeros(2, dtype=torch.float64)
+    for one in judged:
+        weight = one.evidence.weight.cpu().double()
+        right = (one.evidence.prediction == one.evidence.label).cpu()
+        sums += torch.stack([weight[right].sum(), weight.sum()])
+    right_of_all, all_of_them = reduce(sums).tolist()
+    return right_of_all / all_of_them if all_of_them else 0.0

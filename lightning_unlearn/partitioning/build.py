@@ -25,6 +25,9 @@ _NO_MATRIX = torch.zeros(0, 0)
 _MOST_LABELS = 10
 _HALF = 0.5
 
+TRAINED_ON = 0.7
+"""Probability of a right label from which on fine-tuning trains on a sample, where labels are suspect at all."""
+
 
 @dataclass(frozen=True, eq=False)
 class Judged:
@@ -109,6 +112,7 @@ def assemble(  # noqa: PLR0913  (what a partition says of itself)
         columns = [_reviewed(*each, decided.decision) for each in zip(columns, given_of_each, new_label, strict=True)]
     one = columns[0] if label.ndim == 1 else _joined(columns, label)
     is_clean = _keep_some(~one.suspect & one.usable, one.probability, label, cut.min_class_share, one.usable)
+    doubtful = _doubtful(one, is_clean, label, cut.min_class_share, judged)
     first = judged[0].verdict
     noise = None if first is None or label.ndim > 1 else first.noise
     rate, interval = _rate(noise, one.probability, is_decided=decided is not None)
@@ -132,6 +136,7 @@ def assemble(  # noqa: PLR0913  (what a partition says of itself)
         label_probability=_NO_MATRIX if label.ndim == 1 else torch.stack([c.probability for c in columns], dim=1),
         noise_rate_interval=interval,
         often_called=() if noise is None else noise.names,
+        doubtful=doubtful,
     )
     if relabel_threshold is not None:
         found = replace(found, relabel_threshold=relabel_threshold)
@@ -285,6 +290,19 @@ def _keep_some(is_clean: Tensor, probability: Tensor, label: Tensor, share: floa
         if int(is_clean[members].sum()) < least:
             kept[members[probability[members].argsort(descending=True, stable=True)[:least]]] = True
     return kept
+
+
+def _doubtful(one: _Column, is_clean: Tensor, label: Tensor, share: float, judged: Sequence[Judged]) -> Tensor:
+    """(N,) bool, the clean samples that are better not trained on, as their label is likely enough wrong.
+
+    Only where suspects are acted upon, by probabilities that say how many labels are wrong; of several labels each
+    would leave out samples for itself.
+    """
+    noise = None if label.ndim > 1 or judged[0].verdict is None else judged[0].verdict.noise
+    if noise is None or noise.status != "found" or not bool(one.suspect.any()):
+        return torch.zeros_like(is_clean)
+    trained = _keep_some(is_clean & (one.of_label >= TRAINED_ON), one.probability, label, share, one.usable)
+    return is_clean & ~trained
 
 
 def _reasons(is_clean: Tensor, of_label: Tensor, of_input: Tensor) -> Tensor:

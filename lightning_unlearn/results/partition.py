@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 STATE_VERSION = 7
 
 _NONE = torch.zeros(0, 0)
+_NOBODY = torch.zeros(0, dtype=torch.bool)
 
 # Share of a list that must be expected to be wrong to be worth a look.
 _WORTH = 0.5
@@ -86,6 +87,8 @@ class Partition:
             first.
         class_names: what the classes are called, by label; empty where that is not known.
         status: what may be done with it; with a warning that is not told ``"ok"``, it is ``"inconclusive"``.
+        doubtful: (N,) bool, clean samples on which fine-tuning does not train all the same, since their label is too
+            likely wrong for that, though not likely enough to be suspect; by default none is.
 
     Example:
         >>> import torch
@@ -129,14 +132,14 @@ class Partition:
     often_called: tuple[tuple[int, int, float], ...] = ()
     status: PartitionStatus = PartitionStatus.OK
     class_names: tuple[str, ...] = ()
+    doubtful: Tensor = _NOBODY
 
     # Where the samples lie, by index; for tables, in no file.
     _files = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "status", checked_status(self.status, self.warning))
-        named = check_names("class_names", self.class_names, "names", each_once=False) if self.class_names else ()
-        object.__setattr__(self, "class_names", tuple(named))
+        object.__setattr__(self, "class_names", _names_of(self.class_names))
         if self.noise_rate is not None:
             check_primitives(self, noise_rate=float)
         check_primitives(self, epoch=int, recipe=str, layer=str, warning=str, fingerprint=str)
@@ -146,6 +149,7 @@ class Partition:
         shape = self.clean_probability.shape
         if len(shape) != 1:
             raise ValueError(f"clean_probability must have shape (N,), but has {tuple(shape)}.")
+        object.__setattr__(self, "doubtful", _nobody_if_empty(self.doubtful, shape))
         of_labels = torch.Size([*shape, *self.label_probability.shape[1:]]) if self.is_multilabel else shape
         for name, dtype in {
             "clean_probability": torch.float32,
@@ -156,6 +160,7 @@ class Partition:
             "label_evidence": torch.float32,
             "input_evidence": torch.float32,
             "reason": torch.uint8,
+            "doubtful": torch.bool,
         }.items():
             value = getattr(self, name)
             expected = of_labels if name in ("label", "suggested_label") else shape
@@ -203,6 +208,10 @@ class Partition:
     def clean_indices(self) -> Tensor:
         """Dataset indices of the clean samples, ascending, int64."""
         return self.is_clean.nonzero().flatten()
+
+    def trained_on(self) -> Tensor:
+        """(N,) bool, the clean samples without the doubtful ones: on which fine-tuning trains under their own label."""
+        return self.is_clean & ~self.doubtful
 
     def suspect_indices(self) -> Tensor:
         """Dataset indices of the samples that are not clean, the most suspect first, int64.
@@ -311,7 +320,7 @@ class Partition:
         Raises:
             ValueError: for a threshold out of range.
         """
-        code = torch.where(self.is_clean, 0, torch.where(self.worth_relabelling(threshold), 2, 1))
+        code = torch.where(self.trained_on(), 0, torch.where(self.worth_relabelling(threshold), 2, 1))
         return [DECISIONS[one] for one in code.tolist()]
 
     def class_summary(self) -> list[ClassSummary]:
@@ -563,6 +572,14 @@ class Partition:
             found = f"the text {class_names!r}" if is_text else f"{len(names)} names"
             raise ValueError(f"Expected class_names to name each of {classes or seen} classes, but got {found}.")
         return dict(enumerate(names))
+
+
+def _names_of(names: Sequence[str]) -> tuple[str, ...]:
+    return tuple(check_names("class_names", names, "names", each_once=False)) if names else ()
+
+
+def _nobody_if_empty(doubtful: Tensor, shape: torch.Size) -> Tensor:
+    return torch.zeros(shape, dtype=torch.bool) if doubtful.shape == (0,) else doubtful
 
 
 def _short(value: Tensor) -> list[str]:

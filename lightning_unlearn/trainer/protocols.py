@@ -29,6 +29,10 @@ class PartitionSource(Protocol):
         """Share of the labels suspected to be wrong that the network predicts; None where none is."""
 
     @property
+    def accuracy_gap(self) -> float | None:
+        """Share of the training labels that the network predicts, less that of the validation labels; None without."""
+
+    @property
     def is_dry_run(self) -> bool:
         """Whether nothing is to be changed: who would act says what it would do instead."""
 

@@ -53,6 +53,7 @@ class Published(L.Callback):
         self.reading = Reading()
         self.sample_weight = None
         self.memorised = None
+        self.accuracy_gap = None
 
     def pull_partition(self, trainer, pl_module):
         due = [partition for partition in self.partitions if partition.epoch <= trainer.current_epoch]

@@ -108,6 +108,7 @@ def test_the_log_says_what_would_be_trained_on_and_what_that_would_cost(said, on
     )
     assert found, line
     assert found[1] == wording
+    assert "Dry run: Fine-tuning goes on from the weights as they are: no label is suspect." in said()
     # 152 samples; .95 and .05 of all; everything.
     assert int(found[2]) == {"drop": 10, "weigh": 10, "relabel": 13}[on_noisy]
     assert 0 <= float(found[3]) <= float(found[4])
@@ -249,3 +250,16 @@ def test_the_whole_training_is_judged_where_nothing_is_to_follow():
     for callbacks in ([AttributionPartitionCallback(at_epoch=3)], trio(3, action="report")):
         with pytest.raises(MisconfigurationException, match="at_epoch to be less than the Trainer's max_epochs"):
             fit(Toy(), BlobsData(Blobs(101)), callbacks, max_epochs=3)
+
+
+@pytest.mark.parametrize(
+    ("memorised", "start"), [(0.9, "starts from weights moved back"), (0.1, "goes on from the weights")]
+)
+def test_the_log_says_what_fine_tuning_would_start_from(said, memorised, start):
+    data = Blobs()
+    source = Published(make_partition(torch.where(torch.arange(203) < 100, 0.9, 0.1), data.y, epoch=2), is_dry_run=True)
+    source.memorised = memorised
+    finetune, module = CleanSubsetFinetuneCallback(), Toy()
+    fit(module, BlobsData(data), [source, finetune], max_epochs=4)
+    assert any(line.startswith(f"Dry run: Fine-tuning {start}") for line in said())
+    assert finetune.state_dict()["start_weights"] is None

@@ -17,6 +17,7 @@ from lightning_unlearn.evidence.early_epochs import EarlyEpochs, held_by_class
 from lightning_unlearn.evidence.training_dynamics import Trajectory
 from lightning_unlearn.functional.prequential import PrequentialRate
 from lightning_unlearn.partitioning import messages as messages_module
+from lightning_unlearn.partitioning.build import TRAINED_ON
 from lightning_unlearn.partitioning.caveat import caveat_of
 from lightning_unlearn.recipes.verdict import NoiseEstimate
 from lightning_unlearn.results.finding import finding_of
@@ -96,6 +97,15 @@ def test_a_few_errors_among_classes_that_are_hard_to_tell():
     )
     assert f"{said}; the next {partition.worth_review():,} are worth a look." in callback.summary.advice
     assert Partition.from_state_dict(partition.state_dict()).noise_rate_interval == (low, high)
+    doubtful = partition.doubtful
+    assert doubtful.equal(partition.is_clean & (partition.clean_probability < TRAINED_ON))
+    assert wrong[flagged].float().mean() > wrong[doubtful].float().mean() >= 0.4
+    assert Partition.from_state_dict(partition.state_dict()).doubtful.equal(doubtful)
+    kept = judged(x, label, 8, lr=1e-3, min_class_share=0.97).partition
+    for c in range(CLASSES):
+        members = label == c
+        assert kept.trained_on()[members].float().mean() >= 0.97
+    assert 0 < kept.doubtful.sum() < doubtful.sum()
 
 
 @pytest.mark.parametrize("epochs", [2, 5, 10])
@@ -104,6 +114,7 @@ def test_nothing_is_acted_upon_on_clean_data(epochs):
     with pytest.warns(UserWarning, match="not acted upon"):
         partition = judged(x, label, epochs).partition
     assert partition.is_clean.all()
+    assert not partition.doubtful.any()
     assert not partition.is_actionable
 
 

@@ -8,7 +8,7 @@ from functools import partial
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_unlearn.finetuning.shrink_weights import shrink
@@ -197,15 +197,15 @@ def test_checkpoints_have_the_start_until_it_is_used(checkpoints):
 @pytest.mark.parametrize(
     ("memorised", "how", "said"),
     [
-        (0.9, "shrink", "The network predicts 90% of the suspect labels, so it has memorized them: fine-tuning starts"),
-        (0.2, "keep", "The network predicts 20% of the suspect labels, fewer than half: fine-tuning goes on from"),
+        (0.9, "shrink", "the network predicts 90% of the suspect labels, so it has memorized them."),
+        (0.2, "keep", "the network predicts 20% of the suspect labels, so it has not memorized them."),
     ],
 )
 def test_auto_goes_by_what_is_memorized(monkeypatch, caplog, memorised, how, said):
     monkeypatch.setattr("lightning_unlearn.callbacks.partition.share_memorised", lambda *_: memorised)
     with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
         (_, _, finetune), _, moments = run({"warm_start": "auto"})
-    assert any(line.startswith(said) for line in caplog.messages)
+    assert any(line.endswith(said) for line in caplog.messages)
     assert finetune.state_dict()["started_from"] == how
     if how == "keep":
         assert_same_weights(moments.begun[AT], moments.ended[AT - 1])
@@ -218,6 +218,33 @@ def test_auto_keeps_the_weights_where_the_checkpoint_does_not_have_those_of_the_
         fit(Toy(optimizer=adamw), BlobsData(Blobs(101), by_epoch=True), callbacks, ckpt_path=path)
     said = "its weights are kept all the same: the checkpoint that the fit goes on from does not have those that it"
     assert any(said in line for line in caplog.messages)
+
+
+class Falls(L.Callback):
+    """Logs a score that is best just before the weights are moved, and then climbs again from far below."""
+
+    def __init__(self, mode):
+        self.sign = 1 if mode == "max" else -1
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        epoch = trainer.current_epoch
+        pl_module.log("score", torch.tensor(self.sign * (1.0 - 0.5 * (epoch >= AT) + 0.01 * epoch)))
+
+
+@pytest.mark.parametrize("mode", ["max", "min"])
+def test_early_stopping_counts_anew_from_weights_that_were_moved(caplog, mode):
+    def ends(how):
+        stopper = EarlyStopping("score", patience=2, mode=mode)
+        with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
+            _, _, moments = run({"warm_start": how}, others=[Falls(mode), stopper], max_epochs=8)
+        return len(moments.ended), stopper
+
+    assert ends("keep")[0] == AT + 2
+    assert not any("EarlyStopping counts" in line for line in caplog.messages)
+    epochs, stopper = ends("shrink")
+    assert (epochs, stopper.stopped_epoch) == (8, 0)
+    assert float(stopper.best_score) == pytest.approx((1 if mode == "max" else -1) * 0.57)
+    assert any(line.startswith("EarlyStopping counts its patience anew") for line in caplog.messages)
 
 
 class Rates(L.Callback):

@@ -95,3 +95,29 @@ def test_a_draw_comes_back_from_its_state(partition, on_noisy):
         other = getattr(again, name)
         assert (value is None) == (other is None)
         assert value is None or value.equal(other)
+
+
+def test_a_doubtful_sample_is_left_out_but_where_samples_are_weighed():
+    common = {
+        "suggested_probability": torch.full((3,), 0.9),
+        "noise_rate": 0.5,
+        "recipe": "label",
+        "layer": "",
+        "epoch": 1,
+    }
+    ones = torch.ones(3)
+    partition = Partition(
+        clean_probability=torch.tensor([0.95, 0.6, 0.1]),
+        is_clean=torch.tensor([True, True, False]),
+        suggested_label=torch.tensor([0, 0, 1]),
+        label=torch.zeros(3, dtype=torch.int64),
+        label_evidence=ones,
+        input_evidence=ones,
+        reason=torch.tensor([0, 0, 1], dtype=torch.uint8),
+        noise_matrix=torch.zeros(0, 0),
+        doubtful=torch.tensor([False, True, False]),
+        **common,
+    )
+    drawn = {name: training_draw(partition, name, 0.7).index.tolist() for name in ("drop", "weigh", "relabel")}
+    assert drawn == {"drop": [0], "weigh": [0, 1, 2], "relabel": [0, 2]}
+    assert partition.decisions() == ["keep", "drop", "relabel"]

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from lightning_unlearn.finetuning.messages import prospect, start_of
 from lightning_unlearn.finetuning.shrink_weights import KEPT, shrink
-from lightning_unlearn.finetuning.warm_start import StartWeights, choose_start
+from lightning_unlearn.finetuning.warm_start import GAP, Memory, Start, StartWeights, choose_start
 from tests.toys import assert_same_weights, mlp, weights
 
 
@@ -125,21 +126,59 @@ def test_a_failure_in_the_middle_leaves_nothing_changed():
     assert_same_weights(weights(net), now)
 
 
+HALF, NONE = Memory(0.5), Memory()
+
+
 @pytest.mark.parametrize(
-    ("asked", "memorised", "obstacle", "how", "said"),
+    ("asked", "memory", "obstacle", "how", "said"),
     [
-        ("keep", 0.9, "", "keep", ""),
-        ("auto", None, "", "keep", "goes on from the weights as they are: no label is suspect."),
-        ("auto", 0.49, "", "keep", "predicts 49% of the suspect labels, fewer than half: fine-tuning goes on"),
-        ("auto", 0.5, "", "shrink", "predicts 50% of the suspect labels, so it has memorized them: fine-tuning starts"),
-        ("auto", 0.9, "of this", "keep", "so it has memorized them; its weights are kept all the same: of this."),
-        ("shrink", None, "", "shrink", "Fine-tuning starts from weights moved back towards those that the fit began"),
-        ("shrink", 0.1, "", "shrink", "with; 10% of the way is kept."),
-        ("start", 0.1, "", "start", "Fine-tuning starts from the weights that the fit began with."),
+        ("keep", Memory(0.9), "", "keep", "Fine-tuning goes on from the weights as they are."),
+        ("auto", NONE, "", "keep", "goes on from the weights as they are: no label is suspect."),
+        ("auto", Memory(None, 0.9), "", "keep", "goes on from the weights as they are: no label is suspect."),
+        ("auto", Memory(0.49), "", "keep", "predicts 49% of the suspect labels, so it has not memorized them."),
+        ("auto", Memory(0.1, GAP - 0.001), "", "keep", "of the validation labels, so it has not memorized them."),
+        ("auto", Memory(0.1, -0.2), "", "keep", "10% of the suspect labels, and 20 points less of the training labels"),
+        ("auto", Memory(0.1, GAP), "", "shrink", "of the validation labels, so it has memorized them."),
+        ("auto", Memory(0.8, -0.2), "", "shrink", "than of the validation labels, so it has memorized them."),
+        ("auto", HALF, "", "shrink", "is kept): the network predicts 50% of the suspect labels, so it has memorized"),
+        ("auto", Memory(0.9), "of this", "keep", "memorized them, but its weights are kept all the same: of this."),
+        ("shrink", NONE, "", "shrink", "Fine-tuning starts from weights moved back towards those that the fit began"),
+        ("shrink", Memory(0.1), "", "shrink", "(10% of the way is kept)."),
+        ("start", Memory(0.1), "", "start", "Fine-tuning starts from the weights that the fit began with."),
     ],
 )
-def test_where_fine_tuning_starts_from(asked, memorised, obstacle, how, said):
-    start = choose_start(asked, memorised, obstacle)
+def test_where_fine_tuning_starts_from(asked, memory, obstacle, how, said):
+    start = choose_start(asked, memory, obstacle)
     assert start.how == how
-    assert said in start.said
+    assert said in start_of(start)
     assert start.moves == (how != "keep")
+
+
+@pytest.mark.parametrize(
+    ("memory", "how", "precision", "epochs", "said"),
+    [
+        (
+            Memory(0.9),
+            "shrink",
+            0.84,
+            12,
+            "What the memorized labels (about 8 in 10 of them wrong) have spoilt is to be won back in the 12 epochs",
+        ),
+        (
+            Memory(0.9),
+            "keep",
+            None,
+            1,
+            "Part of what the memorized labels have spoilt is to be won back in one",
+        ),
+        (
+            Memory(0.1),
+            "keep",
+            0.02,
+            None,
+            "Little is to be won: the suspect labels (about 1 in 10 of them wrong)",
+        ),
+    ],
+)
+def test_what_is_to_be_won_is_said_before(memory, how, precision, epochs, said):
+    assert prospect(memory, Start(how), precision, epochs).startswith(said)

@@ -500,6 +500,7 @@ def test_sources_are_recognised_by_what_they_publish():
         reading = None
         sample_weight = None
         memorised = None
+        accuracy_gap = None
 
         def pull_partition(self, trainer, pl_module): ...
 

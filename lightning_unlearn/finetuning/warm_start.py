@@ -18,7 +18,7 @@ WarmStart = Literal["auto", "shrink", "keep", "start"]
 MEMORIZED = 0.5
 """Share of the suspect labels that a network which has memorized them predicts, at least."""
 
-GAP = 0.15
+GAP = 0.1
 """By how much more of the training labels than of the validation labels it predicts, at least."""
 
 _SHARES = {"shrink": KEPT, "start": 0.0}

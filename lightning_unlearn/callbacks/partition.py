@@ -1032,7 +1032,7 @@ class AttributionPartitionCallback(UnlearnCallback):
         """Tensors and primitives.
 
         While evidence is gathered, ``16 r + 40`` bytes per sample with ``r = C - 1``, or ``r = 9`` of more than 129
-        classes, and four of features; 34 once the partition is drawn, and both as long as it may be drawn again; about
+        classes, and four of features; 35 once the partition is drawn, and both as long as it may be drawn again; about
         140 bytes for the fingerprint; in the provenance up to 10 bytes for each suspect that is dropped, 35 for one
         that is re-labeled.
         A checkpoint that is written within an epoch lacks what the training steps of that epoch have shown so far.

@@ -59,12 +59,12 @@ SIZE = 2000
 BYTES = {
     "partition, gathering": ({}, 0, PARTITION, 16 * (CLASSES - 1) + 40),
     # A quarter of the samples is suspect, and named in the provenance.
-    "partition, drawn": ({}, 1, PARTITION, 34 + 10 // 4),
+    "partition, drawn": ({}, 1, PARTITION, 35 + 10 // 4),
     "partition, drawn in rounds": (
         {"every_n_epochs": 1, "stable_share": 0},
         1,
         PARTITION,
-        16 * (CLASSES - 1) + 40 + 34 + 10 // 4,
+        16 * (CLASSES - 1) + 40 + 35 + 10 // 4,
     ),
     "prune": ({}, 1, PRUNE, 0),
     "weigh": ({"finetune": {"on_noisy": "weigh"}}, 1, FINETUNE, 12),

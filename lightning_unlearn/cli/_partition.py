@@ -395,7 +395,7 @@ def next_steps(cli: PartitionCLI, partition: Partition, arguments: Sequence[str]
         arguments: that it was called with.
     """
     look = f"  lightning-unlearn report {_quoted(cli.out)} --open"
-    if not len(partition.suspect_indices()):
+    if not len(partition.suspect_indices()) and not partition.worth_review():
         return [look]
     table = cli.out / "suspects.csv"
     correct = f"  # Where you know better, fill the column decision of {table} (keep, drop, relabel). Then train by it"

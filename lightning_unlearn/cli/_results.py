@@ -242,17 +242,19 @@ def summary_of(partition: Partition, top: int = 10, class_names: Sequence[str] =
     if first:
         lines += ["", f"The {len(first)} most suspect of {len(suspects):,}:", *rows[: 1 + len(first)]]
     if then:
-        title = _review_title(partition, len(then)) if len(suspects) else f"The {len(then)} least sure all the same"
+        title = _review_title(partition, len(then), bool(first))
         lines += ["", f"{title}:", *([] if first else rows[:1]), *rows[1 + len(first) :]]
     return "\n".join(lines)
 
 
-def _review_title(partition: Partition, shown: int) -> str:
+def _review_title(partition: Partition, shown: int, follow: bool) -> str:
+    """What the second list is, which may follow one of suspects."""
     worth = partition.worth_review()
-    said = f"{worth:,} worth a look" if worth else "none of them worth a look"
+    if not follow:
+        return f"The {shown} least sure ({worth:,} worth a look)" if worth else f"The {shown} least sure all the same"
     if partition.noise_rate is None or partition.noise_rate_interval is None:
         return f"The {shown} that come next"
-    return f"The {shown} that come next ({said})"
+    return f"The {shown} that come next ({f'{worth:,}' if worth else 'none of them'} worth a look)"
 
 
 def _table(partition: Partition, shown: Sequence[int], class_names: Sequence[str]) -> list[str]:

@@ -21,8 +21,8 @@ import torch
 from benchmarks.detection import Replay, judged, run_study, study_options
 from benchmarks.detection_cases import GROUPS, DetectionCase, fit_of, load
 from lightning_unlearn.evidence.early_epochs import MOST_EPOCHS
+from lightning_unlearn.evidence.when import EARLIEST, DrawTime, similarity
 from lightning_unlearn.functional import label_margin
-from lightning_unlearn.partitioning.when import EARLIEST, DrawTime, similarity
 
 _EVERY = 12  # epoch is looked at up to here, and then those that follow
 _LATER = (15, 20, 25, 30, 40)

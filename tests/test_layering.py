@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "noise": {"utilities"},
     "report": {"data.batch", "results", "utilities"},
     "trainer": BELOW_TRAINER,
-    "evidence": BELOW_TRAINER | {"trainer", "recipes.classes", "recipes.evidence"},
+    "evidence": BELOW_TRAINER | {"trainer", "recipes.classes", "recipes.evidence", "recipes.verdict"},
     "partitioning": BELOW_TRAINER | {"trainer", "evidence", "recipes"},
     "pruning": BELOW_TRAINER | {"trainer", "shrinking"},
     "finetuning": BELOW_TRAINER | {"trainer", "pruning.masking"},

@@ -37,7 +37,7 @@ from lightning_unlearn.cli._results import (
 )
 from lightning_unlearn.data.fingerprint import check_fingerprint, fingerprint
 from lightning_unlearn.data.naming import class_names_in, files_in
-from lightning_unlearn.partitioning.when import LATEST
+from lightning_unlearn.evidence.when import LATEST
 from lightning_unlearn.recipes import get_recipe
 from lightning_unlearn.recipes.latent_noise import MEMORIZED
 from lightning_unlearn.report import RunRecord, shown_samples, write_report

@@ -14,11 +14,12 @@ from lightning_unlearn.data.task_format import IGNORED, Reading
 from lightning_unlearn.evidence.training_dynamics import Trajectory
 from lightning_unlearn.functional.identity import copies, mixed
 from lightning_unlearn.partitioning.build import Judged
-from lightning_unlearn.partitioning.non_finite import first_not_finite, judge_finite
+from lightning_unlearn.partitioning.non_finite import judge_finite
 from lightning_unlearn.recipes import Recipe, Verdict
 from lightning_unlearn.recipes.evidence import Evidence
 from lightning_unlearn.results.labels import REASONS
 from lightning_unlearn.results.partition import Partition
+from lightning_unlearn.trainer.divergence import first_not_finite
 from lightning_unlearn.trainer.fit_loop import compute_device
 from lightning_unlearn.trainer.protocols import PartitionSource
 from lightning_unlearn.trainer.strategies import shards_weights

@@ -113,3 +113,31 @@ def say_absent(trainer: Trainer, absent: int, total: int) -> None:
             f"{number:,} of {total:,} training samples are None in the data set, so that collate_fn leaves them out or"
             " replaces them: they have no label, are not judged, and stay as they are."
         )
+
+
+def say_cost(trainer: Trainer, epoch_seconds: float) -> None:
+    """Says before a pass what bounds its time."""
+    samples: int = len(train_loader(trainer).dataset)  # type: ignore[arg-type]  # its length has been checked
+    rank_zero_info(
+        f"A pass over {samples:,} training samples begins. It takes about as long as validation on them, less than the"
+        f" last epoch of training, which took {epoch_seconds:.1f} s."
+    )
+
+
+def say_late(epoch: int, due: str, *, acts: bool) -> None:
+    """Says that the partition is drawn when training has ended.
+
+    Args:
+        epoch: after so many epochs.
+        due: when it would have been; empty where it is now.
+        acts: whether it would have been acted upon.
+    """
+    due_then = f", due {due}," if due else ""
+    late = f"Training has ended after {epochs_in_words(epoch)}: the partition{due_then}"
+    if acts:
+        rank_zero_warn(
+            f"{late} is drawn now, too late to prune or fine-tune; give training more epochs, or at_epoch a smaller"
+            " value."
+        )
+    elif due:
+        rank_zero_info(f"{late} is drawn now.")

@@ -11,14 +11,12 @@ from dataclasses import fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_unlearn.recipes import Recipe, Verdict
 from lightning_unlearn.recipes.evidence import NOT_BY_SAMPLE, Evidence
+from lightning_unlearn.trainer.divergence import MOST_LEFT_OUT, too_many_left_out
 from lightning_unlearn.utilities.reduce import Reduce
-
-# Of more samples than that, it is not the samples that are broken.
-_MOST = 0.5
 
 
 def finite_rows(evidence: Evidence) -> Tensor:
@@ -48,8 +46,8 @@ def judge_finite(recipe: Recipe, evidence: Evidence, reduce: Reduce, model_fault
     finite = finite_rows(evidence)
     counts = evidence.weight > 0
     bad, total = (int(x) for x in reduce(torch.stack([(counts & ~finite).sum(), counts.sum()]).double()).tolist())
-    if bad > _MOST * total:
-        raise ValueError(_too_many(bad, total, model_fault))
+    if bad > MOST_LEFT_OUT * total:
+        raise ValueError(too_many_left_out(bad, total, model_fault))
     verdict = recipe.judge(evidence if finite.all() else _filled(evidence, finite), reduce)
     if not bad:
         return verdict
@@ -58,41 +56,6 @@ def judge_finite(recipe: Recipe, evidence: Evidence, reduce: Reduce, model_fault
         " clean, for their input"
     )
     return _with_unusable(verdict, evidence.label, ~finite, note)
-
-
-def check_rows_left_out(model: nn.Module, left_out: int, total: int, epoch: int, reduce: Reduce) -> str:
-    """What to warn of where rows of an epoch were not finite; empty where all were.
-
-    A few are what 16-bit training leaves behind while its loss scale settles.
-
-    Args:
-        model: whose weights are looked at where it was most of the rows.
-        left_out: how many rows of all ranks were not finite.
-        total: of how many.
-        epoch: how many epochs were complete.
-        reduce: sums over the ranks; every rank must call this.
-
-    Raises:
-        ValueError: where it was most of them and the weights are not finite either, which no further training mends.
-    """
-    if not left_out:
-        return ""
-    if left_out > _MOST * total:
-        fault = first_not_finite(model)
-        if reduce(torch.tensor(float(bool(fault)))).item() > 0:
-            raise ValueError(_too_many(left_out, total, fault or "weights on another rank"))
-    return (
-        f"The logits or attributions of {left_out:,} of {total:,} training samples were NaN or infinite in epoch"
-        f" {epoch}; these rows are left out of the evidence."
-    )
-
-
-def first_not_finite(model: nn.Module) -> str:
-    """The name of the first parameter or buffer that holds NaN or infinity; empty where none does."""
-    for name, value in (*model.named_parameters(), *model.named_buffers()):
-        if value.is_floating_point() and not bool(value.detach().isfinite().all()):
-            return name
-    return ""
 
 
 def _columns(evidence: Evidence) -> dict[str, Tensor]:
@@ -129,21 +92,4 @@ def _with_unusable(verdict: Verdict, label: Tensor, unusable: Tensor, note: str)
         input_probability=of_input.masked_fill(unusable, 0),
         notes=(*verdict.notes, note),
         unusable=unusable,
-    )
-
-
-def _too_many(bad: int, total: int, model_fault: str) -> str:
-    found = (
-        f"Expected finite logits and attributions, but those of {bad:,} of {total:,} training samples are NaN or"
-        " infinite"
-    )
-    if model_fault:
-        return (
-            f"{found}, and so is the model's {model_fault}: training has diverged. Use a smaller learning rate,"
-            " gradient_clip_val, or no NaN in the inputs (which BatchNorm keeps), and start again from a checkpoint of"
-            " before."
-        )
-    return (
-        f"{found}, though the model's weights are finite. Check the inputs for NaN, forward for overflow (try"
-        " precision='bf16-mixed' or 32), and that it returns no logits of -inf for classes that it rules out."
     )

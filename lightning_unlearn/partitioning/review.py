@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from os import PathLike
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
 
-from lightning_unlearn.results.review import Review, settle
+from lightning_unlearn.partitioning.build import Judged, objection_of
+from lightning_unlearn.results.review import Decided, Review, settle
 from lightning_unlearn.results.review_csv import Table, read_review
 from lightning_unlearn.trainer.context import reading_of
 from lightning_unlearn.trainer.data_checks import class_labels, read_labels
@@ -79,3 +83,24 @@ def check_agrees(before: Review | None, now: Review) -> None:
             f" {made}; resume from a checkpoint of before at_epoch, start again without one, or leave review out to go"
             " on with what the checkpoint has."
         )
+
+
+def decided_of(review: Review | None, judged: Sequence[Judged], label: Tensor) -> Decided | None:
+    """What a person has decided of each sample; None where nobody has.
+
+    Args:
+        review: the decisions.
+        judged: what the recipe says of the samples of this rank's share.
+        label: (N,) or (N, L), the given labels.
+    """
+    if review is None:
+        return None
+    decided = review.laid_over(label)
+    if decided.stale:
+        rank_zero_warn(
+            f"{decided.stale:,} decisions of {review.path} do not count: the labels of their samples are no longer what"
+            " given_label says."
+        )
+    if objection := objection_of(judged):
+        rank_zero_warn(f"All samples of which {review.path} decides nothing are taken for clean: {objection}.")
+    return decided

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from lightning_unlearn.attribution import ForwardTrace, trace_forward
 from lightning_unlearn.data.loaders import batch_count, batch_size, check_iteration, indexed_batches, rank_share
 from lightning_unlearn.data.task_format import IGNORED, Reading
 from lightning_unlearn.trainer.compat import has_forward
+from lightning_unlearn.trainer.fit_loop import compute_device
 from lightning_unlearn.trainer.isolation import undisturbed
 from lightning_unlearn.trainer.layouts import settle_layout
 from lightning_unlearn.trainer.progress import shown
@@ -22,6 +24,8 @@ from lightning_unlearn.trainer.protocols import PartitionSource
 from lightning_unlearn.trainer.row_checks import check_batch, check_number
 from lightning_unlearn.trainer.scoring_loader import scoring_loader, train_loader
 from lightning_unlearn.trainer.train_data import to_device
+from lightning_unlearn.utilities.distributed import sum_over_ranks
+from lightning_unlearn.utilities.reduce import Reduce
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +44,58 @@ class IndexedBatch:
     weight: Tensor
     x: Any
     label: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class FitContext:
+    """A running fit, as a step sees it. Made in a hook from what Lightning hands over, and kept by nobody.
+
+    Args:
+        trainer: of the fit.
+        pl_module: the user's.
+        source: the callback that publishes the partition, which knows how batches, outputs and labels are read.
+    """
+
+    trainer: Trainer
+    pl_module: LightningModule
+    source: PartitionSource
+
+    @property
+    def reading(self) -> Reading:
+        """How batches, outputs and labels are read."""
+        return reading_of(self.source)
+
+    @property
+    def epoch(self) -> int:
+        """How many epochs are complete."""
+        return self.trainer.current_epoch
+
+    @property
+    def total(self) -> int:
+        """N, the samples of the training set."""
+        return len(train_loader(self.trainer).dataset)  # type: ignore[arg-type]  # its length has been checked
+
+    @property
+    def device(self) -> torch.device:
+        """Where to compute."""
+        return compute_device(self.trainer)
+
+    @property
+    def reduce(self) -> Reduce:
+        """Sums over the ranks."""
+        return sum_over_ranks(self.trainer.strategy)
+
+    def agree(self, decision: bool, *, of_all: bool) -> bool:
+        """Whether all ranks say so, or any does. Every rank must call it."""
+        return self.trainer.strategy.reduce_boolean_decision(decision, all=of_all)
+
+    def undisturbed(self, *, keep: bool = True) -> AbstractContextManager[None]:
+        """A pass that leaves the fit as it was; see :func:`~lightning_unlearn.trainer.isolation.undisturbed`."""
+        return undisturbed(self.trainer, self.pl_module, keep=keep)
+
+    def probe(self) -> tuple[ForwardTrace, IndexedBatch]:
+        """One forward pass over the first samples; see :func:`probe`."""
+        return probe(self.trainer, self.pl_module, self.source)
 
 
 def reading_of(source: PartitionSource) -> Reading:

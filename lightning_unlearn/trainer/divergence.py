@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
+from lightning_unlearn.utilities.reduce import Reduce
 from lightning_unlearn.utilities.sharding import local_part
 
 ADVICE = "use a smaller learning rate or gradient_clip_val, and resume from an earlier checkpoint"
@@ -60,3 +61,60 @@ class LossWatch:
         total, self._total = self._total, None
         is_finite = total is None or bool(total.isfinite().all())
         return trainer.strategy.reduce_boolean_decision(is_finite, all=True)
+
+
+# Of more samples than that, it is not the samples that are broken.
+MOST_LEFT_OUT = 0.5
+
+
+def check_rows_left_out(model: nn.Module, left_out: int, total: int, epoch: int, reduce: Reduce) -> str:
+    """What to warn of where rows of an epoch were not finite; empty where all were.
+
+    A few are what 16-bit training leaves behind while its loss scale settles.
+
+    Args:
+        model: whose weights are looked at where it was most of the rows.
+        left_out: how many rows of all ranks were not finite.
+        total: of how many.
+        epoch: how many epochs were complete.
+        reduce: sums over the ranks; every rank must call this.
+
+    Raises:
+        ValueError: where it was most of them and the weights are not finite either, which no further training mends.
+    """
+    if not left_out:
+        return ""
+    if left_out > MOST_LEFT_OUT * total:
+        fault = first_not_finite(model)
+        if reduce(torch.tensor(float(bool(fault)))).item() > 0:
+            raise ValueError(too_many_left_out(left_out, total, fault or "weights on another rank"))
+    return (
+        f"The logits or attributions of {left_out:,} of {total:,} training samples were NaN or infinite in epoch"
+        f" {epoch}; these rows are left out of the evidence."
+    )
+
+
+def first_not_finite(model: nn.Module) -> str:
+    """The name of the first parameter or buffer that holds NaN or infinity; empty where none does."""
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if value.is_floating_point() and not bool(value.detach().isfinite().all()):
+            return name
+    return ""
+
+
+def too_many_left_out(bad: int, total: int, model_fault: str) -> str:
+    """What is wrong where most rows are not finite, and what to do."""
+    found = (
+        f"Expected finite logits and attributions, but those of {bad:,} of {total:,} training samples are NaN or"
+        " infinite"
+    )
+    if model_fault:
+        return (
+            f"{found}, and so is the model's {model_fault}: training has diverged. Use a smaller learning rate,"
+            " gradient_clip_val, or no NaN in the inputs (which BatchNorm keeps), and start again from a checkpoint of"
+            " before."
+        )
+    return (
+        f"{found}, though the model's weights are finite. Check the inputs for NaN, forward for overflow (try"
+        " precision='bf16-mixed' or 32), and that it returns no logits of -inf for classes that it rules out."
+    )

@@ -21,8 +21,10 @@ class PartitionSource(Protocol):
     """When the partition is drawn: a number of epochs, a share of them, or ``"auto"``."""
     reading: Any
     """How batches, outputs and labels are read: a :class:`~lightning_unlearn.data.task_format.Reading`."""
-    sample_weight: Tensor | None
-    """(N,) float32, of this rank's samples, 1/k for each of k copies; None where each counts."""
+
+    @property
+    def sample_weight(self) -> Tensor | None:
+        """(N,) float32, of this rank's samples, 1/k for each of k copies; None where each counts."""
 
     @property
     def memorised(self) -> float | None:

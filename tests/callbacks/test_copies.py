@@ -23,7 +23,7 @@ def end_of(callbacks, *others):
     fit(module, BlobsData(Blobs(203)), [*callbacks, *others])
     partition, prune, finetune = callbacks[:3]
     # Read, and not fallen back on passes.
-    assert partition._reader.reason == ""
+    assert partition.collector.reader.reason == ""
     assert finetune.is_active
     return partition.partition.clean_probability, prune.mask.keep, weights(module)
 

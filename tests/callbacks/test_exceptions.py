@@ -22,6 +22,7 @@ from lightning_unlearn.evidence.training_dynamics import Trajectory
 from lightning_unlearn.partitioning import messages as messages_module
 from lightning_unlearn.pruning.guard import Gauge
 from lightning_unlearn.pruning.masking import NeuronPruning
+from lightning_unlearn.trainer import context as context_module
 from lightning_unlearn.trainer import data_checks as data_checks_module
 from lightning_unlearn.trainer.train_data import TrainDataSwap
 from tests.callbacks import snapshot
@@ -200,7 +201,7 @@ OURS = {
     "reading in a pass": (Data, "read_in_pass"),
     "collating in a pass": (Collates, "collate_in_pass"),
     "fingerprint": (data_checks_module, "fingerprint"),
-    "rehearsal": (partition_module, "probe"),
+    "rehearsal": (context_module, "probe"),
     "attribution": (Attributor, "attribute"),
     "evidence of a pass": (Trajectory, "observe"),
     "merging": (Trajectory, "merge"),

@@ -81,8 +81,8 @@ def test_an_adapted_head_is_attributed_at_its_input_and_read_as_a_whole():
     module = Toy(adapted)
     fit(module, DataLoader(data, 16, shuffle=True), ours, max_epochs=EPOCHS, limit_val_batches=0)
     assert partition.partition.layer == "input of 'net.4'"
-    assert partition._reader.reason == ""
-    assert partition._reader.head == "net.4"
+    assert partition.collector.reader.reason == ""
+    assert partition.collector.reader.head == "net.4"
     assert auroc(-partition.partition.clean_probability, data.wrong) > 0.95
     assert module.net[4].up.weight.abs().sum() > 0
     assert prune.has_acted
@@ -103,8 +103,8 @@ def test_an_adapter_that_no_module_holds_is_not_overlooked():
     partition, *_ = ours = trio(AT, prune={"layer": "net.body.2"})
     fit(Toy(Inline), DataLoader(data, 16, shuffle=True), ours, max_epochs=EPOCHS, limit_val_batches=0)
     # At the start the Linear's numbers are the logits, but not later: the network that holds both is read.
-    assert partition._reader.head == "net"
-    assert partition._reader.reason == ""
+    assert partition.collector.reader.head == "net"
+    assert partition.collector.reader.reason == ""
     assert auroc(-partition.partition.clean_probability, data.wrong) > 0.95
 
 
@@ -125,7 +125,7 @@ def test_evidence_that_turns_out_not_to_be_of_the_logits_is_dropped():
     partition, *_ = ours = trio(AT, prune={"layer": "net.2"})
     with pytest.warns(UserWarning, match="'fc' returns is no longer what forward returns as logits, so the evidence"):
         fit(InlineModule(), DataLoader(data, 16, shuffle=True), ours, max_epochs=EPOCHS, limit_val_batches=0)
-    assert partition._epochs_seen == [AT]
+    assert partition.collector.epochs_seen == [AT]
     assert partition.partition.layer == "input of 'fc'"
 
 
@@ -133,7 +133,7 @@ def test_what_is_scaled_after_the_head_is_read_as_it_leaves_the_network():
     data = Blobs(SIZE)
     partition, *_ = ours = trio(AT)
     fit(Toy(Tempered), DataLoader(data, 16, shuffle=True), ours, max_epochs=EPOCHS, limit_val_batches=0)
-    assert partition._reader.head == "net"
+    assert partition.collector.reader.head == "net"
     assert partition.partition.layer == "input of 'net.inner.4'"
     assert auroc(-partition.partition.clean_probability, data.wrong) > 0.95
 
@@ -246,7 +246,7 @@ def test_what_collate_fn_mixes_is_scored_unmixed_where_a_loader_is_offered(soft_
     data.attribution_dataloader = lambda: DataLoader(data.train, batch_size=50)
     partition, _, finetune = ours = trio(AT, soft_labels=soft_labels)
     fit(Unvalidated(), data, ours, max_epochs=EPOCHS)
-    assert partition._reader.reason
+    assert partition.collector.reader.reason
     assert partition.partition.label.equal(data.train.y)
     assert auroc(-partition.partition.clean_probability, data.train.wrong) > 0.95
     assert finetune.is_active

@@ -303,8 +303,8 @@ def test_evidence_is_read_from_a_loader_that_repeats_samples_and_leaves_others_o
     drawn = [index for epoch in range(AT) for index in record.by_epoch[epoch]]
     assert min(drawn) == N // 3
     assert len(set(record.by_epoch[0])) < len(record.by_epoch[0])
-    assert partition._reader.reason == ""
-    assert partition._epochs_seen == [1, 2]
+    assert partition.collector.reader.reason == ""
+    assert partition.collector.epochs_seen == [1, 2]
 
 
 def test_the_users_sampler_is_back_after_an_exception():
@@ -466,12 +466,12 @@ def test_a_stateful_loader_is_read_narrowed_relabelled_and_resumed_within_an_epo
 
     kept = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=8)
     _, (partition, _, finetune) = run(callbacks=[kept])
-    assert partition._reader.reason == ""
-    assert partition._epochs_seen == [1, 2]
+    assert partition.collector.reader.reason == ""
+    assert partition.collector.epochs_seen == [1, 2]
     assert finetune.is_active
     for step in (8, 32, 40):
         resumed, (partition, _, finetune) = run(tmp_path / f"step={step}.ckpt")
-        assert partition._epochs_seen == [1, 2]
+        assert partition.collector.epochs_seen == [1, 2]
         assert_same_labels_as_drawn(resumed, finetune, data)
         assert len(resumed.trained[step // 13]) == 203 - 16 * (step % 13)
 

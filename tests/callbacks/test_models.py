@@ -72,8 +72,8 @@ def assert_repaired(module, partition, prune, finetune, *, head, reads=True, wro
     found = partition.partition
     assert found.layer == f"input of '{head}'"
     assert found.clean_probability.isfinite().all()
-    assert bool(partition._reader.reason) != reads, partition._reader.reason
-    assert partition._epochs_seen == list(range(1, partition.at_epoch + 1))
+    assert bool(partition.collector.reader.reason) != reads, partition.collector.reader.reason
+    assert partition.collector.epochs_seen == list(range(1, partition.at_epoch + 1))
     assert auroc(found.clean_probability, ~wrong) > least
     assert finetune.is_active
     pruned = prune.mask.pruned_indices()
@@ -354,7 +354,7 @@ def test_a_compiled_layer_does_no_harm(layer):
     repaired = repair(lambda: Toy(compiled_layer), loader_of(TABLE), at=2, layer=layer, prune={"layer": layer})
     module, partition, prune, _ = repaired
     assert partition.partition.layer == "output of 'net.2'"
-    assert (prune.mask.layer, partition._reader.reason) == ("net.2", "")
+    assert (prune.mask.layer, partition.collector.reader.reason) == ("net.2", "")
     assert (module.net[2]._orig_mod.weight[prune.mask.pruned_indices()] == 0).all()
 
 
@@ -366,7 +366,7 @@ def test_a_compiled_network_is_read_in_passes():
         finetune={"mode": "layers", "layers": ["net.2", "net.4"]},
     )
     assert_repaired(*repaired, head="net.4", reads=False, wrong=TABLE.wrong)
-    assert "or calls it compiled" in repaired[1]._reader.reason
+    assert "or calls it compiled" in repaired[1].collector.reader.reason
     assert repaired[3]._frozen.parameters == ["net.0.weight", "net.0.bias"]
     torch._dynamo.reset()
 

@@ -53,7 +53,7 @@ def broken(request):
     callbacks = trio(3, evidence=evidence, prune=prune, finetune={"lr": 0.01})
     module = module(no_norms, adamw)
     fit(module, BlobsData(data, batch_size=4), callbacks, max_epochs=5)
-    assert callbacks[0]._reader.reason == ""
+    assert callbacks[0].collector.reader.reason == ""
     return data, module, callbacks
 
 

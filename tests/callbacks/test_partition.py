@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, get_worker_info
 
 from lightning_unlearn import AttributionPartitionCallback, Partition
-from lightning_unlearn.callbacks import partition as partition_module
+from lightning_unlearn.evidence import collector as collector_module
 from tests.toys import CLASSES, Blobs, BlobsData, Plain, Swapped, Toy, adamw, auroc, convnet, fit, mlp
 
 
@@ -304,7 +304,7 @@ def test_a_dataset_whose_labels_change_is_refused_between_passes_and_not_read_in
         fit(Toy(), BlobsData(Drifting()), [AttributionPartitionCallback(at_epoch=3, evidence="passes")])
     # Training steps are no longer read then.
     said = []
-    monkeypatch.setattr(partition_module, "rank_zero_info", said.append)
+    monkeypatch.setattr(collector_module, "rank_zero_info", said.append)
     callback = AttributionPartitionCallback(at_epoch=3)
     fit(Toy(), BlobsData(Drifting()), [callback])
     assert [line for line in said if "rows have another label than the one seen before" in line] == said[:1]

@@ -66,7 +66,7 @@ class Follows(L.Callback):
         drawn = self.partition.has_acted
         self.rounds.append(tuple(r.epoch for r in self.partition.rounds))
         self.clean.append(self.partition.partition.clean_indices().tolist() if drawn else list(range(SIZE)))
-        self.trajectory.append(self.partition._trajectory is not None)
+        self.trajectory.append(self.partition.collector.trajectory is not None)
 
 
 def drawn_again(recipe="label", *, at=2, every=2, epochs=8, net=mlp, optimizer=adamw, finetune=None, **kwargs):

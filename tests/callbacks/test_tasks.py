@@ -69,7 +69,7 @@ def test_one_logit(flat, dtype, shape):
     assert drawn.noise_rate == pytest.approx(wrong.float().mean().item(), abs=0.03)
     assert drawn.label.equal(y[:, 0])
     assert drawn.suggested_label.equal(torch.where(drawn.is_clean, y[:, 0], 1 - y[:, 0]))
-    assert partition._reader.reason == ""
+    assert partition.collector.reader.reason == ""
     assert finetune.is_active
     assert prune.has_acted
 
@@ -194,7 +194,7 @@ def test_samples_with_the_label_to_ignore_are_not_judged_and_stay(evidence, on_n
     assert drawn.is_clean[ignored].all()
     assert auroc(-drawn.clean_probability[~ignored], data.wrong[~ignored]) > 0.95
     assert sum(row.samples for row in drawn.class_summary()) == int((~ignored).sum())
-    assert partition._reader.reason == ""
+    assert partition.collector.reader.reason == ""
     assert set(ignored.nonzero().flatten().tolist()) <= set(finetune.draw.index.tolist())
 
 
@@ -220,7 +220,7 @@ def test_labels_with_a_column_for_each_class(kind, on_noisy):
     fit(module, DataLoader(data, 16, shuffle=True), callbacks, max_epochs=EPOCHS)
     assert partition.partition.label.equal(given)
     assert auroc(-partition.partition.clean_probability, data.wrong) > 0.95
-    assert partition._reader.reason == ""
+    assert partition.collector.reader.reason == ""
     assert finetune.is_active
 
 
@@ -328,7 +328,7 @@ def test_batches_and_outputs_of_every_common_kind(case, on_noisy):
     drawn = partition.partition
     assert drawn.label.equal(data.y)
     assert auroc(-drawn.clean_probability, data.wrong) > 0.95
-    assert partition._reader.reason == ""
+    assert partition.collector.reader.reason == ""
     assert finetune.is_active
     assert prune.has_acted
     assert REASONS.index("label") in drawn.reason.tolist()
@@ -370,7 +370,7 @@ def test_labels_that_are_missing_as_nan():
     fit(Known(3), loader(x, given), ours, max_epochs=AT + 1)
     drawn = partition.partition
     assert drawn.label.equal(y.masked_fill(missing, -1))
-    assert partition._reader.reason == ""
+    assert partition.collector.reader.reason == ""
     assert auroc(-drawn.label_probability[~missing], wrong[~missing]) > 0.95
     assert (finetune.draw.new_label[missing] == -1).all()
 

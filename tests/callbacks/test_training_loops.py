@@ -48,7 +48,7 @@ def pruned_entries(prune, module):
 def assert_repaired(module, data, partition, prune, finetune):
     assert partition.partition.label.equal(data.train.y)
     assert auroc(partition.partition.clean_probability, ~data.train.wrong) > 0.9
-    assert partition._reader.reason == ""
+    assert partition.collector.reader.reason == ""
     entries = pruned_entries(prune, module)
     assert sum(entry.numel() for entry in entries) > 0
     assert all((entry == 0).all() for entry in entries)

@@ -125,7 +125,7 @@ def test_what_was_read_before_is_dropped_and_training_is_as_it_was():
     fit(alone, loader_of(last, data), max_epochs=AT + 1)
     assert all(one.equal(other) for one, other in zip(weights(module).values(), weights(alone).values(), strict=True))
     assert partition.rounds
-    assert partition._reader.reason == ""
+    assert partition.collector.reader.reason == ""
     assert partition.partition.label.equal(data.y)
 
 

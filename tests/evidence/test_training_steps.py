@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, RandomSampler
 
 from lightning_unlearn import AttributionPartitionCallback
-from lightning_unlearn.callbacks import partition as partition_module
+from lightning_unlearn.evidence import collector as collector_module
 from lightning_unlearn.partitioning import messages as messages_module
 from tests.evidence.test_step_reader import BATCH, Coded, Net, mixup, two_calls
 from tests.toys import Blobs, BlobsData, IndexRecorder, Toy, assert_same_weights, auroc, fit, mlp, trio, weights
@@ -149,7 +149,7 @@ class MixesUp(Toy):
 
 def test_mixup_is_noticed_said_once_and_passes_are_made_instead(monkeypatch):
     said, passes = [], []
-    monkeypatch.setattr(partition_module, "rank_zero_info", said.append)
+    monkeypatch.setattr(collector_module, "rank_zero_info", said.append)
 
     class Watching(AttributionPartitionCallback):
         def _observe_pass(self, trainer, pl_module):
@@ -171,7 +171,7 @@ def test_mixup_is_noticed_said_once_and_passes_are_made_instead(monkeypatch):
 
 def test_without_a_fault_nothing_is_said_of_a_fallback(monkeypatch):
     said = []
-    for module in (partition_module, messages_module):
+    for module in (collector_module, messages_module):
         monkeypatch.setattr(module, "rank_zero_info", said.append)
     fit(Toy(), BlobsData(Blobs()), [AttributionPartitionCallback(at_epoch=2)], max_epochs=3)
     assert any(line.startswith("Partition after 2 epochs") for line in said)
@@ -196,7 +196,7 @@ def test_resuming_in_the_warm_up_gives_the_partition_of_an_uninterrupted_fit(tmp
 
     keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
     whole, whole_kept = start(AT + 1, callbacks=[keep])
-    reason = whole._reader.reason
+    reason = whole.collector.reader.reason
     assert ("2 times, not once" in reason) == (step is not None)
     for epoch in range(AT):
         path = tmp_path / f"epoch={epoch}.ckpt"
@@ -207,7 +207,7 @@ def test_resuming_in_the_warm_up_gives_the_partition_of_an_uninterrupted_fit(tmp
         # A fit that fell back makes its passes at the start of the next epoch.
         assert state["epochs_seen"] == list(range(1, epoch + 2 if step is None else epoch + 1))
         again, again_kept = start(AT + 1, path)
-        assert again._reader.reason == reason
+        assert again.collector.reader.reason == reason
         for name in ("attribution", "mean_margin", "support", "uncertainty"):
             one, other = (getattr(kept.evidence, name) for kept in (again_kept, whole_kept))
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6, msg=f"{name} after epoch {epoch}")

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_unlearn.partitioning.non_finite import check_rows_left_out, finite_rows, first_not_finite, judge_finite
+from lightning_unlearn.partitioning.non_finite import finite_rows, judge_finite
 from lightning_unlearn.recipes import RECIPES, Recipe, Verdict, get_recipe
 from lightning_unlearn.recipes.evidence import Evidence
+from lightning_unlearn.trainer.divergence import check_rows_left_out, first_not_finite
 from lightning_unlearn.utilities.reduce import no_reduce
 from tests.ranks import run_ranks
 from tests.recipes.test_recipes import N, every_kind, flagged, share_of, users

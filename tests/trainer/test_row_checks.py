@@ -164,8 +164,8 @@ def test_rows_in_their_order_are_read(name):
     make, module = KEPT[name]
     loader, partition = make(), trio(AT)[0]
     fit(module(), loader, [partition], max_epochs=AT + 1)
-    assert partition._reader.reason == ""
-    assert partition._epochs_seen == [1, 2]
+    assert partition.collector.reader.reason == ""
+    assert partition.collector.epochs_seen == [1, 2]
     assert partition.partition.label.equal(loader.dataset.y)
 
 
@@ -174,7 +174,7 @@ def test_a_hook_that_reorders_only_in_training_is_noticed_in_the_first_epoch(shu
     data = Hooked(always=False, shuffle=shuffle)
     partition = AttributionPartitionCallback(at_epoch=1, action="report")
     fit(Toy(), data, [partition], max_epochs=3)
-    assert "as where collate_fn or a transfer hook reorders a batch" in partition._reader.reason
+    assert "as where collate_fn or a transfer hook reorders a batch" in partition.collector.reader.reason
     assert auroc(1 - partition.partition.clean_probability, data.train.wrong) > 0.9
 
 
@@ -212,7 +212,7 @@ class Offering(BlobsData):
 def test_where_a_loader_is_offered_that_keeps_the_order_it_is_gone_by():
     data, partition = Offering(Blobs()), trio(AT)[0]
     fit(Toy(), data, [partition, CleanSubsetFinetuneCallback()])
-    assert EXPECTED in partition._reader.reason
+    assert EXPECTED in partition.collector.reader.reason
     assert auroc(1 - partition.partition.clean_probability, data.train.wrong) > 0.95
 
 

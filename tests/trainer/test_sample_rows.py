@@ -53,7 +53,7 @@ def test_layers_with_the_steps_first_are_read_as_those_with_the_samples_first():
         callback, pruning = found(kind, prune=prune, layer="net.mid", input_layer="net.inp", recipe=rows_of)
         seen.append([*ROWS.pop(), *(mask.sensitivity for mask in pruning.masks)])
         assert [mask.layer for mask in pruning.masks] == ["net.inp", "net.mid"]
-        assert callback._point.samples == callback._early.samples == (kind == "time first")
+        assert callback.collector.point.samples == callback.collector.early.samples == (kind == "time first")
         assert len(callback.partition) == 100
     for one, other in zip(*seen, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
@@ -97,7 +97,7 @@ def test_a_layer_whose_rows_are_no_samples_is_refused_by_name(kind, who):
 @pytest.mark.parametrize("kind", ["samples first", "time first", "folded", "noisy"])
 def test_what_can_be_told_is_not_refused(kind, batch_size):
     (callback,) = found(kind, batch_size)
-    assert (callback._early is None) == (kind == "folded")
+    assert (callback.collector.early is None) == (kind == "folded")
 
 
 @pytest.mark.parametrize("method", ["integrated_gradients", "deeplift", "conductance"])

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback
-from lightning_unlearn.partitioning.when import DrawTime, check_at_epoch, similarity
+from lightning_unlearn.evidence.when import DrawTime, check_at_epoch, similarity
 from lightning_unlearn.results.status import PartitionStatus
 from tests.toys import Blobs, BlobsData, Toy, adamw, assert_same_weights, auroc, fit, sgd, trio, weights
 

@@ -1,0 +1,383 @@
+"""Gathers the evidence of a fit: from its training steps, or by passes where these cannot be read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from lightning_unlearn.attribution import Attributor, ForwardTrace, resolve_layer
+from lightning_unlearn.attribution.layers import LayerPoint
+from lightning_unlearn.data.batch import Path
+from lightning_unlearn.data.loaders import rank_share
+from lightning_unlearn.data.task_format import Reading
+from lightning_unlearn.evidence.early_epochs import EarlyEpochs
+from lightning_unlearn.evidence.eval_pass import EvidencePass, make_attributor
+from lightning_unlearn.evidence.frozen_features import FrozenFeatures
+from lightning_unlearn.evidence.label_field import LabelWatch
+from lightning_unlearn.evidence.step_reader import TrainingPassReader
+from lightning_unlearn.evidence.training_dynamics import Trajectory
+from lightning_unlearn.evidence.validation_watch import ValidationWatch
+from lightning_unlearn.evidence.when import DrawTime, monitored
+from lightning_unlearn.recipes.evidence import Evidence, OutOfSample
+from lightning_unlearn.recipes.verdict import Recipe
+from lightning_unlearn.trainer.context import FitContext, IndexedBatch
+from lightning_unlearn.trainer.data_checks import Recognised
+from lightning_unlearn.trainer.divergence import check_rows_left_out
+from lightning_unlearn.trainer.progress import rank_zero_info
+
+
+class EvidenceCollector:
+    """What the model shows of each sample before the partition is drawn.
+
+    Args:
+        reading: how batches, outputs and labels are read.
+        recipe: says what evidence it needs.
+        keeps_coordinates: whether it may look at the attributions of however many classes.
+        reads_steps: read the training steps, where that is possible.
+        every_n_epochs: how often there is a pass where they are not read.
+        method: of attribution.
+
+    ``trajectory`` is what earlier epochs showed, the same on every rank; None before the first and once no partition is
+    to follow. ``point`` is where the margin is attributed, ``early`` where corrupted inputs show (None for nowhere).
+    ``is_closed`` says that the first partition has been drawn, from when on training steps are not read.
+    """
+
+    def __init__(
+        self,
+        reading: Reading,
+        recipe: Recipe,
+        *,
+        keeps_coordinates: bool,
+        reads_steps: bool,
+        every_n_epochs: int,
+        method: str,
+    ) -> None:
+        self.reading, self.recipe, self.method = reading, recipe, method
+        self._keeps_coordinates, self._may_read_steps, self._every = keeps_coordinates, reads_steps, every_n_epochs
+        self.reader = TrainingPassReader(reading=reading, sink=self)
+        self.label_watch = LabelWatch(reading)
+        self.validation_watch = ValidationWatch(reading)
+        self.when = DrawTime("auto")
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets an earlier fit."""
+        self.point: LayerPoint | None = None
+        self.early: LayerPoint | None = None
+        self.reading.forget()
+        self.trajectory: Trajectory | None = None
+        self.features = FrozenFeatures()
+        self.is_closed = self._has_said_fallback = False
+        self.forget_epochs()
+        self.when.reset()
+        self.reader.reset()
+        self.label_watch.detach()
+
+    def forget_epochs(self) -> None:
+        """Forgets of which epochs there is evidence."""
+        self.epochs_seen: list[int] = []
+        self.early_epochs = EarlyEpochs()
+        self.when.forget()
+
+    def detach(self) -> None:
+        """Takes all hooks off the model and the loaders."""
+        self.reader.detach()
+        self.label_watch.detach()
+        self.validation_watch.detach()
+
+    def close(self, *, forever: bool) -> None:
+        """Reads no more training steps, as the first partition is drawn; keeps no evidence if none is to follow."""
+        self.is_closed = True
+        if forever:
+            self.trajectory, self.features = None, FrozenFeatures()
+
+    @property
+    def reads_steps(self) -> bool:
+        """Whether evidence is wanted of training steps."""
+        return self._may_read_steps and self.recipe.averages and not self.is_closed
+
+    @property
+    def asks_unseen(self) -> bool:
+        """Whether the recipe asks what was said of labels that were not learned yet."""
+        return self.recipe.needs_unseen and self.reading.rows_per_sample == 1
+
+    @property
+    def in_use(self) -> Trajectory:
+        """The trajectory.
+
+        Raises:
+            RuntimeError: where there is none.
+        """
+        if self.trajectory is None:
+            raise RuntimeError("No evidence is being gathered; this is an error in lightning_unlearn.")
+        return self.trajectory
+
+    def is_pass_due(self, epoch: int) -> bool:
+        """Whether there is to be a pass before the first partition, when ``epoch`` epochs are complete."""
+        if epoch < 1:
+            return False
+        if self.when.is_due(epoch):
+            return True
+        return self.recipe.averages and epoch not in self.epochs_seen and epoch % self._every == 0
+
+    def is_before_the_first(self, epoch: int) -> bool:
+        """Whether no partition is to be drawn yet; one of a checkpoint may be older than ``at_epoch``."""
+        return not self.is_closed and not self.when.is_due(epoch)
+
+    def start(self, fit: FitContext, trace: ForwardTrace, first: IndexedBatch) -> None:
+        """Starts to gather, before the first step.
+
+        Args:
+            fit: that begins.
+            trace: of its forward pass.
+            first: the batch that it was of.
+        """
+        maker = trace.logit_maker(self.reading.num_outputs)
+        if self.trajectory is None and not self.is_closed:
+            rows = fit.total * self.reading.rows_per_sample
+            # A recipe of a user may look at the attributions of however many classes.
+            self.trajectory = Trajectory(rows, self.reading.num_classes, keeps_coordinates=self._keeps_coordinates)
+            if self.reading.label_at is None:
+                self.label_watch.start(fit.pl_module, maker)
+        if self.trajectory is not None and self.asks_unseen:
+            self.features.start(fit.trainer, fit.pl_module, fit.source, trace, first)
+        if not self.is_closed and self.when.is_open and maker is not None:
+            self.validation_watch.start(resolve_layer(fit.pl_module, maker))
+        if self.trajectory is not None and self.reading.task != "multilabel":
+            with fit.undisturbed():
+                self._attributor(fit).rehearse(first.x, first.label.clamp(min=0), rows=self.recipe.needs_rows)
+
+    def start_reading(self, fit: FitContext, trace: ForwardTrace, data: Recognised, first: IndexedBatch) -> None:
+        """Starts to read training steps, or says why not.
+
+        Args:
+            fit: that begins.
+            trace: of its forward pass.
+            data: the training set, as it was recognised.
+            first: the batch that the forward pass was of.
+        """
+        if not self.reads_steps:
+            return
+        maker = trace.logit_maker(self.reading.num_outputs)
+        if data.train_fault:
+            self.reader.give_up(data.train_fault)
+        elif maker is not None:
+            known = self.in_use.label.clone()
+            for index, label in ((first.index, first.label.cpu()), (data.rows.index, data.rows.label.flatten())):
+                known[self.reading.row_indices(index)] = label
+            self.reader.start(fit.trainer, fit.pl_module, maker, known)
+            if self.looks_early(fit.epoch + 1):
+                self.reader.positions = torch.zeros(fit.total, dtype=torch.uint8)
+        else:
+            self.reader.give_up("no module of the model returns what forward returns as logits")
+        if self.reader.reason:
+            self._say_fallback()
+
+    def _say_fallback(self) -> None:
+        if self._has_said_fallback:
+            return
+        self._has_said_fallback = True
+        rank_zero_info(
+            f"Label evidence is not read from the training steps ({self.reader.reason}); instead there is a pass over"
+            f" the training set {'after every epoch' if self._every == 1 else f'every {self._every} epochs'}."
+        )
+
+    def say_what_is_lost(self) -> None:
+        """Says once that a checkpoint lacks what the training steps of an epoch that had not ended have shown."""
+        if not self.is_closed and self.reader.left_open:
+            rank_zero_info(
+                "The checkpoint was written before an epoch had ended: what its training steps had shown by then is not"
+                " kept, so the partition may differ from that of a fit that was not interrupted; checkpoints of the end"
+                " of an epoch (save_on_train_epoch_end=True), or evidence='passes', have all of it."
+            )
+        self.reader.left_open = False
+
+    def observe(self, index: Tensor, logits: Tensor, label: Tensor) -> None:
+        """Takes rows of the training steps.
+
+        Args:
+            index: (B,) int64 on the CPU.
+            logits: (B, C).
+            label: (B,) int64.
+        """
+        if self.trajectory is not None:
+            self.trajectory.observe(index, logits, label)
+
+    def forget(self) -> None:
+        """Drops what the training steps showed: it cannot be trusted."""
+        self.forget_epochs()
+        if self.trajectory is not None:
+            self.trajectory.forget()
+
+    def start_epoch(self, fit: FitContext) -> None:
+        """Call in ``on_train_epoch_start``."""
+        if self.reads_steps:
+            self.reader.start_epoch(fit.trainer)
+        else:
+            self.reader.detach()
+
+    def start_batch(self, fit: FitContext, batch: Any, batch_idx: int) -> None:
+        """Call in ``on_train_batch_start``."""
+        self.label_watch.start_batch(batch)
+        if self.reads_steps:
+            batches = fit.trainer.num_training_batches
+            self.reader.start_batch(fit.trainer, batch, min(batch_idx / batches, 0.999) if batches else 0.0)
+
+    def label_field(self, fit: FitContext, *, trained: bool) -> Path | None:
+        """Another field of the batch, which the loss follows: all begins again with the labels from there.
+
+        None as long as there is none. Call after a step's backward pass and before the weights change; every rank must.
+        """
+        path = self.label_watch.end_batch(fit.reduce, trained=trained)
+        if path is not None:
+            self.reading.forget()
+            self.reading.label_at = path
+            self.trajectory = None
+            self.forget_epochs()
+            self.reader.begin_again()
+        return path
+
+    def end_batch(self) -> None:
+        """Call in ``on_train_batch_end``."""
+        if self.reads_steps:
+            self.reader.end_batch()
+
+    def end_epoch(self, fit: FitContext) -> None:
+        """Call in ``on_train_epoch_end``; every rank must."""
+        self._note_validation(fit)
+        if not self.reads_steps or self.trajectory is None:
+            return
+        if not self.reader.end_epoch(fit.trainer):
+            self._say_fallback()
+            return
+        self._look_early(fit)
+        # Counted in complete epochs: what epoch 0 shows is known when one is complete.
+        if self.merge(fit, fit.epoch + 1, self.reader.rows_read) > 0:
+            self.epochs_seen.append(fit.epoch + 1)
+
+    def _note_validation(self, fit: FitContext) -> None:
+        """Notes how validation has gone, where that tells when the partition is due."""
+        if not self.is_closed and self.when.is_open:
+            shown = self.validation_watch.result(monitored(fit.trainer), fit.reduce)
+            self.when.note(fit.epoch + 1, **shown)
+
+    def looks_early(self, epoch: int) -> bool:
+        """Whether the training steps of the ``epoch``-th epoch are looked at by themselves."""
+        return self.asks_unseen and not self.when.is_due(epoch - 1) and self.early_epochs.is_due(epoch)
+
+    def _look_early(self, fit: FitContext) -> None:
+        positions, epoch = self.reader.positions, fit.epoch + 1
+        if positions is None or not self.looks_early(epoch):
+            return
+        trainer = fit.trainer
+        share = rank_share(len(positions), trainer.global_rank, trainer.world_size)
+        self.early_epochs.look(self.in_use, positions, trainer.num_training_batches, share, fit.device, fit.reduce)
+        self.reader.positions = positions.zero_() if self.looks_early(epoch + 1) else None
+
+    def merge(self, fit: FitContext, epoch: int, rows: int) -> int:
+        """Adds what this rank observed in an epoch, and returns how many rows that all ranks observed are finite."""
+        trajectory, reduce = self.in_use, fit.reduce
+        left_out, total = (int(x) for x in reduce(torch.tensor([trajectory.rows_left_out, rows]).double()).tolist())
+        phase, width = self.when.phase(epoch)
+        with self.when.noting(epoch, trajectory, reduce, of_steps=self.reader.is_reading):
+            trajectory.merge(trajectory.make_room(phase, width), reduce)
+        if said := check_rows_left_out(fit.pl_module, left_out, total, epoch, reduce):
+            rank_zero_warn(said)
+        return total - left_out
+
+    def check_steps(self, fit: FitContext) -> None:
+        """Drops what the training steps showed if it were not the logits, as where an adapter has grown beside."""
+        if not self.reader.is_reading:
+            return
+        trace, _ = fit.probe()
+        if not fit.agree(trace.makes_logits(self.reader.head), of_all=True):
+            rank_zero_warn(
+                f"What '{self.reader.head}' returns is no longer what forward returns as logits, so the evidence of"
+                " the training steps is dropped; set evidence='passes' to have passes over the training set instead."
+            )
+            self.forget()
+
+    def _attributor(self, fit: FitContext, watch: tuple[LayerPoint, ...] = ()) -> Attributor:
+        if self.point is None:
+            raise RuntimeError("The layer to attribute at is not resolved; this is an error in lightning_unlearn.")
+        return make_attributor(fit.trainer, fit.pl_module, fit.source, self.point, self.method, watch)
+
+    def evidence_pass(self, fit: FitContext, *, is_last: bool, features: FrozenFeatures | None = None) -> EvidencePass:
+        """A pass that is not run yet.
+
+        Args:
+            fit: that is running.
+            is_last: whether the partition is drawn after it.
+            features: to be taken in it; None for none.
+        """
+        early = self.early if is_last else None
+        watched = (early, None if features is None else features.point)
+        attributor = self._attributor(fit, tuple(point for point in watched if point is not None))
+        return EvidencePass(fit.source, attributor, self.in_use, is_last, self.recipe.needs_rows, early, features)
+
+    def pass_over(self, fit: FitContext) -> tuple[dict[str, Tensor], set[int]]:
+        """Passes over this rank's share of the training set.
+
+        Returns:
+            what the pass showed, see :meth:`EvidencePass.run`, and the indices that the data set gives as None.
+        """
+        is_last = not self.is_before_the_first(fit.epoch)
+        # The margins of several labels are those of the logits, for which no layer is watched.
+        watches = is_last and self.reading.task != "multilabel"
+        holds = watches and self.features.hold(fit.trainer, fit.pl_module, fit.source, len(self.in_use))
+        found = self.evidence_pass(fit, is_last=is_last, features=self.features if holds else None)
+        return found.run(fit.trainer, fit.pl_module), found.absent
+
+    def with_unseen(self, fit: FitContext, evidence: Evidence, accuracy: float | None) -> Evidence:
+        """The evidence with what was said of labels that were not learned; ``accuracy`` is that of validation."""
+        unseen = OutOfSample(self.early_epochs.rate, self.early_epochs.drawn, accuracy)
+        return self.features.added_to(replace(evidence, unseen=unseen), fit.reduce)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and primitives."""
+        return {
+            "epochs_seen": list(self.epochs_seen),
+            "trajectory": None if self.trajectory is None else self.trajectory.state_dict(),
+            "reader": self.reader.state_dict(),
+            "early": self.early_epochs.state_dict(),
+            "features": self.features.state_dict(),
+            "when": self.when.state_dict(),
+            "label_at": None if self.reading.label_field is None else list(self.reading.label_field),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], *, is_closed: bool, is_fit: bool) -> None:
+        """Takes over what :meth:`state_dict` described.
+
+        Args:
+            state: of a checkpoint.
+            is_closed: whether it has a partition.
+            is_fit: whether a fit goes on from it; elsewhere evidence in another format is left out with a warning.
+        """
+        # Absent in checkpoints of before it was looked which field the loss follows.
+        if (path := state.get("label_at")) is not None and self.reading.layout is None:
+            self.reading.label_at = tuple(path)
+        self.epochs_seen = list(state["epochs_seen"])
+        trajectory = state["trajectory"]
+        self.trajectory = None if trajectory is None else _trajectory_of(trajectory, is_fit=is_fit)
+        self.reader.load_state_dict(state["reader"])
+        self.early_epochs = EarlyEpochs.from_state_dict(state["early"])
+        self.features = FrozenFeatures.from_state_dict(state.get("features"))
+        self.when.load_state_dict(state.get("when"))
+        self.is_closed = is_closed
+        if is_closed:
+            # It watches since setup, and would make the loader forget the batches that are to be re-labeled.
+            self.reader.detach()
+
+
+def _trajectory_of(state: dict[str, Any], *, is_fit: bool) -> Trajectory | None:
+    try:
+        return Trajectory.from_state_dict(state)
+    except ValueError as error:
+        if is_fit:
+            raise
+        rank_zero_warn(f"{error} Weights are not affected.")
+        return None

@@ -1,0 +1,167 @@
+"""What is settled before the first step of a fit: layers, labels, a recipe that works, a person's decisions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+
+from lightning_unlearn.attribution import ForwardTrace
+from lightning_unlearn.attribution.layers import LayerPoint
+from lightning_unlearn.data.loaders import rank_share
+from lightning_unlearn.data.naming import files_in
+from lightning_unlearn.partitioning.checks import (
+    attributed_point,
+    check_classifies,
+    check_samples_first,
+    check_several_labels,
+    early_points,
+)
+from lightning_unlearn.partitioning.resuming import what_holds
+from lightning_unlearn.partitioning.review import check_agrees, fit_to_data
+from lightning_unlearn.partitioning.state import PartitionState
+from lightning_unlearn.recipes import Recipe
+from lightning_unlearn.recipes.users import trial
+from lightning_unlearn.results.partition import Partition
+from lightning_unlearn.results.provenance import fit_record
+from lightning_unlearn.results.review_csv import Table
+from lightning_unlearn.trainer.context import FitContext, IndexedBatch
+from lightning_unlearn.trainer.data_checks import check_same_labels, check_same_size
+from lightning_unlearn.trainer.progress import rank_zero_info
+from lightning_unlearn.trainer.sample_rows import locate_samples, no_rows
+from lightning_unlearn.trainer.scoring_loader import train_loader
+
+
+def choose_points(
+    fit: FitContext,
+    trace: ForwardTrace,
+    first: IndexedBatch,
+    recipe: Recipe,
+    method: str,
+    layers: tuple[str | None, str | None],
+) -> tuple[LayerPoint | None, LayerPoint | None]:
+    """Where the margin is attributed, and where corrupted inputs show; None for nowhere.
+
+    Args:
+        fit: that begins.
+        trace: of its forward pass.
+        first: the batch that it was of.
+        recipe: says whether it asks of inputs.
+        method: of attribution.
+        layers: that were named for the two; None for the default.
+
+    Raises:
+        ValueError: for a layer that is not reached or has no row for each sample, and for what the task or the method
+            does not allow.
+        MisconfigurationException: for networks that are trained in turns.
+    """
+    layer, input_layer = layers
+    if layer is None:
+        check_classifies(fit.trainer, fit.pl_module, trace)
+    point, batch = attributed_point(trace, layer, fit.reading.num_outputs), len(first.index)
+    # Whether an input is corrupted is not asked of the labels of a multi-label task, each by itself.
+    is_multilabel = fit.reading.task == "multilabel"
+    early = early_points(trace, batch, input_layer) if recipe.needs_response and not is_multilabel else []
+    attributed, *found = locate_samples(fit.trainer, fit.pl_module, fit.source, first, [point, *early])
+    responding = next((one for one in found if one is not None), None)
+    for one, is_found in ((point, attributed), *((one, responding) for one in early if input_layer)):
+        if is_found is None and not is_multilabel:
+            raise ValueError(no_rows(one, batch))
+    check_samples_first(attributed, method)
+    if is_multilabel:
+        check_several_labels(layer, method, recipe)
+    return attributed, responding
+
+
+def check_known_labels(fit: FitContext, first: IndexedBatch, known: Tensor | None) -> None:
+    """Refuses data that do not fit the labels of all rows that a checkpoint has, as far as the first batch tells.
+
+    Raises:
+        ValueError: for another number of samples, or other labels.
+    """
+    if known is not None:
+        reading = fit.reading
+        check_same_size(len(known) // reading.rows_per_sample, fit.total)
+        there = (reading.by_row(first.weight) > 0).cpu()
+        check_same_labels(known[reading.row_indices(first.index)[there]], first.label.cpu()[there])
+
+
+def try_recipe(fit: FitContext, recipe: Recipe, basis: Tensor) -> None:
+    """Has a user's recipe judge evidence that is made up. Every rank must call it.
+
+    Raises:
+        ValueError: on every rank, where it fails on one.
+    """
+    index, _ = rank_share(fit.total, fit.trainer.global_rank, fit.trainer.world_size)
+    with isolate_rng():
+        fault = trial(recipe, basis, index, fit.device)
+    # Together, as the others would wait for a rank that has given up.
+    if fit.agree(bool(fault), of_all=False):
+        raise ValueError(fault or f"Expected recipe '{recipe.name}' to judge, but it fails on another rank.")
+
+
+def take_review(fit: FitContext, state: PartitionState, table: Table | None, *, content: bool) -> None:
+    """Takes a person's decisions, which fit the data.
+
+    Args:
+        fit: that begins.
+        state: takes them.
+        table: what the file holds; None for no file.
+        content: whether that of the data set's items counts.
+
+    Raises:
+        ValueError: for what does not fit, or differs from what a checkpoint's partition was drawn with.
+    """
+    if table is None:
+        return
+    review = fit_to_data(fit.trainer, fit.pl_module, fit.source, table, state.fingerprint, content=content)
+    if not len(review):
+        rank_zero_warn(
+            f"Nothing is decided in {review.path}: its column 'decision' is empty, so the recipe decides; write"
+            " keep, drop or relabel there, or leave out review."
+        )
+        if state.review is None:
+            return
+    if state.partition is not None:
+        check_agrees(state.review, review)
+    state.review = review if len(review) else None
+
+
+def note_fit(
+    fit: FitContext, state: PartitionState, settings: Mapping[str, Any], epochs_seen: int, *, may_be_drawn_again: bool
+) -> None:
+    """Notes what this fit is made with, once; says what of a checkpoint holds under other settings.
+
+    Args:
+        fit: that begins.
+        state: takes it.
+        settings: of each callback of ours, by its name.
+        epochs_seen: of how many epochs the checkpoint has evidence.
+        may_be_drawn_again: whether other partitions are to follow.
+    """
+    size = getattr(train_loader(fit.trainer).batch_sampler, "batch_size", None)
+    now = fit_record(fit.epoch, fit.trainer.world_size, size if isinstance(size, int) else None, settings)
+    # Another callback may have asked first.
+    if state.fits[-1:] == [now]:
+        return
+    if state.fits:
+        said = what_holds(
+            state.fits[-1],
+            now,
+            partition=state.partition,
+            epochs_seen=epochs_seen,
+            may_be_drawn_again=may_be_drawn_again,
+        )
+        if said:
+            rank_zero_info(said)
+    state.fits.append(now)
+
+
+def remember_files(fit: FitContext, partition: Partition | None) -> None:
+    """Tells a partition what the files of its samples are called, where the training set says so."""
+    if partition is not None:
+        files = files_in(train_loader(fit.trainer).dataset)
+        partition.remember_files(files if len(files) == len(partition) else ())

@@ -1,0 +1,240 @@
+"""What a fit with a partition has come to; what of it a checkpoint keeps is declared once, here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from os import PathLike
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from lightning_unlearn.partitioning.validation_set import ValidationJudge
+from lightning_unlearn.results.partition import Partition
+from lightning_unlearn.results.provenance import copied, provenance, write_provenance
+from lightning_unlearn.results.review import Review
+from lightning_unlearn.results.status import PartitionStatus
+from lightning_unlearn.results.summary import PartitionRound, RepairSummary
+
+# Of what a checkpoint lacks: it is made again in the fit that goes on from it, or belongs to its end.
+_TRANSIENT = {"kept": False}
+_TELLING = (PartitionStatus.OK, PartitionStatus.ALL_CLEAN, PartitionStatus.REVIEW_ONLY)
+
+
+class AtFirst(NamedTuple):
+    """What is known of the network when the partition that others act upon first is drawn.
+
+    Args:
+        memorised: of the labels suspected to be wrong, the share that it predicts; None where there are none.
+        accuracy: on the validation data; None where it is not known.
+        accuracy_gap: share of the training labels that it predicts, less that of the validation labels; None likewise.
+    """
+
+    memorised: float | None
+    accuracy: float | None
+    accuracy_gap: float | None
+
+
+@dataclass(eq=False)
+class PartitionState:
+    """What has been found so far, and what for.
+
+    Args:
+        task: what the labels were taken for; empty before the first batch.
+        fingerprint: of the training set; empty before the first batch.
+        partition: the one that is acted upon, or the first until there is one.
+        rounds: every drawing of it.
+        is_stable: whether so few samples changed sides that it is not drawn again.
+        memorised: see :class:`AtFirst`.
+        accuracy_before: likewise.
+        accuracy_gap: likewise.
+        review: a person's decisions, which fit the data.
+        fits: what the fit, and each resumed part of it, was made with.
+        validation: the partition of the validation set.
+        accuracy_after: on the validation data when the fit ends.
+        summary: of a fit that has ended.
+        sample_weight: (N,) float32; neurons are ranked with it when a partition is drawn.
+        is_late: whether the partition is drawn when training has ended.
+    """
+
+    task: str = ""
+    fingerprint: str = ""
+    partition: Partition | None = None
+    rounds: list[PartitionRound] = field(default_factory=list)
+    is_stable: bool = False
+    memorised: float | None = None
+    accuracy_before: float | None = None
+    accuracy_gap: float | None = None
+    review: Review | None = None
+    fits: list[dict[str, Any]] = field(default_factory=list)
+    validation: ValidationJudge = field(default_factory=ValidationJudge)
+    accuracy_after: float | None = field(default=None, metadata=_TRANSIENT)
+    summary: RepairSummary | None = field(default=None, metadata=_TRANSIENT)
+    sample_weight: Tensor | None = field(default=None, metadata=_TRANSIENT)
+    is_late: bool = field(default=False, metadata=_TRANSIENT)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and primitives."""
+        return {name: _plain(getattr(self, name)) for name in _KEPT}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> PartitionState:
+        """What :meth:`state_dict` described; the validation set may be absent, as in older checkpoints."""
+        found = {name: copied(state[name]) for name in _KEPT if name in state}
+        return cls(**{name: _MADE[name](value) if name in _MADE else value for name, value in found.items()})
+
+    @property
+    def at_first(self) -> AtFirst:
+        """What was known when the partition that others act upon first was drawn."""
+        return AtFirst(self.memorised, self.accuracy_before, self.accuracy_gap)
+
+    def publish(self, drawn: Partition, found: AtFirst, stable_share: float) -> tuple[float, bool]:
+        """Makes a partition known.
+
+        Args:
+            drawn: the new one.
+            found: when the one that others act upon first was drawn.
+            stable_share: it is not drawn again once less than this share of the samples has changed sides.
+
+        Returns:
+            the share of the samples that have changed sides, and whether the partition is taken. One that cannot be
+            acted upon does not undo what an earlier one has led to.
+        """
+        before, is_first = self.partition, self.is_first(drawn)
+        changed = 1.0 if before is None else (before.is_clean != drawn.is_clean).float().mean().item()
+        self.rounds.append(PartitionRound(drawn.epoch, len(drawn.suspect_indices()), drawn.noise_rate, changed))
+        # What could not be told may be told later.
+        self.is_stable = not is_first and changed < stable_share and drawn.status in _TELLING
+        self.memorised, self.accuracy_before, self.accuracy_gap = found
+        is_taken = is_first or drawn.is_actionable
+        if is_taken:
+            self.partition = drawn
+        return changed, is_taken
+
+    def is_first(self, drawn: Partition) -> bool:
+        """Whether this is the one that others act upon first, or the first of all until there is one."""
+        return self.partition is None or (drawn.is_actionable and not self.partition.is_actionable)
+
+
+_KEPT = [one.name for one in fields(PartitionState) if one.metadata.get("kept", True)]
+_MADE: dict[str, Callable[[Any], Any]] = {
+    "partition": lambda state: None if state is None else Partition.from_state_dict(state),
+    "rounds": lambda rounds: [PartitionRound(**one) for one in rounds],
+    "review": lambda state: None if state is None else Review(**state),
+    "validation": ValidationJudge.from_state_dict,
+}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, PartitionRound):
+        return dict(vars(value))
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    return copied(value.state_dict() if hasattr(value, "state_dict") else value)
+
+
+class PublishedPartition:
+    """What users ask of a callback that draws a partition, during the fit and after it."""
+
+    state: PartitionState
+    judge_validation: bool
+    # What a checkpoint says of where its partition comes from; those that act upon the partition in a fit.
+    _recorded: dict[str, Any] | None = None
+    _partners: Sequence[Any] = ()
+
+    def _when_drawn(self) -> str:
+        raise NotImplementedError
+
+    @property
+    def partition(self) -> Partition:
+        """The partition of the training set.
+
+        Raises:
+            RuntimeError: before it is drawn, saying when it will be.
+        """
+        if self.state.partition is None:
+            raise RuntimeError(f"There is no partition yet: it is drawn {self._when_drawn()}.")
+        return self.state.partition
+
+    @property
+    def validation_partition(self) -> Partition:
+        """The partition of the validation set, by the index in the validation loader's data set.
+
+        Samples that the loader's sampler leaves out are not judged, and have the label -1. ``limit_val_batches`` does
+        not limit it.
+
+        Raises:
+            RuntimeError: without ``judge_validation``; before that of the training set is drawn; where the validation
+                data could not be read then.
+        """
+        return self.state.validation.found(self.judge_validation)
+
+    @property
+    def rounds(self) -> tuple[PartitionRound, ...]:
+        """Every drawing of the partition so far, the first one first."""
+        return tuple(self.state.rounds)
+
+    @property
+    def memorised(self) -> float | None:
+        """Of the labels suspected to be wrong, how many the network predicted when that was found; None without any."""
+        return self.state.memorised
+
+    @property
+    def accuracy_gap(self) -> float | None:
+        """Share of the training labels that the network predicted then, less that of the validation labels.
+
+        None without enough validation samples.
+        """
+        return self.state.accuracy_gap
+
+    @property
+    def sample_weight(self) -> Tensor | None:
+        """(N,) float32, of this rank's samples, 1/k for each of k copies; None where each counts."""
+        return self.state.sample_weight
+
+    @property
+    def summary(self) -> RepairSummary:
+        """What was found, done and gained.
+
+        Raises:
+            RuntimeError: before the fit has ended.
+        """
+        if self.state.summary is None:
+            raise RuntimeError("There is no summary yet: it is made when a fit that has drawn a partition ends.")
+        return self.state.summary
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Where the result comes from, in primitives; checkpoints hold it too.
+
+        ``fits`` (versions, seed, settings of all callbacks of ours, for each fit or resumed part of one), ``data``,
+        ``partition`` and ``validation`` (with the indices of all suspects), ``review`` (what a person has decided),
+        ``done`` (for each callback: the indices that were dropped, those that were re-labeled with both labels, the
+        pruned neurons of each layer) and ``accuracy``.
+
+        Raises:
+            RuntimeError: before the partition is drawn.
+        """
+        if self._recorded is not None:
+            return dict(copied(self._recorded))
+        state = self.state
+        return provenance(
+            self.partition,
+            fits=state.fits,
+            rounds=state.rounds,
+            review=state.review,
+            done={type(partner).__name__: partner.record(self.partition) for partner in self._partners},
+            accuracy={"before": state.accuracy_before, "after": state.accuracy_after},
+            validation=state.validation.record(),
+        )
+
+    def save_provenance(self, path: str | PathLike[str]) -> None:
+        """Writes :attr:`provenance` as JSON.
+
+        Args:
+            path: file to write; folders are made, and what was there is replaced in one step.
+
+        Raises:
+            RuntimeError: before the partition is drawn.
+        """
+        write_provenance(self.provenance, path)

@@ -378,7 +378,7 @@ def draw_partition(rng: random.Random, case: Case) -> dict[str, Any]:
             "evidence_every_n_epochs": lambda: rng.choice([1, 2]),
             "every_n_epochs": lambda: rng.choice([1, 2]),
             "stable_share": lambda: rng.choice([0.0, 0.3]),
-            "precision": lambda: rng.choice([0.5, 0.85, 0.99]),
+            "suspect_precision": lambda: rng.choice([0.5, 0.85, 0.99]),
             "min_class_share": lambda: rng.choice([0.0, 0.1, 0.5]),
         },
         0.5,

@@ -174,7 +174,7 @@ def check_partition(run):
     assert partition.label.equal(run.label)
     for values in (partition.clean_probability, partition.suggested_probability, partition.label_evidence):
         assert ((values >= 0) & (values <= 1)).all()
-    assert 0 <= partition.noise_rate <= 1
+    assert partition.noise_rate is None or 0 <= partition.noise_rate <= 1
 
 
 def check_pruned(run):

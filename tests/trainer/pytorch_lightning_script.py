@@ -157,6 +157,12 @@ def refused():
     }
 
 
+def written(arguments):
+    """As in a file of settings, where a criterion is a class and its arguments."""
+    criterion = {"class_path": "lightning_unlearn.pruning.criteria.Sensitivity", "init_args": {"fdr_level": None}}
+    return arguments | {"criterion": criterion} if "criterion" in arguments else arguments
+
+
 def cli():
     Path("run.yaml").write_text(
         json.dumps(
@@ -168,7 +174,7 @@ def cli():
                     "enable_checkpointing": False,
                     "enable_progress_bar": False,
                     "callbacks": [
-                        {"class_path": f"lightning_unlearn.{name}", "init_args": ARGUMENTS[key]}
+                        {"class_path": f"lightning_unlearn.{name}", "init_args": written(ARGUMENTS[key])}
                         for name, key in {
                             "CleanSubsetFinetuneCallback": "finetune",
                             "AttributionPartitionCallback": "partition",

@@ -181,7 +181,7 @@ def check_pruned(run):
     partition, prune, _ = run.trio
     if prune is None or not prune.has_acted or partition.is_dry_run:
         return
-    for site, mask in zip(prune._sites, prune.masks, strict=True):
+    for site, mask in zip(prune._state.sites, prune.masks, strict=True):
         assert len(mask.pruned_indices()) <= max(1, prune.amount * len(mask.keep))
         for entry in site.entries(run.model, mask.pruned_indices()):
             assert (entry.parameter.index_select(entry.dimension, entry.neurons) == 0).all()

@@ -20,6 +20,7 @@ from lightning_unlearn.callbacks import prune as prune_module
 from lightning_unlearn.data.subset_sampler import NarrowedLoaders
 from lightning_unlearn.evidence.training_dynamics import Trajectory
 from lightning_unlearn.partitioning import messages as messages_module
+from lightning_unlearn.pruning import run as run_module
 from lightning_unlearn.pruning.guard import Gauge
 from lightning_unlearn.pruning.masking import NeuronPruning
 from lightning_unlearn.trainer import context as context_module
@@ -209,11 +210,11 @@ OURS = {
     "memorised": (partition_module, "share_memorised"),
     "score before": (partition_module.AttributionPartitionCallback, "_validate"),
     "report of the partition": (messages_module, "log_partition"),
-    "gauge": (prune_module, "make_gauge"),
-    "ranking": (prune_module, "rank_neurons"),
+    "gauge": (run_module, "make_gauge"),
+    "ranking": (run_module, "rank_neurons"),
     "guard": (Gauge, "is_worse"),
     "pruning for good": (NeuronPruning, "zero_parameters"),
-    "report of the pruning": (prune_module.SensitivityPruneCallback, "_report"),
+    "report of the pruning": (prune_module, "report_pruning"),
     "draw": (finetune_module, "training_draw"),
     "narrowing": (NarrowedLoaders, "narrow"),
     "new length": (TrainDataSwap, "_fit_val_check_interval"),
@@ -358,7 +359,7 @@ def test_ours(monkeypatch, place):
     found = start(monkeypatch, (place, number))
     assert isinstance(found["raised"], Fault)
     _, prune, finetune = found["ours"]
-    assert_left_as_plain_lightning_would(monkeypatch, found, acted=prune._holds())
+    assert_left_as_plain_lightning_would(monkeypatch, found, acted=prune._state.holds)
     assert not finetune.is_active
     assert_nothing_is_half_done(found)
 
@@ -404,7 +405,7 @@ def test_at_random(monkeypatch, seed):
             assert found["raised"] is None  # it was only tried
             continue
         assert isinstance(found["raised"], Fault)
-        assert_left_as_plain_lightning_would(monkeypatch, found, acted=found["ours"][1]._holds())
+        assert_left_as_plain_lightning_would(monkeypatch, found, acted=found["ours"][1]._state.holds)
 
 
 @pytest.mark.parametrize("place", ["reading a training sample", "reading in a pass"])

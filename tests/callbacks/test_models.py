@@ -78,7 +78,7 @@ def assert_repaired(module, partition, prune, finetune, *, head, reads=True, wro
     assert finetune.is_active
     pruned = prune.mask.pruned_indices()
     assert len(pruned) > 0
-    for entry in prune._sites[0].entries(module, pruned):
+    for entry in prune._state.sites[0].entries(module, pruned):
         assert (entry.parameter.index_select(entry.dimension, pruned) == 0).all()
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
 
@@ -322,7 +322,7 @@ def test_a_layer_inside_is_attributed_pruned_and_trained_from(make, layer, norm)
         lambda: Toy(make), loader_of(IMAGES), at=2, layer=layer, prune={"layer": layer}, finetune={"mode": "layers"}
     )
     assert partition.partition.layer == f"output of '{layer}'"
-    assert (prune._sites[0].layer, prune._sites[0].norm) == (layer, norm)
+    assert (prune._state.sites[0].layer, prune._state.sites[0].norm) == (layer, norm)
     assert (resolve_layer(module, layer).weight[prune.mask.pruned_indices()] == 0).all()
     trained = {n for n, _ in module.named_parameters()} - set(finetune._frozen.parameters)
     assert f"{layer}.weight" in trained

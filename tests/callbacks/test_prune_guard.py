@@ -6,8 +6,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from lightning_unlearn import SensitivityPruneCallback
-from lightning_unlearn.callbacks import prune
 from lightning_unlearn.pruning import guard as guard_module
+from lightning_unlearn.pruning import messages
+from lightning_unlearn.pruning import run as run_module
 from lightning_unlearn.pruning.criteria import Sensitivity
 from lightning_unlearn.pruning.guard import Gauge, held_back
 from lightning_unlearn.trainer.validation import Score
@@ -20,7 +21,8 @@ NONE = torch.zeros(0, dtype=torch.int64)
 @pytest.fixture
 def said(monkeypatch):
     lines = []
-    monkeypatch.setattr(prune, "rank_zero_info", lines.append)
+    for module in (messages, run_module):
+        monkeypatch.setattr(module, "rank_zero_info", lines.append)
     return lines
 
 

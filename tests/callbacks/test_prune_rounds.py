@@ -1,11 +1,16 @@
+from dataclasses import replace
 from itertools import pairwise
+from unittest import mock
 
 import lightning as L
 import pytest
 import torch
 
 from lightning_unlearn import CleanSubsetFinetuneCallback, SensitivityPruneCallback
+from lightning_unlearn.pruning import run as run_module
 from lightning_unlearn.pruning.criteria import Sensitivity
+from lightning_unlearn.pruning.ranking import rank_neurons
+from lightning_unlearn.pruning.state import PruneState
 from lightning_unlearn.results.mask import NeuronMask
 from lightning_unlearn.trainer.protocols import MaskSource
 from tests.callbacks.published import ANTI, FLAG, IDLE, Planted, PlantedData, Published, make_partition
@@ -24,7 +29,7 @@ class Watch(L.Callback):
     def on_train_epoch_end(self, trainer, pl_module):
         rows = pl_module.get_submodule(self.layer).weight
         self.zero.append((rows == 0).all(dim=1).nonzero().flatten().tolist())
-        masks = self.prune._masks
+        masks = self.prune._state.masks
         self.pruned.append(masks[0].pruned_indices().tolist() if masks else [])
 
 
@@ -56,11 +61,12 @@ def test_every_partition_is_acted_upon_once_and_what_was_pruned_stays(layer):
 class Sparing(SensitivityPruneCallback):
     """Proposes one neuron in each round."""
 
-    def _rank(self, *arguments):
-        rankings = super()._rank(*arguments)
-        for ranking in rankings:
-            object.__setattr__(ranking, "order", ranking.order[:1])
-        return rankings
+    def _prune(self, *arguments):
+        def one_each(*given):
+            return [replace(ranking, order=ranking.order[:1]) for ranking in rank_neurons(*given)]
+
+        with mock.patch.object(run_module, "rank_neurons", one_each):
+            super()._prune(*arguments)
 
 
 @pytest.mark.parametrize("layer", ["net.4", "net.0", None])
@@ -218,5 +224,5 @@ def test_masks_of_one_layer_are_the_mask():
     for ask in (lambda: prune.masks, lambda: prune.mask, lambda: prune.sensitivity):
         with pytest.raises(RuntimeError, match="There is no mask yet: neurons are pruned when the partition is drawn"):
             ask()
-    prune._masks = [NeuronMask("fc", torch.tensor([True, False]), torch.zeros(2))]
+    prune._state = PruneState(masks=[NeuronMask("fc", torch.tensor([True, False]), torch.zeros(2))])
     assert prune.masks == (prune.mask,)

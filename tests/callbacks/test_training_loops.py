@@ -40,7 +40,7 @@ class Watch(L.Callback):
 def pruned_entries(prune, module):
     return [
         entry.parameter.index_select(entry.dimension, entry.neurons)
-        for site, mask in zip(prune._sites, prune.masks, strict=True)
+        for site, mask in zip(prune._state.sites, prune.masks, strict=True)
         for entry in site.entries(module, mask.pruned_indices())
     ]
 

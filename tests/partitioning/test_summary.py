@@ -14,6 +14,8 @@ from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneC
 from lightning_unlearn.callbacks import partition as partition_module
 from lightning_unlearn.partitioning.apply_recipe import judge_share
 from lightning_unlearn.partitioning.summary import summarise
+from lightning_unlearn.pruning import run as run_module
+from lightning_unlearn.pruning.ranking import rank_neurons
 from lightning_unlearn.results.labels import REASONS
 from tests.callbacks.published import make_partition
 from tests.toys import Blobs, BlobsData, Toy, fit, mlp, trio
@@ -119,11 +121,11 @@ def test_what_the_callbacks_took_is_counted_once_and_anew_in_each_fit(monkeypatc
 
         return run
 
-    _, prune, finetune = callbacks = trio(1)
+    *_, finetune = callbacks = trio(1)
     monkeypatch.setattr("lightning_unlearn.callbacks.base.time", SimpleNamespace(perf_counter=lambda: now[0]))
     # The one that prunes asks the one that partitions, whose time is not its own.
     monkeypatch.setattr(partition_module, "judge_share", slowly(judge_share, 100))
-    monkeypatch.setattr(prune, "_rank", slowly(prune._rank, 10))
+    monkeypatch.setattr(run_module, "rank_neurons", slowly(rank_neurons, 10))
     monkeypatch.setattr(finetune, "_attach", slowly(finetune._attach, 1))
     for _ in range(2):
         fit(Toy(mlp), BlobsData(Blobs()), reversed(callbacks), max_epochs=2)

@@ -77,7 +77,7 @@ def test_neurons_of_layers_with_the_steps_first_are_ranked_by_sample(criterion):
         prune = [SensitivityPruneCallback("net.mid", amount=0.3, criterion=criterion, guard=False)]
         callback, pruning = found(kind, prune=prune, recipe="label")
         assert callback.partition.is_actionable or criterion
-        seen.append([mask.sensitivity for mask in pruning._masks])
+        seen.append([mask.sensitivity for mask in pruning._state.masks])
     for one, other in zip(*seen, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 

@@ -1,0 +1,75 @@
+"""What is said of the pruning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from lightning_unlearn.functional.selection import share_of
+from lightning_unlearn.pruning.criteria import Criterion
+from lightning_unlearn.pruning.guard import Gauge, Outcome
+from lightning_unlearn.pruning.ranking import Ranking
+from lightning_unlearn.pruning.state import PruneState
+from lightning_unlearn.trainer.progress import rank_zero_info
+
+NOT_SILENT = (
+    "Zeroing the weights of its neurons would not silence them, since forward computes them from more than the"
+    " layer's weight and bias (an adapter such as LoRA, a quantized weight); merge or remove that, or name another"
+    " layer to prune."
+)
+OTHER_WEIGHTS = (
+    "The weights in use are not those that SensitivityPruneCallback pruned (a checkpoint from before the partition, for"
+    " example), so its masks do not describe them."
+)
+
+
+def summary_clause(state: PruneState) -> str:
+    """What was done, in one clause; empty where no neuron was to be pruned."""
+    if not state.count and not state.note:
+        return ""
+    verb = "would prune" if state.is_proposal else "pruned"
+    counts = [f"{len(mask.pruned_indices())} of {len(mask.keep)} neurons of '{mask.layer}'" for mask in state.masks]
+    return f"{verb} {' and '.join(counts)}{f' ({state.note})' if state.note else ''}"
+
+
+def guard_note(proposal: Sequence[Tensor], outcome: Outcome, gauge: Gauge | None) -> str:
+    """What the guard found; empty without one, or without a neuron to prune."""
+    proposed = sum(len(neurons) for neurons in proposal)
+    if outcome.rolled_back:
+        return f"{outcome.rolled_back} of {proposed} proposed were rolled back: {outcome.reason}"
+    return gauge.between(outcome.after) if gauge is not None and proposed else ""
+
+
+def say_layers(
+    state: PruneState, rankings: Sequence[Ranking], proposal: Sequence[Tensor], criterion: Criterion, amount: float
+) -> None:
+    """A line for each layer: how many neurons may be pruned, or why none is."""
+    for mask, ranking, proposed, live in zip(state.masks, rankings, proposal, state.live, strict=True):
+        if share_of(amount, live) == 0:
+            rank_zero_warn(
+                f"No neuron was pruned: amount={amount} of the {live} neurons of '{mask.layer}' whose activation varies"
+                " is less than one."
+            )
+        elif len(ranking.order) == 0:
+            level = getattr(criterion, "fdr_level", None)
+            rank_zero_info(
+                f"No neuron of '{mask.layer}' is pruned: of its {ranking.live} live neurons, none is"
+                f" {'' if level is None else 'significantly '}more active for noise"
+                f"{'' if level is None else f' (at a level of {level})'}."
+            )
+        elif len(proposed):
+            rank_zero_info(
+                f"{len(ranking.order)} of the {ranking.live} live neurons of '{mask.layer}' may be pruned"
+                f" ({criterion.name}); proposed, the worst first: {len(proposed)} (amount={amount})."
+            )
+
+
+def warn_of_revived(state: PruneState) -> None:
+    """Something else writes to pruned neurons."""
+    names = " and ".join(f"'{mask.layer}'" for mask in state.masks)
+    rank_zero_warn(
+        f"Pruned neurons of {names} had weights other than zero again: something else writes to them, such as a"
+        " callback that loads or averages weights. They are zeroed now, and whenever it happens during the fit."
+    )

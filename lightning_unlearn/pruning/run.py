@@ -1,0 +1,227 @@
+"""Step 4 from beginning to end: find the layers, rank their neurons, propose, verify, guard, mask."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from lightning_unlearn.attribution import ForwardTrace
+from lightning_unlearn.functional.selection import share_of
+from lightning_unlearn.pruning.criteria import Criterion
+from lightning_unlearn.pruning.guard import Gauge, Outcome, make_gauge, prune_in_steps
+from lightning_unlearn.pruning.holding import HeldEntries
+from lightning_unlearn.pruning.messages import NOT_SILENT, guard_note, say_layers, summary_clause
+from lightning_unlearn.pruning.ranking import Ranking, Subject, rank_neurons
+from lightning_unlearn.pruning.silence import find_silent
+from lightning_unlearn.pruning.sites import PruneSite, check_trained, default_site, named_site
+from lightning_unlearn.pruning.state import PruneState
+from lightning_unlearn.results.partition import Partition
+from lightning_unlearn.trainer.context import IndexedBatch, probe
+from lightning_unlearn.trainer.fit_loop import log_values
+from lightning_unlearn.trainer.loggers import log_masks
+from lightning_unlearn.trainer.progress import rank_zero_info
+from lightning_unlearn.trainer.protocols import PartitionSource
+from lightning_unlearn.trainer.sample_rows import locate_samples, no_rows
+from lightning_unlearn.trainer.weight_averages import averaged_parts
+
+
+@dataclass(frozen=True, eq=False)
+class PruneSettings:
+    """How neurons are pruned; see ``SensitivityPruneCallback``.
+
+    Args:
+        names: of the layers; none for the inputs of the head.
+        amount: share of each layer's live neurons.
+        criterion: by what they are ranked.
+        max_val_drop: how much worse the model may get; None for no guard.
+    """
+
+    names: Sequence[str]
+    amount: float
+    criterion: Criterion
+    max_val_drop: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class PruneResult:
+    """What came of a partition.
+
+    Args:
+        state: with the new masks.
+        rankings: of each layer.
+        proposal: of each layer, (K,) int64, what was proposed before the guard had a look.
+        seconds: that pruning and guard took, by the names that they are logged by.
+    """
+
+    state: PruneState
+    rankings: Sequence[Ranking]
+    proposal: Sequence[Tensor]
+    seconds: dict[str, float]
+
+
+def find_sites(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    source: PartitionSource,
+    settings: PruneSettings,
+    probed: tuple[ForwardTrace, IndexedBatch],
+) -> list[PruneSite]:
+    """The layers to prune, in the order in which ``forward`` calls them, seen to fall silent. Every rank must call it.
+
+    Raises:
+        ValueError: for a layer that cannot be pruned, naming it.
+    """
+    first, batch = probed
+
+    def trace() -> ForwardTrace:
+        return probe(trainer, pl_module, source)[0]
+
+    if not settings.names:
+        sites = [default_site(pl_module, settings.amount, first)]
+    else:
+        named = {name: named_site(pl_module, name, trace, first) for name in settings.names}
+        sites = [named[call.name] for call in first.calls if call.name in named]
+    check_trained(sites, averaged_parts(pl_module))
+    points = locate_samples(trainer, pl_module, source, batch, [site.point for site in sites])
+    for site, point in zip(sites, points, strict=True):
+        if point is None:
+            said = no_rows(site.point, len(batch.index))
+            raise ValueError(f"SensitivityPruneCallback cannot prune layer '{site.target}'. {said}")
+    sites = [replace(site, samples=point.samples) for site, point in zip(sites, points, strict=True) if point]
+    # Every other neuron, so that an operation that mixes neurons shows too.
+    every_other = [torch.arange(0, site.width(pl_module), 2) for site in sites]
+    found = _verified(trainer, pl_module, source, sites, every_other)
+    for site, verified in zip(sites, found, strict=True):
+        if verified is None:
+            raise ValueError(
+                f"SensitivityPruneCallback cannot prune layer '{site.consumer or site.target}'. {NOT_SILENT}"
+            )
+    return [site for site in found if site is not None]
+
+
+def prune(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    source: PartitionSource,
+    partition: Partition,
+    state: PruneState,
+    settings: PruneSettings,
+    held: HeldEntries,
+) -> PruneResult:
+    """Acts on a partition. Every rank must call it; after an exception the weights are as they were.
+
+    Args:
+        trainer: of the fit.
+        pl_module: the user's.
+        source: of the partition.
+        partition: which samples are noise.
+        state: what was pruned before.
+        settings: how.
+        held: keeps what is pruned at zero; not touched in a dry run.
+    """
+    gauge, started = None, time.perf_counter()
+    if settings.max_val_drop is not None:
+        gauge = make_gauge(trainer, pl_module, source, partition, settings.max_val_drop)
+    guard = time.perf_counter() - started
+    gone = [state.pruned_before(at) for at in range(len(state.sites))]
+    subject = Subject(partition, _weights(source, partition, gauge), gone)
+    rankings = rank_neurons(trainer, pl_module, source, state.sites, settings.criterion, subject)
+    lives = state.live or [ranking.live for ranking in rankings]
+    proposal = [
+        ranking.order[: max(0, share_of(settings.amount, live) - _count(gone[at]))]
+        for at, (ranking, live) in enumerate(zip(rankings, lives, strict=True))
+    ]
+    sites, proposal = _audible(trainer, pl_module, source, state.sites, proposal)
+    outcome = Outcome(proposal)
+    if gauge is not None and any(len(neurons) for neurons in proposal):
+        steps_started = time.perf_counter()
+        outcome = prune_in_steps(pl_module, sites, proposal, gauge)
+        guard += time.perf_counter() - steps_started
+    masks = [
+        state.mask_of(at, sites[at], ranking, kept)
+        for at, (ranking, kept) in enumerate(zip(rankings, outcome.kept, strict=True))
+    ]
+    note = guard_note(proposal, outcome, gauge) or state.note
+    pruned = PruneState(sites, masks, lives, partition.epoch, source.is_dry_run, note)
+    if not source.is_dry_run:
+        held.hold(trainer, pl_module, pruned.entries(pl_module))
+    pruning = time.perf_counter() - started - guard
+    seconds = {"unlearn/seconds_pruning": pruning, "unlearn/seconds_guard": guard}
+    return PruneResult(pruned, rankings, proposal, seconds)
+
+
+def report_pruning(pl_module: LightningModule, result: PruneResult, settings: PruneSettings) -> None:
+    """Says and logs what was done. Once that is remembered: an error in a logger does not undo it."""
+    state = result.state
+    say_layers(state, result.rankings, result.proposal, settings.criterion, settings.amount)
+    if any(len(neurons) for neurons in result.proposal):
+        done = summary_clause(state)
+        rank_zero_info(f"Dry run: {done}." if state.is_proposal else f"{done[:1].upper()}{done[1:]}.")
+        log_values(pl_module, {"unlearn/pruned_neurons": 0.0 if state.is_proposal else float(state.count)})
+    log_values(pl_module, result.seconds)
+    log_masks(pl_module, state.masks)
+
+
+def _weights(source: PartitionSource, partition: Partition, gauge: Gauge | None) -> Tensor:
+    """(N,) float32, of each sample in the ranking: none for those that the guard measures on."""
+    weight = torch.ones(len(partition)) if source.sample_weight is None else source.sample_weight.clone()
+    if gauge is not None:
+        weight[gauge.held] = 0
+    return weight
+
+
+def _count(pruned: Tensor | None) -> int:
+    return 0 if pruned is None else int(pruned.sum())
+
+
+def _audible(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    source: PartitionSource,
+    sites: Sequence[PruneSite],
+    proposal: list[Tensor],
+) -> tuple[Sequence[PruneSite], list[Tensor]]:
+    """The sites, and what to prune at each: nothing where it would still be heard, as it was not in the beginning.
+
+    Such as where an adapter has been put beside a layer while it was trained.
+    """
+    if not any(len(neurons) for neurons in proposal):
+        return sites, proposal
+    found = _verified(trainer, pl_module, source, sites, proposal)
+    for site, verified in zip(sites, found, strict=True):
+        if verified is None:
+            rank_zero_warn(f"No neuron of '{site.target}' is pruned. {NOT_SILENT}")
+    audible = [verified or site for site, verified in zip(sites, found, strict=True)]
+    return audible, [n if verified else n[:0] for n, verified in zip(proposal, found, strict=True)]
+
+
+def _verified(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    source: PartitionSource,
+    sites: Sequence[PruneSite],
+    neurons: Sequence[Tensor],
+) -> list[PruneSite | None]:
+    """The sites at which these neurons fall silent when they are pruned; None for one that does not.
+
+    Where something adds to the head's inputs in between, such as a residual connection, zeros in the rows of the layer
+    that feeds it do not silence them; then the columns of the head alone are pruned, which does.
+    """
+
+    def silent(those: Sequence[PruneSite], of_each: Sequence[Tensor]) -> list[PruneSite | None]:
+        found = find_silent(pl_module, those, of_each, lambda: probe(trainer, pl_module, source))
+        # Augmentation may show each rank another batch.
+        agreed = [trainer.strategy.reduce_boolean_decision(one, all=True) for one in found]
+        return [site if is_silent else None for site, is_silent in zip(those, agreed, strict=True)]
+
+    found = silent(sites, neurons)
+    for at, site in enumerate(sites):
+        if found[at] is None and site.consumer is not None and site.layer is not None:
+            found[at] = silent([replace(site, layer=None, norm=None)], [neurons[at]])[0]
+    return found

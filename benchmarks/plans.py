@@ -137,11 +137,11 @@ REPAIRS: dict[str, Repair] = {
     "prune magnitude": Repair(prune={**_BLIND, "criterion": "magnitude"}),
     "prune ratio": Repair(prune={**_BLIND, "criterion": "mean_abs_ratio"}),
     "prune ours": Repair(prune={**_BLIND, "criterion": Sensitivity(fdr_level=None)}),
-    "weigh": Repair(on_noisy="weigh"),
+    "weigh": Repair(on_noisy="reweight"),
     RELABEL: Repair(on_noisy="relabel"),
     "rounds": Repair(rounds=True),
     "rounds + relabel": Repair(on_noisy="relabel", rounds=True),
-    "rounds + weigh": Repair(on_noisy="weigh", rounds=True),
+    "rounds + weigh": Repair(on_noisy="reweight", rounds=True),
     "oracle": Repair(knows_truth=True),
 }
 # Arms that are trained for as many steps as another one was.

@@ -425,7 +425,7 @@ def draw_prune(rng: random.Random, case: Case) -> dict[str, Any]:
 
 
 def draw_finetune(rng: random.Random, case: Case) -> dict[str, Any]:
-    drawn: dict[str, Any] = {"on_noisy": rng.choice(["drop", "drop", "weigh", "relabel"])}
+    drawn: dict[str, Any] = {"on_noisy": rng.choice(["drop", "drop", "reweight", "relabel"])}
     if rng.random() < 0.3:
         drawn["mode"] = "layers"
         if case.prune is None or rng.random() < 0.5:

@@ -45,11 +45,11 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
 
     The loader stays the user's own (class, workers, collate function, transforms); only the indices it draws from
     change, and not the way in which it draws them: of a WeightedRandomSampler the weights of the samples that are left
-    count (times their probability with ``on_noisy="weigh"``), and an epoch has fewer draws by the share of weight that
-    is gone. Where Lightning does not split samplers over the ranks, one that draws with replacement draws its number on
-    every rank, as before. Lightning recomputes the number of batches, the validation interval and the progress bar's
-    total. After the fit, or an exception, loader, ``requires_grad`` and modes are as they were. Where the partition is
-    drawn again in later rounds, the subset follows.
+    count (times their probability with ``on_noisy="reweight"``), and an epoch has fewer draws by the share of weight
+    that is gone. Where Lightning does not split samplers over the ranks, one that draws with replacement draws its
+    number on every rank, as before. Lightning recomputes the number of batches, the validation interval and the
+    progress bar's total. After the fit, or an exception, loader, ``requires_grad`` and modes are as they were. Where
+    the partition is drawn again in later rounds, the subset follows.
 
     Args:
         mode: ``"full"`` trains everything (the paper's F-FT), ``"layers"`` only some layers (L-FT); the rest is frozen,
@@ -59,12 +59,14 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         warm_start: what fine-tuning starts from. ``"keep"``: the weights as they are. ``"shrink"``: what was memorized
             is in all of the weights, so those that training has changed are moved back towards those that the fit began
             with; a tenth of the way is kept. ``"start"``: those that the fit began with. ``"auto"``: ``"shrink"`` where
-            the network predicts at least half of the suspect labels, else ``"keep"``. Only what is trained from then on
+            the network predicts at least half of the suspect labels, or .1 more of the training labels than of the
+            validation labels, else ``"keep"``. Only what is trained from then on
             is moved; pruned neurons stay at zero, averages of the weights follow, and running statistics of norms begin
             anew from those of the start. Except with ``"keep"``, a copy of all trained parameters is kept on the CPU,
             and in checkpoints, until fine-tuning starts.
-        on_noisy: what becomes of samples that are not clean. ``"drop"``: they are left out. ``"weigh"``: every sample
-            is drawn in an epoch with its probability of being clean. ``"relabel"``: where the label is wrong and the
+        on_noisy: what becomes of samples that are not clean, or whose label is doubtful
+            (:class:`~lightning_unlearn.Partition`). ``"drop"``: they are left out. ``"reweight"``: every sample is
+            drawn in an epoch with its probability of being clean. ``"relabel"``: where the label is wrong and the
             suggested one is probable enough, the sample is trained on under the suggested label, which takes the given
             one's place in the batch on its way in; the data set is not changed.
         relabel_threshold: the least probability of a suggested label that is used.
@@ -379,7 +381,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and primitives, 8 bytes per clean sample; 12 per sample to weigh, 16 to re-label.
+        """Tensors and primitives, 8 bytes per clean sample; 12 per sample to reweight, 16 to re-label.
 
         Before fine-tuning starts, the trained parameters as the fit began with them, but with ``warm_start="keep"``.
         """

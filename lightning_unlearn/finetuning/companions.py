@@ -50,7 +50,7 @@ class Companion:
             why = "is not made of the label in the same way everywhere" if differs.any() else "is not known for a class"
             raise RuntimeError(
                 f"{shown_path(self.path, batch)}, which is made of the label, {why}, so a training batch cannot be"
-                " re-labeled; use on_noisy='drop' or 'weigh', which need no other labels, or make it of the label in"
+                " re-labeled; use on_noisy='drop' or 'reweight', which need no other labels, or make it of the label in"
                 " training_step."
             )
         changed = rows.clone()

@@ -32,7 +32,7 @@ from lightning_unlearn.trainer.scoring_loader import offers_scoring_loader, trai
 from lightning_unlearn.trainer.train_data import BatchHook, to_device
 from lightning_unlearn.utilities.reduce import Reduce
 
-_ADVICE = "; use on_noisy='drop' or 'weigh', which need no other labels"
+_ADVICE = "; use on_noisy='drop' or 'reweight', which need no other labels"
 
 
 # Samples that are read to see which fields are made of the label, where one seems to be.

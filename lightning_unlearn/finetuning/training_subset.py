@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_unlearn.results.labels import of_any_label
 from lightning_unlearn.results.partition import Partition
 
-OnNoisy = Literal["drop", "weigh", "relabel"]
+OnNoisy = Literal["drop", "reweight", "relabel"]
 """What becomes of the samples that are not clean."""
 
 
@@ -46,9 +46,9 @@ def training_draw(partition: Partition, on_noisy: OnNoisy, relabel_threshold: fl
 
     Args:
         partition: of the training set.
-        on_noisy: ``"drop"``: the clean samples but the doubtful ones; ``"weigh"``: every sample with its probability of
-            being clean; ``"relabel"``: as ``"drop"``, and those whose label is wrong with the suggested one where that
-            is likely enough. A sample whose input is corrupted is not worth a new label.
+        on_noisy: ``"drop"``: the clean samples but the doubtful ones; ``"reweight"``: every sample with its probability
+            of being clean; ``"relabel"``: as ``"drop"``, and those whose label is wrong with the suggested one where
+            that is likely enough. A sample whose input is corrupted is not worth a new label.
         relabel_threshold: the least probability of a suggested label that is used.
 
     Example:
@@ -72,7 +72,7 @@ def training_draw(partition: Partition, on_noisy: OnNoisy, relabel_threshold: fl
         (tensor([0, 1]), tensor([-1,  1, -1]))
     """
     clean, probability = partition.is_clean, partition.clean_probability
-    if on_noisy == "weigh":
+    if on_noisy == "reweight":
         # A sample that is kept only for its class's sake still counts by half.
         weight = torch.where(clean, probability.clamp(min=0.5), probability)
         index = (weight > 0).nonzero().flatten()

@@ -54,7 +54,11 @@ SCENARIOS = {
     "unsplit": {"trainer": {"use_distributed_sampler": False}},
     "own sampler": {"trainer": {"use_distributed_sampler": False}, "data": OwnSampler},
     "averages": {"callbacks": averaging},
-    "rounds": {"partition": {"every_n_epochs": 2, "stable_share": 0}, "finetune": {"on_noisy": "weigh"}, "epochs": 6},
+    "rounds": {
+        "partition": {"every_n_epochs": 2, "stable_share": 0},
+        "finetune": {"on_noisy": "reweight"},
+        "epochs": 6,
+    },
 }
 
 

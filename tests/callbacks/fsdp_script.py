@@ -106,7 +106,7 @@ SCENARIOS = {
         "finetune": {"on_noisy": "relabel", "relabel_threshold": 0.4},
         "trainer": {"accumulate_grad_batches": 2, "max_epochs": AT + 4},
     },
-    "weigh": {"module": InOnePiece, "finetune": {"on_noisy": "weigh"}, "trainer": {"gradient_clip_val": 0.5}},
+    "reweight": {"module": InOnePiece, "finetune": {"on_noisy": "reweight"}, "trainer": {"gradient_clip_val": 0.5}},
     "layers": {
         "module": MadeLate,
         "guard": False,

@@ -55,9 +55,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "every_n_epochs": 1,
         "stable_share": 0,
     },
-    "rounds, weigh, new head": {
+    "rounds, reweight, new head": {
         "prune": PRUNES | {"amount": 0.15},
-        "finetune": {"on_noisy": "weigh", "reset_head": True, "lr": 0.02},
+        "finetune": {"on_noisy": "reweight", "reset_head": True, "lr": 0.02},
         "every_n_epochs": 2,
         "stable_share": 0,
         "evidence": "passes",

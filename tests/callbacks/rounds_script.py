@@ -12,7 +12,7 @@ from tests.toys import Blobs, BlobsData, Toy, adamw, fit, trio, weights
 SIZE, AT, EPOCHS = 101, 2, 6
 SETTINGS = {
     "relabel": {"on_noisy": "relabel", "relabel_threshold": 0.4},
-    "weigh": {"on_noisy": "weigh", "lr": 0.01},
+    "reweight": {"on_noisy": "reweight", "lr": 0.01},
     "report": {"on_noisy": "relabel"},
 }
 
@@ -72,7 +72,7 @@ def run(folder, scenario):
         save(folder, scenario, trainer, module, draws=finetune.draws)
         return
     action = "report" if scenario == "report" else "act"
-    recipe = unsure if scenario == "weigh" else "auto"
+    recipe = unsure if scenario == "reweight" else "auto"
     partition = AttributionPartitionCallback(
         at_epoch=AT, every_n_epochs=2, stable_share=0, action=action, recipe=recipe
     )

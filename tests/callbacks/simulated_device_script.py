@@ -21,9 +21,9 @@ CASES: dict[str, dict[str, Any]] = {
     "auto, F-FT": {},
     "rlap, L-FT": {"recipe": "rlap", "min_class_share": 0.0, "finetune": {"mode": "layers"}},
     "label, relabel": {"recipe": "label", "finetune": {"on_noisy": "relabel"}},
-    "passes, weigh, blind pruning": {
+    "passes, reweight, blind pruning": {
         "evidence": "passes",
-        "finetune": {"on_noisy": "weigh"},
+        "finetune": {"on_noisy": "reweight"},
         "prune": {"amount": 0.3, "criterion": Sensitivity(fdr_level=None), "guard": False},
     },
 }

@@ -38,7 +38,7 @@ def said(caplog):
 
 VARIANTS = {
     "drop": {},
-    "weigh": {"on_noisy": "weigh", "lr": 0.01},
+    "reweight": {"on_noisy": "reweight", "lr": 0.01},
     "relabel": {"on_noisy": "relabel", "relabel_threshold": 0.4},
     "layers": {"mode": "layers", "restart_optimizer": True},
     "head": {"reset_head": True},
@@ -89,7 +89,7 @@ def test_so_they_are_with_augmentation(alone):
     ("on_noisy", "wording"),
     [
         ("drop", "152 clean samples"),
-        ("weigh", "203 samples, each drawn as often as it is likely to be clean"),
+        ("reweight", "203 samples, each drawn as often as it is likely to be clean"),
         ("relabel", "152 clean samples and 51 re-labeled ones"),
     ],
 )
@@ -110,7 +110,7 @@ def test_the_log_says_what_would_be_trained_on_and_what_that_would_cost(said, on
     assert found[1] == wording
     assert "Dry run: Fine-tuning goes on from the weights as they are: no label is suspect." in said()
     # 152 samples; .95 and .05 of all; everything.
-    assert int(found[2]) == {"drop": 10, "weigh": 10, "relabel": 13}[on_noisy]
+    assert int(found[2]) == {"drop": 10, "reweight": 10, "relabel": 13}[on_noisy]
     assert 0 <= float(found[3]) <= float(found[4])
     assert module.steps_by_epoch == dict.fromkeys(range(6), 13)
 

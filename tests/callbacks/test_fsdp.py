@@ -74,7 +74,7 @@ def test_shards_find_and_make_what_one_process_does(ranks, scenario):
     for mine, yours in zip(both["sensitivity"], alone["sensitivity"], strict=True):
         torch.testing.assert_close(mine, yours, rtol=1e-2, atol=1e-3)
     assert both["summary"]["accuracy_after"] == alone["summary"]["accuracy_after"]
-    if scenario == "weigh":  # of an odd number of draws one is repeated, so that two ranks have as many
+    if scenario == "reweight":  # of an odd number of draws one is repeated, so that two ranks have as many
         for name, weight in alone["weights"].items():
             torch.testing.assert_close(both["weights"][name], weight, rtol=0, atol=1e-2)
     else:
@@ -105,7 +105,7 @@ def test_what_there_is_to_find_is_found(ranks):
 
 
 def test_pruned_neurons_are_zero_on_every_shard(ranks):
-    for scenario in ("full", "rounds", "weigh", "layers"):
+    for scenario in ("full", "rounds", "reweight", "layers"):
         found = ranks[0]["fsdp"][scenario]
         gone = ~found["masks"][0]
         assert gone.sum() >= 1

@@ -321,7 +321,7 @@ def test_the_users_sampler_is_back_after_an_exception():
 def test_weights_are_multiplied_by_the_probability_of_being_clean():
     data = Blobs()
     loader = loader_of("weighted by class", data)
-    partition, _, finetune = trio(AT, finetune={"on_noisy": "weigh"})
+    partition, _, finetune = trio(AT, finetune={"on_noisy": "reweight"})
     record = IndexRecorder(data)
     fit(Toy(), loader, [partition, finetune, record])
     draw = finetune.draw

@@ -356,7 +356,7 @@ def hot(samples):
     return x, one_hot(y, CLASSES)
 
 
-ADVICE = "; use on_noisy='drop' or 'weigh', which need no other labels"
+ADVICE = "; use on_noisy='drop' or 'reweight', which need no other labels"
 REFUSED = {
     "labels that are made": (lambda data: DataLoader(data, 16, collate_fn=hot), "makes them of something else"),
     "hooks that change labels": (ChangesLabels, "the transfer hooks change them"),
@@ -392,7 +392,7 @@ def test_what_could_not_be_relabelled_is_refused_before_the_first_step(case):
 
 
 @pytest.mark.parametrize("case", ["hooks that change labels", "workers out of order", "a step that draws batches"])
-@pytest.mark.parametrize("on_noisy", ["drop", "weigh"])
+@pytest.mark.parametrize("on_noisy", ["drop", "reweight"])
 def test_the_way_out_that_the_message_names_is_one(case, on_noisy):
     data = Blobs(SIZE)
     module = DrawsItself() if case == "a step that draws batches" else Toy()
@@ -495,7 +495,7 @@ def test_copies_made_during_the_fit_leave_batches_alone_and_keep_their_own_hooks
         assert "_on_before_batch_transfer" not in twin.__dict__, name
 
 
-@pytest.mark.parametrize("variant", [{}, {"lr": 0.01}, {"on_noisy": "weigh"}], ids=str)
+@pytest.mark.parametrize("variant", [{}, {"lr": 0.01}, {"on_noisy": "reweight"}], ids=str)
 def test_resuming_equals_the_uninterrupted_fit(tmp_path, variant):
     epochs, at = 5, 2
     data = Blobs(SIZE)
@@ -622,7 +622,7 @@ def test_only_the_labels_of_a_batch_are_replaced_and_in_a_copy():
 def test_labels_that_are_not_one_integer_per_row_are_not_replaced(labels, message):
     with pytest.raises(TypeError, match=message) as error:
         with_labels((torch.zeros(3, 2), labels), settled(), NEW)
-    assert "use on_noisy='drop' or 'weigh'" in str(error.value)
+    assert "use on_noisy='drop' or 'reweight'" in str(error.value)
 
 
 def test_weighing_draws_as_many_in_every_epoch_and_each_as_often_as_it_is_likely_clean():
@@ -631,7 +631,7 @@ def test_weighing_draws_as_many_in_every_epoch_and_each_as_often_as_it_is_likely
     (partition,) = source.partitions
     partition.clean_probability[:] = torch.arange(SIZE).float() / (SIZE - 1)
     object.__setattr__(partition, "is_clean", partition.clean_probability >= 0.5)
-    finetune, module, batches = CleanSubsetFinetuneCallback(on_noisy="weigh"), Noting(data), []
+    finetune, module, batches = CleanSubsetFinetuneCallback(on_noisy="reweight"), Noting(data), []
 
     class Counts(L.Callback):
         def on_train_epoch_start(self, trainer, pl_module):

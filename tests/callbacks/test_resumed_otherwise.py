@@ -106,7 +106,7 @@ def test_smaller_batches_than_a_one_cycle_schedule_was_planned_for_are_refused(c
     assert run.trained_on(EPOCHS - 1) == first.clean
 
 
-@pytest.mark.parametrize("on_noisy", ["weigh", "relabel"])
+@pytest.mark.parametrize("on_noisy", ["reweight", "relabel"])
 def test_other_use_of_noisy_samples_comes_too_late(checkpoint, lines, on_noisy):
     first, path = checkpoint()
     run = Run(path, finetune={"on_noisy": on_noisy})
@@ -117,7 +117,7 @@ def test_other_use_of_noisy_samples_comes_too_late(checkpoint, lines, on_noisy):
     assert line.endswith("The new settings of the callbacks have no effect.")
 
 
-@pytest.mark.parametrize("now", ["drop", "weigh"])
+@pytest.mark.parametrize("now", ["drop", "reweight"])
 def test_a_fit_that_has_re_labelled_goes_on_so(checkpoint, lines, now):
     relabels = {"on_noisy": "relabel", "relabel_threshold": 0.5}
     first, path = checkpoint(finetune=relabels, optimizer=adamw)

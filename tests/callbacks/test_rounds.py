@@ -109,11 +109,11 @@ def test_training_follows_the_partition_of_each_round():
     assert finetune.draw.index.tolist() == list(range(95))
 
 
-@pytest.mark.parametrize("on_noisy", ["weigh", "relabel"])
+@pytest.mark.parametrize("on_noisy", ["reweight", "relabel"])
 def test_so_do_weights_and_new_labels(on_noisy):
     (partition, _, finetune), follows, _ = drawn_again(growing(), finetune={"on_noisy": on_noisy})
     drawn, draw = partition.partition, finetune.draw
-    if on_noisy == "weigh":
+    if on_noisy == "reweight":
         assert draw.index.tolist() == list(range(SIZE))
         assert draw.probability.equal(drawn.clean_probability)
         assert len(follows.record.by_epoch[7]) == int(drawn.clean_probability.double().sum())
@@ -210,7 +210,7 @@ def test_a_data_set_without_noise_is_not_looked_at_for_ever(monkeypatch):
 VARIANTS = {
     "drop": {},
     "relabel": {"on_noisy": "relabel", "relabel_threshold": 0.4},
-    "weigh": {"on_noisy": "weigh", "lr": 0.01},
+    "reweight": {"on_noisy": "reweight", "lr": 0.01},
     "layers": {"mode": "layers", "lr": 0.01},
 }
 
@@ -276,7 +276,7 @@ def one_cycle(module, made):
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-@pytest.mark.parametrize("on_noisy", ["drop", "weigh"])
+@pytest.mark.parametrize("on_noisy", ["drop", "reweight"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_schedule_of_steps_is_not_overrun_by_a_later_rounds_larger_subset(accumulate, on_noisy):
     made, data = [], Blobs(SIZE)

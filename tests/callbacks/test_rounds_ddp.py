@@ -11,7 +11,7 @@ from tests.callbacks.test_ddp import assert_equal
 from tests.toys import Blobs
 
 pytestmark = pytest.mark.ddp
-SCENARIOS = ("relabel", "weigh", "report", "workers")
+SCENARIOS = ("relabel", "reweight", "report", "workers")
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def ranks(tmp_path_factory):
     }
 
 
-@pytest.mark.parametrize("scenario", ["relabel", "weigh", "report"])
+@pytest.mark.parametrize("scenario", ["relabel", "reweight", "report"])
 def test_both_ranks_have_the_same_partition_rounds_summary_draw_and_weights(ranks, scenario):
     one, other = ranks[scenario]
     for name in ("partition", "rounds", "summary", "draws", "weights", "state"):
@@ -70,8 +70,8 @@ def test_before_that_they_are_the_given_ones(ranks):
 def test_the_ranks_share_the_weighed_draw_of_the_epoch(ranks):
     drawn = []
     for epoch in range(AT, EPOCHS):
-        draw = ranks["weigh"][0]["draws"][epoch]
-        shares = [[index for index, _ in share] for share in epochs_of(ranks, "weigh", epoch)]
+        draw = ranks["reweight"][0]["draws"][epoch]
+        shares = [[index for index, _ in share] for share in epochs_of(ranks, "reweight", epoch)]
         for rank, share in enumerate(shares):
             drawing = evenly(torch.arange(SIZE)).narrowed(draw["index"], draw["probability"])
             sampler = CleanSubsetSampler(drawing, num_replicas=2, rank=rank, seed=0)
@@ -86,7 +86,7 @@ def test_the_ranks_share_the_weighed_draw_of_the_epoch(ranks):
 
 
 def test_a_later_round_is_another_draw(ranks):
-    for scenario in ("relabel", "weigh"):
+    for scenario in ("relabel", "reweight"):
         draws = ranks[scenario][0]["draws"]
         assert sorted(draws) == list(range(AT, EPOCHS))
         assert_equal(draws[AT], draws[AT + 1], "draw")

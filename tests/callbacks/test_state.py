@@ -67,7 +67,7 @@ BYTES = {
         16 * (CLASSES - 1) + 40 + 35 + 10 // 4,
     ),
     "prune": ({}, 1, PRUNE, 0),
-    "weigh": ({"finetune": {"on_noisy": "weigh"}}, 1, FINETUNE, 12),
+    "reweight": ({"finetune": {"on_noisy": "reweight"}}, 1, FINETUNE, 12),
     "relabel": ({"finetune": {"on_noisy": "relabel"}}, 1, FINETUNE, 16),
 }
 

@@ -181,7 +181,7 @@ class Ignoring(Toy):
 
 
 @pytest.mark.parametrize("evidence", ["training", "passes"])
-@pytest.mark.parametrize("on_noisy", ["drop", "weigh", "relabel"])
+@pytest.mark.parametrize("on_noisy", ["drop", "reweight", "relabel"])
 def test_samples_with_the_label_to_ignore_are_not_judged_and_stay(evidence, on_noisy):
     data = Blobs(SIZE)
     ignored = torch.arange(SIZE) % 7 == 0

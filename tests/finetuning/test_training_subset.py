@@ -53,7 +53,7 @@ def test_dropping_leaves_the_clean_ones(partition):
 @QUICK
 @given(partitions())
 def test_weighing_takes_each_with_its_probability_and_the_kept_ones_with_a_half_at_least(partition):
-    draw = training_draw(partition, "weigh", 0.7)
+    draw = training_draw(partition, "reweight", 0.7)
     expected = {}
     for i in range(len(partition)):
         p = partition.clean_probability[i].item()
@@ -87,7 +87,7 @@ def test_a_wrong_label_is_replaced_where_the_suggested_one_is_probable_enough_an
 
 
 @QUICK
-@given(partitions(), st.sampled_from(["drop", "weigh", "relabel"]))
+@given(partitions(), st.sampled_from(["drop", "reweight", "relabel"]))
 def test_a_draw_comes_back_from_its_state(partition, on_noisy):
     draw = training_draw(partition, on_noisy, 0.5)
     again = TrainingDraw(**draw.state_dict())
@@ -118,6 +118,6 @@ def test_a_doubtful_sample_is_left_out_but_where_samples_are_weighed():
         doubtful=torch.tensor([False, True, False]),
         **common,
     )
-    drawn = {name: training_draw(partition, name, 0.7).index.tolist() for name in ("drop", "weigh", "relabel")}
-    assert drawn == {"drop": [0], "weigh": [0, 1, 2], "relabel": [0, 2]}
+    drawn = {name: training_draw(partition, name, 0.7).index.tolist() for name in ("drop", "reweight", "relabel")}
+    assert drawn == {"drop": [0], "reweight": [0, 1, 2], "relabel": [0, 2]}
     assert partition.decisions() == ["keep", "drop", "relabel"]

@@ -162,7 +162,7 @@ def test_samples_are_trained_on_under_the_label_that_was_decided(data, reviewed)
 
 
 def test_samples_are_weighed_by_what_was_decided(data, reviewed):
-    _, tune, _, _ = run(data, review=reviewed["edited"], finetune={"on_noisy": "weigh"})
+    _, tune, _, _ = run(data, review=reviewed["edited"], finetune={"on_noisy": "reweight"})
     kept, dropped, moved = (of(reviewed["wanted"], code) for code in (KEEP, DROP, RELABEL))
     weight = dict(zip(tune.draw.index.tolist(), tune.draw.probability.tolist(), strict=True))
     assert [weight[index] for index in kept] == [1, 1, 1]

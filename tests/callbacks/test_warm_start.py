@@ -211,6 +211,16 @@ def test_auto_goes_by_what_is_memorized(monkeypatch, caplog, memorised, how, sai
         assert_same_weights(moments.begun[AT], moments.ended[AT - 1])
 
 
+@pytest.mark.parametrize(("held_out", "how"), [(0.2, "shrink"), (0.9, "keep"), (None, "keep")])
+def test_auto_goes_by_the_gap_to_validation_too(monkeypatch, held_out, how):
+    monkeypatch.setattr("lightning_unlearn.callbacks.partition.share_memorised", lambda *_: 0.1)
+    monkeypatch.setattr("lightning_unlearn.callbacks.partition.validation_accuracy", lambda *_: held_out)
+    monkeypatch.setattr("lightning_unlearn.callbacks.partition.share_predicted", lambda *_: 0.95)
+    (partition, _, finetune), _, _ = run({"warm_start": "auto"})
+    assert partition.accuracy_gap == (None if held_out is None else pytest.approx(0.95 - held_out))
+    assert finetune.state_dict()["started_from"] == how
+
+
 def test_auto_keeps_the_weights_where_the_checkpoint_does_not_have_those_of_the_start(monkeypatch, caplog, checkpoints):
     monkeypatch.setattr("lightning_unlearn.callbacks.partition.share_memorised", lambda *_: 0.9)
     path, callbacks = checkpoints({"warm_start": "keep"}) / "epoch=0.ckpt", trio(AT, finetune={"warm_start": "auto"})

@@ -6,7 +6,7 @@ import torch
 
 from lightning_unlearn.finetuning.training_subset import TrainingDraw
 from lightning_unlearn.finetuning.warm_start import Memory, Start
-from lightning_unlearn.results.finding import epochs_in_words
+from lightning_unlearn.results.finding import epochs_in_words, share_in_words
 from lightning_unlearn.results.partition import Partition
 
 _STARTS = {"keep": "", "shrink": ", from weights moved back towards those of the start", "start": ", from the start"}
@@ -70,10 +70,12 @@ def prospect(memory: Memory, start: Start, precision: float | None, epochs: int 
         precision: share of the suspects that is expected to be wrong; None where it is not known.
         epochs: that remain; None where that is not known.
     """
-    listed = "" if precision is None else f" (about {max(1, round(10 * precision))} in 10 of them wrong)"
+    listed = "" if precision is None else f" ({share_in_words(precision)} of them wrong)"
     left = "" if epochs is None else f" in the {epochs_in_words(epochs)} that remain" if epochs > 1 else " in one epoch"
     if not memory.is_memorized:
         return f"Little is to be won{left}: the suspect labels{listed} are not memorized; leaving them out keeps it so."
+    if not memory.has_suspects:
+        return f"Something is to be won{left}: the network has begun to memorize, the suspect labels{listed} not yet."
     if not start.moves:
         return f"Part of what the memorized labels{listed} have spoilt is to be won back{left}: the weights are kept."
     return f"What the memorized labels{listed} have spoilt is to be won back{left}."

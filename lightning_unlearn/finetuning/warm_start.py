@@ -43,7 +43,12 @@ class Memory:
         """Whether it has. Labels of validation that are cleaner than those of training make the gap smaller."""
         if self.suspects is None:
             return False
-        return self.suspects >= MEMORIZED or (self.gap is not None and self.gap >= GAP)
+        return self.has_suspects or (self.gap is not None and self.gap >= GAP)
+
+    @property
+    def has_suspects(self) -> bool:
+        """Whether it has memorized the suspect labels, and not only begun to memorize what there is."""
+        return self.suspects is not None and self.suspects >= MEMORIZED
 
     def __str__(self) -> str:
         """In words that follow "the network"."""
@@ -93,7 +98,7 @@ def choose_start(asked: WarmStart, memory: Memory, obstacle: str = "") -> Start:
             return Start("keep", because="no label is suspect")
         if not memory.is_memorized:
             return Start("keep", because=f"the network {memory}, so it has not memorized them")
-        because = f"the network {memory}, so it has memorized them"
+        because = f"the network {memory}, so it has {'memorized them' if memory.has_suspects else 'begun to memorize'}"
         if obstacle:
             return Start("keep", because=f"{because}, but its weights are kept all the same: {obstacle}")
         return replace(_SHRUNK, because=because)

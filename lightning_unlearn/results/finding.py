@@ -79,8 +79,17 @@ def precision_in_words(partition: Partition) -> str:
     expected = partition.expected_precision
     if expected is None:
         return ""
-    share = "nearly all" if expected >= _NEARLY_ALL else f"about {max(1, round(10 * expected))} in 10"
-    return f", {share} expected to be wrong"
+    return f", {share_in_words(expected)} expected to be wrong"
+
+
+def share_in_words(share: float) -> str:
+    """So many of some.
+
+    Example:
+        >>> share_in_words(0.84), share_in_words(0.97)
+        ('about 8 in 10', 'nearly all')
+    """
+    return "nearly all" if share >= _NEARLY_ALL else f"about {max(1, round(10 * share))} in 10"
 
 
 def worth_in_words(partition: Partition) -> list[str]:

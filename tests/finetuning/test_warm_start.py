@@ -138,7 +138,7 @@ HALF, NONE = Memory(0.5), Memory()
         ("auto", Memory(0.49), "", "keep", "predicts 49% of the suspect labels, so it has not memorized them."),
         ("auto", Memory(0.1, GAP - 0.001), "", "keep", "of the validation labels, so it has not memorized them."),
         ("auto", Memory(0.1, -0.2), "", "keep", "10% of the suspect labels, and 20 points less of the training labels"),
-        ("auto", Memory(0.1, GAP), "", "shrink", "of the validation labels, so it has memorized them."),
+        ("auto", Memory(0.1, GAP), "", "shrink", "of the validation labels, so it has begun to memorize."),
         ("auto", Memory(0.8, -0.2), "", "shrink", "than of the validation labels, so it has memorized them."),
         ("auto", HALF, "", "shrink", "is kept): the network predicts 50% of the suspect labels, so it has memorized"),
         ("auto", Memory(0.9), "of this", "keep", "memorized them, but its weights are kept all the same: of this."),
@@ -177,6 +177,13 @@ def test_where_fine_tuning_starts_from(asked, memory, obstacle, how, said):
             0.02,
             None,
             "Little is to be won: the suspect labels (about 1 in 10 of them wrong)",
+        ),
+        (
+            Memory(0.1, GAP),
+            "shrink",
+            0.97,
+            3,
+            "Something is to be won in the 3 epochs that remain: the network has begun",
         ),
     ],
 )

@@ -62,7 +62,7 @@ class Replay:
                 position = self.fit.position[epoch].nan_to_num()
                 given, seen = (torch.bincount(x, minlength=len(self.present)) for x in (self.label, self.label[drawn]))
                 weight = drawn * (given / seen.clamp(min=1))[self.label]
-                each = prequential_rate(logits, self.label, position, weight, favored=self.favored())
+                each = prequential_rate(logits, self.label, position, weight, favored=self.favored(), known=found)
                 self._early.append(each)
             found = following(found, self._early[epoch])
             if found.is_confirmed:

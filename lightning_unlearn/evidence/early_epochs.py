@@ -91,6 +91,7 @@ class EarlyEpochs:
             (counts * (given / seen[present])[place[label.clamp(min=0)]]).to(device),
             favored=favored.to(device),
             parts=parts,
+            known=self.rate,
             reduce=reduce,
         )
         bias = torch.zeros(trajectory.num_classes, dtype=torch.float64)

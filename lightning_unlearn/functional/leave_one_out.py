@@ -135,18 +135,18 @@ def leave_one_out_scores(
     value, vector = torch.linalg.eigh(gram)
     value, rotated, share = value.clamp(min=0), vector.T @ cross, count / number
     shrunk = torch.stack([1 / (value + penalty * value.mean() + 1e-12) for penalty in penalties])
+    coefficients = (shrunk.unsqueeze(2) * rotated).transpose(0, 1).flatten(1)
+    # Single precision, as there are several of each.
+    scores = torch.zeros(len(penalties), len(label), num_classes, device=w.device)
     errors = zeros(len(penalties))
     for rows in parts:
-        z = (features[rows].double() - mean) @ vector
-        target = _one_hot(label[rows], num_classes)
-        for at, inverse in enumerate(shrunk):
-            errors[at] += w[rows] @ (target - _left_out(z, inverse, rotated, share, target, number)).square().sum(1)
-    inverse = shrunk[reduce(errors).argmin()]
-    scores = features.new_empty(len(label), num_classes, dtype=torch.float64)
-    for rows in parts:
-        z = (features[rows].double() - mean) @ vector
-        scores[rows] = _left_out(z, inverse, rotated, share, _one_hot(label[rows], num_classes), number)
-    return scores
+        z, target = (features[rows].double() - mean) @ vector, _one_hot(label[rows], num_classes)
+        fitted = (z @ coefficients).reshape(len(z), len(penalties), num_classes).transpose(0, 1) + share
+        leverage = (z.square() @ shrunk.T + 1 / number).clamp(max=_MOST_LEVERAGE).T
+        left_out = target - (target - fitted) / (1 - leverage).unsqueeze(2)
+        scores[:, rows] = left_out.float()
+        errors += (target - left_out).square().sum(2) @ w[rows]
+    return scores[reduce(errors).argmin()].double()
 
 
 def skill_of(accuracy: float, largest: float) -> float:
@@ -208,9 +208,3 @@ def _principal_components(features: Tensor, weight: Tensor, number: int, reduce:
 
 def _one_hot(label: Tensor, num_classes: int) -> Tensor:
     return torch.nn.functional.one_hot(label, num_classes).double()
-
-
-def _left_out(z: Tensor, inverse: Tensor, cross: Tensor, share: Tensor, target: Tensor, number: Tensor) -> Tensor:
-    fitted = z @ (inverse.unsqueeze(1) * cross) + share
-    leverage = (z.square() @ inverse + 1 / number).clamp(max=_MOST_LEVERAGE)
-    return target - (target - fitted) / (1 - leverage).unsqueeze(1)

@@ -115,7 +115,7 @@ def following(known: PrequentialRate | None, found: PrequentialRate) -> Prequent
     )
 
 
-def prequential_rate(
+def prequential_rate(  # noqa: PLR0913  (what is known of an epoch)
     logits: Tensor,
     label: Tensor,
     position: Tensor,
@@ -123,6 +123,7 @@ def prequential_rate(
     *,
     favored: Tensor | None = None,
     parts: int = PARTS,
+    known: PrequentialRate | None = None,
     reduce: Reduce = no_reduce,
 ) -> PrequentialRate:
     """The noise rate by one epoch's training steps.
@@ -135,6 +136,8 @@ def prequential_rate(
             alike, the classes' sums are as their numbers among all samples.
         favored: (C,) in nats less their mean, how much oftener than its share each class was drawn; None for none.
         parts: of the epoch, each with a temperature of its own; 1 for scores that are all of one network.
+        known: by the epochs before. Of one that only confirms it (see :func:`following`), it is not asked how classes
+            are taken for each other, which takes longest.
         reduce: sums over the ranks.
 
     Returns:
@@ -162,7 +165,9 @@ def prequential_rate(
     z = z_score(some, none)
     found = PrequentialRate(*rate_between(lower, some), z, skill, True, bias)
     # Scores of another kind than a network's logits look as if classes were taken for each other.
-    if parts == 1 or z < MIN_Z or not asks_of_confusion(logits.shape[1], reduce(weight.sum().reshape(1)).item()):
+    if parts == 1 or z < MIN_Z or following(known, found) is not found:
+        return found
+    if not asks_of_confusion(logits.shape[1], reduce(weight.sum().reshape(1)).item()):
         return found
     confused, most = confusion_rate(*data, some, group=group, reduce=reduce)
     # A network that is trained on hard samples only confuses classes everywhere, whatever the labels.

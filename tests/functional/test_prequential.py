@@ -158,3 +158,22 @@ def test_ranks_find_what_one_finds():
         assert found.middle == pytest.approx(one.middle, abs=1e-5)
         assert found.high == pytest.approx(one.high, abs=1e-4)
         assert found.is_settled == one.is_settled
+
+
+def test_an_epoch_that_only_confirms_is_not_asked_how_classes_are_confused(monkeypatch):
+    asked = []
+
+    def confused(*data, **options):
+        asked.append(data)
+        return 0.0, 0.0
+
+    monkeypatch.setattr(prequential, "confusion_rate", confused)
+    data = (*epoch(8000, 0.1), torch.ones(8000))
+    first = prequential_rate(*data)
+    assert len(asked) == 1
+    second = prequential_rate(*data, known=first)
+    assert len(asked) == 1
+    assert following(first, second).is_confirmed
+    higher = prequential_rate(*data, known=replace(first, middle=first.middle / 2, z_score=first.z_score / 2))
+    assert len(asked) == 2
+    assert higher.middle == pytest.approx(first.middle)

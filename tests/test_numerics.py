@@ -158,7 +158,7 @@ def test_a_dead_network_that_prefers_a_class_is_no_sign_of_wrong_labels():
     for bias in (0.3, 1.0, 30.0):
         verdict = judged("label", evidence_of(*constant(bias * torch.arange(5.0))))
         assert not flagged(verdict).any()
-    assert verdict.warning.startswith("the model tells fewer than two classes, or than half of them, from the others")
+    assert verdict.warning.startswith("the model tells fewer than two classes, or those of fewer than half")
 
 
 def test_corrupted_inputs_are_acted_upon_where_nothing_can_be_told_of_labels():

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from lightning_unlearn.functional.leave_one_out import skill_of
 from lightning_unlearn.functional.prequential import class_shift
 from lightning_unlearn.functional.structured_noise import MIN_ENTRY
 from lightning_unlearn.functional.transition import MOST_NAMES
@@ -15,6 +18,8 @@ from lightning_unlearn.utilities.reduce import Reduce
 
 # So far apart, training and validation accuracy say that labels are memorized.
 _GAP = 0.2
+# By so much more skill in an early epoch than on validation samples later, the labels had been learned before.
+_MORE_SKILL = 0.1
 
 
 def verdict_on_labels(evidence: Evidence, reduce: Reduce) -> Verdict:
@@ -25,6 +30,10 @@ def verdict_on_labels(evidence: Evidence, reduce: Reduce) -> Verdict:
         reduce: sums over the ranks.
     """
     unseen, predicted = evidence.unseen or OutOfSample(), share_predicted(evidence, reduce)
+    missing = _missing(evidence.unseen, _largest_share(evidence, reduce))
+    if missing and unseen.early is not None:
+        # What had been learned before has no upper end.
+        unseen = replace(unseen, early=replace(unseen.early, is_blind=False))
     found = find_label_noise(_history(evidence, unseen, predicted, reduce), reduce=reduce)
     # Where nothing can be told, nothing is suspect, and the order stays.
     wrong = found.wrong * NO_DOUBT if found.objection else found.wrong
@@ -35,7 +44,7 @@ def verdict_on_labels(evidence: Evidence, reduce: Reduce) -> Verdict:
         (wrong * found.suggested_share).float(),
         label_probability=clean,
         noise_matrix=_matrix(found, evidence.num_classes, clean.device),
-        notes=_notes(predicted, unseen.accuracy),
+        notes=(*_notes(predicted, unseen.accuracy), *_said(missing)),
         warning=found.objection,
         noise=None if found.status == "unknown" else _estimate(found),
     )
@@ -101,8 +110,38 @@ def share_predicted(evidence: Evidence, reduce: Reduce) -> float:
     return float(right / max(number, 1))
 
 
+def _largest_share(evidence: Evidence, reduce: Reduce) -> float:
+    w = evidence.weight.double()
+    given = reduce(w.new_zeros(evidence.num_classes).index_add(0, evidence.label, w))
+    return (given.max() / given.sum().clamp(min=1e-9)).item()
+
+
+def _said(missing: str) -> tuple[str, ...]:
+    if not missing:
+        return ()
+    return (f"labels: {missing}: what is memorized does not show, and there may be more wrong labels than are told",)
+
+
 def _notes(predicted: float, accuracy: float | None) -> tuple[str, ...]:
     if accuracy is None or predicted - accuracy < _GAP:
         return ()
     said = f"the network predicts {predicted:.0%} of the given labels and {accuracy:.0%} of those of validation samples"
     return (f"labels: {said}: it has memorized labels; the early epochs decide",)
+
+
+def _missing(unseen: OutOfSample | None, largest: float) -> str:
+    """What keeps an early epoch from telling how many labels are wrong; empty where nothing does, or nobody looked.
+
+    Args:
+        unseen: what is told of labels that were not learned.
+        largest: share of the largest class.
+    """
+    if unseen is None:
+        return ""
+    if unseen.early is None or not unseen.early.is_settled:
+        return "no early epoch of training steps was seen in which the network had learned enough, and not too much"
+    if unseen.accuracy is not None and unseen.early.skill > skill_of(unseen.accuracy, largest) + _MORE_SKILL:
+        return (
+            "in the early epoch it predicted more labels than of validation samples now, so it had learned them before"
+        )
+    return ""

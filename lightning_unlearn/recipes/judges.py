@@ -47,8 +47,8 @@ def judge_label(evidence: Evidence, reduce: Reduce) -> Verdict:
     - errors are blind, or fall on classes that are taken for each other, at a rate that the early epoch tells.
 
     Suspects are acted upon if five standard deviations say that labels are wrong. Nothing can be told, and that is a
-    warning, where the network predicts hardly more than one class, or fewer than half of them; nor where a class is
-    called by another's name more often than by its own and nothing else shows.
+    warning, where the network predicts hardly more than one class, or those of fewer than half of the samples; nor
+    where a class is called by another's name more often than by its own and nothing else shows.
 
     Outputs of the model that no label names are left out. With more classes than coordinates (129), soft margins tell
     errors that fall on any class alike (``recipes.many_classes``); without these, samples are ranked by their margin,

@@ -24,6 +24,7 @@ from lightning_unlearn.recipes.latent_noise import (
     named_classes,
     transition_noise,
 )
+from lightning_unlearn.recipes.verdict import knows_classes
 from lightning_unlearn.utilities.reduce import Reduce, no_reduce
 
 NAMED_Z = 3.0
@@ -49,11 +50,18 @@ _NO_CONFUSION, _ALL_CONFUSION = 0.02, 0.04
 # are memorized or classes are hard to tell.
 _CLEAR_CUT = 0.2
 
-_SELDOM = 0.05  # a class is not known if it is predicted less often than this share of the samples called so
+# How much of the right labels a network predicted in an early epoch, from 0, as by chance, to 1, all of them, in
+# logarithms. Up to the first, of its best guess only what natural confusion does not explain counts, since what is not
+# learned looks wrong; from the second on, all of it.
+_HARDLY, _WELL = 0.5, 0.75
+
 _LEAST_RATE = 1e-4  # for the order where no label is wrong
 _MOST_BLIND = 0.95
 
-NOT_KNOWN = "the model tells fewer than two classes, or than half of them, from the others, so nothing can be told"
+NOT_KNOWN = (
+    "the model tells fewer than two classes, or those of fewer than half of the samples, from the others, so nothing"
+    " can be told"
+)
 NOT_NAMED = "some class is called by another's name more often than by its own, so nothing can be told"
 
 Status = Literal["found", "weak", "none", "unknown"]
@@ -146,7 +154,8 @@ def find_label_noise(history: LabelHistory, *, reduce: Reduce = no_reduce) -> La
         found = _by_blind_errors(asked)
     # Habits are told from what is hard by an early epoch, or by the most confident samples.
     is_open = asked.is_sampled or (named is not None and asked.early is None and not is_shown)
-    objection = "" if _knows_classes(mean + asked.shift, asked.label, asked.weight, reduce) else NOT_KNOWN
+    given_and_said = _given_and_said(mean + asked.shift, asked.label, asked.weight, reduce)
+    objection = "" if knows_classes(*given_and_said) else NOT_KNOWN
     status = _status(found.z, is_open=is_open)
     if status == "none" and matrix is not None and not matrix.is_named:
         objection = objection or NOT_NAMED
@@ -184,7 +193,7 @@ class _Asked:
 
 def _asked(history: LabelHistory, reduce: Reduce) -> tuple[_Asked, Tensor]:
     """It, and the mean over training (n, C)."""
-    y, w, early = history.label, history.weight.double(), _unseen(history)
+    y, w, early = history.label, history.weight.double(), _unseen(history, reduce)
     mean, seen = _evidence(history)
     shift = _bias(history).to(mean)
     shifted = seen + shift
@@ -331,13 +340,16 @@ def _status(z: float, *, is_open: bool) -> Status:
     return "weak" if z >= NAMED_Z else "none"
 
 
-def _unseen(history: LabelHistory) -> PrequentialRate | None:
+def _unseen(history: LabelHistory, reduce: Reduce) -> PrequentialRate | None:
     """What is told by evidence that has not seen the labels: as much as the one shows that shows more."""
-    told = [one for one in (history.early, history.left_out) if one is not None and one.is_settled]
+    given = history.weight.new_zeros(history.last.shape[1], dtype=torch.float64)
+    given = reduce(given.index_add(0, history.label, history.weight.double()))
+    early, left_out = (_as_far_as_learned(one, given) for one in (history.early, history.left_out))
+    told = [one for one in (early, left_out) if one is not None and one.is_settled]
     if not told:
         return None
     # What leaves the sample out is not of a network that still learns.
-    sure = [one for one in told if one.is_confirmed or one is history.left_out]
+    sure = [one for one in told if one.is_confirmed or one is left_out]
     return replace(
         told[0],
         low=min(one.low for one in told),
@@ -348,6 +360,22 @@ def _unseen(history: LabelHistory) -> PrequentialRate | None:
         z_score=max(one.z_score for one in sure or told),
         is_confirmed=bool(sure),
     )
+
+
+def _as_far_as_learned(told: PrequentialRate | None, given: Tensor) -> PrequentialRate | None:
+    """With as much of the best guess as a network can tell that predicts so many labels.
+
+    Args:
+        told: of an early epoch.
+        given: (C,) how many samples are called each class.
+    """
+    if told is None:
+        return None
+    largest = (given.max() / given.sum().clamp(min=1e-9)).item()
+    predicted = max(largest + told.skill * (1 - largest), 1e-9) / max(1 - told.middle, 1e-9)
+    known = 1 + math.log(predicted) / math.log(len(given))
+    share = min(max((known - _HARDLY) / (_WELL - _HARDLY), 0.0), 1.0)
+    return replace(told, middle=told.low + share * (told.middle - told.low))
 
 
 def _evidence(history: LabelHistory) -> tuple[Tensor, Tensor]:
@@ -384,8 +412,8 @@ def _bias(history: LabelHistory) -> Tensor:
     return bias if history.favored is None else bias - history.favored.to(bias)
 
 
-def _knows_classes(mean: Tensor, label: Tensor, weight: Tensor, reduce: Reduce) -> bool:
+def _given_and_said(mean: Tensor, label: Tensor, weight: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor]:
+    """(C,) each: how many samples are called each class, and of how many it is predicted."""
     zeros = weight.new_zeros(mean.shape[1])
     given, said = reduce(torch.stack([zeros.index_add(0, of, weight) for of in (label, mean.argmax(1))]))
-    known = (said >= _SELDOM * given)[given > 0]
-    return bool(known.sum() >= max(2, len(known) / 2))
+    return given, said

@@ -23,7 +23,7 @@ from lightning_unlearn.functional.symmetric_noise import SymmetricNoiseFit
 from lightning_unlearn.functional.transition import MOST_NAMES
 from lightning_unlearn.recipes.evidence import Evidence
 from lightning_unlearn.recipes.label_noise import ACTED_Z, NAMED_Z, NOT_KNOWN
-from lightning_unlearn.recipes.verdict import NO_DOUBT, NoiseEstimate, Verdict
+from lightning_unlearn.recipes.verdict import NO_DOUBT, NoiseEstimate, Verdict, knows_classes
 from lightning_unlearn.utilities.reduce import Reduce
 
 # A part of training counts if its steps predicted so large a share of what is predicted of validation samples, or,
@@ -35,7 +35,6 @@ _GAP = 0.2
 
 _SHIFTED = ("labels: class weights or a sampler shift the outputs, which is not corrected for: nothing is acted upon",)
 
-_SELDOM = 0.05  # a class is not known if it is predicted less often than this share of the samples called so
 _LEAST_RATE = 1e-4  # for the order where no label is wrong
 _TWO_SIDED = 1.96
 
@@ -57,7 +56,7 @@ def judge_many(evidence: Evidence, margins: Tensor, reduce: Reduce) -> Verdict:
     parts, curve = _parts(margins, evidence, classes, reduce, with_last=not memorized)
     early, weighted, sampled = _early(evidence, given)
     wrong, noise = _blind_errors(parts, curve, w, classes, early, reduce)
-    is_known = _knows_classes(given, said)
+    is_known = knows_classes(given, said)
     # Where nothing can be told, nothing is suspect, and the order stays.
     clean = (1 - (wrong if is_known else NO_DOUBT * wrong)).float()
     note = f"labels: {classes} classes: looked for errors that fall on any class alike, and for no others"
@@ -136,11 +135,6 @@ def _blind_errors(
 def _interval(fit: SymmetricNoiseFit, early: PrequentialRate | None, rate: float) -> tuple[float, float]:
     """Without an upper end, as it is not asked whether classes are taken for each other."""
     return (max(0.0, fit.rate - _TWO_SIDED * fit.std_error) if early is None else min(early.low, rate)), 1.0
-
-
-def _knows_classes(given: Tensor, said: Tensor) -> bool:
-    known = (said >= _SELDOM * given)[given > 0]
-    return bool(known.sum() >= max(2, len(known) / 2))
 
 
 def _matrix(occurs: Tensor, rate: float) -> Tensor | None:

@@ -18,6 +18,8 @@ from lightning_unlearn.utilities.reduce import Reduce
 # Standard errors by which the components' means must differ before one is called clean.
 _DECISIVE = 3.0
 _HALF = 0.5
+_SELDOM = 0.05
+_FEWEST = 2
 LONE = 1.5
 
 # What is left of the doubt where nothing can be told: nothing is suspect, and the order stays.
@@ -184,3 +186,20 @@ def calls_all_the_same(evidence: Evidence, reduce: Reduce) -> Verdict | None:
         evidence.label,
         warning="the model predicts the same class of all samples, so nothing can be told",
     )
+
+
+def knows_classes(given: Tensor, said: Tensor) -> bool:
+    """Whether a network has learned enough classes to judge labels: two, which have half of the samples.
+
+    A class that it predicts of fewer than a twentieth as many samples as are called so has not been learned.
+
+    Args:
+        given: (C,) how many samples are called each class.
+        said: (C,) of how many it is predicted.
+
+    Example:
+        >>> knows_classes(torch.tensor([100.0, 90.0, 10.0]), torch.tensor([105.0, 95.0, 0.0]))
+        True
+    """
+    known = (given > 0) & (said >= _SELDOM * given)
+    return int(known.sum()) >= _FEWEST and bool(given[known].sum() >= given.sum() / 2)

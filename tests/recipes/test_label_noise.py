@@ -272,7 +272,7 @@ def test_the_upper_end_holds_all_confusion_that_may_be_errors():
 def test_what_no_other_epoch_confirms_is_not_believed_beside_leave_one_out_scores():
     seen, _ = history(6000, blind(0.1))
     early = replace(seen.early, middle=0.2, confused=0.1, is_confirmed=False)
-    told = label_noise._unseen(replace(seen, early=early, left_out=seen.early))
+    told = label_noise._unseen(replace(seen, early=early, left_out=seen.early), no_reduce)
     assert (told.middle, told.confused, told.is_confirmed) == (seen.early.middle, 0, True)
 
 
@@ -313,3 +313,24 @@ def test_two_classes_of_which_one_is_rare_are_judged_by_the_scores():
     assert found.status == "found"
     assert (label != truth)[suspects(found)].double().mean() >= expected(found) - 0.1
     assert suspects(found).sum() >= 100
+
+
+def test_a_network_that_predicts_few_labels_early_is_believed_less():
+    seen, _ = history(6000, blind(0.05))
+    early = replace(seen.early, low=0.01, middle=0.09, is_confirmed=True, confused=0.0)
+    rates = [
+        find_label_noise(replace(seen, early=replace(early, skill=skill))).rate for skill in (0.1, 0.2, 0.3, 0.5, 0.8)
+    ]
+    assert rates[0] == pytest.approx(0.01)
+    assert rates == sorted(rates)
+    assert rates[-2:] == pytest.approx([rates[-1]] * 2)
+
+
+def test_a_few_rare_classes_that_are_not_learned_do_not_keep_the_others_from_being_judged():
+    seen, _ = history(6000, blind(0.1))
+    rare = (seen.label > 1) & (torch.arange(6000) % 12 > 0)
+    kept = replace(seen, **{name: getattr(seen, name)[~rare] for name in ("phases", "last", "label", "weight")})
+    never = torch.tensor([0.0, 0, -50, -50, -50, -50])
+    kept = replace(kept, phases=kept.phases + never, last=kept.last + never)
+    assert find_label_noise(kept).objection == ""
+    assert find_label_noise(replace(seen, phases=seen.phases + never, last=seen.last + never)).objection != ""

@@ -9,6 +9,7 @@ import torch
 from lightning_unlearn.data.loaders import rank_share
 from lightning_unlearn.evidence.training_dynamics import class_coordinates
 from lightning_unlearn.functional import label_margin, label_support
+from lightning_unlearn.functional.prequential import PrequentialRate
 from lightning_unlearn.recipes import (
     RECIPES,
     Recipe,
@@ -23,7 +24,7 @@ from lightning_unlearn.recipes import (
     judge_rlap,
     registry,
 )
-from lightning_unlearn.recipes.evidence import NOT_BY_SAMPLE, Evidence
+from lightning_unlearn.recipes.evidence import NOT_BY_SAMPLE, Evidence, OutOfSample
 from lightning_unlearn.utilities.reduce import no_reduce
 from tests.ranks import run_ranks
 
@@ -914,3 +915,27 @@ def test_nothing_is_suspect_where_a_class_is_called_by_another_name_more_often_t
     verdict = judge_label(scene(swapped)[-1], no_reduce)
     assert "nothing can be told" in verdict.warning
     assert not flagged(verdict).any()
+
+
+EARLY = PrequentialRate(0.0, 0.01, 0.02, 0.0, 0.6, True, torch.zeros(C).double(), is_confirmed=True, is_blind=True)
+
+
+@pytest.mark.parametrize(
+    ("unseen", "said"),
+    [
+        (None, None),
+        (OutOfSample(EARLY, accuracy=0.7), None),
+        (OutOfSample(EARLY), None),
+        (OutOfSample(), "no early epoch of training steps was seen"),
+        (OutOfSample(replace(EARLY, is_settled=False)), "no early epoch of training steps was seen"),
+        (OutOfSample(replace(EARLY, skill=0.95), accuracy=0.7), "it had learned them before"),
+    ],
+    ids=["nobody looked", "fine", "no validation", "none", "not settled", "learned before"],
+)
+def test_it_is_said_what_keeps_an_early_epoch_from_telling_the_rate(unseen, said):
+    _, evidence = scene(SYMMETRIC)
+    verdict = judge_label(replace(evidence, unseen=unseen), no_reduce)
+    notes = [note for note in verdict.notes if "there may be more wrong labels than are told" in note]
+    assert [said in note for note in notes] == ([] if said is None else [True])
+    if said is not None:
+        assert verdict.noise.interval[1] == 1

@@ -24,7 +24,7 @@ from lightning_unlearn.recipes.latent_noise import (
     named_classes,
     transition_noise,
 )
-from lightning_unlearn.recipes.verdict import knows_classes
+from lightning_unlearn.recipes.verdict import NO_DOUBT, judged_labels
 from lightning_unlearn.utilities.reduce import Reduce, no_reduce
 
 NAMED_Z = 3.0
@@ -155,7 +155,10 @@ def find_label_noise(history: LabelHistory, *, reduce: Reduce = no_reduce) -> La
     # Habits are told from what is hard by an early epoch, or by the most confident samples.
     is_open = asked.is_sampled or (named is not None and asked.early is None and not is_shown)
     given_and_said = _given_and_said(mean + asked.shift, asked.label, asked.weight, reduce)
-    objection = "" if knows_classes(*given_and_said) else NOT_KNOWN
+    can_judge = judged_labels(*given_and_said)
+    objection = "" if bool(can_judge.any()) else NOT_KNOWN
+    if not objection:
+        found = replace(found, wrong=torch.where(can_judge[asked.label], found.wrong, NO_DOUBT * found.wrong))
     status = _status(found.z, is_open=is_open)
     if status == "none" and matrix is not None and not matrix.is_named:
         objection = objection or NOT_NAMED

@@ -23,7 +23,7 @@ from lightning_unlearn.functional.symmetric_noise import SymmetricNoiseFit
 from lightning_unlearn.functional.transition import MOST_NAMES
 from lightning_unlearn.recipes.evidence import Evidence
 from lightning_unlearn.recipes.label_noise import ACTED_Z, NAMED_Z, NOT_KNOWN
-from lightning_unlearn.recipes.verdict import NO_DOUBT, NoiseEstimate, Verdict, knows_classes
+from lightning_unlearn.recipes.verdict import NO_DOUBT, NoiseEstimate, Verdict, judged_labels
 from lightning_unlearn.utilities.reduce import Reduce
 
 # A part of training counts if its steps predicted so large a share of what is predicted of validation samples, or,
@@ -56,9 +56,10 @@ def judge_many(evidence: Evidence, margins: Tensor, reduce: Reduce) -> Verdict:
     parts, curve = _parts(margins, evidence, classes, reduce, with_last=not memorized)
     early, weighted, sampled = _early(evidence, given)
     wrong, noise = _blind_errors(parts, curve, w, classes, early, reduce)
-    is_known = knows_classes(given, said)
+    can_judge = judged_labels(given, said)
+    is_known = bool(can_judge.any())
     # Where nothing can be told, nothing is suspect, and the order stays.
-    clean = (1 - (wrong if is_known else NO_DOUBT * wrong)).float()
+    clean = (1 - torch.where(can_judge[evidence.label], wrong, NO_DOUBT * wrong)).float()
     note = f"labels: {classes} classes: looked for errors that fall on any class alike, and for no others"
     return Verdict(
         clean,

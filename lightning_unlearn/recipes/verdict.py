@@ -188,18 +188,26 @@ def calls_all_the_same(evidence: Evidence, reduce: Reduce) -> Verdict | None:
     )
 
 
-def knows_classes(given: Tensor, said: Tensor) -> bool:
-    """Whether a network has learned enough classes to judge labels: two, which have half of the samples.
+def judged_labels(given: Tensor, said: Tensor) -> Tensor:
+    """Which labels can be judged: none, all, or those of the classes that the network has learned.
 
-    A class that it predicts of fewer than a twentieth as many samples as are called so has not been learned.
+    A class that it predicts of fewer than a twentieth as many samples as are called so has not been learned. At least
+    two must be, and these must have half of the samples. Where it is fewer than half of the classes, whatever is called
+    one of the others looks wrong, and is not judged.
 
     Args:
         given: (C,) how many samples are called each class.
         said: (C,) of how many it is predicted.
 
+    Returns:
+        (C,) bool.
+
     Example:
-        >>> knows_classes(torch.tensor([100.0, 90.0, 10.0]), torch.tensor([105.0, 95.0, 0.0]))
-        True
+        >>> judged_labels(torch.tensor([50.0, 50, 5, 5, 5]), torch.tensor([65.0, 50, 0, 0, 0]))
+        tensor([ True,  True, False, False, False])
     """
-    known = (given > 0) & (said >= _SELDOM * given)
-    return int(known.sum()) >= _FEWEST and bool(given[known].sum() >= given.sum() / 2)
+    known, present = (given > 0) & (said >= _SELDOM * given), int((given > 0).sum())
+    is_enough = int(known.sum()) >= _FEWEST and bool(given[known].sum() >= given.sum() / 2)
+    if not is_enough:
+        return torch.zeros_like(known)
+    return known if 2 * int(known.sum()) < present else torch.ones_like(known)

@@ -332,5 +332,7 @@ def test_a_few_rare_classes_that_are_not_learned_do_not_keep_the_others_from_bei
     kept = replace(seen, **{name: getattr(seen, name)[~rare] for name in ("phases", "last", "label", "weight")})
     never = torch.tensor([0.0, 0, -50, -50, -50, -50])
     kept = replace(kept, phases=kept.phases + never, last=kept.last + never)
-    assert find_label_noise(kept).objection == ""
+    found = find_label_noise(kept)
+    assert found.objection == ""
+    assert not suspects(found)[kept.label > 1].any()
     assert find_label_noise(replace(seen, phases=seen.phases + never, last=seen.last + never)).objection != ""

@@ -9,7 +9,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_unlearn.data.batch import Layout, Path, call_forward, split_batch
+from lightning_unlearn.data.batch import Path, call_forward, split_batch
+from lightning_unlearn.data.layout import Layout
 from lightning_unlearn.utilities.checks import check_choice, check_function, check_number, plain
 
 Task = Literal["auto", "multiclass", "binary", "multilabel"]

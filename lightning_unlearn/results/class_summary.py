@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from lightning_unlearn.results.labels import class_members, suggested_otherwise
+
+if TYPE_CHECKING:
+    from lightning_unlearn.results.partition import Partition
 
 
 @dataclass(frozen=True)
@@ -60,3 +66,46 @@ def most_confused(label: Tensor, suggested: Tensor) -> dict[int, tuple[int, int]
         if count > found.get(c, (0, 0))[1]:
             found[c] = to, count
     return found
+
+
+def summary_of_classes(partition: Partition) -> list[ClassSummary]:
+    """What was found in each class of given labels, the class with the largest share of suspects first."""
+    classes = int(torch.cat([partition.label, partition.suggested_label]).max()) + 1 if len(partition) else 0
+    suspect = ~partition.is_clean
+    judged = partition.label >= 0
+    wrong = suggested_otherwise(partition)
+    confused = most_confused(partition.label[wrong], partition.suggested_label[wrong])
+    samples, suspects = (partition.label[x].bincount(minlength=classes) for x in (judged, judged & suspect))
+    doubt = torch.zeros(classes, dtype=torch.float64)
+    doubt.index_add_(0, partition.label[judged], 1 - partition.clean_probability[judged].double())
+    rows = [
+        ClassSummary(
+            label=c,
+            samples=int(samples[c]),
+            suspects=int(suspects[c]),
+            noise_rate=None if partition.noise_rate is None else float(doubt[c] / samples[c]),
+            confused_with=confused.get(c, (None, 0))[0],
+            confused_samples=confused.get(c, (None, 0))[1],
+        )
+        for c in range(classes)
+        if samples[c] > 0
+    ]
+    return sorted(rows, key=lambda row: -row.suspects / row.samples)
+
+
+def summary_of_labels(partition: Partition) -> list[ClassSummary]:
+    """Of each label of a multi-label task, among the samples that have it: how many have it wrongly."""
+    wrong = partition.suggested_label != partition.label
+    rows = [
+        ClassSummary(
+            label=c,
+            samples=len(members),
+            suspects=int(wrong[members, c].sum()),
+            noise_rate=None if partition.noise_rate is None else float(1 - doubt),
+            confused_with=None,
+            confused_samples=0,
+        )
+        for c, members in class_members(partition.label)
+        for doubt in [partition.label_probability[members, c].double().mean()]
+    ]
+    return sorted(rows, key=lambda row: -row.suspects / row.samples)

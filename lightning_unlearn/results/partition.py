@@ -14,19 +14,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_unlearn.data.fingerprint import mark_of
-from lightning_unlearn.results.class_summary import ClassSummary, most_confused
+from lightning_unlearn.results.class_summary import ClassSummary, summary_of_classes, summary_of_labels
 from lightning_unlearn.results.labels import (
     DECISIONS,
     LISTS,
     REASONS,
-    class_members,
-    held_labels,
     of_any_label,
-    suggested_otherwise,
 )
+from lightning_unlearn.results.review_csv import check_undecided
 from lightning_unlearn.results.status import PartitionStatus, checked_status
 from lightning_unlearn.results.storage import faults_of, load_record, save_record
+from lightning_unlearn.results.table import columns_of
 from lightning_unlearn.results.validate import check_estimates, check_held, check_matrix, check_primitives, check_sizes
 from lightning_unlearn.utilities.checks import check_flag, check_names, check_number, check_whole, shown
 from lightning_unlearn.utilities.files import write_csv
@@ -325,46 +323,7 @@ class Partition:
 
     def class_summary(self) -> list[ClassSummary]:
         """What was found in each class of given labels, the class with the largest share of suspects first."""
-        if self.is_multilabel:
-            return self._label_summary()
-        classes = int(torch.cat([self.label, self.suggested_label]).max()) + 1 if len(self) else 0
-        suspect = ~self.is_clean
-        judged = self.label >= 0
-        wrong = suggested_otherwise(self)
-        confused = most_confused(self.label[wrong], self.suggested_label[wrong])
-        samples, suspects = (self.label[x].bincount(minlength=classes) for x in (judged, judged & suspect))
-        doubt = torch.zeros(classes, dtype=torch.float64)
-        doubt.index_add_(0, self.label[judged], 1 - self.clean_probability[judged].double())
-        rows = [
-            ClassSummary(
-                label=c,
-                samples=int(samples[c]),
-                suspects=int(suspects[c]),
-                noise_rate=None if self.noise_rate is None else float(doubt[c] / samples[c]),
-                confused_with=confused.get(c, (None, 0))[0],
-                confused_samples=confused.get(c, (None, 0))[1],
-            )
-            for c in range(classes)
-            if samples[c] > 0
-        ]
-        return sorted(rows, key=lambda row: -row.suspects / row.samples)
-
-    def _label_summary(self) -> list[ClassSummary]:
-        """Of each label, among the samples that have it: how many have it wrongly."""
-        wrong = self.suggested_label != self.label
-        rows = [
-            ClassSummary(
-                label=c,
-                samples=len(members),
-                suspects=int(wrong[members, c].sum()),
-                noise_rate=None if self.noise_rate is None else float(1 - doubt),
-                confused_with=None,
-                confused_samples=0,
-            )
-            for c, members in class_members(self.label)
-            for doubt in [self.label_probability[members, c].double().mean()]
-        ]
-        return sorted(rows, key=lambda row: -row.suspects / row.samples)
+        return summary_of_labels(self) if self.is_multilabel else summary_of_classes(self)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and primitives only, so that it loads with ``weights_only=True``."""
@@ -451,53 +410,11 @@ class Partition:
             ValueError: if there is not one name per class, one value per sample, or a title is taken; for a table with
                 decisions of a person in its place, unless ``overwrite``.
         """
-        suspects_only = check_flag("suspects_only", suspects_only)
         if not check_flag("overwrite", overwrite):
-            from lightning_unlearn.results.review_csv import check_undecided
-
             check_undecided(path, "give another path, rename it, or set overwrite=True")
         names = self.known_names(class_names)
-        if not isinstance(columns, (Mapping, type(None))):
-            raise ValueError(f"Expected columns to be a dict of values by title, but got {shown(columns)}.")
-        added = {str(title): list(values) for title, values in (columns or {}).items()}
-        if self.files:
-            added = {"file": list(self.files), **added}
-        for title, values in added.items():
-            if len(values) != len(self):
-                raise ValueError(
-                    f"Expected column '{title}' to have a value for each of {len(self)} samples, but got {len(values)}."
-                )
-        review = check_whole("review", review, least=0, meaning="how many samples to add to the suspects")
-        decisions, listed, order, curve = self.decisions(), self.listed(), self.ranking(), self.precision_curve()
-        if suspects_only:
-            order = order[: len(self.suspect_indices()) + review]
-        given, suggested = self.label[order], self.suggested_label[order]
-        own = {
-            "index": order.tolist(),
-            "given_label": _label_cells(given),
-            **_named("given_class", given, names),
-            "suggested_label": _label_cells(suggested),
-            **_named("suggested_class", suggested, names),
-            "clean_probability": [
-                "" if self.noise_rate is None else f"{value:.6f}" for value in self.clean_probability[order].tolist()
-            ],
-            "label_evidence": [f"{value:.6g}" for value in self.label_evidence[order].tolist()],
-            "input_evidence": [f"{value:.6g}" for value in self.input_evidence[order].tolist()],
-            "reason": [REASONS[code] for code in self.reason[order].tolist()],
-            "is_clean": self.is_clean[order].int().tolist(),
-            "rank": list(range(1, len(order) + 1)),
-            "list": [listed[index] for index in order.tolist()],
-            "expected_precision": [""] * len(order) if curve is None else _short(curve[: len(order)]),
-            "proposed": [decisions[index] for index in order.tolist()],
-            "decision": [""] * len(order),
-            "dataset": [mark_of(self.fingerprint)] * len(order),
-        }
-        # Whoever reads the table, as ``review=`` does, may not tell large from small letters in titles.
-        if taken := [title for title in added if title.strip().lower() in own]:
-            raise ValueError(f"Expected titles of columns that are not taken, but got '{taken[0]}'; give another.")
-        index = own.pop("index")
-        more = {title: [values[at] for at in index] for title, values in added.items()}
-        write_csv(path, {"index": index, **more, **own})
+        found = columns_of(self, suspects_only=suspects_only, review=review, names=names, columns=columns)
+        write_csv(path, found)
 
     def plot(
         self,
@@ -580,23 +497,3 @@ def _names_of(names: Sequence[str]) -> tuple[str, ...]:
 
 def _nobody_if_empty(doubtful: Tensor, shape: torch.Size) -> Tensor:
     return torch.zeros(shape, dtype=torch.bool) if doubtful.shape == (0,) else doubtful
-
-
-def _short(value: Tensor) -> list[str]:
-    return [f"{one:.4f}" for one in value.tolist()]
-
-
-def _named(title: str, label: Tensor, names: dict[int, str] | None) -> dict[str, list[Any]]:
-    """The column of the labels' names, if they have any."""
-    if names is None:
-        return {}
-    if label.ndim == 1:
-        return {title: [names.get(one, "") for one in label.tolist()]}
-    return {title: ["; ".join(names[one] for one in row) for row in held_labels(label)]}
-
-
-def _label_cells(label: Tensor) -> list[Any]:
-    """A class index for each sample, or the labels that it has, as in ``0 3``."""
-    if label.ndim == 1:
-        return label.tolist()
-    return [" ".join(map(str, row)) for row in held_labels(label)]

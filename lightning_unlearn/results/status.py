@@ -16,7 +16,7 @@ class PartitionStatus(str, Enum):
     ALL_CLEAN = "all_clean"
     """There is no sign of noise; wrong labels between classes that are easily confused would not show."""
     REVIEW_ONLY = "review_only"
-    """Labels look wrong, but no list of suspects is sure enough to act upon: people may look at the ranking."""
+    """Labels look wrong, but no list of suspects is sure enough to act upon; people may look at the ranking."""
     TOO_EARLY = "too_early"
     """It was drawn after a single epoch, in which a network has learned little."""
     NONE_CLEAN = "none_clean"

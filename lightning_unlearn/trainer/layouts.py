@@ -8,23 +8,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_unlearn.attribution import ForwardTrace, is_out_of_memory
-from lightning_unlearn.data.batch import (
-    Layout,
-    Path,
-    called,
-    has_rows,
-    how_to_split,
-    is_given,
-    layouts_of,
-    leaves_of,
-    shown_path,
-)
+from lightning_unlearn.data.batch import Path, has_rows, how_to_split, leaves_of, shown_path
+from lightning_unlearn.data.layout import Layout, called, is_given, layouts_of
 from lightning_unlearn.data.task_format import Reading
 
 _MOST_SAID = 300
 _OURS = tuple(
     f"lightning_unlearn.{room}"
-    for room in ("data.batch", "data.task_format", "callbacks.", "attribution.", "evidence.", "trainer.")
+    for room in ("data.batch", "data.layout", "data.task_format", "callbacks.", "attribution.", "evidence.", "trainer.")
 )
 
 

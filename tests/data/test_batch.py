@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
-from lightning_unlearn.data.batch import Layout, call_forward, how_to_split, label_fields, layouts_of, shown_path
+from lightning_unlearn.data.batch import call_forward, how_to_split, shown_path
+from lightning_unlearn.data.layout import Layout, label_fields, layouts_of
 
 B = 4
 X, Y, Z = torch.zeros(B, 3), torch.arange(B), torch.arange(B) + 10

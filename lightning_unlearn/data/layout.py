@@ -1,0 +1,172 @@
+"""In which layouts the input and the labels may lie in a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from lightning_unlearn.data.batch import (
+    LABEL_NAMES,
+    Path,
+    children_of,
+    field_at,
+    has_rows,
+    leaves_of,
+    named_values,
+    shown_path,
+    signature_of,
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which field of a batch holds the labels, and what ``forward`` is called with.
+
+    Args:
+        label: where the labels lie.
+        convention: how ``forward`` is called. ``"fields"``: with some fields, each an argument (a dict alone goes by
+            name); ``"one"``: with the one field as it is; ``"names"``: with what ``forward`` names, also of dicts
+            within the batch; ``"rest"``: with all but the labels as one argument; ``"batch"``: with the whole batch.
+        fields: those of ``"fields"`` and ``"one"``.
+    """
+
+    label: Path
+    convention: Literal["fields", "one", "names", "rest", "batch"]
+    fields: tuple[str | int, ...] = ()
+
+    def fits(self, batch: Any) -> bool:
+        """Whether a batch has these fields."""
+        try:
+            self.split(batch)
+        except (KeyError, IndexError, AttributeError, TypeError):
+            return False
+        return True
+
+    def split(self, batch: Any) -> tuple[Any, Any]:
+        """What :func:`call_forward` takes, and the labels."""
+        label = field_at(batch, self.label)
+        if self.convention == "batch":
+            return (batch,), label
+        if self.convention in ("fields", "one"):
+            values = tuple(field_at(batch, (key,)) for key in self.fields)
+            return (values[0] if self.convention == "fields" and len(values) == 1 else values), label
+        rest = {key: value for key, value in children_of(batch) if (key,) != self.label}
+        if self.convention == "names":
+            inside = {k: v for value in rest.values() for k, v in children_of(value) if isinstance(k, str)}
+            return inside | rest, label
+        return (rest if named_values(batch) is not None else tuple(rest.values()),), label
+
+    def describe(self) -> str:
+        """How ``forward`` is called, as one would write it."""
+        if self.convention == "batch":
+            return "forward(batch)"
+        if self.convention in ("fields", "one"):
+            return f"forward({', '.join(shown_path((key,)) for key in self.fields)})"
+        whole = "forward(batch without its labels)"
+        return whole if self.convention == "rest" else "forward(fields of the batch by name)"
+
+
+def layouts_of(batch: Any, size: int, module: nn.Module, label: Path | None = None) -> Iterator[Layout]:
+    """Layouts that a batch may have, the usual ones first.
+
+    Args:
+        batch: as the loader delivers it.
+        size: B, the number of samples.
+        module: whose ``forward`` is to be called.
+        label: where the labels lie, if that is known.
+    """
+    seen = set()
+    labels = list(label_fields(batch, size)) if label is None else [label]
+    usual = [one for path in labels for one in _usual_layouts(batch, path, list(signature_of(module).parameters))]
+    # What has other fields besides is read so where nothing else fits.
+    for layout in usual + [Layout(path, "fields", _inputs(batch, path)[:1]) for path in labels]:
+        if layout not in seen and (layout.fields or layout.convention not in ("fields", "one")):
+            seen.add(layout)
+            yield layout
+
+
+def _inputs(batch: Any, label: Path) -> tuple[str | int, ...]:
+    """The fields besides the labels that may be input."""
+    return tuple(key for key, value in children_of(batch) if key != label[0] and _may_be_input(value))
+
+
+def _usual_layouts(batch: Any, label: Path, parameters: list[str]) -> Iterator[Layout]:
+    others = [key for key, _ in children_of(batch) if key != label[0]]
+    tensors = list(_inputs(batch, label))
+    before = [key for key in tensors if isinstance(key, int) and isinstance(label[0], int) and key < label[0]]
+    one = [key for key in (before or tensors)[:1] if len(before or tensors) == 1]
+    if parameters == ["batch"]:
+        yield Layout(label, "batch")
+    if named_values(batch) is not None and isinstance(label[0], str):
+        yield Layout(label, "names")
+    else:
+        is_last = label[0] == len(others)
+        yield Layout(label, "fields", tuple(others if is_last else before))
+        yield Layout(label, "fields", tuple(before))
+        yield Layout(label, "fields", tuple(others))
+    yield Layout(label, "fields", tuple(tensors))
+    yield Layout(label, "one", tuple(one))
+    yield Layout(label, "rest")
+    yield Layout(label, "batch")
+
+
+def label_fields(batch: Any, size: int) -> Iterator[Path]:
+    """Where labels may lie, the usual places first.
+
+    Of a batch with names that is under a usual one, further in if need be; else the last tensor with a row for each
+    sample, then a usual name in a dict within, then the others from the last to the first.
+
+    Args:
+        batch: as the loader delivers it.
+        size: B.
+    """
+    usual = [path for path, value in leaves_of(batch) if path[-1] in LABEL_NAMES and has_rows(value, size)]
+    usual.sort(key=lambda path: (len(path), LABEL_NAMES.index(str(path[-1]))))
+    if named_values(batch) is not None and (usual or not isinstance(batch, tuple)):
+        yield from usual
+        return
+    children = children_of(batch)
+    places = [key for key, value in children if has_rows(value, size)]
+    # With one field before it, at least, that may be the input.
+    last = [key for key in places[-1:] if key != children[0][0]]
+    is_last = last and last[0] == children[-1][0]
+    yield from ((key,) for key in last if is_last)
+    yield from usual
+    if last:
+        yield from ((key,) for key in reversed(places))
+
+
+def is_given(batch: Any, layout: Layout, module: nn.Module) -> bool:
+    """Whether it is clear where the labels are: under the one usual name, or after all that ``forward`` needs."""
+    if isinstance(layout.label[-1], str):
+        names = [path for path, _ in leaves_of(batch) if path[-1] in LABEL_NAMES]
+        return names == [layout.label]
+    needed = [
+        p for p in signature_of(module).parameters.values() if p.default is p.empty and p.kind is not p.VAR_POSITIONAL
+    ]
+    is_last = layout.label == (len(children_of(batch)) - 1,)
+    return is_last and layout.convention == "fields" and len(layout.fields) == len(needed)
+
+
+def _may_be_input(value: Any) -> bool:
+    """Whether a field is more than a path or a name, or a list of such."""
+    if isinstance(value, (list, tuple)) and not isinstance(value, PackedSequence):
+        return len(value) > 0 and all(_may_be_input(inner) for inner in value)
+    if isinstance(value, Mapping):
+        return any(_may_be_input(inner) for inner in value.values())
+    return not isinstance(value, (str, bytes, int, float)) and value is not None
+
+
+def called(layout: Layout | None, x: Any) -> str:
+    """How ``forward`` was called, for a message."""
+    return layout.describe() if layout is not None else f"forward(x), x being {_kind(x)}"
+
+
+def _kind(x: Any) -> str:
+    if isinstance(x, Tensor):
+        return f"{x.dtype} {tuple(x.shape)}"
+    return f"a {type(x).__name__}" + (f" of {len(x)}" if isinstance(x, Sequence) else "")

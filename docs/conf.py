@@ -46,11 +46,17 @@ nitpick_ignore_regex = [
 
 
 def _signature(app, what, name, obj, options, signature, returns):
-    """The constructor's signature, also where Lightning's base class hides it; defaults that are made anew as dots."""
+    """The constructor's signature, also where Lightning's base class hides it; defaults that are made anew as dots.
+
+    Of an enumeration by name: Sphinx leaves out a class whose signature is no Python.
+    """
     if signature is not None and what == "class" and "*args" in signature:
         found = inspect.signature(obj.__init__, bound_method=True)
         signature = inspect.stringify_signature(found, unqualified_typehints=True, show_return_annotation=False)
-    return (None if signature is None else re.sub(r"<factory>|tensor\(\[\][^)]*\)\)", "...", signature)), returns
+    if signature is not None:
+        signature = re.sub(r"<factory>|tensor\(\[\](, \w+=(\([^)]*\)|[\w.]+))*\)", "...", signature)
+        signature = re.sub(r"<([\w.]+): '\w+'>", r"\1", signature)
+    return signature, returns
 
 
 def setup(app) -> None:  # noqa: D103

@@ -144,7 +144,7 @@ class EvidenceCollector:
             if self.reading.label_at is None:
                 self.label_watch.start(fit.pl_module, maker)
         if self.trajectory is not None and self.asks_unseen:
-            self.features.start(fit.trainer, fit.pl_module, fit.source, trace, first)
+            self.features.start(fit, trace, first)
         if not self.is_closed and self.when.is_open and maker is not None:
             self.validation_watch.start(resolve_layer(fit.pl_module, maker))
         if self.trajectory is not None and self.reading.task != "multilabel":
@@ -304,7 +304,7 @@ class EvidenceCollector:
     def _attributor(self, fit: FitContext, watch: tuple[LayerPoint, ...] = ()) -> Attributor:
         if self.point is None:
             raise RuntimeError("The layer to attribute at is not resolved; this is an error in lightning_unlearn.")
-        return make_attributor(fit.trainer, fit.pl_module, fit.source, self.point, self.method, watch)
+        return make_attributor(fit, self.point, self.method, watch)
 
     def evidence_pass(self, fit: FitContext, *, is_last: bool, features: FrozenFeatures | None = None) -> EvidencePass:
         """A pass that is not run yet.
@@ -317,7 +317,7 @@ class EvidenceCollector:
         early = self.early if is_last else None
         watched = (early, None if features is None else features.point)
         attributor = self._attributor(fit, tuple(point for point in watched if point is not None))
-        return EvidencePass(fit.source, attributor, self.in_use, is_last, self.recipe.needs_rows, early, features)
+        return EvidencePass(fit, attributor, self.in_use, is_last, self.recipe.needs_rows, early, features)
 
     def pass_over(self, fit: FitContext) -> tuple[dict[str, Tensor], set[int]]:
         """Passes over this rank's share of the training set.
@@ -328,9 +328,9 @@ class EvidenceCollector:
         is_last = not self.is_before_the_first(fit.epoch)
         # The margins of several labels are those of the logits, for which no layer is watched.
         watches = is_last and self.reading.task != "multilabel"
-        holds = watches and self.features.hold(fit.trainer, fit.pl_module, fit.source, len(self.in_use))
+        holds = watches and self.features.hold(fit, len(self.in_use))
         found = self.evidence_pass(fit, is_last=is_last, features=self.features if holds else None)
-        return found.run(fit.trainer, fit.pl_module), found.absent
+        return found.run(), found.absent
 
     def with_unseen(self, fit: FitContext, evidence: Evidence, accuracy: float | None) -> Evidence:
         """The evidence with what was said of labels that were not learned; ``accuracy`` is that of validation."""

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
@@ -20,25 +19,14 @@ from lightning_unlearn.evidence.frozen_features import FrozenFeatures
 from lightning_unlearn.evidence.training_dynamics import Trajectory
 from lightning_unlearn.functional.attribution import label_margin
 from lightning_unlearn.functional.identity import mixed, row_identity
-from lightning_unlearn.trainer.context import IndexedBatch, in_index_order, logits_of, reading_of
+from lightning_unlearn.trainer.context import FitContext, IndexedBatch
 from lightning_unlearn.trainer.data_checks import check_same_labels, check_same_size
-from lightning_unlearn.trainer.isolation import undisturbed
-from lightning_unlearn.trainer.protocols import PartitionSource
-from lightning_unlearn.trainer.scoring_loader import scoring_loader, train_loader
-from lightning_unlearn.trainer.strategies import shards_weights
 
 
-def make_attributor(
-    trainer: Trainer,
-    pl_module: LightningModule,
-    source: PartitionSource,
-    point: LayerPoint,
-    method: str,
-    watch: Sequence[LayerPoint] = (),
-) -> Attributor:
+def make_attributor(fit: FitContext, point: LayerPoint, method: str, watch: Sequence[LayerPoint] = ()) -> Attributor:
     """What attributes the user's model in the passes of a fit, with as many passes on every rank where ranks meet."""
-    agree = partial(trainer.strategy.reduce_boolean_decision, all=True) if shards_weights(trainer) else bool
-    return Attributor(pl_module, point, lambda x: logits_of(source, pl_module, x), method, watch=watch, agree=agree)
+    agree = partial(fit.agree, of_all=True) if fit.meets_in_forward else bool
+    return Attributor(fit.pl_module, point, fit.logits, method, watch=watch, agree=agree)
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +34,7 @@ class EvidencePass:
     """A pass in index order over this rank's share of the training set.
 
     Args:
-        source: knows how batches are read.
+        fit: that is running.
         attributor: of the user's model; watches ``early``, if that is given, and then that of ``features``.
         trajectory: takes the logits and margins of every row.
         is_last: whether the partition is drawn after this pass, so that more is to be noted of every row.
@@ -59,7 +47,7 @@ class EvidencePass:
         title: of the line in the progress bar.
     """
 
-    source: PartitionSource
+    fit: FitContext
     attributor: Attributor
     trajectory: Trajectory
     is_last: bool
@@ -70,7 +58,7 @@ class EvidencePass:
     loader: DataLoader[Any] | None = None
     title: str = "Evidence"
 
-    def run(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor]:
+    def run(self) -> dict[str, Tensor]:
         """Passes over the share.
 
         Returns:
@@ -78,20 +66,20 @@ class EvidencePass:
             :class:`~lightning_unlearn.data.task_format.Reading`.
         """
         columns: dict[str, list[Tensor]] = {}
-        with undisturbed(trainer, pl_module):
-            samples: int = len((self.loader or train_loader(trainer)).dataset)  # type: ignore[arg-type]
-            check_same_size(len(self.trajectory) // reading_of(self.source).rows_per_sample, samples)
-            loader = self.loader or scoring_loader(trainer)
-            for batch in in_index_order(trainer, pl_module, self.source, loader, self.title, self.absent):
-                for name, value in self._observe(pl_module, batch).items():
+        with self.fit.undisturbed():
+            samples = self.fit.total if self.loader is None else len(self.loader.dataset)  # type: ignore[arg-type]
+            check_same_size(len(self.trajectory) // self.fit.reading.rows_per_sample, samples)
+            loader = self.loader or self.fit.scoring_loader
+            for batch in self.fit.batches(loader, self.title, self.absent):
+                for name, value in self._observe(batch).items():
                     columns.setdefault(name, []).append(value.cpu())
         return {name: torch.cat(parts) for name, parts in columns.items()}
 
-    def _observe(self, pl_module: LightningModule, batch: IndexedBatch) -> dict[str, Tensor]:
+    def _observe(self, batch: IndexedBatch) -> dict[str, Tensor]:
         """Hands the rows of a batch to the trajectory, and returns what else is to be noted of them."""
-        reading, trajectory = reading_of(self.source), self.trajectory
+        reading, trajectory = self.fit.reading, self.trajectory
         label = batch.label.clamp(min=0)
-        seen = self._attribute(pl_module, batch.x, label)
+        seen = self._attribute(batch.x, label)
         margin, index = seen.total(), reading.row_indices(batch.index)
         counts = (reading.by_row(batch.weight) > 0) & (batch.label != IGNORED)
         there = (reading.by_row(batch.weight) > 0).cpu()
@@ -103,15 +91,15 @@ class EvidencePass:
         found["identity"] = reading.by_row(_identity(batch))
         found |= _seen_in_the_last_pass(seen, label, margin)
         if self.early is not None:
-            found["response"] = response(pl_module, self.early, seen.watched[0])
+            found["response"] = response(self.fit.pl_module, self.early, seen.watched[0])
         if self.features is not None:
             self.features.take(seen.watched[-1])
         return found
 
-    def _attribute(self, pl_module: LightningModule, x: Any, label: Tensor) -> MarginAttribution:
-        if reading_of(self.source).task == "multilabel":
+    def _attribute(self, x: Any, label: Tensor) -> MarginAttribution:
+        if self.fit.reading.task == "multilabel":
             with torch.no_grad():
-                return _of_several_labels(logits_of(self.source, pl_module, x), label)
+                return _of_several_labels(self.fit.logits(x), label)
         return self.attributor.attribute(x, label, rows=self.is_last and self.needs_rows)
 
 

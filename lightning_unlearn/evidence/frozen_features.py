@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
@@ -15,10 +14,8 @@ from lightning_unlearn.attribution.layers import LayerPoint
 from lightning_unlearn.functional.leave_one_out import leave_one_out_logits, left_out_rate, objection_to, skill_of
 from lightning_unlearn.functional.prequential import PrequentialRate
 from lightning_unlearn.recipes.evidence import Evidence
-from lightning_unlearn.trainer.context import IndexedBatch, output_of
-from lightning_unlearn.trainer.isolation import undisturbed
+from lightning_unlearn.trainer.context import FitContext, IndexedBatch
 from lightning_unlearn.trainer.progress import rank_zero_info
-from lightning_unlearn.trainer.protocols import PartitionSource
 from lightning_unlearn.utilities.reduce import Reduce, reduce_together
 
 MOST_FEATURES = 4096
@@ -55,20 +52,11 @@ class FrozenFeatures:
         self._seen = 0
         self._every = 1
 
-    def start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        source: PartitionSource,
-        trace: ForwardTrace,
-        first: IndexedBatch,
-    ) -> None:
+    def start(self, fit: FitContext, trace: ForwardTrace, first: IndexedBatch) -> None:
         """Looks at the features when a fit begins or goes on. Every rank must call it.
 
         Args:
-            trainer: of the running fit.
-            pl_module: the user's.
-            source: knows how outputs are read.
+            fit: that is running.
             trace: of a forward pass over the first batch.
             first: that batch.
         """
@@ -77,7 +65,7 @@ class FrozenFeatures:
         samples = len(first.index)
         if self._values is None:
             # What an earlier part of the fit has changed is not known.
-            self.point = None if trainer.global_step else _first_trained(trace, trainer, samples)
+            self.point = None if fit.trainer.global_step else _first_trained(trace, fit, samples)
         if self.point is None:
             return
         try:
@@ -87,62 +75,60 @@ class FrozenFeatures:
             return
         self._x = apply_to_collection(rows, Tensor, lambda value: value.detach().clone())
         if self._values is not None:
-            self._check_resumed(trainer, pl_module, source)
+            self._check_resumed(fit)
             return
         before = set(trace.modules_before(self.point.name))
-        found = _statistics(pl_module).items()
+        found = _statistics(fit.pl_module).items()
         self._statistics = {name: value.cpu().clone() for name, value in found if name.rpartition(".")[0] in before}
-        self._values = self._look(trainer, pl_module, source)
-        if not trainer.strategy.reduce_boolean_decision(self._values is not None, all=True):
+        self._values = self._look(fit)
+        if not fit.agree(self._values is not None, of_all=True):
             self.point = None
 
-    def _check_resumed(self, trainer: Trainer, pl_module: LightningModule, source: PartitionSource) -> None:
-        if not self._are_the_same(trainer, pl_module, source):
+    def _check_resumed(self, fit: FitContext) -> None:
+        if not self._are_the_same(fit):
             rank_zero_info(
                 f"Whether the {self.point} is what it was when the fit began cannot be told after this checkpoint, as"
                 " where samples are augmented at random, so leave-one-out scores of it are not used."
             )
             self.point = None
 
-    def _look(self, trainer: Trainer, pl_module: LightningModule, source: PartitionSource) -> Tensor | None:
+    def _look(self, fit: FitContext) -> Tensor | None:
         """What the layer takes of the samples that were kept, under the statistics that were kept."""
         if self.point is None:
             return None
-        with undisturbed(trainer, pl_module), torch.no_grad(), tap(pl_module, self.point) as take:
-            for name, value in _statistics(pl_module).items():
+        with fit.undisturbed(), torch.no_grad(), tap(fit.pl_module, self.point) as take:
+            for name, value in _statistics(fit.pl_module).items():
                 value.copy_(self._statistics.get(name, value))
             try:
-                output_of(source, pl_module, self._x)
+                fit.output(self._x)
                 return take().float().cpu()
             except Exception:  # as of a model of a fixed batch size; the fit does not depend on it
                 return None
 
-    def _are_the_same(self, trainer: Trainer, pl_module: LightningModule, source: PartitionSource) -> bool:
-        found, known = self._look(trainer, pl_module, source), self._values
+    def _are_the_same(self, fit: FitContext) -> bool:
+        found, known = self._look(fit), self._values
         same = found is not None and known is not None and found.shape == known.shape
         if same and found is not None and known is not None:
             same = bool((found - known).norm() <= _SAME * known.norm())
-        return trainer.strategy.reduce_boolean_decision(same, all=True)
+        return fit.agree(same, of_all=True)
 
-    def hold(self, trainer: Trainer, pl_module: LightningModule, source: PartitionSource, total: int) -> bool:
+    def hold(self, fit: FitContext, total: int) -> bool:
         """Whether the features are those of when the fit began, so that a pass may take them. Every rank must call it.
 
         Args:
-            trainer: of the running fit.
-            pl_module: the user's.
-            source: knows how outputs are read.
+            fit: that is running.
             total: N.
         """
         self._parts, self._seen = [], 0
         if self.point is None or self._x is None or self._values is None:
             return False
-        if not self._are_the_same(trainer, pl_module, source):
+        if not self._are_the_same(fit):
             rank_zero_info(
                 f"The {self.point} is no longer what it was when the fit began, so leave-one-out scores of it tell"
                 " nothing of labels that have been learned."
             )
             return False
-        share = -(-total // trainer.world_size)
+        share = -(-total // fit.trainer.world_size)
         self._every = max(1, -(-share * self._values.shape[1] // MOST_NUMBERS))
         return True
 
@@ -227,9 +213,9 @@ class FrozenFeatures:
         return features
 
 
-def _first_trained(trace: ForwardTrace, trainer: Trainer, samples: int) -> LayerPoint | None:
+def _first_trained(trace: ForwardTrace, fit: FitContext, samples: int) -> LayerPoint | None:
     """The input of the first layer that an optimizer trains, if that is one row of features for each sample."""
-    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    groups = [group for optimizer in fit.trainer.optimizers for group in optimizer.param_groups]
     trained = {parameter for group in groups for parameter in group["params"] if parameter.requires_grad}
     call = next((one for one in trace.calls if not trained.isdisjoint(one.module.parameters(recurse=False))), None)
     if call is None or not call.inputs or len(trace.calls_of(call.name)) != 1:

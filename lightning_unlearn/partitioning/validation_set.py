@@ -134,8 +134,8 @@ class ValidationJudge:
             make: makes the partition.
         """
         try:
-            samples = _samples(trainer, pl_module, training.source)
-            trajectory = training.trajectory.of_others(len(samples) * reading_of(training.source).rows_per_sample)
+            samples = _samples(trainer, pl_module, training.fit.source)
+            trajectory = training.trajectory.of_others(len(samples) * reading_of(training.fit.source).rows_per_sample)
             one = replace(
                 training,
                 trajectory=trajectory,
@@ -143,7 +143,7 @@ class ValidationJudge:
                 absent=set(samples.left_out),
                 title="Validation",
             )
-            share = one.run(trainer, pl_module)
+            share = one.run()
         except Exception as error:  # of whatever kind, from the user's data
             if shards_weights(trainer):
                 # Others may wait in the forward pass in which this rank has failed.
@@ -165,7 +165,7 @@ class ValidationJudge:
         make: Make,
         found: str,
     ) -> None:
-        reading = reading_of(one.source)
+        reading = reading_of(one.fit.source)
         unseen = None
         if recipe.needs_unseen and reading.rows_per_sample == 1:
             unseen = _unseen(trainer, one)

@@ -23,6 +23,7 @@ from lightning_unlearn.trainer.progress import shown
 from lightning_unlearn.trainer.protocols import PartitionSource
 from lightning_unlearn.trainer.row_checks import check_batch, check_number
 from lightning_unlearn.trainer.scoring_loader import scoring_loader, train_loader
+from lightning_unlearn.trainer.strategies import shards_weights
 from lightning_unlearn.trainer.train_data import to_device
 from lightning_unlearn.utilities.distributed import sum_over_ranks
 from lightning_unlearn.utilities.reduce import Reduce
@@ -92,6 +93,28 @@ class FitContext:
     def undisturbed(self, *, keep: bool = True) -> AbstractContextManager[None]:
         """A pass that leaves the fit as it was; see :func:`~lightning_unlearn.trainer.isolation.undisturbed`."""
         return undisturbed(self.trainer, self.pl_module, keep=keep)
+
+    def output(self, x: Any) -> Tensor:
+        """The logits that ``forward`` returns, (B, K); see :func:`output_of`."""
+        return output_of(self.source, self.pl_module, x)
+
+    def logits(self, x: Any) -> Tensor:
+        """Rows (U, C) of class logits; see :class:`~lightning_unlearn.data.task_format.Reading`."""
+        return logits_of(self.source, self.pl_module, x)
+
+    def batches(self, loader: DataLoader[Any], title: str, absent: set[int] | None = None) -> Iterator[IndexedBatch]:
+        """This rank's share of a loader's data set in index order; see :func:`in_index_order`."""
+        return in_index_order(self.trainer, self.pl_module, self.source, loader, title, absent)
+
+    @property
+    def scoring_loader(self) -> DataLoader[Any]:
+        """The loader whose data set, transforms and collate function the passes use."""
+        return scoring_loader(self.trainer)
+
+    @property
+    def meets_in_forward(self) -> bool:
+        """Whether ranks meet in every forward pass, since each holds a part of the weights."""
+        return shards_weights(self.trainer)
 
     def probe(self) -> tuple[ForwardTrace, IndexedBatch]:
         """One forward pass over the first samples; see :func:`probe`."""

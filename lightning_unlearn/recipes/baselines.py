@@ -28,7 +28,11 @@ def judge_rlap(evidence: Evidence, reduce: Reduce) -> Verdict:
             "The recipe 'rlap' needs Evidence.rows, the per-neuron attributions (n, D), but they are None."
         )
     rows = standardise(evidence.rows, evidence.weight, reduce)
-    samples = int(reduce(evidence.weight.double().sum()).item())
+    samples = int(reduce((evidence.weight > 0).double().sum()).item())
+    varying = int((reduce(rows.abs().double().sum(dim=0)) > 0).sum())
+    # Whether a factorization of what is singular fails is up to rounding, and so to the processor.
+    if samples <= varying:
+        raise ValueError(_too_few(samples, rows.shape[1]))
     try:
         share = fit_mixture(rows, evidence.weight, reduce=reduce).posterior(rows)
     # Of moments that are summed over the ranks, so on all of them. It is documented, but not in __all__.

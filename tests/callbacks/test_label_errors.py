@@ -280,9 +280,9 @@ def test_the_log_names_the_classes(monkeypatch, tmp_path, named):
     if named == "data set":
         data.classes = names
     reports = [UnlearnReport(tmp_path, class_names=names)] if named == "report" else []
-    monkeypatch.setattr(messages_module, "finding_of", lambda partition, called: told.append(called) or "all")
+    monkeypatch.setattr(messages_module, "finding_of", lambda partition: told.append(partition.class_names) or "all")
     judged(x, label, 2, saves=reports, data=data)
-    assert told == [[] if named == "nobody" else names]
+    assert told == [() if named == "nobody" else tuple(names)]
 
 
 def test_the_log_begins_with_both_lists(caplog):

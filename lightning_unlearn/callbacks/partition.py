@@ -512,9 +512,9 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         def with_unseen(evidence: Evidence) -> Evidence:
             if not collector.asks_unseen:
                 return evidence
-            return collector.with_unseen(fit, evidence, validation_accuracy(trainer, pl_module, self))
+            return collector.with_unseen(fit, evidence, validation_accuracy(fit))
 
-        judged, label = judge_share(trainer, pl_module, share, collector.in_use, self.reading, self.recipe, with_unseen)
+        judged, label = judge_share(fit, share, collector.in_use, self.recipe, with_unseen)
         drawn = self._made(trainer, judged, label, decided_of(state.review, judged, label))
         is_new, seconds = state.partition is None, time.perf_counter() - started
         changed = self._publish(trainer, pl_module, judged, drawn)
@@ -549,7 +549,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         reduce, gap, accuracy = sum_over_ranks(trainer.strategy), self.state.accuracy_gap, self.state.accuracy_before
         memorised = share_memorised(judged, drawn, reduce)
         if drawn.is_actionable and _consumers(trainer):
-            given = validation_accuracy(trainer, pl_module, self)
+            given = validation_accuracy(FitContext(trainer, pl_module, self))
             gap = None if given is None else share_predicted(judged, reduce) - given
         if self._acts(trainer, drawn):
             accuracy = self._validate(trainer, pl_module, "before")

@@ -6,11 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_unlearn.data.loaders import rank_share
-from lightning_unlearn.data.task_format import IGNORED, Reading
+from lightning_unlearn.data.task_format import IGNORED
 from lightning_unlearn.evidence.training_dynamics import Trajectory
 from lightning_unlearn.functional.identity import copies, mixed
 from lightning_unlearn.partitioning.build import Judged
@@ -19,12 +18,10 @@ from lightning_unlearn.recipes import Recipe, Verdict
 from lightning_unlearn.recipes.evidence import Evidence
 from lightning_unlearn.results.labels import REASONS
 from lightning_unlearn.results.partition import Partition
+from lightning_unlearn.trainer.context import FitContext
 from lightning_unlearn.trainer.divergence import first_not_finite
-from lightning_unlearn.trainer.fit_loop import compute_device
-from lightning_unlearn.trainer.protocols import PartitionSource
-from lightning_unlearn.trainer.strategies import shards_weights
 from lightning_unlearn.trainer.validation import score_validation
-from lightning_unlearn.utilities.distributed import place_by_index, sum_over_ranks
+from lightning_unlearn.utilities.distributed import place_by_index
 from lightning_unlearn.utilities.reduce import Reduce
 
 # Validation samples: of fewer the accuracy says too little.
@@ -32,37 +29,34 @@ _FEWEST = 200
 
 
 def judge_share(
-    trainer: Trainer,
-    pl_module: LightningModule,
+    fit: FitContext,
     share: dict[str, Tensor],
     trajectory: Trajectory,
-    reading: Reading,
     recipe: Recipe,
     out_of_sample: Callable[[Evidence], Evidence],
 ) -> tuple[list[Judged], Tensor]:
     """What the recipe makes of each label, and the given labels of the whole training set, (N,) or (N, L).
 
     Args:
-        trainer: of the fit.
-        pl_module: whose weights are looked at.
+        fit: that is running, whose weights are looked at.
         share: what the last pass showed of this rank's rows.
         trajectory: what training and the passes showed.
-        reading: how many rows a sample has.
         recipe: from evidence to a verdict.
         out_of_sample: adds what is said of labels that were not learned, for the recipes that ask for it.
 
     Raises:
         ValueError: where all samples have the same label, or none.
     """
-    reduce, rows = sum_over_ranks(trainer.strategy), reading.rows_per_sample
+    reduce, reading = fit.reduce, fit.reading
+    rows = reading.rows_per_sample
     total = len(trajectory) // rows
-    index, weight = rank_share(total, trainer.global_rank, trainer.world_size)
-    device = compute_device(trainer)
+    index, weight = rank_share(total, fit.trainer.global_rank, fit.trainer.world_size)
+    device = fit.device
     trajectory.merge(None, reduce)
     label = place_by_index(index, weight, share["label"].reshape(-1, rows), total, reduce)
     _check_labels_of_ranks(trajectory.label, label.flatten(), reduce)
     identity = place_by_index(index, weight, share["identity"][::rows], total, reduce)
-    judged, fault = [], first_not_finite(pl_module)
+    judged, fault = [], first_not_finite(fit.pl_module)
     for at, given in enumerate(label.unbind(dim=1)):
         known = given[given >= 0]
         is_one_sided = len(known) == 0 or bool(known.min() == known.max())
@@ -99,15 +93,15 @@ def weight_of_copies(judged: Sequence[Judged], total: int) -> Tensor:
     return weight
 
 
-def validation_accuracy(trainer: Trainer, pl_module: LightningModule, source: PartitionSource) -> float | None:
+def validation_accuracy(fit: FitContext) -> float | None:
     """Share of the validation samples whose given label is predicted; None without enough of them.
 
     Every rank must call it. Not of a fit that has not validated; nor where ranks meet in every forward pass, as
     validation data that cannot be read would end the fit.
     """
-    if shards_weights(trainer) or trainer.val_dataloaders is None:
+    if fit.meets_in_forward or fit.trainer.val_dataloaders is None:
         return None
-    score = score_validation(trainer, pl_module, source, say=False)
+    score = score_validation(fit.trainer, fit.pl_module, fit.source, say=False)
     return None if score is None or score.samples < _FEWEST else score.accuracy
 
 

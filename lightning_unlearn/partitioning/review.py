@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from os import PathLike
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_unlearn.partitioning.build import Judged, objection_of
 from lightning_unlearn.results.review import Decided, Review, settle
 from lightning_unlearn.results.review_csv import Table, read_review
-from lightning_unlearn.trainer.context import reading_of
+from lightning_unlearn.trainer.context import FitContext
 from lightning_unlearn.trainer.data_checks import class_labels, read_labels
-from lightning_unlearn.trainer.isolation import undisturbed
-from lightning_unlearn.trainer.protocols import PartitionSource
-from lightning_unlearn.trainer.scoring_loader import scoring_loader
 from lightning_unlearn.utilities.distributed import on_rank_zero
 
 
@@ -30,21 +27,11 @@ def open_review(trainer: Trainer, path: str | PathLike[str] | None) -> Table | N
     return None if path is None else on_rank_zero(trainer.strategy, lambda: read_review(path))
 
 
-def fit_to_data(
-    trainer: Trainer,
-    pl_module: LightningModule,
-    source: PartitionSource,
-    table: Table,
-    fingerprint: str,
-    *,
-    content: bool,
-) -> Review:
+def fit_to_data(fit: FitContext, table: Table, fingerprint: str, *, content: bool) -> Review:
     """The decisions, which fit the training set as far as its size, fingerprint and 16 labels tell.
 
     Args:
-        trainer: of the running fit.
-        pl_module: the user's.
-        source: knows how to read labels.
+        fit: that begins.
         table: what the file holds.
         fingerprint: of the training set.
         content: whether that of its items counts.
@@ -52,9 +39,9 @@ def fit_to_data(
     Raises:
         ValueError: with the line, for what does not fit; on every rank.
     """
-    reading, loader = reading_of(source), scoring_loader(trainer)
+    reading, loader = fit.reading, fit.scoring_loader
     several = reading.task == "multilabel"
-    with undisturbed(trainer, pl_module):
+    with fit.undisturbed():
         review = settle(
             table,
             total=len(loader.dataset),  # type: ignore[arg-type]  # its length has been checked
@@ -65,7 +52,9 @@ def fit_to_data(
         )
         compared = review.compared()
         if len(compared):
-            label = class_labels(reading, read_labels(trainer, pl_module, reading, loader, review.index[compared]))
+            label = class_labels(
+                reading, read_labels(fit.trainer, fit.pl_module, reading, loader, review.index[compared])
+            )
             review.check_labels(compared, label.reshape(review.given_label[compared].shape))
     return review
 

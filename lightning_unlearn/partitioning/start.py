@@ -117,7 +117,7 @@ def take_review(fit: FitContext, state: PartitionState, table: Table | None, *, 
     """
     if table is None:
         return
-    review = fit_to_data(fit.trainer, fit.pl_module, fit.source, table, state.fingerprint, content=content)
+    review = fit_to_data(fit, table, state.fingerprint, content=content)
     if not len(review):
         rank_zero_warn(
             f"Nothing is decided in {review.path}: its column 'decision' is empty, so the recipe decides; write"

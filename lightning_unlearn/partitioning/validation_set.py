@@ -173,7 +173,7 @@ class ValidationJudge:
         def with_unseen(evidence: Evidence) -> Evidence:
             return replace(evidence, unseen=unseen)
 
-        judged, label = judge_share(trainer, pl_module, share, one.trajectory, reading, recipe, with_unseen)
+        judged, label = judge_share(one.fit, share, one.trajectory, recipe, with_unseen)
         self.partition = make(judged, label, found)
 
     @property

@@ -31,14 +31,18 @@ def _base(by: Any, cases: Any, names: Sequence[str]) -> str:
 def _accuracies(by: Any, cases: Any, names: Sequence[str]) -> str:
     """Test accuracy, and the mean difference from no pruning of the same seeds."""
     lines = [_line(["then fine-tuned", *names]), _line(["---"] * (1 + len(cases)))]
+    seeds = {case: len(by["no pruning"][case]) for case in cases}
     reference = {case: {row["seed"]: row["accuracy"] for row in by["no pruning"][case]} for case in cases}
     for arm in [arm for arm in by if arm != "base"]:
         cells = []
         for case in cases:
             found = by[arm][case]
-            gains = [100 * (row["accuracy"] - reference[case][row["seed"]]) for row in found]
+            known = [row for row in found if row["seed"] in reference[case]]
+            gains = [100 * (row["accuracy"] - reference[case][row["seed"]]) for row in known]
             cell = _mean([100 * row["accuracy"] for row in found])
-            cells.append(f"{cell} ({np.mean(gains):+.1f})" if gains and arm != "no pruning" else cell)
+            # Of fewer seeds than there are, which is said.
+            fewer = f"; {len(found)} of {seeds[case]} seeds" if len(found) < seeds[case] else ""
+            cells.append(f"{cell} ({np.mean(gains):+.1f}{fewer})" if gains and arm != "no pruning" else cell)
         lines.append(_line([arm, *cells]))
     return "\n".join(lines) + "\n"
 

@@ -1,7 +1,8 @@
 """The team's training script, after: an import and three callbacks more than before.py, and nothing else.
 
-Nothing is set. Validation labels are as wrong as those of training, 35 %: what the epoch with the best validation
-accuracy comes to on the test set, both scripts print.
+Nothing is set. Test accuracy of the epoch with the best validation accuracy, and of the last: .870 before, .965 after
+(validation labels are as wrong as those of training, 35 %). One seed, one thread of a busy 2-core x86-64 machine,
+torch 2.11.0, lightning 2.6.6, captum 0.9.0, 2026-12-01.
 
 Run: python after.py [--fast]; what it found is in logs/lightning_logs/version_0/unlearn/report.html.
 """

@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument("--out", default="runs/speech", metavar="DIR", help="for what was found (%(default)s)")
     parser.add_argument("--fast", action="store_true", help="few sounds and epochs, to see it run")
     options = parser.parse_args()
-    epochs = 7 if options.fast else 21
+    epochs = 12 if options.fast else 21
 
     made = "data/speech-fast" if options.fast else "data/speech"
     noise = options.noise if options.noise is not None else 0.0 if options.data else 0.4

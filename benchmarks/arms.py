@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 from torch.utils.data import DataLoader
 
 from benchmarks.cases import Case, Noisy, make
-from benchmarks.elr import regularise_early_learning
+from benchmarks.elr import regularize_early_learning
 from benchmarks.measures import quality
 from benchmarks.models import StopAfter, TrainOn, move_towards, train_with
 from benchmarks.plans import (
@@ -58,7 +58,7 @@ class Unit:
 
     Args:
         case: which.
-        regime: ``"fresh"`` or ``"memorised"``.
+        regime: ``"fresh"`` or ``"memorized"``.
         seed: of data, noise, weights and order.
         folder: where checkpoint, partition and results are kept.
         data: folder with ``cifar10n.npz`` and ``fsdd.zip``.
@@ -141,7 +141,7 @@ class Unit:
         callbacks = [partition, finetune, StopAfter(plan.base_epochs), keep]
         # One epoch more than is run, since the partition wants to have one left after it.
         found = self._fit(model, loader, callbacks, plan.base_epochs + 1)
-        return found | {"memorised": self._memorised(model), "samples": len(self.data.train)}
+        return found | {"memorized": self._memorized(model), "samples": len(self.data.train)}
 
     def _resume(self, arm: str) -> dict[str, Any]:
         repair, plan = REPAIRS[arm], self.plan
@@ -239,11 +239,11 @@ class Unit:
         return self._fit(self._one_cycle(loader, self._alone_epochs), loader, [], self._alone_epochs)
 
     def _elr(self) -> dict[str, Any]:
-        """The same, regularised."""
+        """The same, regularized."""
         total = len(self.data.train)
         loader = self._loader(label=torch.stack([self.data.given_label, torch.arange(total)], dim=1))
         model = self._one_cycle(loader, self._alone_epochs)
-        regularise_early_learning(model, total, int(self.data.given_label.max()) + 1)
+        regularize_early_learning(model, total, int(self.data.given_label.max()) + 1)
         return self._fit(model, loader, [], self._alone_epochs)
 
     def _loader(self, index: Tensor | None = None, label: Tensor | None = None) -> DataLoader[Any]:
@@ -311,7 +311,7 @@ class Unit:
         return {"accuracy": accuracy, **seconds, "steps": taken}
 
     @torch.no_grad()
-    def _memorised(self, model: L.LightningModule) -> float | None:
+    def _memorized(self, model: L.LightningModule) -> float | None:
         """The share of the wrong labels that the network predicts."""
         wrong = self.data.wrong_label
         if not wrong.any():

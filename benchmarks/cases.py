@@ -43,7 +43,7 @@ class Case:
         rate: share of wrong labels, where they are injected.
         sigma: of the Gaussian noise on inputs in [0, 1]; 0 for none.
         share: share of corrupted inputs.
-        leaking: the paper's protocol: after normalisation, only the corrupted images clamped to [0, 1].
+        leaking: the paper's protocol: after normalization, only the corrupted images clamped to [0, 1].
         train_size: images of CIFAR-10.
         depth: 18 or 34: a ResNet of so many layers, trained for long; 0 for the small network.
     """
@@ -140,12 +140,12 @@ class Noisy:
     """A case with its data.
 
     Args:
-        train: (N, channels, height, width) float32, noisy and normalised.
+        train: (N, channels, height, width) float32, noisy and normalized.
         given_label: (N,) int64.
         true_label: (N,) int64.
         wrong_label: (N,) bool, for evaluation only.
         corrupted: (N,) bool, for evaluation only.
-        test: normalised.
+        test: normalized.
         test_label: (M,) int64.
         validation: inputs, and labels as noisy as those of training; None where there are none.
     """

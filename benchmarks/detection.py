@@ -166,7 +166,7 @@ def judged(replay: Replay, epochs: int, seed: int, *, features: bool = False) ->
 
 
 def rows_of(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Every judgement of every case."""
+    """Every judgment of every case."""
     for seed in args.seeds:
         for case in (case for group in args.groups for case in GROUPS[group]()):
             if not re.search(args.only, case.name):

@@ -1,4 +1,4 @@
-"""Early-learning regularisation, the strongest training of a single network on wrong labels that is a loss alone.
+"""Early-learning regularization, the strongest training of a single network on wrong labels that is a loss alone.
 
 S. Liu, J. Niles-Weed, N. Razavian, C. Fernandez-Granda: "Early-Learning Regularization Prevents Memorization of Noisy
 Labels", NeurIPS 2020, arXiv 2007.00151. Written here from its formulas, with its settings for CIFAR-10 with symmetric
@@ -19,7 +19,7 @@ _LEAST = 1e-4  # probabilities are kept so far from 0 and 1, as the authors do
 
 
 class EarlyLearning:
-    """The regulariser: ``strength * mean(log(1 - <t, p>))``.
+    """The regularizer: ``strength * mean(log(1 - <t, p>))``.
 
     ``t`` is the average of what the network has predicted for the sample, ``t = memory * t + (1 - memory) * p``, and
     does not carry gradients. To lower it is to stay with one's early predictions.
@@ -54,8 +54,8 @@ class EarlyLearning:
         return self.strength * (1 - (average * p).sum(dim=1)).log().mean()
 
 
-def regularise_early_learning(model: L.LightningModule, total: int, classes: int) -> EarlyLearning:
-    """Adds the regulariser to what ``training_step`` returns.
+def regularize_early_learning(model: L.LightningModule, total: int, classes: int) -> EarlyLearning:
+    """Adds the regularizer to what ``training_step`` returns.
 
     From then on a batch is ``(x, (B, 2) int64)``, of given label and dataset index.
 
@@ -64,7 +64,7 @@ def regularise_early_learning(model: L.LightningModule, total: int, classes: int
         total: N.
         classes: C.
     """
-    regulariser, plain_step = EarlyLearning(total, classes), model.training_step
+    regularizer, plain_step = EarlyLearning(total, classes), model.training_step
     seen: list[Tensor] = []
     model.head.register_forward_hook(lambda module, inputs, output: seen.append(output))
 
@@ -73,7 +73,7 @@ def regularise_early_learning(model: L.LightningModule, total: int, classes: int
         label, index = pair.unbind(dim=1)
         seen.clear()
         loss = plain_step((x, label), batch_idx)
-        return loss + regulariser(seen[-1], index)
+        return loss + regularizer(seen[-1], index)
 
     model.training_step = training_step
-    return regulariser
+    return regularizer

@@ -16,13 +16,13 @@ from sklearn.mixture import GaussianMixture as SklearnMixture
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from lightning_unlearn.functional import GaussianMixture, fit_mixture, standardise
+from lightning_unlearn.functional import GaussianMixture, fit_mixture, standardize
 
 SEED = 0
 
 
 def attributions(n: int, dimension: int, device: str) -> Tensor:
-    """Rows (n, D) float32 like standardised attributions: two Gaussians near each other, with correlated columns.
+    """Rows (n, D) float32 like standardized attributions: two Gaussians near each other, with correlated columns.
 
     A third of the rows is of the second component, whose mean lies 3 standard deviations off in one direction, and
     whose covariance is 1 to 2 times that of the first along the other's axes.
@@ -37,7 +37,7 @@ def attributions(n: int, dimension: int, device: str) -> Tensor:
         second = (torch.rand(len(chunk), 1, generator=generator) < 1 / 3).float()
         source = torch.randn(chunk.shape, generator=generator)
         chunk.copy_((source * (1 + second * (wider - 1)) + second * shift) @ mixing)
-    return standardise(rows, torch.ones(n)).to(device)
+    return standardize(rows, torch.ones(n)).to(device)
 
 
 def timed(fit: Callable[[], Any], device: str) -> tuple[float, float, Any]:

@@ -50,7 +50,7 @@ class SmallClassifier(L.LightningModule):
         self.head = nn.Linear(hidden, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (B, 10) of normalised images."""
+        """Logits (B, 10) of normalized images."""
         return self.head(self.fc(self.blocks(x).flatten(1)).relu())
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
@@ -87,7 +87,7 @@ def cifar_classifier() -> SmallClassifier:
 
 
 def spoken_classifier() -> SmallClassifier:
-    """Three convolution blocks on spectrograms, with a learning rate that stays: it memorises."""
+    """Three convolution blocks on spectrograms, with a learning rate that stays: it memorizes."""
     return SmallClassifier(
         channels=1, stages=((16, True), (32, True), (64, True)), hidden=64, mirror=False, lr=1e-3, decay=False
     )

@@ -33,7 +33,7 @@ BEFORE = {
 }
 
 
-def _judgements(rows: Iterable[Row]) -> list[tuple[str, Row, Row]]:
+def _judgments(rows: Iterable[Row]) -> list[tuple[str, Row, Row]]:
     """A name, the row and what was found, for every moment at which a case was judged."""
     return [
         (f"{row['case']}, {row['seed']}, epoch {row[moment]['epoch']}", row, row[moment])
@@ -125,7 +125,7 @@ def summary(rows: Sequence[Row]) -> list[str]:
     """What was asked for, and what came out."""
     noisy = _noisy(rows)
     clean = [row for row in rows if not row["true_rate"]]
-    many = [(name, row, at) for name, row, at in _judgements(noisy) if at["flags"][0] >= 50]
+    many = [(name, row, at) for name, row, at in _judgments(noisy) if at["flags"][0] >= 50]
     kinds = [found for found in many if found[1]["noise"] in {"symmetric", "next", "human"}]
     blind = [found for found in _default(noisy) if found[1]["noise"] == "symmetric"]
     folded = [found for found in _default(noisy) if "folds" in found[1]["peers"]]
@@ -159,12 +159,12 @@ def summary(rows: Sequence[Row]) -> list[str]:
         ),
         *_tally(
             "clean: at most .3 % flagged, at any epoch",
-            _judgements(clean),
+            _judgments(clean),
             lambda row, at: at["flags"][0] <= 0.003 * row["samples"],
         ),
         *_tally(
             "ranking at most .005 AUROC and .02 AP behind the best of AUM, loss and margin, at any epoch",
-            _judgements(noisy),
+            _judgments(noisy),
             _ranks_well,
         ),
         *_tally("stated precision within .1 where 50 are flagged: symmetric, next class, human", kinds, _states_well),

@@ -13,7 +13,7 @@ from benchmarks.cases import Case
 from lightning_unlearn.pruning.criteria import Sensitivity
 
 BASE, CONTINUE, FFT, RETRAIN, CE, ELR = "base", "continue", "F-FT", "retrain", "cross-entropy", "ELR"
-# Re-labelling trains on more samples, so for more steps, than F-FT does: it has a control of its own.
+# Re-labeling trains on more samples, so for more steps, than F-FT does: it has a control of its own.
 RELABEL, CONTINUE_LONG = "relabel", "continue, steps of relabel"
 KEEP = "F-FT keep"
 # Controls from other weights than the base's, with the optimizer, schedule and steps of F-FT. The truly clean set is
@@ -29,7 +29,7 @@ SHRINK_TO = 0.1
 class Plan:
     """How the networks of a case are trained.
 
-    Chosen so that the base of ``fresh`` is near its best and that of ``memorised`` predicts most of the wrong labels,
+    Chosen so that the base of ``fresh`` is near its best and that of ``memorized`` predicts most of the wrong labels,
     and, for the fine-tuning, on seed 0 of spoken-sym40 and cifar-human. The digits are the demo's, as they were. What
     fine-tunes, "continue", retraining, "cross-entropy" (of all the data) and ELR have the same optimizer; the last
     three with one cycle to zero. The plans of the large networks, of usual numbers and of 125 epochs in all, were not
@@ -74,27 +74,27 @@ class Plan:
         return partial(torch.optim.SGD, lr=lr, **settings) if self.sgd else None
 
 
-FRESH, MEMORISED = "fresh", "memorised"
-REGIMES = (FRESH, MEMORISED)
+FRESH, MEMORIZED = "fresh", "memorized"
+REGIMES = (FRESH, MEMORIZED)
 _DIGITS = Plan(40, 20, weight_decay=2.0, precision="32-true")
 _LARGE = Plan(85, 40, base_lr=0.05, lr=0.05, weight_decay=5e-4, sgd=True, alone_epochs=125)
 PLANS: dict[tuple[str, str], Plan] = {
     ("cifar", FRESH): Plan(12, 6, base_lr=3e-3, base_decays=True, mirror=True),
-    ("cifar", MEMORISED): Plan(24, 6),
+    ("cifar", MEMORIZED): Plan(24, 6),
     ("spoken", FRESH): Plan(8, 12),
-    ("spoken", MEMORISED): Plan(80, 12),
+    ("spoken", MEMORIZED): Plan(80, 12),
     ("digits", FRESH): replace(_DIGITS, base_epochs=8),
-    ("digits", MEMORISED): _DIGITS,
+    ("digits", MEMORIZED): _DIGITS,
     ("features", FRESH): Plan(4, 12, lr=1e-3, precision="32-true"),
-    ("features", MEMORISED): Plan(40, 12, lr=1e-3, precision="32-true"),
+    ("features", MEMORIZED): Plan(40, 12, lr=1e-3, precision="32-true"),
     ("music-mv", FRESH): Plan(10, 20, lr=1e-3, precision="32-true"),
-    ("music-mv", MEMORISED): Plan(60, 20, lr=1e-3, precision="32-true"),
+    ("music-mv", MEMORIZED): Plan(60, 20, lr=1e-3, precision="32-true"),
     ("hate", FRESH): Plan(2, 4, base_lr=3e-3, lr=3e-3, precision="32-true"),
-    ("hate", MEMORISED): Plan(8, 4, base_lr=3e-3, lr=3e-3, precision="32-true"),
+    ("hate", MEMORIZED): Plan(8, 4, base_lr=3e-3, lr=3e-3, precision="32-true"),
     ("phon-15", FRESH): Plan(10, 20, lr=1e-3, precision="32-true"),
-    ("phon-15", MEMORISED): Plan(60, 20, lr=1e-3, precision="32-true"),
+    ("phon-15", MEMORIZED): Plan(60, 20, lr=1e-3, precision="32-true"),
     ("large", FRESH): replace(_LARGE, base_decays=True, mirror=True),
-    ("large", MEMORISED): _LARGE,
+    ("large", MEMORIZED): _LARGE,
 }
 
 

@@ -33,7 +33,7 @@ class Project(L.Callback):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Acts once, before the fine-tuning does."""
-        found = self.partition.pull_partition(trainer, pl_module)
+        found = self.partition.get_partition(trainer, pl_module)
         if self.is_done or found is None or not found.is_actionable:
             return
         self.is_done = True

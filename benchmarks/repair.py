@@ -1,6 +1,6 @@
 """What the repair is worth: every way to go on from a network trained on noise, beside the ways to do without it.
 
-A case is taken in two regimes: ``fresh``, where little of the noise has been memorised, and ``memorised``, trained
+A case is taken in two regimes: ``fresh``, where little of the noise has been memorized, and ``memorized``, trained
 until the wrong labels are fitted. Each unit (a case in a regime with a seed) has a folder
 ``runs/repair/CASE-REGIME-SEED`` with a file for every arm; finished arms are kept. The processes of ``--jobs`` share
 the units, each taking one that no other is at.
@@ -9,7 +9,7 @@ the units, each taking one that no other is at.
                                                                          # arms: 14 minutes of each of 2 quiet cores
     python -m benchmarks.repair --scale quick                            # features, tables, texts and digits: an hour
     python -m benchmarks.repair --scale cpu-all --jobs 2                 # nine cases, three seeds, all arms: some hours
-    python -m benchmarks.repair --cases spoken-sym40 --regimes memorised --seeds 0 --arms F-FT continue
+    python -m benchmarks.repair --cases spoken-sym40 --regimes memorized --seeds 0 --arms F-FT continue
     python -m benchmarks.repair --scale cpu-all --tables-only --write benchmarks/results/repair-cpu.md
     python -m benchmarks.repair --fast --cases digits-sym40 --seeds 0    # only to see that everything runs
     python -m benchmarks.repair --scale gpu                              # human noise at full size, ResNet-18 and 34
@@ -36,7 +36,7 @@ from benchmarks.plans import (
     FFT,
     FRESH,
     KEEP,
-    MEMORISED,
+    MEMORIZED,
     REGIMES,
     RELABEL,
 )
@@ -63,7 +63,7 @@ SCALES = {
     # end together: 12.3, 8.4, 5.6 and 1.5 minutes.
     "cpu": {
         "cases": ("cifar-human", "spoken-sym40"),
-        "regimes": (MEMORISED, FRESH),
+        "regimes": (MEMORIZED, FRESH),
         "arms": (*MAIN_ARMS, CONTINUE_LONG),
         "seeds": [0],
         "accelerator": "cpu",
@@ -77,7 +77,7 @@ SCALES = {
         "accelerator": "cpu",
     },
     "cpu-all": {"cases": CPU_TABLE, "regimes": REGIMES, "arms": ARMS, "seeds": [0, 1, 2], "accelerator": "cpu"},
-    # With augmentation the base of 85 epochs has memorised too: one regime.
+    # With augmentation the base of 85 epochs has memorized too: one regime.
     "gpu": {
         "cases": ("cifar-human-full", "cifar-human-full-34"),
         "regimes": (FRESH,),

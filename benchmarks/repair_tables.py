@@ -17,7 +17,7 @@ from benchmarks.plans import (
     CONTINUE_LONG,
     FFT,
     FRESH,
-    MEMORISED,
+    MEMORIZED,
     RELABEL,
     RETRAIN,
 )
@@ -25,7 +25,7 @@ from benchmarks.plans import (
 PUBLISHED = ("music", "hate", "phon-15")
 # A gap between base and ceiling that is smaller is no gap to be closed.
 _LEAST_GAP = 0.01
-_QUALITY = ("memorised", "auroc", "flagged", "precision", "recall", "noise_rate", "true_rate", "suggested_right")
+_QUALITY = ("memorized", "auroc", "flagged", "precision", "recall", "noise_rate", "true_rate", "suggested_right")
 
 
 def gap_closed(arm: float, base: float, ceiling: float) -> float | None:
@@ -217,17 +217,17 @@ def _noisy(results: Results, regime: str) -> list[str]:
 _Judged = Iterator[tuple[str, str, float | None, float, bool, str]]
 
 
-def _of_memorised(results: Results) -> _Judged:
-    for case in _noisy(results, MEMORISED):
-        lead = results.lead(case, MEMORISED, FFT, RETRAIN)
-        yield f"memorised: points of {FFT} against {RETRAIN}, in full", case, lead, -0.2, False, ""
-        steps = results.over(case, MEMORISED, (FFT, RETRAIN), "steps", operator.truediv)
-        yield f"memorised: steps of {FFT} relative to {RETRAIN}", case, steps, 0.4, True, ""
+def _of_memorized(results: Results) -> _Judged:
+    for case in _noisy(results, MEMORIZED):
+        lead = results.lead(case, MEMORIZED, FFT, RETRAIN)
+        yield f"memorized: points of {FFT} against {RETRAIN}, in full", case, lead, -0.2, False, ""
+        steps = results.over(case, MEMORIZED, (FFT, RETRAIN), "steps", operator.truediv)
+        yield f"memorized: steps of {FFT} relative to {RETRAIN}", case, steps, 0.4, True, ""
         share = 0.9 if case.startswith("spoken") else 0.8
-        closed = results.closed(case, MEMORISED, FFT)
-        yield f"memorised: share of the gap closed by {FFT}", case, closed, share, False, ""
-        gain = results.gain(case, MEMORISED, FFT)
-        yield f"memorised: points of {FFT} against {CONTINUE}", case, gain, -0.3, False, ""
+        closed = results.closed(case, MEMORIZED, FFT)
+        yield f"memorized: share of the gap closed by {FFT}", case, closed, share, False, ""
+        gain = results.gain(case, MEMORIZED, FFT)
+        yield f"memorized: points of {FFT} against {CONTINUE}", case, gain, -0.3, False, ""
 
 
 def _of_fresh(results: Results) -> _Judged:
@@ -263,8 +263,8 @@ def _of_pruning(results: Results, regime: str) -> _Judged:
 
 def verdicts(results: Results) -> list[Verdict]:
     """Every target in every case that has the numbers for it."""
-    judged = [*_of_memorised(results), *_of_fresh(results)]
-    for regime in (FRESH, MEMORISED):
+    judged = [*_of_memorized(results), *_of_fresh(results)]
+    for regime in (FRESH, MEMORIZED):
         judged += [*_of_clean(results, regime), *_of_published(results, regime), *_of_pruning(results, regime)]
     return [Verdict(target, case, value, *rest) for target, case, value, *rest in judged if value is not None]
 
@@ -272,7 +272,7 @@ def verdicts(results: Results) -> list[Verdict]:
 def tables(results: Results) -> str:
     """All tables in Markdown."""
     lines: list[str] = []
-    for regime in (FRESH, MEMORISED):
+    for regime in (FRESH, MEMORIZED):
         if results.cases(regime):
             lines += _of_regime(results, regime)
     lines += ["## What was asked for, and what came out", ""]

@@ -30,11 +30,11 @@ from torch import Tensor
 from benchmarks.scaling_tables import figure, tables
 from benchmarks.simulated import SimulatedRanks
 from benchmarks.synthetic import evidence, share_of
-from lightning_unlearn.evidence.training_dynamics import PHASES, Trajectory
+from lightning_unlearn.evidence.training_dynamics import PHASES, TrainingDynamics
 from lightning_unlearn.functional.mixture import fit_mixture
 from lightning_unlearn.functional.sensitivity import regression_sums, solve_sensitivity
-from lightning_unlearn.functional.standardize import standardise
-from lightning_unlearn.partitioning.build import Cut, Judged, assemble
+from lightning_unlearn.functional.standardization import standardize
+from lightning_unlearn.partitioning.build import CleanCriteria, ShardResult, assemble
 from lightning_unlearn.recipes import get_recipe
 from lightning_unlearn.recipes.evidence import Evidence
 from lightning_unlearn.results.partition import Partition
@@ -59,8 +59,10 @@ def seconds_of(work: Callable[[], Any]) -> tuple[Any, float]:
 def partition_of(share: Evidence, label: Tensor, reduce: Reduce, recipe: str = "auto") -> Partition:
     """What the callback makes of one rank's share of the evidence."""
     verdict = get_recipe(recipe).judge(share, reduce)
-    judged = [Judged(share, share.weight, verdict)]
-    return assemble(judged, label, Cut(0.85, 0.1), reduce, recipe=recipe, layer="head", epoch=PHASES, fingerprint="")
+    judged = [ShardResult(share, share.weight, verdict)]
+    return assemble(
+        judged, label, CleanCriteria(0.85, 0.1), reduce, recipe=recipe, layer="head", epoch=PHASES, fingerprint=""
+    )
 
 
 # What is measured, each in a process of its own
@@ -69,7 +71,7 @@ def partition_of(share: Evidence, label: Tensor, reduce: Reduce, recipe: str = "
 def of_samples(total: int, num_classes: int) -> Row:
     """What N samples cost one process that holds all of them."""
     whole = evidence(total, num_classes)
-    trajectory = Trajectory(total, num_classes)
+    trajectory = TrainingDynamics(total, num_classes)
     order = torch.randperm(total)
     logits = whole.attribution[:, -1] @ whole.basis.T if total * num_classes <= 2**26 else None
 
@@ -83,8 +85,8 @@ def of_samples(total: int, num_classes: int) -> Row:
     held = [value for name, value in vars(trajectory).items() if isinstance(value, Tensor) and name != "basis"]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     verdict, judging = seconds_of(lambda: get_recipe("auto").judge(whole, no_reduce))
-    judged = [Judged(whole, whole.weight, verdict)]
-    cut = Cut(0.85, 0.1)
+    judged = [ShardResult(whole, whole.weight, verdict)]
+    cut = CleanCriteria(0.85, 0.1)
     made, assembling = seconds_of(
         lambda: assemble(judged, whole.label, cut, no_reduce, recipe="auto", layer="head", epoch=PHASES, fingerprint="")
     )
@@ -120,7 +122,7 @@ def of_neurons(total: int, neurons: int) -> Row:
     gathered, summing = seconds_of(sums)
     _, solving = seconds_of(lambda: solve_sensitivity(gathered))
     weight = torch.ones(total)
-    mixture, mixing = seconds_of(lambda: fit_mixture(standardise(activations, weight), weight))
+    mixture, mixing = seconds_of(lambda: fit_mixture(standardize(activations, weight), weight))
     return {
         "samples": total,
         "neurons": neurons,
@@ -156,9 +158,9 @@ def of_processes(total: int, num_classes: int, rank: int, world_size: int, port:
 # Ranks
 
 
-def gathered_by(share: Evidence, total: int, reduce: Reduce) -> Trajectory:
+def gathered_by(share: Evidence, total: int, reduce: Reduce) -> TrainingDynamics:
     """What one rank holds after training steps that showed it its share."""
-    trajectory = Trajectory(total, share.num_classes)
+    trajectory = TrainingDynamics(total, share.num_classes)
     counted = share.weight > 0
     index, label = share.index[counted], share.label[counted]
     for phase in range(PHASES):
@@ -167,7 +169,7 @@ def gathered_by(share: Evidence, total: int, reduce: Reduce) -> Trajectory:
     return trajectory
 
 
-def apart(one: Trajectory, other: Trajectory, index: Tensor) -> float:
+def apart(one: TrainingDynamics, other: TrainingDynamics, index: Tensor) -> float:
     """The largest difference of what two hold of some samples."""
     ours, theirs = ([*held.phases(index), *held.scores(index).values()] for held in (one, other))
     return max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))

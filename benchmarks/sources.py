@@ -1,4 +1,4 @@
-"""The data of the benchmarks, as tensors in [0, 1] before normalisation.
+"""The data of the benchmarks, as tensors in [0, 1] before normalization.
 
 Each source takes the path of a file that the user names; nothing is downloaded and nothing is copied into the project.
 """

@@ -12,7 +12,7 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor
 
-from lightning_unlearn.data.loaders import rank_share
+from lightning_unlearn.data.loaders import shard_indices
 from lightning_unlearn.evidence.training_dynamics import PHASES, class_coordinates
 from lightning_unlearn.functional.attribution import label_margin
 from lightning_unlearn.noise import symmetric_labels
@@ -20,7 +20,7 @@ from lightning_unlearn.recipes.evidence import Evidence
 
 # How far the true class, and the given one, stand out of the others in each phase of training and in the last pass.
 _LEARNED = (1.0, 2.0, 2.5, 2.5, 2.5)
-_MEMORISED = (0.0, 0.0, 0.5, 1.0, 1.5)
+_MEMORIZED = (0.0, 0.0, 0.5, 1.0, 1.5)
 _ROWS = 8_192
 
 
@@ -45,10 +45,10 @@ def evidence(total: int, num_classes: int, *, rate: float = 0.2, seed: int = 0) 
         of, given = true[rows], label[rows]
         every = torch.arange(len(of))
         total_margin, last = torch.zeros(len(of)), torch.empty(0)
-        for phase, (learned, memorised) in enumerate(zip(_LEARNED, _MEMORISED, strict=True)):
+        for phase, (learned, memorized) in enumerate(zip(_LEARNED, _MEMORIZED, strict=True)):
             last = torch.randn(len(of), num_classes, generator=generator)
             last[every, of] += learned
-            last[every, given] += memorised
+            last[every, given] += memorized
             attribution[rows, phase] = last @ basis
             total_margin += label_margin(last, given)
         log_probability = last.log_softmax(dim=1)
@@ -83,7 +83,7 @@ def evidence(total: int, num_classes: int, *, rate: float = 0.2, seed: int = 0) 
 
 def share_of(whole: Evidence, rank: int, world_size: int) -> Evidence:
     """What one rank holds of it."""
-    index, weight = rank_share(len(whole.index), rank, world_size)
+    index, weight = shard_indices(len(whole.index), rank, world_size)
     rows = {
         field.name: value[index]
         for field in fields(whole)

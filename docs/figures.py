@@ -54,11 +54,11 @@ def draw_training(evidence: Evidence, wrong: torch.Tensor) -> plt.Figure:
     given = torch.nn.functional.one_hot(evidence.label, classes.shape[2]).bool()[:, None]
     margin = classes.masked_select(given).view(classes.shape[:2]) - classes.masked_fill(given, -torch.inf).amax(2)
     figure, axes = plt.subplots(figsize=(5.5, 3.2))
-    for name, rows, colour in (("right labels", ~wrong, "tab:blue"), ("wrong labels", wrong, "tab:orange")):
+    for name, rows, color in (("right labels", ~wrong, "tab:blue"), ("wrong labels", wrong, "tab:orange")):
         low, middle, high = margin[rows[evidence.index]].quantile(torch.tensor([0.1, 0.5, 0.9]), dim=0)
         place = range(len(middle))
-        axes.plot(place, middle, "o-", color=colour, label=f"{name} (median, and 8 in 10)")
-        axes.fill_between(place, low, high, color=colour, alpha=0.2)
+        axes.plot(place, middle, "o-", color=color, label=f"{name} (median, and 8 in 10)")
+        axes.fill_between(place, low, high, color=color, alpha=0.2)
     axes.axhline(0, color="0.4", linewidth=0.8)
     axes.set_xticks(range(5), ["quarter 1", "2", "3", "4", "last pass"])
     axes.set(xlabel="training", ylabel="margin of the given label")

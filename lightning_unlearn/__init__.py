@@ -37,7 +37,7 @@ def __getattr__(name: str) -> Any:
     """
     if name in __all__:
         callbacks = import_module("lightning_unlearn.callbacks")
-        callbacks.join_packages()
+        callbacks.register_pytorch_lightning()
         return getattr(callbacks, name)
     if not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
         return import_module(f"{__name__}.{name}")

@@ -70,9 +70,9 @@ class Samples(Dataset[Any]):
     def __init__(self, case: Case, size: int, seed: int, bomb: Bomb | None = None) -> None:
         generator = torch.Generator().manual_seed(seed)
         present = torch.tensor(case.present)
-        centre = 2 * torch.randn(case.classes, *case.shape, generator=torch.Generator().manual_seed(case.seed))
+        center = 2 * torch.randn(case.classes, *case.shape, generator=torch.Generator().manual_seed(case.seed))
         clean = present[torch.randint(0, len(present), (size,), generator=generator)]
-        self.x = centre[clean] + torch.randn(size, *case.shape, generator=generator)
+        self.x = center[clean] + torch.randn(size, *case.shape, generator=generator)
         wrong = torch.rand(size, generator=generator) < case.noise
         y = torch.where(wrong, present[torch.randint(0, len(present), (size,), generator=generator)], clean)
         self.label, self.given = y, y

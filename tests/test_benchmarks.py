@@ -16,12 +16,12 @@ from benchmarks.plans import ARMS, CONTROLS, plan_of
 from benchmarks.repair_tables import Results, Verdict, gap_closed, tables, verdicts
 
 
-def row(arm, accuracy, seed=0, case="spoken-sym40", regime="memorised", **more):
+def row(arm, accuracy, seed=0, case="spoken-sym40", regime="memorized", **more):
     found = {"seconds": 10.0, "process_seconds": 10.0, "steps": 100}
     return {"case": case, "regime": regime, "seed": seed, "arm": arm, "accuracy": accuracy, **found, **more}
 
 
-def naive_regularisers(steps, total, classes, strength, memory):
+def naive_regularizers(steps, total, classes, strength, memory):
     """One sample and one class at a time."""
     target = [[0.0] * classes for _ in range(total)]
     answers = []
@@ -39,19 +39,19 @@ def naive_regularisers(steps, total, classes, strength, memory):
 def test_early_learning_is_the_formula_over_several_steps():
     torch.manual_seed(0)
     steps = [(10 * torch.randn(4, 3), torch.randperm(6)[:4]) for _ in range(5)]
-    regulariser = EarlyLearning(total=6, classes=3, strength=3.0, memory=0.7)
-    found = [regulariser(logits, index).item() for logits, index in steps]
-    assert found == pytest.approx(naive_regularisers(steps, 6, 3, 3.0, 0.7), rel=1e-4)
+    regularizer = EarlyLearning(total=6, classes=3, strength=3.0, memory=0.7)
+    found = [regularizer(logits, index).item() for logits, index in steps]
+    assert found == pytest.approx(naive_regularizers(steps, 6, 3, 3.0, 0.7), rel=1e-4)
 
 
 def test_early_learning_pulls_to_what_was_predicted_first():
-    regulariser, index = EarlyLearning(total=1, classes=2), torch.tensor([0])
+    regularizer, index = EarlyLearning(total=1, classes=2), torch.tensor([0])
     for _ in range(10):
-        regulariser(torch.tensor([[3.0, 0.0]]), index)
+        regularizer(torch.tensor([[3.0, 0.0]]), index)
     logits = torch.zeros(1, 2, requires_grad=True)
-    regulariser(logits, index).backward()
+    regularizer(logits, index).backward()
     assert logits.grad[0, 0] < 0 < logits.grad[0, 1]
-    assert not regulariser.target.requires_grad
+    assert not regularizer.target.requires_grad
 
 
 @pytest.mark.parametrize("module", [elr, paper_tables, repair_tables])
@@ -66,13 +66,13 @@ def test_there_is_no_gap_to_close_where_the_oracle_is_no_better():
 
 def test_a_lead_is_over_the_seeds_that_both_arms_have():
     rows = [row("F-FT", 0.9, 0), row("F-FT", 0.1, 1), row("continue", 0.8, 0)]
-    assert Results(rows).lead("spoken-sym40", "memorised", "F-FT", "continue") == pytest.approx(10)
-    assert Results(rows).lead("spoken-sym40", "memorised", "F-FT", "retrain") is None
+    assert Results(rows).lead("spoken-sym40", "memorized", "F-FT", "continue") == pytest.approx(10)
+    assert Results(rows).lead("spoken-sym40", "memorized", "F-FT", "retrain") is None
 
 
-def test_relabelling_is_judged_against_as_many_steps_as_it_had():
+def test_relabeling_is_judged_against_as_many_steps_as_it_had():
     rows = [row("continue", 0.5), row("continue, steps of relabel", 0.8), row("relabel", 0.9), row("weigh", 0.9)]
-    gain = {arm: Results(rows).gain("spoken-sym40", "memorised", arm) for arm in ("relabel", "weigh")}
+    gain = {arm: Results(rows).gain("spoken-sym40", "memorized", arm) for arm in ("relabel", "weigh")}
     assert gain == {"relabel": pytest.approx(10), "weigh": pytest.approx(40)}
 
 
@@ -83,7 +83,7 @@ def test_verdicts_are_reached_at_the_bound_and_missed_beyond_it():
     assert not Verdict("", "", 0.36, 0.35, at_most=True).reached
 
 
-def test_memorised_targets_are_judged_with_the_numbers_there_are():
+def test_memorized_targets_are_judged_with_the_numbers_there_are():
     rows = [
         row("base", 0.6),
         row("F-FT", 0.86, steps=40),
@@ -92,7 +92,7 @@ def test_memorised_targets_are_judged_with_the_numbers_there_are():
         row("truly clean, retrained, same steps", 0.9),
     ]
     found = {verdict.target: verdict for verdict in verdicts(Results(rows))}
-    assert {target.removeprefix("memorised: "): verdict.reached for target, verdict in found.items()} == {
+    assert {target.removeprefix("memorized: "): verdict.reached for target, verdict in found.items()} == {
         "points of F-FT against retrain, in full": False,
         "steps of F-FT relative to retrain": True,
         "share of the gap closed by F-FT": False,
@@ -153,7 +153,7 @@ def test_large_networks_are_trained_for_as_long_with_a_repair_as_without():
         for make in (plan.optimizer, plan.base_optimizer):
             (group,) = make(weight).param_groups
             assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.05, 0.9, 5e-4)
-    small = plan_of(Case("small", "cifar", "human"), "memorised")
+    small = plan_of(Case("small", "cifar", "human"), "memorized")
     assert isinstance(small.base_optimizer(weight), torch.optim.Adam)
     assert small.base_optimizer(weight).param_groups[0]["weight_decay"] == 0
 
@@ -170,7 +170,7 @@ def test_cross_entropy_takes_all_the_data_and_epochs_of_its_own(tmp_path):
 
 def test_every_control_but_a_full_retraining_has_the_steps_of_fine_tuning(tmp_path):
     unit = Unit(
-        DIGITS_CASES["digits-sym40"], "memorised", 0, folder=tmp_path, data=tmp_path, accelerator="cpu", fast=True
+        DIGITS_CASES["digits-sym40"], "memorized", 0, folder=tmp_path, data=tmp_path, accelerator="cpu", fast=True
     )
     unit.plan = replace(unit.plan, base_epochs=2, repair_epochs=1)
     steps = {arm: unit.result(arm)["steps"] for arm in ("F-FT", "F-FT start", *CONTROLS)}
@@ -210,7 +210,7 @@ def test_a_scale_has_its_defaults_and_an_option_goes_before_them(monkeypatch):
     main += ["shrink, all data", "relabel", "rounds", "rounds + relabel", "oracle", "cross-entropy", "ELR"]
     assert defaults_of(monkeypatch) == {
         "cases": ["cifar-human", "spoken-sym40"],
-        "regimes": ["memorised", "fresh"],
+        "regimes": ["memorized", "fresh"],
         "arms": [*main, "continue, steps of relabel"],
         "seeds": [0],
     }

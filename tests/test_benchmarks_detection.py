@@ -54,7 +54,7 @@ def test_a_row_says_what_was_found(replay, tmp_path, monkeypatch, capsys):
     assert [json.loads(line)["auto"]["epoch"] for line in lines] == [4, 8]
     assert (tmp_path / "table.md").read_text() in capsys.readouterr().out
     text = table([json.loads(line) for line in lines])
-    # Of both judgements, however the detector ranks these few samples.
+    # Of both judgments, however the detector ranks these few samples.
     (line,) = (line for line in text.splitlines() if line.startswith("| ranking at most .005 AUROC"))
     assert " of 2 |" in line
 

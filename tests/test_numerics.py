@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lightning_unlearn.evidence.training_dynamics import Trajectory
-from lightning_unlearn.partitioning.non_finite import judge_finite
-from lightning_unlearn.recipes import RECIPES, judge_label
+from lightning_unlearn.evidence.training_dynamics import TrainingDynamics
+from lightning_unlearn.partitioning.non_finite import apply_to_finite_rows
+from lightning_unlearn.recipes import RECIPES, label_recipe
 from lightning_unlearn.utilities.reduce import no_reduce
 from tests.ranks import run_ranks
 from tests.recipes.test_recipes import auroc, flagged, make_evidence, normal, share_of
@@ -40,7 +40,7 @@ def evidence_of(logits, label):
 
 def judged(recipe, evidence):
     """The verdict, having looked at what must hold of any."""
-    verdict = judge_finite(RECIPES[recipe], evidence, no_reduce)
+    verdict = apply_to_finite_rows(RECIPES[recipe], evidence, no_reduce)
     for name in ("clean_probability", "suggested_probability", "label_probability", "input_probability"):
         value = getattr(verdict, name)
         assert value is None or ((value >= 0) & (value <= 1)).all(), name
@@ -67,10 +67,10 @@ def constant(value, n=1000):
     return [value.expand(n, -1)] * 3, network(n)[1]
 
 
-def shuffled(memorised=False):
+def shuffled(memorized=False):
     _, label, logits = network()
     label = label[torch.randperm(1000, generator=torch.Generator().manual_seed(1))]
-    return ([8 * torch.eye(5)[label] + block for block in logits] if memorised else logits), label
+    return ([8 * torch.eye(5)[label] + block for block in logits] if memorized else logits), label
 
 
 def without_spread(noise):
@@ -93,7 +93,7 @@ EDGES = {
     "a class that no sample has": lambda: (network(classes=6)[2], network(classes=5)[1]),
     "all clean": lambda: (network()[2], network()[1]),
     "random labels": shuffled,
-    "random labels, memorised": lambda: shuffled(memorised=True),
+    "random labels, memorized": lambda: shuffled(memorized=True),
     "all zero": lambda: constant(torch.zeros(5)),
     "dead network": lambda: constant(torch.arange(5.0)),
     "dead network, sure": lambda: constant(100 * torch.arange(5.0)),
@@ -123,7 +123,7 @@ NOTHING_TO_SEE = (
     "10 samples of 10 classes",
     "all clean",
     "random labels",
-    "random labels, memorised",
+    "random labels, memorized",
     "all zero",
     "dead network",
     "dead network, sure",
@@ -167,7 +167,7 @@ def test_corrupted_inputs_are_acted_upon_where_nothing_can_be_told_of_labels():
     corrupted = torch.arange(1000) % 7 == 0  # of every class
     evidence.response[corrupted] += 9
     evidence = replace(evidence, uncertainty=evidence.uncertainty + 0.1 * corrupted)
-    verdict = judge_finite(RECIPES["auto"], evidence, no_reduce)
+    verdict = apply_to_finite_rows(RECIPES["auto"], evidence, no_reduce)
     assert verdict.warning == ""
     assert torch.equal(flagged(verdict), corrupted)
 
@@ -217,8 +217,10 @@ def test_ranks_without_samples():
     # More ranks than samples: some have only padding.
     evidence = evidence_of(*few(3, 2))
     for recipe in RECIPES.values():
-        whole = judge_finite(recipe, evidence, no_reduce)
-        shards = run_ranks(lambda rank, reduce, r=recipe: judge_finite(r, share_of(evidence, rank, 5), reduce), 5)
+        whole = apply_to_finite_rows(recipe, evidence, no_reduce)
+        shards = run_ranks(
+            lambda rank, reduce, r=recipe: apply_to_finite_rows(r, share_of(evidence, rank, 5), reduce), 5
+        )
         found = torch.cat([verdict.clean_probability[:1] for verdict in shards[:3]])
         torch.testing.assert_close(found, whole.clean_probability, rtol=1e-4, atol=1e-5)
         assert {verdict.notes for verdict in shards} == {whole.notes}
@@ -227,7 +229,7 @@ def test_ranks_without_samples():
 def test_ten_thousand_classes():
     started = time.perf_counter()
     n, classes = 100, 10_000
-    assert Trajectory(n, classes, keeps_coordinates=True).basis.shape == (classes, 128)
+    assert TrainingDynamics(n, classes, keeps_coordinates=True).basis.shape == (classes, 128)
     true = torch.arange(n) * 97
     label = true.clone()
     label[:20] += 1
@@ -244,9 +246,9 @@ def test_ten_thousand_classes():
 def test_many_classes_have_no_matrix(monkeypatch):
     true, label, logits = network(600, 20, noise=0.3, apart=6.0)
     evidence = evidence_of(logits, label)
-    expected = judge_label(evidence, no_reduce)
+    expected = label_recipe(evidence, no_reduce)
     monkeypatch.setattr("lightning_unlearn.recipes.calibrated.MOST_NAMES", 19)
-    found = judge_label(evidence, no_reduce)
+    found = label_recipe(evidence, no_reduce)
     assert found.noise_matrix is None
     assert expected.noise_matrix.shape == (20, 20)
     assert (flagged(found) == (label != true)).float().mean() > 0.98

@@ -9,8 +9,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lightning_unlearn import AttributionPartitionCallback
-from lightning_unlearn.partitioning.build import _keep_some
-from lightning_unlearn.partitioning.non_finite import judge_finite
+from lightning_unlearn.partitioning.build import _enforce_min_class_fraction
+from lightning_unlearn.partitioning.non_finite import apply_to_finite_rows
 from lightning_unlearn.recipes import RECIPES, get_recipe
 from lightning_unlearn.recipes.evidence import Evidence
 from lightning_unlearn.recipes.latent_noise import latent_windows, transition_noise
@@ -143,7 +143,7 @@ def test_any_broken_samples_leave_the_others_as_they_were(recipe, evidence, seed
     spoiled = rows_of(evidence, torch.arange(n))
     spoiled.attribution[broken, -1] = torch.nan
     spoiled.loss[broken] = torch.inf
-    found = judge_finite(get_recipe(recipe), spoiled, no_reduce)
+    found = apply_to_finite_rows(get_recipe(recipe), spoiled, no_reduce)
     expected = get_recipe(recipe).judge(rows_of(evidence, kept.nonzero().flatten()), no_reduce)
     torch.testing.assert_close(found.clean_probability[kept], expected.clean_probability, **CLOSE)
     assert (found.clean_probability[broken] == 0).all()
@@ -266,7 +266,7 @@ def test_of_each_class_the_likeliest_are_kept_and_none_that_is_unusable(n, class
         probability = (4 * probability).round() / 4
     label = torch.randint(0, classes, (n,), generator=generator)
     is_clean = (probability >= 0.7) & usable
-    kept = _keep_some(is_clean, probability, label, share, usable)
+    kept = _enforce_min_class_fraction(is_clean, probability, label, share, usable)
     assert (kept | ~is_clean).all()
     assert not (kept & ~usable).any()
     for c in range(classes):

@@ -39,9 +39,9 @@ class Blobs(Dataset[tuple[Tensor, Tensor]]):
         generator = torch.Generator().manual_seed(seed)
         shape = (2, 8, 8) if image else (FEATURES,)
         # The centers are those of every seed: the test set is another draw from the same blobs.
-        centre = torch.randn(CLASSES, *shape, generator=torch.Generator().manual_seed(99)) * 2
+        center = torch.randn(CLASSES, *shape, generator=torch.Generator().manual_seed(99)) * 2
         self.clean = torch.randint(0, CLASSES, (size,), generator=generator)
-        self.x = centre[self.clean] + torch.randn(size, *shape, generator=generator)
+        self.x = center[self.clean] + torch.randn(size, *shape, generator=generator)
         self.wrong = torch.zeros(size, dtype=torch.bool)
         self.wrong[torch.randperm(size, generator=generator)[: int(noise * size)]] = True
         shift = torch.randint(1, CLASSES, (size,), generator=generator)

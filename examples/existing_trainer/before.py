@@ -29,8 +29,8 @@ class Digits(L.LightningDataModule):
         order = torch.randperm(len(label), generator=generator)
         train, val, test = order[:1000], order[1000:1300], order[1300:]
         # In place of the people: of training and validation alike, for only the test set was checked.
-        labelled = torch.cat([train, val])
-        hurried = labelled[torch.rand(len(labelled), generator=generator) < 0.35]
+        labeled = torch.cat([train, val])
+        hurried = labeled[torch.rand(len(labeled), generator=generator) < 0.35]
         given = label.clone()
         given[hurried] = (label[hurried] + torch.randint(1, 10, hurried.shape, generator=generator)) % 10
         self.train_data = TensorDataset(image[train], given[train])

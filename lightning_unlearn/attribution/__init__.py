@@ -15,7 +15,7 @@ from lightning_unlearn.attribution.layers import (
     sample_dimension,
 )
 from lightning_unlearn.attribution.loss_gradients import loss_gradients
-from lightning_unlearn.attribution.oom import SmallerBatches, is_out_of_memory, take_rows, whole_batches
+from lightning_unlearn.attribution.oom import OOMBatchSplitter, is_out_of_memory, no_batch_splitting, slice_batch
 from lightning_unlearn.attribution.trace import Forward, ForwardTrace, ModuleCall, check_reached, trace_forward
 
 __all__ = [
@@ -27,7 +27,7 @@ __all__ = [
     "ForwardTrace",
     "MarginAttribution",
     "ModuleCall",
-    "SmallerBatches",
+    "OOMBatchSplitter",
     "check_method",
     "check_reached",
     "is_out_of_memory",
@@ -36,13 +36,13 @@ __all__ = [
     "neuron_count",
     "neuron_dimension",
     "neuron_means",
+    "no_batch_splitting",
     "plain_name",
     "resolve_layer",
     "response",
     "sample_dimension",
-    "take_rows",
+    "slice_batch",
     "tap",
     "trace_forward",
     "watch_output",
-    "whole_batches",
 ]

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_unlearn.attribution.captum_layers import GRADIENT_X_ACTIVATION, CaptumLayer, check_method
-from lightning_unlearn.attribution.checkpointing import without_recomputation
+from lightning_unlearn.attribution.checkpointing import activation_checkpointing_off
 from lightning_unlearn.attribution.gradient_x_activation import FastPath
-from lightning_unlearn.attribution.hooks import not_watched, tap
+from lightning_unlearn.attribution.hooks import recording_paused, tap
 from lightning_unlearn.attribution.layers import LayerPoint, resolve_layer
-from lightning_unlearn.attribution.oom import SmallerBatches, is_out_of_memory, take_rows
+from lightning_unlearn.attribution.oom import OOMBatchSplitter, is_out_of_memory, slice_batch
 from lightning_unlearn.attribution.trace import Forward
 
 # Rows on which the fast path is compared with Captum before it is used.
@@ -87,7 +87,7 @@ class Attributor:
             resolve_layer(model, watched.name)
         # None: to be seen at the first batch.
         self._is_fast: bool | None = None if fast and method == GRADIENT_X_ACTIVATION else False
-        self._in_parts = SmallerBatches()
+        self._in_parts = OOMBatchSplitter()
         self._agree = agree
 
     @property
@@ -144,7 +144,7 @@ class Attributor:
             return self._attribute(part, of_label, rows)
 
         # Nothing is recorded in inference mode, not even where recording is asked for.
-        with torch.inference_mode(False), without_recomputation():
+        with torch.inference_mode(False), activation_checkpointing_off():
             if self._is_fast is None:
                 self._is_fast = self._rehearse(x, label)
             return _join(self._in_parts(of_part, x, label))
@@ -168,7 +168,7 @@ class Attributor:
 
     def _rehearse(self, x: Any, label: Tensor) -> bool:
         """Whether the fast path says the same as Captum of the first rows."""
-        with not_watched():
+        with recording_paused():
             agrees = self._agree(all(self._in_parts(self._agrees, *_first_rows(x, label))))
         if not agrees:
             warnings.warn(
@@ -197,7 +197,7 @@ def _first_rows(x: Any, label: Tensor) -> tuple[Any, Tensor]:
     """A few samples of a batch; all of one that cannot be taken apart."""
     first = slice(0, _REHEARSAL_ROWS)
     try:
-        return take_rows(x, first, len(label)), label[first]
+        return slice_batch(x, first, len(label)), label[first]
     except ValueError:
         return x, label
 

@@ -18,10 +18,10 @@ from captum.attr import (
 from torch import Tensor, nn
 
 from lightning_unlearn.attribution.checkpointing import naming_what_is_not_recorded
-from lightning_unlearn.attribution.hooks import not_watched, several_tensors, tap
+from lightning_unlearn.attribution.hooks import recording_paused, several_tensors, tap
 from lightning_unlearn.attribution.layers import LayerPoint, per_neuron_magnitude, resolve_layer, samples_first
 from lightning_unlearn.attribution.trace import Forward
-from lightning_unlearn.functional.attribution import logit_difference, strongest_other
+from lightning_unlearn.functional.attribution import logit_difference, runner_up_class
 from lightning_unlearn.utilities.checks import check_choice
 
 GRADIENT_X_ACTIVATION = "gradient_x_activation"
@@ -65,8 +65,8 @@ class CaptumLayer:
         with reads as take, torch.no_grad():
             logits = self._forward(x).float()
             activation = None if take is None else take().float()
-        with not_watched(), _fresh_leaves(self._module), naming_what_is_not_recorded(self._point):
-            per_neuron = self._run(x, label, strongest_other(logits, label))
+        with recording_paused(), _fresh_leaves(self._module), naming_what_is_not_recorded(self._point):
+            per_neuron = self._run(x, label, runner_up_class(logits, label))
             class_max = self._class_max(x, logits, activation) if rows else None
         return per_neuron, logits, class_max
 

@@ -33,7 +33,7 @@ def not_recorded(point: LayerPoint) -> str:
 
 
 @contextmanager
-def without_recomputation() -> Iterator[None]:
+def activation_checkpointing_off() -> Iterator[None]:
     """Has ``torch.utils.checkpoint`` keep what a backward pass needs, in place of computing it a second time.
 
     The second time it would not meet the hooks that were there the first time, and give gradients at another point; and

@@ -14,7 +14,7 @@ from lightning_unlearn.attribution.hooks import single_tensor
 from lightning_unlearn.attribution.layers import LayerPoint, per_neuron_magnitude, samples_first
 from lightning_unlearn.attribution.oom import is_out_of_memory
 from lightning_unlearn.attribution.trace import Forward, version_of
-from lightning_unlearn.functional.attribution import logit_difference, strongest_other
+from lightning_unlearn.functional.attribution import logit_difference, runner_up_class
 from lightning_unlearn.utilities.sharding import whole
 
 # Gradients of so many elements (64 MB in float32) are held at a time; with more classes they are taken in turns.
@@ -43,7 +43,7 @@ class FastPath:
             activation = recording.activation(self._point)
             with torch.enable_grad():
                 logits = out.float()
-                margin = logit_difference(logits, label, strongest_other(logits, label)).sum()
+                margin = logit_difference(logits, label, runner_up_class(logits, label)).sum()
             # In eval mode samples do not influence each other: the sum's gradient holds each sample's own.
             (gradient,) = torch.autograd.grad(margin, activation, retain_graph=rows)
             largest = self._largest_gradient(logits, activation, recording.is_head(out)) if rows else None

@@ -70,7 +70,7 @@ def single_tensor(value: Any, point: LayerPoint) -> Tensor:
 
 
 @contextmanager
-def not_watched() -> Iterator[None]:
+def recording_paused() -> Iterator[None]:
     """Inside, taps look at no forward pass."""
     token = _unwatched.set(True)
     try:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from lightning_unlearn.attribution.checkpointing import not_recorded, without_recomputation
+from lightning_unlearn.attribution.checkpointing import activation_checkpointing_off, not_recorded
 from lightning_unlearn.attribution.hooks import single_tensor
 from lightning_unlearn.attribution.layers import LayerPoint, resolve_layer, samples_first
 from lightning_unlearn.attribution.trace import Forward
@@ -60,7 +60,7 @@ def loss_gradients(
             stack.callback(handle.remove)
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(without_recomputation())
+        stack.enter_context(activation_checkpointing_off())
         loss = cross_entropy(forward(x).float(), label, reduction="sum", ignore_index=-1)
     for point, calls in zip(points, seen, strict=True):
         if len(calls) != 1:

@@ -25,7 +25,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
-def take_rows(x: Any, rows: slice | Tensor, total: int) -> Any:
+def slice_batch(x: Any, rows: slice | Tensor, total: int) -> Any:
     """Some rows of a batch.
 
     Args:
@@ -43,7 +43,7 @@ def take_rows(x: Any, rows: slice | Tensor, total: int) -> Any:
     if isinstance(x, (list, tuple)):
         return _take_rows_of_sequence(x, rows, total)
     if isinstance(x, dict):
-        return {name: take_rows(value, rows, total) for name, value in x.items()}
+        return {name: slice_batch(value, rows, total) for name, value in x.items()}
     if x is None or isinstance(x, (int, float, str)) or (isinstance(x, Tensor) and x.ndim == 0):
         return x
     found = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
@@ -65,12 +65,12 @@ def _take_rows_of_sequence(x: Any, rows: slice | Tensor, total: int) -> Any:
         return x[rows] if isinstance(rows, slice) else type(x)(x[row] for row in rows.tolist())
     if len(x) == total and isinstance(x, list):
         raise ValueError(f"Expected tensors with {total} rows, but got a list of as many, perhaps one for each sample.")
-    parts = [take_rows(value, rows, total) for value in x]
+    parts = [slice_batch(value, rows, total) for value in x]
     return type(x)(*parts) if hasattr(x, "_fields") else type(x)(parts)
 
 
 @contextmanager
-def whole_batches() -> Iterator[None]:
+def no_batch_splitting() -> Iterator[None]:
     """Inside, no batch is taken in parts: where memory does not suffice, that is an error."""
     token = _whole.set(True)
     try:
@@ -79,7 +79,7 @@ def whole_batches() -> Iterator[None]:
         _whole.reset(token)
 
 
-class SmallerBatches:
+class OOMBatchSplitter:
     """Calls a function on a batch, in parts where memory does not suffice for the whole of it.
 
     When memory runs out the rows are halved until they fit; the size that fits is kept for the batches that follow.
@@ -92,7 +92,7 @@ class SmallerBatches:
         ...     if len(x) > 2:
         ...         raise torch.OutOfMemoryError("out of memory")
         ...     return x.mean().item()
-        >>> in_parts = SmallerBatches()
+        >>> in_parts = OOMBatchSplitter()
         >>> in_parts(mean, torch.arange(6.0), torch.zeros(6))
         [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
         >>> in_parts.rows
@@ -107,7 +107,7 @@ class SmallerBatches:
 
         Args:
             function: of a part of ``x`` and the same part of ``label``; its result must not depend on the other rows.
-            x: see :func:`take_rows`; anything at all where memory suffices.
+            x: see :func:`slice_batch`; anything at all where memory suffices.
             label: (B,), or anything with B rows.
         """
         results: list[Result] = []
@@ -115,7 +115,7 @@ class SmallerBatches:
         while start < total:
             size = min(self.rows or total, total - start)
             # A batch that fits is handed over as it is, whatever it is made of.
-            part = x if size == total else take_rows(x, slice(start, start + size), total)
+            part = x if size == total else slice_batch(x, slice(start, start + size), total)
             try:
                 results.append(function(part, label[start : start + size]))
             except Exception as error:
@@ -134,7 +134,7 @@ class SmallerBatches:
 def _refuse_to_split(x: Any, total: int, error: Exception) -> None:
     """Lets the error pass, with a reason, where smaller batches cannot be made."""
     try:
-        take_rows(x, slice(0, 1), total)
+        slice_batch(x, slice(0, 1), total)
     except ValueError as reason:
         error.args = (f"{error}\nSmaller batches cannot be made of this one: {reason}",)
         raise error from reason

@@ -122,7 +122,7 @@ class ForwardTrace:
         taken = [inner.inputs[0] for name in inside for inner in self.calls_of(name) if inner.inputs]
         return bool(call.inputs) and any(value is call.inputs[0] for value in taken)
 
-    def logit_maker(self, num_classes: int) -> str | None:
+    def logits_module(self, num_classes: int) -> str | None:
         """Dotted path of the module whose output is what ``forward`` returns as logits; None if there is none.
 
         Args:

@@ -7,11 +7,11 @@ from lightning_unlearn.callbacks.finetune import CleanSubsetFinetuneCallback
 from lightning_unlearn.callbacks.partition import AttributionPartitionCallback
 from lightning_unlearn.callbacks.prune import SensitivityPruneCallback
 from lightning_unlearn.callbacks.report import UnlearnReport
-from lightning_unlearn.trainer.compat import join_packages
+from lightning_unlearn.trainer.compat import register_pytorch_lightning
 
 __all__ = ["AttributionPartitionCallback", "CleanSubsetFinetuneCallback", "SensitivityPruneCallback", "UnlearnReport"]
 
-join_packages()
+register_pytorch_lightning()
 if _log.name.startswith("pytorch_lightning"):
     # Importing lightning.pytorch has sent the log lines of both packages to its own logger.
     rank_zero.log = _log

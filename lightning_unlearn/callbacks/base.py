@@ -14,7 +14,7 @@ from typing_extensions import override
 from lightning_unlearn.results.partition import Partition
 from lightning_unlearn.results.provenance import settings_of
 from lightning_unlearn.trainer.callback_order import callbacks_of, move_before_progress_bars, restore_order
-from lightning_unlearn.trainer.compat import EitherCallback, MisconfigurationException, may_make_layers
+from lightning_unlearn.trainer.compat import DualPackageCallback, MisconfigurationException, may_make_layers
 from lightning_unlearn.trainer.incompatible import refuse_privacy
 from lightning_unlearn.trainer.protocols import PartitionSource, find_partition_source
 from lightning_unlearn.trainer.strategies import check_strategy
@@ -43,7 +43,7 @@ _MISSED = {
 }
 
 
-class UnlearnCallback(EitherCallback):
+class UnlearnCallback(DualPackageCallback):
     """Acts at the start of training and of every epoch, whenever :meth:`advance` finds that something is due.
 
     Both hooks, because after a resume Lightning may skip the second; and never at the end of an epoch, where a

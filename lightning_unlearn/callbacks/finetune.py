@@ -19,7 +19,7 @@ from typing_extensions import override
 from lightning_unlearn.attribution import ForwardTrace, plain_name, resolve_layer
 from lightning_unlearn.callbacks.base import PartitionConsumer
 from lightning_unlearn.finetuning import freezing, messages, optimizers, relabel, train_data
-from lightning_unlearn.finetuning.training_subset import OnNoisy, TrainingDraw, training_draw
+from lightning_unlearn.finetuning.training_subset import OnNoisy, TrainingSubset, make_training_subset
 from lightning_unlearn.finetuning.warm_start import Memory, Start, StartWeights, WarmStart, choose_start
 from lightning_unlearn.pruning.masking import is_computed
 from lightning_unlearn.results.partition import Partition
@@ -122,7 +122,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
     def reset(self) -> None:
         super().reset()
         self._masks: MaskSource | None = None
-        self._draw: TrainingDraw | None = None
+        self._draw: TrainingSubset | None = None
         self._partition: Partition | None = None
         self._data: Any = None
         self._partition_epoch = 0
@@ -142,7 +142,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         return self._draw is not None
 
     @property
-    def draw(self) -> TrainingDraw:
+    def draw(self) -> TrainingSubset:
         """Which samples are trained on, how often, and under which labels.
 
         Raises:
@@ -170,17 +170,17 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
     @override
     def record(self, partition: Partition) -> dict[str, Any]:
         if self._draw is None:
-            return {"from_epoch": None, "dropped": [], "relabelled": [], "weighed": False}
+            return {"from_epoch": None, "dropped": [], "relabeled": [], "weighed": False}
         dropped = torch.ones(len(partition), dtype=torch.bool)
         dropped[self._draw.index] = False
-        moved, new = self._draw.relabelled, self._draw.new_label
+        moved, new = self._draw.relabeled, self._draw.new_label
         return {
             "from_epoch": self._first_epoch,
             "started_from": self._started_from,
             "seed": self._loader.seed,
             "dropped": dropped.nonzero().flatten(),
             # Of several labels, -1 for one that stays.
-            "relabelled": []
+            "relabeled": []
             if new is None
             else [{"index": index, "given": partition.label[index], "new": new[index]} for index in moved.tolist()],
             # Whether each is drawn with its probability of being clean.
@@ -246,7 +246,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         trace, _ = probe(trainer, pl_module, self.source)
         classes = trace.output.shape[1]
         if self.on_noisy == "relabel":
-            relabel.check_relabelling(trainer, pl_module, reading_of(self.source))
+            relabel.check_relabeling(trainer, pl_module, reading_of(self.source))
             self._learn_labels(trainer, pl_module, trace)
         if self.reset_head:
             head = trace.last_linear(classes)
@@ -265,38 +265,38 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
     def _learn_labels(self, trainer: Trainer, pl_module: LightningModule, trace: ForwardTrace | None = None) -> None:
         trace = probe(trainer, pl_module, self.source)[0] if trace is None else trace
         reading = reading_of(self.source)
-        self._loader.relabelling.learn(trainer, pl_module, reading, trace.logit_maker(reading.num_outputs))
+        self._loader.relabeling.learn(trainer, pl_module, reading, trace.logits_module(reading.num_outputs))
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._loader.relabelling.start_batch(pl_module)
+        self._loader.relabeling.start_batch(pl_module)
         if self.warm_start != "keep" and not self.is_active:
             self._remember_start(trainer, pl_module, batch_idx)
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if pl_module.automatic_optimization:
-            self._loader.relabelling.end_batch(sum_over_ranks(trainer.strategy))
+            self._loader.relabeling.end_batch(sum_over_ranks(trainer.strategy))
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._loader.relabelling.end_batch(sum_over_ranks(trainer.strategy))
+        self._loader.relabeling.end_batch(sum_over_ranks(trainer.strategy))
         if self.is_active:
             self._losses.add(outputs)
 
     @override
     def advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._check_data(trainer, pl_module)
-        partition = self._partition = self.source.pull_partition(trainer, pl_module)
+        partition = self._partition = self.source.get_partition(trainer, pl_module)
         if partition is not None and partition.epoch > self._partition_epoch:
             if self._masks is not None:
-                self._masks.pull_mask(trainer, pl_module)
+                self._masks.get_mask(trainer, pl_module)
             if self.source.is_dry_run:
                 self._report_dry_run(trainer, pl_module, partition)
             elif partition.is_actionable:
-                draw = training_draw(partition, self._what_of_noisy(trainer, pl_module), self.relabel_threshold)
+                draw = make_training_subset(partition, self._what_of_noisy(trainer, pl_module), self.relabel_threshold)
                 with self.timed():
                     (self._renew if self.is_active else self._start)(trainer, pl_module, draw)
             self._partition_epoch = partition.epoch
@@ -408,14 +408,14 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         # What a dry run has only spoken of is still to be done in a fit that acts.
         self._partition_epoch = 0 if state["was_dry_run"] and not self._is_dry_run else state["partition_epoch"]
         self._first_epoch = state["first_epoch"]
-        self._draw = None if state["draw"] is None else TrainingDraw(**copied(state["draw"]))
+        self._draw = None if state["draw"] is None else TrainingSubset(**copied(state["draw"]))
         self._frozen.load_state_dict(state["frozen"])
         self._start_weights.load_state_dict(copied(state.get("start_weights")))
         self._started_from = state.get("started_from", "keep")
         self._loader.load_state_dict(state)
         self._fresh.load_state_dict(state, is_active=self.is_active)
 
-    def _start(self, trainer: Trainer, pl_module: LightningModule, draw: TrainingDraw) -> None:
+    def _start(self, trainer: Trainer, pl_module: LightningModule, draw: TrainingSubset) -> None:
         if not self._fills_batches(trainer, draw):
             return
         if self.mode == "layers":
@@ -489,7 +489,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
 
     @property
     def _memory(self) -> Memory:
-        return Memory(self.source.memorised, self.source.accuracy_gap)
+        return Memory(self.source.memorized, self.source.accuracy_gap)
 
     def _say_start(self, trainer: Trainer, start: Start, moved: int) -> None:
         if self._partition is not None:
@@ -535,7 +535,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
             self._frozen.forget()
             raise
 
-    def _renew(self, trainer: Trainer, pl_module: LightningModule, draw: TrainingDraw) -> None:
+    def _renew(self, trainer: Trainer, pl_module: LightningModule, draw: TrainingSubset) -> None:
         """Follows a partition that was drawn again."""
         if not self._fills_batches(trainer, draw):
             return
@@ -547,7 +547,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
     def _report_dry_run(self, trainer: Trainer, pl_module: LightningModule, partition: Partition) -> None:
         if not partition.is_actionable:
             return
-        draw, loader = training_draw(partition, self.on_noisy, self.relabel_threshold), train_loader(trainer)
+        draw, loader = make_training_subset(partition, self.on_noisy, self.relabel_threshold), train_loader(trainer)
         sampler = self._loader.sampler(trainer, loader, draw, keeps_plan=False)
         batches = int(trainer.num_training_batches), train_data.batches_of(trainer, loader, sampler)
         epochs = optimizers.remaining_epochs(trainer)
@@ -555,7 +555,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         rank_zero_info(messages.of_dry_run(draw, epochs, batches, self._seconds_per_epoch))
         rank_zero_info(f"Dry run: {messages.start_of(start)}")
 
-    def _fills_batches(self, trainer: Trainer, draw: TrainingDraw) -> bool:
+    def _fills_batches(self, trainer: Trainer, draw: TrainingSubset) -> bool:
         fault = self._loader.fault_of(trainer, draw, keeps_plan=self._fresh.keeps_plan(trainer))
         if fault:
             rank_zero_warn(

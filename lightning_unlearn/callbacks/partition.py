@@ -16,17 +16,17 @@ from typing_extensions import override
 from lightning_unlearn.attribution import GRADIENT_X_ACTIVATION, check_method, resolve_layer
 from lightning_unlearn.callbacks.base import PartitionConsumer, UnlearnCallback
 from lightning_unlearn.data.batch import shown_path
-from lightning_unlearn.data.task_format import Reading, SoftLabels, Task
+from lightning_unlearn.data.task_format import SoftLabels, Task, TaskFormat
 from lightning_unlearn.evidence.collector import EvidenceCollector
 from lightning_unlearn.evidence.when import DrawTime
 from lightning_unlearn.partitioning.apply_recipe import (
-    judge_share,
-    share_memorised,
+    apply_recipe,
+    memorized_fraction,
     share_predicted,
     validation_accuracy,
     weight_of_copies,
 )
-from lightning_unlearn.partitioning.build import Cut, Judged, assemble, notes_of
+from lightning_unlearn.partitioning.build import CleanCriteria, ShardResult, assemble, notes_of
 from lightning_unlearn.partitioning.messages import (
     class_names_of,
     report_partition,
@@ -46,7 +46,7 @@ from lightning_unlearn.partitioning.start import (
     try_recipe,
 )
 from lightning_unlearn.partitioning.state import AtFirst, PartitionState, PublishedPartition
-from lightning_unlearn.partitioning.summary import summarise
+from lightning_unlearn.partitioning.summary import summarize
 from lightning_unlearn.partitioning.validation_set import ValidationJudge, check_validates
 from lightning_unlearn.recipes import RECIPES, Recipe, get_recipe
 from lightning_unlearn.recipes.evidence import Evidence
@@ -54,12 +54,12 @@ from lightning_unlearn.recipes.users import checking
 from lightning_unlearn.results.finding import epochs_in_words
 from lightning_unlearn.results.partition import Partition
 from lightning_unlearn.results.provenance import copied, settings_of
-from lightning_unlearn.results.review import Decided
+from lightning_unlearn.results.review import AppliedReview
 from lightning_unlearn.results.review_csv import Table
 from lightning_unlearn.results.status import PartitionStatus
 from lightning_unlearn.trainer.callback_order import callbacks_of, move_behind_averages
 from lightning_unlearn.trainer.context import FitContext
-from lightning_unlearn.trainer.data_checks import recognise_data, same_task
+from lightning_unlearn.trainer.data_checks import recognize_data, same_task
 from lightning_unlearn.trainer.divergence import ADVICE, not_finite
 from lightning_unlearn.trainer.early_stopping import EarlyEnd, go_on, has_fired
 from lightning_unlearn.trainer.fit_loop import is_fast_dev_run, log_values
@@ -219,7 +219,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         self.suspect_precision = check_number("suspect_precision", suspect_precision, least=0.5, below=1)
         self.min_class_share = check_number("min_class_share", min_class_share, least=0, below=1)
         self.review = None if review is None else check_path("review", review, "a table of decisions")
-        self.reading = Reading(
+        self.reading = TaskFormat(
             task=task,
             soft_labels=soft_labels,
             ignore_index=ignore_index,
@@ -287,7 +287,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         return self.action == "report"
 
     @property
-    def regresses_on_probability(self) -> bool:
+    def uses_soft_targets(self) -> bool:
         """Whether neurons are regressed on the probability, not (as the paper does) on the two clusters."""
         return self.recipe.soft
 
@@ -337,7 +337,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         if state.partition is not None:
             known = state.partition.label.flatten()
         check_known_labels(fit, first, known)
-        data = recognise_data(trainer, pl_module, self, known, state.fingerprint if self.check_data else None)
+        data = recognize_data(trainer, pl_module, self, known, state.fingerprint if self.check_data else None)
         state.fingerprint = data.fingerprint
         take_review(fit, state, self._table, content=self.check_data)
         remember_files(fit, state.partition)
@@ -448,9 +448,9 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
 
     @override
     def advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.pull_partition(trainer, pl_module)
+        self.get_partition(trainer, pl_module)
 
-    def pull_partition(self, trainer: Trainer, pl_module: LightningModule) -> Partition | None:
+    def get_partition(self, trainer: Trainer, pl_module: LightningModule) -> Partition | None:
         """The partition, drawn now if it is due, or None if it is not due yet."""
         collector, epoch = self.collector, trainer.current_epoch
         if collector.point is not None and collector.trajectory is not None:
@@ -497,7 +497,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         self._epoch_started = self._epoch_seconds = None
 
     def _observe_pass(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor]:
-        """Passes over this rank's share of the training set; see :meth:`EvidencePass.run`."""
+        """Passes over this rank's share of the training set; see :meth:`ScoringPass.run`."""
         share, absent = self.collector.pass_over(FitContext(trainer, pl_module, self))
         if self.state.partition is None and self._when.is_due(trainer.current_epoch):
             say_absent(trainer, len(absent), len(self.collector.in_use) // self.reading.rows_per_sample)
@@ -514,7 +514,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
                 return evidence
             return collector.with_unseen(fit, evidence, validation_accuracy(fit))
 
-        judged, label = judge_share(fit, share, collector.in_use, self.recipe, with_unseen)
+        judged, label = apply_recipe(fit, share, collector.in_use, self.recipe, with_unseen)
         drawn = self._made(trainer, judged, label, decided_of(state.review, judged, label))
         is_new, seconds = state.partition is None, time.perf_counter() - started
         changed = self._publish(trainer, pl_module, judged, drawn)
@@ -527,7 +527,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
             report_round(pl_module, drawn, changed, state.is_stable)
 
     def _publish(
-        self, trainer: Trainer, pl_module: LightningModule, judged: Sequence[Judged], drawn: Partition
+        self, trainer: Trainer, pl_module: LightningModule, judged: Sequence[ShardResult], drawn: Partition
     ) -> float:
         """Makes a partition known, and returns the share of the samples that have changed sides."""
         state = self.state
@@ -543,24 +543,24 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         return changed
 
     def _at_first(
-        self, trainer: Trainer, pl_module: LightningModule, judged: Sequence[Judged], drawn: Partition
+        self, trainer: Trainer, pl_module: LightningModule, judged: Sequence[ShardResult], drawn: Partition
     ) -> AtFirst:
         """What is known of the network when the partition that others act upon first is drawn."""
         reduce, gap, accuracy = sum_over_ranks(trainer.strategy), self.state.accuracy_gap, self.state.accuracy_before
-        memorised = share_memorised(judged, drawn, reduce)
+        memorized = memorized_fraction(judged, drawn, reduce)
         if drawn.is_actionable and _consumers(trainer):
             given = validation_accuracy(FitContext(trainer, pl_module, self))
             gap = None if given is None else share_predicted(judged, reduce) - given
         if self._acts(trainer, drawn):
             accuracy = self._validate(trainer, pl_module, "before")
-        return AtFirst(memorised, accuracy, gap)
+        return AtFirst(memorized, accuracy, gap)
 
     def _made(
         self,
         trainer: Trainer,
-        judged: Sequence[Judged],
+        judged: Sequence[ShardResult],
         label: Tensor,
-        decided: Decided | None = None,
+        decided: AppliedReview | None = None,
         validation: str | None = None,
     ) -> Partition:
         """The partition of the training set, or of the validation set with this fingerprint."""
@@ -568,7 +568,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
             judged,
             label,
             # Of validation samples none are to be kept for training.
-            Cut(self.suspect_precision, self.min_class_share if validation is None else 0),
+            CleanCriteria(self.suspect_precision, self.min_class_share if validation is None else 0),
             sum_over_ranks(trainer.strategy),
             recipe=self.recipe.name,
             layer=str(self.collector.point),
@@ -589,7 +589,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         if not self.judge_validation:
             return judge
 
-        def make(judged: Sequence[Judged], label: Tensor, fingerprint: str) -> Partition:
+        def make(judged: Sequence[ShardResult], label: Tensor, fingerprint: str) -> Partition:
             return self._made(trainer, judged, label, validation=fingerprint)
 
         training = self.collector.evidence_pass(FitContext(trainer, pl_module, self), is_last=True)
@@ -608,12 +608,12 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         log_values(pl_module, {f"unlearn/val_accuracy_{when}": score.accuracy})
         return score.accuracy
 
-    def _report(self, pl_module: LightningModule, judged: Sequence[Judged], seconds: float) -> None:
+    def _report(self, pl_module: LightningModule, judged: Sequence[ShardResult], seconds: float) -> None:
         partition, review = self.partition, self.state.review
         seen = epochs_in_words(len(self.collector.epochs_seen))
         notes = [*([] if review is None else [review.counts()]), *notes_of(judged, partition)]
         evidence = f"evidence of {seen} and a pass of {seconds:.1f} s"
-        report_partition(pl_module, partition, evidence, notes, self.state.memorised)
+        report_partition(pl_module, partition, evidence, notes, self.state.memorized)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -624,7 +624,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
             return
         for callback in _consumers(trainer):
             callback.confirm(trainer, pl_module)
-        self._summarise(trainer, pl_module, self.state.partition)
+        self._summarize(trainer, pl_module, self.state.partition)
 
     def _draw_at_the_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draws the partition of a fit that ends before it is due, or with the epoch after which it is."""
@@ -635,16 +635,16 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
             self._when.decide_now(epoch, "training has ended")
         self.advance(trainer, pl_module)
 
-    def _summarise(self, trainer: Trainer, pl_module: LightningModule, partition: Partition) -> None:
+    def _summarize(self, trainer: Trainer, pl_module: LightningModule, partition: Partition) -> None:
         state, diverged = self.state, not_finite(trainer, pl_module)
         if diverged:
             rank_zero_warn(f"Training has diverged since the partition: {diverged} are NaN or infinite; {ADVICE}.")
         elif self._acts(trainer, partition) and state.accuracy_before is not None:
             state.accuracy_after = self._validate(trainer, pl_module, "after")
         done = [callback.describe() for callback in _consumers(trainer)]
-        state.summary = summarise(
+        state.summary = summarize(
             partition,
-            memorised=state.memorised,
+            memorized=state.memorized,
             done=tuple(clause for clause in done if clause),
             accuracy=(state.accuracy_before, state.accuracy_after),
             is_dry_run=self.is_dry_run,

@@ -198,14 +198,14 @@ class SensitivityPruneCallback(PartitionConsumer):
 
     @override
     def advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.pull_mask(trainer, pl_module)
+        self.get_mask(trainer, pl_module)
 
-    def pull_mask(self, trainer: Trainer, pl_module: LightningModule) -> NeuronMask | None:
+    def get_mask(self, trainer: Trainer, pl_module: LightningModule) -> NeuronMask | None:
         """The mask (of several layers, the first), made now if it is due; None if it is not due or nothing is pruned.
 
         Every partition of the fit is acted upon once. What was pruned stays so, and counts in ``amount``.
         """
-        partition = self.source.pull_partition(trainer, pl_module)
+        partition = self.source.get_partition(trainer, pl_module)
         # What a dry run has proposed is still to be done in a fit that acts.
         if self._state.is_proposal and not self._is_dry_run:
             self._state = PruneState(sites=self._state.sites, epoch=0)

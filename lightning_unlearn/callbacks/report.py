@@ -24,7 +24,7 @@ from lightning_unlearn.report.samples import file_card
 from lightning_unlearn.results.partition import Partition
 from lightning_unlearn.results.provenance import copied
 from lightning_unlearn.trainer.callback_order import callbacks_of
-from lightning_unlearn.trainer.compat import EitherCallback
+from lightning_unlearn.trainer.compat import DualPackageCallback
 from lightning_unlearn.trainer.context import reading_of
 from lightning_unlearn.trainer.fit_loop import is_fast_dev_run
 from lightning_unlearn.trainer.progress import rank_zero_info
@@ -39,7 +39,7 @@ _MOST_PER_SAMPLE = 200_000
 _LOSS = "training loss"
 
 
-class UnlearnReport(EitherCallback):
+class UnlearnReport(DualPackageCallback):
     """Writes a run directory and ``report.html`` in it when the fit ends, for people to look at.
 
     One file that needs no network: what was found and done, and whether it helped; the noise estimate; which classes

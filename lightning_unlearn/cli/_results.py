@@ -14,7 +14,7 @@ import torch
 from lightning_unlearn.cli._errors import printable
 from lightning_unlearn.cli._examples import add_command
 from lightning_unlearn.results.finding import epochs_in_words, finding_of
-from lightning_unlearn.results.labels import held_labels
+from lightning_unlearn.results.labels import positive_labels
 from lightning_unlearn.results.partition import Partition
 from lightning_unlearn.results.review_csv import check_undecided
 from lightning_unlearn.results.storage import fits
@@ -284,5 +284,5 @@ def _labels(label: torch.Tensor, class_names: Sequence[str]) -> list[str]:
         return class_names[one] if 0 <= one < len(class_names) else str(one)
 
     if label.ndim == 2:
-        return [" ".join(map(name, row)) or "none" for row in held_labels(label)]
+        return [" ".join(map(name, row)) or "none" for row in positive_labels(label)]
     return [name(one) for one in label.tolist()]

@@ -17,7 +17,7 @@ from lightning_unlearn.callbacks import AttributionPartitionCallback
 from lightning_unlearn.cli._config import CommandParser, ConfigCLI, find_users_classes, named_classes
 from lightning_unlearn.cli._examples import examples
 from lightning_unlearn.cli._results import read_checkpoint
-from lightning_unlearn.data.task_format import Reading
+from lightning_unlearn.data.task_format import TaskFormat
 from lightning_unlearn.shrinking import ExampleInput, compare, save_shrunk, shrink
 from lightning_unlearn.utilities.files import target_file
 
@@ -78,7 +78,7 @@ class ShrinkCLI(ConfigCLI):
         given = self.config_init["trainer"].get("callbacks") or []
         given = given if isinstance(given, (list, tuple)) else [given]
         known = [one.reading for one in given if isinstance(one, AttributionPartitionCallback)]
-        self.reading = known[0] if known else Reading()
+        self.reading = known[0] if known else TaskFormat()
         quiet: dict[str, Any] = {
             "enable_progress_bar": False,
             "enable_model_summary": False,

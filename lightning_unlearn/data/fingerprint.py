@@ -91,11 +91,11 @@ def check_fingerprint(before: str, now: str) -> None:
         )
 
 
-def mark_of(fingerprint: str) -> str:
+def short_fingerprint(fingerprint: str) -> str:
     """A fingerprint in one short word that no spreadsheet takes for a number, a time or a formula.
 
     Example:
-        >>> mark_of("20:00aaaaaa11bbbbbb"), mark_of("20:"), mark_of("")
+        >>> short_fingerprint("20:00aaaaaa11bbbbbb"), short_fingerprint("20:"), short_fingerprint("")
         ('n20-0011', 'n20-', '')
     """
     size, colon, content = fingerprint.partition(":")
@@ -104,25 +104,25 @@ def mark_of(fingerprint: str) -> str:
     return f"n{size}-{''.join(piece[:_DIGITS_OF_MARK] for piece in _pieces(content))}"
 
 
-def is_mark(text: str) -> bool:
-    """Whether a text is one that :func:`mark_of` returns."""
+def is_short_fingerprint(text: str) -> bool:
+    """Whether a text is one that :func:`short_fingerprint` returns."""
     return text == "" or _MARK.fullmatch(text) is not None
 
 
-def mark_differs(mark: str, fingerprint: str) -> float:
+def fraction_changed(mark: str, fingerprint: str) -> float:
     """The share of the sampled items whose content differs between a mark and a fingerprint, in [0, 1].
 
     As :func:`share_changed`; more than a quarter is another data set.
 
     Example:
         >>> (
-        ...     mark_differs("n20-0011", "20:00aaaaaa22bbbbbb"),
-        ...     mark_differs("n20-", "20:00aaaaaa"),
-        ...     mark_differs("n9-", "20:"),
+        ...     fraction_changed("n20-0011", "20:00aaaaaa22bbbbbb"),
+        ...     fraction_changed("n20-", "20:00aaaaaa"),
+        ...     fraction_changed("n9-", "20:"),
         ... )
         (0.5, 0.0, 1.0)
     """
-    now = mark_of(fingerprint)
+    now = short_fingerprint(fingerprint)
     if not mark or not now:
         return 0.0
     return _share_changed(mark.split("-"), now.split("-"), _DIGITS_OF_MARK)

@@ -38,11 +38,11 @@ class HandedOut:
         return len(self.batches)
 
 
-class RememberedBatches(BatchSampler):
+class TrackedBatchSampler(BatchSampler):
     """Yields what the user's batch sampler yields, and remembers which indices it has handed to a DataLoader.
 
     In everything else it is the user's own: attributes are read and set there, and ``isinstance`` sees its class.
-    Iterating makes a :class:`RememberedIteration`, so that what somebody else draws is not mixed up with the training
+    Iterating makes a :class:`TrackedBatchIterator`, so that what somebody else draws is not mixed up with the training
     epoch. A DataLoader asks for batches ahead of delivering them but delivers in the same order (unless it has workers
     and ``in_order=False``), so the k-th batch delivered is the k-th that its iteration has drawn.
 
@@ -50,7 +50,7 @@ class RememberedBatches(BatchSampler):
         batches: the user's batch sampler, or whatever iterable of batches stands in for one.
 
     Example:
-        >>> batches = RememberedBatches(BatchSampler(range(5), batch_size=2, drop_last=False))
+        >>> batches = TrackedBatchSampler(BatchSampler(range(5), batch_size=2, drop_last=False))
         >>> iteration = iter(batches)
         >>> next(iteration), next(iteration), batches.batch_size
         ([0, 1], [2, 3], 2)
@@ -68,10 +68,10 @@ class RememberedBatches(BatchSampler):
         return type(self._inner)
 
     @override
-    def __iter__(self) -> RememberedIteration:
+    def __iter__(self) -> TrackedBatchIterator:
         batches = iter(self._inner)
         keeps_state = all(callable(getattr(batches, name, None)) for name in ("state_dict", "load_state_dict"))
-        return (_StatefulIteration if keeps_state else RememberedIteration)(self, batches)
+        return (_StatefulIteration if keeps_state else TrackedBatchIterator)(self, batches)
 
     @override
     def __len__(self) -> int:
@@ -94,7 +94,7 @@ class RememberedBatches(BatchSampler):
     @override
     def __reduce__(self) -> Any:
         # By name, since pickle would look at __class__.
-        return RememberedBatches, (self._inner,)
+        return TrackedBatchSampler, (self._inner,)
 
     @property
     def remembers(self) -> bool:
@@ -107,7 +107,7 @@ class RememberedBatches(BatchSampler):
         return self._inner
 
 
-class RememberedIteration(Iterator[Any]):
+class TrackedBatchIterator(Iterator[Any]):
     """One iteration over the batches, which keeps every batch until a later one is asked for.
 
     Args:
@@ -117,7 +117,7 @@ class RememberedIteration(Iterator[Any]):
     ``count`` is how many batches it has drawn.
     """
 
-    def __init__(self, owner: RememberedBatches, batches: Iterator[Any]) -> None:
+    def __init__(self, owner: TrackedBatchSampler, batches: Iterator[Any]) -> None:
         self._owner = owner
         self._batches: Any = batches
         self.count = 0
@@ -151,7 +151,7 @@ class RememberedIteration(Iterator[Any]):
         return self._kept[0] if self._kept and self._first == position else None
 
 
-class _StatefulIteration(RememberedIteration):
+class _StatefulIteration(TrackedBatchIterator):
     """Of a batch sampler that can be resumed, as torchdata's: what it saves and loads is its own iterator's."""
 
     def state_dict(self) -> Any:
@@ -172,16 +172,16 @@ def as_indices(batch: Any) -> Tensor | None:
     return index.long() if whole and index.ndim == 1 else None
 
 
-def remember_batches(loader: DataLoader[Any]) -> None:
+def track_indices(loader: DataLoader[Any]) -> None:
     """From its next iteration on, the loader remembers its batches; see :func:`delivered_indices`."""
-    if not isinstance(loader.batch_sampler, RememberedBatches):
-        _put_batch_sampler(loader, RememberedBatches(loader.batch_sampler))
+    if not isinstance(loader.batch_sampler, TrackedBatchSampler):
+        _put_batch_sampler(loader, TrackedBatchSampler(loader.batch_sampler))
 
 
-def forget_batches(loader: DataLoader[Any]) -> None:
+def untrack_indices(loader: DataLoader[Any]) -> None:
     """Gives the loader the user's batch sampler again; an iteration under way is not disturbed."""
     batches = loader.batch_sampler
-    if isinstance(batches, RememberedBatches):
+    if isinstance(batches, TrackedBatchSampler):
         _put_batch_sampler(loader, batches.release())
 
 
@@ -210,16 +210,16 @@ def delivered_indices(iterator: Any, waiting: int = 0) -> Tensor | None:
         (B,) int64, or None where that is not known: the loader does not remember its batches, its iteration is older
         than that, or it is not torch's own.
     """
-    return as_indices(delivered_batch(iterator, waiting))
+    return as_indices(last_batch_indices(iterator, waiting))
 
 
-def delivered_batch(iterator: Any, waiting: int = 0) -> Any:
+def last_batch_indices(iterator: Any, waiting: int = 0) -> Any:
     """What :func:`delivered_indices` makes indices of, for who does so later; None where that is not known."""
     iteration = getattr(iterator, "_sampler_iter", None)
     if isinstance(iteration, itertools.islice):
         # As torchdata resumes what keeps no state of its own; it has no attribute for what it cuts.
-        iteration = next((held for held in gc.get_referents(iteration) if isinstance(held, RememberedIteration)), None)
-    if not isinstance(iteration, RememberedIteration):
+        iteration = next((held for held in gc.get_referents(iteration) if isinstance(held, TrackedBatchIterator)), None)
+    if not isinstance(iteration, TrackedBatchIterator):
         return None
     # What torchdata's iterator had drawn before a checkpoint, its new iteration has not.
     earlier = getattr(iterator, "_sampler_iter_yielded", iteration.count) - iteration.count

@@ -71,7 +71,7 @@ def _instead_of(loaders: Any) -> str:
     return ", not wrapped; what the wrapper does can be done in collate_fn or on_before_batch_transfer"
 
 
-def rank_share(total: int, rank: int, world_size: int) -> tuple[Tensor, Tensor]:
+def shard_indices(total: int, rank: int, world_size: int) -> tuple[Tensor, Tensor]:
     """The dataset indices that a rank scores, the same number on every rank.
 
     Args:
@@ -84,7 +84,7 @@ def rank_share(total: int, rank: int, world_size: int) -> tuple[Tensor, Tensor]:
         repeated only to make the shares equal.
 
     Example:
-        >>> rank_share(5, rank=1, world_size=2)
+        >>> shard_indices(5, rank=1, world_size=2)
         (tensor([1, 3, 4]), tensor([1., 1., 0.]))
     """
     padded = -(-total // world_size) * world_size
@@ -122,7 +122,7 @@ def apart(loader: DataLoader[Any]) -> DataLoader[Any]:
     return other
 
 
-def indexed_batches(
+def iterate_indices(
     loader: DataLoader[Any],
     index: Tensor,
     *,
@@ -209,7 +209,7 @@ def _iterates_as_torchs(loader: DataLoader[Any]) -> bool:
     return definer is DataLoader or definer.__module__.startswith("torchdata.")
 
 
-def check_iteration(loader: DataLoader[Any]) -> None:
+def check_iterates_in_order(loader: DataLoader[Any]) -> None:
     """Tries three batches with a subclass that iterates in its own way.
 
     Raises:
@@ -218,7 +218,7 @@ def check_iteration(loader: DataLoader[Any]) -> None:
     if type(loader).__iter__ is DataLoader.__iter__:
         return
     few = min(3 * batch_size(loader), len(loader.dataset))  # type: ignore[arg-type]  # its length has been checked
-    for _ in indexed_batches(loader, torch.arange(few), probing=True, absent=set()):
+    for _ in iterate_indices(loader, torch.arange(few), probing=True, absent=set()):
         pass
 
 

@@ -58,7 +58,7 @@ class Drawing:
             return self.index[places]
         if self.number == len(self.index) and bool((self.weight == self.weight[0]).all()):
             return self.index
-        return self.index[draw_evenly(self.weight, self.number, generator).sort().values]
+        return self.index[systematic_sample(self.weight, self.number, generator).sort().values]
 
     def narrowed(self, index: Tensor, probability: Tensor | None = None, *, at_least: int = 1) -> Drawing:
         """Draws in the same way from some of the indices, each as often as before.
@@ -107,7 +107,7 @@ def evenly(index: Tensor, *, shuffle: bool = True, number: int | None = None) ->
     return Drawing(index, weight, len(index) if number is None else number, shuffle=shuffle)
 
 
-def drawing_of(sampler: Any, *, ranks: int = 1) -> Drawing | None:
+def scheme_of(sampler: Any, *, ranks: int = 1) -> Drawing | None:
     """How a sampler of torch's draws; None for one that means something of its own, which cannot be looked into.
 
     Args:
@@ -115,7 +115,7 @@ def drawing_of(sampler: Any, *, ranks: int = 1) -> Drawing | None:
         ranks: how many processes draw ``num_samples`` each, where that is not the number for all of them together.
 
     Example:
-        >>> drawing = drawing_of(WeightedRandomSampler([0.0, 1.0, 3.0], num_samples=8))
+        >>> drawing = scheme_of(WeightedRandomSampler([0.0, 1.0, 3.0], num_samples=8))
         >>> drawing.weight.tolist(), drawing.number, drawing.way
         ([0.0, 1.0, 3.0], 8, 'with replacement')
     """
@@ -163,7 +163,7 @@ def _by_lot(index: Tensor, weight: Tensor, number: int, replacement: bool, ranks
     return Drawing(index, weight, min(number * ranks, int((weight > 0).sum())), "without replacement")
 
 
-def draw_evenly(weight: Tensor, number: int, generator: torch.Generator) -> Tensor:
+def systematic_sample(weight: Tensor, number: int, generator: torch.Generator) -> Tensor:
     """Draws each item as often as its weight says on average, in any one draw at most one time more or less.
 
     Systematic sampling in random order (Madow 1949): the weights, laid end to end, are a ruler, and every unit of it is
@@ -178,7 +178,7 @@ def draw_evenly(weight: Tensor, number: int, generator: torch.Generator) -> Tens
         (number,) int64, positions, in random order.
 
     Example:
-        >>> draw_evenly(torch.tensor([1.0, 0.0, 1.0]), 2, torch.Generator().manual_seed(0)).sort().values
+        >>> systematic_sample(torch.tensor([1.0, 0.0, 1.0]), 2, torch.Generator().manual_seed(0)).sort().values
         tensor([0, 2])
     """
     weight = weight.double()

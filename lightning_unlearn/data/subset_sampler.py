@@ -11,9 +11,9 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
-from lightning_unlearn.data.index_tracking import forget_batches, remember_batches
+from lightning_unlearn.data.index_tracking import track_indices, untrack_indices
 from lightning_unlearn.data.loaders import batch_size
-from lightning_unlearn.data.sampling_scheme import Drawing, drawing_of
+from lightning_unlearn.data.sampling_scheme import Drawing, scheme_of
 
 
 class CleanSubsetSampler(DistributedSampler[int]):
@@ -76,21 +76,21 @@ class CleanSubsetSampler(DistributedSampler[int]):
         return (drawn[position] for position in itertools.islice(super().__iter__(), self.count))
 
 
-def check_drawing(loader: DataLoader[Any], sampler: Any, *, ranks: int = 1) -> Drawing:
+def check_sampler(loader: DataLoader[Any], sampler: Any, *, ranks: int = 1) -> Drawing:
     """How the user's sampler draws.
 
     Args:
         loader: the user's, for the message.
         sampler: what its batch sampler draws from.
-        ranks: see :func:`drawing_of`.
+        ranks: see :func:`scheme_of`.
 
     Raises:
         TypeError: for a sampler that means something of its own, which a draw from a subset would lose.
     """
-    drawing = sampler.drawing if type(sampler) is CleanSubsetSampler else drawing_of(sampler, ranks=ranks)
+    drawing = sampler.drawing if type(sampler) is CleanSubsetSampler else scheme_of(sampler, ranks=ranks)
     if drawing is not None:
         return drawing
-    # By __class__, as a RememberedBatches goes by the user's.
+    # By __class__, as a TrackedBatchSampler goes by the user's.
     batches = loader.batch_sampler.__class__.__name__
     found = type(sampler).__name__ if sampler is not None else f"{batches} without .sampler"
     if isinstance(sampler, (list, tuple)) or hasattr(sampler, "indices"):
@@ -103,7 +103,7 @@ def check_drawing(loader: DataLoader[Any], sampler: Any, *, ranks: int = 1) -> D
     )
 
 
-def fault_of_batch_sampler(loader: DataLoader[Any]) -> str:
+def batch_sampler_error(loader: DataLoader[Any]) -> str:
     """Why the batches of a subset could not be drawn and counted with the loader's batch sampler; empty if they can.
 
     Draws from the global random state where the batch sampler is not torch's own.
@@ -147,7 +147,7 @@ def fault_of_batch_sampler(loader: DataLoader[Any]) -> str:
     return ""
 
 
-class NarrowedLoaders:
+class SamplerSwap:
     """Loaders whose samplers were replaced, and what to put back.
 
     The loader object stays the user's own: its workers, collate function and subclass are untouched.
@@ -171,7 +171,7 @@ class NarrowedLoaders:
         # DataLoader forbids to set it; Lightning looks here to see that the sampler is distributed already.
         loader.__dict__["sampler"] = sampler
         if remembers:
-            remember_batches(loader)
+            track_indices(loader)
         return loader
 
     def samplers_of(self, loader: DataLoader[Any]) -> tuple[Any, Any]:
@@ -187,7 +187,7 @@ class NarrowedLoaders:
         """Puts the users' samplers back."""
         while self._replaced:
             loader, batch_sampler_sampler, sampler = self._replaced.pop()
-            forget_batches(loader)
+            untrack_indices(loader)
             restored: Any = loader.batch_sampler
             restored.sampler = batch_sampler_sampler
             loader.__dict__["sampler"] = sampler

@@ -26,7 +26,7 @@ _ILLEGAL = -2
 _ROUNDING = 1e-3
 
 
-def logits_in(output: Any) -> Any:
+def extract_logits(output: Any) -> Any:
     """The logits in what ``forward`` returned: ``output.logits``, ``output["logits"]``, the first of a tuple, or it."""
     if isinstance(output, Mapping):
         return output.get("logits", output)
@@ -45,7 +45,7 @@ def _checked_ignore_index(value: Any) -> float | None:
     return check_number("ignore_index", value, meaning="the label that means none, NaN, or None")
 
 
-class Reading:
+class TaskFormat:
     """How batches, outputs and labels are read. What is ``"auto"`` is settled by the first batch.
 
     **Rows.** Everything downstream sees rows of class logits (U, C) with class labels (U,). Of a multi-class task they
@@ -58,7 +58,7 @@ class Reading:
         ignore_index: a label that means none, as in ``torch.nn.functional.cross_entropy``, or NaN; None for no such
             label.
         batch_to_xy: from a batch to the input and the labels; by default that is seen at the first batch.
-        logits_from: from what ``forward`` returns to logits, by default :func:`logits_in`.
+        logits_from: from what ``forward`` returns to logits, by default :func:`extract_logits`.
 
     Raises:
         ValueError: for an unknown task or treatment of soft labels.
@@ -79,7 +79,7 @@ class Reading:
         self.batch_to_xy = batch_to_xy
         if batch_to_xy is not None:
             self.batch_to_xy = check_function("batch_to_xy", batch_to_xy, "from a batch to (x, y)")
-        self.logits_from: Callable[[Any], Any] = logits_in
+        self.logits_from: Callable[[Any], Any] = extract_logits
         if logits_from is not None:
             self.logits_from = check_function("logits_from", logits_from, "from what forward returns to logits")
         self.forget()
@@ -166,9 +166,9 @@ class Reading:
             )
         self._task, self.num_outputs = task, outputs
 
-    def alike(self, output: Tensor, label: Any) -> Reading:
+    def alike(self, output: Tensor, label: Any) -> TaskFormat:
         """Another reading with the same settings, settled by another first batch; see :meth:`settle`."""
-        other = Reading(task=self.wanted, soft_labels=self.soft_labels, ignore_index=self.ignore_index)
+        other = TaskFormat(task=self.wanted, soft_labels=self.soft_labels, ignore_index=self.ignore_index)
         other.settle(output, label)
         return other
 

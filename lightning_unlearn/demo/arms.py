@@ -68,7 +68,7 @@ class _Repeat:
         arms[CEILING] = self._train(CEILING, self._fresh(), steps, clean)
         arms[RETRAIN] = self._train(RETRAIN, self._fresh(), self.first * self._batches(kept), kept)
         arms[AUTO] = self._auto()
-        detection = self._detection(partition, self._memorised())
+        detection = self._detection(partition, self._memorized())
         return Outcome(self.seed, {name: arms[name] for name in ARMS}, detection), partition
 
     def _product(self) -> tuple[dict[str, Arm], Partition]:
@@ -139,12 +139,12 @@ class _Repeat:
         return Arm(float(result["test_acc"]), phase.seconds, phase.steps)
 
     @torch.no_grad()
-    def _memorised(self) -> float:
+    def _memorized(self) -> float:
         image, given = self.data.train_data.tensors
         logits: Tensor = self._base().eval()(image)
         return (logits.argmax(dim=1) == given)[self.wrong].float().mean().item()
 
-    def _detection(self, partition: Partition, memorised: float) -> Detection:
+    def _detection(self, partition: Partition, memorized: float) -> Detection:
         suspect, wrong = ~partition.is_clean, self.wrong
         found = suspect & wrong
         right = partition.suggested_label == self.data.true_label
@@ -154,7 +154,7 @@ class _Repeat:
             recall=(found.sum() / wrong.sum()).item(),
             suggested_right=(right & found).sum().item() / max(1, int(found.sum())),
             noise_rate=partition.noise_rate,
-            memorised=memorised,
+            memorized=memorized,
         )
 
 

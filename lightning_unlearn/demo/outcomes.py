@@ -66,7 +66,7 @@ class Detection:
         recall: share of the wrong labels that are suspects.
         suggested_right: share of the suspects with a wrong label whose suggested label is right.
         noise_rate: as estimated; None where it is not known.
-        memorised: share of the wrong labels that the base model predicts.
+        memorized: share of the wrong labels that the base model predicts.
     """
 
     auroc: float
@@ -74,7 +74,7 @@ class Detection:
     recall: float
     suggested_right: float
     noise_rate: float | None
-    memorised: float
+    memorized: float
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def _found(outcomes: Sequence[Outcome]) -> list[str]:
         return _spread([100 * getattr(outcome.detection, name) for outcome in outcomes], 1)
 
     return [
-        f"Partition after the base, which predicts {of('memorised')} % of the wrong labels:",
+        f"Partition after the base, which predicts {of('memorized')} % of the wrong labels:",
         f"precision {of('precision')} %, recall {of('recall')} %, AUROC {of('auroc')} %;",
         f"estimated noise rate {of('noise_rate')} %; suggested label right for {of('suggested_right')} %.",
     ]

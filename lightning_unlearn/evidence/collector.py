@@ -12,20 +12,20 @@ from torch import Tensor
 from lightning_unlearn.attribution import Attributor, ForwardTrace, resolve_layer
 from lightning_unlearn.attribution.layers import LayerPoint
 from lightning_unlearn.data.batch import Path
-from lightning_unlearn.data.loaders import rank_share
-from lightning_unlearn.data.task_format import Reading
+from lightning_unlearn.data.loaders import shard_indices
+from lightning_unlearn.data.task_format import TaskFormat
 from lightning_unlearn.evidence.early_epochs import EarlyEpochs
-from lightning_unlearn.evidence.eval_pass import EvidencePass, make_attributor
+from lightning_unlearn.evidence.eval_pass import ScoringPass, make_attributor
 from lightning_unlearn.evidence.frozen_features import FrozenFeatures
 from lightning_unlearn.evidence.label_field import LabelWatch
-from lightning_unlearn.evidence.step_reader import TrainingPassReader
-from lightning_unlearn.evidence.training_dynamics import Trajectory
+from lightning_unlearn.evidence.step_reader import TrainStepReader
+from lightning_unlearn.evidence.training_dynamics import TrainingDynamics
 from lightning_unlearn.evidence.validation_watch import ValidationWatch
 from lightning_unlearn.evidence.when import DrawTime, monitored
+from lightning_unlearn.recipes.base import Recipe
 from lightning_unlearn.recipes.evidence import Evidence, OutOfSample
-from lightning_unlearn.recipes.verdict import Recipe
 from lightning_unlearn.trainer.context import FitContext, IndexedBatch
-from lightning_unlearn.trainer.data_checks import Recognised
+from lightning_unlearn.trainer.data_checks import Recognized
 from lightning_unlearn.trainer.divergence import check_rows_left_out
 from lightning_unlearn.trainer.progress import rank_zero_info
 
@@ -48,7 +48,7 @@ class EvidenceCollector:
 
     def __init__(
         self,
-        reading: Reading,
+        reading: TaskFormat,
         recipe: Recipe,
         *,
         keeps_coordinates: bool,
@@ -58,7 +58,7 @@ class EvidenceCollector:
     ) -> None:
         self.reading, self.recipe, self.method = reading, recipe, method
         self._keeps_coordinates, self._may_read_steps, self._every = keeps_coordinates, reads_steps, every_n_epochs
-        self.reader = TrainingPassReader(reading=reading, sink=self)
+        self.reader = TrainStepReader(reading=reading, sink=self)
         self.label_watch = LabelWatch(reading)
         self.validation_watch = ValidationWatch(reading)
         self.when = DrawTime("auto")
@@ -69,7 +69,7 @@ class EvidenceCollector:
         self.point: LayerPoint | None = None
         self.early: LayerPoint | None = None
         self.reading.forget()
-        self.trajectory: Trajectory | None = None
+        self.trajectory: TrainingDynamics | None = None
         self.features = FrozenFeatures()
         self.is_closed = self._has_said_fallback = False
         self.forget_epochs()
@@ -106,7 +106,7 @@ class EvidenceCollector:
         return self.recipe.needs_unseen and self.reading.rows_per_sample == 1
 
     @property
-    def in_use(self) -> Trajectory:
+    def in_use(self) -> TrainingDynamics:
         """The trajectory.
 
         Raises:
@@ -136,11 +136,13 @@ class EvidenceCollector:
             trace: of its forward pass.
             first: the batch that it was of.
         """
-        maker = trace.logit_maker(self.reading.num_outputs)
+        maker = trace.logits_module(self.reading.num_outputs)
         if self.trajectory is None and not self.is_closed:
             rows = fit.total * self.reading.rows_per_sample
             # A recipe of a user may look at the attributions of however many classes.
-            self.trajectory = Trajectory(rows, self.reading.num_classes, keeps_coordinates=self._keeps_coordinates)
+            self.trajectory = TrainingDynamics(
+                rows, self.reading.num_classes, keeps_coordinates=self._keeps_coordinates
+            )
             if self.reading.label_at is None:
                 self.label_watch.start(fit.pl_module, maker)
         if self.trajectory is not None and self.asks_unseen:
@@ -148,21 +150,21 @@ class EvidenceCollector:
         if not self.is_closed and self.when.is_open and maker is not None:
             self.validation_watch.start(resolve_layer(fit.pl_module, maker))
         if self.trajectory is not None and self.reading.task != "multilabel":
-            with fit.undisturbed():
+            with fit.isolated_eval():
                 self._attributor(fit).rehearse(first.x, first.label.clamp(min=0), rows=self.recipe.needs_rows)
 
-    def start_reading(self, fit: FitContext, trace: ForwardTrace, data: Recognised, first: IndexedBatch) -> None:
+    def start_reading(self, fit: FitContext, trace: ForwardTrace, data: Recognized, first: IndexedBatch) -> None:
         """Starts to read training steps, or says why not.
 
         Args:
             fit: that begins.
             trace: of its forward pass.
-            data: the training set, as it was recognised.
+            data: the training set, as it was recognized.
             first: the batch that the forward pass was of.
         """
         if not self.reads_steps:
             return
-        maker = trace.logit_maker(self.reading.num_outputs)
+        maker = trace.logits_module(self.reading.num_outputs)
         if data.train_fault:
             self.reader.give_up(data.train_fault)
         elif maker is not None:
@@ -274,7 +276,7 @@ class EvidenceCollector:
         if positions is None or not self.looks_early(epoch):
             return
         trainer = fit.trainer
-        share = rank_share(len(positions), trainer.global_rank, trainer.world_size)
+        share = shard_indices(len(positions), trainer.global_rank, trainer.world_size)
         self.early_epochs.look(self.in_use, positions, trainer.num_training_batches, share, fit.device, fit.reduce)
         self.reader.positions = positions.zero_() if self.looks_early(epoch + 1) else None
 
@@ -306,7 +308,7 @@ class EvidenceCollector:
             raise RuntimeError("The layer to attribute at is not resolved; this is an error in lightning_unlearn.")
         return make_attributor(fit, self.point, self.method, watch)
 
-    def evidence_pass(self, fit: FitContext, *, is_last: bool, features: FrozenFeatures | None = None) -> EvidencePass:
+    def evidence_pass(self, fit: FitContext, *, is_last: bool, features: FrozenFeatures | None = None) -> ScoringPass:
         """A pass that is not run yet.
 
         Args:
@@ -317,13 +319,13 @@ class EvidenceCollector:
         early = self.early if is_last else None
         watched = (early, None if features is None else features.point)
         attributor = self._attributor(fit, tuple(point for point in watched if point is not None))
-        return EvidencePass(fit, attributor, self.in_use, is_last, self.recipe.needs_rows, early, features)
+        return ScoringPass(fit, attributor, self.in_use, is_last, self.recipe.needs_rows, early, features)
 
     def pass_over(self, fit: FitContext) -> tuple[dict[str, Tensor], set[int]]:
         """Passes over this rank's share of the training set.
 
         Returns:
-            what the pass showed, see :meth:`EvidencePass.run`, and the indices that the data set gives as None.
+            what the pass showed, see :meth:`ScoringPass.run`, and the indices that the data set gives as None.
         """
         is_last = not self.is_before_the_first(fit.epoch)
         # The margins of several labels are those of the logits, for which no layer is watched.
@@ -373,9 +375,9 @@ class EvidenceCollector:
             self.reader.detach()
 
 
-def _trajectory_of(state: dict[str, Any], *, is_fit: bool) -> Trajectory | None:
+def _trajectory_of(state: dict[str, Any], *, is_fit: bool) -> TrainingDynamics | None:
     try:
-        return Trajectory.from_state_dict(state)
+        return TrainingDynamics.from_state_dict(state)
     except ValueError as error:
         if is_fit:
             raise

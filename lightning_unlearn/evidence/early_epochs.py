@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_unlearn.evidence.training_dynamics import Trajectory
+from lightning_unlearn.evidence.training_dynamics import TrainingDynamics
 from lightning_unlearn.functional.margin_noise import prequential_margin_rate
 from lightning_unlearn.functional.prequential import (
     PARTS,
@@ -47,7 +47,7 @@ class EarlyEpochs:
 
     def look(
         self,
-        trajectory: Trajectory,
+        trajectory: TrainingDynamics,
         positions: Tensor,
         batches: float,
         share: tuple[Tensor, Tensor],
@@ -58,7 +58,7 @@ class EarlyEpochs:
 
         Args:
             trajectory: with what was observed in this epoch.
-            positions: (N,) uint8, see :class:`~lightning_unlearn.evidence.step_reader.TrainingPassReader`.
+            positions: (N,) uint8, see :class:`~lightning_unlearn.evidence.step_reader.TrainStepReader`.
             batches: how many the epoch has.
             share: (n,) indices of this rank's samples, and (n,) 0 for one that only pads.
             device: where to compute.
@@ -100,7 +100,7 @@ class EarlyEpochs:
 
     def _look_at_margins(
         self,
-        trajectory: Trajectory,
+        trajectory: TrainingDynamics,
         margins: Tensor,
         of_rows: tuple[Tensor, Tensor],
         drawn: Tensor,

@@ -16,7 +16,7 @@ from lightning_unlearn.attribution import Attributor, MarginAttribution, respons
 from lightning_unlearn.attribution.layers import LayerPoint
 from lightning_unlearn.data.task_format import IGNORED
 from lightning_unlearn.evidence.frozen_features import FrozenFeatures
-from lightning_unlearn.evidence.training_dynamics import Trajectory
+from lightning_unlearn.evidence.training_dynamics import TrainingDynamics
 from lightning_unlearn.functional.attribution import label_margin
 from lightning_unlearn.functional.identity import mixed, row_identity
 from lightning_unlearn.trainer.context import FitContext, IndexedBatch
@@ -30,7 +30,7 @@ def make_attributor(fit: FitContext, point: LayerPoint, method: str, watch: Sequ
 
 
 @dataclass(frozen=True, eq=False)
-class EvidencePass:
+class ScoringPass:
     """A pass in index order over this rank's share of the training set.
 
     Args:
@@ -49,7 +49,7 @@ class EvidencePass:
 
     fit: FitContext
     attributor: Attributor
-    trajectory: Trajectory
+    trajectory: TrainingDynamics
     is_last: bool
     needs_rows: bool
     early: LayerPoint | None
@@ -63,10 +63,10 @@ class EvidencePass:
 
         Returns:
             what the pass showed, one row for each row of the share; see
-            :class:`~lightning_unlearn.data.task_format.Reading`.
+            :class:`~lightning_unlearn.data.task_format.TaskFormat`.
         """
         columns: dict[str, list[Tensor]] = {}
-        with self.fit.undisturbed():
+        with self.fit.isolated_eval():
             samples = self.fit.total if self.loader is None else len(self.loader.dataset)  # type: ignore[arg-type]
             check_same_size(len(self.trajectory) // self.fit.reading.rows_per_sample, samples)
             loader = self.loader or self.fit.scoring_loader

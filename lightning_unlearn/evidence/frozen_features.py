@@ -9,7 +9,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from lightning_unlearn.attribution import BATCH_NORM, ForwardTrace, named_layers, take_rows, tap
+from lightning_unlearn.attribution import BATCH_NORM, ForwardTrace, named_layers, slice_batch, tap
 from lightning_unlearn.attribution.layers import LayerPoint
 from lightning_unlearn.functional.leave_one_out import leave_one_out_logits, left_out_rate, objection_to, skill_of
 from lightning_unlearn.functional.prequential import PrequentialRate
@@ -69,7 +69,7 @@ class FrozenFeatures:
         if self.point is None:
             return
         try:
-            rows = take_rows(first.x, slice(0, _ROWS), samples)
+            rows = slice_batch(first.x, slice(0, _ROWS), samples)
         except ValueError:
             self.point = None
             return
@@ -96,7 +96,7 @@ class FrozenFeatures:
         """What the layer takes of the samples that were kept, under the statistics that were kept."""
         if self.point is None:
             return None
-        with fit.undisturbed(), torch.no_grad(), tap(fit.pl_module, self.point) as take:
+        with fit.isolated_eval(), torch.no_grad(), tap(fit.pl_module, self.point) as take:
             for name, value in _statistics(fit.pl_module).items():
                 value.copy_(self._statistics.get(name, value))
             try:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_unlearn.attribution import resolve_layer
 from lightning_unlearn.attribution.head_watch import HeadWatch, Step
 from lightning_unlearn.data.batch import Path, has_rows, how_to_split, leaves_of, shown_path
-from lightning_unlearn.data.task_format import Reading
+from lightning_unlearn.data.task_format import TaskFormat
 from lightning_unlearn.utilities.reduce import Reduce
 
 # So many steps are looked at, at most, until it is clear what the loss follows.
@@ -41,7 +41,7 @@ _MOST_FIELDS = 16
 _LABEL: Path = ()  # what batch_to_xy has made, which is no field
 
 
-def agreement(value: Any, gradient: Tensor, reading: Reading) -> Tensor:
+def agreement(value: Any, gradient: Tensor, reading: TaskFormat) -> Tensor:
     """(B,) bool, rows whose logit the loss raises where a field says so.
 
     Args:
@@ -72,7 +72,7 @@ class LabelWatch:
         reading: what was taken for the labels.
     """
 
-    def __init__(self, reading: Reading) -> None:
+    def __init__(self, reading: TaskFormat) -> None:
         self._reading = reading
         self._head_watch = HeadWatch()
         self.detach()

@@ -11,7 +11,7 @@ _CLEAR_PULL = 0.1
 _UNSURE = 0.7
 
 
-def pulled_elsewhere(logits: Tensor, gradient: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+def has_mixed_target(logits: Tensor, gradient: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     """Rows whose loss raises the logit of a class that is not the given label, as a mixed target does.
 
     A loss of the given label alone treats all other classes alike: whatever it is (cross-entropy with class weights or
@@ -36,7 +36,7 @@ def pulled_elsewhere(logits: Tensor, gradient: Tensor, label: Tensor) -> tuple[T
         >>> logits, label = torch.tensor([[0.5, 0.3, -1.0]]), torch.tensor([0])
         >>> alone = logits.softmax(dim=1) - torch.tensor([[1.0, 0.0, 0.0]])
         >>> mixed = logits.softmax(dim=1) - torch.tensor([[0.5, 0.5, 0.0]])
-        >>> pulled_elsewhere(logits, alone, label)[1], pulled_elsewhere(logits, mixed, label)[1]
+        >>> has_mixed_target(logits, alone, label)[1], has_mixed_target(logits, mixed, label)[1]
         (tensor([False]), tensor([True]))
     """
     gradient = gradient.float()

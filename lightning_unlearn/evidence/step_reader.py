@@ -1,7 +1,7 @@
 """Label evidence from the forward passes of training: whose row is whose, and when that can no longer be told.
 
 Nothing of the fit is changed: the batch sampler is the user's with a memory, the head's output is copied, and the
-gradient that the loss sends to it is looked at. Who drives a :class:`TrainingPassReader` calls, in this order,
+gradient that the loss sends to it is looked at. Who drives a :class:`TrainStepReader` calls, in this order,
 ``attach`` in ``setup``, ``start`` in ``on_train_start``, ``start_epoch`` in ``on_train_epoch_start``, ``start_batch``
 and ``end_batch`` in ``on_train_batch_start`` and ``on_train_batch_end``, ``end_epoch`` in ``on_train_epoch_end``, and
 ``detach`` in ``teardown`` and ``on_exception``.
@@ -18,10 +18,10 @@ from torch.utils.data import DataLoader
 
 from lightning_unlearn.attribution import resolve_layer
 from lightning_unlearn.attribution.head_watch import HeadWatch, Step, as_columns
-from lightning_unlearn.data.index_tracking import as_indices, delivered_batch, forget_batches, remember_batches
+from lightning_unlearn.data.index_tracking import as_indices, last_batch_indices, track_indices, untrack_indices
 from lightning_unlearn.data.loaders import check_loader
-from lightning_unlearn.data.task_format import IGNORED, Reading
-from lightning_unlearn.evidence.mixed_targets import pulled_elsewhere
+from lightning_unlearn.data.task_format import IGNORED, TaskFormat
+from lightning_unlearn.evidence.mixed_targets import has_mixed_target
 from lightning_unlearn.trainer.fit_loop import live_iterator, live_loaders
 from lightning_unlearn.trainer.train_data import TrainLoaderWatch
 
@@ -33,7 +33,7 @@ _MIN_PULLED = 4
 _MAX_SHARE = 0.01
 
 
-class EvidenceSink(Protocol):
+class StepObserver(Protocol):
     """Who takes the evidence."""
 
     def observe(self, index: Tensor, logits: Tensor, label: Tensor) -> None:
@@ -49,7 +49,7 @@ class EvidenceSink(Protocol):
         """Drops all that was observed in this fit: it cannot be trusted."""
 
 
-class TrainingPassReader:
+class TrainStepReader:
     """Reads (dataset index, logits, given label) of every row from the forward passes of training.
 
     Rows reach the sink in windows of up to 16 batches, after the check of their window: until then they lie on the
@@ -58,7 +58,7 @@ class TrainingPassReader:
 
     It gives up, for good and with a ``reason``, where a row's output no longer belongs to one sample and its label:
     several calls of the head in a step, other than one row per label, labels that are not one integer per row or that
-    change for an index, rows whose loss pulls towards another class (MixUp, CutMix; see :func:`pulled_elsewhere`); and
+    change for an index, rows whose loss pulls towards another class (MixUp, CutMix; see :func:`has_mixed_target`); and
     where that cannot be checked: a compiled head, no gradient at the logits, batches drawn out of order. Then
     everything is put back and the sink forgets. A single epoch whose batches cannot be told, as may happen on a resume,
     is only left out. Batches that do not train (a skipped step) are left out as well.
@@ -77,11 +77,11 @@ class TrainingPassReader:
         >>> class Sink:
         ...     def observe(self, index, logits, label): ...
         ...     def forget(self): ...
-        >>> TrainingPassReader(reading=Reading(), sink=Sink()).is_reading
+        >>> TrainStepReader(reading=TaskFormat(), sink=Sink()).is_reading
         False
     """
 
-    def __init__(self, *, reading: Reading, sink: EvidenceSink) -> None:
+    def __init__(self, *, reading: TaskFormat, sink: StepObserver) -> None:
         self._reading = reading
         self._sink = sink
         self._watch = TrainLoaderWatch()
@@ -184,7 +184,7 @@ class TrainingPassReader:
         self._head_watch.end()
         if self._module is None or self._is_unknown:
             return
-        drawn = delivered_batch(*live_iterator(trainer))
+        drawn = last_batch_indices(*live_iterator(trainer))
         if not hasattr(drawn, "__len__"):
             self._is_unknown = True
             return
@@ -241,7 +241,7 @@ class TrainingPassReader:
         self._head_watch.end()
         self._module = None
         for loader in self._loaders:
-            forget_batches(loader)
+            untrack_indices(loader)
         self._loaders = []
         self._seen = None
         self._held = []
@@ -252,10 +252,10 @@ class TrainingPassReader:
             return
         for loader in self._loaders:
             if all(loader is not other for other in loaders):
-                forget_batches(loader)
+                untrack_indices(loader)
         self._loaders = loaders
         for loader in loaders:
-            remember_batches(loader)
+            track_indices(loader)
 
     def _labels_of(self, batch: Any, num_rows: int) -> Any:
         """The labels that a batch holds; None, having given up, where it has not as many as rows."""
@@ -297,19 +297,19 @@ class TrainingPassReader:
         except (TypeError, ValueError) as error:
             self._give_up_labels(error)
             return
-        index, logits, gradient, label = self._labelled_rows(held, torch.cat(of_steps), label)
+        index, logits, gradient, label = self._labeled_rows(held, torch.cat(of_steps), label)
         if len(index) == 0:
             return
         if index.min() < 0 or index.max() >= self._size:
             self.give_up(f"the train loader draws indices outside [0, {self._size})")
             return
         legal = (label >= 0) & (label < logits.shape[1])
-        judged, pulled = pulled_elsewhere(logits, gradient, label.where(legal, 0))
-        counts = torch.stack([judged.sum(), pulled.sum(), (~legal).sum(), self._relabelled(index, label)])
-        num_judged, num_pulled, num_illegal, num_relabelled = counts.tolist()  # a wait for the device
+        judged, pulled = has_mixed_target(logits, gradient, label.where(legal, 0))
+        counts = torch.stack([judged.sum(), pulled.sum(), (~legal).sum(), self._relabeled(index, label)])
+        num_judged, num_pulled, num_illegal, num_relabeled = counts.tolist()  # a wait for the device
         self._judged += num_judged
         self._pulled += num_pulled
-        fault = self._fault_of_counts(num_illegal, num_relabelled)
+        fault = self._fault_of_counts(num_illegal, num_relabeled)
         if fault:
             self.give_up(fault)
         elif num_judged or self._has_judged:
@@ -326,7 +326,7 @@ class TrainingPassReader:
             for step, of in zip(held, of_steps, strict=True):
                 self.positions[of] = 1 + int(step.position * 255)
 
-    def _labelled_rows(self, held: list[Step], index: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _labeled_rows(self, held: list[Step], index: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Rows, logits, gradients and labels of some steps, without the rows whose label is to be ignored."""
         reading = self._reading
         output = torch.cat([as_columns(step.output) for step in held if step.output is not None])
@@ -338,12 +338,12 @@ class TrainingPassReader:
             return index, logits, gradient, label
         return index[counted.cpu()], logits[counted], gradient[counted], label[counted]
 
-    def _fault_of_counts(self, num_illegal: int, num_relabelled: int) -> str:
+    def _fault_of_counts(self, num_illegal: int, num_relabeled: int) -> str:
         if num_illegal:
             return f"{num_illegal} labels of training batches name no class that '{self.head}' has an output for"
-        if num_relabelled:
+        if num_relabeled:
             return (
-                f"{num_relabelled} rows have another label than the one seen before at their dataset index, as where"
+                f"{num_relabeled} rows have another label than the one seen before at their dataset index, as where"
                 " collate_fn or a transfer hook reorders a batch"
             )
         if self._pulled >= _MIN_PULLED and self._pulled > _MAX_SHARE * self._judged:
@@ -353,7 +353,7 @@ class TrainingPassReader:
             )
         return ""
 
-    def _relabelled(self, index: Tensor, label: Tensor) -> Tensor:
+    def _relabeled(self, index: Tensor, label: Tensor) -> Tensor:
         """How many rows have another label than their index had before; a scalar on the device."""
         if self._seen is None:
             known = torch.full((self._size,), -1) if self._known is None else self._known

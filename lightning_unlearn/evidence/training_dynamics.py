@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lightning_unlearn.functional.attribution import label_margin
 from lightning_unlearn.functional.coordinates import helmert, times_helmert
-from lightning_unlearn.functional.evidence import label_support
+from lightning_unlearn.functional.evidence import label_confidence
 from lightning_unlearn.functional.soft_margin import NUM_SCALES, rivals_of, soft_margins
 from lightning_unlearn.utilities.chunks import row_slices
 from lightning_unlearn.utilities.reduce import Reduce
@@ -72,7 +72,7 @@ def _entropy(logits: Tensor) -> Tensor:
     return torch.cat(parts) if parts else logits.new_zeros(0)
 
 
-class Trajectory:
+class TrainingDynamics:
     """Sums of what passes over the training set showed, by dataset index.
 
     Args:
@@ -168,9 +168,9 @@ class Trajectory:
     def __len__(self) -> int:
         return self._scores.shape[0]
 
-    def of_others(self, total: int) -> Trajectory:
+    def of_others(self, total: int) -> TrainingDynamics:
         """An empty one of other samples, ``total`` of them, with coordinates of the same classes."""
-        other = Trajectory(total, self.num_classes)
+        other = TrainingDynamics(total, self.num_classes)
         if len(self._classes):
             other._take_classes(self._classes)
         return other
@@ -215,7 +215,7 @@ class Trajectory:
         """
         logits = logits.detach().float()
         margin = label_margin(logits, label) if margin is None else margin
-        scores = torch.stack([torch.ones_like(margin), margin, label_support(margin), _entropy(logits)], dim=1)
+        scores = torch.stack([torch.ones_like(margin), margin, label_confidence(margin), _entropy(logits)], dim=1)
         expected = logits.new_zeros(self.num_classes) if self.has_margins else None
         rows = torch.cat([self.coordinates(logits), self._margins(logits, label, expected), scores], dim=1)
         index, rows = index.cpu(), rows.cpu()
@@ -355,7 +355,7 @@ class Trajectory:
         }
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Any]) -> Trajectory:
+    def from_state_dict(cls, state: dict[str, Any]) -> TrainingDynamics:
         """The trajectory that :meth:`state_dict` described."""
         width, classes = state["phases"].shape[2] - 1, state.get("classes", torch.zeros(0, dtype=torch.int64))
         trajectory = cls(

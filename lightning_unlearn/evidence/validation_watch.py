@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_unlearn.attribution import watch_output
-from lightning_unlearn.data.task_format import Reading
+from lightning_unlearn.data.task_format import TaskFormat
 from lightning_unlearn.utilities.reduce import Reduce
 
 
@@ -22,7 +22,7 @@ class ValidationWatch:
         reading: how batches, outputs and labels are read.
     """
 
-    def __init__(self, reading: Reading) -> None:
+    def __init__(self, reading: TaskFormat) -> None:
         self._reading = reading
         self._module: nn.Module | None = None
         self._forget()

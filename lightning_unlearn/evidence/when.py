@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from lightning_unlearn.evidence.training_dynamics import PHASES, Trajectory
+from lightning_unlearn.evidence.training_dynamics import PHASES, TrainingDynamics
 from lightning_unlearn.results.finding import epochs_in_words
 from lightning_unlearn.trainer.callback_order import callbacks_of
 from lightning_unlearn.trainer.compat import MisconfigurationException, is_a
@@ -180,7 +180,7 @@ class DrawTime:
         self._notes[epoch] = replace(self._notes.get(epoch, EpochNote()), **shown)
 
     @contextmanager
-    def noting(self, epoch: int, trajectory: Trajectory, reduce: Reduce, *, of_steps: bool) -> Iterator[None]:
+    def noting(self, epoch: int, trajectory: TrainingDynamics, reduce: Reduce, *, of_steps: bool) -> Iterator[None]:
         """Notes what the evidence of an epoch shows, while it is merged inside. Every rank must enter.
 
         Args:

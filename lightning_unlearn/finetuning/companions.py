@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.data.batch import Path, field_at, has_rows, leaves_of, shown_path
-from lightning_unlearn.data.task_format import Reading
+from lightning_unlearn.data.task_format import TaskFormat
 
 # Rows of classes that come again from which on a field is said to be made of the label.
 _AGAIN = 8
@@ -58,7 +58,7 @@ class Companion:
         return changed.reshape(value.shape)
 
 
-def companions_in(batches: Sequence[Any], reading: Reading) -> list[Companion]:
+def companions_in(batches: Sequence[Any], reading: TaskFormat) -> list[Companion]:
     """The fields that are made of the label.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lightning_unlearn.finetuning.training_subset import TrainingDraw
+from lightning_unlearn.finetuning.training_subset import TrainingSubset
 from lightning_unlearn.finetuning.warm_start import Memory, Start
 from lightning_unlearn.results.finding import epochs_in_words, share_in_words
 from lightning_unlearn.results.partition import Partition
@@ -12,16 +12,16 @@ from lightning_unlearn.results.partition import Partition
 _STARTS = {"keep": "", "shrink": ", from weights moved back towards those of the start", "start": ", from the start"}
 
 
-def samples_of(draw: TrainingDraw) -> str:
+def samples_of(draw: TrainingSubset) -> str:
     """What a draw holds, in words."""
     if draw.probability is not None:
         return f"{len(draw.index):,} samples, each drawn as often as it is likely to be clean"
-    changed = len(draw.relabelled)
+    changed = len(draw.relabeled)
     kept = f"{len(draw.index) - changed:,} clean samples"
     return f"{kept} and {changed:,} re-labeled ones" if draw.new_label is not None else kept
 
 
-def done(draw: TrainingDraw, epoch: int, *, mode: str, started_from: str) -> str:
+def done(draw: TrainingSubset, epoch: int, *, mode: str, started_from: str) -> str:
     """What was done, in one clause.
 
     Args:
@@ -34,7 +34,7 @@ def done(draw: TrainingDraw, epoch: int, *, mode: str, started_from: str) -> str
     return f"trained on {samples_of(draw)} from epoch {epoch} on ({kind}{_STARTS[started_from]})"
 
 
-def left_out(partition: Partition, draw: TrainingDraw) -> str:
+def left_out(partition: Partition, draw: TrainingSubset) -> str:
     """How many samples a draw leaves out and why, in a clause after a comma; empty where it leaves none out."""
     out = torch.ones(len(partition), dtype=torch.bool)
     out[draw.index] = False
@@ -81,7 +81,7 @@ def prospect(memory: Memory, start: Start, precision: float | None, epochs: int 
     return f"What the memorized labels{listed} have spoilt is to be won back{left}."
 
 
-def started(draw: TrainingDraw, left: str, epoch: int, batches: tuple[int | float, int | float], trained: int) -> str:
+def started(draw: TrainingSubset, left: str, epoch: int, batches: tuple[int | float, int | float], trained: int) -> str:
     """That fine-tuning starts.
 
     Args:
@@ -98,12 +98,12 @@ def started(draw: TrainingDraw, left: str, epoch: int, batches: tuple[int | floa
     )
 
 
-def renewed(draw: TrainingDraw, epoch: int, batches: int | float) -> str:
+def renewed(draw: TrainingSubset, epoch: int, batches: int | float) -> str:
     """That fine-tuning goes on with another partition."""
     return f"Fine-tuning goes on from epoch {epoch} on {samples_of(draw)}, {batches} batches per epoch."
 
 
-def of_dry_run(draw: TrainingDraw, epochs: int | None, batches: tuple[int, int], seconds: float | None) -> str:
+def of_dry_run(draw: TrainingSubset, epochs: int | None, batches: tuple[int, int], seconds: float | None) -> str:
     """What would be trained on, and what it would cost.
 
     Args:

@@ -20,13 +20,13 @@ from lightning_unlearn.attribution.head_watch import HeadWatch, Step
 from lightning_unlearn.data.batch import field_at
 from lightning_unlearn.data.dataset_state import unopened
 from lightning_unlearn.data.index_tracking import delivered_indices, is_torchs_iterator
-from lightning_unlearn.data.loaders import batch_size, indexed_batches
-from lightning_unlearn.data.task_format import IGNORED, Reading
+from lightning_unlearn.data.loaders import batch_size, iterate_indices
+from lightning_unlearn.data.task_format import IGNORED, TaskFormat
 from lightning_unlearn.finetuning.companions import Companion, companions_in
 from lightning_unlearn.results.partition import Partition
 from lightning_unlearn.trainer.data_checks import read_labels, same_labels
 from lightning_unlearn.trainer.fit_loop import live_iterator
-from lightning_unlearn.trainer.isolation import undisturbed
+from lightning_unlearn.trainer.isolation import isolated_eval
 from lightning_unlearn.trainer.row_checks import establish_rows
 from lightning_unlearn.trainer.scoring_loader import offers_scoring_loader, train_loader
 from lightning_unlearn.trainer.train_data import BatchHook, to_device
@@ -43,7 +43,7 @@ _FEWEST = 8
 _TIMES = 3
 
 
-def with_labels(batch: Any, reading: Reading, new: Tensor, companions: Sequence[Companion] = ()) -> Any:
+def with_labels(batch: Any, reading: TaskFormat, new: Tensor, companions: Sequence[Companion] = ()) -> Any:
     """The batch with other labels; the one given stays as it is.
 
     Args:
@@ -57,7 +57,7 @@ def with_labels(batch: Any, reading: Reading, new: Tensor, companions: Sequence[
             made of it.
 
     Example:
-        >>> reading = Reading()
+        >>> reading = TaskFormat()
         >>> reading.settle(torch.zeros(2, 9), torch.tensor([4, 5]))
         >>> batch = (torch.zeros(2, 3), torch.tensor([4, 5]))
         >>> with_labels(batch, reading, torch.tensor([-1, 7]))[1]
@@ -92,14 +92,14 @@ def with_labels(batch: Any, reading: Reading, new: Tensor, companions: Sequence[
     return changed
 
 
-class Relabelling:
+class Relabeling:
     """Replaces labels in the training batches of a fit, from :meth:`attach` to :meth:`detach`."""
 
     def __init__(self) -> None:
         self._hook = BatchHook()
         self._companions: list[Companion] = []
         self._head: str | None = None
-        self._reading: Reading | None = None
+        self._reading: TaskFormat | None = None
         # Given and new classes of the batch in hand.
         self._moved: tuple[Tensor, Tensor] | None = None
         self._head_watch = HeadWatch()
@@ -109,7 +109,7 @@ class Relabelling:
         # A copy looks at nothing. No tensor is made here: a spawned process would find it gone.
         return {**self.__dict__, "_moved": None, "_reading": None}
 
-    def learn(self, trainer: Trainer, pl_module: LightningModule, reading: Reading, head: str | None) -> None:
+    def learn(self, trainer: Trainer, pl_module: LightningModule, reading: TaskFormat, head: str | None) -> None:
         """Looks, before the first step, which fields of a batch are made of the label.
 
         Args:
@@ -121,20 +121,20 @@ class Relabelling:
         self._head = head
         loader = train_loader(trainer)
         total: int = len(loader.dataset)  # type: ignore[arg-type]  # its length has been checked
-        with undisturbed(trainer, pl_module), torch.no_grad():
-            few = indexed_batches(loader, torch.arange(min(batch_size(loader), total)), probing=True, absent=set())
+        with isolated_eval(trainer, pl_module), torch.no_grad():
+            few = iterate_indices(loader, torch.arange(min(batch_size(loader), total)), probing=True, absent=set())
             self._companions = companions_in([batch for _, batch in few], reading)
             if self._companions:
                 # Of the first ones perhaps by chance.
                 more = torch.linspace(0, total - 1, min(_MOST_READ, total)).long()
-                read = indexed_batches(loader, more, probing=True, absent=set())
+                read = iterate_indices(loader, more, probing=True, absent=set())
                 self._companions = companions_in([batch for _, batch in read], reading)
 
     def attach(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        reading: Reading,
+        reading: TaskFormat,
         new_label: Tensor,
         given: Callable[[], Tensor],
     ) -> None:
@@ -223,7 +223,7 @@ class Relabelling:
         self._steps = 0
 
 
-def rows_of(batch: Any, reading: Reading, index: Tensor, given: Tensor, loader: DataLoader[Any]) -> Tensor:
+def rows_of(batch: Any, reading: TaskFormat, index: Tensor, given: Tensor, loader: DataLoader[Any]) -> Tensor:
     """The dataset indices of a batch's rows, where a collate function may have left out items that are None.
 
     Args:
@@ -252,7 +252,7 @@ def rows_of(batch: Any, reading: Reading, index: Tensor, given: Tensor, loader: 
     return index[there]
 
 
-def check_given(batch: Any, reading: Reading, given: Tensor, rows: int) -> None:
+def check_given(batch: Any, reading: TaskFormat, given: Tensor, rows: int) -> None:
     """Refuses to replace labels that are not those of the samples for which the new ones are.
 
     Args:
@@ -274,18 +274,18 @@ def check_given(batch: Any, reading: Reading, given: Tensor, rows: int) -> None:
         )
 
 
-def fault_of_absent(trainer: Trainer, pl_module: LightningModule, reading: Reading, partition: Partition) -> str:
+def fault_of_absent(trainer: Trainer, pl_module: LightningModule, reading: TaskFormat, partition: Partition) -> str:
     """Why batches cannot be re-labeled some of whose items are None, once it is known which; empty if they can."""
     given, loader = partition.label, train_loader(trainer)
-    unlabelled = (given == IGNORED).reshape(len(given), -1).all(dim=1)
-    others = (~unlabelled).nonzero().flatten()[: max(1, batch_size(loader) - 1)]
-    with undisturbed(trainer, pl_module, keep=False), torch.no_grad():
+    unlabeled = (given == IGNORED).reshape(len(given), -1).all(dim=1)
+    others = (~unlabeled).nonzero().flatten()[: max(1, batch_size(loader) - 1)]
+    with isolated_eval(trainer, pl_module, keep=False), torch.no_grad():
         with unopened(loader):
-            absent = next((i for i in unlabelled.nonzero().flatten().tolist() if loader.dataset[i] is None), None)
+            absent = next((i for i in unlabeled.nonzero().flatten().tolist() if loader.dataset[i] is None), None)
         if absent is None:
             return ""
         index = torch.cat([others[:1], torch.tensor([absent]), others[1:]])
-        _, batch = next(indexed_batches(loader, index, probing=True, size=len(index)))
+        _, batch = next(iterate_indices(loader, index, probing=True, size=len(index)))
         try:
             rows = rows_of(batch, reading, index, given, loader)
             check_given(batch, reading, given[rows].flatten(), len(rows))
@@ -294,7 +294,7 @@ def fault_of_absent(trainer: Trainer, pl_module: LightningModule, reading: Readi
     return ""
 
 
-def check_relabelling(trainer: Trainer, pl_module: LightningModule, reading: Reading) -> None:
+def check_relabeling(trainer: Trainer, pl_module: LightningModule, reading: TaskFormat) -> None:
     """Refuses, before the first step, batches whose labels could not be replaced later.
 
     Raises:
@@ -308,7 +308,7 @@ def check_relabelling(trainer: Trainer, pl_module: LightningModule, reading: Rea
             f" can be re-labeled, but {type(loader).__name__} does not (or training_step draws batches itself, or"
             f" in_order=False){_ADVICE}."
         )
-    with undisturbed(trainer, pl_module), torch.no_grad():
+    with isolated_eval(trainer, pl_module), torch.no_grad():
         size = min(batch_size(loader), len(loader.dataset))  # type: ignore[arg-type]  # its length has been checked
         first, again = (read_labels(trainer, pl_module, reading, loader, torch.arange(size)) for _ in range(2))
         if not same_labels(first, again):
@@ -319,7 +319,7 @@ def check_relabelling(trainer: Trainer, pl_module: LightningModule, reading: Rea
         if offers_scoring_loader(trainer):
             # Else the passes draw from it too, and it has been looked at for them.
             establish_rows(trainer, pl_module, reading, loader)
-        _, batch = next(indexed_batches(loader, torch.arange(size), probing=True, absent=set()))
+        _, batch = next(iterate_indices(loader, torch.arange(size), probing=True, absent=set()))
         new = (reading.labels(reading.split(batch)[1], size) + 1) % reading.num_classes
         _, arrived = reading.split(to_device(trainer, pl_module, with_labels(batch, reading, new)))
     if not reading.classes(arrived, size).cpu().equal(new.cpu()):

@@ -17,13 +17,13 @@ from lightning_unlearn.data.loaders import check_loader
 from lightning_unlearn.data.sampling_scheme import Drawing
 from lightning_unlearn.data.subset_sampler import (
     CleanSubsetSampler,
-    NarrowedLoaders,
-    check_drawing,
-    fault_of_batch_sampler,
+    SamplerSwap,
+    batch_sampler_error,
+    check_sampler,
 )
-from lightning_unlearn.data.task_format import Reading
-from lightning_unlearn.finetuning.relabel import Relabelling
-from lightning_unlearn.finetuning.training_subset import TrainingDraw
+from lightning_unlearn.data.task_format import TaskFormat
+from lightning_unlearn.finetuning.relabel import Relabeling
+from lightning_unlearn.finetuning.training_subset import TrainingSubset
 from lightning_unlearn.trainer.fit_loop import limited_batches, next_epoch
 from lightning_unlearn.trainer.scoring_loader import train_loader
 from lightning_unlearn.trainer.train_data import TrainDataSwap, users_sampler
@@ -36,11 +36,11 @@ class SubsetLoader:
         seed: of the order in which the subset is drawn.
         planned_batches: batches of the first epoch on a subset, for which a schedule of steps may be planned.
         planned_size: how many samples of all ranks were a step then.
-        relabelling: of the batches, where labels are replaced.
+        relabeling: of the batches, where labels are replaced.
     """
 
     def __init__(self) -> None:
-        self._swap, self._narrowed, self.relabelling = TrainDataSwap(), NarrowedLoaders(), Relabelling()
+        self._swap, self._narrowed, self.relabeling = TrainDataSwap(), SamplerSwap(), Relabeling()
         self.reset()
 
     def reset(self) -> None:
@@ -59,7 +59,7 @@ class SubsetLoader:
         # Without one of the user's, that which Lightning gives its own samplers.
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
         with isolate_rng():
-            fault = fault_of_batch_sampler(loader)
+            fault = batch_sampler_error(loader)
         if fault:
             raise TypeError(fault)
 
@@ -74,7 +74,7 @@ class SubsetLoader:
     def drawing(self, trainer: Trainer, loader: DataLoader[Any]) -> Drawing:
         """How the user's loader draws, also while it is narrowed."""
         sampler, is_split = users_sampler(trainer, loader, *self._narrowed.samplers_of(loader))
-        drawing = check_drawing(loader, sampler, ranks=1 if is_split else trainer.world_size)
+        drawing = check_sampler(loader, sampler, ranks=1 if is_split else trainer.world_size)
         # Lightning shuffles what it splits.
         return replace(drawing, shuffle=drawing.shuffle or is_split)
 
@@ -94,7 +94,7 @@ class SubsetLoader:
         return size * self._part_of(trainer, loader)[0]
 
     def sampler(
-        self, trainer: Trainer, loader: DataLoader[Any], draw: TrainingDraw, *, keeps_plan: bool
+        self, trainer: Trainer, loader: DataLoader[Any], draw: TrainingSubset, *, keeps_plan: bool
     ) -> CleanSubsetSampler:
         """What the loader is to draw from.
 
@@ -119,7 +119,7 @@ class SubsetLoader:
             at_most=self.planned_batches * size * replicas if is_planned else None,
         )
 
-    def fault_of(self, trainer: Trainer, draw: TrainingDraw, *, keeps_plan: bool) -> str:
+    def fault_of(self, trainer: Trainer, draw: TrainingSubset, *, keeps_plan: bool) -> str:
         """Why a subset cannot be trained on, in the words that follow "samples"; empty if it can."""
         loader = train_loader(trainer)
         sampler = self.sampler(trainer, loader, draw, keeps_plan=keeps_plan)
@@ -133,8 +133,8 @@ class SubsetLoader:
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        draw: TrainingDraw,
-        reading: Reading,
+        draw: TrainingSubset,
+        reading: TaskFormat,
         given: Callable[[], Tensor],
         *,
         keeps_plan: Callable[[], bool],
@@ -163,7 +163,7 @@ class SubsetLoader:
 
         self._swap.attach(trainer, narrow)
         if draw.new_label is not None:
-            self.relabelling.attach(trainer, pl_module, reading, draw.new_label, given)
+            self.relabeling.attach(trainer, pl_module, reading, draw.new_label, given)
 
     def ask_again(self, trainer: Trainer) -> None:
         """Has the loader made again, in a fit that goes on from a checkpoint."""
@@ -171,7 +171,7 @@ class SubsetLoader:
 
     def detach(self, trainer: Trainer) -> None:
         """Gives the loader back."""
-        self.relabelling.detach()
+        self.relabeling.detach()
         self._swap.detach(trainer)
         self._narrowed.restore()
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_unlearn.results.labels import of_any_label
+from lightning_unlearn.results.labels import any_label
 from lightning_unlearn.results.partition import Partition
 
 OnNoisy = Literal["drop", "reweight", "relabel"]
@@ -16,7 +16,7 @@ OnNoisy = Literal["drop", "reweight", "relabel"]
 
 
 @dataclass(frozen=True, eq=False)
-class TrainingDraw:
+class TrainingSubset:
     """Which samples are trained on, how often, and what they are called.
 
     Args:
@@ -35,13 +35,13 @@ class TrainingDraw:
         return {"index": self.index, "probability": self.probability, "new_label": self.new_label}
 
     @property
-    def relabelled(self) -> Tensor:
+    def relabeled(self) -> Tensor:
         """(R,) int64, the dataset indices whose label is replaced."""
         none = torch.zeros(0, dtype=torch.int64)
-        return none if self.new_label is None else of_any_label(self.new_label >= 0).nonzero().flatten()
+        return none if self.new_label is None else any_label(self.new_label >= 0).nonzero().flatten()
 
 
-def training_draw(partition: Partition, on_noisy: OnNoisy, relabel_threshold: float) -> TrainingDraw:
+def make_training_subset(partition: Partition, on_noisy: OnNoisy, relabel_threshold: float) -> TrainingSubset:
     """What is to be trained on after the partition.
 
     Args:
@@ -67,7 +67,7 @@ def training_draw(partition: Partition, on_noisy: OnNoisy, relabel_threshold: fl
         ...     layer="input of 'fc'",
         ...     epoch=5,
         ... )
-        >>> draw = training_draw(partition, "relabel", 0.8)
+        >>> draw = make_training_subset(partition, "relabel", 0.8)
         >>> draw.index, draw.new_label
         (tensor([0, 1]), tensor([-1,  1, -1]))
     """
@@ -76,9 +76,9 @@ def training_draw(partition: Partition, on_noisy: OnNoisy, relabel_threshold: fl
         # A sample that is kept only for its class's sake still counts by half.
         weight = torch.where(clean, probability.clamp(min=0.5), probability)
         index = (weight > 0).nonzero().flatten()
-        return TrainingDraw(index, weight[index])
+        return TrainingSubset(index, weight[index])
     if on_noisy == "drop":
-        return TrainingDraw(partition.trained_on().nonzero().flatten())
-    sure = partition.worth_relabelling(relabel_threshold)
+        return TrainingSubset(partition.trained_on().nonzero().flatten())
+    sure = partition.relabel_mask(relabel_threshold)
     new_label = torch.where(sure.unsqueeze(1) if partition.is_multilabel else sure, partition.suggested_label, -1)
-    return TrainingDraw((partition.trained_on() | sure).nonzero().flatten(), new_label=new_label)
+    return TrainingSubset((partition.trained_on() | sure).nonzero().flatten(), new_label=new_label)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 
-def strongest_other(logits: Tensor, label: Tensor) -> Tensor:
+def runner_up_class(logits: Tensor, label: Tensor) -> Tensor:
     """The strongest class other than the given one.
 
     Args:
@@ -26,7 +26,7 @@ def strongest_other(logits: Tensor, label: Tensor) -> Tensor:
         ValueError: if there is only one class, or not a row for each label.
 
     Example:
-        >>> strongest_other(torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([0]))
+        >>> runner_up_class(torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([0]))
         tensor([2])
     """
     if logits.shape[1] < 2:
@@ -69,7 +69,7 @@ def label_margin(logits: Tensor, label: Tensor) -> Tensor:
         >>> label_margin(torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([1]))
         tensor([-2.])
     """
-    return logit_difference(logits, label, strongest_other(logits, label))
+    return logit_difference(logits, label, runner_up_class(logits, label))
 
 
 def class_max_attribution(class_gradients: Tensor, activation: Tensor) -> Tensor:

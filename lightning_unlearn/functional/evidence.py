@@ -16,7 +16,7 @@ _BINS = 2_000
 _MOST_NUMBERS = 2**22
 
 
-def label_support(margin: Tensor) -> Tensor:
+def label_confidence(margin: Tensor) -> Tensor:
     """How strongly the given label is supported against the strongest other, between 0 and 1.
 
     The logistic function of the margin: the probability of the given label if only these two were possible. Margins are
@@ -30,7 +30,7 @@ def label_support(margin: Tensor) -> Tensor:
         (B,)
 
     Example:
-        >>> label_support(torch.tensor([0.0, 100.0]))
+        >>> label_confidence(torch.tensor([0.0, 100.0]))
         tensor([0.5000, 1.0000])
     """
     return margin.sigmoid()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_unlearn.functional.standardize import in_chunks
+from lightning_unlearn.functional.standardization import in_chunks
 
 NARROWEST = 1e-6
 """Variance of one component in a direction, relative to both, below which they no longer share coordinates."""
@@ -47,8 +47,8 @@ class GaussianMixture:
         dimension = rows.shape[1]
         out = []
         for component in range(2):
-            centred = (rows.double() - self.mean[component]).T
-            whitened = torch.linalg.solve_triangular(factor[component], centred, upper=False)
+            centered = (rows.double() - self.mean[component]).T
+            whitened = torch.linalg.solve_triangular(factor[component], centered, upper=False)
             half_log_det = factor[component].diagonal().log().sum()
             out.append(
                 self.weight[component].log()
@@ -142,7 +142,7 @@ class Coordinates:
 
 
 def _separate(mixture: GaussianMixture) -> Coordinates:
-    """Coordinates of its own for each component, in float64: right for any two covariances that can be factorised."""
+    """Coordinates of its own for each component, in float64: right for any two covariances that can be factorized."""
     factor = torch.linalg.cholesky(mixture.covariance)
     identity = torch.eye(factor.shape[1], dtype=factor.dtype, device=factor.device)
     matrix = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False).mT.contiguous()

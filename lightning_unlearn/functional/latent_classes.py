@@ -1,4 +1,4 @@
-"""True classes behind given labels: a Gaussian mixture over classes, seen through a noisy labeller.
+"""True classes behind given labels: a Gaussian mixture over classes, seen through a noisy labeler.
 
 A sample has a true class k, drawn from the prior. Its evidence x, what the model said of each class in the course of
 training, is Gaussian around the mean of class k, whatever the sample is called. The label that it was given is drawn
@@ -26,8 +26,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lightning_unlearn.functional.standardize import weighted_mean
-from lightning_unlearn.functional.transition import LogNames, smoothed
+from lightning_unlearn.functional.standardization import weighted_mean
+from lightning_unlearn.functional.transition import LogTransition, smoothed
 from lightning_unlearn.utilities.chunks import row_chunks, rows_at_a_time, softmax
 from lightning_unlearn.utilities.reduce import Reduce, no_reduce, reduce_together
 
@@ -156,24 +156,24 @@ def fit_latent_classes(
     dimension = rows.shape[1]
     own = num_classes * dimension**2 <= MOST_MOMENTS
     # From the mean on, since the difference of two large sums would lose the covariance.
-    centre, _ = weighted_mean(rows, weight, reduce)
-    if not centre.isfinite().all():  # as NaN and infinity leave no sum finite, on any rank
+    center, _ = weighted_mean(rows, weight, reduce)
+    if not center.isfinite().all():  # as NaN and infinity leave no sum finite, on any rank
         raise ValueError(
             "The latent classes need finite evidence, but some rows hold NaN or infinity: has training diverged?"
         )
 
     def first_guess(x: Tensor, y: Tensor) -> Tensor:
-        return start(x + centre).to(torch.float64, copy=True)  # as it is weighted in place
+        return start(x + center).to(torch.float64, copy=True)  # as it is weighted in place
 
-    classes = _maximise(_moments(rows, centre, (label, weight), first_guess, num_classes, own), reduce)
+    classes = _maximize(_moments(rows, center, (label, weight), first_guess, num_classes, own), reduce)
     for _ in range(_STEPS - 1):
-        names = LogNames(classes.transition)
+        names = LogTransition(classes.transition)
 
-        def expected(x: Tensor, y: Tensor, current: LatentClasses = classes, names: LogNames = names) -> Tensor:
+        def expected(x: Tensor, y: Tensor, current: LatentClasses = classes, names: LogTransition = names) -> Tensor:
             return softmax(names.joint(current._of_chunk(x), y))
 
-        classes = _maximise(_moments(rows, centre, (label, weight), expected, num_classes, own), reduce)
-    return LatentClasses(classes.prior, classes.mean + centre, classes.factor, classes.transition)
+        classes = _maximize(_moments(rows, center, (label, weight), expected, num_classes, own), reduce)
+    return LatentClasses(classes.prior, classes.mean + center, classes.factor, classes.transition)
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,13 +187,13 @@ class _Moments:
 
 def _moments(
     rows: Tensor,
-    centre: Tensor,
+    center: Tensor,
     label_and_weight: tuple[Tensor, Tensor],
     share_of: Callable[[Tensor, Tensor], Tensor],
     num_classes: int,
     own: bool,
 ) -> _Moments:
-    """Sums over this rank's rows, seen from ``centre``; ``share_of`` maps such rows and labels to (m, C)."""
+    """Sums over this rank's rows, seen from ``center``; ``share_of`` maps such rows and labels to (m, C)."""
     dimension = rows.shape[1]
     zeros = rows.new_zeros
     numbers = own_numbers(num_classes, dimension) if own else num_classes
@@ -201,7 +201,7 @@ def _moments(
     first = zeros(num_classes, dimension, dtype=torch.float64)
     second = zeros(num_classes if own else 1, dimension, dimension, dtype=torch.float64)
     for chunk, y, w in row_chunks(numbers, rows, *label_and_weight):
-        x = chunk.double() - centre
+        x = chunk.double() - center
         share = share_of(x, y).mul_(w.double().unsqueeze(1))
         counts.index_add_(0, y, share)
         first += share.T @ x
@@ -211,7 +211,7 @@ def _moments(
     return _Moments(counts, first, second)
 
 
-def _maximise(part: _Moments, reduce: Reduce) -> LatentClasses:
+def _maximize(part: _Moments, reduce: Reduce) -> LatentClasses:
     counts, first, second = reduce_together(reduce, part.counts, part.first, part.second)
     number = counts.sum(dim=0)
     # A class without samples keeps the overall mean and covariance: nothing is drawn to it, nothing divides by zero.

@@ -5,7 +5,7 @@ every rank solves for the same parameters.
 
 **Memory.** A fit holds nothing per sample beside the rows and weights that it is given: 4 D + 4 bytes a sample in
 float32, read and never copied. Its own memory does not grow with N: three chunks of ``CHUNK`` numbers (2 MiB each in
-float32; on a GPU 64 MiB, being 16 times as long and in float64) and some ten matrices of 8 D^2 bytes. ``standardise``
+float32; on a GPU 64 MiB, being 16 times as long and in float64) and some ten matrices of 8 D^2 bytes. ``standardize``
 writes another 4 D bytes a sample; ``posterior`` returns 16.
 
 **Time.** In an EM step each row costs D^2 multiplications for its density under both components at once (``_shared``),
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.functional.gaussian import Coordinates, GaussianMixture, coordinates_of, principal_coordinates
-from lightning_unlearn.functional.standardize import chunk_length, in_chunks, weighted_mean, work_dtype
+from lightning_unlearn.functional.standardization import chunk_length, in_chunks, weighted_mean, work_dtype
 from lightning_unlearn.utilities.reduce import Reduce, no_reduce, reduce_together
 
 SIMILAR = 1e-2
@@ -65,13 +65,13 @@ def _symmetric(upper: Tensor) -> Tensor:
     return upper.triu() + upper.triu(1).mT
 
 
-def _total_covariance(rows: Tensor, weight: Tensor, mean: Tensor, centre: Tensor, reduce: Reduce) -> Tensor:
-    """Covariance (D, D) of the rows of all ranks, in float64; the work is done from ``centre``, in its precision."""
-    total = torch.zeros(len(centre), len(centre), dtype=torch.float64, device=rows.device)
-    scratch = centre.new_empty(chunk_length(rows), len(centre))
+def _total_covariance(rows: Tensor, weight: Tensor, mean: Tensor, center: Tensor, reduce: Reduce) -> Tensor:
+    """Covariance (D, D) of the rows of all ranks, in float64; the work is done from ``center``, in its precision."""
+    total = torch.zeros(len(center), len(center), dtype=torch.float64, device=rows.device)
+    scratch = center.new_empty(chunk_length(rows), len(center))
     for chunk, w in in_chunks(rows, weight):
-        _add_scatter(total, chunk.to(centre.dtype) - centre, w, least=0.0, scratch=scratch[: len(chunk)])
-    offset = mean - centre
+        _add_scatter(total, chunk.to(center.dtype) - center, w, least=0.0, scratch=scratch[: len(chunk)])
+    offset = mean - center
     flat = reduce(torch.cat([_symmetric(total).flatten(), weight.double().sum().reshape(1)]))
     return (flat[:-1] / flat[-1]).reshape(total.shape) - torch.outer(offset, offset)
 
@@ -97,7 +97,7 @@ def _difference(total: _Moments, start: Tensor, part: _Moments, mean: Tensor, re
 def _moments(
     rows: Tensor,
     weight: Tensor,
-    centre: Tensor,
+    center: Tensor,
     coordinates: Coordinates,
     respond: Respond,
     least: Sequence[float] = (0.0, 0.0),
@@ -115,7 +115,7 @@ def _moments(
     buffers = torch.empty(3, chunk_length(rows), dimension, dtype=dtype, device=rows.device)
     for chunk, chunk_weight in in_chunks(rows, weight):
         scratch = buffers[2, : len(chunk)]
-        z = coordinates.of(torch.sub(chunk, centre.to(dtype), out=scratch), out=buffers[:2, : len(chunk)])
+        z = coordinates.of(torch.sub(chunk, center.to(dtype), out=scratch), out=buffers[:2, : len(chunk)])
         share, log_prob = respond(z, scratch)
         w = chunk_weight.double()
         share = share * w.unsqueeze(1)
@@ -131,7 +131,7 @@ def _moments(
     return _Moments(count, first, inverse.mT @ _symmetric(second) @ inverse, log_likelihood)
 
 
-def _maximise(moments: _Moments, mean: Tensor, reg_covar: float) -> GaussianMixture:
+def _maximize(moments: _Moments, mean: Tensor, reg_covar: float) -> GaussianMixture:
     """The mixture of the moments about ``mean`` (2, D)."""
     # The same guard as scikit-learn's against an empty component.
     count = moments.count + 10 * torch.finfo(torch.float64).eps
@@ -142,13 +142,13 @@ def _maximise(moments: _Moments, mean: Tensor, reg_covar: float) -> GaussianMixt
 
 
 def _expected(
-    rows: Tensor, weight: Tensor, centre: Tensor, mixture: GaussianMixture, total: _Moments, start: Tensor
+    rows: Tensor, weight: Tensor, center: Tensor, mixture: GaussianMixture, total: _Moments, start: Tensor
 ) -> _Moments:
     """This rank's moments under the posterior of the mixture.
 
     ``total`` are its moments of any division of the rows, about ``start`` (2, D) twice the same.
     """
-    coordinates = coordinates_of(mixture, centre.dtype)
+    coordinates = coordinates_of(mixture, center.dtype)
 
     def posterior(z: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor]:
         log_prob = coordinates.log_prob(z, scratch)
@@ -157,27 +157,27 @@ def _expected(
     # What is left out weighs less than the rounding of the component's own weight.
     least = (mixture.weight * torch.finfo(coordinates.matrix[0].dtype).eps).tolist()
     if not (coordinates.shared and coordinates.variance.min() > SIMILAR):
-        return _moments(rows, weight, centre, coordinates, posterior, least)
+        return _moments(rows, weight, center, coordinates, posterior, least)
     # Decided and done before ranks are summed: another rank's library may round to the other side of the limit.
     heavy = int(mixture.weight.argmax())
-    moments = _moments(rows, weight, centre, coordinates, posterior, least, only=1 - heavy)
+    moments = _moments(rows, weight, center, coordinates, posterior, least, only=1 - heavy)
     moments.second[heavy] = _difference(total, start, moments, mixture.mean, heavy)
     return moments
 
 
-def _halves(rows: Tensor, weight: Tensor, mean: Tensor, centre: Tensor, reduce: Reduce) -> tuple[_Moments, Tensor]:
+def _halves(rows: Tensor, weight: Tensor, mean: Tensor, center: Tensor, reduce: Reduce) -> tuple[_Moments, Tensor]:
     """This rank's moments for each sign of the first principal component, and the means (2, D) that they are about.
 
-    ``mean`` is the mean of all rows. What is returned is seen from ``centre``.
+    ``mean`` is the mean of all rows. What is returned is seen from ``center``.
     """
-    covariance = _total_covariance(rows, weight, mean, centre, reduce)
-    principal = principal_coordinates(covariance, mean - centre, centre.dtype)
+    covariance = _total_covariance(rows, weight, mean, center, reduce)
+    principal = principal_coordinates(covariance, mean - center, center.dtype)
 
     def side(z: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor]:
         above = (z[0][:, -1] > 0).double()
         return torch.stack([1 - above, above], dim=1), torch.zeros_like(above)
 
-    return _moments(rows, weight, centre, principal, side), principal.mean
+    return _moments(rows, weight, center, principal, side), principal.mean
 
 
 def fit_mixture(
@@ -222,18 +222,18 @@ def fit_mixture(
     dtype = work_dtype(rows)
     # From the mean on, since the difference of two large sums would lose the covariance. In the precision of the work,
     # so that every chunk sees the same center.
-    centre = mean.to(dtype)
-    total, start = _halves(rows, weight, mean, centre, reduce)
-    mixture = _maximise(total.reduced(reduce), start, reg_covar)
+    center = mean.to(dtype)
+    total, start = _halves(rows, weight, mean, center, reduce)
+    mixture = _maximize(total.reduced(reduce), start, reg_covar)
     last = -math.inf
     for step in range(1, max_iter + 1):
-        moments = _expected(rows, weight, centre, mixture, total, start).reduced(reduce)
+        moments = _expected(rows, weight, center, mixture, total, start).reduced(reduce)
         mean_log_likelihood = (moments.log_likelihood / moments.count.sum()).item()
         converged = abs(mean_log_likelihood - last) < tol
         last = mean_log_likelihood
         mixture = replace(
-            _maximise(moments, mixture.mean, reg_covar), log_likelihood=last, n_iter=step, converged=converged
+            _maximize(moments, mixture.mean, reg_covar), log_likelihood=last, n_iter=step, converged=converged
         )
         if converged:
             break
-    return replace(mixture, mean=mixture.mean + centre)
+    return replace(mixture, mean=mixture.mean + center)

@@ -39,7 +39,7 @@ def benjamini_hochberg(p_value: Tensor, level: float) -> Tensor:
     return rejected
 
 
-def harmful_neurons(found: Sensitivity, fdr_level: float | None = None) -> Tensor:
+def noise_neurons(found: Sensitivity, fdr_level: float | None = None) -> Tensor:
     """The neurons that are more active for noise, the most harmful first.
 
     With a level of significance, only those of whom it is sure: a one-sided test of each live neuron (neurons that are
@@ -61,7 +61,7 @@ def harmful_neurons(found: Sensitivity, fdr_level: float | None = None) -> Tenso
         ...     standard_error=torch.tensor([0.1, 0.1, 0.1, 0.1]).double(),
         ...     is_live=torch.ones(4, dtype=torch.bool),
         ... )
-        >>> harmful_neurons(found, fdr_level=0.05), harmful_neurons(found)
+        >>> noise_neurons(found, fdr_level=0.05), noise_neurons(found)
         (tensor([2, 0]), tensor([2, 0, 3]))
     """
     harmful = found.is_live & (found.coefficient < 0)

@@ -123,7 +123,7 @@ def is_varying(variance: Tensor, mean_square: Tensor) -> Tensor:
 
 
 def solve_sensitivity(sums: RegressionSums, ridge: float = 0.0) -> Sensitivity:
-    """Standardised coefficients of ``y = X w + b``, and how sure they are.
+    """Standardized coefficients of ``y = X w + b``, and how sure they are.
 
     The coefficient of a neuron is multiplied with the neuron's standard deviation and divided by the target's, so that
     neurons of different scale compare. The paper ranks the raw ``|w|``; on activations of equal scale the two agree.

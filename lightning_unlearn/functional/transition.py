@@ -1,4 +1,4 @@
-"""How classes are called: the transition matrix of a noisy labeller.
+"""How classes are called: the transition matrix of a noisy labeler.
 
 Row k holds the probabilities of what a sample of class k is called.
 """
@@ -26,7 +26,7 @@ MOST_HELD_SINGLE = 2**26
 
 
 @dataclass(frozen=True, eq=False)
-class LogNames:
+class LogTransition:
     """How classes are called, as logarithms, which take as long as a good many rows.
 
     Args:
@@ -45,7 +45,7 @@ class LogNames:
         return self._of_name[label].add_(log_likelihood.double())
 
 
-def given_posterior(log_likelihood: Tensor, label: Tensor, transition: Tensor | LogNames) -> Tensor:
+def given_posterior(log_likelihood: Tensor, label: Tensor, transition: Tensor | LogTransition) -> Tensor:
     """Log-probability of each true class, given the evidence and what the sample is called.
 
     Args:
@@ -57,7 +57,7 @@ def given_posterior(log_likelihood: Tensor, label: Tensor, transition: Tensor | 
     Returns:
         (n, C) float64, log-probabilities.
     """
-    names = transition if isinstance(transition, LogNames) else LogNames(transition)
+    names = transition if isinstance(transition, LogTransition) else LogTransition(transition)
     return names.joint(log_likelihood, label).log_softmax(dim=1)
 
 

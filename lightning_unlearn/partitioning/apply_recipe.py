@@ -8,33 +8,33 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lightning_unlearn.data.loaders import rank_share
+from lightning_unlearn.data.loaders import shard_indices
 from lightning_unlearn.data.task_format import IGNORED
-from lightning_unlearn.evidence.training_dynamics import Trajectory
+from lightning_unlearn.evidence.training_dynamics import TrainingDynamics
 from lightning_unlearn.functional.identity import copies, mixed
-from lightning_unlearn.partitioning.build import Judged
-from lightning_unlearn.partitioning.non_finite import judge_finite
-from lightning_unlearn.recipes import Recipe, Verdict
+from lightning_unlearn.partitioning.build import ShardResult
+from lightning_unlearn.partitioning.non_finite import apply_to_finite_rows
+from lightning_unlearn.recipes import Recipe, RecipeResult
 from lightning_unlearn.recipes.evidence import Evidence
 from lightning_unlearn.results.labels import REASONS
 from lightning_unlearn.results.partition import Partition
 from lightning_unlearn.trainer.context import FitContext
 from lightning_unlearn.trainer.divergence import first_not_finite
 from lightning_unlearn.trainer.validation import score_validation
-from lightning_unlearn.utilities.distributed import place_by_index
+from lightning_unlearn.utilities.distributed import gather_by_index
 from lightning_unlearn.utilities.reduce import Reduce
 
 # Validation samples: of fewer the accuracy says too little.
 _FEWEST = 200
 
 
-def judge_share(
+def apply_recipe(
     fit: FitContext,
     share: dict[str, Tensor],
-    trajectory: Trajectory,
+    trajectory: TrainingDynamics,
     recipe: Recipe,
     out_of_sample: Callable[[Evidence], Evidence],
-) -> tuple[list[Judged], Tensor]:
+) -> tuple[list[ShardResult], Tensor]:
     """What the recipe makes of each label, and the given labels of the whole training set, (N,) or (N, L).
 
     Args:
@@ -50,12 +50,12 @@ def judge_share(
     reduce, reading = fit.reduce, fit.reading
     rows = reading.rows_per_sample
     total = len(trajectory) // rows
-    index, weight = rank_share(total, fit.trainer.global_rank, fit.trainer.world_size)
+    index, weight = shard_indices(total, fit.trainer.global_rank, fit.trainer.world_size)
     device = fit.device
     trajectory.merge(None, reduce)
-    label = place_by_index(index, weight, share["label"].reshape(-1, rows), total, reduce)
+    label = gather_by_index(index, weight, share["label"].reshape(-1, rows), total, reduce)
     _check_labels_of_ranks(trajectory.label, label.flatten(), reduce)
-    identity = place_by_index(index, weight, share["identity"][::rows], total, reduce)
+    identity = gather_by_index(index, weight, share["identity"][::rows], total, reduce)
     judged, fault = [], first_not_finite(fit.pl_module)
     for at, given in enumerate(label.unbind(dim=1)):
         known = given[given >= 0]
@@ -72,14 +72,14 @@ def judge_share(
         counts = weight / copies(mixed(identity + given))[index]
         evidence = _evidence(trajectory, of_label, index, counts, index * rows + at, device)
         evidence = out_of_sample(evidence)
-        verdict = None if is_one_sided else judge_finite(recipe, evidence, reduce, fault)
+        verdict = None if is_one_sided else apply_to_finite_rows(recipe, evidence, reduce, fault)
         if verdict is not None:
             verdict = _suggests_only(verdict, torch.unique(known), evidence)
-        judged.append(Judged(evidence, weight, verdict))
+        judged.append(ShardResult(evidence, weight, verdict))
     return judged, label if reading.task == "multilabel" else label.flatten()
 
 
-def weight_of_copies(judged: Sequence[Judged], total: int) -> Tensor:
+def weight_of_copies(judged: Sequence[ShardResult], total: int) -> Tensor:
     """(N,) float32, 1/k for each of k copies among this rank's samples, 1 for all others.
 
     Args:
@@ -116,7 +116,7 @@ def _check_labels_of_ranks(seen: Tensor, label: Tensor, reduce: Reduce) -> None:
         )
 
 
-def _suggests_only(verdict: Verdict, occurring: Tensor, evidence: Evidence) -> Verdict:
+def _suggests_only(verdict: RecipeResult, occurring: Tensor, evidence: Evidence) -> RecipeResult:
     """The verdict, but that no class is suggested which no sample is called."""
     occurs = torch.isin(verdict.suggested_label, occurring.to(verdict.suggested_label.device))
     if occurs.all():
@@ -131,7 +131,7 @@ def _suggests_only(verdict: Verdict, occurring: Tensor, evidence: Evidence) -> V
 
 
 def _evidence(
-    trajectory: Trajectory,
+    trajectory: TrainingDynamics,
     share: dict[str, Tensor],
     index: Tensor,
     weight: Tensor,
@@ -177,7 +177,7 @@ def _filled(phases: Sequence[Tensor], last: Tensor) -> Tensor:
     return torch.stack([*(phase.where(phase.isfinite(), last) for phase in phases), last], dim=1)
 
 
-def share_memorised(judged: Sequence[Judged], partition: Partition, reduce: Reduce) -> float | None:
+def memorized_fraction(judged: Sequence[ShardResult], partition: Partition, reduce: Reduce) -> float | None:
     """Of the labels suspected to be wrong, how many the network gives nevertheless; None where none is suspected."""
     sums = torch.zeros(2)
     by_label = partition.reason.eq(REASONS.index("label"))
@@ -187,11 +187,11 @@ def share_memorised(judged: Sequence[Judged], partition: Partition, reduce: Redu
             wrong = wrong & (partition.suggested_label != partition.label)[:, at]
         counted = (evidence.weight * wrong[evidence.index].to(evidence.weight.device)).cpu()
         sums += torch.stack([counted.sum(), counted[(evidence.prediction == evidence.label).cpu()].sum()])
-    suspects, memorised = reduce(sums).tolist()
-    return memorised / suspects if suspects else None
+    suspects, memorized = reduce(sums).tolist()
+    return memorized / suspects if suspects else None
 
 
-def share_predicted(judged: Sequence[Judged], reduce: Reduce) -> float:
+def share_predicted(judged: Sequence[ShardResult], reduce: Reduce) -> float:
     """How many of the given labels the network predicts; of copies of a sample each counts in part."""
     sums = torch.zeros(2, dtype=torch.float64)
     for one in judged:

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.partitioning.caveat import caveat_of
-from lightning_unlearn.recipes import Verdict
+from lightning_unlearn.recipes import RecipeResult
+from lightning_unlearn.recipes.base import NoiseEstimate
 from lightning_unlearn.recipes.evidence import Evidence
-from lightning_unlearn.recipes.verdict import NoiseEstimate
-from lightning_unlearn.results.labels import DROP, KEEP, REASONS, RELABEL, class_members
+from lightning_unlearn.results.labels import DROP, KEEP, REASONS, RELABEL, indices_by_class
 from lightning_unlearn.results.partition import Partition
-from lightning_unlearn.results.review import Decided
+from lightning_unlearn.results.review import AppliedReview
 from lightning_unlearn.results.status import PartitionStatus
-from lightning_unlearn.utilities.distributed import place_by_index
+from lightning_unlearn.utilities.distributed import gather_by_index
 from lightning_unlearn.utilities.reduce import Reduce
 
 _NO_MATRIX = torch.zeros(0, 0)
@@ -30,7 +30,7 @@ TRAINED_ON = 0.7
 
 
 @dataclass(frozen=True, eq=False)
-class Judged:
+class ShardResult:
     """What was seen of one rank's share of the samples, and what a recipe made of it.
 
     Args:
@@ -41,11 +41,11 @@ class Judged:
 
     evidence: Evidence
     weight: Tensor
-    verdict: Verdict | None
+    verdict: RecipeResult | None
 
 
 @dataclass(frozen=True, eq=False)
-class Cut:
+class CleanCriteria:
     """What makes a sample clean.
 
     Args:
@@ -72,9 +72,9 @@ class _Column:
 
 
 def assemble(  # noqa: PLR0913  (what a partition says of itself)
-    judged: Sequence[Judged],
+    judged: Sequence[ShardResult],
     label: Tensor,
-    cut: Cut,
+    cut: CleanCriteria,
     reduce: Reduce,
     *,
     recipe: str,
@@ -82,7 +82,7 @@ def assemble(  # noqa: PLR0913  (what a partition says of itself)
     epoch: int,
     fingerprint: str = "",
     relabel_threshold: float | None = None,
-    decided: Decided | None = None,
+    decided: AppliedReview | None = None,
 ) -> Partition:
     """The partition, the same on every rank, each of which must ask.
 
@@ -99,7 +99,7 @@ def assemble(  # noqa: PLR0913  (what a partition says of itself)
         decided: what a person has decided of some samples, which holds whatever the recipe says. Where that should not
             be acted upon, the other samples are clean.
     """
-    objection = objection_of(judged)
+    objection = refusal_reason(judged)
     if decided is not None and objection:
         judged = [replace(one, verdict=None) for one in judged]
     if label.ndim > 1:
@@ -111,7 +111,9 @@ def assemble(  # noqa: PLR0913  (what a partition says of itself)
         new_label = decided.new_label.reshape(len(label), -1).unbind(dim=1)
         columns = [_reviewed(*each, decided.decision) for each in zip(columns, given_of_each, new_label, strict=True)]
     one = columns[0] if label.ndim == 1 else _joined(columns, label)
-    is_clean = _keep_some(~one.suspect & one.usable, one.probability, label, cut.min_class_share, one.usable)
+    is_clean = _enforce_min_class_fraction(
+        ~one.suspect & one.usable, one.probability, label, cut.min_class_share, one.usable
+    )
     doubtful = _doubtful(one, is_clean, label, cut.min_class_share, judged)
     first = judged[0].verdict
     noise = None if first is None or label.ndim > 1 else first.noise
@@ -182,7 +184,7 @@ def _moved(interval: tuple[float, float], by: float) -> tuple[float, float]:
     return min(max(low + by, 0.0), 1.0), high if high >= 1 else min(max(high + by, 0.0), 1.0)
 
 
-def notes_of(judged: Sequence[Judged], partition: Partition) -> list[str]:
+def notes_of(judged: Sequence[ShardResult], partition: Partition) -> list[str]:
     """What the gates said, for the log; of a multi-label task what was found at which labels."""
     if not partition.is_multilabel:
         return [note for one in judged if one.verdict for note in one.verdict.notes]
@@ -196,12 +198,12 @@ def notes_of(judged: Sequence[Judged], partition: Partition) -> list[str]:
     return notes
 
 
-def _column(one: Judged, given: Tensor, precision: float, reduce: Reduce) -> _Column:
+def _column(one: ShardResult, given: Tensor, precision: float, reduce: Reduce) -> _Column:
     evidence, verdict, known = one.evidence, one.verdict, given >= 0
     certain = torch.ones_like(one.weight)
 
     def of_all(values: Tensor | None) -> Tensor:
-        placed = place_by_index(
+        placed = gather_by_index(
             evidence.index, one.weight, (certain if values is None else values).cpu(), len(given), reduce
         )
         return placed.float().clamp(0, 1)
@@ -211,7 +213,7 @@ def _column(one: Judged, given: Tensor, precision: float, reduce: Reduce) -> _Co
         return _Column(sure, sure, sure, of_all(evidence.support), given, sure, sure > 0, sure == 0)
     probability = of_all(verdict.clean_probability)
     of_suggested = verdict.suggested_probability
-    suggested = place_by_index(evidence.index, one.weight, verdict.suggested_label.cpu(), len(given), reduce)
+    suggested = gather_by_index(evidence.index, one.weight, verdict.suggested_label.cpu(), len(given), reduce)
     usable = torch.ones(len(given), dtype=torch.bool)
     if verdict.unusable is not None:
         usable = of_all(verdict.unusable.float()) == 0
@@ -272,7 +274,7 @@ def _joined(columns: Sequence[_Column], label: Tensor) -> _Column:
     )
 
 
-def objection_of(judged: Sequence[Judged]) -> str:
+def refusal_reason(judged: Sequence[ShardResult]) -> str:
     """Why what the recipe says should not be acted upon; empty if it can be."""
     warnings = [one.verdict.warning if one.verdict else "" for one in judged]
     if len(judged) == 1:
@@ -281,10 +283,12 @@ def objection_of(judged: Sequence[Judged]) -> str:
     return "; ".join(said) if len(said) == len(judged) else ""
 
 
-def _keep_some(is_clean: Tensor, probability: Tensor, label: Tensor, share: float, usable: Tensor) -> Tensor:
+def _enforce_min_class_fraction(
+    is_clean: Tensor, probability: Tensor, label: Tensor, share: float, usable: Tensor
+) -> Tensor:
     """The samples to keep: the clean ones, and in each class at least a share of its usable samples, the likeliest."""
     kept = is_clean.clone()
-    for _, of_class in class_members(label):
+    for _, of_class in indices_by_class(label):
         members = of_class[usable[of_class]]
         least = math.ceil(share * len(members))
         if int(is_clean[members].sum()) < least:
@@ -292,7 +296,7 @@ def _keep_some(is_clean: Tensor, probability: Tensor, label: Tensor, share: floa
     return kept
 
 
-def _doubtful(one: _Column, is_clean: Tensor, label: Tensor, share: float, judged: Sequence[Judged]) -> Tensor:
+def _doubtful(one: _Column, is_clean: Tensor, label: Tensor, share: float, judged: Sequence[ShardResult]) -> Tensor:
     """(N,) bool, the clean samples that are better not trained on, as their label is likely enough wrong.
 
     Only where suspects are acted upon, by probabilities that say how many labels are wrong; of several labels each
@@ -301,7 +305,9 @@ def _doubtful(one: _Column, is_clean: Tensor, label: Tensor, share: float, judge
     noise = None if label.ndim > 1 or judged[0].verdict is None else judged[0].verdict.noise
     if noise is None or noise.status != "found" or not bool(one.suspect.any()):
         return torch.zeros_like(is_clean)
-    trained = _keep_some(is_clean & (one.of_label >= TRAINED_ON), one.probability, label, share, one.usable)
+    trained = _enforce_min_class_fraction(
+        is_clean & (one.of_label >= TRAINED_ON), one.probability, label, share, one.usable
+    )
     return is_clean & ~trained
 
 
@@ -330,7 +336,7 @@ def _status(found: Partition, noises: Sequence[NoiseEstimate]) -> tuple[Partitio
         return status, caveat_of(most, found.worth_review())
     if kept == 0:
         return PartitionStatus.NONE_CLEAN, f"it calls none of the {total} samples clean"
-    lost = [c for c, members in class_members(found.label) if not bool(found.is_clean[members].any())]
+    lost = [c for c, members in indices_by_class(found.label) if not bool(found.is_clean[members].any())]
     if lost:
         of = "class" if len(lost) == 1 else "the classes"
         return PartitionStatus.CLASS_LOST, f"it keeps no sample of {of} {str(lost)[1:-1]}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_unlearn.recipes.verdict import NoiseEstimate
+from lightning_unlearn.recipes.base import NoiseEstimate
 from lightning_unlearn.results.finding import rate_in_words
 
 _NO_LIST = (

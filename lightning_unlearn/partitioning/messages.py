@@ -28,7 +28,7 @@ def report_partition(
     partition: Partition,
     evidence: str,
     notes: Sequence[str],
-    memorised: float | None,
+    memorized: float | None,
 ) -> None:
     """Says what the first partition found, and what follows from it.
 
@@ -37,7 +37,7 @@ def report_partition(
         partition: that was drawn.
         evidence: what it was drawn from, in words.
         notes: of the person who has reviewed it and of the recipe, in words.
-        memorised: see :class:`~lightning_unlearn.results.summary.RepairSummary`.
+        memorized: see :class:`~lightning_unlearn.results.summary.RepairSummary`.
     """
     rank_zero_info(
         f"Partition after {epochs_in_words(partition.epoch)} ({partition.recipe}, {partition.layer}, {evidence}):"
@@ -47,8 +47,8 @@ def report_partition(
         rank_zero_info(f"  {note}")
     if partition.warning:
         rank_zero_warn(f"The partition is not acted upon, training goes on with all the data: {partition.warning}.")
-    elif memorised is not None:
-        rank_zero_info(f"  {outlook(memorised)}")
+    elif memorized is not None:
+        rank_zero_info(f"  {outlook(memorized)}")
     log_partition(pl_module, partition)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_unlearn.recipes import Recipe, Verdict
+from lightning_unlearn.recipes import Recipe, RecipeResult
 from lightning_unlearn.recipes.evidence import NOT_BY_SAMPLE, Evidence
 from lightning_unlearn.trainer.divergence import MOST_LEFT_OUT, too_many_left_out
 from lightning_unlearn.utilities.reduce import Reduce
@@ -28,7 +28,7 @@ def finite_rows(evidence: Evidence) -> Tensor:
     return finite
 
 
-def judge_finite(recipe: Recipe, evidence: Evidence, reduce: Reduce, model_fault: str = "") -> Verdict:
+def apply_to_finite_rows(recipe: Recipe, evidence: Evidence, reduce: Reduce, model_fault: str = "") -> RecipeResult:
     """The verdict of a recipe on the samples that can be judged; the others are not clean, for their input.
 
     Args:
@@ -76,7 +76,7 @@ def _filled(evidence: Evidence, finite: Tensor) -> Evidence:
     return replace(evidence, **changes)
 
 
-def _with_unusable(verdict: Verdict, label: Tensor, unusable: Tensor, note: str) -> Verdict:
+def _with_unusable(verdict: RecipeResult, label: Tensor, unusable: Tensor, note: str) -> RecipeResult:
     certain = torch.ones_like(verdict.clean_probability)
     of_label = verdict.label_probability
     of_input = certain if verdict.input_probability is None else verdict.input_probability

@@ -9,12 +9,12 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_unlearn.partitioning.build import Judged, objection_of
-from lightning_unlearn.results.review import Decided, Review, settle
+from lightning_unlearn.partitioning.build import ShardResult, refusal_reason
+from lightning_unlearn.results.review import AppliedReview, Review, settle
 from lightning_unlearn.results.review_csv import Table, read_review
 from lightning_unlearn.trainer.context import FitContext
 from lightning_unlearn.trainer.data_checks import class_labels, read_labels
-from lightning_unlearn.utilities.distributed import on_rank_zero
+from lightning_unlearn.utilities.distributed import run_on_rank_zero
 
 
 def open_review(trainer: Trainer, path: str | PathLike[str] | None) -> Table | None:
@@ -24,7 +24,7 @@ def open_review(trainer: Trainer, path: str | PathLike[str] | None) -> Table | N
         ValueError: with the line, for what is wrong in it.
         FileNotFoundError: where rank 0 finds no such file.
     """
-    return None if path is None else on_rank_zero(trainer.strategy, lambda: read_review(path))
+    return None if path is None else run_on_rank_zero(trainer.strategy, lambda: read_review(path))
 
 
 def fit_to_data(fit: FitContext, table: Table, fingerprint: str, *, content: bool) -> Review:
@@ -41,7 +41,7 @@ def fit_to_data(fit: FitContext, table: Table, fingerprint: str, *, content: boo
     """
     reading, loader = fit.reading, fit.scoring_loader
     several = reading.task == "multilabel"
-    with fit.undisturbed():
+    with fit.isolated_eval():
         review = settle(
             table,
             total=len(loader.dataset),  # type: ignore[arg-type]  # its length has been checked
@@ -74,7 +74,7 @@ def check_agrees(before: Review | None, now: Review) -> None:
         )
 
 
-def decided_of(review: Review | None, judged: Sequence[Judged], label: Tensor) -> Decided | None:
+def decided_of(review: Review | None, judged: Sequence[ShardResult], label: Tensor) -> AppliedReview | None:
     """What a person has decided of each sample; None where nobody has.
 
     Args:
@@ -84,12 +84,12 @@ def decided_of(review: Review | None, judged: Sequence[Judged], label: Tensor) -
     """
     if review is None:
         return None
-    decided = review.laid_over(label)
+    decided = review.apply_to(label)
     if decided.stale:
         rank_zero_warn(
             f"{decided.stale:,} decisions of {review.path} do not count: the labels of their samples are no longer what"
             " given_label says."
         )
-    if objection := objection_of(judged):
+    if objection := refusal_reason(judged):
         rank_zero_warn(f"All samples of which {review.path} decides nothing are taken for clean: {objection}.")
     return decided

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_unlearn.attribution import ForwardTrace
 from lightning_unlearn.attribution.layers import LayerPoint
-from lightning_unlearn.data.loaders import rank_share
+from lightning_unlearn.data.loaders import shard_indices
 from lightning_unlearn.data.naming import files_in
 from lightning_unlearn.partitioning.checks import (
     attributed_point,
@@ -95,7 +95,7 @@ def try_recipe(fit: FitContext, recipe: Recipe, basis: Tensor) -> None:
     Raises:
         ValueError: on every rank, where it fails on one.
     """
-    index, _ = rank_share(fit.total, fit.trainer.global_rank, fit.trainer.world_size)
+    index, _ = shard_indices(fit.total, fit.trainer.global_rank, fit.trainer.world_size)
     with isolate_rng():
         fault = trial(recipe, basis, index, fit.device)
     # Together, as the others would wait for a rank that has given up.

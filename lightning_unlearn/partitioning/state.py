@@ -25,12 +25,12 @@ class AtFirst(NamedTuple):
     """What is known of the network when the partition that others act upon first is drawn.
 
     Args:
-        memorised: of the labels suspected to be wrong, the share that it predicts; None where there are none.
+        memorized: of the labels suspected to be wrong, the share that it predicts; None where there are none.
         accuracy: on the validation data; None where it is not known.
         accuracy_gap: share of the training labels that it predicts, less that of the validation labels; None likewise.
     """
 
-    memorised: float | None
+    memorized: float | None
     accuracy: float | None
     accuracy_gap: float | None
 
@@ -45,7 +45,7 @@ class PartitionState:
         partition: the one that is acted upon, or the first until there is one.
         rounds: every drawing of it.
         is_stable: whether so few samples changed sides that it is not drawn again.
-        memorised: see :class:`AtFirst`.
+        memorized: see :class:`AtFirst`.
         accuracy_before: likewise.
         accuracy_gap: likewise.
         review: a person's decisions, which fit the data.
@@ -62,7 +62,7 @@ class PartitionState:
     partition: Partition | None = None
     rounds: list[PartitionRound] = field(default_factory=list)
     is_stable: bool = False
-    memorised: float | None = None
+    memorized: float | None = None
     accuracy_before: float | None = None
     accuracy_gap: float | None = None
     review: Review | None = None
@@ -86,7 +86,7 @@ class PartitionState:
     @property
     def at_first(self) -> AtFirst:
         """What was known when the partition that others act upon first was drawn."""
-        return AtFirst(self.memorised, self.accuracy_before, self.accuracy_gap)
+        return AtFirst(self.memorized, self.accuracy_before, self.accuracy_gap)
 
     def publish(self, drawn: Partition, found: AtFirst, stable_share: float) -> tuple[float, bool]:
         """Makes a partition known.
@@ -105,7 +105,7 @@ class PartitionState:
         self.rounds.append(PartitionRound(drawn.epoch, len(drawn.suspect_indices()), drawn.noise_rate, changed))
         # What could not be told may be told later.
         self.is_stable = not is_first and changed < stable_share and drawn.status in _TELLING
-        self.memorised, self.accuracy_before, self.accuracy_gap = found
+        self.memorized, self.accuracy_before, self.accuracy_gap = found
         is_taken = is_first or drawn.is_actionable
         if is_taken:
             self.partition = drawn
@@ -175,9 +175,9 @@ class PublishedPartition:
         return tuple(self.state.rounds)
 
     @property
-    def memorised(self) -> float | None:
+    def memorized(self) -> float | None:
         """Of the labels suspected to be wrong, how many the network predicted when that was found; None without any."""
-        return self.state.memorised
+        return self.state.memorized
 
     @property
     def accuracy_gap(self) -> float | None:

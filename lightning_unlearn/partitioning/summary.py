@@ -9,13 +9,13 @@ from lightning_unlearn.results.summary import RepairSummary
 from lightning_unlearn.trainer.divergence import ADVICE
 
 # A network that gives so many of the suspects their given label has memorized them.
-MEMORISED = 0.5
+MEMORIZED = 0.5
 # On validation data, less is no gain: training on would have moved it as much.
 _POINTS = 0.003
 _NOTHING = "Nothing was done about it: no callback acted on the partition."
 
 
-def outlook(memorised: float) -> str:
+def outlook(memorized: float) -> str:
     """What to expect of dropping the suspects, from the share of their labels that the network has memorized.
 
     Measured (``benchmarks/results/repair-cpu.md``): where the wrong labels were memorized, fine-tuning on the clean
@@ -23,8 +23,8 @@ def outlook(memorised: float) -> str:
     training on for a short time; with the partition drawn again as the model got cleaner, it was ahead in every case.
     Where training on memorized the rest, as in ``examples/speech`` (30 % at first), it was 26 points ahead.
     """
-    given = f"(it predicts {memorised:.0%} of them)"
-    if memorised >= MEMORISED:
+    given = f"(it predicts {memorized:.0%} of them)"
+    if memorized >= MEMORIZED:
         return f"The network has memorized the suspect labels {given}: fine-tuning on the clean subset should pay."
     return (
         f"The network has not memorized most of the suspect labels yet {given}: further training on them would, and"
@@ -33,10 +33,10 @@ def outlook(memorised: float) -> str:
     )
 
 
-def summarise(
+def summarize(
     partition: Partition,
     *,
-    memorised: float | None,
+    memorized: float | None,
     done: tuple[str, ...],
     accuracy: tuple[float | None, float | None],
     is_dry_run: bool = False,
@@ -47,7 +47,7 @@ def summarise(
 
     Args:
         partition: the last one that was acted upon, or the one that was not.
-        memorised: see :class:`~lightning_unlearn.results.summary.RepairSummary`.
+        memorized: see :class:`~lightning_unlearn.results.summary.RepairSummary`.
         done: a clause for each callback that did something.
         accuracy: on the validation data, before and after; None where not known.
         is_dry_run: whether nothing was to be changed.
@@ -57,8 +57,8 @@ def summarise(
     suspects = len(partition.suspect_indices())
     sentences = [_found(partition, suspects)]
     if partition.is_actionable:
-        if memorised is not None:
-            sentences.append(outlook(memorised))
+        if memorized is not None:
+            sentences.append(outlook(memorized))
         if is_dry_run:
             sentences.append(f"Dry run: {'; '.join(('nothing was changed', *done))}.")
         elif done:
@@ -75,7 +75,7 @@ def summarise(
         samples=len(partition),
         suspects=suspects,
         noise_rate=partition.noise_rate,
-        memorised=memorised,
+        memorized=memorized,
         done=done,
         accuracy_before=before,
         accuracy_after=after,

@@ -18,13 +18,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_unlearn.data.fingerprint import fingerprint, varies
-from lightning_unlearn.data.loaders import batch_size, check_iteration, check_loader, indexed_batches, rank_share
-from lightning_unlearn.data.sampling_scheme import drawing_of
+from lightning_unlearn.data.loaders import (
+    batch_size,
+    check_iterates_in_order,
+    check_loader,
+    iterate_indices,
+    shard_indices,
+)
+from lightning_unlearn.data.sampling_scheme import scheme_of
 from lightning_unlearn.data.task_format import IGNORED
 from lightning_unlearn.evidence.early_epochs import EarlyEpochs
-from lightning_unlearn.evidence.eval_pass import EvidencePass
-from lightning_unlearn.partitioning.apply_recipe import judge_share
-from lightning_unlearn.partitioning.build import Judged
+from lightning_unlearn.evidence.eval_pass import ScoringPass
+from lightning_unlearn.partitioning.apply_recipe import apply_recipe
+from lightning_unlearn.partitioning.build import ShardResult
 from lightning_unlearn.recipes import Recipe
 from lightning_unlearn.recipes.evidence import Evidence, OutOfSample
 from lightning_unlearn.results.finding import finding_of
@@ -33,16 +39,16 @@ from lightning_unlearn.results.provenance import copied
 from lightning_unlearn.trainer.compat import MisconfigurationException
 from lightning_unlearn.trainer.context import logits_of, reading_of
 from lightning_unlearn.trainer.fit_loop import compute_device, log_values, validation_loaders
-from lightning_unlearn.trainer.isolation import undisturbed
+from lightning_unlearn.trainer.isolation import isolated_eval
 from lightning_unlearn.trainer.progress import rank_zero_info
 from lightning_unlearn.trainer.protocols import PartitionSource
 from lightning_unlearn.trainer.row_checks import check_number, check_ranks, establish_rows
 from lightning_unlearn.trainer.scoring_loader import train_loader
 from lightning_unlearn.trainer.strategies import shards_weights
 from lightning_unlearn.trainer.train_data import to_device, users_sampler
-from lightning_unlearn.utilities.distributed import place_by_index, sum_over_ranks
+from lightning_unlearn.utilities.distributed import gather_by_index, sum_over_ranks
 
-Make = Callable[[Sequence[Judged], Tensor, str], Partition]
+Make = Callable[[Sequence[ShardResult], Tensor, str], Partition]
 """From what was judged, the labels and the fingerprint to a partition."""
 
 _WANTED = "Expected validation data that can be judged (judge_validation=True), but"
@@ -120,7 +126,7 @@ class ValidationJudge:
             rank_zero_info("The validation set uses random augmentation, so its samples are judged as augmented.")
 
     def draw(
-        self, trainer: Trainer, pl_module: LightningModule, training: EvidencePass, recipe: Recipe, make: Make
+        self, trainer: Trainer, pl_module: LightningModule, training: ScoringPass, recipe: Recipe, make: Make
     ) -> None:
         """Passes over the validation set and judges it. Every rank must call it.
 
@@ -159,7 +165,7 @@ class ValidationJudge:
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        one: EvidencePass,
+        one: ScoringPass,
         share: dict[str, Tensor],
         recipe: Recipe,
         make: Make,
@@ -173,7 +179,7 @@ class ValidationJudge:
         def with_unseen(evidence: Evidence) -> Evidence:
             return replace(evidence, unseen=unseen)
 
-        judged, label = judge_share(one.fit, share, one.trajectory, recipe, with_unseen)
+        judged, label = apply_recipe(one.fit, share, one.trajectory, recipe, with_unseen)
         self.partition = make(judged, label, found)
 
     @property
@@ -235,7 +241,7 @@ def check_validates(trainer: Trainer) -> None:
 
 
 def _samples(trainer: Trainer, pl_module: LightningModule, source: PartitionSource) -> _Samples:
-    with undisturbed(trainer, pl_module, keep=False):
+    with isolated_eval(trainer, pl_module, keep=False):
         loaders = [loader for loader, _ in validation_loaders(trainer)]
         if len(loaders) != 1:
             raise MisconfigurationException(
@@ -245,8 +251,8 @@ def _samples(trainer: Trainer, pl_module: LightningModule, source: PartitionSour
         with _named():
             loader = check_loader(loaders[0], "validation")
             left_out = _left_out(trainer, loader)
-    with undisturbed(trainer, pl_module), torch.no_grad(), _named():
-        check_iteration(loader)
+    with isolated_eval(trainer, pl_module), torch.no_grad(), _named():
+        check_iterates_in_order(loader)
         _try_batch(trainer, pl_module, source, loader)
         rows = establish_rows(trainer, pl_module, reading_of(source), loader, may_offer=False)
         found = fingerprint(loader)
@@ -275,7 +281,7 @@ def _left_out(trainer: Trainer, loader: DataLoader[Any]) -> frozenset[int]:
     """Which samples of its data set a loader never draws."""
     drawn_from = getattr(loader.batch_sampler, "sampler", None)
     sampler, _ = users_sampler(trainer, loader, drawn_from, loader.sampler)
-    drawing = drawing_of(sampler)
+    drawing = scheme_of(sampler)
     if drawing is None:
         raise TypeError(
             "which samples are for validation cannot be told, as its loader draws with a"
@@ -288,7 +294,7 @@ def _left_out(trainer: Trainer, loader: DataLoader[Any]) -> frozenset[int]:
 def _try_batch(trainer: Trainer, pl_module: LightningModule, source: PartitionSource, loader: DataLoader[Any]) -> None:
     """Sees that the first batch is read, and passes through the model, as one of training does."""
     reading, size = reading_of(source), min(batch_size(loader), len(loader.dataset))  # type: ignore[arg-type]
-    indices, batch = next(indexed_batches(loader, torch.arange(size), probing=True, absent=set()))
+    indices, batch = next(iterate_indices(loader, torch.arange(size), probing=True, absent=set()))
     x, label = reading.split(to_device(trainer, pl_module, batch))
     check_number(loader, label, len(indices), may_offer=False)
     labels, logits = reading.labels(label, len(indices)), logits_of(source, pl_module, x)
@@ -304,7 +310,7 @@ def _check_not_trained_on(trainer: Trainer, samples: _Samples, trained_on: str) 
     if not is_known and samples.loader.dataset is not loader.dataset:
         return
     sampler, _ = users_sampler(trainer, loader, getattr(loader.batch_sampler, "sampler", None), loader.sampler)
-    drawing = drawing_of(sampler)
+    drawing = scheme_of(sampler)
     drawn = set(range(len(samples)) if drawing is None else drawing.index[drawing.weight > 0].tolist())
     if both := len(drawn - samples.left_out):
         raise ValueError(
@@ -313,7 +319,7 @@ def _check_not_trained_on(trainer: Trainer, samples: _Samples, trained_on: str) 
         )
 
 
-def _unseen(trainer: Trainer, one: EvidencePass) -> OutOfSample:
+def _unseen(trainer: Trainer, one: ScoringPass) -> OutOfSample:
     """What the pass says that has seen none of these labels."""
     total = len(one.trajectory)
     early = EarlyEpochs()
@@ -321,7 +327,7 @@ def _unseen(trainer: Trainer, one: EvidencePass) -> OutOfSample:
         one.trajectory,
         torch.ones(total, dtype=torch.uint8),
         1,
-        rank_share(total, trainer.global_rank, trainer.world_size),
+        shard_indices(total, trainer.global_rank, trainer.world_size),
         compute_device(trainer),
         sum_over_ranks(trainer.strategy),
     )
@@ -330,9 +336,9 @@ def _unseen(trainer: Trainer, one: EvidencePass) -> OutOfSample:
 
 def _is_one_sided(trainer: Trainer, share: dict[str, Tensor], total: int) -> bool:
     """Whether there is nothing to tell apart, of any label."""
-    index, weight = rank_share(total, trainer.global_rank, trainer.world_size)
+    index, weight = shard_indices(total, trainer.global_rank, trainer.world_size)
     rows = share["label"].reshape(len(index), -1)
-    label = place_by_index(index, weight, rows, total, sum_over_ranks(trainer.strategy))
+    label = gather_by_index(index, weight, rows, total, sum_over_ranks(trainer.strategy))
     return all(len(torch.unique(one[one != IGNORED])) < 2 for one in label.unbind(dim=1))
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.functional.importance import NeuronSums, importance_ratio, magnitude
-from lightning_unlearn.functional.selection import harmful_neurons, in_order
+from lightning_unlearn.functional.selection import in_order, noise_neurons
 from lightning_unlearn.functional.sensitivity import Sensitivity as Regression
 from lightning_unlearn.utilities.checks import check_choice, check_number, check_seed
 
@@ -117,7 +117,7 @@ class Sensitivity(Criterion):
             soft: whether it is of probabilities; else of the two clusters, as the paper has it.
         """
         if soft:
-            return harmful_neurons(found, self.fdr_level)
+            return noise_neurons(found, self.fdr_level)
         return in_order(found.coefficient.abs(), found.is_live & (found.coefficient != 0))
 
 

@@ -10,9 +10,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_unlearn.pruning.masking import NeuronPruning, snapshot
+from lightning_unlearn.pruning.masking import PrunedParameters, snapshot
 from lightning_unlearn.pruning.sites import PruneSite
-from lightning_unlearn.results.labels import class_members
+from lightning_unlearn.results.labels import indices_by_class
 from lightning_unlearn.results.partition import Partition
 from lightning_unlearn.trainer.protocols import PartitionSource
 from lightning_unlearn.trainer.validation import Score, score_samples, score_validation
@@ -26,7 +26,7 @@ _ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, eq=False)
-class Gauge:
+class ScoreMonitor:
     """Measures how good the model is.
 
     Args:
@@ -77,19 +77,19 @@ def make_gauge(
     source: PartitionSource,
     partition: Partition,
     tolerance: float,
-) -> Gauge:
+) -> ScoreMonitor:
     """Measures on the validation data of the fit or, without any, on confident clean samples of the training set."""
     before = score_validation(trainer, pl_module, source)
     if before is not None:
         nothing = torch.zeros(0, dtype=torch.int64)
-        return Gauge(before, lambda: score_validation(trainer, pl_module, source), nothing, tolerance)
+        return ScoreMonitor(before, lambda: score_validation(trainer, pl_module, source), nothing, tolerance)
     held = held_back(partition)
 
     def measure() -> Score:
         return score_samples(trainer, pl_module, source, held)
 
     # Not measured before there is a neuron to prune.
-    return Gauge(None, measure, held, tolerance)
+    return ScoreMonitor(None, measure, held, tolerance)
 
 
 def held_back(partition: Partition) -> Tensor:
@@ -97,7 +97,7 @@ def held_back(partition: Partition) -> Tensor:
     clean = partition.clean_indices()
     share = min(HELD_SHARE, HELD_MOST / max(len(clean), 1))
     held = []
-    for _, members in class_members(partition.label[clean]):
+    for _, members in indices_by_class(partition.label[clean]):
         of_class = clean[members]
         likeliest = of_class[partition.clean_probability[of_class].argsort(descending=True, stable=True)]
         held.append(likeliest[: max(1, int(share * len(of_class)))])
@@ -124,7 +124,7 @@ class Outcome:
 
 
 def prune_in_steps(
-    pl_module: LightningModule, sites: Sequence[PruneSite], proposal: Sequence[Tensor], gauge: Gauge
+    pl_module: LightningModule, sites: Sequence[PruneSite], proposal: Sequence[Tensor], gauge: ScoreMonitor
 ) -> Outcome:
     """Silences the proposed neurons, the worst of each layer first, for as long as the model gets no worse.
 
@@ -144,7 +144,7 @@ def prune_in_steps(
     try:
         for chunk in chunks:
             for site, neurons in zip(sites, chunk, strict=True):
-                NeuronPruning(site.entries(pl_module, neurons)).zero_parameters()
+                PrunedParameters(site.entries(pl_module, neurons)).zero_parameters()
             after = gauge.measure()
             if gauge.is_worse(after):
                 left = sum(len(p) - len(k) for p, k in zip(proposal, kept, strict=True))

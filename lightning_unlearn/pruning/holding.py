@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_unlearn.attribution import plain_name
-from lightning_unlearn.pruning.masking import NeuronPruning, PrunedEntries, are_revived, snapshot
+from lightning_unlearn.pruning.masking import PrunedEntries, PrunedParameters, are_revived, snapshot
 from lightning_unlearn.trainer.weight_averages import weight_copies
 
 
@@ -19,7 +19,7 @@ class HeldEntries:
     """What is kept at zero; nothing at first. False while nothing is held."""
 
     def __init__(self) -> None:
-        self._pruning: NeuronPruning | None = None
+        self._pruning: PrunedParameters | None = None
         self._entries: list[PrunedEntries] = []
 
     def __bool__(self) -> bool:
@@ -32,7 +32,7 @@ class HeldEntries:
         """
         restore = snapshot(entries)
         try:
-            NeuronPruning(entries).zero_parameters()
+            PrunedParameters(entries).zero_parameters()
             silence_copies(trainer, pl_module, entries)
         except BaseException:
             restore()
@@ -42,7 +42,7 @@ class HeldEntries:
     def take(self, entries: list[PrunedEntries]) -> None:
         """Keeps entries at zero that are so already, in place of those before."""
         self.release()
-        self._pruning, self._entries = NeuronPruning(entries), entries
+        self._pruning, self._entries = PrunedParameters(entries), entries
 
     def confirm(self, trainer: Trainer, pl_module: LightningModule, entries: list[PrunedEntries]) -> bool:
         """Sees that all entries are zero, in the parameters that the module has now.

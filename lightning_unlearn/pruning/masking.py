@@ -171,7 +171,7 @@ def snapshot(entries: Sequence[PrunedEntries]) -> Callable[[], None]:
 def silenced(entries: Sequence[PrunedEntries]) -> Iterator[None]:
     """Inside, the entries are zero; afterwards they are as they were."""
     restore = snapshot(entries)
-    NeuronPruning(entries).zero_parameters()
+    PrunedParameters(entries).zero_parameters()
     try:
         yield
     finally:
@@ -198,7 +198,7 @@ def _held_in(module: nn.Module) -> set[nn.Parameter]:
     return {*module.parameters(recurse=False), *(p for part in parts for p in part.parameters())}  # type: ignore[union-attr]
 
 
-class NeuronPruning:
+class PrunedParameters:
     """Zeroes entries of parameters and keeps them at zero.
 
     Args:
@@ -239,7 +239,7 @@ class NeuronPruning:
         if optimizer in self._handles:
             return
         elsewhere = {p for other in beside if other is not optimizer for p in _stepped(other)} - _stepped(optimizer)
-        own = NeuronPruning([entry for entry in self._entries if entry.parameter not in elsewhere])
+        own = PrunedParameters([entry for entry in self._entries if entry.parameter not in elsewhere])
         with torch.no_grad():
             for entry in own._entries:
                 for value in optimizer.state.get(entry.parameter, {}).values():

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_unlearn.functional.selection import share_of
 from lightning_unlearn.pruning.criteria import Criterion
-from lightning_unlearn.pruning.guard import Gauge, Outcome
+from lightning_unlearn.pruning.guard import Outcome, ScoreMonitor
 from lightning_unlearn.pruning.ranking import Ranking
 from lightning_unlearn.pruning.state import PruneState
 from lightning_unlearn.trainer.progress import rank_zero_info
@@ -34,7 +34,7 @@ def summary_clause(state: PruneState) -> str:
     return f"{verb} {' and '.join(counts)}{f' ({state.note})' if state.note else ''}"
 
 
-def guard_note(proposal: Sequence[Tensor], outcome: Outcome, gauge: Gauge | None) -> str:
+def guard_note(proposal: Sequence[Tensor], outcome: Outcome, gauge: ScoreMonitor | None) -> str:
     """What the guard found; empty without one, or without a neuron to prune."""
     proposed = sum(len(neurons) for neurons in proposal)
     if outcome.rolled_back:

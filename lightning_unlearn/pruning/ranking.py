@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_unlearn.attribution import SmallerBatches, loss_gradients, neuron_dimension, resolve_layer, tap
+from lightning_unlearn.attribution import OOMBatchSplitter, loss_gradients, neuron_dimension, resolve_layer, tap
 from lightning_unlearn.functional.importance import NeuronSums, neuron_sums
 from lightning_unlearn.functional.selection import in_order
 from lightning_unlearn.functional.sensitivity import RegressionSums, regression_sums, solve_sensitivity
@@ -20,7 +20,7 @@ from lightning_unlearn.pruning.criteria import L2_PENALTY, Criterion, NeuronStat
 from lightning_unlearn.pruning.sites import PruneSite
 from lightning_unlearn.results.partition import Partition
 from lightning_unlearn.trainer.context import IndexedBatch, logits_of, output_of, reading_of, training_set
-from lightning_unlearn.trainer.isolation import undisturbed
+from lightning_unlearn.trainer.isolation import isolated_eval
 from lightning_unlearn.trainer.protocols import PartitionSource
 from lightning_unlearn.utilities.distributed import sum_over_ranks
 from lightning_unlearn.utilities.reduce import Reduce
@@ -45,7 +45,7 @@ class Ranking:
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
+class RankingTarget:
     """What neurons are ranked for.
 
     Args:
@@ -75,14 +75,14 @@ def rank_neurons(
     source: PartitionSource,
     sites: Sequence[PruneSite],
     criterion: Criterion,
-    subject: Subject,
+    subject: RankingTarget,
 ) -> list[Ranking]:
     """The neurons of each layer, ranked in one pass over the training set. Every rank must call it."""
 
     def reader_of(site: PruneSite) -> _Reader:
         if isinstance(criterion, Sensitivity):
             target = _target(source, subject.partition)
-            return _RegressionReader(criterion, target, subject.weight, soft=source.regresses_on_probability)
+            return _RegressionReader(criterion, target, subject.weight, soft=source.uses_soft_targets)
         return _StatisticReader(criterion, site, pl_module, subject)
 
     readers = [reader_of(site) for site in sites]
@@ -90,7 +90,7 @@ def rank_neurons(
     # Ratios are of what a neuron does at each position; the rest is of its mean over them.
     reads = _Reads(source, pl_module, sites, by_position=criterion.per_position)
     left_out = torch.zeros(2, dtype=torch.float64)
-    with undisturbed(trainer, pl_module):
+    with isolated_eval(trainer, pl_module):
         for whole, part in watch(reads, training_set(trainer, pl_module, source, "Neurons")):
             batch, seen = _finite_only(whole, part)
             left_out += torch.stack([(whole.weight - batch.weight).sum(), whole.weight.sum()]).cpu()
@@ -159,7 +159,7 @@ def _activations(reads: _Reads, batches: Iterator[IndexedBatch]) -> Iterator[tup
 
 
 def _gradients(reads: _Reads, batches: Iterator[IndexedBatch]) -> Iterator[tuple[IndexedBatch, Seen]]:
-    in_parts, points = SmallerBatches(), [site.point for site in reads.sites]
+    in_parts, points = OOMBatchSplitter(), [site.point for site in reads.sites]
 
     rows = reading_of(reads.source).rows_per_sample
 
@@ -180,7 +180,7 @@ def _gradients(reads: _Reads, batches: Iterator[IndexedBatch]) -> Iterator[tuple
 
 def _target(source: PartitionSource, partition: Partition) -> Tensor:
     """(N,) float32, what activations are regressed on."""
-    return partition.clean_probability if source.regresses_on_probability else partition.is_clean.float()
+    return partition.clean_probability if source.uses_soft_targets else partition.is_clean.float()
 
 
 class _RegressionReader:
@@ -210,7 +210,9 @@ class _RegressionReader:
 class _StatisticReader:
     """Sums over the suspect and over the clean samples; a score that needs none still needs to know who is live."""
 
-    def __init__(self, criterion: Criterion, site: PruneSite, pl_module: LightningModule, subject: Subject) -> None:
+    def __init__(
+        self, criterion: Criterion, site: PruneSite, pl_module: LightningModule, subject: RankingTarget
+    ) -> None:
         self._criterion, self._layer, self._epoch = criterion, site.name, subject.partition.epoch
         # Looked at by every rank, whatever batches it has: of weights in parts, all give theirs.
         self._weight: tuple[Tensor | None, int] = site.weight(pl_module) if criterion.needs_weight else (None, 0)

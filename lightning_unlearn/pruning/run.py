@@ -14,10 +14,10 @@ from torch import Tensor
 from lightning_unlearn.attribution import ForwardTrace
 from lightning_unlearn.functional.selection import share_of
 from lightning_unlearn.pruning.criteria import Criterion
-from lightning_unlearn.pruning.guard import Gauge, Outcome, make_gauge, prune_in_steps
+from lightning_unlearn.pruning.guard import Outcome, ScoreMonitor, make_gauge, prune_in_steps
 from lightning_unlearn.pruning.holding import HeldEntries
 from lightning_unlearn.pruning.messages import NOT_SILENT, guard_note, say_layers, summary_clause
-from lightning_unlearn.pruning.ranking import Ranking, Subject, rank_neurons
+from lightning_unlearn.pruning.ranking import Ranking, RankingTarget, rank_neurons
 from lightning_unlearn.pruning.silence import find_silent
 from lightning_unlearn.pruning.sites import PruneSite, check_trained, default_site, named_site
 from lightning_unlearn.pruning.state import PruneState
@@ -130,7 +130,7 @@ def prune(
         gauge = make_gauge(trainer, pl_module, source, partition, settings.max_val_drop)
     guard = time.perf_counter() - started
     gone = [state.pruned_before(at) for at in range(len(state.sites))]
-    subject = Subject(partition, _weights(source, partition, gauge), gone)
+    subject = RankingTarget(partition, _weights(source, partition, gauge), gone)
     rankings = rank_neurons(trainer, pl_module, source, state.sites, settings.criterion, subject)
     lives = state.live or [ranking.live for ranking in rankings]
     proposal = [
@@ -168,7 +168,7 @@ def report_pruning(pl_module: LightningModule, result: PruneResult, settings: Pr
     log_masks(pl_module, state.masks)
 
 
-def _weights(source: PartitionSource, partition: Partition, gauge: Gauge | None) -> Tensor:
+def _weights(source: PartitionSource, partition: Partition, gauge: ScoreMonitor | None) -> Tensor:
     """(N,) float32, of each sample in the ranking: none for those that the guard measures on."""
     weight = torch.ones(len(partition)) if source.sample_weight is None else source.sample_weight.clone()
     if gauge is not None:

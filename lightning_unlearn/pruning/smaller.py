@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_unlearn.shrinking import save_shrunk, shrink
 from lightning_unlearn.shrinking.cost import parameter_count
 from lightning_unlearn.trainer.progress import rank_zero_info
-from lightning_unlearn.utilities.distributed import on_rank_zero
+from lightning_unlearn.utilities.distributed import run_on_rank_zero
 from lightning_unlearn.utilities.files import target_file
 
 
@@ -29,7 +29,7 @@ def refuse_unshrinkable(trainer: Trainer, pl_module: LightningModule, x: Any, pa
             warnings.filterwarnings("ignore", message="shrink ")
             shrink(pl_module, x)
 
-    on_rank_zero(trainer.strategy, attempt)
+    run_on_rank_zero(trainer.strategy, attempt)
 
 
 def write_shrunk(trainer: Trainer, pl_module: LightningModule, x: Any, path: str | PathLike[str]) -> None:
@@ -47,7 +47,7 @@ def write_shrunk(trainer: Trainer, pl_module: LightningModule, x: Any, path: str
         save_shrunk(small, path)
         return parameter_count(pl_module), parameter_count(small)
 
-    before, after = on_rank_zero(trainer.strategy, write)
+    before, after = run_on_rank_zero(trainer.strategy, write)
     rank_zero_info(
         f"{path} holds the network without its pruned neurons: {after:,} of {before:,} parameters. load_shrunk"
         " reads it."

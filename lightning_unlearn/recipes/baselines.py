@@ -7,14 +7,14 @@ from torch import Tensor
 
 from lightning_unlearn.functional.gaussian import GaussianMixture
 from lightning_unlearn.functional.mixture import fit_mixture
-from lightning_unlearn.functional.standardize import standardise
-from lightning_unlearn.recipes.classes import class_scores, rival_of, with_coordinates
+from lightning_unlearn.functional.standardization import standardize
+from lightning_unlearn.recipes.base import LONE, RecipeResult, cleaner_component, single_class_prediction, undecided
+from lightning_unlearn.recipes.classes import class_scores, runner_up, with_coordinates
 from lightning_unlearn.recipes.evidence import Evidence
-from lightning_unlearn.recipes.verdict import LONE, Verdict, calls_all_the_same, higher_component, undecided
 from lightning_unlearn.utilities.reduce import Reduce
 
 
-def judge_rlap(evidence: Evidence, reduce: Reduce) -> Verdict:
+def rlap_recipe(evidence: Evidence, reduce: Reduce) -> RecipeResult:
     """The paper's steps 2-3 on ``Evidence.rows``, without its noise mask.
 
     The reference code takes from the true noise mask which of the two clusters is the clean one. Here it is the one
@@ -27,7 +27,7 @@ def judge_rlap(evidence: Evidence, reduce: Reduce) -> Verdict:
         raise ValueError(
             "The recipe 'rlap' needs Evidence.rows, the per-neuron attributions (n, D), but they are None."
         )
-    rows = standardise(evidence.rows, evidence.weight, reduce)
+    rows = standardize(evidence.rows, evidence.weight, reduce)
     samples = int(reduce((evidence.weight > 0).double().sum()).item())
     varying = int((reduce(rows.abs().double().sum(dim=0)) > 0).sum())
     # Whether a factorization of what is singular fails is up to rounding, and so to the processor.
@@ -38,12 +38,12 @@ def judge_rlap(evidence: Evidence, reduce: Reduce) -> Verdict:
     # Of moments that are summed over the ranks, so on all of them. It is documented, but not in __all__.
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise ValueError(_too_few(samples, rows.shape[1])) from error
-    clean = higher_component(-evidence.loss, share, evidence.weight, reduce)
+    clean = cleaner_component(-evidence.loss, share, evidence.weight, reduce)
     if clean is None:
         return undecided(evidence, "the model's loss on them")
     probability = share[:, clean].float()
     # The paper's clusters speak of the sample and not of its label: the model's word is all there is.
-    return Verdict(probability, evidence.prediction, (1 - probability) * confidence(evidence))
+    return RecipeResult(probability, evidence.prediction, (1 - probability) * confidence(evidence))
 
 
 def _too_few(samples: int, neurons: int) -> str:
@@ -54,19 +54,19 @@ def _too_few(samples: int, neurons: int) -> str:
     )
 
 
-def _judge_score(score: Tensor, evidence: Evidence, reduce: Reduce) -> Verdict:
+def _judge_score(score: Tensor, evidence: Evidence, reduce: Reduce) -> RecipeResult:
     """A mixture on one number per sample, the component with the higher mean being clean."""
-    if blind := calls_all_the_same(evidence, reduce):
+    if blind := single_class_prediction(evidence, reduce):
         return blind
-    rows = standardise(score.double().unsqueeze(1), evidence.weight, reduce)
+    rows = standardize(score.double().unsqueeze(1), evidence.weight, reduce)
     mixture: GaussianMixture = fit_mixture(rows, evidence.weight, reduce=reduce)
     mean = mixture.mean.squeeze(1)
     count = reduce(mixture.posterior(rows).double().T @ evidence.weight.double())
     if mean[0] == mean[1] or bool((count < LONE).any()):
         return undecided(evidence, "the score")
     probability = mixture.posterior_monotone(rows, int(mean[1] > mean[0])).float()
-    rival, share = rival_of(evidence)
-    return Verdict(probability, rival, (1 - probability) * share, label_probability=probability)
+    rival, share = runner_up(evidence)
+    return RecipeResult(probability, rival, (1 - probability) * share, label_probability=probability)
 
 
 def confidence(evidence: Evidence) -> Tensor:
@@ -76,21 +76,21 @@ def confidence(evidence: Evidence) -> Tensor:
     return class_scores(evidence, evidence.attribution[:, -1]).softmax(dim=1).amax(dim=1)
 
 
-def judge_loss(evidence: Evidence, reduce: Reduce) -> Verdict:
+def loss_recipe(evidence: Evidence, reduce: Reduce) -> RecipeResult:
     """Baseline: a mixture on the last pass's loss (Arazo et al. 2019, DivideMix), the lower being clean."""
     return _judge_score(-evidence.loss, evidence, reduce)
 
 
-def judge_aum(evidence: Evidence, reduce: Reduce) -> Verdict:
+def aum_recipe(evidence: Evidence, reduce: Reduce) -> RecipeResult:
     """Baseline: a mixture on the margin averaged over training (AUM, Pleiss et al. 2020), the higher being clean."""
     return _judge_score(evidence.mean_margin, evidence, reduce)
 
 
-def judge_argmax(evidence: Evidence, reduce: Reduce) -> Verdict:
+def argmax_recipe(evidence: Evidence, reduce: Reduce) -> RecipeResult:
     """Baseline: a sample is clean if the model predicts its label; the probability is that against the rival alone."""
-    if blind := calls_all_the_same(evidence, reduce):
+    if blind := single_class_prediction(evidence, reduce):
         return blind
     probability = evidence.margin.sigmoid().float()
-    return Verdict(
+    return RecipeResult(
         probability, evidence.prediction, (1 - probability) * confidence(evidence), label_probability=probability
     )

@@ -11,9 +11,9 @@ from lightning_unlearn.functional.leave_one_out import skill_of
 from lightning_unlearn.functional.prequential import class_shift
 from lightning_unlearn.functional.structured_noise import MIN_ENTRY
 from lightning_unlearn.functional.transition import MOST_NAMES
+from lightning_unlearn.recipes.base import NO_DOUBT, NoiseEstimate, RecipeResult
 from lightning_unlearn.recipes.evidence import Evidence, OutOfSample
 from lightning_unlearn.recipes.label_noise import ACTED_Z, LabelHistory, LabelNoise, find_label_noise
-from lightning_unlearn.recipes.verdict import NO_DOUBT, NoiseEstimate, Verdict
 from lightning_unlearn.utilities.reduce import Reduce
 
 # So far apart, training and validation accuracy say that labels are memorized.
@@ -22,7 +22,7 @@ _GAP = 0.2
 _MORE_SKILL = 0.1
 
 
-def verdict_on_labels(evidence: Evidence, reduce: Reduce) -> Verdict:
+def verdict_on_labels(evidence: Evidence, reduce: Reduce) -> RecipeResult:
     """The verdict on evidence in which every class occurs.
 
     Args:
@@ -38,7 +38,7 @@ def verdict_on_labels(evidence: Evidence, reduce: Reduce) -> Verdict:
     # Where nothing can be told, nothing is suspect, and the order stays.
     wrong = found.wrong * NO_DOUBT if found.objection else found.wrong
     clean = (1 - wrong).float()
-    return Verdict(
+    return RecipeResult(
         clean,
         found.suggested,
         (wrong * found.suggested_share).float(),

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from lightning_unlearn.functional.coordinates import helmert
 from lightning_unlearn.functional.transition import MOST_NAMES
+from lightning_unlearn.recipes.base import RecipeResult
 from lightning_unlearn.recipes.evidence import Evidence, OutOfSample
-from lightning_unlearn.recipes.verdict import Verdict
 from lightning_unlearn.utilities.reduce import Reduce
 
 
-def rival_of(evidence: Evidence) -> tuple[Tensor, Tensor]:
+def runner_up(evidence: Evidence) -> tuple[Tensor, Tensor]:
     """The class other than the given one that the model was most for on the whole, and its share among the others.
 
     Of more classes than have coordinates, it is that of the last pass; where that is not known either, what this
@@ -87,7 +87,7 @@ def _unseen_of(unseen: OutOfSample, classes: Tensor) -> OutOfSample:
     return replace(unseen, early=early, drawn=drawn, left_out=left_out)
 
 
-def of_all_classes(verdict: Verdict, evidence: Evidence, classes: Tensor) -> Verdict:
+def of_all_classes(verdict: RecipeResult, evidence: Evidence, classes: Tensor) -> RecipeResult:
     """A verdict on :func:`restricted` evidence in the classes of the model; samples of other classes are clean.
 
     Args:

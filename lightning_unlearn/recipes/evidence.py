@@ -45,7 +45,7 @@ class Evidence:
         margin: (n,) attribution of the given label's logit less the strongest other, in the last pass.
         mean_margin: (n,) the same, averaged over all passes: the area under the margin (AUM).
         support: (n,) in [0, 1], how strongly the layer supports the given label against the strongest other, averaged
-            over all passes (see :func:`~lightning_unlearn.functional.label_support`).
+            over all passes (see :func:`~lightning_unlearn.functional.label_confidence`).
         uncertainty: (n,) entropy of the predicted classes, averaged over all passes, in nats.
         loss: (n,) cross-entropy of the given label in the last pass, in nats.
         prediction: (n,) int64, strongest class of the last pass.

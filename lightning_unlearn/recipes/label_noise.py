@@ -16,6 +16,7 @@ from lightning_unlearn.functional.structured_noise import StructuredNoise
 from lightning_unlearn.functional.suspects import in_order_of, with_mean
 from lightning_unlearn.functional.symmetric_noise import SymmetricNoiseFit, fit_symmetric_noise, fit_with_and_without
 from lightning_unlearn.functional.transition import log_odds_of
+from lightning_unlearn.recipes.base import NO_DOUBT, judged_labels
 from lightning_unlearn.recipes.latent_noise import (
     MANY,
     NamedClasses,
@@ -24,7 +25,6 @@ from lightning_unlearn.recipes.latent_noise import (
     named_classes,
     transition_noise,
 )
-from lightning_unlearn.recipes.verdict import NO_DOUBT, judged_labels
 from lightning_unlearn.utilities.reduce import Reduce, no_reduce
 
 NAMED_Z = 3.0

@@ -21,9 +21,9 @@ from lightning_unlearn.functional.prequential import PrequentialRate, class_shif
 from lightning_unlearn.functional.suspects import in_order_of, with_mean
 from lightning_unlearn.functional.symmetric_noise import SymmetricNoiseFit
 from lightning_unlearn.functional.transition import MOST_NAMES
+from lightning_unlearn.recipes.base import NO_DOUBT, NoiseEstimate, RecipeResult, judged_labels
 from lightning_unlearn.recipes.evidence import Evidence
 from lightning_unlearn.recipes.label_noise import ACTED_Z, NAMED_Z, NOT_KNOWN
-from lightning_unlearn.recipes.verdict import NO_DOUBT, NoiseEstimate, Verdict, judged_labels
 from lightning_unlearn.utilities.reduce import Reduce
 
 # A part of training counts if its steps predicted so large a share of what is predicted of validation samples, or,
@@ -39,7 +39,7 @@ _LEAST_RATE = 1e-4  # for the order where no label is wrong
 _TWO_SIDED = 1.96
 
 
-def judge_many(evidence: Evidence, margins: Tensor, reduce: Reduce) -> Verdict:
+def judge_many(evidence: Evidence, margins: Tensor, reduce: Reduce) -> RecipeResult:
     """The probability that the given label is right.
 
     Args:
@@ -61,7 +61,7 @@ def judge_many(evidence: Evidence, margins: Tensor, reduce: Reduce) -> Verdict:
     # Where nothing can be told, nothing is suspect, and the order stays.
     clean = (1 - torch.where(can_judge[evidence.label], wrong, NO_DOUBT * wrong)).float()
     note = f"labels: {classes} classes: looked for errors that fall on any class alike, and for no others"
-    return Verdict(
+    return RecipeResult(
         clean,
         evidence.label if evidence.rival is None else evidence.rival,
         (1 - clean) * (0 if evidence.rival_share is None else evidence.rival_share),

@@ -9,10 +9,10 @@ from dataclasses import replace
 from importlib.metadata import entry_points
 from typing import Any
 
-from lightning_unlearn.recipes.baselines import judge_argmax, judge_aum, judge_loss, judge_rlap
-from lightning_unlearn.recipes.judges import judge_auto, judge_input, judge_label
+from lightning_unlearn.recipes.base import Recipe
+from lightning_unlearn.recipes.baselines import argmax_recipe, aum_recipe, loss_recipe, rlap_recipe
+from lightning_unlearn.recipes.builtin import auto_recipe, input_recipe, label_recipe
 from lightning_unlearn.recipes.users import judge_of
-from lightning_unlearn.recipes.verdict import Recipe
 from lightning_unlearn.utilities.checks import called, plain
 
 ENTRY_POINTS = "lightning_unlearn.recipes"
@@ -22,13 +22,13 @@ ENTRY_POINTS = "lightning_unlearn.recipes"
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
-        Recipe("auto", judge_auto, needs_response=True, needs_unseen=True),
-        Recipe("label", judge_label, needs_unseen=True),
-        Recipe("input", judge_input, needs_response=True),
-        Recipe("rlap", judge_rlap, needs_rows=True, averages=False, soft=False),
-        Recipe("loss", judge_loss, averages=False),
-        Recipe("aum", judge_aum),
-        Recipe("argmax", judge_argmax, averages=False),
+        Recipe("auto", auto_recipe, needs_response=True, needs_unseen=True),
+        Recipe("label", label_recipe, needs_unseen=True),
+        Recipe("input", input_recipe, needs_response=True),
+        Recipe("rlap", rlap_recipe, needs_rows=True, averages=False, soft=False),
+        Recipe("loss", loss_recipe, averages=False),
+        Recipe("aum", aum_recipe),
+        Recipe("argmax", argmax_recipe, averages=False),
     )
 }
 
@@ -41,7 +41,7 @@ def get_recipe(recipe: str | Recipe | Callable[..., Any]) -> Recipe:
             ``lightning_unlearn.recipes``; the dotted path of a function or a :class:`Recipe`; or one of these. A
             function takes :class:`~lightning_unlearn.recipes.evidence.Evidence`, and, if it has a second positional
             parameter without a default, the function that sums over ranks; it returns p(clean), (n,), or a
-            :class:`Verdict`.
+            :class:`RecipeResult`.
 
     Raises:
         ValueError: if there is none, the message lists those there are; or for a function of other arguments.

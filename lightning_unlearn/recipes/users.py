@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.functional.soft_margin import rivals_of, soft_margins
-from lightning_unlearn.recipes.classes import is_exact, rival_of
+from lightning_unlearn.recipes.base import Judge, Recipe, RecipeResult
+from lightning_unlearn.recipes.classes import is_exact, runner_up
 from lightning_unlearn.recipes.evidence import Evidence
-from lightning_unlearn.recipes.verdict import Judge, Recipe, Verdict
 from lightning_unlearn.utilities.checks import called, fault_of_call
 from lightning_unlearn.utilities.reduce import Reduce, no_reduce
 
@@ -57,7 +57,7 @@ class _Checked:
     function: Callable[..., Any]
     takes_reduce: bool
 
-    def __call__(self, evidence: Evidence, reduce: Reduce) -> Verdict:
+    def __call__(self, evidence: Evidence, reduce: Reduce) -> RecipeResult:
         answer: Any = None
         failure = None
         try:
@@ -76,7 +76,9 @@ def _takes_reduce(function: Callable[..., Any]) -> bool:
     return len(by_place) > 1 and by_place[1].default is inspect.Parameter.empty
 
 
-def checked(name: str, answer: Any, evidence: Evidence, reduce: Reduce, failure: Exception | None = None) -> Verdict:
+def checked(
+    name: str, answer: Any, evidence: Evidence, reduce: Reduce, failure: Exception | None = None
+) -> RecipeResult:
     """What a recipe has answered as a verdict, on the device of the evidence; every rank must ask.
 
     Args:
@@ -90,7 +92,7 @@ def checked(name: str, answer: Any, evidence: Evidence, reduce: Reduce, failure:
         ValueError: for an answer that is neither, on every rank alike.
         Exception: the failure, on its rank.
     """
-    verdict = answer if isinstance(answer, Verdict) else Verdict(answer, rival_of(evidence)[0])
+    verdict = answer if isinstance(answer, RecipeResult) else RecipeResult(answer, runner_up(evidence)[0])
     fault = next(filter(None, (_fault(*each, evidence) for each in _parts(verdict))), "")
     # Together, as the others would wait for a rank that has given up.
     if reduce(torch.tensor(float(bool(fault or failure)), device=evidence.weight.device)).item() > 0:
@@ -107,7 +109,7 @@ _ON_ANOTHER_RANK = "a verdict on every rank, but on another it did not"
 _LABELS = "suggested_label"
 
 
-def _parts(verdict: Verdict) -> list[tuple[str, Any, str]]:
+def _parts(verdict: RecipeResult) -> list[tuple[str, Any, str]]:
     """What has a row per sample, with what it is called in a message."""
     return [
         ("clean_probability", verdict.clean_probability, "p(clean)"),

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lightning_unlearn.results.labels import DECISIONS, held_labels
+from lightning_unlearn.results.labels import DECISIONS, positive_labels
 from lightning_unlearn.results.partition import Partition
 
 DONE = ("dropped", "re-labeled", "drawn by p(clean)", "kept")
@@ -88,7 +88,7 @@ class Actions:
             layer: list(map(int, found)) for layer, found in (told.get("pruned") or {}).items()
         }
         self._gone = set(self.dropped)
-        self._moved = {int(one["index"]): one for one in told.get("relabelled") or ()}
+        self._moved = {int(one["index"]): one for one in told.get("relabeled") or ()}
         review = provenance.get("review") or {}
         self.reviewed = {name: list(map(int, review.get(name) or ())) for name in DECISIONS}
         self.review_path = str(review.get("path", ""))
@@ -99,7 +99,7 @@ class Actions:
         return self.from_epoch is not None
 
     @property
-    def relabelled(self) -> int:
+    def relabeled(self) -> int:
         """How many samples were trained on under another label."""
         return len(self._moved)
 
@@ -155,7 +155,7 @@ class Actions:
 
 
 def _labels(label: Any) -> tuple[int, ...]:
-    return tuple(held_labels(torch.tensor([label]))[0]) if isinstance(label, Sequence) else (int(label),)
+    return tuple(positive_labels(torch.tensor([label]))[0]) if isinstance(label, Sequence) else (int(label),)
 
 
 def _listed(title: tuple[str, ...], indices: Iterable[int], room: int) -> Listed:

@@ -39,10 +39,10 @@ def png(pixels: Array) -> bytes:
         b'PNG'
     """
     height, width = pixels.shape[:2]
-    colour = 2 if pixels.ndim == 3 else 0
+    color = 2 if pixels.ndim == 3 else 0
     # Each row begins with the number of its filter, 0 for none.
     rows = np.concatenate([np.zeros((height, 1), np.uint8), pixels.reshape(height, -1)], axis=1)
-    header = struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, 8, color, 0, 0, 0)
     parts = ((b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes(), 6)), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(kind, content) for kind, content in parts)
 

@@ -31,7 +31,7 @@ from lightning_unlearn.report.charts import (
 from lightning_unlearn.report.record import RunRecord
 from lightning_unlearn.results.class_summary import confusion_counts
 from lightning_unlearn.results.finding import finding_of
-from lightning_unlearn.results.labels import DECISIONS, REASONS, held_labels, suggested_otherwise
+from lightning_unlearn.results.labels import DECISIONS, REASONS, label_issue_mask, positive_labels
 from lightning_unlearn.results.mask import NeuronMask
 from lightning_unlearn.results.partition import Partition
 from lightning_unlearn.utilities.files import replacing
@@ -90,7 +90,7 @@ def render_report(record: RunRecord, control: RunRecord | None = None) -> str:
             timing=_timing(record.seconds),
             actions=actions,
             dropped=actions.listed_drops(),
-            relabelled=actions.listed_moves(names),
+            relabeled=actions.listed_moves(names),
             pruned=actions.listed_neurons(),
             fits=record.provenance.get("fits", []),
             gallery=_json(
@@ -169,7 +169,7 @@ def _confusion(partition: Partition, names: _Names) -> tuple[Markup, int] | None
     """Of the samples suspected for their label, how many of a class are suggested to be which; and classes left out."""
     if partition.is_multilabel:
         return None
-    wrong = suggested_otherwise(partition)
+    wrong = label_issue_mask(partition)
     given, suggested = partition.label[wrong], partition.suggested_label[wrong]
     if len(given) == 0:
         return None
@@ -234,7 +234,7 @@ def _action(action: Action) -> dict[str, Any]:
 
 
 def _labels(label: Tensor) -> list[int]:
-    return [int(label)] if label.ndim == 0 else held_labels(label.unsqueeze(0))[0]
+    return [int(label)] if label.ndim == 0 else positive_labels(label.unsqueeze(0))[0]
 
 
 def _safe(card: dict[str, Any]) -> dict[str, Any]:

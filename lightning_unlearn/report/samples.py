@@ -178,8 +178,8 @@ def _rendered(shown: Any, budget: int) -> Card:
 def _image(pixels: Array, side: int, budget: int) -> Card:
     # A picture that cannot be compressed takes three bytes a pixel, and a third more as text.
     side = max(8, min(side, math.isqrt(budget // 4)))
-    grey = pixels.ndim == 3 and pixels.shape[2] == 1
-    return {"kind": "image", "src": data_uri("image/png", png(shrunk(pixels[:, :, 0] if grey else pixels, side)))}
+    gray = pixels.ndim == 3 and pixels.shape[2] == 1
+    return {"kind": "image", "src": data_uri("image/png", png(shrunk(pixels[:, :, 0] if gray else pixels, side)))}
 
 
 def _audio(sound: Array, rate: int, budget: int) -> Card:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_unlearn.results.labels import class_members, suggested_otherwise
+from lightning_unlearn.results.labels import indices_by_class, label_issue_mask
 
 if TYPE_CHECKING:
     from lightning_unlearn.results.partition import Partition
@@ -73,7 +73,7 @@ def summary_of_classes(partition: Partition) -> list[ClassSummary]:
     classes = int(torch.cat([partition.label, partition.suggested_label]).max()) + 1 if len(partition) else 0
     suspect = ~partition.is_clean
     judged = partition.label >= 0
-    wrong = suggested_otherwise(partition)
+    wrong = label_issue_mask(partition)
     confused = most_confused(partition.label[wrong], partition.suggested_label[wrong])
     samples, suspects = (partition.label[x].bincount(minlength=classes) for x in (judged, judged & suspect))
     doubt = torch.zeros(classes, dtype=torch.float64)
@@ -105,7 +105,7 @@ def summary_of_labels(partition: Partition) -> list[ClassSummary]:
             confused_with=None,
             confused_samples=0,
         )
-        for c, members in class_members(partition.label)
+        for c, members in indices_by_class(partition.label)
         for doubt in [partition.label_probability[members, c].double().mean()]
     ]
     return sorted(rows, key=lambda row: -row.suspects / row.samples)

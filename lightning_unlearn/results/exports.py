@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_unlearn.results.labels import REASONS, held_labels
+from lightning_unlearn.results.labels import REASONS, positive_labels
 from lightning_unlearn.results.partition import Partition
 from lightning_unlearn.utilities.files import replacing
 
@@ -246,7 +246,7 @@ def _cells(label: Tensor) -> list[Any]:
     """A class index for each sample, or a list of the labels that it has."""
     if label.ndim == 1:
         return label.tolist()
-    return held_labels(label)
+    return positive_labels(label)
 
 
 def _new_lab(partition: Partition, class_names: Sequence[str] | None) -> Any:

@@ -21,7 +21,7 @@ DECISIONS = ("keep", "drop", "relabel")
 """What becomes of a sample."""
 
 
-def class_members(label: Tensor) -> list[tuple[int, Tensor]]:
+def indices_by_class(label: Tensor) -> list[tuple[int, Tensor]]:
     """The classes that are given, each with the samples that are given it.
 
     Args:
@@ -31,7 +31,7 @@ def class_members(label: Tensor) -> list[tuple[int, Tensor]]:
         pairs of a class and (K,) int64 positions, ascending.
 
     Example:
-        >>> class_members(torch.tensor([2, 0, 2, -1]))
+        >>> indices_by_class(torch.tensor([2, 0, 2, -1]))
         [(0, tensor([1])), (2, tensor([0, 2]))]
     """
     if label.ndim == 2:
@@ -45,17 +45,17 @@ def class_members(label: Tensor) -> list[tuple[int, Tensor]]:
     return list(zip(classes.tolist(), members, strict=True))
 
 
-def of_any_label(one: Tensor) -> Tensor:
+def any_label(one: Tensor) -> Tensor:
     """(N,) bool of a bool for each sample, (N,), or for each of its labels, (N, L)."""
     return one.any(dim=1) if one.ndim == 2 else one
 
 
-def suggested_otherwise(partition: Partition) -> Tensor:
+def label_issue_mask(partition: Partition) -> Tensor:
     """(N,) bool, the samples that are suspected for their label, and for which another one is suggested.
 
     Not those suspected only for their input, of whose label nothing is said.
     """
-    differs = of_any_label((partition.label >= 0) & (partition.suggested_label != partition.label))
+    differs = any_label((partition.label >= 0) & (partition.suggested_label != partition.label))
     return ~partition.is_clean & (partition.reason != REASONS.index("input")) & differs
 
 
@@ -74,14 +74,14 @@ def cut_of(partition: Partition) -> float | None:
     return 0.5 if low < 0.5 <= high else (low + high) / 2
 
 
-def held_labels(label: Tensor) -> list[list[int]]:
+def positive_labels(label: Tensor) -> list[list[int]]:
     """The labels that each sample of a multi-label task has.
 
     Args:
         label: (N, L), 1 for a label that the sample has.
 
     Example:
-        >>> held_labels(torch.tensor([[1, 0, 1], [0, 0, 0]]))
+        >>> positive_labels(torch.tensor([[1, 0, 1], [0, 0, 0]]))
         [[0, 2], []]
     """
     return [row.nonzero().flatten().tolist() for row in label == 1]

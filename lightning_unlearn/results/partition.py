@@ -19,7 +19,7 @@ from lightning_unlearn.results.labels import (
     DECISIONS,
     LISTS,
     REASONS,
-    of_any_label,
+    any_label,
 )
 from lightning_unlearn.results.review_csv import check_undecided
 from lightning_unlearn.results.status import PartitionStatus, checked_status
@@ -288,7 +288,7 @@ class Partition:
         """Why each sample is not clean, in words: ``"none"``, ``"label"``, ``"input"`` or ``"both"``."""
         return [REASONS[code] for code in self.reason.tolist()]
 
-    def worth_relabelling(self, threshold: float | None = None) -> Tensor:
+    def relabel_mask(self, threshold: float | None = None) -> Tensor:
         """(N,) bool, the samples whose label is wrong, and another one likely enough.
 
         A sample whose input is corrupted is not worth a new label.
@@ -303,7 +303,7 @@ class Partition:
         if threshold is not None:
             least = check_number("threshold", threshold, above=0, most=1)
         # A recipe that suggests what the network predicts suggests the given label again where that was memorized.
-        differs = of_any_label(self.suggested_label != self.label)
+        differs = any_label(self.suggested_label != self.label)
         wrong = ~self.is_clean & (self.reason == REASONS.index("label"))
         return wrong & (self.suggested_probability >= least) & differs
 
@@ -318,7 +318,7 @@ class Partition:
         Raises:
             ValueError: for a threshold out of range.
         """
-        code = torch.where(self.trained_on(), 0, torch.where(self.worth_relabelling(threshold), 2, 1))
+        code = torch.where(self.trained_on(), 0, torch.where(self.relabel_mask(threshold), 2, 1))
         return [DECISIONS[one] for one in code.tolist()]
 
     def class_summary(self) -> list[ClassSummary]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.results.class_summary import confusion_counts
-from lightning_unlearn.results.labels import REASONS, cut_of, suggested_otherwise
+from lightning_unlearn.results.labels import REASONS, cut_of, label_issue_mask
 from lightning_unlearn.utilities.checks import check_choice
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def plot_mask(mask: NeuronMask, ax: Axes | None = None) -> tuple[Figure, Axes]:
             )
     axes.axhline(0, color=_NEUTRAL, linewidth=1, zorder=1)
     hidden = len(keep) - len(order)
-    what = "score" if error is None else "standardised coefficient ± standard error"
+    what = "score" if error is None else "standardized coefficient ± standard error"
     axes.xaxis.set_major_locator(_import("matplotlib.ticker").MaxNLocator(integer=True))
     axes.set_xlabel("neurons, the lowest first" + (f" ({hidden:,} not finite, left out)" if hidden else ""))
     axes.set_ylabel(what)
@@ -252,7 +252,7 @@ def _draw_confusion(partition: Partition, axes: Axes, names: dict[int, str] | No
 def _confusion(partition: Partition) -> tuple[Tensor, Tensor, int]:
     """(S, S) int64 counts of given against suggested label, the (S,) classes that are shown, and how many there are."""
     classes = _classes(partition)
-    wrong = suggested_otherwise(partition)
+    wrong = label_issue_mask(partition)
     given, suggested = partition.label[wrong], partition.suggested_label[wrong]
     shown = torch.arange(classes)
     if classes > _MOST:
@@ -291,8 +291,8 @@ def _draw_cells(axes: Axes, counts: Tensor, share: Tensor, *, diagonal: bool) ->
     image = axes.imshow(cells, cmap=shades, vmin=0, vmax=most, aspect="auto", interpolation="nearest")
     if diagonal:
         own = np.ma.masked_equal(np.eye(len(counts)), 0)
-        grey = colors.ListedColormap([_NEUTRAL])
-        axes.imshow(own, cmap=grey, alpha=0.3, aspect="auto", interpolation="nearest")
+        gray = colors.ListedColormap([_NEUTRAL])
+        axes.imshow(own, cmap=gray, alpha=0.3, aspect="auto", interpolation="nearest")
     if len(counts) <= _NUMBERED:
         for (row, column), count in np.ndenumerate(counts.numpy()):
             if count:

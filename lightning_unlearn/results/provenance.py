@@ -177,6 +177,6 @@ def _installed(package: str) -> str | None:
 
 def _reviewed(review: Review, label: Tensor) -> dict[str, Any]:
     """Which samples a person has decided of, without the decisions that do not count."""
-    decided = review.laid_over(label)
+    decided = review.apply_to(label)
     by_decision = {name: (decided.decision == code).nonzero().flatten() for code, name in enumerate(DECISIONS)}
     return {"path": review.path, **by_decision, "stale": decided.stale}

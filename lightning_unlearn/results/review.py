@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_unlearn.data.fingerprint import MOST_CHANGED, mark_differs, sampled_indices
-from lightning_unlearn.results.labels import DROP, KEEP, RELABEL, UNDECIDED, of_any_label
+from lightning_unlearn.data.fingerprint import MOST_CHANGED, fraction_changed, sampled_indices
+from lightning_unlearn.results.labels import DROP, KEEP, RELABEL, UNDECIDED, any_label
 from lightning_unlearn.results.review_csv import UNKNOWN, Row, Table
 
 
@@ -47,8 +47,8 @@ class Review:
 
     def counts(self) -> str:
         """How many decisions there are, in words."""
-        kept, dropped, relabelled = (int((self.decision == code).sum()) for code in (KEEP, DROP, RELABEL))
-        return f"decided in {self.path}: keep {kept:,}, drop {dropped:,}, relabel {relabelled:,}"
+        kept, dropped, relabeled = (int((self.decision == code).sum()) for code in (KEEP, DROP, RELABEL))
+        return f"decided in {self.path}: keep {kept:,}, drop {dropped:,}, relabel {relabeled:,}"
 
     def agrees_with(self, other: Review) -> bool:
         """Whether the same is decided of the same samples, in whatever order."""
@@ -60,7 +60,7 @@ class Review:
 
     def compared(self) -> Tensor:
         """(M,) int64, positions of up to 16 decisions, spread over them, to compare labels of."""
-        known = (~of_any_label(self.given_label == UNKNOWN)).nonzero().flatten()
+        known = (~any_label(self.given_label == UNKNOWN)).nonzero().flatten()
         return known[sampled_indices(len(known))]
 
     def check_labels(self, positions: Tensor, label: Tensor) -> None:
@@ -74,7 +74,7 @@ class Review:
             ValueError: with the line.
         """
         given = self.given_label[positions]
-        differ = of_any_label((given != label) & (label >= 0)).nonzero().flatten()
+        differ = any_label((given != label) & (label >= 0)).nonzero().flatten()
         if len(differ):
             at = int(positions[differ[0]])
             raise ValueError(
@@ -84,7 +84,7 @@ class Review:
                 " rows of labels that have been mended."
             )
 
-    def laid_over(self, label: Tensor) -> Decided:
+    def apply_to(self, label: Tensor) -> AppliedReview:
         """What is decided of each sample of the data set.
 
         Args:
@@ -94,16 +94,16 @@ class Review:
         new = torch.full_like(label, -1)
         given = label[self.index]
         stale = (self.given_label != UNKNOWN) & (given >= 0) & (self.given_label != given)
-        holds = ~of_any_label(stale)
+        holds = ~any_label(stale)
         decision[self.index[holds]] = self.decision[holds]
         new[self.index[holds]] = self.new_label[holds]
         if label.ndim == 2:
             new = new.where(label >= 0, -1)
-        return Decided(decision, new, int((~holds).sum()))
+        return AppliedReview(decision, new, int((~holds).sum()))
 
 
 @dataclass(frozen=True, eq=False)
-class Decided:
+class AppliedReview:
     """What is decided of each sample.
 
     Args:
@@ -133,7 +133,7 @@ def settle(
     Raises:
         ValueError: with the line, for what does not fit.
     """
-    share = mark_differs(table.mark, fingerprint if content else f"{total}:")
+    share = fraction_changed(table.mark, fingerprint if content else f"{total}:")
     if share > MOST_CHANGED:
         was = table.mark[1:].partition("-")[0]
         how = f"{was} samples" if was != str(total) else f"as many, but {share:.0%} of those compared differ"

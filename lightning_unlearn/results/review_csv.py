@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
-from lightning_unlearn.data.fingerprint import is_mark
+from lightning_unlearn.data.fingerprint import is_short_fingerprint
 from lightning_unlearn.results.labels import DECISIONS, RELABEL
 from lightning_unlearn.utilities.checks import reason_of
 from lightning_unlearn.utilities.files import source_file
@@ -50,8 +50,8 @@ class Table:
 
     Args:
         path: of the file.
-        mark: of the data set that it is of (see :func:`~lightning_unlearn.data.fingerprint.mark_of`); empty if not
-            known.
+        mark: of the data set that it is of (see :func:`~lightning_unlearn.data.fingerprint.short_fingerprint`); empty
+            if not known.
         rows: those with a decision.
     """
 
@@ -229,7 +229,7 @@ def _check_names(source: Path, row: Row, cells: Mapping[str, str], names: dict[i
 def _one_mark(source: Path, marks: Mapping[str, int]) -> str:
     """The mark in the column ``dataset``, which rows that were added by hand may lack."""
     for mark, line in marks.items():
-        if not is_mark(mark):
+        if not is_short_fingerprint(mark):
             raise ValueError(
                 f"{source}, line {line}: expected dataset as Partition.to_csv has written it, but it is {mark!r};"
                 " empty the cell if it is lost."

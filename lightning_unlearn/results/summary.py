@@ -30,7 +30,7 @@ class RepairSummary:
         samples: N.
         suspects: how many samples the last partition does not call clean.
         noise_rate: its estimate; None where it is not known.
-        memorised: share of the samples suspected for their label to which the network gave that label when the first
+        memorized: share of the samples suspected for their label to which the network gave that label when the first
             partition that was acted upon was drawn; None if there were none.
         done: what the callbacks did, a clause for each.
         accuracy_before: on the validation data at the same time; None where it is not known.
@@ -41,7 +41,7 @@ class RepairSummary:
     samples: int
     suspects: int
     noise_rate: float | None
-    memorised: float | None
+    memorized: float | None
     done: tuple[str, ...]
     accuracy_before: float | None
     accuracy_after: float | None

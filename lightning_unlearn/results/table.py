@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lightning_unlearn.data.fingerprint import mark_of
-from lightning_unlearn.results.labels import REASONS, held_labels
+from lightning_unlearn.data.fingerprint import short_fingerprint
+from lightning_unlearn.results.labels import REASONS, positive_labels
 from lightning_unlearn.utilities.checks import check_flag, check_whole, shown
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def columns_of(
         "expected_precision": [""] * len(order) if curve is None else _short(curve[: len(order)]),
         "proposed": [decisions[index] for index in order.tolist()],
         "decision": [""] * len(order),
-        "dataset": [mark_of(partition.fingerprint)] * len(order),
+        "dataset": [short_fingerprint(partition.fingerprint)] * len(order),
     }
     # Whoever reads the table, as ``review=`` does, may not tell large from small letters in titles.
     if taken := [title for title in added if title.strip().lower() in own]:
@@ -96,11 +96,11 @@ def _named(title: str, label: Tensor, names: dict[int, str] | None) -> dict[str,
         return {}
     if label.ndim == 1:
         return {title: [names.get(one, "") for one in label.tolist()]}
-    return {title: ["; ".join(names[one] for one in row) for row in held_labels(label)]}
+    return {title: ["; ".join(names[one] for one in row) for row in positive_labels(label)]}
 
 
 def _label_cells(label: Tensor) -> list[Any]:
     """A class index for each sample, or the labels that it has, as in ``0 3``."""
     if label.ndim == 1:
         return label.tolist()
-    return [" ".join(map(str, row)) for row in held_labels(label)]
+    return [" ".join(map(str, row)) for row in positive_labels(label)]

@@ -19,12 +19,12 @@ from typing_extensions import Self
 _PREFIXES = ("lightning.pytorch.", "pytorch_lightning.")
 
 
-class EitherCallback(Callback):
+class DualPackageCallback(Callback):
     """A callback for a Trainer, and a LightningCLI, of either package."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Joins the packages, at the latest moment before somebody may ask what the callback is."""
-        join_packages()
+        register_pytorch_lightning()
         return super().__new__(cls)
 
     def let_go(self) -> None:
@@ -41,14 +41,14 @@ class MisconfigurationException(exceptions.MisconfigurationException):
     """A clash with the Trainer. Who catches the exception of this name of either package catches it."""
 
 
-def join_packages() -> None:
+def register_pytorch_lightning() -> None:
     """Makes what we hand out a kind of ``pytorch_lightning``'s as well, where that has been imported."""
     other = sys.modules.get("pytorch_lightning")
     # While it is being imported, it has no Trainer yet.
     if not hasattr(other, "Trainer"):
         return
     theirs = importlib.import_module("pytorch_lightning.utilities.exceptions")
-    _add_base(EitherCallback, other.Callback)  # type: ignore[union-attr]
+    _add_base(DualPackageCallback, other.Callback)  # type: ignore[union-attr]
     _add_base(MisconfigurationException, theirs.MisconfigurationException)
 
 

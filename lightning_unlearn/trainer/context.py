@@ -13,11 +13,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_unlearn.attribution import ForwardTrace, trace_forward
-from lightning_unlearn.data.loaders import batch_count, batch_size, check_iteration, indexed_batches, rank_share
-from lightning_unlearn.data.task_format import IGNORED, Reading
+from lightning_unlearn.data.loaders import (
+    batch_count,
+    batch_size,
+    check_iterates_in_order,
+    iterate_indices,
+    shard_indices,
+)
+from lightning_unlearn.data.task_format import IGNORED, TaskFormat
 from lightning_unlearn.trainer.compat import has_forward
 from lightning_unlearn.trainer.fit_loop import compute_device
-from lightning_unlearn.trainer.isolation import undisturbed
+from lightning_unlearn.trainer.isolation import isolated_eval
 from lightning_unlearn.trainer.layouts import settle_layout
 from lightning_unlearn.trainer.progress import shown
 from lightning_unlearn.trainer.protocols import PartitionSource
@@ -38,7 +44,7 @@ class IndexedBatch:
         weight: (B,) float32 on the batch's device, 0 for padding.
         x: the model's input.
         label: (U,) int64, class labels of the batch's rows, -1 for one that is to be ignored; the rows are the samples,
-            but in a multi-label task (see :class:`~lightning_unlearn.data.task_format.Reading`).
+            but in a multi-label task (see :class:`~lightning_unlearn.data.task_format.TaskFormat`).
     """
 
     index: Tensor
@@ -62,7 +68,7 @@ class FitContext:
     source: PartitionSource
 
     @property
-    def reading(self) -> Reading:
+    def reading(self) -> TaskFormat:
         """How batches, outputs and labels are read."""
         return reading_of(self.source)
 
@@ -90,16 +96,16 @@ class FitContext:
         """Whether all ranks say so, or any does. Every rank must call it."""
         return self.trainer.strategy.reduce_boolean_decision(decision, all=of_all)
 
-    def undisturbed(self, *, keep: bool = True) -> AbstractContextManager[None]:
-        """A pass that leaves the fit as it was; see :func:`~lightning_unlearn.trainer.isolation.undisturbed`."""
-        return undisturbed(self.trainer, self.pl_module, keep=keep)
+    def isolated_eval(self, *, keep: bool = True) -> AbstractContextManager[None]:
+        """A pass that leaves the fit as it was; see :func:`~lightning_unlearn.trainer.isolation.isolated_eval`."""
+        return isolated_eval(self.trainer, self.pl_module, keep=keep)
 
     def output(self, x: Any) -> Tensor:
         """The logits that ``forward`` returns, (B, K); see :func:`output_of`."""
         return output_of(self.source, self.pl_module, x)
 
     def logits(self, x: Any) -> Tensor:
-        """Rows (U, C) of class logits; see :class:`~lightning_unlearn.data.task_format.Reading`."""
+        """Rows (U, C) of class logits; see :class:`~lightning_unlearn.data.task_format.TaskFormat`."""
         return logits_of(self.source, self.pl_module, x)
 
     def batches(self, loader: DataLoader[Any], title: str, absent: set[int] | None = None) -> Iterator[IndexedBatch]:
@@ -121,9 +127,9 @@ class FitContext:
         return probe(self.trainer, self.pl_module, self.source)
 
 
-def reading_of(source: PartitionSource) -> Reading:
+def reading_of(source: PartitionSource) -> TaskFormat:
     """How batches, outputs and labels are read."""
-    return cast("Reading", source.reading)
+    return cast("TaskFormat", source.reading)
 
 
 def output_of(source: PartitionSource, pl_module: LightningModule, x: Any) -> Tensor:
@@ -141,20 +147,20 @@ def output_of(source: PartitionSource, pl_module: LightningModule, x: Any) -> Te
 
 
 def logits_of(source: PartitionSource, pl_module: LightningModule, x: Any) -> Tensor:
-    """Rows (U, C) of class logits; see :class:`~lightning_unlearn.data.task_format.Reading`."""
+    """Rows (U, C) of class logits; see :class:`~lightning_unlearn.data.task_format.TaskFormat`."""
     return reading_of(source).logits(output_of(source, pl_module, x))
 
 
 def probe(trainer: Trainer, pl_module: LightningModule, source: PartitionSource) -> tuple[ForwardTrace, IndexedBatch]:
     """One forward pass over the first samples, to fail before hours of training and to see what calls what."""
-    with undisturbed(trainer, pl_module, keep=False):
+    with isolated_eval(trainer, pl_module, keep=False):
         scoring_loader(trainer)
-    with undisturbed(trainer, pl_module), torch.no_grad():
-        check_iteration(train_loader(trainer))
+    with isolated_eval(trainer, pl_module), torch.no_grad():
+        check_iterates_in_order(train_loader(trainer))
         loader = scoring_loader(trainer)
         size = min(batch_size(loader), len(loader.dataset))  # type: ignore[arg-type]  # its length has been checked
         absent: set[int] = set()
-        indices, batch = next(indexed_batches(loader, torch.arange(size), probing=True, absent=absent))
+        indices, batch = next(iterate_indices(loader, torch.arange(size), probing=True, absent=absent))
         check_batch(loader, batch, len(indices))
         reading, batch = reading_of(source), to_device(trainer, pl_module, batch)
 
@@ -166,7 +172,7 @@ def probe(trainer: Trainer, pl_module: LightningModule, source: PartitionSource)
     return trace, IndexedBatch(indices, _is_there(absent, indices).float().to(label.device), x, label)
 
 
-def without(absent: set[int], indices: Tensor, reading: Reading, label: Tensor) -> Tensor:
+def without(absent: set[int], indices: Tensor, reading: TaskFormat, label: Tensor) -> Tensor:
     """The labels (U,) of a batch, those of samples that are not there to be ignored."""
     gone = ~_is_there(absent, indices)
     return label.masked_fill(reading.by_row(gone).to(label.device), IGNORED) if gone.any() else label
@@ -196,7 +202,7 @@ def in_index_order(
     title: str,
     absent: set[int] | None = None,
 ) -> Iterator[IndexedBatch]:
-    """This rank's share of a loader's data set in index order. Use inside ``undisturbed``.
+    """This rank's share of a loader's data set in index order. Use inside ``isolated_eval``.
 
     A sample that the data set gives as None has a weight of 0 and no label.
 
@@ -212,10 +218,10 @@ def in_index_order(
         batches, as many on every rank.
     """
     reading = reading_of(source)
-    index, weight = rank_share(len(loader.dataset), trainer.global_rank, trainer.world_size)  # type: ignore[arg-type]
+    index, weight = shard_indices(len(loader.dataset), trainer.global_rank, trainer.world_size)  # type: ignore[arg-type]
     absent = set() if absent is None else absent
     done, batches = 0, batch_count(loader, len(index))
-    for indices, batch in shown(trainer, title, batches, indexed_batches(loader, index, absent=absent)):
+    for indices, batch in shown(trainer, title, batches, iterate_indices(loader, index, absent=absent)):
         x, label = reading.split(to_device(trainer, pl_module, batch))
         check_number(loader, label, len(indices))
         label = without(absent, indices, reading, reading.labels(label, len(indices), int(indices[0])))

@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_unlearn.data.fingerprint import check_fingerprint, fingerprint, sampled_indices, varies
-from lightning_unlearn.data.loaders import indexed_batches
+from lightning_unlearn.data.loaders import iterate_indices
 from lightning_unlearn.data.row_order import Rows
-from lightning_unlearn.data.task_format import Reading
+from lightning_unlearn.data.task_format import TaskFormat
 from lightning_unlearn.results.partition import Partition
 from lightning_unlearn.trainer.context import reading_of
-from lightning_unlearn.trainer.isolation import undisturbed
+from lightning_unlearn.trainer.isolation import isolated_eval
 from lightning_unlearn.trainer.progress import rank_zero_info
 from lightning_unlearn.trainer.protocols import PartitionSource
 from lightning_unlearn.trainer.row_checks import check_numbers, check_ranks, establish_rows
@@ -27,11 +27,11 @@ from lightning_unlearn.trainer.train_data import to_device
 
 @torch.no_grad()
 def read_labels(
-    trainer: Trainer, pl_module: LightningModule, reading: Reading, loader: DataLoader[Any], index: Tensor
+    trainer: Trainer, pl_module: LightningModule, reading: TaskFormat, loader: DataLoader[Any], index: Tensor
 ) -> list[tuple[Tensor, Tensor]]:
     """The labels of some samples, as batches hold them, with the dataset indices of each batch.
 
-    Use inside ``undisturbed``.
+    Use inside ``isolated_eval``.
 
     Args:
         trainer: of the running fit.
@@ -40,11 +40,11 @@ def read_labels(
         loader: of the training set.
         index: (n,) int64, dataset indices.
     """
-    batches = indexed_batches(loader, index, probing=True, absent=set())
+    batches = iterate_indices(loader, index, probing=True, absent=set())
     return [(indices, reading.split(to_device(trainer, pl_module, batch))[1]) for indices, batch in batches]
 
 
-def class_labels(reading: Reading, read: list[tuple[Tensor, Tensor]]) -> Tensor:
+def class_labels(reading: TaskFormat, read: list[tuple[Tensor, Tensor]]) -> Tensor:
     """(U,) int64 on the CPU, the class labels of the rows of what :func:`read_labels` has read."""
     return torch.cat([reading.labels(label, len(index), int(index[0])).cpu() for index, label in read])
 
@@ -79,7 +79,7 @@ def check_reloaded(
     if total != len(partition):
         fault = f"it has {total} samples instead of {len(partition)}"
     else:
-        with undisturbed(trainer, pl_module):
+        with isolated_eval(trainer, pl_module):
             first, again = (read_labels(trainer, pl_module, reading, loader, index) for _ in range(2))
             # Of samples that are mixed the labels say nothing.
             if not same_labels(first, again):
@@ -108,7 +108,7 @@ _MIXED = (
 
 
 @dataclass(frozen=True, eq=False)
-class Recognised:
+class Recognized:
     """What the training data were found to be.
 
     Args:
@@ -122,12 +122,12 @@ class Recognised:
     train_fault: str = ""
 
 
-def recognise_data(
+def recognize_data(
     trainer: Trainer, pl_module: LightningModule, source: PartitionSource, known: Tensor | None, before: str | None
-) -> Recognised:
+) -> Recognized:
     """Takes the data's fingerprint, sees that rows are samples, and compares with a checkpoint and the other ranks.
 
-    Within ``undisturbed``, so that where one rank refuses its data, all do.
+    Within ``isolated_eval``, so that where one rank refuses its data, all do.
 
     Args:
         trainer: of the fit.
@@ -147,7 +147,7 @@ def recognise_data(
     def read(of: DataLoader[Any]) -> list[tuple[Tensor, Tensor]]:
         return read_labels(trainer, pl_module, reading, of, index)
 
-    with undisturbed(trainer, pl_module):
+    with isolated_eval(trainer, pl_module):
         found = fingerprint(loader)
         first = read(loader)
         check_numbers(loader, first)
@@ -171,13 +171,13 @@ def recognise_data(
     check_ranks(trainer, len(loader.dataset), found, rows)  # type: ignore[arg-type]
     if varies(found):
         rank_zero_info(_AUGMENTED)
-    return Recognised(found, rows, train_fault)
+    return Recognized(found, rows, train_fault)
 
 
 def _fault_in_training(
     trainer: Trainer,
     pl_module: LightningModule,
-    reading: Reading,
+    reading: TaskFormat,
     read: Callable[[DataLoader[Any]], list[tuple[Tensor, Tensor]]],
     offered: Tensor | None,
 ) -> str:

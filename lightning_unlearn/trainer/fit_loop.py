@@ -59,7 +59,7 @@ def validation_loaders(trainer: Trainer) -> list[tuple[Any, int | None]]:
     """The validation loaders of the fit, each with how many batches are drawn of it; None for all.
 
     Lightning makes them before the first validation; where that has not been, it makes them now. Inside
-    ``undisturbed``, on every rank.
+    ``isolated_eval``, on every rank.
     """
     if not trainer.enable_validation:
         return []

@@ -11,10 +11,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from lightning_unlearn.attribution import whole_batches
+from lightning_unlearn.attribution import no_batch_splitting
 from lightning_unlearn.trainer.compat import is_a
 from lightning_unlearn.trainer.model_state import kept
-from lightning_unlearn.trainer.progress import close_lines
+from lightning_unlearn.trainer.progress import close_progress
 from lightning_unlearn.utilities.sharding import reshard
 
 
@@ -33,7 +33,7 @@ def _as_in_validation(trainer: Trainer, pl_module: LightningModule, *, switches:
         for module, flag in training:
             module.training = flag
         trainer.state.stage = stage
-        close_lines(trainer)
+        close_progress(trainer)
 
 
 @contextmanager
@@ -61,7 +61,7 @@ def _logging_nothing(trainer: Trainer, pl_module: LightningModule) -> Iterator[N
 
 
 @contextmanager
-def undisturbed(trainer: Trainer, pl_module: LightningModule, *, keep: bool = True) -> Iterator[None]:
+def isolated_eval(trainer: Trainer, pl_module: LightningModule, *, keep: bool = True) -> Iterator[None]:
     """A pass over the data that leaves the fit as it was, also when it fails.
 
     Inside, modules are in eval mode, the Trainer reports that it validates (so that augmentation in transfer hooks is
@@ -87,7 +87,7 @@ def undisturbed(trainer: Trainer, pl_module: LightningModule, *, keep: bool = Tr
                 kept(pl_module) if keep else nullcontext(),
                 # Without kept, nothing would undo what a module does to itself when it is switched to eval mode.
                 _as_in_validation(trainer, pl_module, switches=keep),
-                whole_batches() if sharded else nullcontext(),
+                no_batch_splitting() if sharded else nullcontext(),
             ):
                 yield
         except BaseException as error:  # isolate_rng restores only where its block ends without an exception

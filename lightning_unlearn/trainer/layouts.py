@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_unlearn.attribution import ForwardTrace, is_out_of_memory
 from lightning_unlearn.data.batch import Path, has_rows, how_to_split, leaves_of, shown_path
 from lightning_unlearn.data.layout import Layout, called, is_given, layouts_of
-from lightning_unlearn.data.task_format import Reading
+from lightning_unlearn.data.task_format import TaskFormat
 
 _MOST_SAID = 300
 _OURS = tuple(
@@ -20,7 +20,7 @@ _OURS = tuple(
 
 
 def settle_layout(
-    reading: Reading, module: nn.Module, batch: Any, size: int, run: Callable[[Any], ForwardTrace]
+    reading: TaskFormat, module: nn.Module, batch: Any, size: int, run: Callable[[Any], ForwardTrace]
 ) -> tuple[ForwardTrace, Any, Any]:
     """One forward pass over a batch, read in the first layout that fits, in which later batches are read too.
 
@@ -62,7 +62,7 @@ def settle_layout(
     raise first
 
 
-def _rivals(reading: Reading, batch: Any, size: int, trace: ForwardTrace, classes: Tensor) -> Iterator[Path]:
+def _rivals(reading: TaskFormat, batch: Any, size: int, trace: ForwardTrace, classes: Tensor) -> Iterator[Path]:
     """Other fields that could be labels: they name classes, and not the same ones."""
     for path, value in leaves_of(batch):
         if reading.layout is None or path == reading.layout.label or not has_rows(value, size):
@@ -76,7 +76,7 @@ def _rivals(reading: Reading, batch: Any, size: int, trace: ForwardTrace, classe
 
 
 def _as_settled(
-    reading: Reading, module: nn.Module, batch: Any, run: Callable[[Any], ForwardTrace]
+    reading: TaskFormat, module: nn.Module, batch: Any, run: Callable[[Any], ForwardTrace]
 ) -> tuple[ForwardTrace, Any, Any]:
     x, label = reading.split(batch)
     trace = _run(run, reading.layout, x, module, batch)

@@ -32,7 +32,7 @@ _said: WeakKeyDictionary[Trainer, set[str]] = WeakKeyDictionary()
 def shown(trainer: Trainer, title: str, total: int | None, items: Iterable[_Item]) -> Iterator[_Item]:
     """The items, with a line that moves on as each has been worked on.
 
-    The line goes with the last item, or where ``close_lines`` is called, as it is when a pass fails.
+    The line goes with the last item, or where ``close_progress`` is called, as it is when a pass fails.
 
     Args:
         trainer: of the running fit.
@@ -54,7 +54,7 @@ def shown(trainer: Trainer, title: str, total: int | None, items: Iterable[_Item
             lines.remove(line)
 
 
-def close_lines(trainer: Trainer) -> None:
+def close_progress(trainer: Trainer) -> None:
     """Takes away what is left in the bar of a pass that has ended, in whatever way."""
     for line in list(_open.get(trainer, ())):
         line.close()

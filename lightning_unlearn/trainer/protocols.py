@@ -20,14 +20,14 @@ class PartitionSource(Protocol):
     at_epoch: Any
     """When the partition is drawn: a number of epochs, a share of them, or ``"auto"``."""
     reading: Any
-    """How batches, outputs and labels are read: a :class:`~lightning_unlearn.data.task_format.Reading`."""
+    """How batches, outputs and labels are read: a :class:`~lightning_unlearn.data.task_format.TaskFormat`."""
 
     @property
     def sample_weight(self) -> Tensor | None:
         """(N,) float32, of this rank's samples, 1/k for each of k copies; None where each counts."""
 
     @property
-    def memorised(self) -> float | None:
+    def memorized(self) -> float | None:
         """Share of the labels suspected to be wrong that the network predicts; None where none is."""
 
     @property
@@ -39,10 +39,10 @@ class PartitionSource(Protocol):
         """Whether nothing is to be changed: who would act says what it would do instead."""
 
     @property
-    def regresses_on_probability(self) -> bool:
+    def uses_soft_targets(self) -> bool:
         """Whether neurons are regressed on the probability of being clean, or (as in the paper) on the two clusters."""
 
-    def pull_partition(self, trainer: Any, pl_module: Any) -> Partition | None:
+    def get_partition(self, trainer: Any, pl_module: Any) -> Partition | None:
         """The partition, drawn now if it is due, or None if it is not due yet."""
 
 
@@ -50,7 +50,7 @@ class PartitionSource(Protocol):
 class MaskSource(Protocol):
     """A callback that publishes a mask of pruned neurons."""
 
-    def pull_mask(self, trainer: Any, pl_module: Any) -> NeuronMask | None:
+    def get_mask(self, trainer: Any, pl_module: Any) -> NeuronMask | None:
         """The mask, made now if it is due, or None if it is not due yet or nothing was pruned."""
 
     def target_layer(self) -> str:

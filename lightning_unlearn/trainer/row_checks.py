@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_unlearn.data.fingerprint import MOST_CHANGED, share_changed
-from lightning_unlearn.data.loaders import apart, batch_size, indexed_batches
+from lightning_unlearn.data.loaders import apart, batch_size, iterate_indices
 from lightning_unlearn.data.row_order import (
     ALONE,
     ItemByItem,
@@ -25,8 +25,8 @@ from lightning_unlearn.data.row_order import (
     sample_batches,
     shuffled,
 )
-from lightning_unlearn.data.task_format import Reading
-from lightning_unlearn.trainer.isolation import undisturbed
+from lightning_unlearn.data.task_format import TaskFormat
+from lightning_unlearn.trainer.isolation import isolated_eval
 from lightning_unlearn.trainer.scoring_loader import offers_scoring_loader, train_loader
 from lightning_unlearn.trainer.train_data import to_device
 from lightning_unlearn.utilities.distributed import sum_over_ranks
@@ -46,9 +46,14 @@ class _OtherNumber(Exception):
 
 @torch.no_grad()
 def establish_rows(
-    trainer: Trainer, pl_module: LightningModule, reading: Reading, loader: DataLoader[Any], *, may_offer: bool = True
+    trainer: Trainer,
+    pl_module: LightningModule,
+    reading: TaskFormat,
+    loader: DataLoader[Any],
+    *,
+    may_offer: bool = True,
 ) -> Rows:
-    """Sees that the rows of the loader's batches are the samples drawn, in that order. Within ``undisturbed``.
+    """Sees that the rows of the loader's batches are the samples drawn, in that order. Within ``isolated_eval``.
 
     Args:
         trainer: of the fit.
@@ -81,7 +86,7 @@ def establish_rows(
     return look.first
 
 
-def establish_rows_again(trainer: Trainer, pl_module: LightningModule, reading: Reading) -> None:
+def establish_rows_again(trainer: Trainer, pl_module: LightningModule, reading: TaskFormat) -> None:
     """Does so for a train loader that was made again since. Every rank must call it.
 
     Raises:
@@ -90,17 +95,17 @@ def establish_rows_again(trainer: Trainer, pl_module: LightningModule, reading: 
     loader = train_loader(trainer)
     if loader in _established or offers_scoring_loader(trainer):
         return
-    with undisturbed(trainer, pl_module):
+    with isolated_eval(trainer, pl_module):
         establish_rows(trainer, pl_module, reading, loader)
 
 
 def _check_last_batch(
-    trainer: Trainer, reading: Reading, loader: DataLoader[Any], transfer: Transfer, may_offer: bool
+    trainer: Trainer, reading: TaskFormat, loader: DataLoader[Any], transfer: Transfer, may_offer: bool
 ) -> None:
     """A pass ends with a smaller batch, of which a collate function may make another number of rows."""
     last = math.ceil(len(loader.dataset) / trainer.world_size) % batch_size(loader)  # type: ignore[arg-type]
     if last:
-        _, batch = next(indexed_batches(loader, torch.arange(last), probing=True, size=last, absent=set()))
+        _, batch = next(iterate_indices(loader, torch.arange(last), probing=True, size=last, absent=set()))
         check_number(loader, reading.split(transfer(batch))[1], last, may_offer)
 
 
@@ -118,7 +123,7 @@ class _Look:
         batches: of dataset indices.
     """
 
-    def __init__(self, reading: Reading, batches: Sequence[Tensor]) -> None:
+    def __init__(self, reading: TaskFormat, batches: Sequence[Tensor]) -> None:
         self._reading = reading
         self._batches = batches
         self.tells = False
@@ -155,7 +160,7 @@ class _Look:
         read: list[Rows] = []
         absent: set[int] = set()
         index = torch.cat(list(batches))
-        for indices, batch in indexed_batches(loader, index, probing=True, size=size, absent=absent):
+        for indices, batch in iterate_indices(loader, index, probing=True, size=size, absent=absent):
             x, label = self._reading.split(transfer(batch))
             if hasattr(label, "__len__") and len(label) != len(indices):
                 raise _OtherNumber(f"{len(label)} rows of {len(indices)} samples")

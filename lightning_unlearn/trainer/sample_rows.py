@@ -11,11 +11,11 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_unlearn.attribution import sample_dimension, take_rows, tap
+from lightning_unlearn.attribution import sample_dimension, slice_batch, tap
 from lightning_unlearn.attribution.layers import LayerPoint
-from lightning_unlearn.data.loaders import indexed_batches
+from lightning_unlearn.data.loaders import iterate_indices
 from lightning_unlearn.trainer.context import IndexedBatch, output_of, reading_of
-from lightning_unlearn.trainer.isolation import undisturbed
+from lightning_unlearn.trainer.isolation import isolated_eval
 from lightning_unlearn.trainer.protocols import PartitionSource
 from lightning_unlearn.trainer.scoring_loader import scoring_loader
 from lightning_unlearn.trainer.train_data import to_device
@@ -65,7 +65,7 @@ def locate_samples(
     """
     samples = len(first.index)
     fewer = samples - 1 if samples > 1 else 2
-    with undisturbed(trainer, pl_module), torch.no_grad():
+    with isolated_eval(trainer, pl_module), torch.no_grad():
 
         def run(x: Any) -> list[Tensor]:
             with ExitStack() as stack:
@@ -75,11 +75,11 @@ def locate_samples(
 
         def loaded(index: Tensor) -> Any:
             loader = scoring_loader(trainer)
-            _, batch = next(indexed_batches(loader, first.index[index], probing=True, absent=set()))
+            _, batch = next(iterate_indices(loader, first.index[index], probing=True, absent=set()))
             return reading_of(source).split(to_device(trainer, pl_module, batch))[0]
 
         def taken(index: Tensor) -> Any:
-            return take_rows(first.x, index, samples)
+            return slice_batch(first.x, index, samples)
 
         whole = run(first.x)
         less = torch.arange(samples)[:fewer] if samples > 1 else torch.zeros(2, dtype=torch.int64)

@@ -16,12 +16,12 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import BatchSampler, DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
-from lightning_unlearn.attribution import SmallerBatches
-from lightning_unlearn.data.loaders import apart, batch_count, indexed_batches, rank_share
+from lightning_unlearn.attribution import OOMBatchSplitter
+from lightning_unlearn.data.loaders import apart, batch_count, iterate_indices, shard_indices
 from lightning_unlearn.data.task_format import IGNORED
 from lightning_unlearn.trainer.context import logits_of, reading_of
 from lightning_unlearn.trainer.fit_loop import validation_loaders
-from lightning_unlearn.trainer.isolation import undisturbed
+from lightning_unlearn.trainer.isolation import isolated_eval
 from lightning_unlearn.trainer.progress import rank_zero_info, shown
 from lightning_unlearn.trainer.protocols import PartitionSource
 from lightning_unlearn.trainer.scoring_loader import scoring_loader
@@ -55,13 +55,13 @@ class Score:
         return f"accuracy {self.accuracy:.3f}, loss {self.loss:.3f} on {self.samples:,} samples"
 
 
-class _Tally:
+class _ScoreAccumulator:
     """Sums over samples that make a :class:`Score`: right ones, losses, samples, ranks that could not go on."""
 
     def __init__(self, pl_module: LightningModule, source: PartitionSource) -> None:
         self._pl_module = pl_module
         self._source = source
-        self._in_parts = SmallerBatches()
+        self._in_parts = OOMBatchSplitter()
         self.sums = torch.zeros(4, dtype=torch.float64)
 
     def check(self, label: Tensor) -> Tensor:
@@ -143,10 +143,10 @@ def _measure_validation(
     trainer: Trainer, pl_module: LightningModule, source: PartitionSource
 ) -> tuple[Score | None, str]:
     """The score, and why there is none on this rank."""
-    tally, reason = _Tally(pl_module, source), ""
-    with undisturbed(trainer, pl_module, keep=False):
+    tally, reason = _ScoreAccumulator(pl_module, source), ""
+    with isolated_eval(trainer, pl_module, keep=False):
         loaders = validation_loaders(trainer)
-    with undisturbed(trainer, pl_module), torch.no_grad():
+    with isolated_eval(trainer, pl_module), torch.no_grad():
         # Anything may be in a validation loader, and not to know a score must not end the fit.
         try:
             for loader, limit in loaders:
@@ -154,7 +154,7 @@ def _measure_validation(
                     total, drawn = _length(loader, limit), itertools.islice(batches, limit)
                     _count(trainer, pl_module, source, tally, shown(trainer, "Score", total, drawn))
         except Exception as error:
-            if shards_weights(trainer) and not isinstance(error, _OutOfStep):
+            if shards_weights(trainer) and not isinstance(error, _RanksOutOfSync):
                 # Others wait in the forward pass in which this rank has failed, and not for its score.
                 raise
             reason = f"{type(error).__name__}: {error}"
@@ -178,12 +178,12 @@ def score_samples(trainer: Trainer, pl_module: LightningModule, source: Partitio
     """
     if len(index) == 0:
         raise ValueError("Expected at least one sample to score, but got none.")
-    tally, loader = _Tally(pl_module, source), scoring_loader(trainer)
-    place, weight = rank_share(len(index), trainer.global_rank, trainer.world_size)
+    tally, loader = _ScoreAccumulator(pl_module, source), scoring_loader(trainer)
+    place, weight = shard_indices(len(index), trainer.global_rank, trainer.world_size)
     done, absent = 0, set[int]()
-    with undisturbed(trainer, pl_module), torch.no_grad():
+    with isolated_eval(trainer, pl_module), torch.no_grad():
         batches = batch_count(loader, len(place))
-        drawn = indexed_batches(loader, index.cpu()[place], absent=absent)
+        drawn = iterate_indices(loader, index.cpu()[place], absent=absent)
         for rows, batch in shown(trainer, "Score", batches, drawn):
             x, label = reading_of(source).split(to_device(trainer, pl_module, batch))
             there = torch.tensor([row not in absent for row in rows.tolist()])
@@ -205,7 +205,11 @@ def _length(loader: Any, limit: int | None) -> int | None:
 
 
 def _count(
-    trainer: Trainer, pl_module: LightningModule, source: PartitionSource, tally: _Tally, batches: Iterable[Any]
+    trainer: Trainer,
+    pl_module: LightningModule,
+    source: PartitionSource,
+    tally: _ScoreAccumulator,
+    batches: Iterable[Any],
 ) -> None:
     def split() -> Iterator[tuple[Any, Tensor, Tensor]]:
         for batch, weigh in batches:
@@ -217,7 +221,7 @@ def _count(
         tally.add(x, label, weight)
 
 
-class _OutOfStep(ValueError):
+class _RanksOutOfSync(ValueError):
     """A rank has no batch where another has one."""
 
 
@@ -225,7 +229,7 @@ def _in_step(trainer: Trainer, batches: Iterator[_Item]) -> Iterator[_Item]:
     """The batches, where ranks meet in each forward pass, so that every rank takes as many.
 
     Raises:
-        _OutOfStep: on every rank, where one cannot go on with the others.
+        _RanksOutOfSync: on every rank, where one cannot go on with the others.
     """
     while True:
         item, error = None, None
@@ -237,9 +241,9 @@ def _in_step(trainer: Trainer, batches: Iterator[_Item]) -> Iterator[_Item]:
             trainer.strategy.reduce_boolean_decision(item is not None, all=of_all) for of_all in (False, True)
         )
         if error is not None:
-            raise _OutOfStep(f"{type(error).__name__}: {error}") from error
+            raise _RanksOutOfSync(f"{type(error).__name__}: {error}") from error
         if one_has and not all_have:
-            raise _OutOfStep("another rank has more or fewer batches, or could not go on")
+            raise _RanksOutOfSync("another rank has more or fewer batches, or could not go on")
         if item is None:
             return
         yield item

@@ -36,7 +36,7 @@ def sum_over_ranks(strategy: ReducingStrategy) -> Reduce:
     return reduce
 
 
-def place_by_index(index: Tensor, weight: Tensor, values: Tensor, total: int, reduce: Reduce) -> Tensor:
+def gather_by_index(index: Tensor, weight: Tensor, values: Tensor, total: int, reduce: Reduce) -> Tensor:
     """Every rank's rows in dataset order, on every rank.
 
     Each index belongs to one rank, so a sum puts the rows together without a gather of uneven shares.
@@ -68,7 +68,7 @@ class BroadcastingStrategy(Protocol):
         """The object of one rank, on every rank."""
 
 
-def on_rank_zero(strategy: BroadcastingStrategy, make: Callable[[], _Made]) -> _Made:
+def run_on_rank_zero(strategy: BroadcastingStrategy, make: Callable[[], _Made]) -> _Made:
     """What rank 0 makes, on every rank; and what it raises, too. Every rank must call it.
 
     A file may lie on the first node alone, or be edited while others read it.

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from lightning_unlearn.attribution import resolve_layer, tap
 from lightning_unlearn.attribution.layers import LayerPoint
-from lightning_unlearn.functional import strongest_other
+from lightning_unlearn.functional import runner_up_class
 
 C = 4
 
@@ -113,7 +113,7 @@ def captum_per_class(model, point, multiply):
 def naive_margin(model, point):
     """The margin's attribution is that of the label's logit minus that of the rival's."""
     per_class, rows = captum_per_class(model, point, multiply=True), torch.arange(len(LABEL))
-    return per_class[LABEL, rows] - per_class[strongest_other(model(IMAGES), LABEL), rows]
+    return per_class[LABEL, rows] - per_class[runner_up_class(model(IMAGES), LABEL), rows]
 
 
 def naive_class_max(model, point):

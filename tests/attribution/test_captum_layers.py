@@ -6,7 +6,7 @@ from torch import nn
 
 from lightning_unlearn.attribution import ATTRIBUTION_METHODS, Attributor, resolve_layer
 from lightning_unlearn.attribution.layers import LayerPoint
-from lightning_unlearn.functional import strongest_other
+from lightning_unlearn.functional import runner_up_class
 from tests.attribution.nets import CAPTUM, IMAGES, LABEL, C, Plain, hooks_of, make
 
 METHOD_POINTS = [LayerPoint("norm"), LayerPoint("hidden"), LayerPoint("hidden", "input"), LayerPoint("fc", "input")]
@@ -28,7 +28,7 @@ def plainly(method, point, target):
 @pytest.mark.parametrize("method", CAPTUM)
 def test_margin_of_a_method_is_the_difference_of_captums_classes(method, point):
     model = make(Plain)
-    rival = strongest_other(model(IMAGES), LABEL)
+    rival = runner_up_class(model(IMAGES), LABEL)
     with torch.no_grad():
         found = Attributor(model, point, model, method).margin(IMAGES, LABEL)
     expected = plainly(method, point, LABEL) - plainly(method, point, rival)

@@ -1,7 +1,13 @@
 import pytest
 import torch
 
-from lightning_unlearn.attribution import Attributor, SmallerBatches, is_out_of_memory, take_rows, whole_batches
+from lightning_unlearn.attribution import (
+    Attributor,
+    OOMBatchSplitter,
+    is_out_of_memory,
+    no_batch_splitting,
+    slice_batch,
+)
 from lightning_unlearn.attribution.layers import LayerPoint
 from tests.attribution.nets import CAPTUM, IMAGES, LABEL, ConvNet, Plain, hooks_of, make, short_of_memory
 
@@ -36,7 +42,7 @@ def test_a_batch_that_does_not_fit_is_taken_in_parts(most, structure, back):
 def test_where_ranks_must_take_as_many_passes_no_batch_is_taken_in_parts():
     model, point = make(ConvNet), LayerPoint("hidden")
     forward, _ = short_of_memory(model, 3)
-    with whole_batches(), pytest.raises(RuntimeError, match="out of memory"):
+    with no_batch_splitting(), pytest.raises(RuntimeError, match="out of memory"):
         Attributor(model, point, forward, "integrated_gradients").margin(IMAGES, LABEL)
     Attributor(model, point, forward).margin(IMAGES, LABEL)  # outside, it is
 
@@ -68,9 +74,9 @@ def test_a_batch_that_cannot_be_split_keeps_its_error_and_says_so():
         raise torch.OutOfMemoryError("out of memory")
 
     with pytest.raises(torch.OutOfMemoryError, match=r"out of memory\n.*Expected tensors with 7 rows.*but got a set"):
-        SmallerBatches()(fails, {1, 2}, LABEL)
+        OOMBatchSplitter()(fails, {1, 2}, LABEL)
     with pytest.raises(torch.OutOfMemoryError, match=r"out of memory\n.*but got a tensor of shape \(3, 7\)"):
-        SmallerBatches()(fails, torch.zeros(3, 7), LABEL)
+        OOMBatchSplitter()(fails, torch.zeros(3, 7), LABEL)
     assert tries == [7, 7]
 
 
@@ -90,7 +96,7 @@ def test_parts_that_are_done_are_not_done_again():
         done.extend(x.tolist())
         return len(x)
 
-    in_parts = SmallerBatches()
+    in_parts = OOMBatchSplitter()
     assert in_parts(first_rows_are_small, torch.arange(8), torch.zeros(8)) == [4, 1, 1, 1, 1]
     assert done == list(range(8))
     assert in_parts.rows == 1
@@ -123,7 +129,7 @@ def test_take_rows_keeps_the_structure():
     from collections import namedtuple
 
     pair = namedtuple("pair", "left right")(IMAGES, [LABEL, "name", None])
-    found = take_rows(pair, slice(2, 5), 7)
+    found = slice_batch(pair, slice(2, 5), 7)
     assert type(found) is type(pair)
     assert torch.equal(found.left, IMAGES[2:5])
     assert torch.equal(found.right[0], LABEL[2:5])
@@ -133,15 +139,15 @@ def test_take_rows_keeps_the_structure():
 @pytest.mark.parametrize("rows", [slice(2, 5), torch.tensor([2, 3, 4])], ids=["slice", "index"])
 def test_take_rows_of_sparse_and_nested_tensors(rows):
     x = torch.arange(21.0).reshape(7, 3)
-    assert take_rows(x.to_sparse(), rows, 7).to_dense().equal(x[2:5])
+    assert slice_batch(x.to_sparse(), rows, 7).to_dense().equal(x[2:5])
     nested = torch.nested.nested_tensor([x[row, : 1 + row % 3] for row in range(7)])
-    assert [part.tolist() for part in take_rows(nested, rows, 7).unbind()] == [[6, 7, 8], [9], [12, 13]]
+    assert [part.tolist() for part in slice_batch(nested, rows, 7).unbind()] == [[6, 7, 8], [9], [12, 13]]
 
 
 def test_take_rows_of_a_list_of_samples():
-    assert take_rows((list("abcdefg"), IMAGES), slice(2, 5), 7)[0] == ["c", "d", "e"]
-    assert take_rows(list(range(7)), slice(0, 2), 7) == [0, 1]
+    assert slice_batch((list("abcdefg"), IMAGES), slice(2, 5), 7)[0] == ["c", "d", "e"]
+    assert slice_batch(list(range(7)), slice(0, 2), 7) == [0, 1]
     with pytest.raises(ValueError, match="but got a list of as many, perhaps one for each sample"):
-        take_rows([torch.zeros(7)] * 7, slice(0, 2), 7)
+        slice_batch([torch.zeros(7)] * 7, slice(0, 2), 7)
     with pytest.raises(ValueError, match=r"Expected tensors with 7 rows, .* but got a tensor of shape \(3, 7\)"):
-        take_rows([torch.zeros(3, 7)], slice(0, 2), 7)
+        slice_batch([torch.zeros(3, 7)], slice(0, 2), 7)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback, SensitivityPruneCallback
 from lightning_unlearn.attribution import ATTRIBUTION_METHODS
 from lightning_unlearn.pruning.criteria import Sensitivity
-from lightning_unlearn.recipes import Recipe, Verdict
+from lightning_unlearn.recipes import Recipe, RecipeResult
 from lightning_unlearn.trainer.validation import score_validation
 from lightning_unlearn.utilities.sharding import whole
 from tests.callbacks.published import Planted, PlantedData, Published, make_partition
@@ -93,7 +93,7 @@ def by_rows(evidence, reduce):
     total = evidence.rows.sum(dim=1) * evidence.weight
     mean = reduce(total.sum()) / reduce(evidence.weight.sum())
     probability = (evidence.margin + evidence.rows.sum(dim=1) / mean).sigmoid().float()
-    return Verdict(probability, evidence.prediction)
+    return RecipeResult(probability, evidence.prediction)
 
 
 BY_ROWS = Recipe("rows", by_rows, needs_rows=True)

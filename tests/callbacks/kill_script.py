@@ -106,7 +106,7 @@ PLACES = {
     "drawing the partition": (partition_module.AttributionPartitionCallback, "_draw"),
     "reporting the partition": (partition_module.AttributionPartitionCallback, "_report"),
     "pruning": (SensitivityPruneCallback, "_prune"),
-    "measuring in the guard": (guard_module.Gauge, "is_worse"),
+    "measuring in the guard": (guard_module.ScoreMonitor, "is_worse"),
     "holding at zero": (HeldEntries, "hold"),
     "starting to fine-tune": (CleanSubsetFinetuneCallback, "_start"),
     "optimizer step": (torch.optim.SGD, "step"),

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, one_hot
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_unlearn.data.task_format import Reading
+from lightning_unlearn.data.task_format import TaskFormat
 from lightning_unlearn.results.partition import Partition
 
 CLASSES = 4
@@ -49,13 +49,13 @@ class Published(L.Callback):
         self.partitions = partitions
         self.at_epoch = min(partition.epoch for partition in partitions)
         self.is_dry_run = is_dry_run
-        self.regresses_on_probability = soft
-        self.reading = Reading()
+        self.uses_soft_targets = soft
+        self.reading = TaskFormat()
         self.sample_weight = None
-        self.memorised = None
+        self.memorized = None
         self.accuracy_gap = None
 
-    def pull_partition(self, trainer, pl_module):
+    def get_partition(self, trainer, pl_module):
         due = [partition for partition in self.partitions if partition.epoch <= trainer.current_epoch]
         return due[-1] if due else None
 

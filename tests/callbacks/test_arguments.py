@@ -20,7 +20,7 @@ from lightning_unlearn import (
     SensitivityPruneCallback,
     UnlearnReport,
 )
-from lightning_unlearn.data.task_format import Reading
+from lightning_unlearn.data.task_format import TaskFormat
 from lightning_unlearn.pruning.criteria import Random, Sensitivity
 from lightning_unlearn.recipes import Recipe, get_recipe
 
@@ -110,7 +110,7 @@ MAKERS = {
     Random: {},
     CleanSubsetFinetuneCallback: {},
     UnlearnReport: {},
-    Reading: {},
+    TaskFormat: {},
     Recipe: {"name": "mine", "judge": lambda evidence, reduce: None},
 }
 # Beside which alone an argument may be given.
@@ -197,9 +197,9 @@ def test_it_is_made_plain(kind, name, value, expected):
     ("value", "kept"), [(np.int64(255), 255), (-100, -100), (255.0, 255.0), (np.float32(2.5), 2.5), (None, None)]
 )
 def test_a_label_that_means_none_is_made_plain(value, kept):
-    found = Reading(ignore_index=value).ignore_index
+    found = TaskFormat(ignore_index=value).ignore_index
     assert (found, type(found)) == (kept, type(kept))
-    assert np.isnan(Reading(ignore_index=np.float64("nan")).ignore_index)
+    assert np.isnan(TaskFormat(ignore_index=np.float64("nan")).ignore_index)
 
 
 REFUSED = [

@@ -105,7 +105,7 @@ def test_an_index_is_a_position_in_the_data_set_of_the_loader(name):
         assert data.asked > 0
 
 
-COLOURS = [(250, 20, 20), (20, 250, 20), (20, 20, 250), (240, 240, 20)]
+COLORS = [(250, 20, 20), (20, 250, 20), (20, 20, 250), (240, 240, 20)]
 
 
 def to_tensor(image):
@@ -118,10 +118,10 @@ def folder(tmp_path_factory):
     image = pytest.importorskip("PIL.Image")
     root = tmp_path_factory.mktemp("pictures")
     for i in range(60):
-        colour = i % 4
-        name = ["red", "green", "blue", "yellow"][colour if i % 5 else (colour + 1) % 4]
+        color = i % 4
+        name = ["red", "green", "blue", "yellow"][color if i % 5 else (color + 1) % 4]
         (root / name).mkdir(exist_ok=True)
-        shade = [min(255, channel + i % 7) for channel in COLOURS[colour]]
+        shade = [min(255, channel + i % 7) for channel in COLORS[color]]
         image.new("RGB", (4, 4), tuple(shade)).save(root / name / f"{i:02}.png")
     return root
 

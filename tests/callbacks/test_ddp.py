@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader, WeightedRandomSampler
 
 from lightning_unlearn.data.fingerprint import fingerprint
-from lightning_unlearn.data.sampling_scheme import drawing_of
+from lightning_unlearn.data.sampling_scheme import scheme_of
 from lightning_unlearn.data.subset_sampler import CleanSubsetSampler
 from lightning_unlearn.recipes.evidence import Evidence
 from lightning_unlearn.report import RunRecord
@@ -133,7 +133,7 @@ def test_the_ranks_share_a_weighted_draw_of_what_is_clean(ranks, scenario, ranks
     weight = weights_of(Blobs(101)).double()
     clean = ranks[scenario][0]["partition"]["is_clean"]
     number = round(150 * ranks_draw * (weight[clean].sum() / weight.sum()).item())
-    drawing = drawing_of(WeightedRandomSampler(weight, 150), ranks=ranks_draw).narrowed(clean.nonzero().flatten())
+    drawing = scheme_of(WeightedRandomSampler(weight, 150), ranks=ranks_draw).narrowed(clean.nonzero().flatten())
     assert drawing.number == number
     for epoch in range(AT, AT + 2):
         for rank in range(2):

@@ -145,7 +145,7 @@ def test_neurons_that_would_be_pruned_are_only_named():
     fit(module, data, [source, prune, finetune], max_epochs=3)
     assert_same_weights(weights(module), before)
     assert prune.describe().startswith("would prune")
-    assert prune.pull_mask(module.trainer, module) is None
+    assert prune.get_mask(module.trainer, module) is None
 
 
 def test_a_partition_that_would_not_be_acted_upon_has_nothing_to_report(said):
@@ -253,12 +253,12 @@ def test_the_whole_training_is_judged_where_nothing_is_to_follow():
 
 
 @pytest.mark.parametrize(
-    ("memorised", "start"), [(0.9, "starts from weights moved back"), (0.1, "goes on from the weights")]
+    ("memorized", "start"), [(0.9, "starts from weights moved back"), (0.1, "goes on from the weights")]
 )
-def test_the_log_says_what_fine_tuning_would_start_from(said, memorised, start):
+def test_the_log_says_what_fine_tuning_would_start_from(said, memorized, start):
     data = Blobs()
     source = Published(make_partition(torch.where(torch.arange(203) < 100, 0.9, 0.1), data.y, epoch=2), is_dry_run=True)
-    source.memorised = memorised
+    source.memorized = memorized
     finetune, module = CleanSubsetFinetuneCallback(), Toy()
     fit(module, BlobsData(data), [source, finetune], max_epochs=4)
     assert any(line.startswith(f"Dry run: Fine-tuning {start}") for line in said())

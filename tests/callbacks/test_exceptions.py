@@ -17,12 +17,12 @@ from lightning_unlearn.attribution import Attributor
 from lightning_unlearn.callbacks import finetune as finetune_module
 from lightning_unlearn.callbacks import partition as partition_module
 from lightning_unlearn.callbacks import prune as prune_module
-from lightning_unlearn.data.subset_sampler import NarrowedLoaders
-from lightning_unlearn.evidence.training_dynamics import Trajectory
+from lightning_unlearn.data.subset_sampler import SamplerSwap
+from lightning_unlearn.evidence.training_dynamics import TrainingDynamics
 from lightning_unlearn.partitioning import messages as messages_module
 from lightning_unlearn.pruning import run as run_module
-from lightning_unlearn.pruning.guard import Gauge
-from lightning_unlearn.pruning.masking import NeuronPruning
+from lightning_unlearn.pruning.guard import ScoreMonitor
+from lightning_unlearn.pruning.masking import PrunedParameters
 from lightning_unlearn.trainer import context as context_module
 from lightning_unlearn.trainer import data_checks as data_checks_module
 from lightning_unlearn.trainer.train_data import TrainDataSwap
@@ -204,19 +204,19 @@ OURS = {
     "fingerprint": (data_checks_module, "fingerprint"),
     "rehearsal": (context_module, "probe"),
     "attribution": (Attributor, "attribute"),
-    "evidence of a pass": (Trajectory, "observe"),
-    "merging": (Trajectory, "merge"),
+    "evidence of a pass": (TrainingDynamics, "observe"),
+    "merging": (TrainingDynamics, "merge"),
     "recipe": (THIS, "recipe_of_a_user"),
-    "memorised": (partition_module, "share_memorised"),
+    "memorized": (partition_module, "memorized_fraction"),
     "score before": (partition_module.AttributionPartitionCallback, "_validate"),
     "report of the partition": (messages_module, "log_partition"),
     "gauge": (run_module, "make_gauge"),
     "ranking": (run_module, "rank_neurons"),
-    "guard": (Gauge, "is_worse"),
-    "pruning for good": (NeuronPruning, "zero_parameters"),
+    "guard": (ScoreMonitor, "is_worse"),
+    "pruning for good": (PrunedParameters, "zero_parameters"),
     "report of the pruning": (prune_module, "report_pruning"),
-    "draw": (finetune_module, "training_draw"),
-    "narrowing": (NarrowedLoaders, "narrow"),
+    "draw": (finetune_module, "make_training_subset"),
+    "narrowing": (SamplerSwap, "narrow"),
     "new length": (TrainDataSwap, "_fit_val_check_interval"),
     "optimizer of the swap": (Makes, "optimizer"),
     "schedule of the swap": (Makes, "schedule"),
@@ -322,7 +322,7 @@ def assert_nothing_is_half_done(found):
     """What a checkpoint written of the exception would hold."""
     partition, prune, finetune = (one.state_dict() for one in found["ours"])
     drawn = partition["partition"] is not None
-    for name in ("memorised", "accuracy_before"):
+    for name in ("memorized", "accuracy_before"):
         assert (partition[name] is not None) == drawn
     assert bool(partition["rounds"]) == drawn
     assert not (drawn and partition["trajectory"] is not None)

@@ -261,7 +261,7 @@ def test_what_collate_fn_mixes_is_scored_unmixed_where_a_loader_is_offered(soft_
     ],
     ids=["soft", "the largest", "re-labeled"],
 )
-def test_mixed_samples_that_cannot_be_judged_or_relabelled_are_refused_before_the_first_step(
+def test_mixed_samples_that_cannot_be_judged_or_relabeled_are_refused_before_the_first_step(
     offers, settings, error, message
 ):
     data, module = BlobsData(Blobs(40), collate_fn=mixing), Unvalidated()

@@ -14,12 +14,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_unlearn import AttributionPartitionCallback, Partition, UnlearnReport
 from lightning_unlearn.evidence.early_epochs import EarlyEpochs, held_by_class
-from lightning_unlearn.evidence.training_dynamics import Trajectory
+from lightning_unlearn.evidence.training_dynamics import TrainingDynamics
 from lightning_unlearn.functional.prequential import PrequentialRate
 from lightning_unlearn.partitioning import messages as messages_module
 from lightning_unlearn.partitioning.build import TRAINED_ON
 from lightning_unlearn.partitioning.caveat import caveat_of
-from lightning_unlearn.recipes.verdict import NoiseEstimate
+from lightning_unlearn.recipes.base import NoiseEstimate
 from lightning_unlearn.results.finding import finding_of
 from lightning_unlearn.utilities.files import write_csv
 from lightning_unlearn.utilities.reduce import no_reduce
@@ -167,7 +167,7 @@ def halves(total, num_classes):
     position = (1 + 255 * torch.rand(total, generator=generator)).clamp(max=255).to(torch.uint8)
     ranks = []
     for rows in (torch.arange(total), torch.arange(0, total, 2), torch.arange(1, total, 2)):
-        trajectory, positions = Trajectory(total, num_classes), torch.zeros(total, dtype=torch.uint8)
+        trajectory, positions = TrainingDynamics(total, num_classes), torch.zeros(total, dtype=torch.uint8)
         trajectory.observe(rows, logits[rows], given[rows])
         positions[rows] = position[rows]
         ranks.append((trajectory, positions))

@@ -17,7 +17,7 @@ from torch.utils.data import (
 )
 
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback
-from lightning_unlearn.data.sampling_scheme import drawing_of
+from lightning_unlearn.data.sampling_scheme import scheme_of
 from lightning_unlearn.data.subset_sampler import CleanSubsetSampler
 from tests.callbacks.test_relabel import Noting
 from tests.data.test_loaders import Ahead, Elsewhere, OneForEver, Pairwise
@@ -63,7 +63,7 @@ def loader_of(name, data, **kwargs):
 
 def expected(loader, partition, epoch, **kwargs):
     """What is drawn in an epoch after the partition, from the sampler that the user gave."""
-    drawing = drawing_of(loader.batch_sampler.sampler).narrowed(partition.clean_indices(), at_least=16, **kwargs)
+    drawing = scheme_of(loader.batch_sampler.sampler).narrowed(partition.clean_indices(), at_least=16, **kwargs)
     sampler = CleanSubsetSampler(drawing, num_replicas=1, rank=0, seed=0, leave_no_single=16)
     sampler.set_epoch(epoch)
     drawn = list(sampler)
@@ -329,14 +329,14 @@ def test_weights_are_multiplied_by_the_probability_of_being_clean():
     share[draw.index] = draw.probability.double()
     weight = loader.sampler.weights
     assert len(record.by_epoch[AT]) == round(160 * ((weight * share).sum() / weight.sum()).item())
-    drawing = drawing_of(loader.sampler).narrowed(draw.index, draw.probability)
+    drawing = scheme_of(loader.sampler).narrowed(draw.index, draw.probability)
     torch.testing.assert_close(drawing.weight, (weight * share)[draw.index])
     sampler = CleanSubsetSampler(drawing, num_replicas=1, rank=0, seed=0)
     sampler.set_epoch(AT)
     assert record.by_epoch[AT] == list(sampler)
 
 
-def test_what_a_weighted_sampler_draws_is_relabelled():
+def test_what_a_weighted_sampler_draws_is_relabeled():
     data = Blobs()
     partition, _, finetune = trio(AT, finetune={"on_noisy": "relabel"})
     seen = {}
@@ -456,7 +456,7 @@ STATEFUL = {
 
 
 @pytest.mark.parametrize("name", STATEFUL)
-def test_a_stateful_loader_is_read_narrowed_relabelled_and_resumed_within_an_epoch(name, tmp_path):
+def test_a_stateful_loader_is_read_narrowed_relabeled_and_resumed_within_an_epoch(name, tmp_path):
     data = Blobs()
 
     def run(ckpt_path=None, callbacks=()):
@@ -480,5 +480,5 @@ def assert_same_labels_as_drawn(module, finetune, data):
     new = finetune.draw.new_label
     for epoch, notes in module.trained.items():
         for index, labels in notes.items():
-            relabelled = epoch >= AT and new[index] >= 0
-            assert labels == [(new if relabelled else data.y)[index].item()]
+            relabeled = epoch >= AT and new[index] >= 0
+            assert labels == [(new if relabeled else data.y)[index].item()]

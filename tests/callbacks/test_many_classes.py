@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_unlearn import AttributionPartitionCallback
 from lightning_unlearn.evidence.early_epochs import EarlyEpochs
-from lightning_unlearn.evidence.training_dynamics import Trajectory
+from lightning_unlearn.evidence.training_dynamics import TrainingDynamics
 from lightning_unlearn.utilities.reduce import no_reduce
 from tests.ranks import run_ranks
 
@@ -126,7 +126,7 @@ def epoch_of(rank, world_size, outputs=CLASSES):
     logits[torch.arange(len(label)), true] += 5
     position = (1 + 255 * torch.rand(len(label), generator=generator)).clamp(max=255).to(torch.uint8)
     rows = torch.arange(rank, len(label), world_size)
-    trajectory, positions = Trajectory(len(label), outputs), torch.zeros(len(label), dtype=torch.uint8)
+    trajectory, positions = TrainingDynamics(len(label), outputs), torch.zeros(len(label), dtype=torch.uint8)
     trajectory.observe(rows, logits[rows], label[rows])
     positions[rows] = position[rows]
     return trajectory, positions, rows

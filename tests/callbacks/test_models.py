@@ -34,8 +34,8 @@ def data_of(shape, size=64):
     """Blobs whose samples have another shape."""
     blobs = Blobs(size)
     generator = torch.Generator().manual_seed(1)
-    centre = 2 * torch.randn(4, *shape, generator=generator)
-    blobs.x = centre[blobs.clean] + torch.randn(size, *shape, generator=generator)
+    center = 2 * torch.randn(4, *shape, generator=generator)
+    blobs.x = center[blobs.clean] + torch.randn(size, *shape, generator=generator)
     return blobs
 
 

@@ -67,8 +67,8 @@ def test_it_says_which_samples_and_neurons(whole):
     assert sorted([*done["dropped"], *draw.index.tolist()]) == list(range(SIZE))
     assert 5 in done["dropped"]
     assert done["from_epoch"] == AT
-    assert len(done["relabelled"]) == len(draw.relabelled) > 0
-    for one in done["relabelled"]:
+    assert len(done["relabeled"]) == len(draw.relabeled) > 0
+    for one in done["relabeled"]:
         assert one["given"] == drawn.label[one["index"]] != one["new"] == draw.new_label[one["index"]]
     pruned = found["done"]["SensitivityPruneCallback"]["pruned"]
     assert pruned == {prune.mask.layer: prune.mask.pruned_indices().tolist()}
@@ -139,7 +139,7 @@ def test_a_dry_run_says_that_nothing_was_done(tmp_path):
     assert done["CleanSubsetFinetuneCallback"] == {
         "from_epoch": None,
         "dropped": [],
-        "relabelled": [],
+        "relabeled": [],
         "weighed": False,
     }
 
@@ -160,7 +160,7 @@ def test_of_several_labels_those_that_were_turned(tmp_path):
     finetune = CleanSubsetFinetuneCallback(on_noisy="relabel")
     fit(Several(), DataLoader(TensorDataset(x, y), batch_size=32), [partition, finetune], max_epochs=2)
     done = partition.provenance["done"]["CleanSubsetFinetuneCallback"]
-    assert {"index": 2, "given": [1, 0, 0, 0], "new": [0, 1, 0, 1]} in done["relabelled"]
+    assert {"index": 2, "given": [1, 0, 0, 0], "new": [0, 1, 0, 1]} in done["relabeled"]
     assert 7 in done["dropped"]
     assert json.loads(json.dumps(partition.provenance)) == partition.provenance
 

@@ -163,9 +163,9 @@ def naive_sensitivity(activation, target):
     scale = x.std(axis=0)
     alive = scale > 1e-9
     out = np.zeros(x.shape[1])
-    standardised = (x[:, alive] - x[:, alive].mean(axis=0)) / scale[alive]
+    standardized = (x[:, alive] - x[:, alive].mean(axis=0)) / scale[alive]
     # The rank is up to float32, which the activations were: net.0 has 32 neurons that are linear in 16 features.
-    out[alive] = np.linalg.lstsq(standardised, (y - y.mean()) / y.std(), rcond=1e-5)[0]
+    out[alive] = np.linalg.lstsq(standardized, (y - y.mean()) / y.std(), rcond=1e-5)[0]
     return torch.from_numpy(out).float()
 
 

@@ -70,10 +70,10 @@ def run(criterion, layer, image=True, size=101, **arguments):
     untouched = Toy(NotInPlace if image else mlp, still)
 
     class Remembers(Published):
-        def pull_partition(self, trainer, pl_module):
+        def get_partition(self, trainer, pl_module):
             if trainer.current_epoch == 1 and not callback.has_acted:
                 untouched.load_state_dict(pl_module.state_dict())
-            return super().pull_partition(trainer, pl_module)
+            return super().get_partition(trainer, pl_module)
 
     published = Remembers(make_partition(probability, data.y))
     fit(module, BlobsData(data), [published, callback], max_epochs=2)

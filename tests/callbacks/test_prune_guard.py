@@ -10,7 +10,7 @@ from lightning_unlearn.pruning import guard as guard_module
 from lightning_unlearn.pruning import messages
 from lightning_unlearn.pruning import run as run_module
 from lightning_unlearn.pruning.criteria import Sensitivity
-from lightning_unlearn.pruning.guard import Gauge, held_back
+from lightning_unlearn.pruning.guard import ScoreMonitor, held_back
 from lightning_unlearn.trainer.validation import Score
 from tests.callbacks.published import ANTI, FLAG, IDLE, Planted, PlantedData, Published, make_partition
 from tests.toys import fit, weights
@@ -210,7 +210,7 @@ def test_not_more_than_two_thousand_are_held_back():
     ],
 )
 def test_what_counts_as_worse(held, after, worse):
-    gauge = Gauge(Score(0.8, 0.5, 100), lambda: None, torch.ones(3) if held else NONE, 0.01)
+    gauge = ScoreMonitor(Score(0.8, 0.5, 100), lambda: None, torch.ones(3) if held else NONE, 0.01)
     assert gauge.is_worse(Score(*after, 100)) is worse
     assert gauge.is_worse(None)
     assert gauge.between(None) == "the score could no longer be told"
@@ -279,7 +279,7 @@ def test_a_dry_run_changes_nothing_and_says_what_it_would_do(validation, lr, sai
     assert len(callback.mask.pruned_indices()) >= 1
     assert callback.describe().startswith("would prune ")
     assert said[-1] == f"Dry run: {callback.describe()}."
-    assert callback.pull_mask(L.Trainer(accelerator="cpu", logger=False), module) is None
+    assert callback.get_mask(L.Trainer(accelerator="cpu", logger=False), module) is None
 
 
 def test_a_dry_run_stays_one_after_a_resume(tmp_path):

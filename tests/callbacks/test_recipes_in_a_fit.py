@@ -9,7 +9,7 @@ import torch
 
 from lightning_unlearn import AttributionPartitionCallback
 from lightning_unlearn.attribution import ATTRIBUTION_METHODS
-from lightning_unlearn.recipes import RECIPES, Recipe, Verdict
+from lightning_unlearn.recipes import RECIPES, Recipe, RecipeResult
 from tests.toys import Blobs, BlobsData, Toy, adamw, assert_same_weights, auroc, by_margin, convnet, fit, trio, weights
 
 
@@ -181,8 +181,11 @@ def _split(of):
         (lambda e: e.support.numpy(), r"of shape \(203,\), but got ndarray"),
         (lambda e: torch.empty_like(e.support, device="meta"), "but it is on the device meta"),
         (lambda e: e.support.to(torch.complex64), "real numbers, but it is torch.complex64"),
-        (lambda e: Verdict(e.support, e.label + 4), r"to return class labels in \[0, 3\], but they span 4 to 7"),
-        (lambda e: Verdict(e.support, e.label, e.margin * torch.nan), "as suggested_probability, but they span nan"),
+        (lambda e: RecipeResult(e.support, e.label + 4), r"to return class labels in \[0, 3\], but they span 4 to 7"),
+        (
+            lambda e: RecipeResult(e.support, e.label, e.margin * torch.nan),
+            "as suggested_probability, but they span nan",
+        ),
         (lambda e: e.no_such_field, "made-up evidence before training starts, but it fails: AttributeError: .*no_such"),
     ],
     ids=["shape", "range", "nan", "nothing", "numpy", "meta", "complex", "label", "suggestion", "fails"],
@@ -229,7 +232,7 @@ class Callable:
         Callable().method,
         functools.partial(with_options, scale=4),
         lambda evidence, scale=4: with_options(evidence, scale=scale),
-        Recipe("mine", lambda evidence, reduce: Verdict(with_options(evidence), evidence.prediction)),
+        Recipe("mine", lambda evidence, reduce: RecipeResult(with_options(evidence), evidence.prediction)),
     ],
     ids=["kwargs", "object", "method", "partial", "lambda", "recipe"],
 )
@@ -244,7 +247,7 @@ def test_the_trial_shows_what_the_recipe_will_see(task):
 
     def judge(evidence, reduce):
         seen.append(evidence)
-        return Verdict(with_options(evidence), evidence.prediction)
+        return RecipeResult(with_options(evidence), evidence.prediction)
 
     recipe = Recipe("mine", judge, needs_rows=task == "rows", needs_response=task == "input")
     torch.manual_seed(3)

@@ -17,8 +17,8 @@ from torch.nn.functional import one_hot
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, RandomSampler, default_collate
 
 from lightning_unlearn import CleanSubsetFinetuneCallback
-from lightning_unlearn.data.loaders import indexed_batches
-from lightning_unlearn.data.task_format import Reading, split_batch
+from lightning_unlearn.data.loaders import iterate_indices
+from lightning_unlearn.data.task_format import TaskFormat, split_batch
 from lightning_unlearn.finetuning.relabel import with_labels
 from lightning_unlearn.results.labels import REASONS
 from tests.callbacks.published import Published, make_partition
@@ -45,7 +45,7 @@ def known(data, split=split_batch):
     object.__setattr__(partition, "suggested_probability", torch.where(kind == 1, 0.5, 0.9))
     partition.reason[kind == 2] = INPUT
     source = Published(partition)
-    source.reading = Reading(batch_to_xy=split)
+    source.reading = TaskFormat(batch_to_xy=split)
     return source
 
 
@@ -104,14 +104,14 @@ def once(notes):
     return {index: labels[0] for index, labels in notes.items()}
 
 
-def assert_relabelled(data, loader, *, split=split_batch, module=None, partly=False, callbacks=(), **trainer):
+def assert_relabeled(data, loader, *, split=split_batch, module=None, partly=False, callbacks=(), **trainer):
     """Fits, and looks at every label that a training step was given."""
     source, finetune = known(data, split), CleanSubsetFinetuneCallback(on_noisy="relabel")
     module = module or Noting(data, split)
     before = data.x.clone(), data.y.clone()
     made = fit(module, loader, [source, finetune, *callbacks], max_epochs=EPOCHS, **trainer)
     expected = to_be_seen(data, source.partitions[0])
-    assert 0 < len(finetune.draw.relabelled) < data.wrong.sum()
+    assert 0 < len(finetune.draw.relabeled) < data.wrong.sum()
     assert set(module.trained) == set(range(EPOCHS))
     for epoch in range(EPOCHS):
         seen, wanted = once(module.trained[epoch]), given(data) if epoch < AT else expected
@@ -149,7 +149,7 @@ def test_training_sees_the_new_labels_and_the_loader_stays_the_users(kind):
     data = Blobs(SIZE)
     loader = DataLoader(data, batch_size=16, **{"shuffle": True, **LOADERS[kind]})
     before, sampler, batches = dict(vars(loader)), loader.sampler, loader.batch_sampler
-    assert_relabelled(data, loader)
+    assert_relabeled(data, loader)
     assert loader.sampler is sampler
     assert loader.batch_sampler is batches
     assert type(batches) is BatchSampler
@@ -174,16 +174,16 @@ def test_training_sees_the_new_labels_and_the_loader_stays_the_users(kind):
 )
 def test_whatever_the_trainer_does_beside(loader, trainer):
     data = Blobs(SIZE)
-    _, module, _ = assert_relabelled(data, Same(data, **loader), partly="limit_train_batches" in trainer, **trainer)
+    _, module, _ = assert_relabeled(data, Same(data, **loader), partly="limit_train_batches" in trainer, **trainer)
     # Validation, on the very samples, sees the labels as they are given.
     assert all(set(labels) == {given(data)[i]} for notes in module.validated.values() for i, labels in notes.items())
     assert set(module.validated) == set(range(EPOCHS))
     assert set(module.sanity[0]) == set(range(SIZE))
 
 
-def test_manual_optimisation():
+def test_manual_optimization():
     data = Blobs(SIZE)
-    assert_relabelled(data, Same(data), module=Noting(data, manual=True))
+    assert_relabeled(data, Same(data), module=Noting(data, manual=True))
 
 
 class Prepares(L.Callback):
@@ -210,7 +210,7 @@ class Prepares(L.Callback):
 def test_whoever_else_uses_the_transfer_hook_gets_what_is_his(workers):
     data = Blobs(SIZE)
     loader, prepares = DataLoader(data, batch_size=16, shuffle=True, num_workers=workers), Prepares(data)
-    assert_relabelled(data, loader, callbacks=[prepares])
+    assert_relabeled(data, loader, callbacks=[prepares])
     assert prepares.done > 30
 
 
@@ -218,7 +218,7 @@ def test_a_batch_sampler_of_ones_own():
     data = Blobs(SIZE)
     loader = halves(data)
     batches = loader.batch_sampler
-    assert_relabelled(data, loader)
+    assert_relabeled(data, loader)
     assert loader.batch_sampler is batches
     assert isinstance(batches.sampler, RandomSampler)
 
@@ -259,7 +259,7 @@ def test_batches_of_any_form(form):
             return super().training_step(batch)
 
     loader = DataLoader(data, batch_size=16, shuffle=True, collate_fn=collate)
-    assert_relabelled(data, loader, split=split, module=Form(data, split))
+    assert_relabeled(data, loader, split=split, module=Form(data, split))
 
 
 class Views(Dataset):
@@ -333,7 +333,7 @@ def test_transfer_hooks_are_called_and_see_the_new_labels(whose):
     hooks = loader if whose == "datamodule" else module
     # What arrives is 2 (x + 1).
     module.known = {((row + 1) * 2).numpy().tobytes(): index for index, row in enumerate(data.x)}
-    assert_relabelled(data, loader, module=module)
+    assert_relabeled(data, loader, module=module)
     seen = [torch.cat(hook) for hook in (hooks.before, hooks.after)]
     assert seen[0].equal(seen[1])
     assert seen[0].tolist() == [label for e in range(EPOCHS) for label in once(module.trained[e]).values()]
@@ -372,7 +372,7 @@ class Own(DataLoader):
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_could_not_be_relabelled_is_refused_before_the_first_step(case):
+def test_what_could_not_be_relabeled_is_refused_before_the_first_step(case):
     make, message = REFUSED[case]
     data = Blobs(SIZE)
     split = (
@@ -415,7 +415,7 @@ class Slow(Dataset):
 def test_our_own_passes_know_their_samples_where_the_loader_delivers_out_of_order():
     loader = DataLoader(Slow(), batch_size=2, num_workers=2, in_order=False)
     assert next(iter(loader))[0].tolist() != [0, 1]
-    for index, (x, _) in indexed_batches(loader, torch.arange(12)):
+    for index, (x, _) in iterate_indices(loader, torch.arange(12)):
         assert index.equal(x)
     assert loader.in_order is False
 
@@ -518,7 +518,7 @@ def test_resuming_equals_the_uninterrupted_fit(tmp_path, variant):
     keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
     (partition, _, finetune), whole = start(callbacks=[keep])
     if "on_noisy" not in variant:
-        assert len(finetune.draw.relabelled) > 5
+        assert len(finetune.draw.relabeled) > 5
         assert [once(whole.trained[e]) == to_be_seen_by(data, finetune) for e in range(epochs)] == [
             epoch >= at for epoch in range(epochs)
         ]
@@ -559,7 +559,7 @@ def test_a_fit_that_goes_on_with_the_same_trainer_relabels_on():
     trainer = fit(module, Same(data), callbacks)
     trainer.fit_loop.max_epochs = 6
     trainer.fit(module, datamodule=Same(data))
-    assert len(callbacks[2].draw.relabelled) > 5
+    assert len(callbacks[2].draw.relabeled) > 5
     assert [once(module.trained[e]) for e in (2, 3, 4, 5)] == [to_be_seen_by(data, callbacks[2])] * 4
     assert "_on_before_batch_transfer" not in module.__dict__
 
@@ -573,7 +573,7 @@ def test_beside_averaged_weights(average):
     data, callbacks = Blobs(SIZE), trio(2, finetune={"on_noisy": "relabel", "relabel_threshold": 0.4})
     module = Noting(data)
     fit(module, Same(data), [beside, *callbacks], max_epochs=5)
-    assert len(callbacks[2].draw.relabelled) > 5
+    assert len(callbacks[2].draw.relabeled) > 5
     for epoch, seen in module.trained.items():
         assert once(seen) == (given(data) if epoch < 2 else to_be_seen_by(data, callbacks[2])), epoch
     pruned = callbacks[1].mask.pruned_indices()
@@ -585,7 +585,7 @@ def test_beside_averaged_weights(average):
 def test_beside_accumulation_clipping_and_a_dropout():
     data = Blobs(SIZE)
     module = Noting(data, net=lambda: mlp(0.3))
-    made, _, _ = assert_relabelled(data, Same(data), module=module, accumulate_grad_batches=2, gradient_clip_val=0.1)
+    made, _, _ = assert_relabeled(data, Same(data), module=module, accumulate_grad_batches=2, gradient_clip_val=0.1)
     assert made.global_step == 4 + 2 * -(-module.steps_by_epoch[1] // 2)
 
 
@@ -593,7 +593,7 @@ NEW = torch.tensor([-1, 3, 0])
 
 
 def settled(split=None, task="multiclass", outputs=4):
-    reading = Reading(task=task, batch_to_xy=split)
+    reading = TaskFormat(task=task, batch_to_xy=split)
     reading.settle(torch.zeros(2, outputs), torch.zeros(2, dtype=torch.int64))
     return reading
 
@@ -664,7 +664,7 @@ def test_resuming_in_the_middle_of_an_epoch_relabels_the_batches_that_come(tmp_p
     fit(module, Same(data), callbacks, max_epochs=4, ckpt_path=tmp_path / f"step={step}.ckpt")
     assert set(module.trained) == {2, 3}
     wanted = to_be_seen_by(data, callbacks[2])
-    assert len(callbacks[2].draw.relabelled) > 5
+    assert len(callbacks[2].draw.relabeled) > 5
     for epoch in (2, 3):
         assert all(wanted[index] == label for index, label in once(module.trained[epoch]).items())
     assert once(module.trained[3]) == wanted

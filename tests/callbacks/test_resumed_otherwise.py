@@ -118,10 +118,10 @@ def test_other_use_of_noisy_samples_comes_too_late(checkpoint, lines, on_noisy):
 
 
 @pytest.mark.parametrize("now", ["drop", "reweight"])
-def test_a_fit_that_has_re_labelled_goes_on_so(checkpoint, lines, now):
+def test_a_fit_that_has_re_labeled_goes_on_so(checkpoint, lines, now):
     relabels = {"on_noisy": "relabel", "relabel_threshold": 0.5}
     first, path = checkpoint(finetune=relabels, optimizer=adamw)
-    assert len(first.ours[2].draw.relabelled)
+    assert len(first.ours[2].draw.relabeled)
     run = Run(path, finetune={"on_noisy": now}, optimizer=adamw)
     assert run.ours[2].draw.new_label.equal(first.ours[2].draw.new_label)
     assert run.trained_on(EPOCHS - 1) == run.ours[2].draw.index.tolist()
@@ -133,7 +133,7 @@ def test_in_rounds_a_fit_that_did_not_re_label_does_so_from_the_next_round_on(ch
     rounds = {"every_n_epochs": 2, "stable_share": 0, "optimizer": adamw}
     _, path = checkpoint(**rounds, epoch=AT)
     run = Run(path, **rounds, finetune={"on_noisy": "relabel", "relabel_threshold": 0.5})
-    assert len(run.ours[2].draw.relabelled)
+    assert len(run.ours[2].draw.relabeled)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim.lr_scheduler import OneCycleLR
 
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback
-from lightning_unlearn.recipes import Verdict
+from lightning_unlearn.recipes import RecipeResult
 from lightning_unlearn.results.summary import PartitionRound
 from tests.toys import Blobs, BlobsData, IndexRecorder, Toy, adamw, assert_same_weights, fit, mlp, trio, weights
 
@@ -118,8 +118,8 @@ def test_so_do_weights_and_new_labels(on_noisy):
         assert draw.probability.equal(drawn.clean_probability)
         assert len(follows.record.by_epoch[7]) == int(drawn.clean_probability.double().sum())
     else:
-        assert sorted(draw.index.tolist()) == sorted([*range(95), *draw.relabelled.tolist()])
-        assert len(draw.relabelled) > 0
+        assert sorted(draw.index.tolist()) == sorted([*range(95), *draw.relabeled.tolist()])
+        assert len(draw.relabeled) > 0
         assert sorted(follows.record.by_epoch[7]) == draw.index.tolist()
     # Our own passes saw the labels as they are given.
     assert drawn.label.equal(Blobs(SIZE).y)
@@ -186,7 +186,7 @@ class Unsure(Scripted):
 
     def __call__(self, evidence):
         warning = "nothing can be told yet" if self.calls < 2 else ""
-        return Verdict(super().__call__(evidence), evidence.prediction, warning=warning)
+        return RecipeResult(super().__call__(evidence), evidence.prediction, warning=warning)
 
 
 def test_what_cannot_be_told_twice_is_not_stable():

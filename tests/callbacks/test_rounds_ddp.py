@@ -31,7 +31,7 @@ def test_both_ranks_have_the_same_partition_rounds_summary_draw_and_weights(rank
     for name in ("partition", "rounds", "summary", "draws", "weights", "state"):
         assert_equal(one[name], other[name], name)
     assert [drawn["epoch"] for drawn in one["rounds"]] == [AT, AT + 2]
-    assert one["summary"]["memorised"] is not None
+    assert one["summary"]["memorized"] is not None
     assert (one["summary"]["accuracy_after"] is None) == (scenario == "report")
 
 

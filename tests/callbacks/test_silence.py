@@ -595,7 +595,7 @@ def test_an_error_while_neurons_are_zeroed_claims_nothing(where, monkeypatch):
         def on_train_epoch_end(self, trainer, pl_module):
             before.update(weights(pl_module))
             monkeypatch.setattr(
-                holding_module if where == "silence_copies" else holding_module.NeuronPruning, where, fails
+                holding_module if where == "silence_copies" else holding_module.PrunedParameters, where, fails
             )
 
     with pytest.raises(ArithmeticError):

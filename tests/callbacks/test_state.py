@@ -102,7 +102,7 @@ def whole(tmp_path_factory):
     return folder, callbacks, weights(module)
 
 
-NEIGHBOURS = {
+NEIGHBORS = {
     "none": lambda ours: ours,
     "in another order": lambda ours: ours[::-1],
     "another in between": lambda ours: [ours[1], Timer(), ours[0], ModelCheckpoint(save_top_k=0), ours[2]],
@@ -116,18 +116,18 @@ NEIGHBOURS = {
 
 @pytest.mark.filterwarnings("ignore:You are using LearningRateMonitor|Be aware that when using")
 @pytest.mark.parametrize("epoch", [0, 1])
-@pytest.mark.parametrize("neighbours", NEIGHBOURS)
-def test_it_outlives_other_neighbours(whole, tmp_path, neighbours, epoch):
+@pytest.mark.parametrize("neighbors", NEIGHBORS)
+def test_it_outlives_other_neighbors(whole, tmp_path, neighbors, epoch):
     folder, callbacks, expected = whole
     ours, module = trio(AT, prune=PRUNES), Toy()
-    logger = {} if neighbours != "one without state" else {"logger": True, "default_root_dir": tmp_path}
+    logger = {} if neighbors != "one without state" else {"logger": True, "default_root_dir": tmp_path}
     fit(
         module,
         BlobsData(Blobs(101), by_epoch=True),
-        NEIGHBOURS[neighbours](ours),
+        NEIGHBORS[neighbors](ours),
         ckpt_path=folder / f"epoch={epoch}.ckpt",
         max_epochs=EPOCHS,
-        enable_checkpointing=neighbours == "another in between",
+        enable_checkpointing=neighbors == "another in between",
         **logger,
     )
     assert ours[0].partition.clean_probability.equal(callbacks[0].partition.clean_probability)

@@ -23,8 +23,8 @@ def separable(labels, noise, seed=0, size=SIZE):
     """Inputs whose labels, each by itself, are clear; the labels given; which of them are wrong."""
     generator = torch.Generator().manual_seed(seed)
     clean = (torch.rand(size, labels, generator=generator) < 0.4).long()
-    centre = torch.randn(labels, FEATURES, generator=torch.Generator().manual_seed(5))
-    x = 1.5 * (2 * clean - 1).float() @ centre + torch.randn(size, FEATURES, generator=generator)
+    center = torch.randn(labels, FEATURES, generator=torch.Generator().manual_seed(5))
+    x = 1.5 * (2 * clean - 1).float() @ center + torch.randn(size, FEATURES, generator=generator)
     wrong = torch.rand(size, labels, generator=generator) < noise
     return x, torch.where(wrong, 1 - clean, clean), wrong
 
@@ -130,7 +130,7 @@ def test_single_labels_of_several_are_replaced():
             return super().training_step(batch)
 
     fit(Noting(3), loader(x, y.float()), callbacks, max_epochs=AT + 1)
-    assert len(finetune.draw.relabelled) > 10
+    assert len(finetune.draw.relabeled) > 10
     assert sorted(seen) == finetune.draw.index.tolist()
     for index, label in seen.items():
         assert label.long().equal(partition.partition.suggested_label[index])

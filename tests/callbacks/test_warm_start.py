@@ -195,14 +195,14 @@ def test_checkpoints_have_the_start_until_it_is_used(checkpoints):
 
 
 @pytest.mark.parametrize(
-    ("memorised", "how", "said"),
+    ("memorized", "how", "said"),
     [
         (0.9, "shrink", "the network predicts 90% of the suspect labels, so it has memorized them."),
         (0.2, "keep", "the network predicts 20% of the suspect labels, so it has not memorized them."),
     ],
 )
-def test_auto_goes_by_what_is_memorized(monkeypatch, caplog, memorised, how, said):
-    monkeypatch.setattr("lightning_unlearn.callbacks.partition.share_memorised", lambda *_: memorised)
+def test_auto_goes_by_what_is_memorized(monkeypatch, caplog, memorized, how, said):
+    monkeypatch.setattr("lightning_unlearn.callbacks.partition.memorized_fraction", lambda *_: memorized)
     with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
         (_, _, finetune), _, moments = run({"warm_start": "auto"})
     assert any(line.endswith(said) for line in caplog.messages)
@@ -213,7 +213,7 @@ def test_auto_goes_by_what_is_memorized(monkeypatch, caplog, memorised, how, sai
 
 @pytest.mark.parametrize(("held_out", "how"), [(0.2, "shrink"), (0.9, "keep"), (None, "keep")])
 def test_auto_goes_by_the_gap_to_validation_too(monkeypatch, held_out, how):
-    monkeypatch.setattr("lightning_unlearn.callbacks.partition.share_memorised", lambda *_: 0.1)
+    monkeypatch.setattr("lightning_unlearn.callbacks.partition.memorized_fraction", lambda *_: 0.1)
     monkeypatch.setattr("lightning_unlearn.callbacks.partition.validation_accuracy", lambda *_: held_out)
     monkeypatch.setattr("lightning_unlearn.callbacks.partition.share_predicted", lambda *_: 0.95)
     (partition, _, finetune), _, _ = run({"warm_start": "auto"})
@@ -222,7 +222,7 @@ def test_auto_goes_by_the_gap_to_validation_too(monkeypatch, held_out, how):
 
 
 def test_auto_keeps_the_weights_where_the_checkpoint_does_not_have_those_of_the_start(monkeypatch, caplog, checkpoints):
-    monkeypatch.setattr("lightning_unlearn.callbacks.partition.share_memorised", lambda *_: 0.9)
+    monkeypatch.setattr("lightning_unlearn.callbacks.partition.memorized_fraction", lambda *_: 0.9)
     path, callbacks = checkpoints({"warm_start": "keep"}) / "epoch=0.ckpt", trio(AT, finetune={"warm_start": "auto"})
     with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
         fit(Toy(optimizer=adamw), BlobsData(Blobs(101), by_epoch=True), callbacks, ckpt_path=path)

@@ -219,11 +219,11 @@ def test_a_checkpoint_past_it_is_judged_with_the_evidence_that_it_holds(inside, 
     assert "Judged from one pass" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("memorised", [False, True])
-def test_of_one_without_evidence_one_pass_is_judged_and_what_it_cannot_tell_is_said(memorised, inside, capsys):
+@pytest.mark.parametrize("memorized", [False, True])
+def test_of_one_without_evidence_one_pass_is_judged_and_what_it_cannot_tell_is_said(memorized, inside, capsys):
     checkpoint = torch.load("saved/epoch=5.ckpt", weights_only=True)
     checkpoint["callbacks"] = {}
-    if memorised:
+    if memorized:
         # A network that gives the same label to nearly all, and data that are called so.
         checkpoint["state_dict"]["out.weight"].mul_(0)
         checkpoint["state_dict"]["out.weight"][1] += 1
@@ -233,8 +233,8 @@ def test_of_one_without_evidence_one_pass_is_judged_and_what_it_cannot_tell_is_s
     main(["partition", "--config", "run.yaml", "--ckpt_path", "bare.ckpt", "--out", "bare"])
     said = capsys.readouterr().out
     assert "Judged from one pass: the checkpoint holds no evidence of earlier epochs." in said
-    assert ("no recipe can tell them from one pass; corrupted inputs still show (--recipe input)" in said) == memorised
-    assert ("wrong labels show in the rest, less surely" in said) == (not memorised)
+    assert ("no recipe can tell them from one pass; corrupted inputs still show (--recipe input)" in said) == memorized
+    assert ("wrong labels show in the rest, less surely" in said) == (not memorized)
 
 
 def test_a_partition_that_a_checkpoint_holds_is_shown(team, capsys):

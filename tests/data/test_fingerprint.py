@@ -158,7 +158,7 @@ def opens(worker):
     get_worker_info().dataset.is_open = True
 
 
-def test_where_workers_are_initialised_it_reads_in_one():
+def test_where_workers_are_initialized_it_reads_in_one():
     data = NeedsItsWorker()
     found = fingerprint(DataLoader(data, num_workers=2, worker_init_fn=opens))
     assert found == of(lambda k: k, 20)

@@ -17,8 +17,8 @@ from torch.utils.data import (
     TensorDataset,
 )
 
-from lightning_unlearn.data.index_tracking import RememberedBatches, delivered_indices, forget_batches, remember_batches
-from lightning_unlearn.data.loaders import check_iteration, check_loader, indexed_batches, rank_share
+from lightning_unlearn.data.index_tracking import TrackedBatchSampler, delivered_indices, track_indices, untrack_indices
+from lightning_unlearn.data.loaders import check_iterates_in_order, check_loader, iterate_indices, shard_indices
 
 N = 23
 
@@ -192,15 +192,15 @@ class Elsewhere(DataLoader):
 
 def test_a_loader_that_draws_ahead_is_let_through():
     loader = Ahead(numbers(), batch_size=4, shuffle=True)
-    check_iteration(loader)
-    assert [x.tolist() for _, (x, _) in indexed_batches(loader, torch.arange(6))] == [[0, 1, 2, 3], [4, 5]]
+    check_iterates_in_order(loader)
+    assert [x.tolist() for _, (x, _) in iterate_indices(loader, torch.arange(6))] == [[0, 1, 2, 3], [4, 5]]
 
 
 @pytest.mark.parametrize("kind", [Pairwise, Twice, OneForEver, Elsewhere])
 def test_a_loader_that_does_not_deliver_what_is_drawn_is_refused(kind):
     loader = kind(numbers(), batch_size=4)
     with pytest.raises(TypeError, match=rf"one for one, but {kind.__name__} has an __iter__ of its own that does not"):
-        check_iteration(loader)
+        check_iterates_in_order(loader)
 
 
 def test_too_few_samples_are_refused():
@@ -214,12 +214,12 @@ def test_a_loader_that_does_not_batch_is_refused():
         check_loader(DataLoader(numbers(), batch_size=None))
 
 
-# rank_share
+# shard_indices
 
 
 @given(total=st.integers(1, 200), world_size=st.integers(1, 17))
 def test_every_index_counts_on_exactly_one_rank(total, world_size):
-    shares = [rank_share(total, rank, world_size) for rank in range(world_size)]
+    shares = [shard_indices(total, rank, world_size) for rank in range(world_size)]
     counted = torch.cat([index[weight == 1] for index, weight in shares])
     assert counted.sort().values.tolist() == list(range(total))
     for index, weight in shares:
@@ -229,11 +229,11 @@ def test_every_index_counts_on_exactly_one_rank(total, world_size):
         assert ((index >= 0) & (index < total)).all()
 
 
-# indexed_batches
+# iterate_indices
 
 
 def batches_of(loader, index, **kwargs):
-    return [(indices.tolist(), batch) for indices, batch in indexed_batches(loader, index, **kwargs)]
+    return [(indices.tolist(), batch) for indices, batch in iterate_indices(loader, index, **kwargs)]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -262,13 +262,13 @@ def test_probing_starts_no_worker():
 
     loader = DataLoader(Where(), batch_size=8, num_workers=1, prefetch_factor=4, timeout=30)
     index = torch.arange(8)
-    assert [batch.any().item() for _, batch in indexed_batches(loader, index)] == [True]
-    assert [batch.any().item() for _, batch in indexed_batches(loader, index, probing=True)] == [False]
+    assert [batch.any().item() for _, batch in iterate_indices(loader, index)] == [True]
+    assert [batch.any().item() for _, batch in iterate_indices(loader, index, probing=True)] == [False]
 
 
 def test_the_collate_function_of_the_user_is_used():
     loader = DataLoader(numbers(), batch_size=3, collate_fn=collate_to_dict)
-    ((_, first), (_, second)) = indexed_batches(loader, torch.tensor([9, 8, 7, 6]))
+    ((_, first), (_, second)) = iterate_indices(loader, torch.tensor([9, 8, 7, 6]))
     assert first["ids"] == [9, 8, 7]
     assert second["x"].tolist() == [6]
 
@@ -306,7 +306,7 @@ def test_the_loader_of_the_user_is_left_as_it_is(num_workers):
         attributes, state = dict(loader.__dict__), generator.get_state()
         if passes:
             batches_of(loader, torch.arange(N))
-            next(indexed_batches(loader, torch.arange(N), probing=True))
+            next(iterate_indices(loader, torch.arange(N), probing=True))
         assert loader.__dict__ == attributes
         assert torch.equal(generator.get_state(), state)
         return [x.tolist() for x, _ in loader]
@@ -320,7 +320,7 @@ def test_a_pass_draws_from_the_global_generator_as_any_loader_does():
 
     def passed():
         with torch.random.fork_rng(devices=[]):
-            return torch.cat([x for _, (x, _) in indexed_batches(loader, torch.arange(N))])
+            return torch.cat([x for _, (x, _) in iterate_indices(loader, torch.arange(N))])
 
     before = torch.get_rng_state()
     first, second = passed(), passed()
@@ -331,7 +331,7 @@ def test_a_pass_draws_from_the_global_generator_as_any_loader_does():
 def test_the_last_batch_delivered_is_known_though_workers_are_ahead():
     for workers in (0, 2):
         loader = DataLoader(Doubling(), batch_size=4, shuffle=True, num_workers=workers)
-        remember_batches(loader)
+        track_indices(loader)
         for _ in range(2):
             iterator = iter(loader)
             assert delivered_indices(iterator) is None
@@ -342,7 +342,7 @@ def test_the_last_batch_delivered_is_known_though_workers_are_ahead():
 
 def test_batches_that_wait_are_left_out():
     loader = DataLoader(numbers(), batch_size=4)
-    remember_batches(loader)
+    track_indices(loader)
     iterator = iter(loader)
     next(iterator), next(iterator)
     assert delivered_indices(iterator, waiting=1).tolist() == [0, 1, 2, 3]
@@ -353,7 +353,7 @@ def test_batches_that_wait_are_left_out():
 
 def test_iterations_do_not_mix():
     loader = DataLoader(numbers(), batch_size=4, shuffle=True)
-    remember_batches(loader)
+    track_indices(loader)
     one, other = iter(loader), iter(loader)
     for _ in range(5):
         first, second = next(one)[0], next(other)[0]
@@ -371,10 +371,10 @@ def test_remembered_batches_are_the_users_in_all_else():
 
     mine = Bucket(RandomSampler(range(N)), 4, drop_last=True)
     loader = DataLoader(numbers(), batch_sampler=mine)
-    remember_batches(loader)
-    remember_batches(loader)
+    track_indices(loader)
+    track_indices(loader)
     batches = loader.batch_sampler
-    assert type(batches) is RememberedBatches
+    assert type(batches) is TrackedBatchSampler
     assert isinstance(batches, Bucket)
     assert batches.release() is mine
     assert len(loader) == len(batches) == 5
@@ -384,15 +384,15 @@ def test_remembered_batches_are_the_users_in_all_else():
     assert mine.epoch == 3
     assert mine.sampler is sampler
     assert not hasattr(batches, "nothing")
-    for made in (copy.deepcopy(batches), pickle.loads(pickle.dumps(RememberedBatches([[1], [2]])))):
-        assert type(made) is RememberedBatches
+    for made in (copy.deepcopy(batches), pickle.loads(pickle.dumps(TrackedBatchSampler([[1], [2]])))):
+        assert type(made) is TrackedBatchSampler
         assert list(made)
 
 
 def test_who_changes_a_shallow_copy_of_remembered_batches_does_not_change_what_is_drawn():
     loader = DataLoader(numbers(), batch_size=4, shuffle=True)
     mine, shuffling = loader.batch_sampler, loader.sampler
-    remember_batches(loader)
+    track_indices(loader)
     trial = copy.copy(loader.batch_sampler)
     trial.sampler = [7, 8]
     assert type(trial) is BatchSampler
@@ -405,13 +405,13 @@ def test_what_is_forgotten_is_not_kept():
     loader = DataLoader(numbers(), batch_size=4, num_workers=1, persistent_workers=True)
     mine = loader.batch_sampler
     started = iter(loader)
-    remember_batches(loader)
+    track_indices(loader)
     assert delivered_indices(started) is None  # it began before
     iterator = iter(loader)
     next(iterator)
     assert delivered_indices(iterator).tolist() == [0, 1, 2, 3]
-    forget_batches(loader)
-    forget_batches(loader)
+    untrack_indices(loader)
+    untrack_indices(loader)
     assert loader.batch_sampler is mine
     next(iterator)
     assert delivered_indices(iterator) is None
@@ -437,7 +437,7 @@ def test_what_is_forgotten_is_not_kept():
     ],
 )
 def test_a_batch_is_known_if_it_is_a_row_of_integers(batch, index):
-    iteration = iter(RememberedBatches([batch]))
+    iteration = iter(TrackedBatchSampler([batch]))
     assert next(iteration) is batch
     drawn = iteration.drawn(0)
     assert index is None if drawn is None else drawn.tolist() == index and drawn.dtype == torch.int64
@@ -450,7 +450,7 @@ def test_a_list_that_is_filled_again_is_remembered_as_it_was():
             batch[:] = [start, start + 1]
             yield batch
 
-    iteration = iter(RememberedBatches(batches()))
+    iteration = iter(TrackedBatchSampler(batches()))
     next(iteration), next(iteration)
     assert [iteration.drawn(0).tolist(), iteration.drawn(1).tolist()] == [[0, 1], [2, 3]]
 
@@ -511,7 +511,7 @@ BATCHES = [[5, 3], [1, 0], [2, 4], [9, 7], [6, 8]]
 
 
 def test_what_keeps_its_state_is_resumed_and_known():
-    batches = RememberedBatches(ResumableBatches(BATCHES))
+    batches = TrackedBatchSampler(ResumableBatches(BATCHES))
     one = Iterator(iter(batches))
     assert [next(one), next(one)] == BATCHES[:2]
     state = one._sampler_iter.state_dict()
@@ -523,7 +523,7 @@ def test_what_keeps_its_state_is_resumed_and_known():
 
 
 def test_what_keeps_none_is_wound_forward_and_known():
-    batches = RememberedBatches(BATCHES)
+    batches = TrackedBatchSampler(BATCHES)
     assert not hasattr(iter(batches), "state_dict")
     again = Iterator(itertools.islice(batches, 2, None), yielded=2)
     assert [next(again), next(again)] == BATCHES[2:4]

@@ -13,7 +13,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_unlearn.data.sampling_scheme import Drawing, draw_evenly, drawing_of, evenly
+from lightning_unlearn.data.sampling_scheme import Drawing, evenly, scheme_of, systematic_sample
 
 QUICK = settings(max_examples=60, deadline=None)
 N = 12
@@ -34,14 +34,14 @@ def counts(drawing, epochs):
     return torch.stack(found)
 
 
-# draw_evenly
+# systematic_sample
 
 
 @QUICK
 @given(st.lists(st.floats(0.01, 3), min_size=1, max_size=40), st.integers(1, 60), st.integers(0, 1000))
 def test_as_many_as_asked_for_are_drawn_and_each_as_often_as_its_weight_up_to_one(weights, number, seed):
     weight = torch.tensor(weights, dtype=torch.float64)
-    found = draw_evenly(weight, number, seeded(seed))
+    found = systematic_sample(weight, number, seeded(seed))
     assert found.dtype == torch.int64
     assert len(found) == number
     expected = weight * number / weight.sum()
@@ -54,7 +54,7 @@ def test_what_is_certain_is_always_drawn_and_what_is_impossible_never(probabilit
     weight = torch.tensor([*probability, 1.0, 0.0])
     # Made to sum to a whole number, so that nothing is scaled.
     weight = torch.cat([weight, (torch.ceil(weight.double().sum()) - weight.double().sum()).float()[None]])
-    found = set(draw_evenly(weight, round(weight.double().sum().item()), seeded(seed)).tolist())
+    found = set(systematic_sample(weight, round(weight.double().sum().item()), seeded(seed)).tolist())
     assert set((weight == 1).nonzero().flatten().tolist()) <= found
     assert not set((weight == 0).nonzero().flatten().tolist()) & found
 
@@ -66,7 +66,9 @@ def test_each_is_drawn_as_often_as_its_probability(probability, seed):
     number = max(1, int(weight.sum() + 1e-6))
     expected = weight * number / weight.sum()
     draws, generator = 1000, seeded(seed)
-    found = sum(torch.bincount(draw_evenly(weight, number, generator), minlength=len(weight)) for _ in range(draws))
+    found = sum(
+        torch.bincount(systematic_sample(weight, number, generator), minlength=len(weight)) for _ in range(draws)
+    )
     for count, p in zip(found.tolist(), expected.tolist(), strict=True):
         low, high = binom.ppf([1e-7, 1 - 1e-7], draws, p)
         assert low <= count <= high, p
@@ -75,12 +77,12 @@ def test_each_is_drawn_as_often_as_its_probability(probability, seed):
 def test_the_draw_takes_its_randomness_from_the_generator_alone():
     state = torch.random.get_rng_state()
     weight = torch.rand(50, generator=seeded(1))
-    draws = [draw_evenly(weight, 20, seeded(seed)).tolist() for seed in (5, 5, 6)]
+    draws = [systematic_sample(weight, 20, seeded(seed)).tolist() for seed in (5, 5, 6)]
     assert draws[0] == draws[1] != draws[2]
     assert torch.random.get_rng_state().equal(state)
 
 
-# drawing_of
+# scheme_of
 
 
 def weights_of(*rest):
@@ -115,7 +117,7 @@ SAMPLERS = {
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_it_draws_as_the_sampler_does(name):
     sampler, shuffle = SAMPLERS[name]
-    drawing = drawing_of(sampler)
+    drawing = scheme_of(sampler)
     assert drawing.shuffle is shuffle
     assert drawing.number == len(sampler) == len(drawn(drawing))
     epochs = 300
@@ -134,10 +136,10 @@ def test_it_draws_as_the_sampler_does(name):
 @pytest.mark.parametrize("replacement", [True, False])
 def test_where_each_rank_draws_its_own_all_together_draw_more(replacement):
     sampler = WeightedRandomSampler(torch.ones(N), 5, replacement=replacement)
-    assert drawing_of(sampler, ranks=2).number == 10
-    assert drawing_of(sampler, ranks=3).number == (15 if replacement else N)
+    assert scheme_of(sampler, ranks=2).number == 10
+    assert scheme_of(sampler, ranks=3).number == (15 if replacement else N)
     # These are split.
-    assert drawing_of(RandomSampler(range(N)), ranks=2).number == N
+    assert scheme_of(RandomSampler(range(N)), ranks=2).number == N
 
 
 class Own(RandomSampler):
@@ -149,7 +151,7 @@ class Own(RandomSampler):
     "sampler", [Own(range(N)), None, iter([1]), object(), ["a", "b"], [0, -1], SubsetRandomSampler([3, -2])]
 )
 def test_what_means_something_of_its_own_is_not_read(sampler):
-    assert drawing_of(sampler) is None
+    assert scheme_of(sampler) is None
 
 
 # Drawing.narrowed
@@ -160,7 +162,7 @@ KEPT = torch.tensor([1, 3, 4, 7, 9])
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_only_what_is_kept_is_drawn_and_as_often_as_before(name):
-    drawing = drawing_of(SAMPLERS[name][0])
+    drawing = scheme_of(SAMPLERS[name][0])
     less = drawing.narrowed(KEPT)
     before, after = counts(drawing, 600).double(), counts(less, 600).double()
     kept = torch.isin(torch.arange(N), KEPT)
@@ -179,7 +181,7 @@ def test_only_what_is_kept_is_drawn_and_as_often_as_before(name):
 
 @pytest.mark.parametrize("replacement", [True, False])
 def test_weights_are_multiplied_with_the_probability(replacement):
-    drawing = drawing_of(WeightedRandomSampler([1.0, 2.0, 3.0, 0.0], 4, replacement=replacement))
+    drawing = scheme_of(WeightedRandomSampler([1.0, 2.0, 3.0, 0.0], 4, replacement=replacement))
     less = drawing.narrowed(torch.tensor([0, 2, 3]), torch.tensor([0.5, 1.0, 1.0]))
     assert less.index.tolist() == [0, 2]
     assert less.weight.tolist() == [0.5, 3.0]
@@ -194,13 +196,11 @@ def test_an_index_that_is_there_twice_stays_there_twice():
 
 @pytest.mark.parametrize(("number", "at_least", "expected"), [(30, 16, 16), (30, 4, 5), (10, 16, 10)])
 def test_with_replacement_a_batch_is_filled_but_no_more_is_drawn_than_before(number, at_least, expected):
-    drawing = drawing_of(RandomSampler(range(N), replacement=True, num_samples=number))
+    drawing = scheme_of(RandomSampler(range(N), replacement=True, num_samples=number))
     assert drawing.narrowed(torch.tensor([3, 4]), at_least=at_least).number == expected
 
 
-@pytest.mark.parametrize(
-    "drawing", [evenly(torch.tensor([1, 2])), drawing_of(WeightedRandomSampler([0.0, 0, 0, 1], 3))]
-)
+@pytest.mark.parametrize("drawing", [evenly(torch.tensor([1, 2])), scheme_of(WeightedRandomSampler([0.0, 0, 0, 1], 3))])
 def test_nothing_is_drawn_where_no_weight_is_left(drawing):
     less = drawing.narrowed(torch.tensor([0]))
     assert less.number == len(less.index) == 0
@@ -237,17 +237,17 @@ def test_torchdatas_samplers_draw_as_torchs_of_the_same_name():
     methods = {"__iter__": lambda self: iter(range(N)), "__len__": lambda self: N}
     random = standing_for_torchdatas("RandomSampler", RandomSampler, **methods)(range(N))
     split = standing_for_torchdatas("StatefulDistributedSampler", DistributedSampler, __iter__=methods["__iter__"])
-    assert drawing_of(random).index.tolist() == list(range(N))
-    assert drawing_of(random).shuffle
-    assert drawing_of(split(range(N), num_replicas=1, rank=0, seed=4)).seed == 4
+    assert scheme_of(random).index.tolist() == list(range(N))
+    assert scheme_of(random).shuffle
+    assert scheme_of(split(range(N), num_replicas=1, rank=0, seed=4)).seed == 4
     # Of the same name, but not torchdata's; and a class of the user's on top of it.
-    assert drawing_of(type("RandomSampler", (RandomSampler,), methods)(range(N))) is None
-    assert drawing_of(type("Own", (type(random),), {"__iter__": methods["__iter__"]})(range(N))) is None
+    assert scheme_of(type("RandomSampler", (RandomSampler,), methods)(range(N))) is None
+    assert scheme_of(type("Own", (type(random),), {"__iter__": methods["__iter__"]})(range(N))) is None
 
 
 @pytest.mark.parametrize("drop_last", [True, False])
 def test_a_distributed_samplers_own_settings_are_read(drop_last):
-    drawing = drawing_of(DistributedSampler(range(N), num_replicas=5, rank=2, seed=7, drop_last=drop_last))
+    drawing = scheme_of(DistributedSampler(range(N), num_replicas=5, rank=2, seed=7, drop_last=drop_last))
     few = drawing.narrowed(torch.tensor([1, 4, 5]))
     for one in (drawing, few):
         assert (one.drop_last, one.seed) == (drop_last, 7)

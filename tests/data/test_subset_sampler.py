@@ -17,13 +17,13 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_unlearn.data.index_tracking import delivered_indices, forget_batches, remember_batches
-from lightning_unlearn.data.sampling_scheme import drawing_of, evenly
+from lightning_unlearn.data.index_tracking import delivered_indices, track_indices, untrack_indices
+from lightning_unlearn.data.sampling_scheme import evenly, scheme_of
 from lightning_unlearn.data.subset_sampler import (
     CleanSubsetSampler,
-    NarrowedLoaders,
-    check_drawing,
-    fault_of_batch_sampler,
+    SamplerSwap,
+    batch_sampler_error,
+    check_sampler,
 )
 from tests.data.test_loaders import Bucketed, Doubling, N, OddsThenEvens, RequiredArgumentLoader, numbers
 
@@ -162,7 +162,7 @@ def test_one_sample_on_many_ranks():
     assert drawn([42], world_size=3) == [[42]] * 3
 
 
-# check_drawing
+# check_sampler
 
 
 class MyDistributed(DistributedSampler):
@@ -191,17 +191,17 @@ class MyWeighted(WeightedRandomSampler):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_samplers_with_a_meaning_of_their_own_are_refused(loader, found):
-    sampler, _ = NarrowedLoaders().samplers_of(loader)
+    sampler, _ = SamplerSwap().samplers_of(loader)
     with pytest.raises(TypeError, match=rf"one of torch's samplers .*, but it draws with {found}, which.* weights are"):
-        check_drawing(loader, sampler)
+        check_sampler(loader, sampler)
 
 
 def test_a_narrowed_sampler_draws_as_it_does():
     sampler = clean_sampler()
-    assert check_drawing(DataLoader(numbers()), sampler) is sampler.drawing
+    assert check_sampler(DataLoader(numbers()), sampler) is sampler.drawing
 
 
-# fault_of_batch_sampler
+# batch_sampler_error
 
 
 class Reversed(BatchSampler):
@@ -262,7 +262,7 @@ class Endless:
 def test_batch_samplers_that_draw_what_they_are_given_are_let_through(kind, drop_last):
     mine = kind(RandomSampler(numbers()), 4, drop_last)
     before = dict(vars(mine))
-    assert fault_of_batch_sampler(DataLoader(numbers(), batch_sampler=mine)) == ""
+    assert batch_sampler_error(DataLoader(numbers(), batch_sampler=mine)) == ""
     assert vars(mine) == before
 
 
@@ -282,11 +282,11 @@ def test_batch_samplers_that_draw_what_they_are_given_are_let_through(kind, drop
 )
 def test_batch_samplers_that_cannot_be_narrowed_are_named(batches, fault):
     loader = DataLoader(numbers(), batch_sampler=batches)
-    assert re.search(fault, fault_of_batch_sampler(loader))
+    assert re.search(fault, batch_sampler_error(loader))
     assert loader.batch_sampler is batches
 
 
-# NarrowedLoaders
+# SamplerSwap
 
 
 def clean_sampler(indices=(1, 4, 9)):
@@ -300,7 +300,7 @@ def test_narrow_and_restore(num_workers):
     )
     list(loader)
     before, user_sampler = dict(loader.__dict__), loader.sampler
-    narrowed, sampler = NarrowedLoaders(), clean_sampler()
+    narrowed, sampler = SamplerSwap(), clean_sampler()
 
     assert narrowed.narrow(loader, sampler) is loader
     assert len(loader) == 2
@@ -317,7 +317,7 @@ def test_narrow_and_restore(num_workers):
 def test_narrowing_twice_restores_the_users_sampler():
     loader, other = (DataLoader(numbers(), batch_size=4, shuffle=True) for _ in range(2))
     mine, others = loader.sampler, other.sampler
-    narrowed = NarrowedLoaders()
+    narrowed = SamplerSwap()
     narrowed.narrow(loader, clean_sampler())
     narrowed.narrow(other, clean_sampler())
     narrowed.narrow(loader, clean_sampler([2]))
@@ -334,7 +334,7 @@ def test_restored_loader_draws_as_if_it_had_never_been_narrowed():
         loader = DataLoader(numbers(), batch_size=5, shuffle=True, generator=torch.Generator().manual_seed(3))
         first = [x.tolist() for x, _ in loader]
         if narrow:
-            narrowed = NarrowedLoaders()
+            narrowed = SamplerSwap()
             narrowed.narrow(loader, clean_sampler())
             narrowed.restore()
         return first + [x.tolist() for x, _ in loader]
@@ -359,12 +359,12 @@ def test_no_batch_of_one_is_left_where_that_is_asked_for(count, size, drawn, rep
 def test_narrowing_reaches_the_users_batch_sampler_and_is_restored_in_any_order():
     loader = DataLoader(numbers(), batch_size=4, shuffle=True)
     batches, sampler = loader.batch_sampler, loader.sampler
-    remember_batches(loader)
-    narrowed = NarrowedLoaders()
+    track_indices(loader)
+    narrowed = SamplerSwap()
     narrowed.narrow(loader, clean_sampler([2]))
     iterator = iter(loader)
     assert next(iterator)[0].tolist() == delivered_indices(iterator).tolist() == [2]
-    forget_batches(loader)
+    untrack_indices(loader)
     assert loader.batch_sampler is batches
     narrowed.restore()
     assert batches.sampler is loader.sampler is sampler
@@ -389,7 +389,7 @@ def test_a_distributed_sampler_is_narrowed_to_what_it_would_draw_of_fewer(number
     index = torch.arange(20, 20 + number)
     for rank in range(3):
         settings = {"num_replicas": 3, "rank": rank, "seed": 7, "drop_last": drop_last}
-        drawing = drawing_of(DistributedSampler(range(40), **settings)).narrowed(index)
+        drawing = scheme_of(DistributedSampler(range(40), **settings)).narrowed(index)
         ours = CleanSubsetSampler(drawing, num_replicas=3, rank=rank, seed=0)
         theirs = DistributedSampler(range(number), **settings)
         for epoch in (0, 3):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
 
 from lightning_unlearn.data.batch import LABEL_NAMES, call_forward, split_batch
-from lightning_unlearn.data.task_format import IGNORED, Reading, logits_in
+from lightning_unlearn.data.task_format import IGNORED, TaskFormat, extract_logits
 
 X, Y = torch.zeros(2, 3), torch.tensor([0, 1])
 Named = namedtuple("Named", ["label", "image"])
@@ -148,14 +148,14 @@ def test_other_inputs_than_forward_takes_are_refused(module, x, message):
     "output", [X, {"logits": X, "loss": 1}, SimpleNamespace(logits=X), (X, "features"), [X]], ids=type
 )
 def test_logits_are_found_in_what_forward_returns(output):
-    assert logits_in(output) is X
+    assert extract_logits(output) is X
 
 
 # Tasks
 
 
 def settled(outputs=3, label=None, **kwargs):
-    reading = Reading(**kwargs)
+    reading = TaskFormat(**kwargs)
     reading.settle(torch.zeros(4, outputs), torch.zeros(4, dtype=torch.int64) if label is None else label)
     return reading
 
@@ -213,7 +213,7 @@ def test_a_task_that_does_not_fit_the_outputs_is_refused(task, outputs, message)
 @pytest.mark.parametrize(("name", "value"), [("task", "regression"), ("soft_labels", "keep")])
 def test_unknown_options_are_refused(name, value):
     with pytest.raises(ValueError, match=f"Expected {name} to be .*'.*', but got '{value}'"):
-        Reading(**{name: value})
+        TaskFormat(**{name: value})
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool])
@@ -378,8 +378,8 @@ def test_what_forward_returns_must_be_logits():
         def forward(self, x):
             return self.output
 
-    assert Reading().output(Returns(torch.zeros(4)), X).shape == (4, 1)
-    assert Reading(logits_from=lambda out: out["scores"]).output(Returns({"scores": X}), X) is X
+    assert TaskFormat().output(Returns(torch.zeros(4)), X).shape == (4, 1)
+    assert TaskFormat(logits_from=lambda out: out["scores"]).output(Returns({"scores": X}), X) is X
     for output, found in (({"scores": X}, "dict"), (torch.zeros(2, 3, 4), r"\(2, 3, 4\)"), (Y, r"torch.int64 \(2,\)")):
         with pytest.raises(TypeError, match=f"forward of Returns to return logits .*{found}; pass logits_from="):
-            Reading().output(Returns(output), X)
+            TaskFormat().output(Returns(output), X)

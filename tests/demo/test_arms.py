@@ -57,7 +57,7 @@ def test_the_controls_are_different_ways_to_train(small):
 def test_the_partition_finds_the_wrong_labels_and_is_written(small):
     _, (outcome,), out = small
     assert outcome.detection.auroc > 0.9
-    assert outcome.detection.memorised < 0.2
+    assert outcome.detection.memorized < 0.2
     partition = Partition.load(out / "partition.npz")
     with (out / "suspects.csv").open(newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))

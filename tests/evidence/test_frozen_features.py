@@ -13,7 +13,7 @@ from lightning_unlearn import AttributionPartitionCallback
 from lightning_unlearn.evidence import frozen_features as frozen_features_module
 from lightning_unlearn.evidence.frozen_features import FrozenFeatures
 from lightning_unlearn.functional.leave_one_out import leave_one_out_logits, left_out_rate
-from lightning_unlearn.recipes import Recipe, Verdict
+from lightning_unlearn.recipes import Recipe, RecipeResult
 from lightning_unlearn.recipes.evidence import OutOfSample
 from lightning_unlearn.utilities.reduce import no_reduce
 from tests.toys import Blobs, BlobsData, Toy, convnet, fit, mlp, sgd, weights
@@ -32,7 +32,7 @@ class Sees:
 
     def __call__(self, evidence, _):
         self.evidence = evidence
-        return Verdict(torch.full_like(evidence.margin, 0.9), evidence.prediction)
+        return RecipeResult(torch.full_like(evidence.margin, 0.9), evidence.prediction)
 
 
 class Frozen(Toy):

@@ -15,7 +15,7 @@ from torch.nn.functional import (
 from torch.utils.data import DataLoader
 
 from lightning_unlearn import AttributionPartitionCallback
-from lightning_unlearn.data.task_format import Reading
+from lightning_unlearn.data.task_format import TaskFormat
 from lightning_unlearn.evidence.label_field import agreement
 from tests.toys import CLASSES, FEATURES, Blobs, fit, weights
 
@@ -281,5 +281,5 @@ def test_labels_to_ignore_say_nothing():
     ids=["index", "column", "soft", "several", "one logit"],
 )
 def test_a_row_agrees_where_the_loss_raises_the_class_of_the_field(value, gradient, expected):
-    reading = Reading()
+    reading = TaskFormat()
     assert agreement(value, gradient, reading).tolist() == expected

@@ -11,11 +11,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, RandomSampler, WeightedRandomSampler
 
-from lightning_unlearn.data.index_tracking import RememberedBatches
-from lightning_unlearn.data.task_format import Reading, split_batch
+from lightning_unlearn.data.index_tracking import TrackedBatchSampler
+from lightning_unlearn.data.task_format import TaskFormat, split_batch
 from lightning_unlearn.evidence import step_reader as step_reader_module
-from lightning_unlearn.evidence.mixed_targets import pulled_elsewhere
-from lightning_unlearn.evidence.step_reader import WINDOW, TrainingPassReader
+from lightning_unlearn.evidence.mixed_targets import has_mixed_target
+from lightning_unlearn.evidence.step_reader import WINDOW, TrainStepReader
 from tests.callbacks import forked
 from tests.toys import CLASSES, Toy, assert_same_weights, fit, make_trainer, mlp, sgd, weights
 
@@ -68,8 +68,8 @@ class Driver(L.Callback):
 
     def __init__(self, head=HEAD, split=split_batch, late=False):
         self.sink = Sink()
-        self.reading = Reading(batch_to_xy=split)
-        self.reader = TrainingPassReader(reading=self.reading, sink=self.sink)
+        self.reading = TaskFormat(batch_to_xy=split)
+        self.reader = TrainStepReader(reading=self.reading, sink=self.sink)
         self.head, self.late, self.goes_on, self.rows_read = head, late, [], []
 
     def setup(self, trainer, pl_module, stage):
@@ -287,7 +287,7 @@ def test_the_users_loader_looks_as_it_did_during_the_fit():
         def on_train_epoch_start(self, trainer, pl_module):
             batches = trainer.train_dataloader.batch_sampler
             assert isinstance(batches, Bucket)
-            assert type(batches) is RememberedBatches
+            assert type(batches) is TrackedBatchSampler
             batches.set_epoch(trainer.current_epoch)
             batches.drop_last = False
 
@@ -860,7 +860,7 @@ def test_the_head_is_resolved_by_name():
 
 @pytest.mark.parametrize("classes", [3, 10])
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 65536.0])
-def test_the_judgement_does_not_depend_on_scale_and_leaves_out_rows_without_gradient(classes, scale):
+def test_the_judgment_does_not_depend_on_scale_and_leaves_out_rows_without_gradient(classes, scale):
     torch.manual_seed(0)
     logits, label = torch.randn(500, classes), torch.randint(0, classes, (500,))
     other = (label + torch.randint(1, classes, (500,))) % classes
@@ -868,10 +868,10 @@ def test_the_judgement_does_not_depend_on_scale_and_leaves_out_rows_without_grad
     mixed, alone = (scale * (logits.softmax(1) - t) for t in (target, F.one_hot(label, classes)))
     alone[0], mixed[0], mixed[1] = 0, torch.nan, torch.inf
 
-    judged, pulled = pulled_elsewhere(logits, alone, label)
+    judged, pulled = has_mixed_target(logits, alone, label)
     assert judged.sum() == 499
     assert not pulled.any()
-    judged, pulled = pulled_elsewhere(logits, mixed, label)
+    judged, pulled = has_mixed_target(logits, mixed, label)
     assert judged.sum() == 498
     assert not pulled[:2].any()
     assert 0.1 < pulled.float().mean() < 0.9

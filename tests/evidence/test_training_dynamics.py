@@ -3,7 +3,7 @@ import io
 import pytest
 import torch
 
-from lightning_unlearn.evidence.training_dynamics import MOST_COORDINATES, PHASES, Trajectory, class_coordinates
+from lightning_unlearn.evidence.training_dynamics import MOST_COORDINATES, PHASES, TrainingDynamics, class_coordinates
 from lightning_unlearn.functional.attribution import label_margin
 from lightning_unlearn.functional.soft_margin import NUM_SCALES, soft_margins
 from lightning_unlearn.utilities.reduce import no_reduce
@@ -37,7 +37,7 @@ def passes(seed=0, count=3, batch=7):
 
 
 def gathered(plan, reduce=no_reduce, rank=0, world_size=1):
-    trajectory = Trajectory(N, C)
+    trajectory = TrainingDynamics(N, C)
     for phase, batches in plan:
         for index, logits, label in batches:
             rows = slice(rank, None, world_size)
@@ -105,8 +105,8 @@ def test_coordinates_of_few_classes_lose_nothing(classes):
 def test_coordinates_of_many_classes_keep_distances_roughly():
     classes = 200
     logits = torch.randn(40, classes, generator=torch.Generator().manual_seed(1))
-    centred = logits - logits.mean(dim=1, keepdim=True)
-    before, after = torch.pdist(centred), torch.pdist(logits @ class_coordinates(classes))
+    centered = logits - logits.mean(dim=1, keepdim=True)
+    before, after = torch.pdist(centered), torch.pdist(logits @ class_coordinates(classes))
     ratio = after / before
     assert ratio.std() / ratio.mean() < 0.1
     # An orthonormal map keeps r of C - 1 dimensions.
@@ -147,7 +147,7 @@ def test_rows_come_in_the_order_asked():
 
 def test_a_sample_seen_twice_in_one_call_counts_twice():
     logits = torch.tensor([[2.0, 0, 0, 0], [0.0, 4, 0, 0], [6.0, 0, 0, 0]])
-    trajectory = Trajectory(N, C)
+    trajectory = TrainingDynamics(N, C)
     trajectory.observe(torch.tensor([3, 3, 4]), logits, torch.zeros(3, dtype=torch.int64))
     trajectory.merge(0, no_reduce)
     (phase,) = trajectory.phases(torch.tensor([3, 4]))
@@ -156,7 +156,7 @@ def test_a_sample_seen_twice_in_one_call_counts_twice():
 
 
 def test_samples_that_a_phase_has_not_seen_are_nan_in_it():
-    trajectory = Trajectory(N, C)
+    trajectory = TrainingDynamics(N, C)
     assert trajectory.phases(torch.arange(N)) == []
     one = torch.zeros(1, dtype=torch.int64)
     trajectory.observe(one + 2, torch.randn(1, C), one)
@@ -193,7 +193,7 @@ def test_nothing_counts_before_the_merge():
 
 def test_a_margin_of_attributions_takes_the_place_of_that_of_the_logits():
     margin = torch.tensor([-1.0, 2.0])
-    trajectory = Trajectory(N, C)
+    trajectory = TrainingDynamics(N, C)
     trajectory.observe(torch.arange(2), torch.randn(2, C), torch.zeros(2, dtype=torch.int64), margin)
     trajectory.merge(0, no_reduce)
     scores = trajectory.scores(torch.arange(2))
@@ -206,7 +206,7 @@ def test_a_step_that_overflowed_leaves_no_trace(value):
     # As under 16-bit training, whose loss scale is found by overflowing: once in three passes, for five samples.
     plan = list(passes())
     whole = gathered(plan)
-    overflowed = Trajectory(N, C)
+    overflowed = TrainingDynamics(N, C)
     for phase, batches in plan:
         for index, logits, label in batches:
             overflowed.observe(index, logits, label)
@@ -222,7 +222,7 @@ def test_a_step_that_overflowed_leaves_no_trace(value):
 
 
 def test_rows_whose_sum_overflows_count_where_each_is_finite():
-    trajectory = Trajectory(N, C)
+    trajectory = TrainingDynamics(N, C)
     trajectory.observe(torch.arange(3), torch.tensor([[0.0, 0.0, 0.0, -2e38]]).expand(3, C), torch.zeros(3).long())
     assert trajectory._fresh.sum(dim=0).isinf().any()
     assert trajectory.rows_left_out == 0
@@ -233,7 +233,7 @@ def test_rows_whose_sum_overflows_count_where_each_is_finite():
 def test_uncertainty_is_the_entropy_in_nats(classes):
     torch.manual_seed(0)
     logits = 5 * torch.randn(64, classes)
-    trajectory = Trajectory(64, classes)
+    trajectory = TrainingDynamics(64, classes)
     trajectory.observe(torch.arange(64), logits, torch.zeros(64).long())
     trajectory.merge(0, no_reduce)
     expected = torch.distributions.Categorical(logits=logits.double()).entropy().float()
@@ -241,7 +241,7 @@ def test_uncertainty_is_the_entropy_in_nats(classes):
 
 
 def test_a_margin_that_is_not_finite_leaves_its_row_out_but_not_its_label():
-    trajectory = Trajectory(N, C)
+    trajectory = TrainingDynamics(N, C)
     trajectory.observe(torch.arange(2), torch.randn(2, C), torch.tensor([1, 2]), torch.tensor([torch.nan, 1.0]))
     assert trajectory.rows_left_out == 1
     trajectory.merge(0, no_reduce)
@@ -257,7 +257,7 @@ def test_a_margin_that_is_not_finite_leaves_its_row_out_but_not_its_label():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_logits_of_another_precision_that_require_grad(dtype):
     logits = torch.randn(3, C).to(dtype).requires_grad_()
-    trajectory, expected = Trajectory(N, C), Trajectory(N, C)
+    trajectory, expected = TrainingDynamics(N, C), TrainingDynamics(N, C)
     label = torch.zeros(3, dtype=torch.int64)
     trajectory.observe(torch.arange(3), logits, label)
     expected.observe(torch.arange(3), logits.detach().float(), label)
@@ -306,7 +306,7 @@ def test_state_goes_into_a_checkpoint_and_back():
     first, second, third = passes()
     whole = gathered([first, second, third])
     before = gathered([first, second])
-    resumed = Trajectory.from_state_dict(saved_and_loaded(before.state_dict()))
+    resumed = TrainingDynamics.from_state_dict(saved_and_loaded(before.state_dict()))
     assert (len(resumed), resumed.num_classes) == (N, C)
     assert torch.equal(resumed.label, before.label)
     phase, batches = third
@@ -319,7 +319,7 @@ def test_state_goes_into_a_checkpoint_and_back():
 def test_state_is_a_copy():
     trajectory = gathered(list(passes()))
     state = trajectory.state_dict()
-    resumed = Trajectory.from_state_dict(state)
+    resumed = TrainingDynamics.from_state_dict(state)
     trajectory.forget()
     assert_equal(resumed, gathered(list(passes())))
     assert state["phases"].abs().sum() > 0
@@ -336,7 +336,9 @@ def tensor_bytes(values):
 def test_bytes_per_sample(classes, held, saved):
     # Of ten thousand, less nothing at all, so that the basis does not count.
     def grown(of):
-        return (tensor_bytes(of(Trajectory(10_000, classes))) - tensor_bytes(of(Trajectory(0, classes)))) / 10_000
+        return (
+            tensor_bytes(of(TrainingDynamics(10_000, classes))) - tensor_bytes(of(TrainingDynamics(0, classes)))
+        ) / 10_000
 
     assert grown(lambda trajectory: vars(trajectory).values()) == held
     assert grown(lambda trajectory: trajectory.state_dict().values()) == saved
@@ -346,7 +348,7 @@ def test_bytes_per_sample(classes, held, saved):
 
 def test_under_autocast_sums_are_in_single_precision():
     logits, label = torch.randn(9, 5, generator=torch.Generator().manual_seed(0)), torch.arange(9) % 5
-    plain, mixed = Trajectory(9, 5), Trajectory(9, 5)
+    plain, mixed = TrainingDynamics(9, 5), TrainingDynamics(9, 5)
     plain.observe(torch.arange(9), logits, label)
     with torch.autocast("cpu", torch.bfloat16):
         mixed.observe(torch.arange(9), logits, label)
@@ -375,7 +377,7 @@ def wide_logits(total, outputs, seed=3):
 
 def test_of_many_outputs_the_classes_of_the_first_epoch_get_coordinates():
     index, label, logits = torch.arange(40), 30 * (torch.arange(40) % 5), wide_logits(40, 200)
-    trajectory = Trajectory(40, 200)
+    trajectory = TrainingDynamics(40, 200)
     trajectory.observe(index, logits, label)
     trajectory.merge(0, no_reduce)
     assert trajectory.phases(index) == []
@@ -387,7 +389,7 @@ def test_of_many_outputs_the_classes_of_the_first_epoch_get_coordinates():
     torch.testing.assert_close((found @ trajectory.basis.T)[:, ::30][:, :5], expected, atol=1e-5, rtol=1e-5)
     # What does not lie in the coordinates of classes was kept of both epochs.
     torch.testing.assert_close(trajectory.scores(index)["margin"], label_margin(logits, label))
-    again = Trajectory.from_state_dict(trajectory.state_dict())
+    again = TrainingDynamics.from_state_dict(trajectory.state_dict())
     assert again.basis.equal(trajectory.basis)
     assert again.phases(index)[0].equal(found)
 
@@ -397,7 +399,7 @@ def test_the_ranks_take_the_classes_of_all_of_them():
 
     def observed(rank, reduce):
         index = torch.arange(40)[label == 30 * rank] if rank < 3 else torch.arange(40)[label >= 90]
-        trajectory = Trajectory(40, 200)
+        trajectory = TrainingDynamics(40, 200)
         trajectory.observe(index, logits[index], label[index])
         trajectory.merge(0, reduce)
         return trajectory.basis
@@ -408,7 +410,7 @@ def test_the_ranks_take_the_classes_of_all_of_them():
 
 
 def test_the_last_pass_leaves_open_which_classes_occur():
-    trajectory, logits = Trajectory(200, 200), wide_logits(200, 200)
+    trajectory, logits = TrainingDynamics(200, 200), wide_logits(200, 200)
     trajectory.observe(torch.arange(200), logits, torch.arange(200) % 5)
     trajectory.merge(None, no_reduce)  # its rows are as those before
     assert trajectory.has_margins
@@ -419,7 +421,7 @@ def test_the_last_pass_leaves_open_which_classes_occur():
 def many(total=600, outputs=400, occurring=150, *, seed=3, **arguments):
     """Logits of more outputs than have coordinates, labels of some of them, and what takes them."""
     label = 2 * (torch.arange(total) % occurring)
-    return torch.arange(total), wide_logits(total, outputs, seed), label, Trajectory(total, outputs, **arguments)
+    return torch.arange(total), wide_logits(total, outputs, seed), label, TrainingDynamics(total, outputs, **arguments)
 
 
 def test_of_more_classes_than_coordinates_the_soft_margins_are_averaged():
@@ -490,7 +492,7 @@ def test_ranks_merge_soft_margins_to_what_one_has(monkeypatch):
     index, logits, label, _ = many(occurring=200)
 
     def gather(rank, reduce, world_size=2):
-        trajectory = Trajectory(600, 400)
+        trajectory = TrainingDynamics(600, 400)
         for phase in (0, 2):
             rows = index[rank::world_size]
             trajectory.observe(rows, (phase + 1) * logits[rows], label[rows])
@@ -510,7 +512,7 @@ def test_the_state_of_many_classes_goes_into_a_checkpoint_and_back(keeps):
     for phase in (0, 1):
         trajectory.observe(index, logits, label)
         trajectory.merge(phase, no_reduce)
-    again = Trajectory.from_state_dict(saved_and_loaded(trajectory.state_dict()))
+    again = TrainingDynamics.from_state_dict(saved_and_loaded(trajectory.state_dict()))
     for each in (trajectory, again):
         each.observe(index, 2 * logits, label)
         each.merge(3, no_reduce)
@@ -532,7 +534,7 @@ def test_a_recipe_that_looks_at_attributions_has_random_coordinates_too():
 
 
 def test_evidence_of_a_version_that_kept_random_coordinates_is_refused():
-    state = Trajectory(30, 200).state_dict()
+    state = TrainingDynamics(30, 200).state_dict()
     state["phases"] = torch.zeros(PHASES, 30, MOST_COORDINATES + 1)
     with pytest.raises(ValueError, match=r"tells 200 classes apart, but it is of a version .* start the fit again"):
-        Trajectory.from_state_dict(state)
+        TrainingDynamics.from_state_dict(state)

@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
 
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback
-from lightning_unlearn.data.task_format import Reading
+from lightning_unlearn.data.task_format import TaskFormat
 from lightning_unlearn.finetuning.companions import Companion, companions_in
 from tests.evidence.test_label_field import Net, loader_of
 from tests.toys import CLASSES, Blobs, fit, weights
@@ -16,7 +16,7 @@ ORDER = torch.tensor([3, 0, 4, 1, 2])
 
 
 def settled(outputs=C, label=Y, **kwargs):
-    reading = Reading(**kwargs)
+    reading = TaskFormat(**kwargs)
     reading.settle(torch.zeros(len(label), outputs), label)
     return reading
 
@@ -96,12 +96,12 @@ class Followed(Net):
             self.seen.append((batch["label"], self.target(batch)))
 
 
-def relabelled(collate, loss, target):
+def relabeled(collate, loss, target):
     module = Followed(loss, target)
     finetune = CleanSubsetFinetuneCallback(on_noisy="relabel", relabel_threshold=0.5)
     loader = loader_of(collate, Blobs(240))
     fit(module, loader, [AttributionPartitionCallback(at_epoch=6), finetune], max_epochs=8)
-    assert len(finetune.draw.relabelled) > 20
+    assert len(finetune.draw.relabeled) > 20
     label, followed = (torch.cat(parts) for parts in zip(*module.seen, strict=True))
     return label, followed
 
@@ -122,9 +122,9 @@ FIELDS = {
 
 
 @pytest.mark.parametrize("case", FIELDS)
-def test_a_target_that_collate_makes_of_the_label_is_re_labelled_with_it(case):
+def test_a_target_that_collate_makes_of_the_label_is_re_labeled_with_it(case):
     make, loss, label_of = FIELDS[case]
-    label, followed = relabelled(
+    label, followed = relabeled(
         lambda x, y: {"x": x, "label": y, "made": make(y)}, loss, lambda batch: label_of(batch["made"])
     )
     assert label.equal(followed)

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_unlearn.finetuning.training_subset import TrainingDraw, training_draw
+from lightning_unlearn.finetuning.training_subset import TrainingSubset, make_training_subset
 from lightning_unlearn.results.labels import REASONS
 from lightning_unlearn.results.partition import Partition
 
@@ -43,17 +43,17 @@ def partitions(draw):
 @QUICK
 @given(partitions())
 def test_dropping_leaves_the_clean_ones(partition):
-    draw = training_draw(partition, "drop", 0.7)
+    draw = make_training_subset(partition, "drop", 0.7)
     assert draw.index.tolist() == [i for i in range(len(partition)) if partition.is_clean[i]]
     assert draw.probability is None
     assert draw.new_label is None
-    assert draw.relabelled.tolist() == []
+    assert draw.relabeled.tolist() == []
 
 
 @QUICK
 @given(partitions())
 def test_weighing_takes_each_with_its_probability_and_the_kept_ones_with_a_half_at_least(partition):
-    draw = training_draw(partition, "reweight", 0.7)
+    draw = make_training_subset(partition, "reweight", 0.7)
     expected = {}
     for i in range(len(partition)):
         p = partition.clean_probability[i].item()
@@ -67,7 +67,7 @@ def test_weighing_takes_each_with_its_probability_and_the_kept_ones_with_a_half_
 @QUICK
 @given(partitions(), st.integers(1, 10).map(lambda tenth: tenth / 10))
 def test_a_wrong_label_is_replaced_where_the_suggested_one_is_probable_enough_and_the_input_intact(partition, least):
-    draw = training_draw(partition, "relabel", least)
+    draw = make_training_subset(partition, "relabel", least)
     index, new = [], [-1] * len(partition)
     for i in range(len(partition)):
         if partition.is_clean[i]:
@@ -81,16 +81,16 @@ def test_a_wrong_label_is_replaced_where_the_suggested_one_is_probable_enough_an
             new[i] = partition.suggested_label[i].item()
     assert draw.index.tolist() == index
     assert draw.new_label.tolist() == new
-    assert draw.relabelled.tolist() == [i for i in range(len(partition)) if new[i] >= 0]
+    assert draw.relabeled.tolist() == [i for i in range(len(partition)) if new[i] >= 0]
     assert draw.probability is None
-    assert not any(partition.reason[i].item() in INPUT or partition.is_clean[i] for i in draw.relabelled)
+    assert not any(partition.reason[i].item() in INPUT or partition.is_clean[i] for i in draw.relabeled)
 
 
 @QUICK
 @given(partitions(), st.sampled_from(["drop", "reweight", "relabel"]))
 def test_a_draw_comes_back_from_its_state(partition, on_noisy):
-    draw = training_draw(partition, on_noisy, 0.5)
-    again = TrainingDraw(**draw.state_dict())
+    draw = make_training_subset(partition, on_noisy, 0.5)
+    again = TrainingSubset(**draw.state_dict())
     for name, value in draw.state_dict().items():
         other = getattr(again, name)
         assert (value is None) == (other is None)
@@ -118,6 +118,8 @@ def test_a_doubtful_sample_is_left_out_but_where_samples_are_weighed():
         doubtful=torch.tensor([False, True, False]),
         **common,
     )
-    drawn = {name: training_draw(partition, name, 0.7).index.tolist() for name in ("drop", "reweight", "relabel")}
+    drawn = {
+        name: make_training_subset(partition, name, 0.7).index.tolist() for name in ("drop", "reweight", "relabel")
+    }
     assert drawn == {"drop": [0], "reweight": [0, 1, 2], "relabel": [0, 2]}
     assert partition.decisions() == ["keep", "drop", "relabel"]

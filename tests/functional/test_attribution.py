@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lightning_unlearn.functional import class_max_attribution, label_margin, strongest_other
+from lightning_unlearn.functional import class_max_attribution, label_margin, runner_up_class
 from lightning_unlearn.functional.attribution import logit_difference, neuron_magnitude
 
 
@@ -60,17 +60,17 @@ def test_margin_has_the_gradient_of_the_two_logits_alone():
 def test_strongest_other_leaves_the_logits_as_they_are():
     logits = torch.tensor([[9.0, 1.0, 2.0], [0.0, 8.0, -1.0]])
     before = logits.clone()
-    assert strongest_other(logits, torch.tensor([0, 1])).tolist() == [2, 0]
+    assert runner_up_class(logits, torch.tensor([0, 1])).tolist() == [2, 0]
     assert torch.equal(logits, before)
 
 
-@pytest.mark.parametrize("function", [strongest_other, label_margin])
+@pytest.mark.parametrize("function", [runner_up_class, label_margin])
 def test_one_class_is_refused(function):
     with pytest.raises(ValueError, match=r"at least two classes, shape \(B, C >= 2\), but got \(3, 1\)"):
         function(torch.zeros(3, 1), torch.zeros(3, dtype=torch.int64))
 
 
-@pytest.mark.parametrize("function", [strongest_other, label_margin])
+@pytest.mark.parametrize("function", [runner_up_class, label_margin])
 def test_more_or_fewer_rows_than_labels_are_refused(function):
     for rows in (2, 4):
         with pytest.raises(ValueError, match=f"a row of logits for each of 3 labels, but got {rows}"):

@@ -259,7 +259,7 @@ def test_classes_that_never_occur_draw_nothing():
     assert posterior[:, 2:].exp().max() < 1e-9
 
 
-def test_rows_without_spread_can_be_factorised():
+def test_rows_without_spread_can_be_factorized():
     rows, given, _ = draw(SYMMETRIC, 50)
     rows[:, 1] = 5.0
     assert fit(rows, given).log_likelihood(rows).isfinite().all()
@@ -373,7 +373,7 @@ def test_fewer_rows_at_a_time_of_more_classes(monkeypatch):
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e6, 1e15])
-def test_classes_that_do_not_vary_can_be_factorised(scale):
+def test_classes_that_do_not_vary_can_be_factorized(scale):
     # Their variance is the rounding of two large sums, which had no factor where it came out negative.
     true = torch.arange(700) % C
     given = torch.where(torch.arange(700) % 10 == 0, (true + 1) % C, true)

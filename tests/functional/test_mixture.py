@@ -10,12 +10,12 @@ from scipy.stats import multivariate_normal
 from sklearn.mixture import GaussianMixture as SklearnMixture
 from sklearn.preprocessing import StandardScaler
 
-from lightning_unlearn.data.loaders import rank_share
-from lightning_unlearn.functional import gaussian, standardize
+from lightning_unlearn.data.loaders import shard_indices
+from lightning_unlearn.functional import gaussian, standardization
 from lightning_unlearn.functional import mixture as module
 from lightning_unlearn.functional.gaussian import GaussianMixture
 from lightning_unlearn.functional.mixture import fit_mixture
-from lightning_unlearn.functional.standardize import standardise
+from lightning_unlearn.functional.standardization import standardize
 from tests.ranks import run_ranks
 
 
@@ -30,9 +30,9 @@ def two_clouds(n, dimension, distance, seed=0):
 
 def sklearn_from_our_start(rows, **kwargs):
     """scikit-learn's EM from the two halves at which ours starts: the sign along the first principal component."""
-    centred = rows - rows.mean(dim=0)
-    axis = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -1]
-    above = centred @ axis > 0
+    centered = rows - rows.mean(dim=0)
+    axis = torch.linalg.eigh(centered.T @ centered).eigenvectors[:, -1]
+    above = centered @ axis > 0
     weights, means, precisions = [], [], []
     for half in (rows[~above], rows[above]):
         covariance = torch.cov(half.T, correction=0).reshape(rows.shape[1], rows.shape[1])
@@ -104,7 +104,7 @@ def wide_rows(n=3000, dimension=48, narrow=1.0):
     second = torch.rand(n, 1, generator=generator) < 0.4
     scale = torch.where(torch.arange(dimension) % 2 == 0, narrow, 1.3)
     mixing = torch.eye(dimension) + 0.3 * torch.randn(dimension, dimension, generator=generator) / dimension**0.5
-    return standardise(torch.where(second, rows * scale + 0.5, rows) @ mixing, torch.ones(n))
+    return standardize(torch.where(second, rows * scale + 0.5, rows) @ mixing, torch.ones(n))
 
 
 def assert_near_sklearn(ours, theirs):
@@ -116,7 +116,7 @@ def assert_near_sklearn(ours, theirs):
 @pytest.mark.parametrize("narrow", [1.0, 1e-2, 1e-4], ids=["difference", "shared coordinates", "separate coordinates"])
 def test_wide_float32_rows_give_the_mixture_of_double_precision(narrow):
     rows = wide_rows(narrow=narrow)
-    assert standardize.work_dtype(rows) == torch.float32
+    assert standardization.work_dtype(rows) == torch.float32
     assert_near_sklearn(fit_mixture(rows, torch.ones(3000)), sklearn_from_our_start(rows.double()))
 
 
@@ -124,13 +124,13 @@ def test_where_float32_products_are_rounded_the_work_is_done_in_float64(monkeypa
     rows = wide_rows(100)
     # What torch.set_float32_matmul_precision("medium") allows, and only some processors do.
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: torch.mm(a.bfloat16().float(), b))
-    assert standardize.work_dtype(rows) == torch.float64
+    assert standardization.work_dtype(rows) == torch.float64
 
 
 def test_rows_of_low_rank_can_be_fitted_in_float32():
     rows = wide_rows(dimension=40)
     rows = torch.cat([rows[:, :30], rows[:, :20] @ torch.ones(20, 10), torch.zeros(3000, 3)], dim=1)
-    mixture = fit_mixture(standardise(rows, torch.ones(3000)), torch.ones(3000))
+    mixture = fit_mixture(standardize(rows, torch.ones(3000)), torch.ones(3000))
     assert math.isfinite(mixture.log_likelihood)
     torch.linalg.cholesky(mixture.covariance)
 
@@ -188,9 +188,9 @@ def test_posterior_of_no_rows_has_two_columns():
 
 def test_chunks_change_nothing(monkeypatch):
     rows = two_clouds(500, 3, distance=1.5)
-    whole = fit_mixture(standardise(rows, torch.ones(500)), torch.ones(500))
-    monkeypatch.setattr(standardize, "CHUNK", 3 * 64)
-    chunked = fit_mixture(standardise(rows, torch.ones(500)), torch.ones(500))
+    whole = fit_mixture(standardize(rows, torch.ones(500)), torch.ones(500))
+    monkeypatch.setattr(standardization, "CHUNK", 3 * 64)
+    chunked = fit_mixture(standardize(rows, torch.ones(500)), torch.ones(500))
     torch.testing.assert_close(chunked.covariance, whole.covariance)
     torch.testing.assert_close(chunked.posterior(rows), whole.posterior(rows))
 
@@ -219,14 +219,14 @@ def test_shards_give_the_mixture_of_the_whole(world_size):
     rows[-1] = 40.0  # the row that is repeated as padding would move every mean if it counted twice
 
     def fit(rank, reduce):
-        index, weight = rank_share(n, rank, world_size)
-        share = standardise(rows[index], weight, reduce)
+        index, weight = shard_indices(n, rank, world_size)
+        share = standardize(rows[index], weight, reduce)
         return share, fit_mixture(share, weight, reduce=reduce)
 
-    whole = standardise(rows, torch.ones(n))
+    whole = standardize(rows, torch.ones(n))
     expected = fit_mixture(whole, torch.ones(n))
     for rank, (share, got) in enumerate(run_ranks(fit, world_size)):
-        torch.testing.assert_close(share, whole[rank_share(n, rank, world_size)[0]])
+        torch.testing.assert_close(share, whole[shard_indices(n, rank, world_size)[0]])
         assert got.n_iter == expected.n_iter
         assert got.log_likelihood == pytest.approx(expected.log_likelihood)
         for ours, theirs in zip(in_order(got), in_order(expected), strict=True):
@@ -234,10 +234,10 @@ def test_shards_give_the_mixture_of_the_whole(world_size):
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e6])
-def test_standardise_matches_sklearn(offset):
+def test_standardize_matches_sklearn(offset):
     rows = two_clouds(300, 4, distance=2.0) * torch.tensor([1.0, 1e-6, 1e6, 3.0]) + offset
     torch.testing.assert_close(
-        standardise(rows, torch.ones(300)),
+        standardize(rows, torch.ones(300)),
         torch.from_numpy(StandardScaler().fit_transform(rows.numpy())),
         rtol=1e-4,
         atol=1e-4,
@@ -248,14 +248,14 @@ def test_standardise_matches_sklearn(offset):
 def test_constant_columns_become_zero(constant):
     rows = torch.randn(101, 2, generator=torch.Generator().manual_seed(0))
     rows[:, 1] = constant
-    scaled = standardise(rows, torch.ones(101))
+    scaled = standardize(rows, torch.ones(101))
     assert (scaled[:, 1] == 0).all()
     assert scaled[:, 0].std(correction=0).item() == pytest.approx(1, abs=1e-5)
 
 
-def test_standardise_keeps_the_dtype():
-    assert standardise(torch.randn(5, 2), torch.ones(5)).dtype == torch.float32
-    assert standardise(torch.randn(5, 2).double(), torch.ones(5)).dtype == torch.float64
+def test_standardize_keeps_the_dtype():
+    assert standardize(torch.randn(5, 2), torch.ones(5)).dtype == torch.float32
+    assert standardize(torch.randn(5, 2).double(), torch.ones(5)).dtype == torch.float64
 
 
 @pytest.mark.parametrize(
@@ -269,10 +269,10 @@ def test_standardise_keeps_the_dtype():
     ],
     ids=["all zero", "all equal", "one constant column", "one outlier", "two values"],
 )
-@pytest.mark.parametrize("standardised", [True, False])
-def test_degenerate_rows_give_finite_results(rows, standardised):
+@pytest.mark.parametrize("standardized", [True, False])
+def test_degenerate_rows_give_finite_results(rows, standardized):
     weight = torch.ones(len(rows))
-    rows = standardise(rows, weight) if standardised else rows
+    rows = standardize(rows, weight) if standardized else rows
     mixture = fit_mixture(rows, weight)
     posterior = mixture.posterior(rows)
     assert mixture.mean.isfinite().all()
@@ -290,7 +290,7 @@ def test_rows_that_are_not_finite_raise(value):
     with pytest.raises(ValueError, match=message):
         fit_mixture(rows, torch.ones(30))
     with pytest.raises(ValueError, match=message):
-        fit_mixture(standardise(rows, torch.ones(30)), torch.ones(30))
+        fit_mixture(standardize(rows, torch.ones(30)), torch.ones(30))
 
 
 def test_rows_that_are_not_finite_raise_on_the_other_ranks_too():

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from scipy.stats import false_discovery_control
 from scipy.stats import t as student
 
-from lightning_unlearn.functional import Sensitivity, benjamini_hochberg, harmful_neurons, select_neurons
+from lightning_unlearn.functional import Sensitivity, benjamini_hochberg, noise_neurons, select_neurons
 from lightning_unlearn.functional.selection import check_amount, in_order, share_of
 
 
@@ -30,7 +30,7 @@ def test_under_no_association_hardly_any_layer_names_a_neuron():
     for _ in range(400):
         z = torch.randn(64, generator=generator).double()
         found = Sensitivity(z, torch.ones(64).double(), torch.ones(64, dtype=torch.bool))
-        named += len(harmful_neurons(found, 0.05)) > 0
+        named += len(noise_neurons(found, 0.05)) > 0
     # With nothing to find, one in twenty rejects anything at all, and half of those a neuron of the harmful sign.
     assert 0 < named < 400 * 0.05
 
@@ -43,19 +43,19 @@ def found(coefficient, error, live=None):
 
 def test_only_the_harmful_sign_is_named_the_worst_first():
     several = found([0.9, -0.2, -0.5, -0.3], [0.01] * 4)
-    assert harmful_neurons(several, 0.05).tolist() == [2, 3, 1]
+    assert noise_neurons(several, 0.05).tolist() == [2, 3, 1]
 
 
 def test_what_is_not_sure_is_not_named_however_large():
     several = found([-0.1, -3.0, -0.2], [0.01, 2.9, 0.01])
-    assert harmful_neurons(several, 0.05).tolist() == [2, 0]
-    assert harmful_neurons(several).tolist() == [1, 2, 0]
+    assert noise_neurons(several, 0.05).tolist() == [2, 0]
+    assert noise_neurons(several).tolist() == [1, 2, 0]
 
 
 def test_dead_neurons_are_not_hypotheses():
     # Among 2 live neurons, p = 0.04 is below 0.05; with 98 dead ones counted it would not be.
     several = found([-2.054, -2.054, *[0.0] * 98], [1.0, 1.0, *[torch.inf] * 98], [True, True, *[False] * 98])
-    assert harmful_neurons(several, 0.05).tolist() == [0, 1]
+    assert noise_neurons(several, 0.05).tolist() == [0, 1]
 
 
 def test_equal_scores_keep_their_order():
@@ -114,9 +114,9 @@ def test_neurons_of_clean_samples_do_not_make_others_suspect():
     z[:50], z[99] = 10.0, -2.3
     found = Sensitivity(z, torch.ones(100).double(), torch.ones(100, dtype=torch.bool))
     assert benjamini_hochberg(found.p_value(), 0.05)[99]
-    assert len(harmful_neurons(found, fdr_level=0.05)) == 0
+    assert len(noise_neurons(found, fdr_level=0.05)) == 0
     z[98] = -6.0
-    assert harmful_neurons(found, fdr_level=0.05).tolist() == [98]
+    assert noise_neurons(found, fdr_level=0.05).tolist() == [98]
 
 
 @pytest.mark.parametrize(("t", "freedom"), [(2.0, 5.0), (-3.0, 12.0), (1.0, 40.0)])

@@ -31,7 +31,7 @@ def sensitivity_of(activation, target, weight=None, ridge=0.0):
     return solve_sensitivity(regression_sums(activation, target, weight), ridge).coefficient
 
 
-def test_matches_least_squares_on_standardised_data():
+def test_matches_least_squares_on_standardized_data():
     activation, target = problem()
     expected = LinearRegression().fit(z_score(activation), z_score(target)).coef_
     torch.testing.assert_close(sensitivity_of(activation, target), torch.from_numpy(expected))

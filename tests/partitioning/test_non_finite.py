@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_unlearn.partitioning.non_finite import finite_rows, judge_finite
-from lightning_unlearn.recipes import RECIPES, Recipe, Verdict, get_recipe
+from lightning_unlearn.partitioning.non_finite import apply_to_finite_rows, finite_rows
+from lightning_unlearn.recipes import RECIPES, Recipe, RecipeResult, get_recipe
 from lightning_unlearn.recipes.evidence import Evidence
 from lightning_unlearn.trainer.divergence import check_rows_left_out, first_not_finite
 from lightning_unlearn.utilities.reduce import no_reduce
@@ -43,7 +43,7 @@ def without(evidence, index):
 @pytest.mark.parametrize("recipe", [*RECIPES, users], ids=[*RECIPES, "a user's"])
 def test_the_others_are_judged_as_if_the_broken_ones_were_not_there(recipe, value):
     recipe, evidence = get_recipe(recipe), every_kind()
-    found = judge_finite(recipe, spoiled(evidence, value=value), no_reduce)
+    found = apply_to_finite_rows(recipe, spoiled(evidence, value=value), no_reduce)
     keep, others = without(evidence, BAD)
     expected = recipe.judge(others, no_reduce)
     torch.testing.assert_close(found.clean_probability[keep], expected.clean_probability, rtol=1e-4, atol=1e-6)
@@ -60,7 +60,7 @@ def test_the_others_are_judged_as_if_the_broken_ones_were_not_there(recipe, valu
 @pytest.mark.parametrize("recipe", [*RECIPES, users], ids=[*RECIPES, "a user's"])
 def test_what_cannot_be_judged_is_not_clean_for_its_input(recipe):
     evidence = every_kind()
-    found = judge_finite(get_recipe(recipe), spoiled(evidence), no_reduce)
+    found = apply_to_finite_rows(get_recipe(recipe), spoiled(evidence), no_reduce)
     assert found.unusable.nonzero().flatten().tolist() == BAD.tolist()
     assert (found.clean_probability[BAD] == 0).all()
     assert (found.input_probability[BAD] == 0).all()
@@ -76,27 +76,27 @@ def test_what_cannot_be_judged_is_not_clean_for_its_input(recipe):
 def test_one_number_is_enough(column):
     evidence = spoiled(every_kind(), columns=[column])
     assert (~finite_rows(evidence)).nonzero().flatten().tolist() == BAD.tolist()
-    assert flagged(judge_finite(RECIPES["label"], evidence, no_reduce))[BAD].all()
+    assert flagged(apply_to_finite_rows(RECIPES["label"], evidence, no_reduce))[BAD].all()
 
 
 def test_where_all_is_finite_the_verdict_is_the_recipes_own():
-    evidence, own = every_kind(), Verdict(torch.ones(N), torch.zeros(N, dtype=torch.int64))
-    assert judge_finite(Recipe("own", lambda evidence, reduce: own), evidence, no_reduce) is own
+    evidence, own = every_kind(), RecipeResult(torch.ones(N), torch.zeros(N, dtype=torch.int64))
+    assert apply_to_finite_rows(Recipe("own", lambda evidence, reduce: own), evidence, no_reduce) is own
 
 
 def test_a_broken_row_that_only_pads_does_not_count():
     evidence = every_kind()
     weight = torch.ones(N)
     weight[BAD] = 0
-    found = judge_finite(RECIPES["aum"], spoiled(replace(evidence, weight=weight)), no_reduce)
+    found = apply_to_finite_rows(RECIPES["aum"], spoiled(replace(evidence, weight=weight)), no_reduce)
     assert found.unusable is None
 
 
 @pytest.mark.parametrize("recipe", [*RECIPES, users], ids=[*RECIPES, "a user's"])
 def test_broken_samples_of_one_rank_count_on_all(recipe):
     recipe, evidence = get_recipe(recipe), spoiled(every_kind(), torch.tensor([2, 4, 8]))  # all of rank 0
-    whole = judge_finite(recipe, evidence, no_reduce)
-    shards = run_ranks(lambda rank, reduce: judge_finite(recipe, share_of(evidence, rank, 2), reduce), 2)
+    whole = apply_to_finite_rows(recipe, evidence, no_reduce)
+    shards = run_ranks(lambda rank, reduce: apply_to_finite_rows(recipe, share_of(evidence, rank, 2), reduce), 2)
     for rank, found in enumerate(shards):
         own = share_of(evidence, rank, 2)
         counts = own.weight > 0
@@ -112,7 +112,8 @@ def test_a_rank_that_has_no_sample_to_judge():
     evidence = every_kind()
     index = torch.arange(0, N, 3)  # all of rank 0, a third of all
     shards = run_ranks(
-        lambda rank, reduce: judge_finite(RECIPES["auto"], share_of(spoiled(evidence, index), rank, 3), reduce), 3
+        lambda rank, reduce: apply_to_finite_rows(RECIPES["auto"], share_of(spoiled(evidence, index), rank, 3), reduce),
+        3,
     )
     assert shards[0].unusable.all()
     assert not shards[1].unusable.any()
@@ -122,14 +123,14 @@ def test_a_rank_that_has_no_sample_to_judge():
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_most_of_the_samples_are_an_error_on_every_rank(world_size):
     evidence = spoiled(every_kind(), torch.arange(0, N - 1, 2))  # half, less one
-    assert judge_finite(RECIPES["aum"], evidence, no_reduce).unusable.sum() == N // 2
+    assert apply_to_finite_rows(RECIPES["aum"], evidence, no_reduce).unusable.sum() == N // 2
     evidence = spoiled(every_kind(), torch.arange(0, N, 2))
 
     def work(rank, reduce):
         with pytest.raises(
             ValueError, match=f"but those of 501 of {N:,} training samples are NaN or infinite"
         ) as error:
-            judge_finite(RECIPES["aum"], share_of(evidence, rank, world_size), reduce, fault)
+            apply_to_finite_rows(RECIPES["aum"], share_of(evidence, rank, world_size), reduce, fault)
         return str(error.value)
 
     fault = ""

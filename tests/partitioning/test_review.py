@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback, Partition
-from lightning_unlearn.recipes import Verdict
+from lightning_unlearn.recipes import RecipeResult
 from lightning_unlearn.results.labels import DECISIONS, DROP, KEEP, RELABEL
 from tests.toys import CLASSES, Blobs, BlobsData, IndexRecorder, Toy, assert_same_weights, fit, trio, weights
 
@@ -104,7 +104,7 @@ def test_what_is_proposed_is_what_the_fit_did(data, tmp_path, threshold):
     saved.to_csv(tmp_path / "suspects.csv")
     rows = rows_of(tmp_path / "suspects.csv")
     proposed = sorted(int(row["index"]) for row in rows if row["proposed"] == "relabel")
-    assert proposed == tune.draw.relabelled.tolist()
+    assert proposed == tune.draw.relabeled.tolist()
     assert bool(proposed) == (threshold < 0.5)
 
 
@@ -121,8 +121,8 @@ def test_an_unedited_table_changes_nothing_of_what_is_trained_on(data, reviewed,
     _, plain, _, module = run(data, finetune={"on_noisy": on_noisy})
     _, tune, _, again = run(data, review=reviewed[table], finetune={"on_noisy": on_noisy})
     assert tune.draw.index.tolist() == plain.draw.index.tolist()
-    assert tune.draw.relabelled.tolist() == plain.draw.relabelled.tolist()
-    assert len(plain.draw.relabelled) > 0 or on_noisy == "drop"
+    assert tune.draw.relabeled.tolist() == plain.draw.relabeled.tolist()
+    assert len(plain.draw.relabeled) > 0 or on_noisy == "drop"
     assert_same_weights(weights(again), weights(module))
 
 
@@ -151,7 +151,7 @@ def test_decisions_override_the_partition_for_their_samples_alone(data, reviewed
 def test_samples_are_trained_on_under_the_label_that_was_decided(data, reviewed):
     partition, tune, _, _ = run(data, review=reviewed["edited"], finetune={"on_noisy": "relabel"})
     kept, dropped, moved = (of(reviewed["wanted"], code) for code in (KEEP, DROP, RELABEL))
-    assert set(moved) <= set(tune.draw.relabelled.tolist())
+    assert set(moved) <= set(tune.draw.relabeled.tolist())
     assert tune.draw.new_label[moved].equal((data.y[moved] + 1) % CLASSES)
     assert (tune.draw.new_label[kept] == -1).all()
     assert not set(dropped) & set(tune.draw.index.tolist())
@@ -178,7 +178,7 @@ def test_every_round_goes_by_it(data, reviewed):
 
 def test_decisions_hold_where_the_recipe_is_not_to_be_acted_upon(data, tmp_path, recwarn):
     def says_nothing(evidence):
-        return Verdict(torch.rand(len(evidence.index)), evidence.prediction, warning="it cannot be told")
+        return RecipeResult(torch.rand(len(evidence.index)), evidence.prediction, warning="it cannot be told")
 
     write(tmp_path / "suspects.csv", [{"index": k, "decision": "drop"} for k in (3, 8)])
     partition, tune, _, _ = run(data, review=tmp_path / "suspects.csv", recipe=says_nothing)

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback
 from lightning_unlearn.callbacks import partition as partition_module
-from lightning_unlearn.partitioning.apply_recipe import judge_share
-from lightning_unlearn.partitioning.summary import summarise
+from lightning_unlearn.partitioning.apply_recipe import apply_recipe
+from lightning_unlearn.partitioning.summary import summarize
 from lightning_unlearn.pruning import run as run_module
 from lightning_unlearn.pruning.ranking import rank_neurons
 from lightning_unlearn.results.labels import REASONS
@@ -48,7 +48,7 @@ def accuracy(net, x, y):
     return (copy.deepcopy(net).eval()(x).argmax(1) == y).float().mean().item()
 
 
-def memorising(module):
+def memorizing(module):
     return torch.optim.Adam(module.parameters(), lr=0.02)
 
 
@@ -56,7 +56,7 @@ def creeping(module):
     return torch.optim.SGD(module.parameters(), lr=0.02)
 
 
-def a_fit(*, optimizer=memorising, at=AT, epochs=6, data=None, beside=(), dry=False, partners=True, **kwargs):
+def a_fit(*, optimizer=memorizing, at=AT, epochs=6, data=None, beside=(), dry=False, partners=True, **kwargs):
     data = data or Unlike(Blobs())
     callbacks = trio(at, action="report" if dry else "act", **kwargs)
     snapshot, module = Snapshot(at), Toy(mlp, optimizer)
@@ -85,12 +85,12 @@ def test_counts_are_those_of_the_partition(repaired):
     assert summary.noise_rate == drawn.noise_rate
 
 
-def test_what_was_memorised_is_how_often_the_network_gave_suspects_their_label(repaired):
+def test_what_was_memorized_is_how_often_the_network_gave_suspects_their_label(repaired):
     (partition, _, _), snapshot, _, data = repaired
     suspects = (partition.partition.reason == LABEL).nonzero().flatten()
     assert len(suspects) > 30
     expected = accuracy(snapshot.net, data.train.x[suspects], data.train.y[suspects])
-    assert partition.summary.memorised == pytest.approx(expected)
+    assert partition.summary.memorized == pytest.approx(expected)
     assert 0 < expected < 1
 
 
@@ -124,7 +124,7 @@ def test_what_the_callbacks_took_is_counted_once_and_anew_in_each_fit(monkeypatc
     *_, finetune = callbacks = trio(1)
     monkeypatch.setattr("lightning_unlearn.callbacks.base.time", SimpleNamespace(perf_counter=lambda: now[0]))
     # The one that prunes asks the one that partitions, whose time is not its own.
-    monkeypatch.setattr(partition_module, "judge_share", slowly(judge_share, 100))
+    monkeypatch.setattr(partition_module, "apply_recipe", slowly(apply_recipe, 100))
     monkeypatch.setattr(run_module, "rank_neurons", slowly(rank_neurons, 10))
     monkeypatch.setattr(finetune, "_attach", slowly(finetune._attach, 1))
     for _ in range(2):
@@ -134,7 +134,7 @@ def test_what_the_callbacks_took_is_counted_once_and_anew_in_each_fit(monkeypatc
 
 def test_the_validation_loaders_may_be_limited():
     data = Unlike(Blobs())
-    callbacks, snapshot, module = trio(AT), Snapshot(AT), Toy(mlp, memorising)
+    callbacks, snapshot, module = trio(AT), Snapshot(AT), Toy(mlp, memorizing)
     fit(module, data, [*callbacks, snapshot], max_epochs=5, limit_val_batches=1)
     held_out = data.val_dataloader().dataset
     before, after = (accuracy(net, held_out.x[:16], held_out.y[:16]) for net in (snapshot.net, module.net))
@@ -152,9 +152,9 @@ def test_advice_where_nothing_is_noisy():
     found = f"All of the 203 training samples count as clean, nothing was changed: {caveat}. The table"
     assert summary.advice.startswith(found)
     plain = make_partition(torch.ones(8), torch.arange(8) % 4, warning="it calls all clean", status="all_clean")
-    said = summarise(plain, memorised=None, done=(), accuracy=(None, None)).advice
+    said = summarize(plain, memorized=None, done=(), accuracy=(None, None)).advice
     assert said.startswith("No sign of noise in the 8 training samples: nothing was changed. The table")
-    assert (summary.suspects, summary.memorised, summary.done) == (0, None, ())
+    assert (summary.suspects, summary.memorized, summary.done) == (0, None, ())
     assert (summary.accuracy_before, summary.accuracy_after) == (None, None)
     assert not finetune.is_active
 
@@ -162,23 +162,23 @@ def test_advice_where_nothing_is_noisy():
 @pytest.mark.parametrize(
     ("optimizer", "at", "sentence"),
     [
-        (memorising, 40, "The network has memorized the suspect labels (it predicts {share} of them): fine-tuning"),
+        (memorizing, 40, "The network has memorized the suspect labels (it predicts {share} of them): fine-tuning"),
         (creeping, 2, "The network has not memorized most of the suspect labels yet (it predicts {share} of them):"),
     ],
-    ids=["memorised", "not memorised"],
+    ids=["memorized", "not memorized"],
 )
-def test_advice_says_whether_wrong_labels_were_memorised(optimizer, at, sentence, caplog):
+def test_advice_says_whether_wrong_labels_were_memorized(optimizer, at, sentence, caplog):
     caplog.set_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero")
     (partition, _, _), *_ = a_fit(optimizer=optimizer, at=at, epochs=at + 1)
     summary = partition.summary
-    assert (summary.memorised >= 0.5) == (at == 40)
-    assert sentence.format(share=f"{summary.memorised:.0%}") in summary.advice
+    assert (summary.memorized >= 0.5) == (at == 40)
+    assert sentence.format(share=f"{summary.memorized:.0%}") in summary.advice
     assert ("(every_n_epochs)" in summary.advice) == (at == 2)
     assert summary.advice.startswith(f"{summary.suspects} of 203 training samples are suspect ({summary.suspects} for")
     assert f"estimated noise rate {summary.noise_rate:.1%}" in summary.advice
     # Said once when the partition is drawn, and in the end.
     said = [record.getMessage() for record in caplog.records]
-    assert sum(sentence.format(share=f"{summary.memorised:.0%}") in line for line in said) == 2
+    assert sum(sentence.format(share=f"{summary.memorized:.0%}") in line for line in said) == 2
     assert said.count(summary.advice) == 1
 
 
@@ -194,7 +194,7 @@ def test_advice_of_the_partition_alone():
     (partition, _, _), *_ = a_fit(partners=False)
     summary = partition.summary
     assert summary.done == ()
-    assert summary.memorised is not None
+    assert summary.memorized is not None
     assert (summary.accuracy_before, summary.accuracy_after) == (None, None)
     assert summary.advice.endswith("Nothing was done about it: no callback acted on the partition.")
 
@@ -203,7 +203,7 @@ def test_advice_where_the_clean_samples_do_not_fill_a_batch():
     data = Unlike(Blobs(), batch_size=180, drop_last=True)
     partition, finetune = AttributionPartitionCallback(at_epoch=AT), CleanSubsetFinetuneCallback()
     with pytest.warns(UserWarning, match="do not fill one batch"):
-        fit(Toy(mlp, memorising), data, [partition, finetune], max_epochs=20)
+        fit(Toy(mlp, memorizing), data, [partition, finetune], max_epochs=20)
     advice = partition.summary.advice
     assert "Nothing was done about it: no callback acted on the partition." in advice
     assert "pay here" not in advice
@@ -216,8 +216,8 @@ def partition_of(suspects=2, **kwargs):
 
 def test_advice_counts_reasons():
     reason = torch.tensor([1, 1, 3, 2, 2, 2, 0, 0, 0, 0], dtype=torch.uint8)
-    summary = summarise(
-        partition_of(6, reason=reason, noise_rate=0.6), memorised=None, done=("did it",), accuracy=(None, None)
+    summary = summarize(
+        partition_of(6, reason=reason, noise_rate=0.6), memorized=None, done=("did it",), accuracy=(None, None)
     )
     assert summary.advice == (
         "6 of 10 training samples are suspect (2 for label, 3 for input, 1 for both), estimated noise rate 60.0%."
@@ -237,20 +237,20 @@ def test_advice_counts_reasons():
     ],
 )
 def test_advice_says_what_was_gained(after, points, ending):
-    summary = summarise(partition_of(), memorised=0.8, done=("a", "b"), accuracy=(0.5, after))
+    summary = summarize(partition_of(), memorized=0.8, done=("a", "b"), accuracy=(0.5, after))
     text = f"Done: a; b. Validation accuracy 0.500 before, {after:.3f} after: {points} points{ending}"
     assert summary.advice.endswith(text)
 
 
 def test_advice_where_the_partition_was_not_acted_upon():
-    summary = summarise(partition_of(warning="it is not sure"), memorised=0.8, done=(), accuracy=(None, None))
+    summary = summarize(partition_of(warning="it is not sure"), memorized=0.8, done=(), accuracy=(None, None))
     assert summary.advice.endswith("Nothing was changed: it is not sure.")
     assert "memorized" not in summary.advice
 
 
 def test_advice_of_a_dry_run_does_not_ask_whether_it_helped():
-    summary = summarise(
-        partition_of(), memorised=0.2, done=("would prune 1 of 8 neurons",), accuracy=(None, None), is_dry_run=True
+    summary = summarize(
+        partition_of(), memorized=0.2, done=("would prune 1 of 8 neurons",), accuracy=(None, None), is_dry_run=True
     )
     assert "would prune 1 of 8 neurons" in summary.advice
     assert "nothing was changed" in summary.advice

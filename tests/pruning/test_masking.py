@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune, spectral_norm, weight_norm
-from torch.nn.utils.parametrizations import spectral_norm as parametrised_spectral_norm
-from torch.nn.utils.parametrizations import weight_norm as parametrised_weight_norm
+from torch.nn.utils.parametrizations import spectral_norm as parametrized_spectral_norm
+from torch.nn.utils.parametrizations import weight_norm as parametrized_weight_norm
 from torch.nn.utils.parametrize import register_parametrization
 
 from lightning_unlearn.pruning.masking import (
-    NeuronPruning,
     PrunedEntries,
+    PrunedParameters,
     consumer_entries,
     is_computed,
     neuron_entries,
@@ -60,7 +60,7 @@ def test_zeros_stay_exactly_zero(name, steps_before, mask_gradients):
     train(net, optimizer, steps_before)
     kept = net[0].weight[1].detach().clone()
 
-    pruning = NeuronPruning(conv_entries(net))
+    pruning = PrunedParameters(conv_entries(net))
     pruning.zero_parameters()
     pruning.watch(optimizer)
     train(net, optimizer, pruning=pruning if mask_gradients else None)
@@ -74,7 +74,7 @@ def test_without_watching_they_come_back(name):
     net = conv_net()
     optimizer = OPTIMIZERS[name](net.parameters())
     train(net, optimizer, 3)
-    NeuronPruning(conv_entries(net)).zero_parameters()
+    PrunedParameters(conv_entries(net)).zero_parameters()
     train(net, optimizer)
     assert (pruned_values(net) != 0).any()
 
@@ -82,7 +82,7 @@ def test_without_watching_they_come_back(name):
 def test_a_pruned_channel_is_silent_behind_its_norm():
     net = conv_net()
     train(net, OPTIMIZERS["sgd"](net.parameters()), 5)
-    NeuronPruning(conv_entries(net)).zero_parameters()
+    PrunedParameters(conv_entries(net)).zero_parameters()
     out = net.eval()[:3](torch.randn(3, 2, 4, 4))
     assert (out[:, NEURONS] == 0).all()
     assert (out[:, [1, 3]] != 0).any()
@@ -91,7 +91,7 @@ def test_a_pruned_channel_is_silent_behind_its_norm():
 def test_the_other_entries_are_untouched():
     net = conv_net()
     before = copy.deepcopy(net)
-    NeuronPruning(conv_entries(net)).zero_parameters()
+    PrunedParameters(conv_entries(net)).zero_parameters()
     for now, then in zip(net.parameters(), before.parameters(), strict=True):
         if now.shape[0] == 4:
             assert torch.equal(now[[1, 3]], then[[1, 3]])
@@ -103,7 +103,7 @@ def test_optimizer_state_is_zeroed_when_the_watch_begins():
     net = conv_net()
     optimizer = OPTIMIZERS["adamw"](net.parameters())
     train(net, optimizer, 3)
-    NeuronPruning(conv_entries(net)).watch(optimizer)
+    PrunedParameters(conv_entries(net)).watch(optimizer)
     state = optimizer.state[net[0].weight]
     for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
         assert (state[name][NEURONS] == 0).all()
@@ -113,7 +113,7 @@ def test_optimizer_state_is_zeroed_when_the_watch_begins():
 
 def test_parameters_that_the_optimizer_does_not_train_are_no_trouble():
     net = conv_net()
-    pruning = NeuronPruning(conv_entries(net))
+    pruning = PrunedParameters(conv_entries(net))
     pruning.zero_gradients()  # there are none yet
     optimizer = OPTIMIZERS["sgd"](net[4].parameters())
     pruning.watch(optimizer)
@@ -122,7 +122,7 @@ def test_parameters_that_the_optimizer_does_not_train_are_no_trouble():
 
 def test_what_another_optimizer_steps_may_be_between_its_forward_and_backward_pass():
     net, other = conv_net(), nn.Parameter(torch.ones(2))
-    pruning = NeuronPruning(conv_entries(net))
+    pruning = PrunedParameters(conv_entries(net))
     pruning.zero_parameters()
     optimizers = [OPTIMIZERS["sgd"]([other]), OPTIMIZERS["sgd"](net.parameters())]
     for _ in range(2):
@@ -139,7 +139,7 @@ def test_gradients_are_zeroed_and_no_others():
     net = conv_net()
     net(torch.randn(3, 2, 4, 4)).square().sum().backward()
     other = net[4].weight.grad.clone()
-    NeuronPruning(conv_entries(net)).zero_gradients()
+    PrunedParameters(conv_entries(net)).zero_gradients()
     assert (net[0].weight.grad[NEURONS] == 0).all()
     assert (net[0].weight.grad[[1, 3]] != 0).any()
     assert torch.equal(net[4].weight.grad, other)
@@ -148,7 +148,7 @@ def test_gradients_are_zeroed_and_no_others():
 def test_watching_twice_is_watching_once_and_release_ends_it():
     net = conv_net()
     optimizer = OPTIMIZERS["sgd"](net.parameters())
-    pruning = NeuronPruning(conv_entries(net))
+    pruning = PrunedParameters(conv_entries(net))
     pruning.watch(optimizer)
     pruning.watch(optimizer)
     assert len(optimizer._optimizer_step_post_hooks) == 1
@@ -162,7 +162,7 @@ def test_watching_twice_is_watching_once_and_release_ends_it():
 def test_two_optimizers_are_watched():
     net = conv_net()
     first, second = OPTIMIZERS["sgd"](net.parameters()), OPTIMIZERS["adamw"](net.parameters())
-    pruning = NeuronPruning(conv_entries(net))
+    pruning = PrunedParameters(conv_entries(net))
     pruning.zero_parameters()
     for optimizer in (first, second):
         pruning.watch(optimizer)
@@ -188,7 +188,7 @@ def test_neurons_of_every_kind_of_layer_fall_silent(layer, norm, x):
     with torch.no_grad():
         for parameter in [*layer.parameters(), *(norm.parameters() if norm else ())]:
             parameter.copy_(torch.rand_like(parameter) + 0.5)
-    NeuronPruning(neuron_entries(layer, norm, NEURONS)).zero_parameters()
+    PrunedParameters(neuron_entries(layer, norm, NEURONS)).zero_parameters()
     out = layer(x)
     out = (norm(out) if norm else out).movedim(-1 if isinstance(layer, nn.Linear) else 1, 0)
     assert (out[NEURONS] == 0).all()
@@ -197,7 +197,7 @@ def test_neurons_of_every_kind_of_layer_fall_silent(layer, norm, x):
 
 def test_a_head_does_not_listen_to_pruned_inputs():
     head = nn.Linear(4, 3)
-    NeuronPruning(consumer_entries(head, NEURONS)).zero_parameters()
+    PrunedParameters(consumer_entries(head, NEURONS)).zero_parameters()
     x = torch.randn(5, 4)
     changed = x.clone()
     changed[:, NEURONS] = 99.0
@@ -213,12 +213,12 @@ def test_entries_of_any_dimension():
 
 
 COMPUTED = {
-    "weight norm": parametrised_weight_norm,
-    "weight norm of the whole": lambda layer: parametrised_weight_norm(layer, dim=None),
-    "weight norm of columns": lambda layer: parametrised_weight_norm(layer, dim=1),
+    "weight norm": parametrized_weight_norm,
+    "weight norm of the whole": lambda layer: parametrized_weight_norm(layer, dim=None),
+    "weight norm of columns": lambda layer: parametrized_weight_norm(layer, dim=1),
     "older weight norm": weight_norm,
     "older weight norm of the whole": lambda layer: weight_norm(layer, dim=None),
-    "spectral norm": parametrised_spectral_norm,
+    "spectral norm": parametrized_spectral_norm,
     "older spectral norm": spectral_norm,
     "torch's pruning": lambda layer: prune.random_unstructured(layer, "weight", amount=0.5),
     "torch's pruning of the bias": lambda layer: prune.random_unstructured(layer, "bias", amount=0.5),
@@ -236,7 +236,7 @@ COMPUTED = {
 )
 def test_what_a_weight_is_computed_from_is_zeroed(computed, make, x):
     layer = COMPUTED[computed](make())
-    NeuronPruning(neuron_entries(layer, None, NEURONS)).zero_parameters()
+    PrunedParameters(neuron_entries(layer, None, NEURONS)).zero_parameters()
     out = layer(x)
     silent = (out == 0).movedim(1, 0).flatten(1).all(dim=1)
     assert silent.nonzero().flatten().tolist() == NEURONS.tolist()
@@ -249,7 +249,7 @@ def test_what_a_weight_is_computed_from_is_zeroed(computed, make, x):
 def test_columns_that_are_computed_are_zeroed(computed):
     # Spectral norm goes on estimating while it is trained.
     head = COMPUTED[computed](nn.Linear(6, 3)).eval()
-    NeuronPruning(consumer_entries(head, NEURONS)).zero_parameters()
+    PrunedParameters(consumer_entries(head, NEURONS)).zero_parameters()
     x = torch.randn(5, 6)
     out = head(x)
     assert out.isfinite().all()

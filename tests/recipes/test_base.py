@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lightning_unlearn.recipes import Verdict
-from lightning_unlearn.recipes.verdict import NoiseEstimate
+from lightning_unlearn.recipes import RecipeResult
+from lightning_unlearn.recipes.base import NoiseEstimate
 from lightning_unlearn.utilities.reduce import no_reduce
 from tests.ranks import run_ranks
 
@@ -17,7 +17,7 @@ def estimate(status="found"):
 
 
 def suspects(precision, weight=None, **parts):
-    verdict = Verdict(CLEAN, LABEL, label_probability=CLEAN, **parts)
+    verdict = RecipeResult(CLEAN, LABEL, label_probability=CLEAN, **parts)
     return verdict.suspects(torch.ones(8) if weight is None else weight, no_reduce, precision).nonzero().flatten()
 
 
@@ -67,7 +67,7 @@ def test_two_ranks_have_the_list_of_one():
     given = torch.zeros(3000, dtype=torch.int64)
 
     def of(rows, reduce=no_reduce):
-        verdict = Verdict(clean[rows], given[rows], label_probability=clean[rows], noise=estimate())
+        verdict = RecipeResult(clean[rows], given[rows], label_probability=clean[rows], noise=estimate())
         return verdict.suspects(weight[rows], reduce, 0.7)
 
     halves = torch.arange(0, 3000, 2), torch.arange(1, 3000, 2)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lightning_unlearn.recipes import judge_argmax, judge_aum, judge_auto, judge_label
-from lightning_unlearn.recipes.classes import is_exact, judged_classes, restricted, rival_of
+from lightning_unlearn.recipes import argmax_recipe, aum_recipe, auto_recipe, label_recipe
+from lightning_unlearn.recipes.classes import is_exact, judged_classes, restricted, runner_up
 from lightning_unlearn.utilities.reduce import no_reduce
 from tests.ranks import run_ranks
 from tests.recipes.test_recipes import SYMMETRIC, C, make_evidence, normal, scene, share_of
@@ -27,7 +27,7 @@ def widened(evidence, outputs=40):
 def test_outputs_that_no_label_names_change_nothing(transition):
     _, evidence = scene(transition)
     wide = widened(evidence)
-    expected, found = (judge_label(one, no_reduce) for one in (evidence, wide))
+    expected, found = (label_recipe(one, no_reduce) for one in (evidence, wide))
     torch.testing.assert_close(found.clean_probability, expected.clean_probability, atol=2e-3, rtol=0)
     assert found.suggested_label.equal(PLACES[expected.suggested_label])
     assert found.noise_matrix.shape == (40, 40)
@@ -52,7 +52,7 @@ def test_samples_of_a_class_without_coordinates_are_not_judged():
     _, evidence = scene(SYMMETRIC)
     wide = widened(evidence)
     wide.basis[39] = 0  # as where no label named it in the first epoch
-    verdict = judge_auto(wide, no_reduce)
+    verdict = auto_recipe(wide, no_reduce)
     late = wide.label == 39
     assert verdict.clean_probability[late].eq(1).all()
     assert verdict.suggested_label[late].eq(39).all()
@@ -71,7 +71,7 @@ def many_classes(classes=150, n=1500):
 def test_random_coordinates_make_nothing_suspect_and_samples_are_ranked_by_their_margin():
     evidence = many_classes()
     assert not is_exact(evidence.basis)
-    verdict = judge_label(evidence, no_reduce)
+    verdict = label_recipe(evidence, no_reduce)
     assert (verdict.clean_probability > 0.9).all()
     in_order = verdict.clean_probability[evidence.mean_margin.argsort()]
     assert (in_order.diff() >= 0).all()
@@ -81,25 +81,25 @@ def test_random_coordinates_make_nothing_suspect_and_samples_are_ranked_by_their
 
 def test_of_random_coordinates_no_class_is_suggested():
     evidence = many_classes()
-    rival, share = rival_of(evidence)
+    rival, share = runner_up(evidence)
     assert rival.equal(evidence.prediction)
     assert share.eq(0).all()
-    assert judge_aum(evidence, no_reduce).suggested_probability.eq(0).all()
+    assert aum_recipe(evidence, no_reduce).suggested_probability.eq(0).all()
 
 
 def test_a_class_without_coordinates_is_nobodys_rival():
     _, evidence = scene(SYMMETRIC)
     evidence.attribution.neg_()
     evidence.basis[3] = 0
-    assert not (rival_of(evidence)[0] == 3).any()
-    assert judge_argmax(evidence, no_reduce).suggested_probability.isfinite().all()
+    assert not (runner_up(evidence)[0] == 3).any()
+    assert argmax_recipe(evidence, no_reduce).suggested_probability.isfinite().all()
 
 
 def test_ranks_judge_the_same_classes():
     wide = widened(scene(SYMMETRIC)[1])
-    expected = judge_label(wide, no_reduce)
+    expected = label_recipe(wide, no_reduce)
     shares = [share_of(wide, rank, 2) for rank in range(2)]
-    for share, found in zip(shares, run_ranks(lambda rank, reduce: judge_label(shares[rank], reduce), 2), strict=True):
+    for share, found in zip(shares, run_ranks(lambda rank, reduce: label_recipe(shares[rank], reduce), 2), strict=True):
         counts = share.weight > 0
         torch.testing.assert_close(
             found.clean_probability[counts], expected.clean_probability[share.index[counts]], atol=1e-4, rtol=0

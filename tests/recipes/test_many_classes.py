@@ -7,7 +7,7 @@ import torch
 
 from lightning_unlearn.functional.prequential import PrequentialRate
 from lightning_unlearn.functional.soft_margin import rivals_of, soft_margins
-from lightning_unlearn.recipes import judge_argmax, judge_aum, judge_auto, judge_label
+from lightning_unlearn.recipes import argmax_recipe, aum_recipe, auto_recipe, label_recipe
 from lightning_unlearn.recipes.evidence import OutOfSample
 from lightning_unlearn.utilities.reduce import no_reduce
 from tests.ranks import run_ranks
@@ -41,7 +41,7 @@ def early(rate=0.05, *, settled=True, bias=False, classes=CLASSES):
 @pytest.mark.parametrize("rate", [0.02, 0.1])
 def test_blind_errors_are_found_with_their_rate_and_their_class(rate):
     evidence, wrong, true = scene(rate)
-    verdict = judge_label(evidence, no_reduce)
+    verdict = label_recipe(evidence, no_reduce)
     assert verdict.noise.status == "found"
     assert verdict.noise.rate == pytest.approx(rate, rel=0.15)
     assert verdict.noise.interval[0] <= wrong.float().mean()
@@ -59,7 +59,7 @@ def test_blind_errors_are_found_with_their_rate_and_their_class(rate):
 def test_clean_labels_are_left_alone():
     for seed in range(3):
         evidence, _, _ = scene(0.0, spread=0.8, seed=seed)
-        verdict = judge_auto(evidence, no_reduce)
+        verdict = auto_recipe(evidence, no_reduce)
         assert verdict.noise.status == "none"
         assert not verdict.suspects(evidence.weight, no_reduce, 0.85).any()
 
@@ -68,12 +68,12 @@ def test_an_early_epoch_tells_what_was_memorized_later():
     seen = OutOfSample(early=early(0.08), drawn=torch.full((CLASSES,), 30.0), accuracy=0.4)
     evidence, _, _ = scene(0.08)
     memorized = replace(evidence, soft_margins=evidence.soft_margins.abs(), prediction=evidence.label)
-    assert judge_label(memorized, no_reduce).noise.status == "none"
-    verdict = judge_label(replace(memorized, unseen=seen), no_reduce)
+    assert label_recipe(memorized, no_reduce).noise.status == "none"
+    verdict = label_recipe(replace(memorized, unseen=seen), no_reduce)
     assert verdict.noise.rate == pytest.approx(0.08)
     assert verdict.noise.interval == (pytest.approx(0.075, abs=0.01), 1)
     assert any("has memorized labels" in note for note in verdict.notes)
-    assert not judge_label(replace(evidence, unseen=replace(seen, accuracy=0.9)), no_reduce).notes[1:]
+    assert not label_recipe(replace(evidence, unseen=replace(seen, accuracy=0.9)), no_reduce).notes[1:]
 
 
 @pytest.mark.parametrize("how", ["expected", "drawn"])
@@ -83,7 +83,7 @@ def test_a_shift_of_the_classes_is_named_only(how):
         drawn[: CLASSES // 2] = 3
     seen = OutOfSample(early=early(bias=how == "expected"), drawn=drawn)
     evidence, _, _ = scene(unseen=seen)
-    verdict = judge_label(evidence, no_reduce)
+    verdict = label_recipe(evidence, no_reduce)
     assert verdict.noise.status == "weak"
     assert verdict.noise.sampled == (how == "drawn")
     assert "shift the outputs" in verdict.notes[-1]
@@ -92,7 +92,7 @@ def test_a_shift_of_the_classes_is_named_only(how):
 def test_a_network_that_knows_few_classes_tells_nothing():
     evidence, _, _ = scene()
     constant = replace(evidence, prediction=torch.zeros_like(evidence.prediction))
-    verdict = judge_label(constant, no_reduce)
+    verdict = label_recipe(constant, no_reduce)
     assert verdict.noise is None
     assert verdict.warning
     assert not verdict.suspects(constant.weight, no_reduce, 0.85).any()
@@ -104,7 +104,7 @@ def test_logits_that_are_smaller_than_the_scales_reach_make_nothing_suspect(divi
     blocks = torch.stack([normal(N, CLASSES, seed=k) for k in range(3)], dim=1)
     blocks += 4 * torch.nn.functional.one_hot(evidence.label, CLASSES).unsqueeze(1)
     margins = [soft_margins(block / divided, evidence.label) for block in blocks.unbind(dim=1)]
-    verdict = judge_label(replace(evidence, soft_margins=torch.stack(margins, dim=1)), no_reduce)
+    verdict = label_recipe(replace(evidence, soft_margins=torch.stack(margins, dim=1)), no_reduce)
     assert verdict.noise.status == "none"
     assert not verdict.suspects(evidence.weight, no_reduce, 0.85).any()
 
@@ -116,17 +116,17 @@ def test_rows_without_weight_do_not_count_among_many_classes():
     columns = {name: getattr(evidence, name).clone() for name in ("soft_margins", "mean_margin", "margin")}
     for column in columns.values():
         column[: N // 3] = -70.0
-    expected = judge_label(replace(evidence, weight=weight), no_reduce)
-    found = judge_label(replace(evidence, weight=weight, **columns), no_reduce)
+    expected = label_recipe(replace(evidence, weight=weight), no_reduce)
+    found = label_recipe(replace(evidence, weight=weight, **columns), no_reduce)
     torch.testing.assert_close(found.clean_probability[N // 3 :], expected.clean_probability[N // 3 :])
 
 
 def test_ranks_judge_many_classes_as_one_does():
     seen = OutOfSample(early=early(), drawn=torch.full((CLASSES,), 30.0), accuracy=0.9)
     evidence, _, _ = scene(unseen=seen)
-    expected = judge_label(evidence, no_reduce)
+    expected = label_recipe(evidence, no_reduce)
     shares = [share_of(evidence, rank, 2) for rank in range(2)]
-    for share, found in zip(shares, run_ranks(lambda rank, reduce: judge_label(shares[rank], reduce), 2), strict=True):
+    for share, found in zip(shares, run_ranks(lambda rank, reduce: label_recipe(shares[rank], reduce), 2), strict=True):
         counts = share.weight > 0
         torch.testing.assert_close(
             found.clean_probability[counts], expected.clean_probability[share.index[counts]], atol=1e-3, rtol=0
@@ -137,13 +137,13 @@ def test_ranks_judge_many_classes_as_one_does():
 
 def test_of_ten_thousand_outputs_no_matrix_is_made():
     evidence, _, _ = scene(outputs=3000)
-    verdict = judge_label(evidence, no_reduce)
+    verdict = label_recipe(evidence, no_reduce)
     assert verdict.noise_matrix is None
     assert verdict.noise.status == "found"
 
 
 def test_other_recipes_suggest_the_rival_of_the_last_pass():
     evidence, wrong, true = scene()
-    for judge in (judge_aum, judge_argmax):
+    for judge in (aum_recipe, argmax_recipe):
         verdict = judge(evidence, no_reduce)
         assert verdict.suggested_label[wrong].eq(true[wrong]).float().mean() > 0.9

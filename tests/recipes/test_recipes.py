@@ -6,23 +6,23 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lightning_unlearn.data.loaders import rank_share
+from lightning_unlearn.data.loaders import shard_indices
 from lightning_unlearn.evidence.training_dynamics import class_coordinates
-from lightning_unlearn.functional import label_margin, label_support
+from lightning_unlearn.functional import label_confidence, label_margin
 from lightning_unlearn.functional.prequential import PrequentialRate
 from lightning_unlearn.recipes import (
     RECIPES,
     Recipe,
-    Verdict,
+    RecipeResult,
+    argmax_recipe,
+    aum_recipe,
+    auto_recipe,
     get_recipe,
-    judge_argmax,
-    judge_aum,
-    judge_auto,
-    judge_input,
-    judge_label,
-    judge_loss,
-    judge_rlap,
+    input_recipe,
+    label_recipe,
+    loss_recipe,
     registry,
+    rlap_recipe,
 )
 from lightning_unlearn.recipes.evidence import NOT_BY_SAMPLE, Evidence, OutOfSample
 from lightning_unlearn.utilities.reduce import no_reduce
@@ -53,7 +53,7 @@ def make_evidence(blocks, label, **changes):
         "basis": basis,
         "margin": margins[-1],
         "mean_margin": margins.mean(dim=0),
-        "support": label_support(margins).mean(dim=0),
+        "support": label_confidence(margins).mean(dim=0),
         "uncertainty": -(log_p.exp() * log_p).sum(dim=2).mean(dim=0),
         "loss": -log_p[-1].gather(1, label.unsqueeze(1)).squeeze(1),
         "prediction": last.argmax(dim=1),
@@ -61,15 +61,15 @@ def make_evidence(blocks, label, **changes):
     return Evidence(**(columns | changes))
 
 
-def memorised(label, seed):
+def memorized(label, seed):
     return 8 * torch.eye(C)[label] + normal(len(label), C, seed=seed)
 
 
-def scene(transition=CLEAN, *, apart=3.0, seed=0, memorises=False, n=N, **changes):
+def scene(transition=CLEAN, *, apart=3.0, seed=0, memorizes=False, n=N, **changes):
     """True labels, and the evidence of a network that learned noisy labels of Gaussian classes as well as can be.
 
     Its logits are those of the best classifier of the *given* labels, more so in the second half of training than in
-    the first, and uncertain. With ``memorises`` it repeats the given labels from the second half on.
+    the first, and uncertain. With ``memorizes`` it repeats the given labels from the second half on.
     """
     generator = torch.Generator().manual_seed(seed)
     true = torch.arange(n) % C
@@ -77,8 +77,8 @@ def scene(transition=CLEAN, *, apart=3.0, seed=0, memorises=False, n=N, **change
     label = torch.multinomial(transition[true], 1, generator=generator).squeeze(1)
     log_p = (0.97 * (apart * x).softmax(dim=1) @ transition + 0.03 / C).log()
     blocks = [s * log_p + e * torch.randn(n, C, generator=generator) for s, e in ((0.6, 0.3), (0.9, 0.3), (1.0, 0.4))]
-    if memorises:
-        blocks[1:] = [memorised(label, seed=1), memorised(label, seed=2)]
+    if memorizes:
+        blocks[1:] = [memorized(label, seed=1), memorized(label, seed=2)]
     return true, make_evidence(blocks, label, **changes)
 
 
@@ -94,7 +94,7 @@ def with_response(evidence, corrupted=CORRUPTED, *, gap=8.0, unsure=1.0, columns
 
 def share_of(evidence, rank, world_size):
     """One rank's share, with padding rows that would change the fit if they counted."""
-    index, weight = rank_share(len(evidence.index), rank, world_size)
+    index, weight = shard_indices(len(evidence.index), rank, world_size)
     columns = {}
     for field in fields(Evidence):
         value = getattr(evidence, field.name)
@@ -128,10 +128,10 @@ def flagged(verdict):
 
 
 @pytest.mark.parametrize("recipe", ["label", "auto"])
-@pytest.mark.parametrize("memorises", [False, True], ids=["", "memorised"])
+@pytest.mark.parametrize("memorizes", [False, True], ids=["", "memorized"])
 @pytest.mark.parametrize("noise", NOISE)
-def test_wrong_labels_are_found(noise, memorises, recipe):
-    true, evidence = scene(NOISE[noise], memorises=memorises)
+def test_wrong_labels_are_found(noise, memorizes, recipe):
+    true, evidence = scene(NOISE[noise], memorizes=memorizes)
     wrong = evidence.label != true
     verdict = RECIPES[recipe].judge(evidence, no_reduce)
     assert verdict.warning == ""
@@ -152,17 +152,17 @@ def test_wrong_labels_are_found(noise, memorises, recipe):
 def test_asymmetric_noise_is_found_where_the_margins_are_not_enough():
     true, evidence = scene(ASYMMETRIC)
     wrong = evidence.label != true
-    found = auroc(judge_label(evidence, no_reduce).clean_probability, wrong)
+    found = auroc(label_recipe(evidence, no_reduce).clean_probability, wrong)
     for margin in (evidence.margin, evidence.mean_margin, -evidence.loss, evidence.support):
         assert auroc(margin, wrong) < found - 0.05
 
 
 @pytest.mark.parametrize("recipe", ["label", "auto"])
-@pytest.mark.parametrize("memorises", [False, True], ids=["", "memorised"])
+@pytest.mark.parametrize("memorizes", [False, True], ids=["", "memorized"])
 @pytest.mark.parametrize("apart", [1.0, 2.0, 3.0], ids=["weak", "fair", "good"])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_hardly_anything_is_flagged_without_noise(apart, memorises, recipe, seed):
-    true, evidence = scene(apart=apart, memorises=memorises, seed=seed)
+def test_hardly_anything_is_flagged_without_noise(apart, memorizes, recipe, seed):
+    true, evidence = scene(apart=apart, memorizes=memorizes, seed=seed)
     accuracy = (evidence.attribution[:, 0] @ evidence.basis.T).argmax(dim=1).eq(true).float().mean()
     assert (accuracy < 0.7) == (apart == 1.0)
     verdict = RECIPES[recipe].judge(evidence, no_reduce)
@@ -174,25 +174,25 @@ def test_hardly_anything_is_flagged_without_noise(apart, memorises, recipe, seed
 
 def test_where_nothing_is_found_the_order_stays():
     true, evidence = scene(apart=1.0)
-    verdict = judge_label(evidence, no_reduce)
+    verdict = label_recipe(evidence, no_reduce)
     assert verdict.clean_probability.unique().numel() > N / 2
     disagrees = evidence.prediction != true
     assert auroc(verdict.clean_probability, disagrees) > 0.8
 
 
 def test_blocks_that_repeat_the_given_labels_do_no_harm():
-    true, evidence = scene(SYMMETRIC, memorises=True)
+    true, evidence = scene(SYMMETRIC, memorizes=True)
     last = evidence.attribution[:, 1:] @ evidence.basis.T
     assert (last.argmax(dim=2) == evidence.label.unsqueeze(1)).float().mean() > 0.99
     wrong = evidence.label != true
-    assert auroc(judge_label(evidence, no_reduce).clean_probability, wrong) > 0.95
+    assert auroc(label_recipe(evidence, no_reduce).clean_probability, wrong) > 0.95
     # The last pass alone says nothing of the wrong ones: the baselines that read it are at chance.
-    for judge in (judge_loss, judge_argmax):
+    for judge in (loss_recipe, argmax_recipe):
         assert auroc(judge(evidence, no_reduce).clean_probability, wrong) < 0.6
 
 
 @pytest.mark.parametrize("noise", NOISE)
-def test_what_was_half_memorised_is_left_out(noise):
+def test_what_was_half_memorized_is_left_out(noise):
     # From the second quarter on, more and more of the wrong labels are repeated, the right ones anyway.
     true, evidence = scene(NOISE[noise], n=4 * N)
     wrong = evidence.label != true
@@ -200,7 +200,7 @@ def test_what_was_half_memorised_is_left_out(noise):
     fitted = torch.rand(4 * N, generator=torch.Generator().manual_seed(4))
     repeats = 8 * torch.eye(C)[evidence.label] + normal(4 * N, C, seed=1)
     blocks = [torch.where((fitted < share).unsqueeze(1), repeats, early) for share in (0, 0.2, 0.5, 0.7, 0.7)]
-    found = judge_label(make_evidence(blocks, evidence.label), no_reduce)
+    found = label_recipe(make_evidence(blocks, evidence.label), no_reduce)
     assert auroc(found.clean_probability, wrong) > 0.94
     assert (flagged(found) == wrong).float().mean() > 0.88
 
@@ -214,7 +214,7 @@ def test_an_early_quarter_that_was_hardly_learned_does_not_make_clean_labels_sus
     log_p = (0.97 * x.softmax(dim=1) + 0.015).log()
     quarters = ((0.1, 0.6), (0.3, 0.5), (0.5, 0.4), (0.9, 0.3), (1.0, 0.3))
     blocks = [s * log_p + e * torch.randn(1000, 2, generator=generator) for s, e in quarters]
-    assert flagged(judge_label(make_evidence(blocks, label), no_reduce)).float().mean() <= 0.03
+    assert flagged(label_recipe(make_evidence(blocks, label), no_reduce)).float().mean() <= 0.03
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -225,11 +225,11 @@ def test_few_wrong_labels_are_found_by_a_network_that_has_learned_all_others(see
     label = torch.where(torch.rand(2 * N, generator=generator) < 0.05, (true + 1) % C, true)
     blocks = [s * torch.eye(C)[true] + torch.randn(2 * N, C, generator=generator) for s in (0.5, 5.0, 6.0, 6.0, 6.0)]
     evidence = make_evidence(blocks, label)
-    verdict = judge_label(evidence, no_reduce)
+    verdict = label_recipe(evidence, no_reduce)
     assert auroc(verdict.clean_probability, label != true) > 0.99
     assert (flagged(verdict) == (label != true)).float().mean() > 0.98
     # And nothing where none is wrong.
-    assert not flagged(judge_label(make_evidence(blocks, true), no_reduce)).any()
+    assert not flagged(label_recipe(make_evidence(blocks, true), no_reduce)).any()
 
 
 def hard_and_easy(rate, seed, n=2000):
@@ -251,7 +251,7 @@ def hard_and_easy(rate, seed, n=2000):
 @pytest.mark.parametrize("rate", [0.1, 0.2])
 def test_wrong_labels_show_through_large_uncertainty(rate, seed):
     true, evidence = hard_and_easy(rate, seed)
-    wrong, verdict = evidence.label != true, judge_label(evidence, no_reduce)
+    wrong, verdict = evidence.label != true, label_recipe(evidence, no_reduce)
     assert auroc(verdict.clean_probability, wrong) > 0.9
     assert wrong[flagged(verdict)].double().mean() > 0.7
     assert (1 - verdict.clean_probability).mean() == pytest.approx(rate, abs=0.04)
@@ -260,10 +260,10 @@ def test_wrong_labels_show_through_large_uncertainty(rate, seed):
 
 def test_ranks_find_the_same():
     _, evidence = hard_and_easy(0.2, 0)
-    whole = judge_label(evidence, no_reduce)
+    whole = label_recipe(evidence, no_reduce)
     shares = [share_of(evidence, rank, 3) for rank in range(3)]
     for share, verdict in zip(
-        shares, run_ranks(lambda rank, reduce: judge_label(shares[rank], reduce), 3), strict=True
+        shares, run_ranks(lambda rank, reduce: label_recipe(shares[rank], reduce), 3), strict=True
     ):
         assert verdict.noise.rate == pytest.approx(whole.noise.rate, abs=1e-4)
         counts = share.weight > 0
@@ -278,34 +278,34 @@ def test_a_network_that_is_confident_and_wrong_as_often_as_it_says_makes_nothing
     label = torch.multinomial(logits.softmax(dim=1), 1, generator=generator).squeeze(1)
     blocks = [s * logits + 0.2 * torch.randn(2000, C, generator=generator) for s in (0.6, 0.9, 1.0)]
     evidence = make_evidence(blocks, label)
-    assert not flagged(judge_label(evidence, no_reduce)).any()
+    assert not flagged(label_recipe(evidence, no_reduce)).any()
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_uncertainty_alone_makes_nothing_suspect(seed):
     _, evidence = hard_and_easy(0.0, seed)
-    verdict = judge_label(evidence, no_reduce)
+    verdict = label_recipe(evidence, no_reduce)
     assert not flagged(verdict).any()
 
 
 def test_the_first_block_stays_even_if_it_repeats_the_labels():
     true, evidence = scene(SYMMETRIC)
-    blocks = [memorised(evidence.label, seed) for seed in (3, 4, 5)]
-    verdict = judge_label(make_evidence(blocks, evidence.label), no_reduce)
+    blocks = [memorized(evidence.label, seed) for seed in (3, 4, 5)]
+    verdict = label_recipe(make_evidence(blocks, evidence.label), no_reduce)
     assert verdict.clean_probability.isfinite().all()
     assert flagged(verdict).float().mean() < 0.03
     assert (evidence.label != true).float().mean() > 0.3  # which nobody could know
 
 
-def test_ranks_decide_together_what_is_memorised():
+def test_ranks_decide_together_what_is_memorized():
     # The even rows, which are those of the first rank, repeat their labels in all but the first block, the odd do not.
     _, evidence = scene(SYMMETRIC)
-    _, repeats = scene(SYMMETRIC, memorises=True)
+    _, repeats = scene(SYMMETRIC, memorizes=True)
     even = (torch.arange(N) % 2 == 0).reshape(-1, 1, 1)
     evidence = replace(evidence, attribution=repeats.attribution.where(even, evidence.attribution))
-    whole = judge_label(evidence, no_reduce)
-    shards = run_ranks(lambda rank, reduce: judge_label(share_of(evidence, rank, 2), reduce), 2)
-    index, _ = rank_share(N, 0, 2)
+    whole = label_recipe(evidence, no_reduce)
+    shards = run_ranks(lambda rank, reduce: label_recipe(share_of(evidence, rank, 2), reduce), 2)
+    index, _ = shard_indices(N, 0, 2)
     assert (index % 2 == 0).all()
     torch.testing.assert_close(shards[0].clean_probability, whole.clean_probability[index], rtol=1e-4, atol=1e-5)
 
@@ -313,22 +313,22 @@ def test_ranks_decide_together_what_is_memorised():
 @pytest.mark.parametrize("apart", [1.0, 2.0])
 def test_the_mean_probability_is_the_rate(apart):
     _, evidence = scene(SYMMETRIC, apart=apart)
-    verdict = judge_label(evidence, no_reduce)
+    verdict = label_recipe(evidence, no_reduce)
     assert (1 - verdict.clean_probability).mean().item() == pytest.approx(verdict.noise.rate, abs=0.01)
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_few_epochs_leave_fewer_blocks(blocks):
     true, evidence = scene(SYMMETRIC)
-    verdict = judge_label(replace(evidence, attribution=evidence.attribution[:, -blocks:]), no_reduce)
+    verdict = label_recipe(replace(evidence, attribution=evidence.attribution[:, -blocks:]), no_reduce)
     assert auroc(verdict.clean_probability, evidence.label != true) > 0.95
 
 
 def test_label_is_blind_to_what_the_last_pass_says_in_other_columns():
     _, evidence = scene(SYMMETRIC)
     junk = {name: normal(N, seed=5) for name in ("margin", "mean_margin", "support", "uncertainty", "loss")}
-    found = judge_label(replace(evidence, **junk, prediction=evidence.prediction * 0), no_reduce)
-    assert torch.equal(found.clean_probability, judge_label(evidence, no_reduce).clean_probability)
+    found = label_recipe(replace(evidence, **junk, prediction=evidence.prediction * 0), no_reduce)
+    assert torch.equal(found.clean_probability, label_recipe(evidence, no_reduce).clean_probability)
 
 
 def test_a_class_that_is_never_given():
@@ -339,7 +339,7 @@ def test_a_class_that_is_never_given():
         for field in fields(Evidence)
         if field.name != "basis" and getattr(evidence, field.name) is not None
     }
-    verdict = judge_label(replace(evidence, **columns), no_reduce)
+    verdict = label_recipe(replace(evidence, **columns), no_reduce)
     wrong = (evidence.label != true)[keep]
     assert verdict.noise_matrix.isfinite().all()
     assert auroc(verdict.clean_probability, wrong) > 0.96
@@ -350,7 +350,7 @@ def test_two_classes():
     true = torch.arange(N) % 2
     label = torch.where(torch.rand(N, generator=torch.Generator().manual_seed(0)) < 0.3, 1 - true, true)
     blocks = [2 * torch.eye(2)[true] + 0.5 * normal(N, 2, seed=seed) for seed in range(3)]
-    verdict = judge_label(make_evidence(blocks, label), no_reduce)
+    verdict = label_recipe(make_evidence(blocks, label), no_reduce)
     assert (flagged(verdict) == (label != true)).float().mean() > 0.95
     assert torch.equal(verdict.suggested_label, 1 - label)
 
@@ -365,7 +365,7 @@ def test_corrupted_inputs_are_found(columns, unsure):
     # Whichever group it is, large or small: the one of which the model is less sure.
     evidence = with_response(evidence, gap=12.0, unsure=unsure, columns=columns)
     corrupted = CORRUPTED if unsure > 0 else ~CORRUPTED
-    verdict = judge_input(evidence, no_reduce)
+    verdict = input_recipe(evidence, no_reduce)
     assert torch.equal(flagged(verdict), corrupted)
     assert verdict.clean_probability.dtype == torch.float32
     assert torch.equal(verdict.input_probability, verdict.clean_probability)
@@ -382,7 +382,7 @@ def test_corrupted_inputs_are_found(columns, unsure):
 )
 def test_inputs_that_do_not_stand_out_are_intact(changes):
     _, evidence = scene()
-    verdict = judge_input(with_response(evidence, **({"gap": 12.0} | changes)), no_reduce)
+    verdict = input_recipe(with_response(evidence, **({"gap": 12.0} | changes)), no_reduce)
     assert (verdict.clean_probability == 1).all()
     assert (verdict.input_probability == 1).all()
     assert verdict.notes[0].endswith(": no sign of corrupted inputs")
@@ -402,7 +402,7 @@ def test_a_network_that_has_hardly_learned_may_be_sure_of_noise_and_wrong(right,
         "prediction": evidence.label.where(is_right, (evidence.label + 1) % C),
         "loss": 1.5 + normal(N, seed=6).abs() + more_loss * CORRUPTED,
     }
-    verdict = judge_input(with_response(replace(evidence, **changes), gap=12.0, unsure=-1.0), no_reduce)
+    verdict = input_recipe(with_response(replace(evidence, **changes), gap=12.0, unsure=-1.0), no_reduce)
     if right < 0.5 and (right_on_corrupted < right or more_loss):
         assert (verdict.clean_probability == 1).all()
         assert verdict.notes[0].endswith(": but it does worse on the other, so which is corrupted cannot be told yet")
@@ -417,7 +417,7 @@ def test_a_network_that_has_hardly_learned_may_be_sure_of_noise_and_wrong(right,
 def test_classes_that_look_different_are_no_corrupted_inputs(easy, unsure, rate):
     true, evidence = scene(CLEAN * (1 - rate) + rate / C)
     evidence = with_response(evidence, torch.isin(true, torch.tensor(easy)), gap=12.0, unsure=unsure)
-    verdict = judge_input(evidence, no_reduce)
+    verdict = input_recipe(evidence, no_reduce)
     assert (verdict.clean_probability == 1).all()
     assert verdict.notes[0].endswith(": no sign of corrupted inputs, as the two groups follow the classes")
 
@@ -429,7 +429,7 @@ def test_corrupted_inputs_of_all_classes_are_found_however_many_there_are(classe
     corrupted = torch.rand(N, generator=generator) < share
     label = torch.randint(classes, (N,), generator=generator)
     evidence = make_evidence([4 * torch.eye(classes)[label] + normal(N, classes, seed=2)] * 2, label)
-    verdict = judge_input(with_response(evidence, corrupted, gap=12.0), no_reduce)
+    verdict = input_recipe(with_response(evidence, corrupted, gap=12.0), no_reduce)
     assert torch.equal(flagged(verdict), corrupted)
 
 
@@ -437,7 +437,7 @@ def test_corrupted_inputs_of_all_classes_are_found_however_many_there_are(classe
 def test_corrupted_inputs_of_one_class_alone_cannot_be_told_from_it(unsure):
     _, evidence = scene()
     half = (torch.arange(N) % C == 1) & (torch.arange(N) % (2 * C) < C)
-    verdict = judge_input(with_response(evidence, half, gap=12.0, unsure=unsure), no_reduce)
+    verdict = input_recipe(with_response(evidence, half, gap=12.0, unsure=unsure), no_reduce)
     assert (verdict.clean_probability == 1).all()
     assert verdict.notes[0].endswith(": no sign of corrupted inputs, as the two groups follow the classes")
 
@@ -446,18 +446,18 @@ def test_corrupted_inputs_that_are_more_frequent_in_some_classes_are_found():
     _, evidence = scene()
     rate = torch.where(torch.arange(N) % C < C // 2, 0.4, 0.2)
     corrupted = torch.rand(N, generator=torch.Generator().manual_seed(3)) < rate
-    assert torch.equal(flagged(judge_input(with_response(evidence, corrupted, gap=12.0), no_reduce)), corrupted)
+    assert torch.equal(flagged(input_recipe(with_response(evidence, corrupted, gap=12.0), no_reduce)), corrupted)
 
 
 def test_a_response_that_is_always_the_same():
     _, evidence = scene()
-    verdict = judge_input(replace(evidence, response=torch.full((N, 2), 3.0)), no_reduce)
+    verdict = input_recipe(replace(evidence, response=torch.full((N, 2), 3.0)), no_reduce)
     assert (verdict.clean_probability == 1).all()
 
 
 def test_without_an_early_layer_all_inputs_are_intact():
     _, evidence = scene()
-    verdict = judge_input(evidence, no_reduce)
+    verdict = input_recipe(evidence, no_reduce)
     assert (verdict.clean_probability == 1).all()
     assert verdict.input_probability is None
     assert verdict.notes == ("inputs: no early layer to look at",)
@@ -471,7 +471,7 @@ def test_auto_tells_the_two_kinds_apart(noise):
     true, evidence = scene(NOISE[noise])
     evidence = with_response(evidence, gap=12.0)
     wrong = evidence.label != true
-    verdict = judge_auto(evidence, no_reduce)
+    verdict = auto_recipe(evidence, no_reduce)
     torch.testing.assert_close(verdict.clean_probability, verdict.label_probability * verdict.input_probability)
     assert torch.equal(verdict.input_probability < 0.5, CORRUPTED)
     assert ((verdict.label_probability < 0.5) == wrong)[~CORRUPTED].float().mean() > 0.9
@@ -489,8 +489,8 @@ def test_labels_are_judged_by_what_was_learned_from_intact_inputs():
     junk[corrupted] = 100 * normal(N, *junk.shape[1:], seed=8)[corrupted]
     spoiled = replace(with_response(evidence, corrupted, gap=12.0), attribution=junk)
     kept = ~corrupted
-    alone = judge_label(replace(evidence, weight=kept.float()), no_reduce)
-    verdict = judge_auto(spoiled, no_reduce)
+    alone = label_recipe(replace(evidence, weight=kept.float()), no_reduce)
+    verdict = auto_recipe(spoiled, no_reduce)
     assert torch.equal(verdict.input_probability < 0.5, corrupted)
     torch.testing.assert_close(verdict.label_probability[kept], alone.label_probability[kept])
     assert auroc(verdict.label_probability[kept], (evidence.label != true)[kept]) > 0.96
@@ -498,15 +498,15 @@ def test_labels_are_judged_by_what_was_learned_from_intact_inputs():
 
 def test_auto_acts_on_one_kind_where_the_other_shows_nothing():
     _, evidence = scene(SYMMETRIC)
-    labels_only = judge_auto(with_response(evidence, gap=0.0), no_reduce)
+    labels_only = auto_recipe(with_response(evidence, gap=0.0), no_reduce)
     assert (labels_only.input_probability == 1).all()
-    assert torch.equal(labels_only.clean_probability, judge_label(evidence, no_reduce).clean_probability)
+    assert torch.equal(labels_only.clean_probability, label_recipe(evidence, no_reduce).clean_probability)
 
     _, clean = scene()
-    inputs_only = judge_auto(with_response(clean, gap=12.0), no_reduce)
+    inputs_only = auto_recipe(with_response(clean, gap=12.0), no_reduce)
     assert inputs_only.label_probability.min() > 0.9
     assert torch.equal(flagged(inputs_only), CORRUPTED)
-    nothing = judge_auto(with_response(clean, gap=12.0, unsure=0.0), no_reduce)
+    nothing = auto_recipe(with_response(clean, gap=12.0, unsure=0.0), no_reduce)
     assert not flagged(nothing).any()
 
 
@@ -529,7 +529,7 @@ def test_rlap_calls_the_cluster_of_lower_loss_clean_wherever_it_lies(two_cluster
     wrong, evidence = two_clusters
     for rows in (evidence.rows, -evidence.rows):
         for loss, suspect in ((evidence.loss, wrong), (9 - evidence.loss, ~wrong)):
-            verdict = judge_rlap(replace(evidence, rows=rows, loss=loss), no_reduce)
+            verdict = rlap_recipe(replace(evidence, rows=rows, loss=loss), no_reduce)
             assert (flagged(verdict) == suspect).float().mean() > 0.97
             assert torch.equal(verdict.suggested_label, evidence.prediction)
             assert verdict.clean_probability.dtype == torch.float32
@@ -539,14 +539,14 @@ def test_rlap_is_blind_to_the_margin(two_clusters):
     _, evidence = two_clusters
     other = replace(evidence, margin=normal(N, seed=9), mean_margin=normal(N, seed=8), support=torch.zeros(N))
     assert torch.equal(
-        judge_rlap(other, no_reduce).clean_probability, judge_rlap(evidence, no_reduce).clean_probability
+        rlap_recipe(other, no_reduce).clean_probability, rlap_recipe(evidence, no_reduce).clean_probability
     )
 
 
 @pytest.mark.parametrize("loss", [torch.full((N,), 0.7), normal(N, seed=7).abs()], ids=["constant", "unrelated"])
 def test_clusters_of_equal_loss_cannot_be_told_apart(loss, two_clusters):
     _, evidence = two_clusters
-    verdict = judge_rlap(replace(evidence, loss=loss), no_reduce)
+    verdict = rlap_recipe(replace(evidence, loss=loss), no_reduce)
     assert "do not differ in the model's loss on them" in verdict.warning
     assert (verdict.clean_probability == 1).all()
     assert torch.equal(verdict.suggested_label, evidence.label)
@@ -555,16 +555,16 @@ def test_clusters_of_equal_loss_cannot_be_told_apart(loss, two_clusters):
 def test_rlap_without_rows_says_what_it_needs():
     _, evidence = scene()
     with pytest.raises(ValueError, match=r"'rlap' needs Evidence.rows, the per-neuron attributions \(n, D\)"):
-        judge_rlap(evidence, no_reduce)
+        rlap_recipe(evidence, no_reduce)
 
 
 def test_rlap_of_fewer_samples_than_neurons_says_what_to_do():
     _, evidence = scene(n=48)
     with pytest.raises(ValueError, match=r"256 neurons, which takes more .* but got 48: .*layer=.*recipe='auto'"):
-        judge_rlap(replace(evidence, rows=normal(48, 256, seed=0)), no_reduce)
+        rlap_recipe(replace(evidence, rows=normal(48, 256, seed=0)), no_reduce)
 
 
-@pytest.mark.parametrize(("judge", "column", "sign"), [(judge_loss, "loss", -1), (judge_aum, "mean_margin", 1)])
+@pytest.mark.parametrize(("judge", "column", "sign"), [(loss_recipe, "loss", -1), (aum_recipe, "mean_margin", 1)])
 def test_baselines_are_mixtures_on_their_score(judge, column, sign):
     # The wrong ones are the wider component, which alone reaches the far end on both sides.
     true, evidence = scene(SYMMETRIC)
@@ -580,7 +580,7 @@ def test_baselines_are_mixtures_on_their_score(judge, column, sign):
     assert verdict.noise_matrix is None
 
 
-@pytest.mark.parametrize("judge", [judge_loss, judge_aum])
+@pytest.mark.parametrize("judge", [loss_recipe, aum_recipe])
 def test_baselines_suggest_the_strongest_other(judge):
     true, evidence = scene(SYMMETRIC, apart=5.0)
     wrong = evidence.label != true
@@ -590,7 +590,7 @@ def test_baselines_suggest_the_strongest_other(judge):
 
 
 @pytest.mark.parametrize("size", [1e3, 1e6, 1e12])
-@pytest.mark.parametrize(("judge", "column", "sign"), [(judge_loss, "loss", -1), (judge_aum, "mean_margin", 1)])
+@pytest.mark.parametrize(("judge", "column", "sign"), [(loss_recipe, "loss", -1), (aum_recipe, "mean_margin", 1)])
 @pytest.mark.parametrize("side", [-1, 1])
 def test_a_lone_sample_far_from_all_others_does_not_make_them_clean_unsaid(judge, column, sign, size, side):
     true, evidence = scene(SYMMETRIC)
@@ -601,7 +601,7 @@ def test_a_lone_sample_far_from_all_others_does_not_make_them_clean_unsaid(judge
     assert "one of them is a single sample" in verdict.warning or (flagged(verdict) == wrong).float().mean() > 0.9
 
 
-@pytest.mark.parametrize(("judge", "column"), [(judge_loss, "loss"), (judge_aum, "mean_margin")])
+@pytest.mark.parametrize(("judge", "column"), [(loss_recipe, "loss"), (aum_recipe, "mean_margin")])
 def test_a_constant_score_cannot_be_told_apart(judge, column):
     _, evidence = scene()
     verdict = judge(replace(evidence, **{column: torch.full((N,), 2.5)}), no_reduce)
@@ -612,7 +612,7 @@ def test_a_constant_score_cannot_be_told_apart(judge, column):
 
 def test_argmax_flags_what_the_model_calls_otherwise():
     true, evidence = scene(SYMMETRIC)
-    verdict = judge_argmax(evidence, no_reduce)
+    verdict = argmax_recipe(evidence, no_reduce)
     assert torch.equal(flagged(verdict), evidence.prediction != evidence.label)
     assert torch.equal(verdict.suggested_label, evidence.prediction)
     torch.testing.assert_close(verdict.clean_probability, evidence.margin.sigmoid())
@@ -644,7 +644,7 @@ def test_shards_give_the_verdict_of_the_whole(recipe, world_size):
     assert 0.02 < flagged(whole).float().mean() < 0.9
     shards = run_ranks(lambda rank, reduce: judge(share_of(evidence, rank, world_size), reduce), world_size)
     for rank, verdict in enumerate(shards):
-        index, weight = rank_share(N, rank, world_size)
+        index, weight = shard_indices(N, rank, world_size)
         counts = weight > 0
         for name in ("clean_probability", "label_probability", "input_probability"):
             found, expected = getattr(verdict, name), getattr(whole, name)
@@ -676,7 +676,7 @@ def test_rows_without_weight_do_not_count(recipe):
 
 def test_all_ranks_are_undecided_together():
     def judge(rank, reduce):
-        return judge_aum(share_of(evidence, rank, 2), reduce).warning
+        return aum_recipe(share_of(evidence, rank, 2), reduce).warning
 
     evidence = replace(scene()[1], mean_margin=torch.zeros(N))
     first, second = run_ranks(judge, 2)
@@ -723,7 +723,7 @@ def certain(evidence, *, scale=0.25):
 
 
 def own_verdict(evidence):
-    return Verdict(evidence.support.double(), evidence.prediction, notes=("mine",))
+    return RecipeResult(evidence.support.double(), evidence.prediction, notes=("mine",))
 
 
 class Stateful:
@@ -798,7 +798,7 @@ def test_a_function_may_return_a_verdict():
         (torch.full((N,), 1.5), r"'f' to return probabilities in \[0, 1\], but they span 1.5 to 1.5"),
         (torch.linspace(-0.25, 1, N), r"in \[0, 1\], but they span -0.25 to 1\."),
         (torch.full((N,), torch.nan), r"in \[0, 1\], but they span nan to nan"),
-        (Verdict(torch.full((N,), 2.0), torch.zeros(N)), "they span 2 to 2"),
+        (RecipeResult(torch.full((N,), 2.0), torch.zeros(N)), "they span 2 to 2"),
     ],
 )
 def test_a_wrong_answer_is_refused(answer, message):
@@ -865,7 +865,7 @@ def test_a_wrong_path_is_refused(path, message):
 @pytest.fixture
 def offered(monkeypatch):
     """Another package's recipes."""
-    mine = Recipe("mine", judge_argmax, needs_rows=True)
+    mine = Recipe("mine", argmax_recipe, needs_rows=True)
     points = [
         SimpleNamespace(name="support", load=lambda: support_of),
         SimpleNamespace(name="with-rows", load=lambda: mine),
@@ -886,13 +886,13 @@ def test_other_packages_offer_recipes():
     assert recipe.name == "support"
     assert torch.equal(recipe.judge(evidence, no_reduce).clean_probability, evidence.support)
     rows = get_recipe("with-rows")
-    assert (rows.name, rows.needs_rows, rows.judge) == ("with-rows", True, judge_argmax)
+    assert (rows.name, rows.needs_rows, rows.judge) == ("with-rows", True, argmax_recipe)
     assert get_recipe("auto") is RECIPES["auto"]
     with pytest.raises(ValueError, match=r"'argmax', 'support', 'with-rows', .* Did you mean 'support'\?"):
         get_recipe("supports")
 
 
-A_RECIPE = Recipe("support", lambda evidence, reduce: Verdict(evidence.support, evidence.label), averages=False)
+A_RECIPE = Recipe("support", lambda evidence, reduce: RecipeResult(evidence.support, evidence.label), averages=False)
 
 
 def test_a_dotted_path_may_name_a_recipe_with_its_settings():
@@ -912,7 +912,7 @@ def test_a_second_parameter_with_a_default_is_a_setting():
 def test_nothing_is_suspect_where_a_class_is_called_by_another_name_more_often_than_by_its_own():
     swapped = CLEAN.clone()
     swapped[0] = 0.3 * CLEAN[0] + 0.7 * CLEAN[1]
-    verdict = judge_label(scene(swapped)[-1], no_reduce)
+    verdict = label_recipe(scene(swapped)[-1], no_reduce)
     assert "nothing can be told" in verdict.warning
     assert not flagged(verdict).any()
 
@@ -934,7 +934,7 @@ EARLY = PrequentialRate(0.0, 0.01, 0.02, 0.0, 0.6, True, torch.zeros(C).double()
 )
 def test_it_is_said_what_keeps_an_early_epoch_from_telling_the_rate(unseen, said):
     _, evidence = scene(SYMMETRIC)
-    verdict = judge_label(replace(evidence, unseen=unseen), no_reduce)
+    verdict = label_recipe(replace(evidence, unseen=unseen), no_reduce)
     notes = [note for note in verdict.notes if "there may be more wrong labels than are told" in note]
     assert [said in note for note in notes] == ([] if said is None else [True])
     if said is not None:

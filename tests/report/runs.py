@@ -20,7 +20,7 @@ def provenance_of(**finetuned):
     """The suspects of class 0 are re-labeled to class 1, the others dropped; a person has decided of 0, 1 and 50."""
     moved = [{"index": index, "given": 0, "new": 1} for index in range(0, SUSPECTS, 4)]
     dropped = [index for index in range(SUSPECTS) if index % 4]
-    done = {"from_epoch": 1, "seed": 0, "dropped": dropped, "relabelled": moved, "weighed": False, **finetuned}
+    done = {"from_epoch": 1, "seed": 0, "dropped": dropped, "relabeled": moved, "weighed": False, **finetuned}
     return {
         "fits": [
             {
@@ -54,7 +54,7 @@ def hostile_record(size=100, **changes):
         partition,
         (mask,),
         {index: cards[index % 3] for index in range(SUSPECTS)},
-        summary={"advice": f"All is {HOSTILE}", "memorised": 0.4, "accuracy_before": 0.5, "accuracy_after": 0.75},
+        summary={"advice": f"All is {HOSTILE}", "memorized": 0.4, "accuracy_before": 0.5, "accuracy_after": 0.75},
         rounds=[{"epoch": 1, "suspects": 40, "noise_rate": 0.4, "changed": 1.0}] * 2,
         class_names=NAMES,
         fit={"model": HOSTILE, "data": BREAKING},

@@ -30,12 +30,12 @@ def test_what_became_of_a_sample(index, expected):
 
 
 def test_a_suspect_that_is_drawn_by_its_probability_is_not_said_to_be_kept():
-    weighed = actions(provenance_of(dropped=[], relabelled=[], weighed=True))
+    weighed = actions(provenance_of(dropped=[], relabeled=[], weighed=True))
     assert [weighed.of(index).word for index in (0, 50)] == ["drawn by p(clean)", "kept"]
 
 
 @pytest.mark.parametrize(
-    "provenance", [{}, provenance_of(from_epoch=None, dropped=[], relabelled=[])], ids=["none", "dry"]
+    "provenance", [{}, provenance_of(from_epoch=None, dropped=[], relabeled=[])], ids=["none", "dry"]
 )
 def test_where_nothing_was_done_it_says_what_suspects_csv_would(provenance):
     found = actions(provenance)
@@ -51,7 +51,7 @@ def test_of_several_labels_those_that_stay_are_trained_on_too():
         hostile_record().partition, label=label, suggested_label=label, label_probability=torch.full((100, 3), 0.5)
     )
     moved = [{"index": 7, "given": [1, 0, 1], "new": [-1, 1, 0]}]
-    found = Actions(partition, provenance_of(relabelled=moved, dropped=[]))
+    found = Actions(partition, provenance_of(relabeled=moved, dropped=[]))
     assert found.of(7) == Action("re-labeled", (0, 1))
     assert found.listed_moves(str)[0][0].title == ("0, 2", "0, 1")
 
@@ -62,7 +62,7 @@ def test_of_several_labels_those_that_stay_are_trained_on_too():
         {"done": [1]},
         {"done": {"a": 3}},
         {"review": "x"},
-        provenance_of(relabelled=[{"index": "x"}]),
+        provenance_of(relabeled=[{"index": "x"}]),
         provenance_of(dropped=["x"]),
     ],
 )
@@ -83,7 +83,7 @@ def test_lists_are_whole_and_grouped_by_what_was_changed_into_what():
 
 def test_of_very_many_the_first_are_listed_and_the_rest_is_counted():
     moved = [{"index": index, "given": index % 3, "new": 3 + index % 500} for index in range(90_000)]
-    found = actions(provenance_of(dropped=range(100_000), relabelled=moved))
+    found = actions(provenance_of(dropped=range(100_000), relabeled=moved))
     drops = found.listed_drops()
     assert (drops.count, drops.left_out) == (100_000, 80_000)
     groups, rest = found.listed_moves(str)

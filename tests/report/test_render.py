@@ -158,12 +158,12 @@ def test_the_control_is_said_to_be_one():
 
 
 def test_samples_drawn_by_their_probability_are_counted():
-    weighed = provenance_of(dropped=[0, 1], relabelled=[], weighed=True)
+    weighed = provenance_of(dropped=[0, 1], relabeled=[], weighed=True)
     assert "38 drawn by their probability" in Page(render_report(hostile_record(provenance=weighed))).text
 
 
 def test_where_nothing_was_done_the_page_proposes():
-    page = Page(render_report(hostile_record(provenance=provenance_of(from_epoch=None, dropped=[], relabelled=[]))))
+    page = Page(render_report(hostile_record(provenance=provenance_of(from_epoch=None, dropped=[], relabeled=[]))))
     assert page.data()["actions"] == ["keep", "drop", "relabel"]
     assert "No sample was dropped or re-labeled" in page.text
     assert "samples dropped from epoch" not in page.text
@@ -242,7 +242,7 @@ def test_a_hundred_thousand_samples_are_a_matter_of_seconds_and_of_less_than_20_
     # All that can be done is done to every other sample: these are the longest lists there are.
     suspects = partition.suspect_indices().tolist()
     moved = [{"index": index, "given": index % 4, "new": (index + 1) % 4} for index in suspects[::2]]
-    provenance = provenance_of(dropped=suspects[1::2], relabelled=moved)
+    provenance = provenance_of(dropped=suspects[1::2], relabeled=moved)
     record = replace(record, provenance=provenance)
     started = time.perf_counter()
     file = write_report(replace(record, partition=partition), tmp_path / "report.html")

@@ -73,10 +73,10 @@ def test_pictures_of_every_shape_and_range(value, expected):
     assert np.abs(picture(value).astype(float) - expected.numpy() * 255).max() <= 1
 
 
-def test_what_normalisation_has_done_is_undone():
+def test_what_normalization_has_done_is_undone():
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.1, 0.3)
-    normalised = (RAMP - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-    assert np.abs(picture(normalised, mean=mean, std=std) - RAMP.permute(1, 2, 0).numpy() * 255).max() <= 1
+    normalized = (RAMP - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    assert np.abs(picture(normalized, mean=mean, std=std) - RAMP.permute(1, 2, 0).numpy() * 255).max() <= 1
 
 
 def test_where_the_shape_leaves_it_open_the_channels_can_be_named():

@@ -95,7 +95,7 @@ def test_a_table_goes_through_pandas_and_back(tmp_path):
     frame.loc[2, ["index", "decision"]] = [3, "drop"]  # with empty cells beside, so that numbers become 3.0
     frame.sort_values("index", ascending=False).to_csv(tmp_path / "edited.csv", sep=";")
     review = settle(read_review(tmp_path / "edited.csv"), total=4, classes=5, fingerprint="4:" + "ab" * 16)
-    found = review.laid_over(make_partition().label)
+    found = review.apply_to(make_partition().label)
     assert found.decision.tolist() == [-1, RELABEL, KEEP, DROP]
     assert found.new_label.tolist() == [-1, 1, -1, -1]
 

@@ -492,20 +492,20 @@ def test_a_partition_refuses_what_it_cannot_save(changes, message):
         replace(make_partition(), **changes)
 
 
-def test_sources_are_recognised_by_what_they_publish():
+def test_sources_are_recognized_by_what_they_publish():
     class Publishes:
         at_epoch = 3
-        regresses_on_probability = True
+        uses_soft_targets = True
         is_dry_run = False
         reading = None
         sample_weight = None
-        memorised = None
+        memorized = None
         accuracy_gap = None
 
-        def pull_partition(self, trainer, pl_module): ...
+        def get_partition(self, trainer, pl_module): ...
 
     class Masks:
-        def pull_mask(self, trainer, pl_module): ...
+        def get_mask(self, trainer, pl_module): ...
 
         def target_layer(self): ...
 

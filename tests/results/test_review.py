@@ -170,14 +170,14 @@ def test_of_very_many_labels_sixteen_are_compared(tmp_path):
 
 def test_laid_over_the_labels(tmp_path):
     review = fitted(written(tmp_path, table()))
-    found = review.laid_over(torch.tensor([2, 0, 0, 0, 1, 0]))
+    found = review.apply_to(torch.tensor([2, 0, 0, 0, 1, 0]))
     assert found.decision.tolist() == [KEEP, UNDECIDED, UNDECIDED, UNDECIDED, RELABEL, DROP]
     assert found.new_label.tolist() == [-1, -1, -1, -1, 3, -1]
     assert found.stale == 0
 
 
 def test_a_decision_about_another_label_does_not_count(tmp_path):
-    found = fitted(written(tmp_path, table())).laid_over(torch.tensor([2, 0, 0, 0, 3, 0]))
+    found = fitted(written(tmp_path, table())).apply_to(torch.tensor([2, 0, 0, 0, 3, 0]))
     assert found.decision.tolist() == [KEEP, UNDECIDED, UNDECIDED, UNDECIDED, UNDECIDED, DROP]
     assert found.new_label.tolist() == [-1] * 6
     assert found.stale == 1
@@ -190,7 +190,7 @@ def test_several_labels(tmp_path):
     label = torch.tensor([[1, 0, 1], [0, 0, 0], [0, 1, 0], [1, 1, 1], [0, 0, 0], [0, 0, 0]])
     review.check_labels(review.compared(), label[:3])
     label[1, 2] = -1  # to be ignored: it stays so
-    found = review.laid_over(label)
+    found = review.apply_to(label)
     assert found.new_label.tolist() == [[1, 0, 0], [0, 1, -1], [0, 0, 0], *[[-1] * 3] * 3]
     with pytest.raises(ValueError, match=r"line 2: expected given_label .* sample 0, .1, 1, 1., but it is .1, 0, 1."):
         review.check_labels(review.compared(), torch.tensor([[1, 1, 1], [0, 0, 0], [0, 1, 0]]))
@@ -215,7 +215,7 @@ def test_a_table_of_clean_samples_has_nothing_to_decide(tmp_path):
     review = fitted(tmp_path / "suspects.csv")
     assert len(review) == 0
     assert len(review.compared()) == 0
-    assert (review.laid_over(torch.zeros(6, dtype=torch.int64)).decision == UNDECIDED).all()
+    assert (review.apply_to(torch.zeros(6, dtype=torch.int64)).decision == UNDECIDED).all()
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def test_tied_weights_stay_tied():
     assert size(small) == size(net)
 
 
-def test_a_parametrised_layer_stays():
+def test_a_parametrized_layer_stays():
     net = perceptron(nn.ReLU())
     silence(net[0])
     nn.utils.parametrizations.weight_norm(net[2])

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgre
 from lightning_unlearn import AttributionPartitionCallback
 from lightning_unlearn.pruning.criteria import Sensitivity
 from lightning_unlearn.trainer import progress as progress_module
-from lightning_unlearn.trainer.progress import close_lines, shown
+from lightning_unlearn.trainer.progress import close_progress, shown
 from tests.toys import Blobs, BlobsData, Toy, fit, trio
 
 AT, SIZE = 2, 101
@@ -157,10 +157,10 @@ def test_lines_of_a_trainer_are_closed_and_of_no_other():
     passes = [shown(trainer, "Score", None, range(3)) for trainer in trainers]
     for items in passes:
         next(items)
-    close_lines(trainers[0])
+    close_progress(trainers[0])
     assert one.lines[0].disable or one.lines[0] not in type(one.lines[0])._instances
     assert other.lines[0] in type(other.lines[0])._instances
-    close_lines(trainers[1])
+    close_progress(trainers[1])
 
 
 def test_what_a_long_pass_will_take_is_said_once_at_the_speed_so_far(monkeypatch, caplog):

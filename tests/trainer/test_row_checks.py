@@ -216,7 +216,7 @@ def test_where_a_loader_is_offered_that_keeps_the_order_it_is_gone_by():
     assert auroc(1 - partition.partition.clean_probability, data.train.wrong) > 0.95
 
 
-def test_what_is_sorted_in_training_is_not_relabelled():
+def test_what_is_sorted_in_training_is_not_relabeled():
     module, ours = Toy(), trio(AT, finetune={"on_noisy": "relabel"})
     with pytest.raises(TypeError, match=EXPECTED):
         fit(module, Offering(Blobs()), ours)
@@ -291,7 +291,7 @@ def test_items_that_are_none_are_not_judged_and_the_others_keep_their_rows(monke
 
 
 @pytest.mark.parametrize("collate", [leaves_out, replaces])
-def test_others_are_relabelled_where_items_are_none(collate):
+def test_others_are_relabeled_where_items_are_none(collate):
     data = Gaps(FEW)
     module, ours = Noting(data.blobs), trio(AT, finetune={"on_noisy": "relabel"})
     fit(module, DataLoader(data, 16, shuffle=True, collate_fn=collate), ours)
@@ -305,7 +305,7 @@ def test_others_are_relabelled_where_items_are_none(collate):
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
-def test_where_a_batch_is_filled_up_suspects_are_dropped_instead_of_relabelled():
+def test_where_a_batch_is_filled_up_suspects_are_dropped_instead_of_relabeled():
     data = Gaps(FEW)
     module, ours = Noting(data.blobs), trio(AT, finetune={"on_noisy": "relabel"})
     with pytest.warns(UserWarning, match="Suspects are dropped instead of re-labeled. .* as where collate_fn fills up"):

@@ -3,8 +3,8 @@ from threading import Event
 import pytest
 import torch
 
-from lightning_unlearn.data.loaders import rank_share
-from lightning_unlearn.utilities.distributed import on_rank_zero, place_by_index, sum_over_ranks
+from lightning_unlearn.data.loaders import shard_indices
+from lightning_unlearn.utilities.distributed import gather_by_index, run_on_rank_zero, sum_over_ranks
 from lightning_unlearn.utilities.reduce import no_reduce
 from tests.ranks import run_ranks
 
@@ -51,8 +51,8 @@ def test_rows_of_all_ranks_come_in_dataset_order():
     total, values = 7, torch.arange(7.0) * 10
 
     def place(rank, reduce):
-        index, weight = rank_share(total, rank, 3)
-        return place_by_index(index, weight, values[index], total, reduce)
+        index, weight = shard_indices(total, rank, 3)
+        return gather_by_index(index, weight, values[index], total, reduce)
 
     for placed in run_ranks(place, 3):
         assert placed.tolist() == values.tolist()
@@ -60,18 +60,18 @@ def test_rows_of_all_ranks_come_in_dataset_order():
 
 def test_padding_rows_are_left_out_whatever_they_hold():
     index, weight = torch.tensor([1, 3, 3]), torch.tensor([1.0, 1.0, 0.0])
-    placed = place_by_index(index, weight, torch.tensor([5.0, 6.0, torch.nan]), 4, no_reduce)
+    placed = gather_by_index(index, weight, torch.tensor([5.0, 6.0, torch.nan]), 4, no_reduce)
     assert placed.tolist() == [0.0, 5.0, 0.0, 6.0]
 
 
 def test_the_order_within_a_rank_does_not_matter():
     index = torch.tensor([2, 0, 1])
-    assert place_by_index(index, torch.ones(3), index * 10, 3, no_reduce).tolist() == [0, 10, 20]
+    assert gather_by_index(index, torch.ones(3), index * 10, 3, no_reduce).tolist() == [0, 10, 20]
 
 
 def test_dtype_and_further_dimensions_are_kept():
     index, weight = torch.tensor([1, 0]), torch.ones(2)
-    placed = place_by_index(index, weight, torch.tensor([[1, 2], [3, 4]]), 3, no_reduce)
+    placed = gather_by_index(index, weight, torch.tensor([[1, 2], [3, 4]]), 3, no_reduce)
     assert placed.dtype == torch.int64
     assert placed.tolist() == [[3, 4], [1, 2], [0, 0]]
 
@@ -92,7 +92,7 @@ class Broadcasts:
 
 def test_what_rank_0_makes_is_there_on_every_rank():
     sent, arrived = [], Event()
-    made = run_ranks(lambda rank, _: on_rank_zero(Broadcasts(rank, sent, arrived), lambda: f"by {rank}"), 3)
+    made = run_ranks(lambda rank, _: run_on_rank_zero(Broadcasts(rank, sent, arrived), lambda: f"by {rank}"), 3)
     assert made == ["by 0"] * 3
 
 
@@ -104,7 +104,7 @@ def test_what_rank_0_raises_is_raised_on_every_rank():
 
     def work(rank, _):
         with pytest.raises(ValueError, match="line 3"):
-            on_rank_zero(Broadcasts(rank, sent, arrived), fails)
+            run_on_rank_zero(Broadcasts(rank, sent, arrived), fails)
         return True
 
     assert run_ranks(work, 2) == [True, True]

@@ -53,7 +53,7 @@ def weighted_mean(rows: Tensor, weight: Tensor, reduce: Reduce) -> tuple[Tensor,
     return total[:-1] / total[-1], total[-1]
 
 
-def standardise(rows: Tensor, weight: Tensor, reduce: Reduce = no_reduce) -> Tensor:
+def standardize(rows: Tensor, weight: Tensor, reduce: Reduce = no_reduce) -> Tensor:
     """Columns with mean 0 and standard deviation 1 over all ranks; constant columns become 0.
 
     Args:
@@ -65,7 +65,7 @@ def standardise(rows: Tensor, weight: Tensor, reduce: Reduce = no_reduce) -> Ten
         (n, D) in the dtype of ``rows``.
 
     Example:
-        >>> standardise(torch.tensor([[1.0, 5.0], [3.0, 5.0]]), torch.ones(2))
+        >>> standardize(torch.tensor([[1.0, 5.0], [3.0, 5.0]]), torch.ones(2))
         tensor([[-1.,  0.],
                 [ 1.,  0.]])
     """
@@ -76,7 +76,7 @@ def standardise(rows: Tensor, weight: Tensor, reduce: Reduce = no_reduce) -> Ten
         squares += w @ (chunk.double() - mean).square()
     scale = (reduce(squares) / count).sqrt()
     scale = torch.where(scale > 1e-12 * mean.abs().clamp(min=1e-300), scale, torch.inf)
-    standardised = torch.empty_like(rows)
-    for chunk, out in in_chunks(rows, standardised):
+    standardized = torch.empty_like(rows)
+    for chunk, out in in_chunks(rows, standardized):
         out.copy_((chunk - mean) / scale)
-    return standardised
+    return standardized

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.functional.mixture import fit_mixture
-from lightning_unlearn.functional.standardize import standardise
+from lightning_unlearn.functional.standardization import standardize
+from lightning_unlearn.recipes.base import NO_DOUBT, NoiseEstimate, RecipeResult
 from lightning_unlearn.recipes.calibrated import verdict_on_labels
 from lightning_unlearn.recipes.classes import is_exact, judged_classes, of_all_classes, restricted
 from lightning_unlearn.recipes.evidence import Evidence, OutOfSample
 from lightning_unlearn.recipes.many_classes import judge_many
-from lightning_unlearn.recipes.verdict import NO_DOUBT, NoiseEstimate, Verdict
 from lightning_unlearn.utilities.reduce import Reduce
 
 _HALF = 0.5
@@ -33,7 +33,7 @@ _CONTRARY = 3.0
 _BY_CLASS = 0.15
 
 
-def judge_label(evidence: Evidence, reduce: Reduce) -> Verdict:
+def label_recipe(evidence: Evidence, reduce: Reduce) -> RecipeResult:
     """The probability that the given label is right, calibrated, and how many labels are wrong.
 
     What the network said in the course of training, and in an early epoch, before it had learned the labels
@@ -64,12 +64,12 @@ def judge_label(evidence: Evidence, reduce: Reduce) -> Verdict:
     return of_all_classes(verdict_on_labels(restricted(evidence, classes), reduce), evidence, classes)
 
 
-def _by_margin(evidence: Evidence, reduce: Reduce) -> Verdict:
+def _by_margin(evidence: Evidence, reduce: Reduce) -> RecipeResult:
     """The order of the margins (AUM), and nothing suspect."""
-    margin = standardise(evidence.mean_margin.double().unsqueeze(1), evidence.weight, reduce).squeeze(1)
+    margin = standardize(evidence.mean_margin.double().unsqueeze(1), evidence.weight, reduce).squeeze(1)
     probability = (1 - NO_DOUBT * (-margin).sigmoid()).float()
     why = "what is kept of the evidence does not tell the classes apart"
-    return Verdict(
+    return RecipeResult(
         probability,
         evidence.label,
         torch.zeros_like(probability),
@@ -78,7 +78,7 @@ def _by_margin(evidence: Evidence, reduce: Reduce) -> Verdict:
     )
 
 
-def judge_input(evidence: Evidence, reduce: Reduce) -> Verdict:
+def input_recipe(evidence: Evidence, reduce: Reduce) -> RecipeResult:
     """The probability that the input is intact, from an early layer's response to it.
 
     A mixture on the response. The gate: fewer than one per cent of the samples lie between the two groups, and the
@@ -91,9 +91,9 @@ def judge_input(evidence: Evidence, reduce: Reduce) -> Verdict:
     """
     intact = torch.ones_like(evidence.weight)
     if evidence.response is None:
-        return Verdict(intact, evidence.label, notes=("inputs: no early layer to look at",))
+        return RecipeResult(intact, evidence.label, notes=("inputs: no early layer to look at",))
     w, u = evidence.weight.double(), evidence.uncertainty.double()
-    rows = standardise(evidence.response.double(), evidence.weight, reduce)
+    rows = standardize(evidence.response.double(), evidence.weight, reduce)
     mixture = fit_mixture(rows, evidence.weight, reduce=reduce)
     share = mixture.posterior(rows)
     between = ((share[:, 0] > 0.1) & (share[:, 0] < 0.9)).double()
@@ -116,7 +116,7 @@ def judge_input(evidence: Evidence, reduce: Reduce) -> Verdict:
         f" the model less sure of one by {abs(gap):.2f} standard deviations: {verdict}"
     )
     probability = share[:, clean].float() if found else intact
-    return Verdict(probability, evidence.label, input_probability=probability, notes=(note,))
+    return RecipeResult(probability, evidence.label, input_probability=probability, notes=(note,))
 
 
 def _is_contrary(clean: int, group: Tensor, right: Tensor, loss: Tensor, squares: Tensor) -> bool:
@@ -157,12 +157,12 @@ def _follows_classes(evidence: Evidence, share: Tensor, reduce: Reduce) -> bool:
     return bool(1 - (within / free) / (whole / (total - 1)) > _BY_CLASS)
 
 
-def judge_auto(evidence: Evidence, reduce: Reduce) -> Verdict:
+def auto_recipe(evidence: Evidence, reduce: Reduce) -> RecipeResult:
     """Both kinds of evidence: p(clean) is the product.
 
     Labels are judged on the samples whose input is intact.
     """
-    inputs = judge_input(evidence, reduce)
+    inputs = input_recipe(evidence, reduce)
     intact = inputs.clean_probability
     broken = evidence.weight * (intact < _HALF)
     number, of_all = reduce(torch.stack([broken.sum(), evidence.weight.sum()]).double()).tolist()
@@ -171,12 +171,12 @@ def judge_auto(evidence: Evidence, reduce: Reduce) -> Verdict:
     if corrupted and kept.unseen is not None:
         # Which tells nothing of the others: what is corrupted was in the early epoch and in the validation data.
         kept = replace(kept, unseen=OutOfSample(), left_out=None)
-    labels = judge_label(kept, reduce)
+    labels = label_recipe(kept, reduce)
     if corrupted and labels.warning:
         # What is known is which inputs are broken.
         return replace(inputs, notes=(*labels.notes, f"labels: {labels.warning}", *inputs.notes))
     suggested = labels.suggested_probability
-    return Verdict(
+    return RecipeResult(
         labels.clean_probability * intact,
         labels.suggested_label,
         None if suggested is None else suggested * intact,

@@ -48,7 +48,7 @@ class NoiseEstimate:
 
 
 @dataclass(frozen=True, eq=False)
-class Verdict:
+class RecipeResult:
     """What a recipe says of one rank's share.
 
     Args:
@@ -101,7 +101,7 @@ class Verdict:
         return broken | longest_list(wrong, weight * ~broken, precision, reduce=reduce)[0]
 
 
-Judge = Callable[[Evidence, Reduce], Verdict]
+Judge = Callable[[Evidence, Reduce], RecipeResult]
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Recipe:
             object.__setattr__(self, name, check_flag(name, getattr(self, name)))
 
 
-def higher_component(score: Tensor, share: Tensor, weight: Tensor, reduce: Reduce) -> int | None:
+def cleaner_component(score: Tensor, share: Tensor, weight: Tensor, reduce: Reduce) -> int | None:
     """The component with the higher mean score, or None if the means are too close to tell, or one is a lone sample's.
 
     Args:
@@ -160,9 +160,9 @@ def higher_component(score: Tensor, share: Tensor, weight: Tensor, reduce: Reduc
     return int(gap > 0)
 
 
-def undecided(evidence: Evidence, what: str) -> Verdict:
+def undecided(evidence: Evidence, what: str) -> RecipeResult:
     """Every sample is clean, with a warning that says why nothing can be told."""
-    return Verdict(
+    return RecipeResult(
         torch.ones_like(evidence.weight),
         evidence.label,
         warning=(
@@ -172,7 +172,7 @@ def undecided(evidence: Evidence, what: str) -> Verdict:
     )
 
 
-def calls_all_the_same(evidence: Evidence, reduce: Reduce) -> Verdict | None:
+def single_class_prediction(evidence: Evidence, reduce: Reduce) -> RecipeResult | None:
     """A verdict that is not to be acted upon where the last pass predicts one class of all samples, else None.
 
     Of a dead network, or one that has fallen back on the largest class, a score says what a sample is called, not more.
@@ -181,7 +181,7 @@ def calls_all_the_same(evidence: Evidence, reduce: Reduce) -> Verdict | None:
     counts = reduce(zeros.index_add(0, evidence.prediction, evidence.weight.double()))
     if int((counts > 0).sum()) > 1:
         return None
-    return Verdict(
+    return RecipeResult(
         torch.ones_like(evidence.weight),
         evidence.label,
         warning="the model predicts the same class of all samples, so nothing can be told",

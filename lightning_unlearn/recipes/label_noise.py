@@ -378,7 +378,9 @@ def _as_far_as_learned(told: PrequentialRate | None, given: Tensor) -> Prequenti
     predicted = max(largest + told.skill * (1 - largest), 1e-9) / max(1 - told.middle, 1e-9)
     known = 1 + math.log(predicted) / math.log(len(given))
     share = min(max((known - _HARDLY) / (_WELL - _HARDLY), 0.0), 1.0)
-    return replace(told, middle=told.low + share * (told.middle - told.low))
+    middle = told.low + share * (told.middle - told.low)
+    # What is not counted may be wrong labels all the same: the upper end stays.
+    return replace(told, middle=middle, most_confused=told.most_confused + told.middle - middle)
 
 
 def _evidence(history: LabelHistory) -> tuple[Tensor, Tensor]:

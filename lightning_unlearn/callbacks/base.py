@@ -234,7 +234,7 @@ class PartitionConsumer(UnlearnCallback):
     def when_drawn(self) -> str:
         """When there will be a partition, as far as is known."""
         at_epoch = None if self._source is None else self._source.at_epoch
-        return f"at epoch {at_epoch}" if isinstance(at_epoch, int) else "when the partition is drawn"
+        return f"at epoch {at_epoch}" if isinstance(at_epoch, int) else "when the partition is computed"
 
     @property
     def _is_dry_run(self) -> bool:

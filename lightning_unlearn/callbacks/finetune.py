@@ -49,7 +49,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
     that is gone. Where Lightning does not split samplers over the ranks, one that draws with replacement draws its
     number on every rank, as before. Lightning recomputes the number of batches, the validation interval and the
     progress bar's total. After the fit, or an exception, loader, ``requires_grad`` and modes are as they were. Where
-    the partition is drawn again in later rounds, the subset follows.
+    the partition is computed again in later rounds, the subset follows.
 
     Args:
         mode: ``"full"`` trains everything (the paper's F-FT), ``"layers"`` only some layers (L-FT); the rest is frozen,
@@ -470,7 +470,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
 
     @property
     def _may_start_later(self) -> bool:
-        """Whether fine-tuning has not started, and is to start with a partition that is drawn later."""
+        """Whether fine-tuning has not started, and is to start with a partition that is computed later."""
         has_rounds = getattr(self.source, "every_n_epochs", None) is not None
         return not (self.is_active or self.source.is_dry_run) and (has_rounds or self._partition_epoch == 0)
 
@@ -536,7 +536,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
             raise
 
     def _renew(self, trainer: Trainer, pl_module: LightningModule, draw: TrainingSubset) -> None:
-        """Follows a partition that was drawn again."""
+        """Follows a partition that was computed again."""
         if not self._fills_batches(trainer, draw):
             return
         self._loader.detach(trainer)

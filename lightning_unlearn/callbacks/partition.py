@@ -1,4 +1,4 @@
-"""When to gather evidence and when to draw the partition."""
+"""When to gather evidence and when to compute the partition."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from lightning_unlearn.partitioning.start import (
     try_recipe,
 )
 from lightning_unlearn.partitioning.state import AtFirst, PartitionState, PublishedPartition
-from lightning_unlearn.partitioning.summary import summarize
+from lightning_unlearn.partitioning.summary import Accuracies, summarize
 from lightning_unlearn.partitioning.validation_set import ValidationJudge, check_validates
 from lightning_unlearn.recipes import RECIPES, Recipe, get_recipe
 from lightning_unlearn.recipes.evidence import Evidence
@@ -80,8 +80,8 @@ from lightning_unlearn.utilities.distributed import sum_over_ranks
 
 _PATH = "the dotted path of a layer, or None"
 _ONE_EPOCH = (
-    "it was drawn after a single epoch, in which most of what a network says is not learned yet; let training go on for"
-    " two or more"
+    "it was computed after a single epoch, in which most of what a network says is not learned yet; let training go on"
+    " for two or more"
 )
 
 
@@ -103,22 +103,22 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
     DataModule (or LightningModule) may offer a method ``attribution_dataloader()`` that returns a loader of the same
     samples, in the same order, without augmentation: the passes draw from it then.
 
-    With ``every_n_epochs`` the partition is drawn again as the model gets cleaner, from what was seen before the first
-    one and from a new pass, until hardly a sample changes sides.
+    With ``every_n_epochs`` the partition is computed again as the model gets cleaner, from what was seen before the
+    first one and from a new pass, until hardly a sample changes sides.
 
     When the fit ends, :attr:`summary` says what was found and done and whether it helped.
 
     Args:
         layer: dotted path of the layer whose output is attributed; by default the input of the last Linear with an
             output per class that ``forward`` calls.
-        at_epoch: when the partition is drawn, and training on the clean subset can begin. ``"auto"``: once the evidence
-            has peaked, as the ranking of the samples hardly changes any more, or training steps predict more of the
-            labels than validation does, or that gets worse; after epoch 2 at the earliest, after two thirds of what
-            the Trainer allows (epochs, steps, time) at the latest. A whole number: after so many epochs. A float in
-            (0, 1): after that share of ``max_epochs``. In any case where EarlyStopping would end training, which goes
-            on with what the partition leaves then; and where a fit ends before.
-        every_n_epochs: draw the partition again after so many further epochs, and again; None for once.
-        stable_share: it is not drawn again once less than this share of the samples has changed sides.
+        at_epoch: when the partition is computed, and training on the clean subset can begin. ``"auto"``: once the
+            evidence has peaked, as the ranking of the samples hardly changes any more, or training steps predict more
+            of the labels than validation does, or that gets worse; after epoch 2 at the earliest, after two thirds of
+            what the Trainer allows (epochs, steps, time) at the latest. A whole number: after so many epochs. A float
+            in (0, 1): after that share of ``max_epochs``. In any case where EarlyStopping would end training, which
+            goes on with what the partition leaves then; and where a fit ends before.
+        every_n_epochs: recompute the partition after so many further epochs, and again; None for once.
+        stable_share: it is not computed again once less than this share of the samples has changed sides.
         recipe: ``"auto"``: wrong labels and corrupted inputs, each only if there is a sign of any; ``"label"`` or
             ``"input"``: one of the two; ``"rlap"``: the paper's, blind to the given label; ``"loss"``, ``"aum"``,
             ``"argmax"``: baselines; or the dotted path of a function from evidence to p(clean), or that function (see
@@ -135,7 +135,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
             recipe that does not estimate how many are wrong (a function of yours, and ``"loss"``, ``"aum"``,
             ``"argmax"``, ``"rlap"``, ``"input"``) goes by p(clean) below .5 instead.
         min_class_share: share of each class's samples that is kept in any case, the likeliest; rounded up.
-        action: ``"report"`` for a dry run: the partition is drawn, but nothing is pruned or fine-tuned; the log says
+        action: ``"report"`` for a dry run: the partition is computed, but nothing is pruned or fine-tuned; the log says
             what would be, and what it would cost. Without another callback of ours, ``at_epoch`` may be ``max_epochs``
             then: the whole training is judged.
         review: a table of :meth:`Partition.to_csv <lightning_unlearn.Partition.to_csv>` in which a person has
@@ -172,7 +172,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
     Example:
         >>> AttributionPartitionCallback(at_epoch=20).partition
         Traceback (most recent call last):
-        RuntimeError: There is no partition yet: it is drawn when 20 epochs are complete.
+        RuntimeError: There is no partition yet: it is computed when 20 epochs are complete.
     """
 
     state_version = 3
@@ -255,7 +255,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
 
     @property
     def at_epoch(self) -> int | float | str:
-        """When the partition is drawn, as asked for; see the class."""
+        """When the partition is computed, as asked for; see the class."""
         return self._when.asked
 
     @at_epoch.setter
@@ -295,7 +295,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         """Whether a pass is due when ``epoch`` epochs are complete."""
         if self.state.partition is None:
             return self.collector.is_pass_due(epoch)
-        # A checkpoint of a fit with one partition holds nothing to draw another one from.
+        # A checkpoint of a fit with one partition holds nothing to compute another one from.
         if not self._may_be_drawn_again or not self.state.rounds:
             return False
         return epoch >= self.state.rounds[-1].epoch + (self.every_n_epochs or 0)
@@ -358,8 +358,8 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
             self.state.validation.begin(trainer, pl_module, self, self.state.fingerprint)
         elif self.state.validation.partition is None:
             rank_zero_warn(
-                "judge_validation=True has no effect here: the partition of the checkpoint was drawn without it; start"
-                " again without the checkpoint, or from one of before the partition."
+                "judge_validation=True has no effect here: the partition of the checkpoint was computed without it;"
+                " start again without the checkpoint, or from one of before the partition."
             )
 
     def _warn_where_no_round_follows(self) -> None:
@@ -367,7 +367,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         if self.every_n_epochs is not None and self.has_acted and not is_over:
             rank_zero_warn(
                 f"every_n_epochs={self.every_n_epochs} has no effect here: the checkpoint is of a fit without it, which"
-                " kept nothing to draw the partition again from; start again without the checkpoint."
+                " kept nothing to recompute the partition from; start again without the checkpoint."
             )
 
     @override
@@ -451,7 +451,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         self.get_partition(trainer, pl_module)
 
     def get_partition(self, trainer: Trainer, pl_module: LightningModule) -> Partition | None:
-        """The partition, drawn now if it is due, or None if it is not due yet."""
+        """The partition, computed now if it is due, or None if it is not due yet."""
         collector, epoch = self.collector, trainer.current_epoch
         if collector.point is not None and collector.trajectory is not None:
             establish_rows_again(trainer, pl_module, self.reading)
@@ -472,7 +472,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         if collector.point is None:
             self.begin(trainer, pl_module)
         if self.state.partition is None and self._when.is_due(epoch) and self._when.why:
-            rank_zero_info(f"The partition is drawn after {epochs_in_words(epoch)}: {self._when.why}.")
+            rank_zero_info(f"The partition is computed after {epochs_in_words(epoch)}: {self._when.why}.")
         self._say_cost(trainer)
         # A pass that failed, in a fit that goes on, is not counted besides this one.
         collector.in_use.drop()
@@ -546,14 +546,15 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         self, trainer: Trainer, pl_module: LightningModule, judged: Sequence[ShardResult], drawn: Partition
     ) -> AtFirst:
         """What is known of the network when the partition that others act upon first is drawn."""
-        reduce, gap, accuracy = sum_over_ranks(trainer.strategy), self.state.accuracy_gap, self.state.accuracy_before
+        reduce = sum_over_ranks(trainer.strategy)
+        gap, accuracy, best = self.state.accuracy_gap, self.state.accuracy_before, self.state.best_accuracy_before
         memorized = memorized_fraction(judged, drawn, reduce)
         if drawn.is_actionable and _consumers(trainer):
             given = validation_accuracy(FitContext(trainer, pl_module, self))
             gap = None if given is None else share_predicted(judged, reduce) - given
         if self._acts(trainer, drawn):
-            accuracy = self._validate(trainer, pl_module, "before")
-        return AtFirst(memorized, accuracy, gap)
+            accuracy, best = self._validate(trainer, pl_module, "before"), self._when.best_accuracy
+        return AtFirst(memorized, accuracy, gap, best)
 
     def _made(
         self,
@@ -613,7 +614,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         seen = epochs_in_words(len(self.collector.epochs_seen))
         notes = [*([] if review is None else [review.counts()]), *notes_of(judged, partition)]
         evidence = f"evidence of {seen} and a pass of {seconds:.1f} s"
-        report_partition(pl_module, partition, evidence, notes, self.state.memorized)
+        report_partition(pl_module, partition, evidence, notes)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -646,7 +647,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
             partition,
             memorized=state.memorized,
             done=tuple(clause for clause in done if clause),
-            accuracy=(state.accuracy_before, state.accuracy_after),
+            accuracy=Accuracies(state.accuracy_before, state.accuracy_after, state.best_accuracy_before),
             is_dry_run=self.is_dry_run,
             diverged=diverged,
             validation=state.validation.said,
@@ -682,9 +683,9 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         """Tensors and primitives.
 
         While evidence is gathered, ``16 r + 40`` bytes per sample with ``r = C - 1``, or ``r = 9`` of more than 129
-        classes, and four of features; 35 once the partition is drawn, and both as long as it may be drawn again; about
-        140 bytes for the fingerprint; in the provenance up to 10 bytes for each suspect that is dropped, 35 for one
-        that is re-labeled.
+        classes, and four of features; 35 once the partition is computed, and both as long as it may be computed again;
+        about 140 bytes for the fingerprint; in the provenance up to 10 bytes for each suspect that is dropped, 35 for
+        one that is re-labeled.
         A checkpoint that is written within an epoch lacks what the training steps of that epoch have shown so far.
         """
         where_from = None if self.state.partition is None else self.provenance

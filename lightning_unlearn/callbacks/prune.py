@@ -38,7 +38,7 @@ from lightning_unlearn.utilities.sharding import reshard
 class SensitivityPruneCallback(PartitionConsumer):
     """Prunes the neurons whose activations tell noise from clean samples (RLAP, step 4).
 
-    When the partition has been drawn it streams the layers' activations over the training set, regresses the
+    When the partition has been computed it streams the layers' activations over the training set, regresses the
     probability of being clean on them, and prunes, worst first and up to a share, the neurons that are significantly
     more active for noise: weight row, bias, and scale and shift of a norm that follows. They stay exactly zero through
     all further training, and in every checkpoint, which loads with ``strict=True`` into the plain module. Where none is

@@ -49,7 +49,7 @@ from lightning_unlearn.utilities.files import target_folder, write_json
 
 HELP = """\
 Which of my training samples are wrong? Trains as the configuration says, with model and data as you have them, until
-the partition can be drawn, and stops there. Nothing is pruned, dropped or re-labeled. The folder --out has then
+the partition can be computed, and stops there. Nothing is pruned, dropped or re-labeled. The folder --out has then
 partition.npz, suspects.csv, report.html, provenance.json and config.yaml; with --judge_validation also
 validation_partition.npz and validation_suspects.csv.
 
@@ -142,8 +142,9 @@ class PartitionCLI(ConfigCLI):
         for name, held in (("at_epoch", self.held.epoch), ("recipe", self.held.recipe)):
             if self.config[name] not in (None, held):
                 raise ValueError(
-                    f"{path} holds a partition already ({name} {held}), and not what another could be drawn from; leave"
-                    f" out --{name} {self.config[name]} to see it, or give a checkpoint of an epoch before it, or none."
+                    f"{path} holds a partition already ({name} {held}), and not what another could be computed from;"
+                    f" leave out --{name} {self.config[name]} to see it, or give a checkpoint of an epoch before it, or"
+                    " none."
                 )
         if (share := self.config["suspect_precision"]) is not None:
             raise ValueError(
@@ -197,7 +198,7 @@ class PartitionCLI(ConfigCLI):
         return partition
 
     def _is_past(self, max_epochs: int | None) -> bool:
-        """Whether the checkpoint is of an epoch after which the partition is drawn at the latest."""
+        """Whether the checkpoint is of an epoch after which the partition is computed at the latest."""
         at_epoch = self.partition.at_epoch
         if isinstance(at_epoch, int):
             return self.complete >= at_epoch
@@ -299,7 +300,7 @@ def one_pass_caution(partition: Partition) -> list[str]:
     """What one pass over the data by a trained network can tell, and what it cannot.
 
     Args:
-        partition: drawn from that alone.
+        partition: computed from that alone.
     """
     if partition.recipe == "input":
         return []

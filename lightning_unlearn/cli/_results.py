@@ -89,7 +89,7 @@ def add_show(commands: Any) -> None:
         "what a saved partition says: how many labels look wrong, the suspects, and what else is worth a look",
         """\
 Prints what a partition says, and with --csv writes it as a table: a file of Partition.save, a run directory, or a
-checkpoint of a fit in which the partition was drawn.""",
+checkpoint of a fit in which the partition was computed.""",
         "lightning-unlearn show partition/partition.npz",
         "lightning-unlearn show lightning_logs/version_0/checkpoints/last.ckpt --top 50 --csv suspects.csv",
         "lightning-unlearn show partition --review --csv review.csv",
@@ -139,8 +139,8 @@ def _load(path: Path) -> Partition:
     found = partition_state(read_checkpoint(path), path)
     if found is None or found["partition"] is None:
         raise ValueError(
-            f"Expected a checkpoint of a fit in which the partition was drawn, but {path} holds none; judge the model"
-            f" in it: lightning-unlearn partition --config run.yaml --ckpt_path {path}"
+            f"Expected a checkpoint of a fit in which the partition was computed, but {path} holds none; judge the"
+            f" model in it: lightning-unlearn partition --config run.yaml --ckpt_path {path}"
         )
     return held_partition(found["partition"], path)
 

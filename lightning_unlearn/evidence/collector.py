@@ -31,7 +31,7 @@ from lightning_unlearn.trainer.progress import rank_zero_info
 
 
 class EvidenceCollector:
-    """What the model shows of each sample before the partition is drawn.
+    """What the model shows of each sample before the partition is computed.
 
     Args:
         reading: how batches, outputs and labels are read.
@@ -90,7 +90,7 @@ class EvidenceCollector:
         self.validation_watch.detach()
 
     def close(self, *, forever: bool) -> None:
-        """Reads no more training steps, as the first partition is drawn; keeps no evidence if none is to follow."""
+        """Reads no more training steps, as the first partition is computed; keeps no evidence if none is to follow."""
         self.is_closed = True
         if forever:
             self.trajectory, self.features = None, FrozenFeatures()
@@ -125,7 +125,7 @@ class EvidenceCollector:
         return self.recipe.averages and epoch not in self.epochs_seen and epoch % self._every == 0
 
     def is_before_the_first(self, epoch: int) -> bool:
-        """Whether no partition is to be drawn yet; one of a checkpoint may be older than ``at_epoch``."""
+        """Whether no partition is to be computed yet; one of a checkpoint may be older than ``at_epoch``."""
         return not self.is_closed and not self.when.is_due(epoch)
 
     def start(self, fit: FitContext, trace: ForwardTrace, first: IndexedBatch) -> None:
@@ -147,7 +147,7 @@ class EvidenceCollector:
                 self.label_watch.start(fit.pl_module, maker)
         if self.trajectory is not None and self.asks_unseen:
             self.features.start(fit, trace, first)
-        if not self.is_closed and self.when.is_open and maker is not None:
+        if not self.is_closed and maker is not None:
             self.validation_watch.start(resolve_layer(fit.pl_module, maker))
         if self.trajectory is not None and self.reading.task != "multilabel":
             with fit.isolated_eval():
@@ -262,8 +262,8 @@ class EvidenceCollector:
             self.epochs_seen.append(fit.epoch + 1)
 
     def _note_validation(self, fit: FitContext) -> None:
-        """Notes how validation has gone, where that tells when the partition is due."""
-        if not self.is_closed and self.when.is_open:
+        """Notes how validation has gone, until the partition."""
+        if not self.is_closed and (self.when.is_open or self.validation_watch.is_on):
             shown = self.validation_watch.result(monitored(fit.trainer), fit.reduce)
             self.when.note(fit.epoch + 1, **shown)
 
@@ -313,7 +313,7 @@ class EvidenceCollector:
 
         Args:
             fit: that is running.
-            is_last: whether the partition is drawn after it.
+            is_last: whether the partition is computed after it.
             features: to be taken in it; None for none.
         """
         early = self.early if is_last else None

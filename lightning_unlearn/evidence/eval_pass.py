@@ -37,7 +37,7 @@ class ScoringPass:
         fit: that is running.
         attributor: of the user's model; watches ``early``, if that is given, and then that of ``features``.
         trajectory: takes the logits and margins of every row.
-        is_last: whether the partition is drawn after this pass, so that more is to be noted of every row.
+        is_last: whether the partition is computed after this pass, so that more is to be noted of every row.
         needs_rows: whether the recipe looks at the attributions themselves, after the last pass.
         early: the layer whose response is noted in the last pass; None for none.
         features: take what training has not changed, which ``attributor`` watches last; None for none.

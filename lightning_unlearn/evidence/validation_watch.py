@@ -44,6 +44,11 @@ class ValidationWatch:
         """From now on, looks at the module whose output is the logits."""
         self._module = module
 
+    @property
+    def is_on(self) -> bool:
+        """Whether it looks, the same on every rank."""
+        return self._module is not None
+
     def begin(self) -> None:
         """A validation begins: what an earlier one of the epoch has shown is of older weights."""
         self._end()

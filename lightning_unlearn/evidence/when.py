@@ -1,4 +1,4 @@
-"""When the partition is drawn: after so many epochs, after a share of them, or as soon as the evidence has peaked.
+"""When the partition is computed: after so many epochs, after a share of them, or as soon as the evidence has peaked.
 
 Evidence ranks wrong labels best between two moments: when the ranking no longer changes much from one epoch to the
 next, and when the network begins to memorize. Neither needs a pass over data of its own: the first is read off the
@@ -92,13 +92,13 @@ class EpochNote:
 
 
 class DrawTime:
-    """After how many epochs the partition is drawn.
+    """After how many epochs the partition is computed.
 
     Args:
         asked: see :func:`check_at_epoch`.
 
     Attributes:
-        epoch: it is drawn when so many are complete; None as long as that is open.
+        epoch: it is computed when so many are complete; None as long as that is open.
         why: it was found to be time, in words; empty where it was asked for.
         is_stopped: whether EarlyStopping has ended training where the last epoch ended.
     """
@@ -130,6 +130,11 @@ class DrawTime:
     def is_open(self) -> bool:
         """Whether it is still looked for."""
         return self.asked == "auto" and self.epoch is None
+
+    @property
+    def best_accuracy(self) -> float | None:
+        """The best of the validations so far; None where none could be read."""
+        return max((one.accuracy for one in self._notes.values() if one.samples), default=None)
 
     def settle(self, trainer: Trainer, *, may_be_last: bool) -> None:
         """Looks at the Trainer's limits, when the fit is set up.

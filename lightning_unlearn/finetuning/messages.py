@@ -60,7 +60,7 @@ def start_of(start: Start, moved: int = 0) -> str:
 
 
 def prospect(memory: Memory, start: Start, precision: float | None, epochs: int | None) -> str:
-    """What there is to be won, in one sentence, before it is known.
+    """Return what fine-tuning may gain, in one sentence, before it starts.
 
     Measured (``benchmarks/results/repair-quick-cpu.md``).
 
@@ -71,14 +71,14 @@ def prospect(memory: Memory, start: Start, precision: float | None, epochs: int 
         epochs: that remain; None where that is not known.
     """
     listed = "" if precision is None else f" ({share_in_words(precision)} of them wrong)"
-    left = "" if epochs is None else f" in the {epochs_in_words(epochs)} that remain" if epochs > 1 else " in one epoch"
+    left = "" if epochs is None else f" in the remaining {epochs_in_words(epochs)}" if epochs > 1 else " in one epoch"
     if not memory.is_memorized:
-        return f"Little is to be won{left}: the suspect labels{listed} are not memorized; leaving them out keeps it so."
+        return f"Little to gain{left}: fine-tuning mainly keeps the suspect labels{listed} from being memorized."
     if not memory.has_suspects:
-        return f"Something is to be won{left}: the network has begun to memorize, the suspect labels{listed} not yet."
+        return f"Some accuracy to gain{left}: memorization has begun, mostly not of the suspect labels{listed}."
     if not start.moves:
-        return f"Part of what the memorized labels{listed} have spoilt is to be won back{left}: the weights are kept."
-    return f"What the memorized labels{listed} have spoilt is to be won back{left}."
+        return f"Part of the accuracy lost to memorized labels{listed} may be recovered{left}: the weights are kept."
+    return f"The accuracy lost to memorized labels{listed} may be recovered{left}."
 
 
 def started(draw: TrainingSubset, left: str, epoch: int, batches: tuple[int | float, int | float], trained: int) -> str:

@@ -1,4 +1,4 @@
-"""What is said when a partition is drawn."""
+"""What is said when a partition is computed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_unlearn.data.naming import class_names_in
-from lightning_unlearn.partitioning.summary import outlook
 from lightning_unlearn.results.finding import epochs_in_words, finding_of
 from lightning_unlearn.results.partition import Partition
 from lightning_unlearn.trainer.callback_order import callbacks_of
@@ -28,16 +27,14 @@ def report_partition(
     partition: Partition,
     evidence: str,
     notes: Sequence[str],
-    memorized: float | None,
 ) -> None:
     """Says what the first partition found, and what follows from it.
 
     Args:
         pl_module: logs.
         partition: that was drawn.
-        evidence: what it was drawn from, in words.
+        evidence: what it was computed from, in words.
         notes: of the person who has reviewed it and of the recipe, in words.
-        memorized: see :class:`~lightning_unlearn.results.summary.RepairSummary`.
     """
     rank_zero_info(
         f"Partition after {epochs_in_words(partition.epoch)} ({partition.recipe}, {partition.layer}, {evidence}):"
@@ -47,8 +44,6 @@ def report_partition(
         rank_zero_info(f"  {note}")
     if partition.warning:
         rank_zero_warn(f"The partition is not acted upon, training goes on with all the data: {partition.warning}.")
-    elif memorized is not None:
-        rank_zero_info(f"  {outlook(memorized)}")
     log_partition(pl_module, partition)
 
 
@@ -68,18 +63,18 @@ def report_round(pl_module: LightningModule, drawn: Partition, changed: float, i
         pl_module: logs.
         drawn: the new partition.
         changed: share of the samples that have changed sides.
-        is_stable: whether that was so few that it is not drawn again.
+        is_stable: whether that was so few that it is not computed again.
     """
     suspects = len(drawn.suspect_indices())
-    end = "; it is stable, and not drawn again" if is_stable else ""
+    end = "; it is stable, and not computed again" if is_stable else ""
     if drawn.is_actionable:
         log_partition(pl_module, drawn)
     else:
-        last = ", and none is drawn again" if is_stable else ""
+        last = ", and none is computed again" if is_stable else ""
         end = f"; it is not acted upon ({drawn.warning}), the one before stays{last}"
     rate = "" if drawn.noise_rate is None else f" estimated noise rate {drawn.noise_rate:.1%},"
     rank_zero_info(
-        f"Partition drawn again after {epochs_in_words(drawn.epoch)}: {suspects:,} of {len(drawn):,} samples are"
+        f"Partition recomputed after {epochs_in_words(drawn.epoch)}: {suspects:,} of {len(drawn):,} samples are"
         f" suspect,{rate} {changed:.1%} changed sides{end}."
     )
 
@@ -125,7 +120,7 @@ def say_cost(trainer: Trainer, epoch_seconds: float) -> None:
 
 
 def say_late(epoch: int, due: str, *, acts: bool) -> None:
-    """Says that the partition is drawn when training has ended.
+    """Says that the partition is computed when training has ended.
 
     Args:
         epoch: after so many epochs.
@@ -136,8 +131,8 @@ def say_late(epoch: int, due: str, *, acts: bool) -> None:
     late = f"Training has ended after {epochs_in_words(epoch)}: the partition{due_then}"
     if acts:
         rank_zero_warn(
-            f"{late} is drawn now, too late to prune or fine-tune; give training more epochs, or at_epoch a smaller"
+            f"{late} is computed now, too late to prune or fine-tune; give training more epochs, or at_epoch a smaller"
             " value."
         )
     elif due:
-        rank_zero_info(f"{late} is drawn now.")
+        rank_zero_info(f"{late} is computed now.")

@@ -60,9 +60,9 @@ def what_holds(
     said = f"The fit goes on from its checkpoint with {', '.join([*settings, *sizes])}"
     if partition is None:
         return f"{said}: the evidence of {epochs_seen} epochs in it is kept, and the new settings apply from here on."
-    held = f"{said}. Its partition, drawn at epoch {partition.epoch}, and what was done about it stay as they are."
+    held = f"{said}. Its partition, computed at epoch {partition.epoch}, and what was done about it stay as they are."
     if settings:
-        effect = "apply to partitions drawn from here on" if may_be_drawn_again else "have no effect"
+        effect = "apply to partitions computed from here on" if may_be_drawn_again else "have no effect"
         held += f" The new settings of the callbacks {effect}."
     if sizes:
         held += " Every sample that was kept is still trained on."

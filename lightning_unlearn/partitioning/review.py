@@ -68,9 +68,9 @@ def check_agrees(before: Review | None, now: Review) -> None:
     if before is None or not before.agrees_with(now):
         made = "without decisions" if before is None else f"with other decisions ({before.path})"
         raise ValueError(
-            f"Expected the decisions of {now.path} before the partition is drawn, but that of the checkpoint was drawn"
-            f" {made}; resume from a checkpoint of before at_epoch, start again without one, or leave review out to go"
-            " on with what the checkpoint has."
+            f"Expected the decisions of {now.path} before the partition is computed, but that of the checkpoint was"
+            f" computed {made}; resume from a checkpoint of before at_epoch, start again without one, or leave"
+            " review out to go on with what the checkpoint has."
         )
 
 

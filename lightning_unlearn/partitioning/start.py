@@ -113,7 +113,7 @@ def take_review(fit: FitContext, state: PartitionState, table: Table | None, *, 
         content: whether that of the data set's items counts.
 
     Raises:
-        ValueError: for what does not fit, or differs from what a checkpoint's partition was drawn with.
+        ValueError: for what does not fit, or differs from what a checkpoint's partition was computed with.
     """
     if table is None:
         return

@@ -28,11 +28,13 @@ class AtFirst(NamedTuple):
         memorized: of the labels suspected to be wrong, the share that it predicts; None where there are none.
         accuracy: on the validation data; None where it is not known.
         accuracy_gap: share of the training labels that it predicts, less that of the validation labels; None likewise.
+        best_accuracy: of the fit's validations so far; None likewise.
     """
 
     memorized: float | None
     accuracy: float | None
     accuracy_gap: float | None
+    best_accuracy: float | None = None
 
 
 @dataclass(eq=False)
@@ -44,17 +46,18 @@ class PartitionState:
         fingerprint: of the training set; empty before the first batch.
         partition: the one that is acted upon, or the first until there is one.
         rounds: every drawing of it.
-        is_stable: whether so few samples changed sides that it is not drawn again.
+        is_stable: whether so few samples changed sides that it is not computed again.
         memorized: see :class:`AtFirst`.
         accuracy_before: likewise.
         accuracy_gap: likewise.
+        best_accuracy_before: likewise.
         review: a person's decisions, which fit the data.
         fits: what the fit, and each resumed part of it, was made with.
         validation: the partition of the validation set.
         accuracy_after: on the validation data when the fit ends.
         summary: of a fit that has ended.
-        sample_weight: (N,) float32; neurons are ranked with it when a partition is drawn.
-        is_late: whether the partition is drawn when training has ended.
+        sample_weight: (N,) float32; neurons are ranked with it when a partition is computed.
+        is_late: whether the partition is computed when training has ended.
     """
 
     task: str = ""
@@ -65,6 +68,7 @@ class PartitionState:
     memorized: float | None = None
     accuracy_before: float | None = None
     accuracy_gap: float | None = None
+    best_accuracy_before: float | None = None
     review: Review | None = None
     fits: list[dict[str, Any]] = field(default_factory=list)
     validation: ValidationJudge = field(default_factory=ValidationJudge)
@@ -86,15 +90,15 @@ class PartitionState:
     @property
     def at_first(self) -> AtFirst:
         """What was known when the partition that others act upon first was drawn."""
-        return AtFirst(self.memorized, self.accuracy_before, self.accuracy_gap)
+        return AtFirst(self.memorized, self.accuracy_before, self.accuracy_gap, self.best_accuracy_before)
 
     def publish(self, drawn: Partition, found: AtFirst, stable_share: float) -> tuple[float, bool]:
         """Makes a partition known.
 
         Args:
             drawn: the new one.
-            found: when the one that others act upon first was drawn.
-            stable_share: it is not drawn again once less than this share of the samples has changed sides.
+            found: when the one that others act upon first was computed.
+            stable_share: it is not computed again once less than this share of the samples has changed sides.
 
         Returns:
             the share of the samples that have changed sides, and whether the partition is taken. One that cannot be
@@ -105,7 +109,7 @@ class PartitionState:
         self.rounds.append(PartitionRound(drawn.epoch, len(drawn.suspect_indices()), drawn.noise_rate, changed))
         # What could not be told may be told later.
         self.is_stable = not is_first and changed < stable_share and drawn.status in _TELLING
-        self.memorized, self.accuracy_before, self.accuracy_gap = found
+        self.memorized, self.accuracy_before, self.accuracy_gap, self.best_accuracy_before = found
         is_taken = is_first or drawn.is_actionable
         if is_taken:
             self.partition = drawn
@@ -134,7 +138,7 @@ def _plain(value: Any) -> Any:
 
 
 class PublishedPartition:
-    """What users ask of a callback that draws a partition, during the fit and after it."""
+    """What users ask of a callback that computes a partition, during the fit and after it."""
 
     state: PartitionState
     judge_validation: bool
@@ -153,7 +157,7 @@ class PublishedPartition:
             RuntimeError: before it is drawn, saying when it will be.
         """
         if self.state.partition is None:
-            raise RuntimeError(f"There is no partition yet: it is drawn {self._when_drawn()}.")
+            raise RuntimeError(f"There is no partition yet: it is computed {self._when_drawn()}.")
         return self.state.partition
 
     @property
@@ -164,8 +168,8 @@ class PublishedPartition:
         not limit it.
 
         Raises:
-            RuntimeError: without ``judge_validation``; before that of the training set is drawn; where the validation
-                data could not be read then.
+            RuntimeError: without ``judge_validation``; before that of the training set is computed; where the
+                validation data could not be read then.
         """
         return self.state.validation.found(self.judge_validation)
 
@@ -200,7 +204,7 @@ class PublishedPartition:
             RuntimeError: before the fit has ended.
         """
         if self.state.summary is None:
-            raise RuntimeError("There is no summary yet: it is made when a fit that has drawn a partition ends.")
+            raise RuntimeError("There is no summary yet: it is made when a fit that has computed a partition ends.")
         return self.state.summary
 
     @property
@@ -213,7 +217,7 @@ class PublishedPartition:
         pruned neurons of each layer) and ``accuracy``.
 
         Raises:
-            RuntimeError: before the partition is drawn.
+            RuntimeError: before the partition is computed.
         """
         if self._recorded is not None:
             return dict(copied(self._recorded))
@@ -224,7 +228,11 @@ class PublishedPartition:
             rounds=state.rounds,
             review=state.review,
             done={type(partner).__name__: partner.record(self.partition) for partner in self._partners},
-            accuracy={"before": state.accuracy_before, "after": state.accuracy_after},
+            accuracy={
+                "best_before": state.best_accuracy_before,
+                "before": state.accuracy_before,
+                "after": state.accuracy_after,
+            },
             validation=state.validation.record(),
         )
 
@@ -235,6 +243,6 @@ class PublishedPartition:
             path: file to write; folders are made, and what was there is replaced in one step.
 
         Raises:
-            RuntimeError: before the partition is drawn.
+            RuntimeError: before the partition is computed.
         """
         write_provenance(self.provenance, path)

@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from lightning_unlearn.results.finding import at_least, precision_in_words, worth_in_words
 from lightning_unlearn.results.partition import Partition
 from lightning_unlearn.results.status import PartitionStatus
 from lightning_unlearn.results.summary import RepairSummary
 from lightning_unlearn.trainer.divergence import ADVICE
 
-# A network that gives so many of the suspects their given label has memorized them.
-MEMORIZED = 0.5
 # On validation data, less is no gain: training on would have moved it as much.
 _POINTS = 0.003
 _NOTHING = "Nothing was done about it: no callback acted on the partition."
+_UNKNOWN = "Without validation data it is not known whether this helped."
 
 
-def outlook(memorized: float) -> str:
-    """What to expect of dropping the suspects, from the share of their labels that the network has memorized.
+class Accuracies(NamedTuple):
+    """On the validation data; None where not known.
 
-    Measured (``benchmarks/results/repair-cpu.md``): where the wrong labels were memorized, fine-tuning on the clean
-    subset was 6 to 33 points ahead of training on. Where they were not, it was between 1 point behind and 3 ahead of
-    training on for a short time; with the partition drawn again as the model got cleaner, it was ahead in every case.
-    Where training on memorized the rest, as in ``examples/speech`` (30 % at first), it was 26 points ahead.
+    Args:
+        before: at the partition.
+        after: at the end.
+        best_before: of the fit's validations before the partition.
     """
-    given = f"(it predicts {memorized:.0%} of them)"
-    if memorized >= MEMORIZED:
-        return f"The network has memorized the suspect labels {given}: fine-tuning on the clean subset should pay."
-    return (
-        f"The network has not memorized most of the suspect labels yet {given}: further training on them would, and"
-        " dropping them now prevents it. It may gain little over a few more epochs on all the data; draw the partition"
-        " again as the model gets cleaner (every_n_epochs)."
-    )
+
+    before: float | None = None
+    after: float | None = None
+    best_before: float | None = None
 
 
 def summarize(
@@ -38,7 +35,7 @@ def summarize(
     *,
     memorized: float | None,
     done: tuple[str, ...],
-    accuracy: tuple[float | None, float | None],
+    accuracy: Accuracies,
     is_dry_run: bool = False,
     diverged: str = "",
     validation: str = "",
@@ -49,7 +46,7 @@ def summarize(
         partition: the last one that was acted upon, or the one that was not.
         memorized: see :class:`~lightning_unlearn.results.summary.RepairSummary`.
         done: a clause for each callback that did something.
-        accuracy: on the validation data, before and after; None where not known.
+        accuracy: at the partition, at the end and before.
         is_dry_run: whether nothing was to be changed.
         diverged: which weights are NaN or infinite; empty for none.
         validation: what was found of the validation set, in a sentence; empty where it was not judged.
@@ -58,7 +55,7 @@ def summarize(
     sentences = [_found(partition, suspects)]
     if partition.is_actionable:
         if memorized is not None:
-            sentences.append(outlook(memorized))
+            sentences.append(f"The network predicted {memorized:.0%} of the suspect labels at the partition.")
         if is_dry_run:
             sentences.append(f"Dry run: {'; '.join(('nothing was changed', *done))}.")
         elif done:
@@ -70,15 +67,15 @@ def summarize(
         sentences.append(f"Training has diverged since, {diverged} are NaN or infinite: {ADVICE}.")
     if validation:
         sentences.append(validation)
-    before, after = accuracy
     return RepairSummary(
         samples=len(partition),
         suspects=suspects,
         noise_rate=partition.noise_rate,
         memorized=memorized,
         done=done,
-        accuracy_before=before,
-        accuracy_after=after,
+        accuracy_before=accuracy.before,
+        best_accuracy_before=accuracy.best_before,
+        accuracy_after=accuracy.after,
         advice=" ".join(sentences),
     )
 
@@ -110,13 +107,18 @@ def _how_sure(partition: Partition) -> str:
     return "; ".join([said, *worth_in_words(partition)])
 
 
-def _gained(before: float | None, after: float | None) -> str:
+def _gained(before: float | None, after: float | None, best: float | None) -> str:
+    """What was won against the fit's own weights before: those at the partition, and its best ones where known."""
     if before is None or after is None:
-        return "Without validation data it is not known whether it helped."
-    gain = after - before
-    text = f"Validation accuracy {before:.3f} before, {after:.3f} after: {100 * gain:+.1f} points"
+        return _UNKNOWN
+    points, control = f"{100 * (after - before):+.1f} points", before
+    text = f"Validation accuracy {after:.3f} at the end, {before:.3f} at the partition ({points})"
+    if best is not None and best > before:
+        text, control = f"{text}, {best:.3f} at best before it ({100 * (after - best):+.1f} points)", best
+    # Rounded, as points are shown to a tenth.
+    gain = round(after - control, 6)
     if gain <= -_POINTS:
-        return f"{text}, a loss. Check the suspects before you use this model."
+        return f"{text}: a loss. Check the suspects before you use this model."
     if gain < _POINTS:
-        return f"{text}, no gain to speak of."
-    return f"{text}; a fit that trains on with the same steps tells how much of that is due to the repair."
+        return f"{text}: no meaningful gain."
+    return f"{text}: a gain over the weights of before; training on with all data for the same steps was not compared."

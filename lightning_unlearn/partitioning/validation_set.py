@@ -99,11 +99,11 @@ class ValidationJudge:
             raise RuntimeError(f"There is no partition of the validation set: {self.fault}.")
         if asked:
             raise RuntimeError(
-                "There is no partition of the validation set yet: it is drawn with that of the training set."
+                "There is no partition of the validation set yet: it is computed with that of the training set."
             )
         raise RuntimeError(
-            "There is no partition of the validation set: set judge_validation=True, and it is drawn with that of the"
-            " training set."
+            "There is no partition of the validation set: set judge_validation=True, and it is computed with that of"
+            " the training set."
         )
 
     def begin(self, trainer: Trainer, pl_module: LightningModule, source: PartitionSource, trained_on: str) -> None:

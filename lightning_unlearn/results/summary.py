@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PartitionRound:
-    """One drawing of the partition in a fit that draws it several times.
+    """One of the partitions of a fit that computes several.
 
     Args:
         epoch: how many epochs were complete.
@@ -31,9 +31,10 @@ class RepairSummary:
         suspects: how many samples the last partition does not call clean.
         noise_rate: its estimate; None where it is not known.
         memorized: share of the samples suspected for their label to which the network gave that label when the first
-            partition that was acted upon was drawn; None if there were none.
+            partition that was acted upon was computed; None if there were none.
         done: what the callbacks did, a clause for each.
         accuracy_before: on the validation data at the same time; None where it is not known.
+        best_accuracy_before: the best of the fit's own validations before it; None likewise.
         accuracy_after: likewise, at the end of the fit; of the averaged weights where a callback averages them.
         advice: all of this in one paragraph, with what it means.
     """
@@ -44,5 +45,6 @@ class RepairSummary:
     memorized: float | None
     done: tuple[str, ...]
     accuracy_before: float | None
+    best_accuracy_before: float | None
     accuracy_after: float | None
     advice: str

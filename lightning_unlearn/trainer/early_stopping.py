@@ -14,7 +14,7 @@ from lightning_unlearn.trainer.progress import rank_zero_info
 
 
 class EarlyEnd:
-    """Keeps a fit that EarlyStopping ends until the next epoch would start, where the partition is drawn.
+    """Keeps a fit that EarlyStopping ends until the next epoch would start, where the partition is computed.
 
     EarlyStopping looks at its metric after all other callbacks, at the end of an epoch, and the fit loop ends right
     after it. In between, ``min_epochs`` is one epoch more.

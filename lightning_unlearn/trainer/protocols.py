@@ -18,7 +18,7 @@ class PartitionSource(Protocol):
     """A callback that publishes a partition. How the callbacks know each other without importing each other."""
 
     at_epoch: Any
-    """When the partition is drawn: a number of epochs, a share of them, or ``"auto"``."""
+    """When the partition is computed: a number of epochs, a share of them, or ``"auto"``."""
     reading: Any
     """How batches, outputs and labels are read: a :class:`~lightning_unlearn.data.task_format.TaskFormat`."""
 
@@ -43,7 +43,7 @@ class PartitionSource(Protocol):
         """Whether neurons are regressed on the probability of being clean, or (as in the paper) on the two clusters."""
 
     def get_partition(self, trainer: Any, pl_module: Any) -> Partition | None:
-        """The partition, drawn now if it is due, or None if it is not due yet."""
+        """The partition, computed now if it is due, or None if it is not due yet."""
 
 
 @runtime_checkable

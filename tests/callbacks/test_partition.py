@@ -117,7 +117,7 @@ def test_where_training_is_read_there_is_one_pass(recipe):
 
 
 def test_before_it_exists_the_error_names_the_epoch():
-    with pytest.raises(RuntimeError, match="it is drawn when 7 epochs are complete"):
+    with pytest.raises(RuntimeError, match="it is computed when 7 epochs are complete"):
         _ = AttributionPartitionCallback(at_epoch=7).partition
 
 
@@ -269,7 +269,7 @@ def test_saves_loads_and_exports(tmp_path):
 
 
 def test_state_is_tensors_and_primitives(tmp_path):
-    for epochs in (2, 4):  # while evidence is gathered, and once the partition is drawn
+    for epochs in (2, 4):  # while evidence is gathered, and once the partition is computed
         callback = AttributionPartitionCallback(at_epoch=epochs - 1 if epochs == 4 else 3, evidence_every_n_epochs=1)
         keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
         fit(Toy(), BlobsData(Blobs()), [callback, keep], max_epochs=4, enable_checkpointing=True)

@@ -264,7 +264,7 @@ def test_gradients_of_pruned_entries_do_not_count_in_the_norm_that_clips():
 
 def test_before_there_is_a_mask_the_error_names_the_epoch():
     prune = SensitivityPruneCallback()
-    with pytest.raises(RuntimeError, match="no mask yet: neurons are pruned when the partition is drawn"):
+    with pytest.raises(RuntimeError, match="no mask yet: neurons are pruned when the partition is computed"):
         _ = prune.mask
     with pytest.raises(RuntimeError, match="known when training starts"):
         prune.target_layer()

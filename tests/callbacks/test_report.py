@@ -190,7 +190,7 @@ def test_a_report_that_cannot_be_written_does_not_end_the_fit(tmp_path):
 
 
 def test_a_fit_that_ends_before_the_partition_is_due_has_a_report_of_the_one_drawn_at_its_end(tmp_path):
-    with pytest.warns(UserWarning, match="due when 2 epochs are complete, is drawn now, too late to prune"):
+    with pytest.warns(UserWarning, match="due when 2 epochs are complete, is computed now, too late to prune"):
         _, (partition, *_) = a_fit(UnlearnReport(tmp_path / "run"), max_steps=3)
     record = RunRecord.load(tmp_path / "run")
     assert record.partition.clean_probability.equal(partition.partition.clean_probability)

@@ -65,7 +65,7 @@ def test_resuming_after_any_epoch_equals_the_uninterrupted_fit(tmp_path, variant
     keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
     (partition, prune, _), whole, record, trainer = start(callbacks=[keep])
     assert sorted(record.by_epoch[AT]) == partition.partition.clean_indices().tolist()
-    # Before any evidence, between the passes, right before the partition is drawn, and twice after it.
+    # Before any evidence, between the passes, right before the partition is computed, and twice after it.
     for epoch in range(EPOCHS - 1):
         ours, module, again, trainer_again = start(tmp_path / f"epoch={epoch}.ckpt")
         assert ours[0].partition.is_clean.equal(partition.partition.is_clean), epoch

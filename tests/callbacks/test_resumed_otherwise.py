@@ -81,7 +81,7 @@ def test_no_sample_is_left_out_for_another_size_of_batches(checkpoint, lines, si
     assert run.clean == first.clean
     assert [run.trained_on(epoch) for epoch in (FROM + 1, EPOCHS - 1)] == [first.clean] * 2
     assert lines() == [
-        f"{GOES_ON}batch size {size} instead of 16. Its partition, drawn at epoch {AT}, and what was done about it"
+        f"{GOES_ON}batch size {size} instead of 16. Its partition, computed at epoch {AT}, and what was done about it"
         " stay as they are. Every sample that was kept is still trained on."
     ]
 
@@ -113,7 +113,7 @@ def test_other_use_of_noisy_samples_comes_too_late(checkpoint, lines, on_noisy):
     assert run.trained_on(EPOCHS - 1) == first.clean
     assert run.ours[2].draw.new_label is run.ours[2].draw.probability is None
     (line,) = lines()
-    assert f"with on_noisy='{on_noisy}' instead of 'drop'. Its partition, drawn at epoch {AT}," in line
+    assert f"with on_noisy='{on_noisy}' instead of 'drop'. Its partition, computed at epoch {AT}," in line
     assert line.endswith("The new settings of the callbacks have no effect.")
 
 
@@ -144,9 +144,9 @@ def test_in_rounds_a_fit_that_did_not_re_label_does_so_from_the_next_round_on(ch
         ({"recipe": "loss"}, "recipe='loss' instead of 'auto'"),
         ({"recipe": by_margin}, "recipe='by_margin' instead of 'auto'"),
         ({"layer": "net.0"}, "layer='net.0' instead of None"),
-        ({"precision": 0.9, "method": "deeplift"}, "method='deeplift' instead of "),
+        ({"suspect_precision": 0.9, "method": "deeplift"}, "method='deeplift' instead of "),
     ],
-    ids=["earlier", "later", "recipe", "own recipe", "layer", "precision, method"],
+    ids=["earlier", "later", "recipe", "own recipe", "layer", "suspect_precision, method"],
 )
 def test_a_partition_that_is_drawn_holds(checkpoint, lines, settings, said):
     first, path = checkpoint()
@@ -166,7 +166,7 @@ def test_in_rounds_the_new_settings_count_for_those_to_come(checkpoint, lines, a
     assert [drawn.epoch for drawn in run.ours[0].rounds] == [AT, AT + 2]
     assert run.ours[0].partition.recipe == "label"
     (line,) = lines()
-    assert line.endswith("The new settings of the callbacks apply to partitions drawn from here on.")
+    assert line.endswith("The new settings of the callbacks apply to partitions computed from here on.")
 
 
 @pytest.mark.parametrize("at_epoch", [1, 4])

@@ -1,4 +1,4 @@
-"""The partition drawn again while fine-tuning goes on, and everybody who follows it."""
+"""The partition computed again while fine-tuning goes on, and everybody who follows it."""
 
 from functools import partial
 from itertools import permutations
@@ -202,8 +202,8 @@ def test_a_data_set_without_noise_is_not_looked_at_for_ever(monkeypatch):
     monkeypatch.setattr("lightning_unlearn.partitioning.messages.rank_zero_info", said.append)
     (partition, _, _), *_ = drawn_again(Scripted(everything), every=1, stable_share=0.01)
     assert [drawn.epoch for drawn in partition.rounds] == [2, 3]
-    (line,) = [line for line in said if "drawn again" in line]
-    assert line.endswith("samples clean), the one before stays, and none is drawn again.")
+    (line,) = [line for line in said if "Partition recomputed" in line]
+    assert line.endswith("samples clean), the one before stays, and none is computed again.")
     assert "stable" not in line
 
 

@@ -102,7 +102,9 @@ def test_half_precision_with_a_scaler(scale):
 
 def test_max_steps_before_the_partition_ends_the_fit_with_a_warning():
     callbacks = trio(AT)
-    with pytest.warns(UserWarning, match="ended after 2 epochs: the partition is drawn now, too late to prune or fine"):
+    with pytest.warns(
+        UserWarning, match="ended after 2 epochs: the partition is computed now, too late to prune or fine"
+    ):
         fit(Toy(), BlobsData(Blobs(SIZE)), callbacks, max_steps=9, max_epochs=-1)
     assert not callbacks[2].is_active
 

@@ -1,4 +1,4 @@
-"""When the partition is drawn: a number of epochs, a share of them, or once the evidence has peaked."""
+"""When the partition is computed: a number of epochs, a share of them, or once the evidence has peaked."""
 
 import logging
 import math
@@ -20,7 +20,7 @@ from tests.toys import Blobs, BlobsData, Toy, adamw, assert_same_weights, auroc,
 
 SIZE = 101
 LOGGER = "lightning.pytorch.utilities.rank_zero"
-LATE = "is drawn now, too late to prune or fine-tune"
+LATE = "is computed now, too late to prune or fine-tune"
 ON = "EarlyStopping would have ended training on all the data here; it goes on"
 
 
@@ -93,9 +93,9 @@ def test_a_share_of_no_number_is_refused():
 
 
 def test_before_it_exists_the_error_says_when():
-    with pytest.raises(RuntimeError, match="it is drawn once the evidence has peaked, after two thirds of the epochs"):
+    with pytest.raises(RuntimeError, match="it is computed once the evidence has peaked, after two thirds of the"):
         _ = AttributionPartitionCallback().partition
-    with pytest.raises(RuntimeError, match="it is drawn when 25% of the epochs are complete"):
+    with pytest.raises(RuntimeError, match="it is computed when 25% of the epochs are complete"):
         _ = AttributionPartitionCallback(at_epoch=0.25).partition
 
 
@@ -189,7 +189,7 @@ def test_by_default_it_works_in_any_fit(said):
     assert 2 <= partition.partition.epoch <= 6
     assert auroc(partition.partition.clean_probability, ~data.train.wrong) > 0.95
     assert finetune.first_epoch == partition.partition.epoch
-    why = f"The partition is drawn after {partition.partition.epoch} epochs: "
+    why = f"The partition is computed after {partition.partition.epoch} epochs: "
     assert said().index(why) < said().index("training samples begins")
     assert partition.provenance["fits"][0]["settings"]["AttributionPartitionCallback"]["at_epoch"] == "auto"
 
@@ -394,7 +394,7 @@ def test_a_fit_that_is_too_short_gets_its_partition_at_its_end(at_epoch, said):
 def test_a_single_epoch_is_not_relied_upon(at_epoch):
     callback = AttributionPartitionCallback(at_epoch=at_epoch)
     fit(Toy(), BlobsData(Blobs(SIZE)), [callback], max_epochs=5 if at_epoch == 3 else 1, max_steps=7)
-    assert "it was drawn after a single epoch" in callback.partition.warning
+    assert "it was computed after a single epoch" in callback.partition.warning
     assert callback.partition.status is PartitionStatus.TOO_EARLY
     assert not callback.partition.is_actionable
     asked = AttributionPartitionCallback(at_epoch=1, recipe="label")

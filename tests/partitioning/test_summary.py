@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback
 from lightning_unlearn.callbacks import partition as partition_module
 from lightning_unlearn.partitioning.apply_recipe import apply_recipe
-from lightning_unlearn.partitioning.summary import summarize
+from lightning_unlearn.partitioning.summary import Accuracies, summarize
 from lightning_unlearn.pruning import run as run_module
 from lightning_unlearn.pruning.ranking import rank_neurons
 from lightning_unlearn.results.labels import REASONS
@@ -152,34 +152,51 @@ def test_advice_where_nothing_is_noisy():
     found = f"All of the 203 training samples count as clean, nothing was changed: {caveat}. The table"
     assert summary.advice.startswith(found)
     plain = make_partition(torch.ones(8), torch.arange(8) % 4, warning="it calls all clean", status="all_clean")
-    said = summarize(plain, memorized=None, done=(), accuracy=(None, None)).advice
+    said = summarize(plain, memorized=None, done=(), accuracy=Accuracies()).advice
     assert said.startswith("No sign of noise in the 8 training samples: nothing was changed. The table")
     assert (summary.suspects, summary.memorized, summary.done) == (0, None, ())
     assert (summary.accuracy_before, summary.accuracy_after) == (None, None)
     assert not finetune.is_active
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "at", "sentence"),
-    [
-        (memorizing, 40, "The network has memorized the suspect labels (it predicts {share} of them): fine-tuning"),
-        (creeping, 2, "The network has not memorized most of the suspect labels yet (it predicts {share} of them):"),
-    ],
-    ids=["memorized", "not memorized"],
-)
-def test_advice_says_whether_wrong_labels_were_memorized(optimizer, at, sentence, caplog):
+@pytest.mark.parametrize(("optimizer", "at"), [(memorizing, 40), (creeping, 2)], ids=["memorized", "not memorized"])
+def test_one_sentence_before_says_what_is_to_be_won_and_one_after_what_was(optimizer, at, caplog):
     caplog.set_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero")
-    (partition, _, _), *_ = a_fit(optimizer=optimizer, at=at, epochs=at + 1)
-    summary = partition.summary
-    assert (summary.memorized >= 0.5) == (at == 40)
-    assert sentence.format(share=f"{summary.memorized:.0%}") in summary.advice
-    assert ("(every_n_epochs)" in summary.advice) == (at == 2)
+    (partition, _, _), *_ = a_fit(optimizer=optimizer, at=at, epochs=at + 1, every_n_epochs=5)
+    summary, is_memorized = partition.summary, at == 40
+    assert (summary.memorized >= 0.5) == is_memorized
+    assert f"The network predicted {summary.memorized:.0%} of the suspect labels at the partition." in summary.advice
     assert summary.advice.startswith(f"{summary.suspects} of 203 training samples are suspect ({summary.suspects} for")
     assert f"estimated noise rate {summary.noise_rate:.1%}" in summary.advice
-    # Said once when the partition is drawn, and in the end.
     said = [record.getMessage() for record in caplog.records]
-    assert sum(sentence.format(share=f"{summary.memorized:.0%}") in line for line in said) == 2
+    before = "The accuracy lost to memorized labels" if is_memorized else "Little to gain in one epoch: fine-tuning"
+    (place,) = (at for at, line in enumerate(said) if line.startswith(before))
     assert said.count(summary.advice) == 1
+    assert place < said.index(summary.advice)
+    assert sum("not memorized" in line for line in said) == (not is_memorized)
+    assert not any("every_n_epochs" in line for line in said)
+
+
+def test_the_best_validation_before_the_partition_is_kept_and_compared_with():
+    class Records(L.Callback):
+        def __init__(self):
+            self.seen = []
+
+        def on_validation_epoch_end(self, trainer, pl_module):
+            if not trainer.sanity_checking and trainer.current_epoch < SOME:
+                held_out = data.val_dataloader().dataset
+                self.seen.append(accuracy(pl_module.net, held_out.x, held_out.y))
+
+    data, records = Unlike(Blobs()), Records()
+    (partition, _, _), *_ = a_fit(at=SOME, epochs=SOME + 2, data=data, beside=[records])
+    summary = partition.summary
+    assert len(records.seen) == SOME
+    assert summary.best_accuracy_before == pytest.approx(max(records.seen))
+    assert max(records.seen) > records.seen[-1]  # else it would say nothing new
+    assert summary.accuracy_before == pytest.approx(records.seen[-1])
+    assert f", {summary.best_accuracy_before:.3f} at best before it (" in summary.advice
+    found = partition.provenance["accuracy"]
+    assert found["best_before"] == summary.best_accuracy_before
 
 
 def test_advice_without_validation_data():
@@ -187,7 +204,7 @@ def test_advice_without_validation_data():
     (partition, _, _), *_ = a_fit(data=data)
     summary = partition.summary
     assert (summary.accuracy_before, summary.accuracy_after) == (None, None)
-    assert summary.advice.endswith("Without validation data it is not known whether it helped.")
+    assert summary.advice.endswith("Without validation data it is not known whether this helped.")
 
 
 def test_advice_of_the_partition_alone():
@@ -217,40 +234,52 @@ def partition_of(suspects=2, **kwargs):
 def test_advice_counts_reasons():
     reason = torch.tensor([1, 1, 3, 2, 2, 2, 0, 0, 0, 0], dtype=torch.uint8)
     summary = summarize(
-        partition_of(6, reason=reason, noise_rate=0.6), memorized=None, done=("did it",), accuracy=(None, None)
+        partition_of(6, reason=reason, noise_rate=0.6), memorized=None, done=("did it",), accuracy=Accuracies()
     )
     assert summary.advice == (
         "6 of 10 training samples are suspect (2 for label, 3 for input, 1 for both), estimated noise rate 60.0%."
-        " Done: did it. Without validation data it is not known whether it helped."
+        " Done: did it. Without validation data it is not known whether this helped."
     )
 
 
+GAIN = ": a gain over the weights of before; training on with all data for the same steps was not compared."
+NOTHING = ": no meaningful gain."
+LOSS = ": a loss. Check the suspects before you use this model."
+
+
 @pytest.mark.parametrize(
-    ("after", "points", "ending"),
+    ("best", "after", "ending"),
     [
-        (0.75, "+25.0", "; a fit that trains on with the same steps tells how much of that is due to the repair."),
-        (0.504, "+0.4", "; a fit that trains on with the same steps tells how much of that is due to the repair."),
-        (0.502, "+0.2", ", no gain to speak of."),
-        (0.5, "+0.0", ", no gain to speak of."),
-        (0.499, "-0.1", ", no gain to speak of."),
-        (0.4, "-10.0", ", a loss. Check the suspects before you use this model."),
+        (None, 0.75, f"(+25.0 points){GAIN}"),
+        (None, 0.504, f"(+0.4 points){GAIN}"),
+        (None, 0.503, f"(+0.3 points){GAIN}"),
+        (None, 0.502, f"(+0.2 points){NOTHING}"),
+        (None, 0.5, f"(+0.0 points){NOTHING}"),
+        (None, 0.499, f"(-0.1 points){NOTHING}"),
+        (None, 0.497, f"(-0.3 points){LOSS}"),
+        (None, 0.4, f"(-10.0 points){LOSS}"),
+        (0.45, 0.75, f"(+25.0 points){GAIN}"),
+        (0.6, 0.75, f"(+25.0 points), 0.600 at best before it (+15.0 points){GAIN}"),
+        (0.75, 0.75, f"(+25.0 points), 0.750 at best before it (+0.0 points){NOTHING}"),
+        (0.8, 0.75, f"(+25.0 points), 0.800 at best before it (-5.0 points){LOSS}"),
     ],
 )
-def test_advice_says_what_was_gained(after, points, ending):
-    summary = summarize(partition_of(), memorized=0.8, done=("a", "b"), accuracy=(0.5, after))
-    text = f"Done: a; b. Validation accuracy 0.500 before, {after:.3f} after: {points} points{ending}"
+def test_advice_says_what_was_gained_and_against_what(best, after, ending):
+    summary = summarize(partition_of(), memorized=0.8, done=("a", "b"), accuracy=Accuracies(0.5, after, best))
+    text = f"Done: a; b. Validation accuracy {after:.3f} at the end, 0.500 at the partition {ending}"
     assert summary.advice.endswith(text)
+    assert (summary.accuracy_before, summary.best_accuracy_before, summary.accuracy_after) == (0.5, best, after)
 
 
 def test_advice_where_the_partition_was_not_acted_upon():
-    summary = summarize(partition_of(warning="it is not sure"), memorized=0.8, done=(), accuracy=(None, None))
+    summary = summarize(partition_of(warning="it is not sure"), memorized=0.8, done=(), accuracy=Accuracies())
     assert summary.advice.endswith("Nothing was changed: it is not sure.")
     assert "memorized" not in summary.advice
 
 
 def test_advice_of_a_dry_run_does_not_ask_whether_it_helped():
     summary = summarize(
-        partition_of(), memorized=0.2, done=("would prune 1 of 8 neurons",), accuracy=(None, None), is_dry_run=True
+        partition_of(), memorized=0.2, done=("would prune 1 of 8 neurons",), accuracy=Accuracies(), is_dry_run=True
     )
     assert "would prune 1 of 8 neurons" in summary.advice
     assert "nothing was changed" in summary.advice
@@ -265,7 +294,9 @@ class Halts(Exception):
 def test_there_is_no_summary_before_a_fit_has_ended():
     class Asks(L.Callback):
         def on_train_epoch_end(self, trainer, pl_module):
-            with pytest.raises(RuntimeError, match="no summary yet: it is made when a fit that has drawn a partition"):
+            with pytest.raises(
+                RuntimeError, match="no summary yet: it is made when a fit that has computed a partition"
+            ):
                 partition.summary  # noqa: B018
             if trainer.current_epoch == stop:
                 raise Halts

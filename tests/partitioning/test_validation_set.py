@@ -91,7 +91,7 @@ def test_it_is_said_and_recorded(whole, tmp_path):
 
 
 class Keeps(L.Callback):
-    """A copy of the model as it is when the partition is drawn."""
+    """A copy of the model as it is when the partition is computed."""
 
     def on_train_epoch_start(self, trainer, pl_module):
         if trainer.current_epoch == AT:
@@ -236,9 +236,9 @@ def test_a_fit_without_validation_is_refused():
 
 
 def test_when_to_ask():
-    with pytest.raises(RuntimeError, match="of the validation set: set judge_validation=True, and it is drawn with"):
+    with pytest.raises(RuntimeError, match="of the validation set: set judge_validation=True, and it is computed with"):
         _ = AttributionPartitionCallback(at_epoch=AT).validation_partition
-    with pytest.raises(RuntimeError, match="of the validation set yet: it is drawn with that of the training set"):
+    with pytest.raises(RuntimeError, match="of the validation set yet: it is computed with that of the training set"):
         _ = AttributionPartitionCallback(at_epoch=AT, judge_validation=True).validation_partition
     with pytest.raises(ValueError, match="Expected judge_validation to be True or False, but got 1"):
         AttributionPartitionCallback(at_epoch=AT, judge_validation=1)

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
 
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback, SensitivityPruneCallback
-from lightning_unlearn.partitioning.summary import summarize
+from lightning_unlearn.partitioning.summary import Accuracies, summarize
 from lightning_unlearn.trainer.divergence import LossWatch, not_finite
 from tests.toys import Blobs, BlobsData, Toy, adamw, fit, mlp, sgd, trio
 
@@ -132,7 +132,7 @@ def test_logits_that_overflow_are_never_right():
 def test_the_summary_in_words():
     callbacks = trio(AT)
     fit(Toy(), BlobsData(Blobs()), callbacks)
-    facts = {"memorized": 0.9, "done": ("pruned 1 of 2 neurons",), "accuracy": (0.5, None)}
+    facts = {"memorized": 0.9, "done": ("pruned 1 of 2 neurons",), "accuracy": Accuracies(0.5)}
     advice = summarize(callbacks[0].partition, **facts, diverged="the weights of 'fc'").advice
     assert (
         "Done: pruned 1 of 2 neurons. Training has diverged since, the weights of 'fc' are NaN or infinite: " in advice

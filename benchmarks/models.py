@@ -169,7 +169,7 @@ class TrainOn(L.Callback):
         self.make_optimizer, self.make_schedule = make_optimizer, make_schedule
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Before the partition is drawn: whoever acts on it has the last word."""
+        """Before the partition is computed: whoever acts on it has the last word."""
         optimizer = self.make_optimizer(pl_module.parameters())
         trainer.strategy.optimizers = [optimizer]
         schedules = [] if self.make_schedule is None else [LRSchedulerConfig(self.make_schedule(optimizer))]

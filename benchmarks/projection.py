@@ -18,7 +18,7 @@ _SAMPLES, _COLUMNS = 1000, 5_000
 
 
 class Project(L.Callback):
-    """Once the partition is drawn, projects the inputs of every layer; ``alpha`` is that of the best validation.
+    """Once the partition is computed, projects the inputs of every layer; ``alpha`` is that of the best validation.
 
     Args:
         partition: the callback that draws it, before this one in the list.

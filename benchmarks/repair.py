@@ -10,7 +10,7 @@ the units, each taking one that no other is at.
     python -m benchmarks.repair --scale quick                            # features, tables, texts and digits: an hour
     python -m benchmarks.repair --scale cpu-all --jobs 2                 # nine cases, three seeds, all arms: some hours
     python -m benchmarks.repair --cases spoken-sym40 --regimes memorized --seeds 0 --arms F-FT continue
-    python -m benchmarks.repair --scale cpu-all --tables-only --write benchmarks/results/repair-cpu.md
+    python -m benchmarks.repair --scale quick --tables-only --write benchmarks/results/repair-quick-cpu.md
     python -m benchmarks.repair --fast --cases digits-sym40 --seeds 0    # only to see that everything runs
     python -m benchmarks.repair --scale gpu                              # human noise at full size, ResNet-18 and 34
 """
@@ -59,7 +59,7 @@ CPU_TABLE = (
 MAIN_ARMS = (BASE, FFT, KEEP, *CONTROLS, RELABEL, "rounds", "rounds + relabel", "oracle", CE, ELR)
 # Defaults of the options, by scale.
 SCALES = {
-    # 27.8 processor minutes in all (results/repair-scale-cpu.md). The longest units first, so that two jobs
+    # 27.8 processor minutes in all when last run. The longest units first, so that two jobs
     # end together: 12.3, 8.4, 5.6 and 1.5 minutes.
     "cpu": {
         "cases": ("cifar-human", "spoken-sym40"),

@@ -69,7 +69,7 @@ class _Clock(L.Callback):
         self.started.append(seconds_now(pl_module.device))
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Reads it before a partition is drawn, since training ends."""
+        """Reads it before a partition is computed, since training ends."""
         self.ended = seconds_now(pl_module.device)
 
 

@@ -300,7 +300,7 @@ def _doubtful(one: _Column, is_clean: Tensor, label: Tensor, share: float, judge
     """(N,) bool, the clean samples that are better not trained on, as their label is likely enough wrong.
 
     Only where suspects are acted upon, by probabilities that say how many labels are wrong; of several labels each
-    would leave out samples for itself.
+    would leave out samples for itself. No class loses all that it has.
     """
     noise = None if label.ndim > 1 or judged[0].verdict is None else judged[0].verdict.noise
     if noise is None or noise.status != "found" or not bool(one.suspect.any()):
@@ -308,6 +308,10 @@ def _doubtful(one: _Column, is_clean: Tensor, label: Tensor, share: float, judge
     trained = _enforce_min_class_fraction(
         is_clean & (one.of_label >= TRAINED_ON), one.probability, label, share, one.usable
     )
+    for _, members in indices_by_class(label):
+        if not bool(trained[members].any()):
+            # A class of which nothing is sure is better learned from what is clean than not at all.
+            trained[members] = is_clean[members]
     return is_clean & ~trained
 
 

@@ -50,6 +50,7 @@ _NO_CONFUSION, _ALL_CONFUSION = 0.02, 0.04
 # are memorized or classes are hard to tell.
 _CLEAR_CUT = 0.2
 
+_ONE = 0.5  # samples that are wrong by the rate: fewer are none, however sure a few samples make it
 # How much of the right labels a network predicted in an early epoch, from 0, as by chance, to 1, all of them, in
 # logarithms. Up to the first, of its best guess only what natural confusion does not explain counts, since what is not
 # learned looks wrong; from the second on, all of it.
@@ -159,7 +160,7 @@ def find_label_noise(history: LabelHistory, *, reduce: Reduce = no_reduce) -> La
     objection = "" if bool(can_judge.any()) else NOT_KNOWN
     if not objection:
         found = replace(found, wrong=torch.where(can_judge[asked.label], found.wrong, NO_DOUBT * found.wrong))
-    status = _status(found.z, is_open=is_open)
+    status = _status(found.z, found.rate * number, is_open=is_open)
     if status == "none" and matrix is not None and not matrix.is_named:
         objection = objection or NOT_NAMED
     return _label_noise(found, named, "unknown" if objection else status, objection, asked)
@@ -337,7 +338,9 @@ def _is_sampled(history: LabelHistory) -> bool:
     return history.favored is not None and bool(history.favored.any())
 
 
-def _status(z: float, *, is_open: bool) -> Status:
+def _status(z: float, wrong: float, *, is_open: bool) -> Status:
+    if wrong < _ONE:
+        return "none"
     if z >= ACTED_Z and not is_open:
         return "found"
     return "weak" if z >= NAMED_Z else "none"

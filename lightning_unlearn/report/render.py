@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
-from torch import Tensor
 
 from lightning_unlearn.report.actions import DONE, Action, Actions
 from lightning_unlearn.report.charts import (
@@ -28,16 +27,19 @@ from lightning_unlearn.report.charts import (
     precision_chart,
     sensitivities,
 )
+from lightning_unlearn.report.decisions import labels_of, review_data
 from lightning_unlearn.report.record import RunRecord
 from lightning_unlearn.results.class_summary import confusion_counts
 from lightning_unlearn.results.finding import finding_of
-from lightning_unlearn.results.labels import DECISIONS, REASONS, label_issue_mask, positive_labels
+from lightning_unlearn.results.labels import DECISIONS, REASONS, label_issue_mask
 from lightning_unlearn.results.mask import NeuronMask
 from lightning_unlearn.results.partition import Partition
 from lightning_unlearn.utilities.files import replacing
 
 # Classes in a heat map; of more, those with the most suspects.
 _CLASSES = 30
+# Rows of the table that stands in for the gallery where no script runs.
+_WITHOUT_SCRIPT = 50
 # What the lists are called on the page.
 _LISTED = {"suspect": "suspects", "review": "worth a look", "clean": "clean"}
 _SOURCE = re.compile(r"data:(image/(png|jpeg)|audio/wav);base64,[A-Za-z0-9+/=]*")
@@ -61,7 +63,7 @@ def render_report(record: RunRecord, control: RunRecord | None = None) -> str:
         record: of the run.
         control: of a fit to compare it with, whose curves are drawn dashed.
     """
-    script = _template("report.js")
+    script = _template("review.js") + _template("report.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     partition = record.partition
     names = _Names(record)
@@ -102,8 +104,11 @@ def render_report(record: RunRecord, control: RunRecord | None = None) -> str:
                     "lists": [(word, _LISTED[word]) for word in ("suspect", "review", "clean")],
                     "actions": DONE if actions.has_acted else DECISIONS,
                     "samples": samples,
+                    "review": review_data(partition, names.known, record.gallery, actions.reviewed),
                 }
             ),
+            plain=samples[:_WITHOUT_SCRIPT],
+            sounds=any(sample["card"].get("kind") == "audio" for sample in samples),
             shown=sum(sample["list"] == "suspect" for sample in samples),
             reviewed=sum(sample["list"] == "review" for sample in samples),
             spared=sum(sample["list"] == "clean" for sample in samples),
@@ -216,8 +221,8 @@ def _samples(record: RunRecord, actions: Actions) -> Iterator[dict[str, Any]]:
     for index in [*(index for index in ranked if listed[index] != "clean"), *kept]:
         yield {
             "index": index,
-            "given": _labels(partition.label[index]),
-            "suggested": _labels(partition.suggested_label[index]),
+            "given": labels_of(partition.label[index]),
+            "suggested": labels_of(partition.suggested_label[index]),
             "sure": round(float(partition.suggested_probability[index]), 4),
             "p": round(float(partition.clean_probability[index]), 6),
             "told": partition.noise_rate is not None,
@@ -231,10 +236,6 @@ def _samples(record: RunRecord, actions: Actions) -> Iterator[dict[str, Any]]:
 
 def _action(action: Action) -> dict[str, Any]:
     return {"action": action.word, "new": list(action.new), "person": action.by_person}
-
-
-def _labels(label: Tensor) -> list[int]:
-    return [int(label)] if label.ndim == 0 else positive_labels(label.unsqueeze(0))[0]
 
 
 def _safe(card: dict[str, Any]) -> dict[str, Any]:

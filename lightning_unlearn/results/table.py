@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from lightning_unlearn.data.fingerprint import short_fingerprint
@@ -22,6 +23,7 @@ def columns_of(
     review: int,
     names: dict[int, str] | None,
     columns: Mapping[str, Sequence[Any]] | None,
+    among: Sequence[int] | None = None,
 ) -> dict[str, list[Any]]:
     """The columns by title; see :meth:`~lightning_unlearn.Partition.to_csv`.
 
@@ -31,6 +33,7 @@ def columns_of(
         review: so many of them are in the table all the same.
         names: of every class, by label; None where they are not known.
         columns: further ones, by dataset index.
+        among: dataset indices, whose rows alone are in the table.
 
     Raises:
         ValueError: if there is not one value per sample, or a title is taken.
@@ -56,6 +59,10 @@ def columns_of(
     )
     if suspects_only:
         order = order[: len(partition.suspect_indices()) + review]
+    rank = torch.arange(len(order))
+    if among is not None:
+        rank = torch.isin(order, torch.tensor(among, dtype=torch.int64)).nonzero().flatten()
+        order = order[rank]
     given, suggested = partition.label[order], partition.suggested_label[order]
     own = {
         "index": order.tolist(),
@@ -71,9 +78,9 @@ def columns_of(
         "input_evidence": [f"{value:.6g}" for value in partition.input_evidence[order].tolist()],
         "reason": [REASONS[code] for code in partition.reason[order].tolist()],
         "is_clean": partition.is_clean[order].int().tolist(),
-        "rank": list(range(1, len(order) + 1)),
+        "rank": (rank + 1).tolist(),
         "list": [listed[index] for index in order.tolist()],
-        "expected_precision": [""] * len(order) if curve is None else _short(curve[: len(order)]),
+        "expected_precision": [""] * len(order) if curve is None else _short(curve[rank]),
         "proposed": [decisions[index] for index in order.tolist()],
         "decision": [""] * len(order),
         "dataset": [short_fingerprint(partition.fingerprint)] * len(order),

@@ -112,7 +112,7 @@ def write_csv(path: str | PathLike[str], columns: Mapping[str, Sequence[Any]]) -
         >>> file.read_text().splitlines()
         ['class,score', 'cat,-0.5', "'=1+1,1"]
     """
-    rows = [[_cell(value) for value in row] for row in (columns, *zip(*columns.values(), strict=True))]
+    rows = [[spreadsheet_cell(value) for value in row] for row in (columns, *zip(*columns.values(), strict=True))]
     # Where another separator is the custom, a cell that holds it would fall into two.
     splits = any(isinstance(value, str) and (";" in value or "\t" in value) for row in rows for value in row)
     with replacing(path) as file:
@@ -134,7 +134,13 @@ def write_json(path: str | PathLike[str], content: Mapping[str, Any]) -> None:
         file.write(text.encode())
 
 
-def _cell(value: Any) -> Any:
+def spreadsheet_cell(value: Any) -> Any:
+    """A value of a table, in which a spreadsheet finds nothing to run.
+
+    Example:
+        >>> spreadsheet_cell("=1+1"), spreadsheet_cell("-1"), spreadsheet_cell(-1)
+        ("'=1+1", '-1', -1)
+    """
     if not isinstance(value, str) or _NUMBER.fullmatch(value):
         return value
     return f"'{value}" if value.lstrip(" ").startswith(_FORMULA) else value

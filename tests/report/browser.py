@@ -16,7 +16,17 @@ NAMES = ("chromium", "google-chrome", "google-chrome-stable", "chromium-browser"
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 MISSING = f"no browser: none of {', '.join(NAMES)} is on the path (apt-get install chromium)"
 # As the protocol calls them, with the character that each types.
-KEYS = {"Tab": (9, ""), "Enter": (13, "\r"), " ": (32, " "), "ArrowDown": (40, ""), "ArrowUp": (38, "")}
+KEYS = {
+    "Tab": (9, ""),
+    "Enter": (13, "\r"),
+    "Escape": (27, ""),
+    " ": (32, " "),
+    "ArrowLeft": (37, ""),
+    "ArrowUp": (38, ""),
+    "ArrowRight": (39, ""),
+    "ArrowDown": (40, ""),
+    **{key: (ord(key.upper()), key) for key in "kdru0123456789"},
+}
 
 
 class NoBrowserError(Exception):
@@ -135,6 +145,16 @@ class Browser:
         self.wait("location.href === 'about:blank'")
         self.call("Page.navigate", url=f"{file.as_uri()}#{state}")
         self.wait("document.body?.dataset.ready === 'yes'")
+
+    def reload(self):
+        """Opens the page again."""
+        self.run("document.body.dataset.ready = ''")
+        self.call("Page.reload")
+        self.wait("document.body?.dataset.ready === 'yes'")
+
+    def downloads_to(self, folder):
+        """Puts what is downloaded into a folder."""
+        self.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
 
     def complaints(self):
         """What the console has been told, and what has gone wrong, since this was asked last."""

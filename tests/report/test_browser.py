@@ -8,13 +8,8 @@ import torch
 from lightning_unlearn.report import RunRecord, write_report
 from lightning_unlearn.results.mask import NeuronMask
 from tests.callbacks.published import make_partition
-from tests.report.browser import CHROMIUM, MISSING, Browser, NoBrowserError
 from tests.report.runs import BREAKING, NAMES, SUSPECTS, hostile_record
 
-pytestmark = [
-    pytest.mark.skipif(CHROMIUM is None, reason=MISSING),
-    pytest.mark.skipif("sys.platform == 'win32'", reason="the pipe to the browser is POSIX's"),
-]
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
 CARDS = "[...document.querySelectorAll('.card')]"
 
@@ -29,16 +24,6 @@ def file(tmp_path_factory):
     gallery = {**record.gallery, 3: {"kind": "image", "src": f"data:image/png;base64,{PIXEL}"}, 7: sound, 50: kept}
     record = replace(record, partition=partition, gallery=gallery)
     return write_report(record, tmp_path_factory.mktemp("report") / "report.html")
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    try:
-        browser = Browser(tmp_path_factory.mktemp("profile"))
-    except NoBrowserError as error:
-        pytest.skip(str(error))
-    yield browser
-    browser.close()
 
 
 @pytest.fixture
@@ -157,12 +142,12 @@ def test_the_buttons_turn_pages_and_stop_at_the_ends(page):
 def test_all_of_it_can_be_done_with_the_keyboard(page):
     reached = []
     page.run("document.body.focus()")
-    for _ in range(9):
+    for _ in range(12):
         page.press("Tab")
         reached.append(page.run("document.activeElement.id"))
-    assert [name for name in reached if name][:8] == [
-        *("by-list", "by-class", "by-reason", "by-action", "by-who", "by-sort", "by-size"),
-        "after",
+    assert [name for name in reached if name][:11] == [
+        *("by-list", "by-class", "by-suggested", "by-reason", "by-action", "by-who", "by-decided", "by-text"),
+        *("by-sort", "by-size", "after"),
     ]
     page.run("document.getElementById('after').focus()")
     page.press("Enter")
@@ -174,10 +159,13 @@ def test_all_of_it_can_be_done_with_the_keyboard(page):
 
 
 def test_controls_have_names_and_pictures_texts(page):
-    labels = page.run(
-        "[...document.querySelectorAll('select')].map(one => one.labels[0]?.firstChild.textContent.trim() ?? '')"
-    )
-    assert labels == ["list", "given class", "reason", "what was done", "decided by", "order", "on a page"]
+    controls = "[...document.querySelectorAll('.controls select, .controls input')]"
+    labels = page.run(f"{controls}.map(one => one.labels[0]?.firstChild.textContent.trim() ?? '')")
+    assert labels == [
+        *("list", "given class", "suggested class", "reason", "what was done", "decided by", "your decision"),
+        *("index or file", "order", "on a page"),
+    ]
+    assert page.run("[...document.querySelectorAll('.card select')].every(one => one.getAttribute('aria-label'))")
     assert page.run("[...document.images].every(image => image.alt)")
     assert page.run("[...document.querySelectorAll('svg[role=img]')].every(one => one.getAttribute('aria-label'))")
     # Who cannot see it hears how many there are.
@@ -214,7 +202,7 @@ CONTRAST = """(() => {
     return "rgb(255, 255, 255)";
   };
   const found = [];
-  const texts = "h1, p, b, td, th, label, span, summary, .facts, .tag, select, footer, svg text";
+  const texts = "h1, p, b, td, th, label, span, summary, .facts, .tag, select, button, footer, svg text";
   for (const one of document.querySelectorAll(texts)) {
     if (!one.textContent.trim() || one.classList.contains("on-heat") || one.closest(":disabled")) continue;
     const style = getComputedStyle(one), color = one.closest("svg") ? style.fill : style.color;

@@ -1,4 +1,3 @@
-"use strict";
 // The gallery. All that comes from the data is put in as text, never as markup. The state is the address's hash, so
 // that a view can be kept as a link: #class=3&reason=label&sort=-p&page=2&size=24
 (function () {
@@ -13,7 +12,7 @@
   const gallery = document.getElementById("gallery");
   if (!gallery) { document.body.dataset.ready = "yes"; return; }
   const [before, after] = ["before", "after"].map((name) => document.getElementById(name));
-  const controls = { list: null, class: null, reason: null, action: null, who: null, sort: null, size: null };
+  const controls = { list: null, class: null, suggested: null, reason: null, action: null, who: null, decided: null, text: null, sort: null, size: null };
   for (const name of Object.keys(controls)) controls[name] = document.getElementById("by-" + name);
   const called = (label) => (label < data.names.length ? data.names[label] : String(label));
   const lists = new Map(data.lists);
@@ -46,7 +45,12 @@
   function look(sample) {
     const card = sample.card, box = make("div", "look"), title = "sample " + sample.index;
     if (card.kind === "image" && card.src) {
-      box.append(picture(card.src, card.rendered ? "rendered" : "thumb", title));
+      const button = make("button", "enlarge");
+      button.type = "button";
+      button.title = "enlarge";
+      button.append(picture(card.src, card.rendered ? "rendered" : "thumb", title));
+      button.addEventListener("click", () => { if (button.closest(".card")) review.enlarge(sample); });
+      box.append(button);
     } else if (card.kind === "audio" && card.src) {
       if (card.picture) box.append(picture(card.picture, "sound", "spectrogram of " + title));
       const player = make("audio");
@@ -115,6 +119,8 @@
     const facts = make("div", "facts", !sample.told ? "" : "p(clean) " + (sample.p < 0.001 ? "< 0.001" : sample.p.toFixed(3)));
     card.append(look(sample), labels(sample), tags(sample), facts);
     if (sample.card.file) card.append(make("div", "facts file", sample.card.file));
+    card.append(review.row(sample));
+    card.classList.toggle("decided", review.wordOf(sample) !== "");
     return card;
   }
 
@@ -130,9 +136,11 @@
     return counts;
   }
 
-  const classes = count(data.samples.flatMap((sample) => sample.given));
-  for (const label of [...classes.keys()].sort((a, b) => a - b)) {
-    option(controls.class, label, called(label) + " (" + classes.get(label) + ")");
+  for (const [name, of] of [["class", (sample) => sample.given], ["suggested", (sample) => sample.suggested]]) {
+    const classes = count(data.samples.flatMap(of));
+    for (const label of [...classes.keys()].sort((a, b) => a - b)) {
+      option(controls[name], label, called(label) + " (" + classes.get(label) + ")");
+    }
   }
   const kinds = { list: (sample) => sample.list, reason: (sample) => sample.reason, action: (sample) => sample.action, who: who };
   const known = { list: [...lists.keys()], reason: data.reasons, action: data.actions, who: [who({}), persons] };
@@ -145,11 +153,22 @@
     controls[name].parentElement.hidden = counts.size < 2;
   }
 
+  // An index, or part of a file's name.
+  function isNamed(sample, text) {
+    const sought = text.trim().toLowerCase();
+    return sought.replace(/^#/, "") === String(sample.index) || (sample.card.file ?? "").toLowerCase().includes(sought);
+  }
+
+  function isDecided(sample, asked) {
+    const word = review.wordOf(sample);
+    return asked === "no" ? word === "" : asked === "yes" ? word !== "" : word === asked;
+  }
+
+  const filters = ["list", "class", "suggested", "reason", "action", "who", "decided", "text"];
   function state() {
     const asked = new URLSearchParams(location.hash.slice(1));
     return {
-      list: asked.get("list") ?? "", class: asked.get("class") ?? "", reason: asked.get("reason") ?? "",
-      action: asked.get("action") ?? "", who: asked.get("who") ?? "",
+      ...Object.fromEntries(filters.map((name) => [name, asked.get(name) ?? ""])),
       sort: Object.hasOwn(orders, asked.get("sort") ?? "") ? asked.get("sort") : "p",
       size: Math.min(500, Math.max(1, parseInt(asked.get("size"), 10) || 24)),
       page: Math.max(1, parseInt(asked.get("page"), 10) || 1),
@@ -169,30 +188,55 @@
     if (isDead && hadFocus && !other.disabled) other.focus();
   }
 
-  let page = 1;
-  function show() {
-    const now = state();
-    const found = data.samples.filter((sample) =>
+  // What a filter has found stays as it is while pages are turned, so that none is passed over as samples are decided.
+  let page = 1, pages = 1, found = [], cards = [], sought = null;
+  function seek(now) {
+    const asked = JSON.stringify([...filters.map((name) => now[name]), now.sort]);
+    if (asked === sought) return;
+    sought = asked;
+    found = data.samples.filter((sample) =>
       (now.class === "" || sample.given.includes(Number(now.class))) &&
+      (now.suggested === "" || sample.suggested.includes(Number(now.suggested))) &&
+      (now.decided === "" || isDecided(sample, now.decided)) &&
+      (now.text === "" || isNamed(sample, now.text)) &&
       Object.entries(kinds).every(([name, of]) => now[name] === "" || now[name] === of(sample)));
     found.sort(orders[now.sort]);
-    const pages = Math.max(1, Math.ceil(found.length / now.size));
+  }
+
+  function show() {
+    const now = state();
+    seek(now);
+    pages = Math.max(1, Math.ceil(found.length / now.size));
     page = Math.min(now.page, pages);
     const first = (page - 1) * now.size;
-    const cards = found.slice(first, first + now.size);
+    cards = found.slice(first, first + now.size);
     gallery.classList.toggle("broad", cards.some((sample) => sample.card.kind !== "image"));
     gallery.replaceChildren(...cards.map(article));
-    for (const [name, select] of Object.entries(controls)) select.value = String(now[name]);
+    for (const [name, control] of Object.entries(controls)) if (control !== document.activeElement || name !== "text") control.value = String(now[name]);
     document.getElementById("where").textContent = found.length === 0 ? "no sample is like that"
       : (first + 1) + " to " + (first + cards.length) + " of " + found.length;
     turn(before, page <= 1, after);
     turn(after, page >= pages, before);
+    review.opened();
     Object.assign(document.body.dataset, { ready: "yes", found: found.length, pages: pages });
   }
 
+  const review = reviewing(data, gallery, called, {
+    look, labels,
+    cards: () => cards,
+    turn: (by) => { const can = page + by >= 1 && page + by <= pages; if (can) go({ page: page + by }); return can; },
+    reveal: (sample) => {
+      const at = found.indexOf(sample);
+      if (at >= 0) go({ page: Math.floor(at / state().size) + 1 });
+    },
+  });
+
   for (const [name, select] of Object.entries(controls)) select.addEventListener("change", () => go({ [name]: select.value }));
+  controls.text.addEventListener("input", () => go({ text: controls.text.value }));
   before.addEventListener("click", () => go({ page: page - 1 }));
   after.addEventListener("click", () => go({ page: page + 1 }));
   addEventListener("hashchange", show);
+  document.getElementById("controls").hidden = false;
   show();
+  review.update();
 })();

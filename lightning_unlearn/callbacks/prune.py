@@ -74,7 +74,8 @@ class SensitivityPruneCallback(PartitionConsumer):
 
     Raises:
         ValueError: for arguments out of range, here; for a layer that is unknown or cannot be pruned, when the fit is
-            set up; for one that is not reached, or too small for ``amount``, when training starts.
+            set up; for one that is not reached, or too small for ``amount``, or with ``shrink_to`` where no neuron
+            can be cut out of the layers (behind a residual sum), when training starts.
         MisconfigurationException: without an AttributionPartitionCallback beside it, or with ``shrink_to`` where ranks
             hold parts of the weights, when the fit is set up.
         ImportError: with ``shrink_to``, without the package torch-pruning, when the fit is set up.
@@ -187,11 +188,11 @@ class SensitivityPruneCallback(PartitionConsumer):
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Also for a source that has not looked at a batch since a resume, so that it learns what its labels mean.
         first, batch = probe(trainer, pl_module, self.source)
-        if self.shrink_to is not None:
-            refuse_unshrinkable(trainer, pl_module, batch.x, self.shrink_to)
         if not self._state.masks:
             sites = find_sites(trainer, pl_module, self.source, self._settings(), (first, batch))
             self._state = replace(self._state, sites=sites)
+        if self.shrink_to is not None:
+            refuse_unshrinkable(trainer, pl_module, self._state.sites, batch.x, self.shrink_to)
 
     def _settings(self) -> PruneSettings:
         return PruneSettings(self._names(), self.amount, self._criterion, self.max_val_drop if self.guard else None)

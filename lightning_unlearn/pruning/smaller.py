@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from os import PathLike
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_unlearn.pruning.masking import silenced
+from lightning_unlearn.pruning.sites import PruneSite
 from lightning_unlearn.shrinking import save_shrunk, shrink
 from lightning_unlearn.shrinking.cost import parameter_count
 from lightning_unlearn.trainer.progress import rank_zero_info
@@ -15,25 +20,51 @@ from lightning_unlearn.utilities.distributed import run_on_rank_zero
 from lightning_unlearn.utilities.files import target_file
 
 
-def refuse_unshrinkable(trainer: Trainer, pl_module: LightningModule, x: Any, path: str | PathLike[str]) -> None:
-    """Refuses, before the first step, a module or a path with which a fit would end in an error. Every rank must call.
+def refuse_unshrinkable(
+    trainer: Trainer, pl_module: LightningModule, sites: Sequence[PruneSite], x: Any, path: str | PathLike[str]
+) -> None:
+    """Refuses, before the first step, a path with which a fit would end in an error, and layers that cannot be cut.
+
+    Of several layers, it warns of those that will stay as they are. Every rank must call it.
+
+    Args:
+        trainer: of the fit.
+        pl_module: the user's; it stays as it is.
+        sites: the layers to prune.
+        x: what ``forward`` takes.
+        path: of the file.
 
     Raises:
-        ValueError: for a module that cannot be copied or traced; for a path that is a folder.
+        ValueError: for a module that cannot be copied or traced; for layers without which it would be as large; for a
+            path that is a folder.
     """
 
     def attempt() -> None:
         target_file(path)
-        with warnings.catch_warnings():
-            # Nothing is pruned yet.
-            warnings.filterwarnings("ignore", message="shrink ")
-            shrink(pl_module, x)
+        # Every other neuron, so that groups of channels lose as many each, and layers that are added the same ones.
+        entries = [e for site in sites for e in site.entries(pl_module, torch.arange(0, site.width(pl_module), 2))]
+        with warnings.catch_warnings(record=True) as said, silenced(entries):
+            warnings.simplefilter("always")
+            small = shrink(pl_module, x)
+        reasons = " ".join(str(one.message) for one in said if str(one.message).startswith("shrink left"))
+        if parameter_count(small) == parameter_count(pl_module):
+            layers = ", ".join(repr(site.target) for site in sites)
+            raise ValueError(
+                "Expected shrink_to where pruned neurons can be cut out of the network, but those of"
+                f" {layers} cannot: where outputs of a layer are added to others (a residual sum), all of these would"
+                " have to be silent; name layers whose outputs go only into the next one, as the first of each block,"
+                " with layer=[...], or leave out shrink_to."
+            )
+        if reasons:
+            rank_zero_warn(f"{path} will hold some of the pruned neurons. Tried before the first step, {reasons}")
 
     run_on_rank_zero(trainer.strategy, attempt)
 
 
 def write_shrunk(trainer: Trainer, pl_module: LightningModule, x: Any, path: str | PathLike[str]) -> None:
     """Writes the module without its silent neurons, and says what is left. Every rank must call it.
+
+    Where nothing can be cut, nothing is written.
 
     Args:
         trainer: of the fit.
@@ -44,10 +75,15 @@ def write_shrunk(trainer: Trainer, pl_module: LightningModule, x: Any, path: str
 
     def write() -> tuple[int, int]:
         small = shrink(pl_module, x)
-        save_shrunk(small, path)
-        return parameter_count(pl_module), parameter_count(small)
+        counts = parameter_count(pl_module), parameter_count(small)
+        if counts[1] < counts[0]:
+            save_shrunk(small, path)
+        return counts
 
     before, after = run_on_rank_zero(trainer.strategy, write)
+    if after == before:
+        rank_zero_info(f"No neuron can be cut out of the network, so {path} is not written.")
+        return
     rank_zero_info(
         f"{path} holds the network without its pruned neurons: {after:,} of {before:,} parameters. load_shrunk"
         " reads it."

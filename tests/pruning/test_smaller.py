@@ -100,6 +100,39 @@ def test_what_cannot_be_shrunk_is_refused_before_the_first_step(tmp_path):
     assert steps == []
 
 
+class TwoBlocks(nn.Module):
+    """What the blocks add is heard through a sum, what their first layers put out only in the second."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Linear(16, 20), nn.Linear(20, 4)
+        self.first, self.second = nn.Linear(20, 12), nn.Linear(12, 20)
+
+    def forward(self, x):
+        h = self.stem(x).relu()
+        return self.head(h + self.second(self.first(h).relu()).relu())
+
+
+@pytest.mark.parametrize("layer", [None, "net.second"])
+def test_layers_that_stay_as_large_are_refused_before_the_first_step(tmp_path, layer):
+    data, module = Blobs(101), Toy(TwoBlocks, adamw)
+    ours = callbacks(data, tmp_path / "small.pt")
+    ours[1].layer, before = layer, weights(module)
+    with pytest.raises(ValueError, match=r"Expected shrink_to .* out of the network, but those of '.*name layers"):
+        fit(module, BlobsData(data), ours, max_epochs=3)
+    assert module.steps == 0
+    assert all(value.equal(before[name]) for name, value in weights(module).items())
+
+
+def test_of_several_layers_those_that_stay_are_named_before_the_first_step(tmp_path):
+    data, module = Blobs(101), Toy(TwoBlocks, adamw)
+    ours = callbacks(data, tmp_path / "small.pt")
+    ours[1].layer = ["net.first", "net.second"]
+    with pytest.warns(UserWarning, match=r"will hold some of the pruned neurons.* in 'net.second'"):
+        fit(module, BlobsData(data), ours, max_epochs=3)
+    assert load_shrunk(Toy(TwoBlocks), tmp_path / "small.pt").net.first.out_features == 6
+
+
 def test_without_torch_pruning_the_extra_is_named_when_the_fit_is_set_up(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
     with pytest.raises(ImportError, match=r"pip install 'lightning-unlearn\[shrink\]'"):

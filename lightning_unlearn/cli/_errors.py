@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 # What is raised there on purpose says what to do.
 _OURS, _LIGHTNING_CLI = "lightning_unlearn", "lightning.pytorch.cli"
+
+# Of a process that SIGPIPE has ended, to a shell.
+_NOBODY_READS = 141
 
 
 @contextmanager
@@ -18,10 +23,17 @@ def in_one_sentence(command: str) -> Iterator[None]:
         command: named in front of it.
 
     Raises:
-        SystemExit: in place of such an error.
+        SystemExit: in place of such an error; with status 141, as other commands, where nobody reads on, as ``head``.
     """
     try:
         yield
+        sys.stdout.flush()
+    except BrokenPipeError as error:
+        if not is_for_the_user(error):
+            raise
+        # What is left to print would fail again when the process ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(_NOBODY_READS) from error
     except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
         if not is_for_the_user(error):
             raise

@@ -1,5 +1,8 @@
 """Commands that look at what was found."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -246,3 +249,14 @@ def test_a_run_of_which_no_report_can_be_made_is_refused_with_its_name(partition
     RunRecord(partition, provenance={"fits": 3}).save(tmp_path / "run")
     with pytest.raises(SystemExit, match=r"report: error: Expected .*run to hold a run .* no report can be made of it"):
         main(["report", str(tmp_path / "run")])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGPIPE")
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
+    make_partition(torch.rand(200), torch.arange(200) % 4).save(tmp_path / "partition.npz")
+    reads, writes = os.pipe()
+    os.close(reads)
+    command = [sys.executable, "-m", "lightning_unlearn.cli", "show", str(tmp_path / "partition.npz")]
+    done = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (141, "")

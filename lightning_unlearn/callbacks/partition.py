@@ -345,7 +345,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         seen, again = len(collector.epochs_seen), self._may_be_drawn_again
         note_fit(fit, state, settings, seen, may_be_drawn_again=again)
         collector.say_what_is_lost()
-        collector.start(fit, trace, first)
+        collector.start(fit, trace, first, is_before=state.partition is None)
         if collector.trajectory is not None and self.recipe not in RECIPES.values():
             try_recipe(fit, self.recipe, collector.trajectory.basis)
         self._begin_validation(trainer, pl_module)

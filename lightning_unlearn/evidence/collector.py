@@ -128,13 +128,14 @@ class EvidenceCollector:
         """Whether no partition is to be computed yet; one of a checkpoint may be older than ``at_epoch``."""
         return not self.is_closed and not self.when.is_due(epoch)
 
-    def start(self, fit: FitContext, trace: ForwardTrace, first: IndexedBatch) -> None:
+    def start(self, fit: FitContext, trace: ForwardTrace, first: IndexedBatch, *, is_before: bool) -> None:
         """Starts to gather, before the first step.
 
         Args:
             fit: that begins.
             trace: of its forward pass.
             first: the batch that it was of.
+            is_before: whether there is no partition yet, so that validation is looked at.
         """
         maker = trace.logits_module(self.reading.num_outputs)
         if self.trajectory is None and not self.is_closed:
@@ -147,7 +148,7 @@ class EvidenceCollector:
                 self.label_watch.start(fit.pl_module, maker)
         if self.trajectory is not None and self.asks_unseen:
             self.features.start(fit, trace, first)
-        if not self.is_closed and maker is not None:
+        if is_before and not self.is_closed and maker is not None:
             self.validation_watch.start(resolve_layer(fit.pl_module, maker))
         if self.trajectory is not None and self.reading.task != "multilabel":
             with fit.isolated_eval():

@@ -268,7 +268,7 @@ class DrawTime:
             "asked": self.asked,
             "epoch": self.epoch,
             "why": self.why,
-            "notes": {str(epoch): asdict(noted) for epoch, noted in self._notes.items()},
+            "notes": {str(epoch): _known(noted) for epoch, noted in self._notes.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
@@ -278,6 +278,11 @@ class DrawTime:
         self._notes = {int(epoch): EpochNote(**noted) for epoch, noted in state["notes"].items()}
         if state["epoch"] is not None and self.asked == state["asked"] == "auto":
             self.decide_now(state["epoch"], state["why"])
+
+
+def _known(noted: EpochNote) -> dict[str, float]:
+    """What is known; NaN would not equal itself in checkpoints that are compared."""
+    return {name: value for name, value in asdict(noted).items() if not math.isnan(value)}
 
 
 def _share_of_time(trainer: Trainer) -> float:

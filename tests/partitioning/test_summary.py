@@ -195,6 +195,9 @@ def test_the_best_validation_before_the_partition_is_kept_and_compared_with():
     assert max(records.seen) > records.seen[-1]  # else it would say nothing new
     assert summary.accuracy_before == pytest.approx(records.seen[-1])
     assert f", {summary.best_accuracy_before:.3f} at best before it (" in summary.advice
+    notes = partition.state_dict()["when"]["notes"]
+    assert [notes[str(epoch)]["accuracy"] for epoch in range(1, SOME + 1)] == pytest.approx(records.seen)
+    assert all(value == value for note in notes.values() for value in note.values())  # none is NaN
     found = partition.provenance["accuracy"]
     assert found["best_before"] == summary.best_accuracy_before
 

@@ -159,10 +159,10 @@ def test_a_misconfiguration_is_one_sentence(team):
     [
         (("lr: 1.0e-2", "lr: .inf"), "Expected lr to be a finite number greater than 0, but got inf."),
         (("lr: 1.0e-2", "lr: .nan"), "Expected lr to be a finite number greater than 0, but got nan."),
-        (("recipe: auto", "precision: .inf"), "Expected precision to lie in [0.5, 1), but got inf."),
+        (("recipe: auto", "suspect_precision: .inf"), "Expected suspect_precision to lie in [0.5, 1), but got inf."),
         (("layer: encoder.0", "layer: []"), "Expected layer to name at least one layer, and each once, but got []."),
     ],
-    ids=["infinite", "nan", "precision", "empty"],
+    ids=["infinite", "nan", "suspect_precision", "empty"],
 )
 def test_an_argument_that_is_refused_is_one_sentence(wrong, message, team):
     with_classes = "model: {class_path: team.TeamModel, init_args: {width: 16}}\ndata: {class_path: team.TeamData}\n"

@@ -209,7 +209,9 @@ def listed(found: Sequence[float]) -> str:
 
 
 def rate(row: Row, at: Row) -> str:
-    """In per cent, with its interval and whether that holds the truth."""
+    """In per cent, with its interval and whether that holds the truth; empty where it is not known."""
+    if at["rate"] is None:
+        return ""
     if at["interval"] is None:
         return f"{100 * at['rate']:.1f}"
     low, high = at["interval"]

@@ -11,7 +11,7 @@ from lightning_unlearn.functional.standardization import standardize
 from lightning_unlearn.recipes.base import LONE, RecipeResult, cleaner_component, single_class_prediction, undecided
 from lightning_unlearn.recipes.classes import class_scores, runner_up, with_coordinates
 from lightning_unlearn.recipes.evidence import Evidence
-from lightning_unlearn.utilities.reduce import Reduce
+from lightning_unlearn.utilities.reduce import Reduce, reduce_together
 
 
 def rlap_recipe(evidence: Evidence, reduce: Reduce) -> RecipeResult:
@@ -28,10 +28,11 @@ def rlap_recipe(evidence: Evidence, reduce: Reduce) -> RecipeResult:
             "The recipe 'rlap' needs Evidence.rows, the per-neuron attributions (n, D), but they are None."
         )
     rows = standardize(evidence.rows, evidence.weight, reduce)
-    samples = int(reduce((evidence.weight > 0).double().sum()).item())
-    varying = int((reduce(rows.abs().double().sum(dim=0)) > 0).sum())
+    counted = (evidence.weight > 0).sum(dtype=torch.float64)
+    number, spread = reduce_together(reduce, counted, rows.abs().sum(dim=0, dtype=torch.float64))
+    samples = int(number.item())
     # Whether a factorization of what is singular fails is up to rounding, and so to the processor.
-    if samples <= varying:
+    if samples <= int((spread > 0).sum()):
         raise ValueError(_too_few(samples, rows.shape[1]))
     try:
         share = fit_mixture(rows, evidence.weight, reduce=reduce).posterior(rows)

@@ -15,6 +15,7 @@ from lightning_unlearn.results.partition import Partition
 from lightning_unlearn.results.provenance import settings_of
 from lightning_unlearn.trainer.callback_order import callbacks_of, move_before_progress_bars, restore_order
 from lightning_unlearn.trainer.compat import DualPackageCallback, MisconfigurationException, may_make_layers
+from lightning_unlearn.trainer.context import FitContext, shared_context
 from lightning_unlearn.trainer.incompatible import refuse_privacy
 from lightning_unlearn.trainer.protocols import PartitionSource, find_partition_source
 from lightning_unlearn.trainer.strategies import check_strategy
@@ -43,7 +44,38 @@ _MISSED = {
 }
 
 
-class UnlearnCallback(DualPackageCallback):
+class FitCallback(DualPackageCallback):
+    """Knows the fit that it is in, by one :class:`FitContext` that all callbacks of ours share, from ``setup`` on."""
+
+    _fit: FitContext | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is in no fit.
+        return {**self.__dict__, "_fit": None}
+
+    @property
+    def fit(self) -> FitContext:
+        """The fit that is set up or running.
+
+        Raises:
+            RuntimeError: outside of one.
+        """
+        if self._fit is None:
+            raise RuntimeError(f"{type(self).__name__} is in no fit: a Trainer must set it up first.")
+        return self._fit
+
+    def join_fit(self, trainer: Trainer, pl_module: LightningModule, source: PartitionSource) -> None:
+        """Takes the context that another callback of ours has made, or makes it."""
+        ours = [callback for callback in callbacks_of(trainer) if isinstance(callback, FitCallback)]
+        self._fit = shared_context(trainer, pl_module, source, [one._fit for one in ours if one is not self])
+
+    @override
+    def let_go(self) -> None:
+        super().let_go()
+        self._fit = None
+
+
+class UnlearnCallback(FitCallback):
     """Acts at the start of training and of every epoch, whenever :meth:`advance` finds that something is due.
 
     Both hooks, because after a resume Lightning may skip the second; and never at the end of an epoch, where a
@@ -56,13 +88,13 @@ class UnlearnCallback(DualPackageCallback):
     state_version = 1
 
     _fitting = False
-    # What a checkpoint's state is to be put into that comes after on_fit_start, as where a strategy shards weights.
-    _late: tuple[Trainer, LightningModule] | None = None
+    # Whether a checkpoint's state comes after on_fit_start, as where a strategy shards weights.
+    _is_late = False
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._fitting = stage == "fit"
-        self._late = None
+        self._is_late, self._fit = False, None
         if not self._fitting:
             return
         self.seconds = 0.0
@@ -73,6 +105,7 @@ class UnlearnCallback(DualPackageCallback):
                 f"{type(self).__name__} needs all the training data, but the Trainer has"
                 f" overfit_batches={overfit_batches}; set it to 0."
             )
+        self.join_fit(trainer, pl_module, self.find_source(trainer))
         move_before_progress_bars(trainer, self)
         if trainer.current_epoch == 0:
             # A fit from the start, with callbacks that may have seen another; a checkpoint's state is loaded after
@@ -85,7 +118,7 @@ class UnlearnCallback(DualPackageCallback):
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._fitting and trainer.strategy.restore_checkpoint_after_setup:
-            self._late = trainer, pl_module
+            self._is_late = True
         ours = [callback for callback in callbacks_of(trainer) if isinstance(callback, UnlearnCallback)]
         if self._fitting and self is ours[0]:
             _warn_of_missing({callback.state_key for callback in ours}, checkpoint.get("callbacks", {}))
@@ -96,9 +129,9 @@ class UnlearnCallback(DualPackageCallback):
         # fit has found must not be lost to that.
         if self._fitting or not self.has_acted:
             self._restore_known(state_dict)
-        if self._late is not None:
-            self.resume(*self._late)
-            self._late = None
+        if self._is_late:
+            self._is_late = False
+            self.resume(self.fit.trainer, self.fit.pl_module)
 
     def _restore_known(self, state: dict[str, Any]) -> None:
         found, expected, who = state.get("version"), self.state_version, type(self).__name__
@@ -128,6 +161,10 @@ class UnlearnCallback(DualPackageCallback):
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments, as primitives."""
         return settings_of(self)
+
+    def find_source(self, trainer: Trainer) -> PartitionSource:
+        """The callback that publishes the partition."""
+        raise NotImplementedError
 
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuses, before anything has run, what could not work later."""
@@ -163,6 +200,7 @@ class UnlearnCallback(DualPackageCallback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.fit.memory.has_begun = True
         self.check_layers(pl_module)
         # Before the state of the optimizer is restored, which must find the optimizer that it belongs to.
         self.resume(trainer, pl_module)
@@ -190,7 +228,7 @@ class UnlearnCallback(DualPackageCallback):
         self._give_back(trainer, pl_module)
 
     def _give_back(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._late = None
+        self._is_late = False
         restore_order(trainer)
         self.undo(trainer, pl_module)
         self.let_go()
@@ -213,8 +251,12 @@ class PartitionConsumer(UnlearnCallback):
         self._source: PartitionSource | None = None
 
     @override
+    def find_source(self, trainer: Trainer) -> PartitionSource:
+        return find_partition_source(trainer, type(self).__name__)
+
+    @override
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._source = find_partition_source(trainer, type(self).__name__)
+        self._source = self.fit.source
 
     def confirm(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sees to it that what was done still holds, before somebody says so."""

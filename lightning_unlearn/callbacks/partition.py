@@ -58,12 +58,12 @@ from lightning_unlearn.results.review import AppliedReview
 from lightning_unlearn.results.review_csv import Table
 from lightning_unlearn.results.status import PartitionStatus
 from lightning_unlearn.trainer.callback_order import callbacks_of, move_behind_averages
-from lightning_unlearn.trainer.context import FitContext
 from lightning_unlearn.trainer.data_checks import recognize_data, same_task
 from lightning_unlearn.trainer.divergence import ADVICE, not_finite
 from lightning_unlearn.trainer.early_stopping import EarlyEnd, go_on, has_fired
 from lightning_unlearn.trainer.fit_loop import is_fast_dev_run, log_values
 from lightning_unlearn.trainer.progress import rank_zero_info
+from lightning_unlearn.trainer.protocols import PartitionSource
 from lightning_unlearn.trainer.row_checks import check_ranks, establish_rows_again
 from lightning_unlearn.trainer.scoring_loader import forget_scoring_loader
 from lightning_unlearn.trainer.strategies import shards_weights
@@ -305,6 +305,10 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         return self.every_n_epochs is not None and self.collector.trajectory is not None
 
     @override
+    def find_source(self, trainer: Trainer) -> PartitionSource:
+        return self
+
+    @override
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         move_behind_averages(trainer, self)
         forget_scoring_loader(trainer)
@@ -325,7 +329,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
 
     @override
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        fit, state, collector = FitContext(trainer, pl_module, self), self.state, self.collector
+        fit, state, collector = self.fit, self.state, self.collector
         trace, first = fit.probe()
         layers = (self.layer, self.input_layer)
         collector.point, collector.early = choose_points(fit, trace, first, self.recipe, self.method, layers)
@@ -378,11 +382,11 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         if self._end.release(trainer):
             # The fit loop takes this for its end.
             raise StopIteration
-        self.collector.start_epoch(FitContext(trainer, pl_module, self))
+        self.collector.start_epoch(self.fit)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self.collector.start_batch(FitContext(trainer, pl_module, self), batch, batch_idx)
+        self.collector.start_batch(self.fit, batch, batch_idx)
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -399,7 +403,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
 
     def _follow_loss(self, trainer: Trainer, pl_module: LightningModule, *, trained: bool) -> None:
         """Takes the labels from where the loss takes them, once the first steps have shown where that is."""
-        path = self.collector.label_field(FitContext(trainer, pl_module, self), trained=trained)
+        path = self.collector.label_field(self.fit, trained=trained)
         if path is None:
             return
         self.state.task = ""
@@ -414,7 +418,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
             self._epoch_seconds = time.perf_counter() - self._epoch_started
         if self.state.partition is None and self._partners and not self.is_dry_run:
             self._end.hold(trainer)
-        self.collector.end_epoch(FitContext(trainer, pl_module, self))
+        self.collector.end_epoch(self.fit)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -478,7 +482,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         collector.in_use.drop()
         if collector.is_before_the_first(epoch):
             share = self._observe_pass(trainer, pl_module)
-            collector.merge(FitContext(trainer, pl_module, self), epoch, len(share["label"]))
+            collector.merge(self.fit, epoch, len(share["label"]))
         else:
             validation = self._judged_validation(trainer, pl_module)
             self._draw(trainer, pl_module, started)
@@ -498,13 +502,13 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
 
     def _observe_pass(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor]:
         """Passes over this rank's share of the training set; see :meth:`ScoringPass.run`."""
-        share, absent = self.collector.pass_over(FitContext(trainer, pl_module, self))
+        share, absent = self.collector.pass_over(self.fit)
         if self.state.partition is None and self._when.is_due(trainer.current_epoch):
             say_absent(trainer, len(absent), len(self.collector.in_use) // self.reading.rows_per_sample)
         return share
 
     def _draw(self, trainer: Trainer, pl_module: LightningModule, started: float) -> None:
-        fit, collector, state = FitContext(trainer, pl_module, self), self.collector, self.state
+        fit, collector, state = self.fit, self.collector, self.state
         collector.check_steps(fit)
         collector.reader.detach()
         share = self._observe_pass(trainer, pl_module)
@@ -537,7 +541,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         # After all that may fail, and all at once.
         changed, is_taken = state.publish(drawn, found, self.stable_share)
         if is_taken:
-            remember_files(FitContext(trainer, pl_module, self), drawn)
+            remember_files(self.fit, drawn)
             state.sample_weight = weight_of_copies(judged, len(drawn))
         self.collector.close(forever=self.every_n_epochs is None or state.is_stable)
         return changed
@@ -550,7 +554,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         gap, accuracy, best = self.state.accuracy_gap, self.state.accuracy_before, self.state.best_accuracy_before
         memorized = memorized_fraction(judged, drawn, reduce)
         if drawn.is_actionable and _consumers(trainer):
-            given = validation_accuracy(FitContext(trainer, pl_module, self))
+            given = validation_accuracy(self.fit)
             gap = None if given is None else share_predicted(judged, reduce) - given
         if self._acts(trainer, drawn):
             accuracy, best = self._validate(trainer, pl_module, "before"), self._when.best_accuracy
@@ -593,7 +597,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         def make(judged: Sequence[ShardResult], label: Tensor, fingerprint: str) -> Partition:
             return self._made(trainer, judged, label, validation=fingerprint)
 
-        training = self.collector.evidence_pass(FitContext(trainer, pl_module, self), is_last=True)
+        training = self.collector.evidence_pass(self.fit, is_last=True)
         judge.draw(trainer, pl_module, training, self.recipe, make)
         return judge
 

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_unlearn.callbacks.base import PartitionConsumer
+from lightning_unlearn.callbacks.base import FitCallback, PartitionConsumer
 from lightning_unlearn.data.dataset_state import unopened
 from lightning_unlearn.data.naming import files_in
 from lightning_unlearn.report import RunRecord, SampleView, shown_samples, write_report
@@ -24,7 +24,6 @@ from lightning_unlearn.report.samples import file_card
 from lightning_unlearn.results.partition import Partition
 from lightning_unlearn.results.provenance import copied
 from lightning_unlearn.trainer.callback_order import callbacks_of
-from lightning_unlearn.trainer.compat import DualPackageCallback
 from lightning_unlearn.trainer.context import reading_of
 from lightning_unlearn.trainer.fit_loop import is_fast_dev_run
 from lightning_unlearn.trainer.progress import rank_zero_info
@@ -39,7 +38,7 @@ _MOST_PER_SAMPLE = 200_000
 _LOSS = "training loss"
 
 
-class UnlearnReport(DualPackageCallback):
+class UnlearnReport(FitCallback):
     """Writes a run directory and ``report.html`` in it when the fit ends, for people to look at.
 
     One file that needs no network: what was found and done, and whether it helped; the noise estimate; which classes
@@ -110,7 +109,7 @@ class UnlearnReport(DualPackageCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        find_partition_source(trainer, type(self).__name__)
+        self.join_fit(trainer, pl_module, find_partition_source(trainer, type(self).__name__))
         if trainer.current_epoch == 0:
             self._reset()
         # On every rank, as the logger's folder is agreed upon.
@@ -124,7 +123,7 @@ class UnlearnReport(DualPackageCallback):
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._check_names(find_partition_source(trainer, type(self).__name__))
+        self._check_names(self.fit.source)
         # Here, and not when the epoch before has ended, when not all of its metrics were known.
         self._note_metrics(trainer, trainer.current_epoch - 1)
 
@@ -157,7 +156,7 @@ class UnlearnReport(DualPackageCallback):
         if is_fast_dev_run(trainer):
             return
         # Of a fit that had no step left it may not be there yet, and every rank takes part.
-        conclude = getattr(find_partition_source(trainer, type(self).__name__), "conclude", None)
+        conclude = getattr(self.fit.source, "conclude", None)
         if conclude is not None:
             conclude(trainer, pl_module)
         if not trainer.is_global_zero:
@@ -223,7 +222,7 @@ class UnlearnReport(DualPackageCallback):
                 points.append([epoch, number])
 
     def _record(self, trainer: Trainer, pl_module: LightningModule) -> RunRecord:
-        source: Any = find_partition_source(trainer, type(self).__name__)
+        source: Any = self.fit.source
         ours = [callback for callback in callbacks_of(trainer) if isinstance(callback, PartitionConsumer)]
         masks = [mask for callback in ours for mask in _found(callback, "masks", ())]
         summary = _found(source, "summary", None)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -25,6 +25,7 @@ from lightning_unlearn.trainer.compat import has_forward
 from lightning_unlearn.trainer.fit_loop import compute_device
 from lightning_unlearn.trainer.isolation import isolated_eval
 from lightning_unlearn.trainer.layouts import settle_layout
+from lightning_unlearn.trainer.memory import FitMemory
 from lightning_unlearn.trainer.progress import shown
 from lightning_unlearn.trainer.protocols import PartitionSource
 from lightning_unlearn.trainer.row_checks import check_batch, check_number
@@ -55,17 +56,19 @@ class IndexedBatch:
 
 @dataclass(frozen=True, eq=False)
 class FitContext:
-    """A running fit, as a step sees it. Made in a hook from what Lightning hands over, and kept by nobody.
+    """A fit, as a step sees it: one object, made when the fit is set up and dropped when it has ended.
 
     Args:
         trainer: of the fit.
         pl_module: the user's.
         source: the callback that publishes the partition, which knows how batches, outputs and labels are read.
+        memory: what is known from one hook to the next.
     """
 
     trainer: Trainer
     pl_module: LightningModule
     source: PartitionSource
+    memory: FitMemory = field(default_factory=FitMemory)
 
     @property
     def reading(self) -> TaskFormat:
@@ -125,6 +128,24 @@ class FitContext:
     def probe(self) -> tuple[ForwardTrace, IndexedBatch]:
         """One forward pass over the first samples; see :func:`probe`."""
         return probe(self.trainer, self.pl_module, self.source)
+
+
+def shared_context(
+    trainer: Trainer, pl_module: LightningModule, source: PartitionSource, known: Iterable[FitContext | None]
+) -> FitContext:
+    """The context of the fit that is being set up, with the memory of the one that there is, if there is one.
+
+    Args:
+        trainer: of the fit.
+        pl_module: the user's.
+        source: of the partition; where two callbacks publish one each, each has a context of its own.
+        known: those of the other callbacks. One of a fit that has begun was left behind by a fit that ended otherwise
+            than in a teardown or an exception.
+    """
+    here = [fit for fit in known if fit is not None and fit.trainer is trainer and not fit.memory.has_begun]
+    if not here:
+        return FitContext(trainer, pl_module, source)
+    return next((fit for fit in here if fit.source is source), None) or replace(here[0], source=source)
 
 
 def reading_of(source: PartitionSource) -> TaskFormat:

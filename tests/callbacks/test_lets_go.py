@@ -1,15 +1,18 @@
 """What outlives a fit: the callbacks' results, and neither the Trainer nor the weights and data that it leads to."""
 
+import copy
 import gc
 import weakref
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, default_collate
 
-from lightning_unlearn import UnlearnReport
-from tests.toys import Blobs, BlobsData, Toy, fit, trio
+from lightning_unlearn import AttributionPartitionCallback, UnlearnReport
+from lightning_unlearn.callbacks.base import FitCallback
+from tests.toys import Blobs, BlobsData, Toy, fit, make_trainer, trio
 
 
 class Offering(BlobsData):
@@ -66,3 +69,72 @@ def test_so_they_do_after_a_fit_that_goes_on_from_a_checkpoint(tmp_path):
     references, _ = run(tmp_path, ckpt_path=tmp_path / "last.ckpt")
     gc.collect()
     assert [reference() for reference in references] == [None] * 3
+
+
+class Notes(L.Callback):
+    """Which contexts our callbacks have, and what a copy of one has, in each of the hooks."""
+
+    def __init__(self):
+        self.contexts = []
+
+    def note(self, trainer, *_):
+        ours = [callback for callback in trainer.callbacks if isinstance(callback, FitCallback)]
+        self.contexts.append([weakref.ref(callback.fit) for callback in ours])
+        assert copy.deepcopy(ours[0])._fit is None
+
+    on_fit_start = on_train_start = on_train_epoch_start = on_train_epoch_end = on_train_end = on_fit_end = note
+
+
+def test_a_fit_has_one_context_and_every_fit_its_own(tmp_path):
+    notes, ours = Notes(), [*trio(1), UnlearnReport(tmp_path, samples=3)]
+    trainer = make_trainer([*ours, notes], max_epochs=2)
+    seen = []
+    for last in (2, 4):
+        trainer.fit_loop.max_epochs = last
+        trainer.fit(Toy(), datamodule=Offering(Blobs(101)))
+        every = [one() for hook in notes.contexts for one in hook]
+        assert len(every) == 4 * len(notes.contexts) >= 4 * 8
+        assert len(set(map(id, every))) == 1
+        seen.append(notes.contexts[0][0])
+        notes.contexts.clear()
+        with pytest.raises(RuntimeError, match="AttributionPartitionCallback is in no fit"):
+            _ = ours[0].fit
+    assert all(callback._fit is None for callback in ours)
+    every = None
+    gc.collect()
+    assert [one() for one in seen] == [None, None]
+
+
+def test_a_context_that_a_fit_left_behind_is_not_taken_up():
+    ours = trio(1)
+    trainer, module, data = make_trainer(ours, max_epochs=2), Toy(), BlobsData(Blobs(101))
+    trainer.fit(module, datamodule=data)
+    trainer.strategy.connect(module)
+    for callback in ours:
+        callback.setup(trainer, module, "fit")
+    left = ours[0].fit
+    assert all(callback.fit is left for callback in ours)
+    ours[1].on_fit_start(trainer, module)
+    ours[0].setup(trainer, module, "fit")
+    assert ours[0].fit is not left
+    ours[2].setup(trainer, module, "fit")
+    assert ours[2].fit is ours[0].fit
+
+
+def test_two_partitions_have_a_context_each_with_one_memory():
+    class Second(AttributionPartitionCallback):
+        @property
+        def state_key(self):
+            return "second"
+
+    found = []
+
+    class Looks(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            found.extend(callback.fit for callback in (first, second))
+
+    first, second = AttributionPartitionCallback(at_epoch=1), Second(at_epoch=2)
+    fit(Toy(), BlobsData(Blobs(101)), [first, second, Looks()], max_epochs=3)
+    assert [one.source for one in found] == [first, second]
+    assert found[0].memory is found[1].memory
+    assert (first.partition.epoch, second.partition.epoch) == (1, 2)

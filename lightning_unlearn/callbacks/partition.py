@@ -113,10 +113,12 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
             output per class that ``forward`` calls.
         at_epoch: when the partition is computed, and training on the clean subset can begin. ``"auto"``: once the
             evidence has peaked, as the ranking of the samples hardly changes any more, or training steps predict more
-            of the labels than validation does, or that gets worse; after epoch 2 at the earliest, after two thirds of
-            what the Trainer allows (epochs, steps, time) at the latest. A whole number: after so many epochs. A float
-            in (0, 1): after that share of ``max_epochs``. In any case where EarlyStopping would end training, which
-            goes on with what the partition leaves then; and where a fit ends before.
+            of the labels than validation does, or that gets worse; after epoch 2 at the earliest. Where another
+            callback of ours is to act on it, after two thirds of what the Trainer allows (epochs, steps, time) at the
+            latest, else when training ends. A whole number: after so many epochs, which may be ``max_epochs`` where no
+            other callback is to act. A float in (0, 1): after that share of ``max_epochs``. In any case where
+            EarlyStopping would end training, which goes on with what the partition leaves then; and where a fit ends
+            before.
         every_n_epochs: recompute the partition after so many further epochs, and again; None for once.
         stable_share: it is not computed again once less than this share of the samples has changed sides.
         recipe: ``"auto"``: wrong labels and corrupted inputs, each only if there is a sign of any; ``"label"`` or
@@ -136,8 +138,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
             ``"argmax"``, ``"rlap"``, ``"input"``) goes by p(clean) below .5 instead.
         min_class_share: share of each class's samples that is kept in any case, the likeliest; rounded up.
         action: ``"report"`` for a dry run: the partition is computed, but nothing is pruned or fine-tuned; the log says
-            what would be, and what it would cost. Without another callback of ours, ``at_epoch`` may be ``max_epochs``
-            then: the whole training is judged.
+            what would be, and what it would cost.
         review: a table of :meth:`Partition.to_csv <lightning_unlearn.Partition.to_csv>` in which a person has
             filled ``decision`` (and mended ``suggested_label``). It holds for those samples, whatever the recipe says:
             ``keep``: clean for certain; ``drop``: not trained on, not even for ``min_class_share``; ``relabel``:
@@ -314,7 +315,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         forget_scoring_loader(trainer)
         forget_score(trainer)
         self._partners = _consumers(trainer)
-        self._when.settle(trainer, may_be_last=self.is_dry_run and not self._partners)
+        self._when.settle(trainer, may_be_last=self.every_n_epochs is None and not self._partners)
         self._table = open_review(trainer, self.review)
         if self.judge_validation:
             check_validates(trainer)
@@ -635,7 +636,8 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         """Draws the partition of a fit that ends before it is due, or with the epoch after which it is."""
         epoch, self.state.is_late = trainer.current_epoch, True
         is_early = not self._when.is_due(epoch)
-        say_late(epoch, str(self._when) if is_early else "", acts=bool(self._partners) and not self.is_dry_run)
+        due = str(self._when) if is_early and not (self._when.is_open and self._when.may_be_last) else ""
+        say_late(epoch, due, acts=bool(self._partners) and not self.is_dry_run)
         if is_early:
             self._when.decide_now(epoch, "training has ended")
         self.advance(trainer, pl_module)

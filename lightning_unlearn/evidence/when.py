@@ -32,7 +32,7 @@ EARLIEST = 2
 """Epochs before which ``"auto"`` draws nothing: in the first, most of what a network says is not learned yet."""
 
 LATEST = 2 / 3
-"""Of the epochs, steps or time that the Trainer allows, after which ``"auto"`` waits no longer."""
+"""Of the epochs, steps or time that the Trainer allows, after which ``"auto"`` waits no longer for what follows it."""
 
 SETTLED = 0.997
 """Rank correlation of the evidence with that of an epoch before, from which on the ranking has settled."""
@@ -101,6 +101,7 @@ class DrawTime:
         epoch: it is computed when so many are complete; None as long as that is open.
         why: it was found to be time, in words; empty where it was asked for.
         is_stopped: whether EarlyStopping has ended training where the last epoch ended.
+        may_be_last: whether it may be computed when training ends.
     """
 
     def __init__(self, asked: Any) -> None:
@@ -113,6 +114,7 @@ class DrawTime:
         self.why = ""
         self.is_stopped = False
         self._looked_at = 0
+        self.may_be_last = False
         self.forget()
 
     def forget(self) -> None:
@@ -123,7 +125,8 @@ class DrawTime:
         if self.epoch is not None:
             return f"when {epochs_in_words(self.epoch)} {'is' if self.epoch == 1 else 'are'} complete"
         if self.asked == "auto":
-            return "once the evidence has peaked, after two thirds of the epochs at the latest"
+            latest = "when training ends" if self.may_be_last else "after two thirds of the epochs"
+            return f"once the evidence has peaked, {latest} at the latest"
         return f"when {self.asked:.0%} of the epochs are complete"
 
     @property
@@ -141,12 +144,13 @@ class DrawTime:
 
         Args:
             trainer: of the fit.
-            may_be_last: whether nothing is to follow the partition, so that training may end with it.
+            may_be_last: whether nothing is to follow the partition, so that training may end with it. ``"auto"`` waits
+                for the end then, where the network still learns: what it shows of a sample gets better as long.
 
         Raises:
             MisconfigurationException: for a share of a number that is not known, or where no epoch is left.
         """
-        max_epochs = trainer.max_epochs
+        max_epochs, self.may_be_last = trainer.max_epochs, may_be_last
         if is_fast_dev_run(trainer) or self.asked == "auto":
             return
         if isinstance(self.asked, float):
@@ -235,6 +239,8 @@ class DrawTime:
         self.epoch, self.why = epoch, why
 
     def _late(self, trainer: Trainer, epoch: int) -> str:
+        if self.may_be_last:
+            return ""
         limits = [] if trainer.max_epochs is None or trainer.max_epochs < 1 else [float(trainer.max_epochs)]
         if trainer.max_steps > 0 and trainer.global_step > 0:
             limits.append(trainer.max_steps * epoch / trainer.global_step)

@@ -380,7 +380,7 @@ def test_no_epoch_left_after_the_partition(max_epochs):
     refused(
         MisconfigurationException,
         f"at_epoch to be less than .* max_epochs.* but got at_epoch=3 and max_epochs={max_epochs}",
-        [AttributionPartitionCallback(at_epoch=3)],
+        trio(3),
         max_epochs=max_epochs,
     )
 

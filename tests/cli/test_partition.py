@@ -112,7 +112,7 @@ def test_it_stops_at_the_partition_with_the_settings_of_the_configuration_but_ac
 
 
 @pytest.mark.parametrize(
-    ("asked", "epochs"), [([], {2, 3, 4}), (["--at_epoch", "auto"], {2, 3, 4}), (["--at_epoch", "0.5"], {3})]
+    ("asked", "epochs"), [([], {4, 5, 6}), (["--at_epoch", "auto"], {4, 5, 6}), (["--at_epoch", "0.5"], {3})]
 )
 def test_by_default_it_stops_once_the_evidence_has_peaked(team, asked, epochs):
     (team / "run.yaml").write_text(RUN)
@@ -183,7 +183,7 @@ def test_what_early_stopping_leaves_is_judged(team, caplog):
     (team / "run.yaml").write_text(RUN + stopping)
     caplog.set_level("INFO", logger="lightning.pytorch.utilities.rank_zero")
     main(["partition", "--config", "run.yaml"])
-    assert "Training has ended after 2 epochs: the partition, due once the evidence has peaked" in caplog.text
+    assert "The partition is computed after 2 epochs: training has ended." in caplog.text
     assert Partition.load("partition/partition.npz").epoch == 2
 
 

@@ -223,7 +223,7 @@ def test_what_the_fits_own_validation_and_its_steps_show_is_read(monkeypatch):
     stop = EarlyStopping("val_loss", patience=99)
     fit(module, BlobsData(Blobs(SIZE)), [callback, stop], max_epochs=6, num_sanity_val_steps=2)
     notes = noted(callback)
-    assert sorted(notes) == ["1", "2", "3", "4"]
+    assert sorted(notes) == ["1", "2", "3", "4", "5", "6"]
     for epoch, note in notes.items():
         # Sanity checking counts with the first epoch in the module.
         extra = 32 if epoch == "1" else 0
@@ -232,7 +232,23 @@ def test_what_the_fits_own_validation_and_its_steps_show_is_read(monkeypatch):
             assert note["accuracy"] == module.right[int(epoch)] / 32
         assert note["agreement"] == module.steps_right[int(epoch)] / SIZE
         assert note["metric"] < 0
-    assert callback.partition.epoch == 4
+
+
+@pytest.mark.parametrize("limits", [{"max_epochs": 6}, {"max_epochs": None, "max_steps": 36}], ids=str)
+def test_the_latest_is_the_end_of_training_where_nothing_is_to_act(limits, monkeypatch, said):
+    monkeypatch.setattr(DrawTime, "_peaked", lambda *_: "")
+    callback, data = AttributionPartitionCallback(), DataLoader(Blobs(SIZE), -(-SIZE // 6), shuffle=True)
+    fit(Toy(), data, [callback], **limits)
+    assert callback.partition.epoch == 6
+    assert "The partition is computed after 6 epochs: training has ended." in said()
+    assert "is computed now" not in said()
+
+
+def test_what_is_computed_again_is_computed_first_after_two_thirds(monkeypatch):
+    monkeypatch.setattr(DrawTime, "_peaked", lambda *_: "")
+    callback = AttributionPartitionCallback(every_n_epochs=1)
+    fit(Toy(), BlobsData(Blobs(SIZE)), [callback], max_epochs=6)
+    assert callback.state.rounds[0].epoch == 4
 
 
 @pytest.mark.parametrize(
@@ -382,7 +398,7 @@ def test_a_fit_that_is_too_short_gets_its_partition_at_its_end(at_epoch, said):
     alone = AttributionPartitionCallback(at_epoch=at_epoch)
     fit(Toy(), BlobsData(Blobs(SIZE)), [alone], max_epochs=8 if at_epoch == 7 else 2, max_steps=14)
     assert alone.partition.epoch == 2
-    assert "Training has ended after 2 epochs: the partition, due " in said()
+    assert ("Training has ended after 2 epochs: the partition, due " in said()) == (at_epoch == 7)
     ours = trio(at_epoch)
     with pytest.warns(UserWarning, match=f"Training has ended after 2 epochs: the partition, due .*, {LATE}"):
         fit(Toy(), BlobsData(Blobs(SIZE)), ours, max_epochs=8 if at_epoch == 7 else 2, max_steps=14)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         CleanSubsetFinetuneCallback,
         SensitivityPruneCallback,
         UnlearnReport,
+        narrow,
     )
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __all__ = [
     "SensitivityPruneCallback",
     "UnlearnReport",
     "__version__",
+    "narrow",
     "shrink",
 ]
 

@@ -565,9 +565,10 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
 
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._draw is not None:
-            reading, given = reading_of(self.source), self._given_labels
-            keeps_plan = partial(self._fresh.keeps_plan, trainer)
-            self._loader.attach(trainer, pl_module, self._draw, reading, given, keeps_plan=keeps_plan)
+            self._loader.attach(trainer, self._draw, keeps_plan=partial(self._fresh.keeps_plan, trainer))
+            if self._draw.new_label is not None:
+                reading = reading_of(self.source)
+                self._loader.relabeling.attach(trainer, pl_module, reading, self._draw.new_label, self._given_labels)
 
     def _given_labels(self) -> Tensor:
         if self._partition is None:

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
@@ -21,7 +21,6 @@ from lightning_unlearn.data.subset_sampler import (
     batch_sampler_error,
     check_sampler,
 )
-from lightning_unlearn.data.task_format import TaskFormat
 from lightning_unlearn.finetuning.relabel import Relabeling
 from lightning_unlearn.finetuning.training_subset import TrainingSubset
 from lightning_unlearn.trainer.fit_loop import limited_batches, next_epoch
@@ -129,24 +128,12 @@ class SubsetLoader:
             return "leave each rank a batch of one sample, on which batch norm cannot be trained"
         return ""
 
-    def attach(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        draw: TrainingSubset,
-        reading: TaskFormat,
-        given: Callable[[], Tensor],
-        *,
-        keeps_plan: Callable[[], bool],
-    ) -> None:
-        """Draws from a subset from now on.
+    def attach(self, trainer: Trainer, draw: TrainingSubset, *, keeps_plan: Callable[[], bool]) -> None:
+        """Draws from a subset from now on; where labels are replaced, :attr:`relabeling` has to be attached too.
 
         Args:
             trainer: of the fit.
-            pl_module: the user's.
             draw: the subset.
-            reading: finds the labels in a batch.
-            given: returns the labels of the partition, where some are replaced.
             keeps_plan: see :meth:`sampler`; asked whenever there is a loader.
         """
         if self._swap.is_attached:
@@ -162,8 +149,6 @@ class SubsetLoader:
             return self._narrowed.narrow(loader, sampler, remembers=draw.new_label is not None)
 
         self._swap.attach(trainer, narrow)
-        if draw.new_label is not None:
-            self.relabeling.attach(trainer, pl_module, reading, draw.new_label, given)
 
     def ask_again(self, trainer: Trainer) -> None:
         """Has the loader made again, in a fit that goes on from a checkpoint."""

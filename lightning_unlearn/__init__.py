@@ -4,6 +4,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from lightning_unlearn.data.data_format import DataFormat
 from lightning_unlearn.results.mask import NeuronMask
 from lightning_unlearn.results.partition import Partition
 from lightning_unlearn.shrinking import shrink
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AttributionPartitionCallback",
     "CleanSubsetFinetuneCallback",
+    "DataFormat",
     "NeuronMask",
     "Partition",
     "SensitivityPruneCallback",

@@ -394,10 +394,10 @@ def draw_partition(rng: random.Random, case: Case) -> dict[str, Any]:
         0.1,
     )
     if rng.random() < 0.3:
-        drawn["batch_to_xy"] = xy
+        drawn["data"] = {"batch_to_xy": xy}
     if case.kind == "multi-label":
         # The first batch may have a single 1 in each row, as one-hot labels have.
-        drawn["task"] = "multilabel"
+        drawn["data"] = {**drawn.get("data", {}), "task": "multilabel"}
     return drawn
 
 

@@ -16,7 +16,8 @@ from typing_extensions import override
 from lightning_unlearn.attribution import GRADIENT_X_ACTIVATION, check_method, resolve_layer
 from lightning_unlearn.callbacks.base import PartitionConsumer, UnlearnCallback
 from lightning_unlearn.data.batch import shown_path
-from lightning_unlearn.data.task_format import SoftLabels, Task, TaskFormat
+from lightning_unlearn.data.data_format import DataFormat, make_data_format
+from lightning_unlearn.data.task_format import TaskFormat
 from lightning_unlearn.evidence.collector import EvidenceCollector
 from lightning_unlearn.evidence.when import DrawTime
 from lightning_unlearn.partitioning.apply_recipe import (
@@ -144,23 +145,10 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
             ``keep``: clean for certain; ``drop``: not trained on, not even for ``min_class_share``; ``relabel``:
             trained on under the suggested label with ``CleanSubsetFinetuneCallback(on_noisy="relabel")``, else
             dropped. Rank 0 reads it when the fit is set up; checkpoints keep it.
-        task: ``"multiclass"``; ``"binary"``, one logit; ``"multilabel"``, a logit for each label, of which a sample may
-            have several, and each of which is judged by itself; or ``"auto"``: as the first batch looks.
-        soft_labels: ``"refuse"`` labels that are probabilities, or take the class of the largest (``"argmax"``). Labels
-            with a single 1 in each row are taken as they are.
-        ignore_index: a label that means none, as in ``torch.nn.functional.cross_entropy``: such a sample is not judged,
-            and stays in training as it is; may be NaN; None for no such label.
-        batch_to_xy: from a batch on the device to ``(x, y)``: the input of ``forward`` (a tensor, or a tuple or dict
-            of its arguments) and the labels. By default a batch is ``(x, y)``, ``(x1, x2, ..., y)``, or a dict, named
-            tuple or dataclass with labels under a usual name (see :func:`~lightning_unlearn.data.batch.split_batch`);
-            what fits ``forward`` besides is found, such as ``(labels, text, offsets)``.
-        logits_from: from what ``forward`` returns to logits; by default that itself, its ``logits``, or the first of
-            a tuple.
         judge_validation: judge the samples of the validation loader too, by one pass when those of training are judged
             (``validation_partition``). Nothing acts on it; but wrong labels there count in the accuracy.
-        check_data: refuse to resume on training data of which more than a quarter of 16 sampled items have another
-            content than in the fit that wrote the checkpoint or ``review`` (not compared under random augmentation).
-            Their number and labels are checked in any case.
+        data: how batches, outputs and labels are read, a :class:`~lightning_unlearn.DataFormat` or a dict of its
+            fields; by default that is inferred.
 
     Raises:
         ValueError: for arguments out of range, here; for an unknown layer, or a ``review`` that is not as written,
@@ -194,13 +182,8 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         min_class_share: float = 0.1,
         action: Literal["act", "report"] = "act",
         review: str | PathLike[str] | None = None,
-        task: Task = "auto",
-        soft_labels: SoftLabels = "refuse",
-        ignore_index: float | None = -100,
-        batch_to_xy: Callable[[Any], tuple[Any, Tensor]] | None = None,
-        logits_from: Callable[[Any], Tensor] | None = None,
         judge_validation: bool = False,
-        check_data: bool = True,
+        data: DataFormat | dict[str, Any] | None = None,
     ) -> None:
         self.layer = None if layer is None else check_text("layer", layer, _PATH)
         self.action: str = check_choice("action", action, ("act", "report"))
@@ -220,15 +203,9 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         self.suspect_precision = check_number("suspect_precision", suspect_precision, least=0.5, below=1)
         self.min_class_share = check_number("min_class_share", min_class_share, least=0, below=1)
         self.review = None if review is None else check_path("review", review, "a table of decisions")
-        self.reading = TaskFormat(
-            task=task,
-            soft_labels=soft_labels,
-            ignore_index=ignore_index,
-            batch_to_xy=batch_to_xy,
-            logits_from=logits_from,
-        )
+        self.data = make_data_format(data)
+        self.reading = TaskFormat(self.data)
         self.judge_validation = check_flag("judge_validation", judge_validation)
-        self.check_data = check_flag("check_data", check_data)
         self.collector = EvidenceCollector(
             self.reading,
             self.recipe,
@@ -273,14 +250,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
 
     @override
     def settings(self) -> dict[str, Any]:
-        reading = {
-            "task": self.reading.wanted,
-            "soft_labels": self.reading.soft_labels,
-            "ignore_index": self.reading.ignore_index,
-            "batch_to_xy": self.reading.batch_to_xy,
-            "logits_from": self.reading.logits_from,
-        }
-        return settings_of(self, recipe=self.recipe.name, **reading)
+        return settings_of(self, recipe=self.recipe.name, data=vars(self.data))
 
     @property
     def is_dry_run(self) -> bool:
@@ -342,9 +312,9 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         if state.partition is not None:
             known = state.partition.label.flatten()
         check_known_labels(fit, first, known)
-        data = recognize_data(trainer, pl_module, self, known, state.fingerprint if self.check_data else None)
+        data = recognize_data(trainer, pl_module, self, known, state.fingerprint if self.data.verify else None)
         state.fingerprint = data.fingerprint
-        take_review(fit, state, self._table, content=self.check_data)
+        take_review(fit, state, self._table, content=self.data.verify)
         remember_files(fit, state.partition)
         settings = {type(one).__name__: one.settings() for one in (self, *self._partners)}
         seen, again = len(collector.epochs_seen), self._may_be_drawn_again

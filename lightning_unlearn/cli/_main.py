@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import sys
 from collections.abc import Callable, Sequence
 
@@ -14,6 +13,7 @@ from lightning_unlearn.cli._errors import in_one_sentence
 from lightning_unlearn.cli._examples import examples
 from lightning_unlearn.cli._init import add_init, run_init
 from lightning_unlearn.cli._results import add_report, add_show, run_report, run_show
+from lightning_unlearn.utilities.checks import did_you_mean
 
 # Of the commands that LightningCLI reads, which is imported when one of them runs.
 _NO_JSONARGPARSE = "needs jsonargparse, which is not installed: pip install 'lightning-unlearn[cli]'."
@@ -126,6 +126,4 @@ def _check_command(parser: argparse.ArgumentParser, name: str) -> None:
     known = [*_WITH_CONFIG, *_PLAIN]
     if name.startswith("-") or name in known:
         return
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    parser.error(f"there is no command {name!r}, but {', '.join(sorted(known))}.{hint}")
+    parser.error(f"there is no command {name!r}, but {', '.join(sorted(known))}.{did_you_mean(name, known)}")

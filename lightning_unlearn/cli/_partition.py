@@ -330,7 +330,7 @@ def _say_found(cli: PartitionCLI, arguments: Sequence[str]) -> None:
             f"Expected the {len(partition):,} training samples of the checkpoint's partition, but the data have"
             f" {len(loader.dataset):,}."  # type: ignore[arg-type]
         )
-    if partition.fingerprint and cli.partition.check_data:
+    if partition.fingerprint and cli.partition.data.verify:
         check_fingerprint(partition.fingerprint, fingerprint(loader))
     state = partition_state(cli.checkpoint, cli.config["ckpt_path"]) or {}
     provenance = state["provenance"] or {}

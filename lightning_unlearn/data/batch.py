@@ -89,8 +89,8 @@ def call_forward(module: nn.Module, x: Any) -> Any:
         return module(next(iter(x.values())) if len(x) == 1 else x)
     raise TypeError(
         f"Expected a batch with {', '.join(map(repr, required))}, which forward takes, but besides the labels it has"
-        f" {', '.join(map(repr, x))}; pass batch_to_xy=... to AttributionPartitionCallback, a function from the batch"
-        " to (x, y) with x a tensor, or a tuple or dict of forward's arguments."
+        f" {', '.join(map(repr, x))}; pass data=DataFormat(batch_to_xy=...) to AttributionPartitionCallback,"
+        " a function from the batch to (x, y) with x a tensor, or a tuple or dict of forward's arguments."
     )
 
 
@@ -117,7 +117,8 @@ def _check_positional(parameters: list[inspect.Parameter], x: tuple[Any, ...]) -
         raise TypeError(
             f"Expected as many inputs in a batch as forward takes, {len(required)}"
             f"{f' to {len(places)}' if len(places) > len(required) else ''}, but besides the last, the labels, it has"
-            f" {len(x)}; pass batch_to_xy=... to AttributionPartitionCallback, a function from the batch to (x, y)."
+            f" {len(x)}; pass data=DataFormat(batch_to_xy=...) to AttributionPartitionCallback, a function"
+            " from the batch to (x, y)."
         )
 
 
@@ -173,7 +174,8 @@ def how_to_split(batch: Any, label: Path | None = None, y: str | None = None) ->
     if label is not None and inputs:
         line = f"lambda batch: ({shown_path(inputs[0], batch)}, {y or shown_path(label, batch)})"
     shown = line if len(line) < _MOST_SHOWN else "..."
-    return f"pass batch_to_xy={shown} to AttributionPartitionCallback, a function from the batch to (x, y)"
+    what = "a function from the batch to (x, y)"
+    return f"pass data=DataFormat(batch_to_xy={shown}) to AttributionPartitionCallback, {what}"
 
 
 def children_of(value: Any) -> list[tuple[str | int, Any]]:

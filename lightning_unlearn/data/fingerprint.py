@@ -87,7 +87,7 @@ def check_fingerprint(before: str, now: str) -> None:
         raise ValueError(
             f"Expected the training data that the checkpoint was made with, but {share:.0%} of {SAMPLED} sampled items"
             " have another content; give the data it was made with, or start again without the checkpoint. Where only"
-            " the preprocessing has changed, on purpose, set check_data=False."
+            " the preprocessing has changed, on purpose, pass data=DataFormat(verify=False)."
         )
 
 

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_unlearn.data.batch import Path, call_forward, split_batch
+from lightning_unlearn.data.data_format import DataFormat, Task
 from lightning_unlearn.data.layout import Layout
-from lightning_unlearn.utilities.checks import check_choice, check_function, check_number, plain
-
-Task = Literal["auto", "multiclass", "binary", "multilabel"]
-"""The kinds of classification, by torchmetrics' names; ``"auto"``: as the first batch looks."""
-SoftLabels = Literal["refuse", "argmax"]
-"""What becomes of labels that are probabilities."""
 
 IGNORED = -1
 """What a label is that is to be ignored."""
@@ -35,53 +31,27 @@ def extract_logits(output: Any) -> Any:
     return output[0] if isinstance(output, (tuple, list)) and output else output
 
 
-def _checked_ignore_index(value: Any) -> float | None:
-    """As labels are compared with it: a whole number is an int, since a float may not hold it."""
-    found = plain(value)
-    if found is None or (isinstance(found, float) and math.isnan(found)):
-        return found
-    if isinstance(found, int) and not isinstance(found, bool) and abs(found) < 2**63:
-        return int(found)
-    return check_number("ignore_index", value, meaning="the label that means none, NaN, or None")
-
-
 class TaskFormat:
-    """How batches, outputs and labels are read. What is ``"auto"`` is settled by the first batch.
+    """Reads batches, outputs and labels; what a :class:`DataFormat` leaves open is inferred from the first batch.
 
     **Rows.** Everything downstream sees rows of class logits (U, C) with class labels (U,). Of a multi-class task they
     are the samples; a binary task's one logit z becomes those of two classes, -z/2 and z/2, whose softmax is its
     sigmoid; of a multi-label task each label of each sample is such a binary row, sample by sample: U = B L.
 
     Args:
-        task: kind of classification.
-        soft_labels: ``"refuse"`` labels that are probabilities, or take the class of the largest (``"argmax"``).
-        ignore_index: a label that means none, as in ``torch.nn.functional.cross_entropy``, or NaN; None for no such
-            label.
-        batch_to_xy: from a batch to the input and the labels; by default that is seen at the first batch.
-        logits_from: from what ``forward`` returns to logits, by default :func:`extract_logits`.
+        data: what the user has set; the defaults if left out.
 
-    Raises:
-        ValueError: for an unknown task or treatment of soft labels.
+    Attributes:
+        data: as given.
+        num_outputs: K, the columns that ``forward`` returns; 0 before the first batch.
+        layout: where input and labels are in a batch, once detected.
+        label_at: where the labels are, once detected.
+        rivals: other fields that could be the labels.
+        is_open: whether these are as likely.
     """
 
-    def __init__(
-        self,
-        *,
-        task: Task = "auto",
-        soft_labels: SoftLabels = "refuse",
-        ignore_index: float | None = -100,
-        batch_to_xy: Callable[[Any], tuple[Any, Tensor]] | None = None,
-        logits_from: Callable[[Any], Tensor] | None = None,
-    ) -> None:
-        self.wanted: Task = check_choice("task", task, get_args(Task))
-        self.soft_labels: SoftLabels = check_choice("soft_labels", soft_labels, get_args(SoftLabels))
-        self.ignore_index = _checked_ignore_index(ignore_index)
-        self.batch_to_xy = batch_to_xy
-        if batch_to_xy is not None:
-            self.batch_to_xy = check_function("batch_to_xy", batch_to_xy, "from a batch to (x, y)")
-        self.logits_from: Callable[[Any], Any] = extract_logits
-        if logits_from is not None:
-            self.logits_from = check_function("logits_from", logits_from, "from what forward returns to logits")
+    def __init__(self, data: DataFormat | None = None) -> None:
+        self.data = DataFormat() if data is None else data
         self.forget()
 
     def forget(self) -> None:
@@ -89,15 +59,14 @@ class TaskFormat:
         self._task: Task = "auto"
         self.num_outputs = 0
         self.layout: Layout | None = None
-        # Where the labels are, once that has been seen; other fields that could be; whether these are as likely.
         self.label_at: Path | None = None
         self.rivals: tuple[Path, ...] = ()
         self.is_open = False
 
     def split(self, batch: Any) -> tuple[Any, Any]:
         """The input and the labels of a batch: as ``batch_to_xy`` says, as settled, or as ``split_batch`` does."""
-        if self.batch_to_xy is not None:
-            return self.batch_to_xy(batch)
+        if self.data.batch_to_xy is not None:
+            return self.data.batch_to_xy(batch)
         if self.layout is not None and self.layout.fits(batch):
             return self.layout.split(batch)
         return split_batch(batch)
@@ -134,13 +103,15 @@ class TaskFormat:
         Raises:
             TypeError: if it returns something else.
         """
-        logits = self.logits_from(call_forward(model, x))
+        returned = call_forward(model, x)
+        logits: Any = (self.data.logits_from or extract_logits)(returned)
         if not isinstance(logits, Tensor) or logits.ndim not in (1, 2) or not logits.is_floating_point():
             found = f"{logits.dtype} {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
             raise TypeError(
                 f"Expected forward of {type(model).__name__} to return logits (B, C), or (B,) of a binary task, or"
-                f" something that holds them as 'logits', but it returned {found}; pass logits_from=... to"
-                " AttributionPartitionCallback, a function from what forward returns to the logits."
+                f" something that holds them as 'logits', but it returned {found}; pass"
+                " data=DataFormat(logits_from=...) to AttributionPartitionCallback, a function from what forward"
+                " returns to the logits."
             )
         return logits.unsqueeze(1) if logits.ndim == 1 else logits
 
@@ -157,18 +128,18 @@ class TaskFormat:
         if self._task != "auto":
             return
         outputs = output.shape[1]
-        task = self._seen_task(outputs, label) if self.wanted == "auto" else self.wanted
+        task = self._seen_task(outputs, label) if self.data.task == "auto" else self.data.task
         if (task == "binary") != (outputs == 1) and task != "multilabel":
             kind = "one logit" if task == "binary" else "a logit for each class, at least two,"
             raise ValueError(
-                f"Expected forward to return {kind} per sample, as task='{task}' says, but it returned {outputs}; set"
-                f" task='{'multiclass' if task == 'binary' else 'binary'}'."
+                f"Expected forward to return {kind} per sample with task='{task}', but it returned {outputs}; pass"
+                f" data=DataFormat(task='{'multiclass' if task == 'binary' else 'binary'}')."
             )
         self._task, self.num_outputs = task, outputs
 
     def alike(self, output: Tensor, label: Any) -> TaskFormat:
         """Another reading with the same settings, settled by another first batch; see :meth:`settle`."""
-        other = TaskFormat(task=self.wanted, soft_labels=self.soft_labels, ignore_index=self.ignore_index)
+        other = TaskFormat(replace(self.data, batch_to_xy=None, logits_from=None))
         other.settle(output, label)
         return other
 
@@ -268,14 +239,14 @@ class TaskFormat:
         largest, value = label.max(dim=1)
         rows = label.double()
         legal = (rows >= 0).all(dim=1) & (largest > 0) & rows.isfinite().all(dim=1)
-        if self.soft_labels == "refuse":
+        if self.data.soft_labels == "error":
             legal &= (rows.sum(dim=1) - 1).abs().le(_ROUNDING) & (largest.double() >= 1 - _ROUNDING)
         return value.where(legal, _ILLEGAL)
 
     def _bits(self, label: Tensor) -> Tensor:
         value = label.double()
         legal = (value >= 0) & (value <= 1)
-        if self.soft_labels == "refuse":
+        if self.data.soft_labels == "error":
             legal &= (value == 0) | (value == 1)
         return self._without_ignored((value > 0.5).long().where(legal, _ILLEGAL), label)
 
@@ -283,12 +254,12 @@ class TaskFormat:
         return value.masked_fill(self._is_ignored(label), IGNORED)
 
     def _is_ignored(self, label: Tensor) -> Tensor:
-        if self.ignore_index is None:
+        if self.data.ignore_index is None:
             return torch.zeros_like(label, dtype=torch.bool)
-        if math.isnan(self.ignore_index):
+        if math.isnan(self.data.ignore_index):
             return label.isnan()
         # Not as bytes, in which -100 is 156.
-        return (label if label.is_floating_point() else label.long()) == self.ignore_index
+        return (label if label.is_floating_point() else label.long()) == self.data.ignore_index
 
     def labels(self, label: Any, num_samples: int, first_index: int = 0) -> Tensor:
         """Class labels of rows, each of which names a class or is ignored.
@@ -315,20 +286,23 @@ class TaskFormat:
         where = f"in the batch that starts at dataset index {first_index}"
         shown = label.item() if label.numel() == 1 else [round(value, 4) for value in label.flatten()[:8].tolist()]
         if self.task == "multiclass" and label.numel() == 1:
-            start = ", or number the classes from 0 (batch_to_xy=...)" if shown == self.num_outputs else ""
+            start = ", or number the classes from 0 (batch_to_xy)" if shown == self.num_outputs else ""
             return (
                 f"Expected labels in [0, {self.num_outputs}), as the model has {self.num_outputs} outputs, but found"
-                f" {shown} {where}; set ignore_index={shown} if it means no label{start}."
+                f" {shown} {where}; pass data=DataFormat(ignore_index={shown})"
+                f" if it means no label{start}."
             )
         if self.task == "multiclass":
             return (
-                f"Expected labels with a single 1 in each row, but found {shown} {where}; set soft_labels='argmax' to"
-                " take the class of the largest, or task='multilabel' if there may be several. Where samples are mixed"
-                " (MixUp, CutMix), offer attribution_dataloader(), a loader that does not mix them."
+                f"Expected labels with a single 1 in each row, but found {shown} {where}; pass"
+                " data=DataFormat(soft_labels='argmax') to take the class of the largest, or task='multilabel' if"
+                " there may be several. Where samples are mixed (MixUp, CutMix), offer attribution_dataloader(), a"
+                " loader that does not mix them."
             )
         return (
-            f"Expected labels 0 or 1 of a {self.task} task, but found {shown} {where}; set soft_labels='argmax' to"
-            " round probabilities, or ignore_index to the value that means no label."
+            f"Expected labels 0 or 1 of a {self.task} task, but found {shown} {where}; pass"
+            " data=DataFormat(soft_labels='argmax') to round probabilities, or ignore_index= the value that means no"
+            " label."
         )
 
     def replaced(self, label: Tensor, new: Tensor) -> Tensor:
@@ -345,7 +319,7 @@ class TaskFormat:
         return torch.where(new.reshape(label.shape) >= 0, new.reshape(label.shape).to(label.dtype), label)
 
 
-_CONVERT = "; pass batch_to_xy=... to AttributionPartitionCallback to convert them."
+_CONVERT = "; pass data=DataFormat(batch_to_xy=...) to AttributionPartitionCallback to convert them."
 
 
 def _is_dense(label: Any) -> bool:

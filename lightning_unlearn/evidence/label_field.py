@@ -54,7 +54,7 @@ def agreement(value: Any, gradient: Tensor, reading: TaskFormat) -> Tensor:
         return torch.eq(gradient.flatten() < 0, value.reshape(len(gradient)) > 0.5)
     if value.ndim == 2 and value.shape[1] == columns:
         if reading.alike(gradient, value).task == "multilabel":
-            known = value != (reading.ignore_index if reading.ignore_index is not None else torch.inf)
+            known = value != (reading.data.ignore_index if reading.data.ignore_index is not None else torch.inf)
             known &= ~value.isnan() if value.is_floating_point() else known
             agrees: Tensor = (torch.eq(gradient < 0, value > 0.5) | ~known).all(dim=1)
             return agrees
@@ -154,7 +154,7 @@ class LabelWatch:
         found = _Sums(self._sums)
         if (other := found.other()) is not None and other < len(self._fields):
             path = self._fields[other]
-            if self._reading.batch_to_xy is not None:
+            if self._reading.data.batch_to_xy is not None:
                 raise TypeError(self._not_followed(found, batch, f" and follows {shown_path(path, batch)}", path))
             self.detach()
             return path

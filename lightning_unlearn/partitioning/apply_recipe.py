@@ -65,7 +65,7 @@ def apply_recipe(
                 f"Expected training labels of at least two classes, but all {len(known)} samples have label"
                 f" {int(known[0])}; there is nothing to tell apart."
                 if len(known)
-                else f"Expected labels to judge, but all {total} samples have ignore_index={reading.ignore_index}."
+                else f"Expected labels to judge, but all {total} samples have ignore_index={reading.data.ignore_index}."
             )
         of_label = {name: value[at::rows] for name, value in share.items()}
         # Copies of a sample, with the same label, are one for whatever is estimated.

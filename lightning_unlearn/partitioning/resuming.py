@@ -9,7 +9,7 @@ from lightning_unlearn.results.partition import Partition
 
 # What counts from here on whatever the checkpoint holds, what is checked elsewhere, and functions, of which two may do
 # the same under different names.
-_LEFT_OUT = {"action", "review", "check_data", "every_n_epochs", "stable_share", "batch_to_xy", "logits_from"}
+_LEFT_OUT = {"action", "review", "verify", "every_n_epochs", "stable_share", "batch_to_xy", "logits_from"}
 _SIZES = {"batch_size": "batch size", "ranks": "number of ranks"}
 
 
@@ -23,11 +23,12 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list
     Returns:
         each with the new value and the old one, in words.
     """
+    known = {who: _flat(given) for who, given in before["settings"].items()}
     settings = [
-        f"{name}={value!r} instead of {before['settings'][who][name]!r}"
+        f"{name}={value!r} instead of {known[who][name]!r}"
         for who, given in now["settings"].items()
-        for name, value in given.items()
-        if name not in _LEFT_OUT and value != before["settings"].get(who, {}).get(name, value)
+        for name, value in _flat(given).items()
+        if name not in _LEFT_OUT and value != known.get(who, {}).get(name, value)
     ]
     sizes = [
         f"{words} {now[name]} instead of {before[name]}"
@@ -35,6 +36,11 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list
         if now.get(name) != before.get(name, now.get(name))
     ]
     return settings, sizes
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with the fields of ``data`` beside the others."""
+    return {**{name: value for name, value in settings.items() if name != "data"}, **settings.get("data", {})}
 
 
 def what_holds(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +12,7 @@ from lightning_unlearn.recipes.base import Recipe
 from lightning_unlearn.recipes.baselines import argmax_recipe, aum_recipe, loss_recipe, rlap_recipe
 from lightning_unlearn.recipes.builtin import auto_recipe, input_recipe, label_recipe
 from lightning_unlearn.recipes.users import judge_of
-from lightning_unlearn.utilities.checks import called, plain
+from lightning_unlearn.utilities.checks import called, did_you_mean, plain
 
 ENTRY_POINTS = "lightning_unlearn.recipes"
 """Group in which other packages offer recipes."""
@@ -70,11 +69,9 @@ def get_recipe(recipe: str | Recipe | Callable[..., Any]) -> Recipe:
     if "." in recipe and all(part.isidentifier() for part in recipe.split(".")):
         return replace(get_recipe(_import(recipe)), name=recipe)
     names = [*RECIPES, *offered]
-    near = difflib.get_close_matches(recipe, names, n=1)
-    hint = f" Did you mean '{near[0]}'?" if near else ""
     raise ValueError(
         f"Expected recipe to be one of {', '.join(map(repr, names))}, or the dotted path of a function, but got"
-        f" {recipe!r:.80}.{hint}"
+        f" {recipe!r:.80}.{did_you_mean(recipe, names)}"
     )
 
 

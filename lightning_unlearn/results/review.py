@@ -140,7 +140,7 @@ def settle(
         raise ValueError(
             f"Expected {table.path} to be of this training set of {total} samples, but it is of another ({how}); give"
             " the file that was written of this one. Where only the preprocessing has changed, on purpose, set"
-            " check_data=False."
+            " data=DataFormat(verify=False)."
         )
     for row in table.rows:
         _check_fits(table.path, row, total, classes, single=labels is None)

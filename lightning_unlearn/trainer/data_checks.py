@@ -251,6 +251,7 @@ def same_task(before: str, now: str) -> str:
     if before not in ("", now):
         raise ValueError(
             f"Expected a {before} task, as in the checkpoint, but the first batch has labels of a {now} task; give the"
-            f" data it was made with, set task='{before}' if these are its labels, or start again without it."
+            f" data it was made with, pass data=DataFormat(task='{before}') if these are its labels, or start again"
+            " without it."
         )
     return now

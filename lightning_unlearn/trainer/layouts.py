@@ -40,7 +40,7 @@ def settle_layout(
         TypeError: if ``forward`` fails; the message says how it was called, and what to write instead.
         ValueError: where the labels have another form than a task's.
     """
-    if reading.batch_to_xy is not None or reading.layout is not None:
+    if reading.data.batch_to_xy is not None or reading.layout is not None:
         return _as_settled(reading, module, batch, run)
     first: Exception | None = None
     for layout in layouts_of(batch, size, module, reading.label_at):

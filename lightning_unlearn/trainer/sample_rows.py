@@ -94,7 +94,7 @@ def locate_samples(
                 f"Expected forward of {type(pl_module).__name__} to return the logits of each sample of a batch, in the"
                 f" order of the batch, but of {samples} samples it returned {len(whole[-1])} rows that do not follow"
                 " them where these are fewer or in another order; return one row of logits for each sample, or pass"
-                " logits_from=... to AttributionPartitionCallback."
+                " data=DataFormat(logits_from=...) to AttributionPartitionCallback."
             )
         found = [passes.dimension(at) for at in range(len(points))]
     return [None if d is None else replace(p, samples=d) for p, d in zip(points, found, strict=True)]

@@ -215,11 +215,16 @@ def check_choice(name: str, value: Any, allowed: Sequence[str]) -> Any:
     found = plain(value)
     if isinstance(found, str) and found in allowed:
         return found
-    near = difflib.get_close_matches(found, allowed, n=1, cutoff=0.4) if isinstance(found, str) else []
+    hint = did_you_mean(found, allowed, cutoff=0.4) if isinstance(found, str) else ""
     quoted = [repr(one) for one in allowed]
     words = f"{', '.join(quoted[:-1])} or {quoted[-1]}" if len(quoted) < 4 else f"one of {', '.join(quoted)}"
-    hint = f" Did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"Expected {name} to be {words}, but got {shown(value)}.{hint}")
+
+
+def did_you_mean(name: str, known: Sequence[str], cutoff: float = 0.6) -> str:
+    """Return a hint with the most similar known name, with a leading blank; empty if none is similar."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def check_text(name: str, value: Any, meaning: str) -> str:

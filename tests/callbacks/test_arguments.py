@@ -17,10 +17,10 @@ import torch
 from lightning_unlearn import (
     AttributionPartitionCallback,
     CleanSubsetFinetuneCallback,
+    DataFormat,
     SensitivityPruneCallback,
     UnlearnReport,
 )
-from lightning_unlearn.data.task_format import TaskFormat
 from lightning_unlearn.pruning.criteria import Random, Sensitivity
 from lightning_unlearn.recipes import Recipe, get_recipe
 
@@ -110,7 +110,7 @@ MAKERS = {
     Random: {},
     CleanSubsetFinetuneCallback: {},
     UnlearnReport: {},
-    TaskFormat: {},
+    DataFormat: {},
     Recipe: {"name": "mine", "judge": lambda evidence, reduce: None},
 }
 # Beside which alone an argument may be given.
@@ -168,7 +168,7 @@ TAKEN = [
     (AttributionPartitionCallback, "suspect_precision", np.float64(0.75), 0.75),
     (AttributionPartitionCallback, "suspect_precision", torch.tensor(0.75), 0.75),
     (AttributionPartitionCallback, "min_class_share", 0, 0.0),
-    (AttributionPartitionCallback, "check_data", np.bool_(False), False),
+    (DataFormat, "verify", np.bool_(False), False),
     (AttributionPartitionCallback, "action", np.str_("report"), "report"),
     (AttributionPartitionCallback, "action", Word.ACT, "act"),
     (SensitivityPruneCallback, "max_val_drop", np.float32(3), 3.0),
@@ -197,9 +197,9 @@ def test_it_is_made_plain(kind, name, value, expected):
     ("value", "kept"), [(np.int64(255), 255), (-100, -100), (255.0, 255.0), (np.float32(2.5), 2.5), (None, None)]
 )
 def test_a_label_that_means_none_is_made_plain(value, kept):
-    found = TaskFormat(ignore_index=value).ignore_index
+    found = DataFormat(ignore_index=value).ignore_index
     assert (found, type(found)) == (kept, type(kept))
-    assert np.isnan(TaskFormat(ignore_index=np.float64("nan")).ignore_index)
+    assert np.isnan(DataFormat(ignore_index=np.float64("nan")).ignore_index)
 
 
 REFUSED = [
@@ -210,12 +210,12 @@ REFUSED = [
     (AttributionPartitionCallback, "suspect_precision", "x", r"to be a number in \[0.5, 1\), but got 'x'"),
     (AttributionPartitionCallback, "suspect_precision", float("nan"), r"to lie in \[0.5, 1\), but got nan"),
     (AttributionPartitionCallback, "stable_share", np.float64("inf"), r"to lie in \[0, 1\), but got inf"),
-    (AttributionPartitionCallback, "check_data", "no", "to be True or False, but got 'no'"),
-    (AttributionPartitionCallback, "check_data", 1, "to be True or False, but got 1"),
+    (DataFormat, "verify", "no", "to be True or False, but got 'no'"),
+    (DataFormat, "verify", 1, "to be True or False, but got 1"),
     (AttributionPartitionCallback, "review", 3, "to be the path of a table of decisions, but got 3"),
     (AttributionPartitionCallback, "layer", ["a"], "to be the dotted path of a layer, or None, but got "),
-    (AttributionPartitionCallback, "batch_to_xy", 3, r"to be a function from a batch to \(x, y\), but got 3"),
-    (AttributionPartitionCallback, "batch_to_xy", lambda x, y: x, "but <lambda> cannot be called with 1 positional"),
+    (DataFormat, "batch_to_xy", 3, r"to be a function from a batch to \(x, y\), but got 3"),
+    (DataFormat, "batch_to_xy", lambda x, y: x, "but <lambda> cannot be called with 1 positional"),
     (AttributionPartitionCallback, "recipe", 3, "to be a name, a dotted path or a function, but got a int"),
     (AttributionPartitionCallback, "recipe", lambda: 0, "but '<lambda>' cannot be called with 1 positional argument"),
     (AttributionPartitionCallback, "recipe", lambda e, *, k: 0, "missing a required argument: 'k'"),

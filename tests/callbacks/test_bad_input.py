@@ -204,7 +204,7 @@ class NoTensor(Toy):
 def test_a_forward_that_returns_no_logits(module, found):
     refused(
         TypeError,
-        rf"forward of {module.__name__} to return logits \(B, C\), or .* returned {found}; pass logits_from=",
+        rf"forward of {module.__name__} to return logits \(B, C\), or .* returned {found}; pass data=.*logits_from=",
         [AttributionPartitionCallback(at_epoch=2)],
         module=module(),
         limit_val_batches=0,
@@ -250,15 +250,19 @@ def collated(change):
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
-        (lambda x, y: {"x": x, "cls": y}, TypeError, "labels under one of .* but it has 'x', 'cls'; pass batch_to"),
+        (
+            lambda x, y: {"x": x, "cls": y},
+            TypeError,
+            "labels under one of .* but it has 'x', 'cls'; pass data=",
+        ),
         (
             lambda x, y: (x[:, :3], y),
             TypeError,
             r"Toy to take .* but forward\(batch\[0\]\), with batch\[1\] as labels, raised RuntimeError: mat1"
-            r" .* pass batch_to_xy=lambda batch: \(batch\[0\], batch\[1\]\) to",
+            r" .* pass data=DataFormat\(batch_to_xy=lambda batch: \(batch\[0\], batch\[1\]\)\) to",
         ),
-        (lambda x, y: {"x": x, "z": x, "y": [0] * len(y)}, TypeError, "but it has 'x', 'z', 'y'; pass batch_to"),
-        (lambda x, y: x, TypeError, "but got a Tensor of 8; pass batch_to"),
+        (lambda x, y: {"x": x, "z": x, "y": [0] * len(y)}, TypeError, "but it has 'x', 'z', 'y'; pass data=DataFormat"),
+        (lambda x, y: x, TypeError, "but got a Tensor of 8; pass data=DataFormat"),
         (lambda x, y: (x, y.float()), ValueError, r"integer labels of shape \(8,\).* torch.float32 of shape \(8,\)"),
         (lambda x, y: (x, y.reshape(2, 4)), ValueError, r"integer labels of shape \(8,\).* of shape \(2, 4\)"),
         (

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.functional import one_hot
 from torch.utils.data import DataLoader, default_collate
 
-from lightning_unlearn import AttributionPartitionCallback
+from lightning_unlearn import AttributionPartitionCallback, DataFormat
 from lightning_unlearn.trainer.scoring_loader import OFFER
 from tests.toys import CLASSES, FEATURES, Blobs, BlobsData, Toy, auroc, fit, trio, weights
 
@@ -240,11 +240,11 @@ class Unvalidated(Toy):
     validation_step = None
 
 
-@pytest.mark.parametrize("soft_labels", ["refuse", "argmax"])
+@pytest.mark.parametrize("soft_labels", ["error", "argmax"])
 def test_what_collate_fn_mixes_is_scored_unmixed_where_a_loader_is_offered(soft_labels):
     data = BlobsData(Blobs(SIZE), collate_fn=mixing)
     data.attribution_dataloader = lambda: DataLoader(data.train, batch_size=50)
-    partition, _, finetune = ours = trio(AT, soft_labels=soft_labels)
+    partition, _, finetune = ours = trio(AT, data=DataFormat(soft_labels=soft_labels))
     fit(Unvalidated(), data, ours, max_epochs=EPOCHS)
     assert partition.collector.reader.reason
     assert partition.partition.label.equal(data.train.y)
@@ -256,7 +256,12 @@ def test_what_collate_fn_mixes_is_scored_unmixed_where_a_loader_is_offered(soft_
     ("offers", "settings", "error", "message"),
     [
         (False, {}, ValueError, r"a single 1 in each row, .* mixed .*, offer attribution_dataloader\(\)"),
-        (False, {"soft_labels": "argmax"}, ValueError, r"same label whenever it is read, .* offer attribution_dataloa"),
+        (
+            False,
+            {"data": {"soft_labels": "argmax"}},
+            ValueError,
+            r"same label whenever it is read, .* offer attr",
+        ),
         (True, {"finetune": {"on_noisy": "relabel"}}, TypeError, "differ from .*, as where collate_fn mixes samples"),
     ],
     ids=["soft", "the largest", "re-labeled"],

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_unlearn import AttributionPartitionCallback
+from lightning_unlearn import AttributionPartitionCallback, DataFormat
 from lightning_unlearn.attribution import resolve_layer
 from tests.toys import Blobs, Toy, assert_same_weights, auroc, fit, trio, weights
 
@@ -304,11 +304,13 @@ def test_all_three_work_and_the_warm_up_is_as_without_them(name):
     assert_repaired(module, *callbacks, head=head, wrong=data.wrong)
 
 
-@pytest.mark.parametrize("given", [{}, {"batch_to_xy": without_labels}], ids=["as it is", "with batch_to_xy"])
+@pytest.mark.parametrize(
+    "given", [{}, {"data": DataFormat(batch_to_xy=without_labels)}], ids=["as it is", "with batch_to_xy"]
+)
 def test_a_text_classifier_in_the_manner_of_hugging_face(given):
     data = Sentences()
     loader = loader_of(data, collate_fn=pad)
-    repaired = repair(lambda: TextClassifier(TextNet, adam), loader, **given)
+    repaired = repair(lambda: TextClassifier(TextNet, adam), loader, data=given)
     assert_repaired(*repaired, head="net.classifier", wrong=data.wrong)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, get_worker_info
 
-from lightning_unlearn import AttributionPartitionCallback, Partition
+from lightning_unlearn import AttributionPartitionCallback, DataFormat, Partition
 from lightning_unlearn.evidence import collector as collector_module
 from tests.toys import CLASSES, Blobs, BlobsData, Plain, Swapped, Toy, adamw, auroc, convnet, fit, mlp
 
@@ -238,7 +238,7 @@ def test_batch_to_xy_feeds_a_forward_with_several_arguments():
     def to_xy(batch):
         return (batch["left"], batch["right"]), batch["label"]
 
-    callback = AttributionPartitionCallback(at_epoch=2, batch_to_xy=to_xy)
+    callback = AttributionPartitionCallback(at_epoch=2, data=DataFormat(batch_to_xy=to_xy))
     fit(TwoInputs(), DataLoader(data, batch_size=16, shuffle=True, collate_fn=collate), [callback], max_epochs=3)
     assert auroc(callback.partition.clean_probability, ~data.wrong) > 0.9
 
@@ -337,7 +337,9 @@ def test_logits_may_come_in_a_mapping_or_an_object(as_mapping):
 
 def test_the_input_may_be_keyword_arguments():
     plain = AttributionPartitionCallback(at_epoch=2)
-    named = AttributionPartitionCallback(at_epoch=2, batch_to_xy=lambda batch: ({"x": batch[0]}, batch[1]))
+    named = AttributionPartitionCallback(
+        at_epoch=2, data=DataFormat(batch_to_xy=lambda batch: ({"x": batch[0]}, batch[1]))
+    )
     for callback in (plain, named):
         fit(Toy(), BlobsData(Blobs()), [callback], max_epochs=3)
     assert named.partition.clean_probability.equal(plain.partition.clean_probability)

@@ -11,7 +11,12 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_unlearn
-from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback, SensitivityPruneCallback
+from lightning_unlearn import (
+    AttributionPartitionCallback,
+    CleanSubsetFinetuneCallback,
+    DataFormat,
+    SensitivityPruneCallback,
+)
 from lightning_unlearn.data.batch import split_batch
 from lightning_unlearn.results.provenance import primitive
 from tests.toys import CLASSES, Blobs, BlobsData, Toy, fit, trio
@@ -156,7 +161,9 @@ def test_of_several_labels_those_that_were_turned(tmp_path):
     y = (x[:, :CLASSES] > 0).float()
     y[2] = torch.tensor([1.0, 0.0, 0.0, 0.0])
     (tmp_path / "suspects.csv").write_text("index,suggested_label,decision\n2,1 3,relabel\n7,,drop\n")
-    partition = AttributionPartitionCallback(at_epoch=1, task="multilabel", review=tmp_path / "suspects.csv")
+    partition = AttributionPartitionCallback(
+        at_epoch=1, data=DataFormat(task="multilabel"), review=tmp_path / "suspects.csv"
+    )
     finetune = CleanSubsetFinetuneCallback(on_noisy="relabel")
     fit(Several(), DataLoader(TensorDataset(x, y), batch_size=32), [partition, finetune], max_epochs=2)
     done = partition.provenance["done"]["CleanSubsetFinetuneCallback"]
@@ -174,16 +181,18 @@ def test_settings_are_all_arguments(kind):
     assert list(settings) == [parameter.name for parameter in parameters]
     for parameter in parameters:
         default = needed.get(parameter.name, parameter.default)
-        if parameter.name not in ("batch_to_xy", "logits_from"):
+        if parameter.name == "data":
+            assert settings["data"] == vars(DataFormat())
+        else:
             assert settings[parameter.name] == default, parameter.name
 
 
 def test_functions_go_by_their_path(tmp_path):
     settings = AttributionPartitionCallback(
-        at_epoch=7, recipe="tests.toys.by_margin", batch_to_xy=split_batch
+        at_epoch=7, recipe="tests.toys.by_margin", data=DataFormat(batch_to_xy=split_batch)
     ).settings()
     assert settings["recipe"] == "tests.toys.by_margin"
-    assert settings["batch_to_xy"] == "lightning_unlearn.data.batch.split_batch"
+    assert settings["data"]["batch_to_xy"] == "lightning_unlearn.data.batch.split_batch"
     assert primitive([tmp_path, torch.ones(2), object(), {1: (float("inf"), None)}]) == [
         str(tmp_path),
         [1.0, 1.0],

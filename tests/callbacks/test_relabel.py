@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, RandomSampler, default_collate
 
-from lightning_unlearn import CleanSubsetFinetuneCallback
+from lightning_unlearn import CleanSubsetFinetuneCallback, DataFormat
 from lightning_unlearn.data.loaders import iterate_indices
 from lightning_unlearn.data.task_format import TaskFormat, split_batch
 from lightning_unlearn.finetuning.relabel import with_labels
@@ -45,7 +45,7 @@ def known(data, split=split_batch):
     object.__setattr__(partition, "suggested_probability", torch.where(kind == 1, 0.5, 0.9))
     partition.reason[kind == 2] = INPUT
     source = Published(partition)
-    source.reading = TaskFormat(batch_to_xy=split)
+    source.reading = TaskFormat(DataFormat(batch_to_xy=split))
     return source
 
 
@@ -593,7 +593,7 @@ NEW = torch.tensor([-1, 3, 0])
 
 
 def settled(split=None, task="multiclass", outputs=4):
-    reading = TaskFormat(task=task, batch_to_xy=split)
+    reading = TaskFormat(DataFormat(task=task, batch_to_xy=split))
     reading.settle(torch.zeros(2, outputs), torch.zeros(2, dtype=torch.int64))
     return reading
 

@@ -4,6 +4,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, DistributedSampler
 
+from lightning_unlearn import DataFormat
 from lightning_unlearn.data.fingerprint import fingerprint
 from tests.toys import (
     Blobs,
@@ -214,7 +215,7 @@ def test_other_inputs_with_the_same_labels_are_refused_on_resume(checkpoints, ep
     with pytest.raises(ValueError, match="100% of 16 sampled items have another content; give the data"):
         fit(module, BlobsData(Shifted(101, 0.01)), trio(2), ckpt_path=path)
     assert module.steps == 0
-    callbacks = trio(2, check_data=False)
+    callbacks = trio(2, data=DataFormat(verify=False))
     fit(module, BlobsData(Shifted(101, 0.01)), callbacks, ckpt_path=path)
     assert module.steps > 0
     assert callbacks[0].partition.is_clean.any()

@@ -10,7 +10,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_unlearn import Partition
+from lightning_unlearn import DataFormat, Partition
 from lightning_unlearn.results.labels import REASONS
 from tests.toys import CLASSES, FEATURES, Blobs, Toy, auroc, fit, trio
 
@@ -111,7 +111,7 @@ def test_a_first_batch_that_looks_like_one_of_several_classes_is_noticed_before_
     with pytest.raises(ValueError, match="or task='multilabel' if there may be several"):
         fit(module, loader(x, y.float()), trio(AT), max_epochs=EPOCHS)
     assert module.steps == 0
-    partition, *_ = ours = trio(AT, task="multilabel")
+    partition, *_ = ours = trio(AT, data=DataFormat(task="multilabel"))
     fit(Bits(3), loader(x, y.float()), ours, max_epochs=EPOCHS)
     assert partition.partition.is_multilabel
 
@@ -213,7 +213,7 @@ def test_labels_with_a_column_for_each_class(kind, on_noisy):
     data.y = one_hot(given, CLASSES).float()
     options = {}
     if kind == "smoothed":
-        data.y, options = 0.9 * data.y + 0.1 / CLASSES, {"soft_labels": "argmax"}
+        data.y, options = 0.9 * data.y + 0.1 / CLASSES, {"data": DataFormat(soft_labels="argmax")}
     partition, _, finetune = callbacks = trio(AT, finetune={"on_noisy": on_noisy}, **options)
     module = Toy()
     module.validation_step = None
@@ -311,9 +311,9 @@ BATCHES = {
     "logits_from": (
         lambda: Returns(lambda z: {"scores": [z]}, lambda out: out["scores"][0]),
         None,
-        {"logits_from": lambda out: out["scores"][0]},
+        {"data": DataFormat(logits_from=lambda out: out["scores"][0])},
     ),
-    "batch_to_xy": (Named, as_dict, {"batch_to_xy": lambda batch: (batch["image"], batch["label"])}),
+    "batch_to_xy": (Named, as_dict, {"data": {"batch_to_xy": lambda batch: (batch["image"], batch["label"])}}),
 }
 
 
@@ -365,7 +365,7 @@ def test_labels_that_are_missing_as_nan():
             return super().training_step((batch[0], batch[1].nan_to_num(-1)))
 
     partition, _, finetune = ours = trio(
-        AT, task="multilabel", ignore_index=torch.nan, finetune={"on_noisy": "relabel"}, recipe="label"
+        AT, data=DataFormat(task="multilabel", ignore_index=torch.nan), finetune={"on_noisy": "relabel"}, recipe="label"
     )
     fit(Known(3), loader(x, given), ours, max_epochs=AT + 1)
     drawn = partition.partition

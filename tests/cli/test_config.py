@@ -9,8 +9,9 @@ import torch
 import yaml
 from lightning.pytorch.cli import LightningCLI
 
-from lightning_unlearn import Partition
+from lightning_unlearn import AttributionPartitionCallback, DataFormat, Partition
 from lightning_unlearn.cli import main
+from lightning_unlearn.data.batch import split_batch
 from tests.cli.conftest import RUN
 
 CALLBACKS = """
@@ -30,7 +31,7 @@ trainer:
         optimizer: {class_path: torch.optim.Adam, init_args: {lr: 1.0e-3}}
         lr_scheduler: {class_path: torch.optim.lr_scheduler.CosineAnnealingLR, init_args: {T_max: 3}}
     - class_path: lightning_unlearn.AttributionPartitionCallback
-      init_args: {at_epoch: 5, recipe: auto}
+      init_args: {at_epoch: 5, recipe: auto, data: {task: multiclass, ignore_index: -1}}
     - class_path: lightning_unlearn.SensitivityPruneCallback
       init_args:
         layer: encoder.0
@@ -161,11 +162,41 @@ def test_a_misconfiguration_is_one_sentence(team):
         (("lr: 1.0e-2", "lr: .nan"), "Expected lr to be a finite number greater than 0, but got nan."),
         (("recipe: auto", "suspect_precision: .inf"), "Expected suspect_precision to lie in [0.5, 1), but got inf."),
         (("layer: encoder.0", "layer: []"), "Expected layer to name at least one layer, and each once, but got []."),
+        (
+            ("data: {task: multiclass, ignore_index: -1}", "data: {ignore_index: .inf}"),
+            "Expected ignore_index to be a finite number, the label that means none, NaN, or None, but got inf.",
+        ),
     ],
-    ids=["infinite", "nan", "suspect_precision", "empty"],
+    ids=["infinite", "nan", "suspect_precision", "empty", "data"],
 )
 def test_an_argument_that_is_refused_is_one_sentence(wrong, message, team):
     with_classes = "model: {class_path: team.TeamModel, init_args: {width: 16}}\ndata: {class_path: team.TeamData}\n"
     (team / "wrong.yaml").write_text(with_classes + CALLBACKS.replace(*wrong))
     with pytest.raises(SystemExit, match=f"^{re.escape(f'lightning-unlearn fit: error: {message}')}$"):
         main(["fit", "--config", "wrong.yaml"])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        "{task: binary, batch_to_xy: lightning_unlearn.data.batch.split_batch}",
+        "{class_path: lightning_unlearn.DataFormat, init_args: {task: binary, batch_to_xy:"
+        " lightning_unlearn.data.batch.split_batch}}",
+    ],
+    ids=["fields", "class_path"],
+)
+def test_how_data_are_read_is_a_mapping_in_yaml_or_an_object(data, team):
+    (team / "run.yaml").write_text(CALLBACKS.replace("{task: multiclass, ignore_index: -1}", data))
+    sys.path.insert(0, str(team))
+    from team import TeamModel
+
+    cli = LightningCLI(TeamModel, run=False, args=["--config", "run.yaml"])
+    (partition,) = [one for one in cli.trainer.callbacks if isinstance(one, AttributionPartitionCallback)]
+    assert partition.data == DataFormat(task="binary", batch_to_xy=split_batch)
+
+
+def test_a_field_that_data_do_not_have_is_named_with_the_nearest(team, capsys):
+    (team / "wrong.yaml").write_text(CALLBACKS.replace("task: multiclass", "tusk: multiclass"))
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "wrong.yaml", "--model", "team.TeamModel", "--data", "team.TeamData"])
+    assert "'tusk' is not accepted by DataFormat; did you mean 'task'?" in capsys.readouterr().err

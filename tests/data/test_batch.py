@@ -126,7 +126,7 @@ def test_a_batch_without_the_fields_does_not_fit():
     ],
 )
 def test_the_line_to_write_has_the_fields_of_the_batch(batch, line):
-    assert how_to_split(batch).startswith(f"pass batch_to_xy={line} to Attribution")
+    assert how_to_split(batch).startswith(f"pass data=DataFormat(batch_to_xy={line}) to Attribution")
 
 
 def test_a_field_is_shown_as_one_would_write_it():

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
 
+from lightning_unlearn import DataFormat
 from lightning_unlearn.data.batch import LABEL_NAMES, call_forward, split_batch
 from lightning_unlearn.data.task_format import IGNORED, TaskFormat, extract_logits
 
@@ -65,7 +66,7 @@ def test_of_several_usual_names_the_first_counts_and_the_rest_is_input():
     ],
 )
 def test_another_batch_is_refused(batch, found):
-    with pytest.raises(TypeError, match=f"{found}; pass batch_to_xy"):
+    with pytest.raises(TypeError, match=f"{found}; pass data=DataFormat.batch_to_xy"):
         split_batch(batch)
 
 
@@ -155,7 +156,7 @@ def test_logits_are_found_in_what_forward_returns(output):
 
 
 def settled(outputs=3, label=None, **kwargs):
-    reading = TaskFormat(**kwargs)
+    reading = TaskFormat(DataFormat(**kwargs))
     reading.settle(torch.zeros(4, outputs), torch.zeros(4, dtype=torch.int64) if label is None else label)
     return reading
 
@@ -201,8 +202,12 @@ def test_a_task_is_settled_once_and_until_it_is_forgotten():
 @pytest.mark.parametrize(
     ("task", "outputs", "message"),
     [
-        ("binary", 2, "one logit per sample, as task='binary' says, but it returned 2; set task='multiclass'"),
-        ("multiclass", 1, "a logit for each class, .* but it returned 1; set task='binary'"),
+        (
+            "binary",
+            2,
+            "one logit per sample with task='binary', but it returned 2; pass .*task='multiclass'",
+        ),
+        ("multiclass", 1, "a logit for each class, .* but it returned 1; pass data=DataFormat\\(task='binary'\\)"),
     ],
 )
 def test_a_task_that_does_not_fit_the_outputs_is_refused(task, outputs, message):
@@ -213,7 +218,7 @@ def test_a_task_that_does_not_fit_the_outputs_is_refused(task, outputs, message)
 @pytest.mark.parametrize(("name", "value"), [("task", "regression"), ("soft_labels", "keep")])
 def test_unknown_options_are_refused(name, value):
     with pytest.raises(ValueError, match=f"Expected {name} to be .*'.*', but got '{value}'"):
-        TaskFormat(**{name: value})
+        DataFormat(**{name: value})
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool])
@@ -246,7 +251,8 @@ def test_one_hot_rows_are_classes(dtype):
 def test_soft_labels_are_refused_or_become_the_likeliest_class():
     soft = 0.7 * ONE_HOT + 0.1
     with pytest.raises(
-        ValueError, match=r"a single 1 in each row, but found \[0.8, 0.1, 0.1\] in .*; set soft_labels="
+        ValueError,
+        match=r"a single 1 in each row, but found \[0.8, 0.1, 0.1\] in .*; pass data=.*\(soft_labels=",
     ):
         settled(label=soft).labels(soft, 4)
     assert settled(label=soft, soft_labels="argmax").labels(soft, 4).tolist() == [0, 2, 1, 2]
@@ -261,7 +267,7 @@ def test_a_later_row_that_is_not_one_hot_is_refused():
         settled(label=ONE_HOT).labels(SEVERAL, 4, 8)
 
 
-@pytest.mark.parametrize("soft", ["refuse", "argmax"])
+@pytest.mark.parametrize("soft", ["error", "argmax"])
 @pytest.mark.parametrize("row", [[torch.nan, 0, 0], [0, 0, 0], [-1, 2, 0], [torch.inf, 0, 0]])
 def test_rows_that_are_no_probabilities_are_refused(soft, row):
     with pytest.raises(ValueError, match="a single 1 in each row"):
@@ -283,21 +289,21 @@ def test_rows_that_are_no_probabilities_are_refused(soft, row):
     ],
 )
 def test_labels_of_another_form_are_refused(reading, label, message):
-    with pytest.raises(ValueError, match=f"{message}.*pass batch_to_xy="):
+    with pytest.raises(ValueError, match=f"{message}.*pass data=DataFormat.batch_to_xy="):
         reading.labels(label, 4)
 
 
 @pytest.mark.parametrize(("label", "found"), [([0, 5, 1], "5"), ([0, -1, 9], "-1"), ([3, 0, 0], "3")])
 def test_labels_out_of_range_are_refused_with_the_dataset_index(label, found):
     message = (
-        rf"labels in \[0, 3\), as the model has 3 outputs, but found {found} in the batch .* dataset index 640; set"
+        rf"labels in \[0, 3\), as the model has 3 outputs, but found {found} in the .* dataset index 640; pass data"
     )
     with pytest.raises(ValueError, match=message):
         settled().labels(torch.tensor(label), 3, 640)
 
 
 def test_labels_that_start_at_one_are_to_be_numbered_from_zero():
-    with pytest.raises(ValueError, match=r"or number the classes from 0 \(batch_to_xy=\.\.\.\)\.$"):
+    with pytest.raises(ValueError, match=r"or number the classes from 0 \(batch_to_xy\)\.$"):
         settled().labels(torch.tensor([1, 2, 3]), 3)
 
 
@@ -379,7 +385,7 @@ def test_what_forward_returns_must_be_logits():
             return self.output
 
     assert TaskFormat().output(Returns(torch.zeros(4)), X).shape == (4, 1)
-    assert TaskFormat(logits_from=lambda out: out["scores"]).output(Returns({"scores": X}), X) is X
+    assert TaskFormat(DataFormat(logits_from=lambda out: out["scores"])).output(Returns({"scores": X}), X) is X
     for output, found in (({"scores": X}, "dict"), (torch.zeros(2, 3, 4), r"\(2, 3, 4\)"), (Y, r"torch.int64 \(2,\)")):
-        with pytest.raises(TypeError, match=f"forward of Returns to return logits .*{found}; pass logits_from="):
+        with pytest.raises(TypeError, match=f"forward of Returns to return logits .*{found}; pass .*logits_from="):
             TaskFormat().output(Returns(output), X)

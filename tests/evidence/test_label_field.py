@@ -14,7 +14,7 @@ from torch.nn.functional import (
 )
 from torch.utils.data import DataLoader
 
-from lightning_unlearn import AttributionPartitionCallback
+from lightning_unlearn import AttributionPartitionCallback, DataFormat
 from lightning_unlearn.data.task_format import TaskFormat
 from lightning_unlearn.evidence.label_field import agreement
 from tests.toys import CLASSES, FEATURES, Blobs, fit, weights
@@ -161,7 +161,7 @@ def test_a_choice_that_no_gradient_can_make_is_refused_before_the_first_step():
     before = {name: value.clone() for name, value in weights(module).items()}
     match = (
         r"which field of a batch holds the labels, batch\[2\] or batch\[1\], but no gradient at the output of 'net.2'"
-        r" .* pass batch_to_xy=lambda batch: \(batch\[0\], batch\[1\]\) to"
+        r" .* pass data=DataFormat\(batch_to_xy=lambda batch: \(batch\[0\], batch\[1\]\)\) to"
     )
     with pytest.raises(TypeError, match=match):
         fit(module, loader_of(last, Blobs(SIZE)), [AttributionPartitionCallback(at_epoch=AT)])
@@ -196,7 +196,7 @@ def test_labels_under_other_numbers_are_refused_before_the_first_step():
     before = {name: value.clone() for name, value in weights(module).items()}
     match = (
         r"follow the labels, batch\[1\], but it raises the logit of that class in 0% of 16 rows, as where training_step"
-        r" gives them other numbers; pass batch_to_xy=lambda batch: \(batch\[0\], \.\.\.\) to"
+        r" gives them other numbers; pass data=DataFormat\(batch_to_xy=lambda batch: \(batch\[0\], \.\.\.\)\) to"
     )
     with pytest.raises(TypeError, match=match):
         fit(module, loader_of(pair, Blobs(SIZE)), [AttributionPartitionCallback(at_epoch=AT)])
@@ -206,14 +206,15 @@ def test_labels_under_other_numbers_are_refused_before_the_first_step():
 def test_a_loss_of_something_else_is_refused():
     loss = lambda net, batch: cross_entropy(net(batch[0]), (batch[0][:, 1] * 5).long() % CLASSES)  # noqa: E731
     with pytest.raises(
-        TypeError, match=r"follow the labels, batch\[1\], but it .* rows, no more than by chance; pass batch_to_xy"
+        TypeError,
+        match=r"follow the labels, batch\[1\], but it .* rows, no more than by chance; pass .*batch_to_xy",
     ):
         fit(Net(loss), loader_of(pair, Blobs(400)), [AttributionPartitionCallback(at_epoch=AT)])
 
 
 def test_labels_of_batch_to_xy_that_the_loss_does_not_follow_are_refused():
-    ours = AttributionPartitionCallback(at_epoch=AT, batch_to_xy=lambda batch: (batch[0], batch[2]))
-    match = r"the labels, what batch_to_xy returns, but .* and follows batch\[1\]; pass batch_to_xy=lambda batch: "
+    ours = AttributionPartitionCallback(at_epoch=AT, data=DataFormat(batch_to_xy=lambda batch: (batch[0], batch[2])))
+    match = r"the labels, what batch_to_xy returns, but .* and follows batch\[1\]; pass .*batch_to_xy=lambda batch: "
     with pytest.raises(TypeError, match=match):
         fit(Net(of(1)), loader_of(last, Blobs(SIZE)), [ours])
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, RandomSampler, WeightedRandomSampler
 
+from lightning_unlearn import DataFormat
 from lightning_unlearn.data.index_tracking import TrackedBatchSampler
 from lightning_unlearn.data.task_format import TaskFormat, split_batch
 from lightning_unlearn.evidence import step_reader as step_reader_module
@@ -68,7 +69,7 @@ class Driver(L.Callback):
 
     def __init__(self, head=HEAD, split=split_batch, late=False):
         self.sink = Sink()
-        self.reading = TaskFormat(batch_to_xy=split)
+        self.reading = TaskFormat(DataFormat(batch_to_xy=split))
         self.reader = TrainStepReader(reading=self.reading, sink=self.sink)
         self.head, self.late, self.goes_on, self.rows_read = head, late, [], []
 

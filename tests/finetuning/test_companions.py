@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
 
-from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback
+from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback, DataFormat
 from lightning_unlearn.data.task_format import TaskFormat
 from lightning_unlearn.finetuning.companions import Companion, companions_in
 from tests.evidence.test_label_field import Net, loader_of
@@ -16,7 +16,7 @@ ORDER = torch.tensor([3, 0, 4, 1, 2])
 
 
 def settled(outputs=C, label=Y, **kwargs):
-    reading = TaskFormat(**kwargs)
+    reading = TaskFormat(DataFormat(**kwargs))
     reading.settle(torch.zeros(len(label), outputs), label)
     return reading
 

@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback, Partition
+from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback, DataFormat, Partition
 from lightning_unlearn.recipes import RecipeResult
 from lightning_unlearn.results.labels import DECISIONS, DROP, KEEP, RELABEL
 from tests.toys import CLASSES, Blobs, BlobsData, IndexRecorder, Toy, assert_same_weights, fit, trio, weights
@@ -212,9 +212,9 @@ def test_other_decisions_than_those_of_a_partition_that_is_drawn_are_refused(dat
     assert partition.partition.is_clean[of(reviewed["wanted"], KEEP)].all()
 
 
-def refused_before_the_first_step(data, message, error=ValueError, **kwargs):
+def refused_before_the_first_step(data, message, error=ValueError, data_format=None, **kwargs):
     module = Toy()
-    callback = AttributionPartitionCallback(at_epoch=AT, **(MARGINS | kwargs))
+    callback = AttributionPartitionCallback(at_epoch=AT, data=data_format, **(MARGINS | kwargs))
     before = weights(module)
     with pytest.raises(error, match=message):
         fit(module, BlobsData(data), [callback, CleanSubsetFinetuneCallback()], max_epochs=EPOCHS)
@@ -228,7 +228,7 @@ def test_a_table_of_other_data_is_refused_before_the_first_step(reviewed):
     refused_before_the_first_step(Blobs(SIZE, seed=1), "but 100% of those compared differ", review=path)
     path = reviewed["confirmed"]
     message = "line [0-9]+: expected given_label to be the label of sample"
-    refused_before_the_first_step(Blobs(SIZE, seed=1), message, review=path, check_data=False)
+    refused_before_the_first_step(Blobs(SIZE, seed=1), message, review=path, data_format=DataFormat(verify=False))
     refused_before_the_first_step(Blobs(SIZE, augment="torch", seed=1), message, review=path)
 
 
@@ -283,7 +283,9 @@ def test_several_labels(tmp_path):
             return nn.functional.binary_cross_entropy_with_logits(self(batch[0]), batch[1])
 
     tune = CleanSubsetFinetuneCallback(on_noisy="relabel")
-    partition = AttributionPartitionCallback(at_epoch=1, task="multilabel", review=tmp_path / "suspects.csv")
+    partition = AttributionPartitionCallback(
+        at_epoch=1, data=DataFormat(task="multilabel"), review=tmp_path / "suspects.csv"
+    )
     loader = DataLoader(TensorDataset(x, y), batch_size=32)
     fit(Several(lambda: nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3))), loader, [partition, tune])
     found = partition.partition

@@ -98,7 +98,7 @@ def partition_at(
         callback = AttributionPartitionCallback()
     else:
         epochs = {SECOND: 2, MIDDLE: problem.epochs // 2, END: problem.epochs}[moment]
-        callback = AttributionPartitionCallback(at_epoch=epochs, action="report")
+        callback = AttributionPartitionCallback(at_epoch=epochs, dry_run=True)
         others += [StopAfter(epochs)]
     own = CountSeconds(callback)
     L.seed_everything(seed, verbose=False)

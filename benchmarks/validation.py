@@ -48,7 +48,7 @@ def judged(case: DetectionCase, seed: int, folder: Path) -> tuple[Partition, Ten
     order = torch.randperm(len(label), generator=torch.Generator().manual_seed(seed))
     held, kept = order[: len(order) // 4], order[len(order) // 4 :]
     L.seed_everything(seed, verbose=False)
-    callback = AttributionPartitionCallback(at_epoch=case.epochs, action="report", judge_validation=True)
+    callback = AttributionPartitionCallback(at_epoch=case.epochs, dry_run=True, judge_validation=True)
     trainer = L.Trainer(
         max_epochs=case.epochs,
         accelerator="cpu",

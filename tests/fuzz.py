@@ -386,7 +386,7 @@ def draw_partition(rng: random.Random, case: Case) -> dict[str, Any]:
     drawn |= some(
         rng,
         {
-            "action": lambda: "report",
+            "dry_run": lambda: True,
             "layer": lambda: draw_layer(rng, case),
             "input_layer": lambda: draw_layer(rng, case),
             "method": lambda: rng.choice(list(ATTRIBUTION_METHODS)),

@@ -179,7 +179,7 @@ def check_partition(run):
 
 def check_pruned(run):
     partition, prune, _ = run.trio
-    if prune is None or not prune.has_acted or partition.is_dry_run:
+    if prune is None or not prune.has_acted or partition.dry_run:
         return
     for site, mask in zip(prune._state.sites, prune.masks, strict=True):
         assert len(mask.pruned_indices()) <= max(1, prune.amount * len(mask.keep))

@@ -280,7 +280,7 @@ class PartitionConsumer(UnlearnCallback):
 
     @property
     def _is_dry_run(self) -> bool:
-        return self._source is not None and self._source.is_dry_run
+        return self._source is not None and self._source.dry_run
 
     def refuse_dry_run(self) -> None:
         """Refuses to call a fit a dry run that goes on from a checkpoint in which weights or data were changed.
@@ -290,8 +290,8 @@ class PartitionConsumer(UnlearnCallback):
         """
         if self._is_dry_run:
             raise MisconfigurationException(
-                f"action='report' changes nothing, but in the checkpoint {type(self).__name__} has acted already; set"
-                " action='act', or resume from a checkpoint of before the partition."
+                f"dry_run=True changes nothing, but in the checkpoint {type(self).__name__} has acted already; set"
+                " dry_run=False, or resume from a checkpoint of before the partition."
             )
 
     @property

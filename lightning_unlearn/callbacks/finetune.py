@@ -293,7 +293,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         if partition is not None and partition.epoch > self._partition_epoch:
             if self._masks is not None:
                 self._masks.get_mask(trainer, pl_module)
-            if self.source.is_dry_run:
+            if self.source.dry_run:
                 self._report_dry_run(trainer, pl_module, partition)
             elif partition.is_actionable:
                 draw = make_training_subset(partition, self._what_of_noisy(trainer, pl_module), self.relabel_threshold)
@@ -472,7 +472,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
     def _may_start_later(self) -> bool:
         """Whether fine-tuning has not started, and is to start with a partition that is computed later."""
         has_rounds = getattr(self.source, "every_n_epochs", None) is not None
-        return not (self.is_active or self.source.is_dry_run) and (has_rounds or self._partition_epoch == 0)
+        return not (self.is_active or self.source.dry_run) and (has_rounds or self._partition_epoch == 0)
 
     def _obstacle(self, trainer: Trainer) -> str:
         """Why weights are not moved, and the optimizer not made anew, where nobody has insisted on it."""

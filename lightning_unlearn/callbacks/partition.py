@@ -138,8 +138,8 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
             recipe that does not estimate how many are wrong (a function of yours, and ``"loss"``, ``"aum"``,
             ``"argmax"``, ``"rlap"``, ``"input"``) goes by p(clean) below .5 instead.
         min_class_share: share of each class's samples that is kept in any case, the likeliest; rounded up.
-        action: ``"report"`` for a dry run: the partition is computed, but nothing is pruned or fine-tuned; the log says
-            what would be, and what it would cost.
+        dry_run: compute the partition, but change nothing; the log reports what would be pruned and fine-tuned, and at
+            what cost.
         review: a table of :meth:`Partition.to_csv <lightning_unlearn.Partition.to_csv>` in which a person has
             filled ``decision`` (and mended ``suggested_label``). It holds for those samples, whatever the recipe says:
             ``keep``: clean for certain; ``drop``: not trained on, not even for ``min_class_share``; ``relabel``:
@@ -180,13 +180,13 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         input_layer: str | None = None,
         suspect_precision: float = 0.85,
         min_class_share: float = 0.1,
-        action: Literal["act", "report"] = "act",
+        dry_run: bool = False,
         review: str | PathLike[str] | None = None,
         judge_validation: bool = False,
         data: DataFormat | dict[str, Any] | None = None,
     ) -> None:
         self.layer = None if layer is None else check_text("layer", layer, _PATH)
-        self.action: str = check_choice("action", action, ("act", "report"))
+        self.dry_run = check_flag("dry_run", dry_run)
         self.every_n_epochs: int | None = None
         if every_n_epochs is not None:
             self.every_n_epochs = check_whole(
@@ -251,11 +251,6 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
     @override
     def settings(self) -> dict[str, Any]:
         return settings_of(self, recipe=self.recipe.name, data=vars(self.data))
-
-    @property
-    def is_dry_run(self) -> bool:
-        """Whether nothing is pruned or fine-tuned, only reported."""
-        return self.action == "report"
 
     @property
     def uses_soft_targets(self) -> bool:
@@ -387,7 +382,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._epoch_started is not None:
             self._epoch_seconds = time.perf_counter() - self._epoch_started
-        if self.state.partition is None and self._partners and not self.is_dry_run:
+        if self.state.partition is None and self._partners and not self.dry_run:
             self._end.hold(trainer)
         self.collector.end_epoch(self.fit)
 
@@ -574,7 +569,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
 
     def _acts(self, trainer: Trainer, partition: Partition) -> bool:
         """Whether another callback is to act on the partition."""
-        acts = partition.is_actionable and not (self.is_dry_run or self.state.is_late)
+        acts = partition.is_actionable and not (self.dry_run or self.state.is_late)
         return acts and bool(_consumers(trainer))
 
     def _validate(self, trainer: Trainer, pl_module: LightningModule, when: str) -> float | None:
@@ -607,7 +602,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         epoch, self.state.is_late = trainer.current_epoch, True
         is_early = not self._when.is_due(epoch)
         due = str(self._when) if is_early and not (self._when.is_open and self._when.may_be_last) else ""
-        say_late(epoch, due, acts=bool(self._partners) and not self.is_dry_run)
+        say_late(epoch, due, acts=bool(self._partners) and not self.dry_run)
         if is_early:
             self._when.decide_now(epoch, "training has ended")
         self.advance(trainer, pl_module)
@@ -624,7 +619,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
             memorized=state.memorized,
             done=tuple(clause for clause in done if clause),
             accuracy=Accuracies(state.accuracy_before, state.accuracy_after, state.best_accuracy_before),
-            is_dry_run=self.is_dry_run,
+            dry_run=self.dry_run,
             diverged=diverged,
             validation=state.validation.said,
         )
@@ -640,7 +635,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         Lightning then calls no hook of training, and has torn the strategy down. Every rank must call it; a second call
         does nothing.
         """
-        is_due = self.is_dry_run and self._when.is_due(trainer.current_epoch)
+        is_due = self.dry_run and self._when.is_due(trainer.current_epoch)
         seen = bool(self.collector.epochs_seen) or is_due
         has_to = self.state.partition is not None or (seen and not is_fast_dev_run(trainer))
         if self.state.summary is not None or not has_to or shards_weights(trainer):

@@ -246,7 +246,7 @@ class UnlearnReport(FitCallback):
             suspect_precision=float(getattr(source, "suspect_precision", 0.85)),
             class_names=self.class_names or list(partition.class_names),
             provenance=provenance,
-            fit=_facts(trainer, pl_module) | ({"dry run": "yes"} if source.is_dry_run else {}),
+            fit=_facts(trainer, pl_module) | ({"dry run": "yes"} if source.dry_run else {}),
             seconds=self._seconds | _phases([source, *ours]),
             curves=_without_double(self._curves),
             swaps=[] if first is None else sorted({first, *(r["epoch"] for r in rounds if r["epoch"] > first)}),

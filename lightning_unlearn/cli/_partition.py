@@ -194,7 +194,7 @@ class PartitionCLI(ConfigCLI):
             partition.suspect_precision = share
         if self.config["judge_validation"]:
             partition.judge_validation = True
-        partition.action, partition.every_n_epochs = "report", None
+        partition.dry_run, partition.every_n_epochs = True, None
         return partition
 
     def _is_past(self, max_epochs: int | None) -> bool:

@@ -48,7 +48,7 @@ alone gives a report without samples and curves.""",
         "--control",
         type=Path,
         metavar="RUN_DIR",
-        help="of a fit to compare with, as one with action='report', whose curves are drawn dashed (default: none)",
+        help="of a fit to compare with, as one with dry_run=True, whose curves are drawn dashed (default: none)",
     )
     report.add_argument("--open", action="store_true", help="show it in the browser (default: no)")
 

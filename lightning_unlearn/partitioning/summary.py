@@ -36,7 +36,7 @@ def summarize(
     memorized: float | None,
     done: tuple[str, ...],
     accuracy: Accuracies,
-    is_dry_run: bool = False,
+    dry_run: bool = False,
     diverged: str = "",
     validation: str = "",
 ) -> RepairSummary:
@@ -47,7 +47,7 @@ def summarize(
         memorized: see :class:`~lightning_unlearn.results.summary.RepairSummary`.
         done: a clause for each callback that did something.
         accuracy: at the partition, at the end and before.
-        is_dry_run: whether nothing was to be changed.
+        dry_run: whether nothing was to be changed.
         diverged: which weights are NaN or infinite; empty for none.
         validation: what was found of the validation set, in a sentence; empty where it was not judged.
     """
@@ -56,7 +56,7 @@ def summarize(
     if partition.is_actionable:
         if memorized is not None:
             sentences.append(f"The network predicted {memorized:.0%} of the suspect labels at the partition.")
-        if is_dry_run:
+        if dry_run:
             sentences.append(f"Dry run: {'; '.join(('nothing was changed', *done))}.")
         elif done:
             sentences.append(f"Done: {'; '.join(done)}.")

@@ -148,8 +148,8 @@ def prune(
         for at, (ranking, kept) in enumerate(zip(rankings, outcome.kept, strict=True))
     ]
     note = guard_note(proposal, outcome, gauge) or state.note
-    pruned = PruneState(sites, masks, lives, partition.epoch, source.is_dry_run, note)
-    if not source.is_dry_run:
+    pruned = PruneState(sites, masks, lives, partition.epoch, source.dry_run, note)
+    if not source.dry_run:
         held.hold(trainer, pl_module, pruned.entries(pl_module))
     pruning = time.perf_counter() - started - guard
     seconds = {"unlearn/seconds_pruning": pruning, "unlearn/seconds_guard": guard}

@@ -35,7 +35,7 @@ class PartitionSource(Protocol):
         """Share of the training labels that the network predicts, less that of the validation labels; None without."""
 
     @property
-    def is_dry_run(self) -> bool:
+    def dry_run(self) -> bool:
         """Whether nothing is to be changed: who would act says what it would do instead."""
 
     @property

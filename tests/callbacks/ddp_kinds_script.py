@@ -164,7 +164,7 @@ def validated(name, devices=2, size=45):
     if devices > 1 and name == "one more":
         valid = Blobs(size - torch.distributed.get_rank(), 0.2, seed=7)
     recipe = "argmax" if name == "argmax" else "auto"
-    partition = AttributionPartitionCallback(at_epoch=AT, action="report", recipe=recipe, judge_validation=True)
+    partition = AttributionPartitionCallback(at_epoch=AT, dry_run=True, recipe=recipe, judge_validation=True)
     data = Validated(Blobs(SIZE), valid, batch_size=BATCH)
     try:
         fit(module, data, [before, partition], max_epochs=AT + 1, devices=devices, strategy="ddp")

@@ -114,7 +114,7 @@ SCENARIOS = {
     },
     "norms": {"net": mlp, "finetune": {"mode": "layers"}},
     "rows": {"module": InPieces, "partition": {"recipe": BY_ROWS, "evidence": "passes"}},
-    "report": {"module": InOnePiece, "partition": {"action": "report"}},
+    "report": {"module": InOnePiece, "partition": {"dry_run": True}},
 }
 STRATEGIES = {
     "single": {"devices": 1},

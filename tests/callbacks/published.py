@@ -41,14 +41,14 @@ class Published(L.Callback):
 
     Args:
         partitions: each with the epoch from which it is the current one.
-        is_dry_run: whether nothing is to be changed.
+        dry_run: whether nothing is to be changed.
         soft: whether neurons are regressed on the probability.
     """
 
-    def __init__(self, *partitions, is_dry_run=False, soft=True):
+    def __init__(self, *partitions, dry_run=False, soft=True):
         self.partitions = partitions
         self.at_epoch = min(partition.epoch for partition in partitions)
-        self.is_dry_run = is_dry_run
+        self.dry_run = dry_run
         self.uses_soft_targets = soft
         self.reading = TaskFormat()
         self.sample_weight = None

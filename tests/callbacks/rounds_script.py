@@ -71,10 +71,10 @@ def run(folder, scenario):
         trainer = fit(module, loader, [Published(partition), finetune], **distributed | {"max_epochs": 3})
         save(folder, scenario, trainer, module, draws=finetune.draws)
         return
-    action = "report" if scenario == "report" else "act"
+    dry_run = scenario == "report"
     recipe = unsure if scenario == "reweight" else "auto"
     partition = AttributionPartitionCallback(
-        at_epoch=AT, every_n_epochs=2, stable_share=0, action=action, recipe=recipe
+        at_epoch=AT, every_n_epochs=2, stable_share=0, dry_run=dry_run, recipe=recipe
     )
     finetune, prune = Draws(**SETTINGS[scenario]), trio(AT)[1]
     trainer = fit(module, BlobsData(data, batch_size=8), [finetune, prune, partition], **distributed)

@@ -16,7 +16,7 @@ def wide(outputs=OUTPUTS):
 
 
 def judged(data, outputs=OUTPUTS, **kwargs):
-    partition = AttributionPartitionCallback(at_epoch=6, action="report", **kwargs)
+    partition = AttributionPartitionCallback(at_epoch=6, dry_run=True, **kwargs)
     fit(Toy(lambda: wide(outputs)), DataLoader(data, 32, shuffle=True), [partition], max_epochs=6)
     return partition.partition
 

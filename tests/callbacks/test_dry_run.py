@@ -1,4 +1,4 @@
-"""action="report": what would be done is said, and nothing is."""
+"""dry_run=True: what would be done is said, and nothing is."""
 
 import logging
 import re
@@ -61,7 +61,7 @@ def alone():
 @pytest.mark.parametrize("every", [None, 1])
 def test_the_weights_are_bit_for_bit_those_of_a_fit_without_the_callbacks(variant, every, alone):
     data = Blobs(101)
-    callbacks = trio(2, action="report", finetune=VARIANTS[variant], every_n_epochs=every, stable_share=0)
+    callbacks = trio(2, dry_run=True, finetune=VARIANTS[variant], every_n_epochs=every, stable_share=0)
     record, module = IndexRecorder(data), Toy(lambda: mlp(0.3), adamw)
     trainer = fit(module, BlobsData(data), [*callbacks, record], max_epochs=5)
     assert_same_weights(weights(module), alone[""][0])
@@ -81,7 +81,7 @@ def test_the_weights_are_bit_for_bit_those_of_a_fit_without_the_callbacks(varian
 def test_so_they_are_with_augmentation(alone):
     module = Toy(lambda: mlp(0.3), adamw)
     data = BlobsData(Blobs(101, augment="torch"))
-    fit(module, data, trio(2, action="report", finetune={"on_noisy": "relabel"}), max_epochs=5)
+    fit(module, data, trio(2, dry_run=True, finetune={"on_noisy": "relabel"}), max_epochs=5)
     assert_same_weights(weights(module), alone["torch"][0])
 
 
@@ -97,7 +97,7 @@ def test_the_log_says_what_would_be_trained_on_and_what_that_would_cost(said, on
     data = Blobs()
     partition = make_partition(torch.where(torch.arange(203) < 152, 0.95, 0.05), data.y, epoch=2)
     object.__setattr__(partition, "suggested_label", (data.y + 1) % CLASSES)
-    source = Published(partition, is_dry_run=True)
+    source = Published(partition, dry_run=True)
     finetune, module = CleanSubsetFinetuneCallback(on_noisy=on_noisy), Toy()
     fit(module, BlobsData(data), [source, finetune], max_epochs=6)
     (line,) = [text for text in said() if "would train" in text]
@@ -117,7 +117,7 @@ def test_the_log_says_what_would_be_trained_on_and_what_that_would_cost(said, on
 
 def test_the_cost_is_that_of_the_epochs_that_remain(said):
     data = Blobs()
-    source = Published(make_partition(torch.where(torch.arange(203) < 100, 0.9, 0.1), data.y, epoch=2), is_dry_run=True)
+    source = Published(make_partition(torch.where(torch.arange(203) < 100, 0.9, 0.1), data.y, epoch=2), dry_run=True)
     finetune = CleanSubsetFinetuneCallback()
 
     class Slow(L.Callback):
@@ -132,14 +132,14 @@ def test_the_cost_is_that_of_the_epochs_that_remain(said):
 
 def test_an_open_end_has_no_cost(said):
     data = Blobs()
-    source = Published(make_partition(torch.where(torch.arange(203) < 100, 0.9, 0.1), data.y, epoch=2), is_dry_run=True)
+    source = Published(make_partition(torch.where(torch.arange(203) < 100, 0.9, 0.1), data.y, epoch=2), dry_run=True)
     fit(Toy(), BlobsData(data), [source, CleanSubsetFinetuneCallback()], max_epochs=-1, max_steps=40)
     assert "Dry run: would train on 100 clean samples." in said()
 
 
 def test_neurons_that_would_be_pruned_are_only_named():
     data = PlantedData()
-    source = Published(make_partition(data.probability(), data.y), is_dry_run=True)
+    source = Published(make_partition(data.probability(), data.y), dry_run=True)
     prune, finetune, module = SensitivityPruneCallback("fc", amount=0.5), CleanSubsetFinetuneCallback(), Planted()
     before = weights(module)
     fit(module, data, [source, prune, finetune], max_epochs=3)
@@ -150,9 +150,7 @@ def test_neurons_that_would_be_pruned_are_only_named():
 
 def test_a_partition_that_would_not_be_acted_upon_has_nothing_to_report(said):
     data = Blobs()
-    source = Published(
-        make_partition(torch.full((203,), 0.9), data.y, epoch=1, warning="it is not sure"), is_dry_run=True
-    )
+    source = Published(make_partition(torch.full((203,), 0.9), data.y, epoch=1, warning="it is not sure"), dry_run=True)
     finetune = CleanSubsetFinetuneCallback()
     fit(Toy(), BlobsData(data), [source, finetune], max_epochs=3)
     assert not [text for text in said() if "Dry run" in text]
@@ -163,7 +161,7 @@ def test_every_round_is_reported_once_also_where_the_fit_is_resumed(said, tmp_pa
     keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
     for epoch in (None, 1, 2, 3):
         data = Blobs(101)
-        callbacks = trio(2, action="report", every_n_epochs=2, stable_share=0, finetune={"on_noisy": "relabel"})
+        callbacks = trio(2, dry_run=True, every_n_epochs=2, stable_share=0, finetune={"on_noisy": "relabel"})
         module, record = Toy(optimizer=adamw), IndexRecorder(data)
         lines = len(said())
         fit(
@@ -189,7 +187,7 @@ def test_every_round_is_reported_once_also_where_the_fit_is_resumed(said, tmp_pa
 
 
 def test_the_summary_of_a_dry_run_says_that_nothing_was_changed(said):
-    callbacks = trio(2, action="report")
+    callbacks = trio(2, dry_run=True)
     fit(Toy(), BlobsData(Blobs()), callbacks)
     summary = callbacks[0].summary
     assert summary.accuracy_before is None
@@ -209,21 +207,19 @@ def test_no_validation_data_are_read_for_a_dry_run():
             return super().val_dataloader()
 
     data = Counting(Blobs(101))
-    fit(
-        Toy(), data, trio(2, action="report", prune={"guard": False}), num_sanity_val_steps=0, check_val_every_n_epoch=9
-    )
+    fit(Toy(), data, trio(2, dry_run=True, prune={"guard": False}), num_sanity_val_steps=0, check_val_every_n_epoch=9)
     assert data.made == 0
 
 
-def test_other_actions_are_refused():
-    with pytest.raises(ValueError, match="Expected action to be 'act' or 'report', but got 'dry'"):
-        AttributionPartitionCallback(at_epoch=1, action="dry")
+def test_anything_but_a_flag_is_refused():
+    with pytest.raises(ValueError, match="Expected dry_run to be True or False, but got 'report'"):
+        AttributionPartitionCallback(at_epoch=1, dry_run="report")
 
 
 def test_what_a_dry_run_spoke_of_is_done_where_it_is_resumed_in_earnest(tmp_path):
     keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
     data = Blobs(101)
-    fit(Toy(), BlobsData(data), [*trio(2, action="report"), keep], enable_checkpointing=True)
+    fit(Toy(), BlobsData(data), [*trio(2, dry_run=True), keep], enable_checkpointing=True)
     callbacks, record, module = trio(2), IndexRecorder(data), Toy()
     fit(module, BlobsData(data), [*callbacks, record], max_epochs=5, ckpt_path=tmp_path / "epoch=2.ckpt")
     assert [sorted(record.by_epoch[epoch]) for epoch in (3, 4)] == [callbacks[0].partition.clean_indices().tolist()] * 2
@@ -235,21 +231,21 @@ def test_a_fit_that_has_acted_cannot_be_resumed_as_a_dry_run(tmp_path):
     keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
     fit(Toy(), BlobsData(Blobs(101)), [*trio(2), keep], enable_checkpointing=True)
     module = Toy()
-    with pytest.raises(MisconfigurationException, match="action='report' changes nothing, but in the checkpoint"):
-        fit(module, BlobsData(Blobs(101)), trio(2, action="report"), max_epochs=5, ckpt_path=tmp_path / "epoch=2.ckpt")
+    with pytest.raises(MisconfigurationException, match="dry_run=True changes nothing, but in the checkpoint"):
+        fit(module, BlobsData(Blobs(101)), trio(2, dry_run=True), max_epochs=5, ckpt_path=tmp_path / "epoch=2.ckpt")
     assert module.steps == 0
     assert "_on_before_batch_transfer" not in module.__dict__
-    fit(module, BlobsData(Blobs(101)), trio(2, action="report"), max_epochs=5, ckpt_path=tmp_path / "epoch=1.ckpt")
+    fit(module, BlobsData(Blobs(101)), trio(2, dry_run=True), max_epochs=5, ckpt_path=tmp_path / "epoch=1.ckpt")
 
 
 def test_the_whole_training_is_judged_where_nothing_is_to_follow():
-    partition = AttributionPartitionCallback(at_epoch=3, action="report")
-    fit(Toy(), BlobsData(Blobs(101)), [partition], max_epochs=3)
-    assert partition.partition.epoch == 3
-    assert partition.summary.advice
-    for callbacks in ([AttributionPartitionCallback(at_epoch=3)], trio(3, action="report")):
-        with pytest.raises(MisconfigurationException, match="at_epoch to be less than the Trainer's max_epochs"):
-            fit(Toy(), BlobsData(Blobs(101)), callbacks, max_epochs=3)
+    for dry in (True, False):
+        partition = AttributionPartitionCallback(at_epoch=3, dry_run=dry)
+        fit(Toy(), BlobsData(Blobs(101)), [partition], max_epochs=3)
+        assert partition.partition.epoch == 3
+        assert partition.summary.advice
+    with pytest.raises(MisconfigurationException, match="at_epoch to be less than the Trainer's max_epochs"):
+        fit(Toy(), BlobsData(Blobs(101)), trio(3, dry_run=True), max_epochs=3)
 
 
 @pytest.mark.parametrize(
@@ -257,7 +253,7 @@ def test_the_whole_training_is_judged_where_nothing_is_to_follow():
 )
 def test_the_log_says_what_fine_tuning_would_start_from(said, memorized, start):
     data = Blobs()
-    source = Published(make_partition(torch.where(torch.arange(203) < 100, 0.9, 0.1), data.y, epoch=2), is_dry_run=True)
+    source = Published(make_partition(torch.where(torch.arange(203) < 100, 0.9, 0.1), data.y, epoch=2), dry_run=True)
     source.memorized = memorized
     finetune, module = CleanSubsetFinetuneCallback(), Toy()
     fit(module, BlobsData(data), [source, finetune], max_epochs=4)

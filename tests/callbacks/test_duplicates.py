@@ -14,7 +14,7 @@ def judged(noise, copies, given=None):
     label = data.y[of].item() if given is None else given
     data.x = torch.cat([data.x, data.x[of].expand(copies, -1)])
     data.y = torch.cat([data.y, torch.full((copies,), label)])
-    callback = AttributionPartitionCallback(at_epoch=6, action="report")
+    callback = AttributionPartitionCallback(at_epoch=6, dry_run=True)
     fit(Toy(), BlobsData(data), [callback], max_epochs=7)
     if given is None:
         # The sample and its copies weigh as much as any other, for who ranks neurons.

@@ -197,7 +197,7 @@ def test_scores_are_those_of_the_samples_as_they_are_and_training_is_undisturbed
         if offers:
             owner = data if holder == "data" else module
             owner.attribution_dataloader = lambda: DataLoader(Blobs(SIZE), batch_size=50)
-        partition = AttributionPartitionCallback(at_epoch=2, action="report", evidence="passes")
+        partition = AttributionPartitionCallback(at_epoch=2, dry_run=True, evidence="passes")
         fit(module, data, [partition], max_epochs=3)
         if not offers:
             plain, fit_weights = partition.partition, weights(module)

@@ -55,7 +55,7 @@ def digits(rate=0.0, step=None):
 
 def judged(x, label, epochs, *, lr=3e-3, saves=(), resumed=None, data=None, of=Probe, **settings):
     L.seed_everything(0, verbose=False)
-    callback = AttributionPartitionCallback(at_epoch=epochs, action="report", **settings)
+    callback = AttributionPartitionCallback(at_epoch=epochs, dry_run=True, **settings)
     trainer = L.Trainer(
         max_epochs=epochs,
         accelerator="cpu",

@@ -184,7 +184,7 @@ class Notes(Logger):
 def test_what_forward_and_hooks_of_the_user_remember_is_not_of_our_passes(evidence):
     ends = []
     # A dry run, in which all three look and nothing is changed.
-    ours = [Compared(at_epoch=1, evidence=evidence, action="report"), *trio(1, prune={"amount": 0.2})[1:]]
+    ours = [Compared(at_epoch=1, evidence=evidence, dry_run=True), *trio(1, prune={"amount": 0.2})[1:]]
     for callbacks in ([], ours):
         seed_everything(0)
         module, notes = Remembers(), Notes()
@@ -257,7 +257,7 @@ def test_weights_that_a_pass_would_change_are_put_back(monkeypatch, first, most,
     for with_ours in (False, True):
         seed_everything(0)
         module = Toy(lambda: nn.Sequential(FIRST[first](), nn.ReLU(), nn.Linear(20, 4)))
-        ours = [Compared(at_epoch=1, evidence=evidence, action="report"), *trio(1, prune={"amount": 0.2})[1:]]
+        ours = [Compared(at_epoch=1, evidence=evidence, dry_run=True), *trio(1, prune={"amount": 0.2})[1:]]
         # Lightning's own validation does not undo what a switch to eval mode does.
         fit(module, BlobsData(Blobs(101)), ours if with_ours else [], max_epochs=3, limit_val_batches=0)
         final.append(weights(module) | {name: buffer.clone() for name, buffer in module.named_buffers()})

@@ -46,7 +46,7 @@ def birds(rate=0.0):
 
 def judged(x, label, epochs=4, *, outputs=CLASSES, saves=(), resumed=None, recipe="label"):
     L.seed_everything(0, verbose=False)
-    callback = AttributionPartitionCallback(at_epoch=epochs, action="report", recipe=recipe)
+    callback = AttributionPartitionCallback(at_epoch=epochs, dry_run=True, recipe=recipe)
     trainer = L.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
@@ -101,7 +101,7 @@ def test_a_checkpoint_of_random_coordinates_ends_a_fit_and_leaves_validation_alo
     torch.save(checkpoint, file)
     with pytest.raises(ValueError, match="tells 200 classes apart, but it is of a version of lightning_unlearn"):
         judged(x, label, resumed=file)
-    callback = AttributionPartitionCallback(at_epoch=4, action="report")
+    callback = AttributionPartitionCallback(at_epoch=4, dry_run=True)
     with pytest.warns(UserWarning, match="Weights are not affected"):
         callback.load_state_dict(state)
 

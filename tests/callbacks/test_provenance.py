@@ -137,7 +137,7 @@ def test_before_the_partition_there_is_none():
 
 
 def test_a_dry_run_says_that_nothing_was_done(tmp_path):
-    partition, prune, finetune = callbacks(tmp_path, action="report")
+    partition, prune, finetune = callbacks(tmp_path, dry_run=True)
     fit(Toy(), BlobsData(Blobs(SIZE)), [partition, prune, finetune], max_epochs=2)
     done = partition.provenance["done"]
     assert done["SensitivityPruneCallback"]["pruned"] == {}

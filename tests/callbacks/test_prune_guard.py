@@ -29,7 +29,7 @@ def said(monkeypatch):
 def run(data, probability, callbacks=(), dry=False, module=None, **arguments):
     module = module or Planted()
     callback = SensitivityPruneCallback("fc", **{"amount": 0.5, **arguments})
-    published = Published(make_partition(probability, data.y), is_dry_run=dry)
+    published = Published(make_partition(probability, data.y), dry_run=dry)
     fit(module, data, [callback, published, *callbacks], max_epochs=3)
     return module, callback
 
@@ -271,7 +271,7 @@ def test_a_dry_run_changes_nothing_and_says_what_it_would_do(validation, lr, sai
     data, final = PlantedData(validation=validation), []
     for with_callback in (False, True):
         module = Planted(lr=lr)
-        published = Published(make_partition(class_zero_is_suspect(data), data.y), is_dry_run=True)
+        published = Published(make_partition(class_zero_is_suspect(data), data.y), dry_run=True)
         callback = SensitivityPruneCallback("fc", amount=0.5, criterion=Sensitivity(fdr_level=None))
         fit(module, data, [published, *([callback] if with_callback else [])], max_epochs=3)
         final.append(weights(module))
@@ -293,7 +293,7 @@ def test_a_dry_run_stays_one_after_a_resume(tmp_path):
 
     _, callback = run(data, probability, callbacks=[Saves()], dry=True, module=Planted(lr=0.05), guard=False)
     module, again = Planted(lr=0.05), SensitivityPruneCallback("fc", amount=0.5, guard=False)
-    published = Published(make_partition(probability, data.y), is_dry_run=True)
+    published = Published(make_partition(probability, data.y), dry_run=True)
     fit(module, data, [again, published], max_epochs=4, ckpt_path=tmp_path / "dry.ckpt")
     assert again.mask.keep.equal(callback.mask.keep)
     assert len(again.mask.pruned_indices()) == 2

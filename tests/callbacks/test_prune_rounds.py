@@ -181,7 +181,7 @@ def test_a_dry_run_in_rounds_leaves_a_fit_with_dropout_and_augmentation_bit_for_
     for with_callback in (False, True):
         module = Toy(lambda: mlp(dropout=0.5), adamw)
         prune = Sparing(amount=0.3, criterion="random", guard=guard, max_val_drop=0.5)
-        published = rounds(data, 1, 2, is_dry_run=True)
+        published = rounds(data, 1, 2, dry_run=True)
         fit(module, BlobsData(data), [published, *([prune] if with_callback else [])], max_epochs=4)
         final.append(weights(module))
     assert all(final[0][name].equal(final[1][name]) for name in final[0])

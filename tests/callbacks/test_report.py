@@ -236,9 +236,7 @@ def test_a_resumed_fit_has_the_curves_of_the_whole(tmp_path):
 
 
 def test_a_dry_run_says_so(tmp_path):
-    callbacks = trio(
-        AT, action="report", prune={"criterion": Sensitivity(fdr_level=None), "guard": False, "amount": 0.2}
-    )
+    callbacks = trio(AT, dry_run=True, prune={"criterion": Sensitivity(fdr_level=None), "guard": False, "amount": 0.2})
     fit(Toy(mlp), BlobsData(Blobs()), [UnlearnReport(tmp_path, samples=0), *callbacks], max_epochs=3)
     assert "neurons that would be pruned" in (tmp_path / "report.html").read_text()
     assert RunRecord.load(tmp_path).swaps == []

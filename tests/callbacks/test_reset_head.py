@@ -130,7 +130,7 @@ def test_layers_that_leave_the_head_out_are_refused_before_the_first_step():
 def test_a_dry_run_and_a_partition_that_is_not_acted_upon_leave_the_head():
     data = PlantedData()
     for source in (
-        Published(make_partition(data.probability(), data.y, epoch=AT), is_dry_run=True),
+        Published(make_partition(data.probability(), data.y, epoch=AT), dry_run=True),
         Published(make_partition(data.probability(), data.y, epoch=AT, warning="it is not sure")),
     ):
         module = Planted()

@@ -63,7 +63,7 @@ def test_after_the_last_checkpoint_the_summary_and_the_report_are_made_on_resume
 
 def test_a_dry_run_of_the_whole_training_too(tmp_path):
     keep = StopsAtTheEnd(tmp_path, save_last=True, save_on_train_epoch_end=True)
-    settings = {"at_epoch": EPOCHS, "action": "report"}
+    settings = {"at_epoch": EPOCHS, "dry_run": True}
     whole = AttributionPartitionCallback(**settings)
     fit(Toy(), BlobsData(Blobs(101), by_epoch=True), [whole], max_epochs=EPOCHS)
     data, callbacks = BlobsData(Blobs(101), by_epoch=True), [AttributionPartitionCallback(**settings), keep]

@@ -56,7 +56,7 @@ def head_only(module):
 def seen(module, data=None, callbacks=(), **kwargs):
     """What the recipe was told of labels that were not learned, and the callback."""
     sees = Sees()
-    ours = AttributionPartitionCallback(at_epoch=AT, action="report", recipe=Recipe("sees", sees, needs_unseen=True))
+    ours = AttributionPartitionCallback(at_epoch=AT, dry_run=True, recipe=Recipe("sees", sees, needs_unseen=True))
     data = BlobsData(Blobs(SIZE), by_epoch=True) if data is None else data
     fit(module, data, [ours, *callbacks], max_epochs=AT, **kwargs)
     return sees.evidence, ours
@@ -239,6 +239,6 @@ def test_more_features_than_are_looked_at(monkeypatch, said):
 
 def test_recipes_that_do_not_ask_cost_nothing(monkeypatch):
     monkeypatch.setattr(FrozenFeatures, "start", lambda *_: 1 / 0)
-    callback = AttributionPartitionCallback(at_epoch=AT, action="report", recipe=lambda evidence: evidence.support)
+    callback = AttributionPartitionCallback(at_epoch=AT, dry_run=True, recipe=lambda evidence: evidence.support)
     fit(Toy(mlp), BlobsData(Blobs(60)), [callback], max_epochs=AT)
     assert len(callback.partition) == 60

@@ -218,7 +218,7 @@ def test_what_the_fits_own_validation_and_its_steps_show_is_read(monkeypatch):
             self.right[epoch] = self.right.get(epoch, 0) + int((logits.argmax(1) == y).sum())
             self.seen[epoch] = self.seen.get(epoch, 0) + len(y)
 
-    module, callback = Both(), AttributionPartitionCallback(action="report")
+    module, callback = Both(), AttributionPartitionCallback(dry_run=True)
     monkeypatch.setattr(DrawTime, "_peaked", lambda *_: "")
     stop = EarlyStopping("val_loss", patience=99)
     fit(module, BlobsData(Blobs(SIZE)), [callback, stop], max_epochs=6, num_sanity_val_steps=2)
@@ -350,7 +350,7 @@ def test_where_nothing_is_to_be_done_it_ends_the_fit(said):
     def nothing(evidence):
         return torch.ones_like(evidence.loss)
 
-    for more in ([], [AttributionPartitionCallback(action="report")], [AttributionPartitionCallback(at_epoch=6)]):
+    for more in ([], [AttributionPartitionCallback(dry_run=True)], [AttributionPartitionCallback(at_epoch=6)]):
         stop = EarlyStopping("val_loss", patience=2, min_delta=1e9)
         trainer = fit(Toy(), BlobsData(Blobs(SIZE)), [*more, stop, Starts()], max_epochs=9)
         assert trainer.current_epoch == 3

@@ -58,7 +58,7 @@ def creeping(module):
 
 def a_fit(*, optimizer=memorizing, at=AT, epochs=6, data=None, beside=(), dry=False, partners=True, **kwargs):
     data = data or Unlike(Blobs())
-    callbacks = trio(at, action="report" if dry else "act", **kwargs)
+    callbacks = trio(at, dry_run=dry, **kwargs)
     snapshot, module = Snapshot(at), Toy(mlp, optimizer)
     ours = callbacks if partners else callbacks[:1]
     fit(module, data, [*ours, snapshot, *beside], max_epochs=epochs)
@@ -282,7 +282,7 @@ def test_advice_where_the_partition_was_not_acted_upon():
 
 def test_advice_of_a_dry_run_does_not_ask_whether_it_helped():
     summary = summarize(
-        partition_of(), memorized=0.2, done=("would prune 1 of 8 neurons",), accuracy=Accuracies(), is_dry_run=True
+        partition_of(), memorized=0.2, done=("would prune 1 of 8 neurons",), accuracy=Accuracies(), dry_run=True
     )
     assert "would prune 1 of 8 neurons" in summary.advice
     assert "nothing was changed" in summary.advice

@@ -25,7 +25,7 @@ from tests.toys import CLASSES, Blobs, BlobsData, Toy, assert_same_weights, fit,
 
 pytestmark = pytest.mark.filterwarnings("ignore:Your `val_dataloader`'s sampler:UserWarning")
 AT = 2
-QUICK = {"action": "report", "judge_validation": True, "recipe": "aum"}
+QUICK = {"dry_run": True, "judge_validation": True, "recipe": "aum"}
 VALID = Blobs(301, 0.2, seed=7)
 
 
@@ -151,7 +151,7 @@ def test_the_fit_is_bit_for_bit_the_same_without_it(kwargs):
         generator = torch.Generator().manual_seed(5)
         module = Toy(lambda: mlp(dropout=0.5))
         callback = AttributionPartitionCallback(
-            at_epoch=AT, judge_validation=judge, recipe="aum", action="act" if kwargs.get("acts") else "report"
+            at_epoch=AT, judge_validation=judge, recipe="aum", dry_run=not kwargs.get("acts")
         )
         callbacks = [callback, *([CleanSubsetFinetuneCallback()] if kwargs.get("acts") else [])]
         data = Data(loader(Blobs(101, 0.2, seed=7, augment="torch"), shuffle=True, generator=generator), 101)
@@ -311,7 +311,7 @@ def test_a_checkpoint_of_a_partition_without_it(whole, tmp_path):
 
 
 def test_it_is_drawn_again_with_that_of_the_training_set():
-    callback, _ = judged(epochs=AT + 2, every_n_epochs=1, stable_share=0, action="act")
+    callback, _ = judged(epochs=AT + 2, every_n_epochs=1, stable_share=0, dry_run=False)
     assert [drawn.epoch for drawn in callback.rounds] == [AT, AT + 1]
     assert callback.validation_partition.epoch == AT + 1
 

@@ -496,7 +496,7 @@ def test_sources_are_recognized_by_what_they_publish():
     class Publishes:
         at_epoch = 3
         uses_soft_targets = True
-        is_dry_run = False
+        dry_run = False
         reading = None
         sample_weight = None
         memorized = None

@@ -172,7 +172,7 @@ def test_rows_in_their_order_are_read(name):
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_a_hook_that_reorders_only_in_training_is_noticed_in_the_first_epoch(shuffle):
     data = Hooked(always=False, shuffle=shuffle)
-    partition = AttributionPartitionCallback(at_epoch=1, action="report")
+    partition = AttributionPartitionCallback(at_epoch=1, dry_run=True)
     fit(Toy(), data, [partition], max_epochs=3)
     assert "as where collate_fn or a transfer hook reorders a batch" in partition.collector.reader.reason
     assert auroc(1 - partition.partition.clean_probability, data.train.wrong) > 0.9

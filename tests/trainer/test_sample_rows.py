@@ -40,7 +40,7 @@ class NoRows(Toy):
 
 
 def found(kind, batch_size=STEPS, prune=(), **settings):
-    callbacks = [AttributionPartitionCallback(at_epoch=2, action="report", **settings), *prune]
+    callbacks = [AttributionPartitionCallback(at_epoch=2, dry_run=True, **settings), *prune]
     fit(Toy(lambda: Steps(kind)), BlobsData(Blobs(100), batch_size=batch_size), callbacks, max_epochs=3)
     return callbacks
 

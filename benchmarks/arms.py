@@ -42,7 +42,7 @@ from benchmarks.plans import (
     Repair,
     plan_of,
 )
-from benchmarks.runs import kept
+from benchmarks.runs import fast_precision, kept
 from benchmarks.sources import Rows, as_it_is
 from lightning_unlearn import (
     AttributionPartitionCallback,
@@ -284,7 +284,7 @@ class Unit:
             enable_model_summary=False,
             accelerator=self.accelerator,
             devices=1,
-            precision=self.plan.precision,
+            precision=fast_precision(self.plan.precision, self.accelerator),
         )
 
     def _fit(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from benchmarks.measures import quality
 from benchmarks.models import StopAfter, TrainOn, train_with
-from benchmarks.runs import kept
+from benchmarks.runs import fast_precision, kept
 from examples.cifar10.cifar10 import Cifar10, PaperResNet18
 from examples.speech_commands.speech_commands import PaperSpeechCnn, SpeechCommands
 from lightning_unlearn import (
@@ -293,7 +293,7 @@ class PaperUnit:
             enable_model_summary=False,
             accelerator=self.accelerator,
             devices=1,
-            precision=self.setting.precision,
+            precision=fast_precision(self.setting.precision, self.accelerator),
             **options,
         )
 

@@ -23,6 +23,7 @@ from benchmarks.detection_cases import (
     noisy_labels,
     noisy_validation,
 )
+from benchmarks.runs import fast_precision
 from benchmarks.sources import Rows, as_it_is
 
 
@@ -42,7 +43,7 @@ class Problem:
         epochs: of the fit.
         batch: samples of a step.
         is_balanced: whether classes are drawn alike often.
-        is_slow: whether a fit takes minutes: a convolutional network from scratch, in bfloat16.
+        is_slow: whether a fit takes minutes: a convolutional network from scratch, in bfloat16 if the processor can.
     """
 
     name: str
@@ -77,7 +78,7 @@ class Problem:
         trainer = L.Trainer(
             max_epochs=self.epochs,
             accelerator="cpu",
-            precision="bf16-mixed" if self.is_slow else "32-true",
+            precision=fast_precision("bf16-mixed" if self.is_slow else "32-true"),
             callbacks=callbacks,
             logger=False,
             enable_checkpointing=False,

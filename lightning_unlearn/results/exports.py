@@ -5,8 +5,6 @@ Rows, samples and columns are in the order of the data set, as the indices of a 
 
 from __future__ import annotations
 
-import importlib
-import math
 import warnings
 from collections.abc import Iterable, Sequence
 from os import PathLike
@@ -15,12 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_unlearn.results.labels import REASONS, positive_labels
+from lightning_unlearn.results.fiftyone import review_from_fiftyone, to_fiftyone
+from lightning_unlearn.results.label_studio import to_label_studio
+from lightning_unlearn.results.labels import REASONS
+from lightning_unlearn.results.packages import check_length, columns_by_title, label_cells, package
 from lightning_unlearn.results.partition import Partition
 from lightning_unlearn.utilities.files import replacing
 
-# What to give pip for a package, where that is not its name.
-_PIP = {"cleanlab": "'cleanlab[datalab]'", "pyarrow": "pandas pyarrow"}
+__all__ = [
+    "review_from_fiftyone",
+    "to_dataframe",
+    "to_datalab",
+    "to_fiftyone",
+    "to_hugging_face",
+    "to_label_studio",
+    "to_parquet",
+]
 
 
 def to_dataframe(partition: Partition, *, class_names: Sequence[str] | None = None) -> Any:
@@ -43,9 +51,9 @@ def to_dataframe(partition: Partition, *, class_names: Sequence[str] | None = No
         ImportError: without pandas.
         ValueError: if there is not one name per class.
     """
-    pandas = _package("pandas")
+    pandas = package("pandas")
     index = pandas.RangeIndex(len(partition), name="index")
-    return pandas.DataFrame(_columns(partition, class_names), index=index)
+    return pandas.DataFrame(columns_by_title(partition, class_names), index=index)
 
 
 def to_parquet(partition: Partition, path: str | PathLike[str], *, class_names: Sequence[str] | None = None) -> None:
@@ -60,7 +68,7 @@ def to_parquet(partition: Partition, path: str | PathLike[str], *, class_names: 
         ImportError: without pandas and pyarrow.
         ValueError: if there is not one name per class.
     """
-    _package("pyarrow")
+    package("pyarrow")
     frame = to_dataframe(partition, class_names=class_names)
     with replacing(path) as file:
         frame.reset_index().to_parquet(file, engine="pyarrow", index=False)
@@ -82,8 +90,8 @@ def to_datalab(partition: Partition, lab: Any = None, *, class_names: Sequence[s
         ImportError: without cleanlab's Datalab.
         ValueError: for a Datalab of another length, or names that do not fit.
     """
-    managers = _package("cleanlab", "cleanlab.datalab.internal.issue_manager")
-    pandas = _package("pandas")
+    managers = package("cleanlab", "cleanlab.datalab.internal.issue_manager")
+    pandas = package("pandas")
     if bool((partition.label < 0).any()):
         raise ValueError(
             "Expected a label of each sample, as Datalab has them, but some are to be ignored (-1); it cannot say so."
@@ -140,118 +148,21 @@ def to_hugging_face(
         TypeError: for anything but a ``datasets.Dataset``.
         ValueError: for another length, or a column that is there.
     """
-    datasets = _package("datasets")
+    datasets = package("datasets")
     if not isinstance(dataset, datasets.Dataset):
         raise TypeError(
             f"Expected a datasets.Dataset, the split that was trained on, but got a {type(dataset).__name__}."
         )
-    _check_length(partition, len(dataset), "a data set")
-    columns = {f"{prefix}{name}": values for name, values in _columns(partition, class_names).items()}
+    check_length(partition, len(dataset), "a data set")
+    columns = {f"{prefix}{name}": values for name, values in columns_by_title(partition, class_names).items()}
     if taken := [name for name in columns if name in dataset.column_names]:
         raise ValueError(f"Expected columns that are not there yet, but {taken[0]!r} is; give another prefix.")
     return datasets.concatenate_datasets([dataset, datasets.Dataset.from_dict(columns)], axis=1)
 
 
-def to_fiftyone(
-    partition: Partition, samples: Any, *, class_names: Sequence[str] | None = None, prefix: str = "unlearn_"
-) -> None:
-    """Sets fields of FiftyOne samples, those of the same names again.
-
-    The fields are the columns of :func:`to_dataframe`, but that given and suggested labels are ``Classification`` (of a
-    multi-label task ``Classifications``), the suggested one with its probability as confidence.
-
-    Args:
-        partition: of the training set.
-        samples: a FiftyOne dataset or view of the training set, in the order of its indices.
-        class_names: the name of every class, by label; by default its number.
-        prefix: of the names of the fields.
-
-    Raises:
-        ImportError: without fiftyone.
-        ValueError: for another length.
-    """
-    fiftyone = _package("fiftyone")
-    _check_length(partition, len(samples), "samples")
-    names = partition.known_names(class_names)
-
-    def classified(label: int | list[int], confidence: float | None) -> Any:
-        several = [
-            fiftyone.Classification(label=str(one) if names is None else names[one], confidence=confidence)
-            for one in ([label] if isinstance(label, int) else label)
-            if one >= 0
-        ]
-        return fiftyone.Classifications(classifications=several) if partition.is_multilabel else (several or [None])[0]
-
-    columns = {
-        name: values for name, values in _columns(partition, None).items() if not name.endswith(("file", "_class"))
-    }
-    sure = columns.pop("suggested_probability")
-    columns["given_label"] = [classified(label, None) for label in columns["given_label"]]
-    columns["suggested_label"] = [classified(*pair) for pair in zip(columns["suggested_label"], sure, strict=True)]
-    for name, values in columns.items():
-        samples.set_values(f"{prefix}{name}", values)
-
-
-def _package(name: str, module: str | None = None) -> Any:
-    """A package, or one of its modules.
-
-    Raises:
-        ImportError: saying how to install it.
-    """
-    try:
-        return importlib.import_module(module or name)
-    except ImportError as error:
-        raise ImportError(
-            f"Expected {name} to be installed for this export, but it cannot be imported ({error}); run"
-            f" `pip install {_PIP.get(name, name)}`."
-        ) from error
-
-
-def _check_length(partition: Partition, found: int, what: str) -> None:
-    if found != len(partition):
-        raise ValueError(
-            f"Expected {what} of {len(partition)} rows, as the partition has, but got {found}; give what was trained"
-            " on, in the order of its indices."
-        )
-
-
-def _columns(partition: Partition, class_names: Sequence[str] | None) -> dict[str, list[Any]]:
-    names = partition.known_names(class_names)
-    columns: dict[str, list[Any]] = {"file": list(partition.files)} if partition.files else {}
-    for title, label in (("given", partition.label), ("suggested", partition.suggested_label)):
-        cells = _cells(label)
-        columns[f"{title}_label"] = cells
-        if names is not None:
-            columns[f"{title}_class"] = [
-                [names[one] for one in cell] if isinstance(cell, list) else names.get(cell) for cell in cells
-            ]
-    for name in ("clean_probability", "suggested_probability", "label_evidence", "input_evidence"):
-        columns[name] = getattr(partition, name).tolist()
-    if partition.noise_rate is None:
-        columns["clean_probability"] = [math.nan] * len(partition)
-    place, curve = partition.ranking().argsort(), partition.precision_curve()
-    return columns | {
-        "reason": partition.reasons(),
-        "is_clean": partition.is_clean.tolist(),
-        "rank": (place + 1).tolist(),
-        "list": partition.listed(),
-        "expected_precision": [math.nan] * len(partition) if curve is None else curve[place].tolist(),
-        "proposed": partition.decisions(),
-        # For a person to fill.
-        "decision": [""] * len(partition),
-    }
-
-
-def _cells(label: Tensor) -> list[Any]:
-    """A class index for each sample, or a list of the labels that it has."""
-    if label.ndim == 1:
-        return label.tolist()
-    return positive_labels(label)
-
-
 def _new_lab(partition: Partition, class_names: Sequence[str] | None) -> Any:
-    datalab, datasets = _package("cleanlab", "cleanlab.datalab.datalab"), _package("datasets")
-    cells = _columns(partition, class_names)["given_label" if class_names is None else "given_class"]
+    datalab, datasets = package("cleanlab", "cleanlab.datalab.datalab"), package("datasets")
+    cells = columns_by_title(partition, class_names)["given_label" if class_names is None else "given_class"]
     if partition.is_multilabel:
         return datalab.Datalab({"label": cells}, label_name="label", task="multilabel", verbosity=0)
     classes = max(len(partition.noise_matrix), int(torch.cat([partition.label, partition.suggested_label]).max()) + 1)
@@ -276,7 +187,7 @@ def _numbered(label: Tensor, lab: Any, class_names: Sequence[str] | None) -> lis
             )
         return known[0]
 
-    return [[number(k) for k in cell] if isinstance(cell, list) else number(cell) for cell in _cells(label)]
+    return [[number(k) for k in cell] if isinstance(cell, list) else number(cell) for cell in label_cells(label)]
 
 
 def _plain(labels: Iterable[Any]) -> list[Any]:

@@ -29,6 +29,7 @@ class Review:
         decision: (K,) int8, position in ``DECISIONS``.
         new_label: (K,) int64, of a multi-label task (K, L), the label to train with where it is re-labeled, else -1.
         given_label: likewise, the label that the file says it was given; -2 where it does not say.
+        place: what ``line`` counts: ``"line"``, or ``"task"``.
     """
 
     path: str
@@ -37,6 +38,7 @@ class Review:
     decision: Tensor
     new_label: Tensor
     given_label: Tensor
+    place: str = "line"
 
     def __len__(self) -> int:
         return len(self.index)
@@ -78,7 +80,7 @@ class Review:
         if len(differ):
             at = int(positions[differ[0]])
             raise ValueError(
-                f"{self.path}, line {int(self.line[at])}: expected given_label to be the label of sample"
+                f"{self.path}, {self.place} {int(self.line[at])}: expected given_label to be the label of sample"
                 f" {int(self.index[at])}, {label[differ[0]].tolist()}, but it is {given[differ[0]].tolist()}: the file"
                 " is of another data set, or the label has been changed since; take a file of this one, or delete the"
                 " rows of labels that have been mended."
@@ -143,7 +145,7 @@ def settle(
             " data=DataFormat(verify=False)."
         )
     for row in table.rows:
-        _check_fits(table.path, row, total, classes, single=labels is None)
+        _check_fits(f"{table.path}, {table.place} {row.line}", row, total, classes, single=labels is None)
     return Review(
         path=table.path,
         line=torch.tensor([row.line for row in table.rows], dtype=torch.int64),
@@ -151,11 +153,11 @@ def settle(
         decision=torch.tensor([row.decision for row in table.rows], dtype=torch.int8),
         new_label=_labels([row.new if row.decision == RELABEL else None for row in table.rows], labels, -1),
         given_label=_labels([row.given for row in table.rows], labels, UNKNOWN),
+        place=table.place,
     )
 
 
-def _check_fits(path: str, row: Row, total: int, classes: int, *, single: bool) -> None:
-    where = f"{path}, line {row.line}"
+def _check_fits(where: str, row: Row, total: int, classes: int, *, single: bool) -> None:
     if row.index >= total:
         raise ValueError(f"{where}: expected index to lie in [0, {total}), but it is {row.index}.")
     if row.decision != RELABEL:

@@ -1,4 +1,4 @@
-"""Tables of decisions as spreadsheets leave them."""
+"""Tables of decisions as spreadsheets, or Label Studio, leave them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from os import PathLike
 from pathlib import Path
 
 from lightning_unlearn.data.fingerprint import is_short_fingerprint
+from lightning_unlearn.results.label_studio import read_label_studio
 from lightning_unlearn.results.labels import DECISIONS, RELABEL
 from lightning_unlearn.utilities.checks import reason_of
 from lightning_unlearn.utilities.files import source_file
@@ -30,7 +31,7 @@ class Row:
     """One decision, as it stands in the file.
 
     Args:
-        line: of the file, counted from 1.
+        line: of the file, counted from 1; in an export of Label Studio the task.
         index: of the sample.
         decision: position in ``DECISIONS``.
         new: the classes to train with where it is re-labeled, else empty.
@@ -53,11 +54,13 @@ class Table:
         mark: of the data set that it is of (see :func:`~lightning_unlearn.data.fingerprint.short_fingerprint`); empty
             if not known.
         rows: those with a decision.
+        place: what they are counted by: ``"line"``, or ``"task"``.
     """
 
     path: str
     mark: str
     rows: tuple[Row, ...]
+    place: str = "line"
 
 
 def read_review(path: str | PathLike[str]) -> Table:
@@ -65,7 +68,7 @@ def read_review(path: str | PathLike[str]) -> Table:
 
     Args:
         path: a file of separated values (comma, semicolon, tab or bar), UTF-8 with or without a mark, UTF-16, or of
-            another encoding that has ASCII in it.
+            another encoding that has ASCII in it; or an export of Label Studio as JSON.
 
     Raises:
         ValueError: with the line, saying what is expected there.
@@ -82,7 +85,10 @@ def read_review(path: str | PathLike[str]) -> Table:
     if raw.startswith(b"PK"):
         raise ValueError(f"Expected {source} to be a file of separated values, but it is a workbook; save it as CSV.")
     try:
-        return _table(source, list(_cells(source, _decoded(raw))))
+        text = _decoded(raw)
+        if text.lstrip()[:1] in ("[", "{"):
+            return _table(source, list(read_label_studio(source, text)), "task")
+        return _table(source, list(_cells(source, text)))
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(
             f"Expected {source} to be a table of decisions, as Partition.to_csv writes it, but it cannot be read"
@@ -112,7 +118,7 @@ def check_undecided(path: str | PathLike[str], remedy: str = "write to another p
         )
 
 
-def _table(source: Path, found: list[tuple[int, Mapping[str, str]]]) -> Table:
+def _table(source: Path, found: list[tuple[int, Mapping[str, str]]], place: str = "line") -> Table:
     """The rows in which something is decided."""
     rows, marks = [], {}
     lines: dict[int, int] = {}
@@ -120,7 +126,7 @@ def _table(source: Path, found: list[tuple[int, Mapping[str, str]]]) -> Table:
     for line, cells in found:
         # Also of a row in which nothing is decided.
         marks[cells.get("dataset", "")] = line
-        row = _row(f"{source}, line {line}", line, cells)
+        row = _row(f"{source}, {place} {line}", line, cells)
         if row is None:
             continue
         if first := lines.get(row.index):
@@ -130,7 +136,7 @@ def _table(source: Path, found: list[tuple[int, Mapping[str, str]]]) -> Table:
         lines[row.index] = line
         _check_names(source, row, cells, names)
         rows.append(row)
-    return Table(str(source), _one_mark(source, marks), tuple(rows))
+    return Table(str(source), _one_mark(f"{source}, {place}", place, marks), tuple(rows), place)
 
 
 def _decoded(raw: bytes) -> str:
@@ -226,18 +232,18 @@ def _check_names(source: Path, row: Row, cells: Mapping[str, str], names: dict[i
             )
 
 
-def _one_mark(source: Path, marks: Mapping[str, int]) -> str:
+def _one_mark(where: str, place: str, marks: Mapping[str, int]) -> str:
     """The mark in the column ``dataset``, which rows that were added by hand may lack."""
     for mark, line in marks.items():
         if not is_short_fingerprint(mark):
             raise ValueError(
-                f"{source}, line {line}: expected dataset as Partition.to_csv has written it, but it is {mark!r};"
+                f"{where} {line}: expected dataset as Partition.to_csv has written it, but it is {mark!r};"
                 " empty the cell if it is lost."
             )
     known = [mark for mark in marks if mark]
     if len(known) > 1:
         raise ValueError(
-            f"{source}, line {marks[known[1]]}: expected all rows to be of one data set, but dataset is {known[1]!r}"
-            f" where it is {known[0]!r} in other lines; keep to the file of one."
+            f"{where} {marks[known[1]]}: expected all rows to be of one data set, but dataset is {known[1]!r}"
+            f" where it is {known[0]!r} in other {place}s; keep to the file of one."
         )
     return known[0] if known else ""

@@ -2,7 +2,6 @@
 
 import importlib
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -188,48 +187,6 @@ def test_a_datalab_of_several_labels():
     assert issues["predicted_label"].tolist() == [[0, 2], [0, 1], [1], [0, 1, 2]]
 
 
-class Samples:
-    """Stands in for a FiftyOne dataset, which is not installed: its length, and ``set_values``."""
-
-    def __init__(self, number):
-        self.number, self.fields = number, {}
-
-    def __len__(self):
-        return self.number
-
-    def set_values(self, field_name, values):
-        assert len(values) == self.number
-        self.fields[field_name] = values
-
-
-@pytest.fixture
-def fiftyone(monkeypatch):
-    """Stands in for the package, of which two classes are used."""
-    stands_in = SimpleNamespace(
-        Classification=lambda label, confidence: (label, confidence),
-        Classifications=lambda classifications: classifications,
-    )
-    monkeypatch.setitem(sys.modules, "fiftyone", stands_in)
-
-
-@pytest.mark.usefixtures("fiftyone")
-def test_fields_of_fiftyone_samples():
-    samples = Samples(4)
-    to_fiftyone(make_partition(label=torch.tensor([3, 2, -1, 0])), samples, class_names=NAMES, prefix="lu_")
-    names = ["given_label", "suggested_label", "clean_probability", "label_evidence", "input_evidence"]
-    names += ["reason", "is_clean", "rank", "list", "expected_precision", "proposed", "decision"]
-    assert list(samples.fields) == [f"lu_{name}" for name in names]
-    assert samples.fields["lu_suggested_label"] == [("fox", 0.75), ("dog", 0.9375), ("emu", 0.5), ("=cat", 0.875)]
-    assert samples.fields["lu_given_label"] == [("fox", None), ("emu", None), None, ("=cat", None)]
-    assert samples.fields["lu_clean_probability"] == [0.75, 0.25, 0.125, 0.875]
-    assert samples.fields["lu_is_clean"] == [True, False, False, True]
-    to_fiftyone(several(), samples)
-    assert samples.fields["unlearn_suggested_label"][1] == [("0", 0.9375), ("1", 0.9375)]
-    assert samples.fields["unlearn_given_label"][1] == []
-    with pytest.raises(ValueError, match="Expected samples of 4 rows, as the partition has, but got 3"):
-        to_fiftyone(make_partition(), Samples(3))
-
-
 @pytest.mark.parametrize(
     ("package", "export", "command"),
     [
@@ -237,7 +194,7 @@ def test_fields_of_fiftyone_samples():
         ("pyarrow", lambda partition: to_parquet(partition, "all.parquet"), "pip install pandas pyarrow"),
         ("cleanlab.datalab.internal.issue_manager", to_datalab, r"pip install 'cleanlab\[datalab\]'"),
         ("datasets", lambda partition: to_hugging_face(partition, None), "pip install datasets"),
-        ("fiftyone", lambda partition: to_fiftyone(partition, Samples(4)), "pip install fiftyone"),
+        ("fiftyone", lambda partition: to_fiftyone(partition, [None] * 4), "pip install fiftyone"),
     ],
 )
 def test_a_package_that_is_missing_is_named_with_the_command(monkeypatch, package, export, command):

@@ -106,7 +106,7 @@ class UnlearnCallback(FitCallback):
                 f" overfit_batches={overfit_batches}; set it to 0."
             )
         self.join_fit(trainer, pl_module, self.find_source(trainer))
-        move_before_progress_bars(trainer, self)
+        move_before_progress_bars(self.fit, self)
         if trainer.current_epoch == 0:
             # A fit from the start, with callbacks that may have seen another; a checkpoint's state is loaded after
             # this.
@@ -229,8 +229,9 @@ class UnlearnCallback(FitCallback):
 
     def _give_back(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._is_late = False
-        restore_order(trainer)
-        self.undo(trainer, pl_module)
+        if self._fit is not None:
+            restore_order(self._fit)
+            self.undo(trainer, pl_module)
         self.let_go()
 
 

@@ -26,7 +26,6 @@ from lightning_unlearn.results.partition import Partition
 from lightning_unlearn.results.provenance import copied
 from lightning_unlearn.trainer.callback_order import callbacks_of
 from lightning_unlearn.trainer.compat import MisconfigurationException, is_a
-from lightning_unlearn.trainer.context import probe, reading_of
 from lightning_unlearn.trainer.data_checks import check_reloaded
 from lightning_unlearn.trainer.divergence import ADVICE, LossWatch, not_finite
 from lightning_unlearn.trainer.early_stopping import count_anew
@@ -227,7 +226,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
     @override
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.is_active:
-            self._loader.begin(trainer)
+            self._loader.begin(self.fit)
             if self.on_noisy == "relabel" or self.reset_head:
                 self._check_head_and_labels(trainer, pl_module)
         elif self.draw.new_label is not None:
@@ -237,16 +236,16 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
             # The next round is to re-label, where the checkpoint did not.
             self._check_head_and_labels(trainer, pl_module)
         self._check_start_is_known(trainer)
-        if self.is_active and self._loader.at_once(trainer) != self._loader.planned_size:
+        if self.is_active and self._loader.at_once(self.fit) != self._loader.planned_size:
             optimizers.check_steps_left(trainer, optimizers.remaining_epochs(trainer), self._loader.planned_size)
-            self._loader.plan(trainer)
+            self._loader.plan(self.fit)
         self._fresh.check_one(trainer)
 
     def _check_head_and_labels(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        trace, _ = probe(trainer, pl_module, self.source)
+        trace, _ = self.fit.probe()
         classes = trace.output.shape[1]
         if self.on_noisy == "relabel":
-            relabel.check_relabeling(trainer, pl_module, reading_of(self.source))
+            relabel.check_relabeling(self.fit)
             self._learn_labels(trainer, pl_module, trace)
         if self.reset_head:
             head = trace.last_linear(classes)
@@ -263,9 +262,8 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
                 )
 
     def _learn_labels(self, trainer: Trainer, pl_module: LightningModule, trace: ForwardTrace | None = None) -> None:
-        trace = probe(trainer, pl_module, self.source)[0] if trace is None else trace
-        reading = reading_of(self.source)
-        self._loader.relabeling.learn(trainer, pl_module, reading, trace.logits_module(reading.num_outputs))
+        trace = self.fit.probe()[0] if trace is None else trace
+        self._loader.relabeling.learn(self.fit, trace.logits_module(self.fit.reading.num_outputs))
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -310,7 +308,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         """``on_noisy``, but where batches turn out to be such that labels would be written on other samples' rows."""
         if self.on_noisy != "relabel" or self._partition is None:
             return self.on_noisy
-        fault = relabel.fault_of_absent(trainer, pl_module, reading_of(self.source), self._partition)
+        fault = relabel.fault_of_absent(self.fit, self._partition)
         # A data set that draws at random may show each rank another batch.
         if not trainer.strategy.reduce_boolean_decision(bool(fault), all=False):
             return "relabel"
@@ -324,7 +322,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
             return
         loader = train_loader(trainer)
         if self._data is not loader.dataset:
-            check_reloaded(trainer, pl_module, self.source, loader, self._partition)
+            check_reloaded(self.fit, loader, self._partition)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -341,7 +339,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
 
     def _check_diverged(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ends a fit whose weights no further training mends; before a ModelCheckpoint writes them."""
-        was_finite, fault = self._losses.was_finite(trainer), not_finite(trainer, pl_module)
+        was_finite, fault = self._losses.was_finite(self.fit), not_finite(self.fit)
         when = f"in epoch {trainer.current_epoch}, trained on the clean subset since epoch {self._first_epoch}"
         if fault:
             rate = "" if self.lr is None else f" than lr={self.lr}"
@@ -357,12 +355,12 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         if self.is_active:
             self.refuse_dry_run()
             self._fresh.check_goes_on()
-            self._loader.detach(trainer)
+            self._loader.detach(self.fit)
             self._attach(trainer, pl_module)
             self._frozen.freeze(trainer, pl_module)
             self._fresh.make(trainer, pl_module)
             self._fresh.check_groups(trainer)
-            self._loader.ask_again(trainer)
+            self._loader.ask_again(self.fit)
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -375,7 +373,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
 
     @override
     def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._loader.detach(trainer)
+        self._loader.detach(self.fit)
         self._frozen.thaw()
         self._data = None
 
@@ -425,7 +423,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
             self._draw, self._first_epoch = draw, trainer.current_epoch
             self._attach(trainer, pl_module)
             # Before limit_train_batches, which is applied to what a loader has whenever it is loaded again.
-            self._loader.plan(trainer)
+            self._loader.plan(self.fit)
             self._fresh.begin(trainer, pl_module, moves=start.moves)
             self._frozen.freeze(trainer, pl_module)
             remade = self._fresh.make(trainer, pl_module)
@@ -459,7 +457,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
     def _move_weights(
         self, trainer: Trainer, pl_module: LightningModule, start: Start, undoing: list[Callable[[], None]]
     ) -> int:
-        copies = weight_copies(trainer, pl_module)
+        copies = weight_copies(self.fit)
         moved, undo = self._start_weights.move(pl_module, start.how, copies, self._frozen.names)
         undoing.append(undo)
         self._started_from = start.how
@@ -539,7 +537,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         """Follows a partition that was computed again."""
         if not self._fills_batches(trainer, draw):
             return
-        self._loader.detach(trainer)
+        self._loader.detach(self.fit)
         self._draw = draw
         self._attach(trainer, pl_module)
         rank_zero_info(messages.renewed(draw, trainer.current_epoch, trainer.num_training_batches))
@@ -548,15 +546,15 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         if not partition.is_actionable:
             return
         draw, loader = make_training_subset(partition, self.on_noisy, self.relabel_threshold), train_loader(trainer)
-        sampler = self._loader.sampler(trainer, loader, draw, keeps_plan=False)
-        batches = int(trainer.num_training_batches), train_data.batches_of(trainer, loader, sampler)
+        sampler = self._loader.sampler(self.fit, loader, draw, keeps_plan=False)
+        batches = int(trainer.num_training_batches), train_data.batches_of(self.fit, loader, sampler)
         epochs = optimizers.remaining_epochs(trainer)
         start = choose_start(self.warm_start, self._memory, self._obstacle(trainer))
         rank_zero_info(messages.of_dry_run(draw, epochs, batches, self._seconds_per_epoch))
         rank_zero_info(f"Dry run: {messages.start_of(start)}")
 
     def _fills_batches(self, trainer: Trainer, draw: TrainingSubset) -> bool:
-        fault = self._loader.fault_of(trainer, draw, keeps_plan=self._fresh.keeps_plan(trainer))
+        fault = self._loader.fault_of(self.fit, draw, keeps_plan=self._fresh.keeps_plan(trainer))
         if fault:
             rank_zero_warn(
                 f"The {len(draw.index)} samples to train on {fault}, so training goes on with the data it has."
@@ -565,10 +563,9 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
 
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._draw is not None:
-            self._loader.attach(trainer, self._draw, keeps_plan=partial(self._fresh.keeps_plan, trainer))
+            self._loader.attach(self.fit, self._draw, keeps_plan=partial(self._fresh.keeps_plan, trainer))
             if self._draw.new_label is not None:
-                reading = reading_of(self.source)
-                self._loader.relabeling.attach(trainer, pl_module, reading, self._draw.new_label, self._given_labels)
+                self._loader.relabeling.attach(self.fit, self._draw.new_label, self._given_labels)
 
     def _given_labels(self) -> Tensor:
         if self._partition is None:
@@ -576,7 +573,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         return self._partition.label
 
     def _reset_head(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        trace, _ = probe(trainer, pl_module, self.source)
+        trace, _ = self.fit.probe()
         name = trace.last_linear(trace.output.shape[1])
         head = trace.linear(name)
         # The same weights on every rank, and no draw from the user's random state.
@@ -589,7 +586,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         if self._masks is not None:
             self._masks.silence()
         with torch.no_grad():
-            for copy in weight_copies(trainer, pl_module):
+            for copy in weight_copies(self.fit):
                 # Begun before, it would bring the old head back.
                 for part, parameter in head.named_parameters():
                     if f"{name}.{part}" in copy:
@@ -601,5 +598,5 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
             return
         if self._masks is None:
             raise RuntimeError("There is no layer to train from; this is an error in lightning_unlearn.")
-        trace, _ = probe(trainer, pl_module, self.source)
+        trace, _ = self.fit.probe()
         self._frozen.choose_before(pl_module, trace, self._masks.target_layer())

@@ -17,6 +17,7 @@ from lightning_unlearn.finetuning.training_subset import TrainingSubset
 from lightning_unlearn.trainer.callback_order import callbacks_of
 from lightning_unlearn.trainer.compat import DualPackageCallback, MisconfigurationException
 from lightning_unlearn.trainer.protocols import PartitionSource
+from lightning_unlearn.trainer.running_fit import RunningFit
 from lightning_unlearn.trainer.scoring_loader import train_loader
 from lightning_unlearn.trainer.strategies import check_strategy
 
@@ -152,27 +153,28 @@ class _Narrowing(DualPackageCallback):
 
     def __init__(self) -> None:
         self._loader = SubsetLoader()
-        self._is_begun = False
+        self._fit: RunningFit | None = None
         self._total = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is in no fit.
+        return {**self.__dict__, "_fit": None}
 
     def take(self, trainer: Trainer, index: Tensor | None) -> None:
         """Trains on these samples, or on all again."""
-        if not self._is_begun:
-            self._loader.begin(trainer)
-            self._total = self._size(trainer)
-            self._is_begun = True
+        if self._fit is None:
+            fit = RunningFit(trainer, trainer.lightning_module)
+            self._loader.begin(fit)
+            self._fit, self._total = fit, fit.total
         draw = TrainingSubset(torch.arange(self._total) if index is None else index)
-        if fault := self._loader.fault_of(trainer, draw, keeps_plan=False):
+        if fault := self._loader.fault_of(self._fit, draw, keeps_plan=False):
             raise ValueError(f"Expected indices to train on, but the {len(draw.index)} samples {fault}.")
-        self._loader.detach(trainer)
-        self._loader.attach(trainer, draw, keeps_plan=lambda: False)
-
-    def _size(self, trainer: Trainer) -> int:
-        return len(train_loader(trainer).dataset)  # type: ignore[arg-type]
+        self._loader.detach(self._fit)
+        self._loader.attach(self._fit, draw, keeps_plan=lambda: False)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if (found := self._size(trainer)) != self._total:
+        if self._fit is not None and (found := self._fit.total) != self._total:
             raise ValueError(
                 f"Expected the training set that narrow was called for, of {self._total} samples, but the loader was"
                 f" made again with {found}; call narrow again in on_train_epoch_start of each epoch that reloads it, or"
@@ -189,6 +191,8 @@ class _Narrowing(DualPackageCallback):
         self._give_back(trainer)
 
     def _give_back(self, trainer: Trainer) -> None:
-        self._loader.detach(trainer)
+        if self._fit is not None:
+            self._loader.detach(self._fit)
+        self._fit = None
         _put(trainer, [callback for callback in callbacks_of(trainer) if callback is not self])
         self.let_go()

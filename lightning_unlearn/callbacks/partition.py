@@ -62,13 +62,12 @@ from lightning_unlearn.trainer.callback_order import callbacks_of, move_behind_a
 from lightning_unlearn.trainer.data_checks import recognize_data, same_task
 from lightning_unlearn.trainer.divergence import ADVICE, not_finite
 from lightning_unlearn.trainer.early_stopping import EarlyEnd, go_on, has_fired
-from lightning_unlearn.trainer.fit_loop import is_fast_dev_run, log_values
+from lightning_unlearn.trainer.fit_loop import is_fast_dev_run
 from lightning_unlearn.trainer.progress import rank_zero_info
 from lightning_unlearn.trainer.protocols import PartitionSource
 from lightning_unlearn.trainer.row_checks import check_ranks, establish_rows_again
-from lightning_unlearn.trainer.scoring_loader import forget_scoring_loader
 from lightning_unlearn.trainer.strategies import shards_weights
-from lightning_unlearn.trainer.validation import forget_score, score_validation
+from lightning_unlearn.trainer.validation import score_validation
 from lightning_unlearn.utilities.checks import (
     check_choice,
     check_flag,
@@ -276,16 +275,14 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
 
     @override
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        move_behind_averages(trainer, self)
-        forget_scoring_loader(trainer)
-        forget_score(trainer)
+        move_behind_averages(self.fit, self)
         self._partners = _consumers(trainer)
-        self._when.settle(trainer, may_be_last=self.every_n_epochs is None and not self._partners)
-        self._table = open_review(trainer, self.review)
+        self._when.settle(self.fit.limits, may_be_last=self.every_n_epochs is None and not self._partners)
+        self._table = open_review(self.fit, self.review)
         if self.judge_validation:
-            check_validates(trainer)
+            check_validates(self.fit)
         if self.collector.reads_steps:
-            self.collector.reader.attach(trainer)
+            self.collector.reader.attach(self.fit)
 
     @override
     def check_layers(self, pl_module: LightningModule) -> None:
@@ -301,13 +298,13 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         collector.point, collector.early = choose_points(fit, trace, first, self.recipe, self.method, layers)
         state.task = same_task(state.task, self.reading.task)
         warn_of_probabilities(trace.output)
-        check_ranks(trainer, fit.total)
+        check_ranks(fit, fit.total)
         self._warn_where_no_round_follows()
         known = None if collector.trajectory is None else collector.trajectory.label
         if state.partition is not None:
             known = state.partition.label.flatten()
         check_known_labels(fit, first, known)
-        data = recognize_data(trainer, pl_module, self, known, state.fingerprint if self.data.verify else None)
+        data = recognize_data(fit, known, state.fingerprint if self.data.verify else None)
         state.fingerprint = data.fingerprint
         take_review(fit, state, self._table, content=self.data.verify)
         remember_files(fit, state.partition)
@@ -318,14 +315,14 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         collector.start(fit, trace, first, is_before=state.partition is None)
         if collector.trajectory is not None and self.recipe not in RECIPES.values():
             try_recipe(fit, self.recipe, collector.trajectory.basis)
-        self._begin_validation(trainer, pl_module)
+        self._begin_validation()
         collector.start_reading(fit, trace, data, first)
 
-    def _begin_validation(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _begin_validation(self) -> None:
         if not self.judge_validation:
             return
         if self.collector.trajectory is not None:
-            self.state.validation.begin(trainer, pl_module, self, self.state.fingerprint)
+            self.state.validation.begin(self.fit, self.state.fingerprint)
         elif self.state.validation.partition is None:
             rank_zero_warn(
                 "judge_validation=True has no effect here: the partition of the checkpoint was computed without it;"
@@ -413,8 +410,6 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
     def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.collector.detach()
         self._end.release(trainer)
-        # The user's loader, whose collate function may lead back to the Trainer.
-        forget_scoring_loader(trainer)
 
     @override
     def advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -422,12 +417,14 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
 
     def get_partition(self, trainer: Trainer, pl_module: LightningModule) -> Partition | None:
         """The partition, computed now if it is due, or None if it is not due yet."""
+        if self._fit is None:
+            return self.state.partition
         collector, epoch = self.collector, trainer.current_epoch
         if collector.point is not None and collector.trajectory is not None:
-            establish_rows_again(trainer, pl_module, self.reading)
+            establish_rows_again(self.fit)
         if self.state.partition is None:
             self._when.decide(
-                trainer,
+                self.fit.limits,
                 is_settled=not (collector.reader.is_reading and collector.looks_early(epoch + 1)),
                 is_stopped=has_fired(trainer, epoch - 1),
                 reduce=sum_over_ranks(trainer.strategy),
@@ -453,16 +450,16 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
             validation = self._judged_validation(trainer, pl_module)
             self._draw(trainer, pl_module, started)
             self.state.validation = validation
-            validation.report(pl_module)
+            validation.report(self.fit)
         if epoch not in collector.epochs_seen:
             collector.epochs_seen.append(epoch)
-        log_values(pl_module, {"unlearn/seconds_pass": time.perf_counter() - started})
+        self.fit.log({"unlearn/seconds_pass": time.perf_counter() - started})
 
     def _say_cost(self, trainer: Trainer) -> None:
         """Says before the first pass what bounds its time; other methods pass through the network many times."""
         if self._epoch_seconds is None or self.method != GRADIENT_X_ACTIVATION:
             return
-        say_cost(trainer, self._epoch_seconds)
+        say_cost(self.fit, self._epoch_seconds)
         self._has_said_cost = True
         self._epoch_started = self._epoch_seconds = None
 
@@ -470,7 +467,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         """Passes over this rank's share of the training set; see :meth:`ScoringPass.run`."""
         share, absent = self.collector.pass_over(self.fit)
         if self.state.partition is None and self._when.is_due(trainer.current_epoch):
-            say_absent(trainer, len(absent), len(self.collector.in_use) // self.reading.rows_per_sample)
+            say_absent(self.fit, len(absent), len(self.collector.in_use) // self.reading.rows_per_sample)
         return share
 
     def _draw(self, trainer: Trainer, pl_module: LightningModule, started: float) -> None:
@@ -494,7 +491,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
                 go_on(trainer)
             self._report(pl_module, judged, seconds)
         else:
-            report_round(pl_module, drawn, changed, state.is_stable)
+            report_round(fit, drawn, changed, state.is_stable)
 
     def _publish(
         self, trainer: Trainer, pl_module: LightningModule, judged: Sequence[ShardResult], drawn: Partition
@@ -549,7 +546,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
             or None,
             decided=decided,
         )
-        drawn = replace(drawn, class_names=tuple(class_names_of(trainer, self.reading.num_classes)))
+        drawn = replace(drawn, class_names=tuple(class_names_of(self.fit, self.reading.num_classes)))
         is_early = self.state.partition is None and drawn.epoch == 1 and bool(self._when.why)
         if is_early and drawn.status is PartitionStatus.OK:
             return replace(drawn, status=PartitionStatus.TOO_EARLY, warning=_ONE_EPOCH)
@@ -564,7 +561,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
             return self._made(trainer, judged, label, validation=fingerprint)
 
         training = self.collector.evidence_pass(self.fit, is_last=True)
-        judge.draw(trainer, pl_module, training, self.recipe, make)
+        judge.draw(training, self.recipe, make)
         return judge
 
     def _acts(self, trainer: Trainer, partition: Partition) -> bool:
@@ -573,10 +570,10 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         return acts and bool(_consumers(trainer))
 
     def _validate(self, trainer: Trainer, pl_module: LightningModule, when: str) -> float | None:
-        score = score_validation(trainer, pl_module, self)
+        score = score_validation(self.fit)
         if score is None:
             return None
-        log_values(pl_module, {f"unlearn/val_accuracy_{when}": score.accuracy})
+        self.fit.log({f"unlearn/val_accuracy_{when}": score.accuracy})
         return score.accuracy
 
     def _report(self, pl_module: LightningModule, judged: Sequence[ShardResult], seconds: float) -> None:
@@ -584,7 +581,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         seen = epochs_in_words(len(self.collector.epochs_seen))
         notes = [*([] if review is None else [review.counts()]), *notes_of(judged, partition)]
         evidence = f"evidence of {seen} and a pass of {seconds:.1f} s"
-        report_partition(pl_module, partition, evidence, notes)
+        report_partition(self.fit, partition, evidence, notes)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -608,7 +605,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         self.advance(trainer, pl_module)
 
     def _summarize(self, trainer: Trainer, pl_module: LightningModule, partition: Partition) -> None:
-        state, diverged = self.state, not_finite(trainer, pl_module)
+        state, diverged = self.state, not_finite(self.fit)
         if diverged:
             rank_zero_warn(f"Training has diverged since the partition: {diverged} are NaN or infinite; {ADVICE}.")
         elif self._acts(trainer, partition) and state.accuracy_before is not None:

@@ -28,7 +28,6 @@ from lightning_unlearn.results.mask import NeuronMask
 from lightning_unlearn.results.partition import Partition
 from lightning_unlearn.results.provenance import settings_of
 from lightning_unlearn.shrinking.cut import require_torch_pruning
-from lightning_unlearn.trainer.context import probe
 from lightning_unlearn.trainer.progress import rank_zero_info
 from lightning_unlearn.trainer.strategies import refuse_where_sharded
 from lightning_unlearn.utilities.checks import check_flag, check_names, check_number, check_path, check_text
@@ -187,12 +186,12 @@ class SensitivityPruneCallback(PartitionConsumer):
     @override
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Also for a source that has not looked at a batch since a resume, so that it learns what its labels mean.
-        first, batch = probe(trainer, pl_module, self.source)
+        first, batch = self.fit.probe()
         if not self._state.masks:
-            sites = find_sites(trainer, pl_module, self.source, self._settings(), (first, batch))
+            sites = find_sites(self.fit, self._settings(), (first, batch))
             self._state = replace(self._state, sites=sites)
         if self.shrink_to is not None:
-            refuse_unshrinkable(trainer, pl_module, self._state.sites, batch.x, self.shrink_to)
+            refuse_unshrinkable(self.fit, self._state.sites, batch.x, self.shrink_to)
 
     def _settings(self) -> PruneSettings:
         return PruneSettings(self._names(), self.amount, self._criterion, self.max_val_drop if self.guard else None)
@@ -233,7 +232,7 @@ class SensitivityPruneCallback(PartitionConsumer):
         if not self._held:
             return
         reshard(pl_module)
-        if self._held.confirm(trainer, pl_module, self._state.entries(pl_module)):
+        if self._held.confirm(self.fit, self._state.entries(pl_module)):
             return
         if not self._has_said_revived:
             self._has_said_revived = True
@@ -278,9 +277,9 @@ class SensitivityPruneCallback(PartitionConsumer):
         if not self._state.holds or not self._state.count:
             rank_zero_info(f"No neuron is pruned, so {self.shrink_to} is not written.")
             return
-        _, batch = probe(trainer, pl_module, self.source)
+        _, batch = self.fit.probe()
         with self.timed():
-            write_shrunk(trainer, pl_module, batch.x, self.shrink_to)
+            write_shrunk(self.fit, batch.x, self.shrink_to)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -332,10 +331,10 @@ class SensitivityPruneCallback(PartitionConsumer):
 
     def _prune(self, trainer: Trainer, pl_module: LightningModule, partition: Partition) -> None:
         settings = self._settings()
-        result = prune(trainer, pl_module, self.source, partition, self._state, settings, self._held)
+        result = prune(self.fit, partition, self._state, settings, self._held)
         # After all that may fail, and all at once.
         self._state = result.state
-        report_pruning(pl_module, result, settings)
+        report_pruning(self.fit, result, settings)
 
 
 def _checked_layer(layer: Any) -> str | list[str] | None:

@@ -24,11 +24,10 @@ from lightning_unlearn.report.samples import file_card
 from lightning_unlearn.results.partition import Partition
 from lightning_unlearn.results.provenance import copied
 from lightning_unlearn.trainer.callback_order import callbacks_of
-from lightning_unlearn.trainer.context import reading_of
 from lightning_unlearn.trainer.fit_loop import is_fast_dev_run
 from lightning_unlearn.trainer.progress import rank_zero_info
 from lightning_unlearn.trainer.protocols import MaskSource, PartitionSource, find_partition_source
-from lightning_unlearn.trainer.scoring_loader import scoring_loader, train_loader
+from lightning_unlearn.trainer.scoring_loader import train_loader
 from lightning_unlearn.utilities.checks import check_names, check_path, check_whole
 
 REPORT = "report.html"
@@ -123,7 +122,7 @@ class UnlearnReport(FitCallback):
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._check_names(self.fit.source)
+        self._check_names()
         # Here, and not when the epoch before has ended, when not all of its metrics were known.
         self._note_metrics(trainer, trainer.current_epoch - 1)
 
@@ -194,8 +193,8 @@ class UnlearnReport(FitCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._curves = {name: [list(point) for point in points] for name, points in state_dict["curves"].items()}
 
-    def _check_names(self, source: PartitionSource) -> None:
-        reading = reading_of(source)
+    def _check_names(self) -> None:
+        reading = self.fit.reading
         if self.class_names is None or not reading.num_outputs:
             return
         classes = reading.num_outputs if reading.task == "multilabel" else reading.num_classes
@@ -231,7 +230,7 @@ class UnlearnReport(FitCallback):
         rounds = [vars(drawn) | {} for drawn in getattr(source, "rounds", ())]
         provenance = _found(source, "provenance", {})
         shown = shown_samples(partition, provenance, self.samples)
-        loader = scoring_loader(trainer)
+        loader = self.fit.scoring_loader
         dataset = loader.dataset
         with unopened(loader):
             gallery, fault = self.gallery(dataset, shown)

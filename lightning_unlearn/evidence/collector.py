@@ -6,13 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_unlearn.attribution import Attributor, ForwardTrace, resolve_layer
 from lightning_unlearn.attribution.layers import LayerPoint
 from lightning_unlearn.data.batch import Path
-from lightning_unlearn.data.loaders import shard_indices
 from lightning_unlearn.data.task_format import TaskFormat
 from lightning_unlearn.evidence.early_epochs import EarlyEpochs
 from lightning_unlearn.evidence.eval_pass import ScoringPass, make_attributor
@@ -21,13 +19,13 @@ from lightning_unlearn.evidence.label_field import LabelWatch
 from lightning_unlearn.evidence.step_reader import TrainStepReader
 from lightning_unlearn.evidence.training_dynamics import TrainingDynamics
 from lightning_unlearn.evidence.validation_watch import ValidationWatch
-from lightning_unlearn.evidence.when import DrawTime, monitored
+from lightning_unlearn.evidence.when import DrawTime
 from lightning_unlearn.recipes.base import Recipe
 from lightning_unlearn.recipes.evidence import Evidence, OutOfSample
 from lightning_unlearn.trainer.context import FitContext, IndexedBatch
 from lightning_unlearn.trainer.data_checks import Recognized
 from lightning_unlearn.trainer.divergence import check_rows_left_out
-from lightning_unlearn.trainer.progress import rank_zero_info
+from lightning_unlearn.trainer.progress import rank_zero_info, rank_zero_warn
 
 
 class EvidenceCollector:
@@ -145,11 +143,11 @@ class EvidenceCollector:
                 rows, self.reading.num_classes, keeps_coordinates=self._keeps_coordinates
             )
             if self.reading.label_at is None:
-                self.label_watch.start(fit.pl_module, maker)
+                self.label_watch.start(fit.model, maker)
         if self.trajectory is not None and self.asks_unseen:
             self.features.start(fit, trace, first)
         if is_before and not self.is_closed and maker is not None:
-            self.validation_watch.start(resolve_layer(fit.pl_module, maker))
+            self.validation_watch.start(resolve_layer(fit.model, maker))
         if self.trajectory is not None and self.reading.task != "multilabel":
             with fit.isolated_eval():
                 self._attributor(fit).rehearse(first.x, first.label.clamp(min=0), rows=self.recipe.needs_rows)
@@ -172,7 +170,7 @@ class EvidenceCollector:
             known = self.in_use.label.clone()
             for index, label in ((first.index, first.label.cpu()), (data.rows.index, data.rows.label.flatten())):
                 known[self.reading.row_indices(index)] = label
-            self.reader.start(fit.trainer, fit.pl_module, maker, known)
+            self.reader.start(fit, maker, known)
             if self.looks_early(fit.epoch + 1):
                 self.reader.positions = torch.zeros(fit.total, dtype=torch.uint8)
         else:
@@ -219,7 +217,7 @@ class EvidenceCollector:
     def start_epoch(self, fit: FitContext) -> None:
         """Call in ``on_train_epoch_start``."""
         if self.reads_steps:
-            self.reader.start_epoch(fit.trainer)
+            self.reader.start_epoch(fit)
         else:
             self.reader.detach()
 
@@ -227,8 +225,8 @@ class EvidenceCollector:
         """Call in ``on_train_batch_start``."""
         self.label_watch.start_batch(batch)
         if self.reads_steps:
-            batches = fit.trainer.num_training_batches
-            self.reader.start_batch(fit.trainer, batch, min(batch_idx / batches, 0.999) if batches else 0.0)
+            batches = fit.batches_per_epoch
+            self.reader.start_batch(fit, batch, min(batch_idx / batches, 0.999) if batches else 0.0)
 
     def label_field(self, fit: FitContext, *, trained: bool) -> Path | None:
         """Another field of the batch, which the loss follows: all begins again with the labels from there.
@@ -254,7 +252,7 @@ class EvidenceCollector:
         self._note_validation(fit)
         if not self.reads_steps or self.trajectory is None:
             return
-        if not self.reader.end_epoch(fit.trainer):
+        if not self.reader.end_epoch(fit):
             self._say_fallback()
             return
         self._look_early(fit)
@@ -265,7 +263,7 @@ class EvidenceCollector:
     def _note_validation(self, fit: FitContext) -> None:
         """Notes how validation has gone, until the partition."""
         if not self.is_closed and (self.when.is_open or self.validation_watch.is_on):
-            shown = self.validation_watch.result(monitored(fit.trainer), fit.reduce)
+            shown = self.validation_watch.result(fit.monitored, fit.reduce)
             self.when.note(fit.epoch + 1, **shown)
 
     def looks_early(self, epoch: int) -> bool:
@@ -276,9 +274,8 @@ class EvidenceCollector:
         positions, epoch = self.reader.positions, fit.epoch + 1
         if positions is None or not self.looks_early(epoch):
             return
-        trainer = fit.trainer
-        share = shard_indices(len(positions), trainer.global_rank, trainer.world_size)
-        self.early_epochs.look(self.in_use, positions, trainer.num_training_batches, share, fit.device, fit.reduce)
+        share = fit.shard(len(positions))
+        self.early_epochs.look(self.in_use, positions, fit.batches_per_epoch, share, fit.device, fit.reduce)
         self.reader.positions = positions.zero_() if self.looks_early(epoch + 1) else None
 
     def merge(self, fit: FitContext, epoch: int, rows: int) -> int:
@@ -288,7 +285,7 @@ class EvidenceCollector:
         phase, width = self.when.phase(epoch)
         with self.when.noting(epoch, trajectory, reduce, of_steps=self.reader.is_reading):
             trajectory.merge(trajectory.make_room(phase, width), reduce)
-        if said := check_rows_left_out(fit.pl_module, left_out, total, epoch, reduce):
+        if said := check_rows_left_out(fit.model, left_out, total, epoch, reduce):
             rank_zero_warn(said)
         return total - left_out
 

@@ -25,8 +25,8 @@ from lightning_unlearn.trainer.data_checks import check_same_labels, check_same_
 
 def make_attributor(fit: FitContext, point: LayerPoint, method: str, watch: Sequence[LayerPoint] = ()) -> Attributor:
     """What attributes the user's model in the passes of a fit, with as many passes on every rank where ranks meet."""
-    agree = partial(fit.agree, of_all=True) if fit.meets_in_forward else bool
-    return Attributor(fit.pl_module, point, fit.logits, method, watch=watch, agree=agree)
+    agree = partial(fit.agree, of_all=True) if fit.is_sharded else bool
+    return Attributor(fit.model, point, fit.logits, method, watch=watch, agree=agree)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +91,7 @@ class ScoringPass:
         found["identity"] = reading.by_row(_identity(batch))
         found |= _seen_in_the_last_pass(seen, label, margin)
         if self.early is not None:
-            found["response"] = response(self.fit.pl_module, self.early, seen.watched[0])
+            found["response"] = response(self.fit.model, self.early, seen.watched[0])
         if self.features is not None:
             self.features.take(seen.watched[-1])
         return found

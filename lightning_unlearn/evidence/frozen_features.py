@@ -65,7 +65,7 @@ class FrozenFeatures:
         samples = len(first.index)
         if self._values is None:
             # What an earlier part of the fit has changed is not known.
-            self.point = None if fit.trainer.global_step else _first_trained(trace, fit, samples)
+            self.point = None if fit.step else _first_trained(trace, fit, samples)
         if self.point is None:
             return
         try:
@@ -78,7 +78,7 @@ class FrozenFeatures:
             self._check_resumed(fit)
             return
         before = set(trace.modules_before(self.point.name))
-        found = _statistics(fit.pl_module).items()
+        found = _statistics(fit.model).items()
         self._statistics = {name: value.cpu().clone() for name, value in found if name.rpartition(".")[0] in before}
         self._values = self._look(fit)
         if not fit.agree(self._values is not None, of_all=True):
@@ -96,8 +96,8 @@ class FrozenFeatures:
         """What the layer takes of the samples that were kept, under the statistics that were kept."""
         if self.point is None:
             return None
-        with fit.isolated_eval(), torch.no_grad(), tap(fit.pl_module, self.point) as take:
-            for name, value in _statistics(fit.pl_module).items():
+        with fit.isolated_eval(), torch.no_grad(), tap(fit.model, self.point) as take:
+            for name, value in _statistics(fit.model).items():
                 value.copy_(self._statistics.get(name, value))
             try:
                 fit.output(self._x)
@@ -128,7 +128,7 @@ class FrozenFeatures:
                 " nothing of labels that have been learned."
             )
             return False
-        share = -(-total // fit.trainer.world_size)
+        share = -(-total // fit.world_size)
         self._every = max(1, -(-share * self._values.shape[1] // MOST_NUMBERS))
         return True
 
@@ -215,7 +215,7 @@ class FrozenFeatures:
 
 def _first_trained(trace: ForwardTrace, fit: FitContext, samples: int) -> LayerPoint | None:
     """The input of the first layer that an optimizer trains, if that is one row of features for each sample."""
-    groups = [group for optimizer in fit.trainer.optimizers for group in optimizer.param_groups]
+    groups = [group for optimizer in fit.optimizers for group in optimizer.param_groups]
     trained = {parameter for group in groups for parameter in group["params"] if parameter.requires_grad}
     call = next((one for one in trace.calls if not trained.isdisjoint(one.module.parameters(recurse=False))), None)
     if call is None or not call.inputs or len(trace.calls_of(call.name)) != 1:

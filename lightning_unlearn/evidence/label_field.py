@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_unlearn.attribution import resolve_layer
@@ -94,17 +93,17 @@ class LabelWatch:
         self._sums: Tensor | None = None
         self._steps = 0
 
-    def start(self, pl_module: LightningModule, head: str | None) -> None:
+    def start(self, model: nn.Module, head: str | None) -> None:
         """Starts with the next step.
 
         Args:
-            pl_module: the user's.
+            model: the user's.
             head: dotted path of the module that makes the logits; None if there is none.
         """
         self.detach()
         self._head = head
         if head is not None:
-            self._module = resolve_layer(pl_module, head)
+            self._module = resolve_layer(model, head)
         self.is_watching = head is not None or self._reading.is_open
 
     def start_batch(self, batch: Any) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -22,7 +21,7 @@ from lightning_unlearn.data.index_tracking import as_indices, last_batch_indices
 from lightning_unlearn.data.loaders import check_loader
 from lightning_unlearn.data.task_format import IGNORED, TaskFormat
 from lightning_unlearn.evidence.mixed_targets import has_mixed_target
-from lightning_unlearn.trainer.fit_loop import live_iterator, live_loaders
+from lightning_unlearn.trainer.context import FitContext
 from lightning_unlearn.trainer.train_data import TrainLoaderWatch
 
 # The rows of so many batches are checked, and handed on, together: one wait for the accelerator instead of many.
@@ -141,50 +140,49 @@ class TrainStepReader:
         self._has_judged = bool(state["has_judged"])
         self.left_open = bool(state.get("is_open"))
 
-    def attach(self, trainer: Trainer) -> None:
+    def attach(self, fit: FitContext) -> None:
         """Watches for the train loaders. Call in ``setup`` of a fit: later, the first epoch is not read."""
-        self._watch.attach(trainer, self._remember)
+        self._watch.attach(fit, self._remember)
 
-    def start(self, trainer: Trainer, pl_module: LightningModule, head: str, known: Tensor | None = None) -> None:
+    def start(self, fit: FitContext, head: str, known: Tensor | None = None) -> None:
         """Starts to read. Call in ``on_train_start``.
 
         Args:
-            trainer: of the fit.
-            pl_module: the user's.
+            fit: that begins.
             head: dotted path of the module whose output is the logits that ``forward`` returns.
             known: (R,) int64, the labels of all rows by dataset index as far as passes have shown them, -1 for others.
         """
         if self.reason:
             self.detach()
             return
-        loaders = live_loaders(trainer)
+        loaders = fit.live_loaders()
         fault = _fault_of_loaders(loaders)
         if fault:
             self.give_up(fault)
             return
         self._remember(loaders)
-        self._module = resolve_layer(pl_module, head)
+        self._module = resolve_layer(fit.model, head)
         self._size = len(loaders[0].dataset) * self._reading.rows_per_sample
         self.head = head
         self._known, self._seen = known, None
 
-    def start_epoch(self, trainer: Trainer) -> None:
+    def start_epoch(self, fit: FitContext) -> None:
         """Looks whether the loader is still the same. Call in ``on_train_epoch_start``."""
         if self.is_reading:
-            self._remember(live_loaders(trainer))
+            self._remember(fit.live_loaders())
 
-    def start_batch(self, trainer: Trainer, batch: Any, position: float = 0.0) -> None:
+    def start_batch(self, fit: FitContext, batch: Any, position: float = 0.0) -> None:
         """Notes whose rows come next. Call in ``on_train_batch_start``, on the batch as it is given there.
 
         Args:
-            trainer: of the fit.
+            fit: that is running.
             batch: of the step.
             position: in [0, 1), how much of the epoch has passed.
         """
         self._head_watch.end()
         if self._module is None or self._is_unknown:
             return
-        drawn = last_batch_indices(*live_iterator(trainer))
+        drawn = last_batch_indices(*fit.live_iterator())
         if not hasattr(drawn, "__len__"):
             self._is_unknown = True
             return
@@ -213,14 +211,14 @@ class TrainStepReader:
         if len(self._held) + self._unchecked >= WINDOW:
             self._close_window()
 
-    def end_epoch(self, trainer: Trainer) -> bool:
+    def end_epoch(self, fit: FitContext) -> bool:
         """Whether it goes on reading, the same on every rank. Every rank must call it, in ``on_train_epoch_end``."""
         if self.is_reading:
             self._close_window()
         if self.is_reading:
             self._judge_epoch()
         if not self._agreed:
-            self._agreed = trainer.strategy.reduce_boolean_decision(bool(self.reason), all=False)
+            self._agreed = fit.agree(bool(self.reason), of_all=False)
             if self._agreed and not self.reason:
                 self.give_up("another rank gave up")
         self.rows_read = self._epoch_rows

@@ -15,14 +15,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lightning_unlearn.evidence.training_dynamics import PHASES, TrainingDynamics
 from lightning_unlearn.results.finding import epochs_in_words
-from lightning_unlearn.trainer.callback_order import callbacks_of
-from lightning_unlearn.trainer.compat import MisconfigurationException, is_a
-from lightning_unlearn.trainer.fit_loop import is_fast_dev_run
+from lightning_unlearn.trainer.compat import MisconfigurationException
+from lightning_unlearn.trainer.limits import TrainingLimits
 from lightning_unlearn.utilities.checks import check_number, check_whole, plain, shown
 from lightning_unlearn.utilities.reduce import Reduce
 
@@ -139,19 +137,19 @@ class DrawTime:
         """The best of the validations so far; None where none could be read."""
         return max((one.accuracy for one in self._notes.values() if one.samples), default=None)
 
-    def settle(self, trainer: Trainer, *, may_be_last: bool) -> None:
+    def settle(self, limits: TrainingLimits, *, may_be_last: bool) -> None:
         """Looks at the Trainer's limits, when the fit is set up.
 
         Args:
-            trainer: of the fit.
+            limits: of the fit.
             may_be_last: whether nothing is to follow the partition, so that training may end with it. ``"auto"`` waits
                 for the end then, where the network still learns: what it shows of a sample gets better as long.
 
         Raises:
             MisconfigurationException: for a share of a number that is not known, or where no epoch is left.
         """
-        max_epochs, self.may_be_last = trainer.max_epochs, may_be_last
-        if is_fast_dev_run(trainer) or self.asked == "auto":
+        max_epochs, self.may_be_last = limits.max_epochs, may_be_last
+        if limits.is_trial or self.asked == "auto":
             return
         if isinstance(self.asked, float):
             if max_epochs is None or max_epochs < 1:
@@ -209,21 +207,21 @@ class DrawTime:
         if of_steps and total:
             self.note(epoch, agreement=right / total)
 
-    def decide(self, trainer: Trainer, *, is_settled: bool, is_stopped: bool, reduce: Reduce) -> None:
+    def decide(self, limits: TrainingLimits, *, is_settled: bool, is_stopped: bool, reduce: Reduce) -> None:
         """Looks whether it is time, once at the start of each epoch. Every rank must call it.
 
         Args:
-            trainer: of the fit.
+            limits: of the fit, as far as it has come.
             is_settled: whether the noise rate has been read off an early epoch, or is not to be.
             is_stopped: whether, to this rank, EarlyStopping has ended training.
             reduce: sums over the ranks.
         """
-        epoch = trainer.current_epoch
+        epoch = limits.epoch
         if epoch < 1 or epoch == self._looked_at:
             return
         self._looked_at, why = epoch, ""
         if self.is_open and epoch >= EARLIEST:
-            why = (self._peaked(epoch) if is_settled else "") or self._late(trainer, epoch)
+            why = (self._peaked(epoch) if is_settled else "") or self._late(limits, epoch)
         # Together, as ranks may have noted something else: one has given up reading before the others.
         stopped, is_time = (reduce(torch.tensor([is_stopped, bool(why)]).double()) > 0).tolist()
         self.is_stopped = stopped
@@ -238,14 +236,14 @@ class DrawTime:
         """It is time, whatever was asked."""
         self.epoch, self.why = epoch, why
 
-    def _late(self, trainer: Trainer, epoch: int) -> str:
+    def _late(self, limits: TrainingLimits, epoch: int) -> str:
         if self.may_be_last:
             return ""
-        limits = [] if trainer.max_epochs is None or trainer.max_epochs < 1 else [float(trainer.max_epochs)]
-        if trainer.max_steps > 0 and trainer.global_step > 0:
-            limits.append(trainer.max_steps * epoch / trainer.global_step)
-        is_late = bool(limits) and epoch >= max(EARLIEST, math.floor(LATEST * min(limits) + _ROUNDING))
-        is_late |= _share_of_time(trainer) >= LATEST
+        ends = [] if limits.max_epochs is None or limits.max_epochs < 1 else [float(limits.max_epochs)]
+        if limits.max_steps > 0 and limits.step > 0:
+            ends.append(limits.max_steps * epoch / limits.step)
+        is_late = bool(ends) and epoch >= max(EARLIEST, math.floor(LATEST * min(ends) + _ROUNDING))
+        is_late |= limits.share_of_time >= LATEST
         return "two thirds of the training are over" if is_late else ""
 
     def _peaked(self, epoch: int) -> str:
@@ -289,25 +287,6 @@ class DrawTime:
 def _known(noted: EpochNote) -> dict[str, float]:
     """What is known; NaN would not equal itself in checkpoints that are compared."""
     return {name: value for name, value in asdict(noted).items() if not math.isnan(value)}
-
-
-def _share_of_time(trainer: Trainer) -> float:
-    """How much of the Trainer's ``max_time`` is over."""
-    for callback in callbacks_of(trainer):
-        if is_a(callback, "Timer") and callback.time_remaining() is not None:
-            elapsed = callback.time_elapsed()
-            return float(elapsed / max(elapsed + callback.time_remaining(), _ROUNDING))
-    return 0.0
-
-
-def monitored(trainer: Trainer) -> float:
-    """The metric that EarlyStopping or else a ModelCheckpoint monitors, the larger the better; NaN if there is none."""
-    found = [one for kind in ("EarlyStopping", "ModelCheckpoint") for one in callbacks_of(trainer) if is_a(one, kind)]
-    for callback in found:
-        value = trainer.callback_metrics.get(callback.monitor) if callback.monitor else None
-        if value is not None:
-            return float(value) * (1 if callback.mode == "max" else -1)
-    return math.nan
 
 
 def similarity(before: Tensor, after: Tensor) -> float:

@@ -10,9 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_unlearn.attribution import resolve_layer
@@ -24,12 +23,10 @@ from lightning_unlearn.data.loaders import batch_size, iterate_indices
 from lightning_unlearn.data.task_format import IGNORED, TaskFormat
 from lightning_unlearn.finetuning.companions import Companion, companions_in
 from lightning_unlearn.results.partition import Partition
+from lightning_unlearn.trainer.context import FitContext
 from lightning_unlearn.trainer.data_checks import read_labels, same_labels
-from lightning_unlearn.trainer.fit_loop import live_iterator
-from lightning_unlearn.trainer.isolation import isolated_eval
 from lightning_unlearn.trainer.row_checks import establish_rows
-from lightning_unlearn.trainer.scoring_loader import offers_scoring_loader, train_loader
-from lightning_unlearn.trainer.train_data import BatchHook, to_device
+from lightning_unlearn.trainer.train_data import BatchHook
 from lightning_unlearn.utilities.reduce import Reduce
 
 _ADVICE = "; use on_noisy='drop' or 'reweight', which need no other labels"
@@ -109,19 +106,16 @@ class Relabeling:
         # A copy looks at nothing. No tensor is made here: a spawned process would find it gone.
         return {**self.__dict__, "_moved": None, "_reading": None}
 
-    def learn(self, trainer: Trainer, pl_module: LightningModule, reading: TaskFormat, head: str | None) -> None:
+    def learn(self, fit: FitContext, head: str | None) -> None:
         """Looks, before the first step, which fields of a batch are made of the label.
 
         Args:
-            trainer: of the running fit.
-            pl_module: the user's.
-            reading: finds the labels in a batch as the loader delivers it.
+            fit: that begins.
             head: dotted path of the module that makes the logits; None if there is none.
         """
         self._head = head
-        loader = train_loader(trainer)
-        total: int = len(loader.dataset)  # type: ignore[arg-type]  # its length has been checked
-        with isolated_eval(trainer, pl_module), torch.no_grad():
+        loader, reading, total = fit.train_loader, fit.reading, fit.total
+        with fit.isolated_eval(), torch.no_grad():
             few = iterate_indices(loader, torch.arange(min(batch_size(loader), total)), probing=True, absent=set())
             self._companions = companions_in([batch for _, batch in few], reading)
             if self._companions:
@@ -130,26 +124,18 @@ class Relabeling:
                 read = iterate_indices(loader, more, probing=True, absent=set())
                 self._companions = companions_in([batch for _, batch in read], reading)
 
-    def attach(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        reading: TaskFormat,
-        new_label: Tensor,
-        given: Callable[[], Tensor],
-    ) -> None:
+    def attach(self, fit: FitContext, new_label: Tensor, given: Callable[[], Tensor]) -> None:
         """From now on training batches have the new labels.
 
         Args:
-            trainer: of the running fit, whose train loader remembers its batches.
-            pl_module: the user's.
-            reading: finds the labels in a batch as the loader delivers it.
+            fit: that is running, whose train loader remembers its batches.
             new_label: (N,) int64, or (N, L) of a multi-label task; -1 for the given one.
             given: returns the labels of the partition, like ``new_label``; asked for when there is a batch.
         """
+        reading = fit.reading
 
         def change(batch: Any) -> Any:
-            index = delivered_indices(*live_iterator(trainer))
+            index = delivered_indices(*fit.live_iterator())
             if batch is None:
                 # Of items none of which is there.
                 return batch
@@ -158,7 +144,7 @@ class Relabeling:
                     f"The dataset indices of a training batch are not known, so it cannot be re-labeled{_ADVICE}."
                 )
             known = given()
-            rows = rows_of(batch, reading, index, known, train_loader(trainer))
+            rows = rows_of(batch, reading, index, known, fit.train_loader)
             check_given(batch, reading, known[rows].flatten(), len(rows))
             new, label = new_label[rows].flatten(), reading.split(batch)[1]
             changed = with_labels(batch, reading, new, self._companions)
@@ -167,17 +153,17 @@ class Relabeling:
             return changed
 
         self._reading = reading
-        self._hook.attach(trainer, pl_module, change)
+        self._hook.attach(fit, change)
         self._is_watching = self._head is not None
 
-    def start_batch(self, pl_module: LightningModule) -> None:
+    def start_batch(self, model: nn.Module) -> None:
         """Watches which labels the loss of a step follows. Call in ``on_train_batch_start``."""
         self._head_watch.end()
         self._is_pending = self._is_watching
         if self._is_watching and self._head is not None and self._reading is not None and self._moved is not None:
             rows = len(self._moved[0]) // self._reading.rows_per_sample
             step = Step(range(rows), None, self._reading.num_outputs)
-            self._head_watch.start(resolve_layer(pl_module, self._head), step)
+            self._head_watch.start(resolve_layer(model, self._head), step)
 
     def end_batch(self, reduce: Reduce) -> None:
         """Sees that the loss follows the new labels. Call after a backward pass, on every rank.
@@ -274,12 +260,12 @@ def check_given(batch: Any, reading: TaskFormat, given: Tensor, rows: int) -> No
         )
 
 
-def fault_of_absent(trainer: Trainer, pl_module: LightningModule, reading: TaskFormat, partition: Partition) -> str:
+def fault_of_absent(fit: FitContext, partition: Partition) -> str:
     """Why batches cannot be re-labeled some of whose items are None, once it is known which; empty if they can."""
-    given, loader = partition.label, train_loader(trainer)
+    given, loader, reading = partition.label, fit.train_loader, fit.reading
     unlabeled = (given == IGNORED).reshape(len(given), -1).all(dim=1)
     others = (~unlabeled).nonzero().flatten()[: max(1, batch_size(loader) - 1)]
-    with isolated_eval(trainer, pl_module, keep=False), torch.no_grad():
+    with fit.isolated_eval(keep=False), torch.no_grad():
         with unopened(loader):
             absent = next((i for i in unlabeled.nonzero().flatten().tolist() if loader.dataset[i] is None), None)
         if absent is None:
@@ -294,34 +280,34 @@ def fault_of_absent(trainer: Trainer, pl_module: LightningModule, reading: TaskF
     return ""
 
 
-def check_relabeling(trainer: Trainer, pl_module: LightningModule, reading: TaskFormat) -> None:
+def check_relabeling(fit: FitContext) -> None:
     """Refuses, before the first step, batches whose labels could not be replaced later.
 
     Raises:
         TypeError: saying what is in the way.
     """
-    loader = train_loader(trainer)
-    iterator, _ = live_iterator(trainer)
+    loader, reading = fit.train_loader, fit.reading
+    iterator, _ = fit.live_iterator()
     if not is_torchs_iterator(iterator) or (loader.num_workers > 0 and not getattr(loader, "in_order", True)):
         raise TypeError(
             "Expected a train loader of torch's own iteration that delivers batches in the order drawn, so that they"
             f" can be re-labeled, but {type(loader).__name__} does not (or training_step draws batches itself, or"
             f" in_order=False){_ADVICE}."
         )
-    with isolated_eval(trainer, pl_module), torch.no_grad():
+    with fit.isolated_eval(), torch.no_grad():
         size = min(batch_size(loader), len(loader.dataset))  # type: ignore[arg-type]  # its length has been checked
-        first, again = (read_labels(trainer, pl_module, reading, loader, torch.arange(size)) for _ in range(2))
+        first, again = (read_labels(fit, loader, torch.arange(size)) for _ in range(2))
         if not same_labels(first, again):
             raise TypeError(
                 "Expected training batches with the labels of their samples, so that they can be replaced, but they"
                 f" differ from one reading to the next, as where collate_fn mixes samples{_ADVICE}."
             )
-        if offers_scoring_loader(trainer):
+        if fit.offers_scoring_loader:
             # Else the passes draw from it too, and it has been looked at for them.
-            establish_rows(trainer, pl_module, reading, loader)
+            establish_rows(fit, loader)
         _, batch = next(iterate_indices(loader, torch.arange(size), probing=True, absent=set()))
         new = (reading.labels(reading.split(batch)[1], size) + 1) % reading.num_classes
-        _, arrived = reading.split(to_device(trainer, pl_module, with_labels(batch, reading, new)))
+        _, arrived = reading.split(fit.to_device(with_labels(batch, reading, new)))
     if not reading.classes(arrived, size).cpu().equal(new.cpu()):
         raise TypeError(
             "Expected labels that are replaced in a training batch to arrive in training_step as they are, but the"

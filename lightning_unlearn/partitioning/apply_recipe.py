@@ -8,7 +8,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lightning_unlearn.data.loaders import shard_indices
 from lightning_unlearn.data.task_format import IGNORED
 from lightning_unlearn.evidence.training_dynamics import TrainingDynamics
 from lightning_unlearn.functional.identity import copies, mixed
@@ -50,13 +49,13 @@ def apply_recipe(
     reduce, reading = fit.reduce, fit.reading
     rows = reading.rows_per_sample
     total = len(trajectory) // rows
-    index, weight = shard_indices(total, fit.trainer.global_rank, fit.trainer.world_size)
+    index, weight = fit.shard(total)
     device = fit.device
     trajectory.merge(None, reduce)
     label = gather_by_index(index, weight, share["label"].reshape(-1, rows), total, reduce)
     _check_labels_of_ranks(trajectory.label, label.flatten(), reduce)
     identity = gather_by_index(index, weight, share["identity"][::rows], total, reduce)
-    judged, fault = [], first_not_finite(fit.pl_module)
+    judged, fault = [], first_not_finite(fit.model)
     for at, given in enumerate(label.unbind(dim=1)):
         known = given[given >= 0]
         is_one_sided = len(known) == 0 or bool(known.min() == known.max())
@@ -99,9 +98,9 @@ def validation_accuracy(fit: FitContext) -> float | None:
     Every rank must call it. Not of a fit that has not validated; nor where ranks meet in every forward pass, as
     validation data that cannot be read would end the fit.
     """
-    if fit.meets_in_forward or fit.trainer.val_dataloaders is None:
+    if fit.is_sharded or not fit.has_validation_data:
         return None
-    score = score_validation(fit.trainer, fit.pl_module, fit.source, say=False)
+    score = score_validation(fit, say=False)
     return None if score is None or score.samples < _FEWEST else score.accuracy
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from lightning.pytorch import LightningModule, Trainer
-
 from lightning_unlearn.attribution import GRADIENT_X_ACTIVATION, ForwardTrace, check_reached, plain_name
 from lightning_unlearn.attribution.layers import LayerPoint
 from lightning_unlearn.recipes import Recipe
 from lightning_unlearn.trainer.compat import MisconfigurationException
+from lightning_unlearn.trainer.context import FitContext
 
 
 def check_several_labels(layer: str | None, method: str, recipe: Recipe) -> None:
@@ -68,20 +67,21 @@ def early_points(trace: ForwardTrace, batch: int, input_layer: str | None) -> li
     return [point]
 
 
-def check_classifies(trainer: Trainer, pl_module: LightningModule, trace: ForwardTrace) -> None:
+def check_classifies(fit: FitContext, trace: ForwardTrace) -> None:
     """Refuses networks that are trained in turns, as a GAN's, where ``forward`` may be any of them.
 
     Raises:
         MisconfigurationException: where one of several optimizers trains nothing that ``forward`` calls.
     """
     called = {parameter for call in trace.calls for parameter in call.module.parameters()}
-    called |= set(pl_module.parameters(recurse=False))
-    names = {parameter: name for name, parameter in pl_module.named_parameters()}
-    for number, optimizer in enumerate(trainer.optimizers):
+    model, optimizers = fit.model, fit.optimizers
+    called |= set(model.parameters(recurse=False))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for number, optimizer in enumerate(optimizers):
         trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        if len(trainer.optimizers) > 1 and called.isdisjoint(trained):
+        if len(optimizers) > 1 and called.isdisjoint(trained):
             raise MisconfigurationException(
-                f"Expected one network that classifies, but forward of {type(pl_module).__name__} calls nothing that"
+                f"Expected one network that classifies, but forward of {type(model).__name__} calls nothing that"
                 f" optimizer {number} trains ({', '.join(names.get(p, '?') for p in trained[:3])}, ...), as where a"
                 " GAN's networks are trained in turns. If forward is the classifier all the same, name its layer with"
                 " layer='...'."

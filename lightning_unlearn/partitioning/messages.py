@@ -5,25 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_unlearn.data.naming import class_names_in
 from lightning_unlearn.results.finding import epochs_in_words, finding_of
 from lightning_unlearn.results.partition import Partition
-from lightning_unlearn.trainer.callback_order import callbacks_of
+from lightning_unlearn.trainer.context import FitContext
 from lightning_unlearn.trainer.loggers import log_partition
-from lightning_unlearn.trainer.progress import rank_zero_info
-from lightning_unlearn.trainer.scoring_loader import train_loader
-from lightning_unlearn.utilities.distributed import sum_over_ranks
+from lightning_unlearn.trainer.progress import rank_zero_info, rank_zero_warn
 
 # Samples per class below which clean data of a weak model were called noisy in four of ten simulated sets.
 _FEW = 50
 
 
 def report_partition(
-    pl_module: LightningModule,
+    fit: FitContext,
     partition: Partition,
     evidence: str,
     notes: Sequence[str],
@@ -31,7 +27,7 @@ def report_partition(
     """Says what the first partition found, and what follows from it.
 
     Args:
-        pl_module: logs.
+        fit: that is running.
         partition: that was drawn.
         evidence: what it was computed from, in words.
         notes: of the person who has reviewed it and of the recipe, in words.
@@ -44,23 +40,23 @@ def report_partition(
         rank_zero_info(f"  {note}")
     if partition.warning:
         rank_zero_warn(f"The partition is not acted upon, training goes on with all the data: {partition.warning}.")
-    log_partition(pl_module, partition)
+    log_partition(fit, partition)
 
 
-def class_names_of(trainer: Trainer, classes: int | None) -> list[str]:
+def class_names_of(fit: FitContext, classes: int | None) -> list[str]:
     """What the classes are called, as an UnlearnReport has been told or the training set says; empty if neither."""
-    for callback in callbacks_of(trainer):
+    for callback in fit.callbacks:
         names = getattr(callback, "class_names", None)
         if isinstance(names, list) and len(names) == classes and all(isinstance(one, str) for one in names):
             return names
-    return class_names_in(train_loader(trainer).dataset, classes)
+    return class_names_in(fit.train_loader.dataset, classes)
 
 
-def report_round(pl_module: LightningModule, drawn: Partition, changed: float, is_stable: bool) -> None:
+def report_round(fit: FitContext, drawn: Partition, changed: float, is_stable: bool) -> None:
     """Says what drawing it again found.
 
     Args:
-        pl_module: logs.
+        fit: that is running.
         drawn: the new partition.
         changed: share of the samples that have changed sides.
         is_stable: whether that was so few that it is not computed again.
@@ -68,7 +64,7 @@ def report_round(pl_module: LightningModule, drawn: Partition, changed: float, i
     suspects = len(drawn.suspect_indices())
     end = "; it is stable, and not computed again" if is_stable else ""
     if drawn.is_actionable:
-        log_partition(pl_module, drawn)
+        log_partition(fit, drawn)
     else:
         last = ", and none is computed again" if is_stable else ""
         end = f"; it is not acted upon ({drawn.warning}), the one before stays{last}"
@@ -100,9 +96,9 @@ def _few_samples(total: int, num_classes: int) -> list[str]:
     return [f"fewer than {_FEW} samples for a class on average, of which some are often suspected though all are clean"]
 
 
-def say_absent(trainer: Trainer, absent: int, total: int) -> None:
+def say_absent(fit: FitContext, absent: int, total: int) -> None:
     """Says how many samples the data set gives as None. Every rank must call it, with the number in its own share."""
-    number = int(sum_over_ranks(trainer.strategy)(torch.tensor([float(absent)])).item())
+    number = int(fit.reduce(torch.tensor([float(absent)])).item())
     if number:
         rank_zero_info(
             f"{number:,} of {total:,} training samples are None in the data set, so that collate_fn leaves them out or"
@@ -110,12 +106,11 @@ def say_absent(trainer: Trainer, absent: int, total: int) -> None:
         )
 
 
-def say_cost(trainer: Trainer, epoch_seconds: float) -> None:
+def say_cost(fit: FitContext, epoch_seconds: float) -> None:
     """Says before a pass what bounds its time."""
-    samples: int = len(train_loader(trainer).dataset)  # type: ignore[arg-type]  # its length has been checked
     rank_zero_info(
-        f"A pass over {samples:,} training samples begins. It takes about as long as validation on them, less than the"
-        f" last epoch of training, which took {epoch_seconds:.1f} s."
+        f"A pass over {fit.total:,} training samples begins. It takes about as long as validation on them, less than"
+        f" the last epoch of training, which took {epoch_seconds:.1f} s."
     )
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from os import PathLike
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_unlearn.partitioning.build import ShardResult, refusal_reason
@@ -14,17 +12,17 @@ from lightning_unlearn.results.review import AppliedReview, Review, settle
 from lightning_unlearn.results.review_csv import Table, read_review
 from lightning_unlearn.trainer.context import FitContext
 from lightning_unlearn.trainer.data_checks import class_labels, read_labels
-from lightning_unlearn.utilities.distributed import run_on_rank_zero
+from lightning_unlearn.trainer.progress import rank_zero_warn
 
 
-def open_review(trainer: Trainer, path: str | PathLike[str] | None) -> Table | None:
+def open_review(fit: FitContext, path: str | PathLike[str] | None) -> Table | None:
     """What a file holds, read by rank 0, and known or refused on every rank.
 
     Raises:
         ValueError: with the line, for what is wrong in it.
         FileNotFoundError: where rank 0 finds no such file.
     """
-    return None if path is None else run_on_rank_zero(trainer.strategy, lambda: read_review(path))
+    return None if path is None else fit.on_rank_zero(lambda: read_review(path))
 
 
 def fit_to_data(fit: FitContext, table: Table, fingerprint: str, *, content: bool) -> Review:
@@ -52,9 +50,7 @@ def fit_to_data(fit: FitContext, table: Table, fingerprint: str, *, content: boo
         )
         compared = review.compared()
         if len(compared):
-            label = class_labels(
-                reading, read_labels(fit.trainer, fit.pl_module, reading, loader, review.index[compared])
-            )
+            label = class_labels(reading, read_labels(fit, loader, review.index[compared]))
             review.check_labels(compared, label.reshape(review.given_label[compared].shape))
     return review
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_unlearn.attribution import ForwardTrace
 from lightning_unlearn.attribution.layers import LayerPoint
-from lightning_unlearn.data.loaders import shard_indices
 from lightning_unlearn.data.naming import files_in
 from lightning_unlearn.partitioning.checks import (
     attributed_point,
@@ -30,9 +27,9 @@ from lightning_unlearn.results.provenance import fit_record
 from lightning_unlearn.results.review_csv import Table
 from lightning_unlearn.trainer.context import FitContext, IndexedBatch
 from lightning_unlearn.trainer.data_checks import check_same_labels, check_same_size
-from lightning_unlearn.trainer.progress import rank_zero_info
+from lightning_unlearn.trainer.isolation import isolate_rng
+from lightning_unlearn.trainer.progress import rank_zero_info, rank_zero_warn
 from lightning_unlearn.trainer.sample_rows import locate_samples, no_rows
-from lightning_unlearn.trainer.scoring_loader import train_loader
 
 
 def choose_points(
@@ -60,12 +57,12 @@ def choose_points(
     """
     layer, input_layer = layers
     if layer is None:
-        check_classifies(fit.trainer, fit.pl_module, trace)
+        check_classifies(fit, trace)
     point, batch = attributed_point(trace, layer, fit.reading.num_outputs), len(first.index)
     # Whether an input is corrupted is not asked of the labels of a multi-label task, each by itself.
     is_multilabel = fit.reading.task == "multilabel"
     early = early_points(trace, batch, input_layer) if recipe.needs_response and not is_multilabel else []
-    attributed, *found = locate_samples(fit.trainer, fit.pl_module, fit.source, first, [point, *early])
+    attributed, *found = locate_samples(fit, first, [point, *early])
     responding = next((one for one in found if one is not None), None)
     for one, is_found in ((point, attributed), *((one, responding) for one in early if input_layer)):
         if is_found is None and not is_multilabel:
@@ -95,7 +92,7 @@ def try_recipe(fit: FitContext, recipe: Recipe, basis: Tensor) -> None:
     Raises:
         ValueError: on every rank, where it fails on one.
     """
-    index, _ = shard_indices(fit.total, fit.trainer.global_rank, fit.trainer.world_size)
+    index, _ = fit.shard(fit.total)
     with isolate_rng():
         fault = trial(recipe, basis, index, fit.device)
     # Together, as the others would wait for a rank that has given up.
@@ -142,8 +139,8 @@ def note_fit(
         epochs_seen: of how many epochs the checkpoint has evidence.
         may_be_drawn_again: whether other partitions are to follow.
     """
-    size = getattr(train_loader(fit.trainer).batch_sampler, "batch_size", None)
-    now = fit_record(fit.epoch, fit.trainer.world_size, size if isinstance(size, int) else None, settings)
+    size = getattr(fit.train_loader.batch_sampler, "batch_size", None)
+    now = fit_record(fit.epoch, fit.world_size, size if isinstance(size, int) else None, settings)
     # Another callback may have asked first.
     if state.fits[-1:] == [now]:
         return
@@ -163,5 +160,5 @@ def note_fit(
 def remember_files(fit: FitContext, partition: Partition | None) -> None:
     """Tells a partition what the files of its samples are called, where the training set says so."""
     if partition is not None:
-        files = files_in(train_loader(fit.trainer).dataset)
+        files = files_in(fit.train_loader.dataset)
         partition.remember_files(files if len(files) == len(partition) else ())

@@ -12,8 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -23,7 +21,6 @@ from lightning_unlearn.data.loaders import (
     check_iterates_in_order,
     check_loader,
     iterate_indices,
-    shard_indices,
 )
 from lightning_unlearn.data.sampling_scheme import scheme_of
 from lightning_unlearn.data.task_format import IGNORED
@@ -37,16 +34,10 @@ from lightning_unlearn.results.finding import finding_of
 from lightning_unlearn.results.partition import Partition
 from lightning_unlearn.results.provenance import copied
 from lightning_unlearn.trainer.compat import MisconfigurationException
-from lightning_unlearn.trainer.context import logits_of, reading_of
-from lightning_unlearn.trainer.fit_loop import compute_device, log_values, validation_loaders
-from lightning_unlearn.trainer.isolation import isolated_eval
-from lightning_unlearn.trainer.progress import rank_zero_info
-from lightning_unlearn.trainer.protocols import PartitionSource
+from lightning_unlearn.trainer.context import FitContext
+from lightning_unlearn.trainer.progress import rank_zero_info, rank_zero_warn
 from lightning_unlearn.trainer.row_checks import check_number, check_ranks, establish_rows
-from lightning_unlearn.trainer.scoring_loader import train_loader
-from lightning_unlearn.trainer.strategies import shards_weights
-from lightning_unlearn.trainer.train_data import to_device, users_sampler
-from lightning_unlearn.utilities.distributed import gather_by_index, sum_over_ranks
+from lightning_unlearn.utilities.distributed import gather_by_index
 
 Make = Callable[[Sequence[ShardResult], Tensor, str], Partition]
 """From what was judged, the labels and the fingerprint to a partition."""
@@ -106,13 +97,11 @@ class ValidationJudge:
             " the training set."
         )
 
-    def begin(self, trainer: Trainer, pl_module: LightningModule, source: PartitionSource, trained_on: str) -> None:
+    def begin(self, fit: FitContext, trained_on: str) -> None:
         """Refuses, before the first step, what cannot be judged. Every rank must call it.
 
         Args:
-            trainer: of the fit.
-            pl_module: the user's.
-            source: knows how batches are read.
+            fit: that begins.
             trained_on: the fingerprint of the training set.
 
         Raises:
@@ -120,28 +109,25 @@ class ValidationJudge:
             TypeError: for samples that cannot be told apart by their index, or batches that are not like training's.
             ValueError: for samples that are trained on, labels out of range, or ranks with different data.
         """
-        samples = _samples(trainer, pl_module, source)
-        _check_not_trained_on(trainer, samples, trained_on)
+        samples = _samples(fit)
+        _check_not_trained_on(fit, samples, trained_on)
         if varies(samples.fingerprint):
             rank_zero_info("The validation set uses random augmentation, so its samples are judged as augmented.")
 
-    def draw(
-        self, trainer: Trainer, pl_module: LightningModule, training: ScoringPass, recipe: Recipe, make: Make
-    ) -> None:
+    def draw(self, training: ScoringPass, recipe: Recipe, make: Make) -> None:
         """Passes over the validation set and judges it. Every rank must call it.
 
         Validation data that fail by now end no fit: a warning says so, and there is no partition.
 
         Args:
-            trainer: of the fit.
-            pl_module: the user's.
             training: the pass over the training set, of which this one takes all but the samples.
             recipe: from evidence to a verdict.
             make: makes the partition.
         """
+        fit = training.fit
         try:
-            samples = _samples(trainer, pl_module, training.fit.source)
-            trajectory = training.trajectory.of_others(len(samples) * reading_of(training.fit.source).rows_per_sample)
+            samples = _samples(fit)
+            trajectory = training.trajectory.of_others(len(samples) * fit.reading.rows_per_sample)
             one = replace(
                 training,
                 trajectory=trajectory,
@@ -151,30 +137,19 @@ class ValidationJudge:
             )
             share = one.run()
         except Exception as error:  # of whatever kind, from the user's data
-            if shards_weights(trainer):
+            if fit.is_sharded:
                 # Others may wait in the forward pass in which this rank has failed.
                 raise
             self.fault = f"{type(error).__name__}: {error}".rstrip(".")
             return
-        if _is_one_sided(trainer, share, len(samples)):
+        if _is_one_sided(fit, share, len(samples)):
             self.fault = "all of its samples have the same label, or none"
             return
-        self._judge(trainer, pl_module, one, share, recipe, make, samples.fingerprint)
+        self._judge(one, share, recipe, make, samples.fingerprint)
 
-    def _judge(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        one: ScoringPass,
-        share: dict[str, Tensor],
-        recipe: Recipe,
-        make: Make,
-        found: str,
-    ) -> None:
-        reading = reading_of(one.fit.source)
-        unseen = None
-        if recipe.needs_unseen and reading.rows_per_sample == 1:
-            unseen = _unseen(trainer, one)
+    def _judge(self, one: ScoringPass, share: dict[str, Tensor], recipe: Recipe, make: Make, found: str) -> None:
+        asks_unseen = recipe.needs_unseen and one.fit.reading.rows_per_sample == 1
+        unseen = _unseen(one) if asks_unseen else None
 
         def with_unseen(evidence: Evidence) -> Evidence:
             return replace(evidence, unseen=unseen)
@@ -187,7 +162,7 @@ class ValidationJudge:
         """What was found, in a sentence; empty where nothing was judged."""
         return "" if self.partition is None else _said(self.partition)
 
-    def report(self, pl_module: LightningModule) -> None:
+    def report(self, fit: FitContext) -> None:
         """Says what was found, or why nothing was."""
         if self.fault:
             rank_zero_warn(f"The validation set was not judged: {self.fault}.")
@@ -196,7 +171,7 @@ class ValidationJudge:
             found = {"unlearn/val_suspects": float(len(self.partition.suspect_indices()))}
             if self.partition.noise_rate is not None:
                 found["unlearn/val_noise_rate"] = self.partition.noise_rate
-            log_values(pl_module, found)
+            fit.log(found)
 
     def record(self) -> dict[str, Any] | None:
         """What was found, for the provenance; None for nothing."""
@@ -227,22 +202,22 @@ class ValidationJudge:
         return judge
 
 
-def check_validates(trainer: Trainer) -> None:
+def check_validates(fit: FitContext) -> None:
     """Refuses a fit without validation.
 
     Raises:
         MisconfigurationException: saying what to do.
     """
-    if not trainer.enable_validation:
+    if not fit.validates:
         raise MisconfigurationException(
             "Expected a fit that validates, for judge_validation=True, but it does not; give a validation loader and a"
             " validation_step (and no limit_val_batches=0), or leave judge_validation out."
         )
 
 
-def _samples(trainer: Trainer, pl_module: LightningModule, source: PartitionSource) -> _Samples:
-    with isolated_eval(trainer, pl_module, keep=False):
-        loaders = [loader for loader, _ in validation_loaders(trainer)]
+def _samples(fit: FitContext) -> _Samples:
+    with fit.isolated_eval(keep=False):
+        loaders = [loader for loader, _ in fit.validation_loaders()]
         if len(loaders) != 1:
             raise MisconfigurationException(
                 f"Expected one validation loader for judge_validation=True, but the fit has {len(loaders)}; return one"
@@ -250,14 +225,14 @@ def _samples(trainer: Trainer, pl_module: LightningModule, source: PartitionSour
             )
         with _named():
             loader = check_loader(loaders[0], "validation")
-            left_out = _left_out(trainer, loader)
-    with isolated_eval(trainer, pl_module), torch.no_grad(), _named():
+            left_out = _left_out(fit, loader)
+    with fit.isolated_eval(), torch.no_grad(), _named():
         check_iterates_in_order(loader)
-        _try_batch(trainer, pl_module, source, loader)
-        rows = establish_rows(trainer, pl_module, reading_of(source), loader, may_offer=False)
+        _try_batch(fit, loader)
+        rows = establish_rows(fit, loader, may_offer=False)
         found = fingerprint(loader)
     samples = _Samples(loader, left_out, found)
-    check_ranks(trainer, len(samples), found, rows, of="validation")
+    check_ranks(fit, len(samples), found, rows, of="validation")
     return samples
 
 
@@ -277,10 +252,10 @@ def _named() -> Iterator[None]:
         ) from error
 
 
-def _left_out(trainer: Trainer, loader: DataLoader[Any]) -> frozenset[int]:
+def _left_out(fit: FitContext, loader: DataLoader[Any]) -> frozenset[int]:
     """Which samples of its data set a loader never draws."""
     drawn_from = getattr(loader.batch_sampler, "sampler", None)
-    sampler, _ = users_sampler(trainer, loader, drawn_from, loader.sampler)
+    sampler, _ = fit.users_sampler(loader, drawn_from, loader.sampler)
     drawing = scheme_of(sampler)
     if drawing is None:
         raise TypeError(
@@ -291,25 +266,25 @@ def _left_out(trainer: Trainer, loader: DataLoader[Any]) -> frozenset[int]:
     return frozenset(range(len(loader.dataset))) - drawn  # type: ignore[arg-type]  # its length has been checked
 
 
-def _try_batch(trainer: Trainer, pl_module: LightningModule, source: PartitionSource, loader: DataLoader[Any]) -> None:
+def _try_batch(fit: FitContext, loader: DataLoader[Any]) -> None:
     """Sees that the first batch is read, and passes through the model, as one of training does."""
-    reading, size = reading_of(source), min(batch_size(loader), len(loader.dataset))  # type: ignore[arg-type]
+    reading, size = fit.reading, min(batch_size(loader), len(loader.dataset))  # type: ignore[arg-type]
     indices, batch = next(iterate_indices(loader, torch.arange(size), probing=True, absent=set()))
-    x, label = reading.split(to_device(trainer, pl_module, batch))
+    x, label = reading.split(fit.to_device(batch))
     check_number(loader, label, len(indices), may_offer=False)
-    labels, logits = reading.labels(label, len(indices)), logits_of(source, pl_module, x)
+    labels, logits = reading.labels(label, len(indices)), fit.logits(x)
     if tuple(logits.shape) != (len(labels), reading.num_classes):
         raise ValueError(
             f"forward returns logits {tuple(logits.shape)} for {len(labels)} labels of {reading.num_classes} classes"
         )
 
 
-def _check_not_trained_on(trainer: Trainer, samples: _Samples, trained_on: str) -> None:
-    loader = train_loader(trainer)
+def _check_not_trained_on(fit: FitContext, samples: _Samples, trained_on: str) -> None:
+    loader = fit.train_loader
     is_known = samples.fingerprint == trained_on and not varies(trained_on)
     if not is_known and samples.loader.dataset is not loader.dataset:
         return
-    sampler, _ = users_sampler(trainer, loader, getattr(loader.batch_sampler, "sampler", None), loader.sampler)
+    sampler, _ = fit.users_sampler(loader, getattr(loader.batch_sampler, "sampler", None), loader.sampler)
     drawing = scheme_of(sampler)
     drawn = set(range(len(samples)) if drawing is None else drawing.index[drawing.weight > 0].tolist())
     if both := len(drawn - samples.left_out):
@@ -319,26 +294,18 @@ def _check_not_trained_on(trainer: Trainer, samples: _Samples, trained_on: str) 
         )
 
 
-def _unseen(trainer: Trainer, one: ScoringPass) -> OutOfSample:
+def _unseen(one: ScoringPass) -> OutOfSample:
     """What the pass says that has seen none of these labels."""
-    total = len(one.trajectory)
-    early = EarlyEpochs()
-    early.look(
-        one.trajectory,
-        torch.ones(total, dtype=torch.uint8),
-        1,
-        shard_indices(total, trainer.global_rank, trainer.world_size),
-        compute_device(trainer),
-        sum_over_ranks(trainer.strategy),
-    )
+    total, fit, early = len(one.trajectory), one.fit, EarlyEpochs()
+    early.look(one.trajectory, torch.ones(total, dtype=torch.uint8), 1, fit.shard(total), fit.device, fit.reduce)
     return OutOfSample(early.rate, early.drawn)
 
 
-def _is_one_sided(trainer: Trainer, share: dict[str, Tensor], total: int) -> bool:
+def _is_one_sided(fit: FitContext, share: dict[str, Tensor], total: int) -> bool:
     """Whether there is nothing to tell apart, of any label."""
-    index, weight = shard_indices(total, trainer.global_rank, trainer.world_size)
+    index, weight = fit.shard(total)
     rows = share["label"].reshape(len(index), -1)
-    label = gather_by_index(index, weight, rows, total, sum_over_ranks(trainer.strategy))
+    label = gather_by_index(index, weight, rows, total, fit.reduce)
     return all(len(torch.unique(one[one != IGNORED])) < 2 for one in label.unbind(dim=1))
 
 

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_unlearn.pruning.masking import PrunedParameters, snapshot
 from lightning_unlearn.pruning.sites import PruneSite
 from lightning_unlearn.results.labels import indices_by_class
 from lightning_unlearn.results.partition import Partition
-from lightning_unlearn.trainer.protocols import PartitionSource
+from lightning_unlearn.trainer.context import FitContext
 from lightning_unlearn.trainer.validation import Score, score_samples, score_validation
 
 HELD_SHARE = 0.1
@@ -71,22 +70,16 @@ class ScoreMonitor:
         return f"{what} {verb if self.is_worse(after) else 'went'} from {before} to {now}"
 
 
-def make_gauge(
-    trainer: Trainer,
-    pl_module: LightningModule,
-    source: PartitionSource,
-    partition: Partition,
-    tolerance: float,
-) -> ScoreMonitor:
+def make_gauge(fit: FitContext, partition: Partition, tolerance: float) -> ScoreMonitor:
     """Measures on the validation data of the fit or, without any, on confident clean samples of the training set."""
-    before = score_validation(trainer, pl_module, source)
+    before = score_validation(fit)
     if before is not None:
         nothing = torch.zeros(0, dtype=torch.int64)
-        return ScoreMonitor(before, lambda: score_validation(trainer, pl_module, source), nothing, tolerance)
+        return ScoreMonitor(before, lambda: score_validation(fit), nothing, tolerance)
     held = held_back(partition)
 
     def measure() -> Score:
-        return score_samples(trainer, pl_module, source, held)
+        return score_samples(fit, held)
 
     # Not measured before there is a neuron to prune.
     return ScoreMonitor(None, measure, held, tolerance)
@@ -124,14 +117,14 @@ class Outcome:
 
 
 def prune_in_steps(
-    pl_module: LightningModule, sites: Sequence[PruneSite], proposal: Sequence[Tensor], gauge: ScoreMonitor
+    model: nn.Module, sites: Sequence[PruneSite], proposal: Sequence[Tensor], gauge: ScoreMonitor
 ) -> Outcome:
     """Silences the proposed neurons, the worst of each layer first, for as long as the model gets no worse.
 
     The parameters are afterwards as they were, bit for bit: what is to stay is for the caller to silence for good.
 
     Args:
-        pl_module: the user's.
+        model: the user's.
         sites: the layers.
         proposal: for each layer, (K,) int64, the worst first.
         gauge: measures the model.
@@ -139,12 +132,12 @@ def prune_in_steps(
     steps = min(STEPS, max(len(neurons) for neurons in proposal))
     chunks = list(zip(*(neurons.tensor_split(steps) for neurons in proposal), strict=True))
     kept = [neurons[:0] for neurons in proposal]
-    restore = snapshot([entry for site, n in zip(sites, proposal, strict=True) for entry in site.entries(pl_module, n)])
+    restore = snapshot([entry for site, n in zip(sites, proposal, strict=True) for entry in site.entries(model, n)])
     last: Score | None = gauge.before
     try:
         for chunk in chunks:
             for site, neurons in zip(sites, chunk, strict=True):
-                PrunedParameters(site.entries(pl_module, neurons)).zero_parameters()
+                PrunedParameters(site.entries(model, neurons)).zero_parameters()
             after = gauge.measure()
             if gauge.is_worse(after):
                 left = sum(len(p) - len(k) for p, k in zip(proposal, kept, strict=True))

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_unlearn.attribution import plain_name
 from lightning_unlearn.pruning.masking import PrunedEntries, PrunedParameters, are_revived, snapshot
+from lightning_unlearn.trainer.context import FitContext
 from lightning_unlearn.trainer.weight_averages import weight_copies
 
 
@@ -25,7 +25,7 @@ class HeldEntries:
     def __bool__(self) -> bool:
         return self._pruning is not None
 
-    def hold(self, trainer: Trainer, pl_module: LightningModule, entries: list[PrunedEntries]) -> None:
+    def hold(self, fit: FitContext, entries: list[PrunedEntries]) -> None:
         """Zeroes entries, in averages of the weights too, and keeps these at zero in place of those before.
 
         Where that fails the parameters are as they were.
@@ -33,7 +33,7 @@ class HeldEntries:
         restore = snapshot(entries)
         try:
             PrunedParameters(entries).zero_parameters()
-            silence_copies(trainer, pl_module, entries)
+            silence_copies(fit, entries)
         except BaseException:
             restore()
             raise
@@ -44,12 +44,11 @@ class HeldEntries:
         self.release()
         self._pruning, self._entries = PrunedParameters(entries), entries
 
-    def confirm(self, trainer: Trainer, pl_module: LightningModule, entries: list[PrunedEntries]) -> bool:
+    def confirm(self, fit: FitContext, entries: list[PrunedEntries]) -> bool:
         """Sees that all entries are zero, in the parameters that the module has now.
 
         Args:
-            trainer: of the fit.
-            pl_module: the user's.
+            fit: that is running.
             entries: those that are held, looked up anew.
 
         Returns:
@@ -62,7 +61,7 @@ class HeldEntries:
             # A parameter has taken another one's place.
             self.take(entries)
         self.zero_parameters()
-        silence_copies(trainer, pl_module, entries)
+        silence_copies(fit, entries)
         return not is_revived
 
     def zero_parameters(self) -> None:
@@ -96,10 +95,10 @@ def silence_state(model: nn.Module, state: Mapping[str, Any], entries: Sequence[
 
 
 @torch.no_grad()
-def silence_copies(trainer: Trainer, pl_module: LightningModule, entries: Sequence[PrunedEntries]) -> None:
+def silence_copies(fit: FitContext, entries: Sequence[PrunedEntries]) -> None:
     """Zeroes entries of the weights in their averages, which would bring them back."""
-    copies = weight_copies(trainer, pl_module)
-    named = pl_module.named_parameters(remove_duplicate=False)
+    copies = weight_copies(fit)
+    named = fit.model.named_parameters(remove_duplicate=False)
     names = {id(parameter): plain_name(name) for name, parameter in named} if copies else {}
     for copy in copies:
         for entry in entries:

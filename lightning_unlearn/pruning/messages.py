@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_unlearn.functional.selection import share_of
@@ -12,7 +11,7 @@ from lightning_unlearn.pruning.criteria import Criterion
 from lightning_unlearn.pruning.guard import Outcome, ScoreMonitor
 from lightning_unlearn.pruning.ranking import Ranking
 from lightning_unlearn.pruning.state import PruneState
-from lightning_unlearn.trainer.progress import rank_zero_info
+from lightning_unlearn.trainer.progress import rank_zero_info, rank_zero_warn
 
 NOT_SILENT = (
     "Zeroing the weights of its neurons would not silence them, since forward computes them from more than the"

@@ -8,9 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_unlearn.attribution import OOMBatchSplitter, loss_gradients, neuron_dimension, resolve_layer, tap
 from lightning_unlearn.functional.importance import NeuronSums, neuron_sums
@@ -19,10 +17,8 @@ from lightning_unlearn.functional.sensitivity import RegressionSums, regression_
 from lightning_unlearn.pruning.criteria import L2_PENALTY, Criterion, NeuronStatistics, Sensitivity, check_score
 from lightning_unlearn.pruning.sites import PruneSite
 from lightning_unlearn.results.partition import Partition
-from lightning_unlearn.trainer.context import IndexedBatch, logits_of, output_of, reading_of, training_set
-from lightning_unlearn.trainer.isolation import isolated_eval
-from lightning_unlearn.trainer.protocols import PartitionSource
-from lightning_unlearn.utilities.distributed import sum_over_ranks
+from lightning_unlearn.trainer.context import FitContext, IndexedBatch
+from lightning_unlearn.trainer.progress import rank_zero_warn
 from lightning_unlearn.utilities.reduce import Reduce
 
 
@@ -70,35 +66,31 @@ class _Reader(Protocol):
 
 
 def rank_neurons(
-    trainer: Trainer,
-    pl_module: LightningModule,
-    source: PartitionSource,
-    sites: Sequence[PruneSite],
-    criterion: Criterion,
-    subject: RankingTarget,
+    fit: FitContext, sites: Sequence[PruneSite], criterion: Criterion, subject: RankingTarget
 ) -> list[Ranking]:
     """The neurons of each layer, ranked in one pass over the training set. Every rank must call it."""
 
     def reader_of(site: PruneSite) -> _Reader:
         if isinstance(criterion, Sensitivity):
-            target = _target(source, subject.partition)
-            return _RegressionReader(criterion, target, subject.weight, soft=source.uses_soft_targets)
-        return _StatisticReader(criterion, site, pl_module, subject)
+            soft = fit.source.uses_soft_targets
+            target = subject.partition.clean_probability if soft else subject.partition.is_clean.float()
+            return _RegressionReader(criterion, target, subject.weight, soft=soft)
+        return _StatisticReader(criterion, site, fit.model, subject)
 
     readers = [reader_of(site) for site in sites]
     watch = _gradients if criterion.needs_gradients else _activations
     # Ratios are of what a neuron does at each position; the rest is of its mean over them.
-    reads = _Reads(source, pl_module, sites, by_position=criterion.per_position)
+    reads = _Reads(fit, sites, by_position=criterion.per_position)
     left_out = torch.zeros(2, dtype=torch.float64)
-    with isolated_eval(trainer, pl_module):
-        for whole, part in watch(reads, training_set(trainer, pl_module, source, "Neurons")):
+    with fit.isolated_eval():
+        for whole, part in watch(reads, fit.batches(fit.scoring_loader, "Neurons")):
             batch, seen = _finite_only(whole, part)
             left_out += torch.stack([(whole.weight - batch.weight).sum(), whole.weight.sum()]).cpu()
             for reader, gone, (values, product) in zip(readers, subject.gone, seen, strict=True):
                 # What only the head's columns silence is still active, and must not be told apart by.
                 active = values if gone is None else values.masked_fill(gone.to(values.device), 0)
                 reader.add(active.cpu(), None if product is None else product.cpu(), batch)
-    reduce = sum_over_ranks(trainer.strategy)
+    reduce = fit.reduce
     broken, total = (int(x) for x in reduce(left_out).tolist())
     if broken:
         rank_zero_warn(
@@ -112,8 +104,7 @@ def rank_neurons(
 class _Reads:
     """Of which layers activations are read, and whether at each position or their mean."""
 
-    source: PartitionSource
-    pl_module: LightningModule
+    fit: FitContext
     sites: Sequence[PruneSite]
     by_position: bool
 
@@ -127,7 +118,7 @@ class _Reads:
         return self._rows(site, product).sum(dim=1)
 
     def _rows(self, site: PruneSite, activation: Tensor) -> Tensor:
-        dimension = neuron_dimension(resolve_layer(self.pl_module, site.name), activation.ndim)
+        dimension = neuron_dimension(resolve_layer(self.fit.model, site.name), activation.ndim)
         rows = activation.float().movedim(dimension, -1)
         return rows.reshape(len(rows), -1, rows.shape[-1])
 
@@ -151,23 +142,20 @@ def _finite_only(batch: IndexedBatch, seen: Seen) -> tuple[IndexedBatch, Seen]:
 
 def _activations(reads: _Reads, batches: Iterator[IndexedBatch]) -> Iterator[tuple[IndexedBatch, Seen]]:
     with ExitStack() as stack:
-        takes = [stack.enter_context(tap(reads.pl_module, site.point)) for site in reads.sites]
+        takes = [stack.enter_context(tap(reads.fit.model, site.point)) for site in reads.sites]
         for batch in batches:
             with torch.no_grad():
-                output_of(reads.source, reads.pl_module, batch.x)
+                reads.fit.output(batch.x)
             yield batch, [(reads.values(s, take()), None) for s, take in zip(reads.sites, takes, strict=True)]
 
 
 def _gradients(reads: _Reads, batches: Iterator[IndexedBatch]) -> Iterator[tuple[IndexedBatch, Seen]]:
     in_parts, points = OOMBatchSplitter(), [site.point for site in reads.sites]
 
-    rows = reading_of(reads.source).rows_per_sample
+    rows = reads.fit.reading.rows_per_sample
 
     def of_part(x: Any, label: Tensor) -> list[tuple[Tensor, Tensor]]:
-        def forward(value: Any) -> Tensor:
-            return logits_of(reads.source, reads.pl_module, value)
-
-        found = loss_gradients(reads.pl_module, points, forward, x, label.flatten())
+        found = loss_gradients(reads.fit.model, points, reads.fit.logits, x, label.flatten())
         return [
             (reads.values(site, a), reads.total(site, a.float() * g.float()))
             for site, (a, g) in zip(reads.sites, found, strict=True)
@@ -176,11 +164,6 @@ def _gradients(reads: _Reads, batches: Iterator[IndexedBatch]) -> Iterator[tuple
     for batch in batches:
         by_site = zip(*in_parts(of_part, batch.x, batch.label.reshape(-1, rows)), strict=True)
         yield batch, [(torch.cat([v for v, _ in parts]), torch.cat([p for _, p in parts])) for parts in by_site]
-
-
-def _target(source: PartitionSource, partition: Partition) -> Tensor:
-    """(N,) float32, what activations are regressed on."""
-    return partition.clean_probability if source.uses_soft_targets else partition.is_clean.float()
 
 
 class _RegressionReader:
@@ -210,12 +193,10 @@ class _RegressionReader:
 class _StatisticReader:
     """Sums over the suspect and over the clean samples; a score that needs none still needs to know who is live."""
 
-    def __init__(
-        self, criterion: Criterion, site: PruneSite, pl_module: LightningModule, subject: RankingTarget
-    ) -> None:
+    def __init__(self, criterion: Criterion, site: PruneSite, model: nn.Module, subject: RankingTarget) -> None:
         self._criterion, self._layer, self._epoch = criterion, site.name, subject.partition.epoch
         # Looked at by every rank, whatever batches it has: of weights in parts, all give theirs.
-        self._weight: tuple[Tensor | None, int] = site.weight(pl_module) if criterion.needs_weight else (None, 0)
+        self._weight: tuple[Tensor | None, int] = site.weight(model) if criterion.needs_weight else (None, 0)
         is_clean, weight = subject.partition.is_clean, subject.weight
         self._groups = (weight * ~is_clean, weight * is_clean)
         self._values: list[NeuronSums] = []

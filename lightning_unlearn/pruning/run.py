@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_unlearn.attribution import ForwardTrace
@@ -22,11 +20,9 @@ from lightning_unlearn.pruning.silence import find_silent
 from lightning_unlearn.pruning.sites import PruneSite, check_trained, default_site, named_site
 from lightning_unlearn.pruning.state import PruneState
 from lightning_unlearn.results.partition import Partition
-from lightning_unlearn.trainer.context import IndexedBatch, probe
-from lightning_unlearn.trainer.fit_loop import log_values
+from lightning_unlearn.trainer.context import FitContext, IndexedBatch
 from lightning_unlearn.trainer.loggers import log_masks
-from lightning_unlearn.trainer.progress import rank_zero_info
-from lightning_unlearn.trainer.protocols import PartitionSource
+from lightning_unlearn.trainer.progress import rank_zero_info, rank_zero_warn
 from lightning_unlearn.trainer.sample_rows import locate_samples, no_rows
 from lightning_unlearn.trainer.weight_averages import averaged_parts
 
@@ -65,38 +61,32 @@ class PruneResult:
     seconds: dict[str, float]
 
 
-def find_sites(
-    trainer: Trainer,
-    pl_module: LightningModule,
-    source: PartitionSource,
-    settings: PruneSettings,
-    probed: tuple[ForwardTrace, IndexedBatch],
-) -> list[PruneSite]:
+def find_sites(fit: FitContext, settings: PruneSettings, probed: tuple[ForwardTrace, IndexedBatch]) -> list[PruneSite]:
     """The layers to prune, in the order in which ``forward`` calls them, seen to fall silent. Every rank must call it.
 
     Raises:
         ValueError: for a layer that cannot be pruned, naming it.
     """
-    first, batch = probed
+    model, (first, batch) = fit.model, probed
 
     def trace() -> ForwardTrace:
-        return probe(trainer, pl_module, source)[0]
+        return fit.probe()[0]
 
     if not settings.names:
-        sites = [default_site(pl_module, settings.amount, first)]
+        sites = [default_site(model, settings.amount, first)]
     else:
-        named = {name: named_site(pl_module, name, trace, first) for name in settings.names}
+        named = {name: named_site(model, name, trace, first) for name in settings.names}
         sites = [named[call.name] for call in first.calls if call.name in named]
-    check_trained(sites, averaged_parts(pl_module))
-    points = locate_samples(trainer, pl_module, source, batch, [site.point for site in sites])
+    check_trained(sites, averaged_parts(model))
+    points = locate_samples(fit, batch, [site.point for site in sites])
     for site, point in zip(sites, points, strict=True):
         if point is None:
             said = no_rows(site.point, len(batch.index))
             raise ValueError(f"SensitivityPruneCallback cannot prune layer '{site.target}'. {said}")
     sites = [replace(site, samples=point.samples) for site, point in zip(sites, points, strict=True) if point]
     # Every other neuron, so that an operation that mixes neurons shows too.
-    every_other = [torch.arange(0, site.width(pl_module), 2) for site in sites]
-    found = _verified(trainer, pl_module, source, sites, every_other)
+    every_other = [torch.arange(0, site.width(model), 2) for site in sites]
+    found = _verified(fit, sites, every_other)
     for site, verified in zip(sites, found, strict=True):
         if verified is None:
             raise ValueError(
@@ -106,42 +96,34 @@ def find_sites(
 
 
 def prune(
-    trainer: Trainer,
-    pl_module: LightningModule,
-    source: PartitionSource,
-    partition: Partition,
-    state: PruneState,
-    settings: PruneSettings,
-    held: HeldEntries,
+    fit: FitContext, partition: Partition, state: PruneState, settings: PruneSettings, held: HeldEntries
 ) -> PruneResult:
     """Acts on a partition. Every rank must call it; after an exception the weights are as they were.
 
     Args:
-        trainer: of the fit.
-        pl_module: the user's.
-        source: of the partition.
+        fit: that is running.
         partition: which samples are noise.
         state: what was pruned before.
         settings: how.
         held: keeps what is pruned at zero; not touched in a dry run.
     """
-    gauge, started = None, time.perf_counter()
+    gauge, source, started = None, fit.source, time.perf_counter()
     if settings.max_val_drop is not None:
-        gauge = make_gauge(trainer, pl_module, source, partition, settings.max_val_drop)
+        gauge = make_gauge(fit, partition, settings.max_val_drop)
     guard = time.perf_counter() - started
     gone = [state.pruned_before(at) for at in range(len(state.sites))]
-    subject = RankingTarget(partition, _weights(source, partition, gauge), gone)
-    rankings = rank_neurons(trainer, pl_module, source, state.sites, settings.criterion, subject)
+    subject = RankingTarget(partition, _weights(source.sample_weight, partition, gauge), gone)
+    rankings = rank_neurons(fit, state.sites, settings.criterion, subject)
     lives = state.live or [ranking.live for ranking in rankings]
     proposal = [
         ranking.order[: max(0, share_of(settings.amount, live) - _count(gone[at]))]
         for at, (ranking, live) in enumerate(zip(rankings, lives, strict=True))
     ]
-    sites, proposal = _audible(trainer, pl_module, source, state.sites, proposal)
+    sites, proposal = _audible(fit, state.sites, proposal)
     outcome = Outcome(proposal)
     if gauge is not None and any(len(neurons) for neurons in proposal):
         steps_started = time.perf_counter()
-        outcome = prune_in_steps(pl_module, sites, proposal, gauge)
+        outcome = prune_in_steps(fit.model, sites, proposal, gauge)
         guard += time.perf_counter() - steps_started
     masks = [
         state.mask_of(at, sites[at], ranking, kept)
@@ -150,27 +132,27 @@ def prune(
     note = guard_note(proposal, outcome, gauge) or state.note
     pruned = PruneState(sites, masks, lives, partition.epoch, source.dry_run, note)
     if not source.dry_run:
-        held.hold(trainer, pl_module, pruned.entries(pl_module))
+        held.hold(fit, pruned.entries(fit.model))
     pruning = time.perf_counter() - started - guard
     seconds = {"unlearn/seconds_pruning": pruning, "unlearn/seconds_guard": guard}
     return PruneResult(pruned, rankings, proposal, seconds)
 
 
-def report_pruning(pl_module: LightningModule, result: PruneResult, settings: PruneSettings) -> None:
+def report_pruning(fit: FitContext, result: PruneResult, settings: PruneSettings) -> None:
     """Says and logs what was done. Once that is remembered: an error in a logger does not undo it."""
     state = result.state
     say_layers(state, result.rankings, result.proposal, settings.criterion, settings.amount)
     if any(len(neurons) for neurons in result.proposal):
         done = summary_clause(state)
         rank_zero_info(f"Dry run: {done}." if state.is_proposal else f"{done[:1].upper()}{done[1:]}.")
-        log_values(pl_module, {"unlearn/pruned_neurons": 0.0 if state.is_proposal else float(state.count)})
-    log_values(pl_module, result.seconds)
-    log_masks(pl_module, state.masks)
+        fit.log({"unlearn/pruned_neurons": 0.0 if state.is_proposal else float(state.count)})
+    fit.log(result.seconds)
+    log_masks(fit, state.masks)
 
 
-def _weights(source: PartitionSource, partition: Partition, gauge: ScoreMonitor | None) -> Tensor:
+def _weights(given: Tensor | None, partition: Partition, gauge: ScoreMonitor | None) -> Tensor:
     """(N,) float32, of each sample in the ranking: none for those that the guard measures on."""
-    weight = torch.ones(len(partition)) if source.sample_weight is None else source.sample_weight.clone()
+    weight = torch.ones(len(partition)) if given is None else given.clone()
     if gauge is not None:
         weight[gauge.held] = 0
     return weight
@@ -181,11 +163,7 @@ def _count(pruned: Tensor | None) -> int:
 
 
 def _audible(
-    trainer: Trainer,
-    pl_module: LightningModule,
-    source: PartitionSource,
-    sites: Sequence[PruneSite],
-    proposal: list[Tensor],
+    fit: FitContext, sites: Sequence[PruneSite], proposal: list[Tensor]
 ) -> tuple[Sequence[PruneSite], list[Tensor]]:
     """The sites, and what to prune at each: nothing where it would still be heard, as it was not in the beginning.
 
@@ -193,7 +171,7 @@ def _audible(
     """
     if not any(len(neurons) for neurons in proposal):
         return sites, proposal
-    found = _verified(trainer, pl_module, source, sites, proposal)
+    found = _verified(fit, sites, proposal)
     for site, verified in zip(sites, found, strict=True):
         if verified is None:
             rank_zero_warn(f"No neuron of '{site.target}' is pruned. {NOT_SILENT}")
@@ -201,13 +179,7 @@ def _audible(
     return audible, [n if verified else n[:0] for n, verified in zip(proposal, found, strict=True)]
 
 
-def _verified(
-    trainer: Trainer,
-    pl_module: LightningModule,
-    source: PartitionSource,
-    sites: Sequence[PruneSite],
-    neurons: Sequence[Tensor],
-) -> list[PruneSite | None]:
+def _verified(fit: FitContext, sites: Sequence[PruneSite], neurons: Sequence[Tensor]) -> list[PruneSite | None]:
     """The sites at which these neurons fall silent when they are pruned; None for one that does not.
 
     Where something adds to the head's inputs in between, such as a residual connection, zeros in the rows of the layer
@@ -215,9 +187,9 @@ def _verified(
     """
 
     def silent(those: Sequence[PruneSite], of_each: Sequence[Tensor]) -> list[PruneSite | None]:
-        found = find_silent(pl_module, those, of_each, lambda: probe(trainer, pl_module, source))
+        found = find_silent(fit.model, those, of_each, fit.probe)
         # Augmentation may show each rank another batch.
-        agreed = [trainer.strategy.reduce_boolean_decision(one, all=True) for one in found]
+        agreed = [fit.agree(one, of_all=True) for one in found]
         return [site if is_silent else None for site, is_silent in zip(those, agreed, strict=True)]
 
     found = silent(sites, neurons)

@@ -8,28 +8,23 @@ from os import PathLike
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_unlearn.pruning.masking import silenced
 from lightning_unlearn.pruning.sites import PruneSite
 from lightning_unlearn.shrinking import save_shrunk, shrink
 from lightning_unlearn.shrinking.cost import parameter_count
-from lightning_unlearn.trainer.progress import rank_zero_info
-from lightning_unlearn.utilities.distributed import run_on_rank_zero
+from lightning_unlearn.trainer.context import FitContext
+from lightning_unlearn.trainer.progress import rank_zero_info, rank_zero_warn
 from lightning_unlearn.utilities.files import target_file
 
 
-def refuse_unshrinkable(
-    trainer: Trainer, pl_module: LightningModule, sites: Sequence[PruneSite], x: Any, path: str | PathLike[str]
-) -> None:
+def refuse_unshrinkable(fit: FitContext, sites: Sequence[PruneSite], x: Any, path: str | PathLike[str]) -> None:
     """Refuses, before the first step, a path with which a fit would end in an error, and layers that cannot be cut.
 
     Of several layers, it warns of those that will stay as they are. Every rank must call it.
 
     Args:
-        trainer: of the fit.
-        pl_module: the user's; it stays as it is.
+        fit: whose model stays as it is.
         sites: the layers to prune.
         x: what ``forward`` takes.
         path: of the file.
@@ -38,16 +33,17 @@ def refuse_unshrinkable(
         ValueError: for a module that cannot be copied or traced; for layers without which it would be as large; for a
             path that is a folder.
     """
+    model = fit.model
 
     def attempt() -> None:
         target_file(path)
         # Every other neuron, so that groups of channels lose as many each, and layers that are added the same ones.
-        entries = [e for site in sites for e in site.entries(pl_module, torch.arange(0, site.width(pl_module), 2))]
+        entries = [e for site in sites for e in site.entries(model, torch.arange(0, site.width(model), 2))]
         with warnings.catch_warnings(record=True) as said, silenced(entries):
             warnings.simplefilter("always")
-            small = shrink(pl_module, x)
+            small = shrink(model, x)
         reasons = " ".join(str(one.message) for one in said if str(one.message).startswith("shrink left"))
-        if parameter_count(small) == parameter_count(pl_module):
+        if parameter_count(small) == parameter_count(model):
             layers = ", ".join(repr(site.target) for site in sites)
             raise ValueError(
                 "Expected shrink_to where pruned neurons can be cut out of the network, but those of"
@@ -58,29 +54,29 @@ def refuse_unshrinkable(
         if reasons:
             rank_zero_warn(f"{path} will hold some of the pruned neurons. Tried before the first step, {reasons}")
 
-    run_on_rank_zero(trainer.strategy, attempt)
+    fit.on_rank_zero(attempt)
 
 
-def write_shrunk(trainer: Trainer, pl_module: LightningModule, x: Any, path: str | PathLike[str]) -> None:
+def write_shrunk(fit: FitContext, x: Any, path: str | PathLike[str]) -> None:
     """Writes the module without its silent neurons, and says what is left. Every rank must call it.
 
     Where nothing can be cut, nothing is written.
 
     Args:
-        trainer: of the fit.
-        pl_module: the user's; it stays as it is.
+        fit: whose model stays as it is.
         x: what its ``forward`` takes.
         path: of the file.
     """
+    model = fit.model
 
     def write() -> tuple[int, int]:
-        small = shrink(pl_module, x)
-        counts = parameter_count(pl_module), parameter_count(small)
+        small = shrink(model, x)
+        counts = parameter_count(model), parameter_count(small)
         if counts[1] < counts[0]:
             save_shrunk(small, path)
         return counts
 
-    before, after = run_on_rank_zero(trainer.strategy, write)
+    before, after = fit.on_rank_zero(write)
     if after == before:
         rank_zero_info(f"No neuron can be cut out of the network, so {path} is not written.")
         return

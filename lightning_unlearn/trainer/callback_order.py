@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
 
 from lightning_unlearn.trainer.compat import is_a
 from lightning_unlearn.trainer.fit_loop import averages_weights
+
+if TYPE_CHECKING:
+    from lightning_unlearn.trainer.running_fit import RunningFit
 
 
 def callbacks_of(trainer: Trainer) -> list[Any]:
@@ -16,41 +18,39 @@ def callbacks_of(trainer: Trainer) -> list[Any]:
     return list(getattr(trainer, "callbacks", []))
 
 
-# The callbacks as the user gave them, of each Trainer in which ours have moved.
-_given: WeakKeyDictionary[Trainer, list[Any]] = WeakKeyDictionary()
+def _put_callbacks(fit: RunningFit, callbacks: list[Any]) -> None:
+    if fit.memory.callbacks is None:
+        fit.memory.callbacks = callbacks_of(fit.trainer)
+    setattr(fit.trainer, "callbacks", callbacks)  # noqa: B010  (see callbacks_of)
 
 
-def _put_callbacks(trainer: Trainer, callbacks: list[Any]) -> None:
-    _given.setdefault(trainer, callbacks_of(trainer))
-    setattr(trainer, "callbacks", callbacks)  # noqa: B010  (see callbacks_of)
-
-
-def move_before_progress_bars(trainer: Trainer, callback: Any) -> None:
+def move_before_progress_bars(fit: RunningFit, callback: Any) -> None:
     """Lets a callback run before the progress bars, which read the number of batches when an epoch starts.
 
     The hook loop that is running goes on over the old list, so the list is replaced and not changed.
     """
-    callbacks = callbacks_of(trainer)
+    callbacks = callbacks_of(fit.trainer)
     here = callbacks.index(callback)
     bar = next((i for i, other in enumerate(callbacks[:here]) if is_a(other, "ProgressBar")), None)
     if bar is None:
         return
     callbacks.insert(bar, callbacks.pop(here))
-    _put_callbacks(trainer, callbacks)
+    _put_callbacks(fit, callbacks)
 
 
-def move_behind_averages(trainer: Trainer, callback: Any) -> None:
+def move_behind_averages(fit: RunningFit, callback: Any) -> None:
     """Lets a callback run after those that average weights, which put the average in the model's place in the end."""
-    callbacks = callbacks_of(trainer)
+    callbacks = callbacks_of(fit.trainer)
     last = max((i for i, other in enumerate(callbacks) if averages_weights(other)), default=-1)
     here = callbacks.index(callback)
     if here < last:
         callbacks.insert(last, callbacks.pop(here))
-        _put_callbacks(trainer, callbacks)
+        _put_callbacks(fit, callbacks)
 
 
-def restore_order(trainer: Trainer) -> None:
+def restore_order(fit: RunningFit) -> None:
     """Puts the callbacks in the order in which the user gave them, unless others have come or gone."""
-    given, now = _given.pop(trainer, None), callbacks_of(trainer)
+    given, now = fit.memory.callbacks, callbacks_of(fit.trainer)
+    fit.memory.callbacks = None
     if given is not None and sorted(map(id, given)) == sorted(map(id, now)):
-        setattr(trainer, "callbacks", given)  # noqa: B010  (see callbacks_of)
+        setattr(fit.trainer, "callbacks", given)  # noqa: B010  (see callbacks_of)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -13,27 +12,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_unlearn.attribution import ForwardTrace, trace_forward
-from lightning_unlearn.data.loaders import (
-    batch_count,
-    batch_size,
-    check_iterates_in_order,
-    iterate_indices,
-    shard_indices,
-)
+from lightning_unlearn.data.loaders import batch_count, batch_size, check_iterates_in_order, iterate_indices
 from lightning_unlearn.data.task_format import IGNORED, TaskFormat
 from lightning_unlearn.trainer.compat import has_forward
-from lightning_unlearn.trainer.fit_loop import compute_device
-from lightning_unlearn.trainer.isolation import isolated_eval
 from lightning_unlearn.trainer.layouts import settle_layout
-from lightning_unlearn.trainer.memory import FitMemory
 from lightning_unlearn.trainer.progress import shown
 from lightning_unlearn.trainer.protocols import PartitionSource
 from lightning_unlearn.trainer.row_checks import check_batch, check_number
-from lightning_unlearn.trainer.scoring_loader import scoring_loader, train_loader
-from lightning_unlearn.trainer.strategies import shards_weights
-from lightning_unlearn.trainer.train_data import to_device
-from lightning_unlearn.utilities.distributed import sum_over_ranks
-from lightning_unlearn.utilities.reduce import Reduce
+from lightning_unlearn.trainer.running_fit import RunningFit
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,79 +41,44 @@ class IndexedBatch:
 
 
 @dataclass(frozen=True, eq=False)
-class FitContext:
-    """A fit, as a step sees it: one object, made when the fit is set up and dropped when it has ended.
+class FitContext(RunningFit):
+    """A fit with a partition, as a step sees it: one object, made when it is set up and dropped when it has ended.
 
     Args:
-        trainer: of the fit.
-        pl_module: the user's.
         source: the callback that publishes the partition, which knows how batches, outputs and labels are read.
-        memory: what is known from one hook to the next.
     """
 
-    trainer: Trainer
-    pl_module: LightningModule
     source: PartitionSource
-    memory: FitMemory = field(default_factory=FitMemory)
 
     @property
     def reading(self) -> TaskFormat:
         """How batches, outputs and labels are read."""
-        return reading_of(self.source)
-
-    @property
-    def epoch(self) -> int:
-        """How many epochs are complete."""
-        return self.trainer.current_epoch
-
-    @property
-    def total(self) -> int:
-        """N, the samples of the training set."""
-        return len(train_loader(self.trainer).dataset)  # type: ignore[arg-type]  # its length has been checked
-
-    @property
-    def device(self) -> torch.device:
-        """Where to compute."""
-        return compute_device(self.trainer)
-
-    @property
-    def reduce(self) -> Reduce:
-        """Sums over the ranks."""
-        return sum_over_ranks(self.trainer.strategy)
-
-    def agree(self, decision: bool, *, of_all: bool) -> bool:
-        """Whether all ranks say so, or any does. Every rank must call it."""
-        return self.trainer.strategy.reduce_boolean_decision(decision, all=of_all)
-
-    def isolated_eval(self, *, keep: bool = True) -> AbstractContextManager[None]:
-        """A pass that leaves the fit as it was; see :func:`~lightning_unlearn.trainer.isolation.isolated_eval`."""
-        return isolated_eval(self.trainer, self.pl_module, keep=keep)
+        return cast("TaskFormat", self.source.reading)
 
     def output(self, x: Any) -> Tensor:
-        """The logits that ``forward`` returns, (B, K); see :func:`output_of`."""
-        return output_of(self.source, self.pl_module, x)
+        """The logits that ``forward`` returns, (B, K).
+
+        Raises:
+            TypeError: if the module has no ``forward``, or it takes another input or returns something else.
+        """
+        if not has_forward(self.pl_module):
+            raise TypeError(
+                f"Expected {type(self.pl_module).__name__} to have a forward that returns logits, but it has none; add"
+                " `def forward(self, x): return self.net(x)`, which training_step may call too."
+            )
+        return self.reading.output(self.pl_module, x)
 
     def logits(self, x: Any) -> Tensor:
         """Rows (U, C) of class logits; see :class:`~lightning_unlearn.data.task_format.TaskFormat`."""
-        return logits_of(self.source, self.pl_module, x)
-
-    def batches(self, loader: DataLoader[Any], title: str, absent: set[int] | None = None) -> Iterator[IndexedBatch]:
-        """This rank's share of a loader's data set in index order; see :func:`in_index_order`."""
-        return in_index_order(self.trainer, self.pl_module, self.source, loader, title, absent)
-
-    @property
-    def scoring_loader(self) -> DataLoader[Any]:
-        """The loader whose data set, transforms and collate function the passes use."""
-        return scoring_loader(self.trainer)
-
-    @property
-    def meets_in_forward(self) -> bool:
-        """Whether ranks meet in every forward pass, since each holds a part of the weights."""
-        return shards_weights(self.trainer)
+        return self.reading.logits(self.output(x))
 
     def probe(self) -> tuple[ForwardTrace, IndexedBatch]:
         """One forward pass over the first samples; see :func:`probe`."""
-        return probe(self.trainer, self.pl_module, self.source)
+        return probe(self)
+
+    def batches(self, loader: DataLoader[Any], title: str, absent: set[int] | None = None) -> Iterator[IndexedBatch]:
+        """This rank's share of a loader's data set in index order; see :func:`in_index_order`."""
+        return in_index_order(self, loader, title, absent)
 
 
 def shared_context(
@@ -148,47 +99,23 @@ def shared_context(
     return next((fit for fit in here if fit.source is source), None) or replace(here[0], source=source)
 
 
-def reading_of(source: PartitionSource) -> TaskFormat:
-    """How batches, outputs and labels are read."""
-    return cast("TaskFormat", source.reading)
-
-
-def output_of(source: PartitionSource, pl_module: LightningModule, x: Any) -> Tensor:
-    """The logits that ``forward`` returns, (B, K).
-
-    Raises:
-        TypeError: if the module has no ``forward``, or it takes another input or returns something else.
-    """
-    if not has_forward(pl_module):
-        raise TypeError(
-            f"Expected {type(pl_module).__name__} to have a forward that returns logits, but it has none; add"
-            " `def forward(self, x): return self.net(x)`, which training_step may call too."
-        )
-    return reading_of(source).output(pl_module, x)
-
-
-def logits_of(source: PartitionSource, pl_module: LightningModule, x: Any) -> Tensor:
-    """Rows (U, C) of class logits; see :class:`~lightning_unlearn.data.task_format.TaskFormat`."""
-    return reading_of(source).logits(output_of(source, pl_module, x))
-
-
-def probe(trainer: Trainer, pl_module: LightningModule, source: PartitionSource) -> tuple[ForwardTrace, IndexedBatch]:
+def probe(fit: FitContext) -> tuple[ForwardTrace, IndexedBatch]:
     """One forward pass over the first samples, to fail before hours of training and to see what calls what."""
-    with isolated_eval(trainer, pl_module, keep=False):
-        scoring_loader(trainer)
-    with isolated_eval(trainer, pl_module), torch.no_grad():
-        check_iterates_in_order(train_loader(trainer))
-        loader = scoring_loader(trainer)
+    with fit.isolated_eval(keep=False):
+        _ = fit.scoring_loader
+    with fit.isolated_eval(), torch.no_grad():
+        check_iterates_in_order(fit.train_loader)
+        loader = fit.scoring_loader
         size = min(batch_size(loader), len(loader.dataset))  # type: ignore[arg-type]  # its length has been checked
         absent: set[int] = set()
         indices, batch = next(iterate_indices(loader, torch.arange(size), probing=True, absent=absent))
         check_batch(loader, batch, len(indices))
-        reading, batch = reading_of(source), to_device(trainer, pl_module, batch)
+        reading, batch = fit.reading, fit.to_device(batch)
 
         def traced(value: Any) -> ForwardTrace:
-            return trace_forward(pl_module, lambda x: output_of(source, pl_module, x), value)
+            return trace_forward(fit.model, fit.output, value)
 
-        trace, x, label = settle_layout(reading, pl_module, batch, len(indices), traced)
+        trace, x, label = settle_layout(reading, fit.model, batch, len(indices), traced)
     label = without(absent, indices, reading, reading.labels(label, len(indices)))
     return trace, IndexedBatch(indices, _is_there(absent, indices).float().to(label.device), x, label)
 
@@ -203,34 +130,16 @@ def _is_there(absent: set[int], indices: Tensor) -> Tensor:
     return torch.tensor([index not in absent for index in indices.tolist()], dtype=torch.bool)
 
 
-def training_set(
-    trainer: Trainer,
-    pl_module: LightningModule,
-    source: PartitionSource,
-    title: str = "Evidence",
-    absent: set[int] | None = None,
-) -> Iterator[IndexedBatch]:
-    """This rank's share of the training set in index order; see :func:`in_index_order`."""
-    return in_index_order(trainer, pl_module, source, scoring_loader(trainer), title, absent)
-
-
 @torch.no_grad()
 def in_index_order(
-    trainer: Trainer,
-    pl_module: LightningModule,
-    source: PartitionSource,
-    loader: DataLoader[Any],
-    title: str,
-    absent: set[int] | None = None,
+    fit: FitContext, loader: DataLoader[Any], title: str, absent: set[int] | None = None
 ) -> Iterator[IndexedBatch]:
     """This rank's share of a loader's data set in index order. Use inside ``isolated_eval``.
 
     A sample that the data set gives as None has a weight of 0 and no label.
 
     Args:
-        trainer: of the running fit.
-        pl_module: the user's.
-        source: knows how to split a batch.
+        fit: that is running.
         loader: of samples that have an index.
         title: of the line in the progress bar.
         absent: takes the indices of such samples; those that it holds already count as such.
@@ -238,12 +147,12 @@ def in_index_order(
     Yields:
         batches, as many on every rank.
     """
-    reading = reading_of(source)
-    index, weight = shard_indices(len(loader.dataset), trainer.global_rank, trainer.world_size)  # type: ignore[arg-type]
+    reading = fit.reading
+    index, weight = fit.shard(len(loader.dataset))  # type: ignore[arg-type]  # its length has been checked
     absent = set() if absent is None else absent
     done, batches = 0, batch_count(loader, len(index))
-    for indices, batch in shown(trainer, title, batches, iterate_indices(loader, index, absent=absent)):
-        x, label = reading.split(to_device(trainer, pl_module, batch))
+    for indices, batch in shown(fit, title, batches, iterate_indices(loader, index, absent=absent)):
+        x, label = reading.split(fit.to_device(batch))
         check_number(loader, label, len(indices))
         label = without(absent, indices, reading, reading.labels(label, len(indices), int(indices[0])))
         counts = weight[done : done + len(indices)] * _is_there(absent, indices)

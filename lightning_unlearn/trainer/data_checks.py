@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -16,32 +15,25 @@ from lightning_unlearn.data.loaders import iterate_indices
 from lightning_unlearn.data.row_order import Rows
 from lightning_unlearn.data.task_format import TaskFormat
 from lightning_unlearn.results.partition import Partition
-from lightning_unlearn.trainer.context import reading_of
-from lightning_unlearn.trainer.isolation import isolated_eval
+from lightning_unlearn.trainer.context import FitContext
 from lightning_unlearn.trainer.progress import rank_zero_info
-from lightning_unlearn.trainer.protocols import PartitionSource
 from lightning_unlearn.trainer.row_checks import check_numbers, check_ranks, establish_rows
-from lightning_unlearn.trainer.scoring_loader import OFFER, offers_scoring_loader, scoring_loader, train_loader
-from lightning_unlearn.trainer.train_data import to_device
+from lightning_unlearn.trainer.scoring_loader import OFFER
 
 
 @torch.no_grad()
-def read_labels(
-    trainer: Trainer, pl_module: LightningModule, reading: TaskFormat, loader: DataLoader[Any], index: Tensor
-) -> list[tuple[Tensor, Tensor]]:
+def read_labels(fit: FitContext, loader: DataLoader[Any], index: Tensor) -> list[tuple[Tensor, Tensor]]:
     """The labels of some samples, as batches hold them, with the dataset indices of each batch.
 
     Use inside ``isolated_eval``.
 
     Args:
-        trainer: of the running fit.
-        pl_module: the user's.
-        reading: knows how to split a batch.
+        fit: that is running.
         loader: of the training set.
         index: (n,) int64, dataset indices.
     """
     batches = iterate_indices(loader, index, probing=True, absent=set())
-    return [(indices, reading.split(to_device(trainer, pl_module, batch))[1]) for indices, batch in batches]
+    return [(indices, fit.reading.split(fit.to_device(batch))[1]) for indices, batch in batches]
 
 
 def class_labels(reading: TaskFormat, read: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -59,15 +51,11 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
-def check_reloaded(
-    trainer: Trainer, pl_module: LightningModule, source: PartitionSource, loader: DataLoader[Any], partition: Partition
-) -> None:
+def check_reloaded(fit: FitContext, loader: DataLoader[Any], partition: Partition) -> None:
     """Refuses a loader, made again during the fit, in which an index means another sample than in the partition.
 
     Args:
-        trainer: of the running fit.
-        pl_module: the user's.
-        source: knows how to split a batch.
+        fit: that is running.
         loader: the new one.
         partition: that the fit goes by.
 
@@ -75,12 +63,12 @@ def check_reloaded(
         ValueError: for another number of samples, or other labels of some that are looked at.
     """
     total, fault = len(loader.dataset), ""  # type: ignore[arg-type]  # its length has been checked
-    index, reading = sampled_indices(total), reading_of(source)
+    index, reading = sampled_indices(total), fit.reading
     if total != len(partition):
         fault = f"it has {total} samples instead of {len(partition)}"
     else:
-        with isolated_eval(trainer, pl_module):
-            first, again = (read_labels(trainer, pl_module, reading, loader, index) for _ in range(2))
+        with fit.isolated_eval():
+            first, again = (read_labels(fit, loader, index) for _ in range(2))
             # Of samples that are mixed the labels say nothing.
             if not same_labels(first, again):
                 return
@@ -122,17 +110,13 @@ class Recognized:
     train_fault: str = ""
 
 
-def recognize_data(
-    trainer: Trainer, pl_module: LightningModule, source: PartitionSource, known: Tensor | None, before: str | None
-) -> Recognized:
+def recognize_data(fit: FitContext, known: Tensor | None, before: str | None) -> Recognized:
     """Takes the data's fingerprint, sees that rows are samples, and compares with a checkpoint and the other ranks.
 
     Within ``isolated_eval``, so that where one rank refuses its data, all do.
 
     Args:
-        trainer: of the fit.
-        pl_module: the user's.
-        source: knows how batches are read.
+        fit: that begins.
         known: (N,) int64, the label of every row as a checkpoint has it; None in a fit from the start.
         before: the fingerprint in the checkpoint, or empty; None for no comparison.
 
@@ -141,13 +125,13 @@ def recognize_data(
             is offered for the passes has other labels; where ranks have different data.
         TypeError: where the rows of batches are not the samples drawn.
     """
-    loader, reading = scoring_loader(trainer), reading_of(source)
+    loader, reading = fit.scoring_loader, fit.reading
     index = sampled_indices(len(loader.dataset))  # type: ignore[arg-type]
 
     def read(of: DataLoader[Any]) -> list[tuple[Tensor, Tensor]]:
-        return read_labels(trainer, pl_module, reading, of, index)
+        return read_labels(fit, of, index)
 
-    with isolated_eval(trainer, pl_module):
+    with fit.isolated_eval():
         found = fingerprint(loader)
         first = read(loader)
         check_numbers(loader, first)
@@ -155,54 +139,48 @@ def recognize_data(
         # seemed to be of.
         given = class_labels(reading, first)
         train_fault = ""
-        if offers_scoring_loader(trainer):
-            train_fault = _fault_in_training(trainer, pl_module, reading, read, None if known is not None else given)
+        if fit.offers_scoring_loader:
+            train_fault = _fault_in_training(fit, read, None if known is not None else given)
         again = read(loader)
         if not same_labels(first, again):
             if given.sort().values.equal(class_labels(reading, again).sort().values):
                 # The same ones in another order, which is said better there.
-                establish_rows(trainer, pl_module, reading, loader)
+                establish_rows(fit, loader)
             raise ValueError(_MIXED)
         if known is not None:
             check_same_labels(known[reading.row_indices(index)], given)
         if before is not None:
             check_fingerprint(before, found)
-        rows = establish_rows(trainer, pl_module, reading, loader)
-    check_ranks(trainer, len(loader.dataset), found, rows)  # type: ignore[arg-type]
+        rows = establish_rows(fit, loader)
+    check_ranks(fit, len(loader.dataset), found, rows)  # type: ignore[arg-type]
     if varies(found):
         rank_zero_info(_AUGMENTED)
     return Recognized(found, rows, train_fault)
 
 
 def _fault_in_training(
-    trainer: Trainer,
-    pl_module: LightningModule,
-    reading: TaskFormat,
-    read: Callable[[DataLoader[Any]], list[tuple[Tensor, Tensor]]],
-    offered: Tensor | None,
+    fit: FitContext, read: Callable[[DataLoader[Any]], list[tuple[Tensor, Tensor]]], offered: Tensor | None
 ) -> str:
     """Why rows of training batches are not the samples drawn, which is no harm to passes that draw from elsewhere.
 
     Args:
-        trainer: of the fit.
-        pl_module: the user's.
-        reading: knows how batches are read.
+        fit: that begins.
         read: the labels of some samples, from a loader.
         offered: these labels in the loader that is offered for the passes; None for no comparison.
 
     Raises:
         ValueError: where the two loaders have other labels.
     """
-    loader = train_loader(trainer)
+    loader = fit.train_loader
     first = read(loader)
     if not same_labels(first, read(loader)):
         # Samples are mixed in training, which the offer is there to spare the passes.
         return ""
     try:
-        establish_rows(trainer, pl_module, reading, loader)
+        establish_rows(fit, loader)
     except TypeError as error:
         return str(error)
-    if offered is not None and (differ := int((class_labels(reading, first) != offered).sum())):
+    if offered is not None and (differ := int((class_labels(fit.reading, first) != offered).sum())):
         raise ValueError(
             f"Expected {OFFER}() to return a loader of the training set's samples in the same order, but {differ}"
             f" of {len(offered)} labels that were compared differ."

@@ -3,34 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_unlearn.utilities.reduce import Reduce
 from lightning_unlearn.utilities.sharding import local_part
 
+if TYPE_CHECKING:
+    from lightning_unlearn.trainer.running_fit import RunningFit
+
 ADVICE = "use a smaller learning rate or gradient_clip_val, and resume from an earlier checkpoint"
 
 
-def not_finite(trainer: Trainer, pl_module: LightningModule) -> str:
+def not_finite(fit: RunningFit) -> str:
     """The first weights, or statistics of a norm, that are NaN or infinite, in words; empty where all are finite.
 
     Of all ranks. Other buffers may hold infinity, as masks of attention do.
 
     Every rank must call it.
     """
-    weights = ((f"the weights of '{name}'", weight) for name, weight in pl_module.named_parameters())
-    here = next((words for words, value in (*weights, *_statistics(pl_module)) if not _is_finite(value)), "")
-    if not trainer.strategy.reduce_boolean_decision(bool(here), all=False):
+    weights = ((f"the weights of '{name}'", weight) for name, weight in fit.model.named_parameters())
+    here = next((words for words, value in (*weights, *_statistics(fit.model)) if not _is_finite(value)), "")
+    if not fit.agree(bool(here), of_all=False):
         return ""
     return here or "weights on another rank"
 
 
-def _statistics(pl_module: LightningModule) -> Iterator[tuple[str, Tensor]]:
+def _statistics(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """What norms have seen, which stays NaN once it is, even where the step was left out."""
-    for name, module in pl_module.named_modules():
+    for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._NormBase):
             for buffer in (module.running_mean, module.running_var):
                 if buffer is not None:
@@ -56,11 +59,11 @@ class LossWatch:
             value = loss.detach().float()
             self._total = value if self._total is None else self._total + value
 
-    def was_finite(self, trainer: Trainer) -> bool:
+    def was_finite(self, fit: RunningFit) -> bool:
         """Of all that was added since the last call, on every rank, each of which must call it."""
         total, self._total = self._total, None
         is_finite = total is None or bool(total.isfinite().all())
-        return trainer.strategy.reduce_boolean_decision(is_finite, all=True)
+        return fit.agree(is_finite, of_all=True)
 
 
 # Of more samples than that, it is not the samples that are broken.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities.seed import isolate_rng as isolate_rng
 
 from lightning_unlearn.attribution import no_batch_splitting
 from lightning_unlearn.trainer.compat import is_a
@@ -17,9 +17,13 @@ from lightning_unlearn.trainer.model_state import kept
 from lightning_unlearn.trainer.progress import close_progress
 from lightning_unlearn.utilities.sharding import reshard
 
+if TYPE_CHECKING:
+    from lightning_unlearn.trainer.running_fit import RunningFit
+
 
 @contextmanager
-def _as_in_validation(trainer: Trainer, pl_module: LightningModule, *, switches: bool) -> Iterator[None]:
+def _as_in_validation(fit: RunningFit, *, switches: bool) -> Iterator[None]:
+    trainer, pl_module = fit.trainer, fit.pl_module
     training = [(module, module.training) for module in pl_module.modules()]
     stage = trainer.state.stage
     try:
@@ -33,7 +37,7 @@ def _as_in_validation(trainer: Trainer, pl_module: LightningModule, *, switches:
         for module, flag in training:
             module.training = flag
         trainer.state.stage = stage
-        close_progress(trainer)
+        close_progress(fit)
 
 
 @contextmanager
@@ -61,43 +65,41 @@ def _logging_nothing(trainer: Trainer, pl_module: LightningModule) -> Iterator[N
 
 
 @contextmanager
-def isolated_eval(trainer: Trainer, pl_module: LightningModule, *, keep: bool = True) -> Iterator[None]:
+def isolated_eval(fit: RunningFit, *, keep: bool = True) -> Iterator[None]:
     """A pass over the data that leaves the fit as it was, also when it fails.
 
     Inside, modules are in eval mode, the Trainer reports that it validates (so that augmentation in transfer hooks is
     off), compiled modules run eagerly (their graphs ignore hooks), and nothing is logged. Random states, training
     flags, the stage and what else :func:`~lightning_unlearn.trainer.model_state.kept` names are put back. Every rank
-    must
-    enter: where the pass fails on one, it fails on all, and none waits for another for ever.
+    must enter: where the pass fails on one, it fails on all, and none waits for another for ever.
 
     Where FSDP2 shards the weights, ranks meet in every forward pass. There a rank that fails ends at once, and so do
     those that then wait for it in vain; and no batch is halved for want of memory, which would be one pass more.
 
     Args:
-        trainer: of the running fit.
-        pl_module: the user's.
+        fit: that is running.
         keep: False where methods of the user's are called inside that make what is to stay, such as a loader, and the
             model is not called. Modules stay in the mode that they are in then.
     """
-    sharded = reshard(pl_module)
+    sharded = reshard(fit.pl_module)
     failure: BaseException | None = None
     with isolate_rng():
         try:
             with (
-                kept(pl_module) if keep else nullcontext(),
+                kept(fit.pl_module) if keep else nullcontext(),
                 # Without kept, nothing would undo what a module does to itself when it is switched to eval mode.
-                _as_in_validation(trainer, pl_module, switches=keep),
+                _as_in_validation(fit, switches=keep),
                 no_batch_splitting() if sharded else nullcontext(),
             ):
                 yield
         except BaseException as error:  # isolate_rng restores only where its block ends without an exception
             failure = error
-    reshard(pl_module)
+    reshard(fit.pl_module)
     if failure is not None and (sharded or not isinstance(failure, Exception)):
         raise failure
     if sharded:
         return
-    failed = trainer.strategy.reduce_boolean_decision(failure is not None, all=False)
+    failed = fit.agree(failure is not None, of_all=False)
     if failure is not None:
         raise failure
     if failed:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from typing import Any
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_unlearn.results.labels import REASONS
@@ -17,13 +15,13 @@ from lightning_unlearn.results.plots import new_axes, pixels, plot_mask, plot_pa
 from lightning_unlearn.trainer.compat import is_a
 from lightning_unlearn.trainer.fit_loop import log_values
 
+if TYPE_CHECKING:
+    from lightning_unlearn.trainer.running_fit import RunningFit
+
 Show = Callable[[Any, str, Any, int], None]
 
-# Loggers of each Trainer that could not take a picture: they are offered no other in that fit.
-_gave_up: WeakKeyDictionary[Trainer, set[int]] = WeakKeyDictionary()
 
-
-def log_partition(pl_module: LightningModule, partition: Partition) -> None:
+def log_partition(fit: RunningFit, partition: Partition) -> None:
     """Logs what is found, and a picture.
 
     The noise rate where it is known, the share of samples that is kept, the two lists, and why samples are suspect.
@@ -32,7 +30,7 @@ def log_partition(pl_module: LightningModule, partition: Partition) -> None:
     by_reason = {f"unlearn/suspects_{word}": float(counts[code]) for code, word in enumerate(REASONS) if code}
     expected = partition.expected_precision
     log_values(
-        pl_module,
+        fit.pl_module,
         {
             **({} if partition.noise_rate is None else {"unlearn/noise_rate": partition.noise_rate}),
             "unlearn/kept_share": partition.is_clean.float().mean().item(),
@@ -42,36 +40,35 @@ def log_partition(pl_module: LightningModule, partition: Partition) -> None:
             **by_reason,
         },
     )
-    log_figure(pl_module, "unlearn/partition", lambda: plot_partition(partition, new_axes(2))[0])
+    log_figure(fit, "unlearn/partition", lambda: plot_partition(partition, new_axes(2))[0])
 
 
-def log_masks(pl_module: LightningModule, masks: Sequence[NeuronMask]) -> None:
+def log_masks(fit: RunningFit, masks: Sequence[NeuronMask]) -> None:
     """Logs a picture of each layer's neurons."""
     for mask in masks:
 
         def draw(mask: NeuronMask = mask) -> Any:
             return plot_mask(mask, new_axes(1)[0])[0]
 
-        log_figure(pl_module, f"unlearn/neurons_{mask.layer}", draw)
+        log_figure(fit, f"unlearn/neurons_{mask.layer}", draw)
 
 
-def log_figure(pl_module: LightningModule, name: str, draw: Callable[[], Any]) -> None:
+def log_figure(fit: RunningFit, name: str, draw: Callable[[], Any]) -> None:
     """Hands a picture to those loggers that show pictures, on rank 0; a logger that fails costs the fit nothing.
 
     Args:
-        pl_module: of the running fit.
+        fit: that is running.
         name: of the picture.
         draw: makes the matplotlib figure; called only where somebody is to see it and matplotlib is installed.
     """
-    trainer = pl_module.trainer
-    gave_up = _gave_up.setdefault(trainer, set())
+    pl_module, gave_up = fit.pl_module, fit.memory.gave_up
     takers = [
         (logger, show)
         for logger in pl_module.loggers
         for kind, show in _SHOW.items()
         if is_a(logger, kind) and id(logger) not in gave_up
     ]
-    if not takers or not trainer.is_global_zero or find_spec("matplotlib") is None:
+    if not takers or not fit.trainer.is_global_zero or find_spec("matplotlib") is None:
         return
     for logger, show in takers:
         if said := _failure(show, logger, name, draw, pl_module.global_step):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakSet
+
+from torch.utils.data import DataLoader
 
 
 @dataclass(eq=False)
@@ -11,6 +15,20 @@ class FitMemory:
 
     Args:
         has_begun: whether all callbacks have been set up.
+        callbacks: in the order in which the user gave them, where ours have moved.
+        scoring_loader: that the user has made for the passes, as a user's method may read a data set.
+        established: loaders whose rows have been seen to be the samples drawn.
+        score: the last one on validation data, of which weights it is, and why there is none.
+        said: what has been said once.
+        lines: of the progress bar that are open.
+        gave_up: ids of loggers that could not take a picture, which are offered no other.
     """
 
     has_begun: bool = False
+    callbacks: list[Any] | None = None
+    scoring_loader: DataLoader[Any] | None = None
+    established: WeakSet[DataLoader[Any]] = field(default_factory=WeakSet)
+    score: tuple[tuple[Any, ...] | None, Any, str] = (None, None, "")
+    said: set[str] = field(default_factory=set)
+    lines: list[Any] = field(default_factory=list)
+    gave_up: set[int] = field(default_factory=set)

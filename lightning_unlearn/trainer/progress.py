@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn as rank_zero_warn
 from tqdm import tqdm
 
 from lightning_unlearn.trainer.compat import is_a
+
+if TYPE_CHECKING:
+    from lightning_unlearn.trainer.running_fit import RunningFit
 
 _Item = TypeVar("_Item")
 
@@ -25,23 +27,20 @@ _LONG = 10.0
 # How often Rich draws, at most.
 _SECONDS = 0.1
 
-_open: WeakKeyDictionary[Trainer, list[_Line]] = WeakKeyDictionary()
-_said: WeakKeyDictionary[Trainer, set[str]] = WeakKeyDictionary()
 
-
-def shown(trainer: Trainer, title: str, total: int | None, items: Iterable[_Item]) -> Iterator[_Item]:
+def shown(fit: RunningFit, title: str, total: int | None, items: Iterable[_Item]) -> Iterator[_Item]:
     """The items, with a line that moves on as each has been worked on.
 
     The line goes with the last item, or where ``close_progress`` is called, as it is when a pass fails.
 
     Args:
-        trainer: of the running fit.
+        fit: that is running.
         title: of the line.
         total: how many items; None if it is not known.
         items: to yield.
     """
-    line = _Line(trainer, title, total)
-    lines = _open.setdefault(trainer, [])
+    line = _Line(fit, title, total)
+    lines = fit.memory.lines
     lines.append(line)
     try:
         for item in items:
@@ -54,19 +53,19 @@ def shown(trainer: Trainer, title: str, total: int | None, items: Iterable[_Item
             lines.remove(line)
 
 
-def close_progress(trainer: Trainer) -> None:
+def close_progress(fit: RunningFit) -> None:
     """Takes away what is left in the bar of a pass that has ended, in whatever way."""
-    for line in list(_open.get(trainer, ())):
+    for line in list(fit.memory.lines):
         line.close()
-    _open.pop(trainer, None)
+    fit.memory.lines.clear()
 
 
 class _Line:
-    def __init__(self, trainer: Trainer, title: str, total: int | None) -> None:
+    def __init__(self, fit: RunningFit, title: str, total: int | None) -> None:
         self._title, self._total = title, total
-        self._said = _said.setdefault(trainer, set())
+        self._said = fit.memory.said
         self._done, self._first = 0, 0.0
-        bar: Any = trainer.progress_bar_callback
+        bar: Any = fit.trainer.progress_bar_callback
         draw = next((draw for kind, draw in _DRAW.items() if is_a(bar, kind)), None)
         self._drawn = draw(bar, title, total) if draw is not None and bar.is_enabled else None
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
-from weakref import WeakSet
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -26,18 +24,15 @@ from lightning_unlearn.data.row_order import (
     shuffled,
 )
 from lightning_unlearn.data.task_format import TaskFormat
-from lightning_unlearn.trainer.isolation import isolated_eval
-from lightning_unlearn.trainer.scoring_loader import offers_scoring_loader, train_loader
-from lightning_unlearn.trainer.train_data import to_device
-from lightning_unlearn.utilities.distributed import sum_over_ranks
+
+if TYPE_CHECKING:
+    from lightning_unlearn.trainer.context import FitContext
 
 # So often other samples are taken where those before were all alike.
 _ATTEMPTS = 4
 # So often it is looked whether items of themselves are others from one reading to the next.
 _AGAIN = 4
 Transfer = Callable[[Any], Any]
-# Those whose rows have been seen to be the samples drawn.
-_established: WeakSet[DataLoader[Any]] = WeakSet()
 
 
 class _OtherNumber(Exception):
@@ -45,20 +40,11 @@ class _OtherNumber(Exception):
 
 
 @torch.no_grad()
-def establish_rows(
-    trainer: Trainer,
-    pl_module: LightningModule,
-    reading: TaskFormat,
-    loader: DataLoader[Any],
-    *,
-    may_offer: bool = True,
-) -> Rows:
+def establish_rows(fit: FitContext, loader: DataLoader[Any], *, may_offer: bool = True) -> Rows:
     """Sees that the rows of the loader's batches are the samples drawn, in that order. Within ``isolated_eval``.
 
     Args:
-        trainer: of the fit.
-        pl_module: the user's.
-        reading: knows how batches are read; settled.
+        fit: that is running, which knows by now how batches are read.
         loader: of the training set.
         may_offer: whether the passes may draw from another loader, which the user may offer.
 
@@ -68,45 +54,40 @@ def establish_rows(
     Raises:
         TypeError: where they are not, naming what is likely to be in the way.
     """
-
-    def transfer(batch: Any) -> Any:
-        return to_device(trainer, pl_module, batch)
-
+    reading, transfer = fit.reading, fit.to_device
     total, size = len(loader.dataset), batch_size(loader)  # type: ignore[arg-type]  # its length has been checked
     for attempt in range(_ATTEMPTS):
         batches = sample_batches(total, size, attempt)
         look = _Look(reading, batches)
         fault = look.fault(loader, transfer)
         if fault:
-            raise TypeError(f"{_EXPECTED} {_culprit(look, loader, transfer, pl_module, fault, may_offer)}.")
+            raise TypeError(f"{_EXPECTED} {_culprit(look, loader, transfer, fault, may_offer)}.")
         if look.tells:
             break
-    _check_last_batch(trainer, reading, loader, transfer, may_offer)
-    _established.add(loader)
+    _check_last_batch(fit, loader, may_offer)
+    fit.memory.established.add(loader)
     return look.first
 
 
-def establish_rows_again(trainer: Trainer, pl_module: LightningModule, reading: TaskFormat) -> None:
+def establish_rows_again(fit: FitContext) -> None:
     """Does so for a train loader that was made again since. Every rank must call it.
 
     Raises:
         TypeError: as :func:`establish_rows`.
     """
-    loader = train_loader(trainer)
-    if loader in _established or offers_scoring_loader(trainer):
+    loader = fit.train_loader
+    if loader in fit.memory.established or fit.offers_scoring_loader:
         return
-    with isolated_eval(trainer, pl_module):
-        establish_rows(trainer, pl_module, reading, loader)
+    with fit.isolated_eval():
+        establish_rows(fit, loader)
 
 
-def _check_last_batch(
-    trainer: Trainer, reading: TaskFormat, loader: DataLoader[Any], transfer: Transfer, may_offer: bool
-) -> None:
+def _check_last_batch(fit: FitContext, loader: DataLoader[Any], may_offer: bool) -> None:
     """A pass ends with a smaller batch, of which a collate function may make another number of rows."""
-    last = math.ceil(len(loader.dataset) / trainer.world_size) % batch_size(loader)  # type: ignore[arg-type]
+    last = math.ceil(len(loader.dataset) / fit.world_size) % batch_size(loader)  # type: ignore[arg-type]
     if last:
         _, batch = next(iterate_indices(loader, torch.arange(last), probing=True, size=last, absent=set()))
-        check_number(loader, reading.split(transfer(batch))[1], last, may_offer)
+        check_number(loader, fit.reading.split(fit.to_device(batch))[1], last, may_offer)
 
 
 _SAME_SAMPLE = (
@@ -247,9 +228,7 @@ def name_of(collate: Any) -> str:
     return f"collate_fn ({getattr(collate, '__qualname__', type(collate).__name__)})"
 
 
-def _culprit(
-    look: _Look, loader: DataLoader[Any], transfer: Transfer, pl_module: LightningModule, fault: str, may_offer: bool
-) -> str:
+def _culprit(look: _Look, loader: DataLoader[Any], transfer: Transfer, fault: str, may_offer: bool) -> str:
     """Who is to blame: the first without which the rows are right. What they do wrong, and what to do."""
     offer = ", or offer attribution_dataloader(), a loader of the same samples that keeps it" if may_offer else ""
     if not _is_faulty(look, _by_item(loader, seeded=True), transfer):
@@ -291,11 +270,11 @@ def _is_faulty(look: _Look, loader: DataLoader[Any], transfer: Transfer) -> bool
         return True
 
 
-def check_same_on_ranks(trainer: Trainer, what: str, differs: bool, of: str = "training") -> None:
+def check_same_on_ranks(fit: FitContext, what: str, differs: bool, of: str = "training") -> None:
     """Refuses ranks whose data differ. Every rank must call it.
 
     Args:
-        trainer: of the fit.
+        fit: that begins.
         what: is other than on rank 0, for the message.
         differs: whether it is so on this rank.
         of: ``"training"`` or ``"validation"``.
@@ -303,23 +282,23 @@ def check_same_on_ranks(trainer: Trainer, what: str, differs: bool, of: str = "t
     Raises:
         ValueError: on every rank.
     """
-    ranks = int(sum_over_ranks(trainer.strategy)(torch.tensor([float(differs)])).item())
+    ranks = int(fit.reduce(torch.tensor([float(differs)])).item())
     if ranks:
         raise ValueError(
             f"Expected every rank to have the same {of} data in the same order, but {ranks} of"
-            f" {trainer.world_size} ranks have {what} than rank 0, as where a data set is shuffled, split or sampled"
+            f" {fit.world_size} ranks have {what} than rank 0, as where a data set is shuffled, split or sampled"
             " without a seed; make it in the same way on every rank (seed_everything, or a generator with a seed), and"
             " leave it to the sampler to share it out."
         )
 
 
 def check_ranks(
-    trainer: Trainer, total: int, found: str = "", labels: Rows | None = None, *, of: str = "training"
+    fit: FitContext, total: int, found: str = "", labels: Rows | None = None, *, of: str = "training"
 ) -> None:
     """Compares this rank's data with those of rank 0: their number, and, where given, what was looked at of them.
 
     Args:
-        trainer: of the fit.
+        fit: that begins.
         total: N.
         found: the fingerprint of the data.
         labels: of the same samples on every rank.
@@ -328,12 +307,12 @@ def check_ranks(
     Raises:
         ValueError: on every rank, if one has other data.
     """
-    if trainer.world_size == 1:
+    if fit.world_size == 1:
         return
     here = (total, found, {} if labels is None else labels.label_of())
-    first = trainer.strategy.broadcast(here)
-    check_same_on_ranks(trainer, "another number of samples", first[0] != total, of)
+    first = fit.broadcast(here)
+    check_same_on_ranks(fit, "another number of samples", first[0] != total, of)
     # Those looked at are others where ranks have another batch size.
     differ = any(first[2].get(index, label) != label for index, label in here[2].items())
-    check_same_on_ranks(trainer, "other labels at the same indices", differ, of)
-    check_same_on_ranks(trainer, "other items at the same indices", share_changed(first[1], found) > MOST_CHANGED, of)
+    check_same_on_ranks(fit, "other labels at the same indices", differ, of)
+    check_same_on_ranks(fit, "other items at the same indices", share_changed(first[1], found) > MOST_CHANGED, of)

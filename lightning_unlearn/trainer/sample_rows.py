@@ -8,17 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_unlearn.attribution import sample_dimension, slice_batch, tap
 from lightning_unlearn.attribution.layers import LayerPoint
 from lightning_unlearn.data.loaders import iterate_indices
-from lightning_unlearn.trainer.context import IndexedBatch, output_of, reading_of
-from lightning_unlearn.trainer.isolation import isolated_eval
-from lightning_unlearn.trainer.protocols import PartitionSource
-from lightning_unlearn.trainer.scoring_loader import scoring_loader
-from lightning_unlearn.trainer.train_data import to_device
+from lightning_unlearn.trainer.context import FitContext, IndexedBatch
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,22 +36,14 @@ class _Passes:
         return None if whole is None else sample_dimension(whole, part, reverse, self.samples, self.fewer, again)
 
 
-def locate_samples(
-    trainer: Trainer,
-    pl_module: LightningModule,
-    source: PartitionSource,
-    first: IndexedBatch,
-    points: Sequence[LayerPoint],
-) -> list[LayerPoint | None]:
+def locate_samples(fit: FitContext, first: IndexedBatch, points: Sequence[LayerPoint]) -> list[LayerPoint | None]:
     """The points, with the dimension that counts samples; None for one that has no row for each sample.
 
     Time-first layers have it second; where there are as many steps as samples, sizes do not tell. Every rank must call
     it, before the first step.
 
     Args:
-        trainer: of the running fit.
-        pl_module: the user's.
-        source: knows how to split a batch.
+        fit: that begins.
         first: the first batch.
         points: each of a layer that is called once.
 
@@ -65,18 +52,17 @@ def locate_samples(
     """
     samples = len(first.index)
     fewer = samples - 1 if samples > 1 else 2
-    with isolated_eval(trainer, pl_module), torch.no_grad():
+    with fit.isolated_eval(), torch.no_grad():
 
         def run(x: Any) -> list[Tensor]:
             with ExitStack() as stack:
-                takes = [stack.enter_context(tap(pl_module, replace(point, samples=0))) for point in points]
-                output = output_of(source, pl_module, x)
+                takes = [stack.enter_context(tap(fit.model, replace(point, samples=0))) for point in points]
+                output = fit.output(x)
                 return [*(take() for take in takes), output]
 
         def loaded(index: Tensor) -> Any:
-            loader = scoring_loader(trainer)
-            _, batch = next(iterate_indices(loader, first.index[index], probing=True, absent=set()))
-            return reading_of(source).split(to_device(trainer, pl_module, batch))[0]
+            _, batch = next(iterate_indices(fit.scoring_loader, first.index[index], probing=True, absent=set()))
+            return fit.reading.split(fit.to_device(batch))[0]
 
         def taken(index: Tensor) -> Any:
             return slice_batch(first.x, index, samples)
@@ -91,7 +77,7 @@ def locate_samples(
             passes = _Passes(samples, fewer, (whole, *(_tried(run, loaded, order) for order in orders)))
         if passes.dimension(len(points)) != 0:
             raise ValueError(
-                f"Expected forward of {type(pl_module).__name__} to return the logits of each sample of a batch, in the"
+                f"Expected forward of {type(fit.model).__name__} to return the logits of each sample of a batch, in the"
                 f" order of the batch, but of {samples} samples it returned {len(whole[-1])} rows that do not follow"
                 " them where these are fewer or in another order; return one row of logits for each sample, or pass"
                 " data=DataFormat(logits_from=...) to AttributionPartitionCallback."

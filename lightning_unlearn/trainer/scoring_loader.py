@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
@@ -11,11 +10,11 @@ from torch.utils.data import DataLoader
 from lightning_unlearn.data.loaders import check_loader
 from lightning_unlearn.trainer.compat import MisconfigurationException
 
+if TYPE_CHECKING:
+    from lightning_unlearn.trainer.running_fit import RunningFit
+
 OFFER = "attribution_dataloader"
 """Name of the method of a DataModule, or LightningModule, that returns such a loader."""
-
-# Made once in a fit, as a user's method may read a data set.
-_loaders: WeakKeyDictionary[Trainer, DataLoader[Any]] = WeakKeyDictionary()
 
 
 def train_loader(trainer: Trainer) -> DataLoader[Any]:
@@ -28,31 +27,26 @@ def offers_scoring_loader(trainer: Trainer) -> bool:
     return _offer(trainer) is not None
 
 
-def scoring_loader(trainer: Trainer) -> DataLoader[Any]:
+def scoring_loader(fit: RunningFit) -> DataLoader[Any]:
     """The loader whose data set, transforms and collate function the passes use.
 
     Raises:
         MisconfigurationException: if the user's has another number of samples than the train loader.
         TypeError: if its samples have no index.
     """
-    offer = _offer(trainer)
+    offer, memory = _offer(fit.trainer), fit.memory
     if offer is None:
-        return train_loader(trainer)
-    if trainer not in _loaders:
+        return train_loader(fit.trainer)
+    if memory.scoring_loader is None:
         loader = check_loader(offer())
-        expected, found = (len(x.dataset) for x in (train_loader(trainer), loader))  # type: ignore[arg-type]
+        expected, found = (len(x.dataset) for x in (train_loader(fit.trainer), loader))  # type: ignore[arg-type]
         if expected != found:
             raise MisconfigurationException(
                 f"Expected {OFFER}() to return a loader of the {expected} samples of the training set, in the same"
                 f" order, but its data set has {found}."
             )
-        _loaders[trainer] = loader
-    return _loaders[trainer]
-
-
-def forget_scoring_loader(trainer: Trainer) -> None:
-    """Asks the user again the next time."""
-    _loaders.pop(trainer, None)
+        memory.scoring_loader = loader
+    return memory.scoring_loader
 
 
 def _offer(trainer: Trainer) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -12,6 +12,9 @@ from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_unlearn.trainer.fit_loop import limited_batches
+
+if TYPE_CHECKING:
+    from lightning_unlearn.trainer.running_fit import RunningFit
 
 
 def to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
@@ -41,14 +44,14 @@ class TrainDataSwap:
         """Whether the loader is replaced."""
         return self._source is not None
 
-    def attach(self, trainer: Trainer, change: Callable[[Any], DataLoader[Any]]) -> None:
+    def attach(self, fit: RunningFit, change: Callable[[Any], DataLoader[Any]]) -> None:
         """From now on, and after every reload, the fit draws from ``change(loader)``.
 
         Args:
-            trainer: during ``fit``.
+            fit: that is running.
             change: from the loader that the user gave, or the one in use, to the one to use.
         """
-        loop: Any = trainer.fit_loop
+        trainer, loop = fit.trainer, _loop_of(fit)
         source = loop._data_source
         original = type(source).dataloader.__get__(source)
         live = loop._combined_loader
@@ -76,10 +79,9 @@ class TrainDataSwap:
         finally:
             source.dataloader = MethodType(dataloader, source)
 
-    def ask_again(self, trainer: Trainer) -> None:
+    def ask_again(self, fit: RunningFit) -> None:
         """Has Lightning ask for the loader when the loop starts, also where ``configure_optimizers`` has asked."""
-        loop: Any = trainer.fit_loop
-        loop._combined_loader = None
+        _loop_of(fit)._combined_loader = None
 
     def _fit_val_check_interval(self, trainer: Trainer, num_batches: int) -> None:
         # Lightning would raise, mid-run, if an integer interval exceeds the number of batches.
@@ -92,13 +94,13 @@ class TrainDataSwap:
             self._val_check_interval = interval
             trainer.val_check_interval = 1.0
 
-    def detach(self, trainer: Trainer) -> None:
+    def detach(self, fit: RunningFit) -> None:
         """Gives the fit the user's own loader again, from the next time that it asks for one."""
         if self._source is not None:
             self._source.__dict__.pop("dataloader", None)
             self._source = None
         if self._val_check_interval is not None:
-            trainer.val_check_interval = self._val_check_interval
+            fit.trainer.val_check_interval = self._val_check_interval
             self._val_check_interval = None
 
 
@@ -116,9 +118,9 @@ class TrainLoaderWatch:
         # A copy has nothing of the fit.
         return {"_loop": None}
 
-    def attach(self, trainer: Trainer, show: Callable[[list[Any]], None]) -> None:
+    def attach(self, fit: RunningFit, show: Callable[[list[Any]], None]) -> None:
         """From now on, in ``setup`` at the latest, ``show`` is called with the loaders."""
-        loop: Any = trainer.fit_loop
+        loop = _loop_of(fit)
         if self._loop is not None or not hasattr(loop, "_load_combined_loader_states"):
             # Without the moment there is nothing to show; who watches finds the loaders when the epoch starts.
             return
@@ -137,6 +139,10 @@ class TrainLoaderWatch:
         if self._loop is not None:
             self._loop.__dict__.pop("_load_combined_loader_states", None)
             self._loop = None
+
+
+def _loop_of(fit: RunningFit) -> Any:
+    return fit.trainer.fit_loop
 
 
 def users_sampler(trainer: Trainer, loader: DataLoader[Any], drawn_from: Any, own: Any) -> tuple[Any, bool]:
@@ -186,9 +192,10 @@ class BatchHook:
         # A copy has nothing of the fit.
         return {"_module": None, "_precision": None, "_delivered": _NOTHING}
 
-    def attach(self, trainer: Trainer, pl_module: LightningModule, change: Callable[[Any], Any]) -> None:
+    def attach(self, fit: RunningFit, change: Callable[[Any], Any]) -> None:
         """From now on training gets ``change(batch)``; validation and passes of ours are left alone."""
         self.detach()
+        trainer, pl_module = fit.trainer, fit.pl_module
         precision: Any = trainer.precision_plugin
 
         def convert_input(plugin: Any, data: Any) -> Any:

@@ -7,34 +7,20 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import BatchSampler, DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_unlearn.attribution import OOMBatchSplitter
-from lightning_unlearn.data.loaders import apart, batch_count, iterate_indices, shard_indices
+from lightning_unlearn.data.loaders import apart, batch_count, iterate_indices
 from lightning_unlearn.data.task_format import IGNORED
-from lightning_unlearn.trainer.context import logits_of, reading_of
-from lightning_unlearn.trainer.fit_loop import validation_loaders
-from lightning_unlearn.trainer.isolation import isolated_eval
+from lightning_unlearn.trainer.context import FitContext
 from lightning_unlearn.trainer.progress import rank_zero_info, shown
-from lightning_unlearn.trainer.protocols import PartitionSource
-from lightning_unlearn.trainer.scoring_loader import scoring_loader
-from lightning_unlearn.trainer.strategies import shards_weights
-from lightning_unlearn.trainer.train_data import to_device
-from lightning_unlearn.utilities.distributed import sum_over_ranks
 
 _Item = TypeVar("_Item")
-
-# What each Trainer has been told already; it is told once.
-_said: WeakKeyDictionary[Trainer, set[str]] = WeakKeyDictionary()
-# The score that was measured last in each fit, of which weights, and why there is none.
-_scores: WeakKeyDictionary[Trainer, tuple[tuple[Any, ...] | None, Score | None, str]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -58,22 +44,21 @@ class Score:
 class _ScoreAccumulator:
     """Sums over samples that make a :class:`Score`: right ones, losses, samples, ranks that could not go on."""
 
-    def __init__(self, pl_module: LightningModule, source: PartitionSource) -> None:
-        self._pl_module = pl_module
-        self._source = source
+    def __init__(self, fit: FitContext) -> None:
+        self._fit = fit
         self._in_parts = OOMBatchSplitter()
         self.sums = torch.zeros(4, dtype=torch.float64)
 
     def check(self, label: Tensor) -> Tensor:
         """The targets of a batch's rows; raises for labels that cannot be read."""
-        return reading_of(self._source).labels(label, len(label))
+        return self._fit.reading.labels(label, len(label))
 
     def add(self, x: Any, label: Tensor, weight: Tensor) -> None:
         """Counts a batch; a row of weight 0 does not count."""
-        reading, target = reading_of(self._source), self.check(label)
+        reading, target = self._fit.reading, self.check(label)
         counts = reading.by_row(weight.to(target.device)) * (target >= 0) / reading.rows_per_sample
         done = 0
-        for logits in self._in_parts(lambda part, _: logits_of(self._source, self._pl_module, part).float(), x, label):
+        for logits in self._in_parts(lambda part, _: self._fit.logits(part).float(), x, label):
             rows = slice(done, done + len(logits))
             done += len(logits)
             losses = cross_entropy(logits, target[rows], reduction="none", ignore_index=IGNORED)
@@ -87,90 +72,80 @@ class _ScoreAccumulator:
         """Notes that a score would not be one."""
         self.sums[3] = 1
 
-    def score(self, trainer: Trainer) -> Score | None:
+    def score(self) -> Score | None:
         """The score over all ranks, each of which must ask; None where one gave up or there are no samples."""
-        right, loss, samples, failed = sum_over_ranks(trainer.strategy)(self.sums).tolist()
+        right, loss, samples, failed = self._fit.reduce(self.sums).tolist()
         return None if failed or samples == 0 else Score(right / samples, loss / samples, round(samples))
 
 
-def score_validation(
-    trainer: Trainer, pl_module: LightningModule, source: PartitionSource, *, say: bool = True
-) -> Score | None:
+def score_validation(fit: FitContext, *, say: bool = True) -> Score | None:
     """How well the model does on the fit's own validation loaders, within ``limit_val_batches``.
 
     Every rank must call it. Where a DistributedSampler repeats samples to make the ranks' shares equal, they are
     counted once; a sampler of the user's own that does so may have a few counted twice.
 
     Args:
-        trainer: of the running fit.
-        pl_module: the user's.
-        source: knows how to split a batch.
+        fit: that is running.
         say: whether a line in the log is to say why there is no score, if there is none.
 
     Returns:
         None where there is no loader, a batch cannot be split into input and
         labels, or labels are not class indices.
     """
-    moment, (known_at, score, reason) = _moment(trainer, pl_module), _scores.get(trainer, (None, None, ""))
+    moment = _moment(fit)
+    score: Score | None
+    known_at, score, reason = fit.memory.score
     is_known = moment is not None and moment == known_at
     # Who measures next finds the score of the same weights; every rank, or none. Shards do not count their changes.
-    if shards_weights(trainer) or not trainer.strategy.reduce_boolean_decision(is_known, all=True):
-        score, reason = _measure_validation(trainer, pl_module, source)
-        _scores[trainer] = moment, score, reason
-    if score is None and say:
-        _say_once(trainer, reason)
+    if fit.is_sharded or not fit.agree(is_known, of_all=True):
+        score, reason = _measure_validation(fit)
+        fit.memory.score = moment, score, reason
+    if score is None and say and reason not in fit.memory.said:
+        fit.memory.said.add(reason)
+        rank_zero_info(f"There is no score on validation data to go by: {reason}.")
     return score
 
 
-def _moment(trainer: Trainer, pl_module: LightningModule) -> tuple[Any, ...] | None:
+def _moment(fit: FitContext) -> tuple[Any, ...] | None:
     """What changes whenever weights or buffers do; None where that is not counted."""
-    tensors = [*pl_module.parameters(), *pl_module.buffers()]
-    if shards_weights(trainer) or any(tensor.is_inference() for tensor in tensors):
+    tensors = [*fit.model.parameters(), *fit.model.buffers()]
+    if fit.is_sharded or any(tensor.is_inference() for tensor in tensors):
         return None
     try:
         versions = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
     except (RuntimeError, NotImplementedError):  # of a kind without memory of its own
         return None
-    return id(pl_module), trainer.current_epoch, trainer.global_step, versions
+    return id(fit.model), fit.epoch, fit.step, versions
 
 
-def forget_score(trainer: Trainer) -> None:
-    """Measures anew the next time."""
-    _scores.pop(trainer, None)
-
-
-def _measure_validation(
-    trainer: Trainer, pl_module: LightningModule, source: PartitionSource
-) -> tuple[Score | None, str]:
+def _measure_validation(fit: FitContext) -> tuple[Score | None, str]:
     """The score, and why there is none on this rank."""
-    tally, reason = _ScoreAccumulator(pl_module, source), ""
-    with isolated_eval(trainer, pl_module, keep=False):
-        loaders = validation_loaders(trainer)
-    with isolated_eval(trainer, pl_module), torch.no_grad():
+    tally, reason = _ScoreAccumulator(fit), ""
+    with fit.isolated_eval(keep=False):
+        loaders = fit.validation_loaders()
+    with fit.isolated_eval(), torch.no_grad():
         # Anything may be in a validation loader, and not to know a score must not end the fit.
         try:
             for loader, limit in loaders:
                 with _as_it_was(loader) as batches:
                     total, drawn = _length(loader, limit), itertools.islice(batches, limit)
-                    _count(trainer, pl_module, source, tally, shown(trainer, "Score", total, drawn))
+                    _count(fit, tally, shown(fit, "Score", total, drawn))
         except Exception as error:
-            if shards_weights(trainer) and not isinstance(error, _RanksOutOfSync):
+            if fit.is_sharded and not isinstance(error, _RanksOutOfSync):
                 # Others wait in the forward pass in which this rank has failed, and not for its score.
                 raise
             reason = f"{type(error).__name__}: {error}"
             tally.give_up()
-    return tally.score(trainer), reason or "the fit has no validation batches"
+    return tally.score(), reason or "the fit has no validation batches"
 
 
-def score_samples(trainer: Trainer, pl_module: LightningModule, source: PartitionSource, index: Tensor) -> Score:
+def score_samples(fit: FitContext, index: Tensor) -> Score:
     """How well the model does on samples of the training set, against their given labels.
 
     Every rank must call it. Two calls in a row see the same augmentation.
 
     Args:
-        trainer: of the running fit.
-        pl_module: the user's.
-        source: knows how to split a batch.
+        fit: that is running.
         index: (K,) int64, dataset indices, the same on every rank.
 
     Raises:
@@ -178,18 +153,18 @@ def score_samples(trainer: Trainer, pl_module: LightningModule, source: Partitio
     """
     if len(index) == 0:
         raise ValueError("Expected at least one sample to score, but got none.")
-    tally, loader = _ScoreAccumulator(pl_module, source), scoring_loader(trainer)
-    place, weight = shard_indices(len(index), trainer.global_rank, trainer.world_size)
+    tally, loader = _ScoreAccumulator(fit), fit.scoring_loader
+    place, weight = fit.shard(len(index))
     done, absent = 0, set[int]()
-    with isolated_eval(trainer, pl_module), torch.no_grad():
+    with fit.isolated_eval(), torch.no_grad():
         batches = batch_count(loader, len(place))
         drawn = iterate_indices(loader, index.cpu()[place], absent=absent)
-        for rows, batch in shown(trainer, "Score", batches, drawn):
-            x, label = reading_of(source).split(to_device(trainer, pl_module, batch))
+        for rows, batch in shown(fit, "Score", batches, drawn):
+            x, label = fit.reading.split(fit.to_device(batch))
             there = torch.tensor([row not in absent for row in rows.tolist()])
             tally.add(x, label, weight[done : done + len(rows)] * there)
             done += len(rows)
-    score = tally.score(trainer)
+    score = tally.score()
     if score is None:
         raise RuntimeError("The samples yielded no batch; this is an error in lightning_unlearn.")
     return score
@@ -204,20 +179,14 @@ def _length(loader: Any, limit: int | None) -> int | None:
     return length
 
 
-def _count(
-    trainer: Trainer,
-    pl_module: LightningModule,
-    source: PartitionSource,
-    tally: _ScoreAccumulator,
-    batches: Iterable[Any],
-) -> None:
+def _count(fit: FitContext, tally: _ScoreAccumulator, batches: Iterable[Any]) -> None:
     def split() -> Iterator[tuple[Any, Tensor, Tensor]]:
         for batch, weigh in batches:
-            x, label = reading_of(source).split(to_device(trainer, pl_module, batch))
+            x, label = fit.reading.split(fit.to_device(batch))
             tally.check(label)
             yield x, label, weigh(len(label))
 
-    for x, label, weight in _in_step(trainer, split()) if shards_weights(trainer) else split():
+    for x, label, weight in _in_step(fit, split()) if fit.is_sharded else split():
         tally.add(x, label, weight)
 
 
@@ -225,7 +194,7 @@ class _RanksOutOfSync(ValueError):
     """A rank has no batch where another has one."""
 
 
-def _in_step(trainer: Trainer, batches: Iterator[_Item]) -> Iterator[_Item]:
+def _in_step(fit: FitContext, batches: Iterator[_Item]) -> Iterator[_Item]:
     """The batches, where ranks meet in each forward pass, so that every rank takes as many.
 
     Raises:
@@ -237,9 +206,7 @@ def _in_step(trainer: Trainer, batches: Iterator[_Item]) -> Iterator[_Item]:
             item = next(batches, None)
         except Exception as failure:
             error = failure
-        one_has, all_have = (
-            trainer.strategy.reduce_boolean_decision(item is not None, all=of_all) for of_all in (False, True)
-        )
+        one_has, all_have = (fit.agree(item is not None, of_all=of_all) for of_all in (False, True))
         if error is not None:
             raise _RanksOutOfSync(f"{type(error).__name__}: {error}") from error
         if one_has and not all_have:
@@ -289,9 +256,3 @@ def _weighed(loader: Any) -> Iterator[tuple[Any, Callable[[int], Tensor]]]:
 
     for batch in loader:
         yield batch, weigh
-
-
-def _say_once(trainer: Trainer, reason: str) -> None:
-    if reason not in _said.setdefault(trainer, set()):
-        _said[trainer].add(reason)
-        rank_zero_info(f"There is no score on validation data to go by: {reason}.")

@@ -8,15 +8,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_unlearn.attribution import plain_name
 from lightning_unlearn.trainer.callback_order import callbacks_of
 from lightning_unlearn.trainer.compat import is_a
+
+if TYPE_CHECKING:
+    from lightning_unlearn.trainer.running_fit import RunningFit
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 _AVERAGES = {"ema", "avg", "average", "averaged", "averaging", "averager", "shadow", "swa", "slow", "polyak"}
@@ -57,21 +59,22 @@ def _shapes(module: nn.Module) -> dict[str, Any]:
     return {_own_name(name): parameter.shape for name, parameter in module.named_parameters()}
 
 
-def weight_copies(trainer: Trainer, pl_module: LightningModule) -> list[dict[str, Tensor]]:
+def weight_copies(fit: RunningFit) -> list[dict[str, Tensor]]:
     """The averages that are kept of all the weights, or of those of a submodule.
 
     Returns:
         for each, what it has of a parameter, by the parameter's plain name.
     """
-    parts = tuple(f"{name}." for name in averaged_parts(pl_module))
-    named = pl_module.named_parameters(remove_duplicate=False)
+    model = fit.model
+    parts = tuple(f"{name}." for name in averaged_parts(model))
+    named = model.named_parameters(remove_duplicate=False)
     live = {plain_name(name): parameter for name, parameter in named if not name.startswith(parts)}
-    search = _Search(live, pl_module)
-    for callback in callbacks_of(trainer):
+    search = _Search(live, model)
+    for callback in callbacks_of(fit.trainer):
         search.look_into(callback)
-    search.look_into(pl_module)
+    search.look_into(model)
     for name in parts:
-        search.look_at(name, pl_module.get_submodule(name[:-1]), is_inside=True)
+        search.look_at(name, model.get_submodule(name[:-1]), is_inside=True)
     return search.found
 
 

@@ -262,10 +262,10 @@ class Unscored(AttributionPartitionCallback):
 
         self.reading.split = fails
         try:
-            self.scores = [score_validation(trainer, pl_module, self)]
+            self.scores = [score_validation(self.fit)]
         finally:
             self.reading.split = split
-        score = score_validation(trainer, pl_module, self)
+        score = score_validation(self.fit)
         self.scores.append((score.accuracy, score.loss, score.samples))
 
 

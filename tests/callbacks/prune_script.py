@@ -36,8 +36,8 @@ class Scores(SensitivityPruneCallback):
     def _prune(self, trainer, pl_module, partition):
         index = torch.tensor([3, 5, 5, 100, 7])
         self.scores = [
-            score_samples(trainer, pl_module, self.source, index),
-            score_validation(trainer, pl_module, self.source),
+            score_samples(self.fit, index),
+            score_validation(self.fit),
         ]
         super()._prune(trainer, pl_module, partition)
 

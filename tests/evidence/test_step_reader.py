@@ -17,6 +17,7 @@ from lightning_unlearn.data.task_format import TaskFormat, split_batch
 from lightning_unlearn.evidence import step_reader as step_reader_module
 from lightning_unlearn.evidence.mixed_targets import has_mixed_target
 from lightning_unlearn.evidence.step_reader import WINDOW, TrainStepReader
+from lightning_unlearn.trainer.context import FitContext
 from tests.callbacks import forked
 from tests.toys import CLASSES, Toy, assert_same_weights, fit, make_trainer, mlp, sgd, weights
 
@@ -76,26 +77,27 @@ class Driver(L.Callback):
     def setup(self, trainer, pl_module, stage):
         if trainer.current_epoch == 0:
             self.reader.reset()
+        self.fit = FitContext(trainer, pl_module, self)
         if not self.late:
-            self.reader.attach(trainer)
+            self.reader.attach(self.fit)
 
     def on_train_start(self, trainer, pl_module):
         head = dict(pl_module.named_modules()).get(self.head)
         outputs = getattr(head, "out_features", CLASSES)
         self.reading.settle(torch.zeros(2, outputs), torch.zeros(2, dtype=torch.int64))
-        self.reader.start(trainer, pl_module, self.head)
+        self.reader.start(self.fit, self.head)
 
     def on_train_epoch_start(self, trainer, pl_module):
-        self.reader.start_epoch(trainer)
+        self.reader.start_epoch(self.fit)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.reader.start_batch(trainer, batch)
+        self.reader.start_batch(self.fit, batch)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.reader.end_batch()
 
     def on_train_epoch_end(self, trainer, pl_module):
-        self.goes_on.append(self.reader.end_epoch(trainer))
+        self.goes_on.append(self.reader.end_epoch(self.fit))
         self.rows_read.append(self.reader.rows_read)
         self.sink.epochs.append([])
 

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback
 from lightning_unlearn.evidence.when import DrawTime, check_at_epoch, similarity
 from lightning_unlearn.results.status import PartitionStatus
+from lightning_unlearn.trainer.limits import limits_of
 from tests.toys import Blobs, BlobsData, Toy, adamw, assert_same_weights, auroc, fit, sgd, trio, weights
 
 SIZE = 101
@@ -34,9 +35,9 @@ def same(value):
     return value
 
 
-def trainer_at(epoch, **limits):
+def limits_at(epoch, **limits):
     settings = {"max_epochs": -1, "max_steps": -1, "global_step": 10 * epoch, "callbacks": [], **limits}
-    return SimpleNamespace(current_epoch=epoch, **settings)
+    return limits_of(SimpleNamespace(current_epoch=epoch, **settings))
 
 
 def decided(*notes, is_settled=True, is_stopped=False, **limits):
@@ -44,7 +45,7 @@ def decided(*notes, is_settled=True, is_stopped=False, **limits):
     when = DrawTime("auto")
     for epoch, note in enumerate(notes, start=1):
         when.note(epoch, **note)
-        when.decide(trainer_at(epoch, **limits), is_settled=is_settled, is_stopped=is_stopped, reduce=same)
+        when.decide(limits_at(epoch, **limits), is_settled=is_settled, is_stopped=is_stopped, reduce=same)
         if when.epoch is not None:
             return when.epoch, when.why
     return None, ""

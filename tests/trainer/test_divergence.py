@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback, SensitivityPruneCallback
 from lightning_unlearn.partitioning.summary import Accuracies, summarize
+from lightning_unlearn.trainer.context import FitContext
 from lightning_unlearn.trainer.divergence import LossWatch, not_finite
 from tests.toys import Blobs, BlobsData, Toy, adamw, fit, mlp, sgd, trio
 
@@ -151,14 +152,15 @@ class Strategy:
 
 @pytest.mark.parametrize("other", [False, True])
 def test_every_rank_hears_of_what_one_rank_finds(other):
-    trainer, net = SimpleNamespace(strategy=Strategy(other)), plain_mlp()
-    assert not_finite(trainer, net) == ("weights on another rank" if other else "")
+    net = plain_mlp()
+    context = FitContext(SimpleNamespace(strategy=Strategy(other)), net, None)
+    assert not_finite(context) == ("weights on another rank" if other else "")
     watch = LossWatch()
     for loss in (torch.tensor(1.0), {"loss": torch.tensor(2.0)}, None):
         watch.add(loss)
-    assert watch.was_finite(trainer) is other
+    assert watch.was_finite(context) is other
     watch.add(torch.tensor(math.inf))
-    assert not watch.was_finite(trainer)
+    assert not watch.was_finite(context)
     with torch.no_grad():
         net[2].bias[1] = -math.inf
-    assert not_finite(trainer, net) == "the weights of '2.bias'"
+    assert not_finite(context) == "the weights of '2.bias'"

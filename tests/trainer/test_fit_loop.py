@@ -19,6 +19,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Rando
 from torch.utils.data import SubsetRandomSampler as Subset
 
 from lightning_unlearn.trainer import fit_loop as fit_loop_module
+from lightning_unlearn.trainer.context import FitContext
 from lightning_unlearn.trainer.fit_loop import (
     limited_batches,
     live_iterator,
@@ -281,9 +282,10 @@ def test_the_source_asks_whatever_stands_on_it():
 def test_what_is_attached_is_detached():
     def check(trainer, _):
         swap, source = TrainDataSwap(), trainer.fit_loop._data_source
-        swap.attach(trainer, lambda loader: loader)
+        context = FitContext(trainer, None, None)
+        swap.attach(context, lambda loader: loader)
         attached = swap.is_attached, "dataloader" in source.__dict__
-        swap.detach(trainer)
+        swap.detach(context)
         return attached, (swap.is_attached, "dataloader" in source.__dict__)
 
     assert inside(check) == ((True, True), (False, False))
@@ -296,7 +298,10 @@ class Watching(L.Callback):
         self.watch, self.shown = TrainLoaderWatch(), []
 
     def setup(self, trainer, pl_module, stage):
-        self.watch.attach(trainer, lambda loaders: self.shown.append((loaders, live_iterator(trainer)[0])))
+        self.watch.attach(
+            FitContext(trainer, pl_module, None),
+            lambda loaders: self.shown.append((loaders, live_iterator(trainer)[0])),
+        )
 
     def teardown(self, trainer, pl_module, stage):
         self.watch.detach()

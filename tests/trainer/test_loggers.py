@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
 from lightning_unlearn.pruning.criteria import Sensitivity
 from lightning_unlearn.results import plots
 from lightning_unlearn.trainer import loggers as loggers_module
+from lightning_unlearn.trainer.context import FitContext
 from tests.toys import Blobs, BlobsData, Toy, fit, trio
 
 AT, SIZE = 1, 101
@@ -160,9 +161,9 @@ class Board(TensorBoardLogger):
 
 def show(loggers, names=("a", "b"), draw=lambda: "figure", is_global_zero=True):
     trainer = type("ATrainer", (), {"is_global_zero": is_global_zero})()
-    module = SimpleNamespace(trainer=trainer, loggers=loggers, global_step=3)
+    context = FitContext(trainer, SimpleNamespace(loggers=loggers, global_step=3), None)
     for name in names:
-        loggers_module.log_figure(module, name, draw)
+        loggers_module.log_figure(context, name, draw)
 
 
 def test_a_logger_that_cannot_draw_is_said_once_and_costs_nothing():

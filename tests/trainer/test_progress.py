@@ -9,8 +9,10 @@ import pytest
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
 
 from lightning_unlearn import AttributionPartitionCallback
+from lightning_unlearn.callbacks.base import FitCallback
 from lightning_unlearn.pruning.criteria import Sensitivity
 from lightning_unlearn.trainer import progress as progress_module
+from lightning_unlearn.trainer.context import FitContext
 from lightning_unlearn.trainer.progress import close_progress, shown
 from tests.toys import Blobs, BlobsData, Toy, fit, trio
 
@@ -93,8 +95,7 @@ def test_a_line_for_each_pass_counts_its_batches_and_goes(kind, capsys):
 
 def test_the_bar_draws_as_often_as_it_is_asked_to():
     bar = Tqdm(refresh_rate=3)
-    trainer = stand_in(bar)
-    counts = [bar.lines[0].n for _ in shown(trainer, "Evidence", 8, range(8))]
+    counts = [bar.lines[0].n for _ in shown(stand_in(bar), "Evidence", 8, range(8))]
     assert counts == [0, 0, 0, 3, 3, 3, 6, 6]
     assert bar.ours() == [("Evidence", 8, 8)]
 
@@ -105,6 +106,8 @@ class Breaks(Toy):
     def forward(self, x):
         self.calls = 0 if self.training or self.current_epoch < AT else self.calls + 1
         if self.calls == 3:
+            self.lines = next(one for one in self.trainer.callbacks if isinstance(one, FitCallback)).fit.memory.lines
+            assert len(self.lines) == 1
             raise OSError("in the pass")
         return super().forward(x)
 
@@ -114,8 +117,9 @@ def test_a_pass_that_fails_leaves_no_line(kind):
     if kind is Rich:
         pytest.importorskip("rich")
     bar = kind()
+    module = Breaks()
     with pytest.raises(OSError, match="in the pass"):
-        a_fit(bar, module=Breaks())
+        a_fit(bar, module=module)
     title, done, total = bar.ours()[-1]
     assert title == "Evidence"
     assert done < total
@@ -123,7 +127,7 @@ def test_a_pass_that_fails_leaves_no_line(kind):
         assert bar.lines[-1] not in type(bar.lines[-1])._instances
     else:
         assert not bar.progress.tasks[-1].visible
-    assert not any(progress_module._open.values())
+    assert module.lines == []
 
 
 def test_without_a_bar_and_in_those_of_others_nothing_is_shown(capsys):
@@ -133,10 +137,11 @@ def test_without_a_bar_and_in_those_of_others_nothing_is_shown(capsys):
 
 
 def stand_in(bar):
+    """A fit of a Trainer that has a progress bar and little else."""
     trainer = type("ATrainer", (), {"progress_bar_callback": bar, "state": SimpleNamespace(fn="fit")})()
     if bar is not None:
         bar._trainer = trainer
-    return trainer
+    return FitContext(trainer, None, None)
 
 
 def test_on_other_ranks_nothing_is_shown():
@@ -151,26 +156,26 @@ def test_a_rich_bar_that_has_not_begun_is_left_alone():
     assert list(shown(stand_in(Rich()), "Evidence", None, range(3))) == [0, 1, 2]
 
 
-def test_lines_of_a_trainer_are_closed_and_of_no_other():
+def test_lines_of_a_fit_are_closed_and_of_no_other():
     one, other = Tqdm(), Tqdm()
-    trainers = [stand_in(one), stand_in(other)]
-    passes = [shown(trainer, "Score", None, range(3)) for trainer in trainers]
+    fits = [stand_in(one), stand_in(other)]
+    passes = [shown(context, "Score", None, range(3)) for context in fits]
     for items in passes:
         next(items)
-    close_progress(trainers[0])
+    close_progress(fits[0])
     assert one.lines[0].disable or one.lines[0] not in type(one.lines[0])._instances
     assert other.lines[0] in type(other.lines[0])._instances
-    close_progress(trainers[1])
+    close_progress(fits[1])
 
 
 def test_what_a_long_pass_will_take_is_said_once_at_the_speed_so_far(monkeypatch, caplog):
     caplog.set_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero")
     clock = [0.0]
     monkeypatch.setattr(progress_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    trainer = stand_in(None)
-    for item in shown(trainer, "Evidence", 100, range(100)):
+    context = stand_in(None)
+    for item in shown(context, "Evidence", 100, range(100)):
         clock[0] += 60 if item == 0 else 2  # workers start with the first batch
-    for _ in shown(trainer, "Evidence", 100, range(100)):
+    for _ in shown(context, "Evidence", 100, range(100)):
         clock[0] += 2
     assert [record.getMessage() for record in caplog.records] == [
         "Evidence: 6 of 100 batches in 10 s, about 188 s left."

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback
 from lightning_unlearn.data.fingerprint import sampled_indices
 from lightning_unlearn.data.row_order import Rows
+from lightning_unlearn.trainer.context import FitContext
 from lightning_unlearn.trainer.row_checks import check_ranks
 from tests.callbacks.test_relabel import Noting
 from tests.toys import CLASSES, Blobs, BlobsData, Toy, auroc, fit, trio
@@ -353,7 +354,7 @@ class TwoRanks:
 
 @pytest.mark.parametrize(("label", "refused"), [(1, False), (2, True)])
 def test_ranks_that_looked_at_other_samples_are_compared_by_those_they_share(label, refused):
-    trainer = TwoRanks((40, "", {0: (1,), 5: (1,)}))
+    context = FitContext(TwoRanks((40, "", {0: (1,), 5: (1,)})), None, None)
     here = Rows(torch.tensor([5, 7]), torch.tensor([[label], [3]]), {})
     with pytest.raises(ValueError, match="other labels at the same indices") if refused else nullcontext():
-        check_ranks(trainer, 40, "", here)
+        check_ranks(context, 40, "", here)

@@ -12,6 +12,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from lightning_unlearn import AttributionPartitionCallback
 from lightning_unlearn.trainer import validation as validation_module
+from lightning_unlearn.trainer.context import FitContext
 from lightning_unlearn.trainer.validation import Score, score_samples, score_validation
 from tests.callbacks.test_leaves_model_as_found import hooks_of
 from tests.toys import CLASSES, Blobs, BlobsData, Toy, fit, mlp, weights
@@ -27,14 +28,17 @@ class Asks(L.Callback):
         self.ask, self.epoch = ask, epoch
         self.score, self.model = None, None
 
+    def setup(self, trainer, pl_module, stage):
+        self.fit = FitContext(trainer, pl_module, SOURCE)
+
     def on_train_epoch_start(self, trainer, pl_module):
         if trainer.current_epoch == self.epoch:
             self.model = copy.deepcopy(pl_module.net).eval()
-            self.score = self.ask(trainer, pl_module)
+            self.score = self.ask(self.fit)
 
 
-def validation(trainer, pl_module):
-    return score_validation(trainer, pl_module, SOURCE)
+def validation(context):
+    return score_validation(context)
 
 
 def by_hand(model, x, y):
@@ -184,7 +188,7 @@ class Order(L.Callback):
 @pytest.mark.parametrize("make", [shuffled, lambda: DataLoader(Blobs(45, augment="torch", seed=7), 16)])
 def test_the_fit_goes_on_as_without_a_score(make):
     seen = []
-    for asking in ([], [Asks(validation), Asks(lambda *a: score_samples(*a, SOURCE, torch.arange(20)))]):
+    for asking in ([], [Asks(validation), Asks(lambda context: score_samples(context, torch.arange(20)))]):
         module, order = Toy(lambda: mlp(dropout=0.3)), Order()
         fit(module, Data(make), [*asking, order], max_epochs=3)
         seen.append((weights(module), torch.cat(order.batches)))
@@ -198,7 +202,7 @@ def test_the_fit_goes_on_as_without_a_score(make):
 def test_samples_are_scored_by_dataset_index(index):
     index = torch.tensor(index)
     data = Data(lambda: DataLoader(HELD_OUT, 16))
-    asks = Asks(lambda trainer, module: score_samples(trainer, module, SOURCE, index))
+    asks = Asks(lambda context: score_samples(context, index))
     fit(Toy(), data, [asks], max_epochs=2)
     assert_is(asks.score, by_hand(asks.model, data.train.x[index], data.train.y[index]))
 
@@ -207,8 +211,8 @@ def test_two_scores_in_a_row_see_the_same_augmentation():
     data = Data(lambda: DataLoader(HELD_OUT, 16))
     data.train.augment = "numpy"
 
-    def ask(trainer, module):
-        return [score_samples(trainer, module, SOURCE, torch.arange(50)) for _ in range(2)]
+    def ask(context):
+        return [score_samples(context, torch.arange(50)) for _ in range(2)]
 
     asks = Asks(ask)
     fit(Toy(), data, [asks], max_epochs=2)
@@ -219,7 +223,7 @@ def test_two_scores_in_a_row_see_the_same_augmentation():
 
 def test_no_samples_have_no_score():
     with pytest.raises(ValueError, match="Expected at least one sample to score"):
-        score_samples(None, None, SOURCE, torch.zeros(0, dtype=torch.int64))
+        score_samples(None, torch.zeros(0, dtype=torch.int64))
 
 
 def test_memory_that_does_not_suffice_for_a_batch_is_used_in_parts():
@@ -279,11 +283,11 @@ def test_the_same_weights_are_measured_once(monkeypatch, change):
     measure = validation_module._measure_validation
     monkeypatch.setattr(validation_module, "_measure_validation", lambda *args: measured.append(1) or measure(*args))
 
-    def twice(trainer, pl_module):
+    def twice(context):
         for changes in (None, change):
             if changes is not None:
-                changes(pl_module)
-            scores.append(validation(trainer, pl_module))
+                changes(context.model)
+            scores.append(validation(context))
 
     fit(Toy(), BlobsData(Blobs(40)), [Asks(twice)], max_epochs=2)
     assert len(measured) == (1 if change is None else 2)

@@ -1,0 +1,199 @@
+"""A fit that is set up or running, and what is asked of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from lightning_unlearn.data.loaders import shard_indices
+from lightning_unlearn.trainer.callback_order import callbacks_of
+from lightning_unlearn.trainer.fit_loop import (
+    compute_device,
+    limited_batches,
+    live_iterator,
+    live_loaders,
+    log_values,
+    next_epoch,
+    validation_loaders,
+)
+from lightning_unlearn.trainer.isolation import isolated_eval
+from lightning_unlearn.trainer.limits import TrainingLimits, limits_of, monitored
+from lightning_unlearn.trainer.memory import FitMemory
+from lightning_unlearn.trainer.scoring_loader import offers_scoring_loader, scoring_loader, train_loader
+from lightning_unlearn.trainer.strategies import shards_weights
+from lightning_unlearn.trainer.train_data import to_device, users_sampler
+from lightning_unlearn.utilities.distributed import run_on_rank_zero, sum_over_ranks
+from lightning_unlearn.utilities.reduce import Reduce
+
+_Value = TypeVar("_Value")
+
+
+@dataclass(frozen=True, eq=False)
+class RunningFit:
+    """A fit that is set up or running, and what is asked of it in place of Lightning's objects.
+
+    Args:
+        trainer: of the fit.
+        pl_module: the user's.
+        memory: what is known from one hook to the next.
+    """
+
+    trainer: Trainer
+    pl_module: LightningModule
+    memory: FitMemory = field(default_factory=FitMemory, kw_only=True)
+
+    @property
+    def model(self) -> nn.Module:
+        """The user's."""
+        return self.pl_module
+
+    @property
+    def epoch(self) -> int:
+        """How many epochs are complete."""
+        return self.trainer.current_epoch
+
+    @property
+    def step(self) -> int:
+        """How many steps of the optimizers have been made."""
+        return self.trainer.global_step
+
+    @property
+    def limits(self) -> TrainingLimits:
+        """How far the fit has come, and what ends it."""
+        return limits_of(self.trainer)
+
+    @property
+    def batches_per_epoch(self) -> int | float:
+        """Training batches in an epoch."""
+        return self.trainer.num_training_batches
+
+    @property
+    def monitored(self) -> float:
+        """A monitored metric; see :func:`~lightning_unlearn.trainer.limits.monitored`."""
+        return monitored(self.trainer)
+
+    @property
+    def device(self) -> torch.device:
+        """Where to compute."""
+        return compute_device(self.trainer)
+
+    @property
+    def rank(self) -> int:
+        """Of this process, from 0."""
+        return self.trainer.global_rank
+
+    @property
+    def world_size(self) -> int:
+        """How many ranks there are."""
+        return self.trainer.world_size
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank holds a part of the weights, so that ranks meet in every forward pass."""
+        return shards_weights(self.trainer)
+
+    @property
+    def reduce(self) -> Reduce:
+        """Sums over the ranks."""
+        return sum_over_ranks(self.trainer.strategy)
+
+    def agree(self, decision: bool, *, of_all: bool) -> bool:
+        """Whether all ranks say so, or any does. Every rank must call it."""
+        return self.trainer.strategy.reduce_boolean_decision(decision, all=of_all)
+
+    def broadcast(self, value: _Value) -> _Value:
+        """What rank 0 has. Every rank must call it."""
+        return self.trainer.strategy.broadcast(value)
+
+    def on_rank_zero(self, function: Callable[[], _Value]) -> _Value:
+        """What a function returns on rank 0, or raises on every rank. Every rank must call it."""
+        return run_on_rank_zero(self.trainer.strategy, function)
+
+    @property
+    def callbacks(self) -> list[Any]:
+        """All of the Trainer's."""
+        return callbacks_of(self.trainer)
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """Of the fit, from its start on."""
+        return self.trainer.optimizers
+
+    @property
+    def train_loader(self) -> DataLoader[Any]:
+        """The loader that the fit draws from, if its samples have an index."""
+        return train_loader(self.trainer)
+
+    @property
+    def scoring_loader(self) -> DataLoader[Any]:
+        """The loader whose data set, transforms and collate function the passes use."""
+        return scoring_loader(self)
+
+    @property
+    def offers_scoring_loader(self) -> bool:
+        """Whether the user offers a loader for the passes."""
+        return offers_scoring_loader(self.trainer)
+
+    @property
+    def total(self) -> int:
+        """N, the samples of the training set."""
+        return len(self.train_loader.dataset)  # type: ignore[arg-type]  # its length has been checked
+
+    def shard(self, total: int) -> tuple[Tensor, Tensor]:
+        """This rank's share of ``total`` samples; see :func:`~lightning_unlearn.data.loaders.shard_indices`."""
+        return shard_indices(total, self.rank, self.world_size)
+
+    @property
+    def validates(self) -> bool:
+        """Whether the fit validates."""
+        return self.trainer.enable_validation
+
+    @property
+    def has_validation_data(self) -> bool:
+        """Whether its validation data have been loaded."""
+        return self.trainer.val_dataloaders is not None
+
+    def validation_loaders(self) -> list[tuple[Any, int | None]]:
+        """Its validation loaders; see :func:`~lightning_unlearn.trainer.fit_loop.validation_loaders`."""
+        return validation_loaders(self.trainer)
+
+    def live_loaders(self) -> list[Any]:
+        """The train loaders in use; see :func:`~lightning_unlearn.trainer.fit_loop.live_loaders`."""
+        return live_loaders(self.trainer)
+
+    def live_iterator(self) -> tuple[Any, int]:
+        """Where the batch in hand came from; see :func:`~lightning_unlearn.trainer.fit_loop.live_iterator`."""
+        return live_iterator(self.trainer)
+
+    @property
+    def next_epoch(self) -> int:
+        """The epoch that Lightning gives the samplers next."""
+        return next_epoch(self.trainer)
+
+    def limited_batches(self, batches: int) -> int:
+        """How many batches of a train loader are used in an epoch."""
+        return limited_batches(self.trainer, batches)
+
+    def users_sampler(self, loader: DataLoader[Any], drawn_from: Any, own: Any) -> tuple[Any, bool]:
+        """What a loader draws from; see :func:`~lightning_unlearn.trainer.train_data.users_sampler`."""
+        return users_sampler(self.trainer, loader, drawn_from, own)
+
+    def to_device(self, batch: Any) -> Any:
+        """A batch as ``training_step`` would get it."""
+        return to_device(self.trainer, self.pl_module, batch)
+
+    def isolated_eval(self, *, keep: bool = True) -> AbstractContextManager[None]:
+        """A pass that leaves the fit as it was; see :func:`~lightning_unlearn.trainer.isolation.isolated_eval`."""
+        return isolated_eval(self, keep=keep)
+
+    def log(self, values: dict[str, float]) -> None:
+        """Logs scalars that are equal on every rank, through the Trainer's loggers."""
+        log_values(self.pl_module, values)

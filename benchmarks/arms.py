@@ -50,6 +50,7 @@ from lightning_unlearn import (
     Partition,
     SensitivityPruneCallback,
 )
+from lightning_unlearn.recipes import get_recipe
 from lightning_unlearn.recipes.evidence import Evidence
 
 
@@ -174,7 +175,7 @@ class Unit:
         if repair.rounds:
             options["every_n_epochs"] = max(1, plan.repair_epochs // 3)
         if repair.knows_truth:
-            options |= {"recipe": truth, "min_class_share": 0.0}
+            options["recipe"] = get_recipe(truth, min_class_fraction=0.0)
         return AttributionPartitionCallback(**options)
 
     def _continue(self, steps: int) -> dict[str, Any]:

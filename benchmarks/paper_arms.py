@@ -32,6 +32,7 @@ from lightning_unlearn import (
     SensitivityPruneCallback,
 )
 from lightning_unlearn.pruning.criteria import Sensitivity
+from lightning_unlearn.recipes import get_recipe
 from lightning_unlearn.recipes.evidence import Evidence
 
 AMOUNT = 40 / 256  # of the neurons that are pruned
@@ -258,10 +259,10 @@ class PaperUnit:
         def truth(evidence: Evidence) -> Tensor:
             return (~bad).float()[evidence.index.cpu()].to(evidence.label.device)
 
-        options: dict[str, Any] = {"recipe": truth if recipe == "truth" else recipe}
-        if recipe != "auto":
-            options["min_class_share"] = 0.0  # nor has the paper such a thing
-        return AttributionPartitionCallback(at_epoch=self.setting.base_epochs, **options)
+        # The paper keeps no sample for the sake of its class.
+        fraction = None if recipe == "auto" else 0.0
+        chosen = get_recipe(truth if recipe == "truth" else recipe, min_class_fraction=fraction)
+        return AttributionPartitionCallback(at_epoch=self.setting.base_epochs, recipe=chosen)
 
     def _partition_file(self, recipe: str) -> Path:
         return self.folder / f"partition-{recipe}.pt"

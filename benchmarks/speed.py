@@ -109,7 +109,7 @@ def trainer_of(epochs: int, callbacks: list[L.Callback], device: str) -> L.Train
 
 def _idle() -> list[L.Callback]:
     """Three callbacks that wait: no evidence is gathered in the epochs that are measured."""
-    partition = AttributionPartitionCallback(at_epoch=90, evidence="passes", evidence_every_n_epochs=50)
+    partition = AttributionPartitionCallback(at_epoch=90, recipe="loss")
     return [partition, SensitivityPruneCallback(), CleanSubsetFinetuneCallback()]
 
 

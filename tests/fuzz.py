@@ -18,11 +18,11 @@ from torch.optim import lr_scheduler
 from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Dataset, RandomSampler, Subset
 from torch.utils.data.distributed import DistributedSampler
 
-from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback, SensitivityPruneCallback
+from lightning_unlearn import CleanSubsetFinetuneCallback, SensitivityPruneCallback
 from lightning_unlearn.attribution import ATTRIBUTION_METHODS
 from lightning_unlearn.pruning.criteria import CRITERIA, Sensitivity
 from lightning_unlearn.recipes import RECIPES
-from tests.toys import by_margin
+from tests.toys import by_margin, partition_callback
 
 # So many numbers of a sample are never augmented, and tell which it is.
 KEY = 6
@@ -337,7 +337,7 @@ class Case:
     def callbacks(self) -> tuple[Any, Any, Any]:
         """The three; None for one that is left out."""
         return (
-            AttributionPartitionCallback(**self.partition),
+            partition_callback(**self.partition),
             None if self.prune is None else SensitivityPruneCallback(**self.prune),
             None if self.finetune is None else CleanSubsetFinetuneCallback(**self.finetune),
         )
@@ -374,12 +374,11 @@ def draw_partition(rng: random.Random, case: Case) -> dict[str, Any]:
         rng,
         {
             "recipe": lambda: rng.choice([*RECIPES, by_margin, by_margin, by_margin]),
-            "evidence": lambda: rng.choice(["training", "passes", "passes"]),
-            "evidence_every_n_epochs": lambda: rng.choice([1, 2]),
+            "evidence_from": lambda: rng.choice(["train_steps", "eval_passes", "eval_passes"]),
             "every_n_epochs": lambda: rng.choice([1, 2]),
-            "stable_share": lambda: rng.choice([0.0, 0.3]),
+            "min_change": lambda: rng.choice([0.0, 0.3]),
             "suspect_precision": lambda: rng.choice([0.5, 0.85, 0.99]),
-            "min_class_share": lambda: rng.choice([0.0, 0.1, 0.5]),
+            "min_class_fraction": lambda: rng.choice([0.0, 0.1, 0.5]),
         },
         0.5,
     )
@@ -389,7 +388,7 @@ def draw_partition(rng: random.Random, case: Case) -> dict[str, Any]:
             "dry_run": lambda: True,
             "layer": lambda: draw_layer(rng, case),
             "input_layer": lambda: draw_layer(rng, case),
-            "method": lambda: rng.choice(list(ATTRIBUTION_METHODS)),
+            "attribution_method": lambda: rng.choice(list(ATTRIBUTION_METHODS)),
         },
         0.1,
     )

@@ -8,7 +8,6 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lightning_unlearn import AttributionPartitionCallback
 from lightning_unlearn.partitioning.build import _enforce_min_class_fraction
 from lightning_unlearn.partitioning.non_finite import apply_to_finite_rows
 from lightning_unlearn.recipes import RECIPES, get_recipe
@@ -18,7 +17,7 @@ from lightning_unlearn.utilities.reduce import no_reduce
 from tests.ranks import run_ranks
 from tests.recipes.test_recipes import make_evidence, users
 from tests.test_numerics import evidence_of, network
-from tests.toys import CLASSES, FEATURES, Blobs, BlobsData, Toy, adamw, fit
+from tests.toys import CLASSES, FEATURES, Blobs, BlobsData, Toy, adamw, fit, partition_callback
 
 bounded = settings(max_examples=12, deadline=None, derandomize=True)
 EVERY = pytest.mark.parametrize("recipe", [*RECIPES, users], ids=[*RECIPES, "a user's"])
@@ -295,7 +294,7 @@ def test_the_order_of_the_data_set_does_not_matter_to_the_partition():
     for each in (data, permuted):
         module = Toy(net, lambda module: torch.optim.SGD(module.parameters(), lr=0.0))
         module.load_state_dict(trained.state_dict())
-        callback = AttributionPartitionCallback(at_epoch=2, evidence="passes")
+        callback = partition_callback(at_epoch=2, evidence_from="eval_passes")
         fit(module, BlobsData(each), [callback], max_epochs=3, limit_val_batches=0)
         found.append(callback.partition)
     one, other = found

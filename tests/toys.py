@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback, SensitivityPruneCallback
+from lightning_unlearn.recipes import get_recipe
 from lightning_unlearn.recipes.evidence import Evidence
 
 CLASSES = 4
@@ -259,12 +260,37 @@ def fit(module: Toy, data: Any, callbacks: Sequence[Any] = (), *, ckpt_path: Any
     return trainer
 
 
+def partition_callback(
+    *args: Any,
+    kind: type[AttributionPartitionCallback] = AttributionPartitionCallback,
+    recipe: Any = "auto",
+    min_change: float | None = None,
+    evidence_from: Any = None,
+    attribution_method: str | None = None,
+    input_layer: str | None = None,
+    min_class_fraction: float | None = None,
+    **kwargs: Any,
+) -> AttributionPartitionCallback:
+    """The callback, with settings of its recipe beside its own."""
+    recipe = get_recipe(
+        recipe,
+        evidence_from=evidence_from,
+        attribution_method=attribution_method,
+        input_layer=input_layer,
+        min_class_fraction=min_class_fraction,
+    )
+    made = kind(*args, recipe=recipe, **kwargs)
+    if min_change is not None:
+        made.min_change = min_change
+    return made
+
+
 def trio(
     at_epoch: int = 2, *, prune: dict[str, Any] | None = None, finetune: dict[str, Any] | None = None, **kwargs: Any
 ) -> tuple[AttributionPartitionCallback, SensitivityPruneCallback, CleanSubsetFinetuneCallback]:
     """The three callbacks."""
     return (
-        AttributionPartitionCallback(at_epoch=at_epoch, **kwargs),
+        partition_callback(at_epoch=at_epoch, **kwargs),
         SensitivityPruneCallback(**(prune or {})),
         CleanSubsetFinetuneCallback(**(finetune or {})),
     )

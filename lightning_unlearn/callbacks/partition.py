@@ -49,8 +49,9 @@ from lightning_unlearn.partitioning.start import (
 from lightning_unlearn.partitioning.state import AtFirst, PartitionState, PublishedPartition
 from lightning_unlearn.partitioning.summary import Accuracies, summarize
 from lightning_unlearn.partitioning.validation_set import ValidationJudge, check_validates
-from lightning_unlearn.recipes import RECIPES, Recipe, get_recipe
+from lightning_unlearn.recipes import Recipe, get_recipe
 from lightning_unlearn.recipes.evidence import Evidence
+from lightning_unlearn.recipes.registry import is_builtin, settings_of_recipe
 from lightning_unlearn.recipes.users import checking
 from lightning_unlearn.results.finding import epochs_in_words
 from lightning_unlearn.results.partition import Partition
@@ -69,7 +70,6 @@ from lightning_unlearn.trainer.row_checks import check_ranks, establish_rows_aga
 from lightning_unlearn.trainer.strategies import shards_weights
 from lightning_unlearn.trainer.validation import score_validation
 from lightning_unlearn.utilities.checks import (
-    check_choice,
     check_flag,
     check_number,
     check_path,
@@ -92,7 +92,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
     training steps themselves, at no cost (at the head's input, the sum of gradient x activation of a class's logit is
     that logit less the bias). Where a row's output does not belong to one sample and its label (MixUp, CutMix, two
     views, several forward calls in a step), this is noticed, said in the log, and replaced by passes over the training
-    set after every ``evidence_every_n_epochs`` epochs.
+    set after every epoch.
 
     When ``at_epoch`` epochs on all the data are complete, there is one such pass in any case: in index order, in eval
     mode, sharded over the ranks, with the DataModule's transforms and transfer hooks. It takes the attribution of the
@@ -120,28 +120,19 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
             EarlyStopping would end training, which goes on with what the partition leaves then; and where a fit ends
             before.
         every_n_epochs: recompute the partition after so many further epochs, and again; None for once.
-        stable_share: it is not computed again once less than this share of the samples has changed sides.
         recipe: ``"auto"``: wrong labels and corrupted inputs, each only if there is a sign of any; ``"label"`` or
             ``"input"``: one of the two; ``"rlap"``: the paper's, blind to the given label; ``"loss"``, ``"aum"``,
-            ``"argmax"``: baselines; or the dotted path of a function from evidence to p(clean), or that function (see
-            :func:`~lightning_unlearn.recipes.get_recipe`).
-        evidence: ``"training"``: read the training steps, and fall back where that is not possible; ``"passes"``: only
-            passes in eval mode.
-        evidence_every_n_epochs: how often there is a pass before ``at_epoch``, where training steps are not read. It
-            costs about as much as a validation pass over the training set.
-        method: of attribution, one of ``lightning_unlearn.attribution.ATTRIBUTION_METHODS``.
-        input_layer: dotted path of the early layer whose output shows corrupted inputs; by default what the first block
-            makes of the input.
+            ``"argmax"``: baselines; or the dotted path of a function from evidence to p(clean), or that function.
+            :func:`~lightning_unlearn.recipes.get_recipe` changes what a recipe is given, and what it always keeps.
         suspect_precision: suspects are the longest list of which at least this share is expected to be wrong: higher
             for fewer and surer ones. In [.5, 1); no sample that is less than .3 likely to be wrong is among them. A
             recipe that does not estimate how many are wrong (a function of yours, and ``"loss"``, ``"aum"``,
             ``"argmax"``, ``"rlap"``, ``"input"``) goes by p(clean) below .5 instead.
-        min_class_share: share of each class's samples that is kept in any case, the likeliest; rounded up.
         dry_run: compute the partition, but change nothing; the log reports what would be pruned and fine-tuned, and at
             what cost.
         review: a table of :meth:`Partition.to_csv <lightning_unlearn.Partition.to_csv>` in which a person has
             filled ``decision`` (and mended ``suggested_label``). It holds for those samples, whatever the recipe says:
-            ``keep``: clean for certain; ``drop``: not trained on, not even for ``min_class_share``; ``relabel``:
+            ``keep``: clean for certain; ``drop``: never trained on, whatever ``min_class_fraction``; ``relabel``:
             trained on under the suggested label with ``CleanSubsetFinetuneCallback(on_noisy="relabel")``, else
             dropped. Rank 0 reads it when the fit is set up; checkpoints keep it.
         judge_validation: judge the samples of the validation loader too, by one pass when those of training are judged
@@ -165,20 +156,17 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
 
     state_version = 3
 
+    min_change = 0.01
+    """The partition is not computed again once less than this fraction of the samples has changed group."""
+
     def __init__(  # noqa: PLR0913  (each is an option of its own)
         self,
         layer: str | None = None,
         *,
         at_epoch: int | float | Literal["auto"] = "auto",
         every_n_epochs: int | None = None,
-        stable_share: float = 0.01,
         recipe: str | Callable[..., Any] = "auto",
-        evidence: Literal["training", "passes"] = "training",
-        evidence_every_n_epochs: int = 1,
-        method: str = GRADIENT_X_ACTIVATION,
-        input_layer: str | None = None,
         suspect_precision: float = 0.85,
-        min_class_share: float = 0.1,
         dry_run: bool = False,
         review: str | PathLike[str] | None = None,
         judge_validation: bool = False,
@@ -191,28 +179,13 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
             self.every_n_epochs = check_whole(
                 "every_n_epochs", every_n_epochs, least=1, meaning="or None for one partition"
             )
-        self.stable_share = check_number("stable_share", stable_share, least=0, below=1)
-        self.recipe: Recipe = get_recipe(recipe)
-        if self.recipe not in RECIPES.values():
-            self.recipe = checking(self.recipe)
-        self.evidence: str = check_choice("evidence", evidence, ("training", "passes"))
-        self.evidence_every_n_epochs = check_whole("evidence_every_n_epochs", evidence_every_n_epochs, least=1)
-        self.method = check_method(method)
-        self.input_layer = None if input_layer is None else check_text("input_layer", input_layer, _PATH)
         self.suspect_precision = check_number("suspect_precision", suspect_precision, least=0.5, below=1)
-        self.min_class_share = check_number("min_class_share", min_class_share, least=0, below=1)
         self.review = None if review is None else check_path("review", review, "a table of decisions")
         self.data = make_data_format(data)
         self.reading = TaskFormat(self.data)
         self.judge_validation = check_flag("judge_validation", judge_validation)
-        self.collector = EvidenceCollector(
-            self.reading,
-            self.recipe,
-            keeps_coordinates=self.recipe not in RECIPES.values(),
-            reads_steps=self.evidence == "training",
-            every_n_epochs=self.evidence_every_n_epochs,
-            method=self.method,
-        )
+        self.collector = EvidenceCollector(self.reading)
+        self.recipe = recipe
         self.at_epoch = at_epoch
         self._end = EarlyEnd()
         self.reset()
@@ -240,6 +213,18 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         self.collector.when = DrawTime(value)
 
     @property
+    def recipe(self) -> Recipe:
+        """From evidence to p(clean)."""
+        return self.collector.recipe
+
+    @recipe.setter
+    def recipe(self, value: Any) -> None:
+        found = get_recipe(value)
+        check_method(found.attribution_method)
+        of_user = not is_builtin(found)
+        self.collector.recipe, self.collector.keeps_coordinates = checking(found) if of_user else found, of_user
+
+    @property
     def _when(self) -> DrawTime:
         return self.collector.when
 
@@ -249,7 +234,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
 
     @override
     def settings(self) -> dict[str, Any]:
-        return settings_of(self, recipe=self.recipe.name, data=vars(self.data))
+        return settings_of(self, recipe=self.recipe.name, data=vars(self.data)) | settings_of_recipe(self.recipe)
 
     @property
     def uses_soft_targets(self) -> bool:
@@ -286,7 +271,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
 
     @override
     def check_layers(self, pl_module: LightningModule) -> None:
-        for layer in (self.layer, self.input_layer):
+        for layer in (self.layer, self.recipe.input_layer):
             if layer is not None:
                 resolve_layer(pl_module, layer)
 
@@ -294,8 +279,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         fit, state, collector = self.fit, self.state, self.collector
         trace, first = fit.probe()
-        layers = (self.layer, self.input_layer)
-        collector.point, collector.early = choose_points(fit, trace, first, self.recipe, self.method, layers)
+        collector.point, collector.early = choose_points(fit, trace, first, self.recipe, self.layer)
         state.task = same_task(state.task, self.reading.task)
         warn_of_probabilities(trace.output)
         check_ranks(fit, fit.total)
@@ -313,7 +297,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         note_fit(fit, state, settings, seen, may_be_drawn_again=again)
         collector.say_what_is_lost()
         collector.start(fit, trace, first, is_before=state.partition is None)
-        if collector.trajectory is not None and self.recipe not in RECIPES.values():
+        if collector.trajectory is not None and not is_builtin(self.recipe):
             try_recipe(fit, self.recipe, collector.trajectory.basis)
         self._begin_validation()
         collector.start_reading(fit, trace, data, first)
@@ -457,7 +441,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
 
     def _say_cost(self, trainer: Trainer) -> None:
         """Says before the first pass what bounds its time; other methods pass through the network many times."""
-        if self._epoch_seconds is None or self.method != GRADIENT_X_ACTIVATION:
+        if self._epoch_seconds is None or self.recipe.attribution_method != GRADIENT_X_ACTIVATION:
             return
         say_cost(self.fit, self._epoch_seconds)
         self._has_said_cost = True
@@ -502,7 +486,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         if state.is_first(drawn):
             found = self._at_first(trainer, pl_module, judged, drawn)
         # After all that may fail, and all at once.
-        changed, is_taken = state.publish(drawn, found, self.stable_share)
+        changed, is_taken = state.publish(drawn, found, self.min_change)
         if is_taken:
             remember_files(self.fit, drawn)
             state.sample_weight = weight_of_copies(judged, len(drawn))
@@ -536,7 +520,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
             judged,
             label,
             # Of validation samples none are to be kept for training.
-            CleanCriteria(self.suspect_precision, self.min_class_share if validation is None else 0),
+            CleanCriteria(self.suspect_precision, self.recipe.min_class_fraction if validation is None else 0),
             sum_over_ranks(trainer.strategy),
             recipe=self.recipe.name,
             layer=str(self.collector.point),

@@ -40,6 +40,7 @@ from lightning_unlearn.data.naming import class_names_in, files_in
 from lightning_unlearn.evidence.when import LATEST
 from lightning_unlearn.recipes import get_recipe
 from lightning_unlearn.recipes.latent_noise import MEMORIZED
+from lightning_unlearn.recipes.registry import changed_settings
 from lightning_unlearn.report import RunRecord, shown_samples, write_report
 from lightning_unlearn.results.finding import finding_of
 from lightning_unlearn.results.partition import Partition
@@ -189,7 +190,8 @@ class PartitionCLI(ConfigCLI):
         if at_epoch is not None:
             partition.at_epoch = at_epoch
         if recipe is not None:
-            partition.recipe = AttributionPartitionCallback(recipe=recipe).recipe
+            # Beside another recipe, what the configuration changes of its own still counts.
+            partition.recipe = get_recipe(recipe, **changed_settings(partition.recipe))
         if (share := self.config["suspect_precision"]) is not None:
             partition.suspect_precision = share
         if self.config["judge_validation"]:

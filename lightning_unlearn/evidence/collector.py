@@ -33,29 +33,18 @@ class EvidenceCollector:
 
     Args:
         reading: how batches, outputs and labels are read.
-        recipe: says what evidence it needs.
-        keeps_coordinates: whether it may look at the attributions of however many classes.
-        reads_steps: read the training steps, where that is possible.
-        every_n_epochs: how often there is a pass where they are not read.
-        method: of attribution.
 
-    ``trajectory`` is what earlier epochs showed, the same on every rank; None before the first and once no partition is
-    to follow. ``point`` is where the margin is attributed, ``early`` where corrupted inputs show (None for nowhere).
+    ``recipe`` says what evidence it needs, ``keeps_coordinates`` whether it may look at the attributions of however
+    many classes. ``trajectory`` is what earlier epochs showed, the same on every rank; None before the first and once
+    no partition is to follow. ``point`` is where the margin is attributed, ``early`` where corrupted inputs show (None
+    for nowhere).
     ``is_closed`` says that the first partition has been drawn, from when on training steps are not read.
     """
 
-    def __init__(
-        self,
-        reading: TaskFormat,
-        recipe: Recipe,
-        *,
-        keeps_coordinates: bool,
-        reads_steps: bool,
-        every_n_epochs: int,
-        method: str,
-    ) -> None:
-        self.reading, self.recipe, self.method = reading, recipe, method
-        self._keeps_coordinates, self._may_read_steps, self._every = keeps_coordinates, reads_steps, every_n_epochs
+    def __init__(self, reading: TaskFormat) -> None:
+        self.reading = reading
+        self.recipe: Recipe
+        self.keeps_coordinates = False
         self.reader = TrainStepReader(reading=reading, sink=self)
         self.label_watch = LabelWatch(reading)
         self.validation_watch = ValidationWatch(reading)
@@ -96,7 +85,7 @@ class EvidenceCollector:
     @property
     def reads_steps(self) -> bool:
         """Whether evidence is wanted of training steps."""
-        return self._may_read_steps and self.recipe.averages and not self.is_closed
+        return self.recipe.evidence_from == "train_steps" and self.recipe.averages and not self.is_closed
 
     @property
     def asks_unseen(self) -> bool:
@@ -120,7 +109,7 @@ class EvidenceCollector:
             return False
         if self.when.is_due(epoch):
             return True
-        return self.recipe.averages and epoch not in self.epochs_seen and epoch % self._every == 0
+        return self.recipe.averages and epoch not in self.epochs_seen
 
     def is_before_the_first(self, epoch: int) -> bool:
         """Whether no partition is to be computed yet; one of a checkpoint may be older than ``at_epoch``."""
@@ -139,9 +128,7 @@ class EvidenceCollector:
         if self.trajectory is None and not self.is_closed:
             rows = fit.total * self.reading.rows_per_sample
             # A recipe of a user may look at the attributions of however many classes.
-            self.trajectory = TrainingDynamics(
-                rows, self.reading.num_classes, keeps_coordinates=self._keeps_coordinates
-            )
+            self.trajectory = TrainingDynamics(rows, self.reading.num_classes, keeps_coordinates=self.keeps_coordinates)
             if self.reading.label_at is None:
                 self.label_watch.start(fit.model, maker)
         if self.trajectory is not None and self.asks_unseen:
@@ -183,8 +170,8 @@ class EvidenceCollector:
             return
         self._has_said_fallback = True
         rank_zero_info(
-            f"Label evidence is not read from the training steps ({self.reader.reason}); instead there is a pass over"
-            f" the training set {'after every epoch' if self._every == 1 else f'every {self._every} epochs'}."
+            f"Cannot collect label evidence from training steps ({self.reader.reason}). Running an evaluation pass over"
+            " the training set after every epoch instead."
         )
 
     def say_what_is_lost(self) -> None:
@@ -193,7 +180,8 @@ class EvidenceCollector:
             rank_zero_info(
                 "The checkpoint was written before an epoch had ended: what its training steps had shown by then is not"
                 " kept, so the partition may differ from that of a fit that was not interrupted; checkpoints of the end"
-                " of an epoch (save_on_train_epoch_end=True), or evidence='passes', have all of it."
+                " of an epoch (save_on_train_epoch_end=True), or"
+                " recipe=get_recipe('auto', evidence_from='eval_passes'), have all of it."
             )
         self.reader.left_open = False
 
@@ -296,15 +284,15 @@ class EvidenceCollector:
         trace, _ = fit.probe()
         if not fit.agree(trace.makes_logits(self.reader.head), of_all=True):
             rank_zero_warn(
-                f"What '{self.reader.head}' returns is no longer what forward returns as logits, so the evidence of"
-                " the training steps is dropped; set evidence='passes' to have passes over the training set instead."
+                f"The output of '{self.reader.head}' no longer equals the logits that forward returns. Discarding"
+                " evidence from training steps. Set evidence_from='eval_passes' (get_recipe) to use evaluation passes."
             )
             self.forget()
 
     def _attributor(self, fit: FitContext, watch: tuple[LayerPoint, ...] = ()) -> Attributor:
         if self.point is None:
             raise RuntimeError("The layer to attribute at is not resolved; this is an error in lightning_unlearn.")
-        return make_attributor(fit, self.point, self.method, watch)
+        return make_attributor(fit, self.point, self.recipe.attribution_method, watch)
 
     def evidence_pass(self, fit: FitContext, *, is_last: bool, features: FrozenFeatures | None = None) -> ScoringPass:
         """A pass that is not run yet.

@@ -50,11 +50,11 @@ class CleanCriteria:
 
     Args:
         precision: share of the suspects that is expected to be wrong.
-        min_class_share: share of each class's samples that is kept in any case.
+        min_class_fraction: fraction of each class's samples that is kept in any case.
     """
 
     precision: float
-    min_class_share: float
+    min_class_fraction: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,9 +112,9 @@ def assemble(  # noqa: PLR0913  (what a partition says of itself)
         columns = [_reviewed(*each, decided.decision) for each in zip(columns, given_of_each, new_label, strict=True)]
     one = columns[0] if label.ndim == 1 else _joined(columns, label)
     is_clean = _enforce_min_class_fraction(
-        ~one.suspect & one.usable, one.probability, label, cut.min_class_share, one.usable
+        ~one.suspect & one.usable, one.probability, label, cut.min_class_fraction, one.usable
     )
-    doubtful = _doubtful(one, is_clean, label, cut.min_class_share, judged)
+    doubtful = _doubtful(one, is_clean, label, cut.min_class_fraction, judged)
     first = judged[0].verdict
     noise = None if first is None or label.ndim > 1 else first.noise
     rate, interval = _rate(noise, one.probability, is_decided=decided is not None)

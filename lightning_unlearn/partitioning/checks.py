@@ -9,7 +9,7 @@ from lightning_unlearn.trainer.compat import MisconfigurationException
 from lightning_unlearn.trainer.context import FitContext
 
 
-def check_several_labels(layer: str | None, method: str, recipe: Recipe) -> None:
+def check_several_labels(layer: str | None, recipe: Recipe) -> None:
     """Refuses what a multi-label task, each label of which is judged by itself, cannot have.
 
     Raises:
@@ -17,7 +17,7 @@ def check_several_labels(layer: str | None, method: str, recipe: Recipe) -> None
     """
     found = {
         "layer": (layer, layer is not None),
-        "method": (method, method != GRADIENT_X_ACTIVATION),
+        "attribution_method": (recipe.attribution_method, recipe.attribution_method != GRADIENT_X_ACTIVATION),
         "recipe": (recipe.name, recipe.needs_rows),
     }
     for name, (value, is_wrong) in found.items():
@@ -36,8 +36,9 @@ def check_samples_first(point: LayerPoint | None, method: str) -> None:
     """
     if point is not None and point.samples and method != GRADIENT_X_ACTIVATION:
         raise ValueError(
-            f"Expected a layer with the samples first for method={method!r}, but the {point.at} of layer '{point.name}'"
-            f" has them in dimension {point.samples}; name another layer, or set method={GRADIENT_X_ACTIVATION!r}."
+            f"Expected a layer with the samples first for attribution_method={method!r}, but the {point.at} of layer"
+            f" '{point.name}' has them in dimension {point.samples}; name another layer, or set"
+            f" attribution_method={GRADIENT_X_ACTIVATION!r}."
         )
 
 

@@ -9,7 +9,7 @@ from lightning_unlearn.results.partition import Partition
 
 # What counts from here on whatever the checkpoint holds, what is checked elsewhere, and functions, of which two may do
 # the same under different names.
-_LEFT_OUT = {"dry_run", "review", "verify", "every_n_epochs", "stable_share", "batch_to_xy", "logits_from"}
+_LEFT_OUT = {"dry_run", "review", "verify", "every_n_epochs", "batch_to_xy", "logits_from"}
 _SIZES = {"batch_size": "batch size", "ranks": "number of ranks"}
 
 

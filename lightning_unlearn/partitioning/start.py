@@ -37,8 +37,7 @@ def choose_points(
     trace: ForwardTrace,
     first: IndexedBatch,
     recipe: Recipe,
-    method: str,
-    layers: tuple[str | None, str | None],
+    layer: str | None,
 ) -> tuple[LayerPoint | None, LayerPoint | None]:
     """Where the margin is attributed, and where corrupted inputs show; None for nowhere.
 
@@ -46,16 +45,15 @@ def choose_points(
         fit: that begins.
         trace: of its forward pass.
         first: the batch that it was of.
-        recipe: says whether it asks of inputs.
-        method: of attribution.
-        layers: that were named for the two; None for the default.
+        recipe: says whether it asks of inputs, where corrupted ones show, and how to attribute.
+        layer: that was named for the margin; None for the default.
 
     Raises:
         ValueError: for a layer that is not reached or has no row for each sample, and for what the task or the method
             does not allow.
         MisconfigurationException: for networks that are trained in turns.
     """
-    layer, input_layer = layers
+    input_layer = recipe.input_layer
     if layer is None:
         check_classifies(fit, trace)
     point, batch = attributed_point(trace, layer, fit.reading.num_outputs), len(first.index)
@@ -67,9 +65,9 @@ def choose_points(
     for one, is_found in ((point, attributed), *((one, responding) for one in early if input_layer)):
         if is_found is None and not is_multilabel:
             raise ValueError(no_rows(one, batch))
-    check_samples_first(attributed, method)
+    check_samples_first(attributed, recipe.attribution_method)
     if is_multilabel:
-        check_several_labels(layer, method, recipe)
+        check_several_labels(layer, recipe)
     return attributed, responding
 
 

@@ -92,13 +92,13 @@ class PartitionState:
         """What was known when the partition that others act upon first was drawn."""
         return AtFirst(self.memorized, self.accuracy_before, self.accuracy_gap, self.best_accuracy_before)
 
-    def publish(self, drawn: Partition, found: AtFirst, stable_share: float) -> tuple[float, bool]:
+    def publish(self, drawn: Partition, found: AtFirst, min_change: float) -> tuple[float, bool]:
         """Makes a partition known.
 
         Args:
             drawn: the new one.
             found: when the one that others act upon first was computed.
-            stable_share: it is not computed again once less than this share of the samples has changed sides.
+            min_change: it is not computed again once less than this share of the samples has changed sides.
 
         Returns:
             the share of the samples that have changed sides, and whether the partition is taken. One that cannot be
@@ -108,7 +108,7 @@ class PartitionState:
         changed = 1.0 if before is None else (before.is_clean != drawn.is_clean).float().mean().item()
         self.rounds.append(PartitionRound(drawn.epoch, len(drawn.suspect_indices()), drawn.noise_rate, changed))
         # What could not be told may be told later.
-        self.is_stable = not is_first and changed < stable_share and drawn.status in _TELLING
+        self.is_stable = not is_first and changed < min_change and drawn.status in _TELLING
         self.memorized, self.accuracy_before, self.accuracy_gap, self.best_accuracy_before = found
         is_taken = is_first or drawn.is_actionable
         if is_taken:

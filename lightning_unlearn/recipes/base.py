@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from lightning_unlearn.functional.suspects import longest_list
 from lightning_unlearn.recipes.evidence import Evidence
-from lightning_unlearn.utilities.checks import check_flag, check_text, fault_of_call, shown
+from lightning_unlearn.utilities.checks import check_choice, check_flag, check_number, check_text, fault_of_call, shown
 from lightning_unlearn.utilities.reduce import Reduce
 
 # Standard errors by which the components' means must differ before one is called clean.
@@ -101,6 +101,7 @@ class RecipeResult:
         return broken | longest_list(wrong, weight * ~broken, precision, reduce=reduce)[0]
 
 
+EvidenceFrom = Literal["train_steps", "eval_passes"]
 Judge = Callable[[Evidence, Reduce], RecipeResult]
 
 
@@ -116,6 +117,16 @@ class Recipe:
         needs_unseen: whether it looks at ``Evidence.unseen``, an early epoch and the validation accuracy.
         averages: whether evidence of earlier epochs counts.
         soft: whether neurons are regressed on the probability (else, as in the paper, on the two clusters).
+        evidence_from: ``"train_steps"`` reads evidence from the training steps, and falls back to evaluation passes
+            where that is not possible; ``"eval_passes"`` runs one pass over the training set after each epoch.
+        attribution_method: name of a layer method of Captum, one of
+            ``lightning_unlearn.attribution.ATTRIBUTION_METHODS``.
+        input_layer: dotted path of the early layer whose output shows corrupted inputs; by default the first block.
+        min_class_fraction: fraction of each class that is always kept, in [0, 1), rounded up: its samples most likely
+            to be clean.
+
+    Raises:
+        ValueError: for an argument out of range.
     """
 
     name: str
@@ -125,6 +136,10 @@ class Recipe:
     needs_unseen: bool = False
     averages: bool = True
     soft: bool = True
+    evidence_from: EvidenceFrom = "train_steps"
+    attribution_method: str = "gradient_x_activation"
+    input_layer: str | None = None
+    min_class_fraction: float = 0.1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", check_text("name", self.name, "a text, the name of the recipe"))
@@ -136,6 +151,15 @@ class Recipe:
             )
         for name in ("needs_rows", "needs_response", "needs_unseen", "averages", "soft"):
             object.__setattr__(self, name, check_flag(name, getattr(self, name)))
+        allowed = get_args(EvidenceFrom)
+        object.__setattr__(self, "evidence_from", check_choice("evidence_from", self.evidence_from, allowed))
+        fraction = check_number("min_class_fraction", self.min_class_fraction, least=0, below=1)
+        object.__setattr__(self, "min_class_fraction", fraction)
+        method = check_text("attribution_method", self.attribution_method, "the name of a layer method of Captum")
+        object.__setattr__(self, "attribution_method", method)
+        if self.input_layer is not None:
+            layer = check_text("input_layer", self.input_layer, "the dotted path of a layer, or None")
+            object.__setattr__(self, "input_layer", layer)
 
 
 def cleaner_component(score: Tensor, share: Tensor, weight: Tensor, reduce: Reduce) -> int | None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from importlib.metadata import entry_points
 from typing import Any
 
-from lightning_unlearn.recipes.base import Recipe
+from lightning_unlearn.recipes.base import EvidenceFrom, Recipe
 from lightning_unlearn.recipes.baselines import argmax_recipe, aum_recipe, loss_recipe, rlap_recipe
 from lightning_unlearn.recipes.builtin import auto_recipe, input_recipe, label_recipe
 from lightning_unlearn.recipes.users import judge_of
@@ -24,16 +24,28 @@ RECIPES: dict[str, Recipe] = {
         Recipe("auto", auto_recipe, needs_response=True, needs_unseen=True),
         Recipe("label", label_recipe, needs_unseen=True),
         Recipe("input", input_recipe, needs_response=True),
-        Recipe("rlap", rlap_recipe, needs_rows=True, averages=False, soft=False),
+        # The paper keeps no sample for the sake of its class.
+        Recipe("rlap", rlap_recipe, needs_rows=True, averages=False, soft=False, min_class_fraction=0.0),
         Recipe("loss", loss_recipe, averages=False),
         Recipe("aum", aum_recipe),
         Recipe("argmax", argmax_recipe, averages=False),
     )
 }
 
+_SETTINGS = ("evidence_from", "attribution_method", "input_layer", "min_class_fraction")
 
-def get_recipe(recipe: str | Recipe | Callable[..., Any]) -> Recipe:
-    """The recipe of a name, of a dotted path, or of a function.
+
+def get_recipe(
+    recipe: str | Recipe | Callable[..., Any],
+    *,
+    evidence_from: EvidenceFrom | None = None,
+    attribution_method: str | None = None,
+    input_layer: str | None = None,
+    min_class_fraction: float | None = None,
+) -> Recipe:
+    """Return the recipe of a name, a dotted path or a function, with some of its settings replaced.
+
+    In YAML: ``class_path: lightning_unlearn.recipes.get_recipe``, ``init_args: {recipe: label, input_layer: conv1}``.
 
     Args:
         recipe: a name of :data:`~lightning_unlearn.recipes.RECIPES`; a name in the entry-point group
@@ -41,6 +53,10 @@ def get_recipe(recipe: str | Recipe | Callable[..., Any]) -> Recipe:
             function takes :class:`~lightning_unlearn.recipes.evidence.Evidence`, and, if it has a second positional
             parameter without a default, the function that sums over ranks; it returns p(clean), (n,), or a
             :class:`RecipeResult`.
+        evidence_from: see :class:`Recipe`; None for the recipe's own, as for the others.
+        attribution_method: see :class:`Recipe`.
+        input_layer: see :class:`Recipe`.
+        min_class_fraction: see :class:`Recipe`.
 
     Raises:
         ValueError: if there is none, the message lists those there are; or for a function of other arguments.
@@ -51,7 +67,36 @@ def get_recipe(recipe: str | Recipe | Callable[..., Any]) -> Recipe:
         False
         >>> get_recipe(lambda evidence: evidence.support).name
         '<lambda>'
+        >>> get_recipe("label", min_class_fraction=0).min_class_fraction
+        0.0
     """
+    wanted = {
+        "evidence_from": evidence_from,
+        "attribution_method": attribution_method,
+        "input_layer": input_layer,
+        "min_class_fraction": min_class_fraction,
+    }
+    changes: dict[str, Any] = {name: value for name, value in wanted.items() if value is not None}
+    return replace(_find(recipe), **changes) if changes else _find(recipe)
+
+
+def settings_of_recipe(recipe: Recipe) -> dict[str, Any]:
+    """Return what :func:`get_recipe` can change."""
+    return {name: getattr(recipe, name) for name in _SETTINGS}
+
+
+def changed_settings(recipe: Recipe) -> dict[str, Any]:
+    """Return the settings in which a recipe differs from the one of its name."""
+    known = RECIPES.get(recipe.name, Recipe("default", recipe.judge))
+    return {name: value for name, value in settings_of_recipe(recipe).items() if value != getattr(known, name)}
+
+
+def is_builtin(recipe: Recipe) -> bool:
+    """Return whether a recipe is one of this package, whatever its settings."""
+    return any(recipe.judge is one.judge for one in RECIPES.values())
+
+
+def _find(recipe: str | Recipe | Callable[..., Any]) -> Recipe:
     if isinstance(recipe, Recipe):
         return recipe
     if callable(recipe):
@@ -65,9 +110,9 @@ def get_recipe(recipe: str | Recipe | Callable[..., Any]) -> Recipe:
         return RECIPES[recipe]
     offered = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
     if recipe in offered:
-        return replace(get_recipe(offered[recipe].load()), name=recipe)
+        return replace(_find(offered[recipe].load()), name=recipe)
     if "." in recipe and all(part.isidentifier() for part in recipe.split(".")):
-        return replace(get_recipe(_import(recipe)), name=recipe)
+        return replace(_find(_import(recipe)), name=recipe)
     names = [*RECIPES, *offered]
     raise ValueError(
         f"Expected recipe to be one of {', '.join(map(repr, names))}, or the dotted path of a function, but got"

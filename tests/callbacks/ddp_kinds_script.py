@@ -55,7 +55,7 @@ SCENARIOS = {
     "own sampler": {"trainer": {"use_distributed_sampler": False}, "data": OwnSampler},
     "averages": {"callbacks": averaging},
     "rounds": {
-        "partition": {"every_n_epochs": 2, "stable_share": 0},
+        "partition": {"every_n_epochs": 2, "min_change": 0},
         "finetune": {"on_noisy": "reweight"},
         "epochs": 6,
     },

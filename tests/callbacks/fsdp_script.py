@@ -18,7 +18,7 @@ from lightning_unlearn.recipes import Recipe, RecipeResult
 from lightning_unlearn.trainer.validation import score_validation
 from lightning_unlearn.utilities.sharding import whole
 from tests.callbacks.published import Planted, PlantedData, Published, make_partition
-from tests.toys import Blobs, BlobsData, IndexRecorder, Toy, fit, mlp, trio
+from tests.toys import Blobs, BlobsData, IndexRecorder, Toy, fit, mlp, partition_callback, trio
 
 SIZE, AT, PER_RANK = 104, 2, 8
 CRITERIA = ("sensitivity", "random", "magnitude", "mean_abs_ratio", "std_ratio", "frequency_ratio", "taylor", "hessian")
@@ -102,7 +102,7 @@ BY_ROWS = Recipe("rows", by_rows, needs_rows=True)
 SCENARIOS = {
     "full": {"guard": False},
     "rounds": {
-        "partition": {"every_n_epochs": 2, "stable_share": 0},
+        "partition": {"every_n_epochs": 2, "min_change": 0},
         "finetune": {"on_noisy": "relabel", "relabel_threshold": 0.4},
         "trainer": {"accumulate_grad_batches": 2, "max_epochs": AT + 4},
     },
@@ -113,7 +113,7 @@ SCENARIOS = {
         "finetune": {"mode": "layers", "layers": ["net.2", "net.4"]},
     },
     "norms": {"net": mlp, "finetune": {"mode": "layers"}},
-    "rows": {"module": InPieces, "partition": {"recipe": BY_ROWS, "evidence": "passes"}},
+    "rows": {"module": InPieces, "partition": {"recipe": BY_ROWS, "evidence_from": "eval_passes"}},
     "report": {"module": InOnePiece, "partition": {"dry_run": True}},
 }
 STRATEGIES = {
@@ -224,7 +224,7 @@ def pruned_by(kind, **arguments):
 
 
 def attributed_by(kind, method):
-    partition = AttributionPartitionCallback(at_epoch=1, method=method, recipe="label", evidence="passes")
+    partition = partition_callback(at_epoch=1, attribution_method=method, recipe="label", evidence_from="eval_passes")
     module = make_module("full")
     fit(module, InStep(Blobs(SIZE)), [partition], max_epochs=2, **settings(kind))
     return {"probability": partition.partition.clean_probability, "weights": everything(module)}

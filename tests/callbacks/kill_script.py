@@ -47,20 +47,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "layers, optimizer": {
         "prune": PRUNES,
         "finetune": {"mode": "layers", "optimizer": small_adam, "lr_scheduler": halving},
-        "evidence": "passes",
+        "evidence_from": "eval_passes",
     },
     "rounds, relabel": {
         "prune": {"criterion": "sensitivity"},
         "finetune": {"on_noisy": "relabel", "relabel_threshold": 0.4},
         "every_n_epochs": 1,
-        "stable_share": 0,
+        "min_change": 0,
     },
     "rounds, reweight, new head": {
         "prune": PRUNES | {"amount": 0.15},
         "finetune": {"on_noisy": "reweight", "reset_head": True, "lr": 0.02},
         "every_n_epochs": 2,
-        "stable_share": 0,
-        "evidence": "passes",
+        "min_change": 0,
+        "evidence_from": "eval_passes",
     },
 }
 

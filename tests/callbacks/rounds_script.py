@@ -5,9 +5,9 @@ from dataclasses import asdict
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback
+from lightning_unlearn import CleanSubsetFinetuneCallback
 from tests.callbacks.published import Published, make_partition
-from tests.toys import Blobs, BlobsData, Toy, adamw, fit, trio, weights
+from tests.toys import Blobs, BlobsData, Toy, adamw, fit, partition_callback, trio, weights
 
 SIZE, AT, EPOCHS = 101, 2, 6
 SETTINGS = {
@@ -73,9 +73,7 @@ def run(folder, scenario):
         return
     dry_run = scenario == "report"
     recipe = unsure if scenario == "reweight" else "auto"
-    partition = AttributionPartitionCallback(
-        at_epoch=AT, every_n_epochs=2, stable_share=0, dry_run=dry_run, recipe=recipe
-    )
+    partition = partition_callback(at_epoch=AT, every_n_epochs=2, min_change=0, dry_run=dry_run, recipe=recipe)
     finetune, prune = Draws(**SETTINGS[scenario]), trio(AT)[1]
     trainer = fit(module, BlobsData(data, batch_size=8), [finetune, prune, partition], **distributed)
     save(

@@ -19,10 +19,10 @@ from tests.toys import Blobs, BlobsData, Toy, convnet, fit, trio
 AT, EPOCHS, SIZE = 3, 5, 272
 CASES: dict[str, dict[str, Any]] = {
     "auto, F-FT": {},
-    "rlap, L-FT": {"recipe": "rlap", "min_class_share": 0.0, "finetune": {"mode": "layers"}},
+    "rlap, L-FT": {"recipe": "rlap", "min_class_fraction": 0.0, "finetune": {"mode": "layers"}},
     "label, relabel": {"recipe": "label", "finetune": {"on_noisy": "relabel"}},
     "passes, reweight, blind pruning": {
-        "evidence": "passes",
+        "evidence_from": "eval_passes",
         "finetune": {"on_noisy": "reweight"},
         "prune": {"amount": 0.3, "criterion": Sensitivity(fdr_level=None), "guard": False},
     },

@@ -14,7 +14,7 @@ from torch.utils.data import (
 
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback, SensitivityPruneCallback
 from lightning_unlearn.pruning.criteria import Sensitivity
-from tests.toys import Blobs, BlobsData, Residual, Swapped, Toy, fit, mlp, trio
+from tests.toys import Blobs, BlobsData, Residual, Swapped, Toy, fit, mlp, partition_callback, trio
 
 
 def refused(error, match, callbacks, *, module=None, data=None, steps=0, **trainer):
@@ -33,10 +33,6 @@ def refused(error, match, callbacks, *, module=None, data=None, steps=0, **train
     [
         (lambda: AttributionPartitionCallback(at_epoch=0), "at_epoch to be 'auto', .* but got 0"),
         (
-            lambda: AttributionPartitionCallback(at_epoch=2, evidence_every_n_epochs=0),
-            "evidence_every_n_epochs to be at least 1, but got 0",
-        ),
-        (
             lambda: AttributionPartitionCallback(at_epoch=2, suspect_precision=1),
             r"precision to lie in \[0.5, 1\), but got 1",
         ),
@@ -49,18 +45,18 @@ def refused(error, match, callbacks, *, module=None, data=None, steps=0, **train
             "recipe to be one of .*'label'.*'rlap'.* but got 'lable'. Did you mean 'label'",
         ),
         (
-            lambda: AttributionPartitionCallback(at_epoch=2, evidence="x"),
-            "evidence to be 'training' or 'passes', but got 'x'",
+            lambda: partition_callback(at_epoch=2, evidence_from="x"),
+            "evidence_from to be 'train_steps' or 'eval_passes', but got 'x'",
         ),
         (
-            lambda: AttributionPartitionCallback(at_epoch=2, min_class_share=1.0),
-            r"min_class_share to lie in \[0, 1\), but got 1.0",
+            lambda: partition_callback(at_epoch=2, min_class_fraction=1.0),
+            r"min_class_fraction to lie in \[0, 1\), but got 1.0",
         ),
         (
-            lambda: AttributionPartitionCallback(at_epoch=2, min_class_share=-0.1),
-            r"min_class_share to lie in \[0, 1\), but got -0.1",
+            lambda: partition_callback(at_epoch=2, min_class_fraction=-0.1),
+            r"min_class_fraction to lie in \[0, 1\), but got -0.1",
         ),
-        (lambda: AttributionPartitionCallback(at_epoch=2, method="deplift"), "'deplift'"),
+        (lambda: partition_callback(at_epoch=2, attribution_method="deplift"), "'deplift'"),
         (
             lambda: AttributionPartitionCallback(at_epoch=2, recipe="tests.toys.nothing"),
             "can be imported, but 'tests.toys.nothing' cannot: .*has no attribute 'nothing'",
@@ -99,7 +95,7 @@ def test_arguments_out_of_range(make, match):
     "callbacks",
     [
         lambda: [AttributionPartitionCallback("net.77", at_epoch=2)],
-        lambda: [AttributionPartitionCallback(at_epoch=2, input_layer="net.77")],
+        lambda: [partition_callback(at_epoch=2, input_layer="net.77")],
         lambda: [AttributionPartitionCallback(at_epoch=2), SensitivityPruneCallback("net.77")],
         lambda: [
             AttributionPartitionCallback(at_epoch=2),
@@ -118,7 +114,7 @@ def test_an_unknown_layer_lists_the_near_names(callbacks):
     "callbacks",
     [
         lambda: [AttributionPartitionCallback("net.unused", at_epoch=2)],
-        lambda: [AttributionPartitionCallback(at_epoch=2, input_layer="net.unused")],
+        lambda: [partition_callback(at_epoch=2, input_layer="net.unused")],
         lambda: [
             AttributionPartitionCallback(at_epoch=2),
             SensitivityPruneCallback("net.unused", amount=0.4),
@@ -287,7 +283,7 @@ def test_batches_that_are_not_inputs_and_labels(change, error, match):
     refused(error, match, [AttributionPartitionCallback(at_epoch=2)], data=collated(change))
 
 
-@pytest.mark.parametrize(("evidence", "steps"), [("passes", 3), ("training", 6)])
+@pytest.mark.parametrize(("evidence", "steps"), [("eval_passes", 3), ("train_steps", 6)])
 def test_a_wrong_label_further_in_is_found_by_the_first_pass_with_its_place(evidence, steps):
     data = Blobs(40)
     data.y[25] = 7
@@ -297,7 +293,7 @@ def test_a_wrong_label_further_in_is_found_by_the_first_pass_with_its_place(evid
     refused(
         ValueError,
         "but found 7 in the batch that starts at dataset index 24",
-        [AttributionPartitionCallback(at_epoch=2, evidence=evidence)],
+        [partition_callback(at_epoch=2, evidence_from=evidence)],
         module=module,
         data=loader,
         steps=steps,

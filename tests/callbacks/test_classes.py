@@ -5,8 +5,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_unlearn import AttributionPartitionCallback
-from tests.toys import CLASSES, FEATURES, Blobs, Toy, auroc, fit
+from tests.toys import CLASSES, FEATURES, Blobs, Toy, auroc, fit, partition_callback
 
 OUTPUTS = 300
 
@@ -16,20 +15,20 @@ def wide(outputs=OUTPUTS):
 
 
 def judged(data, outputs=OUTPUTS, **kwargs):
-    partition = AttributionPartitionCallback(at_epoch=6, dry_run=True, **kwargs)
+    partition = partition_callback(at_epoch=6, dry_run=True, **kwargs)
     fit(Toy(lambda: wide(outputs)), DataLoader(data, 32, shuffle=True), [partition], max_epochs=6)
     return partition.partition
 
 
-@pytest.mark.parametrize("evidence", ["training", "passes"])
+@pytest.mark.parametrize("evidence", ["train_steps", "eval_passes"])
 def test_outputs_that_no_label_names_make_nothing_suspect(evidence):
-    assert judged(Blobs(400, 0), evidence=evidence).is_clean.all()
+    assert judged(Blobs(400, 0), evidence_from=evidence).is_clean.all()
 
 
-@pytest.mark.parametrize("evidence", ["training", "passes"])
+@pytest.mark.parametrize("evidence", ["train_steps", "eval_passes"])
 def test_wrong_labels_are_found_among_many_outputs_and_only_classes_that_occur_are_suggested(evidence):
     data = Blobs(400)
-    found = judged(data, evidence=evidence)
+    found = judged(data, evidence_from=evidence)
     assert auroc(1 - found.clean_probability, data.wrong) > 0.97
     assert data.wrong[~found.is_clean].float().mean() > 0.9
     assert (~found.is_clean).sum() > 0.8 * data.wrong.sum()

@@ -61,7 +61,7 @@ def alone():
 @pytest.mark.parametrize("every", [None, 1])
 def test_the_weights_are_bit_for_bit_those_of_a_fit_without_the_callbacks(variant, every, alone):
     data = Blobs(101)
-    callbacks = trio(2, dry_run=True, finetune=VARIANTS[variant], every_n_epochs=every, stable_share=0)
+    callbacks = trio(2, dry_run=True, finetune=VARIANTS[variant], every_n_epochs=every, min_change=0)
     record, module = IndexRecorder(data), Toy(lambda: mlp(0.3), adamw)
     trainer = fit(module, BlobsData(data), [*callbacks, record], max_epochs=5)
     assert_same_weights(weights(module), alone[""][0])
@@ -161,7 +161,7 @@ def test_every_round_is_reported_once_also_where_the_fit_is_resumed(said, tmp_pa
     keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
     for epoch in (None, 1, 2, 3):
         data = Blobs(101)
-        callbacks = trio(2, dry_run=True, every_n_epochs=2, stable_share=0, finetune={"on_noisy": "relabel"})
+        callbacks = trio(2, dry_run=True, every_n_epochs=2, min_change=0, finetune={"on_noisy": "relabel"})
         module, record = Toy(optimizer=adamw), IndexRecorder(data)
         lines = len(said())
         fit(

@@ -387,8 +387,8 @@ def test_the_users(monkeypatch, place, number):
 
 SETTINGS = [
     {},
-    {"evidence": "passes"},
-    {"every_n_epochs": 1, "stable_share": 0},
+    {"evidence_from": "eval_passes"},
+    {"every_n_epochs": 1, "min_change": 0},
     {"finetune": {"on_noisy": "relabel", "relabel_threshold": 0.4}},
     {"finetune": {"lr": 0.01}},
 ]

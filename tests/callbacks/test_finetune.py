@@ -23,6 +23,7 @@ from tests.toys import (
     convnet,
     fit,
     make_trainer,
+    partition_callback,
     sgd,
     trio,
     weights,
@@ -492,8 +493,8 @@ def test_an_optimizer_and_a_schedule_of_ones_own():
 def test_a_partition_with_nothing_on_one_side_keeps_training_on_all_and_warns(probability, word):
     data = BlobsData(Blobs())
     _, prune, finetune = trio(2, finetune={"lr": 0.01})
-    partition = AttributionPartitionCallback(
-        at_epoch=2, recipe=lambda evidence: torch.full_like(evidence.weight, probability), min_class_share=0
+    partition = partition_callback(
+        at_epoch=2, recipe=lambda evidence: torch.full_like(evidence.weight, probability), min_class_fraction=0
     )
     record, watch = IndexRecorder(data.train), Optimizers()
     with pytest.warns(UserWarning, match=f"goes on with all the data: it calls {word} of the 203 samples clean"):
@@ -569,8 +570,8 @@ def plain():
 
 @pytest.mark.parametrize(("net", "batches"), [(convnet, 4), (plain, 5)], ids=["batch norm", "no batch norm"])
 def test_a_last_batch_of_one_is_left_out_where_batch_norm_could_not_be_trained(net, batches):
-    partition = AttributionPartitionCallback(
-        at_epoch=1, recipe=lambda evidence: (evidence.index < 65).float(), min_class_share=0
+    partition = partition_callback(
+        at_epoch=1, recipe=lambda evidence: (evidence.index < 65).float(), min_class_fraction=0
     )
     finetune = CleanSubsetFinetuneCallback()
     module = Toy(net)

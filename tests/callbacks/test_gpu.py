@@ -35,11 +35,11 @@ class ChannelsLast(Toy):
         pytest.param("gpu", "bf16-true", marks=ON_GPU),
     ],
 )
-@pytest.mark.parametrize("evidence", ["training", "passes"])
+@pytest.mark.parametrize("evidence", ["train_steps", "eval_passes"])
 def test_low_precision_and_channels_last(accelerator, precision, evidence):
     data = Blobs(SIZE, image=True)
     partition, prune, finetune = ours = trio(
-        AT, evidence=evidence, prune={"layer": "net.0", "criterion": "random", "amount": 0.3, "guard": False}
+        AT, evidence_from=evidence, prune={"layer": "net.0", "criterion": "random", "amount": 0.3, "guard": False}
     )
     module = ChannelsLast()
     fit(module, BlobsData(data), ours, max_epochs=EPOCHS, accelerator=accelerator, precision=precision)

@@ -7,9 +7,9 @@ from torch import nn
 from torch.nn.functional import one_hot
 from torch.utils.data import DataLoader, default_collate
 
-from lightning_unlearn import AttributionPartitionCallback, DataFormat
+from lightning_unlearn import DataFormat
 from lightning_unlearn.trainer.scoring_loader import OFFER
-from tests.toys import CLASSES, FEATURES, Blobs, BlobsData, Toy, auroc, fit, trio, weights
+from tests.toys import CLASSES, FEATURES, Blobs, BlobsData, Toy, auroc, fit, partition_callback, trio, weights
 
 AT, EPOCHS, SIZE = 5, 7, 240
 
@@ -162,11 +162,11 @@ class ListensToInfo(L.Callback):
         return [line for line in self.said if "random augmentation" in line]
 
 
-@pytest.mark.parametrize("evidence", ["training", "passes"])
+@pytest.mark.parametrize("evidence", ["train_steps", "eval_passes"])
 def test_passes_draw_from_the_loader_that_is_offered(monkeypatch, evidence):
     offered = Blobs(SIZE)
     data, listens = Offers(offered), ListensToInfo(monkeypatch)
-    *_, finetune = ours = trio(AT, evidence=evidence)
+    *_, finetune = ours = trio(AT, evidence_from=evidence)
     fit(Toy(), data, ours, max_epochs=EPOCHS)
     assert data.asked == 1
     passes = AT if evidence == "passes" else 1
@@ -197,7 +197,7 @@ def test_scores_are_those_of_the_samples_as_they_are_and_training_is_undisturbed
         if offers:
             owner = data if holder == "data" else module
             owner.attribution_dataloader = lambda: DataLoader(Blobs(SIZE), batch_size=50)
-        partition = AttributionPartitionCallback(at_epoch=2, dry_run=True, evidence="passes")
+        partition = partition_callback(at_epoch=2, dry_run=True, evidence_from="eval_passes")
         fit(module, data, [partition], max_epochs=3)
         if not offers:
             plain, fit_weights = partition.partition, weights(module)

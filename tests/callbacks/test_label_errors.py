@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_unlearn import AttributionPartitionCallback, Partition, UnlearnReport
+from lightning_unlearn import Partition, UnlearnReport
 from lightning_unlearn.evidence.early_epochs import EarlyEpochs, held_by_class
 from lightning_unlearn.evidence.training_dynamics import TrainingDynamics
 from lightning_unlearn.functional.prequential import PrequentialRate
@@ -24,6 +24,7 @@ from lightning_unlearn.results.finding import finding_of
 from lightning_unlearn.utilities.files import write_csv
 from lightning_unlearn.utilities.reduce import no_reduce
 from tests.ranks import run_ranks
+from tests.toys import partition_callback
 
 CLASSES = 10
 
@@ -55,7 +56,7 @@ def digits(rate=0.0, step=None):
 
 def judged(x, label, epochs, *, lr=3e-3, saves=(), resumed=None, data=None, of=Probe, **settings):
     L.seed_everything(0, verbose=False)
-    callback = AttributionPartitionCallback(at_epoch=epochs, dry_run=True, **settings)
+    callback = partition_callback(at_epoch=epochs, dry_run=True, **settings)
     trainer = L.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
@@ -101,7 +102,7 @@ def test_a_few_errors_among_classes_that_are_hard_to_tell():
     assert doubtful.equal(partition.is_clean & (partition.clean_probability < TRAINED_ON))
     assert wrong[flagged].float().mean() > wrong[doubtful].float().mean() >= 0.4
     assert Partition.from_state_dict(partition.state_dict()).doubtful.equal(doubtful)
-    kept = judged(x, label, 8, lr=1e-3, min_class_share=0.97).partition
+    kept = judged(x, label, 8, lr=1e-3, min_class_fraction=0.97).partition
     for c in range(CLASSES):
         members = label == c
         assert kept.trained_on()[members].float().mean() >= 0.97

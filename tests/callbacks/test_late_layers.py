@@ -5,8 +5,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback, SensitivityPruneCallback
-from tests.toys import Blobs, BlobsData, Toy, assert_same_weights, fit, mlp, weights
+from lightning_unlearn import CleanSubsetFinetuneCallback, SensitivityPruneCallback
+from tests.toys import Blobs, BlobsData, Toy, assert_same_weights, fit, mlp, partition_callback, weights
 
 
 class InSetup(Toy):
@@ -41,7 +41,7 @@ def named(**changes):
         "layers": ["net.4", "net.5", "net.7"],
     } | changes
     return [
-        AttributionPartitionCallback(names["layer"], at_epoch=2, input_layer=names["input_layer"]),
+        partition_callback(names["layer"], at_epoch=2, input_layer=names["input_layer"]),
         SensitivityPruneCallback(names["prune"], criterion="random", guard=False),
         CleanSubsetFinetuneCallback("layers", layers=names["layers"]),
     ]

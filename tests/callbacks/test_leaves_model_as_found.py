@@ -13,7 +13,20 @@ from torch.utils.data import DataLoader
 
 from lightning_unlearn import AttributionPartitionCallback
 from lightning_unlearn.trainer import model_state as model_state_module
-from tests.toys import Blobs, BlobsData, Toy, adamw, assert_same_weights, convnet, fit, mlp, sgd, trio, weights
+from tests.toys import (
+    Blobs,
+    BlobsData,
+    Toy,
+    adamw,
+    assert_same_weights,
+    convnet,
+    fit,
+    mlp,
+    partition_callback,
+    sgd,
+    trio,
+    weights,
+)
 
 
 def hooks_of(module):
@@ -68,7 +81,7 @@ class Compared(AttributionPartitionCallback):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"recipe": "label"}, {"recipe": "rlap"}, {"evidence": "passes"}],
+    [{}, {"recipe": "label"}, {"recipe": "rlap"}, {"evidence_from": "eval_passes"}],
     ids=["auto", "label", "rlap", "auto by passes"],
 )
 @pytest.mark.parametrize(
@@ -85,7 +98,7 @@ class Compared(AttributionPartitionCallback):
 )
 def test_weights_are_bit_for_bit_those_of_a_fit_without_it(settings, net, data, loader, trainer):
     final = []
-    for callbacks in ([], [Compared(at_epoch=2, **settings)]):
+    for callbacks in ([], [partition_callback(kind=Compared, at_epoch=2, **settings)]):
         module = Toy(net)
         fit(module, BlobsData(Blobs(101, **data), **loader), callbacks, max_epochs=3, **trainer)
         final.append(weights(module))
@@ -180,11 +193,14 @@ class Notes(Logger):
         self.logged += [(name, float(value)) for name, value in metrics.items() if "unlearn" not in name]
 
 
-@pytest.mark.parametrize("evidence", ["training", "passes"])
+@pytest.mark.parametrize("evidence", ["train_steps", "eval_passes"])
 def test_what_forward_and_hooks_of_the_user_remember_is_not_of_our_passes(evidence):
     ends = []
     # A dry run, in which all three look and nothing is changed.
-    ours = [Compared(at_epoch=1, evidence=evidence, dry_run=True), *trio(1, prune={"amount": 0.2})[1:]]
+    ours = [
+        partition_callback(kind=Compared, at_epoch=1, evidence_from=evidence, dry_run=True),
+        *trio(1, prune={"amount": 0.2})[1:],
+    ]
     for callbacks in ([], ours):
         seed_everything(0)
         module, notes = Remembers(), Notes()
@@ -248,7 +264,7 @@ FIRST = {
 }
 
 
-@pytest.mark.parametrize("evidence", ["training", "passes"])
+@pytest.mark.parametrize("evidence", ["train_steps", "eval_passes"])
 # Of a large model only the weights are kept that are known to be written to.
 @pytest.mark.parametrize(("first", "most"), [*((first, 2**27) for first in FIRST), ("lora", 0), ("max_norm", 0)])
 def test_weights_that_a_pass_would_change_are_put_back(monkeypatch, first, most, evidence):
@@ -257,7 +273,10 @@ def test_weights_that_a_pass_would_change_are_put_back(monkeypatch, first, most,
     for with_ours in (False, True):
         seed_everything(0)
         module = Toy(lambda: nn.Sequential(FIRST[first](), nn.ReLU(), nn.Linear(20, 4)))
-        ours = [Compared(at_epoch=1, evidence=evidence, dry_run=True), *trio(1, prune={"amount": 0.2})[1:]]
+        ours = [
+            partition_callback(kind=Compared, at_epoch=1, evidence_from=evidence, dry_run=True),
+            *trio(1, prune={"amount": 0.2})[1:],
+        ]
         # Lightning's own validation does not undo what a switch to eval mode does.
         fit(module, BlobsData(Blobs(101)), ours if with_ours else [], max_epochs=3, limit_val_batches=0)
         final.append(weights(module) | {name: buffer.clone() for name, buffer in module.named_buffers()})
@@ -326,7 +345,7 @@ class BreaksInEval(Toy):
     ids=["dataset", "forward"],
 )
 def test_a_pass_that_fails_leaves_all_as_it_was(module, data, error):
-    callback, model = Allows(at_epoch=2, evidence="passes"), module(lambda: mlp(0.3))
+    callback, model = partition_callback(kind=Allows, at_epoch=2, evidence_from="eval_passes"), module(lambda: mlp(0.3))
     with pytest.raises((OSError, ArithmeticError), match=error):
         fit(model, BlobsData(data(101)), [callback], max_epochs=3, limit_val_batches=0)
     assert callback.turns == 3  # the third is the one that failed: the comparison in it has been made
@@ -409,7 +428,12 @@ def test_the_pass_sees_no_sample_twice_and_none_of_the_loaders_state():
             loader_reads.append(data.read[start:])
             return share
 
-    fit(Toy(), BlobsData(data), [Counting(at_epoch=2, evidence="passes")], max_epochs=3)
+    fit(
+        Toy(),
+        BlobsData(data),
+        [partition_callback(kind=Counting, at_epoch=2, evidence_from="eval_passes")],
+        max_epochs=3,
+    )
     assert loader_reads == [list(range(101))] * 2
 
 

@@ -16,12 +16,12 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback
+from lightning_unlearn import CleanSubsetFinetuneCallback
 from lightning_unlearn.data.sampling_scheme import scheme_of
 from lightning_unlearn.data.subset_sampler import CleanSubsetSampler
 from tests.callbacks.test_relabel import Noting
 from tests.data.test_loaders import Ahead, Elsewhere, OneForEver, Pairwise
-from tests.toys import Blobs, IndexRecorder, Toy, auroc, fit, trio
+from tests.toys import Blobs, IndexRecorder, Toy, auroc, fit, partition_callback, trio
 
 N, AT = 203, 2
 
@@ -409,8 +409,8 @@ def test_where_no_weight_is_left_training_goes_on_with_all_and_says_so():
     weight = data.wrong.float()
     loader = DataLoader(data, batch_size=16, sampler=WeightedRandomSampler(weight, 64))
     record = IndexRecorder(data)
-    partition = AttributionPartitionCallback(
-        at_epoch=1, recipe=lambda evidence: (~data.wrong[evidence.index]).float(), min_class_share=0
+    partition = partition_callback(
+        at_epoch=1, recipe=lambda evidence: (~data.wrong[evidence.index]).float(), min_class_fraction=0
     )
     with pytest.warns(UserWarning, match="do not fill one batch on each rank .drop_last, limit_train_batches, weights"):
         fit(Toy(), loader, [partition, CleanSubsetFinetuneCallback(), record], max_epochs=2)

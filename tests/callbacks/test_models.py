@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_unlearn import AttributionPartitionCallback, DataFormat
 from lightning_unlearn.attribution import resolve_layer
-from tests.toys import Blobs, Toy, assert_same_weights, auroc, fit, trio, weights
+from tests.toys import Blobs, Toy, assert_same_weights, auroc, fit, partition_callback, trio, weights
 
 torchvision = pytest.importorskip("torchvision")
 
@@ -411,12 +411,12 @@ def one_activation():
             {"layer": "net.backbone.0"},
             r"gradients of the logits to reach layer 'net\.backbone\.0', but forward does not",
         ),
-        ({"layer": "net.0", "method": "deeplift"}, "calls each of its activation modules"),
+        ({"layer": "net.0", "attribution_method": "deeplift"}, "calls each of its activation modules"),
     ],
     ids=["a layer inside no_grad", "an activation called twice"],
 )
 def test_what_cannot_be_attributed_is_refused_before_the_first_step(settings, match):
-    module = Toy(one_activation if "method" in settings else Frozen)
+    module = Toy(one_activation if "attribution_method" in settings else Frozen)
     with pytest.raises(ValueError, match=match):
-        fit(module, loader_of(TABLE), [AttributionPartitionCallback(at_epoch=2, **settings)])
+        fit(module, loader_of(TABLE), [partition_callback(at_epoch=2, **settings)])
     assert module.steps == 0

@@ -8,7 +8,20 @@ from torch.utils.data import DataLoader
 
 from lightning_unlearn import AttributionPartitionCallback, SensitivityPruneCallback
 from lightning_unlearn.pruning.criteria import Sensitivity
-from tests.toys import CLASSES, FEATURES, Blobs, BlobsData, Toy, adamw, auroc, convnet, fit, trio, weights
+from tests.toys import (
+    CLASSES,
+    FEATURES,
+    Blobs,
+    BlobsData,
+    Toy,
+    adamw,
+    auroc,
+    convnet,
+    fit,
+    partition_callback,
+    trio,
+    weights,
+)
 
 BROKEN = torch.tensor([1, 30, 31, 77])
 
@@ -45,12 +58,12 @@ class LeavesStepsOut(Toy):
         return loss if loss.isfinite() else None
 
 
-@pytest.fixture(scope="module", params=[(LeavesRowsOut, "passes"), (LeavesStepsOut, "training")], ids=str)
+@pytest.fixture(scope="module", params=[(LeavesRowsOut, "eval_passes"), (LeavesStepsOut, "train_steps")], ids=str)
 def broken(request):
     module, evidence = request.param
     data = BrokenBlobs(size=400)
     prune = {"criterion": Sensitivity(fdr_level=None), "max_val_drop": 1.0}
-    callbacks = trio(3, evidence=evidence, prune=prune, finetune={"lr": 0.01})
+    callbacks = trio(3, evidence_from=evidence, prune=prune, finetune={"lr": 0.01})
     module = module(no_norms, adamw)
     fit(module, BlobsData(data, batch_size=4), callbacks, max_epochs=5)
     assert callbacks[0].collector.reader.reason == ""
@@ -105,7 +118,7 @@ def test_a_class_whose_inputs_are_all_broken_is_not_trained_on(net):
     of_2 = (Blobs(image=image).y == 2).nonzero().flatten()
     data = BrokenBlobs(broken=of_2, image=image)
 
-    callback = AttributionPartitionCallback(at_epoch=2, evidence="passes")
+    callback = partition_callback(at_epoch=2, evidence_from="eval_passes")
     with pytest.warns(UserWarning, match="The partition is not acted upon.*keeps no sample of class 2"):
         fit(LeavesRowsOut(net, adamw), BlobsData(data), [callback], max_epochs=3)
     assert not callback.partition.is_clean[of_2].any()
@@ -147,7 +160,7 @@ def test_classes_that_forward_rules_out_with_minus_infinity_are_told_of():
             ValueError, match=r"weights are finite\. Check .* no logits of -inf for classes that it rules out"
         ),
     ):
-        fit(Masked(), BlobsData(data), [AttributionPartitionCallback(at_epoch=2, evidence="passes")], max_epochs=3)
+        fit(Masked(), BlobsData(data), [partition_callback(at_epoch=2, evidence_from="eval_passes")], max_epochs=3)
 
 
 class Breaks(nn.Linear):
@@ -174,7 +187,7 @@ def test_neurons_are_ranked_without_the_samples_that_break_them(broken, criterio
     data = Blobs(400)
     few = int((data.x[:, 0] > 4).sum())
     assert 0 < few < 40
-    partition = AttributionPartitionCallback(at_epoch=3, recipe="aum", evidence="passes")
+    partition = partition_callback(at_epoch=3, recipe="aum", evidence_from="eval_passes")
     prune = SensitivityPruneCallback(layer="net.0", amount=0.2, guard=False, criterion=criterion)
     with pytest.warns(UserWarning, match=f"ranked without {few} of 400 training samples, for which activations"):
         fit(module, BlobsData(data), [partition, prune], max_epochs=4)
@@ -225,9 +238,9 @@ def test_a_dead_network_changes_nothing_and_says_so(recipe):
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "64-true"])
-@pytest.mark.parametrize("evidence", ["training", "passes"])
+@pytest.mark.parametrize("evidence", ["train_steps", "eval_passes"])
 def test_logits_of_any_precision(precision, evidence):
-    data, callbacks = Blobs(), trio(2, evidence=evidence, finetune={"lr": 0.01})
+    data, callbacks = Blobs(), trio(2, evidence_from=evidence, finetune={"lr": 0.01})
     fit(Toy(no_norms, adamw), BlobsData(data), callbacks, max_epochs=3, limit_val_batches=0, precision=precision)
     assert auroc(callbacks[0].partition.clean_probability, ~data.wrong) > 0.95
 

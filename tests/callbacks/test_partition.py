@@ -14,7 +14,20 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, g
 
 from lightning_unlearn import AttributionPartitionCallback, DataFormat, Partition
 from lightning_unlearn.evidence import collector as collector_module
-from tests.toys import CLASSES, Blobs, BlobsData, Plain, Swapped, Toy, adamw, auroc, convnet, fit, mlp
+from tests.toys import (
+    CLASSES,
+    Blobs,
+    BlobsData,
+    Plain,
+    Swapped,
+    Toy,
+    adamw,
+    auroc,
+    convnet,
+    fit,
+    mlp,
+    partition_callback,
+)
 
 
 class Snapshots(L.Callback):
@@ -92,19 +105,16 @@ def test_the_papers_recipe_says_why_there_is_none():
     assert len(callback.partition.suspect_indices()) == 0
 
 
-@pytest.mark.parametrize(
-    ("every", "passes"), [(1, [1, 2, 3]), (2, [2, 3]), (5, [3])], ids=["each epoch", "every other", "at the end alone"]
-)
-def test_passes_when_epochs_are_complete(every, passes):
-    callback = Watching(at_epoch=3, evidence="passes", evidence_every_n_epochs=every)
+def test_passes_when_epochs_are_complete():
+    callback = partition_callback(kind=Watching, at_epoch=3, evidence_from="eval_passes")
     module = Toy()
     fit(module, BlobsData(Blobs()), [callback], max_epochs=5)
-    assert callback.passes == [(epoch, 13 * epoch) for epoch in passes]
+    assert callback.passes == [(epoch, 13 * epoch) for epoch in (1, 2, 3)]
     assert callback.partition.epoch == 3
 
 
 def test_a_recipe_that_does_not_average_passes_once():
-    callback = Watching(at_epoch=3, recipe="rlap", evidence="passes")
+    callback = partition_callback(kind=Watching, at_epoch=3, recipe="rlap", evidence_from="eval_passes")
     fit(Toy(), BlobsData(Blobs()), [callback])
     assert [epoch for epoch, _ in callback.passes] == [3]
 
@@ -133,7 +143,7 @@ def test_fast_dev_run_neither_partitions_nor_complains(recwarn):
 )
 def test_evidence_is_the_mean_over_the_passes_of_captum_on_the_model_as_it_was(net, image, layer, at_input):
     data = Blobs(41, image=image)
-    callback, snapshots = AttributionPartitionCallback(layer, at_epoch=3, evidence="passes"), Snapshots()
+    callback, snapshots = partition_callback(layer, at_epoch=3, evidence_from="eval_passes"), Snapshots()
     fit(Toy(net), BlobsData(data), [callback, snapshots])
     name = layer or ("net.head" if net is Swapped else "net.7")
     expected = torch.stack(
@@ -183,7 +193,7 @@ class OwnLoader(DataLoader):
 )
 def test_rows_are_in_dataset_order_however_the_loader_draws(make):
     data = Blobs(101)
-    callback, snapshots = AttributionPartitionCallback(at_epoch=1, evidence="passes"), Snapshots()
+    callback, snapshots = partition_callback(at_epoch=1, evidence_from="eval_passes"), Snapshots()
     fit(Toy(), make(data), [callback, snapshots], max_epochs=2)
     model = snapshots.nets[1]
     expected = naive_support(model, data, model.net[7], at_input=True)
@@ -209,7 +219,7 @@ class TransferHooks(BlobsData):
 
 def test_transfer_hooks_are_applied_and_augmentation_is_off():
     data = Blobs(41)
-    callback, snapshots = AttributionPartitionCallback(at_epoch=1, evidence="passes"), Snapshots()
+    callback, snapshots = partition_callback(at_epoch=1, evidence_from="eval_passes"), Snapshots()
     fit(Toy(), TransferHooks(data), [callback, snapshots], max_epochs=2)
     model = snapshots.nets[1]
     data.x = data.x * 2
@@ -270,7 +280,7 @@ def test_saves_loads_and_exports(tmp_path):
 
 def test_state_is_tensors_and_primitives(tmp_path):
     for epochs in (2, 4):  # while evidence is gathered, and once the partition is computed
-        callback = AttributionPartitionCallback(at_epoch=epochs - 1 if epochs == 4 else 3, evidence_every_n_epochs=1)
+        callback = AttributionPartitionCallback(at_epoch=epochs - 1 if epochs == 4 else 3)
         keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
         fit(Toy(), BlobsData(Blobs()), [callback, keep], max_epochs=4, enable_checkpointing=True)
         held = torch.load(tmp_path / "epoch=1.ckpt", weights_only=True)["callbacks"]["AttributionPartitionCallback"]
@@ -283,7 +293,7 @@ def test_state_is_tensors_and_primitives(tmp_path):
 
 
 def test_a_recipe_that_does_not_count_wrong_labels_goes_by_one_half():
-    callback = AttributionPartitionCallback(at_epoch=1, recipe="aum", suspect_precision=0.99, min_class_share=0)
+    callback = partition_callback(at_epoch=1, recipe="aum", suspect_precision=0.99, min_class_fraction=0)
     fit(Toy(convnet), BlobsData(Blobs(noise=0.4, image=True)), [callback], max_epochs=2)
     assert callback.partition.is_clean.equal(callback.partition.clean_probability >= 0.5)
     assert callback.partition.expected_precision is None
@@ -301,7 +311,7 @@ def test_a_dataset_whose_labels_change_is_refused_between_passes_and_not_read_in
             return x, (y + len(self.read) // 600) % CLASSES
 
     with pytest.raises(ValueError, match=r"every dataset index to keep its label, but \d+ of 16 changed"):
-        fit(Toy(), BlobsData(Drifting()), [AttributionPartitionCallback(at_epoch=3, evidence="passes")])
+        fit(Toy(), BlobsData(Drifting()), [partition_callback(at_epoch=3, evidence_from="eval_passes")])
     # Training steps are no longer read then.
     said = []
     monkeypatch.setattr(collector_module, "rank_zero_info", said.append)
@@ -367,7 +377,7 @@ def condemns_class_2(evidence):
 
 
 def test_a_partition_that_loses_a_class_is_not_acted_upon():
-    partition = AttributionPartitionCallback(at_epoch=1, recipe=condemns_class_2, min_class_share=0)
+    partition = partition_callback(at_epoch=1, recipe=condemns_class_2, min_class_fraction=0)
     with pytest.warns(UserWarning, match="not acted upon, .*: it keeps no sample of class 2"):
         fit(Toy(), BlobsData(Blobs()), [partition], max_epochs=2)
     assert not partition.partition.is_actionable

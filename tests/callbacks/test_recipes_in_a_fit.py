@@ -10,11 +10,24 @@ import torch
 from lightning_unlearn import AttributionPartitionCallback
 from lightning_unlearn.attribution import ATTRIBUTION_METHODS
 from lightning_unlearn.recipes import RECIPES, Recipe, RecipeResult
-from tests.toys import Blobs, BlobsData, Toy, adamw, assert_same_weights, auroc, by_margin, convnet, fit, trio, weights
+from tests.toys import (
+    Blobs,
+    BlobsData,
+    Toy,
+    adamw,
+    assert_same_weights,
+    auroc,
+    by_margin,
+    convnet,
+    fit,
+    partition_callback,
+    trio,
+    weights,
+)
 
 
 def partition_of(data, net=convnet, at_epoch=3, **kwargs):
-    callback = AttributionPartitionCallback(at_epoch=at_epoch, **kwargs)
+    callback = partition_callback(at_epoch=at_epoch, **kwargs)
     fit(Toy(net, adamw), BlobsData(data), [callback], max_epochs=at_epoch + 1, limit_val_batches=0)
     return callback.partition
 
@@ -82,10 +95,10 @@ def test_both_kinds_are_told_apart():
     assert (reason[only_input] == 2).float().mean() > 0.5
 
 
-@pytest.mark.parametrize("evidence", ["training", "passes"])
+@pytest.mark.parametrize("evidence", ["train_steps", "eval_passes"])
 def test_on_clean_data_nothing_is_flagged_and_training_is_left_as_it_was(evidence):
     final = []
-    for ours in ([], trio(3, finetune={"lr": 0.01}, evidence=evidence)):
+    for ours in ([], trio(3, finetune={"lr": 0.01}, evidence_from=evidence)):
         module = Toy(convnet)
         fit_it = [module, BlobsData(Blobs(400, 0, image=True)), ours]
         if ours:
@@ -129,7 +142,7 @@ def test_every_recipe_makes_a_partition(recipe):
 @pytest.mark.parametrize("layer", [None, "net.0"])
 def test_every_method_runs(method, layer):
     data = Blobs(101, image=True)
-    partition = partition_of(data, layer=layer, method=method, recipe="aum", evidence="passes")
+    partition = partition_of(data, layer=layer, attribution_method=method, recipe="aum", evidence_from="eval_passes")
     assert len(partition) == 101
     assert partition.label_evidence.isfinite().all()
     # Internal influence does not multiply by the activation, so its sum is not the logits' difference.
@@ -139,7 +152,9 @@ def test_every_method_runs(method, layer):
 
 def test_the_method_is_that_which_is_asked_for():
     supports = [
-        partition_of(Blobs(101, image=True), layer="net.0", method=method, recipe="aum", evidence="passes")
+        partition_of(
+            Blobs(101, image=True), layer="net.0", attribution_method=method, recipe="aum", evidence_from="eval_passes"
+        )
         for method in ATTRIBUTION_METHODS
     ]
     for i, one in enumerate(supports):
@@ -154,7 +169,7 @@ def condemns_class_2(evidence):
 @pytest.mark.parametrize("share", [0.1, 0.3])
 def test_a_least_share_of_each_class_is_kept_the_likeliest(share):
     data = Blobs(image=True)
-    partition = partition_of(data, recipe=condemns_class_2, min_class_share=share)
+    partition = partition_of(data, recipe=condemns_class_2, min_class_fraction=share)
     of_2 = (data.y == 2).nonzero().flatten()
     assert partition.is_clean[data.y != 2].all()
     assert partition.is_clean[of_2].sum() == math.ceil(share * len(of_2))

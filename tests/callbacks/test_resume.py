@@ -270,17 +270,17 @@ class ResumableData(BlobsData):
 
 @pytest.mark.parametrize(
     ("evidence", "finetune"),
-    [("passes", {}), ("passes", {"mode": "layers", "lr": 0.01}), ("training", {})],
+    [("eval_passes", {}), ("eval_passes", {"mode": "layers", "lr": 0.01}), ("train_steps", {})],
     ids=["full", "layers, lr", "training steps that cannot be read"],
 )
 def test_within_an_epoch_a_loader_that_resumes_makes_it_exact(tmp_path, evidence, finetune):
     keep = ModelCheckpoint(tmp_path, filename="{epoch}-{step}", save_top_k=-1, every_n_train_steps=3)
-    module, data, callbacks = Toy(), ResumableData(Blobs(101)), trio(2, finetune=finetune, evidence=evidence)
+    module, data, callbacks = Toy(), ResumableData(Blobs(101)), trio(2, finetune=finetune, evidence_from=evidence)
     fit(module, data, [*callbacks, keep], enable_checkpointing=True, val_check_interval=1.0)
     paths = sorted(tmp_path.glob("*.ckpt"))
     assert len(paths) > 5
     for path in paths:
-        again, ours = Toy(), trio(2, finetune=finetune, evidence=evidence)
+        again, ours = Toy(), trio(2, finetune=finetune, evidence_from=evidence)
         fit(again, ResumableData(data.train), ours, ckpt_path=path)
         assert_same_weights(weights(again), weights(module))
         assert ours[0].partition.clean_probability.equal(callbacks[0].partition.clean_probability)

@@ -130,7 +130,7 @@ def test_a_fit_that_has_re_labeled_goes_on_so(checkpoint, lines, now):
 
 
 def test_in_rounds_a_fit_that_did_not_re_label_does_so_from_the_next_round_on(checkpoint):
-    rounds = {"every_n_epochs": 2, "stable_share": 0, "optimizer": adamw}
+    rounds = {"every_n_epochs": 2, "min_change": 0, "optimizer": adamw}
     _, path = checkpoint(**rounds, epoch=AT)
     run = Run(path, **rounds, finetune={"on_noisy": "relabel", "relabel_threshold": 0.5})
     assert len(run.ours[2].draw.relabeled)
@@ -144,7 +144,7 @@ def test_in_rounds_a_fit_that_did_not_re_label_does_so_from_the_next_round_on(ch
         ({"recipe": "loss"}, "recipe='loss' instead of 'auto'"),
         ({"recipe": by_margin}, "recipe='by_margin' instead of 'auto'"),
         ({"layer": "net.0"}, "layer='net.0' instead of None"),
-        ({"suspect_precision": 0.9, "method": "deeplift"}, "method='deeplift' instead of "),
+        ({"suspect_precision": 0.9, "attribution_method": "deeplift"}, "attribution_method='deeplift' instead of "),
     ],
     ids=["earlier", "later", "recipe", "own recipe", "layer", "suspect_precision, method"],
 )
@@ -160,7 +160,7 @@ def test_a_partition_that_is_drawn_holds(checkpoint, lines, settings, said):
 
 @pytest.mark.parametrize("at_epoch", [1, 5])
 def test_in_rounds_the_new_settings_count_for_those_to_come(checkpoint, lines, at_epoch):
-    rounds = {"every_n_epochs": 2, "stable_share": 0}
+    rounds = {"every_n_epochs": 2, "min_change": 0}
     _, path = checkpoint(**rounds, epoch=AT)
     run = Run(path, **rounds, at_epoch=at_epoch, recipe="label")
     assert [drawn.epoch for drawn in run.ours[0].rounds] == [AT, AT + 2]

@@ -9,10 +9,22 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim.lr_scheduler import OneCycleLR
 
-from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback
+from lightning_unlearn import CleanSubsetFinetuneCallback
 from lightning_unlearn.recipes import RecipeResult
 from lightning_unlearn.results.summary import PartitionRound
-from tests.toys import Blobs, BlobsData, IndexRecorder, Toy, adamw, assert_same_weights, fit, mlp, trio, weights
+from tests.toys import (
+    Blobs,
+    BlobsData,
+    IndexRecorder,
+    Toy,
+    adamw,
+    assert_same_weights,
+    fit,
+    mlp,
+    partition_callback,
+    trio,
+    weights,
+)
 
 SIZE = 101
 pytestmark = [
@@ -75,7 +87,7 @@ def drawn_again(recipe="label", *, at=2, every=2, epochs=8, net=mlp, optimizer=a
         at,
         finetune=finetune,
         recipe=recipe,
-        **{"every_n_epochs": every, "stable_share": 0, "min_class_share": 0} | kwargs,
+        **{"every_n_epochs": every, "min_change": 0, "min_class_fraction": 0} | kwargs,
     )
     follows = Follows(callbacks[0], data)
     fit(module, BlobsData(data, by_epoch=True), [*callbacks, follows], max_epochs=epochs)
@@ -139,7 +151,7 @@ def test_so_do_weights_and_new_labels(on_noisy):
 )
 def test_it_stops_once_stable(recipe, stable, rounds):
     recipe.calls = 0
-    (partition, _, _), follows, _ = drawn_again(recipe, every=1, stable_share=stable)
+    (partition, _, _), follows, _ = drawn_again(recipe, every=1, min_change=stable)
     assert [drawn.epoch for drawn in partition.rounds] == rounds
     # Then what was gathered for a further round is let go.
     goes_on = stable == 0
@@ -190,7 +202,7 @@ class Unsure(Scripted):
 
 
 def test_what_cannot_be_told_twice_is_not_stable():
-    (partition, _, finetune), *_ = drawn_again(Unsure(below(70)), every=1, stable_share=0.01, epochs=7)
+    (partition, _, finetune), *_ = drawn_again(Unsure(below(70)), every=1, min_change=0.01, epochs=7)
     assert [drawn.epoch for drawn in partition.rounds] == [2, 3, 4, 5]
     assert [drawn.changed for drawn in partition.rounds] == [1, 0, 0, 0]
     assert partition.partition.is_actionable
@@ -200,7 +212,7 @@ def test_what_cannot_be_told_twice_is_not_stable():
 def test_a_data_set_without_noise_is_not_looked_at_for_ever(monkeypatch):
     said = []
     monkeypatch.setattr("lightning_unlearn.partitioning.messages.rank_zero_info", said.append)
-    (partition, _, _), *_ = drawn_again(Scripted(everything), every=1, stable_share=0.01)
+    (partition, _, _), *_ = drawn_again(Scripted(everything), every=1, min_change=0.01)
     assert [drawn.epoch for drawn in partition.rounds] == [2, 3]
     (line,) = [line for line in said if "Partition recomputed" in line]
     assert line.endswith("samples clean), the one before stays, and none is computed again.")
@@ -221,7 +233,7 @@ def test_resuming_between_rounds_equals_the_uninterrupted_fit(tmp_path, variant)
 
     def start(epoch=None, beside=()):
         data = Blobs(SIZE)
-        callbacks = trio(2, finetune=VARIANTS[variant], every_n_epochs=2, stable_share=0)
+        callbacks = trio(2, finetune=VARIANTS[variant], every_n_epochs=2, min_change=0)
         module, record = Toy(optimizer=adamw), IndexRecorder(data)
         fit(
             module,
@@ -257,7 +269,7 @@ def test_resuming_between_rounds_equals_the_uninterrupted_fit(tmp_path, variant)
 def test_the_order_of_the_callbacks_does_not_matter():
     final = []
     for order in permutations(range(3)):
-        callbacks = trio(2, finetune={"on_noisy": "relabel"}, every_n_epochs=1, stable_share=0, recipe="label")
+        callbacks = trio(2, finetune={"on_noisy": "relabel"}, every_n_epochs=1, min_change=0, recipe="label")
         module = Toy(lambda: mlp(0.3), adamw)
         fit(module, BlobsData(Blobs(SIZE)), [callbacks[i] for i in order], max_epochs=5)
         assert len(callbacks[0].rounds) == 3
@@ -285,8 +297,8 @@ def test_a_schedule_of_steps_is_not_overrun_by_a_later_rounds_larger_subset(accu
         finetune={"restart_optimizer": True, "on_noisy": on_noisy},
         recipe=growing(),
         every_n_epochs=2,
-        stable_share=0,
-        min_class_share=0,
+        min_change=0,
+        min_class_fraction=0,
     )
     follows, module = Follows(callbacks[0], data), Toy(optimizer=partial(one_cycle, made=made))
     fit(module, BlobsData(data), [*callbacks, follows], max_epochs=8, accumulate_grad_batches=accumulate)
@@ -309,7 +321,7 @@ def test_without_a_schedule_of_steps_nothing_is_left_out():
 
 def test_the_state_between_rounds_is_tensors_and_primitives(tmp_path):
     data = Blobs(SIZE)
-    settings = {"finetune": {"on_noisy": "relabel"}, "every_n_epochs": 1, "stable_share": 0, "recipe": "label"}
+    settings = {"finetune": {"on_noisy": "relabel"}, "every_n_epochs": 1, "min_change": 0, "recipe": "label"}
     callbacks = trio(2, **settings)
     fit(Toy(), BlobsData(data), callbacks, max_epochs=4)
     for callback, again in zip(callbacks, trio(2, **settings), strict=True):
@@ -324,7 +336,7 @@ def test_the_state_between_rounds_is_tensors_and_primitives(tmp_path):
 def test_rounds_that_a_checkpoint_was_not_made_for_are_not_drawn(tmp_path):
     keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
     fit(Toy(), BlobsData(Blobs(SIZE)), [*trio(2), keep], enable_checkpointing=True, max_epochs=4)
-    partition = AttributionPartitionCallback(at_epoch=2, every_n_epochs=1, stable_share=0)
+    partition = partition_callback(at_epoch=2, every_n_epochs=1, min_change=0)
     module, finetune = Toy(), CleanSubsetFinetuneCallback()
     with pytest.warns(UserWarning, match="every_n_epochs=1 has no effect here: the checkpoint is of a fit without it"):
         fit(module, BlobsData(Blobs(SIZE)), [partition, finetune], max_epochs=6, ckpt_path=tmp_path / "epoch=2.ckpt")
@@ -339,7 +351,7 @@ def test_rounds_reload_and_workers_go_together():
         ({}, {"reload_dataloaders_every_n_epochs": 1}),
         ({}, {"val_check_interval": 4}),
     ]:
-        callbacks = trio(1, finetune={"on_noisy": "relabel"}, recipe=growing(), every_n_epochs=1, min_class_share=0)
+        callbacks = trio(1, finetune={"on_noisy": "relabel"}, recipe=growing(), every_n_epochs=1, min_class_fraction=0)
         follows = Follows(callbacks[0], data)
         fit(Toy(), BlobsData(data, **loader), [*callbacks, follows], max_epochs=4, **trainer)
         for epoch in (1, 2, 3):
@@ -362,8 +374,8 @@ def test_a_schedule_of_steps_is_not_overrun_where_the_fit_is_resumed_between_rou
             finetune={"restart_optimizer": True, "on_noisy": "relabel"},
             recipe=recipe,
             every_n_epochs=2,
-            stable_share=0,
-            min_class_share=0,
+            min_change=0,
+            min_class_fraction=0,
         )
         module, beside = Toy(optimizer=partial(one_cycle, made=made)), [keep] if epoch is None else []
         fit(
@@ -385,7 +397,7 @@ def test_a_schedule_of_steps_is_not_overrun_where_the_fit_is_resumed_between_rou
 
 def test_a_fit_that_goes_on_with_the_same_trainer_draws_on():
     data = Blobs(SIZE)
-    callbacks = trio(2, recipe=growing(), every_n_epochs=2, stable_share=0, min_class_share=0)
+    callbacks = trio(2, recipe=growing(), every_n_epochs=2, min_change=0, min_class_fraction=0)
     follows, module = Follows(callbacks[0], data), Toy(optimizer=adamw)
     trainer = fit(module, BlobsData(data), [*callbacks, follows], max_epochs=5)
     assert [drawn.epoch for drawn in callbacks[0].rounds] == [2, 4]

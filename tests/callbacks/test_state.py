@@ -61,7 +61,7 @@ BYTES = {
     # A quarter of the samples is suspect, and named in the provenance.
     "partition, drawn": ({}, 1, PARTITION, 35 + 10 // 4),
     "partition, drawn in rounds": (
-        {"every_n_epochs": 1, "stable_share": 0},
+        {"every_n_epochs": 1, "min_change": 0},
         1,
         PARTITION,
         16 * (CLASSES - 1) + 40 + 35 + 10 // 4,

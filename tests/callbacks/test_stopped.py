@@ -82,9 +82,12 @@ def lost(caplog):
     return lambda: sum(line.startswith(LOST) for line in caplog.messages)
 
 
+STEPS = "train_steps"
+
+
 @pytest.mark.parametrize(
     ("step", "evidence", "times"),
-    [(4, "training", 1), (11, "training", 1), (7, "training", 0), (4, "passes", 0), (18, "training", 0)],
+    [(4, STEPS, 1), (11, STEPS, 1), (7, STEPS, 0), (4, "eval_passes", 0), (18, STEPS, 0)],
     ids=["first epoch", "second epoch", "end of an epoch", "passes", "after the partition"],
 )
 def test_what_the_open_epoch_had_shown_is_said_to_be_lost(tmp_path, lost, step, evidence, times):
@@ -92,8 +95,8 @@ def test_what_the_open_epoch_had_shown_is_said_to_be_lost(tmp_path, lost, step, 
     if step == 7:
         keep = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, save_on_train_epoch_end=True)
     data = BlobsData(Blobs(101), by_epoch=True)
-    fit(Toy(), data, [*trio(AT, evidence=evidence), keep], max_epochs=EPOCHS, enable_checkpointing=True)
-    ours = trio(AT, evidence=evidence)
+    fit(Toy(), data, [*trio(AT, evidence_from=evidence), keep], max_epochs=EPOCHS, enable_checkpointing=True)
+    ours = trio(AT, evidence_from=evidence)
     path = tmp_path / f"step={step}.ckpt"
     fit(Toy(), BlobsData(Blobs(101), by_epoch=True), ours, max_epochs=EPOCHS, ckpt_path=path)
     assert lost() == times

@@ -74,10 +74,10 @@ def test_one_logit(flat, dtype, shape):
     assert prune.has_acted
 
 
-@pytest.mark.parametrize("evidence", ["training", "passes"])
+@pytest.mark.parametrize("evidence", ["train_steps", "eval_passes"])
 def test_several_labels_are_judged_each_by_itself(evidence, tmp_path):
     x, y, wrong = separable(3, 0.1)
-    partition, prune, finetune = trio(AT, evidence=evidence)
+    partition, prune, finetune = trio(AT, evidence_from=evidence)
     fit(Bits(3), loader(x, y.float()), [partition, prune, finetune], max_epochs=EPOCHS)
     drawn = partition.partition
     assert drawn.is_multilabel
@@ -159,7 +159,7 @@ def test_a_label_that_all_samples_have_is_not_judged(monkeypatch):
     ("options", "found"),
     [
         ({"layer": "net.0"}, "layer='net.0'"),
-        ({"method": "deeplift"}, "method='deeplift'"),
+        ({"attribution_method": "deeplift"}, "attribution_method='deeplift'"),
         ({"recipe": "rlap"}, "recipe="),
     ],
 )
@@ -180,13 +180,13 @@ class Ignoring(Toy):
     validation_step = None
 
 
-@pytest.mark.parametrize("evidence", ["training", "passes"])
+@pytest.mark.parametrize("evidence", ["train_steps", "eval_passes"])
 @pytest.mark.parametrize("on_noisy", ["drop", "reweight", "relabel"])
 def test_samples_with_the_label_to_ignore_are_not_judged_and_stay(evidence, on_noisy):
     data = Blobs(SIZE)
     ignored = torch.arange(SIZE) % 7 == 0
     data.y[ignored] = -100
-    partition, prune, finetune = trio(AT, evidence=evidence, finetune={"on_noisy": on_noisy})
+    partition, prune, finetune = trio(AT, evidence_from=evidence, finetune={"on_noisy": on_noisy})
     fit(Ignoring(), DataLoader(data, 16, shuffle=True), [partition, prune, finetune], max_epochs=EPOCHS)
     drawn = partition.partition
     assert drawn.label.equal(data.y.masked_fill(ignored, -1))
@@ -202,7 +202,7 @@ def test_labels_that_are_all_to_be_ignored():
     data = Blobs(40)
     data.y[:] = -100
     with pytest.raises(ValueError, match="labels to judge, but all 40 samples have ignore_index=-100"):
-        fit(Ignoring(), DataLoader(data, 8), trio(1, evidence="passes"), max_epochs=2)
+        fit(Ignoring(), DataLoader(data, 8), trio(1, evidence_from="eval_passes"), max_epochs=2)
 
 
 @pytest.mark.parametrize("kind", ["one-hot", "smoothed"])

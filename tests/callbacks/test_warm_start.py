@@ -85,7 +85,7 @@ def test_only_what_is_trained_is_moved():
 
 
 def test_only_the_first_partition_moves_weights():
-    rounds = {"every_n_epochs": 1, "stable_share": 0}
+    rounds = {"every_n_epochs": 1, "min_change": 0}
     (partition, *_), _, moments = run({"warm_start": "start"}, partition=rounds, max_epochs=5)
     assert len(partition.rounds) > 1
     assert moments.begun[AT]["net.0.weight"].equal(moments.begun[0]["net.0.weight"])
@@ -383,7 +383,7 @@ def test_where_steps_end_the_fit_the_rate_falls_with_them():
 
 def test_in_rounds_a_larger_subset_is_trained_on_whole_and_the_rate_still_ends_at_zero():
     watch = Rates()
-    rounds = {"every_n_epochs": 1, "stable_share": 0}
+    rounds = {"every_n_epochs": 1, "min_change": 0}
     _, module, _ = run({"warm_start": "shrink"}, others=[watch], partition=rounds, max_epochs=6)
     assert module.optimizers().param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
     assert watch.rates[5][0][0] == pytest.approx(0.01 * cosine(3 / 4))

@@ -17,7 +17,12 @@ from tests.cli.conftest import RUN, enter
 WRONG = torch.arange(201) < 40
 ACTING = """
     - class_path: lightning_unlearn.AttributionPartitionCallback
-      init_args: {at_epoch: 4, every_n_epochs: 1, min_class_share: 0.2}
+      init_args:
+        at_epoch: 4
+        every_n_epochs: 1
+        recipe:
+          class_path: lightning_unlearn.recipes.get_recipe
+          init_args: {recipe: auto, min_class_fraction: 0.2}
     - class_path: lightning_unlearn.SensitivityPruneCallback
     - class_path: lightning_unlearn.CleanSubsetFinetuneCallback
     - class_path: lightning_unlearn.UnlearnReport
@@ -98,7 +103,7 @@ def test_it_stops_at_the_partition_with_the_settings_of_the_configuration_but_ac
     assert "Left out here: SensitivityPruneCallback, CleanSubsetFinetuneCallback" in caplog.text
     settings = json.loads(Path("found/provenance.json").read_text())["fits"][0]["settings"]
     assert list(settings) == ["AttributionPartitionCallback"]
-    assert settings["AttributionPartitionCallback"]["min_class_share"] == 0.2
+    assert settings["AttributionPartitionCallback"]["min_class_fraction"] == 0.2
     assert "given_class" in Path("found/suspects.csv").read_text()
     assert not Path("elsewhere").exists()
     said = capsys.readouterr().out

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from lightning_unlearn import AttributionPartitionCallback, DataFormat
 from lightning_unlearn.data.task_format import TaskFormat
 from lightning_unlearn.evidence.label_field import agreement
-from tests.toys import CLASSES, FEATURES, Blobs, fit, weights
+from tests.toys import CLASSES, FEATURES, Blobs, fit, partition_callback, weights
 
 SIZE, AT = 96, 2
 TEACHER = torch.randn(FEATURES, CLASSES, generator=torch.Generator().manual_seed(5))
@@ -69,7 +69,7 @@ def loader_of(collate, data, batch_size=16):
 
 def judged(collate, loss, *, batch_size=16, callbacks=(), data=None, trainer=None, partition=None, **net):
     """The partition of a fit whose batches are collated so, and the callback that has drawn it."""
-    partition = AttributionPartitionCallback(at_epoch=AT, recipe="aum", **(partition or {}))
+    partition = partition_callback(at_epoch=AT, recipe="aum", **(partition or {}))
     data = data or Blobs(SIZE)
     module = Net(loss, **net)
     fit(module, loader_of(collate, data, batch_size), [partition, *callbacks], max_epochs=AT + 1, **(trainer or {}))
@@ -106,7 +106,7 @@ CHOICES = {
     "by hand": (last, of(1), {"manual": True}),
     "accumulated": (last, of(1), {"trainer": {"accumulate_grad_batches": 3}}),
     "half precision": (last, of(1), {"trainer": {"precision": "bf16-mixed"}}),
-    "passes": (last, of(1), {"partition": {"evidence": "passes"}}),
+    "passes": (last, of(1), {"partition": {"evidence_from": "eval_passes"}}),
 }
 
 

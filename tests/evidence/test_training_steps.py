@@ -14,7 +14,7 @@ from tests.evidence.test_step_reader import BATCH, Coded, Net, mixup, two_calls
 from tests.toys import Blobs, BlobsData, IndexRecorder, Toy, assert_same_weights, auroc, fit, mlp, trio, weights
 
 AT = 3
-SAYS_WHY = "Label evidence is not read from the training steps"
+SAYS_WHY = "Cannot collect label evidence from training steps"
 
 
 class Keeps:
@@ -117,7 +117,7 @@ def test_evidence_is_what_the_training_steps_showed(loader):
     torch.testing.assert_close(callback.partition.label_evidence, recipe.evidence.support)
 
 
-@pytest.mark.parametrize("evidence", ["training", "passes"])
+@pytest.mark.parametrize("evidence", ["train_steps", "eval_passes"])
 @pytest.mark.parametrize("prune", [{}, {"layer": "net.4"}], ids=["default", "named layer"])
 @pytest.mark.parametrize(
     "loader",
@@ -126,7 +126,7 @@ def test_evidence_is_what_the_training_steps_showed(loader):
 )
 def test_before_the_partition_all_three_leave_training_as_it_was(loader, prune, evidence):
     found = []
-    for ours in ([], trio(AT, prune=prune, finetune={"mode": "layers", "lr": 0.01}, evidence=evidence)):
+    for ours in ([], trio(AT, prune=prune, finetune={"mode": "layers", "lr": 0.01}, evidence_from=evidence)):
         data = BlobsData(Blobs(101), **loader)
         moment, record = LastLogits(), IndexRecorder(data.train)
         fit(Toy(lambda: mlp(0.3)), data, [*ours, moment, record], max_epochs=AT + 1)
@@ -157,13 +157,13 @@ def test_mixup_is_noticed_said_once_and_passes_are_made_instead(monkeypatch):
             return super()._observe_pass(trainer, pl_module)
 
     data = Blobs(400)
-    callback = Watching(at_epoch=5, evidence_every_n_epochs=2)
+    callback = Watching(at_epoch=5)
     module = MixesUp()
     fit(module, BlobsData(data), [callback], max_epochs=6)
     (line,) = [text for text in said if text.startswith(SAYS_WHY)]
     assert "towards another class than their label, as MixUp and CutMix do" in line
-    assert "a pass over the training set every 2 epochs." in line
-    assert passes == [2, 4, 5]
+    assert "pass over the training set after every epoch instead." in line
+    assert passes == [1, 2, 3, 4, 5]
     assert callback.partition.is_actionable
     assert auroc(callback.partition.clean_probability, ~data.wrong) > 0.97
     assert not any(part._forward_hooks for part in module.modules())
@@ -175,7 +175,7 @@ def test_without_a_fault_nothing_is_said_of_a_fallback(monkeypatch):
         monkeypatch.setattr(module, "rank_zero_info", said.append)
     fit(Toy(), BlobsData(Blobs()), [AttributionPartitionCallback(at_epoch=2)], max_epochs=3)
     assert any(line.startswith("Partition after 2 epochs") for line in said)
-    assert not any("not read from the training steps" in line for line in said)
+    assert not any("Cannot collect label evidence" in line for line in said)
 
 
 @pytest.mark.parametrize("step", [None, two_calls], ids=["reads", "fell back"])

@@ -289,7 +289,9 @@ def test_what_validation_shows_in_another_form_is_left_out(monkeypatch):
     assert callbacks[0].partition.epoch == 2
 
 
-@pytest.mark.parametrize("settings", [{"evidence": "passes"}, {"recipe": "rlap"}, {"recipe": "loss"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"evidence_from": "eval_passes"}, {"recipe": "rlap"}, {"recipe": "loss"}], ids=str
+)
 def test_without_evidence_of_training_steps(settings):
     callbacks = trio("auto", **settings)
     fit(Toy(), BlobsData(Blobs(SIZE)), callbacks, max_epochs=6)
@@ -297,7 +299,7 @@ def test_without_evidence_of_training_steps(settings):
 
 
 def test_rounds_count_from_it():
-    callbacks = trio("auto", every_n_epochs=2, stable_share=0, recipe="label")
+    callbacks = trio("auto", every_n_epochs=2, min_change=0, recipe="label")
     fit(Toy(optimizer=adamw), BlobsData(Blobs(SIZE)), callbacks, max_epochs=9)
     first = callbacks[0].rounds[0].epoch
     assert [one.epoch for one in callbacks[0].rounds] == list(range(first, 9, 2))

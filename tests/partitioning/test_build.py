@@ -29,7 +29,7 @@ def partition_of(probability, label, share):
     noise = NoiseEstimate("found", rate=0.3, interval=(0.2, 0.4), z_score=9.0)
     verdict = RecipeResult(probability, (label + 1) % classes, label_probability=probability, noise=noise)
     judged = [ShardResult(evidence, one, verdict)]
-    criteria = CleanCriteria(precision=0.85, min_class_share=share)
+    criteria = CleanCriteria(precision=0.85, min_class_fraction=share)
     return assemble(judged, label, criteria, lambda x: x, recipe="r", layer="l", epoch=1)
 
 

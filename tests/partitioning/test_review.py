@@ -127,7 +127,7 @@ def test_an_unedited_table_changes_nothing_of_what_is_trained_on(data, reviewed,
 
 
 def test_decisions_override_the_partition_for_their_samples_alone(data, reviewed):
-    partition, tune, record, _ = run(data, review=str(reviewed["edited"]), min_class_share=0.5)
+    partition, tune, record, _ = run(data, review=str(reviewed["edited"]), min_class_fraction=0.5)
     before, after, wanted = reviewed["first"], partition.partition, reviewed["wanted"]
     kept, dropped, moved = (of(wanted, code) for code in (KEEP, DROP, RELABEL))
     assert [len(kept), len(dropped), len(moved)] == [3, 3, 6]
@@ -170,7 +170,7 @@ def test_samples_are_weighed_by_what_was_decided(data, reviewed):
 
 
 def test_every_round_goes_by_it(data, reviewed):
-    partition, tune, _, _ = run(data, review=reviewed["edited"], every_n_epochs=1, stable_share=0.0)
+    partition, tune, _, _ = run(data, review=reviewed["edited"], every_n_epochs=1, min_change=0.0)
     assert len(partition.rounds) == EPOCHS - AT
     assert partition.partition.is_clean[of(reviewed["wanted"], KEEP)].all()
     assert not set(of(reviewed["wanted"], DROP)) & set(tune.draw.index.tolist())
@@ -190,11 +190,11 @@ def test_decisions_hold_where_the_recipe_is_not_to_be_acted_upon(data, tmp_path,
 
 @pytest.mark.parametrize("with_file", [True, False], ids=["with the file", "without it"])
 def test_a_resumed_fit_goes_by_it(data, reviewed, tmp_path, with_file):
-    whole, tune, _, module = run(data, review=reviewed["edited"], folder=tmp_path, every_n_epochs=1, stable_share=0.0)
+    whole, tune, _, module = run(data, review=reviewed["edited"], folder=tmp_path, every_n_epochs=1, min_change=0.0)
     for epoch in (0, 1):  # before the partition, and after the first
         review = reviewed["edited"] if with_file else None
         again, tune_again, _, resumed = run(
-            data, review=review, ckpt_path=tmp_path / f"epoch={epoch}.ckpt", every_n_epochs=1, stable_share=0.0
+            data, review=review, ckpt_path=tmp_path / f"epoch={epoch}.ckpt", every_n_epochs=1, min_change=0.0
         )
         assert again.partition.clean_probability.equal(whole.partition.clean_probability)
         assert tune_again.draw.index.equal(tune.draw.index)

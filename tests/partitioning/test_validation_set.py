@@ -21,7 +21,7 @@ from torch.utils.data import (
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback, Partition
 from lightning_unlearn.results.finding import finding_of
 from tests.callbacks.snapshot import random_states
-from tests.toys import CLASSES, Blobs, BlobsData, Toy, assert_same_weights, fit, mlp, weights
+from tests.toys import CLASSES, Blobs, BlobsData, Toy, assert_same_weights, fit, mlp, partition_callback, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:Your `val_dataloader`'s sampler:UserWarning")
 AT = 2
@@ -47,7 +47,7 @@ def loader(data=VALID, **kwargs):
 def judged(make=None, *, size=301, epochs=AT, module=None, callbacks=(), ckpt_path=None, trainer=None, **kwargs):
     """A dry run, its module and its callback."""
     module = module or Toy()
-    callback = AttributionPartitionCallback(at_epoch=AT, **{**QUICK, **kwargs})
+    callback = partition_callback(at_epoch=AT, **{**QUICK, **kwargs})
     data = Data(make or loader(), size, by_epoch=True)
     fit(module, data, [callback, *callbacks], max_epochs=epochs, ckpt_path=ckpt_path, **(trainer or {}))
     return callback, module
@@ -311,7 +311,7 @@ def test_a_checkpoint_of_a_partition_without_it(whole, tmp_path):
 
 
 def test_it_is_drawn_again_with_that_of_the_training_set():
-    callback, _ = judged(epochs=AT + 2, every_n_epochs=1, stable_share=0, dry_run=False)
+    callback, _ = judged(epochs=AT + 2, every_n_epochs=1, min_change=0, dry_run=False)
     assert [drawn.epoch for drawn in callback.rounds] == [AT, AT + 1]
     assert callback.validation_partition.epoch == AT + 1
 

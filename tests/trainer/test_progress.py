@@ -8,13 +8,12 @@ from types import SimpleNamespace
 import pytest
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
 
-from lightning_unlearn import AttributionPartitionCallback
 from lightning_unlearn.callbacks.base import FitCallback
 from lightning_unlearn.pruning.criteria import Sensitivity
 from lightning_unlearn.trainer import progress as progress_module
 from lightning_unlearn.trainer.context import FitContext
 from lightning_unlearn.trainer.progress import close_progress, shown
-from tests.toys import Blobs, BlobsData, Toy, fit, trio
+from tests.toys import Blobs, BlobsData, Toy, fit, partition_callback, trio
 
 AT, SIZE = 2, 101
 BATCHES = -(-SIZE // 16)
@@ -74,7 +73,7 @@ class Other(ProgressBar):
 
 
 def a_fit(*bars, module=None, **kwargs):
-    callbacks = trio(AT, prune=PRUNES, evidence="passes")
+    callbacks = trio(AT, prune=PRUNES, evidence_from="eval_passes")
     kwargs = {"enable_progress_bar": True, "max_epochs": 3, **kwargs}
     return fit(module or Toy(), BlobsData(Blobs(SIZE)), [*bars, *callbacks], **kwargs)
 
@@ -191,7 +190,7 @@ def test_of_a_short_pass_nothing_is_said(caplog):
 @pytest.mark.parametrize(("method", "times"), [("gradient_x_activation", 1), ("integrated_gradients", 0)])
 def test_what_a_pass_will_cost_is_said_once_before_the_first(method, times, caplog):
     caplog.set_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero")
-    callback = AttributionPartitionCallback(at_epoch=2, evidence="passes", method=method)
+    callback = partition_callback(at_epoch=2, evidence_from="eval_passes", attribution_method=method)
     fit(Toy(), BlobsData(Blobs(SIZE)), [callback], max_epochs=3)
     said = [record.getMessage() for record in caplog.records]
     found = [

@@ -107,7 +107,9 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("settings", [{}, {"evidence": "passes"}, {"finetune": {"on_noisy": "relabel"}}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"evidence_from": "eval_passes"}, {"finetune": {"on_noisy": "relabel"}}], ids=str
+)
 @pytest.mark.parametrize("name", REFUSED)
 def test_other_rows_than_those_drawn_are_refused_before_the_first_step_with_who_is_to_blame(name, settings):
     make, culprit = REFUSED[name]

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightning_unlearn import AttributionPartitionCallback, SensitivityPruneCallback
-from tests.toys import CLASSES, Blobs, BlobsData, Toy, fit
+from tests.toys import CLASSES, Blobs, BlobsData, Toy, fit, partition_callback
 
 STEPS = 4
 
@@ -40,7 +40,7 @@ class NoRows(Toy):
 
 
 def found(kind, batch_size=STEPS, prune=(), **settings):
-    callbacks = [AttributionPartitionCallback(at_epoch=2, dry_run=True, **settings), *prune]
+    callbacks = [partition_callback(at_epoch=2, dry_run=True, **settings), *prune]
     fit(Toy(lambda: Steps(kind)), BlobsData(Blobs(100), batch_size=batch_size), callbacks, max_epochs=3)
     return callbacks
 
@@ -102,8 +102,8 @@ def test_what_can_be_told_is_not_refused(kind, batch_size):
 
 @pytest.mark.parametrize("method", ["integrated_gradients", "deeplift", "conductance"])
 def test_methods_that_interpolate_are_refused_where_the_steps_are_first(method):
-    with pytest.raises(ValueError, match="Expected a layer with the samples first for method='" + method):
-        found("time first", layer="net.mid", method=method)
+    with pytest.raises(ValueError, match="Expected a layer with the samples first for attribution_method='" + method):
+        found("time first", layer="net.mid", attribution_method=method)
 
 
 def test_logits_that_are_in_another_order_are_refused():

@@ -58,6 +58,8 @@ class PartitionState:
         summary: of a fit that has ended.
         sample_weight: (N,) float32; neurons are ranked with it when a partition is computed.
         is_late: whether the partition is computed when training has ended.
+        probabilities: (N, C) float32, see :func:`~lightning_unlearn.partitioning.probabilities.average_probabilities`;
+            None where they are not kept.
     """
 
     task: str = ""
@@ -76,6 +78,7 @@ class PartitionState:
     summary: RepairSummary | None = field(default=None, metadata=_TRANSIENT)
     sample_weight: Tensor | None = field(default=None, metadata=_TRANSIENT)
     is_late: bool = field(default=False, metadata=_TRANSIENT)
+    probabilities: Tensor | None = field(default=None, metadata=_TRANSIENT)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and primitives."""
@@ -148,6 +151,24 @@ class PublishedPartition:
 
     def _when_drawn(self) -> str:
         raise NotImplementedError
+
+    @property
+    def probabilities(self) -> Tensor:
+        """(N, C) float32, what training has said of each class, by dataset index: ``pred_probs`` for cleanlab.
+
+        The softmax of the logits of the training steps, averaged over the epochs before the partition; of a sample that
+        was not drawn in a part of them, those of the pass after it. Known in the fit that has computed the partition;
+        no checkpoint keeps them.
+
+        Raises:
+            RuntimeError: without ``keep_probabilities=True``, and before there are any.
+        """
+        if self.state.probabilities is None:
+            raise RuntimeError(
+                "There are no probabilities: set keep_probabilities=True, and ask in the fit that computes the"
+                f" partition, which is {self._when_drawn()}."
+            )
+        return self.state.probabilities
 
     @property
     def partition(self) -> Partition:

@@ -77,8 +77,11 @@ def to_parquet(partition: Partition, path: str | PathLike[str], *, class_names: 
 def to_datalab(partition: Partition, lab: Any = None, *, class_names: Sequence[str] | None = None) -> Any:
     """A cleanlab Datalab with the label issues that the partition has found, as ``find_issues`` leaves its own.
 
-    ``is_label_issue`` is whether a sample is suspect for its label, ``label_score`` its probability of being clean.
-    Samples that are suspect only for their input are no label issues.
+    ``is_label_issue`` is whether a sample is suspect for its label, ``label_score`` its probability of being clean: in
+    [0, 1] as cleanlab's own score, the lower the likelier wrong, but of samples with .2 four fifths are expected to be
+    wrong, where the noise rate is known. Samples that are suspect only for their input are no label issues. For
+    cleanlab's own methods on what this fit has shown, give them ``pred_probs``: see
+    :attr:`AttributionPartitionCallback.probabilities <lightning_unlearn.AttributionPartitionCallback.probabilities>`.
 
     Args:
         partition: of the training set.

@@ -1,0 +1,49 @@
+"""What training has said of each class, as the probabilities that other tools judge labels by."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_unlearn.data.task_format import TaskFormat
+from lightning_unlearn.evidence.training_dynamics import MOST_COORDINATES
+from lightning_unlearn.partitioning.build import ShardResult
+from lightning_unlearn.utilities.distributed import gather_by_index
+from lightning_unlearn.utilities.reduce import Reduce
+
+
+def check_has_probabilities(reading: TaskFormat) -> None:
+    """Refuses a task of which no probabilities are kept.
+
+    Raises:
+        ValueError: of several labels per sample, and of more classes than evidence tells apart.
+    """
+    if reading.task == "multilabel" or reading.num_classes > MOST_COORDINATES + 1:
+        found = "several labels" if reading.task == "multilabel" else f"{reading.num_classes} classes"
+        raise ValueError(
+            f"Expected one label per sample, of at most {MOST_COORDINATES + 1} classes, where keep_probabilities=True,"
+            f" but found {found}; leave it out."
+        )
+
+
+def average_probabilities(one: ShardResult, total: int, reduce: Reduce) -> Tensor:
+    """The softmax of the logits, averaged over the training before the partition. Every rank must call it.
+
+    What a network has memorized late was not known to it early, so that the average still doubts a wrong label where
+    the last epoch does not.
+
+    Args:
+        one: what was seen of this rank's share.
+        total: N.
+        reduce: sums over the ranks.
+
+    Returns:
+        (N, C) float32 on the CPU, in dataset order.
+    """
+    parts = one.evidence.attribution
+    # The last part is of the pass in eval mode, after all training that there was.
+    trained = parts[:, :-1] if parts.shape[1] > 1 else parts
+    logits = trained.float().mean(dim=1) @ one.evidence.basis.float().T
+    return gather_by_index(
+        one.evidence.index.cpu(), one.weight.cpu(), torch.softmax(logits, dim=1).cpu(), total, reduce
+    )

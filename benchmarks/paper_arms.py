@@ -250,8 +250,8 @@ class PaperUnit:
         if arm.criterion is not None:
             # As many neurons for every criterion, and none taken back, so that only the choice differs.
             criterion = Sensitivity(fdr_level=None) if arm.criterion == "sensitivity" else arm.criterion
-            return {"criterion": criterion, "guard": False}
-        return {"guard": False} if arm.recipe == "rlap" else {}
+            return {"criterion": criterion, "max_val_drop": None}
+        return {"max_val_drop": None} if arm.recipe == "rlap" else {}
 
     def _partitioner(self, recipe: str) -> AttributionPartitionCallback:
         bad = self._bad

@@ -126,7 +126,7 @@ class Repair:
 
 
 # The same share of the neurons for every criterion, and none taken back, so that only the choice differs.
-_BLIND = {"amount": 0.3, "guard": False}
+_BLIND = {"amount": 0.3, "max_val_drop": None}
 REPAIRS: dict[str, Repair] = {
     FFT: Repair(),
     KEEP: Repair(warm_start="keep"),

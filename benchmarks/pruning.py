@@ -134,21 +134,21 @@ CLEANER: dict[str, Arm] = {
     NONE: Arm(),
     "pruning by default": Arm(prune={}),
     "pruning by default, all layers": Arm(prune={}, everywhere=True),
-    "sensitivity .15, all layers": Arm(prune={"criterion": HARMFUL, "guard": False}, everywhere=True),
-    "random .15, all layers": Arm(prune={"criterion": Random(1), "guard": False}, everywhere=True),
+    "sensitivity .15, all layers": Arm(prune={"criterion": HARMFUL, "max_val_drop": None}, everywhere=True),
+    "random .15, all layers": Arm(prune={"criterion": Random(1), "max_val_drop": None}, everywhere=True),
     "projection (SAP)": Arm(project=True),
     NONE_KEEP: Arm(warm_start="keep"),
     "projection (SAP), keep": Arm(project=True, warm_start="keep"),
     "sensitivity .15, all layers, keep": Arm(
-        prune={"criterion": HARMFUL, "guard": False}, everywhere=True, warm_start="keep"
+        prune={"criterion": HARMFUL, "max_val_drop": None}, everywhere=True, warm_start="keep"
     ),
     "random .15, all layers, keep": Arm(
-        prune={"criterion": Random(1), "guard": False}, everywhere=True, warm_start="keep"
+        prune={"criterion": Random(1), "max_val_drop": None}, everywhere=True, warm_start="keep"
     ),
 }
 SMALLER: dict[str, Arm] = {
     **{
-        f"{name} {amount}": Arm(prune={"criterion": by, "guard": False, "amount": amount}, everywhere=True)
+        f"{name} {amount}": Arm(prune={"criterion": by, "max_val_drop": None, "amount": amount}, everywhere=True)
         for amount, (name, by) in product(AMOUNTS, CRITERIA.items())
     },
     **{f"narrow, retrained {amount}": Arm(narrow=amount) for amount in AMOUNTS},

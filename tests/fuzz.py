@@ -18,11 +18,11 @@ from torch.optim import lr_scheduler
 from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Dataset, RandomSampler, Subset
 from torch.utils.data.distributed import DistributedSampler
 
-from lightning_unlearn import CleanSubsetFinetuneCallback, SensitivityPruneCallback
+from lightning_unlearn import SensitivityPruneCallback
 from lightning_unlearn.attribution import ATTRIBUTION_METHODS
 from lightning_unlearn.pruning.criteria import CRITERIA, Sensitivity
 from lightning_unlearn.recipes import RECIPES
-from tests.toys import by_margin, partition_callback
+from tests.toys import by_margin, finetune_callback, partition_callback
 
 # So many numbers of a sample are never augmented, and tell which it is.
 KEY = 6
@@ -339,7 +339,7 @@ class Case:
         return (
             partition_callback(**self.partition),
             None if self.prune is None else SensitivityPruneCallback(**self.prune),
-            None if self.finetune is None else CleanSubsetFinetuneCallback(**self.finetune),
+            None if self.finetune is None else finetune_callback(**self.finetune),
         )
 
     def others(self) -> list[L.Callback]:
@@ -405,7 +405,7 @@ def draw_prune(rng: random.Random, case: Case) -> dict[str, Any]:
         rng,
         {
             "criterion": lambda: rng.choice([*CRITERIA, Sensitivity(None, 0.1), Sensitivity(0.5, 0.0)]),
-            "guard": lambda: rng.random() < 0.2,
+            "max_val_drop": lambda: rng.choice([None, None, None, None, 0.01]),
         },
         0.7,
     )
@@ -429,12 +429,12 @@ def draw_finetune(rng: random.Random, case: Case) -> dict[str, Any]:
         drawn["mode"] = "layers"
         if case.prune is None or rng.random() < 0.5:
             drawn["layers"] = sorted({draw_layer(rng, case), "net.head"})
-    drawn |= some(rng, {"reset_head": lambda: True, "relabel_threshold": lambda: rng.choice([0.1, 1.0])}, 0.2)
+    drawn |= some(rng, {"relabel_threshold": lambda: rng.choice([0.1, 1.0])}, 0.2)
     optimizers: list[dict[str, Any]] = [
         {},
         {},
         {"lr": 0.01},
-        {"restart_optimizer": True},
+        {"optimizer": "restart"},
         {"optimizer": partial(torch.optim.Adam, lr=0.01)},
         {"lr": 0.1, "lr_scheduler": partial(lr_scheduler.ExponentialLR, gamma=0.9)},
     ]

@@ -285,6 +285,19 @@ def partition_callback(
     return made
 
 
+def finetune_callback(
+    *args: Any,
+    kind: type[CleanSubsetFinetuneCallback] = CleanSubsetFinetuneCallback,
+    relabel_threshold: float | None = None,
+    **kwargs: Any,
+) -> CleanSubsetFinetuneCallback:
+    """The callback, with what is an attribute of it beside its settings."""
+    made = kind(*args, **kwargs)
+    if relabel_threshold is not None:
+        made.relabel_threshold = relabel_threshold
+    return made
+
+
 def trio(
     at_epoch: int = 2, *, prune: dict[str, Any] | None = None, finetune: dict[str, Any] | None = None, **kwargs: Any
 ) -> tuple[AttributionPartitionCallback, SensitivityPruneCallback, CleanSubsetFinetuneCallback]:
@@ -292,7 +305,7 @@ def trio(
     return (
         partition_callback(at_epoch=at_epoch, **kwargs),
         SensitivityPruneCallback(**(prune or {})),
-        CleanSubsetFinetuneCallback(**(finetune or {})),
+        finetune_callback(**(finetune or {})),
     )
 
 

@@ -11,17 +11,15 @@ from typing import Any, Literal, get_args
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_unlearn.attribution import ForwardTrace, plain_name, resolve_layer
+from lightning_unlearn.attribution import plain_name, resolve_layer
 from lightning_unlearn.callbacks.base import PartitionConsumer
 from lightning_unlearn.finetuning import freezing, messages, optimizers, relabel, train_data
 from lightning_unlearn.finetuning.training_subset import OnNoisy, TrainingSubset, make_training_subset
 from lightning_unlearn.finetuning.warm_start import Memory, Start, StartWeights, WarmStart, choose_start
-from lightning_unlearn.pruning.masking import is_computed
 from lightning_unlearn.results.partition import Partition
 from lightning_unlearn.results.provenance import copied
 from lightning_unlearn.trainer.callback_order import callbacks_of
@@ -35,7 +33,7 @@ from lightning_unlearn.trainer.protocols import MaskSource
 from lightning_unlearn.trainer.scoring_loader import train_loader
 from lightning_unlearn.trainer.strategies import refuse_where_sharded, shards_weights
 from lightning_unlearn.trainer.weight_averages import weight_copies
-from lightning_unlearn.utilities.checks import check_choice, check_flag, check_number
+from lightning_unlearn.utilities.checks import check_choice, check_number
 from lightning_unlearn.utilities.distributed import sum_over_ranks
 
 
@@ -68,18 +66,15 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
             drawn in an epoch with its probability of being clean. ``"relabel"``: where the label is wrong and the
             suggested one is probable enough, the sample is trained on under the suggested label, which takes the given
             one's place in the batch on its way in; the data set is not changed.
-        relabel_threshold: the least probability of a suggested label that is used.
-        reset_head: give the head (the last Linear with an output per class) new initial weights first.
         lr: with a value, ``configure_optimizers`` (or ``optimizer``) makes a fresh optimizer with this constant
             learning rate; its own schedulers are dropped. Without, the optimizer and its schedule go on as they are;
             but where weights are moved (``warm_start``), ``configure_optimizers`` runs again, and the rate falls by a
             cosine from the highest that the fit has had to zero when it ends.
-        optimizer: makes the optimizer from the trainable parameters, in YAML as ``class_path`` and ``init_args``. With
-            frozen layers a fit goes on from its checkpoints only with this callback: of fewer parameters there is less
-            state. The weights load anywhere.
+        optimizer: a function from the trainable parameters to the optimizer, in YAML as ``class_path`` and
+            ``init_args``; or ``"restart"``: run the module's ``configure_optimizers`` again, so that its schedule
+            starts anew, planned for the epochs and batches that remain. With frozen layers a fit resumes from its
+            checkpoints only with this callback, as there is less optimizer state. The weights load anywhere.
         lr_scheduler: makes the schedule from the optimizer, stepped once per epoch.
-        restart_optimizer: without ``lr`` and ``optimizer``: run the module's ``configure_optimizers`` again, so that
-            its schedule starts anew and is planned for the epochs and batches that remain.
 
     Raises:
         ValueError: for arguments that do not fit, here; for an unknown layer when the fit is set up.
@@ -87,31 +82,28 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         TypeError: for a train loader whose sampler a subset would silently replace, when training starts.
     """
 
-    def __init__(  # noqa: PLR0913  (each is an option of its own)
+    relabel_threshold = 0.7
+    """Least probability of a suggested label with which ``on_noisy="relabel"`` trains, in (0, 1]."""
+
+    def __init__(
         self,
         mode: Literal["full", "layers"] = "full",
         *,
         warm_start: WarmStart = "auto",
         layers: list[str] | None = None,
         on_noisy: OnNoisy = "drop",
-        relabel_threshold: float = 0.7,
-        reset_head: bool = False,
         lr: float | None = None,
-        optimizer: optimizers.MakeOptimizer | None = None,
+        optimizer: optimizers.MakeOptimizer | Literal["restart"] | None = None,
         lr_scheduler: optimizers.MakeScheduler | None = None,
-        restart_optimizer: bool = False,
     ) -> None:
         self.mode = check_choice("mode", mode, ("full", "layers"))
         self.warm_start: WarmStart = check_choice("warm_start", warm_start, get_args(WarmStart))
         self.layers = freezing.check_layer_names(self.mode, layers)
         self.on_noisy: OnNoisy = check_choice("on_noisy", on_noisy, get_args(OnNoisy))
-        self.relabel_threshold = check_number("relabel_threshold", relabel_threshold, above=0, most=1)
-        self.reset_head = check_flag("reset_head", reset_head)
         self.lr = None if lr is None else check_number("lr", lr, above=0)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
-        self.restart_optimizer = check_flag("restart_optimizer", restart_optimizer)
-        self._fresh = optimizers.FreshOptimizer(self.lr, optimizer, lr_scheduler, restart=self.restart_optimizer)
+        self._fresh = optimizers.FreshOptimizer(self.lr, optimizer, lr_scheduler)
         self._loader = train_data.SubsetLoader()
         self._frozen = freezing.FrozenLayers()
         self._losses = LossWatch()
@@ -189,13 +181,12 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
     @override
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().check(trainer, pl_module)
+        self.relabel_threshold = check_number("relabel_threshold", self.relabel_threshold, above=0, most=1)
         refuse_where_sharded(
             trainer,
             type(self).__name__,
-            reset_head=self.reset_head,
             lr=self.lr is not None,
             optimizer=self.optimizer is not None,
-            restart_optimizer=self.restart_optimizer,
             warm_start=self._must_move,
         )
         refuse_beside_finetuning(
@@ -204,7 +195,6 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
             **{
                 "lr": self.lr is not None,
                 "optimizer": self.optimizer is not None,
-                "restart_optimizer=True": self.restart_optimizer,
                 "mode='layers'": self.mode == "layers",
                 f"warm_start='{self.warm_start}'": self._must_move,
             },
@@ -227,42 +217,26 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.is_active:
             self._loader.begin(self.fit)
-            if self.on_noisy == "relabel" or self.reset_head:
-                self._check_head_and_labels(trainer, pl_module)
+            if self.on_noisy == "relabel":
+                self._check_relabeling(trainer, pl_module)
         elif self.draw.new_label is not None:
             # Also where the checkpoint re-labels and on_noisy is another now.
             self._learn_labels(trainer, pl_module)
         elif self.on_noisy == "relabel":
             # The next round is to re-label, where the checkpoint did not.
-            self._check_head_and_labels(trainer, pl_module)
+            self._check_relabeling(trainer, pl_module)
         self._check_start_is_known(trainer)
         if self.is_active and self._loader.at_once(self.fit) != self._loader.planned_size:
             optimizers.check_steps_left(trainer, optimizers.remaining_epochs(trainer), self._loader.planned_size)
             self._loader.plan(self.fit)
         self._fresh.check_one(trainer)
 
-    def _check_head_and_labels(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        trace, _ = self.fit.probe()
-        classes = trace.output.shape[1]
-        if self.on_noisy == "relabel":
-            relabel.check_relabeling(self.fit)
-            self._learn_labels(trainer, pl_module, trace)
-        if self.reset_head:
-            head = trace.last_linear(classes)
-            if is_computed(trace.linear(head)):
-                raise ValueError(
-                    f"Expected the weight and bias of the head '{head}' to be parameters where reset_head=True, but"
-                    " they are computed from others (weight norm, a parametrization), which would bring the old head"
-                    " back; leave out reset_head."
-                )
-            if self.layers is not None and not f"{head}.".startswith(freezing.inside_of(self.layers)):
-                raise ValueError(
-                    f"Expected layers to hold the head '{head}' where reset_head=True, since new weights must be"
-                    f" trained, but got {self.layers}; add '{head}'."
-                )
+    def _check_relabeling(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        relabel.check_relabeling(self.fit)
+        self._learn_labels(trainer, pl_module)
 
-    def _learn_labels(self, trainer: Trainer, pl_module: LightningModule, trace: ForwardTrace | None = None) -> None:
-        trace = self.fit.probe()[0] if trace is None else trace
+    def _learn_labels(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trace, _ = self.fit.probe()
         self._loader.relabeling.learn(self.fit, trace.logits_module(self.fit.reading.num_outputs))
 
     @override
@@ -429,9 +403,6 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
             remade = self._fresh.make(trainer, pl_module)
             if start.moves:
                 moved = self._move_weights(trainer, pl_module, start, undoing)
-            # Last, since nothing brings the old weights back.
-            if self.reset_head:
-                self._reset_head(trainer, pl_module)
         self._say_start(trainer, start, moved)
         if remade:
             rank_zero_info(remade)
@@ -571,26 +542,6 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         if self._partition is None:
             raise RuntimeError("There is no partition to re-label by; this is an error in lightning_unlearn.")
         return self._partition.label
-
-    def _reset_head(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        trace, _ = self.fit.probe()
-        name = trace.last_linear(trace.output.shape[1])
-        head = trace.linear(name)
-        # The same weights on every rank, and no draw from the user's random state.
-        with isolate_rng():
-            torch.manual_seed(self._loader.seed + trainer.current_epoch)
-            head.reset_parameters()
-        for optimizer in trainer.optimizers:
-            for parameter in head.parameters():
-                optimizer.state.pop(parameter, None)
-        if self._masks is not None:
-            self._masks.silence()
-        with torch.no_grad():
-            for copy in weight_copies(self.fit):
-                # Begun before, it would bring the old head back.
-                for part, parameter in head.named_parameters():
-                    if f"{name}.{part}" in copy:
-                        copy[f"{name}.{part}"].copy_(parameter)
 
     def _choose_frozen(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.layers is not None:

@@ -30,7 +30,7 @@ from lightning_unlearn.results.provenance import settings_of
 from lightning_unlearn.shrinking.cut import require_torch_pruning
 from lightning_unlearn.trainer.progress import rank_zero_info
 from lightning_unlearn.trainer.strategies import refuse_where_sharded
-from lightning_unlearn.utilities.checks import check_flag, check_names, check_number, check_path, check_text
+from lightning_unlearn.utilities.checks import check_names, check_number, check_path, check_text
 from lightning_unlearn.utilities.sharding import reshard
 
 
@@ -65,8 +65,8 @@ class SensitivityPruneCallback(PartitionConsumer):
             (``"mean_abs_ratio"``, ``"rms_ratio"``, ``"std_ratio"``, ``"frequency_ratio"`` of activations, ``"taylor"``
             and ``"hessian"`` of the loss of the given labels), largest first. Or one with settings of its own, as
             ``Sensitivity(fdr_level=None)``, or of your own making: see :mod:`lightning_unlearn.pruning.criteria`.
-        guard: whether to measure, and take back what hurts.
-        max_val_drop: by how much validation accuracy may fall (0.01 is one point), or the loss rise, in nats.
+        max_val_drop: by how much validation accuracy may fall (0.01 is one point), or the loss rise, in nats; None for
+            no guard: nothing is measured, and nothing taken back.
         shrink_to: file to which rank 0 writes the network without its pruned neurons when the fit ends, as the weights
             are then: with fewer parameters, and the same outputs. :func:`~lightning_unlearn.shrinking.load_shrunk`
             reads it. Of another checkpoint, ``lightning-unlearn shrink`` makes one.
@@ -93,16 +93,16 @@ class SensitivityPruneCallback(PartitionConsumer):
         *,
         amount: float = 0.15,
         criterion: str | Criterion = "sensitivity",
-        guard: bool = True,
-        max_val_drop: float = 0.01,
+        max_val_drop: float | None = 0.01,
         shrink_to: str | PathLike[str] | None = None,
     ) -> None:
         self.layer = _checked_layer(layer)
         self.amount = check_number("amount", amount, above=0, below=1, meaning="the share of neurons to prune")
         self._criterion = find_criterion(criterion)
         self.criterion = criterion if isinstance(criterion, Criterion) else self._criterion.name
-        self.guard = check_flag("guard", guard)
-        self.max_val_drop = check_number("max_val_drop", max_val_drop, least=0)
+        self.max_val_drop = None
+        if max_val_drop is not None:
+            self.max_val_drop = check_number("max_val_drop", max_val_drop, least=0, meaning="or None for no guard")
         self.shrink_to = None if shrink_to is None else check_path("shrink_to", shrink_to, "a file to write")
         self.reset()
 
@@ -194,7 +194,7 @@ class SensitivityPruneCallback(PartitionConsumer):
             refuse_unshrinkable(self.fit, self._state.sites, batch.x, self.shrink_to)
 
     def _settings(self) -> PruneSettings:
-        return PruneSettings(self._names(), self.amount, self._criterion, self.max_val_drop if self.guard else None)
+        return PruneSettings(self._names(), self.amount, self._criterion, self.max_val_drop)
 
     @override
     def advance(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -32,6 +32,7 @@ MakeScheduler = Callable[[Optimizer], LRScheduler]
 
 # What makes the optimizer where weights were moved and nothing was asked for.
 _COSINE = "warm_start"
+_RESTART = "restart"
 # What schedules write into parameter groups for themselves.
 _OF_SCHEDULES = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum"}
 
@@ -41,9 +42,9 @@ class FreshOptimizer:
 
     Args:
         lr: constant learning rate of a fresh optimizer; None for none.
-        optimizer: makes it from the trainable parameters; None for ``configure_optimizers``.
+        optimizer: makes it from the trainable parameters; None for ``configure_optimizers``; ``"restart"`` to run that
+            again with its schedules.
         lr_scheduler: makes its schedule.
-        restart: whether ``configure_optimizers`` runs again with its schedules.
 
     Attributes:
         remaining: epochs that were left when fine-tuning began; None where that is not known.
@@ -53,19 +54,23 @@ class FreshOptimizer:
     """
 
     def __init__(
-        self, lr: float | None, optimizer: MakeOptimizer | None, lr_scheduler: MakeScheduler | None, *, restart: bool
+        self,
+        lr: float | None,
+        optimizer: MakeOptimizer | Literal["restart"] | None,
+        lr_scheduler: MakeScheduler | None,
     ) -> None:
-        if optimizer is not None:
-            check_function("optimizer", optimizer, "from parameters to an optimizer, as torch.optim.AdamW")
+        restart = isinstance(optimizer, str) and optimizer == _RESTART
+        make: Any = None if restart else optimizer
+        if make is not None:
+            check_function("optimizer", make, "from parameters to an optimizer, as torch.optim.AdamW, or 'restart'")
         if lr_scheduler is not None:
             check_function("lr_scheduler", lr_scheduler, "from an optimizer to its schedule")
-        if lr_scheduler is not None and lr is None and optimizer is None:
+        if lr_scheduler is not None and lr is None and make is None:
             raise ValueError("Expected lr or optimizer beside lr_scheduler, which schedules a fresh optimizer.")
-        if restart and (lr is not None or optimizer is not None):
-            raise ValueError(
-                "Expected restart_optimizer without lr and optimizer, which make a fresh optimizer anyway."
-            )
-        self._lr, self._optimizer, self._lr_scheduler, self._restart = lr, optimizer, lr_scheduler, restart
+        if restart and lr is not None:
+            raise ValueError("Expected optimizer='restart' without lr, which makes a fresh optimizer anyway.")
+        self._lr, self._lr_scheduler, self._restart = lr, lr_scheduler, restart
+        self._optimizer: MakeOptimizer | None = make
         self.reset()
 
     def reset(self) -> None:
@@ -90,7 +95,7 @@ class FreshOptimizer:
     @property
     def _asked(self) -> tuple[str, bool]:
         """Which argument makes it, empty for none; and whether ``lr_scheduler`` makes its schedule."""
-        made_by = {"restart_optimizer": self._restart, "lr": self._lr is not None}
+        made_by = {_RESTART: self._restart, "lr": self._lr is not None}
         made_by["optimizer"] = self._optimizer is not None
         return next((name for name in reversed(made_by) if made_by[name]), ""), self._lr_scheduler is not None
 
@@ -114,8 +119,7 @@ class FreshOptimizer:
         if isinstance(trial, ReduceLROnPlateau):
             raise ValueError(
                 "Expected lr_scheduler to make a scheduler that is stepped without a metric, but it makes a"
-                " ReduceLROnPlateau; use another, or restart_optimizer=True with a configure_optimizers that returns"
-                " one."
+                " ReduceLROnPlateau; use another, or optimizer='restart' with a configure_optimizers that returns one."
             )
 
     def check_one(self, trainer: Trainer) -> None:
@@ -154,7 +158,7 @@ class FreshOptimizer:
             else:
                 trained = [p for p in pl_module.parameters() if p.requires_grad]
                 trainer.strategy.optimizers = [self._optimizer(trained)]
-        if self._made_by == "restart_optimizer":
+        if self._made_by == _RESTART:
             return ""
         if self._made_by == _COSINE:
             return self._fall_to_zero(trainer, given)
@@ -236,7 +240,7 @@ def _remade_by(trainer: Trainer, pl_module: LightningModule, since: tuple[int, i
         else "the module optimizes manually, and steps them itself"
     )
     rank_zero_info(f"configure_optimizers runs again, with its own schedules from their beginning: {why}.")
-    return "restart_optimizer"
+    return _RESTART
 
 
 def remaining_epochs(trainer: Trainer) -> int | None:

@@ -68,7 +68,7 @@ def fit_one(name, *more, devices=2, review=None, **kwargs):
     module, record, before = chosen.get("module", Toy)(plain), IndexRecorder(data), Before()
     partition, prune, finetune = trio(
         AT,
-        prune={"criterion": Sensitivity(fdr_level=None), "guard": False},
+        prune={"criterion": Sensitivity(fdr_level=None), "max_val_drop": None},
         finetune=chosen.get("finetune"),
         review=review,
         **{"recipe": "label", **chosen.get("partition", {})},
@@ -208,7 +208,7 @@ def refused(name):
 def elsewhere(folder, strategy):
     """A fit in other processes, which leave a checkpoint. Its own is not of a group."""
     partition, prune, finetune = trio(
-        AT, recipe="label", prune={"criterion": Sensitivity(fdr_level=None), "guard": False}
+        AT, recipe="label", prune={"criterion": Sensitivity(fdr_level=None), "max_val_drop": None}
     )
     keep = ModelCheckpoint(folder / strategy, "last", save_on_train_epoch_end=True)
     fit(

@@ -113,7 +113,7 @@ def run(folder, devices, scenario):
     recipe = settings.get("recipe", "label")
     recipe = replace(RECIPES["label"], judge=told) if recipe == "told" else recipe
     # The regression alone: what it finds is what is pruned.
-    plain = {"criterion": Sensitivity(fdr_level=None), "guard": False}
+    plain = {"criterion": Sensitivity(fdr_level=None), "max_val_drop": None}
     at_epoch = settings.get("at_epoch", AT)
     partition, prune, finetune = trio(at_epoch, prune=plain, finetune=settings["finetune"], recipe=recipe)
     module = Toy(settings["net"], **({"optimizer": settings["optimizer"]} if "optimizer" in settings else {}))

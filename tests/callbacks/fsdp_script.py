@@ -25,9 +25,8 @@ CRITERIA = ("sensitivity", "random", "magnitude", "mean_abs_ratio", "std_ratio",
 REFUSED = {
     "lr": lambda: [CleanSubsetFinetuneCallback(lr=0.1)],
     "optimizer": lambda: [CleanSubsetFinetuneCallback(optimizer=torch.optim.SGD)],
-    "restart_optimizer": lambda: [CleanSubsetFinetuneCallback(restart_optimizer=True)],
+    "restart": lambda: [CleanSubsetFinetuneCallback(optimizer="restart")],
     "warm_start": lambda: [CleanSubsetFinetuneCallback(warm_start="shrink")],
-    "reset_head": lambda: [CleanSubsetFinetuneCallback(reset_head=True)],
     "averages": lambda: [StochasticWeightAveraging(0.01)],
     "tensor_parallel": list,
 }
@@ -100,7 +99,7 @@ BY_ROWS = Recipe("rows", by_rows, needs_rows=True)
 
 # The settings of a fit; the optimizer's momentum and weight decay would revive what is pruned.
 SCENARIOS = {
-    "full": {"guard": False},
+    "full": {"max_val_drop": None},
     "rounds": {
         "partition": {"every_n_epochs": 2, "min_change": 0},
         "finetune": {"on_noisy": "relabel", "relabel_threshold": 0.4},
@@ -109,7 +108,7 @@ SCENARIOS = {
     "reweight": {"module": InOnePiece, "finetune": {"on_noisy": "reweight"}, "trainer": {"gradient_clip_val": 0.5}},
     "layers": {
         "module": MadeLate,
-        "guard": False,
+        "max_val_drop": None,
         "finetune": {"mode": "layers", "layers": ["net.2", "net.4"]},
     },
     "norms": {"net": mlp, "finetune": {"mode": "layers"}},
@@ -156,7 +155,7 @@ def callbacks_of(scenario):
     # The regression alone: what it finds is what is pruned.
     return trio(
         AT,
-        prune={"criterion": Sensitivity(fdr_level=None), "guard": chosen.get("guard", True)},
+        prune={"criterion": Sensitivity(fdr_level=None), "max_val_drop": chosen.get("max_val_drop", 0.01)},
         finetune=chosen.get("finetune"),
         **{"recipe": "label", **chosen.get("partition", {})},
     )
@@ -216,7 +215,8 @@ def resumed(folder):
 def pruned_by(kind, **arguments):
     """The mask of neurons whose partition is known in advance."""
     data = PlantedData(101, validation=False)
-    prune = SensitivityPruneCallback("fc", amount=0.5, guard=arguments["criterion"] == "sensitivity", **arguments)
+    drop = 0.01 if arguments["criterion"] == "sensitivity" else None
+    prune = SensitivityPruneCallback("fc", amount=0.5, max_val_drop=drop, **arguments)
     module = ShardedPlanted()
     published = Published(make_partition(data.probability(), data.y))
     fit(module, data, [prune, published], max_epochs=2, **settings(kind))

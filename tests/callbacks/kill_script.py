@@ -57,7 +57,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "rounds, reweight, new head": {
         "prune": PRUNES | {"amount": 0.15},
-        "finetune": {"on_noisy": "reweight", "reset_head": True, "lr": 0.02},
+        "finetune": {"on_noisy": "reweight", "lr": 0.02},
         "every_n_epochs": 2,
         "min_change": 0,
         "evidence_from": "eval_passes",

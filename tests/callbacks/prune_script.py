@@ -14,8 +14,8 @@ CASES = {
     "guard": {},
     "no validation": {},
     "no penalty": {"criterion": Sensitivity(l2_penalty=0.0)},
-    "magnitude": {"criterion": "magnitude", "guard": False},
-    "hessian": {"criterion": "hessian", "guard": False},
+    "magnitude": {"criterion": "magnitude", "max_val_drop": None},
+    "hessian": {"criterion": "hessian", "max_val_drop": None},
     "std": {"criterion": "std_ratio"},
 }
 

@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 
 from lightning_unlearn import CleanSubsetFinetuneCallback
 from tests.callbacks.published import Published, make_partition
-from tests.toys import Blobs, BlobsData, Toy, adamw, fit, partition_callback, trio, weights
+from tests.toys import Blobs, BlobsData, Toy, adamw, finetune_callback, fit, partition_callback, trio, weights
 
 SIZE, AT, EPOCHS = 101, 2, 6
 SETTINGS = {
@@ -74,7 +74,7 @@ def run(folder, scenario):
     dry_run = scenario == "report"
     recipe = unsure if scenario == "reweight" else "auto"
     partition = partition_callback(at_epoch=AT, every_n_epochs=2, min_change=0, dry_run=dry_run, recipe=recipe)
-    finetune, prune = Draws(**SETTINGS[scenario]), trio(AT)[1]
+    finetune, prune = finetune_callback(kind=Draws, **SETTINGS[scenario]), trio(AT)[1]
     trainer = fit(module, BlobsData(data, batch_size=8), [finetune, prune, partition], **distributed)
     save(
         folder,

@@ -24,7 +24,7 @@ CASES: dict[str, dict[str, Any]] = {
     "passes, reweight, blind pruning": {
         "evidence_from": "eval_passes",
         "finetune": {"on_noisy": "reweight"},
-        "prune": {"amount": 0.3, "criterion": Sensitivity(fdr_level=None), "guard": False},
+        "prune": {"amount": 0.3, "criterion": Sensitivity(fdr_level=None), "max_val_drop": None},
     },
 }
 

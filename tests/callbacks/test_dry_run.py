@@ -40,8 +40,7 @@ VARIANTS = {
     "drop": {},
     "reweight": {"on_noisy": "reweight", "lr": 0.01},
     "relabel": {"on_noisy": "relabel", "relabel_threshold": 0.4},
-    "layers": {"mode": "layers", "restart_optimizer": True},
-    "head": {"reset_head": True},
+    "layers": {"mode": "layers", "optimizer": "restart"},
 }
 
 
@@ -207,7 +206,13 @@ def test_no_validation_data_are_read_for_a_dry_run():
             return super().val_dataloader()
 
     data = Counting(Blobs(101))
-    fit(Toy(), data, trio(2, dry_run=True, prune={"guard": False}), num_sanity_val_steps=0, check_val_every_n_epoch=9)
+    fit(
+        Toy(),
+        data,
+        trio(2, dry_run=True, prune={"max_val_drop": None}),
+        num_sanity_val_steps=0,
+        check_val_every_n_epoch=9,
+    )
     assert data.made == 0
 
 

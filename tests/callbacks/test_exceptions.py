@@ -234,7 +234,7 @@ def start(monkeypatch, fault=None, error=Fault, *, plain=False, ends=None, worke
         data, makes = Data(), Makes()
         loader = DataLoader(data, batch_size=16, shuffle=True, collate_fn=Collates(data), num_workers=workers)
         values = DataLoader(Blobs(32, 0, seed=7), batch_size=16)
-        makes_all = {"optimizer": makes.optimizer, "lr_scheduler": makes.schedule, "mode": "layers", "reset_head": True}
+        makes_all = {"optimizer": makes.optimizer, "lr_scheduler": makes.schedule, "mode": "layers"}
         ours = [] if plain else [*trio(AT, prune=PRUNES, **{"recipe": judges, "finetune": makes_all} | settings)]
         module.net[1].eval()
         module.net[0].bias.requires_grad_(False)

@@ -454,7 +454,7 @@ def test_a_fit_goes_on_without_the_callback_from_a_checkpoint_of_a_schedule_that
 def test_restart_runs_the_users_schedule_over_what_remains():
     made, watch = [], Optimizers()
     module = Toy(optimizer=partial(one_cycle, made=made))
-    fit(module, BlobsData(Blobs()), [*partition_and_finetune(restart_optimizer=True), watch])
+    fit(module, BlobsData(Blobs()), [*partition_and_finetune(optimizer="restart"), watch])
     assert made == [4 * FULL, 2 * CLEAN]
     assert len(watch.optimizers) == 2
     assert watch.schedulers[3][0].last_epoch == 2 * CLEAN
@@ -464,7 +464,7 @@ def test_restart_runs_the_users_schedule_over_what_remains():
 
 def test_restart_keeps_a_schedule_per_epoch_too():
     watch = Optimizers()
-    fit(Toy(optimizer=step_lr), BlobsData(Blobs()), [*partition_and_finetune(restart_optimizer=True), watch])
+    fit(Toy(optimizer=step_lr), BlobsData(Blobs()), [*partition_and_finetune(optimizer="restart"), watch])
     assert [rates[0] for rates in watch.rates.values()] == [0.05, 0.025, 0.05, 0.025]
 
 

@@ -39,7 +39,7 @@ class ChannelsLast(Toy):
 def test_low_precision_and_channels_last(accelerator, precision, evidence):
     data = Blobs(SIZE, image=True)
     partition, prune, finetune = ours = trio(
-        AT, evidence_from=evidence, prune={"layer": "net.0", "criterion": "random", "amount": 0.3, "guard": False}
+        AT, evidence_from=evidence, prune={"layer": "net.0", "criterion": "random", "amount": 0.3, "max_val_drop": None}
     )
     module = ChannelsLast()
     fit(module, BlobsData(data), ours, max_epochs=EPOCHS, accelerator=accelerator, precision=precision)

@@ -89,12 +89,11 @@ def test_an_adapted_head_is_attributed_at_its_input_and_read_as_a_whole():
     assert finetune.is_active
 
 
-@pytest.mark.parametrize("consumer", [{"prune": {}}, {"finetune": {"reset_head": True}, "prune": {"layer": "net.2"}}])
-def test_an_adapted_head_is_not_pruned_nor_reset(consumer):
+def test_an_adapted_head_is_not_pruned():
     module = Toy(adapted)
     message = "head to be a torch.nn.Linear, but 'net.4', which makes the logits, is a Adapted around one; name the"
     with pytest.raises(ValueError, match=message):
-        fit(module, DataLoader(Blobs(SIZE), 16), trio(AT, **consumer), max_epochs=EPOCHS, limit_val_batches=0)
+        fit(module, DataLoader(Blobs(SIZE), 16), trio(AT), max_epochs=EPOCHS, limit_val_batches=0)
     assert module.steps == 0
 
 

@@ -42,7 +42,7 @@ def named(**changes):
     } | changes
     return [
         partition_callback(names["layer"], at_epoch=2, input_layer=names["input_layer"]),
-        SensitivityPruneCallback(names["prune"], criterion="random", guard=False),
+        SensitivityPruneCallback(names["prune"], criterion="random", max_val_drop=None),
         CleanSubsetFinetuneCallback("layers", layers=names["layers"]),
     ]
 

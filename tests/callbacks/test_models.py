@@ -51,7 +51,7 @@ def repair(make, loader, *, at=3, prune=None, finetune=None, **partition):
     Returns:
         the module and the three callbacks.
     """
-    prune = {"criterion": "magnitude", "guard": False, **(prune or {})}
+    prune = {"criterion": "magnitude", "max_val_drop": None, **(prune or {})}
     callbacks, moment, module = trio(at, prune=prune, finetune=finetune, **partition), BeforeSwap(at), make()
     fit(module, loader, [*callbacks, moment], max_epochs=at + 1)
     alone = make()

@@ -36,7 +36,7 @@ def callbacks(folder, **kwargs):
         AT,
         review=review,
         recipe="aum",
-        prune={"criterion": "magnitude", "amount": 0.3, "guard": False},
+        prune={"criterion": "magnitude", "amount": 0.3, "max_val_drop": None},
         finetune={"on_noisy": "relabel"},
         **kwargs,
     )

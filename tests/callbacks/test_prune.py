@@ -46,7 +46,7 @@ class Silent(L.Callback):
 
 
 # What is pruned is not the point of most tests here: as many as amount says, and nothing taken back.
-ANY = {"criterion": "random", "guard": False}
+ANY = {"criterion": "random", "max_val_drop": None}
 MLP = [("net.4.weight", 0), ("net.4.bias", 0), ("net.5.weight", 0), ("net.5.bias", 0), ("net.7.weight", 1)]
 CONV = [("net.0.weight", 0), ("net.0.bias", 0), ("net.1.weight", 0), ("net.1.bias", 0)]
 
@@ -154,7 +154,7 @@ def test_pruning_changes_nothing_but_the_declared_entries():
 
 
 # The regression alone: no shrinkage, no test, nothing taken back.
-PLAIN = {"criterion": Sensitivity(fdr_level=None, l2_penalty=0.0), "guard": False}
+PLAIN = {"criterion": Sensitivity(fdr_level=None, l2_penalty=0.0), "max_val_drop": None}
 
 
 def naive_sensitivity(activation, target):
@@ -375,7 +375,7 @@ def test_pruned_neurons_are_zero_where_an_optimizer_fails_between_two_calls_of_i
             return super().training_step(batch)
 
     module = Fails(optimizer=lambda m: torch.optim.LBFGS(m.parameters(), lr=0.05, max_iter=3))
-    _, prune, _ = callbacks = trio(2, prune={"criterion": "magnitude", "guard": False})
+    _, prune, _ = callbacks = trio(2, prune={"criterion": "magnitude", "max_val_drop": None})
     with pytest.raises(ArithmeticError):
         fit(module, BlobsData(Blobs(101)), callbacks)
     pruned = prune.mask.pruned_indices()

@@ -66,7 +66,7 @@ def run(criterion, layer, image=True, size=101, **arguments):
     probability = torch.rand(size, generator=torch.Generator().manual_seed(1))
     module = Toy(NotInPlace if image else mlp, still)
     # So that the norms' statistics are not those of a fit.
-    callback = SensitivityPruneCallback(layer, criterion=criterion, amount=0.3, guard=False, **arguments)
+    callback = SensitivityPruneCallback(layer, criterion=criterion, amount=0.3, max_val_drop=None, **arguments)
     untouched = Toy(NotInPlace if image else mlp, still)
 
     class Remembers(Published):
@@ -126,14 +126,14 @@ def test_random_draws_for_each_layer_by_itself():
 
     data = Blobs(101)
     half = torch.arange(101) % 2
-    callback = SensitivityPruneCallback(["net.0", "net.2"], criterion="random", amount=0.5, guard=False)
+    callback = SensitivityPruneCallback(["net.0", "net.2"], criterion="random", amount=0.5, max_val_drop=None)
     published = Published(*(make_partition(half * 0.8, data.y, epoch) for epoch in (1, 2)))
     fit(Toy(net, still), BlobsData(data), [published, callback], max_epochs=2)
     first, second = callback.masks
     assert (len(first.pruned_indices()), len(second.pruned_indices())) == (10, 10)
     assert not first.keep.equal(second.keep)
     # The draw of a layer does not depend on which others are pruned.
-    alone = SensitivityPruneCallback("net.2", criterion="random", amount=0.5, guard=False)
+    alone = SensitivityPruneCallback("net.2", criterion="random", amount=0.5, max_val_drop=None)
     fit(Toy(net, still), BlobsData(data), [published, alone], max_epochs=2)
     assert alone.mask.keep.equal(second.keep)
 
@@ -153,7 +153,7 @@ def test_every_criterion_works_on_several_layers_at_once(criterion):
 @pytest.mark.parametrize("fdr_level", [0.05, 1e-9])
 def test_the_papers_regression_knows_no_test_no_sign_and_no_ridge(fdr_level):
     data = PlantedData()
-    callback = SensitivityPruneCallback("fc", amount=0.3, guard=False, criterion=Sensitivity(fdr_level))
+    callback = SensitivityPruneCallback("fc", amount=0.3, max_val_drop=None, criterion=Sensitivity(fdr_level))
     partition = make_partition(data.probability(), data.y)
     fit(Planted(), data, [callback, Published(partition, soft=False)], max_epochs=2)
     x, y = data.x[:, :7].double(), partition.is_clean.double()
@@ -269,7 +269,7 @@ def test_copies_of_a_sample_are_one_sample_where_neurons_are_ranked(criterion):
         published = Published(make_partition(probability, data.y))
         published.sample_weight = torch.ones(101 + copies)
         published.sample_weight[[3, *range(101, 101 + copies)]] = 1 / (1 + copies)
-        callback = SensitivityPruneCallback("net.0", criterion=criterion, amount=0.3, guard=False)
+        callback = SensitivityPruneCallback("net.0", criterion=criterion, amount=0.3, max_val_drop=None)
         fit(Toy(net, still), BlobsData(data), [published, callback], max_epochs=2)
         return callback.mask
 

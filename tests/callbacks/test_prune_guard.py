@@ -72,7 +72,7 @@ def test_a_step_that_hurts_is_rolled_back(said):
 
 def test_without_a_guard_it_stays():
     data = PlantedData()
-    module, callback = run(data, class_zero_is_suspect(data), guard=False)
+    module, callback = run(data, class_zero_is_suspect(data), max_val_drop=None)
     assert callback.mask.pruned_indices().tolist() == [0, FLAG]
     assert (module.fc.weight[[0, FLAG]] == 0).all()
     assert callback.describe() == "pruned 2 of 8 neurons of 'fc'"
@@ -291,8 +291,8 @@ def test_a_dry_run_stays_one_after_a_resume(tmp_path):
             if trainer.current_epoch == 1:
                 trainer.save_checkpoint(tmp_path / "dry.ckpt")
 
-    _, callback = run(data, probability, callbacks=[Saves()], dry=True, module=Planted(lr=0.05), guard=False)
-    module, again = Planted(lr=0.05), SensitivityPruneCallback("fc", amount=0.5, guard=False)
+    _, callback = run(data, probability, callbacks=[Saves()], dry=True, module=Planted(lr=0.05), max_val_drop=None)
+    module, again = Planted(lr=0.05), SensitivityPruneCallback("fc", amount=0.5, max_val_drop=None)
     published = Published(make_partition(probability, data.y), dry_run=True)
     fit(module, data, [again, published], max_epochs=4, ckpt_path=tmp_path / "dry.ckpt")
     assert again.mask.keep.equal(callback.mask.keep)

@@ -16,7 +16,7 @@ from lightning_unlearn.trainer.protocols import MaskSource
 from tests.callbacks.published import ANTI, FLAG, IDLE, Planted, PlantedData, Published, make_partition
 from tests.toys import Blobs, BlobsData, Toy, adamw, fit, mlp, weights
 
-ANY = {"criterion": "random", "guard": False}
+ANY = {"criterion": "random", "max_val_drop": None}
 
 
 class Watch(L.Callback):
@@ -48,7 +48,9 @@ def rounds(data, *epochs, **kwargs):
 def test_every_partition_is_acted_upon_once_and_what_was_pruned_stays(layer):
     data, prune = (
         Blobs(101),
-        SensitivityPruneCallback(layer, amount=0.2, guard=False, criterion=Sensitivity(fdr_level=None, l2_penalty=0.3)),
+        SensitivityPruneCallback(
+            layer, amount=0.2, max_val_drop=None, criterion=Sensitivity(fdr_level=None, l2_penalty=0.3)
+        ),
     )
     watch = Watch(prune, "net.4")
     fit(Toy(optimizer=adamw), BlobsData(data), [prune, rounds(data, 1, 3, 4), watch], max_epochs=6)
@@ -175,12 +177,12 @@ def test_a_state_with_something_missing_is_refused(missing):
         SensitivityPruneCallback().load_state_dict(state)
 
 
-@pytest.mark.parametrize("guard", [True, False])
-def test_a_dry_run_in_rounds_leaves_a_fit_with_dropout_and_augmentation_bit_for_bit(guard):
+@pytest.mark.parametrize("max_val_drop", [0.5, None])
+def test_a_dry_run_in_rounds_leaves_a_fit_with_dropout_and_augmentation_bit_for_bit(max_val_drop):
     final, data = [], Blobs(101, augment="numpy")
     for with_callback in (False, True):
         module = Toy(lambda: mlp(dropout=0.5), adamw)
-        prune = Sparing(amount=0.3, criterion="random", guard=guard, max_val_drop=0.5)
+        prune = Sparing(amount=0.3, criterion="random", max_val_drop=max_val_drop)
         published = rounds(data, 1, 2, dry_run=True)
         fit(module, BlobsData(data), [published, *([prune] if with_callback else [])], max_epochs=4)
         final.append(weights(module))

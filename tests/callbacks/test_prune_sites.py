@@ -6,7 +6,7 @@ from lightning_unlearn import SensitivityPruneCallback
 from tests.callbacks.published import Published, make_partition
 from tests.toys import CLASSES, FEATURES, Blobs, BlobsData, Residual, Toy, fit, weights
 
-ANY = {"criterion": "random", "guard": False}
+ANY = {"criterion": "random", "max_val_drop": None}
 
 
 class Net(nn.Module):

@@ -35,7 +35,7 @@ class Logs(Toy):
 
 
 def a_fit(report, *, module=None, data=None, **kwargs):
-    callbacks = trio(AT, prune={"criterion": Sensitivity(fdr_level=None), "guard": False, "amount": 0.2})
+    callbacks = trio(AT, prune={"criterion": Sensitivity(fdr_level=None), "max_val_drop": None, "amount": 0.2})
     module = module or Logs(mlp)
     # First in the list, where it would find nothing if it did not wait.
     fit(module, data or BlobsData(Blobs(image=False)), [report, *callbacks], **{"max_epochs": EPOCHS, **kwargs})
@@ -236,7 +236,9 @@ def test_a_resumed_fit_has_the_curves_of_the_whole(tmp_path):
 
 
 def test_a_dry_run_says_so(tmp_path):
-    callbacks = trio(AT, dry_run=True, prune={"criterion": Sensitivity(fdr_level=None), "guard": False, "amount": 0.2})
+    callbacks = trio(
+        AT, dry_run=True, prune={"criterion": Sensitivity(fdr_level=None), "max_val_drop": None, "amount": 0.2}
+    )
     fit(Toy(mlp), BlobsData(Blobs()), [UnlearnReport(tmp_path, samples=0), *callbacks], max_epochs=3)
     assert "neurons that would be pruned" in (tmp_path / "report.html").read_text()
     assert RunRecord.load(tmp_path).swaps == []

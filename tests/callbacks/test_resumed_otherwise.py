@@ -73,7 +73,7 @@ def lines(caplog):
     return lambda: [line for line in caplog.messages if line.startswith(GOES_ON)]
 
 
-@pytest.mark.parametrize("finetune", [{}, {"restart_optimizer": True}], ids=["kept", "restarted"])
+@pytest.mark.parametrize("finetune", [{}, {"optimizer": "restart"}], ids=["kept", "restarted"])
 @pytest.mark.parametrize("size", [8, 32])
 def test_no_sample_is_left_out_for_another_size_of_batches(checkpoint, lines, size, finetune):
     first, path = checkpoint(optimizer=per_step, finetune=finetune)

@@ -294,7 +294,7 @@ def test_a_schedule_of_steps_is_not_overrun_by_a_later_rounds_larger_subset(accu
     made, data = [], Blobs(SIZE)
     callbacks = trio(
         2,
-        finetune={"restart_optimizer": True, "on_noisy": on_noisy},
+        finetune={"optimizer": "restart", "on_noisy": on_noisy},
         recipe=growing(),
         every_n_epochs=2,
         min_change=0,
@@ -371,7 +371,7 @@ def test_a_schedule_of_steps_is_not_overrun_where_the_fit_is_resumed_between_rou
         recipe.calls = 0 if epoch is None else sum(at <= epoch for at in (2, 4))
         callbacks = trio(
             2,
-            finetune={"restart_optimizer": True, "on_noisy": "relabel"},
+            finetune={"optimizer": "restart", "on_noisy": "relabel"},
             recipe=recipe,
             every_n_epochs=2,
             min_change=0,

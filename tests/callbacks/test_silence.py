@@ -21,7 +21,7 @@ from torch.nn.utils import (
 from torch.nn.utils import prune as torch_prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from lightning_unlearn import CleanSubsetFinetuneCallback, SensitivityPruneCallback
+from lightning_unlearn import SensitivityPruneCallback
 from lightning_unlearn.pruning import holding as holding_module
 from tests.callbacks.published import Published, make_partition
 from tests.toys import Blobs, BlobsData, Toy, adamw, fit, make_trainer, weights
@@ -37,7 +37,11 @@ def callbacks(layer=None, **arguments):
     data = Blobs(101)
     probability = torch.rand(101, generator=torch.Generator().manual_seed(1))
     published = Published(make_partition(probability, data.y))
-    return published, SensitivityPruneCallback(layer, criterion="random", amount=0.4, guard=False, **arguments), data
+    return (
+        published,
+        SensitivityPruneCallback(layer, criterion="random", amount=0.4, max_val_drop=None, **arguments),
+        data,
+    )
 
 
 def run(make=plain, layer=None, more=(), module=Toy, **kwargs):
@@ -482,31 +486,6 @@ def test_an_average_of_the_users_does_not_bring_neurons_back(keeps, first):
     assert speaks(module, prune) == 0
     if keeps is None:
         assert (module.teacher[2].weight != 0).all()
-
-
-def test_a_new_head_reaches_an_average_of_the_users():
-    published, _, data = callbacks()
-    keeps = KeepsModule()
-    tune = CleanSubsetFinetuneCallback(reset_head=True)
-
-    class Looks(L.Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            if trainer.current_epoch == 1 and batch_idx == 0:
-                self.same = keeps.ema[4].weight.equal(pl_module.net[4].weight)
-
-    looks = Looks()
-    fit(Toy(plain), BlobsData(data), [keeps, tune, published, looks], max_epochs=2)
-    assert looks.same
-
-
-def test_a_computed_head_is_not_reset():
-    published, _, data = callbacks()
-    module = Toy(partial(with_layers, head=COMPUTED["weight norm"]))
-    with pytest.raises(
-        ValueError, match=r"weight and bias of the head 'net\.4' to be parameters where reset_head=True"
-    ):
-        fit(module, BlobsData(data), [published, CleanSubsetFinetuneCallback(reset_head=True)], max_epochs=2)
-    assert module.steps == 0
 
 
 def test_an_average_that_forward_runs_in_eval_mode_is_not_pruned():

@@ -19,7 +19,7 @@ from lightning_unlearn import AttributionPartitionCallback
 from tests.toys import Blobs, BlobsData, Toy, adamw, assert_same_weights, auroc, fit, mlp, sgd, trio, weights
 
 AT, SIZE = 2, 101
-PRUNES_IN_ANY_CASE = {"criterion": "magnitude", "guard": False}
+PRUNES_IN_ANY_CASE = {"criterion": "magnitude", "max_val_drop": None}
 
 
 class Watch(L.Callback):
@@ -187,7 +187,9 @@ restarts = partial(scheduled, make=partial(CosineAnnealingWarmRestarts, T_0=4), 
 @pytest.mark.parametrize("restart", [False, True])
 def test_a_schedule_that_waits_for_a_metric_goes_on_or_starts_anew(restart):
     watch = Watch()
-    _, _, finetune = callbacks = trio(AT, prune=PRUNES_IN_ANY_CASE, finetune={"restart_optimizer": restart})
+    _, _, finetune = callbacks = trio(
+        AT, prune=PRUNES_IN_ANY_CASE, finetune={"optimizer": "restart" if restart else None}
+    )
     fit(Toy(optimizer=plateau), BlobsData(Blobs(SIZE)), [*callbacks, watch], max_epochs=5)
     first = [rates[0] for rates in watch.rates.values()]
     assert finetune.is_active
@@ -198,7 +200,7 @@ def test_a_schedule_that_waits_for_a_metric_goes_on_or_starts_anew(restart):
 @pytest.mark.parametrize("restart", [False, True])
 def test_a_schedule_of_steps_with_restarts_goes_on_or_starts_anew(restart):
     watch = Watch()
-    callbacks = trio(AT, finetune={"restart_optimizer": restart})
+    callbacks = trio(AT, finetune={"optimizer": "restart" if restart else None})
     fit(Toy(optimizer=restarts), BlobsData(Blobs(SIZE)), [*callbacks, watch], max_epochs=3)
     steps = 2 * 7 + len(watch.rates[AT])
     (schedule,) = watch.schedulers[AT]

@@ -37,7 +37,7 @@ trainer:
         layer: encoder.0
         amount: 0.25
         criterion: {class_path: lightning_unlearn.pruning.criteria.Sensitivity, init_args: {fdr_level: null}}
-        guard: false
+        max_val_drop: null
     - class_path: lightning.pytorch.callbacks.ModelCheckpoint
       init_args: {dirpath: saved, filename: last}
 """

@@ -8,7 +8,7 @@ from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneC
 from lightning_unlearn.data.task_format import TaskFormat
 from lightning_unlearn.finetuning.companions import Companion, companions_in
 from tests.evidence.test_label_field import Net, loader_of
-from tests.toys import CLASSES, Blobs, fit, weights
+from tests.toys import CLASSES, Blobs, finetune_callback, fit, weights
 
 C = 5
 Y = torch.arange(20) % 3
@@ -98,7 +98,7 @@ class Followed(Net):
 
 def relabeled(collate, loss, target):
     module = Followed(loss, target)
-    finetune = CleanSubsetFinetuneCallback(on_noisy="relabel", relabel_threshold=0.5)
+    finetune = finetune_callback(on_noisy="relabel", relabel_threshold=0.5)
     loader = loader_of(collate, Blobs(240))
     fit(module, loader, [AttributionPartitionCallback(at_epoch=6), finetune], max_epochs=8)
     assert len(finetune.draw.relabeled) > 20

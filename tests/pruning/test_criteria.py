@@ -46,7 +46,7 @@ class Broken(Criterion):
 
 def pruned_by(criterion):
     data = PlantedData()
-    prune = SensitivityPruneCallback("fc", amount=0.5, criterion=criterion, guard=False)
+    prune = SensitivityPruneCallback("fc", amount=0.5, criterion=criterion, max_val_drop=None)
     fit(Planted(), data, [prune, Published(make_partition(data.probability(), data.y))], max_epochs=2)
     return prune
 

@@ -28,7 +28,7 @@ def net():
 def callbacks(data, path, dry=False, **arguments):
     probability = torch.rand(101, generator=torch.Generator().manual_seed(1))
     published = Published(make_partition(probability, data.y), dry_run=dry)
-    prune = {"criterion": "random", "amount": 0.5, "guard": False, **arguments}
+    prune = {"criterion": "random", "amount": 0.5, "max_val_drop": None, **arguments}
     return [published, SensitivityPruneCallback(["net.0", "net.2"], shrink_to=path, **prune)]
 
 

@@ -311,7 +311,7 @@ def test_arguments_by_place_and_by_name():
 
 def test_a_module_after_a_real_fit():
     data = Blobs()
-    callbacks = trio(prune={"layer": "net.4", "amount": 0.3, "criterion": "magnitude", "guard": False})
+    callbacks = trio(prune={"layer": "net.4", "amount": 0.3, "criterion": "magnitude", "max_val_drop": None})
     module = Toy()
     trainer = fit(module, BlobsData(data), callbacks)
     pruned = len(callbacks[1].mask.pruned_indices())

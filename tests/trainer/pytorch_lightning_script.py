@@ -80,7 +80,7 @@ class TeamData(pl.LightningDataModule):
 QUIET = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_model_summary": False}
 ARGUMENTS = {
     "partition": {"at_epoch": 5, "recipe": "label"},
-    "prune": {"layer": "encoder.0", "amount": 0.25, "criterion": Sensitivity(fdr_level=None), "guard": False},
+    "prune": {"layer": "encoder.0", "amount": 0.25, "criterion": Sensitivity(fdr_level=None), "max_val_drop": None},
     "finetune": {"mode": "full", "lr": 1e-2},
 }
 

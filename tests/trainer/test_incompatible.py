@@ -33,7 +33,7 @@ class OwnFinetuning(BackboneFinetuning):
     [
         ({"lr": 0.01}, "lr"),
         ({"optimizer": torch.optim.Adam}, "optimizer"),
-        ({"restart_optimizer": True}, "restart_optimizer=True"),
+        ({"optimizer": "restart"}, "optimizer"),
         ({"mode": "layers"}, "mode='layers'"),
         ({"warm_start": "shrink"}, "warm_start='shrink'"),
     ],

@@ -49,7 +49,7 @@ def found(kind, batch_size=STEPS, prune=(), **settings):
 def test_layers_with_the_steps_first_are_read_as_those_with_the_samples_first():
     seen = []
     for kind in ("samples first", "time first"):
-        prune = [SensitivityPruneCallback(["net.inp", "net.mid"], amount=0.3, criterion="taylor", guard=False)]
+        prune = [SensitivityPruneCallback(["net.inp", "net.mid"], amount=0.3, criterion="taylor", max_val_drop=None)]
         callback, pruning = found(kind, prune=prune, layer="net.mid", input_layer="net.inp", recipe=rows_of)
         seen.append([*ROWS.pop(), *(mask.sensitivity for mask in pruning.masks)])
         assert [mask.layer for mask in pruning.masks] == ["net.inp", "net.mid"]
@@ -74,7 +74,7 @@ def rows_of(evidence):
 def test_neurons_of_layers_with_the_steps_first_are_ranked_by_sample(criterion):
     seen = []
     for kind in ("samples first", "time first"):
-        prune = [SensitivityPruneCallback("net.mid", amount=0.3, criterion=criterion, guard=False)]
+        prune = [SensitivityPruneCallback("net.mid", amount=0.3, criterion=criterion, max_val_drop=None)]
         callback, pruning = found(kind, prune=prune, recipe="label")
         assert callback.partition.is_actionable or criterion
         seen.append([mask.sensitivity for mask in pruning._state.masks])

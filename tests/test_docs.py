@@ -48,3 +48,16 @@ def test_a_test_that_is_named_exists(name):
 @pytest.mark.parametrize("quote", QUOTES)
 def test_words_that_are_quoted_are_in_the_package(quote):
     assert quote in TEXT
+
+
+CONTRIBUTING = (ROOT / "docs" / "contributing.md").read_text(encoding="utf-8")
+PLACES = sorted(set(re.findall(r"`(\w+/\w+\.py)`(?: \((`\w+`(?:, `\w+`)*)\))?", CONTRIBUTING)))
+
+
+@pytest.mark.parametrize(("file", "names"), PLACES)
+def test_what_the_guide_for_contributors_names_exists(file, names):
+    path = next((root / file for root in (ROOT / "lightning_unlearn", ROOT) if (root / file).is_file()), None)
+    assert path is not None, file
+    text = path.read_text(encoding="utf-8")
+    for name in re.findall(r"`(\w+)`", names):
+        assert re.search(rf"(def|class) {name}\b|^{name}\b", text, re.MULTILINE), (file, name)

@@ -18,7 +18,8 @@ from torch.utils.data import (
 )
 
 from lightning_unlearn import AttributionPartitionCallback
-from tests.toys import Blobs, Toy, auroc, fit, trio
+from tests.toys import Blobs, Toy, auroc, fit
+from tests.toys import quick_trio as trio
 
 AT = 2
 SOME = torch.randperm(203, generator=torch.Generator().manual_seed(1))[:150].tolist()

@@ -21,8 +21,10 @@ from tests.toys import (
     assert_same_weights,
     fit,
     mlp,
-    trio,
     weights,
+)
+from tests.toys import (
+    quick_trio as trio,
 )
 
 LOGGER = "lightning.pytorch.utilities.rank_zero"

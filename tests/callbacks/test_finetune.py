@@ -25,8 +25,10 @@ from tests.toys import (
     make_trainer,
     partition_callback,
     sgd,
-    trio,
     weights,
+)
+from tests.toys import (
+    quick_trio as trio,
 )
 
 # Blobs() has 203 samples, 50 of which are wrong and found to be: 13 batches of 16, then 10.
@@ -165,7 +167,7 @@ def test_a_reload_that_makes_the_same_data_set_anew_is_narrowed():
 def test_a_limit_is_applied_once_where_a_schedule_of_steps_and_reloads_go_together():
     module = Toy(optimizer=partial(one_cycle, made=[]))
     settings = {"limit_train_batches": 0.5, "reload_dataloaders_every_n_epochs": 1}
-    fit(module, BlobsData(Blobs()), partition_and_finetune(), **settings)
+    fit(module, BlobsData(Blobs()), trio(recipe="auto")[::2], **settings)
     assert list(module.steps_by_epoch.values()) == [6, 6, 5, 5]
 
 

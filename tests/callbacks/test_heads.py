@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader, default_collate
 
 from lightning_unlearn import DataFormat
 from lightning_unlearn.trainer.scoring_loader import OFFER
-from tests.toys import CLASSES, FEATURES, Blobs, BlobsData, Toy, auroc, fit, partition_callback, trio, weights
+from tests.toys import CLASSES, FEATURES, Blobs, BlobsData, Toy, auroc, fit, partition_callback, weights
+from tests.toys import quick_trio as trio
 
 AT, EPOCHS, SIZE = 5, 7, 240
 
@@ -122,7 +123,7 @@ class InlineModule(Toy):
 def test_evidence_that_turns_out_not_to_be_of_the_logits_is_dropped():
     data = Blobs(SIZE)
     partition, *_ = ours = trio(AT, prune={"layer": "net.2"})
-    with pytest.warns(UserWarning, match="'fc' returns is no longer what forward returns as logits, so the evidence"):
+    with pytest.warns(UserWarning, match="The output of 'fc' no longer equals the logits that forward returns."):
         fit(InlineModule(), DataLoader(data, 16, shuffle=True), ours, max_epochs=EPOCHS, limit_val_batches=0)
     assert partition.collector.epochs_seen == [AT]
     assert partition.partition.layer == "input of 'fc'"

@@ -17,7 +17,7 @@ from lightning_unlearn.trainer.callback_order import callbacks_of, move_before_p
 from lightning_unlearn.trainer.compat import DualPackageCallback, MisconfigurationException, may_make_layers
 from lightning_unlearn.trainer.context import FitContext, shared_context
 from lightning_unlearn.trainer.incompatible import refuse_privacy
-from lightning_unlearn.trainer.protocols import PartitionSource, find_partition_source
+from lightning_unlearn.trainer.protocols import PartitionSource, find_partition_source, keyed_of
 from lightning_unlearn.trainer.strategies import check_strategy
 from lightning_unlearn.utilities.sharding import reshard
 
@@ -179,6 +179,11 @@ class UnlearnCallback(FitCallback):
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuses, before the first step, what only the loaders and a forward pass show."""
 
+    @property
+    def waits_for_batch(self) -> bool:
+        """Whether :meth:`begin` is called on the first training batch, as no other may be drawn to look at."""
+        return False
+
     def resume(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes up what a checkpoint's state says was under way; does nothing in a fit from the start."""
 
@@ -209,7 +214,8 @@ class UnlearnCallback(FitCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         reshard(pl_module)
         refuse_privacy(trainer, pl_module, type(self).__name__)
-        self.begin(trainer, pl_module)
+        if not self.waits_for_batch:
+            self.begin(trainer, pl_module)
         self.advance(trainer, pl_module)
 
     @override
@@ -258,6 +264,11 @@ class PartitionConsumer(UnlearnCallback):
     @override
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._source = self.fit.source
+
+    @property
+    @override
+    def waits_for_batch(self) -> bool:
+        return keyed_of(self._source) is not None
 
     def confirm(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sees to it that what was done still holds, before somebody says so."""

@@ -18,6 +18,7 @@ from typing_extensions import override
 from lightning_unlearn.attribution import plain_name, resolve_layer
 from lightning_unlearn.callbacks.base import PartitionConsumer
 from lightning_unlearn.finetuning import freezing, messages, optimizers, relabel, train_data
+from lightning_unlearn.finetuning.by_key import KeyedSubset
 from lightning_unlearn.finetuning.training_subset import OnNoisy, TrainingSubset, make_training_subset
 from lightning_unlearn.finetuning.warm_start import Memory, Start, StartWeights, WarmStart, choose_start
 from lightning_unlearn.results.partition import Partition
@@ -104,7 +105,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self._fresh = optimizers.FreshOptimizer(self.lr, optimizer, lr_scheduler)
-        self._loader = train_data.SubsetLoader()
+        self._loader: train_data.SubsetLoader | KeyedSubset = train_data.SubsetLoader()
         self._frozen = freezing.FrozenLayers()
         self._losses = LossWatch()
         self.reset()
@@ -182,6 +183,8 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().check(trainer, pl_module)
         self.relabel_threshold = check_number("relabel_threshold", self.relabel_threshold, above=0, most=1)
+        if (keyed := self.fit.keyed) is not None or isinstance(self._loader, KeyedSubset):
+            self._loader = train_data.SubsetLoader() if keyed is None else KeyedSubset(keyed)
         refuse_where_sharded(
             trainer,
             type(self).__name__,
@@ -232,18 +235,28 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         self._fresh.check_one(trainer)
 
     def _check_relabeling(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        relabel.check_relabeling(self.fit)
+        if isinstance(self._loader, train_data.SubsetLoader):
+            relabel.check_relabeling(self.fit)
         self._learn_labels(trainer, pl_module)
 
     def _learn_labels(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trace, _ = self.fit.probe()
-        self._loader.relabeling.learn(self.fit, trace.logits_module(self.fit.reading.num_outputs))
+        head = trace.logits_module(self.fit.reading.num_outputs)
+        if isinstance(self._loader, KeyedSubset):
+            self._loader.check_relabeling(self.fit, head)
+        else:
+            self._loader.relabeling.learn(self.fit, head)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._loader.relabeling.start_batch(pl_module)
         if self.warm_start != "keep" and not self.is_active:
             self._remember_start(trainer, pl_module, batch_idx)
+
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if isinstance(self._loader, KeyedSubset):
+            self._loader.before_backward(loss)
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -274,13 +287,13 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
             self._partition_epoch = partition.epoch
             if not self._may_start_later:
                 self._start_weights.forget()
-        if self.is_active:
+        if self.is_active and self.fit.keyed is None:
             self._data = train_loader(trainer).dataset
         self._frozen.hold_modes()
 
     def _what_of_noisy(self, trainer: Trainer, pl_module: LightningModule) -> OnNoisy:
         """``on_noisy``, but where batches turn out to be such that labels would be written on other samples' rows."""
-        if self.on_noisy != "relabel" or self._partition is None:
+        if self.on_noisy != "relabel" or self._partition is None or isinstance(self._loader, KeyedSubset):
             return self.on_noisy
         fault = relabel.fault_of_absent(self.fit, self._partition)
         # A data set that draws at random may show each rank another batch.
@@ -307,6 +320,8 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.is_active:
             self._check_diverged(trainer, pl_module)
+            if isinstance(self._loader, KeyedSubset):
+                self._loader.end_epoch(self.fit)
         # A fit that is resumed within an epoch has not seen its start.
         if self._epoch_started is not None:
             self._seconds_per_epoch = time.perf_counter() - self._epoch_started
@@ -516,9 +531,12 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
     def _report_dry_run(self, trainer: Trainer, pl_module: LightningModule, partition: Partition) -> None:
         if not partition.is_actionable:
             return
-        draw, loader = make_training_subset(partition, self.on_noisy, self.relabel_threshold), train_loader(trainer)
-        sampler = self._loader.sampler(self.fit, loader, draw, keeps_plan=False)
-        batches = int(trainer.num_training_batches), train_data.batches_of(self.fit, loader, sampler)
+        draw = make_training_subset(partition, self.on_noisy, self.relabel_threshold)
+        batches: tuple[int | float, int | float] = (trainer.num_training_batches,) * 2
+        if isinstance(self._loader, train_data.SubsetLoader):
+            loader = train_loader(trainer)
+            sampler = self._loader.sampler(self.fit, loader, draw, keeps_plan=False)
+            batches = trainer.num_training_batches, train_data.batches_of(self.fit, loader, sampler)
         epochs = optimizers.remaining_epochs(trainer)
         start = choose_start(self.warm_start, self._memory, self._obstacle(trainer))
         rank_zero_info(messages.of_dry_run(draw, epochs, batches, self._seconds_per_epoch))
@@ -533,15 +551,20 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         return not fault
 
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._draw is not None:
+        if self._draw is not None and isinstance(self._loader, KeyedSubset):
+            self._loader.attach_rows(self.fit, self._draw, self._known_partition)
+        elif self._draw is not None and isinstance(self._loader, train_data.SubsetLoader):
             self._loader.attach(self.fit, self._draw, keeps_plan=partial(self._fresh.keeps_plan, trainer))
             if self._draw.new_label is not None:
                 self._loader.relabeling.attach(self.fit, self._draw.new_label, self._given_labels)
 
-    def _given_labels(self) -> Tensor:
+    def _known_partition(self) -> Partition:
         if self._partition is None:
-            raise RuntimeError("There is no partition to re-label by; this is an error in lightning_unlearn.")
-        return self._partition.label
+            raise RuntimeError("There is no partition to go by; this is an error in lightning_unlearn.")
+        return self._partition
+
+    def _given_labels(self) -> Tensor:
+        return self._known_partition().label
 
     def _choose_frozen(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.layers is not None:

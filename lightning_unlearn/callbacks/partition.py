@@ -17,8 +17,12 @@ from lightning_unlearn.attribution import GRADIENT_X_ACTIVATION, check_method, r
 from lightning_unlearn.callbacks.base import PartitionConsumer, UnlearnCallback
 from lightning_unlearn.data.batch import shown_path
 from lightning_unlearn.data.data_format import DataFormat, make_data_format
+from lightning_unlearn.data.fingerprint import fingerprint_of_keys
+from lightning_unlearn.data.sample_key import KeyReader
 from lightning_unlearn.data.task_format import TaskFormat
 from lightning_unlearn.evidence.collector import EvidenceCollector
+from lightning_unlearn.evidence.keyed_collector import KeyedCollector
+from lightning_unlearn.evidence.rank_share import RankShare
 from lightning_unlearn.evidence.when import DrawTime
 from lightning_unlearn.partitioning.apply_recipe import (
     apply_recipe,
@@ -28,6 +32,7 @@ from lightning_unlearn.partitioning.apply_recipe import (
     weight_of_copies,
 )
 from lightning_unlearn.partitioning.build import CleanCriteria, ShardResult, assemble, notes_of
+from lightning_unlearn.partitioning.by_key import check_fit_by_key, check_reviewed, refuse_by_key, review_by_key
 from lightning_unlearn.partitioning.messages import (
     class_names_of,
     report_partition,
@@ -38,7 +43,7 @@ from lightning_unlearn.partitioning.messages import (
     warn_of_probabilities,
 )
 from lightning_unlearn.partitioning.probabilities import average_probabilities, check_has_probabilities
-from lightning_unlearn.partitioning.review import decided_of, open_review
+from lightning_unlearn.partitioning.review import check_agrees, decided_of, open_review
 from lightning_unlearn.partitioning.start import (
     check_known_labels,
     choose_points,
@@ -61,10 +66,12 @@ from lightning_unlearn.results.review import AppliedReview
 from lightning_unlearn.results.review_csv import Table
 from lightning_unlearn.results.status import PartitionStatus
 from lightning_unlearn.trainer.callback_order import callbacks_of, move_behind_averages
-from lightning_unlearn.trainer.data_checks import recognize_data, same_task
+from lightning_unlearn.trainer.context import FitContext, IndexedBatch
+from lightning_unlearn.trainer.data_checks import Recognized, recognize_data, same_task
 from lightning_unlearn.trainer.divergence import ADVICE, not_finite
 from lightning_unlearn.trainer.early_stopping import EarlyEnd, go_on, has_fired
 from lightning_unlearn.trainer.fit_loop import is_fast_dev_run
+from lightning_unlearn.trainer.keyed_batches import KeyedBatches
 from lightning_unlearn.trainer.progress import rank_zero_info
 from lightning_unlearn.trainer.protocols import PartitionSource
 from lightning_unlearn.trainer.row_checks import check_ranks, establish_rows_again
@@ -189,8 +196,14 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         self.reading = TaskFormat(self.data)
         self.judge_validation = check_flag("judge_validation", judge_validation)
         self.keep_probabilities = check_flag("keep_probabilities", keep_probabilities)
-        self.collector = EvidenceCollector(self.reading)
+        key = self.data.sample_key
+        self.keyed = None if key is None else KeyedBatches(KeyReader(key))
+        self.collector = (
+            EvidenceCollector(self.reading) if self.keyed is None else KeyedCollector(self.reading, self.keyed)
+        )
         self.recipe = recipe
+        if self.keyed is not None:
+            refuse_by_key(self)
         self.at_epoch = at_epoch
         self._end = EarlyEnd()
         self.reset()
@@ -198,6 +211,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
     @override
     def reset(self) -> None:
         self.state = PartitionState()
+        self._has_begun = False
         self._recorded = None
         # What the file of decisions holds, before it has been found to fit the data.
         self._table: Table | None = None
@@ -271,7 +285,12 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         self._table = open_review(self.fit, self.review)
         if self.judge_validation:
             check_validates(self.fit)
-        if self.collector.reads_steps:
+        if self.keyed is not None:
+            refuse_by_key(self)
+            check_fit_by_key(self._partners)
+            self.keyed.attach(self.fit)
+            self._has_begun = False
+        elif self.collector.reads_steps:
             self.collector.reader.attach(self.fit)
 
     @override
@@ -288,14 +307,10 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         state.task = same_task(state.task, self.reading.task)
         warn_of_probabilities(trace.output)
         self._check_wishes()
-        known = None if collector.trajectory is None else collector.trajectory.label
-        if state.partition is not None:
-            known = state.partition.label.flatten()
-        check_known_labels(fit, first, known)
-        data = recognize_data(fit, known, state.fingerprint if self.data.verify else None)
-        state.fingerprint = data.fingerprint
-        take_review(fit, state, self._table, content=self.data.verify)
-        remember_files(fit, state.partition)
+        data = None if isinstance(collector, KeyedCollector) else self._recognize(fit, first)
+        if isinstance(collector, KeyedCollector):
+            collector.check_first(fit, first.label.reshape(len(first.index), -1))
+            self._check_reviewed()
         settings = {type(one).__name__: one.settings() for one in (self, *self._partners)}
         seen, again = len(collector.epochs_seen), self._may_be_drawn_again
         note_fit(fit, state, settings, seen, may_be_drawn_again=again)
@@ -306,11 +321,33 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         self._begin_validation()
         collector.start_reading(fit, trace, data, first)
 
+    def _recognize(self, fit: FitContext, first: IndexedBatch) -> Recognized:
+        """Sees that the training set is the one that is known, and that what a person has decided is of it."""
+        state = self.state
+        check_ranks(fit, fit.total)
+        known = None if self.collector.trajectory is None else self.collector.trajectory.label
+        if state.partition is not None:
+            known = state.partition.label.flatten()
+        check_known_labels(fit, first, known)
+        data = recognize_data(fit, known, state.fingerprint if self.data.verify else None)
+        state.fingerprint = data.fingerprint
+        take_review(fit, state, self._table, content=self.data.verify)
+        remember_files(fit, state.partition)
+        return data
+
+    def _check_reviewed(self) -> None:
+        """Refuses, of samples that are known by a key, decisions that could not be taken later."""
+        if self._table is None:
+            return
+        check_reviewed(self._table, self.reading)
+        if self.state.partition is not None:
+            check_agrees(self.state.review, review_by_key(self._table, self.state.partition.keys, self.reading))
+
     def _check_wishes(self) -> None:
-        check_ranks(self.fit, self.fit.total)
         if self.keep_probabilities:
             check_has_probabilities(self.reading)
-        self._warn_where_no_round_follows()
+        if self.keyed is None:
+            self._warn_where_no_round_follows()
 
     def _begin_validation(self) -> None:
         if not self.judge_validation:
@@ -343,7 +380,28 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self.keyed is not None:
+            self.keyed.start_batch(batch)
+            if not self._has_begun:
+                self._has_begun = True
+                self._begin_all(trainer, pl_module)
         self.collector.start_batch(self.fit, batch, batch_idx)
+
+    def _begin_all(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for callback in callbacks_of(trainer):
+            if isinstance(callback, UnlearnCallback):
+                callback.begin(trainer, pl_module)
+
+    @property
+    @override
+    def waits_for_batch(self) -> bool:
+        return self.keyed is not None
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(self.collector, KeyedCollector):
+            self.collector.take_up(self.fit)
+        super().on_train_start(trainer, pl_module)
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -356,7 +414,9 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._follow_loss(trainer, pl_module, trained=not pl_module.automatic_optimization)
-        self.collector.end_batch()
+        self.collector.end_batch(self.fit, batch_idx)
+        if self.keyed is not None:
+            self.keyed.end_batch()
 
     def _follow_loss(self, trainer: Trainer, pl_module: LightningModule, *, trained: bool) -> None:
         """Takes the labels from where the loss takes them, once the first steps have shown where that is."""
@@ -365,9 +425,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
             return
         self.state.task = ""
         rank_zero_info(f"Labels are read from {shown_path(path)}, the field that the loss follows.")
-        for callback in callbacks_of(trainer):
-            if isinstance(callback, UnlearnCallback):
-                callback.begin(trainer, pl_module)
+        self._begin_all(trainer, pl_module)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -414,7 +472,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         if self._fit is None:
             return self.state.partition
         collector, epoch = self.collector, trainer.current_epoch
-        if collector.point is not None and collector.trajectory is not None:
+        if collector.point is not None and collector.trajectory is not None and self.keyed is None:
             establish_rows_again(self.fit)
         if self.state.partition is None:
             self._when.decide(
@@ -430,13 +488,14 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
 
     def _gather(self, trainer: Trainer, pl_module: LightningModule) -> None:
         collector, epoch, started = self.collector, trainer.current_epoch, time.perf_counter()
-        if collector.point is None:
+        if collector.point is None and self.keyed is None:
             self.begin(trainer, pl_module)
         if self.state.partition is None and self._when.is_due(epoch) and self._when.why:
             rank_zero_info(f"The partition is computed after {epochs_in_words(epoch)}: {self._when.why}.")
         self._say_cost(trainer)
         # A pass that failed, in a fit that goes on, is not counted besides this one.
-        collector.in_use.drop()
+        if collector.trajectory is not None:
+            collector.trajectory.drop()
         if collector.is_before_the_first(epoch):
             share = self._observe_pass(trainer, pl_module)
             collector.merge(self.fit, epoch, len(share["label"]))
@@ -451,7 +510,11 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
 
     def _say_cost(self, trainer: Trainer) -> None:
         """Says before the first pass what bounds its time; other methods pass through the network many times."""
-        if self._epoch_seconds is None or self.recipe.attribution_method != GRADIENT_X_ACTIVATION:
+        if (
+            self._epoch_seconds is None
+            or self.keyed is not None
+            or self.recipe.attribution_method != GRADIENT_X_ACTIVATION
+        ):
             return
         say_cost(self.fit, self._epoch_seconds)
         self._has_said_cost = True
@@ -468,15 +531,17 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         fit, collector, state = self.fit, self.collector, self.state
         collector.check_steps(fit)
         collector.reader.detach()
-        share = self._observe_pass(trainer, pl_module)
+        of_rank, share, keys = self._share_of_rank(trainer, pl_module)
 
         def with_unseen(evidence: Evidence) -> Evidence:
             if not collector.asks_unseen:
                 return evidence
             return collector.with_unseen(fit, evidence, validation_accuracy(fit))
 
-        judged, label = apply_recipe(fit, share, collector.in_use, self.recipe, with_unseen)
+        judged, label = apply_recipe(fit, share, collector.in_use, self.recipe, with_unseen, of_rank)
         drawn = self._made(trainer, judged, label, decided_of(state.review, judged, label))
+        if keys:
+            drawn = replace(drawn, keys=keys, fingerprint=fingerprint_of_keys(keys))
         if self.keep_probabilities:
             state.probabilities = average_probabilities(judged[0], len(drawn), fit.reduce)
         is_new, seconds = state.partition is None, time.perf_counter() - started
@@ -488,6 +553,17 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
             self._report(pl_module, judged, seconds)
         else:
             report_round(fit, drawn, changed, state.is_stable)
+
+    def _share_of_rank(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> tuple[RankShare | None, dict[str, Tensor], tuple[Any, ...]]:
+        """Which samples this rank judges (None: every R-th index), what was seen of them, and the keys of all."""
+        if not isinstance(self.collector, KeyedCollector):
+            return None, self._observe_pass(trainer, pl_module), ()
+        of_rank, share, keys = self.collector.share(self.fit)
+        if self._table is not None:
+            self.state.review = review_by_key(self._table, keys, self.reading)
+        return of_rank, share, keys
 
     def _publish(
         self, trainer: Trainer, pl_module: LightningModule, judged: Sequence[ShardResult], drawn: Partition
@@ -535,7 +611,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
             CleanCriteria(self.suspect_precision, self.recipe.min_class_fraction if validation is None else 0),
             sum_over_ranks(trainer.strategy),
             recipe=self.recipe.name,
-            layer=str(self.collector.point),
+            layer=self.collector.layer,
             epoch=trainer.current_epoch,
             fingerprint=self.state.fingerprint if validation is None else validation,
             relabel_threshold=max((getattr(one, "relabel_threshold", 0.0) for one in self._partners), default=0.0)
@@ -576,7 +652,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         partition, review = self.partition, self.state.review
         seen = epochs_in_words(len(self.collector.epochs_seen))
         notes = [*([] if review is None else [review.counts()]), *notes_of(judged, partition)]
-        evidence = f"evidence of {seen} and a pass of {seconds:.1f} s"
+        evidence = f"evidence of {seen}" + ("" if self.keyed is not None else f" and a pass of {seconds:.1f} s")
         report_partition(self.fit, partition, evidence, notes)
 
     @override
@@ -636,7 +712,10 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         device = next(pl_module.parameters()).device
         pl_module.to(trainer.strategy.root_device)
         try:
-            self.begin(trainer, pl_module)
+            if isinstance(self.collector, KeyedCollector):
+                self.collector.take_up(self.fit)
+            else:
+                self.begin(trainer, pl_module)
             self.on_train_end(trainer, pl_module)
         finally:
             self.collector.reader.detach()

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from lightning_unlearn.data.sample_key import check_sample_key
 from lightning_unlearn.utilities.checks import (
     check_choice,
     check_flag,
@@ -46,6 +47,11 @@ class DataFormat:
             ``(labels, text, offsets)``, are detected.
         logits_from: function from the output of ``forward`` to logits. By default the output itself, its ``logits``, or
             the first element of a tuple.
+        sample_key: what samples are known by, where they have no dataset index: an IterableDataset, a stream, a sampler
+            with its own logic, several train loaders. The name of a field of a training batch (``"__key__"``; with dots
+            for a field within another, as of one of several loaders: ``"images.key"``), or a function from the batch,
+            as the loader delivers it, to the keys: an integer or a text for each row. Each sample needs a key of its
+            own, the same in every epoch.
         verify: compare the content of 16 training samples with the checkpoint or the ``review`` file, and refuse to
             continue if more than a quarter differ. Skipped under random augmentation. Number and labels are always
             compared.
@@ -66,6 +72,7 @@ class DataFormat:
     ignore_index: float | None = -100
     batch_to_xy: Callable[[Any], tuple[Any, Tensor]] | None = None
     logits_from: Callable[[Any], Tensor] | None = None
+    sample_key: str | Callable[[Any], Any] | None = None
     verify: bool = True
 
     def __post_init__(self) -> None:
@@ -73,6 +80,7 @@ class DataFormat:
             "task": check_choice("task", self.task, get_args(Task)),
             "soft_labels": check_choice("soft_labels", self.soft_labels, get_args(SoftLabels)),
             "ignore_index": _checked_ignore_index(self.ignore_index),
+            "sample_key": check_sample_key(self.sample_key),
             "verify": check_flag("verify", self.verify),
         }
         if self.batch_to_xy is not None:

@@ -57,6 +57,15 @@ def fingerprint(loader: DataLoader[Any]) -> str:
     return f"{total}:{''.join(first) if first == second else ''}"
 
 
+def fingerprint_of_keys(keys: Sequence[Any]) -> str:
+    """Of samples that are known by a key: their number, and a hash of 16 of their keys.
+
+    Args:
+        keys: N, in ascending order.
+    """
+    return f"{len(keys)}:{''.join(digest(keys[at]) for at in sampled_indices(len(keys)).tolist())}"
+
+
 def varies(fingerprint: str) -> bool:
     """Whether items differed from one reading to the next."""
     return fingerprint.endswith(":")

@@ -35,8 +35,8 @@ def check_loader(loaders: Any, of: str = "training") -> DataLoader[Any]:
     if isinstance(dataset, IterableDataset):
         raise TypeError(
             f"Expected a map-style dataset, but {type(dataset).__name__} is an IterableDataset, whose samples have no"
-            " index to be remembered by; give a dataset with __getitem__ and __len__ (a stream or shards may be written"
-            " out once as files, or a Hugging Face dataset)."
+            " index to be remembered by; give each a key, data=DataFormat(sample_key='key') with the name of a field of"
+            " the batch, or a dataset with __getitem__ and __len__."
         )
     if not isinstance(loaders, DataLoader):
         kind, rest = ("train", _instead_of(loaders)) if of == "training" else (of, "")

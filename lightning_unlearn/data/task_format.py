@@ -88,6 +88,19 @@ class TaskFormat:
         return self._task
 
     @property
+    def settled(self) -> dict[str, Any]:
+        """What the first batch has settled, as primitives."""
+        layout = self.layout
+        found = None if layout is None else [list(layout.label), layout.convention, list(layout.fields)]
+        return {"task": self._task, "outputs": self.num_outputs, "layout": found}
+
+    def settle_as(self, settled: Mapping[str, Any]) -> None:
+        """Settles it as a checkpoint has it, before the first batch of the fit that goes on from it."""
+        self._task, self.num_outputs = settled["task"], settled["outputs"]
+        if (layout := settled["layout"]) is not None:
+            self.layout = Layout(tuple(layout[0]), layout[1], tuple(layout[2]))
+
+    @property
     def num_classes(self) -> int:
         """C, the number of classes of a row."""
         return self.num_outputs if self.task == "multiclass" else 2

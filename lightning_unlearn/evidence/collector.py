@@ -45,11 +45,14 @@ class EvidenceCollector:
         self.reading = reading
         self.recipe: Recipe
         self.keeps_coordinates = False
-        self.reader = TrainStepReader(reading=reading, sink=self)
+        self.reader = self._make_reader()
         self.label_watch = LabelWatch(reading)
         self.validation_watch = ValidationWatch(reading)
         self.when = DrawTime("auto")
         self.reset()
+
+    def _make_reader(self) -> TrainStepReader:
+        return TrainStepReader(reading=self.reading, sink=self)
 
     def reset(self) -> None:
         """Forgets an earlier fit."""
@@ -126,34 +129,42 @@ class EvidenceCollector:
         """
         maker = trace.logits_module(self.reading.num_outputs)
         if self.trajectory is None and not self.is_closed:
-            rows = fit.total * self.reading.rows_per_sample
-            # A recipe of a user may look at the attributions of however many classes.
-            self.trajectory = TrainingDynamics(rows, self.reading.num_classes, keeps_coordinates=self.keeps_coordinates)
+            self.trajectory = self._make_trajectory(fit)
             if self.reading.label_at is None:
                 self.label_watch.start(fit.model, maker)
-        if self.trajectory is not None and self.asks_unseen:
-            self.features.start(fit, trace, first)
         if is_before and not self.is_closed and maker is not None:
             self.validation_watch.start(resolve_layer(fit.model, maker))
-        if self.trajectory is not None and self.reading.task != "multilabel":
+        if self.trajectory is not None:
+            self._rehearse_pass(fit, trace, first)
+
+    def _make_trajectory(self, fit: FitContext) -> TrainingDynamics:
+        rows = fit.total * self.reading.rows_per_sample
+        # A recipe of a user may look at the attributions of however many classes.
+        return TrainingDynamics(rows, self.reading.num_classes, keeps_coordinates=self.keeps_coordinates)
+
+    def _rehearse_pass(self, fit: FitContext, trace: ForwardTrace, first: IndexedBatch) -> None:
+        """Tries what the passes over the training set do."""
+        if self.asks_unseen:
+            self.features.start(fit, trace, first)
+        if self.reading.task != "multilabel":
             with fit.isolated_eval():
                 self._attributor(fit).rehearse(first.x, first.label.clamp(min=0), rows=self.recipe.needs_rows)
 
-    def start_reading(self, fit: FitContext, trace: ForwardTrace, data: Recognized, first: IndexedBatch) -> None:
+    def start_reading(self, fit: FitContext, trace: ForwardTrace, data: Recognized | None, first: IndexedBatch) -> None:
         """Starts to read training steps, or says why not.
 
         Args:
             fit: that begins.
             trace: of its forward pass.
-            data: the training set, as it was recognized.
+            data: the training set, as it was recognized; None where samples are known by a key.
             first: the batch that the forward pass was of.
         """
         if not self.reads_steps:
             return
         maker = trace.logits_module(self.reading.num_outputs)
-        if data.train_fault:
+        if data is not None and data.train_fault:
             self.reader.give_up(data.train_fault)
-        elif maker is not None:
+        elif maker is not None and data is not None:
             known = self.in_use.label.clone()
             for index, label in ((first.index, first.label.cpu()), (data.rows.index, data.rows.label.flatten())):
                 known[self.reading.row_indices(index)] = label
@@ -230,8 +241,8 @@ class EvidenceCollector:
             self.reader.begin_again()
         return path
 
-    def end_batch(self) -> None:
-        """Call in ``on_train_batch_end``."""
+    def end_batch(self, fit: FitContext, batch_idx: int) -> None:
+        """Call in ``on_train_batch_end``, on every rank."""
         if self.reads_steps:
             self.reader.end_batch()
 
@@ -289,6 +300,11 @@ class EvidenceCollector:
             )
             self.forget()
 
+    @property
+    def layer(self) -> str:
+        """Where the margin is attributed, in words."""
+        return str(self.point)
+
     def _attributor(self, fit: FitContext, watch: tuple[LayerPoint, ...] = ()) -> Attributor:
         if self.point is None:
             raise RuntimeError("The layer to attribute at is not resolved; this is an error in lightning_unlearn.")
@@ -329,13 +345,16 @@ class EvidenceCollector:
         """Tensors and primitives."""
         return {
             "epochs_seen": list(self.epochs_seen),
-            "trajectory": None if self.trajectory is None else self.trajectory.state_dict(),
+            "trajectory": self._trajectory_state(),
             "reader": self.reader.state_dict(),
             "early": self.early_epochs.state_dict(),
             "features": self.features.state_dict(),
             "when": self.when.state_dict(),
             "label_at": None if self.reading.label_field is None else list(self.reading.label_field),
         }
+
+    def _trajectory_state(self) -> dict[str, Any] | None:
+        return None if self.trajectory is None else self.trajectory.state_dict()
 
     def load_state_dict(self, state: dict[str, Any], *, is_closed: bool, is_fit: bool) -> None:
         """Takes over what :meth:`state_dict` described.

@@ -66,7 +66,7 @@ class EarlyEpochs:
         """
         index, weight = share
         coordinates, count = trajectory.fresh(index, reduce)
-        label, position = _of_all_ranks(trajectory.label, positions, reduce)
+        label, position = _labels_and_places(trajectory, positions, reduce)
         label, position = label[index], position[index]
         counts = (count > 0) & (weight > 0) & (label >= 0) & (position >= 0)
         of_classes = torch.zeros(2, trajectory.num_classes, dtype=torch.float64)
@@ -83,9 +83,8 @@ class EarlyEpochs:
         place[present] = torch.arange(len(present))
         given = held_by_class(seen[present], drawn[present])
         favored = -class_shift(given, drawn[present])
-        logits = torch.where(counts.unsqueeze(1), coordinates, 0) @ trajectory.basis[present].T
         found = prequential_rate(
-            logits.to(device),
+            (torch.where(counts.unsqueeze(1), coordinates, 0) @ trajectory.basis[present].T).to(device),
             place[label.clamp(min=0)].to(device),
             position.clamp(min=0).to(device),
             (counts * (given / seen[present])[place[label.clamp(min=0)]]).to(device),
@@ -161,8 +160,15 @@ def held_by_class(seen: Tensor, drawn: Tensor) -> Tensor:
     return torch.where(seen < drawn, drawn / high, seen)
 
 
+def _labels_and_places(trajectory: TrainingDynamics, positions: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor]:
+    """(N,) each: the label, and the position in [0, 1), of a sample, as any rank has seen it; -1 where none has."""
+    if trajectory.is_share:
+        return trajectory.label, torch.where(positions > 0, (positions.float() - 1) / _SCALE, -1.0)
+    return _of_all_ranks(trajectory.label, positions, reduce)
+
+
 def _of_all_ranks(label: Tensor, positions: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor]:
-    """(N,) each: the label, and the position in [0, 1), of a sample, as any rank has seen it; -1 where none has.
+    """The same of samples that each rank has seen some of.
 
     Where ranks have drawn a sample each, as what fills up their shares, it is in the middle between them.
     """

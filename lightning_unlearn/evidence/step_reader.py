@@ -20,8 +20,10 @@ from lightning_unlearn.attribution.head_watch import HeadWatch, Step, as_columns
 from lightning_unlearn.data.index_tracking import as_indices, last_batch_indices, track_indices, untrack_indices
 from lightning_unlearn.data.loaders import check_loader
 from lightning_unlearn.data.task_format import IGNORED, TaskFormat
+from lightning_unlearn.evidence.by_key import KeyedEvidence
 from lightning_unlearn.evidence.mixed_targets import has_mixed_target
 from lightning_unlearn.trainer.context import FitContext
+from lightning_unlearn.trainer.keyed_batches import KeyedBatches
 from lightning_unlearn.trainer.train_data import TrainLoaderWatch
 
 # The rows of so many batches are checked, and handed on, together: one wait for the accelerator instead of many.
@@ -71,6 +73,8 @@ class TrainStepReader:
     Args:
         reading: how batches, outputs and labels are read.
         sink: takes the evidence.
+        keyed: reads the keys of batches; None where samples have an index. The loader is left alone then, that a sample
+            keeps its label is for the sink to see, and ``by_key`` numbers the keys.
 
     Example:
         >>> class Sink:
@@ -80,9 +84,11 @@ class TrainStepReader:
         False
     """
 
-    def __init__(self, *, reading: TaskFormat, sink: StepObserver) -> None:
+    def __init__(self, *, reading: TaskFormat, sink: StepObserver, keyed: KeyedBatches | None = None) -> None:
         self._reading = reading
         self._sink = sink
+        self._keyed = keyed
+        self.by_key: KeyedEvidence | None = None
         self._watch = TrainLoaderWatch()
         self._module: nn.Module | None = None
         self._head_watch = HeadWatch()
@@ -142,7 +148,8 @@ class TrainStepReader:
 
     def attach(self, fit: FitContext) -> None:
         """Watches for the train loaders. Call in ``setup`` of a fit: later, the first epoch is not read."""
-        self._watch.attach(fit, self._remember)
+        if self._keyed is None:
+            self._watch.attach(fit, self._remember)
 
     def start(self, fit: FitContext, head: str, known: Tensor | None = None) -> None:
         """Starts to read. Call in ``on_train_start``.
@@ -155,20 +162,21 @@ class TrainStepReader:
         if self.reason:
             self.detach()
             return
-        loaders = fit.live_loaders()
-        fault = _fault_of_loaders(loaders)
-        if fault:
-            self.give_up(fault)
-            return
-        self._remember(loaders)
+        if self._keyed is None:
+            loaders = fit.live_loaders()
+            fault = _fault_of_loaders(loaders)
+            if fault:
+                self.give_up(fault)
+                return
+            self._remember(loaders)
+            self._size = len(loaders[0].dataset) * self._reading.rows_per_sample
         self._module = resolve_layer(fit.model, head)
-        self._size = len(loaders[0].dataset) * self._reading.rows_per_sample
         self.head = head
         self._known, self._seen = known, None
 
     def start_epoch(self, fit: FitContext) -> None:
         """Looks whether the loader is still the same. Call in ``on_train_epoch_start``."""
-        if self.is_reading:
+        if self.is_reading and self._keyed is None:
             self._remember(fit.live_loaders())
 
     def start_batch(self, fit: FitContext, batch: Any, position: float = 0.0) -> None:
@@ -177,12 +185,12 @@ class TrainStepReader:
         Args:
             fit: that is running.
             batch: of the step.
-            position: in [0, 1), how much of the epoch has passed.
+            position: in [0, 1), how much of the epoch has passed; of samples with a key, the number of the batch.
         """
         self._head_watch.end()
         if self._module is None or self._is_unknown:
             return
-        drawn = last_batch_indices(*fit.live_iterator())
+        drawn: Any = last_batch_indices(*fit.live_iterator()) if self._keyed is None else self._keyed.keys
         if not hasattr(drawn, "__len__"):
             self._is_unknown = True
             return
@@ -268,7 +276,8 @@ class TrainStepReader:
             self._give_up_labels(error)
             return None
         if labels != num_rows:
-            self.give_up(f"a batch of {num_rows} dataset indices has {labels} rows")
+            drawn = "dataset indices" if self._keyed is None else "keys"
+            self.give_up(f"a batch of {num_rows} {drawn} has {labels} rows")
             return None
         # A copy, since training_step may permute them in place.
         return label.clone() if isinstance(label, Tensor) else label
@@ -283,7 +292,7 @@ class TrainStepReader:
         if unchecked > len(held):
             self.give_up(self._unchecked_why)
             return
-        index = [as_indices(step.batch) for step in held]
+        index = [as_indices(step.batch) if self.by_key is None else self.by_key.slots(step.batch) for step in held]
         known = [(step, of) for step, of in zip(held, index, strict=True) if of is not None]
         self._is_unknown |= len(known) < len(held)
         if known:
@@ -298,7 +307,7 @@ class TrainStepReader:
         index, logits, gradient, label = self._labeled_rows(held, torch.cat(of_steps), label)
         if len(index) == 0:
             return
-        if index.min() < 0 or index.max() >= self._size:
+        if self._keyed is None and (index.min() < 0 or index.max() >= self._size):
             self.give_up(f"the train loader draws indices outside [0, {self._size})")
             return
         legal = (label >= 0) & (label < logits.shape[1])
@@ -320,7 +329,10 @@ class TrainStepReader:
 
     def _place(self, held: list[Step], of_steps: list[Tensor]) -> None:
         """Notes how much of the epoch had passed when samples were drawn."""
-        if self.positions is not None:
+        if self.by_key is not None:
+            for step, of in zip(held, of_steps, strict=True):
+                self.by_key.place(of, step.position)
+        elif self.positions is not None:
             for step, of in zip(held, of_steps, strict=True):
                 self.positions[of] = 1 + int(step.position * 255)
 
@@ -353,6 +365,8 @@ class TrainStepReader:
 
     def _relabeled(self, index: Tensor, label: Tensor) -> Tensor:
         """How many rows have another label than their index had before; a scalar on the device."""
+        if self._keyed is not None:
+            return torch.zeros((), dtype=torch.int64, device=label.device)
         if self._seen is None:
             known = torch.full((self._size,), -1) if self._known is None else self._known
             self._seen = known.to(label.device, torch.int32, copy=True)

@@ -80,6 +80,8 @@ class TrainingDynamics:
         num_classes: C.
         keeps_coordinates: whether more than 129 classes have random coordinates beside soft margins, for a recipe that
             looks at the attributions themselves.
+        is_share: whether it is of this rank's own samples alone, which the other ranks have handed over what they have
+            seen of: nothing is summed over the ranks then, and it may :meth:`grow`.
 
     Attributes:
         basis: (C, r), see :func:`class_coordinates`; 0 in the rows of classes without coordinates; (C, 0) where soft
@@ -88,8 +90,11 @@ class TrainingDynamics:
         rows_left_out: of what this rank observed since the last merge, how many rows were NaN or infinite.
     """
 
-    def __init__(self, total: int, num_classes: int, *, keeps_coordinates: bool = False) -> None:
+    def __init__(
+        self, total: int, num_classes: int, *, keeps_coordinates: bool = False, is_share: bool = False
+    ) -> None:
         self.num_classes = num_classes
+        self.is_share = is_share
         # Those that occur, of more outputs than have coordinates; none where that is not known yet.
         self._classes = torch.zeros(0, dtype=torch.int64)
         # Columns: how often the sample was seen, margin, support of the given label, uncertainty.
@@ -113,6 +118,18 @@ class TrainingDynamics:
     def _width(self) -> int:
         """Coordinates and soft margins."""
         return self.basis.shape[1] + self._num_margins
+
+    @property
+    def row_width(self) -> int:
+        """W, the numbers that :meth:`described` makes of a row."""
+        return self._fresh.shape[1]
+
+    @property
+    def classes(self) -> Tensor:
+        """(K,) int64, the classes that are compared, ascending."""
+        if len(self._classes):
+            return self._classes
+        return torch.arange(self.num_classes)
 
     @property
     def has_margins(self) -> bool:
@@ -158,9 +175,28 @@ class TrainingDynamics:
         if len(classes) <= MOST_COORDINATES + 1:
             # In parts, as of a merge.
             for rows in self._parts():
-                self._scores[rows] += reduce(self._fresh[rows, self._width :])
+                self._scores[rows] += self._whole(self._fresh[rows, self._width :], reduce)
         self._take_classes(classes)
         return is_narrower
+
+    def _whole(self, part: Tensor, reduce: Reduce) -> Tensor:
+        """What all ranks have seen of some samples."""
+        return part if self.is_share else reduce(part)
+
+    def grow(self, total: int) -> None:
+        """Makes room for samples that were not known yet, behind the others.
+
+        Args:
+            total: how many there are now.
+        """
+
+        def grown(rows: Tensor, dim: int, value: float = 0) -> Tensor:
+            more = rows.new_full((*rows.shape[:dim], total - rows.shape[dim], *rows.shape[dim + 1 :]), value)
+            return torch.cat([rows, more], dim=dim)
+
+        if total > len(self):
+            self._scores, self.label = grown(self._scores, 0), grown(self.label, 0, -1)
+            self._fresh, self._phases = grown(self._fresh, 0), grown(self._phases, 1)
 
     def _parts(self) -> list[slice]:
         return [slice(first, first + _ROWS) for first in range(0, len(self), _ROWS)]
@@ -213,6 +249,26 @@ class TrainingDynamics:
             label: (B,) int64.
             margin: (B,) attribution of the given label's margin; by default that of the logits.
         """
+        self.label[index.cpu()] = label.cpu()
+        self.add(*self.described(index, logits, label, margin))
+
+    def add(self, index: Tensor, rows: Tensor) -> None:
+        """Adds what :meth:`described` has made of rows.
+
+        Args:
+            index: (B,) int64.
+            rows: (B, W).
+        """
+        self._fresh.index_add_(0, index, rows)
+
+    def described(
+        self, index: Tensor, logits: Tensor, label: Tensor, margin: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What is kept of rows; see :meth:`observe`.
+
+        Returns:
+            the indices of those that are finite, and (B, W) of these, on the CPU, which sums are made of.
+        """
         logits = logits.detach().float()
         margin = label_margin(logits, label) if margin is None else margin
         scores = torch.stack([torch.ones_like(margin), margin, label_confidence(margin), _entropy(logits)], dim=1)
@@ -221,12 +277,11 @@ class TrainingDynamics:
         index, rows = index.cpu(), rows.cpu()
         if expected is not None and (known := expected.cpu()).isfinite().all():
             self._expected += known
-        self.label[index] = label.cpu()
         if not rows.sum().isfinite():  # of all at once, as it is nearly always
             finite = rows.isfinite().all(dim=1)
             self.rows_left_out += int((~finite).sum())
             index, rows = index[finite], rows[finite]
-        self._fresh.index_add_(0, index, rows)
+        return index, rows
 
     def fresh(self, index: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor]:
         """What was observed of some samples since the last merge, on any rank. Every rank must call it.
@@ -242,7 +297,7 @@ class TrainingDynamics:
         first = self.basis.shape[1] if self.has_margins else 0
         found = torch.zeros(len(index), self._width + 1 - first)
         for part in self._parts():
-            rows = reduce(self._fresh[part, first : self._width + 1])
+            rows = self._whole(self._fresh[part, first : self._width + 1], reduce)
             inside = (index >= part.start) & (index < part.stop)
             found[inside] = rows[index[inside] - part.start]
         count = found[:, -1]
@@ -266,7 +321,7 @@ class TrainingDynamics:
             # Of other classes than are compared from now on.
             phase = None
         for rows in self._parts():
-            fresh = reduce(self._fresh[rows])
+            fresh = self._whole(self._fresh[rows], reduce)
             if phase is not None:
                 self._phases[phase, rows] += fresh[:, : self._width + 1]
             self._scores[rows] += fresh[:, self._width :]
@@ -355,11 +410,14 @@ class TrainingDynamics:
         }
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Any]) -> TrainingDynamics:
+    def from_state_dict(cls, state: dict[str, Any], *, is_share: bool = False) -> TrainingDynamics:
         """The trajectory that :meth:`state_dict` described."""
         width, classes = state["phases"].shape[2] - 1, state.get("classes", torch.zeros(0, dtype=torch.int64))
         trajectory = cls(
-            len(state["scores"]), state["num_classes"], keeps_coordinates=width == MOST_COORDINATES + NUM_SCALES
+            len(state["scores"]),
+            state["num_classes"],
+            keeps_coordinates=width == MOST_COORDINATES + NUM_SCALES,
+            is_share=is_share,
         )
         # Absent in checkpoints of before it was looked which classes occur.
         if len(classes):

@@ -92,10 +92,8 @@ def started(draw: TrainingSubset, left: str, epoch: int, batches: tuple[int | fl
         trained: number of parameters.
     """
     before, now = batches
-    return (
-        f"Fine-tuning from epoch {epoch} on {samples_of(draw)}{left},"
-        f" {now} batches per epoch instead of {before}; {trained:,} parameters are trained."
-    )
+    same = "as many batches per epoch as before" if before == now else f"{now} batches per epoch instead of {before}"
+    return f"Fine-tuning from epoch {epoch} on {samples_of(draw)}{left}, {same}; {trained:,} parameters are trained."
 
 
 def renewed(draw: TrainingSubset, epoch: int, batches: int | float) -> str:
@@ -103,7 +101,9 @@ def renewed(draw: TrainingSubset, epoch: int, batches: int | float) -> str:
     return f"Fine-tuning goes on from epoch {epoch} on {samples_of(draw)}, {batches} batches per epoch."
 
 
-def of_dry_run(draw: TrainingSubset, epochs: int | None, batches: tuple[int, int], seconds: float | None) -> str:
+def of_dry_run(
+    draw: TrainingSubset, epochs: int | None, batches: tuple[int | float, int | float], seconds: float | None
+) -> str:
     """What would be trained on, and what it would cost.
 
     Args:
@@ -113,8 +113,9 @@ def of_dry_run(draw: TrainingSubset, epochs: int | None, batches: tuple[int, int
         seconds: of the last epoch; None where that is not known.
     """
     before, after = batches
-    cost = "" if epochs is None else f", {epochs} epochs of {after} batches instead of {before}"
-    if epochs is not None and seconds is not None:
+    number = "as many batches as before" if before == after else f"{after} batches instead of {before}"
+    cost = "" if epochs is None else f", {epochs} epochs of {number}"
+    if epochs is not None and seconds is not None and before != after:
         then, now = (epochs * one * seconds / max(1, before) for one in (after, before))
         cost += f": at the last epoch's speed about {then:.1f} s instead of {now:.1f} s"
     return f"Dry run: would train on {samples_of(draw)}{cost}."

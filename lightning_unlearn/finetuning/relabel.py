@@ -113,16 +113,19 @@ class Relabeling:
             fit: that begins.
             head: dotted path of the module that makes the logits; None if there is none.
         """
-        self._head = head
         loader, reading, total = fit.train_loader, fit.reading, fit.total
         with fit.isolated_eval(), torch.no_grad():
             few = iterate_indices(loader, torch.arange(min(batch_size(loader), total)), probing=True, absent=set())
-            self._companions = companions_in([batch for _, batch in few], reading)
+            self.learn_from([batch for _, batch in few], reading, head)
             if self._companions:
                 # Of the first ones perhaps by chance.
                 more = torch.linspace(0, total - 1, min(_MOST_READ, total)).long()
                 read = iterate_indices(loader, more, probing=True, absent=set())
-                self._companions = companions_in([batch for _, batch in read], reading)
+                self.learn_from([batch for _, batch in read], reading, head)
+
+    def learn_from(self, batches: Sequence[Any], reading: TaskFormat, head: str | None) -> None:
+        """As :meth:`learn`, from batches as the loader delivers them."""
+        self._head, self._companions = head, companions_in(batches, reading)
 
     def attach(self, fit: FitContext, new_label: Tensor, given: Callable[[], Tensor]) -> None:
         """From now on training batches have the new labels.
@@ -145,16 +148,36 @@ class Relabeling:
                 )
             known = given()
             rows = rows_of(batch, reading, index, known, fit.train_loader)
-            check_given(batch, reading, known[rows].flatten(), len(rows))
-            new, label = new_label[rows].flatten(), reading.split(batch)[1]
-            changed = with_labels(batch, reading, new, self._companions)
-            if self._is_watching:
-                self._moved = reading.classes(label, len(rows)).cpu(), new
-            return changed
+            return self.replaced(batch, new_label[rows].flatten(), known[rows].flatten(), len(rows))
 
-        self._reading = reading
+        self.watch(reading)
         self._hook.attach(fit, change)
+
+    def watch(self, reading: TaskFormat) -> None:
+        """From now on it is seen to that the loss follows the labels that :meth:`replaced` puts into batches."""
+        self._reading = reading
         self._is_watching = self._head is not None
+
+    def replaced(self, batch: Any, new: Tensor, given: Tensor, rows: int) -> Any:
+        """The batch with other labels.
+
+        Args:
+            batch: as the loader delivers it.
+            new: (U,) int64, -1 where the given one stays.
+            given: (U,) int64, the labels of the partition, -1 where it does not know them.
+            rows: how many samples these are.
+
+        Raises:
+            ValueError: where the batch has other labels than these.
+        """
+        reading = self._reading
+        if reading is None:
+            raise RuntimeError("Labels are to be replaced that nobody reads; this is an error in lightning_unlearn.")
+        check_given(batch, reading, given, rows)
+        changed = with_labels(batch, reading, new, self._companions)
+        if self._is_watching:
+            self._moved = reading.classes(reading.split(batch)[1], rows).cpu(), new
+        return changed
 
     def start_batch(self, model: nn.Module) -> None:
         """Watches which labels the loss of a step follows. Call in ``on_train_batch_start``."""
@@ -286,7 +309,7 @@ def check_relabeling(fit: FitContext) -> None:
     Raises:
         TypeError: saying what is in the way.
     """
-    loader, reading = fit.train_loader, fit.reading
+    loader = fit.train_loader
     iterator, _ = fit.live_iterator()
     if not is_torchs_iterator(iterator) or (loader.num_workers > 0 and not getattr(loader, "in_order", True)):
         raise TypeError(
@@ -306,9 +329,20 @@ def check_relabeling(fit: FitContext) -> None:
             # Else the passes draw from it too, and it has been looked at for them.
             establish_rows(fit, loader)
         _, batch = next(iterate_indices(loader, torch.arange(size), probing=True, absent=set()))
-        new = (reading.labels(reading.split(batch)[1], size) + 1) % reading.num_classes
-        _, arrived = reading.split(fit.to_device(with_labels(batch, reading, new)))
-    if not reading.classes(arrived, size).cpu().equal(new.cpu()):
+        check_arrives(fit, batch)
+
+
+def check_arrives(fit: FitContext, batch: Any) -> None:
+    """Sees that labels that are replaced in a batch arrive in ``training_step``. Within ``isolated_eval``.
+
+    Raises:
+        TypeError: where transfer hooks change them.
+    """
+    reading = fit.reading
+    given = reading.split(batch)[1]
+    new = (reading.labels(given, len(given)) + 1) % reading.num_classes
+    _, arrived = reading.split(fit.to_device(with_labels(batch, reading, new)))
+    if not reading.classes(arrived, len(given)).cpu().equal(new.cpu()):
         raise TypeError(
             "Expected labels that are replaced in a training batch to arrive in training_step as they are, but the"
             f" transfer hooks change them{_ADVICE}."

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.data.task_format import IGNORED
+from lightning_unlearn.evidence.rank_share import Ranks, RankShare
 from lightning_unlearn.evidence.training_dynamics import TrainingDynamics
 from lightning_unlearn.functional.identity import copies, mixed
 from lightning_unlearn.partitioning.build import ShardResult
@@ -33,6 +34,7 @@ def apply_recipe(
     trajectory: TrainingDynamics,
     recipe: Recipe,
     out_of_sample: Callable[[Evidence], Evidence],
+    of_rank: RankShare | None = None,
 ) -> tuple[list[ShardResult], Tensor]:
     """What the recipe makes of each label, and the given labels of the whole training set, (N,) or (N, L).
 
@@ -42,18 +44,20 @@ def apply_recipe(
         trajectory: what training and the passes showed.
         recipe: from evidence to a verdict.
         out_of_sample: adds what is said of labels that were not learned, for the recipes that ask for it.
+        of_rank: which samples this rank judges; by default every R-th index, and the trajectory is of all.
 
     Raises:
         ValueError: where all samples have the same label, or none.
     """
     reduce, reading = fit.reduce, fit.reading
     rows = reading.rows_per_sample
-    total = len(trajectory) // rows
-    index, weight = fit.shard(total)
+    of_rank = of_rank or RankShare.by_index(len(trajectory) // rows, Ranks.of(fit))
+    index, weight, total = of_rank.index, of_rank.weight, of_rank.total
     device = fit.device
     trajectory.merge(None, reduce)
     label = gather_by_index(index, weight, share["label"].reshape(-1, rows), total, reduce)
-    _check_labels_of_ranks(trajectory.label, label.flatten(), reduce)
+    if not trajectory.is_share:  # or they were compared when they were handed over
+        _check_labels_of_ranks(trajectory.label, label.flatten(), reduce)
     identity = gather_by_index(index, weight, share["identity"][::rows], total, reduce)
     judged, fault = [], first_not_finite(fit.model)
     for at, given in enumerate(label.unbind(dim=1)):
@@ -69,7 +73,7 @@ def apply_recipe(
         of_label = {name: value[at::rows] for name, value in share.items()}
         # Copies of a sample, with the same label, are one for whatever is estimated.
         counts = weight / copies(mixed(identity + given))[index]
-        evidence = _evidence(trajectory, of_label, index, counts, index * rows + at, device)
+        evidence = _evidence(trajectory, of_label, index, counts, of_rank.local * rows + at, device)
         evidence = out_of_sample(evidence)
         verdict = None if is_one_sided else apply_to_finite_rows(recipe, evidence, reduce, fault)
         if verdict is not None:

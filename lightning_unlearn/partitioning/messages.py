@@ -49,6 +49,8 @@ def class_names_of(fit: FitContext, classes: int | None) -> list[str]:
         names = getattr(callback, "class_names", None)
         if isinstance(names, list) and len(names) == classes and all(isinstance(one, str) for one in names):
             return names
+    if fit.keyed is not None:
+        return []
     return class_names_in(fit.train_loader.dataset, classes)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_unlearn.attribution import ForwardTrace
 from lightning_unlearn.attribution.layers import LayerPoint
+from lightning_unlearn.data.loaders import MIN_SAMPLES
 from lightning_unlearn.data.naming import files_in
 from lightning_unlearn.partitioning.checks import (
     attributed_point,
@@ -59,7 +60,9 @@ def choose_points(
     point, batch = attributed_point(trace, layer, fit.reading.num_outputs), len(first.index)
     # Whether an input is corrupted is not asked of the labels of a multi-label task, each by itself.
     is_multilabel = fit.reading.task == "multilabel"
-    early = early_points(trace, batch, input_layer) if recipe.needs_response and not is_multilabel else []
+    # Nor of samples that are known by a key, over which there is no pass.
+    asks_inputs = recipe.needs_response and not is_multilabel and fit.keyed is None
+    early = early_points(trace, batch, input_layer) if asks_inputs else []
     attributed, *found = locate_samples(fit, first, [point, *early])
     responding = next((one for one in found if one is not None), None)
     for one, is_found in ((point, attributed), *((one, responding) for one in early if input_layer)):
@@ -90,7 +93,7 @@ def try_recipe(fit: FitContext, recipe: Recipe, basis: Tensor) -> None:
     Raises:
         ValueError: on every rank, where it fails on one.
     """
-    index, _ = fit.shard(fit.total)
+    index, _ = fit.shard(fit.total if fit.keyed is None else MIN_SAMPLES * fit.world_size)
     with isolate_rng():
         fault = trial(recipe, basis, index, fit.device)
     # Together, as the others would wait for a rank that has given up.
@@ -137,7 +140,7 @@ def note_fit(
         epochs_seen: of how many epochs the checkpoint has evidence.
         may_be_drawn_again: whether other partitions are to follow.
     """
-    size = getattr(fit.train_loader.batch_sampler, "batch_size", None)
+    size = None if fit.keyed is not None else getattr(fit.train_loader.batch_sampler, "batch_size", None)
     now = fit_record(fit.epoch, fit.world_size, size if isinstance(size, int) else None, settings)
     # Another callback may have asked first.
     if state.fits[-1:] == [now]:
@@ -157,6 +160,6 @@ def note_fit(
 
 def remember_files(fit: FitContext, partition: Partition | None) -> None:
     """Tells a partition what the files of its samples are called, where the training set says so."""
-    if partition is not None:
+    if partition is not None and fit.keyed is None:
         files = files_in(fit.train_loader.dataset)
         partition.remember_files(files if len(files) == len(partition) else ())

@@ -118,6 +118,7 @@ def _task(row: Mapping[str, Any], choices: Sequence[str], model: str, score: flo
             _SAMPLE: row[_SAMPLE],
             "said": "; ".join(filter(None, said)),
             "index": row["index"],
+            **({"key": row["key"]} if "key" in row else {}),
             "given_label": str(row["given_label"]),
             "given_class": ", ".join(given),
             "p_clean": p_clean,
@@ -192,6 +193,8 @@ def _cells(where: str, task: Any) -> dict[str, str]:
         raise ValueError(f"{where}: expected a task that to_label_studio has written, but got {shown(task)}.")
     found = _result(where, task) if "data" in task else {name: _chosen(task.get(name)) for name in (_LABEL, _DECISION)}
     cells = {"index": str(data["index"]), "given_label": str(data["given_label"]), "dataset": str(data["dataset"])}
+    if "key" in data:
+        cells["key"] = str(data["key"])
     return cells | _decision(where, cells["given_label"], found.get(_LABEL, []), found.get(_DECISION, []))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -25,7 +25,14 @@ from lightning_unlearn.results.review_csv import check_undecided
 from lightning_unlearn.results.status import PartitionStatus, checked_status
 from lightning_unlearn.results.storage import faults_of, load_record, save_record
 from lightning_unlearn.results.table import columns_of
-from lightning_unlearn.results.validate import check_estimates, check_held, check_matrix, check_primitives, check_sizes
+from lightning_unlearn.results.validate import (
+    check_estimates,
+    check_held,
+    check_keys,
+    check_matrix,
+    check_primitives,
+    check_sizes,
+)
 from lightning_unlearn.utilities.checks import check_flag, check_names, check_number, check_whole, shown
 from lightning_unlearn.utilities.files import write_csv
 
@@ -87,6 +94,8 @@ class Partition:
         status: what may be done with it; with a warning that is not told ``"ok"``, it is ``"inconclusive"``.
         doubtful: (N,) bool, clean samples on which fine-tuning does not train all the same, since their label is too
             likely wrong for that, though not likely enough to be suspect; by default none is.
+        keys: of each sample, N integers or N texts in ascending order, where samples are known by a key
+            (``DataFormat(sample_key=...)``); an index is then a position here. Empty where it is a dataset index.
 
     Example:
         >>> import torch
@@ -131,19 +140,22 @@ class Partition:
     status: PartitionStatus = PartitionStatus.OK
     class_names: tuple[str, ...] = ()
     doubtful: Tensor = _NOBODY
+    keys: tuple[int, ...] | tuple[str, ...] = ()
 
     # Where the samples lie, by index; for tables, in no file.
     _files = ()
+    # The index of each key, made when it is asked for.
+    _places: ClassVar[Mapping[Any, int]] = {}
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "status", checked_status(self.status, self.warning))
-        object.__setattr__(self, "class_names", _names_of(self.class_names))
+        _put(self, status=checked_status(self.status, self.warning), class_names=_names_of(self.class_names))
         if self.noise_rate is not None:
             check_primitives(self, noise_rate=float)
         check_primitives(self, epoch=int, recipe=str, layer=str, warning=str, fingerprint=str)
-        relabel_threshold = check_number("relabel_threshold", self.relabel_threshold, above=0, most=1)
-        object.__setattr__(self, "relabel_threshold", relabel_threshold)
+        threshold = check_number("relabel_threshold", self.relabel_threshold, above=0, most=1)
+        object.__setattr__(self, "relabel_threshold", threshold)
         check_held(self)
+        object.__setattr__(self, "keys", check_keys(self.keys, self.clean_probability))
         shape = self.clean_probability.shape
         if len(shape) != 1:
             raise ValueError(f"clean_probability must have shape (N,), but has {tuple(shape)}.")
@@ -173,7 +185,7 @@ class Partition:
         check_estimates(self)
         if len(self) and int(self.reason.max()) >= len(REASONS):
             raise ValueError(f"reason must hold numbers below {len(REASONS)}, but holds {int(self.reason.max())}.")
-        low, high = self.clean_probability.aminmax() if len(self) else (torch.zeros(()), torch.zeros(()))
+        low, high = (self.clean_probability if len(self) else torch.zeros(1)).aminmax()
         if not (0 <= low <= high <= 1 and 0 <= (self.noise_rate or 0) <= 1):
             raise ValueError(
                 f"Probabilities must lie in [0, 1], but clean_probability spans [{low:.4g}, {high:.4g}] and"
@@ -192,6 +204,16 @@ class Partition:
             f"Partition({len(self):,} samples, {suspects:,} suspect{rate}, status={self.status.value!r},"
             f" recipe={self.recipe!r}, layer={self.layer!r}, epoch={self.epoch}{warned})"
         )
+
+    def indices_of(self, keys: Sequence[int] | Sequence[str]) -> Tensor:
+        """(n,) int64, the index of each sample by its key; -1 for a key that is not known.
+
+        Args:
+            keys: n of them.
+        """
+        if len(self._places) != len(self.keys):
+            object.__setattr__(self, "_places", {key: at for at, key in enumerate(self.keys)})
+        return torch.tensor([self._places.get(key, -1) for key in keys], dtype=torch.int64)
 
     @property
     def is_multilabel(self) -> bool:
@@ -332,6 +354,7 @@ class Partition:
             state["noise_rate_interval"] = list(self.noise_rate_interval)
         state["often_called"] = [list(pair) for pair in self.often_called]
         state["status"], state["class_names"] = self.status.value, list(self.class_names)
+        state["keys"] = list(self.keys)
         return {"version": STATE_VERSION, **state}
 
     @classmethod
@@ -384,7 +407,8 @@ class Partition:
         Columns: ``index``, ``given_label``, ``suggested_label``, ``clean_probability``, ``label_evidence``,
             ``input_evidence``, ``reason``, ``is_clean``, ``rank``, ``list``, ``expected_precision``, ``proposed``,
             ``decision``, ``dataset``; where names are known, ``given_class`` and ``suggested_class`` beside the labels,
-            and right of the index ``file``, the path of the sample's file.
+            and right of the index ``file``, the path of the sample's file. Where samples are known by a key, ``key``
+            beside the index, by which ``review=`` goes then.
 
         ``rank`` is the place in :meth:`ranking`, from 1; ``list`` is ``suspect``, ``review`` (worth a look) or
         ``clean``; ``expected_precision`` is the share of the samples down to this rank that is expected to be wrong
@@ -489,6 +513,12 @@ class Partition:
             found = f"the text {class_names!r}" if is_text else f"{len(names)} names"
             raise ValueError(f"Expected class_names to name each of {classes or seen} classes, but got {found}.")
         return dict(enumerate(names))
+
+
+def _put(partition: Partition, **values: Any) -> None:
+    # The class is frozen for everybody else.
+    for name, value in values.items():
+        object.__setattr__(partition, name, value)
 
 
 def _names_of(names: Sequence[str]) -> tuple[str, ...]:

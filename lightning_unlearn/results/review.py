@@ -158,8 +158,24 @@ def settle(
 
 
 def _check_fits(where: str, row: Row, total: int, classes: int, *, single: bool) -> None:
-    if row.index >= total:
-        raise ValueError(f"{where}: expected index to lie in [0, {total}), but it is {row.index}.")
+    if not 0 <= row.index < total:
+        found = row.index if row.index >= 0 else f"left out (key {row.key!r})"
+        raise ValueError(f"{where}: expected index to lie in [0, {total}), but it is {found}.")
+    check_classes(where, row, classes, single=single)
+
+
+def check_classes(where: str, row: Row, classes: int, *, single: bool) -> None:
+    """Refuses a decision to re-label as a class that there is not.
+
+    Args:
+        where: it stands, for the message.
+        row: of the file.
+        classes: C.
+        single: whether a sample has one label.
+
+    Raises:
+        ValueError: saying where.
+    """
     if row.decision != RELABEL:
         return
     if single and len(row.new) != 1:

@@ -19,7 +19,8 @@ from lightning_unlearn.utilities.files import source_file
 _SEPARATORS = ",;\t|"
 # What Excel's own first line may name besides.
 _NAMED_SEPARATORS = (*_SEPARATORS, ":", "^", "~", "#")
-_NEEDED = {"index", "decision"}
+# One of the first two, and the last.
+_NEEDED = ({"index", "decision"}, {"key", "decision"})
 # A number that pandas has read beside an empty cell is written with a decimal place, which some languages set a comma
 # before. Not "1,000", which may be a thousand.
 _WHOLE = re.compile(r"(\d{1,18})(?:[.,]0)?")
@@ -32,10 +33,11 @@ class Row:
 
     Args:
         line: of the file, counted from 1; in an export of Label Studio the task.
-        index: of the sample.
+        index: of the sample; -1 where it is known by its key alone.
         decision: position in ``DECISIONS``.
         new: the classes to train with where it is re-labeled, else empty.
         given: the classes that the file says it was given; None if it does not say.
+        key: of the sample; empty where it is known by its index.
     """
 
     line: int
@@ -43,6 +45,7 @@ class Row:
     decision: int
     new: tuple[int, ...]
     given: tuple[int, ...] | None
+    key: str = ""
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ def check_undecided(path: str | PathLike[str], remedy: str = "write to another p
 def _table(source: Path, found: list[tuple[int, Mapping[str, str]]], place: str = "line") -> Table:
     """The rows in which something is decided."""
     rows, marks = [], {}
-    lines: dict[int, int] = {}
+    lines: dict[int | str, int] = {}
     names: dict[int, tuple[str, int]] = {}
     for line, cells in found:
         # Also of a row in which nothing is decided.
@@ -129,11 +132,12 @@ def _table(source: Path, found: list[tuple[int, Mapping[str, str]]], place: str 
         row = _row(f"{source}, {place} {line}", line, cells)
         if row is None:
             continue
-        if first := lines.get(row.index):
+        title, known = ("index", row.index) if row.index >= 0 else ("key", row.key)
+        if first := lines.get(known):
             raise ValueError(
-                f"{source}, line {line}: expected each index once, but {row.index} is in line {first} too; delete one."
+                f"{source}, line {line}: expected each {title} once, but {known} is in line {first} too; delete one."
             )
-        lines[row.index] = line
+        lines[known] = line
         _check_names(source, row, cells, names)
         rows.append(row)
     return Table(str(source), _one_mark(f"{source}, {place}", place, marks), tuple(rows), place)
@@ -160,13 +164,13 @@ def _cells(source: Path, text: str) -> Iterator[tuple[int, Mapping[str, str]]]:
         for _ in range(skipped):
             next(reader, None)
         titles = [title.strip().lower() for title in next(reader, [])]
-        if set(titles) >= _NEEDED:
+        if any(set(titles) >= needed for needed in _NEEDED):
             break
     else:
         found = (text.splitlines()[skipped : skipped + 1] or [""])[0][:80]
         raise ValueError(
-            f"{source}, line {skipped + 1}: expected titles with 'index' and 'decision' among them, as Partition.to_csv"
-            f" writes them, but found {found!r}."
+            f"{source}, line {skipped + 1}: expected titles with 'index' and 'decision' (or 'key' and 'decision') among"
+            f" them, as Partition.to_csv writes them, but found {found!r}."
         )
     if twice := [title for title in titles if title and titles.count(title) > 1]:
         raise ValueError(f"{source}, line {skipped + 1}: expected each title once, but {twice[0]!r} is there twice.")
@@ -183,14 +187,12 @@ def _row(where: str, line: int, cells: Mapping[str, str]) -> Row | None:
         return None
     if word not in DECISIONS:
         raise ValueError(f"{where}: expected decision to be keep, drop or relabel, but it is {word!r}.")
-    index = _whole(cells.get("index", ""))
-    if index is None:
-        raise ValueError(f"{where}: expected index to be the number of a sample, but it is {cells.get('index', '')!r}.")
+    key, index = _who(where, cells)
     decision, given = DECISIONS.index(word), None
     if "given_label" in cells:
         given = _classes(cells["given_label"])
     if decision != RELABEL:
-        return Row(line, index, decision, (), given)
+        return Row(line, index, decision, (), given, key)
     new = _classes(cells["suggested_label"]) if "suggested_label" in cells else None
     if new is None:
         found = cells.get("suggested_label", "no such column")
@@ -203,7 +205,19 @@ def _row(where: str, line: int, cells: Mapping[str, str]) -> Row | None:
             f"{where}: expected another suggested_label than the given one, {cells['given_label']!r}, for a sample that"
             " is re-labeled; write keep, or give another."
         )
-    return Row(line, index, decision, new, given)
+    return Row(line, index, decision, new, given, key)
+
+
+def _who(where: str, cells: Mapping[str, str]) -> tuple[str, int]:
+    """The key of the sample, and its index; -1 where the file has keys alone."""
+    key, index = cells.get("key", ""), _whole(cells.get("index", ""))
+    if index is None and "index" not in cells:
+        if not key:
+            raise ValueError(f"{where}: expected a key of a sample, but its cell is empty.")
+        return key, -1
+    if index is None:
+        raise ValueError(f"{where}: expected index to be the number of a sample, but it is {cells['index']!r}.")
+    return key, index
 
 
 def _whole(text: str) -> int | None:

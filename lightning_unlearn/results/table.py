@@ -86,11 +86,13 @@ def columns_of(
         "dataset": [short_fingerprint(partition.fingerprint)] * len(order),
     }
     # Whoever reads the table, as ``review=`` does, may not tell large from small letters in titles.
-    if taken := [title for title in added if title.strip().lower() in own]:
+    reserved = {*own, "key"} if partition.keys else own
+    if taken := [title for title in added if title.strip().lower() in reserved]:
         raise ValueError(f"Expected titles of columns that are not taken, but got '{taken[0]}'; give another.")
     index = own.pop("index")
     more = {title: [values[at] for at in index] for title, values in added.items()}
-    return {"index": index, **more, **own}
+    keys = {"key": [partition.keys[at] for at in index]} if partition.keys else {}
+    return {"index": index, **keys, **more, **own}
 
 
 def _short(value: Tensor) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -110,6 +111,26 @@ def check_estimates(partition: Partition) -> None:
     if low > high:
         raise ValueError(f"noise_rate_interval must be its lower and its upper end, but is {shown(interval)}.")
     object.__setattr__(partition, "noise_rate_interval", (low, high))
+
+
+def check_keys(keys: Any, rows: Any) -> tuple[Any, ...]:
+    """The keys of samples, as a tuple.
+
+    Raises:
+        ValueError: for another number, or what are not all integers or all texts, each once, in ascending order.
+    """
+    found = tuple(keys)
+    if not found:
+        return ()
+    kinds = {type(key) for key in found}
+    if len(found) != len(rows) or kinds not in ({int}, {str}):
+        raise ValueError(
+            f"keys must be an integer or a text for each of {len(rows)} samples, but are {len(found)} of"
+            f" {', '.join(sorted(kind.__name__ for kind in kinds))}."
+        )
+    if any(one >= other for one, other in itertools.pairwise(found)):
+        raise ValueError("keys must be in ascending order, each once, but are not.")
+    return found
 
 
 def check_matrix(name: str, value: Tensor) -> None:

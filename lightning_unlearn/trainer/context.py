@@ -17,7 +17,7 @@ from lightning_unlearn.data.task_format import IGNORED, TaskFormat
 from lightning_unlearn.trainer.compat import has_forward
 from lightning_unlearn.trainer.layouts import settle_layout
 from lightning_unlearn.trainer.progress import shown
-from lightning_unlearn.trainer.protocols import PartitionSource
+from lightning_unlearn.trainer.protocols import PartitionSource, keyed_of
 from lightning_unlearn.trainer.row_checks import check_batch, check_number
 from lightning_unlearn.trainer.running_fit import RunningFit
 
@@ -54,6 +54,11 @@ class FitContext(RunningFit):
     def reading(self) -> TaskFormat:
         """How batches, outputs and labels are read."""
         return cast("TaskFormat", self.source.reading)
+
+    @property
+    def keyed(self) -> Any:
+        """Reads the keys of training batches, a ``KeyedBatches``; None where samples have a dataset index."""
+        return keyed_of(self.source)
 
     def output(self, x: Any) -> Tensor:
         """The logits that ``forward`` returns, (B, K).
@@ -100,7 +105,12 @@ def shared_context(
 
 
 def probe(fit: FitContext) -> tuple[ForwardTrace, IndexedBatch]:
-    """One forward pass over the first samples, to fail before hours of training and to see what calls what."""
+    """One forward pass over the first samples, to fail before hours of training and to see what calls what.
+
+    Of samples that are known by a key, over those of the training batch in hand.
+    """
+    if fit.keyed is not None:
+        return _probe_in_hand(fit)
     with fit.isolated_eval(keep=False):
         _ = fit.scoring_loader
     with fit.isolated_eval(), torch.no_grad():
@@ -118,6 +128,20 @@ def probe(fit: FitContext) -> tuple[ForwardTrace, IndexedBatch]:
         trace, x, label = settle_layout(reading, fit.model, batch, len(indices), traced)
     label = without(absent, indices, reading, reading.labels(label, len(indices)))
     return trace, IndexedBatch(indices, _is_there(absent, indices).float().to(label.device), x, label)
+
+
+def _probe_in_hand(fit: FitContext) -> tuple[ForwardTrace, IndexedBatch]:
+    batch, keys, reading = fit.keyed.batch, fit.keyed.keys, fit.reading
+    if keys is None:
+        raise RuntimeError("There is no training batch to look at; this is an error in lightning_unlearn.")
+    with fit.isolated_eval(), torch.no_grad():
+
+        def traced(value: Any) -> ForwardTrace:
+            return trace_forward(fit.model, fit.output, value)
+
+        trace, x, label = settle_layout(reading, fit.model, batch, len(keys), traced)
+        label = reading.labels(label, len(keys))
+    return trace, IndexedBatch(torch.arange(len(keys)), torch.ones(len(keys), device=label.device), x, label)
 
 
 def without(absent: set[int], indices: Tensor, reading: TaskFormat, label: Tensor) -> Tensor:

@@ -46,6 +46,11 @@ class PartitionSource(Protocol):
         """The partition, computed now if it is due, or None if it is not due yet."""
 
 
+def keyed_of(source: PartitionSource | None) -> Any:
+    """Reads the keys of training batches, a ``KeyedBatches``; None where samples have a dataset index."""
+    return getattr(source, "keyed", None)
+
+
 @runtime_checkable
 class MaskSource(Protocol):
     """A callback that publishes a mask of pruned neurons."""

@@ -31,6 +31,7 @@ from lightning_unlearn.trainer.scoring_loader import offers_scoring_loader, scor
 from lightning_unlearn.trainer.strategies import shards_weights
 from lightning_unlearn.trainer.train_data import to_device, users_sampler
 from lightning_unlearn.utilities.distributed import run_on_rank_zero, sum_over_ranks
+from lightning_unlearn.utilities.exchange import Exchange, exchange_over_ranks
 from lightning_unlearn.utilities.reduce import Reduce
 
 _Value = TypeVar("_Value")
@@ -104,6 +105,11 @@ class RunningFit:
     def reduce(self) -> Reduce:
         """Sums over the ranks."""
         return sum_over_ranks(self.trainer.strategy)
+
+    @property
+    def exchange(self) -> Exchange:
+        """Hands over what each rank has for each."""
+        return exchange_over_ranks(self.trainer.strategy.root_device, self.world_size)
 
     def agree(self, decision: bool, *, of_all: bool) -> bool:
         """Whether all ranks say so, or any does. Every rank must call it."""

@@ -73,7 +73,7 @@ def locate_samples(fit: FitContext, first: IndexedBatch, points: Sequence[LayerP
         # Of the batch in hand, if it can be taken apart by rows; else, or where its rows are no samples, as the loader
         # delivers these samples.
         passes = _Passes(samples, fewer, (whole, *(_tried(run, taken, order) for order in orders)))
-        if passes.dimension(len(points)) != 0:
+        if passes.dimension(len(points)) != 0 and fit.keyed is None:
             passes = _Passes(samples, fewer, (whole, *(_tried(run, loaded, order) for order in orders)))
         if passes.dimension(len(points)) != 0:
             raise ValueError(

@@ -1,0 +1,296 @@
+"""Evidence of samples that are known by a key: what each rank saw of them goes to the one rank that owns the key.
+
+A rank notes what its own training steps show, by key. When an epoch ends, the ranks hand over what they have noted,
+each key to the rank that its hash says; there lies all that is known of the sample, and nowhere else. What has the
+length of the whole training set is made once, with the partition: its keys in ascending order, whose places are its
+rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from lightning_unlearn.data.sample_key import Key, owners_of
+from lightning_unlearn.evidence.rank_share import Ranks, RankShare
+from lightning_unlearn.evidence.training_dynamics import TrainingDynamics
+from lightning_unlearn.functional.attribution import label_margin
+from lightning_unlearn.functional.identity import mixed
+
+# Samples that a rank hands over at a time.
+_AT_A_TIME = 65_536
+_SCALE = 254  # of positions, which are whole numbers from 1 to 255
+
+
+@dataclass(frozen=True)
+class EpochOfKeys:
+    """What the keys of an epoch were, the same on every rank.
+
+    Args:
+        rows: that were read.
+        distinct: how many keys they have.
+        again: how many of these had come in an earlier epoch.
+        before: how many keys had come before the epoch.
+        relabeled: rows that have another label than their key had before.
+        example: of these, in words; empty on a rank that has seen none.
+    """
+
+    rows: int
+    distinct: int
+    again: int
+    before: int
+    relabeled: int
+    example: str = ""
+
+
+class KeyedEvidence:
+    """The keys that this rank owns, and what it has noted of an epoch for their owners.
+
+    ``layer`` is where the evidence was taken, in words; ``positions`` (n,) uint8 how much of the last epoch had passed
+    when each of its own samples was drawn last, from 1 to 255, 0 of one that was not drawn.
+    """
+
+    def __init__(self) -> None:
+        self.layer = ""
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all samples."""
+        self._own: dict[Any, int] = {}
+        self._parts: list[dict[str, Any]] = []
+        self._epochs = 0
+        self.drop()
+
+    def drop(self) -> None:
+        """Forgets what was noted since the last exchange."""
+        self._slots: dict[Any, int] = {}
+        self._noted: list[tuple[Tensor, Tensor]] = []
+        self._labels: list[tuple[Tensor, Tensor]] = []
+        self._rivals: list[tuple[Tensor, Tensor]] = []
+        self._places: list[tuple[Tensor, float]] = []
+        self._rows = 0
+        self.positions = torch.zeros(0, dtype=torch.uint8)
+
+    def __len__(self) -> int:
+        return len(self._own)
+
+    @property
+    def epochs(self) -> int:
+        """Of how many epochs there is evidence."""
+        return self._epochs
+
+    def slots(self, keys: Sequence[Key]) -> Tensor:
+        """(B,) int64, by which number each key of a batch is noted in this epoch."""
+        return torch.tensor([self._slots.setdefault(key, len(self._slots)) for key in keys], dtype=torch.int64)
+
+    def note(self, trajectory: TrainingDynamics, index: Tensor, logits: Tensor, label: Tensor) -> None:
+        """Notes rows of training steps.
+
+        Args:
+            trajectory: knows what is kept of a row.
+            index: (B,) int64, the rows of samples by their number in this epoch.
+            logits: (B, C).
+            label: (B,) int64.
+        """
+        self._rows += len(index)
+        self._noted.append(trajectory.described(index, logits, label))
+        self._labels.append((index, label.cpu()))
+
+    def place(self, slots: Tensor, position: float) -> None:
+        """Notes in which batch of the epoch samples were drawn."""
+        self._places.append((slots, position))
+
+    def labels(self, count: int | None = None) -> tuple[Tensor, int, str]:
+        """The label of each row noted in this epoch, (count,); how many differ from one before; and one, in words."""
+        if count is None:
+            count = max((int(index.max()) + 1 for index, _ in self._labels if len(index)), default=0)
+        label, differ, example = torch.full((count,), -1), 0, ""
+        for index, found in self._labels:
+            # One of several rows of the same key stays.
+            known = label[index]
+            label[index] = found.where(known < 0, known)
+            other = (label[index] != found).nonzero().flatten()
+            differ += len(other)
+            if len(other) and not example:
+                at = int(other[0])
+                slot = int(index[at]) * len(self._slots) // max(count, 1)
+                key = next(itertools.islice(self._slots, slot, None))
+                example = f"{key!r} is called {int(label[index[at]])} and {int(found[at])}"
+        return label, differ, example
+
+    def hand_over(self, trajectory: TrainingDynamics, rows: int, ranks: Ranks) -> EpochOfKeys:
+        """Brings what was noted to the owners of the keys. Every rank must call it, once an epoch.
+
+        Args:
+            trajectory: takes what is of this rank's own samples, as not merged yet.
+            rows: of each sample.
+            ranks: of the fit.
+        """
+        count, before = len(self._slots), len(self._own)
+        fresh = torch.zeros(count * rows, trajectory.row_width)
+        for index, noted in self._noted:
+            fresh.index_add_(0, index, noted)
+        label, differ, example = self.labels(count * rows)
+        columns = fresh.view(count, rows, -1), label.view(count, rows), self._positions(count)
+        keys, number = list(self._slots), self._rows
+        owners = owners_of(keys, ranks.number)
+        self.drop()
+        self.positions = torch.zeros(before, dtype=torch.uint8)
+        for first in range(0, _AT_A_TIME * ranks.most(-(-count // _AT_A_TIME)), _AT_A_TIME):
+            of = [
+                (owners[first : first + _AT_A_TIME] == rank).nonzero().flatten() + first for rank in range(ranks.number)
+            ]
+            parts = [([keys[at] for at in mine.tolist()], *(column[mine] for column in columns)) for mine in of]
+            for part in ranks.exchange(parts):
+                others, said = self._take(trajectory, rows, *part)
+                differ, example = differ + others, example or said
+        drawn = self.positions > 0
+        sums = torch.tensor([number, int(drawn.sum()), int(drawn[:before].sum()), before, differ])
+        self._epochs += 1
+        rows_read, distinct, again, known, relabeled = (int(one) for one in ranks.reduce(sums.double()).tolist())
+        return EpochOfKeys(rows_read, distinct, again, known, relabeled, example)
+
+    def _positions(self, count: int) -> Tensor:
+        """(count,) uint8, how much of the epoch had passed when each was drawn last."""
+        found = torch.ones(count, dtype=torch.uint8)
+        batches = max((position for _, position in self._places), default=0) + 1
+        for slots, position in self._places:
+            found[slots] = 1 + int(position / batches * _SCALE)
+        return found
+
+    def _take(
+        self, trajectory: TrainingDynamics, rows: int, keys: list[Any], fresh: Tensor, label: Tensor, position: Tensor
+    ) -> tuple[int, str]:
+        """Takes what a rank has seen of samples that are this rank's own; see :meth:`labels`."""
+        if not keys:
+            return 0, ""
+        number = torch.tensor([self._own.setdefault(key, len(self._own)) for key in keys])
+        trajectory.grow(len(self._own) * rows)
+        more = torch.zeros(len(self._own) - len(self.positions), dtype=torch.uint8)
+        self.positions = torch.cat([self.positions, more])
+        self.positions[number] = torch.maximum(self.positions[number], position)
+        index = _rows_of(number, rows)
+        trajectory.add(index, fresh.flatten(0, 1))
+        known, label = trajectory.label[index], label.flatten()
+        trajectory.label[index] = known.where(known >= 0, label)
+        other = ((known >= 0) & (label >= 0) & (known != label)).nonzero().flatten()
+        at = int(other[0]) if len(other) else 0
+        example = f"{keys[at // rows]!r} is called {int(known[at])} and {int(label[at])}" if len(other) else ""
+        return len(other), example
+
+    def padded(self, trajectory: TrainingDynamics, rows: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
+        """This rank's own samples, as many as on every other: (n,) int64, and (n,) 0 for what only pads them.
+
+        Every rank must call it.
+
+        Args:
+            trajectory: of its own samples; gets one of which nothing is known where there is none.
+            rows: of each sample.
+            ranks: of the fit.
+        """
+        own, most = len(self._own), ranks.most(len(self._own))
+        if not own and most:
+            trajectory.grow(rows)
+            self.positions = torch.zeros(1, dtype=torch.uint8)
+        padded = torch.arange(most)
+        return padded.clamp(max=max(own - 1, 0)), (padded < own).float()
+
+    def share(self, trajectory: TrainingDynamics, rows: int, ranks: Ranks) -> tuple[RankShare, tuple[Any, ...]]:
+        """This rank's own samples, and the keys of all, in ascending order. Every rank must call it.
+
+        Args:
+            trajectory: of its own samples.
+            rows: of each sample.
+            ranks: of the fit.
+        """
+        local, weight = self.padded(trajectory, rows, ranks)
+        of_ranks = ranks.exchange([list(self._own)] * ranks.number)
+        keys = list(itertools.chain.from_iterable(of_ranks))
+        order = torch.tensor(sorted(range(len(keys)), key=keys.__getitem__), dtype=torch.int64)
+        index = order.argsort()
+        first = sum(map(len, of_ranks[: ranks.rank]))
+        # A rank that owns none pads with a sample of others, of which it has no evidence.
+        placed = index[first + local] if self._own else torch.zeros_like(local)
+        share = RankShare(placed, weight, local, len(keys))
+        return share, tuple(keys[at] for at in order.tolist())
+
+    def state_dict(self, trajectory: TrainingDynamics | None, ranks: Ranks | None) -> dict[str, Any]:
+        """Tensors and primitives: of all ranks on rank 0, each of which must call it; without ``ranks`` its own part.
+
+        Args:
+            trajectory: of its own samples.
+            ranks: of a fit that is running.
+        """
+        mine = {"keys": list(self._own), "trajectory": None if trajectory is None else trajectory.state_dict()}
+        parts, whole = [mine], ranks is not None
+        if ranks is not None and ranks.number > 1:
+            parts = ranks.exchange([mine, *[None] * (ranks.number - 1)])
+        return {"layer": self.layer, "epochs": self._epochs, "whole": whole, "parts": [one for one in parts if one]}
+
+    def load_state_dict(self, state: dict[str, Any], ranks: Ranks) -> TrainingDynamics | None:
+        """Takes what is this rank's own of what :meth:`state_dict` described, of however many ranks.
+
+        Returns:
+            its trajectory; None where nothing was gathered.
+        """
+        self.reset()
+        self.layer, self._epochs = state["layer"], state["epochs"]
+        parts = [part for part in state["parts"] if part["trajectory"] is not None]
+        if not parts:
+            return None
+        mine = [(owners_of(part["keys"], ranks.number) == ranks.rank).nonzero().flatten() for part in parts]
+        for part, which in zip(parts, mine, strict=True):
+            for at in which.tolist():
+                self._own[part["keys"][at]] = len(self._own)
+        self.positions = torch.zeros(len(self._own), dtype=torch.uint8)
+        rows = next((len(p["trajectory"]["label"]) // len(p["keys"]) for p in parts if p["keys"]), 1)
+        of_parts = [(part["trajectory"], _rows_of(which, rows)) for part, which in zip(parts, mine, strict=True)]
+        joined = {
+            name: torch.cat([one[name].index_select(dim, index) for one, index in of_parts], dim=dim)
+            for name, dim in (("phases", 1), ("scores", 0), ("label", 0))
+        }
+        return TrainingDynamics.from_state_dict({**parts[0]["trajectory"], **joined}, is_share=True)
+
+
+def _rows_of(samples: Tensor, rows: int) -> Tensor:
+    """(n L,) int64, where the L rows of each sample lie."""
+    return (samples.unsqueeze(1) * rows + torch.arange(rows)).flatten()
+
+
+def last_seen(trajectory: TrainingDynamics, rows: Tensor, index: Tensor) -> dict[str, Tensor]:
+    """What a pass over the samples would have shown last, as the last part of training in which each was drawn did.
+
+    Args:
+        trajectory: of training steps.
+        rows: (n,) int64.
+        index: (n,) int64, their numbers among those of all ranks.
+
+    Returns:
+        by the names of :meth:`ScoringPass.run <lightning_unlearn.evidence.eval_pass.ScoringPass.run>`.
+    """
+    label = trajectory.label[rows]
+    given = label.clamp(min=0)
+    last = _latest(trajectory.phases(rows), (len(rows), trajectory.basis.shape[1]))
+    found = {"label": label, "identity": mixed(index + 1), "last": last}
+    absent = torch.full((trajectory.num_classes,), -torch.inf)
+    absent[trajectory.classes] = 0
+    logits = last @ trajectory.basis.T + absent
+    return found | {
+        "margin": label_margin(logits, given),
+        "loss": cross_entropy(logits, given, reduction="none"),
+        "prediction": logits.argmax(dim=1),
+    }
+
+
+def _latest(phases: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
+    """(n, r), of the last phase in which each was drawn; NaN where in none."""
+    last = torch.full(shape, torch.nan)
+    for phase in phases:
+        last = torch.where(phase.isfinite(), phase, last)
+    return last

@@ -1,0 +1,218 @@
+"""Training batches of a stream, narrowed as they are delivered: the rows that are not to be trained on are taken out.
+
+The work of loading the rows that go is not saved, but that of the step is. Every rank takes as many steps as before. A
+batch of which no row is left (of a network with batch norm, fewer than two) goes through the step with the likeliest of
+its rows, and sends back a gradient of zero, so that ranks meet and nothing is learned of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_unlearn.data.sample_key import Key
+from lightning_unlearn.finetuning.batch_rows import take_rows
+from lightning_unlearn.finetuning.relabel import Relabeling, check_arrives
+from lightning_unlearn.finetuning.training_subset import TrainingSubset
+from lightning_unlearn.results.partition import Partition
+from lightning_unlearn.trainer.context import FitContext
+from lightning_unlearn.trainer.keyed_batches import KeyedBatches
+from lightning_unlearn.trainer.progress import rank_zero_info
+
+
+class KeyedSubset:
+    """Lets a fit train on a subset of samples that are known by a key.
+
+    Args:
+        keyed: reads the keys of batches.
+
+    Attributes:
+        seed: of what is drawn at random.
+        planned_batches: of an epoch, which are as many as before.
+        planned_size: the same in every fit, as the number of steps does not depend on it.
+        relabeling: of the batches, where labels are replaced.
+    """
+
+    planned_size = 1
+
+    def __init__(self, keyed: KeyedBatches) -> None:
+        self._keyed, self.relabeling = keyed, Relabeling()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets an earlier fit."""
+        self.seed = 0
+        self._least = 1
+        self._is_muted = False
+        self._counts = torch.zeros(3, dtype=torch.float64)
+        self._has_said = self._has_learned = False
+        self.forget_plan()
+
+    def begin(self, fit: FitContext) -> None:
+        """Looks whether batches can be narrowed, on the first one.
+
+        Raises:
+            TypeError: where they cannot.
+        """
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
+        batch = self._keyed.first
+        keys = self._keyed.reader.read(batch)
+        path = self._keyed.reader.container(batch)
+        if not path and _is_of_loaders(batch, fit.trainer.train_dataloader):
+            raise TypeError(
+                "Expected sample_key to name the loader whose samples are judged, as the batch has those of several;"
+                f" give the name of a field of one of them, such as {_example(batch)!r}."
+            )
+        few = torch.arange(max(1, len(keys) - 1))
+        if self._keyed.reader.read(take_rows(batch, few, len(keys), path)) != [keys[at] for at in few.tolist()]:
+            raise TypeError(
+                "Expected the keys of some rows of a batch to be those of the batch at these rows, but sample_key makes"
+                " others of it; let it look at each row by itself."
+            )
+
+    def plan(self, fit: FitContext) -> None:
+        """Notes for how many batches a schedule of steps is planned; 0 where that is not known."""
+        batches = fit.batches_per_epoch
+        self.planned_batches = int(batches) if batches < float("inf") else 0
+
+    def forget_plan(self) -> None:
+        """As if there had been none."""
+        self.planned_batches = 0
+
+    def at_once(self, fit: FitContext) -> int:
+        """See ``planned_size``."""
+        return self.planned_size
+
+    def fault_of(self, fit: FitContext, draw: TrainingSubset, *, keeps_plan: bool) -> str:
+        """Why a subset cannot be trained on, in the words that follow "samples"; empty if it can."""
+        return "" if len(draw.index) else "are none"
+
+    def attach_rows(self, fit: FitContext, draw: TrainingSubset, partition: Callable[[], Partition]) -> None:
+        """From now on training batches have the rows of a subset alone, with the labels that it gives them.
+
+        Args:
+            fit: that is running.
+            draw: the subset.
+            partition: returns the one that the subset is of; asked for when there is a batch.
+        """
+        norms = any(isinstance(one, nn.modules.batchnorm._NormBase) for one in fit.model.modules())
+        self._least, reading = 2 if norms else 1, fit.reading
+        trained = _places(draw)
+        if draw.new_label is not None:
+            self.relabeling.watch(reading)
+
+        def change(batch: Any, keys: list[Any]) -> Any:
+            known = partition()
+            index = known.indices_of(keys)
+            rows = self._rows(known, index, self._is_trained(draw, trained, index, keys, fit.epoch))
+            if len(rows) < len(keys):
+                batch, index = take_rows(batch, rows, len(keys), self._keyed.reader.container(batch)), index[rows]
+            if draw.new_label is None:
+                return batch
+            if not self._has_learned:
+                # In a fit that goes on, this is the first batch.
+                self.relabeling.learn_from([self._keyed.first], reading, None)
+                self._has_learned = True
+            # Of a sample that the partition does not know, none.
+            is_known = (index >= 0).reshape(-1, *[1] * (known.label.ndim - 1))
+            new, given = (torch.where(is_known, of[index], -1) for of in (draw.new_label, known.label))
+            return self.relabeling.replaced(batch, new.flatten(), given.flatten(), len(index))
+
+        self._keyed.change = change
+
+    def _is_trained(
+        self, draw: TrainingSubset, trained: dict[int, int], index: Tensor, keys: list[Any], epoch: int
+    ) -> Tensor:
+        """(B,) bool; samples that the partition does not know are trained on as they are."""
+        place = [trained.get(at, -1) for at in index.tolist()]
+        is_in = torch.tensor([at >= 0 for at in place]) | (index < 0)
+        if draw.probability is None:
+            return is_in
+        share = torch.tensor([float(draw.probability[at]) if at >= 0 else 1.0 for at in place])
+        return is_in & (torch.tensor([_uniform(self.seed, epoch, key) for key in keys]) < share)
+
+    def _rows(self, known: Partition, index: Tensor, is_trained: Tensor) -> Tensor:
+        """(b,) int64, the rows to go on with; notes whether they are to teach nothing."""
+        rows = is_trained.nonzero().flatten()
+        self._is_muted = len(rows) < min(self._least, len(index))
+        self._counts += torch.tensor([len(index), len(index) - len(rows), self._is_muted], dtype=torch.float64)
+        if not self._is_muted:
+            return rows
+        doubt = torch.where(is_trained, -1, 1 - known.clean_probability[index.clamp(min=0)])
+        return doubt.argsort(stable=True)[: self._least].sort().values
+
+    def before_backward(self, loss: Tensor) -> None:
+        """Sees to it that a batch without a row to learn from teaches nothing. Call in ``on_before_backward``."""
+        if self._is_muted and loss.requires_grad:
+            loss.register_hook(torch.zeros_like)  # type: ignore[no-untyped-call]
+
+    def end_epoch(self, fit: FitContext) -> None:
+        """Says once what narrowing has cost. Every rank must call it."""
+        if self._has_said or not self._keyed.change:
+            return
+        self._has_said = True
+        rows, gone, muted = (int(one) for one in fit.reduce(self._counts).tolist())
+        empty = f"; {muted:,} batches had no row left to learn from, and sent back a gradient of zero" if muted else ""
+        rank_zero_info(
+            f"Of {rows:,} rows of this epoch {gone:,} were loaded and then taken out of their batches{empty}."
+        )
+
+    def ask_again(self, fit: FitContext) -> None:
+        """There is nothing to be made again."""
+
+    def detach(self, fit: FitContext | None) -> None:
+        """Leaves the batches alone."""
+        self._keyed.change = None
+        self._is_muted = False
+        self.relabeling.detach()
+
+    def check_relabeling(self, fit: FitContext, head: str | None) -> None:
+        """Refuses, before the first step, batches whose labels could not be replaced later.
+
+        Args:
+            fit: that begins.
+            head: dotted path of the module that makes the logits; None if there is none.
+
+        Raises:
+            TypeError: saying what is in the way.
+        """
+        with fit.isolated_eval(), torch.no_grad():
+            check_arrives(fit, self._keyed.first)
+        self.relabeling.learn_from([self._keyed.first], fit.reading, head)
+        self._has_learned = True
+
+    def state_dict(self) -> dict[str, int]:
+        """Numbers."""
+        return {"planned_batches": self.planned_batches, "planned_size": self.planned_size, "seed": self.seed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what a checkpoint has."""
+        self.planned_batches, self.seed = state["planned_batches"], state["seed"]
+
+
+def _places(draw: TrainingSubset) -> dict[int, int]:
+    """Where each sample that is trained on stands in the subset."""
+    return {index: at for at, index in enumerate(draw.index.tolist())}
+
+
+def _uniform(seed: int, epoch: int, key: Key) -> float:
+    """A number in [0, 1) that is another one in each epoch, and the same whoever asks."""
+    digest = hashlib.blake2b(f"{seed}:{epoch}:{key}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def _is_of_loaders(batch: Any, loaders: Any) -> bool:
+    """Whether a batch holds those of several loaders, under the names that these have."""
+    if isinstance(loaders, Mapping):
+        return isinstance(batch, Mapping) and set(batch) == set(loaders) and len(loaders) > 1
+    is_list = isinstance(loaders, (list, tuple)) and isinstance(batch, (list, tuple))
+    return is_list and len(batch) == len(loaders) > 1
+
+
+def _example(batch: Any) -> str:
+    return f"{next(iter(batch)) if isinstance(batch, Mapping) else 0}.key"

@@ -235,6 +235,8 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         self._fresh.check_one(trainer)
 
     def _check_relabeling(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # First, as the callback that publishes the partition may come later in the list and has settled nothing yet.
+        self.fit.probe()
         if isinstance(self._loader, train_data.SubsetLoader):
             relabel.check_relabeling(self.fit)
         self._learn_labels(trainer, pl_module)

@@ -14,10 +14,10 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 from lightning_unlearn import DataFormat
 from lightning_unlearn.data.index_tracking import TrackedBatchSampler
 from lightning_unlearn.data.task_format import TaskFormat, split_batch
-from lightning_unlearn.evidence import step_reader as step_reader_module
 from lightning_unlearn.evidence.mixed_targets import has_mixed_target
 from lightning_unlearn.evidence.step_reader import WINDOW, TrainStepReader
 from lightning_unlearn.trainer.context import FitContext
+from lightning_unlearn.trainer.fit_loop import live_iterator
 from tests.callbacks import forked
 from tests.toys import CLASSES, Toy, assert_same_weights, fit, make_trainer, mlp, sgd, weights
 
@@ -814,7 +814,7 @@ def test_nothing_of_the_batches_is_kept_longer_than_needed():
 
     class Count(L.Callback):
         def on_train_batch_end(self, trainer, *args):
-            iteration = step_reader_module.live_iterator(trainer)[0]._sampler_iter
+            iteration = live_iterator(trainer)[0]._sampler_iter
             kept.append(len(iteration._kept))
             kept.append(len(driver.reader._held) > WINDOW)
 

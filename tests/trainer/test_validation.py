@@ -257,10 +257,11 @@ def test_what_a_distributed_sampler_repeats_is_counted_once(shuffle, size, world
 def test_a_rank_that_cannot_go_on_leaves_none_with_a_score():
     reduced = torch.tensor([8.0, 4.0, 10.0, 1.0], dtype=torch.float64)
     strategy = SimpleNamespace(root_device=torch.device("cpu"), reduce=lambda tensor, reduce_op: reduced)
-    tally = validation_module._ScoreAccumulator(None, SOURCE)
-    assert tally.score(SimpleNamespace(strategy=strategy)) is None
+    context = FitContext(SimpleNamespace(strategy=strategy), None, SOURCE)
+    tally = validation_module._ScoreAccumulator(context)
+    assert tally.score() is None
     reduced[3] = 0
-    assert tally.score(SimpleNamespace(strategy=strategy)) == Score(0.8, 0.4, 10)
+    assert tally.score() == Score(0.8, 0.4, 10)
     assert str(Score(0.8, 0.4, 1000)) == "accuracy 0.800, loss 0.400 on 1,000 samples"
 
 

@@ -171,7 +171,7 @@ class SensitivityPruneCallback(PartitionConsumer):
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().check(trainer, pl_module)
         if self.shrink_to is not None:
-            refuse_where_sharded(trainer, "SensitivityPruneCallback", shrink_to=True)
+            refuse_where_sharded(self.fit, "SensitivityPruneCallback", shrink_to=True)
             require_torch_pruning()
 
     @override

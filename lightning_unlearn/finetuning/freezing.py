@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from lightning_unlearn.attribution import ForwardTrace, named_layers, plain_name
-from lightning_unlearn.trainer.fit_loop import rewrap_ddp
-from lightning_unlearn.trainer.strategies import shards_weights
+from lightning_unlearn.trainer.running_fit import RunningFit
 from lightning_unlearn.utilities.checks import check_names, check_text, shown
 
 
@@ -63,7 +61,7 @@ class FrozenLayers:
     def choose_outside(self, model: nn.Module, layers: Sequence[str]) -> None:
         """Everything but what is within some layers."""
         parameters, norms = _names(model)
-        inside = inside_of(layers)
+        inside = _inside_of(layers)
         self.parameters = [name for name in parameters if not name.startswith(inside)]
         self.norms = [name for name in norms if not f"{name}.".startswith(inside)]
 
@@ -74,22 +72,22 @@ class FrozenLayers:
         self.parameters = [name for name in parameters if not trained.has(name.rpartition(".")[0])]
         self.norms = [name for name in norms if not trained.has(name)]
 
-    def freeze(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def freeze(self, fit: RunningFit) -> None:
         """Holds what was chosen from now on."""
-        named = {plain_name(name): parameter for name, parameter in pl_module.named_parameters()}
+        named = {plain_name(name): parameter for name, parameter in fit.model.named_parameters()}
         for name in self.parameters:
             named[name].grad = None
-            if shards_weights(trainer):
+            if fit.is_sharded:
                 # FSDP2 has seen requires_grad when it sharded the weights, and does not look again.
                 self._unmoved.append(named[name])
             else:
                 self._thawed.append((named[name], named[name].requires_grad))
                 named[name].requires_grad_(False)
-        modules = named_layers(pl_module)
+        modules = named_layers(fit.model)
         self._modes += [(modules[name], modules[name].training) for name in self.norms]
         self.hold_modes()
         if self.parameters:
-            rewrap_ddp(trainer)
+            fit.rewrap_ddp()
 
     def hold_modes(self) -> None:
         """Keeps frozen batch norms in eval mode; modes are not in a checkpoint, and Lightning sets them at its will."""
@@ -125,7 +123,7 @@ def _names(model: nn.Module) -> tuple[list[str], list[str]]:
     return [plain_name(name) for name, _ in model.named_parameters()], list(norms)
 
 
-def inside_of(layers: Sequence[str]) -> tuple[str, ...]:
+def _inside_of(layers: Sequence[str]) -> tuple[str, ...]:
     """What the names of all that these modules hold begin with."""
     return tuple(f"{plain_name(name)}." for name in layers)
 

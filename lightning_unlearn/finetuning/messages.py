@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from lightning_unlearn.finetuning.state import FinetuneState
 from lightning_unlearn.finetuning.training_subset import TrainingSubset
 from lightning_unlearn.finetuning.warm_start import Memory, Start
 from lightning_unlearn.results.finding import epochs_in_words, share_in_words
@@ -21,17 +22,18 @@ def samples_of(draw: TrainingSubset) -> str:
     return f"{kept} and {changed:,} re-labeled ones" if draw.new_label is not None else kept
 
 
-def done(draw: TrainingSubset, epoch: int, *, mode: str, started_from: str) -> str:
-    """What was done, in one clause.
+def done(state: FinetuneState, mode: str) -> str:
+    """What was done, in one clause; empty where nothing was.
 
     Args:
-        draw: that was trained on.
-        epoch: the first on it.
+        state: of the fit.
         mode: ``"full"`` or ``"layers"``.
-        started_from: ``"keep"``, ``"shrink"`` or ``"start"``.
     """
+    if state.draw is None:
+        return ""
     kind = "F-FT" if mode == "full" else "L-FT"
-    return f"trained on {samples_of(draw)} from epoch {epoch} on ({kind}{_STARTS[started_from]})"
+    start = _STARTS[state.started_from]
+    return f"trained on {samples_of(state.draw)} from epoch {state.first_epoch} on ({kind}{start})"
 
 
 def left_out(partition: Partition, draw: TrainingSubset) -> str:

@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -19,12 +17,18 @@ from lightning_unlearn.finetuning.schedules import (
     before_schedules,
     fall_to_zero,
     forget_schedule,
-    share_over,
 )
 from lightning_unlearn.trainer.compat import MisconfigurationException
-from lightning_unlearn.trainer.fit_loop import planned_epochs
+from lightning_unlearn.trainer.optimizers import (
+    cosine,
+    put_optimizer,
+    put_schedules,
+    run_configure_optimizers,
+    share_over,
+    steps_needed,
+)
 from lightning_unlearn.trainer.progress import rank_zero_info
-from lightning_unlearn.trainer.strategies import shards_weights
+from lightning_unlearn.trainer.running_fit import RunningFit
 from lightning_unlearn.utilities.checks import check_function
 
 MakeOptimizer = Callable[[Iterable[Any]], Optimizer]
@@ -99,9 +103,9 @@ class FreshOptimizer:
         made_by["optimizer"] = self._optimizer is not None
         return next((name for name in reversed(made_by) if made_by[name]), ""), self._lr_scheduler is not None
 
-    def keeps_plan(self, trainer: Trainer) -> bool:
+    def keeps_plan(self, fit: RunningFit) -> bool:
         """Whether a schedule of steps was planned for the first subset, which later ones must not overrun."""
-        return self._made_by != _COSINE and any(c.interval == "step" for c in trainer.lr_scheduler_configs)
+        return self._made_by != _COSINE and any(c.interval == "step" for c in fit.schedules)
 
     def see(self, optimizers: Sequence[Optimizer]) -> None:
         """Notes the learning rates of the fit, as long as no other was asked for. Call before each step."""
@@ -122,60 +126,62 @@ class FreshOptimizer:
                 " ReduceLROnPlateau; use another, or optimizer='restart' with a configure_optimizers that returns one."
             )
 
-    def check_one(self, trainer: Trainer) -> None:
+    def check_one(self, fit: RunningFit) -> None:
         """Refuses several optimizers where one is to be made.
 
         Raises:
             MisconfigurationException: with their number.
         """
-        if self.is_asked_for and not self._restart and len(trainer.optimizers) != 1:
+        if self.is_asked_for and not self._restart and len(fit.optimizers) != 1:
             raise MisconfigurationException(
                 "CleanSubsetFinetuneCallback can make a fresh optimizer in place of one, but the module has"
-                f" {len(trainer.optimizers)}; leave out lr, optimizer and lr_scheduler to keep them."
+                f" {len(fit.optimizers)}; leave out lr, optimizer and lr_scheduler to keep them."
             )
 
-    def begin(self, trainer: Trainer, pl_module: LightningModule, *, moves: bool) -> None:
+    def begin(self, fit: RunningFit, *, moves: bool) -> None:
         """Decides, where fine-tuning starts, what makes the optimizer.
 
         Args:
-            trainer: of the fit.
-            pl_module: the user's.
+            fit: that is running.
             moves: whether weights are moved, so that an optimizer remembers others.
         """
-        self._since, self.remaining = (trainer.current_epoch, trainer.global_step), remaining_epochs(trainer)
+        self._since, self.remaining = (fit.epoch, fit.step), fit.limits.remaining_epochs
         self._made_by, self._is_scheduled = self._asked
         if moves and not self._made_by:
-            self._made_by = _remade_by(trainer, pl_module, self._since)
+            self._made_by = _remade_by(fit, self._since)
 
-    def make(self, trainer: Trainer, pl_module: LightningModule) -> str:
+    def given(self) -> dict[str, bool]:
+        """For each argument, whether it was given."""
+        return {"lr": self._lr is not None, "optimizer": self._optimizer is not None or self._restart}
+
+    def make(self, fit: RunningFit) -> str:
         """Makes it where that was decided, and returns what is to be said of it, if anything."""
         if not self._made_by:
             return ""
         with before_schedules() as given:
             if self._made_by != "optimizer" or self._optimizer is None:
-                with planned_epochs(trainer, self.remaining):
-                    trainer.strategy.setup_optimizers(trainer)
+                run_configure_optimizers(fit, self.remaining)
             else:
-                trained = [p for p in pl_module.parameters() if p.requires_grad]
-                trainer.strategy.optimizers = [self._optimizer(trained)]
+                trained = [p for p in fit.model.parameters() if p.requires_grad]
+                put_optimizer(fit, self._optimizer(trained))
         if self._made_by == _RESTART:
             return ""
         if self._made_by == _COSINE:
-            return self._fall_to_zero(trainer, given)
-        optimizer = trainer.strategy.optimizers[0]
+            return self._fall_to_zero(fit, given)
+        optimizer = fit.optimizers[0]
         forget_schedule(optimizer, given, self._lr)
         _check_rates(optimizer)
-        schedulers = []
+        schedules = []
         if self._is_scheduled and self._lr_scheduler is not None:
-            schedulers.append(LRSchedulerConfig(self._lr_scheduler(optimizer)))
-        trainer.strategy.lr_scheduler_configs = schedulers
+            schedules.append(self._lr_scheduler(optimizer))
+        put_schedules(fit, schedules, "epoch")
         return ""
 
-    def _fall_to_zero(self, trainer: Trainer, given: Mapping[int, Mapping[str, Any]]) -> str:
+    def _fall_to_zero(self, fit: RunningFit, given: Mapping[int, Mapping[str, Any]]) -> str:
         """Schedules a fresh optimizer, and returns a sentence that says so."""
-        replaced = {type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs}
-        peaks = self.peaks.of(trainer.strategy.optimizers)
-        trainer.strategy.lr_scheduler_configs = fall_to_zero(trainer, given, peaks, self._since)
+        replaced = {type(config.scheduler).__name__ for config in fit.schedules}
+        peaks = self.peaks.of(fit.optimizers)
+        put_schedules(fit, fall_to_zero(fit.optimizers, given, peaks, cosine(fit, *self._since)), "step")
         if not peaks:
             return ""
         instead = f", in place of {' and '.join(sorted(replaced))}" if replaced else ""
@@ -200,10 +206,10 @@ class FreshOptimizer:
                 " none now; give the same again, or resume from a checkpoint of before the partition."
             )
 
-    def check_groups(self, trainer: Trainer) -> None:
+    def check_groups(self, fit: RunningFit) -> None:
         """Refuses a fresh optimizer that cannot take over the state that the checkpoint has."""
-        if self._made_by and not shards_weights(trainer):
-            check_groups(trainer.optimizers, self._saved_groups)
+        if self._made_by and not fit.is_sharded:
+            check_groups(fit.optimizers, self._saved_groups)
 
     def state_dict(self) -> dict[str, Any]:
         """Primitives."""
@@ -230,22 +236,17 @@ class FreshOptimizer:
         self._since = state["first_epoch"], state.get("first_step", 0)
 
 
-def _remade_by(trainer: Trainer, pl_module: LightningModule, since: tuple[int, int]) -> str:
+def _remade_by(fit: RunningFit, since: tuple[int, int]) -> str:
     """How the optimizer of a fit whose weights are moved is made anew, where nothing was asked for."""
-    if pl_module.automatic_optimization and share_over(trainer, *since) is not None:
+    if fit.optimizes_automatically and share_over(fit, *since) is not None:
         return _COSINE
     why = (
         "max_epochs and max_steps do not say how much is to come"
-        if pl_module.automatic_optimization
+        if fit.optimizes_automatically
         else "the module optimizes manually, and steps them itself"
     )
     rank_zero_info(f"configure_optimizers runs again, with its own schedules from their beginning: {why}.")
     return _RESTART
-
-
-def remaining_epochs(trainer: Trainer) -> int | None:
-    """How many epochs are left, the current one among them; None without a last one."""
-    return None if trainer.max_epochs in (None, -1) else trainer.max_epochs - trainer.current_epoch
 
 
 def _check_rates(optimizer: Optimizer) -> None:
@@ -306,13 +307,13 @@ def _other_optimizer(before: str, now: str) -> str:
     )
 
 
-def check_steps_left(trainer: Trainer, epochs: int | None, planned_size: int) -> None:
+def check_steps_left(fit: RunningFit, epochs: int | None, planned_size: int) -> None:
     """Refuses batches of another size with which a schedule of the checkpoint would end before the fit does.
 
     Such a schedule, a OneCycleLR, ends the fit with an error when it is stepped too often.
 
     Args:
-        trainer: with the state of the checkpoint.
+        fit: with the state of the checkpoint.
         epochs: that remain; None where that is not known.
         planned_size: how many samples a batch of all ranks had before.
 
@@ -321,13 +322,8 @@ def check_steps_left(trainer: Trainer, epochs: int | None, planned_size: int) ->
     """
     if epochs is None:
         return
-    progress = trainer.fit_loop.epoch_loop.batch_progress
-    done = 0 if progress.is_last_batch else progress.current.completed
-    accumulated = trainer.accumulate_grad_batches
-    needed = epochs * math.ceil(trainer.num_training_batches / accumulated) - done // accumulated
-    if trainer.max_steps > 0:
-        needed = min(needed, trainer.max_steps - trainer.global_step)
-    for config in trainer.lr_scheduler_configs:
+    needed = steps_needed(fit, epochs)
+    for config in fit.schedules:
         total = getattr(config.scheduler, "total_steps", None)
         if config.interval != "step" or not isinstance(total, int):
             continue

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CyclicLR, LambdaLR, OneCycleLR
+from torch.optim.lr_scheduler import CyclicLR, LambdaLR, LRScheduler, OneCycleLR
 
 
 @contextmanager
@@ -106,52 +103,29 @@ def _peak(group: Mapping[str, Any], seen: float) -> float:
     return max(seen, _rate(group.get("max_lr"))) or float(group.get("initial_lr", group["lr"]))
 
 
-def share_over(trainer: Trainer, epoch: int, step: int) -> float | None:
-    """How much is over of what was to come at a moment of the fit; None where it is not known how much that is.
-
-    Args:
-        trainer: of the fit, whose limits count as they are now.
-        epoch: the first of what was to come, counted from 0.
-        step: how many optimizer steps had been made.
-    """
-    shares = []
-    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
-        batches, current = trainer.num_training_batches, trainer.fit_loop.epoch_loop.batch_progress.current
-        done: int = getattr(current, "processed", 0)
-        within = done / batches if batches else 0
-        shares.append((trainer.current_epoch + within - epoch) / max(1, trainer.max_epochs - epoch))
-    if trainer.max_steps > 0:
-        shares.append((trainer.global_step - step) / max(1, trainer.max_steps - step))
-    return min(max(*shares, 0.0), 1.0) if shares else None
-
-
-def _cosine(trainer: Trainer, epoch: int, step: int, _: int) -> float:
-    share = share_over(trainer, epoch, step)
-    return 1.0 if share is None else (1 + math.cos(math.pi * share)) / 2
-
-
 def fall_to_zero(
-    trainer: Trainer, given: Mapping[int, Mapping[str, Any]], peaks: Sequence[Sequence[float]], since: tuple[int, int]
-) -> list[LRSchedulerConfig]:
+    optimizers: Sequence[Optimizer],
+    given: Mapping[int, Mapping[str, Any]],
+    peaks: Sequence[Sequence[float]],
+    factor: Callable[[int], float],
+) -> list[LRScheduler]:
     """Schedules of fresh optimizers that fall by a cosine, step by step, from their peaks to zero when the fit ends.
 
     They go by how much of the fit is over, and so by no number of steps that another partition might change.
 
     Args:
-        trainer: with the optimizers.
+        optimizers: of the fit.
         given: what their groups held before a schedule that is dropped; see :func:`before_schedules`.
         peaks: of each optimizer and group.
-        since: the epoch and the step with which they begin.
+        factor: of the peak, for all steps to come; see :func:`~lightning_unlearn.trainer.optimizers.cosine`.
     """
-    schedules = []
-    for optimizer, rates in zip(trainer.strategy.optimizers, peaks, strict=True):
+    schedules: list[LRScheduler] = []
+    for optimizer, rates in zip(optimizers, peaks, strict=True):
         forget_schedule(optimizer, given, None)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = group["initial_lr"] = rate
-        # Not a function of this fit's, which could not be pickled, nor an object, whose state a checkpoint would have.
-        schedule = LambdaLR(optimizer, functools.partial(_cosine, trainer, *since))
+        schedules.append(LambdaLR(optimizer, factor))
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             # Between epochs, how much is over cannot be told; and in a fit that is resumed, its state comes next.
             group["lr"] = rate
-        schedules.append(LRSchedulerConfig(schedule, interval="step"))
     return schedules

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -11,6 +11,9 @@ from lightning.pytorch import Trainer
 from lightning_unlearn.trainer.callback_order import callbacks_of
 from lightning_unlearn.trainer.compat import is_a
 from lightning_unlearn.trainer.progress import rank_zero_info
+
+if TYPE_CHECKING:
+    from lightning_unlearn.trainer.running_fit import RunningFit
 
 
 class EarlyEnd:
@@ -64,7 +67,7 @@ def go_on(trainer: Trainer) -> None:
     )
 
 
-def count_anew(trainer: Trainer) -> Callable[[], None]:
+def count_anew(fit: RunningFit) -> Callable[[], None]:
     """Has EarlyStopping count its patience from weights that have just been moved.
 
     These are worse at first than the best so far, which would end the fit before they are trained. A ModelCheckpoint
@@ -73,8 +76,8 @@ def count_anew(trainer: Trainer) -> Callable[[], None]:
     Returns:
         a function that undoes it.
     """
-    before = [(one, one.best_score, one.wait_count) for one in _stoppers(trainer)]
-    for one in _stoppers(trainer):
+    before = [(one, one.best_score, one.wait_count) for one in _stoppers(fit.trainer)]
+    for one in _stoppers(fit.trainer):
         worst = torch.inf if one.monitor_op is torch.lt else -torch.inf
         one.best_score, one.wait_count = torch.full_like(torch.as_tensor(one.best_score), worst), 0
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_unlearn.trainer.callback_order import callbacks_of
 from lightning_unlearn.trainer.compat import MisconfigurationException, is_a
 from lightning_unlearn.trainer.fit_loop import live_loaders
+
+if TYPE_CHECKING:
+    from lightning_unlearn.trainer.running_fit import RunningFit
 
 
 def refuse_privacy(trainer: Trainer, pl_module: LightningModule, who: str) -> None:
@@ -39,21 +41,21 @@ def _private(value: Any) -> bool:
     return any(kind.__module__.partition(".")[0] == "opacus" for kind in type(value).__mro__)
 
 
-def refuse_beside_finetuning(trainer: Trainer, who: str, **given: bool) -> None:
+def refuse_beside_finetuning(fit: RunningFit, who: str, **given: bool) -> None:
     """Refuses arguments that clash with callbacks that unfreeze layers and give the optimizer groups of their own.
 
     That is Lightning's BaseFinetuning (BackboneFinetuning, a user's own) and the package finetuning-scheduler: what
     they have noted of the optimizer's groups belongs to one that ``configure_optimizers`` has made before.
 
     Args:
-        trainer: of the fit.
+        fit: that is set up.
         who: the callback's name.
         given: for each argument, as it is to be written, whether it was given.
 
     Raises:
         MisconfigurationException: naming the argument and the other callback.
     """
-    other = next((callback for callback in callbacks_of(trainer) if is_a(callback, "BaseFinetuning")), None)
+    other = next((callback for callback in fit.callbacks if is_a(callback, "BaseFinetuning")), None)
     wrong = next((name for name, is_given in given.items() if is_given), None)
     if other is not None and wrong is not None:
         raise MisconfigurationException(

@@ -32,6 +32,11 @@ class TrainingLimits:
     share_of_time: float = 0.0
     is_trial: bool = False
 
+    @property
+    def remaining_epochs(self) -> int | None:
+        """How many are left, the current one among them; None without a last one."""
+        return None if self.max_epochs in (None, -1) else self.max_epochs - self.epoch
+
 
 def limits_of(trainer: Trainer) -> TrainingLimits:
     """How far a Trainer has come, and what ends its fit."""

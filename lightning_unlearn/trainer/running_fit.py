@@ -22,6 +22,7 @@ from lightning_unlearn.trainer.fit_loop import (
     live_loaders,
     log_values,
     next_epoch,
+    rewrap_ddp,
     validation_loaders,
 )
 from lightning_unlearn.trainer.isolation import isolated_eval
@@ -102,6 +103,11 @@ class RunningFit:
         return shards_weights(self.trainer)
 
     @property
+    def strategy_name(self) -> str:
+        """The name of the strategy's class."""
+        return type(self.trainer.strategy).__name__
+
+    @property
     def reduce(self) -> Reduce:
         """Sums over the ranks."""
         return sum_over_ranks(self.trainer.strategy)
@@ -132,6 +138,20 @@ class RunningFit:
     def optimizers(self) -> list[Optimizer]:
         """Of the fit, from its start on."""
         return self.trainer.optimizers
+
+    @property
+    def schedules(self) -> list[Any]:
+        """Of the learning rates, with what Lightning knows of each: ``scheduler``, ``interval``, ``frequency``."""
+        return list(self.trainer.lr_scheduler_configs)
+
+    @property
+    def optimizes_automatically(self) -> bool:
+        """Whether Lightning steps the optimizers."""
+        return self.pl_module.automatic_optimization
+
+    def rewrap_ddp(self) -> None:
+        """Tells DDP that ``requires_grad`` has changed; see :func:`~lightning_unlearn.trainer.fit_loop.rewrap_ddp`."""
+        rewrap_ddp(self.trainer)
 
     @property
     def train_loader(self) -> DataLoader[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -10,6 +10,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_unlearn.trainer.callback_order import callbacks_of
 from lightning_unlearn.trainer.compat import MisconfigurationException, is_a
 from lightning_unlearn.trainer.fit_loop import averages_weights, runs_in_other_processes
+
+if TYPE_CHECKING:
+    from lightning_unlearn.trainer.running_fit import RunningFit
 
 _SUPPORTED = ("SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy")
 _GPU = "Trainer(accelerator='gpu', strategy='ddp')"
@@ -83,11 +86,11 @@ def _check_model_parallel(trainer: Trainer, strategy: Any, who: str) -> None:
             )
 
 
-def refuse_where_sharded(trainer: Trainer, who: str, **given: bool) -> None:
+def refuse_where_sharded(fit: RunningFit, who: str, **given: bool) -> None:
     """Refuses arguments that need all of the weights on one rank.
 
     Args:
-        trainer: of the fit.
+        fit: that is set up.
         who: the callback's name.
         given: for each argument, whether it was given.
 
@@ -95,8 +98,8 @@ def refuse_where_sharded(trainer: Trainer, who: str, **given: bool) -> None:
         MisconfigurationException: naming the argument.
     """
     wrong = next((name for name, is_given in given.items() if is_given), None)
-    if wrong is not None and shards_weights(trainer):
+    if wrong is not None and fit.is_sharded:
         raise MisconfigurationException(
-            f"{who}({wrong}=...) does not work under {type(trainer.strategy).__name__}, where every rank holds a part"
+            f"{who}({wrong}=...) does not work under {fit.strategy_name}, where every rank holds a part"
             f" of the weights and of the optimizer; leave out {wrong}, or use Trainer(strategy='ddp')."
         )

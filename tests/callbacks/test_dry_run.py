@@ -124,7 +124,7 @@ def test_the_cost_is_that_of_the_epochs_that_remain(said):
     class Slow(L.Callback):
         def on_train_epoch_start(self, trainer, pl_module):
             if trainer.current_epoch == 2:
-                finetune._seconds_per_epoch = 26.0  # 2 s a batch
+                finetune._finetuning.seconds_per_epoch = 26.0  # 2 s a batch
 
     fit(Toy(), BlobsData(data), [Slow(), source, finetune], max_epochs=12)
     (line,) = [text for text in said() if "would train" in text]

@@ -14,11 +14,11 @@ from lightning.pytorch.trainer.states import RunningStage
 from torch.utils.data import DataLoader, default_collate
 
 from lightning_unlearn.attribution import Attributor
-from lightning_unlearn.callbacks import finetune as finetune_module
 from lightning_unlearn.callbacks import partition as partition_module
 from lightning_unlearn.callbacks import prune as prune_module
 from lightning_unlearn.data.subset_sampler import SamplerSwap
 from lightning_unlearn.evidence.training_dynamics import TrainingDynamics
+from lightning_unlearn.finetuning import run as finetuning_module
 from lightning_unlearn.partitioning import messages as messages_module
 from lightning_unlearn.pruning import run as run_module
 from lightning_unlearn.pruning.guard import ScoreMonitor
@@ -215,7 +215,7 @@ OURS = {
     "guard": (ScoreMonitor, "is_worse"),
     "pruning for good": (PrunedParameters, "zero_parameters"),
     "report of the pruning": (prune_module, "report_pruning"),
-    "draw": (finetune_module, "make_training_subset"),
+    "draw": (finetuning_module, "make_training_subset"),
     "narrowing": (SamplerSwap, "narrow"),
     "new length": (TrainDataSwap, "_fit_val_check_interval"),
     "optimizer of the swap": (Makes, "optimizer"),

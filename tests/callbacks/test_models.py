@@ -326,7 +326,7 @@ def test_a_layer_inside_is_attributed_pruned_and_trained_from(make, layer, norm)
     assert partition.partition.layer == f"output of '{layer}'"
     assert (prune._state.sites[0].layer, prune._state.sites[0].norm) == (layer, norm)
     assert (resolve_layer(module, layer).weight[prune.mask.pruned_indices()] == 0).all()
-    trained = {n for n, _ in module.named_parameters()} - set(finetune._frozen.parameters)
+    trained = {n for n, _ in module.named_parameters()} - set(finetune._finetuning.frozen.parameters)
     assert f"{layer}.weight" in trained
     assert not any(name.startswith(("net.conv1", "net.conv_proj", "net.layer1")) for name in trained)
 
@@ -369,7 +369,7 @@ def test_a_compiled_network_is_read_in_passes():
     )
     assert_repaired(*repaired, head="net.4", reads=False, wrong=TABLE.wrong)
     assert "or calls it compiled" in repaired[1].collector.reader.reason
-    assert repaired[3]._frozen.parameters == ["net.0.weight", "net.0.bias"]
+    assert repaired[3]._finetuning.frozen.parameters == ["net.0.weight", "net.0.bias"]
     torch._dynamo.reset()
 
 

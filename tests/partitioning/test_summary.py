@@ -126,7 +126,7 @@ def test_what_the_callbacks_took_is_counted_once_and_anew_in_each_fit(monkeypatc
     # The one that prunes asks the one that partitions, whose time is not its own.
     monkeypatch.setattr(partition_module, "apply_recipe", slowly(apply_recipe, 100))
     monkeypatch.setattr(run_module, "rank_neurons", slowly(rank_neurons, 10))
-    monkeypatch.setattr(finetune, "_attach", slowly(finetune._attach, 1))
+    monkeypatch.setattr(finetune._finetuning, "attach", slowly(finetune._finetuning.attach, 1))
     for _ in range(2):
         fit(Toy(mlp), BlobsData(Blobs()), reversed(callbacks), max_epochs=2)
         assert [callback.seconds for callback in callbacks] == [100, 10, 1]

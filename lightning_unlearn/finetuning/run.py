@@ -1,0 +1,391 @@
+"""Step 5 from beginning to end: what is drawn, what is trained, from where, and with which optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_unlearn.attribution import plain_name, resolve_layer
+from lightning_unlearn.finetuning import messages, relabel
+from lightning_unlearn.finetuning.by_key import KeyedSubset
+from lightning_unlearn.finetuning.freezing import FrozenLayers
+from lightning_unlearn.finetuning.optimizers import FreshOptimizer, check_steps_left
+from lightning_unlearn.finetuning.starting import Starting
+from lightning_unlearn.finetuning.state import FinetuneState
+from lightning_unlearn.finetuning.train_data import SubsetLoader, batches_of
+from lightning_unlearn.finetuning.training_subset import OnNoisy, TrainingSubset, make_training_subset
+from lightning_unlearn.finetuning.warm_start import WarmStart
+from lightning_unlearn.results.partition import Partition
+from lightning_unlearn.results.provenance import copied
+from lightning_unlearn.trainer.compat import MisconfigurationException
+from lightning_unlearn.trainer.context import FitContext
+from lightning_unlearn.trainer.data_checks import check_reloaded
+from lightning_unlearn.trainer.divergence import ADVICE, LossWatch, not_finite
+from lightning_unlearn.trainer.incompatible import refuse_beside_finetuning
+from lightning_unlearn.trainer.optimizers import keep_optimizers
+from lightning_unlearn.trainer.progress import rank_zero_info, rank_zero_warn
+from lightning_unlearn.trainer.protocols import MaskSource
+from lightning_unlearn.trainer.strategies import refuse_where_sharded
+
+_WHO = "CleanSubsetFinetuneCallback"
+
+
+@dataclass(frozen=True, eq=False)
+class FinetuneSettings:
+    """How fine-tuning is done; see ``CleanSubsetFinetuneCallback``.
+
+    Args:
+        mode: ``"full"`` or ``"layers"``.
+        layers: that are trained; None for those from the pruned one on.
+        warm_start: what it starts from.
+        on_noisy: what becomes of samples that are not clean.
+        lr: constant learning rate; None for none.
+    """
+
+    mode: str
+    layers: Sequence[str] | None
+    warm_start: WarmStart
+    on_noisy: OnNoisy
+    lr: float | None
+
+
+class Finetuning:
+    """Trains on what a partition leaves, from when there is one.
+
+    Args:
+        settings: how.
+        fresh: makes the optimizer, where it is made anew.
+
+    Attributes:
+        state: what it has come to.
+        masks: keeps pruned neurons at zero; None where none is pruned.
+        partition: the one that it goes by; None before the first of this fit.
+        seconds_per_epoch: how long the last epoch took; None before one is complete.
+    """
+
+    def __init__(self, settings: FinetuneSettings, fresh: FreshOptimizer) -> None:
+        self.settings, self.fresh = settings, fresh
+        self.loader: SubsetLoader | KeyedSubset = SubsetLoader()
+        self.frozen = FrozenLayers()
+        self._threshold = 0.0
+        self._losses = LossWatch()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets an earlier fit."""
+        self.state = FinetuneState()
+        self.partition: Partition | None = None
+        self.seconds_per_epoch: float | None = None
+        self.starting = Starting(self.settings.warm_start)
+        self.masks: MaskSource | None = None
+        self._data: Any = None
+        self.fresh.reset()
+        self.loader.reset()
+        self.frozen.forget()
+
+    @property
+    def is_active(self) -> bool:
+        """Whether training draws from a subset."""
+        return self.state.draw is not None
+
+    def may_start_later(self, fit: FitContext) -> bool:
+        """Whether fine-tuning has not started, and is to start with a partition that is computed later."""
+        has_rounds = getattr(fit.source, "every_n_epochs", None) is not None
+        return not (self.is_active or fit.source.dry_run) and (has_rounds or self.state.partition_epoch == 0)
+
+    def check(self, fit: FitContext, relabel_threshold: float) -> None:
+        """Refuses, when the fit is set up, what could not work later.
+
+        Args:
+            fit: that is set up.
+            relabel_threshold: the least probability of a suggested label that is used in it.
+
+        Raises:
+            MisconfigurationException: saying what to do.
+        """
+        one, moves = self.settings, self.starting.is_asked_for
+        if (keyed := fit.keyed) is not None or isinstance(self.loader, KeyedSubset):
+            self.loader = SubsetLoader() if keyed is None else KeyedSubset(keyed)
+        self._threshold, given = relabel_threshold, self.fresh.given()
+        refuse_where_sharded(fit, _WHO, **given, warm_start=moves)
+        given |= {"mode='layers'": one.mode == "layers", f"warm_start='{one.warm_start}'": moves}
+        refuse_beside_finetuning(fit, _WHO, **given)
+        self.masks = next((callback for callback in fit.callbacks if isinstance(callback, MaskSource)), None)
+        self.fresh.check()
+        if one.mode == "layers" and one.layers is None and self.masks is None:
+            raise MisconfigurationException(
+                f"{_WHO}(mode='layers') needs to know which layers to train: name them with layers=[...], or add a"
+                " SensitivityPruneCallback, whose layer and those after it are trained."
+            )
+
+    def check_layers(self, model: nn.Module) -> None:
+        """Refuses layers that there are not, or that have nothing to train."""
+        for name in self.settings.layers or ():
+            if not any(True for _ in resolve_layer(model, name).parameters()):
+                raise ValueError(f"Expected layers to name modules with parameters, but '{name}' has none.")
+
+    def begin(self, fit: FitContext) -> None:
+        """Refuses, before the first step, what only the loaders and a forward pass show."""
+        relabels = self.settings.on_noisy == "relabel"
+        if not self.is_active:
+            self.loader.begin(fit)
+        # Also where the checkpoint re-labels and on_noisy is another now.
+        goes_on = self.state.draw is not None and self.state.draw.new_label is not None
+        if relabels and not goes_on:
+            # First, as the callback that publishes the partition may come later in the list and has settled nothing.
+            fit.probe()
+            if isinstance(self.loader, SubsetLoader):
+                relabel.check_relabeling(fit)
+        if relabels or goes_on:
+            self._learn_labels(fit)
+        if self.may_start_later(fit):
+            self.starting.check_is_known(fit)
+        if self.is_active and self.loader.at_once(fit) != self.loader.planned_size:
+            check_steps_left(fit, fit.limits.remaining_epochs, self.loader.planned_size)
+            self.loader.plan(fit)
+        self.fresh.check_one(fit)
+
+    def _learn_labels(self, fit: FitContext) -> None:
+        trace, _ = fit.probe()
+        head = trace.logits_module(fit.reading.num_outputs)
+        if isinstance(self.loader, KeyedSubset):
+            self.loader.check_relabeling(fit, head)
+        else:
+            self.loader.relabeling.learn(fit, head)
+
+    def start_batch(self, fit: FitContext, batch_idx: int) -> None:
+        """Call in ``on_train_batch_start``."""
+        self.loader.relabeling.start_batch(fit.model)
+        if not self.is_active and self.starting.may_move:
+            self.starting.remember(fit, batch_idx, is_wanted=self.may_start_later(fit))
+            self.fresh.see(fit.optimizers)
+
+    def before_backward(self, loss: Tensor) -> None:
+        """Call before the backward pass of a step."""
+        if isinstance(self.loader, KeyedSubset):
+            self.loader.before_backward(loss)
+
+    def after_backward(self, fit: FitContext) -> None:
+        """Call after the backward pass of a step."""
+        self.loader.relabeling.end_batch(fit.reduce)
+
+    def end_batch(self, fit: FitContext, outputs: Any) -> None:
+        """Call in ``on_train_batch_end``."""
+        self.loader.relabeling.end_batch(fit.reduce)
+        if self.is_active:
+            self._losses.add(outputs)
+
+    def check_data(self, fit: FitContext) -> None:
+        """Refuses a loader, made again since, that has other samples than the partition."""
+        # Not where the loader is made: an error there leaves torch's DataLoader as Lightning has changed it meanwhile.
+        if self._data is None or self.partition is None:
+            return
+        loader = fit.train_loader
+        if self._data is not loader.dataset:
+            check_reloaded(fit, loader, self.partition)
+
+    def is_new(self, partition: Partition | None) -> bool:
+        """Takes the partition, and says whether it is to be acted upon."""
+        self.partition = partition
+        return partition is not None and partition.epoch > self.state.partition_epoch
+
+    def act(self, fit: FitContext) -> None:
+        """Trains on what the partition leaves, or says what would be trained on in a dry run."""
+        partition = self._known_partition()
+        if fit.source.dry_run:
+            self._report_dry_run(fit, partition)
+        elif partition.is_actionable:
+            draw = make_training_subset(partition, self._what_of_noisy(fit, partition), self._threshold)
+            (self._renew if self.is_active else self._start)(fit, draw)
+        self.state = replace(self.state, partition_epoch=partition.epoch)
+        if not self.may_start_later(fit):
+            self.starting.forget()
+
+    def hold(self, fit: FitContext) -> None:
+        """Call when an epoch starts, after a partition has been acted upon."""
+        if self.is_active and fit.keyed is None:
+            self._data = fit.train_loader.dataset
+        self.frozen.hold_modes()
+
+    def _what_of_noisy(self, fit: FitContext, partition: Partition) -> OnNoisy:
+        """``on_noisy``, but where batches turn out to be such that labels would be written on other samples' rows."""
+        if self.settings.on_noisy != "relabel" or isinstance(self.loader, KeyedSubset):
+            return self.settings.on_noisy
+        fault = relabel.fault_of_absent(fit, partition)
+        # A data set that draws at random may show each rank another batch.
+        if not fit.agree(bool(fault), of_all=False):
+            return "relabel"
+        fault = fault or "Another rank has batches in which labels cannot be replaced."
+        rank_zero_warn(f"Suspects are dropped instead of re-labeled. {fault}")
+        return "drop"
+
+    def end_epoch(self, fit: FitContext) -> None:
+        """Call in ``on_train_epoch_end``; every rank must."""
+        if self.is_active:
+            self._check_diverged(fit)
+            if isinstance(self.loader, KeyedSubset):
+                self.loader.end_epoch(fit)
+
+    def _check_diverged(self, fit: FitContext) -> None:
+        """Ends a fit whose weights no further training mends; before a ModelCheckpoint writes them."""
+        was_finite, fault = self._losses.was_finite(fit), not_finite(fit)
+        when = f"in epoch {fit.epoch}, trained on the clean subset since epoch {self.state.first_epoch}"
+        if fault:
+            rate = "" if self.settings.lr is None else f" than lr={self.settings.lr}"
+            raise ValueError(
+                f"Training has diverged {when}: {fault} are NaN or infinite;"
+                f" {ADVICE.replace('smaller learning rate', f'smaller learning rate{rate}')}."
+            )
+        if not was_finite:
+            rank_zero_warn(f"The loss was NaN or infinite {when}; if that goes on, {ADVICE}.")
+
+    def resume(self, fit: FitContext) -> None:
+        """Goes on where a checkpoint says that fine-tuning had begun."""
+        self.fresh.check_goes_on()
+        self.loader.detach(fit)
+        self.attach(fit)
+        self.frozen.freeze(fit)
+        self.fresh.make(fit)
+        self.fresh.check_groups(fit)
+        self.loader.ask_again(fit)
+
+    def undo(self, fit: FitContext) -> None:
+        """Gives back what was borrowed for the fit."""
+        self.loader.detach(fit)
+        self.frozen.thaw()
+        self._data = None
+
+    def _start(self, fit: FitContext, draw: TrainingSubset) -> None:
+        if not self._fills_batches(fit, draw):
+            return
+        if self.settings.mode == "layers":
+            self._choose_frozen(fit)
+        before, start, moved = fit.batches_per_epoch, self.starting.choose(fit), 0
+        with self._all_or_nothing(fit) as undoing:
+            self.state = replace(self.state, draw=draw, first_epoch=fit.epoch)
+            self.attach(fit)
+            # Before limit_train_batches, which is applied to what a loader has whenever it is loaded again.
+            self.loader.plan(fit)
+            self.fresh.begin(fit, moves=start.moves)
+            self.frozen.freeze(fit)
+            remade = self.fresh.make(fit)
+            if start.moves:
+                moved = self.starting.move(fit, start.how, self.frozen.names, self.masks, undoing)
+                self.state = replace(self.state, started_from=start.how)
+        self.starting.say(fit, start, moved, self._known_partition().expected_precision)
+        if remade:
+            rank_zero_info(remade)
+        self._say_started(fit, draw, before)
+
+    def _say_started(self, fit: FitContext, draw: TrainingSubset, before: int | float) -> None:
+        frozen, named = set(self.frozen.parameters), fit.model.named_parameters()
+        trained = sum(p.numel() for n, p in named if p.requires_grad and plain_name(n) not in frozen)
+        left = messages.left_out(self._known_partition(), draw)
+        rank_zero_info(messages.started(draw, left, fit.epoch, (before, fit.batches_per_epoch), trained))
+
+    @contextmanager
+    def _all_or_nothing(self, fit: FitContext) -> Iterator[list[Callable[[], None]]]:
+        """Where an optimizer or a loader of the user's cannot be made, the fit is as if it had not begun to be changed.
+
+        A checkpoint that is written of the exception then fits its optimizer.
+
+        Yields:
+            a list of what more is to be called then.
+        """
+        undoing: list[Callable[[], None]] = []
+        put_back = keep_optimizers(fit)
+        # A loader that is iterated anew has drawn from it.
+        random_state = torch.get_rng_state()
+        try:
+            yield undoing
+        except BaseException:
+            for function in undoing:
+                function()
+            self.undo(fit)
+            put_back()
+            torch.set_rng_state(random_state)
+            self.state = FinetuneState(self.state.partition_epoch)
+            self.loader.forget_plan()
+            self.fresh.forget()
+            self.frozen.forget()
+            raise
+
+    def _renew(self, fit: FitContext, draw: TrainingSubset) -> None:
+        """Follows a partition that was computed again."""
+        if not self._fills_batches(fit, draw):
+            return
+        self.loader.detach(fit)
+        self.state = replace(self.state, draw=draw)
+        self.attach(fit)
+        rank_zero_info(messages.renewed(draw, fit.epoch, fit.batches_per_epoch))
+
+    def _report_dry_run(self, fit: FitContext, partition: Partition) -> None:
+        if not partition.is_actionable:
+            return
+        draw = make_training_subset(partition, self.settings.on_noisy, self._threshold)
+        batches: tuple[int | float, int | float] = (fit.batches_per_epoch,) * 2
+        if isinstance(self.loader, SubsetLoader):
+            sampler = self.loader.sampler(fit, fit.train_loader, draw, keeps_plan=False)
+            batches = fit.batches_per_epoch, batches_of(fit, fit.train_loader, sampler)
+        start = self.starting.choose(fit, is_dry_run=True)
+        rank_zero_info(messages.of_dry_run(draw, fit.limits.remaining_epochs, batches, self.seconds_per_epoch))
+        rank_zero_info(f"Dry run: {messages.start_of(start)}")
+
+    def _fills_batches(self, fit: FitContext, draw: TrainingSubset) -> bool:
+        fault = self.loader.fault_of(fit, draw, keeps_plan=self.fresh.keeps_plan(fit))
+        if fault:
+            rank_zero_warn(
+                f"The {len(draw.index)} samples to train on {fault}, so training goes on with the data it has."
+            )
+        return not fault
+
+    def attach(self, fit: FitContext) -> None:
+        """Lets the loader draw from the subset, and the labels be replaced."""
+        draw = self.state.draw
+        if draw is not None and isinstance(self.loader, KeyedSubset):
+            self.loader.attach_rows(fit, draw, self._known_partition)
+        elif draw is not None and isinstance(self.loader, SubsetLoader):
+            self.loader.attach(fit, draw, keeps_plan=partial(self.fresh.keeps_plan, fit))
+            if draw.new_label is not None:
+                self.loader.relabeling.attach(fit, draw.new_label, self._given_labels)
+
+    def _known_partition(self) -> Partition:
+        if self.partition is None:
+            raise RuntimeError("There is no partition to go by; this is an error in lightning_unlearn.")
+        return self.partition
+
+    def _given_labels(self) -> Tensor:
+        return self._known_partition().label
+
+    def _choose_frozen(self, fit: FitContext) -> None:
+        if self.settings.layers is not None:
+            self.frozen.choose_outside(fit.model, self.settings.layers)
+            return
+        if self.masks is None:
+            raise RuntimeError("There is no layer to train from; this is an error in lightning_unlearn.")
+        trace, _ = fit.probe()
+        self.frozen.choose_before(fit.model, trace, self.masks.target_layer())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and primitives."""
+        return {
+            **self.state.state_dict(),
+            "frozen": self.frozen.state_dict(),
+            "start_weights": copied(self.starting.weights.state_dict()),
+            **self.loader.state_dict(),
+            **self.fresh.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what :meth:`state_dict` described."""
+        self.state = FinetuneState.from_state_dict(state)
+        self.frozen.load_state_dict(state["frozen"])
+        self.starting.weights.load_state_dict(copied(state.get("start_weights")))
+        self.loader.load_state_dict(state)
+        self.fresh.load_state_dict(state, is_active=self.is_active)

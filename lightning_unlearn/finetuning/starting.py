@@ -1,0 +1,121 @@
+"""Moves the weights to where fine-tuning starts, in a fit with averages, early stopping and pruned neurons."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+from lightning_unlearn.finetuning import messages
+from lightning_unlearn.finetuning.warm_start import Memory, Start, StartWeights, WarmStart, choose_start
+from lightning_unlearn.trainer.compat import MisconfigurationException, is_a
+from lightning_unlearn.trainer.context import FitContext
+from lightning_unlearn.trainer.early_stopping import count_anew
+from lightning_unlearn.trainer.progress import rank_zero_info
+from lightning_unlearn.trainer.protocols import MaskSource
+from lightning_unlearn.trainer.weight_averages import weight_copies
+
+
+class Starting:
+    """Where fine-tuning starts.
+
+    Args:
+        asked: ``warm_start``.
+
+    Attributes:
+        weights: that the fit began with, until fine-tuning starts.
+    """
+
+    def __init__(self, asked: WarmStart) -> None:
+        self._asked: WarmStart = asked
+        self.weights = StartWeights()
+
+    @property
+    def is_asked_for(self) -> bool:
+        """Whether weights are to be moved, whatever the network shows."""
+        return self._asked in ("shrink", "start")
+
+    @property
+    def may_move(self) -> bool:
+        """Whether weights may be moved."""
+        return self._asked != "keep"
+
+    def check_is_known(self, fit: FitContext) -> None:
+        """Refuses a checkpoint without the weights that the fit began with, where these are asked for.
+
+        Raises:
+            MisconfigurationException: saying what to do.
+        """
+        if self.is_asked_for and fit.step > 0 and not self.weights.is_known:
+            raise MisconfigurationException(
+                f"CleanSubsetFinetuneCallback(warm_start='{self._asked}') needs the weights that the fit began"
+                " with, but the checkpoint does not have them, as that fit had no such setting; set"
+                " warm_start='keep', or start again without the checkpoint."
+            )
+
+    def remember(self, fit: FitContext, batch_idx: int, *, is_wanted: bool) -> None:
+        """Keeps the weights that the fit began with, as long as they may be asked for. Call before each step."""
+        is_time = fit.step == 0 or (self.weights.is_known and batch_idx == 0)
+        if is_time and is_wanted and not _obstacle(fit):
+            self.weights.remember(fit.model)
+
+    def forget(self) -> None:
+        """Keeps no weights any more."""
+        self.weights.forget()
+
+    def choose(self, fit: FitContext, *, is_dry_run: bool = False) -> Start:
+        """What fine-tuning starts from."""
+        obstacle = _obstacle(fit)
+        if not obstacle and not self.weights.is_known and not is_dry_run:
+            obstacle = "the checkpoint that the fit goes on from does not have those that it began with"
+        return choose_start(self._asked, _memory(fit), obstacle)
+
+    def move(
+        self,
+        fit: FitContext,
+        how: str,
+        frozen: Collection[str],
+        masks: MaskSource | None,
+        undoing: list[Callable[[], None]],
+    ) -> int:
+        """Moves the weights and their averages.
+
+        Args:
+            fit: that is running.
+            how: ``"shrink"`` or ``"start"``.
+            frozen: names of parameters and norms that stay as they are.
+            masks: keeps pruned neurons at zero.
+            undoing: takes what undoes it.
+
+        Returns:
+            how many weights were moved.
+        """
+        moved, undo = self.weights.move(fit.model, how, weight_copies(fit), frozen)
+        undoing.append(undo)
+        if masks is not None:
+            masks.silence()
+        undoing.append(count_anew(fit))
+        return moved
+
+    def say(self, fit: FitContext, start: Start, moved: int, precision: float | None) -> None:
+        """Says what there is to gain, and from where fine-tuning starts.
+
+        Args:
+            fit: that is running.
+            start: that was chosen.
+            moved: number of weights that were moved.
+            precision: share of the suspects that is expected to be wrong; None where it is not known.
+        """
+        rank_zero_info(messages.prospect(_memory(fit), start, precision, fit.limits.remaining_epochs))
+        if start.because or start.moves:
+            rank_zero_info(messages.start_of(start, moved))
+
+
+def _memory(fit: FitContext) -> Memory:
+    return Memory(fit.source.memorized, fit.source.accuracy_gap)
+
+
+def _obstacle(fit: FitContext) -> str:
+    """Why weights are not moved, and the optimizer not made anew, where nobody has insisted on it."""
+    if fit.is_sharded:
+        return f"under {fit.strategy_name} every rank holds a part of them"
+    other = next((callback for callback in fit.callbacks if is_a(callback, "BaseFinetuning")), None)
+    return "" if other is None else f"{type(other).__name__} goes by the optimizer that it knows"

@@ -1,0 +1,66 @@
+"""What fine-tuning has come to; what of it a checkpoint keeps is declared once, here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lightning_unlearn.finetuning.training_subset import TrainingSubset
+from lightning_unlearn.results.partition import Partition
+from lightning_unlearn.results.provenance import copied
+
+
+@dataclass(frozen=True, eq=False)
+class FinetuneState:
+    """What fine-tuning has come to; replaced as a whole.
+
+    Args:
+        partition_epoch: of the partition that was looked at last; 0 before the first.
+        first_epoch: the first on a subset.
+        draw: that is trained on; None for all the data.
+        started_from: ``"keep"``, ``"shrink"`` or ``"start"``.
+    """
+
+    partition_epoch: int = 0
+    first_epoch: int = 0
+    draw: TrainingSubset | None = None
+    started_from: str = "keep"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and primitives."""
+        draw = None if self.draw is None else copied(self.draw.state_dict())
+        return {**vars(self), "draw": draw}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> FinetuneState:
+        """What :meth:`state_dict` described; where it has started from is absent in older checkpoints."""
+        draw = None if state["draw"] is None else TrainingSubset(**copied(state["draw"]))
+        return cls(state["partition_epoch"], state["first_epoch"], draw, state.get("started_from", "keep"))
+
+    def record(self, partition: Partition, seed: int) -> dict[str, Any]:
+        """What was done to which samples.
+
+        Args:
+            partition: that was acted upon.
+            seed: of the order in which the subset is drawn.
+        """
+        if self.draw is None:
+            return {"from_epoch": None, "dropped": [], "relabeled": [], "weighed": False}
+        dropped = torch.ones(len(partition), dtype=torch.bool)
+        dropped[self.draw.index] = False
+        moved, new = self.draw.relabeled, self.draw.new_label
+        return {
+            "from_epoch": self.first_epoch,
+            "started_from": self.started_from,
+            "seed": seed,
+            "dropped": dropped.nonzero().flatten(),
+            # Of several labels, -1 for one that stays.
+            "relabeled": []
+            if new is None
+            else [{"index": index, "given": partition.label[index], "new": new[index]} for index in moved.tolist()],
+            # Whether each is drawn with its probability of being clean.
+            "weighed": self.draw.probability is not None,
+        }

@@ -1,0 +1,107 @@
+"""The optimizers and schedules of a fit: made anew, put back, and how much of the fit is over."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.types import LRSchedulerConfig
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lightning_unlearn.trainer.fit_loop import planned_epochs
+
+if TYPE_CHECKING:
+    from lightning_unlearn.trainer.running_fit import RunningFit
+
+
+def run_configure_optimizers(fit: RunningFit, remaining: int | None) -> None:
+    """Makes optimizers and schedules anew, as ``configure_optimizers`` makes them.
+
+    Args:
+        fit: that is running.
+        remaining: epochs, for which a schedule is planned; None for those that the Trainer has.
+    """
+    with planned_epochs(fit.trainer, remaining):
+        fit.trainer.strategy.setup_optimizers(fit.trainer)
+
+
+def put_optimizer(fit: RunningFit, optimizer: Optimizer) -> None:
+    """Puts one in the place of those that there are."""
+    fit.trainer.strategy.optimizers = [optimizer]
+
+
+def put_schedules(fit: RunningFit, schedules: Sequence[LRScheduler], interval: str) -> None:
+    """Puts schedules in the place of those that there are.
+
+    Args:
+        fit: that is running.
+        schedules: of the optimizers.
+        interval: ``"epoch"`` or ``"step"``, after each of which they are stepped.
+    """
+    made = [LRSchedulerConfig(one, interval=interval) for one in schedules]
+    fit.trainer.strategy.lr_scheduler_configs = made
+
+
+def keep_optimizers(fit: RunningFit) -> Callable[[], None]:
+    """A function that puts the optimizers and schedules back that there are now."""
+    strategy = fit.trainer.strategy
+    optimizers, schedules = strategy.optimizers, strategy.lr_scheduler_configs
+
+    def put_back() -> None:
+        strategy.optimizers, strategy.lr_scheduler_configs = optimizers, schedules
+
+    return put_back
+
+
+def steps_needed(fit: RunningFit, epochs: int) -> int:
+    """How many optimizer steps the rest of a fit takes.
+
+    Args:
+        fit: with the state of its checkpoint.
+        epochs: that remain, the current one among them.
+    """
+    trainer = fit.trainer
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    done = 0 if progress.is_last_batch else progress.current.completed
+    accumulated = trainer.accumulate_grad_batches
+    needed = epochs * math.ceil(trainer.num_training_batches / accumulated) - done // accumulated
+    return min(needed, trainer.max_steps - trainer.global_step) if trainer.max_steps > 0 else needed
+
+
+def share_over(fit: RunningFit, epoch: int, step: int) -> float | None:
+    """How much is over of what was to come at a moment of the fit; None where it is not known how much that is.
+
+    Args:
+        fit: whose limits count as they are now.
+        epoch: the first of what was to come, counted from 0.
+        step: how many optimizer steps had been made.
+    """
+    return _share_over(fit.trainer, epoch, step)
+
+
+def cosine(fit: RunningFit, epoch: int, step: int) -> Callable[[int], float]:
+    """A factor that falls by a cosine from 1 to 0 when the fit ends, as :func:`share_over` counts."""
+    # Not a function of this fit's, which could not be pickled, nor an object, whose state a checkpoint would have; and
+    # of the Trainer, which outlives the context of a fit.
+    return functools.partial(_cosine, fit.trainer, epoch, step)
+
+
+def _share_over(trainer: Trainer, epoch: int, step: int) -> float | None:
+    shares = []
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        current: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        batches, done = trainer.num_training_batches, getattr(current, "processed", 0)
+        within = done / batches if batches else 0
+        shares.append((trainer.current_epoch + within - epoch) / max(1, trainer.max_epochs - epoch))
+    if trainer.max_steps > 0:
+        shares.append((trainer.global_step - step) / max(1, trainer.max_steps - step))
+    return min(max(*shares, 0.0), 1.0) if shares else None
+
+
+def _cosine(trainer: Trainer, epoch: int, step: int, _: int) -> float:
+    share = _share_over(trainer, epoch, step)
+    return 1.0 if share is None else (1 + math.cos(math.pi * share)) / 2

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "evidence": BELOW_TRAINER | {"trainer", "recipes.classes", "recipes.evidence", "recipes.base"},
     "partitioning": BELOW_TRAINER | {"trainer", "evidence", "recipes"},
     "pruning": BELOW_TRAINER | {"trainer", "shrinking"},
-    "finetuning": BELOW_TRAINER | {"trainer", "pruning.masking"},
+    "finetuning": BELOW_TRAINER | {"trainer"},
     "shrinking": {"pruning.masking", "utilities"},
     "callbacks": BELOW_CALLBACKS,
     "callbacks.report": BELOW_CALLBACKS | {"callbacks", "report"},
@@ -36,7 +36,7 @@ CALLBACKS = [f"callbacks.{name}" for name in ("partition", "prune", "finetune", 
 # Who may know a package of others.
 MAY_KNOW = {
     "captum": {"attribution.captum_layers"},
-    "lightning": {"trainer", "callbacks", "cli", "demo", *STEPS},
+    "lightning": {"trainer", "callbacks", "cli", "demo"},
     "pytorch_lightning": set(),
     "torch_pruning": {"shrinking.cut"},
     # By name, when they are called.
@@ -86,6 +86,28 @@ def violations(file, source):
 @pytest.mark.parametrize("file", FILES)
 def test_imports_point_one_way(file):
     assert list(violations(file, (ROOT / file).read_text(encoding="utf-8"))) == []
+
+
+# What a step asks the context for, and takes from nobody.
+LIGHTNINGS_OBJECTS = {"trainer", "pl_module", "strategy", "lightning_module", "fit_loop"}
+
+
+def lightnings_objects(source):
+    """Where a step takes hold of an object of Lightning's."""
+    for node in ast.walk(ast.parse(source)):
+        name = node.attr if isinstance(node, ast.Attribute) else node.arg if isinstance(node, ast.arg) else None
+        if name in LIGHTNINGS_OBJECTS:
+            yield f"line {node.lineno}: {name}"
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.partition("/")[0] in STEPS])
+def test_steps_ask_the_context(file):
+    assert list(lightnings_objects((ROOT / file).read_text(encoding="utf-8"))) == []
+
+
+@pytest.mark.parametrize("source", ["fit.trainer.optimizers", "def f(pl_module): ...", "def f(*, trainer=None): ..."])
+def test_a_step_that_takes_hold_of_the_trainer_is_found(source):
+    assert len(list(lightnings_objects(source))) == 1
 
 
 def test_every_room_is_there_and_has_a_rule():
@@ -166,6 +188,9 @@ def test_a_circle_is_found():
         ("pruning/masking.py", "import torch_pruning"),
         ("shrinking/cut.py", "from lightning_unlearn.attribution import neuron_count"),
         ("shrinking/cut.py", "import lightning.pytorch as pl"),
+        ("evidence/step_reader.py", "from lightning.pytorch import Trainer"),
+        ("pruning/guard.py", "from lightning.pytorch import LightningModule"),
+        ("finetuning/schedules.py", "from lightning.pytorch.utilities.types import LRSchedulerConfig"),
     ],
 )
 def test_a_wrong_import_is_found(file, source):

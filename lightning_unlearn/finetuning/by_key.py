@@ -63,7 +63,7 @@ class KeyedSubset:
         batch = self._keyed.first
         keys = self._keyed.reader.read(batch)
         path = self._keyed.reader.container(batch)
-        if not path and _is_of_loaders(batch, fit.trainer.train_dataloader):
+        if not path and _is_of_loaders(batch, fit.given_loaders):
             raise TypeError(
                 "Expected sample_key to name the loader whose samples are judged, as the batch has those of several;"
                 f" give the name of a field of one of them, such as {_example(batch)!r}."

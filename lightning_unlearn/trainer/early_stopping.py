@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +29,7 @@ class EarlyEnd:
 
     def hold(self, trainer: Trainer) -> None:
         """Does not let the fit end before the next epoch would start. Call in ``on_train_epoch_end``."""
-        stoppers, epoch = _stoppers(trainer), trainer.current_epoch
+        stoppers, epoch = _stoppers(callbacks_of(trainer)), trainer.current_epoch
         # The same on every rank, unlike how often each has waited.
         is_theirs = not trainer.should_stop or any(one.stopped_epoch == epoch for one in stoppers)
         if self._is_held or not stoppers or not is_theirs:
@@ -47,18 +47,21 @@ class EarlyEnd:
         return trainer.should_stop and trainer.current_epoch >= epochs and trainer.global_step >= steps
 
 
-def _stoppers(trainer: Trainer) -> list[Any]:
-    return [callback for callback in callbacks_of(trainer) if is_a(callback, "EarlyStopping")]
+def _stoppers(callbacks: Iterable[Any]) -> list[Any]:
+    return [callback for callback in callbacks if is_a(callback, "EarlyStopping")]
 
 
 def has_fired(trainer: Trainer, epoch: int) -> bool:
     """Whether the patience of an EarlyStopping ran out in an epoch, to this rank."""
-    return any(one.stopped_epoch == epoch and one.wait_count >= max(1, one.patience) for one in _stoppers(trainer))
+    return any(
+        one.stopped_epoch == epoch and one.wait_count >= max(1, one.patience)
+        for one in _stoppers(callbacks_of(trainer))
+    )
 
 
 def go_on(trainer: Trainer) -> None:
     """Lets the fit go on that EarlyStopping has ended."""
-    for callback in _stoppers(trainer):
+    for callback in _stoppers(callbacks_of(trainer)):
         callback.wait_count = 0
     trainer.should_stop = False
     rank_zero_info(
@@ -76,8 +79,8 @@ def count_anew(fit: RunningFit) -> Callable[[], None]:
     Returns:
         a function that undoes it.
     """
-    before = [(one, one.best_score, one.wait_count) for one in _stoppers(fit.trainer)]
-    for one in _stoppers(fit.trainer):
+    before = [(one, one.best_score, one.wait_count) for one in _stoppers(fit.callbacks)]
+    for one in _stoppers(fit.callbacks):
         worst = torch.inf if one.monitor_op is torch.lt else -torch.inf
         one.best_score, one.wait_count = torch.full_like(torch.as_tensor(one.best_score), worst), 0
 

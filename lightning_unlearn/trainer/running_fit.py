@@ -154,6 +154,11 @@ class RunningFit:
         rewrap_ddp(self.trainer)
 
     @property
+    def given_loaders(self) -> Any:
+        """The train loader, or the collection of several, as the user gave it."""
+        return self.trainer.train_dataloader
+
+    @property
     def train_loader(self) -> DataLoader[Any]:
         """The loader that the fit draws from, if its samples have an index."""
         return train_loader(self.trainer)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_unlearn.attribution import plain_name
-from lightning_unlearn.trainer.callback_order import callbacks_of
 from lightning_unlearn.trainer.compat import is_a
 
 if TYPE_CHECKING:
@@ -70,7 +69,7 @@ def weight_copies(fit: RunningFit) -> list[dict[str, Tensor]]:
     named = model.named_parameters(remove_duplicate=False)
     live = {plain_name(name): parameter for name, parameter in named if not name.startswith(parts)}
     search = _Search(live, model)
-    for callback in callbacks_of(fit.trainer):
+    for callback in fit.callbacks:
         search.look_into(callback)
     search.look_into(model)
     for name in parts:

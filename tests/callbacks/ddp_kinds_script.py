@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback
 from lightning_unlearn.pruning.criteria import Sensitivity
 from tests.callbacks.published import Published, make_partition
-from tests.toys import Blobs, BlobsData, IndexRecorder, Toy, fit, mlp, trio, weights
+from tests.toys import Blobs, BlobsData, IndexRecorder, Toy, by_margin, fit, mlp, quick_trio, trio, weights
 
 SIZE, AT, BATCH = 103, 2, 8
 SPAWNING = ("ddp_notebook", "ddp_spawn")
@@ -44,18 +44,18 @@ def averaging():
 # Right labels, of which a person says that they are to go.
 DROPPED = Blobs(SIZE).wrong.logical_not().nonzero().flatten()[:5].tolist()
 SCENARIOS = {
-    "static": {"strategy": lambda: DDPStrategy(static_graph=True)},
+    "static": {"strategy": lambda: DDPStrategy(static_graph=True), "partition": {"recipe": "label"}},
     "static layers": {"strategy": lambda: DDPStrategy(static_graph=True), "finetune": {"mode": "layers"}},
     "unused": {
         "strategy": lambda: DDPStrategy(find_unused_parameters=True),
         "finetune": {"mode": "layers", "lr": 0.02},
         "module": WithSpare,
     },
-    "unsplit": {"trainer": {"use_distributed_sampler": False}},
+    "unsplit": {"partition": {"recipe": "label"}, "trainer": {"use_distributed_sampler": False}},
     "own sampler": {"trainer": {"use_distributed_sampler": False}, "data": OwnSampler},
     "averages": {"callbacks": averaging},
     "rounds": {
-        "partition": {"every_n_epochs": 2, "min_change": 0},
+        "partition": {"recipe": "label", "every_n_epochs": 2, "min_change": 0},
         "finetune": {"on_noisy": "reweight"},
         "epochs": 6,
     },
@@ -71,7 +71,7 @@ def fit_one(name, *more, devices=2, review=None, **kwargs):
         prune={"criterion": Sensitivity(fdr_level=None), "max_val_drop": None},
         finetune=chosen.get("finetune"),
         review=review,
-        **{"recipe": "label", **chosen.get("partition", {})},
+        **{"recipe": by_margin, **chosen.get("partition", {})},
     )
     strategy = chosen.get("strategy", lambda: "ddp")() if devices > 1 else "auto"
     trainer = fit(
@@ -199,7 +199,7 @@ def refused(name):
     data, module = Blobs(SIZE), Toy(plain)
     OTHER_DATA[name](data, torch.distributed.get_rank())
     try:
-        fit(module, BlobsData(data, batch_size=BATCH), trio(AT), max_epochs=AT + 1, devices=2, strategy="ddp")
+        fit(module, BlobsData(data, batch_size=BATCH), quick_trio(AT), max_epochs=AT + 1, devices=2, strategy="ddp")
     except ValueError as error:
         return {"said": str(error), "steps": module.steps}
     return {"said": "", "steps": module.steps}
@@ -207,9 +207,7 @@ def refused(name):
 
 def elsewhere(folder, strategy):
     """A fit in other processes, which leave a checkpoint. Its own is not of a group."""
-    partition, prune, finetune = trio(
-        AT, recipe="label", prune={"criterion": Sensitivity(fdr_level=None), "max_val_drop": None}
-    )
+    partition, prune, finetune = quick_trio(AT, prune={"criterion": Sensitivity(fdr_level=None), "max_val_drop": None})
     keep = ModelCheckpoint(folder / strategy, "last", save_on_train_epoch_end=True)
     fit(
         Toy(plain),

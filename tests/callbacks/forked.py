@@ -25,16 +25,17 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 PRELOAD = [
-    f"tests.callbacks.{name}"
+    f"tests.{name}"
     for name in (
-        "kill_script",
-        "plain_script",
-        "ddp_kinds_script",
-        "fsdp_script",
-        "prune_script",
-        "rounds_script",
-        "simulated_device_script",
-        "training_pass_script",
+        "callbacks.listed_once",
+        "callbacks.kill_script",
+        "callbacks.plain_script",
+        "callbacks.ddp_kinds_script",
+        "callbacks.fsdp_script",
+        "callbacks.prune_script",
+        "callbacks.rounds_script",
+        "callbacks.simulated_device_script",
+        "evidence.step_reader_script",
     )
 ]
 """Whose functions are run; with them comes all that takes long to import."""

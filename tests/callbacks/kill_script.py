@@ -26,7 +26,7 @@ from lightning_unlearn import CleanSubsetFinetuneCallback, SensitivityPruneCallb
 from lightning_unlearn.attribution import Attributor
 from lightning_unlearn.pruning import guard as guard_module
 from lightning_unlearn.pruning.holding import HeldEntries
-from tests.toys import Blobs, BlobsData, IndexRecorder, Toy, fit, sgd, trio, weights
+from tests.toys import Blobs, BlobsData, IndexRecorder, Toy, by_margin, fit, sgd, trio, weights
 
 SIZE, AT, EPOCHS = 101, 2, 5
 
@@ -43,10 +43,11 @@ def small_adam(parameters: Any) -> torch.optim.Optimizer:
 PRUNES = {"criterion": "magnitude", "amount": 0.3, "max_val_drop": 0.5}
 VARIANTS: dict[str, dict[str, Any]] = {
     "full": {"prune": PRUNES},
-    "layers, lr": {"prune": PRUNES, "finetune": {"mode": "layers", "lr": 0.01}},
+    "layers, lr": {"prune": PRUNES, "finetune": {"mode": "layers", "lr": 0.01}, "recipe": by_margin},
     "layers, optimizer": {
         "prune": PRUNES,
         "finetune": {"mode": "layers", "optimizer": small_adam, "lr_scheduler": halving},
+        "recipe": by_margin,
         "evidence_from": "eval_passes",
     },
     "rounds, relabel": {
@@ -60,6 +61,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "finetune": {"on_noisy": "reweight", "lr": 0.02},
         "every_n_epochs": 2,
         "min_change": 0,
+        "recipe": by_margin,
         "evidence_from": "eval_passes",
     },
 }

@@ -96,7 +96,7 @@ def test_speech_of_one_folder_with_the_words_in_the_names(run_script, folder, mo
     words = names["Words"](str(flat), noise=0.0)
     words.setup("fit")
     assert words.classes == ["ai", "ao"]
-    assert len(words.train_data) + len(words.val_data) == 100
+    assert len(words.train_data) + len(words.val_data) == 50
     assert not words.is_wrong.any()
     sound, label = words.train_data[0]
     assert sound.shape == (1, names["RATE"])

@@ -166,11 +166,11 @@ def main() -> None:
     parser.add_argument("--out", default="runs/speech", metavar="DIR", help="for what was found (%(default)s)")
     parser.add_argument("--fast", action="store_true", help="few sounds and epochs, to see it run")
     options = parser.parse_args()
-    epochs = 12 if options.fast else 21
+    epochs, per_word, batch_size = (8, 25, 16) if options.fast else (21, 150, 64)
 
     made = "data/speech-fast" if options.fast else "data/speech"
     noise = options.noise if options.noise is not None else 0.0 if options.data else 0.4
-    data = Words(options.data or made, noise, per_word=50 if options.fast else 150)
+    data = Words(options.data or made, noise, per_word, batch_size)
     data.prepare_data()
     data.setup("fit")
 

@@ -155,11 +155,11 @@ def main() -> None:
     parser.add_argument("--out", default="runs/text", metavar="DIR", help="for what was found (%(default)s)")
     parser.add_argument("--fast", action="store_true", help="few texts and epochs, to see it run")
     options = parser.parse_args()
-    epochs = 6 if options.fast else 12
+    epochs, most, batch_size = (6, 250, 32) if options.fast else (12, 1000, 64)
 
     made = "data/docstrings-fast.csv" if options.fast else "data/docstrings.csv"
     noise = options.noise if options.noise is not None else 0.0 if options.data else 0.4
-    data = Sentences(options.data or made, noise, most=500 if options.fast else 1000)
+    data = Sentences(options.data or made, noise, most, batch_size=batch_size)
     data.prepare_data()
     data.setup("fit")
 

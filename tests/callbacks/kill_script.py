@@ -22,8 +22,9 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.trainer.states import RunningStage
 
 import lightning_unlearn.callbacks.partition as partition_module
-from lightning_unlearn import CleanSubsetFinetuneCallback, SensitivityPruneCallback
+from lightning_unlearn import SensitivityPruneCallback
 from lightning_unlearn.attribution import Attributor
+from lightning_unlearn.finetuning.run import Finetuning
 from lightning_unlearn.pruning import guard as guard_module
 from lightning_unlearn.pruning.holding import HeldEntries
 from tests.toys import Blobs, BlobsData, IndexRecorder, Toy, by_margin, fit, sgd, trio, weights
@@ -110,7 +111,7 @@ PLACES = {
     "pruning": (SensitivityPruneCallback, "_prune"),
     "measuring in the guard": (guard_module.ScoreMonitor, "is_worse"),
     "holding at zero": (HeldEntries, "hold"),
-    "starting to fine-tune": (CleanSubsetFinetuneCallback, "_start"),
+    "starting to fine-tune": (Finetuning, "_start"),
     "optimizer step": (torch.optim.SGD, "step"),
     "making a checkpoint": (ModelCheckpoint, "_save_checkpoint"),
     "putting a checkpoint in its place": (LocalFileOpener, "commit"),

@@ -91,7 +91,8 @@ def following(known: PrequentialRate | None, found: PrequentialRate) -> Prequent
 
     While the network learns, wrong labels stand out more and more, and the rate rises. Then labels are memorized, and
     that of wrong ones falls by a tenth to a third in an epoch (fits of ``benchmarks/detection.py``). A rate that falls
-    to half or to nothing was of what had not been learned yet, such as classes that are seldom seen.
+    to half or to nothing was of what had not been learned yet, such as classes that are seldom seen. Where an epoch
+    shows no sign and the next does, as while the learning rate warms up, the next is the first that tells.
 
     Args:
         known: from the epochs before; None before the first.
@@ -101,7 +102,8 @@ def following(known: PrequentialRate | None, found: PrequentialRate) -> Prequent
         return found
     if not found.is_settled:
         return known
-    if found.middle > known.middle and found.z_score > known.z_score:
+    is_surer, is_first_sign = found.z_score > known.z_score, known.z_score < MIN_Z <= found.z_score
+    if is_first_sign or (is_surer and found.middle > known.middle):
         return found
     middle = min(known.middle, MAX_FALL * found.middle)
     return replace(

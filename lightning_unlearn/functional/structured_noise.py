@@ -119,8 +119,8 @@ def find_structured_noise(
     base: SymmetricNoiseFit,
     *,
     reduce: Reduce = no_reduce,
-) -> tuple[StructuredNoise, float] | None:
-    """The classes that are called by another's name, and how many nats that gains; None if none is.
+) -> tuple[StructuredNoise, float, bool] | None:
+    """The classes that may be called by another's name, how many nats that gains, and whether it is shown by that.
 
     Args:
         score: (n, C) of the latent classes and the network.
@@ -131,7 +131,7 @@ def find_structured_noise(
         reduce: sums over the ranks.
 
     Returns:
-        the same on every rank.
+        the same on every rank; None if no class is.
     """
     found = fit_structured_noise(score, label, weight, candidate, base, reduce=reduce)
     if found is None:
@@ -139,8 +139,13 @@ def find_structured_noise(
     own = torch.arange(len(candidate), device=score.device)
     by_own_name = bool((found.transition.argmax(1) == own).all())
     gain, total = found.log_likelihood - base.log_likelihood, reduce(weight.double().sum().reshape(1)).item()
-    asked = max(MIN_GAIN, MIN_GAIN_EACH * found.entries, MIN_GAIN_PER_SAMPLE * total)
-    return (found, gain) if by_own_name and gain >= asked else None
+    is_enough = gain >= least_gain(total) and gain >= MIN_GAIN_EACH * found.entries
+    return found, gain, by_own_name and is_enough
+
+
+def least_gain(samples: float) -> float:
+    """Nats over blind errors from which on so many samples show that a class goes by another's name."""
+    return max(MIN_GAIN, MIN_GAIN_PER_SAMPLE * samples)
 
 
 def fit_structured_noise(

@@ -143,7 +143,7 @@ def find_label_noise(history: LabelHistory, *, reduce: Reduce = no_reduce) -> La
     windows = latent_windows(_finite(history, mean), history.last, asked.label, history.weight, reduce)
     given = (asked.shift, asked.label, asked.weight, reduce)
     named, matrix = named_classes(windows, *given), transition_noise(windows, *given)
-    if named is not None and asked.early is not None and not _was_seen_early(named, asked):
+    if named is not None and not _is_habit(named, asked, history):
         named = None
     number = reduce(asked.weight.sum().reshape(1)).item()
     is_shown = matrix is not None and matrix.is_shown(number, asked.z)
@@ -314,19 +314,31 @@ def _possible(rate: float) -> float:
     return min(max(rate, _LEAST_RATE), 1 - _LEAST_RATE)
 
 
-def _was_seen_early(named: NamedClasses, asked: _Asked) -> bool:
+def _is_habit(named: NamedClasses, asked: _Asked, history: LabelHistory) -> bool:
+    """Whether a class goes by another's name, and is not one that the network was slow to learn.
+
+    In the first part of training such a class is taken for one like it, as if it went by that name. All of training
+    shows a habit as well, but where labels are memorized: where more are predicted than are right.
+    """
+    label, weight = asked.label, asked.weight
+    wrong = torch.sigmoid(-log_odds_of(named.posterior(label), label))
+    right = (history.last.argmax(1) == label).double()
+    number, total, hit = asked.reduce(torch.stack([weight.sum(), weight @ wrong, weight @ right])).tolist()
+    is_memorized = hit >= number - total and (history.gap is None or history.gap > _NO_GAP)
+    if not (named.lasts or is_memorized):
+        return False
+    return asked.early is None or _was_seen_early(total / number, number, asked.early, asked)
+
+
+def _was_seen_early(rate: float, number: float, early: PrequentialRate, asked: _Asked) -> bool:
     """Whether so many labels as go by another class's name were not what the network said in an early epoch.
 
     A class goes by its own name more often, so the network learns that first.
     """
-    label, weight, early = asked.label, asked.weight, asked.early
-    wrong = torch.sigmoid(-log_odds_of(named.posterior(label), label))
-    zeros = weight.new_zeros(named.score.shape[1])
-    given = asked.reduce(zeros.index_add(0, label, weight))
-    number, total = asked.reduce(torch.stack([weight.sum(), weight @ wrong])).tolist()
-    skill = early.skill if early else 0.0
-    disagreed = min(max((1 - skill) * (1 - given.max().item() / number), 0.0), 1.0)
-    return bool(total / number <= disagreed + 2 * math.sqrt((disagreed + 1 / number) / number))
+    zeros = asked.weight.new_zeros(asked.score.shape[1])
+    given = asked.reduce(zeros.index_add(0, asked.label, asked.weight))
+    disagreed = min(max((1 - early.skill) * (1 - given.max().item() / number), 0.0), 1.0)
+    return bool(rate <= disagreed + 2 * math.sqrt((disagreed + 1 / number) / number))
 
 
 def _is_sampled(history: LabelHistory) -> bool:

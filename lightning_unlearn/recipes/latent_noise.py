@@ -17,6 +17,7 @@ from lightning_unlearn.functional.structured_noise import (
     StructuredNoise,
     find_structured_noise,
     fit_structured_noise,
+    least_gain,
 )
 from lightning_unlearn.functional.symmetric_noise import fit_symmetric_noise
 from lightning_unlearn.functional.transition import fit_transition, given_posterior, log_odds_of
@@ -120,11 +121,13 @@ class NamedClasses:
         score: (n, C) of the latent classes.
         noise: how they are called.
         gain: in nats, over blind errors.
+        lasts: whether all of training shows as much, and not its first part alone.
     """
 
     score: Tensor
     noise: StructuredNoise
     gain: float
+    lasts: bool
 
     def posterior(self, label: Tensor) -> Tensor:
         """Log-probability (n, C) of each true class."""
@@ -143,23 +146,35 @@ def named_classes(
         weight: (n,).
         reduce: sums over the ranks.
     """
-    y, w, best = label, weight.double(), None
+    y, w, best, lasts = label, weight.double(), None, False
     for window in dict.fromkeys((*windows[-1:], *windows[:1])):
-        candidate = window.transition
-        if len(candidate) == 2 or not bool((candidate.clone().fill_diagonal_(0) >= MIN_ENTRY).any()):
-            continue
-        score = _LIKELIHOOD * window.likelihood + _LOGITS * (window.logits + shift).double()
-        base = fit_symmetric_noise(score, y, w, biased=True, reduce=reduce)
-        found = find_structured_noise(score, y, w, candidate, base, reduce=reduce)
-        if found is not None and (best is None or found[1] > best[1]):
-            best = window, found[1]
+        gain, is_shown, is_most = _gain_of_names(window, shift, y, w, reduce)
+        if is_shown and (best is None or gain > best[1]):
+            best = window, gain
+        lasts |= window is windows[0] and is_most
     if best is None:
         return None
     window, gain = best
     score = _LIKELIHOOD * window.likelihood + _POSTERIOR_LOGITS * (window.logits + shift).double()
     base = fit_symmetric_noise(score, y, w, biased=True, reduce=reduce)
     noise = fit_structured_noise(score, y, w, window.transition, base, reduce=reduce)
-    return None if noise is None else NamedClasses(score, noise, gain)
+    return None if noise is None else NamedClasses(score, noise, gain, lasts)
+
+
+def _gain_of_names(
+    window: LatentWindow, shift: Tensor, label: Tensor, weight: Tensor, reduce: Reduce
+) -> tuple[float, bool, bool]:
+    """Nats that names gain over blind errors, whether that shows each of them, and whether it shows any."""
+    candidate = window.transition
+    if len(candidate) == 2 or not bool((candidate.clone().fill_diagonal_(0) >= MIN_ENTRY).any()):
+        return 0.0, False, False
+    score = _LIKELIHOOD * window.likelihood + _LOGITS * (window.logits + shift).double()
+    base = fit_symmetric_noise(score, label, weight, biased=True, reduce=reduce)
+    found = find_structured_noise(score, label, weight, candidate, base, reduce=reduce)
+    if found is None:
+        return 0.0, False, False
+    _, gain, is_shown = found
+    return gain, is_shown, gain >= least_gain(reduce(weight.sum().reshape(1)).item())
 
 
 @dataclass(frozen=True, eq=False)

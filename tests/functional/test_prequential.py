@@ -123,6 +123,14 @@ def test_an_epoch_says_as_much_as_the_next_confirms(low, middle, high, z, expect
     assert (found.low, pytest.approx(found.middle), found.high, found.z_score, found.is_confirmed) == expected
 
 
+def test_the_first_sign_is_of_the_epoch_that_tells():
+    known = replace(EARLY, low=0.0, middle=0.04, high=0.15, z_score=0.8)
+    found = replace(EARLY, low=0.0, middle=0.036, high=0.08, z_score=4.2)
+    assert following(known, found) is found
+    assert following(replace(known, z_score=3.5), found).is_confirmed
+    assert following(known, replace(found, z_score=2.0)).is_confirmed
+
+
 def test_an_epoch_that_is_not_believed_confirms_nothing():
     unsettled = replace(EARLY, is_settled=False)
     assert following(None, EARLY) is EARLY

@@ -89,6 +89,37 @@ def test_habits_are_found(rate):
     assert found.interval[0] <= wrong.double().mean().item() <= found.interval[1]
 
 
+def slow_to_learn(seen):
+    """Of class 3 a third is taken for class 0, surely at first, hardly any more in the end."""
+    taken = (seen.label == 3) & (torch.rand(len(seen.label), generator=generator_of(1)) < 1 / 3)
+    phases, lead = seen.phases.clone(), seen.phases.new_zeros(4, CLASSES)
+    lead[:, 0] = torch.tensor([9.0, 5.0, 1.0, 0.0])
+    phases[taken] += lead
+    last = seen.last.clone()
+    return replace(seen, phases=phases, last=last), taken
+
+
+@pytest.mark.parametrize("gap", [0.1, None])
+def test_a_class_that_is_learned_late_goes_by_no_other_name(gap, monkeypatch):
+    seen, taken = slow_to_learn(history(6000, blind(0.0), gap=gap)[0])
+    # The first part of training alone would show it.
+    monkeypatch.setattr(label_noise, "_is_habit", lambda *_: True)
+    assert find_label_noise(seen).structured is not None
+    monkeypatch.undo()
+    # Not all labels are predicted.
+    unsure = torch.rand(6000, generator=generator_of(2)) < 0.2
+    last = torch.where(unsure.unsqueeze(1), seen.last.roll(1, 1), seen.last)
+    found = find_label_noise(replace(seen, last=last))
+    assert found.structured is None
+    assert suspects(found)[taken].double().mean() <= 0.01
+
+
+def test_a_habit_is_not_asked_of_all_training_where_labels_are_memorized():
+    seen, _ = history(6000, next_class(0.15), memorized=4.0, gap=0.3)
+    assert (seen.last.argmax(1) == seen.label).double().mean() > 0.95
+    assert find_label_noise(seen).structured is not None
+
+
 def test_more_precision_is_a_shorter_list_of_the_same_order():
     seen, _ = history(6000, blind(0.2))
     found = find_label_noise(seen)

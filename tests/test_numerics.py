@@ -158,7 +158,7 @@ def test_a_dead_network_that_prefers_a_class_is_no_sign_of_wrong_labels():
     for bias in (0.3, 1.0, 30.0):
         verdict = judged("label", evidence_of(*constant(bias * torch.arange(5.0))))
         assert not flagged(verdict).any()
-    assert verdict.warning.startswith("the model tells fewer than two classes, or those of fewer than half")
+    assert verdict.warning.startswith("the model separates fewer than two classes, or classes with fewer than half")
 
 
 def test_corrupted_inputs_are_acted_upon_where_nothing_can_be_told_of_labels():
@@ -175,7 +175,7 @@ def test_corrupted_inputs_are_acted_upon_where_nothing_can_be_told_of_labels():
 @pytest.mark.parametrize("recipe", ["loss", "aum", "argmax"])
 def test_baselines_say_nothing_of_a_network_that_predicts_one_class(recipe):
     evidence = evidence_of(*EDGES["dead network"]())
-    warned = "the model predicts the same class of all samples, so nothing can be told"
+    warned = "the model predicts the same class for all samples"
     assert judged(recipe, evidence).warning == warned
     shards = run_ranks(lambda rank, reduce: RECIPES[recipe].judge(share_of(evidence, rank, 3), reduce).warning, 3)
     assert shards == [warned] * 3

@@ -172,8 +172,8 @@ class Attributor:
             agrees = self._agree(all(self._in_parts(self._agrees, *_first_rows(x, label))))
         if not agrees:
             warnings.warn(
-                f"Every batch is recorded from end to end, which takes longer: a recording from the {self._point} on"
-                " does not hold all that Captum sees (it goes elsewhere too, or forward switches recording itself).",
+                f"Using full backpropagation (slower): the fast path from the {self._point} on disagrees with"
+                " Captum, because the activation is used elsewhere or forward toggles gradients.",
                 stacklevel=4,
             )
         return agrees

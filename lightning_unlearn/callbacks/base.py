@@ -35,11 +35,11 @@ def _has_narrowed(state: dict[str, Any]) -> bool:
 _MISSED = {
     "SensitivityPruneCallback": (
         _has_pruned,
-        "the neurons that it has pruned are no longer held at zero, and training may bring them back",
+        "its pruned neurons are no longer kept at zero, and training may revive them",
     ),
     "CleanSubsetFinetuneCallback": (
         _has_narrowed,
-        "training goes on with all the data, all layers and the optimizer of configure_optimizers",
+        "training continues with all data, all layers and the optimizer of configure_optimizers",
     ),
 }
 
@@ -141,10 +141,10 @@ class UnlearnCallback(FitCallback):
         said = f"Expected a state of {who} in format version {expected}, but the checkpoint has version {found}"
         if self._fitting:
             raise ValueError(
-                f"{said}; go on with the version of lightning_unlearn that wrote it, or start again from its weights"
+                f"{said}; resume with the version of lightning_unlearn that wrote it, or train from its weights"
                 " without ckpt_path."
             )
-        rank_zero_warn(f"{said}; weights are not affected, but what {who} had found is not known here.")
+        rank_zero_warn(f"{said}; weights are not affected, but the results of {who} are not available.")
 
     @property
     def has_acted(self) -> bool:
@@ -245,8 +245,8 @@ def _warn_of_missing(here: set[str], states: dict[str, Any]) -> None:
     for name, (has_acted, consequence) in _MISSED.items():
         if name in states and name not in here and has_acted(states[name]):
             rank_zero_warn(
-                f"The checkpoint is of a fit in which {name} has acted, but the Trainer has none: {consequence}. Add it"
-                " again, unless that is what you want."
+                f"The checkpoint was saved after {name} had acted, but the Trainer has none: {consequence}. Add it"
+                " back unless this is intended."
             )
 
 
@@ -302,8 +302,8 @@ class PartitionConsumer(UnlearnCallback):
         """
         if self._is_dry_run:
             raise MisconfigurationException(
-                f"dry_run=True changes nothing, but in the checkpoint {type(self).__name__} has acted already; set"
-                " dry_run=False, or resume from a checkpoint of before the partition."
+                f"dry_run=True changes nothing, but {type(self).__name__} had already acted when the checkpoint"
+                " was saved; set dry_run=False, or resume from a checkpoint from before the partition."
             )
 
     @property

@@ -111,9 +111,11 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         state = self._finetuning.state
         if state.draw is None:
             if state.partition_epoch:
-                raise RuntimeError("Training goes on with all the data: the partition was not acted upon.")
+                raise RuntimeError(
+                    "No training subset: the partition was not applied, and training continues on all data."
+                )
             when = self.when_drawn()
-            raise RuntimeError(f"Training is on all the data yet: it is narrowed {when}.")
+            raise RuntimeError(f"No training subset yet: it is created {when}.")
         return state.draw
 
     @property

@@ -87,10 +87,7 @@ from lightning_unlearn.utilities.checks import (
 from lightning_unlearn.utilities.distributed import sum_over_ranks
 
 _PATH = "the dotted path of a layer, or None"
-_ONE_EPOCH = (
-    "it was computed after a single epoch, in which most of what a network says is not learned yet; let training go on"
-    " for two or more"
-)
+_ONE_EPOCH = "it was computed after a single epoch, before the network has learned much; train for two or more"
 
 
 class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
@@ -356,16 +353,16 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
             self.state.validation.begin(self.fit, self.state.fingerprint)
         elif self.state.validation.partition is None:
             rank_zero_warn(
-                "judge_validation=True has no effect here: the partition of the checkpoint was computed without it;"
-                " start again without the checkpoint, or from one of before the partition."
+                "judge_validation=True has no effect: the checkpoint's partition was computed without it. Train"
+                " without ckpt_path, or resume from a checkpoint from before the partition."
             )
 
     def _warn_where_no_round_follows(self) -> None:
         is_over = self.state.is_stable or self.collector.trajectory is not None
         if self.every_n_epochs is not None and self.has_acted and not is_over:
             rank_zero_warn(
-                f"every_n_epochs={self.every_n_epochs} has no effect here: the checkpoint is of a fit without it, which"
-                " kept nothing to recompute the partition from; start again without the checkpoint."
+                f"every_n_epochs={self.every_n_epochs} has no effect: the checkpoint was saved without it and"
+                " keeps no evidence. Train without ckpt_path to use it."
             )
 
     @override

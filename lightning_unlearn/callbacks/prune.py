@@ -124,9 +124,9 @@ class SensitivityPruneCallback(PartitionConsumer):
         """
         if not self._state.masks:
             if self._state.epoch >= 0:
-                raise RuntimeError("There is no mask: the partition was not acted upon, so no neuron was pruned.")
+                raise RuntimeError("No mask: the partition was not applied, so no neuron was pruned.")
             when = self.when_drawn()
-            raise RuntimeError(f"There is no mask yet: neurons are pruned {when}.")
+            raise RuntimeError(f"No mask yet: neurons are pruned {when}.")
         return tuple(self._state.masks)
 
     @property
@@ -275,7 +275,7 @@ class SensitivityPruneCallback(PartitionConsumer):
         if self.shrink_to is None:
             return
         if not self._state.holds or not self._state.count:
-            rank_zero_info(f"No neuron is pruned, so {self.shrink_to} is not written.")
+            rank_zero_info(f"No neurons pruned: {self.shrink_to} was not written.")
             return
         _, batch = self.fit.probe()
         with self.timed():

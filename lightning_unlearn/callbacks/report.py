@@ -165,7 +165,7 @@ class UnlearnReport(FitCallback):
             record = self._record(trainer, pl_module)
             write_report(record, record.save(self._folder) / REPORT)
         except Exception as error:
-            rank_zero_warn(f"There is no report of this fit: {type(error).__name__}: {error}")
+            rank_zero_warn(f"Could not write the report: {type(error).__name__}: {error}")
         else:
             rank_zero_info(f"Report: {self.path}")
 
@@ -235,7 +235,7 @@ class UnlearnReport(FitCallback):
         with unopened(loader):
             gallery, fault = self.gallery(dataset, shown)
         if fault:
-            rank_zero_warn(f"Some samples of the report's gallery cannot be shown: {fault}")
+            rank_zero_warn(f"Some samples cannot be shown in the report: {fault}")
         return RunRecord(
             partition=partition,
             masks=tuple(masks),

@@ -54,7 +54,7 @@ class CommandParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         parser = getattr(ex, "subcommand_parser", None) or self
         if missing := _MISSING_MODULE.search(message):
-            hint = f"Run the command in the folder that {missing[1].split('.')[0]!r} lies in, or install it."
+            hint = f"Run the command in the folder that contains {missing[1].split('.')[0]!r}, or install it."
             message = f"{message}\n{hint}"
         if unknown := _UNKNOWN_OPTION.search(message):
             message += _nearest(parser, unknown[1])
@@ -231,13 +231,13 @@ def _fault_of(file: Path) -> str:
         mark = error.problem_mark or error.context_mark
         where = f"{file}, line {mark.line + 1}" if mark else f"{file}"
         return (
-            f"{where}: this is no YAML ({error.problem}); look at the indentation, and at the line above: what stands"
-            " below init_args needs init_args without '# ' in front."
+            f"{where}: invalid YAML ({error.problem}). Check the indentation; entries below init_args need"
+            " init_args to be uncommented."
         )
     if isinstance(content, Mapping) and "trainer" not in content and isinstance(content.get("fit"), Mapping):
         return f"{file} has its settings below 'fit:'; move them to the top, where LightningCLI's fit reads them too."
     shown = ", ".join(f"{key} ({value})" for key, value in _walk("", content))
-    return f"{file} has values that only you know: {shown}; replace them." if shown else ""
+    return f"{file} has placeholders to fill in: {shown}; replace them." if shown else ""
 
 
 def _walk(key: str, value: Any) -> Iterator[tuple[str, str]]:

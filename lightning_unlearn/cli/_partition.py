@@ -165,7 +165,7 @@ class PartitionCLI(ConfigCLI):
         acting = [one for one in given if isinstance(one, (SensitivityPruneCallback, CleanSubsetFinetuneCallback))]
         if acting:
             names = ", ".join(type(one).__name__ for one in acting)
-            rank_zero_info(f"Left out here: {names}; lightning-unlearn fit trains with them.")
+            rank_zero_info(f"Ignoring {names}; `lightning-unlearn fit` trains with them.")
         others = [one for one in given if one not in acting]
         self.partition = self._partition_callback(others)
         self.report = next((one for one in others if isinstance(one, UnlearnReport)), UnlearnReport())
@@ -270,7 +270,7 @@ def run_partition(arguments: Sequence[str]) -> None:
 def _say_drawn(cli: PartitionCLI, arguments: Sequence[str]) -> None:
     callback = cli.partition
     if not callback.has_acted:
-        raise ValueError("Training has ended before an epoch was complete, so there is nothing to judge.")
+        raise ValueError("Training ended before an epoch was complete, so there is nothing to judge.")
     callback.save_provenance(cli.out / "provenance.json")
     # What follows for a fit, the callback has said right above.
     lines: list[str] = []

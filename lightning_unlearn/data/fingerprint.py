@@ -94,9 +94,9 @@ def check_fingerprint(before: str, now: str) -> None:
     share = share_changed(before, now)
     if share > MOST_CHANGED:
         raise ValueError(
-            f"Expected the training data that the checkpoint was made with, but {share:.0%} of {SAMPLED} sampled items"
-            " have another content; give the data it was made with, or start again without the checkpoint. Where only"
-            " the preprocessing has changed, on purpose, pass data=DataFormat(verify=False)."
+            f"Expected the training data that the checkpoint was made with, but {share:.0%} of {SAMPLED} sampled"
+            " items have another content; use the same data, or train without ckpt_path. If only the"
+            " preprocessing has changed, on purpose, pass data=DataFormat(verify=False)."
         )
 
 

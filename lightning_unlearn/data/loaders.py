@@ -35,8 +35,8 @@ def check_loader(loaders: Any, of: str = "training") -> DataLoader[Any]:
     if isinstance(dataset, IterableDataset):
         raise TypeError(
             f"Expected a map-style dataset, but {type(dataset).__name__} is an IterableDataset, whose samples have no"
-            " index to be remembered by; give each a key, data=DataFormat(sample_key='key') with the name of a field of"
-            " the batch, or a dataset with __getitem__ and __len__."
+            " index; use a dataset with __getitem__ and __len__, or give each sample a key: data=DataFormat("
+            "sample_key='key'), the name of a field of the batch."
         )
     if not isinstance(loaders, DataLoader):
         kind, rest = ("train", _instead_of(loaders)) if of == "training" else (of, "")
@@ -225,6 +225,6 @@ def check_iterates_in_order(loader: DataLoader[Any]) -> None:
 def _own_iteration(loader: DataLoader[Any]) -> str:
     return (
         "Expected a train loader that delivers the batches which its batch sampler draws, one for one, but"
-        f" {type(loader).__name__} has an __iter__ of its own that does not, so that samples cannot be told apart; use"
-        " torch's DataLoader, and do in collate_fn or on_before_batch_transfer what it does."
+        f" {type(loader).__name__} has its own __iter__ that does not, so samples cannot be identified; use"
+        " torch's DataLoader, and move that logic to collate_fn or on_before_batch_transfer."
     )

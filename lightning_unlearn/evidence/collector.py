@@ -172,7 +172,7 @@ class EvidenceCollector:
             if self.looks_early(fit.epoch + 1):
                 self.reader.positions = torch.zeros(fit.total, dtype=torch.uint8)
         else:
-            self.reader.give_up("no module of the model returns what forward returns as logits")
+            self.reader.give_up("no module of the model returns the logits that forward returns")
         if self.reader.reason:
             self._say_fallback()
 
@@ -189,10 +189,10 @@ class EvidenceCollector:
         """Says once that a checkpoint lacks what the training steps of an epoch that had not ended have shown."""
         if not self.is_closed and self.reader.left_open:
             rank_zero_info(
-                "The checkpoint was written before an epoch had ended: what its training steps had shown by then is not"
-                " kept, so the partition may differ from that of a fit that was not interrupted; checkpoints of the end"
-                " of an epoch (save_on_train_epoch_end=True), or"
-                " recipe=get_recipe('auto', evidence_from='eval_passes'), have all of it."
+                "The checkpoint was written before an epoch had ended and lacks the evidence of its training"
+                " steps, so the partition may differ slightly from that of an uninterrupted fit. To avoid this,"
+                " save at the end of epochs (save_on_train_epoch_end=True) or use recipe=get_recipe('auto',"
+                " evidence_from='eval_passes')."
             )
         self.reader.left_open = False
 

@@ -87,8 +87,8 @@ class FrozenFeatures:
     def _check_resumed(self, fit: FitContext) -> None:
         if not self._are_the_same(fit):
             rank_zero_info(
-                f"Whether the {self.point} is what it was when the fit began cannot be told after this checkpoint, as"
-                " where samples are augmented at random, so leave-one-out scores of it are not used."
+                f"Leave-one-out scores of the {self.point} are not used: after this checkpoint it cannot be"
+                " verified that training left it unchanged, for example because of random augmentation."
             )
             self.point = None
 
@@ -124,8 +124,8 @@ class FrozenFeatures:
             return False
         if not self._are_the_same(fit):
             rank_zero_info(
-                f"The {self.point} is no longer what it was when the fit began, so leave-one-out scores of it tell"
-                " nothing of labels that have been learned."
+                f"Leave-one-out scores of the {self.point} are not used: it has changed since the fit began, so it"
+                " may have memorized labels."
             )
             return False
         share = -(-total // fit.world_size)

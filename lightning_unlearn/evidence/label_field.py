@@ -116,7 +116,7 @@ class LabelWatch:
             return
         self._head_watch.end()
         if self._module is None:
-            raise TypeError(self._cannot_tell(batch, "no module of the model returns what forward returns as logits"))
+            raise TypeError(self._cannot_tell(batch, "no module of the model returns the logits that forward returns"))
         self._pending, self._batch, self._values = True, batch, []
         try:
             label = self._reading.split(batch)[1]

@@ -264,7 +264,7 @@ class DrawTime:
         if not measured and len(metrics) > PATIENCE and max(metrics[-PATIENCE:]) <= max(metrics[:-PATIENCE]):
             return f"the monitored metric has not improved in {PATIENCE} validations"
         similar = [one.similarity for one in notes.values() if not math.isnan(one.similarity)]
-        return "the order of the samples hardly changes any more" if similar and similar[-1] >= SETTLED else ""
+        return "the ranking of the samples hardly changes any more" if similar and similar[-1] >= SETTLED else ""
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and texts."""

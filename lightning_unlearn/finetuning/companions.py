@@ -47,10 +47,14 @@ class Companion:
         # Of a class that is not known nothing is expected.
         differs = (rows[moved].double() - before).abs() > _ROUNDING * (1 + before.abs())
         if differs.any() or after.isnan().any():
-            why = "is not made of the label in the same way everywhere" if differs.any() else "is not known for a class"
+            why = (
+                "is not derived from the label in the same way everywhere"
+                if differs.any()
+                else "is not known for a class"
+            )
             raise RuntimeError(
-                f"{shown_path(self.path, batch)}, which is made of the label, {why}, so a training batch cannot be"
-                " re-labeled; use on_noisy='drop' or 'reweight', which need no other labels, or make it of the label in"
+                f"{shown_path(self.path, batch)}, which is derived from the label, {why}, so a training batch"
+                " cannot be re-labeled; use on_noisy='drop' or 'reweight', or derive it from the label in"
                 " training_step."
             )
         changed = rows.clone()

@@ -186,8 +186,8 @@ class FreshOptimizer:
             return ""
         instead = f", in place of {' and '.join(sorted(replaced))}" if replaced else ""
         return (
-            "configure_optimizers has run again, since an optimizer remembers the weights that were; by a cosine, the"
-            f" learning rate falls from {max(max(rates) for rates in peaks):.3g} to zero at the end of the"
+            "Reran configure_optimizers, since the optimizer state belongs to the old weights. The learning rate"
+            f" follows a cosine from {max(max(rates) for rates in peaks):.3g} to zero at the end of the"
             f" fit{instead}."
         )
 
@@ -202,8 +202,8 @@ class FreshOptimizer:
         missing = [name for name, is_missing in needed.items() if is_missing]
         if missing:
             raise MisconfigurationException(
-                f"The checkpoint is of a fine-tuning with {' and '.join(missing)}, but CleanSubsetFinetuneCallback has"
-                " none now; give the same again, or resume from a checkpoint of before the partition."
+                f"The checkpoint was fine-tuned with {' and '.join(missing)}, but CleanSubsetFinetuneCallback has"
+                " none now; pass the same again, or resume from a checkpoint from before the partition."
             )
 
     def check_groups(self, fit: RunningFit) -> None:
@@ -241,11 +241,11 @@ def _remade_by(fit: RunningFit, since: tuple[int, int]) -> str:
     if fit.optimizes_automatically and share_over(fit, *since) is not None:
         return _COSINE
     why = (
-        "max_epochs and max_steps do not say how much is to come"
+        "neither max_epochs nor max_steps gives the number of steps left"
         if fit.optimizes_automatically
-        else "the module optimizes manually, and steps them itself"
+        else "the module uses manual optimization"
     )
-    rank_zero_info(f"configure_optimizers runs again, with its own schedules from their beginning: {why}.")
+    rank_zero_info(f"Reran configure_optimizers, whose schedules start anew: {why}.")
     return _RESTART
 
 

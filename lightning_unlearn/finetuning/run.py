@@ -120,7 +120,7 @@ class Finetuning:
         self.fresh.check()
         if one.mode == "layers" and one.layers is None and self.masks is None:
             raise MisconfigurationException(
-                f"{_WHO}(mode='layers') needs to know which layers to train: name them with layers=[...], or add a"
+                f"{_WHO}(mode='layers') needs the layers to train: set layers=[...], or add a"
                 " SensitivityPruneCallback, whose layer and those after it are trained."
             )
 
@@ -341,7 +341,7 @@ class Finetuning:
         fault = self.loader.fault_of(fit, draw, keeps_plan=self.fresh.keeps_plan(fit))
         if fault:
             rank_zero_warn(
-                f"The {len(draw.index)} samples to train on {fault}, so training goes on with the data it has."
+                f"The {len(draw.index)} samples to train on {fault}. Training continues on the current data."
             )
         return not fault
 

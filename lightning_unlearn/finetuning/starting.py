@@ -46,9 +46,9 @@ class Starting:
         """
         if self.is_asked_for and fit.step > 0 and not self.weights.is_known:
             raise MisconfigurationException(
-                f"CleanSubsetFinetuneCallback(warm_start='{self._asked}') needs the weights that the fit began"
-                " with, but the checkpoint does not have them, as that fit had no such setting; set"
-                " warm_start='keep', or start again without the checkpoint."
+                f"CleanSubsetFinetuneCallback(warm_start='{self._asked}') needs the initial weights of the fit,"
+                " but the checkpoint lacks them: it was saved without this setting. Set warm_start='keep', or"
+                " train without ckpt_path."
             )
 
     def remember(self, fit: FitContext, batch_idx: int, *, is_wanted: bool) -> None:
@@ -65,7 +65,7 @@ class Starting:
         """What fine-tuning starts from."""
         obstacle = _obstacle(fit)
         if not obstacle and not self.weights.is_known and not is_dry_run:
-            obstacle = "the checkpoint that the fit goes on from does not have those that it began with"
+            obstacle = "the checkpoint lacks the initial weights of the fit"
         return choose_start(self._asked, _memory(fit), obstacle)
 
     def move(
@@ -118,4 +118,4 @@ def _obstacle(fit: FitContext) -> str:
     if fit.is_sharded:
         return f"under {fit.strategy_name} every rank holds a part of them"
     other = next((callback for callback in fit.callbacks if is_a(callback, "BaseFinetuning")), None)
-    return "" if other is None else f"{type(other).__name__} goes by the optimizer that it knows"
+    return "" if other is None else f"{type(other).__name__} manages the current optimizer"

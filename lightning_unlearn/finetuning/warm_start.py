@@ -100,7 +100,7 @@ def choose_start(asked: WarmStart, memory: Memory, obstacle: str = "") -> Start:
             return Start("keep", because=f"the network {memory}, so it has not memorized them")
         because = f"the network {memory}, so it has {'memorized them' if memory.has_suspects else 'begun to memorize'}"
         if obstacle:
-            return Start("keep", because=f"{because}, but its weights are kept all the same: {obstacle}")
+            return Start("keep", because=f"{because}, but its weights are kept anyway: {obstacle}")
         return replace(_SHRUNK, because=because)
     if asked == "start":
         return Start("start", "starts from the weights that the fit began with")

@@ -334,14 +334,14 @@ def _status(found: Partition, noises: Sequence[NoiseEstimate]) -> tuple[Partitio
     kept, total = int(found.is_clean.sum()), len(found)
     if kept == total:
         if not noises:
-            return PartitionStatus.ALL_CLEAN, f"it calls all of the {total} samples clean"
+            return PartitionStatus.ALL_CLEAN, f"all {total} samples were classified as clean"
         most = max(noises, key=lambda one: one.z_score)
         status = PartitionStatus.ALL_CLEAN if most.status == "none" else PartitionStatus.REVIEW_ONLY
         return status, caveat_of(most, found.worth_review())
     if kept == 0:
-        return PartitionStatus.NONE_CLEAN, f"it calls none of the {total} samples clean"
+        return PartitionStatus.NONE_CLEAN, f"none of the {total} samples was classified as clean"
     lost = [c for c, members in indices_by_class(found.label) if not bool(found.is_clean[members].any())]
     if lost:
         of = "class" if len(lost) == 1 else "the classes"
-        return PartitionStatus.CLASS_LOST, f"it keeps no sample of {of} {str(lost)[1:-1]}"
+        return PartitionStatus.CLASS_LOST, f"no sample is kept of {of} {str(lost)[1:-1]}"
     return PartitionStatus.OK, ""

@@ -6,8 +6,8 @@ from lightning_unlearn.recipes.base import NoiseEstimate
 from lightning_unlearn.results.finding import rate_in_words
 
 _NO_LIST = (
-    "no list of suspects can be made from this fit; errors among classes that are easily confused would not show; the"
-    " review list ranks all samples all the same"
+    "this fit gives no list of suspects (errors between easily confused classes would not show); the review list"
+    " ranks all samples anyway"
 )
 
 _LISTED = "listed for review, not acted upon"
@@ -24,10 +24,10 @@ def caveat_of(noise: NoiseEstimate, worth: int) -> str:
         return _NO_LIST
     if noise.status == "found":
         rate = rate_in_words(noise.rate, noise.interval)
-        return f"{rate}, but no list of them is as precise as is asked for (suspect_precision)"
+        return f"{rate}, but no list reaches suspect_precision"
     many = f"{worth:,} labels are worth a look" if worth else "labels may be wrong"
     if noise.sampled:
         return f"{many}, but the sampler draws some classes more often, which are memorized first: {_LISTED}"
     if noise.names:
-        return f"{many}, but no early epoch shows whether classes go by other names or are hard to tell: {_LISTED}"
+        return f"{many}, but no early epoch shows whether classes are mislabeled or hard to separate: {_LISTED}"
     return f"{many}, too few signs to act on (z {noise.z_score:.1f}): {_LISTED}"

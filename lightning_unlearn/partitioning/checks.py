@@ -83,7 +83,7 @@ def check_classifies(fit: FitContext, trace: ForwardTrace) -> None:
         if len(optimizers) > 1 and called.isdisjoint(trained):
             raise MisconfigurationException(
                 f"Expected one network that classifies, but forward of {type(model).__name__} calls nothing that"
-                f" optimizer {number} trains ({', '.join(names.get(p, '?') for p in trained[:3])}, ...), as where a"
-                " GAN's networks are trained in turns. If forward is the classifier all the same, name its layer with"
-                " layer='...'."
+                f" optimizer {number} trains ({', '.join(names.get(p, '?') for p in trained[:3])}, ...), as"
+                " where a GAN's networks are trained in turns. If forward is the classifier anyway, name its"
+                " layer with layer='...'."
             )

@@ -39,7 +39,7 @@ def report_partition(
     for note in (*notes, *_few_samples(len(partition), _classes_of(partition))):
         rank_zero_info(f"  {note}")
     if partition.warning:
-        rank_zero_warn(f"The partition is not acted upon, training goes on with all the data: {partition.warning}.")
+        rank_zero_warn(f"Partition not applied; training continues on all data: {partition.warning}.")
     log_partition(fit, partition)
 
 
@@ -69,11 +69,11 @@ def report_round(fit: FitContext, drawn: Partition, changed: float, is_stable: b
         log_partition(fit, drawn)
     else:
         last = ", and none is computed again" if is_stable else ""
-        end = f"; it is not acted upon ({drawn.warning}), the one before stays{last}"
+        end = f"; not applied ({drawn.warning}), the previous one stays{last}"
     rate = "" if drawn.noise_rate is None else f" estimated noise rate {drawn.noise_rate:.1%},"
     rank_zero_info(
         f"Partition recomputed after {epochs_in_words(drawn.epoch)}: {suspects:,} of {len(drawn):,} samples are"
-        f" suspect,{rate} {changed:.1%} changed sides{end}."
+        f" suspect,{rate} {changed:.1%} changed group{end}."
     )
 
 
@@ -81,8 +81,8 @@ def warn_of_probabilities(logits: Tensor) -> None:
     """Warns where what ``forward`` returns, (B, C), seems to be probabilities."""
     if (logits >= 0).all() and ((logits.float().sum(dim=1) - 1).abs() < 1e-2).all():
         rank_zero_warn(
-            "forward seems to return probabilities, whose differences say little where the model is sure; return logits"
-            " (or log-probabilities) for a better partition."
+            "forward appears to return probabilities. Return logits or log-probabilities: margins of"
+            " probabilities vanish for confident samples."
         )
 
 
@@ -95,7 +95,7 @@ def _few_samples(total: int, num_classes: int) -> list[str]:
     """A word of caution where so few samples were measured to look like noise though they are clean."""
     if total >= _FEW * num_classes:
         return []
-    return [f"fewer than {_FEW} samples for a class on average, of which some are often suspected though all are clean"]
+    return [f"fewer than {_FEW} samples per class on average; expect false positives"]
 
 
 def say_absent(fit: FitContext, absent: int, total: int) -> None:
@@ -103,8 +103,8 @@ def say_absent(fit: FitContext, absent: int, total: int) -> None:
     number = int(fit.reduce(torch.tensor([float(absent)])).item())
     if number:
         rank_zero_info(
-            f"{number:,} of {total:,} training samples are None in the data set, so that collate_fn leaves them out or"
-            " replaces them: they have no label, are not judged, and stay as they are."
+            f"{number:,} of {total:,} training samples are None in the data set. They have no label, are not"
+            " judged, and stay in training unchanged."
         )
 
 
@@ -128,8 +128,7 @@ def say_late(epoch: int, due: str, *, acts: bool) -> None:
     late = f"Training has ended after {epochs_in_words(epoch)}: the partition{due_then}"
     if acts:
         rank_zero_warn(
-            f"{late} is computed now, too late to prune or fine-tune; give training more epochs, or at_epoch a smaller"
-            " value."
+            f"{late} is computed now, too late to prune or fine-tune. Train for more epochs, or set a smaller at_epoch."
         )
     elif due:
         rank_zero_info(f"{late} is computed now.")

@@ -63,12 +63,14 @@ def what_holds(
     settings, sizes = differences(before, now)
     if not (settings or sizes) or (partition is None and not epochs_seen):
         return ""
-    said = f"The fit goes on from its checkpoint with {', '.join([*settings, *sizes])}"
+    said = f"Resuming with {', '.join([*settings, *sizes])}"
     if partition is None:
-        return f"{said}: the evidence of {epochs_seen} epochs in it is kept, and the new settings apply from here on."
-    held = f"{said}. Its partition, computed at epoch {partition.epoch}, and what was done about it stay as they are."
+        return f"{said}: the evidence of {epochs_seen} epochs is kept, and the new settings apply from now on."
+    held = (
+        f"{said}. The partition of the checkpoint (epoch {partition.epoch}) and what followed from it stay unchanged."
+    )
     if settings:
-        effect = "apply to partitions computed from here on" if may_be_drawn_again else "have no effect"
+        effect = "apply to partitions computed from now on" if may_be_drawn_again else "have no effect"
         held += f" The new settings of the callbacks {effect}."
     if sizes:
         held += " Every sample that was kept is still trained on."

@@ -83,9 +83,12 @@ def decided_of(review: Review | None, judged: Sequence[ShardResult], label: Tens
     decided = review.apply_to(label)
     if decided.stale:
         rank_zero_warn(
-            f"{decided.stale:,} decisions of {review.path} do not count: the labels of their samples are no longer what"
-            " given_label says."
+            f"{decided.stale:,} decisions in {review.path} are ignored: the labels of these samples have changed"
+            " since the file was written."
         )
     if objection := refusal_reason(judged):
-        rank_zero_warn(f"All samples of which {review.path} decides nothing are taken for clean: {objection}.")
+        rank_zero_warn(
+            f"The recipe was inconclusive ({objection}). Samples without a decision in {review.path} are treated as"
+            " clean."
+        )
     return decided

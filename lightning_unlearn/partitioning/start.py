@@ -118,8 +118,8 @@ def take_review(fit: FitContext, state: PartitionState, table: Table | None, *, 
     review = fit_to_data(fit, table, state.fingerprint, content=content)
     if not len(review):
         rank_zero_warn(
-            f"Nothing is decided in {review.path}: its column 'decision' is empty, so the recipe decides; write"
-            " keep, drop or relabel there, or leave out review."
+            f"No decisions in {review.path}: its column 'decision' is empty, so the recipe decides. Write keep,"
+            " drop or relabel there, or leave out review."
         )
         if state.review is None:
             return

@@ -165,8 +165,8 @@ class PublishedPartition:
         """
         if self.state.probabilities is None:
             raise RuntimeError(
-                "There are no probabilities: set keep_probabilities=True, and ask in the fit that computes the"
-                f" partition, which is {self._when_drawn()}."
+                "No probabilities: set keep_probabilities=True, and read them in the fit that computes the"
+                f" partition, {self._when_drawn()}."
             )
         return self.state.probabilities
 
@@ -178,7 +178,7 @@ class PublishedPartition:
             RuntimeError: before it is drawn, saying when it will be.
         """
         if self.state.partition is None:
-            raise RuntimeError(f"There is no partition yet: it is computed {self._when_drawn()}.")
+            raise RuntimeError(f"No partition yet: it is computed {self._when_drawn()}.")
         return self.state.partition
 
     @property
@@ -225,7 +225,7 @@ class PublishedPartition:
             RuntimeError: before the fit has ended.
         """
         if self.state.summary is None:
-            raise RuntimeError("There is no summary yet: it is made when a fit that has computed a partition ends.")
+            raise RuntimeError("No summary yet: it is made when a fit that has computed a partition ends.")
         return self.state.summary
 
     @property

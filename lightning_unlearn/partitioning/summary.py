@@ -13,7 +13,7 @@ from lightning_unlearn.trainer.divergence import ADVICE
 # On validation data, less is no gain: training on would have moved it as much.
 _POINTS = 0.003
 _NOTHING = "Nothing was done about it: no callback acted on the partition."
-_UNKNOWN = "Without validation data it is not known whether this helped."
+_UNKNOWN = "There are no validation data to tell whether this helped."
 
 
 class Accuracies(NamedTuple):
@@ -55,7 +55,9 @@ def summarize(
     sentences = [_found(partition, suspects)]
     if partition.is_actionable:
         if memorized is not None:
-            sentences.append(f"The network predicted {memorized:.0%} of the suspect labels at the partition.")
+            sentences.append(
+                f"The network predicted {memorized:.0%} of the suspect labels when the partition was computed."
+            )
         if dry_run:
             sentences.append(f"Dry run: {'; '.join(('nothing was changed', *done))}.")
         elif done:
@@ -88,7 +90,7 @@ def _found(partition: Partition, suspects: int) -> str:
         found = f"No sign of noise in the {number} training samples: nothing was changed."
         if partition.noise_rate_interval is not None:
             found = f"All of the {number} training samples count as clean, nothing was changed: {partition.warning}."
-        return f"{found} The table with suspects_only=False (Partition.to_csv) has them by doubt."
+        return f"{found} Partition.to_csv(path, suspects_only=False) ranks them."
     reasons = partition.reasons()
     counts = {word: reasons.count(word) for word in ("label", "input", "both") if word in reasons}
     why = ", ".join(f"{count:,} for {word}" for word, count in counts.items())
@@ -121,4 +123,4 @@ def _gained(before: float | None, after: float | None, best: float | None) -> st
         return f"{text}: a loss. Check the suspects before you use this model."
     if gain < _POINTS:
         return f"{text}: no meaningful gain."
-    return f"{text}: a gain over the weights of before; training on with all data for the same steps was not compared."
+    return f"{text}: a gain over the weights at the partition. Continued training on all data was not compared."

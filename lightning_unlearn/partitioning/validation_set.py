@@ -87,14 +87,11 @@ class ValidationJudge:
         if self.partition is not None:
             return self.partition
         if self.fault:
-            raise RuntimeError(f"There is no partition of the validation set: {self.fault}.")
+            raise RuntimeError(f"No partition of the validation set: {self.fault}.")
         if asked:
-            raise RuntimeError(
-                "There is no partition of the validation set yet: it is computed with that of the training set."
-            )
+            raise RuntimeError("No partition of the validation set yet: it is computed with that of the training set.")
         raise RuntimeError(
-            "There is no partition of the validation set: set judge_validation=True, and it is computed with that of"
-            " the training set."
+            "No partition of the validation set: set judge_validation=True to compute it with that of the training set."
         )
 
     def begin(self, fit: FitContext, trained_on: str) -> None:
@@ -259,7 +256,7 @@ def _left_out(fit: FitContext, loader: DataLoader[Any]) -> frozenset[int]:
     drawing = scheme_of(sampler)
     if drawing is None:
         raise TypeError(
-            "which samples are for validation cannot be told, as its loader draws with a"
+            "the validation samples cannot be identified, as its loader uses a"
             f" {type(loader.batch_sampler if sampler is None else sampler).__name__}; use one of torch's samplers"
         )
     drawn = set(drawing.index[drawing.weight > 0].tolist())
@@ -320,5 +317,5 @@ def _said(partition: Partition) -> str:
     if partition.warning:
         said = f"{said}: {partition.warning}"
     if len(partition.suspect_indices()):
-        said += "; nothing was changed: the validation accuracy counts these labels as right, and against the network"
+        said += "; nothing was changed. Validation accuracy counts these labels as correct"
     return f"Validation set, {_number(partition):,} samples: {said}."

@@ -48,8 +48,7 @@ def say_layers(
     for mask, ranking, proposed, live in zip(state.masks, rankings, proposal, state.live, strict=True):
         if share_of(amount, live) == 0:
             rank_zero_warn(
-                f"No neuron was pruned: amount={amount} of the {live} neurons of '{mask.layer}' whose activation varies"
-                " is less than one."
+                f"No neurons pruned: amount={amount} of {live} active neurons in '{mask.layer}' rounds to zero."
             )
         elif len(ranking.order) == 0:
             level = getattr(criterion, "fdr_level", None)
@@ -60,8 +59,8 @@ def say_layers(
             )
         elif len(proposed):
             rank_zero_info(
-                f"{len(ranking.order)} of the {ranking.live} live neurons of '{mask.layer}' may be pruned"
-                f" ({criterion.name}); proposed, the worst first: {len(proposed)} (amount={amount})."
+                f"{len(ranking.order)} of {ranking.live} active neurons in '{mask.layer}' are candidates"
+                f" ({criterion.name}); pruning up to {len(proposed)} (amount={amount})."
             )
 
 
@@ -69,6 +68,6 @@ def warn_of_revived(state: PruneState) -> None:
     """Something else writes to pruned neurons."""
     names = " and ".join(f"'{mask.layer}'" for mask in state.masks)
     rank_zero_warn(
-        f"Pruned neurons of {names} had weights other than zero again: something else writes to them, such as a"
-        " callback that loads or averages weights. They are zeroed now, and whenever it happens during the fit."
+        f"Pruned neurons of {names} were revived: something else writes to their weights, such as a callback that"
+        " loads or averages weights. They are zeroed again, now and whenever it happens during the fit."
     )

@@ -174,7 +174,7 @@ def _audible(
     found = _verified(fit, sites, proposal)
     for site, verified in zip(sites, found, strict=True):
         if verified is None:
-            rank_zero_warn(f"No neuron of '{site.target}' is pruned. {NOT_SILENT}")
+            rank_zero_warn(f"No neurons pruned in '{site.target}'. {NOT_SILENT}")
     audible = [verified or site for site, verified in zip(sites, found, strict=True)]
     return audible, [n if verified else n[:0] for n, verified in zip(proposal, found, strict=True)]
 

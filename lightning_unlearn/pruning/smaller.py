@@ -42,7 +42,7 @@ def refuse_unshrinkable(fit: FitContext, sites: Sequence[PruneSite], x: Any, pat
         with warnings.catch_warnings(record=True) as said, silenced(entries):
             warnings.simplefilter("always")
             small = shrink(model, x)
-        reasons = " ".join(str(one.message) for one in said if str(one.message).startswith("shrink left"))
+        reasons = " ".join(str(one.message) for one in said if str(one.message).startswith("shrink kept"))
         if parameter_count(small) == parameter_count(model):
             layers = ", ".join(repr(site.target) for site in sites)
             raise ValueError(
@@ -52,7 +52,9 @@ def refuse_unshrinkable(fit: FitContext, sites: Sequence[PruneSite], x: Any, pat
                 " with layer=[...], or leave out shrink_to."
             )
         if reasons:
-            rank_zero_warn(f"{path} will hold some of the pruned neurons. Tried before the first step, {reasons}")
+            rank_zero_warn(
+                f"{path} will keep some of the pruned neurons. A trial before the first step found: {reasons}"
+            )
 
     fit.on_rank_zero(attempt)
 
@@ -78,7 +80,7 @@ def write_shrunk(fit: FitContext, x: Any, path: str | PathLike[str]) -> None:
 
     before, after = fit.on_rank_zero(write)
     if after == before:
-        rank_zero_info(f"No neuron can be cut out of the network, so {path} is not written.")
+        rank_zero_info(f"No neuron can be cut out of the network: {path} was not written.")
         return
     rank_zero_info(
         f"{path} holds the network without its pruned neurons: {after:,} of {before:,} parameters. load_shrunk"

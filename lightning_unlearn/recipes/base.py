@@ -190,8 +190,7 @@ def undecided(evidence: Evidence, what: str) -> RecipeResult:
         torch.ones_like(evidence.weight),
         evidence.label,
         warning=(
-            f"the two groups found do not differ in {what}, or one of them is a single sample, so which of them is"
-            " clean cannot be told"
+            f"cannot tell which group is clean: the two do not differ in {what}, or one of them is a single sample"
         ),
     )
 
@@ -208,7 +207,7 @@ def single_class_prediction(evidence: Evidence, reduce: Reduce) -> RecipeResult 
     return RecipeResult(
         torch.ones_like(evidence.weight),
         evidence.label,
-        warning="the model predicts the same class of all samples, so nothing can be told",
+        warning="the model predicts the same class for all samples",
     )
 
 

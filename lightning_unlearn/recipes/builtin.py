@@ -68,7 +68,7 @@ def _by_margin(evidence: Evidence, reduce: Reduce) -> RecipeResult:
     """The order of the margins (AUM), and nothing suspect."""
     margin = standardize(evidence.mean_margin.double().unsqueeze(1), evidence.weight, reduce).squeeze(1)
     probability = (1 - NO_DOUBT * (-margin).sigmoid()).float()
-    why = "what is kept of the evidence does not tell the classes apart"
+    why = "the evidence kept does not separate the classes"
     return RecipeResult(
         probability,
         evidence.label,
@@ -108,7 +108,7 @@ def input_recipe(evidence: Evidence, reduce: Reduce) -> RecipeResult:
     found = bool((group > 1).all()) and ambiguous <= _BETWEEN and abs(gap) >= _LESS_SURE
     verdict = "corrupted inputs" if found else "no sign of corrupted inputs"
     if found and _is_contrary(clean, group, *sums[8:].reshape(3, 2)):
-        found, verdict = False, "but it does worse on the other, so which is corrupted cannot be told yet"
+        found, verdict = False, "but it does worse on the other, so it is not yet clear which is corrupted"
     elif found and _follows_classes(evidence, share[:, 0], reduce):
         found, verdict = False, "no sign of corrupted inputs, as the two groups follow the classes"
     note = (

@@ -119,7 +119,7 @@ def _largest_share(evidence: Evidence, reduce: Reduce) -> float:
 def _said(missing: str) -> tuple[str, ...]:
     if not missing:
         return ()
-    return (f"labels: {missing}: what is memorized does not show, and there may be more wrong labels than are told",)
+    return (f"labels: {missing}: memorized labels do not show, and there may be more wrong labels than estimated",)
 
 
 def _notes(predicted: float, accuracy: float | None) -> tuple[str, ...]:
@@ -139,7 +139,7 @@ def _missing(unseen: OutOfSample | None, largest: float) -> str:
     if unseen is None:
         return ""
     if unseen.early is None or not unseen.early.is_settled:
-        return "no early epoch of training steps was seen in which the network had learned enough, and not too much"
+        return "no early epoch of training steps was observed in which the network had learned enough, but not too much"
     if unseen.accuracy is not None and unseen.early.skill > skill_of(unseen.accuracy, largest) + _MORE_SKILL:
         return (
             "in the early epoch it predicted more labels than of validation samples now, so it had learned them before"

@@ -59,11 +59,8 @@ _HARDLY, _WELL = 0.5, 0.75
 _LEAST_RATE = 1e-4  # for the order where no label is wrong
 _MOST_BLIND = 0.95
 
-NOT_KNOWN = (
-    "the model tells fewer than two classes, or those of fewer than half of the samples, from the others, so nothing"
-    " can be told"
-)
-NOT_NAMED = "some class is called by another's name more often than by its own, so nothing can be told"
+NOT_KNOWN = "the model separates fewer than two classes, or classes with fewer than half of the samples"
+NOT_NAMED = "at least one class is labeled as another more often than as itself; the noise model is not identifiable"
 
 Status = Literal["found", "weak", "none", "unknown"]
 

@@ -33,7 +33,7 @@ _AS_MUCH, _KNOWING = 0.9, 0.5
 # So far apart, training and validation accuracy say that labels are memorized, and the last pass does not count.
 _GAP = 0.2
 
-_SHIFTED = ("labels: class weights or a sampler shift the outputs, which is not corrected for: nothing is acted upon",)
+_SHIFTED = ("labels: class weights or a sampler shift the outputs, which is not corrected for: not acted on",)
 
 _LEAST_RATE = 1e-4  # for the order where no label is wrong
 _TWO_SIDED = 1.96
@@ -60,7 +60,7 @@ def judge_many(evidence: Evidence, margins: Tensor, reduce: Reduce) -> RecipeRes
     is_known = bool(can_judge.any())
     # Where nothing can be told, nothing is suspect, and the order stays.
     clean = (1 - torch.where(can_judge[evidence.label], wrong, NO_DOUBT * wrong)).float()
-    note = f"labels: {classes} classes: looked for errors that fall on any class alike, and for no others"
+    note = f"labels: {classes} classes: only symmetric noise is looked for"
     return RecipeResult(
         clean,
         evidence.label if evidence.rival is None else evidence.rival,

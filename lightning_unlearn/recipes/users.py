@@ -105,7 +105,7 @@ def checked(
     return replace(verdict, **moved)
 
 
-_ON_ANOTHER_RANK = "a verdict on every rank, but on another it did not"
+_ON_ANOTHER_RANK = "a result on every rank, but on another it did not"
 _LABELS = "suggested_label"
 
 

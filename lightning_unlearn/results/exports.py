@@ -97,7 +97,7 @@ def to_datalab(partition: Partition, lab: Any = None, *, class_names: Sequence[s
     pandas = package("pandas")
     if bool((partition.label < 0).any()):
         raise ValueError(
-            "Expected a label of each sample, as Datalab has them, but some are to be ignored (-1); it cannot say so."
+            "Expected a label for each sample, since Datalab has no way to ignore one, but some are to be ignored (-1)."
         )
     if lab is None:
         class_names = class_names if class_names is not None else partition.class_names or None

@@ -63,7 +63,8 @@ def load_record(kind: type[_Record], version: int, path: str | PathLike[str]) ->
             about, tensors = _read(file, {field.name for field in dataclasses.fields(kind)})  # type: ignore[arg-type]
         except _PickledError:
             raise ValueError(
-                f"{wanted} it holds a pickle, which may run code, as did the files of earlier versions; make it again."
+                f"{wanted} it contains a pickle (written by an earlier version?), which is not loaded for safety;"
+                " save it again."
             ) from None
         except Exception as error:  # broken in one of many ways
             raise ValueError(f"{wanted} it cannot be read ({reason_of(error)}); {advice}.") from error
@@ -71,8 +72,8 @@ def load_record(kind: type[_Record], version: int, path: str | PathLike[str]) ->
         raise ValueError(f"{wanted} it holds {shown(about.get('format'))}; {advice}.")
     if about.get("version") != version:
         raise ValueError(
-            f"{wanted} it has format version {shown(about.get('version'))} where this version of lightning_unlearn has"
-            f" {version}; make it again."
+            f"{wanted} it has format version {shown(about.get('version'))} where this version of lightning_unlearn"
+            f" has {version}; save it again."
         )
     values = {**about["values"], **tensors}
     if faults := list(faults_of(kind, values)):
@@ -109,7 +110,7 @@ def _read(file: BinaryIO, names: set[str]) -> tuple[dict[str, Any], dict[str, Te
             raise ValueError("it is compressed")
         size = file.seek(0, os.SEEK_END)
         if any(member.file_size != member.compress_size or member.file_size > size for member in members):
-            raise ValueError("a part of it says to be larger than it is")
+            raise ValueError("a part of it claims to be larger than it is")
         arrays = {name: _array(archive, member) for name, member in zip(found, members, strict=True)}
     about = json.loads(str(arrays.pop(_ABOUT)))
     if not isinstance(about, dict) or not isinstance(about.get("values"), dict):
@@ -127,7 +128,7 @@ def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray[Any,
         shape, _, dtype = headers[version](content)
         held = member.file_size - content.tell()
     if not dtype.hasobject and (not dtype.itemsize or math.prod(shape) * dtype.itemsize != held):
-        raise ValueError(f"{member.filename!r} says to have shape {shown(shape)}, and holds {held:,} bytes")
+        raise ValueError(f"{member.filename!r} claims to have shape {shown(shape)}, and holds {held:,} bytes")
     with archive.open(member) as content:
         return np.lib.format.read_array(content, allow_pickle=False)
 

@@ -127,9 +127,8 @@ def _warn_of_whole_layers(small: nn.Module, *, nothing_cut: bool) -> None:
     layers = [name for name, module in small.named_modules() if bool(silent_rows(module).any())]
     if layers:
         warnings.warn(
-            f"shrink left silent neurons in {', '.join(map(repr, layers))}: they are outputs, or the last of their"
-            " layer, or something else is added to them or computed from them (a residual sum, LayerNorm, a function"
-            " that is not 0 at 0), so that the outputs would not stay the same.",
+            f"shrink kept pruned neurons in {', '.join(map(repr, layers))}: removing them would change the outputs"
+            " (output layer, the layer's last neuron, residual sum, LayerNorm, or a function that is not 0 at 0).",
             stacklevel=3,
         )
     elif nothing_cut:

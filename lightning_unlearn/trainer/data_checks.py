@@ -89,9 +89,9 @@ _AUGMENTED = (
 )
 
 _MIXED = (
-    "Expected a sample to have the same label whenever it is read, but it differs, as where samples are mixed (MixUp,"
-    f" CutMix). Where collate_fn mixes them, let the DataModule offer {OFFER}(), a loader of the same samples in the"
-    " same order that does not; a transfer hook shall mix only if self.trainer.training."
+    "Expected a sample to have the same label whenever it is read, but it differs, as where samples are mixed"
+    f" (MixUp, CutMix). Where collate_fn mixes them, let the DataModule offer {OFFER}(), a loader of the same"
+    " samples in the same order that does not; in a transfer hook, mix only if self.trainer.training."
 )
 
 

@@ -113,9 +113,9 @@ def too_many_left_out(bad: int, total: int, model_fault: str) -> str:
     )
     if model_fault:
         return (
-            f"{found}, and so is the model's {model_fault}: training has diverged. Use a smaller learning rate,"
-            " gradient_clip_val, or no NaN in the inputs (which BatchNorm keeps), and start again from a checkpoint of"
-            " before."
+            f"{found}, and so is the model's {model_fault}: training has diverged. Lower the learning rate, set"
+            " gradient_clip_val, check the inputs for NaN (which BatchNorm keeps), and resume from an earlier"
+            " checkpoint."
         )
     return (
         f"{found}, though the model's weights are finite. Check the inputs for NaN, forward for overflow (try"

@@ -65,8 +65,8 @@ def go_on(trainer: Trainer) -> None:
         callback.wait_count = 0
     trainer.should_stop = False
     rank_zero_info(
-        "EarlyStopping would have ended training on all the data here; it goes on with what the partition leaves, and"
-        " the patience of EarlyStopping is counted anew."
+        "EarlyStopping would have ended training on all data here. Training continues on the clean subset, and"
+        " EarlyStopping restarts its patience."
     )
 
 
@@ -90,7 +90,6 @@ def count_anew(fit: RunningFit) -> Callable[[], None]:
 
     if before:
         rank_zero_info(
-            "EarlyStopping counts its patience anew, without the best score so far: weights that were moved are worse"
-            " at first."
+            "EarlyStopping restarts its patience without the best score so far, since moved weights are worse at first."
         )
     return undo

@@ -103,4 +103,4 @@ def isolated_eval(fit: RunningFit, *, keep: bool = True) -> Iterator[None]:
     if failure is not None:
         raise failure
     if failed:
-        raise RuntimeError("The pass over the training set failed on another rank, whose error says why.")
+        raise RuntimeError("The pass over the training set failed on another rank; see its error.")

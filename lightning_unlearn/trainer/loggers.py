@@ -74,8 +74,7 @@ def log_figure(fit: RunningFit, name: str, draw: Callable[[], Any]) -> None:
         if said := _failure(show, logger, name, draw, pl_module.global_step):
             gave_up.add(id(logger))
             rank_zero_warn(
-                f"{type(logger).__name__} could not take the picture '{name}' ({said}); it is offered no more of them"
-                " in this fit."
+                f"{type(logger).__name__} failed to log figure '{name}' ({said}). Figures are disabled for this logger."
             )
 
 

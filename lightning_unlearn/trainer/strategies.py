@@ -27,7 +27,7 @@ _NOT_HANDLED = {
         "which keeps weights and optimizer in an engine of its own, where what is pruned could not be held at zero",
         f"{_FSDP2}, or Trainer(strategy='ddp')",
     ),
-    "HivemindStrategy": ("under which processes do not keep in step", "Trainer(strategy='ddp')"),
+    "HivemindStrategy": ("under which processes are not synchronized", "Trainer(strategy='ddp')"),
     "ColossalAIStrategy": ("which keeps weights in tensors of its own", f"{_FSDP2}, or Trainer(strategy='ddp')"),
 }
 _NOT_HANDLED |= dict.fromkeys(
@@ -35,7 +35,7 @@ _NOT_HANDLED |= dict.fromkeys(
 )
 _NOT_HANDLED |= dict.fromkeys(
     ("XLAStrategy", "SingleDeviceXLAStrategy", "XLAFSDPStrategy"),
-    ("whose lazy tensors would be compiled anew for every hook and batch", _GPU),
+    ("whose lazy tensors would be recompiled for every hook and batch", _GPU),
 )
 
 
@@ -65,8 +65,9 @@ def check_strategy(trainer: Trainer, who: str) -> None:
         _check_model_parallel(trainer, strategy, who)
     if runs_in_other_processes(trainer):
         rank_zero_warn(
-            f"Under a spawning or forking strategy the fit runs in other processes, so what {who} finds stays there:"
-            " read it from a checkpoint, or from a callback's on_train_end, or use Trainer(strategy='ddp') in a script."
+            f"With a spawn or fork strategy training runs in subprocesses, so results of {who} are not available"
+            " in the main process. Read them from a checkpoint or in on_train_end, or use Trainer(strategy='ddp')"
+            " in a script."
         )
 
 

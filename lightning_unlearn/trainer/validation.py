@@ -102,7 +102,7 @@ def score_validation(fit: FitContext, *, say: bool = True) -> Score | None:
         fit.memory.score = moment, score, reason
     if score is None and say and reason not in fit.memory.said:
         fit.memory.said.add(reason)
-        rank_zero_info(f"There is no score on validation data to go by: {reason}.")
+        rank_zero_info(f"No validation score available: {reason}.")
     return score
 
 
@@ -210,7 +210,7 @@ def _in_step(fit: FitContext, batches: Iterator[_Item]) -> Iterator[_Item]:
         if error is not None:
             raise _RanksOutOfSync(f"{type(error).__name__}: {error}") from error
         if one_has and not all_have:
-            raise _RanksOutOfSync("another rank has more or fewer batches, or could not go on")
+            raise _RanksOutOfSync("another rank has more or fewer batches, or failed")
         if item is None:
             return
         yield item

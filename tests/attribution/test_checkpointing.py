@@ -57,7 +57,7 @@ class Unrecorded(nn.Module):
         return self.head(x)
 
 
-@pytest.mark.filterwarnings("ignore:Every batch is recorded")
+@pytest.mark.filterwarnings("ignore:Using full backpropagation")
 @pytest.mark.parametrize("method", ["gradient_x_activation", "integrated_gradients", "conductance"])
 def test_a_layer_that_no_gradient_reaches_is_refused(method):
     model, x, label = Unrecorded().eval(), torch.randn(7, 6), torch.arange(7) % C

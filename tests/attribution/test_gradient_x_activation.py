@@ -51,7 +51,7 @@ def test_where_the_fast_path_would_say_something_else_captum_is_used(net, point,
     if broken:
         x[0] = torch.nan
     attributor = Attributor(model, point, model)
-    with torch.no_grad(), pytest.warns(UserWarning, match="Every batch is recorded from end to end"):
+    with torch.no_grad(), pytest.warns(UserWarning, match="Using full backpropagation"):
         found = attributor.attribute(x, LABEL, rows=True)
     assert attributor.is_fast is False
     expected = Attributor(model, point, model, fast=False).attribute(x, LABEL, rows=True)

@@ -176,7 +176,7 @@ class Uncounted(Dataset):
 REFUSED = {
     "stream": (
         lambda: DataLoader(Stream(), 16),
-        "Stream is an IterableDataset, .*; give a dataset with",
+        "Stream is an IterableDataset, .*; use a dataset with",
     ),
     "stream with a length": (lambda: DataLoader(SizedStream(), 16), "SizedStream is an IterableDataset"),
     "stream that loads itself": (SizedStream, "SizedStream is an IterableDataset"),

@@ -437,7 +437,7 @@ def test_a_schedule_of_ones_own_starts_from_lr_and_not_from_that_of_the_schedule
     assert (watch.rates[2][0], watch.rates[3][0]) == (0.4, 0.2)
 
 
-@pytest.mark.filterwarnings("ignore:Be aware that when using", "ignore:The checkpoint is of a fit in which")
+@pytest.mark.filterwarnings("ignore:Be aware that when using", "ignore:The checkpoint was saved after")
 @pytest.mark.parametrize("schedule", CYCLES)
 @pytest.mark.parametrize("ours", [(), ("partition",)], ids=["without the package", "without this callback"])
 def test_a_fit_goes_on_without_the_callback_from_a_checkpoint_of_a_schedule_that_was_dropped(tmp_path, schedule, ours):
@@ -499,7 +499,7 @@ def test_a_partition_with_nothing_on_one_side_keeps_training_on_all_and_warns(pr
         at_epoch=2, recipe=lambda evidence: torch.full_like(evidence.weight, probability), min_class_fraction=0
     )
     record, watch = IndexRecorder(data.train), Optimizers()
-    with pytest.warns(UserWarning, match=f"goes on with all the data: it calls {word} of the 203 samples clean"):
+    with pytest.warns(UserWarning, match=f"continues on all data: {word} .*203 samples w"):
         fit(Toy(), data, [partition, prune, finetune, record, watch])
     assert not finetune.is_active
     assert [sorted(indices) for indices in record.by_epoch.values()] == [list(range(203))] * 4

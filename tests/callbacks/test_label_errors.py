@@ -246,8 +246,8 @@ ESTIMATE = NoiseEstimate("weak", 0.03, (0.019, 0.044), 3.4)
         (
             {"names": ((3, 5, 0.23),)},
             212,
-            "212 labels are worth a look, but no early epoch shows whether classes go by other names or are hard to"
-            " tell: listed for review, not acted upon",
+            "212 labels are worth a look, but no early epoch shows whether classes are mislabeled or hard to"
+            " separate: listed for review, not acted upon",
         ),
         ({}, 212, "212 labels are worth a look, too few signs to act on (z 3.4): listed for review, not acted upon"),
         ({}, 0, "labels may be wrong, too few signs to act on (z 3.4): listed for review, not acted upon"),
@@ -260,8 +260,7 @@ ESTIMATE = NoiseEstimate("weak", 0.03, (0.019, 0.044), 3.4)
         (
             {"status": "found"},
             3,
-            "about 3.0% of the labels (1.9% to 4.4%) look wrong, but no list of"
-            " them is as precise as is asked for (suspect_precision)",
+            "about 3.0% of the labels (1.9% to 4.4%) look wrong, but no list reaches suspect_precision",
         ),
     ],
 )

@@ -213,9 +213,9 @@ REFUSED = {
     "a list": (lambda data: list(several(data).values()), "got list; give the loader with the noisy data alone, and"),
     "combined": (lambda data: CombinedLoader(several(data), "max_size_cycle"), "got dict; give the loader with the"),
     "no DataLoader": (Stored, "got Stored; give the loader with the noisy data alone, not wrapped"),
-    "two batches in one": (lambda data: Pairwise(data, 16), "but Pairwise has an __iter__ of its own"),
-    "one iterator for ever": (lambda data: OneForEver(data, 16), "but OneForEver has an __iter__ of its own"),
-    "not from its batch sampler": (lambda data: Elsewhere(data, 16), "but Elsewhere has an __iter__ of its own"),
+    "two batches in one": (lambda data: Pairwise(data, 16), "but Pairwise has its own __iter__"),
+    "one iterator for ever": (lambda data: OneForEver(data, 16), "but OneForEver has its own __iter__"),
+    "not from its batch sampler": (lambda data: Elsewhere(data, 16), "but Elsewhere has its own __iter__"),
     "no batches": (lambda data: DataLoader(data, None), "has batch_size=None; set a batch_size"),
     "batches without end": (
         lambda data: DataLoader(data, batch_sampler=Episodes(RandomSampler(data), 16, False)),

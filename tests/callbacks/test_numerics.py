@@ -119,7 +119,7 @@ def test_a_class_whose_inputs_are_all_broken_is_not_trained_on(net):
     data = BrokenBlobs(broken=of_2, image=image)
 
     callback = partition_callback(at_epoch=2, evidence_from="eval_passes")
-    with pytest.warns(UserWarning, match="The partition is not acted upon.*keeps no sample of class 2"):
+    with pytest.warns(UserWarning, match="Partition not applied.*no sample is kept of class 2"):
         fit(LeavesRowsOut(net, adamw), BlobsData(data), [callback], max_epochs=3)
     assert not callback.partition.is_clean[of_2].any()
     assert callback.partition.is_clean[data.y != 2].float().mean() > 0.5

@@ -100,7 +100,7 @@ def test_the_papers_recipe_yields_a_partition():
 
 def test_the_papers_recipe_says_why_there_is_none():
     callback = AttributionPartitionCallback(at_epoch=1, recipe="rlap")
-    with pytest.warns(UserWarning, match="not acted upon, .*: the two groups found do not differ in the model's loss"):
+    with pytest.warns(UserWarning, match="not applied; .*: the two do not differ in the model's loss"):
         fit(Toy(), BlobsData(Blobs()), [callback], max_epochs=2)
     assert len(callback.partition.suspect_indices()) == 0
 
@@ -364,7 +364,7 @@ def test_a_module_without_forward_is_told_to_have_one():
 
 
 def test_probabilities_instead_of_logits_are_warned_of():
-    with pytest.warns(UserWarning, match="forward seems to return probabilities"):
+    with pytest.warns(UserWarning, match="forward appears to return probabilities"):
         fit(
             Toy(lambda: nn.Sequential(mlp(), nn.Softmax(1))),
             BlobsData(Blobs()),
@@ -378,7 +378,7 @@ def condemns_class_2(evidence):
 
 def test_a_partition_that_loses_a_class_is_not_acted_upon():
     partition = partition_callback(at_epoch=1, recipe=condemns_class_2, min_class_fraction=0)
-    with pytest.warns(UserWarning, match="not acted upon, .*: it keeps no sample of class 2"):
+    with pytest.warns(UserWarning, match="not applied; .*: no sample is kept of class 2"):
         fit(Toy(), BlobsData(Blobs()), [partition], max_epochs=2)
     assert not partition.partition.is_actionable
 

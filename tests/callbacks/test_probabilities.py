@@ -59,7 +59,7 @@ def test_cleanlab_takes_them():
 
 def test_without_them_it_says_what_to_set():
     partition = AttributionPartitionCallback(at_epoch=2)
-    with pytest.raises(RuntimeError, match="set keep_probabilities=True, and ask in the fit that comp"):
+    with pytest.raises(RuntimeError, match="set keep_probabilities=True, and read them in the fit that comp"):
         partition.probabilities  # noqa: B018  (a property)
     assert "probabilities" not in AttributionPartitionCallback(keep_probabilities=True).state_dict()
 

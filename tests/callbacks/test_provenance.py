@@ -132,7 +132,7 @@ def test_a_resumed_fit_adds_what_it_was_made_with(whole, tmp_path):
 
 
 def test_before_the_partition_there_is_none():
-    with pytest.raises(RuntimeError, match="There is no partition yet"):
+    with pytest.raises(RuntimeError, match="No partition yet"):
         _ = AttributionPartitionCallback(at_epoch=3).provenance
 
 

@@ -45,7 +45,7 @@ def test_only_the_neuron_that_carries_the_noise_is_pruned(said):
     assert (module.fc.weight[FLAG] == 0).all()
     assert (module.fc.weight[IDLE] != 0).any()
     assert said == [
-        "1 of the 7 live neurons of 'fc' may be pruned (sensitivity); proposed, the worst first: 1 (amount=0.5).",
+        "1 of 7 active neurons in 'fc' are candidates (sensitivity); pruning up to 1 (amount=0.5).",
         "Pruned 1 of 8 neurons of 'fc' (validation accuracy went from 1.000 to 1.000).",
     ]
     assert callback.describe() == "pruned 1 of 8 neurons of 'fc' (validation accuracy went from 1.000 to 1.000)"
@@ -67,7 +67,7 @@ def test_a_step_that_hurts_is_rolled_back(said):
     assert found.pruned_indices().tolist() == [FLAG]
     assert (module.fc.weight[0] == Planted().fc.weight[0]).all()
     assert "1 of 2 proposed were rolled back: validation accuracy fell from 1.000 to ." in callback.describe()
-    assert any("proposed, the worst first: 2" in line for line in said)
+    assert any("pruning up to 2" in line for line in said)
 
 
 def test_without_a_guard_it_stays():

@@ -224,9 +224,7 @@ def test_averages_and_a_guard_go_together():
 def test_masks_of_one_layer_are_the_mask():
     prune = SensitivityPruneCallback()
     for ask in (lambda: prune.masks, lambda: prune.mask, lambda: prune.sensitivity):
-        with pytest.raises(
-            RuntimeError, match="There is no mask yet: neurons are pruned when the partition is computed"
-        ):
+        with pytest.raises(RuntimeError, match="No mask yet: neurons are pruned when the partition is computed"):
             ask()
     prune._state = PruneState(masks=[NeuronMask("fc", torch.tensor([True, False]), torch.zeros(2))])
     assert prune.masks == (prune.mask,)

@@ -102,7 +102,7 @@ def test_on_clean_data_nothing_is_flagged_and_training_is_left_as_it_was(evidenc
         module = Toy(convnet)
         fit_it = [module, BlobsData(Blobs(400, 0, image=True)), ours]
         if ours:
-            with pytest.warns(UserWarning, match="goes on with all the data: no list of suspects can be made"):
+            with pytest.warns(UserWarning, match="continues on all data: this fit gives no list of suspects"):
                 fit(*fit_it, max_epochs=5)
         else:
             fit(*fit_it, max_epochs=5)

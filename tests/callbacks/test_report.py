@@ -174,7 +174,7 @@ def test_what_cannot_be_shown_is_said_once_and_the_rest_is(tmp_path):
             raise answer
         return answer
 
-    with pytest.warns(UserWarning, match="Some samples of the report's gallery cannot be shown: sample .*no picture"):
+    with pytest.warns(UserWarning, match="Some samples cannot be shown in the report: sample .*no picture"):
         a_fit(UnlearnReport(tmp_path, samples=3, render=render))
     cards = list(RunRecord.load(tmp_path).gallery.values())
     wanted = "TypeError: Expected render to return a text, a dict, a PIL image or a PNG's bytes, but got"
@@ -184,7 +184,7 @@ def test_what_cannot_be_shown_is_said_once_and_the_rest_is(tmp_path):
 
 def test_a_report_that_cannot_be_written_does_not_end_the_fit(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.warns(UserWarning, match="There is no report of this fit: ValueError: Expected a folder to write to"):
+    with pytest.warns(UserWarning, match="Could not write the report: ValueError: Expected a folder to write to"):
         module, _ = a_fit(UnlearnReport(tmp_path / "file"))
     assert module.trainer.state.finished
 

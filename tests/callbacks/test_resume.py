@@ -224,7 +224,7 @@ class Shifted(Blobs):
 @pytest.mark.parametrize("epoch", [1, 2], ids=["between the passes", "after the swap"])
 def test_other_inputs_with_the_same_labels_are_refused_on_resume(checkpoints, epoch):
     module, path = Toy(), checkpoints / f"epoch={epoch}.ckpt"
-    with pytest.raises(ValueError, match="100% of 16 sampled items have another content; give the data"):
+    with pytest.raises(ValueError, match="100% of 16 sampled items have another content; use the same data"):
         fit(module, BlobsData(Shifted(101, 0.01)), trio(2), ckpt_path=path)
     assert module.steps == 0
     callbacks = trio(2, data=DataFormat(verify=False))

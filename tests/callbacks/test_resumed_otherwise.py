@@ -25,7 +25,7 @@ from tests.toys import (
 )
 
 AT, EPOCHS, FROM = 2, 6, 3
-GOES_ON = "The fit goes on from its checkpoint with "
+GOES_ON = "Resuming with "
 
 
 def per_step(module, total=None):
@@ -81,8 +81,8 @@ def test_no_sample_is_left_out_for_another_size_of_batches(checkpoint, lines, si
     assert run.clean == first.clean
     assert [run.trained_on(epoch) for epoch in (FROM + 1, EPOCHS - 1)] == [first.clean] * 2
     assert lines() == [
-        f"{GOES_ON}batch size {size} instead of 16. Its partition, computed at epoch {AT}, and what was done about it"
-        " stay as they are. Every sample that was kept is still trained on."
+        f"{GOES_ON}batch size {size} instead of 16. The partition of the checkpoint (epoch {AT}) and what"
+        " followed from it stay unchanged. Every sample that was kept is still trained on."
     ]
 
 
@@ -113,7 +113,7 @@ def test_other_use_of_noisy_samples_comes_too_late(checkpoint, lines, on_noisy):
     assert run.trained_on(EPOCHS - 1) == first.clean
     assert run.ours[2].draw.new_label is run.ours[2].draw.probability is None
     (line,) = lines()
-    assert f"with on_noisy='{on_noisy}' instead of 'drop'. Its partition, computed at epoch {AT}," in line
+    assert f"with on_noisy='{on_noisy}' instead of 'drop'. The partition of the checkpoint (epoch {AT})" in line
     assert line.endswith("The new settings of the callbacks have no effect.")
 
 
@@ -166,7 +166,7 @@ def test_in_rounds_the_new_settings_count_for_those_to_come(checkpoint, lines, a
     assert [drawn.epoch for drawn in run.ours[0].rounds] == [AT, AT + 2]
     assert run.ours[0].partition.recipe == "label"
     (line,) = lines()
-    assert line.endswith("The new settings of the callbacks apply to partitions computed from here on.")
+    assert line.endswith("The new settings of the callbacks apply to partitions computed from now on.")
 
 
 @pytest.mark.parametrize("at_epoch", [1, 4])
@@ -206,8 +206,8 @@ def halving(optimizer):
 @pytest.mark.parametrize(
     ("made", "now", "message"),
     [
-        ({"optimizer": torch.optim.Adam}, {}, "of a fine-tuning with optimizer, but .* has none now; give the same"),
-        ({"lr": 0.01, "lr_scheduler": halving}, {"lr": 0.01}, "of a fine-tuning with lr_scheduler, but"),
+        ({"optimizer": torch.optim.Adam}, {}, "was fine-tuned with optimizer, but .* has none now; pass the same"),
+        ({"lr": 0.01, "lr_scheduler": halving}, {"lr": 0.01}, "was fine-tuned with lr_scheduler, but"),
         ({"optimizer": torch.optim.Adam}, {"optimizer": partial(torch.optim.SGD, lr=0.1)}, r"has options \['amsgrad'"),
         (
             {"optimizer": torch.optim.Adam},

@@ -179,7 +179,7 @@ def test_a_later_partition_that_cannot_be_acted_upon_leaves_the_one_before_in_fo
 
 def test_a_first_partition_that_cannot_be_acted_upon_leaves_the_next_its_turn():
     recipe = Scripted(everything, below(70))
-    with pytest.warns(UserWarning, match="not acted upon, training goes on with all the data: it calls all"):
+    with pytest.warns(UserWarning, match="not applied; training continues on all data: all"):
         (partition, _, finetune), follows, _ = drawn_again(recipe, finetune={"lr": 0.01})
     assert [len(clean) for clean in follows.clean] == [101] * 4 + [70] * 4
     for epoch, clean in enumerate(follows.clean):
@@ -338,7 +338,7 @@ def test_rounds_that_a_checkpoint_was_not_made_for_are_not_drawn(tmp_path):
     fit(Toy(), BlobsData(Blobs(SIZE)), [*trio(2), keep], enable_checkpointing=True, max_epochs=4)
     partition = partition_callback(at_epoch=2, every_n_epochs=1, min_change=0)
     module, finetune = Toy(), CleanSubsetFinetuneCallback()
-    with pytest.warns(UserWarning, match="every_n_epochs=1 has no effect here: the checkpoint is of a fit without it"):
+    with pytest.warns(UserWarning, match="every_n_epochs=1 has no effect: the checkpoint was saved without it"):
         fit(module, BlobsData(Blobs(SIZE)), [partition, finetune], max_epochs=6, ckpt_path=tmp_path / "epoch=2.ckpt")
     assert set(module.steps_by_epoch) == {3, 4, 5}
     assert [drawn.epoch for drawn in partition.rounds] == [2]

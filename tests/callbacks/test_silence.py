@@ -182,7 +182,7 @@ def test_what_would_still_be_heard_is_refused_before_the_first_step(kind, layer,
         fit(module, BlobsData(data), [published, prune], max_epochs=3)
     assert module.steps == 0
     assert all(value.equal(before[key]) for key, value in weights(module).items())
-    with pytest.raises(RuntimeError, match="There is no mask"):
+    with pytest.raises(RuntimeError, match="No mask"):
         _ = prune.masks
 
 
@@ -268,7 +268,7 @@ def test_weights_that_are_put_back_are_zeroed_again_and_that_is_said_once(hook, 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit(module, BlobsData(data), others, max_epochs=3)
-    said = [str(w.message) for w in caught if "had weights other than zero again" in str(w.message)]
+    said = [str(w.message) for w in caught if "were revived" in str(w.message)]
     # What is undone before anybody looked is not spoken of.
     assert len(said) == (0 if hook == "on_train_batch_start" or (hook == "on_train_epoch_start" and not first) else 1)
     if hook != "on_train_batch_start" or first:
@@ -284,7 +284,7 @@ def test_the_modules_own_hooks_may_put_weights_back():
         def on_train_end(self):
             self.load_state_dict(self.best)
 
-    with pytest.warns(UserWarning, match=r"Pruned neurons of 'net\.2' had weights other than zero again"):
+    with pytest.warns(UserWarning, match=r"Pruned neurons of 'net\.2' were revived"):
         module, prune = run(module=Restores)
     assert speaks(module, prune) == 0
 
@@ -295,7 +295,7 @@ def test_a_parameter_that_takes_another_ones_place_is_pruned_too():
             if trainer.current_epoch == 1:
                 pl_module.net[2].weight = nn.Parameter(torch.randn(12, 20))
 
-    with pytest.warns(UserWarning, match="had weights other than zero again"):
+    with pytest.warns(UserWarning, match="were revived"):
         module, prune = run(more=[Replaces()])
     assert speaks(module, prune) == 0
 
@@ -321,7 +321,7 @@ def test_lightnings_pruning_beside_ours(lottery, first, tmp_path):
 def test_a_checkpoint_never_holds_what_was_put_back(tmp_path):
     published, prune, data = callbacks()
     saved = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
-    with pytest.warns(UserWarning, match="had weights other than zero again"):
+    with pytest.warns(UserWarning, match="were revived"):
         fit(
             Toy(plain, adamw),
             BlobsData(data),
@@ -582,7 +582,7 @@ def test_an_error_while_neurons_are_zeroed_claims_nothing(where, monkeypatch):
     assert all(value.equal(before[name]) for name, value in weights(module).items())
     assert (prune.has_acted, prune.describe(), prune.state_dict()["masks"]) == (False, "", [])
     assert prune.record(published.partitions[0])["pruned"] == {}
-    with pytest.raises(RuntimeError, match="There is no mask"):
+    with pytest.raises(RuntimeError, match="No mask"):
         _ = prune.mask
 
 

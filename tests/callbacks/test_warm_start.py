@@ -168,8 +168,8 @@ def checkpoints(tmp_path):
 def test_a_checkpoint_that_does_not_have_the_start_is_refused(checkpoints, how):
     path, module = checkpoints({"warm_start": "keep"}) / "epoch=0.ckpt", Toy(optimizer=adamw)
     said = (
-        rf"CleanSubsetFinetuneCallback\(warm_start='{how}'\) needs the weights that the fit began with, but the"
-        r" checkpoint does not have them, .*; set warm_start='keep', or start again without the checkpoint\."
+        rf"CleanSubsetFinetuneCallback\(warm_start='{how}'\) needs the initial weights of the fit, but the"
+        r" checkpoint lacks them: .* Set warm_start='keep', or train without ckpt_path\."
     )
     with pytest.raises(MisconfigurationException, match=said):
         fit(module, BlobsData(Blobs(101), by_epoch=True), trio(AT, finetune={"warm_start": how}), ckpt_path=path)
@@ -223,7 +223,7 @@ def test_auto_keeps_the_weights_where_the_checkpoint_does_not_have_those_of_the_
     path, callbacks = checkpoints({"warm_start": "keep"}) / "epoch=0.ckpt", trio(AT, finetune={"warm_start": "auto"})
     with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
         fit(Toy(optimizer=adamw), BlobsData(Blobs(101), by_epoch=True), callbacks, ckpt_path=path)
-    said = "its weights are kept all the same: the checkpoint that the fit goes on from does not have those that it"
+    said = "its weights are kept anyway: the checkpoint lacks the initial weights"
     assert any(said in line for line in caplog.messages)
 
 
@@ -251,7 +251,7 @@ def test_early_stopping_counts_anew_from_weights_that_were_moved(caplog, mode):
     epochs, stopper = ends("shrink")
     assert (epochs, stopper.stopped_epoch) == (8, 0)
     assert float(stopper.best_score) == pytest.approx((1 if mode == "max" else -1) * 0.57)
-    assert any(line.startswith("EarlyStopping counts its patience anew") for line in caplog.messages)
+    assert any(line.startswith("EarlyStopping restarts its patience") for line in caplog.messages)
 
 
 class Rates(L.Callback):
@@ -303,7 +303,7 @@ def test_the_rate_falls_from_its_peak_to_zero_step_by_step(caplog, name):
     seen = [rates for epoch in range(AT, 5) for rates in watch.rates[epoch]]
     expected = [[rate * cosine(step / len(seen)) for rate in (0.04, 0.02)] for step in range(len(seen))]
     torch.testing.assert_close(torch.tensor(seen), torch.tensor(expected))
-    said = f"the learning rate falls from 0.04 to zero at the end of the fit, in place of {name}."
+    said = f"The learning rate follows a cosine from 0.04 to zero at the end of the fit, in place of {name}."
     assert sum(line.endswith(said) for line in caplog.messages) == 1
 
 
@@ -354,8 +354,8 @@ def test_several_optimizers_are_made_anew():
 @pytest.mark.parametrize(
     ("manual", "limits", "why"),
     [
-        (True, {}, "the module optimizes manually, and steps them itself."),
-        (False, {"max_epochs": -1, "max_time": {"seconds": 2}}, "max_epochs and max_steps do not say how much is to"),
+        (True, {}, "the module uses manual optimization."),
+        (False, {"max_epochs": -1, "max_time": {"seconds": 2}}, "neither max_epochs nor max_steps gives the number"),
     ],
     ids=["manual", "no end in sight"],
 )
@@ -364,7 +364,7 @@ def test_where_no_rate_can_be_planned_the_own_schedule_starts_anew(caplog, manua
     callbacks = [*trio(AT, finetune={"warm_start": "shrink"}), watch]
     with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
         fit(module, BlobsData(Blobs(101)), callbacks, **limits)
-    said = f"configure_optimizers runs again, with its own schedules from their beginning: {why}"
+    said = f"Reran configure_optimizers, whose schedules start anew: {why}"
     assert any(said in line for line in caplog.messages)
     assert watch.rates[AT][0] == [0.04, 0.02]
     assert watch.optimizers[AT - 1][0] is not watch.optimizers[AT][0]

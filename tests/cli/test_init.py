@@ -95,7 +95,7 @@ def test_what_has_no_default_is_a_placeholder_of_which_fit_tells(team, capsys):
             main([command, "--config", "needy.yaml", *TEAM])
         assert exit_info.value.code == 2
         assert capsys.readouterr().err.startswith(
-            f"lightning-unlearn {command}: error: needy.yaml has values that only you know: model.width"
+            f"lightning-unlearn {command}: error: needy.yaml has placeholders to fill in: model.width"
             " (<fill in: int>), model.name (<fill in: str>); replace them."
         )
     (team / "needy.yaml").write_text(text.replace("'<fill in: int>'", "16").replace("'<fill in: str>'", "net"))

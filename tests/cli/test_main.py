@@ -84,7 +84,7 @@ def test_a_missing_extra_is_named(missing, arguments, advice, monkeypatch, tmp_p
 def test_a_bug_keeps_its_traceback_and_so_does_a_users_error():
     with pytest.raises(ValueError, match="of a user"), in_one_sentence("fit"):
         raise ValueError("of a user")
-    with pytest.raises(RuntimeError, match="There is no partition yet"), in_one_sentence("fit"):
+    with pytest.raises(RuntimeError, match="No partition yet"), in_one_sentence("fit"):
         lightning_unlearn.AttributionPartitionCallback(at_epoch=1).partition  # noqa: B018
     with pytest.raises(SystemExit, match=r"^lightning-unlearn fit: error: Expected at_epoch"), in_one_sentence("fit"):
         lightning_unlearn.AttributionPartitionCallback(at_epoch=0)

@@ -100,7 +100,7 @@ def test_it_stops_at_the_partition_with_the_settings_of_the_configuration_but_ac
     partition = Partition.load("found/partition.npz")
     assert (partition.epoch, partition.recipe) == (4, "label")
     assert epochs_saved() == [f"epoch={k}" for k in range(4)]
-    assert "Left out here: SensitivityPruneCallback, CleanSubsetFinetuneCallback" in caplog.text
+    assert "Ignoring SensitivityPruneCallback, CleanSubsetFinetuneCallback" in caplog.text
     settings = json.loads(Path("found/provenance.json").read_text())["fits"][0]["settings"]
     assert list(settings) == ["AttributionPartitionCallback"]
     assert settings["AttributionPartitionCallback"]["min_class_fraction"] == 0.2

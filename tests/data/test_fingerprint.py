@@ -133,7 +133,7 @@ def test_another_length_or_other_content_is_refused():
     found = of(KINDS["dict"])
     with pytest.raises(ValueError, match=r"Expected the training data .*, but 100% of 16 sampled items"):
         check_fingerprint(found, of(lambda k: KINDS["dict"](k + 1)))
-    with pytest.raises(ValueError, match="start again without the checkpoint"):
+    with pytest.raises(ValueError, match="train without ckpt_path"):
         check_fingerprint(found, of(KINDS["dict"], 41))
     shifted = of(lambda k: KINDS["dict"](k + (k > 30)))  # one removed, and one added at the end
     assert share_changed(found, shifted) == pytest.approx(4 / 16)

@@ -199,7 +199,7 @@ def test_a_loader_that_draws_ahead_is_let_through():
 @pytest.mark.parametrize("kind", [Pairwise, Twice, OneForEver, Elsewhere])
 def test_a_loader_that_does_not_deliver_what_is_drawn_is_refused(kind):
     loader = kind(numbers(), batch_size=4)
-    with pytest.raises(TypeError, match=rf"one for one, but {kind.__name__} has an __iter__ of its own that does not"):
+    with pytest.raises(TypeError, match=rf"one for one, but {kind.__name__} has its own __iter__ that does not"):
         check_iterates_in_order(loader)
 
 

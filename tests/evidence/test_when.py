@@ -22,7 +22,7 @@ from tests.toys import Blobs, BlobsData, Toy, adamw, assert_same_weights, auroc,
 SIZE = 101
 LOGGER = "lightning.pytorch.utilities.rank_zero"
 LATE = "is computed now, too late to prune or fine-tune"
-ON = "EarlyStopping would have ended training on all the data here; it goes on"
+ON = "EarlyStopping would have ended training on all data here. Training continues"
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_before_it_exists_the_error_says_when():
 
 def test_the_order_of_the_samples_has_settled():
     epoch, why = decided({"similarity": 0.999}, {"similarity": 0.99}, {"similarity": 0.998})
-    assert (epoch, why) == (3, "the order of the samples hardly changes any more")
+    assert (epoch, why) == (3, "the ranking of the samples hardly changes any more")
     # Before the noise rate is read off an early epoch it is not looked for.
     assert decided({"similarity": 0.999}, {"similarity": 0.999}, is_settled=False) == (None, "")
 

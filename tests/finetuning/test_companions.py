@@ -72,7 +72,9 @@ def test_rows_of_new_labels_take_the_place_of_those_of_the_given_ones():
 
 def test_a_row_that_is_not_made_of_the_label_after_all_is_an_error():
     one = Companion(("made",), smoothed(torch.arange(C)).double())
-    with pytest.raises(RuntimeError, match=r"batch\['made'\], which is made of the label, is not made of the label in"):
+    with pytest.raises(
+        RuntimeError, match=r"batch\['made'\], which is derived from the label, is not derived from the"
+    ):
         one.replaced({"made": smoothed(Y[:2])}, smoothed(Y[:2] + 1), Y[:2], torch.tensor([-1, 4]))
     unknown = Companion(
         ("made",), smoothed(torch.arange(C)).double().masked_fill(torch.eye(C)[4].bool()[:, None], torch.nan)

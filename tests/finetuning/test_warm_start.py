@@ -141,7 +141,7 @@ HALF, NONE = Memory(0.5), Memory()
         ("auto", Memory(0.1, GAP), "", "shrink", "of the validation labels, so it has begun to memorize."),
         ("auto", Memory(0.8, -0.2), "", "shrink", "than of the validation labels, so it has memorized them."),
         ("auto", HALF, "", "shrink", "is kept): the network predicts 50% of the suspect labels, so it has memorized"),
-        ("auto", Memory(0.9), "of this", "keep", "memorized them, but its weights are kept all the same: of this."),
+        ("auto", Memory(0.9), "of this", "keep", "memorized them, but its weights are kept anyway: of this."),
         ("shrink", NONE, "", "shrink", "Fine-tuning starts from weights moved back towards those that the fit began"),
         ("shrink", Memory(0.1), "", "shrink", "(10% of the way is kept)."),
         ("start", Memory(0.1), "", "start", "Fine-tuning starts from the weights that the fit began with."),

@@ -138,7 +138,7 @@ def test_most_of_the_samples_are_an_error_on_every_rank(world_size):
         assert "though the model's weights are finite. Check the inputs for NaN, forward for overflow" in message
     fault = "net.0.weight"
     for message in run_ranks(work, world_size):
-        assert "and so is the model's net.0.weight: training has diverged. Use a smaller learning rate" in message
+        assert "and so is the model's net.0.weight: training has diverged. Lower the learning rate" in message
 
 
 @pytest.mark.parametrize("value", VALUES)

@@ -19,7 +19,7 @@ pytestmark = [
         "You defined a `validation_step`",
         "Be aware that when using `ckpt_path`",
         "You.re resuming",
-        "The partition is not acted upon",
+        "Partition not applied",
     )
 ]
 SIZE, AT, EPOCHS = 101, 1, 3
@@ -109,7 +109,7 @@ def test_what_is_proposed_is_what_the_fit_did(data, tmp_path, threshold):
 
 
 def test_a_table_that_nobody_has_filled_decides_nothing(data, reviewed):
-    with pytest.warns(UserWarning, match=r"Nothing is decided in .*suspects.csv: its column 'decision' is empty"):
+    with pytest.warns(UserWarning, match=r"No decisions in .*suspects.csv: its column 'decision' is empty"):
         partition, _, _, module = run(data, review=reviewed["all"])
     assert partition.provenance["review"] is None
     assert_same_weights(weights(module), reviewed["weights"])
@@ -184,7 +184,10 @@ def test_decisions_hold_where_the_recipe_is_not_to_be_acted_upon(data, tmp_path,
     partition, tune, _, _ = run(data, review=tmp_path / "suspects.csv", recipe=says_nothing)
     assert partition.partition.is_actionable
     assert partition.partition.suspect_indices().sort().values.tolist() == [3, 8]
-    assert any("decides nothing are taken for clean: it cannot be told." in str(one.message) for one in recwarn)
+    assert any(
+        "The recipe was inconclusive (it cannot be told). Samples without a decision in" in str(one.message)
+        for one in recwarn
+    )
     assert tune.draw.index.tolist() == [index for index in range(SIZE) if index not in (3, 8)]
 
 

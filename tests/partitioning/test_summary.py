@@ -143,17 +143,17 @@ def test_the_validation_loaders_may_be_limited():
 
 
 def test_advice_where_nothing_is_noisy():
-    with pytest.warns(UserWarning, match="not acted upon"):
+    with pytest.warns(UserWarning, match="Partition not applied"):
         (partition, _, finetune), *_ = a_fit(data=Unlike(Blobs(noise=0)))
     summary = partition.summary
     assert (partition.partition.status, partition.partition.noise_rate, summary.noise_rate) == ("all_clean", None, None)
     caveat = partition.partition.warning
-    assert caveat.startswith("no list of suspects can be made from this fit; errors among classes that are easily ")
-    found = f"All of the 203 training samples count as clean, nothing was changed: {caveat}. The table"
+    assert caveat.startswith("this fit gives no list of suspects (errors between easily confused classes ")
+    found = f"All of the 203 training samples count as clean, nothing was changed: {caveat}. Partition.to_csv"
     assert summary.advice.startswith(found)
     plain = make_partition(torch.ones(8), torch.arange(8) % 4, warning="it calls all clean", status="all_clean")
     said = summarize(plain, memorized=None, done=(), accuracy=Accuracies()).advice
-    assert said.startswith("No sign of noise in the 8 training samples: nothing was changed. The table")
+    assert said.startswith("No sign of noise in the 8 training samples: nothing was changed. Partition.to_csv")
     assert (summary.suspects, summary.memorized, summary.done) == (0, None, ())
     assert (summary.accuracy_before, summary.accuracy_after) == (None, None)
     assert not finetune.is_active
@@ -165,7 +165,10 @@ def test_one_sentence_before_says_what_is_to_be_won_and_one_after_what_was(optim
     (partition, _, _), *_ = a_fit(optimizer=optimizer, at=at, epochs=at + 1, every_n_epochs=5)
     summary, is_memorized = partition.summary, at == 40
     assert (summary.memorized >= 0.5) == is_memorized
-    assert f"The network predicted {summary.memorized:.0%} of the suspect labels at the partition." in summary.advice
+    assert (
+        f"The network predicted {summary.memorized:.0%} of the suspect labels when the partition was computed."
+        in summary.advice
+    )
     assert summary.advice.startswith(f"{summary.suspects} of 203 training samples are suspect ({summary.suspects} for")
     assert f"estimated noise rate {summary.noise_rate:.1%}" in summary.advice
     said = [record.getMessage() for record in caplog.records]
@@ -207,7 +210,7 @@ def test_advice_without_validation_data():
     (partition, _, _), *_ = a_fit(data=data)
     summary = partition.summary
     assert (summary.accuracy_before, summary.accuracy_after) == (None, None)
-    assert summary.advice.endswith("Without validation data it is not known whether this helped.")
+    assert summary.advice.endswith("There are no validation data to tell whether this helped.")
 
 
 def test_advice_of_the_partition_alone():
@@ -241,11 +244,11 @@ def test_advice_counts_reasons():
     )
     assert summary.advice == (
         "6 of 10 training samples are suspect (2 for label, 3 for input, 1 for both), estimated noise rate 60.0%."
-        " Done: did it. Without validation data it is not known whether this helped."
+        " Done: did it. There are no validation data to tell whether this helped."
     )
 
 
-GAIN = ": a gain over the weights of before; training on with all data for the same steps was not compared."
+GAIN = ": a gain over the weights at the partition. Continued training on all data was not compared."
 NOTHING = ": no meaningful gain."
 LOSS = ": a loss. Check the suspects before you use this model."
 

@@ -82,8 +82,8 @@ def test_it_is_said_and_recorded(whole, tmp_path):
     partition = callback.validation_partition
     suspects = partition.suspect_indices()
     said = callback.summary.advice
-    assert f" Validation set, 301 samples: {finding_of(partition)}; nothing was changed: " in said
-    assert "the validation accuracy counts these labels as right, and against the network." in said
+    assert f" Validation set, 301 samples: {finding_of(partition)}; nothing was changed. " in said
+    assert "Validation accuracy counts these labels as correct." in said
     record = callback.provenance["validation"]
     assert (record["samples"], record["suspects"]) == (301, suspects.sort().values.tolist())
     partition.to_csv(tmp_path / "table.csv")
@@ -236,7 +236,7 @@ def test_a_fit_without_validation_is_refused():
 
 
 def test_when_to_ask():
-    with pytest.raises(RuntimeError, match="of the validation set: set judge_validation=True, and it is computed with"):
+    with pytest.raises(RuntimeError, match="of the validation set: set judge_validation=True to compute it with"):
         _ = AttributionPartitionCallback(at_epoch=AT).validation_partition
     with pytest.raises(RuntimeError, match="of the validation set yet: it is computed with that of the training set"):
         _ = AttributionPartitionCallback(at_epoch=AT, judge_validation=True).validation_partition
@@ -270,7 +270,7 @@ def test_validation_data_that_fail_in_the_middle_end_no_fit():
         callback, _ = judged(loader(data), module=Blind(), callbacks=[Later()], trainer={"check_val_every_n_epoch": 10})
     assert len(callback.partition) == 301
     assert callback.provenance["validation"] is None
-    with pytest.raises(RuntimeError, match="no partition of the validation set: OSError: the disk is gone"):
+    with pytest.raises(RuntimeError, match="No partition of the validation set: OSError: the disk is gone"):
         _ = callback.validation_partition
 
 
@@ -304,9 +304,9 @@ def test_a_fit_that_goes_on_has_it(whole, epoch):
 def test_a_checkpoint_of_a_partition_without_it(whole, tmp_path):
     keep = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
     judged(epochs=AT + 1, callbacks=[keep], judge_validation=False, trainer={"enable_checkpointing": True})
-    with pytest.warns(UserWarning, match="judge_validation=True has no effect here: the partition of the checkpoint"):
+    with pytest.warns(UserWarning, match="judge_validation=True has no effect: the checkpoint's partition"):
         callback, _ = judged(epochs=AT + 2, ckpt_path=tmp_path / f"epoch={AT}.ckpt")
-    with pytest.raises(RuntimeError, match="no partition of the validation set"):
+    with pytest.raises(RuntimeError, match="No partition of the validation set"):
         _ = callback.validation_partition
 
 

@@ -67,7 +67,7 @@ def test_a_fit_is_the_same_without_it(tmp_path):
 @pytest.mark.parametrize("arguments", [{"dry": True}, {"criterion": "sensitivity"}])
 def test_where_no_neuron_is_pruned_nothing_is_written(tmp_path, arguments, said):
     run(tmp_path / "small.pt", **arguments)
-    assert f"No neuron is pruned, so {tmp_path / 'small.pt'} is not written." in said()
+    assert f"No neurons pruned: {tmp_path / 'small.pt'} was not written." in said()
     assert not (tmp_path / "small.pt").exists()
 
 
@@ -128,7 +128,7 @@ def test_of_several_layers_those_that_stay_are_named_before_the_first_step(tmp_p
     data, module = Blobs(101), Toy(TwoBlocks, adamw)
     ours = callbacks(data, tmp_path / "small.pt")
     ours[1].layer = ["net.first", "net.second"]
-    with pytest.warns(UserWarning, match=r"will hold some of the pruned neurons.* in 'net.second'"):
+    with pytest.warns(UserWarning, match=r"will keep some of the pruned neurons.* in 'net.second'"):
         fit(module, BlobsData(data), ours, max_epochs=3)
     assert load_shrunk(Toy(TwoBlocks), tmp_path / "small.pt").net.first.out_features == 6
 

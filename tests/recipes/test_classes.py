@@ -76,7 +76,7 @@ def test_random_coordinates_make_nothing_suspect_and_samples_are_ranked_by_their
     in_order = verdict.clean_probability[evidence.mean_margin.argsort()]
     assert (in_order.diff() >= 0).all()
     assert verdict.suggested_label.equal(evidence.label)
-    assert "does not tell the classes apart: samples are ranked by their margin" in verdict.warning
+    assert "does not separate the classes: samples are ranked by their margin" in verdict.warning
 
 
 def test_of_random_coordinates_no_class_is_suggested():

@@ -405,7 +405,7 @@ def test_a_network_that_has_hardly_learned_may_be_sure_of_noise_and_wrong(right,
     verdict = input_recipe(with_response(replace(evidence, **changes), gap=12.0, unsure=-1.0), no_reduce)
     if right < 0.5 and (right_on_corrupted < right or more_loss):
         assert (verdict.clean_probability == 1).all()
-        assert verdict.notes[0].endswith(": but it does worse on the other, so which is corrupted cannot be told yet")
+        assert verdict.notes[0].endswith(": but it does worse on the other, so it is not yet clear which is corrupted")
     else:  # one that has learned may have memorized the noise before the rest
         assert torch.equal(flagged(verdict), ~CORRUPTED)
 
@@ -926,8 +926,8 @@ EARLY = PrequentialRate(0.0, 0.01, 0.02, 0.0, 0.6, True, torch.zeros(C).double()
         (None, None),
         (OutOfSample(EARLY, accuracy=0.7), None),
         (OutOfSample(EARLY), None),
-        (OutOfSample(), "no early epoch of training steps was seen"),
-        (OutOfSample(replace(EARLY, is_settled=False)), "no early epoch of training steps was seen"),
+        (OutOfSample(), "no early epoch of training steps was observed"),
+        (OutOfSample(replace(EARLY, is_settled=False)), "no early epoch of training steps was observed"),
         (OutOfSample(replace(EARLY, skill=0.95), accuracy=0.7), "it had learned them before"),
     ],
     ids=["nobody looked", "fine", "no validation", "none", "not settled", "learned before"],
@@ -935,7 +935,7 @@ EARLY = PrequentialRate(0.0, 0.01, 0.02, 0.0, 0.6, True, torch.zeros(C).double()
 def test_it_is_said_what_keeps_an_early_epoch_from_telling_the_rate(unseen, said):
     _, evidence = scene(SYMMETRIC)
     verdict = label_recipe(replace(evidence, unseen=unseen), no_reduce)
-    notes = [note for note in verdict.notes if "there may be more wrong labels than are told" in note]
+    notes = [note for note in verdict.notes if "there may be more wrong labels than estimated" in note]
     assert [said in note for note in notes] == ([] if said is None else [True])
     if said is not None:
         assert verdict.noise.interval[1] == 1

@@ -176,7 +176,7 @@ def test_label_issues_of_ours_replace_those_of_a_datalab():
         to_datalab(partition, lab, class_names=["bee", "ant", "cow"])
     with pytest.raises(ValueError, match="Expected a Datalab of the 4 samples of the partition, but it has 24"):
         to_datalab(make_partition(), lab)
-    with pytest.raises(ValueError, match="Expected a label of each sample, as Datalab has them, but some are to be ig"):
+    with pytest.raises(ValueError, match="Expected a label for each sample, since Datalab has no way to ignore one"):
         to_datalab(make_partition(label=torch.tensor([3, -1, 2, 0])))
 
 

@@ -112,11 +112,11 @@ def mask_file():
 BAD = {
     "an empty file": (lambda: b"", "cannot be read"),
     "text": (lambda: b"index,given_label\n0,1\n", "cannot be read"),
-    "a pickle": (lambda: pickle.dumps(Evil()), "holds a pickle, which may run code"),
+    "a pickle": (lambda: pickle.dumps(Evil()), "contains a pickle"),
     "a pickle of protocol 0": (lambda: pickle.dumps(Evil(), protocol=0), "cannot be read"),
     "a file of an earlier version": (
         lambda: torch_file(make_partition().state_dict()),
-        "holds a pickle, which may run code, as did the files of earlier versions; make it again",
+        "contains a pickle .written by an earlier version.., which is not loaded for safety; save it again",
     ),
     "torch's older format": (
         lambda: torch_file(make_partition().state_dict(), _use_new_zipfile_serialization=False),

@@ -53,7 +53,7 @@ def assert_same_outputs(model, small, *args):
         torch.testing.assert_close(outputs(small, *others), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
-def assert_whole(model, x, match="left silent neurons in"):
+def assert_whole(model, x, match="kept pruned neurons in"):
     with pytest.warns(UserWarning, match=match):
         small = shrink(model, x)
     assert_same_weights(weights(model), weights(small))

@@ -36,7 +36,7 @@ def test_a_constant_of_a_norm_keeps_its_neuron_and_lets_others_go():
     silence(net[0], net[1], neurons=[1])
     silence(net[0], neurons=[4])
     net[1].bias[4] = 0.5
-    with pytest.warns(UserWarning, match="left silent neurons in '0'"):
+    with pytest.warns(UserWarning, match="kept pruned neurons in '0'"):
         small = shrink(net, X)
     assert torch.equal(small[0].weight, net[0].weight[[0, 2, 3, 4, 5, 6, 7]])
     assert_same_outputs(net, small, X)
@@ -104,7 +104,7 @@ def test_a_grouped_convolution_stays():
 def test_the_classes_stay():
     net = perceptron(nn.ReLU())
     silence(net[2], neurons=[1])
-    assert_whole(net, X, match="left silent neurons in '2'")
+    assert_whole(net, X, match="kept pruned neurons in '2'")
 
 
 def test_sizes_written_into_forward_keep_a_layer_whole_and_let_others_go():
@@ -118,7 +118,7 @@ def test_sizes_written_into_forward_keep_a_layer_whole_and_let_others_go():
 
     net = View()
     silence(net.conv, net.body)
-    with pytest.warns(UserWarning, match="left silent neurons in 'conv'"):
+    with pytest.warns(UserWarning, match="kept pruned neurons in 'conv'"):
         small = shrink(net, IMAGES)
     assert small.conv.out_channels == 6
     assert small.body.out_features == small.head.in_features == 6
@@ -129,7 +129,7 @@ def test_tied_weights_stay_tied():
     net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
     net[2].weight = net[0].weight
     silence(net[0], net[2])
-    with pytest.warns(UserWarning, match="left silent"):
+    with pytest.warns(UserWarning, match="kept pruned"):
         small = shrink(net, torch.randn(5, 8))
     assert small[0].weight is small[2].weight
     assert size(small) == size(net)

@@ -124,7 +124,7 @@ def test_a_neuron_to_which_one_of_two_listens_stays():
 def test_of_a_silent_layer_one_neuron_stays():
     net = perceptron(nn.ReLU())
     silence(net[0], neurons=range(8))
-    with pytest.warns(UserWarning, match="left silent neurons in '0'"):
+    with pytest.warns(UserWarning, match="kept pruned neurons in '0'"):
         small = shrink(net, X)
     assert small[0].out_features == 1
     assert_same_outputs(net, small, X)
@@ -134,7 +134,7 @@ def test_a_residual_stream_is_cut_where_all_that_add_to_it_are_silent():
     net = residual()
     silence(net.stem, neurons=[0, 1, 2])
     silence(net.block, neurons=[1, 2, 3])
-    with pytest.warns(UserWarning, match="left silent neurons in 'stem', 'block'"):
+    with pytest.warns(UserWarning, match="kept pruned neurons in 'stem', 'block'"):
         small = shrink(net, X)
     assert (small.stem.out_features, small.block.in_features, small.block.out_features) == (18, 18, 18)
     assert small.head.in_features == 18
@@ -402,7 +402,7 @@ def test_only_the_layers_that_are_named_are_cut():
         for layer in (net[0], net[2]):
             layer.weight[:2], layer.bias[:2] = 0, 0
     x = torch.randn(3, 4)
-    with pytest.warns(UserWarning, match="shrink left silent neurons in '0'"):
+    with pytest.warns(UserWarning, match="shrink kept pruned neurons in '0'"):
         small = shrink(net, x, layers=["2"])
     assert (small[0].out_features, small[2].out_features) == (6, 4)
     with pytest.raises(ValueError, match="Expected layers to be among the Linears and convolutions of Sequential"):

@@ -69,7 +69,7 @@ def test_a_missing_partner_is_an_error_that_shows_the_lines_to_add(alone, partit
 def test_layers_need_names_or_a_callback_that_prunes():
     partition, _, finetune = trio(2, finetune={"mode": "layers"})
     module = Toy()
-    with pytest.raises(MisconfigurationException, match=r"name them with layers=\[...\], or add a SensitivityPrune"):
+    with pytest.raises(MisconfigurationException, match=r"set layers=\[...\], or add a SensitivityPrune"):
         fit(module, BlobsData(Blobs()), [partition, finetune])
     assert module.steps == 0
 

@@ -169,10 +169,10 @@ def show(loggers, names=("a", "b"), draw=lambda: "figure", is_global_zero=True):
 def test_a_logger_that_cannot_draw_is_said_once_and_costs_nothing():
     pytest.importorskip("matplotlib")
     failing, other = Board(OSError("the disk is full")), Board()
-    with pytest.warns(UserWarning, match="Board could not take the picture 'a'") as said:
+    with pytest.warns(UserWarning, match="Board failed to log figure 'a'") as said:
         show([failing, other])
     assert [str(one.message) for one in said] == [
-        "Board could not take the picture 'a' (OSError: the disk is full); it is offered no more of them in this fit."
+        "Board failed to log figure 'a' (OSError: the disk is full). Figures are disabled for this logger."
     ]
     assert other.shown == ["a", "b"]
 
@@ -180,7 +180,7 @@ def test_a_logger_that_cannot_draw_is_said_once_and_costs_nothing():
 def test_a_fit_goes_on_where_pictures_fail(monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(loggers_module, "plot_partition", lambda *_: 1 / 0)
-    with pytest.warns(UserWarning, match="could not take the picture 'unlearn/partition'"):
+    with pytest.warns(UserWarning, match="failed to log figure 'unlearn/partition'"):
         callbacks = a_fit(Board())
     assert callbacks[0].summary.suspects > 0
 

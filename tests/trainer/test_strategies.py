@@ -61,5 +61,5 @@ def test_a_strategy_of_a_users_own_that_is_ddp_passes():
 
 @pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork"])
 def test_where_the_fit_runs_in_other_processes_it_says_that_results_stay_there(strategy):
-    with pytest.warns(UserWarning, match="so what Somebody finds stays there: read it from a checkpoint"):
+    with pytest.warns(UserWarning, match="so results of Somebody are not available in the main process. Read them"):
         check_strategy(L.Trainer(accelerator="cpu", devices=2, strategy=strategy, logger=False), "Somebody")

@@ -159,7 +159,7 @@ def test_where_there_is_no_score_the_log_says_why_once(reason, monkeypatch):
     fit(module, Data(make), [asks], max_epochs=2, **trainer)
     assert asks.score == (None, None)
     assert len(said) == 1
-    assert re.search(f"There is no score on validation data to go by: .*{reason}", said[0])
+    assert re.search(f"No validation score available: .*{reason}", said[0])
     assert module.steps == 14  # the fit went on
 
 

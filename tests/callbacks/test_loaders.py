@@ -21,7 +21,8 @@ from lightning_unlearn.data.sampling_scheme import scheme_of
 from lightning_unlearn.data.subset_sampler import CleanSubsetSampler
 from tests.callbacks.test_relabel import Noting
 from tests.data.test_loaders import Ahead, Elsewhere, OneForEver, Pairwise
-from tests.toys import Blobs, IndexRecorder, Toy, auroc, fit, partition_callback, trio
+from tests.toys import Blobs, IndexRecorder, Toy, auroc, fit, partition_callback
+from tests.toys import quick_trio as trio
 
 N, AT = 203, 2
 
@@ -132,7 +133,7 @@ LOADERS = {
 def test_loaders_as_they_are_made(name):
     data = Blobs()
     loader = LOADERS[name](data)
-    partition, _, finetune = trio(AT)
+    partition, _, finetune = trio(AT, recipe="auto")
     record = IndexRecorder(data)
     fit(Toy(), loader, [partition, finetune, record])
     clean = partition.partition.clean_indices().tolist()

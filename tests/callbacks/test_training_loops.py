@@ -16,7 +16,8 @@ from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, ReduceLROnPlateau
 
 from lightning_unlearn import AttributionPartitionCallback
-from tests.toys import Blobs, BlobsData, Toy, adamw, assert_same_weights, auroc, fit, mlp, sgd, trio, weights
+from tests.toys import Blobs, BlobsData, Toy, adamw, assert_same_weights, auroc, fit, mlp, sgd, weights
+from tests.toys import quick_trio as trio
 
 AT, SIZE = 2, 101
 PRUNES_IN_ANY_CASE = {"criterion": "magnitude", "max_val_drop": None}

@@ -123,6 +123,13 @@ def test_tabular_runs_in_a_process_of_its_own_and_shows_rows_as_in_the_file(fold
     )
 
 
+def test_a_stream_of_shards_is_told_apart_by_keys(run_script, folder, monkeypatch):
+    monkeypatch.setitem(KINDS, "stream", ("key", "image"))
+    rows, cards = check("stream", run_script(EXAMPLES / "stream" / "stream.py", "--fast"), folder)
+    assert all(row["key"].startswith("digit-") for row in rows)
+    assert {card["file"] for card in cards} <= {row["key"] for row in rows}
+
+
 def test_labels_of_the_users_own_data_are_left_as_they_are(run_script):
     """And all that is said of what is truly wrong is left out."""
     shown = run_script(EXAMPLES / "tabular" / "tabular.py", "--fast", "--data", DATA["tabular"], "--out", "runs/own")

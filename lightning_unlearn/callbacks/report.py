@@ -98,6 +98,8 @@ class UnlearnReport(FitCallback):
         self._losses: list[Any] = [0.0, 0]
         self._started = self._validation_started = time.perf_counter()
         self._seconds = {"fit": 0.0, "validation": 0.0}
+        # Of samples that are known by a key, those that came again after the partition.
+        self._by_key: dict[Any, Any] = {}
 
     @property
     def path(self) -> Path:
@@ -125,6 +127,14 @@ class UnlearnReport(FitCallback):
         self._check_names()
         # Here, and not when the epoch before has ended, when not all of its metrics were known.
         self._note_metrics(trainer, trainer.current_epoch - 1)
+        self._want_samples()
+
+    def _want_samples(self) -> None:
+        """Has the samples of the gallery kept as they come again, where no data set can be asked for them."""
+        keyed, partition = self.fit.keyed, _found(self.fit.source, "partition", None)
+        if keyed is not None and partition is not None and not keyed.wanted:
+            provenance = _found(self.fit.source, "provenance", {})
+            keyed.wanted = {partition.keys[at] for at in shown_samples(partition, provenance, self.samples)}
 
     @override
     def on_train_batch_end(
@@ -148,6 +158,9 @@ class UnlearnReport(FitCallback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._note_metrics(trainer, trainer.current_epoch - 1)
+        if (keyed := self.fit.keyed) is not None:
+            others = self.fit.exchange([keyed.kept] + [None] * (self.fit.world_size - 1))
+            self._by_key = {key: item for kept in others for key, item in (kept or {}).items()}
         self._seconds["fit"] += time.perf_counter() - self._started
 
     @override
@@ -230,10 +243,7 @@ class UnlearnReport(FitCallback):
         rounds = [vars(drawn) | {} for drawn in getattr(source, "rounds", ())]
         provenance = _found(source, "provenance", {})
         shown = shown_samples(partition, provenance, self.samples)
-        loader = self.fit.scoring_loader
-        dataset = loader.dataset
-        with unopened(loader):
-            gallery, fault = self.gallery(dataset, shown)
+        gallery, fault = self._gallery(partition, shown)
         if fault:
             rank_zero_warn(f"Some samples cannot be shown in the report: {fault}")
         return RunRecord(
@@ -245,11 +255,26 @@ class UnlearnReport(FitCallback):
             suspect_precision=float(getattr(source, "suspect_precision", 0.85)),
             class_names=self.class_names or list(partition.class_names),
             provenance=provenance,
-            fit=_facts(trainer, pl_module) | ({"dry run": "yes"} if source.dry_run else {}),
+            fit=_facts(trainer, pl_module, by_key=self.fit.keyed is not None)
+            | ({"dry run": "yes"} if source.dry_run else {}),
             seconds=self._seconds | _phases([source, *ours]),
             curves=_without_double(self._curves),
             swaps=[] if first is None else sorted({first, *(r["epoch"] for r in rounds if r["epoch"] > first)}),
         )
+
+    def _gallery(self, partition: Partition, shown: Sequence[int]) -> tuple[dict[int, dict[str, Any]], str]:
+        """See :meth:`gallery`; of samples that are known by a key, of those that have come again."""
+        if self.fit.keyed is None:
+            loader = self.fit.scoring_loader
+            with unopened(loader):
+                return self.gallery(loader.dataset, shown)
+        keys = {index: partition.keys[index] for index in shown}
+        found, fault = self.gallery(
+            {index: self._by_key[key] for index, key in keys.items() if key in self._by_key},
+            [index for index, key in keys.items() if key in self._by_key],
+        )
+        absent = {"kind": "text", "text": "It has not come again after the partition."}
+        return {index: found.get(index, absent) | {"file": str(key)} for index, key in keys.items()}, fault
 
     def gallery(self, dataset: Any, indices: Sequence[int]) -> tuple[dict[int, dict[str, Any]], str]:
         """What is shown of some samples; and why not of all, of the first of which that is so.
@@ -280,8 +305,9 @@ def _found(callback: Any, name: str, otherwise: Any) -> Any:
         return otherwise
 
 
-def _facts(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-    data = getattr(trainer, "datamodule", None) or train_loader(trainer).dataset
+def _facts(trainer: Trainer, pl_module: LightningModule, *, by_key: bool) -> dict[str, Any]:
+    of_loader = trainer.train_dataloader if by_key else train_loader(trainer).dataset
+    data = getattr(trainer, "datamodule", None) or getattr(of_loader, "dataset", of_loader)
     return {
         "model": type(pl_module).__name__,
         "data": type(data).__name__,

@@ -22,6 +22,7 @@ from lightning_unlearn.evidence.rank_share import Ranks, RankShare
 from lightning_unlearn.evidence.training_dynamics import TrainingDynamics
 from lightning_unlearn.functional.attribution import label_margin
 from lightning_unlearn.functional.identity import mixed
+from lightning_unlearn.functional.soft_margin import rivals_of
 
 # Samples that a rank hands over at a time.
 _AT_A_TIME = 65_536
@@ -63,6 +64,8 @@ class KeyedEvidence:
     def reset(self) -> None:
         """Forgets all samples."""
         self._own: dict[Any, int] = {}
+        # (R, 4), see :func:`_of_step`; of few classes it is empty.
+        self.latest = torch.zeros(0, 4)
         self._parts: list[dict[str, Any]] = []
         self._epochs = 0
         self.drop()
@@ -72,7 +75,7 @@ class KeyedEvidence:
         self._slots: dict[Any, int] = {}
         self._noted: list[tuple[Tensor, Tensor]] = []
         self._labels: list[tuple[Tensor, Tensor]] = []
-        self._rivals: list[tuple[Tensor, Tensor]] = []
+        self._latest: list[tuple[Tensor, Tensor]] = []
         self._places: list[tuple[Tensor, float]] = []
         self._rows = 0
         self.positions = torch.zeros(0, dtype=torch.uint8)
@@ -101,6 +104,8 @@ class KeyedEvidence:
         self._rows += len(index)
         self._noted.append(trajectory.described(index, logits, label))
         self._labels.append((index, label.cpu()))
+        if trajectory.has_margins:
+            self._latest.append((index, _of_step(trajectory, logits.float(), label).cpu()))
 
     def place(self, slots: Tensor, position: float) -> None:
         """Notes in which batch of the epoch samples were drawn."""
@@ -137,7 +142,15 @@ class KeyedEvidence:
         for index, noted in self._noted:
             fresh.index_add_(0, index, noted)
         label, differ, example = self.labels(count * rows)
-        columns = fresh.view(count, rows, -1), label.view(count, rows), self._positions(count)
+        latest = torch.zeros(count * rows, 4 if self._latest else 0)
+        for index, noted in self._latest:
+            latest[index] = noted
+        columns = (
+            fresh.view(count, rows, -1),
+            label.view(count, rows),
+            latest.view(count, rows, -1),
+            self._positions(count),
+        )
         keys, number = list(self._slots), self._rows
         owners = owners_of(keys, ranks.number)
         self.drop()
@@ -165,7 +178,14 @@ class KeyedEvidence:
         return found
 
     def _take(
-        self, trajectory: TrainingDynamics, rows: int, keys: list[Any], fresh: Tensor, label: Tensor, position: Tensor
+        self,
+        trajectory: TrainingDynamics,
+        rows: int,
+        keys: list[Any],
+        fresh: Tensor,
+        label: Tensor,
+        latest: Tensor,
+        position: Tensor,
     ) -> tuple[int, str]:
         """Takes what a rank has seen of samples that are this rank's own; see :meth:`labels`."""
         if not keys:
@@ -177,6 +197,9 @@ class KeyedEvidence:
         self.positions[number] = torch.maximum(self.positions[number], position)
         index = _rows_of(number, rows)
         trajectory.add(index, fresh.flatten(0, 1))
+        if latest.numel():
+            self.latest = torch.cat([self.latest, torch.zeros(len(self._own) * rows - len(self.latest), 4)])
+            self.latest[index] = latest.flatten(0, 1)
         known, label = trajectory.label[index], label.flatten()
         trajectory.label[index] = known.where(known >= 0, label)
         other = ((known >= 0) & (label >= 0) & (known != label)).nonzero().flatten()
@@ -227,7 +250,11 @@ class KeyedEvidence:
             trajectory: of its own samples.
             ranks: of a fit that is running.
         """
-        mine = {"keys": list(self._own), "trajectory": None if trajectory is None else trajectory.state_dict()}
+        mine: dict[str, Any] = {
+            "keys": list(self._own),
+            "trajectory": None if trajectory is None else trajectory.state_dict(),
+        }
+        mine["latest"] = self.latest.clone()
         parts, whole = [mine], ranks is not None
         if ranks is not None and ranks.number > 1:
             parts = ranks.exchange([mine, *[None] * (ranks.number - 1)])
@@ -250,6 +277,9 @@ class KeyedEvidence:
                 self._own[part["keys"][at]] = len(self._own)
         self.positions = torch.zeros(len(self._own), dtype=torch.uint8)
         rows = next((len(p["trajectory"]["label"]) // len(p["keys"]) for p in parts if p["keys"]), 1)
+        if any(len(part["latest"]) for part in parts):
+            of_rows = [part["latest"][_rows_of(which, rows)] for part, which in zip(parts, mine, strict=True)]
+            self.latest = torch.cat(of_rows)
         of_parts = [(part["trajectory"], _rows_of(which, rows)) for part, which in zip(parts, mine, strict=True)]
         joined = {
             name: torch.cat([one[name].index_select(dim, index) for one, index in of_parts], dim=dim)
@@ -263,13 +293,16 @@ def _rows_of(samples: Tensor, rows: int) -> Tensor:
     return (samples.unsqueeze(1) * rows + torch.arange(rows)).flatten()
 
 
-def last_seen(trajectory: TrainingDynamics, rows: Tensor, index: Tensor) -> dict[str, Tensor]:
+def last_seen(
+    trajectory: TrainingDynamics, rows: Tensor, index: Tensor, latest: Tensor | None = None
+) -> dict[str, Tensor]:
     """What a pass over the samples would have shown last, as the last part of training in which each was drawn did.
 
     Args:
         trajectory: of training steps.
         rows: (n,) int64.
         index: (n,) int64, their numbers among those of all ranks.
+        latest: (R, 4), what the latest step showed of each row, where more classes occur than have coordinates.
 
     Returns:
         by the names of :meth:`ScoringPass.run <lightning_unlearn.evidence.eval_pass.ScoringPass.run>`.
@@ -278,6 +311,12 @@ def last_seen(trajectory: TrainingDynamics, rows: Tensor, index: Tensor) -> dict
     given = label.clamp(min=0)
     last = _latest(trajectory.phases(rows), (len(rows), trajectory.basis.shape[1]))
     found = {"label": label, "identity": mixed(index + 1), "last": last}
+    if trajectory.has_margins and latest is not None and len(latest):
+        rival, share, margin, loss = latest[rows].unbind(dim=1)
+        soft = trajectory.soft_margins(rows)
+        found["soft_margins"] = _latest(soft, (len(rows), soft[0].shape[1]))
+        found |= {"rival": rival.long(), "rival_share": share, "margin": margin, "loss": loss}
+        return found | {"prediction": torch.where(margin > 0, given, rival.long())}
     absent = torch.full((trajectory.num_classes,), -torch.inf)
     absent[trajectory.classes] = 0
     logits = last @ trajectory.basis.T + absent
@@ -286,6 +325,13 @@ def last_seen(trajectory: TrainingDynamics, rows: Tensor, index: Tensor) -> dict
         "loss": cross_entropy(logits, given, reduction="none"),
         "prediction": logits.argmax(dim=1),
     }
+
+
+def _of_step(trajectory: TrainingDynamics, logits: Tensor, label: Tensor) -> Tensor:
+    """(B, 4): the strongest other class, its probability among the others, the margin and the loss of the label."""
+    rival, share = rivals_of(logits, label, trajectory.classes)
+    loss = cross_entropy(logits, label, reduction="none")
+    return torch.stack([rival.float(), share, label_margin(logits, label), loss], dim=1)
 
 
 def _latest(phases: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:

@@ -206,8 +206,8 @@ class KeyedCollector(EvidenceCollector):
                 " computed, but there was no batch that could be read; give training more epochs, or at_epoch a larger"
                 " value."
             )
-        local = self.reading.row_indices(share.local)
-        return share, last_seen(self.in_use, local, self.reading.row_indices(share.index)), keys
+        local, index = self.reading.row_indices(share.local), self.reading.row_indices(share.index)
+        return share, last_seen(self.in_use, local, index, self.by_key.latest), keys
 
     @override
     def check_steps(self, fit: FitContext) -> None:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_unlearn.data.sample_key import Key
-from lightning_unlearn.finetuning.batch_rows import take_rows
 from lightning_unlearn.finetuning.relabel import Relabeling, check_arrives
 from lightning_unlearn.finetuning.training_subset import TrainingSubset
 from lightning_unlearn.results.partition import Partition
+from lightning_unlearn.trainer.batch_rows import take_rows
 from lightning_unlearn.trainer.context import FitContext
 from lightning_unlearn.trainer.keyed_batches import KeyedBatches
 from lightning_unlearn.trainer.progress import rank_zero_info

@@ -40,11 +40,11 @@ def to_dataframe(partition: Partition, *, class_names: Sequence[str] | None = No
             default the partition's own.
 
     Returns:
-        columns ``file`` (where the data set of the fit lists its files), ``given_label``, ``suggested_label`` (of a
-        multi-label task lists of the labels that a sample has), ``clean_probability`` and ``expected_precision`` (NaN
-        where they are not known), ``suggested_probability``, ``label_evidence``, ``input_evidence``, ``reason``,
-        ``is_clean``, ``rank``, ``list``, ``proposed`` and an empty
-        ``decision`` (see :meth:`Partition.to_csv
+        columns ``key`` (where samples are known by one), ``file`` (where the data set of the fit lists its
+        files), ``given_label``, ``suggested_label`` (of a multi-label task lists of the labels that a sample
+        has), ``clean_probability`` and ``expected_precision`` (NaN where they are not known),
+        ``suggested_probability``, ``label_evidence``, ``input_evidence``, ``reason``, ``is_clean``, ``rank``,
+        ``list``, ``proposed`` and an empty ``decision`` (see :meth:`Partition.to_csv
         <lightning_unlearn.Partition.to_csv>`).
 
     Raises:

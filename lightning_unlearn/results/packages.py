@@ -51,7 +51,9 @@ def columns_by_title(partition: Partition, class_names: Sequence[str] | None) ->
         ValueError: if there is not one name per class.
     """
     names = partition.known_names(class_names)
-    columns: dict[str, list[Any]] = {"file": list(partition.files)} if partition.files else {}
+    columns: dict[str, list[Any]] = {"key": list(partition.keys)} if partition.keys else {}
+    if partition.files:
+        columns["file"] = list(partition.files)
     for title, label in (("given", partition.label), ("suggested", partition.suggested_label)):
         cells = label_cells(label)
         columns[f"{title}_label"] = cells

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning_unlearn.data.sample_key import KeyReader
+from lightning_unlearn.trainer.batch_rows import item_at
 from lightning_unlearn.trainer.running_fit import RunningFit
 from lightning_unlearn.trainer.train_data import BatchHook
 
@@ -22,6 +23,8 @@ class KeyedBatches:
         keys: of the batch in hand; None before it is delivered, and where it is none.
         first: a copy of the first batch, as it was delivered; None before it.
         batch: that batch as ``training_step`` gets it, while the step goes on.
+        wanted: keys of samples that somebody wants to show.
+        kept: these samples by key, as far as they have come since.
         change: makes another batch of it before the transfer hooks; None for no change.
     """
 
@@ -32,7 +35,7 @@ class KeyedBatches:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has nothing of the fit.
-        return {**self.__dict__, "keys": None, "batch": None, "first": None, "change": None}
+        return {**self.__dict__, "keys": None, "batch": None, "first": None, "change": None, "kept": {}}
 
     def attach(self, fit: RunningFit) -> None:
         """From now on training batches are read. Call in ``setup`` of a fit."""
@@ -44,6 +47,8 @@ class KeyedBatches:
         self.keys: list[Any] | None = None
         self.batch: Any = None
         self.first: Any = None
+        self.wanted: set[Any] = set()
+        self.kept: dict[Any, Any] = {}
         self.change: Change | None = None
 
     def _take(self, batch: Any) -> Any:
@@ -54,12 +59,19 @@ class KeyedBatches:
         if self.first is None:
             # A copy, which transfer hooks have not changed in place.
             self.first = copy.deepcopy(batch)
+        self._keep(batch, keys)
         if self.change is not None:
             batch = self.change(batch, keys)
             # Rows may be gone.
             keys = self.reader.read(batch)
         self.keys = keys
         return batch
+
+    def _keep(self, batch: Any, keys: list[Any]) -> None:
+        """Keeps the samples that are wanted, before rows are taken out."""
+        for row, key in enumerate(keys) if len(self.kept) < len(self.wanted) else ():
+            if key in self.wanted and key not in self.kept:
+                self.kept[key] = item_at(batch, row, len(keys), self.reader.container(batch))
 
     def start_batch(self, batch: Any) -> None:
         """Takes the batch of a step, as it is given there. Call in ``on_train_batch_start``.

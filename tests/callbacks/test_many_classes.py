@@ -8,11 +8,12 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_unlearn import AttributionPartitionCallback
+from lightning_unlearn import AttributionPartitionCallback, DataFormat
 from lightning_unlearn.evidence.early_epochs import EarlyEpochs
 from lightning_unlearn.evidence.training_dynamics import TrainingDynamics
 from lightning_unlearn.utilities.reduce import no_reduce
 from tests.ranks import run_ranks
+from tests.toys import make_trainer
 
 CLASSES, EACH = 200, 30
 
@@ -152,3 +153,19 @@ def test_an_epoch_in_which_most_outputs_were_no_class_is_not_looked_at():
     early = EarlyEpochs()
     early.look(trajectory, positions, 50, (rows, torch.ones(len(rows))), torch.device("cpu"), no_reduce)
     assert early.rate is None
+
+
+@pytest.mark.parametrize("outputs", [CLASSES, 1000], ids=["as many outputs", "a thousand outputs"])
+def test_wrong_labels_among_two_hundred_classes_of_a_stream_are_found(outputs):
+    x, label, wrong, true = birds(0.05)
+    L.seed_everything(0, verbose=False)
+    data = DataFormat(sample_key=lambda batch: batch[2], batch_to_xy=lambda batch: (batch[0], batch[1]))
+    callback = AttributionPartitionCallback(at_epoch=4, recipe="label", data=data)
+    loader = DataLoader(TensorDataset(x, label, torch.arange(len(x))), 64, shuffle=True)
+    make_trainer([callback], max_epochs=4).fit(Probe(outputs), loader)
+    partition = callback.partition
+    assert partition.keys == tuple(range(len(x)))
+    flagged = ~partition.is_clean
+    assert wrong[flagged].float().mean() > 0.85
+    assert (wrong & flagged).sum() > 0.7 * wrong.sum()
+    assert partition.suggested_label[wrong & flagged].eq(true[wrong & flagged]).float().mean() > 0.8

@@ -1,6 +1,7 @@
 """Samples that are known by a key, as they have no dataset index."""
 
 import copy
+import json
 
 import lightning as L
 import pytest
@@ -15,10 +16,11 @@ from lightning_unlearn import (
     DataFormat,
     Partition,
     SensitivityPruneCallback,
+    UnlearnReport,
 )
 from lightning_unlearn.recipes import get_recipe
 from tests.streams import OfDicts, Stream, finds, index_of, key_of, loader_of, narrow_net
-from tests.toys import Blobs, assert_same_weights, fit, mlp, weights
+from tests.toys import Blobs, assert_same_weights, convnet, fit, mlp, weights
 
 BY_KEY = DataFormat(sample_key="key")
 N = 240
@@ -415,6 +417,20 @@ def test_a_partition_by_key_is_written_read_and_reviewed(found, tmp_path):
     assert reviewed.partition.is_clean[at].tolist() == [True, False]
     assert kept in module.keys_of(4)
     assert dropped not in module.keys_of(4)
+
+
+@pytest.mark.parametrize("at_epoch", [3, 5])
+def test_the_report_shows_the_samples_that_have_come_again_by_their_keys(tmp_path, at_epoch):
+    data, partition = blobs(image=True), by_key(at_epoch=at_epoch)
+    fit(OfDicts(convnet), loader_of(Stream(data)), [partition, UnlearnReport(tmp_path)], max_epochs=5)
+    cards = json.loads((tmp_path / "gallery.json").read_text())["samples"]
+    suspects = [partition.partition.keys[at] for at in partition.partition.suspect_indices().tolist()]
+    assert {card["file"] for card in cards.values()} == set(suspects)
+    kind, text = ("table", "") if at_epoch == 3 else ("text", "It has not come again after the partition.")
+    for card in cards.values():
+        assert (card["kind"], card.get("text", "")) == (kind, text)
+    assert "blob-" in (tmp_path / "report.html").read_text()
+    assert next(iter((tmp_path / "partition.npz").parent.glob("*.npz"))), "the record has the partition"
 
 
 def test_a_table_by_index_does_not_fit_a_stream_nor_one_by_key_a_data_set(found, tmp_path):

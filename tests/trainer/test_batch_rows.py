@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pack_sequence
 
-from lightning_unlearn.finetuning.batch_rows import take_rows
+from lightning_unlearn.trainer.batch_rows import take_rows
 
 Pair = namedtuple("Pair", "x y")
 ROWS = torch.tensor([0, 2])

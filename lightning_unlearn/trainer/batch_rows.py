@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
@@ -42,6 +43,33 @@ def take_rows(batch: Any, rows: Tensor, total: int, path: Path = ()) -> Any:
         return _taken(batch, rows, total)
     for key, value in children_of(batch):
         batch = _with(batch, key, _taken(value, rows, total))
+    return batch
+
+
+def item_at(batch: Any, row: int, total: int, path: Path = ()) -> Any:
+    """One sample of a batch, as the data set has made it before it was collated; a copy of what the batch holds.
+
+    Args:
+        batch: see :func:`take_rows`.
+        row: which.
+        total: B.
+        path: where in the batch the samples are.
+
+    Example:
+        >>> import torch
+        >>> item_at({"x": torch.arange(6).reshape(3, 2), "key": ["a", "b", "c"]}, 1, 3)
+        {'x': tensor([2, 3]), 'key': 'b'}
+    """
+    return _without_rows(take_rows(field_at(batch, path), torch.tensor([row]), total))
+
+
+def _without_rows(batch: Any) -> Any:
+    """A batch of one sample without the dimension that counts samples."""
+    if isinstance(batch, (Tensor, np.ndarray)):
+        return batch[0] if batch.ndim else batch
+    for key, value in children_of(batch) if _is_container(batch) else ():
+        is_entry = isinstance(value, (list, tuple)) and not hasattr(value, "_fields") and _has_entries(value, 1)
+        batch = _with(batch, key, value[0] if is_entry else _without_rows(value))
     return batch
 
 

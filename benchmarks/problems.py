@@ -1,4 +1,4 @@
-"""What the partition is judged on: the fits of the two modules of cases, in Lightning."""
+"""What the partition is judged on: the fits of the three modules of cases, in Lightning."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from benchmarks.detection_cases import (
     noisy_validation,
 )
 from benchmarks.runs import fast_precision
+from benchmarks.scratch_cases import scratch_cases
 from benchmarks.sources import Rows, as_it_is
 
 
@@ -158,7 +159,13 @@ def _slow(case: Case, seed: int, folder: Path) -> Problem:
     )
 
 
+def _scratch(name: str, make_fields: Callable[[int], dict[str, Any]], seed: int, _: Path) -> Problem:
+    return Problem(name=name, **make_fields(seed))
+
+
 def problems() -> dict[str, Callable[[int, Path], Problem]]:
     """From the name of a case to what makes it, with a seed and the folder of the data."""
     quick = {case.name: partial(_quick, case) for group in GROUPS.values() for case in group()}
-    return {**quick, **{name: partial(_slow, case) for name, case in CASES.items() if not case.large}}
+    scratch = {name: partial(_scratch, name, make_fields) for name, make_fields in scratch_cases().items()}
+    slow = {name: partial(_slow, case) for name, case in CASES.items() if not case.large}
+    return {**quick, **scratch, **slow}

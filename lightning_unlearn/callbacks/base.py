@@ -253,6 +253,8 @@ def _warn_of_missing(here: set[str], states: dict[str, Any]) -> None:
 class PartitionConsumer(UnlearnCallback):
     """Acts on the partition that another callback of the Trainer publishes."""
 
+    acts_on_partition = True
+
     @override
     def reset(self) -> None:
         self._source: PartitionSource | None = None

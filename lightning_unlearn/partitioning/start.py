@@ -11,6 +11,9 @@ from lightning_unlearn.attribution import ForwardTrace
 from lightning_unlearn.attribution.layers import LayerPoint
 from lightning_unlearn.data.loaders import MIN_SAMPLES
 from lightning_unlearn.data.naming import files_in
+from lightning_unlearn.evidence.collector import EvidenceCollector
+from lightning_unlearn.evidence.keyed_collector import KeyedCollector
+from lightning_unlearn.partitioning.by_key import check_reviewed, review_by_key
 from lightning_unlearn.partitioning.checks import (
     attributed_point,
     check_classifies,
@@ -18,19 +21,122 @@ from lightning_unlearn.partitioning.checks import (
     check_several_labels,
     early_points,
 )
+from lightning_unlearn.partitioning.messages import warn_of_probabilities
+from lightning_unlearn.partitioning.probabilities import check_has_probabilities
 from lightning_unlearn.partitioning.resuming import what_holds
 from lightning_unlearn.partitioning.review import check_agrees, fit_to_data
 from lightning_unlearn.partitioning.state import PartitionState
 from lightning_unlearn.recipes import Recipe
+from lightning_unlearn.recipes.registry import is_builtin
 from lightning_unlearn.recipes.users import trial
 from lightning_unlearn.results.partition import Partition
 from lightning_unlearn.results.provenance import fit_record
 from lightning_unlearn.results.review_csv import Table
 from lightning_unlearn.trainer.context import FitContext, IndexedBatch
-from lightning_unlearn.trainer.data_checks import check_same_labels, check_same_size
+from lightning_unlearn.trainer.data_checks import (
+    Recognized,
+    check_same_labels,
+    check_same_size,
+    recognize_data,
+    same_task,
+)
 from lightning_unlearn.trainer.isolation import isolate_rng
 from lightning_unlearn.trainer.progress import rank_zero_info, rank_zero_warn
+from lightning_unlearn.trainer.row_checks import check_ranks
 from lightning_unlearn.trainer.sample_rows import locate_samples, no_rows
+
+
+def begin(
+    fit: FitContext,
+    asked: Any,
+    state: PartitionState,
+    collector: EvidenceCollector,
+    table: Table | None,
+    settings: Mapping[str, Any],
+) -> None:
+    """Settles, before the first step, what only the loaders and a forward pass show. Every rank must call it.
+
+    Args:
+        fit: that begins.
+        asked: has the settings of ``AttributionPartitionCallback`` as its attributes.
+        state: takes what is found of the data.
+        collector: starts to gather.
+        table: what the file of decisions holds; None for no file.
+        settings: of each callback of ours, by its name.
+    """
+    trace, first = fit.probe()
+    collector.point, collector.early = choose_points(fit, trace, first, asked.recipe, asked.layer)
+    state.task = same_task(state.task, fit.reading.task)
+    warn_of_probabilities(trace.output)
+    if asked.keep_probabilities:
+        check_has_probabilities(fit.reading)
+    if fit.keyed is None:
+        _warn_where_no_round_follows(asked.every_n_epochs, state, collector)
+    data = None
+    if isinstance(collector, KeyedCollector):
+        collector.check_first(fit, first.label.reshape(len(first.index), -1))
+        _check_reviewed_by_key(fit, state, table)
+    else:
+        data = _recognize(fit, state, collector, table, first, verify=asked.data.verify)
+    again = asked.every_n_epochs is not None and collector.trajectory is not None
+    note_fit(fit, state, settings, len(collector.epochs_seen), may_be_drawn_again=again)
+    collector.say_what_is_lost()
+    collector.start(fit, trace, first, is_before=state.partition is None)
+    if collector.trajectory is not None and not is_builtin(asked.recipe):
+        try_recipe(fit, asked.recipe, collector.trajectory.basis)
+    if asked.judge_validation:
+        _begin_validation(fit, state, collector)
+    collector.start_reading(fit, trace, data, first)
+
+
+def _recognize(
+    fit: FitContext,
+    state: PartitionState,
+    collector: EvidenceCollector,
+    table: Table | None,
+    first: IndexedBatch,
+    *,
+    verify: bool,
+) -> Recognized:
+    """Sees that the training set is the one that is known, and that what a person has decided is of it."""
+    check_ranks(fit, fit.total)
+    known = None if collector.trajectory is None else collector.trajectory.label
+    if state.partition is not None:
+        known = state.partition.label.flatten()
+    check_known_labels(fit, first, known)
+    data = recognize_data(fit, known, state.fingerprint if verify else None)
+    state.fingerprint = data.fingerprint
+    take_review(fit, state, table, content=verify)
+    remember_files(fit, state.partition)
+    return data
+
+
+def _check_reviewed_by_key(fit: FitContext, state: PartitionState, table: Table | None) -> None:
+    """Refuses, of samples that are known by a key, decisions that could not be taken later."""
+    if table is None:
+        return
+    check_reviewed(table, fit.reading)
+    if state.partition is not None:
+        check_agrees(state.review, review_by_key(table, state.partition.keys, fit.reading))
+
+
+def _begin_validation(fit: FitContext, state: PartitionState, collector: EvidenceCollector) -> None:
+    if collector.trajectory is not None:
+        state.validation.begin(fit, state.fingerprint)
+    elif state.validation.partition is None:
+        rank_zero_warn(
+            "judge_validation=True has no effect: the checkpoint's partition was computed without it. Train"
+            " without ckpt_path, or resume from a checkpoint from before the partition."
+        )
+
+
+def _warn_where_no_round_follows(every: int | None, state: PartitionState, collector: EvidenceCollector) -> None:
+    is_over = state.is_stable or collector.trajectory is not None
+    if every is not None and state.partition is not None and not is_over:
+        rank_zero_warn(
+            f"every_n_epochs={every} has no effect: the checkpoint was saved without it and"
+            " keeps no evidence. Train without ckpt_path to use it."
+        )
 
 
 def choose_points(

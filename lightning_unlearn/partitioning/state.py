@@ -143,11 +143,18 @@ def _plain(value: Any) -> Any:
 class PublishedPartition:
     """What users ask of a callback that computes a partition, during the fit and after it."""
 
-    state: PartitionState
     judge_validation: bool
     # What a checkpoint says of where its partition comes from; those that act upon the partition in a fit.
     _recorded: dict[str, Any] | None = None
-    _partners: Sequence[Any] = ()
+
+    @property
+    def state(self) -> PartitionState:
+        """What has been found so far."""
+        raise NotImplementedError
+
+    @property
+    def _partners(self) -> Sequence[Any]:
+        raise NotImplementedError
 
     def _when_drawn(self) -> str:
         raise NotImplementedError

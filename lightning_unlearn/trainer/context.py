@@ -60,6 +60,11 @@ class FitContext(RunningFit):
         """Reads the keys of training batches, a ``KeyedBatches``; None where samples have a dataset index."""
         return keyed_of(self.source)
 
+    @property
+    def partners(self) -> list[Any]:
+        """The callbacks that act on the partition."""
+        return [callback for callback in self.callbacks if getattr(callback, "acts_on_partition", False)]
+
     def output(self, x: Any) -> Tensor:
         """The logits that ``forward`` returns, (B, K).
 

@@ -59,11 +59,11 @@ def has_fired(trainer: Trainer, epoch: int) -> bool:
     )
 
 
-def go_on(trainer: Trainer) -> None:
+def go_on(fit: RunningFit) -> None:
     """Lets the fit go on that EarlyStopping has ended."""
-    for callback in _stoppers(callbacks_of(trainer)):
+    for callback in _stoppers(fit.callbacks):
         callback.wait_count = 0
-    trainer.should_stop = False
+    fit.trainer.should_stop = False
     rank_zero_info(
         "EarlyStopping would have ended training on all data here. Training continues on the clean subset, and"
         " EarlyStopping restarts its patience."

@@ -21,10 +21,10 @@ from fsspec.implementations.local import LocalFileOpener
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.trainer.states import RunningStage
 
-import lightning_unlearn.callbacks.partition as partition_module
 from lightning_unlearn import SensitivityPruneCallback
 from lightning_unlearn.attribution import Attributor
 from lightning_unlearn.finetuning.run import Finetuning
+from lightning_unlearn.partitioning.run import Partitioning
 from lightning_unlearn.pruning import guard as guard_module
 from lightning_unlearn.pruning.holding import HeldEntries
 from tests.toys import Blobs, BlobsData, IndexRecorder, Toy, by_margin, fit, sgd, trio, weights
@@ -106,8 +106,8 @@ PLACES = {
     "reading a sample in a pass": (Reads, "read_in_pass"),
     "attributing a batch": (Attributor, "attribute"),
     "validation step": (Toy, "validation_step"),
-    "drawing the partition": (partition_module.AttributionPartitionCallback, "_draw"),
-    "reporting the partition": (partition_module.AttributionPartitionCallback, "_report"),
+    "drawing the partition": (Partitioning, "draw"),
+    "reporting the partition": (Partitioning, "report"),
     "pruning": (SensitivityPruneCallback, "_prune"),
     "measuring in the guard": (guard_module.ScoreMonitor, "is_worse"),
     "holding at zero": (HeldEntries, "hold"),

@@ -14,12 +14,12 @@ from lightning.pytorch.trainer.states import RunningStage
 from torch.utils.data import DataLoader, default_collate
 
 from lightning_unlearn.attribution import Attributor
-from lightning_unlearn.callbacks import partition as partition_module
 from lightning_unlearn.callbacks import prune as prune_module
 from lightning_unlearn.data.subset_sampler import SamplerSwap
 from lightning_unlearn.evidence.training_dynamics import TrainingDynamics
 from lightning_unlearn.finetuning import run as finetuning_module
 from lightning_unlearn.partitioning import messages as messages_module
+from lightning_unlearn.partitioning import run as partitioning_module
 from lightning_unlearn.pruning import run as run_module
 from lightning_unlearn.pruning.guard import ScoreMonitor
 from lightning_unlearn.pruning.masking import PrunedParameters
@@ -207,8 +207,8 @@ OURS = {
     "evidence of a pass": (TrainingDynamics, "observe"),
     "merging": (TrainingDynamics, "merge"),
     "recipe": (THIS, "recipe_of_a_user"),
-    "memorized": (partition_module, "memorized_fraction"),
-    "score before": (partition_module.AttributionPartitionCallback, "_validate"),
+    "memorized": (partitioning_module, "memorized_fraction"),
+    "score before": (partitioning_module.Partitioning, "validate"),
     "report of the partition": (messages_module, "log_partition"),
     "gauge": (run_module, "make_gauge"),
     "ranking": (run_module, "rank_neurons"),

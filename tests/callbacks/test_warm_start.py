@@ -200,7 +200,7 @@ def test_checkpoints_have_the_start_until_it_is_used(checkpoints):
     ],
 )
 def test_auto_goes_by_what_is_memorized(monkeypatch, caplog, memorized, how, said):
-    monkeypatch.setattr("lightning_unlearn.callbacks.partition.memorized_fraction", lambda *_: memorized)
+    monkeypatch.setattr("lightning_unlearn.partitioning.run.memorized_fraction", lambda *_: memorized)
     with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
         (_, _, finetune), _, moments = run({"warm_start": "auto"})
     assert any(line.endswith(said) for line in caplog.messages)
@@ -211,16 +211,16 @@ def test_auto_goes_by_what_is_memorized(monkeypatch, caplog, memorized, how, sai
 
 @pytest.mark.parametrize(("held_out", "how"), [(0.2, "shrink"), (0.9, "keep"), (None, "keep")])
 def test_auto_goes_by_the_gap_to_validation_too(monkeypatch, held_out, how):
-    monkeypatch.setattr("lightning_unlearn.callbacks.partition.memorized_fraction", lambda *_: 0.1)
-    monkeypatch.setattr("lightning_unlearn.callbacks.partition.validation_accuracy", lambda *_: held_out)
-    monkeypatch.setattr("lightning_unlearn.callbacks.partition.share_predicted", lambda *_: 0.95)
+    monkeypatch.setattr("lightning_unlearn.partitioning.run.memorized_fraction", lambda *_: 0.1)
+    monkeypatch.setattr("lightning_unlearn.partitioning.run.validation_accuracy", lambda *_: held_out)
+    monkeypatch.setattr("lightning_unlearn.partitioning.run.share_predicted", lambda *_: 0.95)
     (partition, _, finetune), _, _ = run({"warm_start": "auto"})
     assert partition.accuracy_gap == (None if held_out is None else pytest.approx(0.95 - held_out))
     assert finetune.state_dict()["started_from"] == how
 
 
 def test_auto_keeps_the_weights_where_the_checkpoint_does_not_have_those_of_the_start(monkeypatch, caplog, checkpoints):
-    monkeypatch.setattr("lightning_unlearn.callbacks.partition.memorized_fraction", lambda *_: 0.9)
+    monkeypatch.setattr("lightning_unlearn.partitioning.run.memorized_fraction", lambda *_: 0.9)
     path, callbacks = checkpoints({"warm_start": "keep"}) / "epoch=0.ckpt", trio(AT, finetune={"warm_start": "auto"})
     with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
         fit(Toy(optimizer=adamw), BlobsData(Blobs(101), by_epoch=True), callbacks, ckpt_path=path)

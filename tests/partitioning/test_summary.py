@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback
-from lightning_unlearn.callbacks import partition as partition_module
+from lightning_unlearn.partitioning import run as partition_module
 from lightning_unlearn.partitioning.apply_recipe import apply_recipe
 from lightning_unlearn.partitioning.summary import Accuracies, summarize
 from lightning_unlearn.pruning import run as run_module

@@ -1,0 +1,294 @@
+"""Steps 2 and 3 from beginning to end: when evidence is due it is gathered, and the partition is made of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from lightning_unlearn.attribution import GRADIENT_X_ACTIVATION
+from lightning_unlearn.data.fingerprint import fingerprint_of_keys
+from lightning_unlearn.evidence.collector import EvidenceCollector
+from lightning_unlearn.evidence.keyed_collector import KeyedCollector
+from lightning_unlearn.evidence.rank_share import RankShare
+from lightning_unlearn.partitioning.apply_recipe import (
+    apply_recipe,
+    memorized_fraction,
+    share_predicted,
+    validation_accuracy,
+    weight_of_copies,
+)
+from lightning_unlearn.partitioning.build import CleanCriteria, ShardResult, assemble, notes_of
+from lightning_unlearn.partitioning.by_key import review_by_key
+from lightning_unlearn.partitioning.messages import (
+    class_names_of,
+    report_partition,
+    report_round,
+    say_absent,
+    say_cost,
+    say_late,
+)
+from lightning_unlearn.partitioning.probabilities import average_probabilities
+from lightning_unlearn.partitioning.review import decided_of
+from lightning_unlearn.partitioning.start import begin, remember_files
+from lightning_unlearn.partitioning.state import AtFirst, PartitionState
+from lightning_unlearn.partitioning.summary import Accuracies, summarize
+from lightning_unlearn.partitioning.validation_set import ValidationJudge
+from lightning_unlearn.recipes.evidence import Evidence
+from lightning_unlearn.results.finding import epochs_in_words
+from lightning_unlearn.results.partition import Partition
+from lightning_unlearn.results.review import AppliedReview
+from lightning_unlearn.results.review_csv import Table
+from lightning_unlearn.results.status import PartitionStatus
+from lightning_unlearn.trainer.context import FitContext
+from lightning_unlearn.trainer.divergence import ADVICE, not_finite
+from lightning_unlearn.trainer.early_stopping import go_on
+from lightning_unlearn.trainer.progress import rank_zero_info, rank_zero_warn
+from lightning_unlearn.trainer.validation import score_validation
+
+_ONE_EPOCH = "it was computed after a single epoch, before the network has learned much; train for two or more"
+
+
+class Partitioning:
+    """Gathers evidence and makes the partition of it, once and in later rounds.
+
+    Args:
+        settings: has those of ``AttributionPartitionCallback`` as its attributes.
+        collector: gathers the evidence.
+
+    Attributes:
+        state: what has been found so far.
+        table: what the file of decisions holds, before it has been found to fit the data; None without one.
+        partners: the callbacks that are to act upon the partition.
+        epoch_seconds: how long the last epoch took; None where that is not known, or has been said.
+    """
+
+    def __init__(self, settings: Any, collector: EvidenceCollector) -> None:
+        self.settings, self.collector = settings, collector
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets an earlier fit."""
+        self.state = PartitionState()
+        self.table: Table | None = None
+        self.partners: Sequence[Any] = ()
+        self.has_said_cost = False
+        self.epoch_seconds: float | None = None
+        self.collector.reset()
+
+    @property
+    def may_be_drawn_again(self) -> bool:
+        """Whether other partitions are to follow."""
+        return self.settings.every_n_epochs is not None and self.collector.trajectory is not None
+
+    def is_due(self, epoch: int) -> bool:
+        """Whether a pass is due when ``epoch`` epochs are complete."""
+        if self.state.partition is None:
+            return self.collector.is_pass_due(epoch)
+        # A checkpoint of a fit with one partition holds nothing to compute another one from.
+        if not self.may_be_drawn_again or not self.state.rounds:
+            return False
+        return epoch >= self.state.rounds[-1].epoch + (self.settings.every_n_epochs or 0)
+
+    def begin(self, fit: FitContext) -> None:
+        """Settles, before the first step, what only the loaders and a forward pass show. Every rank must call it."""
+        callbacks = (self.settings, *self.partners)
+        settings = {type(one).__name__: one.settings() for one in callbacks}
+        begin(fit, self.settings, self.state, self.collector, self.table, settings)
+
+    def gather(self, fit: FitContext) -> None:
+        """Passes over the training set, and computes the partition where it is time. Every rank must call it."""
+        collector, epoch, started = self.collector, fit.epoch, time.perf_counter()
+        if collector.point is None and fit.keyed is None:
+            self.begin(fit)
+        if self.state.partition is None and collector.when.is_due(epoch) and collector.when.why:
+            rank_zero_info(f"The partition is computed after {epochs_in_words(epoch)}: {collector.when.why}.")
+        self._say_cost(fit)
+        # A pass that failed, in a fit that goes on, is not counted besides this one.
+        if collector.trajectory is not None:
+            collector.trajectory.drop()
+        if collector.is_before_the_first(epoch):
+            share = self._observe_pass(fit)
+            collector.merge(fit, epoch, len(share["label"]))
+        else:
+            validation = self._judged_validation(fit)
+            self.draw(fit, started)
+            self.state.validation = validation
+            validation.report(fit)
+        if epoch not in collector.epochs_seen:
+            collector.epochs_seen.append(epoch)
+        fit.log({"unlearn/seconds_pass": time.perf_counter() - started})
+
+    def _say_cost(self, fit: FitContext) -> None:
+        """Says before the first pass what bounds its time; other methods pass through the network many times."""
+        is_bound = self.settings.recipe.attribution_method == GRADIENT_X_ACTIVATION and fit.keyed is None
+        if self.epoch_seconds is not None and is_bound:
+            say_cost(fit, self.epoch_seconds)
+            self.has_said_cost, self.epoch_seconds = True, None
+
+    def _observe_pass(self, fit: FitContext) -> dict[str, Tensor]:
+        """Passes over this rank's share of the training set; see :meth:`ScoringPass.run`."""
+        share, absent = self.collector.pass_over(fit)
+        if self.state.partition is None and self.collector.when.is_due(fit.epoch):
+            say_absent(fit, len(absent), len(self.collector.in_use) // fit.reading.rows_per_sample)
+        return share
+
+    def draw(self, fit: FitContext, started: float) -> None:
+        """Computes the partition and makes it known.
+
+        Args:
+            fit: that is running.
+            started: when the evidence for it began to be gathered, in seconds of ``time.perf_counter``.
+        """
+        collector, state, settings = self.collector, self.state, self.settings
+        collector.check_steps(fit)
+        collector.reader.detach()
+        of_rank, share, keys = self._share_of_rank(fit)
+
+        def with_unseen(evidence: Evidence) -> Evidence:
+            if not collector.asks_unseen:
+                return evidence
+            return collector.with_unseen(fit, evidence, validation_accuracy(fit))
+
+        judged, label = apply_recipe(fit, share, collector.in_use, settings.recipe, with_unseen, of_rank)
+        drawn = self._made(fit, judged, label, decided_of(state.review, judged, label))
+        if keys:
+            drawn = replace(drawn, keys=keys, fingerprint=fingerprint_of_keys(keys))
+        if settings.keep_probabilities:
+            state.probabilities = average_probabilities(judged[0], len(drawn), fit.reduce)
+        is_new, seconds = state.partition is None, time.perf_counter() - started
+        changed = self._publish(fit, judged, drawn)
+        if is_new:
+            collector.validation_watch.detach()
+            if collector.when.is_stopped and self.acts(fit, drawn):
+                go_on(fit)
+            self.report(fit, judged, seconds)
+        else:
+            report_round(fit, drawn, changed, state.is_stable)
+
+    def _share_of_rank(self, fit: FitContext) -> tuple[RankShare | None, dict[str, Tensor], tuple[Any, ...]]:
+        """Which samples this rank judges (None: every R-th index), what was seen of them, and the keys of all."""
+        if not isinstance(self.collector, KeyedCollector):
+            return None, self._observe_pass(fit), ()
+        of_rank, share, keys = self.collector.share(fit)
+        if self.table is not None:
+            self.state.review = review_by_key(self.table, keys, fit.reading)
+        return of_rank, share, keys
+
+    def _publish(self, fit: FitContext, judged: Sequence[ShardResult], drawn: Partition) -> float:
+        """Makes a partition known, and returns the share of the samples that have changed sides."""
+        state = self.state
+        found = self._at_first(fit, judged, drawn) if state.is_first(drawn) else state.at_first
+        # After all that may fail, and all at once.
+        changed, is_taken = state.publish(drawn, found, self.settings.min_change)
+        if is_taken:
+            remember_files(fit, drawn)
+            state.sample_weight = weight_of_copies(judged, len(drawn))
+        self.collector.close(forever=self.settings.every_n_epochs is None or state.is_stable)
+        return changed
+
+    def _at_first(self, fit: FitContext, judged: Sequence[ShardResult], drawn: Partition) -> AtFirst:
+        """What is known of the network when the partition that others act upon first is drawn."""
+        memorized, known = memorized_fraction(judged, drawn, fit.reduce), self.state.at_first
+        gap, accuracy, best = known.accuracy_gap, known.accuracy, known.best_accuracy
+        if drawn.is_actionable and fit.partners:
+            given = validation_accuracy(fit)
+            gap = None if given is None else share_predicted(judged, fit.reduce) - given
+        if self.acts(fit, drawn):
+            accuracy, best = self.validate(fit, "before"), self.collector.when.best_accuracy
+        return AtFirst(memorized, accuracy, gap, best)
+
+    def _made(
+        self,
+        fit: FitContext,
+        judged: Sequence[ShardResult],
+        label: Tensor,
+        decided: AppliedReview | None = None,
+        validation: str | None = None,
+    ) -> Partition:
+        """The partition of the training set, or of the validation set with this fingerprint."""
+        recipe, when = self.settings.recipe, self.collector.when
+        drawn = assemble(
+            judged,
+            label,
+            # Of validation samples none are to be kept for training.
+            CleanCriteria(self.settings.suspect_precision, recipe.min_class_fraction if validation is None else 0),
+            fit.reduce,
+            recipe=recipe.name,
+            layer=self.collector.layer,
+            epoch=fit.epoch,
+            fingerprint=self.state.fingerprint if validation is None else validation,
+            relabel_threshold=max((getattr(one, "relabel_threshold", 0.0) for one in self.partners), default=0.0)
+            or None,
+            decided=decided,
+        )
+        drawn = replace(drawn, class_names=tuple(class_names_of(fit, fit.reading.num_classes)))
+        is_early = self.state.partition is None and drawn.epoch == 1 and bool(when.why)
+        if is_early and drawn.status is PartitionStatus.OK:
+            return replace(drawn, status=PartitionStatus.TOO_EARLY, warning=_ONE_EPOCH)
+        return drawn
+
+    def _judged_validation(self, fit: FitContext) -> ValidationJudge:
+        judge = ValidationJudge()
+        if not self.settings.judge_validation:
+            return judge
+
+        def make(judged: Sequence[ShardResult], label: Tensor, fingerprint: str) -> Partition:
+            return self._made(fit, judged, label, validation=fingerprint)
+
+        judge.draw(self.collector.evidence_pass(fit, is_last=True), self.settings.recipe, make)
+        return judge
+
+    def acts(self, fit: FitContext, partition: Partition) -> bool:
+        """Whether another callback is to act on the partition."""
+        acts = partition.is_actionable and not (self.settings.dry_run or self.state.is_late)
+        return acts and bool(fit.partners)
+
+    def validate(self, fit: FitContext, when: str) -> float | None:
+        """Accuracy on validation data, which is logged as of that moment; None without any. Every rank must call it."""
+        score = score_validation(fit)
+        if score is None:
+            return None
+        fit.log({f"unlearn/val_accuracy_{when}": score.accuracy})
+        return score.accuracy
+
+    def report(self, fit: FitContext, judged: Sequence[ShardResult], seconds: float) -> None:
+        """Says what the first partition found."""
+        partition, review = self.state.partition, self.state.review
+        if partition is None:
+            return
+        seen = epochs_in_words(len(self.collector.epochs_seen))
+        notes = [*([] if review is None else [review.counts()]), *notes_of(judged, partition)]
+        evidence = f"evidence of {seen}" + ("" if fit.keyed is not None else f" and a pass of {seconds:.1f} s")
+        report_partition(fit, partition, evidence, notes)
+
+    def decide_at_the_end(self, fit: FitContext) -> None:
+        """Has the partition drawn of a fit that ends before it is due, or with the epoch after which it is."""
+        epoch, when, self.state.is_late = fit.epoch, self.collector.when, True
+        is_early = not when.is_due(epoch)
+        due = str(when) if is_early and not (when.is_open and when.may_be_last) else ""
+        say_late(epoch, due, acts=bool(self.partners) and not self.settings.dry_run)
+        if is_early:
+            when.decide_now(epoch, "training has ended")
+
+    def summarize(self, fit: FitContext, partition: Partition) -> None:
+        """Says what was found and done in a fit that has ended, and whether it helped. Every rank must call it."""
+        state, diverged = self.state, not_finite(fit)
+        if diverged:
+            rank_zero_warn(f"Training has diverged since the partition: {diverged} are NaN or infinite; {ADVICE}.")
+        elif self.acts(fit, partition) and state.accuracy_before is not None:
+            state.accuracy_after = self.validate(fit, "after")
+        done = [callback.describe() for callback in fit.partners]
+        state.summary = summarize(
+            partition,
+            memorized=state.memorized,
+            done=tuple(clause for clause in done if clause),
+            accuracy=Accuracies(state.accuracy_before, state.accuracy_after, state.best_accuracy_before),
+            dry_run=self.settings.dry_run,
+            diverged=diverged,
+            validation=state.validation.said,
+        )
+        rank_zero_info(state.summary.advice)

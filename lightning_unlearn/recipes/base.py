@@ -25,6 +25,33 @@ LONE = 1.5
 # What is left of the doubt where nothing can be told: nothing is suspect, and the order stays.
 NO_DOUBT = 0.01
 
+NAMED_Z = 3.0
+"""How sure it has to be that labels are wrong before samples are named."""
+
+ACTED_Z = 5.0
+"""... before they are acted upon."""
+
+_ONE = 0.5  # samples that are wrong by the rate: fewer are none, however sure a few samples make it
+
+
+def noise_status(z: float, wrong: float, *, is_open: bool = False) -> Literal["found", "weak", "none"]:
+    """What follows from how sure it is that labels are wrong; see :class:`NoiseEstimate`.
+
+    Args:
+        z: how sure it is.
+        wrong: how many samples are wrong by the rate.
+        is_open: whether errors cannot be told from what is hard to learn, so that none is acted upon.
+
+    Example:
+        >>> noise_status(9.0, 40), noise_status(9.0, 40, is_open=True), noise_status(9.0, 0.2), noise_status(2.0, 40)
+        ('found', 'weak', 'none', 'none')
+    """
+    if wrong < _ONE:
+        return "none"
+    if z >= ACTED_Z and not is_open:
+        return "found"
+    return "weak" if z >= NAMED_Z else "none"
+
 
 @dataclass(frozen=True)
 class NoiseEstimate:

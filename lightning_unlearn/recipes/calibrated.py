@@ -11,9 +11,9 @@ from lightning_unlearn.functional.leave_one_out import skill_of
 from lightning_unlearn.functional.prequential import class_shift
 from lightning_unlearn.functional.structured_noise import MIN_ENTRY
 from lightning_unlearn.functional.transition import MOST_NAMES
-from lightning_unlearn.recipes.base import NO_DOUBT, NoiseEstimate, RecipeResult
+from lightning_unlearn.recipes.base import ACTED_Z, NO_DOUBT, NoiseEstimate, RecipeResult
 from lightning_unlearn.recipes.evidence import Evidence, OutOfSample
-from lightning_unlearn.recipes.label_noise import ACTED_Z, LabelHistory, LabelNoise, find_label_noise
+from lightning_unlearn.recipes.label_noise import LabelHistory, LabelNoise, find_label_noise
 from lightning_unlearn.utilities.reduce import Reduce
 
 # So far apart, training and validation accuracy say that labels are memorized.

@@ -16,7 +16,7 @@ from lightning_unlearn.functional.structured_noise import StructuredNoise
 from lightning_unlearn.functional.suspects import in_order_of, with_mean
 from lightning_unlearn.functional.symmetric_noise import SymmetricNoiseFit, fit_symmetric_noise, fit_with_and_without
 from lightning_unlearn.functional.transition import log_odds_of
-from lightning_unlearn.recipes.base import NO_DOUBT, judged_labels
+from lightning_unlearn.recipes.base import NO_DOUBT, judged_labels, noise_status
 from lightning_unlearn.recipes.latent_noise import (
     MANY,
     NamedClasses,
@@ -26,12 +26,6 @@ from lightning_unlearn.recipes.latent_noise import (
     transition_noise,
 )
 from lightning_unlearn.utilities.reduce import Reduce, no_reduce
-
-NAMED_Z = 3.0
-"""From which on suspects are named."""
-
-ACTED_Z = 5.0
-"""From which on they are acted upon."""
 
 # The last pass stands in place of the mean over training as far as nothing is memorized: where the network predicts the
 # given labels of the training samples more often than those of validation samples, by the first, altogether; by the
@@ -50,7 +44,6 @@ _NO_CONFUSION, _ALL_CONFUSION = 0.02, 0.04
 # are memorized or classes are hard to tell.
 _CLEAR_CUT = 0.2
 
-_ONE = 0.5  # samples that are wrong by the rate: fewer are none, however sure a few samples make it
 # How much of the right labels a network predicted in an early epoch, from 0, as by chance, to 1, all of them, in
 # logarithms. Up to the first, of its best guess only what natural confusion does not explain counts, since what is not
 # learned looks wrong; from the second on, all of it.
@@ -157,7 +150,7 @@ def find_label_noise(history: LabelHistory, *, reduce: Reduce = no_reduce) -> La
     objection = "" if bool(can_judge.any()) else NOT_KNOWN
     if not objection:
         found = replace(found, wrong=torch.where(can_judge[asked.label], found.wrong, NO_DOUBT * found.wrong))
-    status = _status(found.z, found.rate * number, is_open=is_open)
+    status = noise_status(found.z, found.rate * number, is_open=is_open)
     if status == "none" and matrix is not None and not matrix.is_named:
         objection = objection or NOT_NAMED
     return _label_noise(found, named, "unknown" if objection else status, objection, asked)
@@ -345,14 +338,6 @@ def _is_sampled(history: LabelHistory) -> bool:
     balanced sampler .52 to .96 were, where .85 were expected.
     """
     return history.favored is not None and bool(history.favored.any())
-
-
-def _status(z: float, wrong: float, *, is_open: bool) -> Status:
-    if wrong < _ONE:
-        return "none"
-    if z >= ACTED_Z and not is_open:
-        return "found"
-    return "weak" if z >= NAMED_Z else "none"
 
 
 def _unseen(history: LabelHistory, reduce: Reduce) -> PrequentialRate | None:

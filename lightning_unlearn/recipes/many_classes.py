@@ -21,9 +21,9 @@ from lightning_unlearn.functional.prequential import PrequentialRate, class_shif
 from lightning_unlearn.functional.suspects import in_order_of, with_mean
 from lightning_unlearn.functional.symmetric_noise import SymmetricNoiseFit
 from lightning_unlearn.functional.transition import MOST_NAMES
-from lightning_unlearn.recipes.base import NO_DOUBT, NoiseEstimate, RecipeResult, judged_labels
+from lightning_unlearn.recipes.base import NO_DOUBT, NoiseEstimate, RecipeResult, judged_labels, noise_status
 from lightning_unlearn.recipes.evidence import Evidence
-from lightning_unlearn.recipes.label_noise import ACTED_Z, NAMED_Z, NOT_KNOWN
+from lightning_unlearn.recipes.label_noise import NOT_KNOWN
 from lightning_unlearn.utilities.reduce import Reduce
 
 # A part of training counts if its steps predicted so large a share of what is predicted of validation samples, or,
@@ -129,8 +129,8 @@ def _blind_errors(
     # Which leaves the less likely classes out, and ranks better where classes are easily confused.
     strongest = torch.stack([part[:, -1] for part in parts]).mean(dim=0)
     wrong = in_order_of(-strongest, wrong, weight, reduce=reduce)
-    status = "found" if z >= ACTED_Z else "weak" if z >= NAMED_Z else "none"
-    return wrong, NoiseEstimate(status, rate, _interval(fit, early, rate), z)
+    number = reduce(weight.sum().reshape(1)).item()
+    return wrong, NoiseEstimate(noise_status(z, rate * number), rate, _interval(fit, early, rate), z)
 
 
 def _interval(fit: SymmetricNoiseFit, early: PrequentialRate | None, rate: float) -> tuple[float, float]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_unlearn.recipes import RecipeResult
-from lightning_unlearn.recipes.base import NoiseEstimate
+from lightning_unlearn.recipes.base import ACTED_Z, NAMED_Z, NoiseEstimate, noise_status
 from lightning_unlearn.utilities.reduce import no_reduce
 from tests.ranks import run_ranks
 
@@ -76,3 +76,17 @@ def test_two_ranks_have_the_list_of_one():
     assert 0 < whole.sum() < 3000
     for rows, one in zip(halves, found, strict=True):
         assert one.equal(whole[rows])
+
+
+@pytest.mark.parametrize(
+    ("z", "wrong", "is_open", "status"),
+    [
+        (ACTED_Z, 0.5, False, "found"),
+        (ACTED_Z, 0.5, True, "weak"),
+        (ACTED_Z - 0.1, 40, False, "weak"),
+        (NAMED_Z - 0.1, 40, False, "none"),
+        (50.0, 0.49, False, "none"),
+    ],
+)
+def test_what_follows_from_how_sure_it_is_that_labels_are_wrong(z, wrong, is_open, status):
+    assert noise_status(z, wrong, is_open=is_open) == status

@@ -90,11 +90,6 @@ class Attributor:
         self._in_parts = OOMBatchSplitter()
         self._agree = agree
 
-    @property
-    def is_fast(self) -> bool | None:
-        """Whether the fast path is taken; None before the first batch, where that is still to be seen."""
-        return self._is_fast
-
     def margin(self, x: Any, label: Tensor) -> MarginAttribution:
         """Attribution of the given label's logit minus the strongest other logit.
 

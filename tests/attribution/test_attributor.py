@@ -28,7 +28,7 @@ def test_margin_is_what_captum_says_of_the_two_classes(net, point, fast):
     model = make(net)
     attributor = Attributor(model, point, model, fast=fast)
     found = attributor.margin(IMAGES, LABEL)
-    assert attributor.is_fast is fast
+    assert attributor._is_fast is fast
     torch.testing.assert_close(found.per_neuron, naive_margin(model, point), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found.logits, model(IMAGES).detach())
     torch.testing.assert_close(found.total(), found.per_neuron.flatten(1).sum(dim=1))

@@ -53,7 +53,7 @@ def test_where_the_fast_path_would_say_something_else_captum_is_used(net, point,
     attributor = Attributor(model, point, model)
     with torch.no_grad(), pytest.warns(UserWarning, match="Using full backpropagation"):
         found = attributor.attribute(x, LABEL, rows=True)
-    assert attributor.is_fast is False
+    assert attributor._is_fast is False
     expected = Attributor(model, point, model, fast=False).attribute(x, LABEL, rows=True)
     torch.testing.assert_close(found.per_neuron, expected.per_neuron, equal_nan=True)
     torch.testing.assert_close(found.class_max, expected.class_max, equal_nan=True)
@@ -174,5 +174,5 @@ def test_the_fast_path_is_taken_where_all_ranks_agree(everywhere):
         warnings.simplefilter("ignore")
         found = attributor.margin(IMAGES, LABEL)
     assert asked == [True]
-    assert attributor.is_fast is everywhere
+    assert attributor._is_fast is everywhere
     torch.testing.assert_close(found.per_neuron, Attributor(model, point, model).margin(IMAGES, LABEL).per_neuron)

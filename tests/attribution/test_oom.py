@@ -31,7 +31,7 @@ def test_a_batch_that_does_not_fit_is_taken_in_parts(most, structure, back):
     for name in ("per_neuron", "logits", "class_max"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name))
     torch.testing.assert_close(found.watched, expected.watched)
-    assert attributor.is_fast
+    assert attributor._is_fast
     sizes.clear()
     attributor.margin(structure(IMAGES), LABEL)
     assert max(sizes) <= most  # the size is remembered

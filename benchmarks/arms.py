@@ -50,6 +50,7 @@ from lightning_unlearn import (
     Partition,
     SensitivityPruneCallback,
 )
+from lightning_unlearn.demo.phases import make_trainer
 from lightning_unlearn.recipes import get_recipe
 from lightning_unlearn.recipes.evidence import Evidence
 
@@ -275,18 +276,8 @@ class Unit:
         return partial(OneCycleLR, max_lr=lr, total_steps=epochs * len(loader))
 
     def _trainer(self, epochs: int, callbacks: list[L.Callback], steps: int) -> L.Trainer:
-        return L.Trainer(
-            max_epochs=epochs,
-            max_steps=steps,
-            callbacks=callbacks,
-            logger=False,
-            enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            accelerator=self.accelerator,
-            devices=1,
-            precision=fast_precision(self.plan.precision, self.accelerator),
-        )
+        precision = fast_precision(self.plan.precision, self.accelerator)
+        return make_trainer(epochs, callbacks, steps, accelerator=self.accelerator, precision=precision)
 
     def _fit(
         self,

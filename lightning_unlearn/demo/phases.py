@@ -76,11 +76,14 @@ def quiet() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def make_trainer(epochs: int, callbacks: list[L.Callback], steps: int = -1) -> L.Trainer:
-    """A Trainer on one CPU that writes nothing but what its callbacks write."""
+def make_trainer(
+    epochs: int, callbacks: list[L.Callback], steps: int = -1, *, accelerator: str = "cpu", precision: Any = None
+) -> L.Trainer:
+    """A Trainer on one device that writes nothing but what its callbacks write."""
     return L.Trainer(
-        accelerator="cpu",
+        accelerator=accelerator,
         devices=1,
+        precision=precision,
         max_epochs=epochs,
         max_steps=steps,
         callbacks=callbacks,

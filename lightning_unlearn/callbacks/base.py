@@ -17,31 +17,10 @@ from lightning_unlearn.trainer.callback_order import callbacks_of, move_before_p
 from lightning_unlearn.trainer.compat import DualPackageCallback, MisconfigurationException, may_make_layers
 from lightning_unlearn.trainer.context import FitContext, shared_context
 from lightning_unlearn.trainer.incompatible import refuse_privacy
+from lightning_unlearn.trainer.missing import warn_of_missing
 from lightning_unlearn.trainer.protocols import PartitionSource, find_partition_source, keyed_of
 from lightning_unlearn.trainer.strategies import check_strategy
 from lightning_unlearn.utilities.sharding import reshard
-
-
-def _has_pruned(state: dict[str, Any]) -> bool:
-    return not state.get("is_proposal") and any(not mask["keep"].all() for mask in state.get("masks", ()))
-
-
-def _has_narrowed(state: dict[str, Any]) -> bool:
-    return state.get("draw") is not None
-
-
-# Where one of ours has acted in a checkpoint and is missing in the fit that goes on from it: how its state tells, and
-# what is lost.
-_MISSED = {
-    "SensitivityPruneCallback": (
-        _has_pruned,
-        "its pruned neurons are no longer kept at zero, and training may revive them",
-    ),
-    "CleanSubsetFinetuneCallback": (
-        _has_narrowed,
-        "training continues with all data, all layers and the optimizer of configure_optimizers",
-    ),
-}
 
 
 class FitCallback(DualPackageCallback):
@@ -121,7 +100,7 @@ class UnlearnCallback(FitCallback):
             self._is_late = True
         ours = [callback for callback in callbacks_of(trainer) if isinstance(callback, UnlearnCallback)]
         if self._fitting and self is ours[0]:
-            _warn_of_missing({callback.state_key for callback in ours}, checkpoint.get("callbacks", {}))
+            warn_of_missing({callback.state_key for callback in ours}, checkpoint.get("callbacks", {}))
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -239,15 +218,6 @@ class UnlearnCallback(FitCallback):
             restore_order(self._fit)
             self.undo(trainer, pl_module)
         self.let_go()
-
-
-def _warn_of_missing(here: set[str], states: dict[str, Any]) -> None:
-    for name, (has_acted, consequence) in _MISSED.items():
-        if name in states and name not in here and has_acted(states[name]):
-            rank_zero_warn(
-                f"The checkpoint was saved after {name} had acted, but the Trainer has none: {consequence}. Add it"
-                " back unless this is intended."
-            )
 
 
 class PartitionConsumer(UnlearnCallback):

@@ -64,7 +64,7 @@ def check(name, shown, folder):
     assert right > 1.5 * suspects * wrong / total
     column, kind = KINDS[name]
     out = folder / "runs" / name
-    with (out / "suspects.csv").open(encoding="utf-8") as file:
+    with (out / "suspects.csv").open(encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == suspects
     assert all(row[column] for row in rows)

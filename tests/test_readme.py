@@ -13,7 +13,7 @@ def test_the_first_example_runs_as_it_stands(tmp_path, monkeypatch):
     assert len([line for line in code.splitlines() if line.strip()]) <= 8
     names = {}
     exec(compile(code, "README.md", "exec"), names)
-    assert (tmp_path / "suspects.csv").read_text().startswith("index,given_label,suggested_label")
+    assert (tmp_path / "suspects.csv").read_text(encoding="utf-8-sig").startswith("index,given_label,suggested_label")
     partition = names["partition"].partition
     data = DigitsDataModule(noise=0.4)
     data.setup()

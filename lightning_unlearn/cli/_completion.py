@@ -17,8 +17,7 @@ class PrintCompletion(argparse.Action):
             import shtab
         except ImportError:
             raise SystemExit(
-                "lightning-unlearn --print-completion needs shtab, which is not installed:"
-                " pip install 'lightning-unlearn[cli]'."
+                "lightning-unlearn --print-completion needs shtab, which is not installed: pip install shtab."
             ) from None
         complete = {**dict.fromkeys(_FILES, shtab.FILE), **dict.fromkeys(_FOLDERS, shtab.DIRECTORY)}
         for command in _commands_of(parser):

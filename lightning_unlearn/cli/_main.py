@@ -16,7 +16,7 @@ from lightning_unlearn.cli._results import add_report, add_show, run_report, run
 from lightning_unlearn.utilities.checks import did_you_mean
 
 # Of the commands that LightningCLI reads, which is imported when one of them runs.
-_NO_JSONARGPARSE = "needs jsonargparse, which is not installed: pip install 'lightning-unlearn[cli]'."
+_NO_JSONARGPARSE = "needs jsonargparse, which is not installed: pip install 'jsonargparse[signatures]'."
 
 _HELP = {
     "fit": "train, with the callbacks in the YAML: LightningCLI's fit",

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
-from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_unlearn.callbacks import (
@@ -35,7 +35,7 @@ from lightning_unlearn.cli._results import (
     read_checkpoint,
     summary_of,
 )
-from lightning_unlearn.data.fingerprint import check_fingerprint, fingerprint
+from lightning_unlearn.cli._samples import check_samples, loader_of
 from lightning_unlearn.data.naming import class_names_in, files_in
 from lightning_unlearn.evidence.when import LATEST
 from lightning_unlearn.recipes import get_recipe
@@ -45,7 +45,7 @@ from lightning_unlearn.report import RunRecord, shown_samples, write_report
 from lightning_unlearn.results.finding import finding_of
 from lightning_unlearn.results.partition import Partition
 from lightning_unlearn.results.review_csv import check_undecided
-from lightning_unlearn.utilities.checks import check_number
+from lightning_unlearn.utilities.checks import check_number, check_whole
 from lightning_unlearn.utilities.files import target_folder, write_json
 
 HELP = """\
@@ -110,6 +110,13 @@ class PartitionCLI(ConfigCLI):
         group.add_argument(
             "--top", metavar="N", type=int, default=10, help="How many of the most suspect samples to print"
         )
+        group.add_argument(
+            "--samples",
+            metavar="N",
+            type=int | None,
+            help="How many samples the report shows; by default as many as the UnlearnReport in the configuration, else"
+            " 200",
+        )
         return parser
 
     @override
@@ -170,6 +177,8 @@ class PartitionCLI(ConfigCLI):
         self.partition = self._partition_callback(others)
         self.report = next((one for one in others if isinstance(one, UnlearnReport)), UnlearnReport())
         self.report.dir = self.out
+        if (samples := self.config["samples"]) is not None:
+            self.report.samples = check_whole("samples", samples)
         ours = (self.partition, self.report)
         theirs = [one for one in others if one not in ours]
         limits: dict[str, Any] = {"min_epochs": None, "min_steps": None}
@@ -206,6 +215,52 @@ class PartitionCLI(ConfigCLI):
             return self.complete >= at_epoch
         share = LATEST if at_epoch == "auto" else float(at_epoch)
         return max_epochs is not None and self.complete >= share * max_epochs > 0
+
+
+class _SampleCLI(PartitionCLI):
+    """The same without a fit: for its data, and how the report shows samples."""
+
+    command = "report"
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        self.out, self.complete, self.found = Path(self.config["out"]), 0, None
+
+
+def read_samples(
+    arguments: Sequence[str], partition: Partition, provenance: dict[str, Any], samples: int
+) -> dict[int, dict[str, Any]]:
+    """What a report shows of samples, read from the data of a configuration.
+
+    Args:
+        arguments: ``--config FILE``, and ``--model`` and ``--data`` where the YAML does not name their classes.
+        partition: of these data.
+        provenance: of the run; may be empty.
+        samples: how many.
+
+    Returns:
+        cards by index, as :meth:`UnlearnReport.gallery` makes them.
+
+    Raises:
+        ValueError: for data that the partition is not of, and where no sample can be shown.
+    """
+    find_users_classes()
+    given, classes = named_classes(arguments)
+    kwargs = {"prog": "lightning-unlearn report"}
+    cli = _SampleCLI(
+        **classes,
+        args=[*given, "--ckpt_path", "null", "--samples", str(samples)],
+        run=False,
+        save_config_callback=None,
+        parser_class=CommandParser,
+        parser_kwargs=kwargs,
+    )
+    loader = loader_of(cli)
+    check_samples(partition, loader, "the run directory's partition", verify=cli.partition.data.verify)
+    gallery, fault = cli.report.gallery(loader.dataset, shown_samples(partition, provenance, samples))
+    if fault:
+        rank_zero_info(f"Some samples cannot be shown: {fault}")
+    return gallery
 
 
 def _complete_epochs(checkpoint: dict[str, Any], path: str) -> int:
@@ -326,14 +381,8 @@ def one_pass_caution(partition: Partition) -> list[str]:
 @rank_zero_only
 def _say_found(cli: PartitionCLI, arguments: Sequence[str]) -> None:
     partition = cli.held
-    loader = _loader_of(cli)
-    if len(loader.dataset) != len(partition):  # type: ignore[arg-type]  # what we take has a length
-        raise ValueError(
-            f"Expected the {len(partition):,} training samples of the checkpoint's partition, but the data have"
-            f" {len(loader.dataset):,}."  # type: ignore[arg-type]
-        )
-    if partition.fingerprint and cli.partition.data.verify:
-        check_fingerprint(partition.fingerprint, fingerprint(loader))
+    loader = loader_of(cli)
+    check_samples(partition, loader, f"the partition of {cli.config['ckpt_path']}", verify=cli.partition.data.verify)
     state = partition_state(cli.checkpoint, cli.config["ckpt_path"]) or {}
     provenance = state["provenance"] or {}
     gallery, _ = cli.report.gallery(loader.dataset, shown_samples(partition, provenance, cli.report.samples))
@@ -345,16 +394,6 @@ def _say_found(cli: PartitionCLI, arguments: Sequence[str]) -> None:
     if cli.held_validation is not None:
         said += _write_found(cli, cli.held_validation, None)
     _say(cli, partition, loader.dataset, said, arguments)
-
-
-def _loader_of(cli: PartitionCLI) -> DataLoader[Any]:
-    """A loader of the training set, made outside of a fit."""
-    holder: Any = cli.model if cli.datamodule is None else cli.datamodule
-    holder.prepare_data()
-    holder.setup("fit")
-    make = getattr(holder, "attribution_dataloader", holder.train_dataloader)
-    loader: DataLoader[Any] = make()
-    return loader
 
 
 def _names(cli: PartitionCLI, partition: Partition, dataset: Any) -> list[str]:

@@ -6,6 +6,7 @@ import argparse
 import json
 import webbrowser
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from lightning_unlearn.results.labels import positive_labels
 from lightning_unlearn.results.partition import Partition
 from lightning_unlearn.results.review_csv import check_undecided
 from lightning_unlearn.results.storage import fits
-from lightning_unlearn.utilities.checks import reason_of
+from lightning_unlearn.utilities.checks import check_whole, reason_of
 
 PARTITION, RUN = "partition.npz", "run.json"
 OF_VALIDATION = f"validation_{PARTITION}"
@@ -39,6 +40,7 @@ UnlearnReport() beside the others, from lightning-unlearn partition, or from the
 alone gives a report without samples and curves.""",
         "lightning-unlearn report lightning_logs/version_0/unlearn --open",
         "lightning-unlearn report runs/repaired --control runs/trained-on --out compared.html",
+        "lightning-unlearn report partition --samples 1000 --open",
     )
     report.add_argument(
         "run", type=Path, metavar="RUN_DIR", help="the folder, as lightning_logs/version_0/unlearn, or the one above"
@@ -50,6 +52,23 @@ alone gives a report without samples and curves.""",
         metavar="RUN_DIR",
         help="of a fit to compare with, as one with dry_run=True, whose curves are drawn dashed (default: none)",
     )
+    report.add_argument(
+        "--samples",
+        type=int,
+        metavar="N",
+        help="read so many samples from the data and show them, in place of those that the run directory has; with the"
+        " configuration of the fit (default: those of the run directory)",
+    )
+    report.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="where --samples finds the data (default: RUN_DIR/config.yaml, as partition writes it)",
+    )
+    for name, what in (("model", "LightningModule"), ("data", "LightningDataModule")):
+        report.add_argument(
+            f"--{name}", metavar="CLASS", help=f"with --config: the {what}, of a YAML of your own LightningCLI script"
+        )
     report.add_argument("--open", action="store_true", help="show it in the browser (default: no)")
 
 
@@ -60,7 +79,11 @@ def run_report(options: argparse.Namespace) -> None:
     from lightning_unlearn.report import RunRecord, write_report
 
     run = _run_folder(options.run)
+    if options.samples is None and (options.config or options.model or options.data):
+        raise ValueError("Expected --samples N beside --config, --model and --data, which say where the samples are.")
     record = RunRecord.load(run)
+    if options.samples is not None:
+        record = _with_samples(record, run, options)
     control = None if options.control is None else RunRecord.load(_run_folder(options.control))
     try:
         file = write_report(record, options.out or run / "report.html", control)
@@ -73,6 +96,26 @@ def run_report(options: argparse.Namespace) -> None:
     print(file)
     if options.open:
         webbrowser.open(file.resolve().as_uri())
+
+
+def _with_samples(record: Any, run: Path, options: argparse.Namespace) -> Any:
+    """The run with other samples, read from the data, and written into its directory."""
+    samples = check_whole("--samples", options.samples, least=1)
+    config = options.config or run / "config.yaml"
+    if not config.is_file():
+        raise ValueError(
+            f"Expected the configuration of the fit, whose data --samples reads, but there is no {config}; give it with"
+            " --config FILE (and --model and --data where the YAML is that of your own LightningCLI script). In Python:"
+            f" UnlearnReport(samples={samples})."
+        )
+    from lightning_unlearn.cli._partition import read_samples
+
+    named = [(f"--{name}", getattr(options, name)) for name in ("model", "data")]
+    given = ["--config", str(config), *(part for pair in named if pair[1] is not None for part in pair)]
+    gallery = read_samples(given, record.partition, record.provenance, samples)
+    record = replace(record, gallery=gallery)
+    record.save(run)
+    return record
 
 
 def _run_folder(folder: Path) -> Path:
@@ -263,6 +306,7 @@ def _table(partition: Partition, shown: Sequence[int], class_names: Sequence[str
     reasons, curve = partition.reasons(), partition.precision_curve()
     columns = {
         "index": [str(i) for i in shown],
+        **({"file": ["/".join(Path(partition.files[i]).parts[-2:]) for i in shown]} if partition.files else {}),
         "given": given,
         "suggested": suggested,
         **({} if partition.noise_rate is None else {"p(clean)": probability}),

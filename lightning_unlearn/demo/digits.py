@@ -44,7 +44,7 @@ class DigitsDataModule(L.LightningDataModule):
             from sklearn.datasets import load_digits
         except ImportError as error:
             raise ImportError(
-                "The digits come with scikit-learn, which is not installed: pip install 'lightning-unlearn[demo]'."
+                "The digits come with scikit-learn, which is not installed: pip install scikit-learn."
             ) from error
         digits: Any = load_digits()
         image = torch.tensor(digits.images / 16, dtype=torch.float32).unsqueeze(1)

@@ -122,7 +122,7 @@ class NoiseAtSnr(Dataset[Any]):
     """A dataset of ``(waveform, ...)`` with noise under some of its sounds, the same in every epoch.
 
     Powers are means over all of a clip, the silence that pads it included. A silent clip stays silent, also where
-    ``is_corrupted`` names it. Needs torchaudio (``pip install 'lightning-unlearn[audio]'``).
+    ``is_corrupted`` names it. Needs torchaudio (``pip install torchaudio``).
 
     Args:
         dataset: map-style, of items ``(waveform, *rest)`` with a float waveform (..., T), as torchaudio has.
@@ -201,7 +201,7 @@ def _add_noise() -> Any:
     try:
         from torchaudio.functional import add_noise
     except ImportError as error:
-        raise ImportError("NoiseAtSnr needs torchaudio: pip install 'lightning-unlearn[audio]'.") from error
+        raise ImportError("NoiseAtSnr needs torchaudio: pip install torchaudio.") from error
     return add_noise
 
 

@@ -79,7 +79,7 @@ class NeuronMask:
             the matplotlib figure and its axes.
 
         Raises:
-            ImportError: without matplotlib: ``pip install 'lightning-unlearn[plot]'``.
+            ImportError: without matplotlib: ``pip install matplotlib``.
         """
         from lightning_unlearn.results.plots import plot_mask
 

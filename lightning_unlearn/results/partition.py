@@ -96,6 +96,8 @@ class Partition:
             likely wrong for that, though not likely enough to be suspect; by default none is.
         keys: of each sample, N integers or N texts in ascending order, where samples are known by a key
             (``DataFormat(sample_key=...)``); an index is then a position here. Empty where it is a dataset index.
+        files: N paths of the samples' files, by index, as the data set of the fit lists them; empty where it does not.
+            Of checkpoints none keeps them.
 
     Example:
         >>> import torch
@@ -141,9 +143,8 @@ class Partition:
     class_names: tuple[str, ...] = ()
     doubtful: Tensor = _NOBODY
     keys: tuple[int, ...] | tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
 
-    # Where the samples lie, by index; for tables, in no file.
-    _files = ()
     # The index of each key, made when it is asked for.
     _places: ClassVar[Mapping[Any, int]] = {}
 
@@ -349,7 +350,8 @@ class Partition:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and primitives only, so that it loads with ``weights_only=True``."""
-        state = {field.name: getattr(self, field.name) for field in fields(self)}
+        # A data set lists its files in the fit that goes on, too.
+        state = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "files"}
         if self.noise_rate_interval is not None:
             state["noise_rate_interval"] = list(self.noise_rate_interval)
         state["often_called"] = [list(pair) for pair in self.often_called]
@@ -458,20 +460,12 @@ class Partition:
             the matplotlib figure and its axes, two of them for both.
 
         Raises:
-            ImportError: without matplotlib: ``pip install 'lightning-unlearn[plot]'``.
+            ImportError: without matplotlib: ``pip install matplotlib``.
             ValueError: for another kind, too few or too many axes, or not one name per class.
         """
         from lightning_unlearn.results.plots import plot_partition
 
         return plot_partition(self, ax, kind=kind, class_names=class_names)
-
-    @property
-    def files(self) -> Sequence[str]:
-        """The path of each sample's file, by index, as the data set of the fit lists them; empty where it does not.
-
-        Known in the fit's process; neither a file nor a checkpoint keeps it.
-        """
-        return self._files
 
     def remember_files(self, files: Sequence[str]) -> None:
         """Takes the paths of the samples' files, for tables.
@@ -485,7 +479,7 @@ class Partition:
         if files and len(files) != len(self):
             raise ValueError(f"Expected a file for each of {len(self)} samples, but got {len(files)}.")
         # The class is frozen for everybody else.
-        object.__setattr__(self, "_files", files)
+        object.__setattr__(self, "files", tuple(map(str, files)))
 
     def known_names(self, class_names: Sequence[str] | None = None) -> dict[int, str] | None:
         """What every class is called, by label: as given, else as the data set has said; None where neither is known.

@@ -146,7 +146,7 @@ def _import(module: str) -> Any:
         return import_module(module)
     except ImportError as error:
         raise ImportError(
-            "Pictures are drawn with matplotlib, which is not installed: pip install 'lightning-unlearn[plot]'."
+            "Pictures are drawn with matplotlib, which is not installed: pip install matplotlib."
         ) from error
 
 

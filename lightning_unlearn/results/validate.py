@@ -80,11 +80,21 @@ def check_sizes(partition: Partition) -> None:
     shape = tuple(partition.label_probability.shape)
     if shape[1] > _MOST_CLASSES or (partition.is_multilabel and shape[0] != len(partition)):
         raise ValueError(f"label_probability must have shape ({len(partition)}, L) or (0, 0), but has {shape}.")
+    _check_files(partition)
     most = 1 if partition.is_multilabel else _MOST_CLASSES - 1
     for name in ("label", "suggested_label") if len(partition) else ():
         low, high = (int(one) for one in getattr(partition, name).aminmax())
         if low < -1 or high > most:
             raise ValueError(f"{name} must lie in [-1, {most:,}], but spans [{low}, {high}].")
+
+
+def _check_files(partition: Partition) -> None:
+    files: Any = partition.files
+    if not isinstance(files, (tuple, list)) or (files and len(files) != len(partition)):
+        raise ValueError(f"files must be {len(partition)} paths, one for each sample, or none, but is {shown(files)}.")
+    if not all(isinstance(file, str) for file in files):
+        raise ValueError("files must be texts, but one is none.")
+    object.__setattr__(partition, "files", tuple(files))
 
 
 def check_estimates(partition: Partition) -> None:

@@ -97,7 +97,7 @@ def require_torch_pruning() -> Any:
         import torch_pruning
     except ImportError as error:
         raise ImportError(
-            "shrink expects the package torch-pruning, which is not installed; pip install 'lightning-unlearn[shrink]'."
+            "shrink expects the package torch-pruning, which is not installed; pip install torch-pruning."
         ) from error
     return torch_pruning
 

@@ -99,7 +99,8 @@ def replacing(path: str | PathLike[str]) -> Iterator[BinaryIO]:
 def write_csv(path: str | PathLike[str], columns: Mapping[str, Sequence[Any]]) -> None:
     """Writes a table in which a spreadsheet finds nothing to run.
 
-    A text that a spreadsheet would take for a formula gets a single quote in front; numbers stay what they are.
+    A text that a spreadsheet would take for a formula gets a single quote in front; numbers stay what they are. It is
+    UTF-8 with a mark in front, by which Excel knows it: read it as ``"utf-8-sig"``, which takes the mark off.
 
     Args:
         path: file to write; folders are made.
@@ -109,14 +110,14 @@ def write_csv(path: str | PathLike[str], columns: Mapping[str, Sequence[Any]]) -
         >>> import tempfile
         >>> file = Path(tempfile.mkdtemp()) / "table.csv"
         >>> write_csv(file, {"class": ["cat", "=1+1"], "score": [-0.5, 1]})
-        >>> file.read_text().splitlines()
+        >>> file.read_text(encoding="utf-8-sig").splitlines()
         ['class,score', 'cat,-0.5', "'=1+1,1"]
     """
     rows = [[spreadsheet_cell(value) for value in row] for row in (columns, *zip(*columns.values(), strict=True))]
     # Where another separator is the custom, a cell that holds it would fall into two.
     splits = any(isinstance(value, str) and (";" in value or "\t" in value) for row in rows for value in row)
     with replacing(path) as file:
-        text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+        text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
         csv.writer(text, quoting=csv.QUOTE_ALL if splits else csv.QUOTE_MINIMAL).writerows(rows)
         text.flush()
         text.detach()

@@ -303,7 +303,7 @@ def test_a_person_s_decisions_move_the_rate_and_its_interval(tmp_path):
     table, kept = tmp_path / "suspects.csv", before.suspect_indices()[:50]
     dropped = before.review_ranking()[:20]
     before.to_csv(table, review=20)
-    rows = list(csv.DictReader(table.open()))
+    rows = list(csv.DictReader(table.open(encoding="utf-8-sig")))
     assert [int(row["index"]) for row in rows] == before.ranking()[: len(rows)].tolist()
     for row in [*rows[:50], *rows[-20:]]:
         row["decision"] = "drop" if row["list"] != "suspect" else "keep"

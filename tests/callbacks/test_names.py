@@ -62,12 +62,15 @@ def test_tables_name_classes_and_files_of_a_subset_also_after_a_fit_goes_on(tmp_
             assert row["suggested_class"] == NAMES[int(row["suggested_label"])]
     frame = pytest.importorskip("pandas") and to_dataframe(partition.partition)
     assert frame["file"][0] == f"{frame['given_class'][0]}/202.png"
-    # What is written keeps the names of the classes, and no path of this machine.
+    # What is written keeps the names of the classes and files; a checkpoint the names alone.
     partition.partition.save(tmp_path / "partition.npz")
     loaded = Partition.load(tmp_path / "partition.npz")
     assert loaded.class_names == tuple(NAMES)
-    assert not loaded.files
-    assert b".png" not in (tmp_path / "partition.npz").read_bytes() + (tmp_path / "last.ckpt").read_bytes()
+    assert loaded.files == partition.partition.files
+    assert len(loaded.files) == 203
+    assert b".png" not in (tmp_path / "last.ckpt").read_bytes()
+    with pytest.raises(ValueError, match="files must be 203 paths, one for each sample, or none, but is"):
+        replace(loaded, files=["a.png"])
 
 
 def test_names_that_a_report_was_told_are_those_of_the_partition(tmp_path):

@@ -105,7 +105,7 @@ def test_a_broken_input_in_the_first_batch_does_not_hide_what_feeds_the_head(bro
 def test_a_table_of_broken_inputs_can_be_written(broken, tmp_path):
     _, _, (partition, _, _) = broken
     partition.partition.to_csv(tmp_path / "suspects.csv")
-    lines = (tmp_path / "suspects.csv").read_text().splitlines()
+    lines = (tmp_path / "suspects.csv").read_text(encoding="utf-8-sig").splitlines()
     assert not any("nan" in line.lower() for line in lines)
     assert {line.split(",")[6] for line in lines[1:5]} == {"input"}
     assert sum(row.samples for row in partition.partition.class_summary()) == 400
@@ -264,4 +264,4 @@ def test_ten_thousand_classes_in_a_fit(tmp_path):
     assert callback.partition.noise_matrix.shape == (0, 0)
     assert {row.label for row in callback.partition.class_summary()} <= {0, 3000, 6000, 9000}
     callback.partition.to_csv(tmp_path / "all.csv", suspects_only=False)
-    assert len((tmp_path / "all.csv").read_text().splitlines()) == 33
+    assert len((tmp_path / "all.csv").read_text(encoding="utf-8-sig").splitlines()) == 33

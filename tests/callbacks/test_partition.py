@@ -273,7 +273,7 @@ def test_saves_loads_and_exports(tmp_path):
     assert loaded.clean_probability.equal(partition.clean_probability)
     assert (loaded.layer, loaded.noise_rate, loaded.epoch) == ("input of 'net.7'", partition.noise_rate, 2)
     partition.to_csv(tmp_path / "suspects.csv")
-    with (tmp_path / "suspects.csv").open() as file:
+    with (tmp_path / "suspects.csv").open(encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
     assert [int(row["index"]) for row in rows] == partition.suspect_indices().tolist()
 

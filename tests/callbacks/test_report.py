@@ -79,7 +79,7 @@ def test_where_it_comes_from_is_said_once_and_as_the_checkpoint_says_it(run, tmp
     review = " --review" if worth else ""
     assert f"<code>lightning-unlearn show .{review} --csv suspects.csv</code> in the run directory" in page
     main(["show", str(folder), *review.split(), "--csv", str(tmp_path / "suspects.csv")])
-    rows = (tmp_path / "suspects.csv").read_text().splitlines()
+    rows = (tmp_path / "suspects.csv").read_text(encoding="utf-8-sig").splitlines()
     assert len(rows) == 1 + len(partition.partition.suspect_indices()) + worth
 
 

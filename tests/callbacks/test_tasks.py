@@ -101,7 +101,7 @@ def test_several_labels_are_judged_each_by_itself(evidence, tmp_path):
     drawn.to_csv(tmp_path / "suspects.csv")
     first = int(drawn.suspect_indices()[0])
     given = " ".join(str(label) for label in range(3) if y[first, label])
-    assert (tmp_path / "suspects.csv").read_text().splitlines()[1].startswith(f"{first},{given},")
+    assert (tmp_path / "suspects.csv").read_text(encoding="utf-8-sig").splitlines()[1].startswith(f"{first},{given},")
 
 
 def test_a_first_batch_that_looks_like_one_of_several_classes_is_noticed_before_the_first_step():

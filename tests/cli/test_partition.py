@@ -1,5 +1,6 @@
 """``partition``: which training samples are wrong, with model and data as a team has them."""
 
+import dataclasses
 import json
 import re
 import shlex
@@ -63,7 +64,9 @@ def test_the_whole_training_is_judged_and_nothing_else_is_done(inside, judged):
     assert epochs_saved() == [f"epoch={k}" for k in range(6)]
     for name in ("suspects.csv", "report.html", "provenance.json", "config.yaml"):
         assert (inside / "partition" / name).stat().st_size > 100
-    assert Path("partition/suspects.csv").read_text().count("\n") == 1 + len(partition.suspect_indices())
+    assert Path("partition/suspects.csv").read_text(encoding="utf-8-sig").count("\n") == 1 + len(
+        partition.suspect_indices()
+    )
     # The gallery of the report shows samples.
     assert len(json.loads(Path("partition/gallery.json").read_text())["samples"]) == len(partition.suspect_indices())
     said = judged[1]
@@ -104,7 +107,7 @@ def test_it_stops_at_the_partition_with_the_settings_of_the_configuration_but_ac
     settings = json.loads(Path("found/provenance.json").read_text())["fits"][0]["settings"]
     assert list(settings) == ["AttributionPartitionCallback"]
     assert settings["AttributionPartitionCallback"]["min_class_fraction"] == 0.2
-    assert "given_class" in Path("found/suspects.csv").read_text()
+    assert "given_class" in Path("found/suspects.csv").read_text(encoding="utf-8-sig")
     assert not Path("elsewhere").exists()
     said = capsys.readouterr().out
     assert re.search(r"The 3 most suspect of 4\d:", said)
@@ -130,11 +133,11 @@ def test_by_default_it_stops_once_the_evidence_has_peaked(team, asked, epochs):
 def test_the_table_has_the_files_and_classes_of_an_image_folder(team, capsys):
     (team / "run.yaml").write_text(RUN.replace("TeamData", "TeamFolder"))
     main(["partition", "--config", "run.yaml", "--trainer.max_epochs", "4", "--top", "1"])
-    title, first = Path("partition/suspects.csv").read_text().splitlines()[:2]
+    title, first = Path("partition/suspects.csv").read_text(encoding="utf-8-sig").splitlines()[:2]
     row = dict(zip(title.split(","), first.split(","), strict=True))
     assert row["file"] == f"{row['given_class']}/{row['index']}.png"
     table = capsys.readouterr().out.partition("most suspect of ")[2].splitlines()
-    assert table[2].split()[:3] == [row["index"], row["given_class"], row["suggested_class"]]
+    assert table[2].split()[:4] == [row["index"], row["file"], row["given_class"], row["suggested_class"]]
 
 
 def test_how_sure_suspects_are_to_be(team):
@@ -164,7 +167,7 @@ def test_validation_samples_are_judged_on_request(team, capsys):
     out = capsys.readouterr().out
     assert "validation_partition.npz, validation_suspects.csv" in out
     partition = Partition.load("partition/validation_partition.npz")
-    lines = Path("partition/validation_suspects.csv").read_text().count("\n")
+    lines = Path("partition/validation_suspects.csv").read_text(encoding="utf-8-sig").count("\n")
     assert lines == 1 + len(partition.suspect_indices())
     assert (partition.is_clean.logical_not() == (torch.arange(101) < 20)).float().mean() > 0.9
     assert json.loads(Path("partition/provenance.json").read_text())["validation"]["samples"] == 101
@@ -174,7 +177,7 @@ def test_validation_samples_are_judged_on_request(team, capsys):
 
 def test_the_partition_of_validation_samples_that_a_checkpoint_holds_is_written_too(team):
     run = RUN.replace("TeamModel", "Validating").replace("TeamData", "Validated")
-    (team / "run.yaml").write_text(run + ACTING.replace("at_epoch: 4", "at_epoch: 4, judge_validation: true"))
+    (team / "run.yaml").write_text(run + ACTING.replace("at_epoch: 4", "at_epoch: 4\n        judge_validation: true"))
     main(["fit", "--config", "run.yaml"])
     main(["partition", "--config", "run.yaml", "--ckpt_path", "saved/epoch=5.ckpt", "--judge_validation"])
     assert len(Partition.load("partition/validation_partition.npz")) == 101
@@ -252,7 +255,9 @@ def test_a_partition_that_a_checkpoint_holds_is_shown(team, capsys):
     said = capsys.readouterr().out
     assert "This partition was in saved/epoch=5.ckpt; nothing was trained." in said
     assert "low" in said
-    assert Path("partition/suspects.csv").read_text().startswith("index,file,given_label,given_class,")
+    assert (
+        Path("partition/suspects.csv").read_text(encoding="utf-8-sig").startswith("index,file,given_label,given_class,")
+    )
     assert json.loads(Path("partition/gallery.json").read_text())["samples"]
     assert "CleanSubsetFinetuneCallback" in json.loads(Path("partition/provenance.json").read_text())["done"]
     main(["show", "saved/epoch=5.ckpt"])
@@ -266,9 +271,7 @@ def test_a_partition_that_a_checkpoint_holds_is_shown(team, capsys):
     # Of another length: Python takes compiled code for that of a file of the same length and second.
     (team / "team.py").write_text((team / "team.py").read_text().replace("201", "99"))
     sys.modules.pop("team")
-    with pytest.raises(
-        SystemExit, match="Expected the 201 training samples of the checkpoint's partition, but the data"
-    ):
+    with pytest.raises(SystemExit, match=r"201 training samples of the partition of saved/epoch=5.ckpt, but the data"):
         main(held)
 
 
@@ -291,3 +294,45 @@ def test_a_wrong_wish_is_refused_before_anything_is_trained(arguments, message, 
     where = [] if arguments == ["partition.npz"] else ["--config", "run.yaml"]
     with pytest.raises(SystemExit, match=message):
         main(["partition", *where, *arguments])
+
+
+def shown(folder="partition"):
+    return len(json.loads(Path(folder, "gallery.json").read_text(encoding="utf-8"))["samples"])
+
+
+def test_the_report_shows_as_many_samples_as_are_asked_for_also_afterwards(inside, capsys):
+    main(["partition", "--config", "run.yaml", "--at_epoch", "6", "--samples", "5", "--out", "few"])
+    assert shown("few") == 5
+    before = Partition.load("few/partition.npz")
+    main(["report", "few", "--samples", "12"])
+    assert shown("few") == 12
+    assert torch.equal(Partition.load("few/partition.npz").clean_probability, before.clean_probability)
+    assert Path("few/report.html").read_text(encoding="utf-8").count('{"index":') == 12
+    # Of the configuration of the fit, where the run directory has none.
+    Path("few/config.yaml").unlink()
+    with pytest.raises(SystemExit, match=r"there is no few.config.yaml; give it with --config FILE"):
+        main(["report", "few", "--samples", "7"])
+    main(["report", "few", "--samples", "7", "--config", "run.yaml"])
+    assert shown("few") == 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--samples", "0"], "--samples"),
+        (["--config", "run.yaml"], "Expected --samples N beside --config"),
+        (["--samples", "5", "--config", "run.yaml", "--data.train_size", "9"], "unrecognized arguments"),
+    ],
+)
+def test_samples_that_cannot_be_read_are_refused(inside, capsys, arguments, words):
+    with pytest.raises(SystemExit) as error:
+        main(["report", "partition", *arguments])
+    assert words in str(error.value) + capsys.readouterr().err
+
+
+def test_samples_of_other_data_are_refused(inside):
+    partition = Partition.load("partition/partition.npz")
+    Path("other").mkdir(exist_ok=True)
+    dataclasses.replace(partition, fingerprint="201:" + "00" * 64).save("other/partition.npz")
+    with pytest.raises(SystemExit, match="Expected the training data that the checkpoint was made with"):
+        main(["report", "other", "--samples", "5", "--config", "run.yaml"])

@@ -69,7 +69,7 @@ def test_a_saved_partition_is_shown_and_written_as_a_table(partition, tmp_path, 
             "",
             "Table: suspects.csv",
         ]
-    assert Path("suspects.csv").read_text().count("\n") == 3
+    assert Path("suspects.csv").read_text(encoding="utf-8-sig").count("\n") == 3
 
 
 RATE = "About 42.0% of the labels (30.0% to 50.0%) look wrong"
@@ -121,17 +121,17 @@ def test_so_many_of_the_review_list(estimated, capsys, options, shown, written):
     main(["show", "run/partition.npz", "--csv", "lists.csv", *options])
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.endswith(("76%", "69%", "57%")) for line in lines) == shown
-    assert len(Path("lists.csv").read_text().splitlines()) == 1 + written
+    assert len(Path("lists.csv").read_text(encoding="utf-8-sig").splitlines()) == 1 + written
 
 
 def test_decisions_of_a_person_are_not_written_over(estimated):
     main(["show", "run", "--csv", "lists.csv"])
-    table = Path("lists.csv").read_text()
+    table = Path("lists.csv").read_text(encoding="utf-8-sig")
     assert ",relabel,," in table
     Path("lists.csv").write_text(decided := table.replace(",relabel,,", ",relabel,keep,", 1))
     with pytest.raises(SystemExit, match=r"lists\.csv has 1 decision of a person, which would be lost"):
         main(["show", "run", "--csv", "lists.csv"])
-    assert Path("lists.csv").read_text() == decided
+    assert Path("lists.csv").read_text(encoding="utf-8-sig") == decided
 
 
 def test_the_validation_set_has_the_names_of_classes_too(estimated, capsys):

@@ -135,7 +135,7 @@ def test_of_several_layers_those_that_stay_are_named_before_the_first_step(tmp_p
 
 def test_without_torch_pruning_the_extra_is_named_when_the_fit_is_set_up(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
-    with pytest.raises(ImportError, match=r"pip install 'lightning-unlearn\[shrink\]'"):
+    with pytest.raises(ImportError, match="pip install torch-pruning"):
         run(tmp_path / "small.pt")
 
 

@@ -112,7 +112,7 @@ def test_without_a_rate_no_number_is_claimed(tmp_path):
     assert (found.expected_precision, found.precision_curve(), found.worth_review()) == (None, None, 0)
     assert {row.noise_rate for row in found.class_summary()} == {None}
     found.to_csv(tmp_path / "all.csv", suspects_only=False)
-    rows = list(csv.DictReader((tmp_path / "all.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "all.csv").open(encoding="utf-8-sig")))
     assert {(row["clean_probability"], row["expected_precision"]) for row in rows} == {("", "")}
     assert [int(row["index"]) for row in rows] == found.ranking().tolist()
     assert "noise_rate" not in repr(found)
@@ -205,7 +205,7 @@ def test_from_state_dict_leaves_the_state_as_it_is():
 
 
 def read_csv(path):
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:
         return list(csv.reader(file))
 
 

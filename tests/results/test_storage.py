@@ -473,7 +473,9 @@ def test_a_private_file_stays_private_while_it_is_replaced(mode):
 @pytest.mark.skipif(os.name == "nt", reason="a pipe of POSIX")
 def test_what_is_no_file_is_written_to_and_not_replaced(tmp_path):
     os.mkfifo("pipe")
-    reader = subprocess.Popen([sys.executable, "-c", "print(open('pipe').read())"], stdout=subprocess.PIPE, text=True)
+    reader = subprocess.Popen(
+        [sys.executable, "-c", "print(open('pipe', encoding='utf-8-sig').read())"], stdout=subprocess.PIPE, text=True
+    )
     write_csv("pipe", {"a": [1]})
     assert reader.communicate(timeout=60)[0].split() == ["a", "1"]
     assert stat.S_ISFIFO(Path("pipe").stat().st_mode)
@@ -499,14 +501,14 @@ def test_what_is_no_file_is_written_to_and_not_replaced(tmp_path):
 )
 def test_a_text_that_a_spreadsheet_would_run_is_quoted(text):
     write_csv("table.csv", {text: [text, 1]})
-    with Path("table.csv").open(newline="", encoding="utf-8") as file:
+    with Path("table.csv").open(newline="", encoding="utf-8-sig") as file:
         assert list(csv.reader(file)) == [[f"'{text}"], [f"'{text}"], ["1"]]
 
 
 @pytest.mark.parametrize("value", [-1, -0.5, 0, 3, "-0.500000", "1e-05", "-1.5e+10", "nan", "-inf", "inf", True, None])
 def test_numbers_stay_numbers(value):
     write_csv("table.csv", {"x": [value, "cat", "a-b", "it's"]})
-    with Path("table.csv").open(newline="", encoding="utf-8") as file:
+    with Path("table.csv").open(newline="", encoding="utf-8-sig") as file:
         assert [row[0] if row else "" for row in csv.reader(file)] == [
             "x",
             "" if value is None else str(value),
@@ -518,13 +520,13 @@ def test_numbers_stay_numbers(value):
 
 def test_a_text_does_not_fall_into_two_cells_where_another_separator_is_the_custom():
     write_csv("table.csv", {"x": ["cat;=1+1"], "y": [2]})
-    assert Path("table.csv").read_bytes() == b'"x","y"\r\n"cat;=1+1","2"\r\n'
+    assert Path("table.csv").read_bytes() == b'\xef\xbb\xbf"x","y"\r\n"cat;=1+1","2"\r\n'
 
 
 def test_class_names_stand_beside_the_labels():
     names = ["zero", "=one", "two", "three", "four", "five", "-six", "seven"]
     make_partition().to_csv("named.csv", class_names=names)
-    with Path("named.csv").open(newline="", encoding="utf-8") as file:
+    with Path("named.csv").open(newline="", encoding="utf-8-sig") as file:
         rows = [row[:5] for row in csv.reader(file)]
     assert rows == [
         ["index", "given_label", "given_class", "suggested_label", "suggested_class"],

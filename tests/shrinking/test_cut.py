@@ -346,7 +346,7 @@ def test_in_inference_mode():
 
 def test_without_torch_pruning_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
-    with pytest.raises(ImportError, match=r"pip install 'lightning-unlearn\[shrink\]'"):
+    with pytest.raises(ImportError, match="pip install torch-pruning"):
         shrink(perceptron(), X)
 
 

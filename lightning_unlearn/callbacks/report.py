@@ -21,6 +21,7 @@ from lightning_unlearn.data.dataset_state import unopened
 from lightning_unlearn.data.naming import files_in
 from lightning_unlearn.report import RunRecord, SampleView, shown_samples, write_report
 from lightning_unlearn.report.samples import file_card
+from lightning_unlearn.report.tokens import find_tokenizer
 from lightning_unlearn.results.partition import Partition
 from lightning_unlearn.results.provenance import copied
 from lightning_unlearn.trainer.callback_order import callbacks_of
@@ -54,8 +55,9 @@ class UnlearnReport(FitCallback):
             decided of (``review``); where none is suspect, the 24 least sure. They are read from the
             data set (that of ``attribution_dataloader()`` where the user offers it), and are in the file.
         render: from an item of the data set to what is shown of it: a text, a table (a dict of names and values), a PIL
-            image, or the bytes of a PNG. By default pictures, sounds (with ``sample_rate``), texts and tables are shown
-            as they are.
+            image, or the bytes of a PNG; of a video, a frame. By default pictures, sounds (with ``sample_rate``), texts
+            and tables are shown as they are, and token ids decoded where the module, its data or the collate function
+            has a ``tokenizer``.
         mean: that the data set's transforms have subtracted from each channel of a picture, to be added again.
         std: by which they have divided it. Without both, a picture with values beyond [0, 1] is stretched to them.
         channels: whether a picture's channels come ``"first"`` or ``"last"``; by default as its shape looks.
@@ -243,7 +245,8 @@ class UnlearnReport(FitCallback):
         rounds = [vars(drawn) | {} for drawn in getattr(source, "rounds", ())]
         provenance = _found(source, "provenance", {})
         shown = shown_samples(partition, provenance, self.samples)
-        gallery, fault = self._gallery(partition, shown)
+        trained = (pl_module, getattr(trainer, "datamodule", None))
+        gallery, fault = self._gallery(partition, shown, trained)
         if fault:
             rank_zero_warn(f"Some samples cannot be shown in the report: {fault}")
         return RunRecord(
@@ -262,37 +265,44 @@ class UnlearnReport(FitCallback):
             swaps=[] if first is None else sorted({first, *(r["epoch"] for r in rounds if r["epoch"] > first)}),
         )
 
-    def _gallery(self, partition: Partition, shown: Sequence[int]) -> tuple[dict[int, dict[str, Any]], str]:
+    def _gallery(
+        self, partition: Partition, shown: Sequence[int], trained: Sequence[Any]
+    ) -> tuple[dict[int, dict[str, Any]], str]:
         """See :meth:`gallery`; of samples that are known by a key, of those that have come again."""
         if self.fit.keyed is None:
             loader = self.fit.scoring_loader
             with unopened(loader):
-                return self.gallery(loader.dataset, shown)
+                tokenizer = find_tokenizer(*trained, loader.dataset, loader.collate_fn)
+                return self.gallery(loader.dataset, shown, tokenizer)
         keys = {index: partition.keys[index] for index in shown}
         found, fault = self.gallery(
             {index: self._by_key[key] for index, key in keys.items() if key in self._by_key},
             [index for index, key in keys.items() if key in self._by_key],
+            find_tokenizer(*trained),
         )
         absent = {"kind": "text", "text": "It has not come again after the partition."}
         return {index: found.get(index, absent) | {"file": str(key)} for index, key in keys.items()}, fault
 
-    def gallery(self, dataset: Any, indices: Sequence[int]) -> tuple[dict[int, dict[str, Any]], str]:
+    def gallery(
+        self, dataset: Any, indices: Sequence[int], tokenizer: Any = None
+    ) -> tuple[dict[int, dict[str, Any]], str]:
         """What is shown of some samples; and why not of all, of the first of which that is so.
 
         Args:
             dataset: the training set.
             indices: of these samples.
+            tokenizer: that decodes token ids; None without one.
         """
         with isolate_rng():
             files = files_in(dataset) if len(indices) else []
-            cards = {index: self._card(dataset, index, files) for index in indices}
+            cards = {index: self._card(dataset, index, files, tokenizer) for index in indices}
         faults = [f"sample {index}: {card['text']}" for index, card in cards.items() if card["kind"] == "fault"]
         return cards, faults[0] if faults else ""
 
-    def _card(self, dataset: Any, index: int, files: Sequence[str]) -> dict[str, Any]:
+    def _card(self, dataset: Any, index: int, files: Sequence[str], tokenizer: Any) -> dict[str, Any]:
         budget = min(_MOST_PER_SAMPLE, _BUDGET // max(1, self.samples))
         try:
-            return self.view.card(dataset[index], budget) | file_card(files[index] if files else "")
+            return self.view.card(dataset[index], budget, tokenizer) | file_card(files[index] if files else "")
         except Exception as error:  # of the user's data set, or render
             return {"kind": "fault", "text": f"{type(error).__name__}: {error}"[:300]}
 

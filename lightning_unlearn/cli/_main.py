@@ -12,7 +12,8 @@ from lightning_unlearn.cli._demo import add_demo, run_demo
 from lightning_unlearn.cli._errors import in_one_sentence
 from lightning_unlearn.cli._examples import examples
 from lightning_unlearn.cli._init import add_init, run_init
-from lightning_unlearn.cli._results import add_report, add_show, run_report, run_show
+from lightning_unlearn.cli._report import add_report, run_report
+from lightning_unlearn.cli._results import add_show, run_show
 from lightning_unlearn.utilities.checks import did_you_mean
 
 # Of the commands that LightningCLI reads, which is imported when one of them runs.

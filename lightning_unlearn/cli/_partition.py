@@ -42,6 +42,7 @@ from lightning_unlearn.recipes import get_recipe
 from lightning_unlearn.recipes.latent_noise import MEMORIZED
 from lightning_unlearn.recipes.registry import changed_settings
 from lightning_unlearn.report import RunRecord, shown_samples, write_report
+from lightning_unlearn.report.tokens import find_tokenizer
 from lightning_unlearn.results.finding import finding_of
 from lightning_unlearn.results.partition import Partition
 from lightning_unlearn.results.review_csv import check_undecided
@@ -257,7 +258,8 @@ def read_samples(
     )
     loader = loader_of(cli)
     check_samples(partition, loader, "the run directory's partition", verify=cli.partition.data.verify)
-    gallery, fault = cli.report.gallery(loader.dataset, shown_samples(partition, provenance, samples))
+    tokenizer = find_tokenizer(cli.model, cli.datamodule, loader.dataset, loader.collate_fn)
+    gallery, fault = cli.report.gallery(loader.dataset, shown_samples(partition, provenance, samples), tokenizer)
     if fault:
         rank_zero_info(f"Some samples cannot be shown: {fault}")
     return gallery

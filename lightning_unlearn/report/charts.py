@@ -87,13 +87,21 @@ def _precision_line(plot: Plot, curve: Tensor, first: int, kind: str) -> None:
     plot.drawing.add("polyline", points=points, class_=f"line {kind}")
 
 
-def heat_map(matrix: Tensor, names: Sequence[str], words: tuple[str, str, str]) -> Markup:
-    """A square matrix as colors, the strongest the largest entry off the diagonal.
+def heat_map(
+    matrix: Tensor,
+    names: Sequence[str],
+    words: tuple[str, str, str],
+    share: Tensor,
+    labels: Sequence[int] = (),
+) -> Markup:
+    """A square matrix as colors, on one scale for all of them: the share of a row's class, from 0 to 1.
 
     Args:
         matrix: (K, K), counts (int64) or shares (float), at least 0.
         names: of the rows, which are those of the columns.
         words: for a row, a column, and an entry, as in "given", "suggested", "samples".
+        share: (K, K) in [0, 1], what is drawn of each entry.
+        labels: of the rows, which a script finds the cells by; none for a picture alone.
     """
     size = len(names)
     cell = max(12, min(34, 620 // max(1, size)))
@@ -104,19 +112,20 @@ def heat_map(matrix: Tensor, names: Sequence[str], words: tuple[str, str, str]) 
     askew = 5.5 * max(map(width_of, columns), default=0)
     top = max(40.0, 22 + askew)
     drawing = Drawing(left + cell * size + max(12.0, askew), top + cell * size + 12, f"{words[0]} by {words[1]}")
-    off = matrix.double() * ~torch.eye(size, dtype=torch.bool)
-    largest = max(float(off.max()), 1e-12)
     for at, row in enumerate(names):
         drawing.text(left - 6, top + cell * at + cell / 2 + 4, rows[at], "end")
         for to, column in enumerate(names):
             text = _entry(matrix[at, to])
-            share = 0.0 if at == to else float(off[at, to]) / largest
+            part = 0.0 if at == to else float(share[at, to])
             box: dict[str, Any] = {"x": left + cell * to, "y": top + cell * at, "width": cell - 1, "height": cell - 1}
             hint = f"{words[0]} {row}, {words[1]} {column}: {text or 0} {words[2]}"
             drawing.add("rect", class_="cell", **box)
-            drawing.add("rect", "", hint, class_="same" if at == to else "heat", fill_opacity=_opacity(share), **box)
+            found = {"data_pair": f"{labels[at]}>{labels[to]}"} if labels and at != to else {}
+            drawing.add(
+                "rect", "", hint, class_="same" if at == to else "heat", fill_opacity=_opacity(part), **box, **found
+            )
             if cell >= 24:
-                class_ = "middle small on-heat" if share > 0.7 else "middle small"
+                class_ = "middle small on-heat" if part > 0.7 else "middle small"
                 drawing.text(box["x"] + cell / 2, box["y"] + cell / 2 + 4, text, class_)
     for to, column in enumerate(columns):
         x = left + cell * to + cell / 2

@@ -185,7 +185,10 @@ def _confusion(partition: Partition, names: _Names) -> tuple[Markup, int] | None
     labels = weight.argsort(descending=True, stable=True)[: min(present, _CLASSES)].sort().values
     counts = confusion_counts(given, suggested, labels)
     called = [names(label) for label in labels.tolist()]
-    return heat_map(counts, called, ("given", "suggested", "samples")), present - len(labels)
+    # Of all samples of the class, so that a class with a few errors is not as strong as one that is half wrong.
+    share = counts / partition.label[partition.label >= 0].bincount(minlength=size)[labels].clamp(min=1).unsqueeze(1)
+    words = ("given", "suggested", "samples")
+    return heat_map(counts, called, words, share, labels.tolist()), present - len(labels)
 
 
 def _noise_matrix(partition: Partition, names: _Names) -> Markup | None:
@@ -193,7 +196,7 @@ def _noise_matrix(partition: Partition, names: _Names) -> Markup | None:
     if partition.is_multilabel or not 2 <= len(matrix) <= _CLASSES:
         return None
     called = [names(label) for label in range(len(matrix))]
-    return heat_map(matrix, called, ("true class", "called", "estimated share"))
+    return heat_map(matrix, called, ("true class", "given class", "estimated share"), matrix)
 
 
 def _neurons(mask: NeuronMask) -> tuple[NeuronMask, int, int, Markup]:

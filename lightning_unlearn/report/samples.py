@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_unlearn.data.batch import LABEL_NAMES
 from lightning_unlearn.report.media import Array, data_uri, png, shrunk, spectrogram, wav
+from lightning_unlearn.report.tokens import decoded, token_ids
 from lightning_unlearn.utilities.checks import check_choice, check_function, check_numbers, check_whole, shown
 
 Card = dict[str, Any]
@@ -24,6 +25,7 @@ _THUMBNAIL = 96
 _RENDERED = 240
 _CHARACTERS = 1500
 _ROWS = 40
+_TOKENS = "Token ids: UnlearnReport(render=...) shows what decodes them, or name the tokenizer self.tokenizer."
 _PICTURE_TYPES = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg"}
 
 
@@ -69,19 +71,26 @@ class SampleView:
         for name, value in plain.items():
             object.__setattr__(self, name, value)
 
-    def card(self, sample: Any, budget: int) -> Card:
+    def card(self, sample: Any, budget: int, tokenizer: Any = None) -> Card:
         """What is shown of a sample.
 
         Args:
             sample: an item of the data set.
             budget: about how many bytes it may take.
+            tokenizer: whose ``decode`` makes texts of token ids; None where there is none.
 
         Raises:
             Exception: whatever ``render`` raises.
         """
         if self.render is not None:
             return _rendered(self.render(sample), budget)
-        return self._card(content_of(sample), budget)
+        content = content_of(sample)
+        tokens = token_ids(content, is_text=tokenizer is not None)
+        if tokens is None:
+            return self._card(content, budget)
+        if tokenizer is None:
+            return self._card(content, budget) | {"note": _TOKENS}
+        return _text(decoded(tokenizer, tokens), budget)
 
     def _card(self, content: Any, budget: int) -> Card:
         if isinstance(content, str):

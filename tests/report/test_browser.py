@@ -142,12 +142,12 @@ def test_the_buttons_turn_pages_and_stop_at_the_ends(page):
 def test_all_of_it_can_be_done_with_the_keyboard(page):
     reached = []
     page.run("document.body.focus()")
-    for _ in range(12):
+    for _ in range(14):
         page.press("Tab")
         reached.append(page.run("document.activeElement.id"))
-    assert [name for name in reached if name][:11] == [
-        *("by-list", "by-class", "by-suggested", "by-reason", "by-action", "by-who", "by-decided", "by-text"),
-        *("by-sort", "by-size", "after"),
+    assert [name for name in reached if name][:13] == [
+        *("by-list", "by-class", "by-suggested", "by-pair", "by-reason", "by-action", "by-who", "by-decided"),
+        *("by-text", "by-sort", "by-size", "to-page", "after"),
     ]
     page.run("document.getElementById('after').focus()")
     page.press("Enter")
@@ -162,8 +162,8 @@ def test_controls_have_names_and_pictures_texts(page):
     controls = "[...document.querySelectorAll('.controls select, .controls input')]"
     labels = page.run(f"{controls}.map(one => one.labels[0]?.firstChild.textContent.trim() ?? '')")
     assert labels == [
-        *("list", "given class", "suggested class", "reason", "what was done", "decided by", "your decision"),
-        *("index or file", "order", "on a page"),
+        *("list", "given class", "suggested class", "given \u2192 suggested", "reason", "what was done", "decided by"),
+        *("your decision", "index or file", "order", "on a page", "page"),
     ]
     assert page.run("[...document.querySelectorAll('.card select')].every(one => one.getAttribute('aria-label'))")
     assert page.run("[...document.images].every(image => image.alt)")

@@ -122,7 +122,7 @@ def test_numbers(page):
         "Done, from epoch 1 on",
         "30 samples dropped",
         "10 samples re-labeled",
-        "Drawn 2 times",
+        "Computed 2 times",
     ):
         assert text in page.text
 
@@ -222,8 +222,8 @@ def test_several_labels_per_sample():
 def test_suspects_for_their_input_are_no_confusion():
     base = hostile_record().partition
     only_input = replace(base, reason=torch.where(base.is_clean, 0, 2).to(torch.uint8))
-    assert "Given class and suggested class" in Page(render_report(RunRecord(base))).text
-    assert "Given class and suggested class" not in Page(render_report(RunRecord(only_input))).text
+    assert "Given and suggested classes" in Page(render_report(RunRecord(base))).text
+    assert "Given and suggested classes" not in Page(render_report(RunRecord(only_input))).text
 
 
 def test_more_classes_than_fit_into_a_picture():
@@ -311,19 +311,22 @@ def test_the_histogram_counts_every_sample_once_and_marks_the_cut():
     assert len(parts(drawn, "cut")) == 1
 
 
-def test_the_heat_map_is_strongest_at_the_largest_number_off_the_diagonal():
-    drawn = str(heat_map(torch.tensor([[9, 2, 0], [1, 9, 4], [0, 0, 9]]), ["a", "b", "c"], ("given", "suggested", "x")))
+def test_the_heat_map_has_one_scale_the_share_of_the_rows_class():
+    counts = torch.tensor([[9, 2, 0], [1, 9, 4], [0, 0, 9]])
+    share = torch.tensor([[0.0, 0.2, 0.0], [0.25, 0.0, 1.0], [0.0, 0.0, 0.0]])
+    drawn = str(heat_map(counts, ["a", "b", "c"], ("given", "suggested", "x"), share, [4, 5, 6]))
     shades = {
-        tuple(words): float(opacity)
-        for opacity, *words in re.findall(
-            r'class="heat" fill-opacity="([\d.]+)"[^>]*><title>given (\w), suggested (\w)', drawn
+        (given, suggested, pair): float(opacity)
+        for opacity, pair, given, suggested in re.findall(
+            r'class="heat" fill-opacity="([\d.]+)"[^>]*data-pair="([^"]*)"[^>]*><title>given (\w), suggested (\w)',
+            drawn,
         )
     }
-    assert max(shades, key=shades.get) == ("b", "c")
-    assert shades["b", "c"] == 1
-    assert shades["a", "c"] == 0
-    assert shades["a", "b"] == pytest.approx(0.54)
+    assert shades["b", "c", "5&gt;6"] == 1
+    assert shades["a", "c", "4&gt;6"] == 0
+    assert shades["a", "b", "4&gt;5"] == pytest.approx(0.08 + 0.92 * 0.2, abs=0.01)
     assert "given b, suggested c: 4 x" in drawn
+    assert drawn.count("data-pair") == 6
 
 
 def test_curves_are_drawn_by_kind_with_the_swap_and_the_control():

@@ -102,6 +102,20 @@ def test_keys_decide_go_on_and_take_back(page):
     assert page.run(FOCUSED) == "1"
 
 
+def test_paper_shows_what_was_decided(page):
+    press_all(page, ["ArrowRight", "k", "1", "r"])
+    page.emulate(media="print")
+    try:
+        after = "getComputedStyle(card, '::after').content"
+        said = page.run(f"[...document.querySelectorAll('.card')].slice(0, 4).map(card => {after})")
+        assert said == ['"decided: keep"', '"decided: relabel to cat, tabby"', '"decided: relabel to fish"', "none"]
+        assert page.run("document.querySelector('.decide').offsetHeight") == 0
+    finally:
+        page.emulate()
+    page.reload()
+    assert page.run("document.querySelector('.card').dataset.decision") == "keep"
+
+
 def test_keys_go_over_the_ends_of_pages_and_back(page):
     press_all(page, ["ArrowRight", *["k"] * 24])
     page.wait("document.getElementById('where').textContent === '25 to 48 of 60'")
@@ -227,6 +241,28 @@ def test_filters_hold_while_pages_are_turned(page):
     choose(page, "by-decided", "all")
     choose(page, "by-suggested", "fish (15)")
     assert set(shown(page, "given")) == {"2"}
+
+
+def test_a_pair_of_classes_is_chosen_and_clicked(page):
+    choose(page, "by-pair", 'cat, tabby \u2192 =the "dog" (15)')
+    assert (set(shown(page, "given")), where(page)) == ({"0"}, "1 to 15 of 15")
+    page.run(
+        "document.querySelector('rect[data-pair=\"2>3\"]').dispatchEvent(new MouseEvent('click', {bubbles: true}))"
+    )
+    page.wait("document.querySelector('.card').dataset.given === '2'")
+    assert set(shown(page, "given")) == {"2"}
+    assert page.run("document.getElementById('by-pair').value") == "2>3"
+
+
+@pytest.mark.parametrize(("text", "at"), [("3", "49 to 60 of 60"), ("99", "49 to 60 of 60"), ("0", "1 to 24 of 60")])
+def test_a_page_is_gone_to_by_its_number(page, text, at):
+    page.click("#after")
+    page.wait("document.getElementById('where').textContent.startsWith('25')")
+    page.run("document.getElementById('to-page').select()")
+    page.call("Input.insertText", text=text)
+    page.press("Enter")
+    page.wait(f"document.getElementById('where').textContent === {json.dumps(at)}")
+    page.run("document.activeElement.blur()")
 
 
 @pytest.mark.parametrize(("text", "found"), [("17", ["17"]), ("#5", ["5"]), ("img_31.", ["31"]), ("nothing", [])])

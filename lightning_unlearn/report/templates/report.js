@@ -12,7 +12,7 @@
   const gallery = document.getElementById("gallery");
   if (!gallery) { document.body.dataset.ready = "yes"; return; }
   const [before, after] = ["before", "after"].map((name) => document.getElementById(name));
-  const controls = { list: null, class: null, suggested: null, reason: null, action: null, who: null, decided: null, text: null, sort: null, size: null };
+  const controls = { list: null, class: null, suggested: null, pair: null, reason: null, action: null, who: null, decided: null, text: null, sort: null, size: null };
   for (const name of Object.keys(controls)) controls[name] = document.getElementById("by-" + name);
   const called = (label) => (label < data.names.length ? data.names[label] : String(label));
   const lists = new Map(data.lists);
@@ -68,6 +68,7 @@
       const frame = make("div", "table");
       frame.append(table);
       box.append(frame);
+      if (card.note) box.append(make("div", "facts", card.note));
     } else {
       box.append(make("div", card.kind === "fault" ? "text soft" : "text", card.text ?? "cannot be shown"));
     }
@@ -120,7 +121,7 @@
     card.append(look(sample), labels(sample), tags(sample), facts);
     if (sample.card.file) card.append(make("div", "facts file", sample.card.file));
     card.append(review.row(sample));
-    card.classList.toggle("decided", review.wordOf(sample) !== "");
+    review.fill(card.querySelector(".decide"), sample);
     return card;
   }
 
@@ -141,6 +142,13 @@
     for (const label of [...classes.keys()].sort((a, b) => a - b)) {
       option(controls[name], label, called(label) + " (" + classes.get(label) + ")");
     }
+  }
+  // Which class is taken for which: the most frequent of them.
+  const pairOf = (sample) => sample.given.join(" ") + ">" + sample.suggested.join(" ");
+  const confused = count(data.samples.filter((sample) => sample.given.join() !== sample.suggested.join()).map(pairOf));
+  for (const [pair, samples] of [...confused].sort((a, b) => b[1] - a[1]).slice(0, 100)) {
+    const [given, suggested] = pair.split(">").map((side) => side.split(" ").filter(Boolean).map((label) => called(Number(label))).join(", ") || "none");
+    option(controls.pair, pair, given + " \u2192 " + suggested + " (" + samples + ")");
   }
   const kinds = { list: (sample) => sample.list, reason: (sample) => sample.reason, action: (sample) => sample.action, who: who };
   const known = { list: [...lists.keys()], reason: data.reasons, action: data.actions, who: [who({}), persons] };
@@ -164,7 +172,7 @@
     return asked === "no" ? word === "" : asked === "yes" ? word !== "" : word === asked;
   }
 
-  const filters = ["list", "class", "suggested", "reason", "action", "who", "decided", "text"];
+  const filters = ["list", "class", "suggested", "pair", "reason", "action", "who", "decided", "text"];
   function state() {
     const asked = new URLSearchParams(location.hash.slice(1));
     return {
@@ -189,6 +197,7 @@
   }
 
   // What a filter has found stays as it is while pages are turned, so that none is passed over as samples are decided.
+  const toPage = document.getElementById("to-page");
   let page = 1, pages = 1, found = [], cards = [], sought = null;
   function seek(now) {
     const asked = JSON.stringify([...filters.map((name) => now[name]), now.sort]);
@@ -197,6 +206,7 @@
     found = data.samples.filter((sample) =>
       (now.class === "" || sample.given.includes(Number(now.class))) &&
       (now.suggested === "" || sample.suggested.includes(Number(now.suggested))) &&
+      (now.pair === "" || pairOf(sample) === now.pair) &&
       (now.decided === "" || isDecided(sample, now.decided)) &&
       (now.text === "" || isNamed(sample, now.text)) &&
       Object.entries(kinds).every(([name, of]) => now[name] === "" || now[name] === of(sample)));
@@ -215,6 +225,8 @@
     for (const [name, control] of Object.entries(controls)) if (control !== document.activeElement || name !== "text") control.value = String(now[name]);
     document.getElementById("where").textContent = found.length === 0 ? "no sample is like that"
       : (first + 1) + " to " + (first + cards.length) + " of " + found.length;
+    if (document.activeElement !== toPage) toPage.value = page;
+    toPage.max = pages;
     turn(before, page <= 1, after);
     turn(after, page >= pages, before);
     review.opened();
@@ -233,6 +245,10 @@
 
   for (const [name, select] of Object.entries(controls)) select.addEventListener("change", () => go({ [name]: select.value }));
   controls.text.addEventListener("input", () => go({ text: controls.text.value }));
+  toPage.addEventListener("change", () => { go({ page: Math.min(pages, Math.max(1, parseInt(toPage.value, 10) || 1)) }); });
+  for (const cell of document.querySelectorAll("rect[data-pair]")) {
+    cell.addEventListener("click", () => { go({ pair: cell.dataset.pair }); document.getElementById("controls").scrollIntoView(); });
+  }
   before.addEventListener("click", () => go({ page: page - 1 }));
   after.addEventListener("click", () => go({ page: page + 1 }));
   addEventListener("hashchange", show);

@@ -139,7 +139,10 @@ function reviewing(data, gallery, called, pages) {
     } else {
       choice.value = String(labels[0] ?? "");
     }
-    box.closest(".card")?.classList.toggle("decided", Boolean(decision));
+    const card = box.closest(".card");
+    card?.classList.toggle("decided", Boolean(decision));
+    // What paper shows in place of the buttons.
+    if (card) card.dataset.decision = decision ? decision.word + (decision.word === "relabel" ? " to " + (decision.new.map(called).join(", ") || "none") : "") : "";
   }
 
   function update() {
@@ -284,5 +287,5 @@ function reviewing(data, gallery, called, pages) {
 
   read();
   document.getElementById("review").hidden = false;
-  return { row, opened, update, enlarge, wordOf: (sample) => decisions.get(sample.index)?.word ?? "" };
+  return { row, fill, opened, update, enlarge, wordOf: (sample) => decisions.get(sample.index)?.word ?? "" };
 }

@@ -1,0 +1,104 @@
+"""``report``: one HTML file of what a fit has found."""
+
+from __future__ import annotations
+
+import argparse
+import webbrowser
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lightning_unlearn.cli._examples import add_command
+from lightning_unlearn.cli._results import run_folder
+from lightning_unlearn.utilities.checks import check_whole, reason_of
+
+
+def add_report(commands: Any) -> None:
+    """Adds ``report``."""
+    report = add_command(
+        commands,
+        "report",
+        "one HTML file of what a fit has found",
+        """\
+Makes report.html from what UnlearnReport has written when a fit ended: summary and advice, noise estimate, classes, the
+most suspect samples, curves, neurons, time. One file, which needs no network. A run directory comes from the callback
+UnlearnReport() beside the others, from lightning-unlearn partition, or from the demo; a folder with a partition.npz
+alone gives a report without samples and curves.""",
+        "lightning-unlearn report lightning_logs/version_0/unlearn --open",
+        "lightning-unlearn report runs/repaired --control runs/trained-on --out compared.html",
+        "lightning-unlearn report partition --samples 1000 --open",
+    )
+    report.add_argument(
+        "run", type=Path, metavar="RUN_DIR", help="the folder, as lightning_logs/version_0/unlearn, or the one above"
+    )
+    report.add_argument("--out", type=Path, metavar="FILE", help="the file to write (default: RUN_DIR/report.html)")
+    report.add_argument(
+        "--control",
+        type=Path,
+        metavar="RUN_DIR",
+        help="of a fit to compare with, as one with dry_run=True, whose curves are drawn dashed (default: none)",
+    )
+    report.add_argument(
+        "--samples",
+        type=int,
+        metavar="N",
+        help="read so many samples from the data and show them, in place of those that the run directory has; with the"
+        " configuration of the fit (default: those of the run directory)",
+    )
+    report.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="where --samples finds the data (default: RUN_DIR/config.yaml, as partition writes it)",
+    )
+    for name, what in (("model", "LightningModule"), ("data", "LightningDataModule")):
+        report.add_argument(
+            f"--{name}", metavar="CLASS", help=f"with --config: the {what}, of a YAML of your own LightningCLI script"
+        )
+    report.add_argument("--open", action="store_true", help="show it in the browser (default: no)")
+
+
+def run_report(options: argparse.Namespace) -> None:
+    """Writes the report again."""
+    from jinja2 import UndefinedError
+
+    from lightning_unlearn.report import RunRecord, write_report
+
+    run = run_folder(options.run)
+    if options.samples is None and (options.config or options.model or options.data):
+        raise ValueError("Expected --samples N beside --config, --model and --data, which say where the samples are.")
+    record = RunRecord.load(run)
+    if options.samples is not None:
+        record = _with_samples(record, run, options)
+    control = None if options.control is None else RunRecord.load(run_folder(options.control))
+    try:
+        file = write_report(record, options.out or run / "report.html", control)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, UndefinedError, ValueError) as error:
+        # A folder of others may hold anything where a run's files leave a value open.
+        raise ValueError(
+            f"Expected {run} to hold a run that UnlearnReport has written, but no report can be made of it"
+            f" ({type(error).__name__}: {reason_of(error)}); run the fit again."
+        ) from error
+    print(file)
+    if options.open:
+        webbrowser.open(file.resolve().as_uri())
+
+
+def _with_samples(record: Any, run: Path, options: argparse.Namespace) -> Any:
+    """The run with other samples, read from the data, and written into its directory."""
+    samples = check_whole("--samples", options.samples, least=1)
+    config = options.config or run / "config.yaml"
+    if not config.is_file():
+        raise ValueError(
+            f"Expected the configuration of the fit, whose data --samples reads, but there is no {config}; give it with"
+            " --config FILE (and --model and --data where the YAML is that of your own LightningCLI script). In Python:"
+            f" UnlearnReport(samples={samples})."
+        )
+    from lightning_unlearn.cli._partition import read_samples
+
+    named = [(f"--{name}", getattr(options, name)) for name in ("model", "data")]
+    given = ["--config", str(config), *(part for pair in named if pair[1] is not None for part in pair)]
+    gallery = read_samples(given, record.partition, record.provenance, samples)
+    record = replace(record, gallery=gallery)
+    record.save(run)
+    return record

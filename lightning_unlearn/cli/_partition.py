@@ -70,7 +70,7 @@ _EXAMPLES = examples(
 
 
 # Of this command alone, or of what has been judged.
-_OWN = ("--at_epoch", "--recipe", "--out", "--top", "--ckpt_path")
+_OWN = ("--at_epoch", "--recipe", "--suspect_precision", "--out", "--top", "--samples", "--ckpt_path")
 
 
 class PartitionCLI(ConfigCLI):
@@ -447,11 +447,14 @@ def next_steps(cli: PartitionCLI, partition: Partition, arguments: Sequence[str]
     if cli.has_callback:
         in_yaml = f"with review: {table} in init_args of the AttributionPartitionCallback"
         return [look, f"{correct},", f"  # {in_yaml}:", fit]
-    epochs, name = partition.epoch + max(1, partition.epoch // 2), "--trainer.callbacks"
+    name, epochs = "--trainer.callbacks", partition.epoch + max(1, partition.epoch // 2)
+    # As many as the configuration has, where that leaves some to fine-tune in.
+    has_enough = (cli.config["trainer"]["max_epochs"] or 0) >= epochs
+    longer = "" if has_enough else f" --trainer.max_epochs {epochs}"
     return [
         look,
         f"{correct}:",
-        f"{fit} --trainer.max_epochs {epochs} \\",
+        f"{fit}{longer} \\",
         f"    {name}+=lightning_unlearn.AttributionPartitionCallback {name}.at_epoch {partition.epoch} \\",
         f"    {name}.review {_quoted(table)} {name}+=lightning_unlearn.CleanSubsetFinetuneCallback",
     ]

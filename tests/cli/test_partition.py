@@ -303,6 +303,8 @@ def shown(folder="partition"):
 def test_the_report_shows_as_many_samples_as_are_asked_for_also_afterwards(inside, capsys):
     main(["partition", "--config", "run.yaml", "--at_epoch", "6", "--samples", "5", "--out", "few"])
     assert shown("few") == 5
+    # The command that follows is one of fit, which has no such option.
+    assert "--samples" not in capsys.readouterr().out.partition("lightning-unlearn fit")[2]
     before = Partition.load("few/partition.npz")
     main(["report", "few", "--samples", "12"])
     assert shown("few") == 12

@@ -61,3 +61,14 @@ def test_what_the_guide_for_contributors_names_exists(file, names):
     text = path.read_text(encoding="utf-8")
     for name in re.findall(r"`(\w+)`", names):
         assert re.search(rf"(def|class) {name}\b|^{name}\b", text, re.MULTILINE), (file, name)
+
+
+MESSAGES = re.findall(
+    r'^\| "([^"]+)"', (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8"), re.MULTILINE
+)
+
+
+@pytest.mark.parametrize("message", MESSAGES)
+def test_a_message_that_is_explained_is_shown_so(message):
+    assert len(MESSAGES) > 12
+    assert message in TEXT

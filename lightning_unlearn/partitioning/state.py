@@ -161,7 +161,7 @@ class PublishedPartition:
 
     @property
     def probabilities(self) -> Tensor:
-        """(N, C) float32, what training has said of each class, by dataset index: ``pred_probs`` for cleanlab.
+        """What training has said of each class, (N, C) float32 by dataset index; ``pred_probs`` for cleanlab.
 
         The softmax of the logits of the training steps, averaged over the epochs before the partition; of a sample that
         was not drawn in a part of them, those of the pass after it. Known in the fit that has computed the partition;

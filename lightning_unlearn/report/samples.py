@@ -25,7 +25,7 @@ _THUMBNAIL = 96
 _RENDERED = 240
 _CHARACTERS = 1500
 _ROWS = 40
-_TOKENS = "Token ids: UnlearnReport(render=...) shows what decodes them, or name the tokenizer self.tokenizer."
+_TOKENS = "Token ids: UnlearnReport(render=...) shows what decodes them; or keep the tokenizer as self.tokenizer."
 _PICTURE_TYPES = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg"}
 
 

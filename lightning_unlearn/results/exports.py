@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.results.fiftyone import review_from_fiftyone, to_fiftyone
-from lightning_unlearn.results.label_studio import to_label_studio
+from lightning_unlearn.results.label_studio_tasks import to_label_studio
 from lightning_unlearn.results.labels import REASONS
 from lightning_unlearn.results.packages import check_length, columns_by_title, label_cells, package
 from lightning_unlearn.results.partition import Partition

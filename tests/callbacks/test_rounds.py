@@ -215,7 +215,7 @@ def test_a_data_set_without_noise_is_not_looked_at_for_ever(monkeypatch):
     (partition, _, _), *_ = drawn_again(Scripted(everything), every=1, min_change=0.01)
     assert [drawn.epoch for drawn in partition.rounds] == [2, 3]
     (line,) = [line for line in said if "Partition recomputed" in line]
-    assert line.endswith("samples clean), the one before stays, and none is computed again.")
+    assert line.endswith("classified as clean), the previous one stays, and none is computed again.")
     assert "stable" not in line
 
 

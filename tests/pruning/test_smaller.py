@@ -150,6 +150,7 @@ def test_where_ranks_hold_parts_of_the_weights_it_is_refused_by_name(tmp_path):
     data = Blobs(101)
     prune = callbacks(data, tmp_path / "small.pt")
     trainer = make_trainer(callbacks=prune)
+    prune[1].setup(trainer, Toy(net), "fit")
     trainer.strategy.__class__ = type("Parts", (ModelParallelStrategy,), {})
     with pytest.raises(MisconfigurationException, match=r"SensitivityPruneCallback\(shrink_to=\.\.\.\) does not work"):
         prune[1].check(trainer, Toy(net))

@@ -112,7 +112,7 @@ def test_a_few_errors_among_classes_that_are_hard_to_tell():
 @pytest.mark.parametrize("epochs", [2, 5, 10])
 def test_nothing_is_acted_upon_on_clean_data(epochs):
     x, label, _ = digits()
-    with pytest.warns(UserWarning, match="not acted upon"):
+    with pytest.warns(UserWarning, match="Partition not applied"):
         partition = judged(x, label, epochs).partition
     assert partition.is_clean.all()
     assert not partition.doubtful.any()
@@ -154,7 +154,7 @@ def test_next_class_by_its_name():
 
 def test_a_pair_of_classes_that_is_hard_to_tell_is_no_habit():
     x, label, _ = pairs(0)
-    with pytest.warns(UserWarning, match="not acted upon"):
+    with pytest.warns(UserWarning, match="Partition not applied"):
         assert judged(x, label, 5, lr=1e-3).partition.is_clean.all()
 
 

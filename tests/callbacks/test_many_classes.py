@@ -76,7 +76,7 @@ def test_wrong_labels_among_two_hundred_classes_are_found(outputs):
 @pytest.mark.parametrize("epochs", [2, 4])
 def test_clean_labels_of_two_hundred_classes_are_left_alone(epochs):
     x, label, _, _ = birds()
-    with pytest.warns(UserWarning, match="not acted upon"):
+    with pytest.warns(UserWarning, match="Partition not applied"):
         assert judged(x, label, epochs).partition.is_clean.all()
 
 

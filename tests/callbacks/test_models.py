@@ -310,7 +310,7 @@ def test_all_three_work_and_the_warm_up_is_as_without_them(name):
 def test_a_text_classifier_in_the_manner_of_hugging_face(given):
     data = Sentences()
     loader = loader_of(data, collate_fn=pad)
-    repaired = repair(lambda: TextClassifier(TextNet, adam), loader, data=given)
+    repaired = repair(lambda: TextClassifier(TextNet, adam), loader, **given)
     assert_repaired(*repaired, head="net.classifier", wrong=data.wrong)
 
 

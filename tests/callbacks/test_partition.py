@@ -14,6 +14,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, g
 
 from lightning_unlearn import AttributionPartitionCallback, DataFormat, Partition
 from lightning_unlearn.evidence import collector as collector_module
+from lightning_unlearn.evidence.collector import EvidenceCollector
 from tests.toys import (
     CLASSES,
     Blobs,
@@ -46,16 +47,17 @@ def pl_module_net(module):
     return {9: convnet, 8: mlp}[len(module.net)] if isinstance(module.net, nn.Sequential) else Swapped
 
 
-class Watching(AttributionPartitionCallback):
-    """Notes the epochs and training steps at which the training set is passed over."""
+@pytest.fixture
+def passes(monkeypatch):
+    """The epochs and training steps at which the training set is passed over."""
+    noted, pass_over = [], EvidenceCollector.pass_over
 
-    def reset(self):
-        super().reset()
-        self.passes = []
+    def noting(self, fit):
+        noted.append((fit.epoch, fit.pl_module.steps))
+        return pass_over(self, fit)
 
-    def _observe_pass(self, trainer, pl_module):
-        self.passes.append((trainer.current_epoch, pl_module.steps))
-        return super()._observe_pass(trainer, pl_module)
+    monkeypatch.setattr(EvidenceCollector, "pass_over", noting)
+    return noted
 
 
 def naive_support(net, data, layer, at_input):
@@ -105,25 +107,25 @@ def test_the_papers_recipe_says_why_there_is_none():
     assert len(callback.partition.suspect_indices()) == 0
 
 
-def test_passes_when_epochs_are_complete():
-    callback = partition_callback(kind=Watching, at_epoch=3, evidence_from="eval_passes")
+def test_passes_when_epochs_are_complete(passes):
+    callback = partition_callback(at_epoch=3, evidence_from="eval_passes")
     module = Toy()
     fit(module, BlobsData(Blobs()), [callback], max_epochs=5)
-    assert callback.passes == [(epoch, 13 * epoch) for epoch in (1, 2, 3)]
+    assert passes == [(epoch, 13 * epoch) for epoch in (1, 2, 3)]
     assert callback.partition.epoch == 3
 
 
-def test_a_recipe_that_does_not_average_passes_once():
-    callback = partition_callback(kind=Watching, at_epoch=3, recipe="rlap", evidence_from="eval_passes")
+def test_a_recipe_that_does_not_average_passes_once(passes):
+    callback = partition_callback(at_epoch=3, recipe="rlap", evidence_from="eval_passes")
     fit(Toy(), BlobsData(Blobs()), [callback])
-    assert [epoch for epoch, _ in callback.passes] == [3]
+    assert [epoch for epoch, _ in passes] == [3]
 
 
 @pytest.mark.parametrize("recipe", ["auto", "rlap"])
-def test_where_training_is_read_there_is_one_pass(recipe):
-    callback = Watching(at_epoch=3, recipe=recipe)
+def test_where_training_is_read_there_is_one_pass(recipe, passes):
+    callback = AttributionPartitionCallback(at_epoch=3, recipe=recipe)
     fit(Toy(), BlobsData(Blobs()), [callback])
-    assert callback.passes == [(3, 39)]
+    assert passes == [(3, 39)]
 
 
 def test_before_it_exists_the_error_names_the_epoch():
@@ -428,4 +430,4 @@ def open_file(_):
 def test_few_samples_for_a_class_are_spoken_of(size, few, caplog):
     caplog.set_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero")
     fit(Toy(), BlobsData(Blobs(size)), [AttributionPartitionCallback(at_epoch=1)], max_epochs=2)
-    assert any("fewer than 50 samples for a class" in record.getMessage() for record in caplog.records) is few
+    assert any("fewer than 50 samples per class" in record.getMessage() for record in caplog.records) is few

@@ -264,7 +264,7 @@ def test_gradients_of_pruned_entries_do_not_count_in_the_norm_that_clips():
 
 def test_before_there_is_a_mask_the_error_names_the_epoch():
     prune = SensitivityPruneCallback()
-    with pytest.raises(RuntimeError, match="no mask yet: neurons are pruned when the partition is computed"):
+    with pytest.raises(RuntimeError, match="No mask yet: neurons are pruned when the partition is computed"):
         _ = prune.mask
     with pytest.raises(RuntimeError, match="known when training starts"):
         prune.target_layer()
@@ -273,7 +273,7 @@ def test_before_there_is_a_mask_the_error_names_the_epoch():
     class Asks(L.Callback):
         def on_train_batch_end(self, trainer, pl_module, *_):
             if trainer.current_epoch == 0:
-                with pytest.raises(RuntimeError, match="no mask yet: neurons are pruned at epoch 2") as error:
+                with pytest.raises(RuntimeError, match="No mask yet: neurons are pruned at epoch 2") as error:
                     _ = prune.sensitivity
                 seen.append(error)
 

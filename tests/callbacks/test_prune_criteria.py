@@ -170,7 +170,7 @@ def test_the_papers_regression_knows_no_test_no_sign_and_no_ridge(fdr_level):
         ({"criterion": "talyor"}, "Expected criterion to be one of 'sensitivity', .*Did you mean 'taylor'?"),
         ({"criterion": "xyz"}, r"but got 'xyz'\.$"),
         ({"criterion": Sensitivity}, r"Expected criterion to be one of 'sensitivity', .*, but got <class"),
-        ({"max_val_drop": -0.1}, "Expected max_val_drop to be at least 0, but got -0.1"),
+        ({"max_val_drop": -0.1}, "Expected max_val_drop to be at least 0, or None for no guard, but got -0.1"),
         ({"layer": []}, r"Expected layer to name at least one layer, and each once, but got \[\]"),
         ({"layer": ["a", "b", "a"]}, "each of the dotted paths of layers once"),
     ],

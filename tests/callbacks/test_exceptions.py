@@ -220,7 +220,6 @@ OURS = {
     "new length": (TrainDataSwap, "_fit_val_check_interval"),
     "optimizer of the swap": (Makes, "optimizer"),
     "schedule of the swap": (Makes, "schedule"),
-    "new head": (torch.nn.Linear, "reset_parameters"),
 }
 
 

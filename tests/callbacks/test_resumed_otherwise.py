@@ -176,7 +176,7 @@ def test_evidence_is_kept_until_the_partition_is_drawn(checkpoint, lines, at_epo
     assert run.ours[0].partition.epoch == max(at_epoch, 2)
     assert run.trained_on(EPOCHS - 1) == run.clean
     (line,) = lines()
-    assert f"with at_epoch={at_epoch} instead of 3: the evidence of 2 epochs in it is kept" in line
+    assert f"with at_epoch={at_epoch} instead of 3: the evidence of 2 epochs is kept" in line
 
 
 def test_the_same_settings_are_not_spoken_of(checkpoint, lines):

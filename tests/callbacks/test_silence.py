@@ -216,7 +216,7 @@ def test_a_layer_that_gets_an_adapter_in_training_is_not_pruned_and_that_is_said
                 adapter = nn.Linear(20, 12)
                 pl_module.net[2].register_forward_hook(lambda _, inputs, out: out + adapter(inputs[0]))
 
-    with pytest.warns(UserWarning, match=r"No neuron of 'net\.2' is pruned. Zeroing .* would not silence them"):
+    with pytest.warns(UserWarning, match=r"No neurons pruned in 'net\.2'\. Zeroing .* would not silence them"):
         module, prune = run(layer="net.2", more=[Adapts()])
     assert prune.mask.keep.all()
     assert prune.describe() == ""
@@ -596,6 +596,6 @@ def test_a_resumed_fit_says_where_the_checkpoint_was_not_pruned(tmp_path):
     torch.save(checkpoint, path)
     published, prune, data = callbacks()
     module = Toy(plain)
-    with pytest.warns(UserWarning, match=r"Pruned neurons of 'net\.2' had weights"):
+    with pytest.warns(UserWarning, match=r"Pruned neurons of 'net\.2' were revived"):
         make_trainer([published, prune], max_epochs=3).fit(module, datamodule=BlobsData(data), ckpt_path=path)
     assert speaks(module, prune) == 0

@@ -399,7 +399,7 @@ def test_a_partition_by_key_is_written_read_and_reviewed(found, tmp_path):
     assert again.keys == partition.keys
     assert Partition.from_state_dict(partition.state_dict()).keys == partition.keys
     partition.to_csv(tmp_path / "suspects.csv", suspects_only=False)
-    titles, *rows = (tmp_path / "suspects.csv").read_text().splitlines()
+    titles, *rows = (tmp_path / "suspects.csv").read_text(encoding="utf-8-sig").splitlines()
     assert titles.startswith("index,key,given_label,")
     first = partition.keys[int(partition.suspect_indices()[0])]
     assert rows[0].split(",")[1] == first

@@ -311,7 +311,7 @@ def test_the_rate_falls_from_its_peak_to_zero_step_by_step(caplog, name):
 def test_without_a_schedule_it_falls_from_the_rate_there_is(caplog):
     with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
         _, module, _ = run({"warm_start": "start"})
-    assert any(line.endswith("falls from 0.01 to zero at the end of the fit.") for line in caplog.messages)
+    assert any(line.endswith("follows a cosine from 0.01 to zero at the end of the fit.") for line in caplog.messages)
     assert module.optimizers().param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
 
 

@@ -123,6 +123,7 @@ ELSEWHERE = {
         "_fields": "of a named tuple, public by its documentation",
         "_orig_mod": "what torch.compile wraps",
     },
+    "data/sample_key.py": {"_fields": "of a named tuple, public by its documentation"},
     "attribution/trace.py": {"_version": "how often a tensor has been changed in place, which nothing else tells"},
     "attribution/layers.py": {
         "_ConvNd": "torch's class of all convolutions",
@@ -149,9 +150,11 @@ ELSEWHERE = {
         "_ConvTransposeNd": "torch's class",
         "_NormBase": "torch's class",
     },
+    "trainer/batch_rows.py": {"_fields": "of a named tuple, public by its documentation"},
     "trainer/divergence.py": {"_NormBase": "torch's class"},
     "pruning/holding.py": {"_orig": "what torch.nn.utils.prune puts behind a parameter's name"},
     "trainer/validation.py": {"_version": "how often a tensor has been changed in place, which nothing else tells"},
+    "finetuning/by_key.py": {"_NormBase": "torch's class"},
     "finetuning/freezing.py": {"_NormBase": "torch's class"},
     "finetuning/train_data.py": {"_NormBase": "torch's class"},
 }

@@ -53,7 +53,9 @@ alone gives a report without samples and curves.""",
     )
     for name, what in (("model", "LightningModule"), ("data", "LightningDataModule")):
         report.add_argument(
-            f"--{name}", metavar="CLASS", help=f"with --config: the {what}, of a YAML of your own LightningCLI script"
+            f"--{name}",
+            metavar="CLASS",
+            help=f"with --config: the {what}, of a YAML of your own LightningCLI script (default: its class_path)",
         )
     report.add_argument("--open", action="store_true", help="show it in the browser (default: no)")
 

@@ -34,7 +34,7 @@ def script(tmp_path_factory):
         ("lightning-unlearn partition --at", ["--at_epoch"]),
         ("lightning-unlearn fit --trainer.max_e", ["--trainer.max_epochs"]),
         ("lightning-unlearn shrink --lay", ["--layers", "--layers+"]),
-        ("lightning-unlearn report --con", ["--control"]),
+        ("lightning-unlearn report --cont", ["--control"]),
         ("lightning-unlearn init --config", []),
     ],
 )

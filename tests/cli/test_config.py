@@ -122,9 +122,9 @@ def test_the_configuration_is_printed_and_a_fit_goes_on_from_a_checkpoint(team, 
         (["--config", "run.yaml", "--trainer.max_epochs", "many"], 'Parser key "trainer.max_epochs"'),
         (["--config", "run.yaml", "--nosuch", "3"], "unrecognized arguments: --nosuch 3"),
         (["--config", "run.yaml", "--model", "team.Nosuch"], "team.Nosuch"),
-        (["--config", "run.yaml", "--model", "gone.Net"], "Run the command in the folder that 'gone' lies in"),
+        (["--config", "run.yaml", "--model", "gone.Net"], "Run the command in the folder that contains 'gone'"),
         (["--config", "below.yaml"], "below.yaml has its settings below 'fit:'; move them to the top"),
-        (["--config", "broken.yaml"], "broken.yaml, line 3: this is no YAML"),
+        (["--config", "broken.yaml"], "broken.yaml, line 3: invalid YAML"),
     ],
 )
 def test_a_wrong_call_is_told_in_a_line_and_not_in_a_page(arguments, message, team, capsys):

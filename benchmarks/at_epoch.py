@@ -1,7 +1,7 @@
 """When ``at_epoch="auto"`` would have drawn the partition, and what the best epoch would have brought.
 
-On the fits of :mod:`benchmarks.detection`, with a look after each epoch. Parts of training are the quarters of a fixed
-number here; the pairs of the callback differed by at most .001.
+On the fits of :mod:`benchmarks.detection`, with a look after each epoch, as if other callbacks acted on the
+partition. Parts of training are quarters of a fixed number here; the pairs of the callback differed by at most .001.
 
     python -m benchmarks.at_epoch --groups small real --seeds 0 --rows rows.jsonl --write at-epoch.md
 """
@@ -13,7 +13,6 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from benchmarks.detection_cases import GROUPS, DetectionCase, fit_of, load
 from lightning_unlearn.evidence.early_epochs import MOST_EPOCHS
 from lightning_unlearn.evidence.when import EARLIEST, DrawTime, similarity
 from lightning_unlearn.functional import label_margin
+from lightning_unlearn.trainer.limits import TrainingLimits
 
 _EVERY = 12  # epoch is looked at up to here, and then those that follow
 _LATER = (15, 20, 25, 30, 40)
@@ -61,11 +61,9 @@ def chosen(row: dict[str, Any]) -> tuple[int, str]:
     when, epochs = DrawTime("auto"), len(row["notes"])
     for epoch, noted in enumerate(row["notes"], start=1):
         when.note(epoch, **noted["note"])
-        trainer: Any = SimpleNamespace(
-            current_epoch=epoch, max_epochs=epochs, max_steps=-1, global_step=epoch, callbacks=[]
-        )
+        limits = TrainingLimits(epoch=epoch, step=epoch, max_epochs=epochs)
         settled = noted["settled"] or epoch >= MOST_EPOCHS
-        when.decide(trainer, is_settled=settled, is_stopped=False, reduce=lambda part: part)
+        when.decide(limits, is_settled=settled, is_stopped=False, reduce=lambda part: part)
         if when.epoch is not None:
             return epoch, when.why
     return epochs, "training has ended"

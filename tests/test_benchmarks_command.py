@@ -179,7 +179,10 @@ def test_other_settings_in_one_of_several_processes_stop_them_all(tmp_path):
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_all_processes_end_with_the_first_the_idle_ones_too(tmp_path, how):
     script = (
-        "import sys; from pathlib import Path; from tests.test_benchmarks_command import Counting, Endless, run_units\n"
+        "import signal, sys; from pathlib import Path\n"
+        "from tests.test_benchmarks_command import Counting, Endless, run_units\n"
+        # A shell starts what it runs in the background, these tests too, with Ctrl-C ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "units = [Endless(Path(sys.argv[1], 'endless')), Counting(Path(sys.argv[1], 'finished'))]\n"
         "run_units(units, ['first'], (), jobs=2)"
     )

@@ -117,7 +117,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
     Example:
         >>> AttributionPartitionCallback(at_epoch=20).partition
         Traceback (most recent call last):
-        RuntimeError: There is no partition yet: it is computed when 20 epochs are complete.
+        RuntimeError: No partition yet: it is computed when 20 epochs are complete.
     """
 
     state_version = 3

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from lightning_unlearn import AttributionPartitionCallback
 from lightning_unlearn.evidence import collector as collector_module
+from lightning_unlearn.evidence.collector import EvidenceCollector
 from lightning_unlearn.partitioning import messages as messages_module
 from tests.evidence.test_step_reader import BATCH, Coded, Net, mixup, two_calls
 from tests.toys import Blobs, BlobsData, IndexRecorder, Toy, assert_same_weights, auroc, fit, mlp, trio, weights
@@ -151,13 +152,15 @@ def test_mixup_is_noticed_said_once_and_passes_are_made_instead(monkeypatch):
     said, passes = [], []
     monkeypatch.setattr(collector_module, "rank_zero_info", said.append)
 
-    class Watching(AttributionPartitionCallback):
-        def _observe_pass(self, trainer, pl_module):
-            passes.append(trainer.current_epoch)
-            return super()._observe_pass(trainer, pl_module)
+    pass_over = EvidenceCollector.pass_over
 
+    def watched(collector, fit):
+        passes.append(fit.epoch)
+        return pass_over(collector, fit)
+
+    monkeypatch.setattr(EvidenceCollector, "pass_over", watched)
     data = Blobs(400)
-    callback = Watching(at_epoch=5)
+    callback = AttributionPartitionCallback(at_epoch=5)
     module = MixesUp()
     fit(module, BlobsData(data), [callback], max_epochs=6)
     (line,) = [text for text in said if text.startswith(SAYS_WHY)]

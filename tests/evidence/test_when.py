@@ -456,7 +456,7 @@ def test_another_wish_applies_where_the_fit_goes_on(first, then, drawn, tmp_path
     run(tmp_path, first)
     again, *_ = run(tmp_path / "again", then, tmp_path / "epoch=1.ckpt")
     assert again.partition.epoch == drawn
-    assert f"at_epoch={then!r} instead of {first!r}: the evidence of 2 epochs in it is kept" in said()
+    assert f"at_epoch={then!r} instead of {first!r}: the evidence of 2 epochs is kept" in said()
 
 
 def test_a_share_is_of_the_epochs_of_the_fit_that_goes_on(tmp_path):

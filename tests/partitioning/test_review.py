@@ -267,7 +267,7 @@ def test_labels_that_have_been_mended_since_are_left_to_the_recipe(data, tmp_pat
     partition, _, _, _ = run(data, review=tmp_path / "suspects.csv")
     assert (partition.partition.clean_probability[:40] == 0).nonzero().numel() == 39
     assert partition.partition.clean_probability[1] > 0
-    assert any("1 decisions of" in str(warning.message) for warning in recwarn)
+    assert any("1 decisions in" in str(warning.message) for warning in recwarn)
 
 
 def test_several_labels(tmp_path):

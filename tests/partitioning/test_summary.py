@@ -301,7 +301,7 @@ def test_there_is_no_summary_before_a_fit_has_ended():
     class Asks(L.Callback):
         def on_train_epoch_end(self, trainer, pl_module):
             with pytest.raises(
-                RuntimeError, match="no summary yet: it is made when a fit that has computed a partition"
+                RuntimeError, match="No summary yet: it is made when a fit that has computed a partition"
             ):
                 partition.summary  # noqa: B018
             if trainer.current_epoch == stop:
@@ -314,13 +314,13 @@ def test_there_is_no_summary_before_a_fit_has_ended():
     stop = 2
     with pytest.raises(Halts):
         fit(Toy(), BlobsData(Blobs(101)), [partition, Asks()], max_epochs=4)
-    with pytest.raises(RuntimeError, match="no summary yet"):
+    with pytest.raises(RuntimeError, match="No summary yet"):
         partition.summary  # noqa: B018
 
 
 def test_before_the_fit_has_ended_there_is_no_summary_and_after_a_short_one_there_is():
     partition = AttributionPartitionCallback(at_epoch=3)
-    with pytest.raises(RuntimeError, match="no summary yet"):
+    with pytest.raises(RuntimeError, match="No summary yet"):
         partition.summary  # noqa: B018
     fit(Toy(), BlobsData(Blobs(101)), [partition], max_epochs=9, max_steps=8)
     assert partition.summary.samples == 101

@@ -194,7 +194,7 @@ REFUSED = {
     "a stream": (loader(Stream()), TypeError, "judged .*but: Expected a map-style dataset, but Stream is an Iterable"),
     "few": (loader(Blobs(9)), ValueError, "at least 10 validation samples to partition, but the dataset has 9"),
     "no batches": (loader(batch_size=None), ValueError, "but: Expected a DataLoader that batches samples"),
-    "own sampler": (loader(sampler=OwnSampler()), TypeError, "as its loader draws with a OwnSampler; use one"),
+    "own sampler": (loader(sampler=OwnSampler()), TypeError, "as its loader uses a OwnSampler; use one"),
     "another order": (
         loader(collate_fn=backwards),
         TypeError,

@@ -248,7 +248,7 @@ def test_early_stopping_counts_anew_from_weights_that_were_moved(caplog, mode):
         return len(moments.ended), stopper
 
     assert ends("keep")[0] == AT + 2
-    assert not any("EarlyStopping counts" in line for line in caplog.messages)
+    assert not any("EarlyStopping restarts" in line for line in caplog.messages)
     epochs, stopper = ends("shrink")
     assert (epochs, stopper.stopped_epoch) == (8, 0)
     assert float(stopper.best_score) == pytest.approx((1 if mode == "max" else -1) * 0.57)

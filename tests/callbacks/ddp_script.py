@@ -57,10 +57,16 @@ def numbers(rate):
 class Failing(AttributionPartitionCallback):
     """Fails on one rank, in the middle of a pass."""
 
-    def _observe_pass(self, trainer, pl_module):
-        if trainer.global_rank == 1:
-            self.reading.split = lambda _: 1 / 0
-        return super()._observe_pass(trainer, pl_module)
+    def check(self, trainer, pl_module):
+        super().check(trainer, pl_module)
+        pass_over = self.collector.pass_over
+
+        def fails(fit):
+            if trainer.global_rank == 1:
+                self.reading.split = lambda _: 1 / 0
+            return pass_over(fit)
+
+        self.collector.pass_over = fails
 
 
 def weights_of(data):

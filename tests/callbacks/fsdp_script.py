@@ -286,14 +286,16 @@ def fails():
                 raise ZeroDivisionError
             return super().__getitem__(index)
 
-    class Begins(AttributionPartitionCallback):
-        def _observe_pass(self, trainer, pl_module):
-            data.failing = True
-            return super()._observe_pass(trainer, pl_module)
-
-    data = Failing(SIZE)
+    data, callback = Failing(SIZE), AttributionPartitionCallback(at_epoch=1)
     data.failing = False
-    fit(make_module("full"), InStep(data), [Begins(at_epoch=1)], max_epochs=2, **settings("fsdp"))
+    pass_over = callback.collector.pass_over
+
+    def begins(fit):
+        data.failing = True
+        return pass_over(fit)
+
+    callback.collector.pass_over = begins
+    fit(make_module("full"), InStep(data), [callback], max_epochs=2, **settings("fsdp"))
 
 
 def run(folder):

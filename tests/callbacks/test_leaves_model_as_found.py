@@ -437,19 +437,17 @@ def test_the_pass_sees_no_sample_twice_and_none_of_the_loaders_state():
     data = Blobs(101)
     loader_reads = []
 
-    class Counting(AttributionPartitionCallback):
-        def _observe_pass(self, trainer, pl_module):
-            start = len(data.read)
-            share = super()._observe_pass(trainer, pl_module)
-            loader_reads.append(data.read[start:])
-            return share
+    callback = partition_callback(at_epoch=2, evidence_from="eval_passes")
+    pass_over = callback.collector.pass_over
 
-    fit(
-        Toy(),
-        BlobsData(data),
-        [partition_callback(kind=Counting, at_epoch=2, evidence_from="eval_passes")],
-        max_epochs=3,
-    )
+    def counting(context):
+        start = len(data.read)
+        found = pass_over(context)
+        loader_reads.append(data.read[start:])
+        return found
+
+    callback.collector.pass_over = counting
+    fit(Toy(), BlobsData(data), [callback], max_epochs=3)
     assert loader_reads == [list(range(101))] * 2
 
 

@@ -41,7 +41,7 @@ from lightning_unlearn.utilities.files import target_file
 
 CLASSES = 10
 SLOW, SLOW_EVERY = "C backward", 5
-Way = Callable[[Tensor, Tensor], Any]
+SamplingMode = Callable[[Tensor, Tensor], Any]
 
 
 def small_cnn() -> tuple[nn.Module, LayerPoint]:
@@ -64,7 +64,7 @@ def resnet18_last_block() -> tuple[nn.Module, LayerPoint]:
 CASES = {"small_cnn": (small_cnn, 256), "resnet18": (resnet18, 64), "resnet18_layer4.0": (resnet18_last_block, 64)}
 
 
-def ways(model: nn.Module, point: LayerPoint) -> dict[str, Way]:
+def ways(model: nn.Module, point: LayerPoint) -> dict[str, SamplingMode]:
     """From a batch of images and labels to whatever is measured, by name."""
     module, at_input = resolve_layer(model, point.name), point.at == "input"
     attributor = Attributor(model, point, model)
@@ -107,7 +107,7 @@ def ways(model: nn.Module, point: LayerPoint) -> dict[str, Way]:
     }
 
 
-def seconds(way: Way, batches: list[tuple[Tensor, Tensor]], device: torch.device) -> tuple[float, float]:
+def seconds(way: SamplingMode, batches: list[tuple[Tensor, Tensor]], device: torch.device) -> tuple[float, float]:
     """Of one pass over the batches: on the clock, and of this process's processor time."""
     if device.type == "cuda":
         torch.cuda.synchronize()

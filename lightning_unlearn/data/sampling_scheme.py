@@ -12,33 +12,33 @@ from torch.utils.data.distributed import DistributedSampler
 
 _TORCHDATA = "torchdata.stateful_dataloader.sampler"
 
-Way = Literal["evenly", "with replacement", "without replacement"]
+SamplingMode = Literal["evenly", "with replacement", "without replacement"]
 """``"evenly"``: each index as often as its weight says; else by lot, one draw after the other."""
 
 
 @dataclass(frozen=True, eq=False)
-class Drawing:
+class SamplingScheme:
     """How the indices of an epoch are drawn.
 
     Args:
         index: (M,) int64, the dataset indices to draw from; one that is there twice is drawn twice as often.
         weight: (M,) float64, not negative; the chances of an index are in proportion to it.
         number: how many are drawn in an epoch, by all ranks together.
-        way: of drawing. ``"without replacement"`` is that of a WeightedRandomSampler: by lot, none twice.
+        mode: of drawing. ``"without replacement"`` is that of a WeightedRandomSampler: by lot, none twice.
         shuffle: whether their order is random; where not, it is that of ``index``.
         drop_last: whether what does not divide by the number of ranks is left out, not filled up with repeats.
         seed: of the order, where the sampler has one of its own.
 
     Example:
-        >>> drawing = evenly(torch.tensor([3, 5, 8]))
-        >>> drawing.number, drawing.draw(torch.Generator()).tolist()
+        >>> scheme = evenly(torch.tensor([3, 5, 8]))
+        >>> scheme.number, scheme.draw(torch.Generator()).tolist()
         (3, [3, 5, 8])
     """
 
     index: Tensor
     weight: Tensor
     number: int
-    way: Way = "evenly"
+    mode: SamplingMode = "evenly"
     shuffle: bool = True
     drop_last: bool = False
     seed: int | None = None
@@ -51,16 +51,16 @@ class Drawing:
         """
         if not self.number:
             return self.index[:0]
-        if self.way != "evenly":
+        if self.mode != "evenly":
             places = torch.multinomial(
-                self.weight, self.number, replacement=self.way == "with replacement", generator=generator
+                self.weight, self.number, replacement=self.mode == "with replacement", generator=generator
             )
             return self.index[places]
         if self.number == len(self.index) and bool((self.weight == self.weight[0]).all()):
             return self.index
         return self.index[systematic_sample(self.weight, self.number, generator).sort().values]
 
-    def narrowed(self, index: Tensor, probability: Tensor | None = None, *, at_least: int = 1) -> Drawing:
+    def restricted_to(self, index: Tensor, probability: Tensor | None = None, *, at_least: int = 1) -> SamplingScheme:
         """Draws in the same way from some of the indices, each as often as before.
 
         So the number of draws shrinks with what is left out: it is rounded down where indices are drawn evenly, so that
@@ -83,9 +83,9 @@ class Drawing:
         if not bool(chosen.any()):
             return replace(self, index=self.index[:0], weight=self.weight[:0], number=0)
         number = self.number * (weight.sum() / self.weight.sum()).item()
-        if self.way == "evenly":
+        if self.mode == "evenly":
             count = max(1, int(number + 1e-6))
-        elif self.way == "with replacement":
+        elif self.mode == "with replacement":
             count = max(1, round(number), min(self.number, at_least))
         else:
             # An index that has any weight is drawn once or not at all, and surely if all are drawn.
@@ -95,7 +95,7 @@ class Drawing:
         return replace(self, index=self.index[chosen], weight=weight[chosen], number=count)
 
 
-def evenly(index: Tensor, *, shuffle: bool = True, number: int | None = None) -> Drawing:
+def evenly(index: Tensor, *, shuffle: bool = True, number: int | None = None) -> SamplingScheme:
     """Draws each index once, or ``number`` in all, each equally often as far as that goes.
 
     Args:
@@ -104,10 +104,10 @@ def evenly(index: Tensor, *, shuffle: bool = True, number: int | None = None) ->
         number: of draws in an epoch; by default M.
     """
     weight = torch.ones(len(index), dtype=torch.float64)
-    return Drawing(index, weight, len(index) if number is None else number, shuffle=shuffle)
+    return SamplingScheme(index, weight, len(index) if number is None else number, shuffle=shuffle)
 
 
-def scheme_of(sampler: Any, *, ranks: int = 1) -> Drawing | None:
+def scheme_of(sampler: Any, *, ranks: int = 1) -> SamplingScheme | None:
     """How a sampler of torch's draws; None for one that means something of its own, which cannot be looked into.
 
     Args:
@@ -115,15 +115,15 @@ def scheme_of(sampler: Any, *, ranks: int = 1) -> Drawing | None:
         ranks: how many processes draw ``num_samples`` each, where that is not the number for all of them together.
 
     Example:
-        >>> drawing = scheme_of(WeightedRandomSampler([0.0, 1.0, 3.0], num_samples=8))
-        >>> drawing.weight.tolist(), drawing.number, drawing.way
+        >>> scheme = scheme_of(WeightedRandomSampler([0.0, 1.0, 3.0], num_samples=8))
+        >>> scheme.weight.tolist(), scheme.number, scheme.mode
         ([0.0, 1.0, 3.0], 8, 'with replacement')
     """
     if isinstance(sampler, (list, tuple, range)):
         return _of_indices(sampler, shuffle=False)
     if _draws_as(sampler, DistributedSampler):
-        drawing = evenly(torch.arange(len(sampler.dataset)), shuffle=bool(sampler.shuffle))
-        return replace(drawing, drop_last=bool(sampler.drop_last), seed=int(sampler.seed))
+        scheme = evenly(torch.arange(len(sampler.dataset)), shuffle=bool(sampler.shuffle))
+        return replace(scheme, drop_last=bool(sampler.drop_last), seed=int(sampler.seed))
     if _draws_as(sampler, SequentialSampler):
         return evenly(torch.arange(len(sampler.data_source)), shuffle=False)
     if _draws_as(sampler, SubsetRandomSampler):
@@ -139,7 +139,7 @@ def scheme_of(sampler: Any, *, ranks: int = 1) -> Drawing | None:
     return None
 
 
-def _of_indices(indices: Any, *, shuffle: bool = True) -> Drawing | None:
+def _of_indices(indices: Any, *, shuffle: bool = True) -> SamplingScheme | None:
     """Of what is given index by index; None where these are keys, or counted from the end."""
     try:
         index = torch.as_tensor(list(indices), dtype=torch.int64)
@@ -157,10 +157,10 @@ def _draws_as(sampler: Any, kind: type[Any]) -> bool:
     return all(base is kind or (base.__module__ == _TORCHDATA and base.__name__ in names) for base in definers)
 
 
-def _by_lot(index: Tensor, weight: Tensor, number: int, replacement: bool, ranks: int) -> Drawing:
+def _by_lot(index: Tensor, weight: Tensor, number: int, replacement: bool, ranks: int) -> SamplingScheme:
     if replacement:
-        return Drawing(index, weight, number * ranks, "with replacement")
-    return Drawing(index, weight, min(number * ranks, int((weight > 0).sum())), "without replacement")
+        return SamplingScheme(index, weight, number * ranks, "with replacement")
+    return SamplingScheme(index, weight, min(number * ranks, int((weight > 0).sum())), "without replacement")
 
 
 def systematic_sample(weight: Tensor, number: int, generator: torch.Generator) -> Tensor:

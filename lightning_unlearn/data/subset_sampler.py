@@ -13,14 +13,14 @@ from torch.utils.data.distributed import DistributedSampler
 
 from lightning_unlearn.data.index_tracking import track_indices, untrack_indices
 from lightning_unlearn.data.loaders import batch_size
-from lightning_unlearn.data.sampling_scheme import Drawing, scheme_of
+from lightning_unlearn.data.sampling_scheme import SamplingScheme, scheme_of
 
 
 class CleanSubsetSampler(DistributedSampler[int]):
     """Draws indices in a given way, split over the ranks; the order is a function of seed and epoch.
 
     Args:
-        drawing: which indices are drawn in an epoch, and how many.
+        scheme: which indices are drawn in an epoch, and how many.
         num_replicas: number of ranks.
         rank: of this process.
         seed: the same on every rank; that of the drawing, where it has one, comes first.
@@ -32,14 +32,14 @@ class CleanSubsetSampler(DistributedSampler[int]):
 
     Example:
         >>> from lightning_unlearn.data.sampling_scheme import evenly
-        >>> drawing = evenly(torch.tensor([3, 5, 8]), shuffle=False)
-        >>> list(CleanSubsetSampler(drawing, num_replicas=1, rank=0, seed=0))
+        >>> scheme = evenly(torch.tensor([3, 5, 8]), shuffle=False)
+        >>> list(CleanSubsetSampler(scheme, num_replicas=1, rank=0, seed=0))
         [3, 5, 8]
     """
 
     def __init__(
         self,
-        drawing: Drawing,
+        scheme: SamplingScheme,
         *,
         num_replicas: int,
         rank: int,
@@ -47,15 +47,15 @@ class CleanSubsetSampler(DistributedSampler[int]):
         leave_no_single: int | None = None,
         at_most: int | None = None,
     ) -> None:
-        self.drawing = drawing
-        positions: Any = range(drawing.number)
+        self.scheme = scheme
+        positions: Any = range(scheme.number)
         super().__init__(
             positions,
             num_replicas=num_replicas,
             rank=rank,
-            shuffle=drawing.shuffle,
-            seed=seed if drawing.seed is None else drawing.seed,
-            drop_last=drawing.drop_last,
+            shuffle=scheme.shuffle,
+            seed=seed if scheme.seed is None else scheme.seed,
+            drop_last=scheme.drop_last,
         )
         # Of fewer indices than ranks none is left where the last ones are dropped; torch counts below zero.
         self.num_samples = max(0, self.num_samples)
@@ -72,11 +72,11 @@ class CleanSubsetSampler(DistributedSampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         # The same on every rank, each of which takes its share of it.
-        drawn = self.drawing.draw(torch.Generator().manual_seed(self.seed + self.epoch)).tolist()
+        drawn = self.scheme.draw(torch.Generator().manual_seed(self.seed + self.epoch)).tolist()
         return (drawn[position] for position in itertools.islice(super().__iter__(), self.count))
 
 
-def check_sampler(loader: DataLoader[Any], sampler: Any, *, ranks: int = 1) -> Drawing:
+def check_sampler(loader: DataLoader[Any], sampler: Any, *, ranks: int = 1) -> SamplingScheme:
     """How the user's sampler draws.
 
     Args:
@@ -87,9 +87,9 @@ def check_sampler(loader: DataLoader[Any], sampler: Any, *, ranks: int = 1) -> D
     Raises:
         TypeError: for a sampler that means something of its own, which a draw from a subset would lose.
     """
-    drawing = sampler.drawing if type(sampler) is CleanSubsetSampler else scheme_of(sampler, ranks=ranks)
-    if drawing is not None:
-        return drawing
+    scheme = sampler.scheme if type(sampler) is CleanSubsetSampler else scheme_of(sampler, ranks=ranks)
+    if scheme is not None:
+        return scheme
     # By __class__, as a TrackedBatchSampler goes by the user's.
     batches = loader.batch_sampler.__class__.__name__
     found = type(sampler).__name__ if sampler is not None else f"{batches} without .sampler"

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_unlearn.data.loaders import check_loader
-from lightning_unlearn.data.sampling_scheme import Drawing
+from lightning_unlearn.data.sampling_scheme import SamplingScheme
 from lightning_unlearn.data.subset_sampler import (
     CleanSubsetSampler,
     SamplerSwap,
@@ -52,7 +52,7 @@ class SubsetLoader:
             TypeError: for a loader that cannot be narrowed.
         """
         loader = fit.train_loader
-        seed = self.drawing(fit, loader).seed
+        seed = self.scheme(fit, loader).seed
         # Without one of the user's, that which Lightning gives its own samplers.
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
         with isolate_rng():
@@ -68,12 +68,12 @@ class SubsetLoader:
         """As if there had been none."""
         self.planned_batches = self.planned_size = 0
 
-    def drawing(self, fit: RunningFit, loader: DataLoader[Any]) -> Drawing:
+    def scheme(self, fit: RunningFit, loader: DataLoader[Any]) -> SamplingScheme:
         """How the user's loader draws, also while it is narrowed."""
         sampler, is_split = fit.users_sampler(loader, *self._narrowed.samplers_of(loader))
-        drawing = check_sampler(loader, sampler, ranks=1 if is_split else fit.world_size)
+        scheme = check_sampler(loader, sampler, ranks=1 if is_split else fit.world_size)
         # Lightning shuffles what it splits.
-        return replace(drawing, shuffle=drawing.shuffle or is_split)
+        return replace(scheme, shuffle=scheme.shuffle or is_split)
 
     def _part_of(self, fit: RunningFit, loader: DataLoader[Any]) -> tuple[int, int]:
         """Into how many parts the data are split, and which of them this rank draws."""
@@ -108,7 +108,7 @@ class SubsetLoader:
         # A fit that goes on with batches of another size has other steps: no sample is left out for the old ones.
         is_planned = keeps_plan and size * replicas == self.planned_size
         return CleanSubsetSampler(
-            self.drawing(fit, loader).narrowed(draw.index, draw.probability, at_least=size * replicas),
+            self.scheme(fit, loader).restricted_to(draw.index, draw.probability, at_least=size * replicas),
             num_replicas=replicas,
             rank=rank,
             seed=self.seed,

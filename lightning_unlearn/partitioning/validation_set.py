@@ -253,13 +253,13 @@ def _left_out(fit: FitContext, loader: DataLoader[Any]) -> frozenset[int]:
     """Which samples of its data set a loader never draws."""
     drawn_from = getattr(loader.batch_sampler, "sampler", None)
     sampler, _ = fit.users_sampler(loader, drawn_from, loader.sampler)
-    drawing = scheme_of(sampler)
-    if drawing is None:
+    scheme = scheme_of(sampler)
+    if scheme is None:
         raise TypeError(
             "the validation samples cannot be identified, as its loader uses a"
             f" {type(loader.batch_sampler if sampler is None else sampler).__name__}; use one of torch's samplers"
         )
-    drawn = set(drawing.index[drawing.weight > 0].tolist())
+    drawn = set(scheme.index[scheme.weight > 0].tolist())
     return frozenset(range(len(loader.dataset))) - drawn  # type: ignore[arg-type]  # its length has been checked
 
 
@@ -282,8 +282,8 @@ def _check_not_trained_on(fit: FitContext, samples: _Samples, trained_on: str) -
     if not is_known and samples.loader.dataset is not loader.dataset:
         return
     sampler, _ = fit.users_sampler(loader, getattr(loader.batch_sampler, "sampler", None), loader.sampler)
-    drawing = scheme_of(sampler)
-    drawn = set(range(len(samples)) if drawing is None else drawing.index[drawing.weight > 0].tolist())
+    scheme = scheme_of(sampler)
+    drawn = set(range(len(samples)) if scheme is None else scheme.index[scheme.weight > 0].tolist())
     if both := len(drawn - samples.left_out):
         raise ValueError(
             f"{_WANTED} {both:,} of its {len(samples) - len(samples.left_out):,} samples are in the training set too,"

@@ -22,7 +22,7 @@ _LEAST_SURE = 24
 
 
 @dataclass(frozen=True)
-class Action:
+class SampleOutcome:
     """What became of a sample.
 
     Args:
@@ -37,7 +37,7 @@ class Action:
 
 
 @dataclass(frozen=True)
-class Listed:
+class IndexList:
     """Dataset indices under a title.
 
     Args:
@@ -53,7 +53,7 @@ class Listed:
     left_out: int
 
 
-class Actions:
+class SampleOutcomes:
     """What was done in a run.
 
     Args:
@@ -103,25 +103,25 @@ class Actions:
         """How many samples were trained on under another label."""
         return len(self._moved)
 
-    def of(self, index: int) -> Action:
+    def of(self, index: int) -> SampleOutcome:
         """What became of a sample, or what is proposed."""
         by_person = index in self._persons
         if not self.has_acted:
             word = self._proposed[index]
             new = _labels(self._partition.suggested_label[index].tolist()) if word == "relabel" else ()
-            return Action(word, new, by_person)
+            return SampleOutcome(word, new, by_person)
         if index in self._gone:
-            return Action("dropped", by_person=by_person)
+            return SampleOutcome("dropped", by_person=by_person)
         if index in self._moved:
-            return Action("re-labeled", self._after(self._moved[index]), by_person)
+            return SampleOutcome("re-labeled", self._after(self._moved[index]), by_person)
         weighed = self.weighs and not bool(self._partition.is_clean[index])
-        return Action("drawn by p(clean)" if weighed else "kept", by_person=by_person)
+        return SampleOutcome("drawn by p(clean)" if weighed else "kept", by_person=by_person)
 
-    def listed_drops(self) -> Listed:
+    def listed_drops(self) -> IndexList:
         """The samples that were not trained on."""
         return _listed((), self.dropped, _MOST)
 
-    def listed_moves(self, called: Any) -> tuple[list[Listed], int]:
+    def listed_moves(self, called: Any) -> tuple[list[IndexList], int]:
         """The samples that were re-labeled, by labels before and after, the most frequent first.
 
         Args:
@@ -142,7 +142,7 @@ class Actions:
             room -= len(indices) - found[-1].left_out
         return found, sum(len(indices) for _, indices in order[_MOST_GROUPS:])
 
-    def listed_neurons(self) -> list[Listed]:
+    def listed_neurons(self) -> list[IndexList]:
         """The neurons that were pruned, by layer."""
         return [_listed((layer,), neurons, _MOST) for layer, neurons in self.pruned.items()]
 
@@ -158,10 +158,10 @@ def _labels(label: Any) -> tuple[int, ...]:
     return tuple(positive_labels(torch.tensor([label]))[0]) if isinstance(label, Sequence) else (int(label),)
 
 
-def _listed(title: tuple[str, ...], indices: Iterable[int], room: int) -> Listed:
+def _listed(title: tuple[str, ...], indices: Iterable[int], room: int) -> IndexList:
     ordered = sorted(int(index) for index in indices)
     shown = ordered[: max(0, room)]
-    return Listed(title, len(ordered), ", ".join(map(str, shown)), len(ordered) - len(shown))
+    return IndexList(title, len(ordered), ", ".join(map(str, shown)), len(ordered) - len(shown))
 
 
 def shown_samples(partition: Partition, provenance: Mapping[str, Any], most: int) -> list[int]:
@@ -177,7 +177,7 @@ def shown_samples(partition: Partition, provenance: Mapping[str, Any], most: int
         most: how many there may be.
     """
     suspects = partition.suspect_indices().tolist()
-    reviewed = {index for indices in Actions(partition, provenance).reviewed.values() for index in indices}
+    reviewed = {index for indices in SampleOutcomes(partition, provenance).reviewed.values() for index in indices}
     fresh = [index for index in suspects if index not in reviewed]
     kept = sorted(reviewed.difference(suspects))
     decided = [index for index in suspects if index in reviewed] + kept

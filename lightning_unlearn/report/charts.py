@@ -11,7 +11,7 @@ import torch
 from markupsafe import Markup
 from torch import Tensor
 
-from lightning_unlearn.report.svg import Drawing, Plot, shortened, ticks, width_of
+from lightning_unlearn.report.svg import SvgAxes, SvgCanvas, shortened, ticks, width_of
 from lightning_unlearn.results.labels import cut_of
 from lightning_unlearn.results.mask import NeuronMask
 from lightning_unlearn.results.partition import Partition
@@ -31,7 +31,7 @@ def histogram(partition: Partition) -> Markup:
     sides = [bins[side].bincount(minlength=_BINS).tolist() for side in (partition.is_clean, ~partition.is_clean)]
     # One sample is to be seen too.
     least, most = -0.3, max(1.0, math.log10(max(*sides[0], *sides[1], 1)) + 0.1)
-    plot = Plot((640, 250), (0, 1), (least, most), "histogram of the probability of being clean")
+    plot = SvgAxes((640, 250), (0, 1), (least, most), "histogram of the probability of being clean")
     for power in range(math.floor(most) + 1):
         plot.row(power, f"{10**power:,}")
     wide = plot.width / _BINS - 1
@@ -42,15 +42,15 @@ def histogram(partition: Partition) -> Markup:
             if count:
                 y = plot.y(math.log10(count))
                 box: dict[str, Any] = {"x": plot.x(at / _BINS) + 0.5, "y": y, "width": wide, "height": plot.bottom - y}
-                plot.drawing.add("rect", "", hint, class_=kind, **box)
-    plot.drawing.line(plot.left, plot.bottom, plot.left + plot.width, plot.bottom)
+                plot.canvas.add("rect", "", hint, class_=kind, **box)
+    plot.canvas.line(plot.left, plot.bottom, plot.left + plot.width, plot.bottom)
     for tick in ticks(0.0, 1.0):
-        plot.drawing.text(plot.x(tick), plot.bottom + 15, f"{tick:g}", "middle")
+        plot.canvas.text(plot.x(tick), plot.bottom + 15, f"{tick:g}", "middle")
     cut = cut_of(partition)
     if cut is not None:
         plot.mark(cut, f"cut at {cut:.2g}")
     plot.under("probability of being clean")
-    return plot.drawing.markup()
+    return plot.canvas.markup()
 
 
 def precision_chart(partition: Partition) -> Markup | None:
@@ -60,31 +60,31 @@ def precision_chart(partition: Partition) -> Markup | None:
         return None
     suspects, worth = len(partition) - int(partition.is_clean.sum()), partition.worth_review()
     most = min(len(curve), max(_SHORTEST, math.ceil(1.5 * (suspects + worth))))
-    plot = Plot((640, 250), (0, most), (0, 1.02), "expected precision by the length of the list")
+    plot = SvgAxes((640, 250), (0, most), (0, 1.02), "expected precision by the length of the list")
     for tick in ticks(0.0, 1.0):
         plot.row(tick, f"{tick:.0%}")
     for tick in ticks(0.0, float(most)):
         if tick == int(tick):
-            plot.drawing.text(plot.x(tick), plot.bottom + 15, f"{int(tick):,}", "middle")
+            plot.canvas.text(plot.x(tick), plot.bottom + 15, f"{int(tick):,}", "middle")
     _precision_line(plot, curve[:suspects], 0, "suspect")
     _precision_line(plot, curve[:most], max(suspects - 1, 0), "clean")
     if suspects:
         plot.mark(suspects, f"{suspects:,} suspect{'s' if suspects > 1 else ''}")
     if worth:
         at = plot.x(suspects + worth)
-        plot.drawing.line(at, plot.top, at, plot.bottom, "cut")
-        plot.drawing.text(at + 5, plot.bottom - 8, f"{worth:,} more worth a look", "strong")
+        plot.canvas.line(at, plot.top, at, plot.bottom, "cut")
+        plot.canvas.text(at + 5, plot.bottom - 8, f"{worth:,} more worth a look", "strong")
     plot.under("samples looked at, the most suspect first")
-    return plot.drawing.markup()
+    return plot.canvas.markup()
 
 
-def _precision_line(plot: Plot, curve: Tensor, first: int, kind: str) -> None:
+def _precision_line(plot: SvgAxes, curve: Tensor, first: int, kind: str) -> None:
     """The expected precision from a position of the list to its end."""
     if len(curve) - first < 2:
         return
     depths = torch.linspace(first, len(curve) - 1, min(_POINTS, len(curve) - first)).long().tolist()
     points = " ".join(f"{plot.x(at + 1):.1f},{plot.y(float(curve[at])):.1f}" for at in depths)
-    plot.drawing.add("polyline", points=points, class_=f"line {kind}")
+    plot.canvas.add("polyline", points=points, class_=f"line {kind}")
 
 
 def heat_map(
@@ -111,28 +111,28 @@ def heat_map(
     # The names of the columns stand askew, and the last one beside the picture.
     askew = 5.5 * max(map(width_of, columns), default=0)
     top = max(40.0, 22 + askew)
-    drawing = Drawing(left + cell * size + max(12.0, askew), top + cell * size + 12, f"{words[0]} by {words[1]}")
+    canvas = SvgCanvas(left + cell * size + max(12.0, askew), top + cell * size + 12, f"{words[0]} by {words[1]}")
     for at, row in enumerate(names):
-        drawing.text(left - 6, top + cell * at + cell / 2 + 4, rows[at], "end")
+        canvas.text(left - 6, top + cell * at + cell / 2 + 4, rows[at], "end")
         for to, column in enumerate(names):
             text = _entry(matrix[at, to])
             part = 0.0 if at == to else float(share[at, to])
             box: dict[str, Any] = {"x": left + cell * to, "y": top + cell * at, "width": cell - 1, "height": cell - 1}
             hint = f"{words[0]} {row}, {words[1]} {column}: {text or 0} {words[2]}"
-            drawing.add("rect", class_="cell", **box)
+            canvas.add("rect", class_="cell", **box)
             found = {"data_pair": f"{labels[at]}>{labels[to]}"} if labels and at != to else {}
-            drawing.add(
+            canvas.add(
                 "rect", "", hint, class_="same" if at == to else "heat", fill_opacity=_opacity(part), **box, **found
             )
             if cell >= 24:
                 class_ = "middle small on-heat" if part > 0.7 else "middle small"
-                drawing.text(box["x"] + cell / 2, box["y"] + cell / 2 + 4, text, class_)
+                canvas.text(box["x"] + cell / 2, box["y"] + cell / 2 + 4, text, class_)
     for to, column in enumerate(columns):
         x = left + cell * to + cell / 2
-        drawing.text(x, top - 8, column, "start", transform=f"rotate(-45 {x:g} {top - 8:g})")
+        canvas.text(x, top - 8, column, "start", transform=f"rotate(-45 {x:g} {top - 8:g})")
     for word, up in zip(corner, (26, 8), strict=True):
-        drawing.text(left - 6, top - up, word, "end muted")
-    return drawing.markup()
+        canvas.text(left - 6, top - up, word, "end muted")
+    return canvas.markup()
 
 
 def _entry(value: Tensor) -> str:
@@ -181,22 +181,22 @@ def _curves(names: Sequence[str], curves: _Curves, swaps: Sequence[int], control
     lines += [(f"{n}, control", control[n], f"line dashed c{at}") for at, n in enumerate(names) if control.get(n)]
     last = 1 + max(float(epoch) for _, line, _ in lines for epoch, _ in line)
     low, high = _range([float(value) for _, line, _ in lines for _, value in line])
-    plot = Plot((520, 260), (0, last), (low, high), f"{', '.join(names)} by epoch", below=8 + 18 * len(lines))
+    plot = SvgAxes((520, 260), (0, last), (low, high), f"{', '.join(names)} by epoch", below=8 + 18 * len(lines))
     for tick in ticks(low, high, 4):
         plot.row(tick, f"{tick:g}")
     for tick in ticks(0, last, 6):
         if tick == int(tick):
-            plot.drawing.text(plot.x(tick), plot.bottom + 15, f"{tick:g}", "middle")
+            plot.canvas.text(plot.x(tick), plot.bottom + 15, f"{tick:g}", "middle")
     plot.under("epochs complete")
     for at, swap in enumerate(swaps):
         plot.mark(swap, "" if at else "clean subset from here")
     for at, (name, line, class_) in enumerate(lines):
         path = [(plot.x(float(epoch) + 1), plot.y(float(value))) for epoch, value in line]
-        plot.drawing.add("polyline", points=" ".join(f"{x:.1f},{y:.1f}" for x, y in path), class_=class_)
+        plot.canvas.add("polyline", points=" ".join(f"{x:.1f},{y:.1f}" for x, y in path), class_=class_)
         y = plot.bottom + 52 + 18 * at
-        plot.drawing.line(plot.left, y - 4, plot.left + 26, y - 4, class_)
-        plot.drawing.text(plot.left + 34, y, f"{shortened(name, 34)}: {float(line[-1][1]):.4g} in the end")
-    return plot.drawing.markup()
+        plot.canvas.line(plot.left, y - 4, plot.left + 26, y - 4, class_)
+        plot.canvas.text(plot.left + 34, y, f"{shortened(name, 34)}: {float(line[-1][1]):.4g} in the end")
+    return plot.canvas.markup()
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
@@ -222,7 +222,7 @@ def sensitivities(mask: NeuronMask) -> Markup:
     if mask.standard_error is not None:
         half = _SIGMAS * mask.standard_error[order].double().nan_to_num(0, 0, 0)
     ends = [0.0, *(value - half).tolist(), *(value + half).tolist()]
-    plot = Plot(
+    plot = SvgAxes(
         (640, 260), (0, max(1, len(order))), (min(ends), max(ends)), f"sensitivity of the neurons of {mask.layer}"
     )
     for tick in ticks(min(ends), max(ends)):
@@ -231,26 +231,26 @@ def sensitivities(mask: NeuronMask) -> Markup:
     radius = min(4.0, max(1.6, plot.width / max(1, len(order)) / 3))
     for at, (neuron, middle, error, kept) in enumerate(rows):
         x, kind = plot.x(at + 0.5), "neuron" if kept else "neuron pruned"
-        plot.drawing.line(x, plot.y(middle + error), x, plot.y(middle - error), f"{kind} bar")
+        plot.canvas.line(x, plot.y(middle + error), x, plot.y(middle - error), f"{kind} bar")
         hint = f"neuron {neuron}: {middle:.4g} \u00b1 {error:.2g}{'' if kept else ', pruned'}"
-        plot.drawing.add("circle", "", hint, cx=x, cy=plot.y(middle), r=radius, class_=kind)
+        plot.canvas.add("circle", "", hint, cx=x, cy=plot.y(middle), r=radius, class_=kind)
     if left_out:
         plot.mark(_LOWEST, f"{left_out:,} neurons between are not drawn")
     plot.under("neurons, the most active for noise first")
-    return plot.drawing.markup()
+    return plot.canvas.markup()
 
 
 def bars(rows: Sequence[tuple[str, float]], total: float) -> Markup:
     """Seconds of each phase as bars, with their share of the total."""
-    drawing = Drawing(640, 26 * len(rows) + 6, "seconds of each phase")
+    canvas = SvgCanvas(640, 26 * len(rows) + 6, "seconds of each phase")
     largest = max([seconds for _, seconds in rows] or [0.0]) or 1.0
     for at, (name, seconds) in enumerate(rows):
         y, wide = 26 * at + 4, max(1.0, 300 * seconds / largest)
-        drawing.text(190, y + 14, shortened(name, 26), "end")
-        drawing.add("rect", x=198, y=y, width=wide, height=18, class_="c0 bar-fill", rx=2)
+        canvas.text(190, y + 14, shortened(name, 26), "end")
+        canvas.add("rect", x=198, y=y, width=wide, height=18, class_="c0 bar-fill", rx=2)
         share = f" ({seconds / total:.1%})" if total > 0 else ""
-        drawing.text(204 + wide, y + 14, f"{duration(seconds)}{share}")
-    return drawing.markup()
+        canvas.text(204 + wide, y + 14, f"{duration(seconds)}{share}")
+    return canvas.markup()
 
 
 def duration(seconds: float) -> str:

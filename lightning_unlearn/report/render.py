@@ -17,7 +17,7 @@ import torch
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
-from lightning_unlearn.report.actions import DONE, Action, Actions
+from lightning_unlearn.report.actions import DONE, SampleOutcome, SampleOutcomes
 from lightning_unlearn.report.charts import (
     bars,
     curve_charts,
@@ -67,8 +67,8 @@ def render_report(record: RunRecord, control: RunRecord | None = None) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     partition = record.partition
     names = _Names(record)
-    actions = Actions(partition, record.provenance)
-    samples = list(_samples(record, actions))
+    outcomes = SampleOutcomes(partition, record.provenance)
+    samples = list(_samples(record, outcomes))
     suspects = len(partition.suspect_indices())
     page: str = (
         _environment()
@@ -90,21 +90,21 @@ def render_report(record: RunRecord, control: RunRecord | None = None) -> str:
             control={} if control is None else control.fit,
             neurons=[_neurons(mask) for mask in record.masks],
             timing=_timing(record.seconds),
-            actions=actions,
-            dropped=actions.listed_drops(),
-            relabeled=actions.listed_moves(names),
-            pruned=actions.listed_neurons(),
+            actions=outcomes,
+            dropped=outcomes.listed_drops(),
+            relabeled=outcomes.listed_moves(names),
+            pruned=outcomes.listed_neurons(),
             fits=record.provenance.get("fits", []),
             gallery=_json(
                 {
                     "names": names.known,
-                    "proposes": not actions.has_acted,
+                    "proposes": not outcomes.has_acted,
                     "several": partition.is_multilabel,
                     "reasons": REASONS,
                     "lists": [(word, _LISTED[word]) for word in ("suspect", "review", "clean")],
-                    "actions": DONE if actions.has_acted else DECISIONS,
+                    "actions": DONE if outcomes.has_acted else DECISIONS,
                     "samples": samples,
-                    "review": review_data(partition, names.known, record.gallery, actions.reviewed),
+                    "review": review_data(partition, names.known, record.gallery, outcomes.reviewed),
                 }
             ),
             plain=samples[:_WITHOUT_SCRIPT],
@@ -214,7 +214,7 @@ def _timing(seconds: dict[str, float]) -> Markup | None:
     return bars(rows, total)
 
 
-def _samples(record: RunRecord, actions: Actions) -> Iterator[dict[str, Any]]:
+def _samples(record: RunRecord, outcomes: SampleOutcomes) -> Iterator[dict[str, Any]]:
     """Those of the gallery: the most suspect first, what is worth a look, then what a person has kept."""
     partition = record.partition
     listed = partition.listed()
@@ -232,13 +232,13 @@ def _samples(record: RunRecord, actions: Actions) -> Iterator[dict[str, Any]]:
             "support": round(float(partition.label_evidence[index]), 4),
             "reason": REASONS[int(partition.reason[index])],
             "list": listed[index],
-            **_action(actions.of(index)),
+            **_outcome(outcomes.of(index)),
             "card": _safe(record.gallery[index]),
         }
 
 
-def _action(action: Action) -> dict[str, Any]:
-    return {"action": action.word, "new": list(action.new), "person": action.by_person}
+def _outcome(outcome: SampleOutcome) -> dict[str, Any]:
+    return {"action": outcome.word, "new": list(outcome.new), "person": outcome.by_person}
 
 
 def _safe(card: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ LEFT, BOTTOM = 56, 34
 """Pixels that the axes of a chart take."""
 
 
-class Drawing:
+class SvgCanvas:
     """An SVG of a given size, of which every text is escaped.
 
     Args:
@@ -112,7 +112,7 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
     return [round(at * step, 12) for at in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-class Plot:
+class SvgAxes:
     """A drawing with two axes, in whose values one draws.
 
     Args:
@@ -126,7 +126,7 @@ class Plot:
     def __init__(
         self, size: tuple[float, float], x: tuple[float, float], y: tuple[float, float], label: str, below: float = 0
     ) -> None:
-        self.drawing = Drawing(size[0], size[1] + below, label)
+        self.canvas = SvgCanvas(size[0], size[1] + below, label)
         self.left, self.top = float(LEFT), 24.0
         self.width, self.height = size[0] - LEFT - 14, size[1] - BOTTOM - self.top
         self._x, self._y = x, y
@@ -148,17 +148,17 @@ class Plot:
 
     def row(self, value: float, text: str, class_: str = "grid") -> None:
         """A line from left to right with its text."""
-        self.drawing.line(self.left, self.y(value), self.left + self.width, self.y(value), class_)
-        self.drawing.text(self.left - 6, self.y(value) + 4, text, "end")
+        self.canvas.line(self.left, self.y(value), self.left + self.width, self.y(value), class_)
+        self.canvas.text(self.left - 6, self.y(value) + 4, text, "end")
 
     def mark(self, value: float, text: str = "") -> None:
         """A dashed line from top to bottom, with a text above it, on the side on which there is room."""
         x = self.x(value)
-        self.drawing.line(x, self.top - 8, x, self.bottom, "cut")
+        self.canvas.line(x, self.top - 8, x, self.bottom, "cut")
         # Where neither side has room for all of it, the wider one.
-        is_right = x > self.drawing.width / 2 and x + _LETTER * width_of(text) > self.drawing.width
-        self.drawing.text(x + (-5 if is_right else 5), self.top - 10, text, "strong end" if is_right else "strong")
+        is_right = x > self.canvas.width / 2 and x + _LETTER * width_of(text) > self.canvas.width
+        self.canvas.text(x + (-5 if is_right else 5), self.top - 10, text, "strong end" if is_right else "strong")
 
     def under(self, text: str) -> None:
         """What the lower axis is."""
-        self.drawing.text(self.left + self.width / 2, self.bottom + 31, text, "middle muted")
+        self.canvas.text(self.left + self.width / 2, self.bottom + 31, text, "middle muted")

@@ -133,12 +133,12 @@ def test_the_ranks_share_a_weighted_draw_of_what_is_clean(ranks, scenario, ranks
     weight = weights_of(Blobs(101)).double()
     clean = ranks[scenario][0]["partition"]["is_clean"]
     number = round(150 * ranks_draw * (weight[clean].sum() / weight.sum()).item())
-    drawing = scheme_of(WeightedRandomSampler(weight, 150), ranks=ranks_draw).narrowed(clean.nonzero().flatten())
-    assert drawing.number == number
+    scheme = scheme_of(WeightedRandomSampler(weight, 150), ranks=ranks_draw).restricted_to(clean.nonzero().flatten())
+    assert scheme.number == number
     for epoch in range(AT, AT + 2):
         for rank in range(2):
             assert len(ranks[scenario][rank]["read"][0]) == 75 * ranks_draw
-            sampler = CleanSubsetSampler(drawing, num_replicas=2, rank=rank, seed=0)
+            sampler = CleanSubsetSampler(scheme, num_replicas=2, rank=rank, seed=0)
             sampler.set_epoch(epoch)
             assert ranks[scenario][rank]["read"][epoch] == list(sampler)
             assert len(sampler) == -(-number // 2)

@@ -64,8 +64,8 @@ def loader_of(name, data, **kwargs):
 
 def expected(loader, partition, epoch, **kwargs):
     """What is drawn in an epoch after the partition, from the sampler that the user gave."""
-    drawing = scheme_of(loader.batch_sampler.sampler).narrowed(partition.clean_indices(), at_least=16, **kwargs)
-    sampler = CleanSubsetSampler(drawing, num_replicas=1, rank=0, seed=0, leave_no_single=16)
+    scheme = scheme_of(loader.batch_sampler.sampler).restricted_to(partition.clean_indices(), at_least=16, **kwargs)
+    sampler = CleanSubsetSampler(scheme, num_replicas=1, rank=0, seed=0, leave_no_single=16)
     sampler.set_epoch(epoch)
     drawn = list(sampler)
     return drawn[: len(drawn) // 16 * 16] if loader.batch_sampler.drop_last else drawn
@@ -330,9 +330,9 @@ def test_weights_are_multiplied_by_the_probability_of_being_clean():
     share[draw.index] = draw.probability.double()
     weight = loader.sampler.weights
     assert len(record.by_epoch[AT]) == round(160 * ((weight * share).sum() / weight.sum()).item())
-    drawing = scheme_of(loader.sampler).narrowed(draw.index, draw.probability)
-    torch.testing.assert_close(drawing.weight, (weight * share)[draw.index])
-    sampler = CleanSubsetSampler(drawing, num_replicas=1, rank=0, seed=0)
+    scheme = scheme_of(loader.sampler).restricted_to(draw.index, draw.probability)
+    torch.testing.assert_close(scheme.weight, (weight * share)[draw.index])
+    sampler = CleanSubsetSampler(scheme, num_replicas=1, rank=0, seed=0)
     sampler.set_epoch(AT)
     assert record.by_epoch[AT] == list(sampler)
 

@@ -73,8 +73,8 @@ def test_the_ranks_share_the_weighed_draw_of_the_epoch(ranks):
         draw = ranks["reweight"][0]["draws"][epoch]
         shares = [[index for index, _ in share] for share in epochs_of(ranks, "reweight", epoch)]
         for rank, share in enumerate(shares):
-            drawing = evenly(torch.arange(SIZE)).narrowed(draw["index"], draw["probability"])
-            sampler = CleanSubsetSampler(drawing, num_replicas=2, rank=rank, seed=0)
+            scheme = evenly(torch.arange(SIZE)).restricted_to(draw["index"], draw["probability"])
+            sampler = CleanSubsetSampler(scheme, num_replicas=2, rank=rank, seed=0)
             sampler.set_epoch(epoch)
             assert share == list(sampler)
         number = int(draw["probability"].double().sum() + 1e-6)

@@ -13,7 +13,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_unlearn.data.sampling_scheme import Drawing, evenly, scheme_of, systematic_sample
+from lightning_unlearn.data.sampling_scheme import SamplingScheme, evenly, scheme_of, systematic_sample
 
 QUICK = settings(max_examples=60, deadline=None)
 N = 12
@@ -24,13 +24,13 @@ def seeded(seed):
     return torch.Generator().manual_seed(seed)
 
 
-def drawn(drawing, seed=0):
-    return drawing.draw(seeded(seed)).tolist()
+def drawn(scheme, seed=0):
+    return scheme.draw(seeded(seed)).tolist()
 
 
-def counts(drawing, epochs):
+def counts(scheme, epochs):
     """How often each index was drawn, (N,), over many epochs."""
-    found = [torch.bincount(drawing.draw(seeded(epoch)), minlength=N) for epoch in range(epochs)]
+    found = [torch.bincount(scheme.draw(seeded(epoch)), minlength=N) for epoch in range(epochs)]
     return torch.stack(found)
 
 
@@ -117,20 +117,20 @@ SAMPLERS = {
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_it_draws_as_the_sampler_does(name):
     sampler, shuffle = SAMPLERS[name]
-    drawing = scheme_of(sampler)
-    assert drawing.shuffle is shuffle
-    assert drawing.number == len(sampler) == len(drawn(drawing))
+    scheme = scheme_of(sampler)
+    assert scheme.shuffle is shuffle
+    assert scheme.number == len(sampler) == len(drawn(scheme))
     epochs = 300
     torch.manual_seed(0)
     theirs = torch.stack([torch.bincount(torch.tensor(list(sampler)), minlength=N) for _ in range(epochs)])
-    ours = counts(drawing, epochs)
+    ours = counts(scheme, epochs)
     # No index comes oftener than theirs may, nor more seldom; on average as often.
-    assert (ours.amax(dim=0) <= theirs.amax(dim=0) + (3 if drawing.way == "with replacement" else 0)).all()
+    assert (ours.amax(dim=0) <= theirs.amax(dim=0) + (3 if scheme.mode == "with replacement" else 0)).all()
     difference = (ours.double().mean(dim=0) - theirs.double().mean(dim=0)).abs()
     spread = (theirs.double().var(dim=0) + ours.double().var(dim=0)).div(epochs).sqrt()
     assert (difference <= 5 * spread + 1e-9).all()
     if not shuffle:
-        assert drawn(drawing) == list(sampler)
+        assert drawn(scheme) == list(sampler)
 
 
 @pytest.mark.parametrize("replacement", [True, False])
@@ -154,7 +154,7 @@ def test_what_means_something_of_its_own_is_not_read(sampler):
     assert scheme_of(sampler) is None
 
 
-# Drawing.narrowed
+# SamplingScheme.restricted_to
 
 
 KEPT = torch.tensor([1, 3, 4, 7, 9])
@@ -162,13 +162,13 @@ KEPT = torch.tensor([1, 3, 4, 7, 9])
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_only_what_is_kept_is_drawn_and_as_often_as_before(name):
-    drawing = scheme_of(SAMPLERS[name][0])
-    less = drawing.narrowed(KEPT)
-    before, after = counts(drawing, 600).double(), counts(less, 600).double()
+    scheme = scheme_of(SAMPLERS[name][0])
+    less = scheme.restricted_to(KEPT)
+    before, after = counts(scheme, 600).double(), counts(less, 600).double()
     kept = torch.isin(torch.arange(N), KEPT)
     assert (after[:, ~kept] == 0).all()
-    if drawing.way == "without replacement":  # there, what is left takes the place of what is not
-        assert less.number == round(drawing.number * 3 / 5)
+    if scheme.mode == "without replacement":  # there, what is left takes the place of what is not
+        assert less.number == round(scheme.number * 3 / 5)
         assert (after <= 1).all()
         return
     # As often as before, up to the number of draws being whole.
@@ -181,8 +181,8 @@ def test_only_what_is_kept_is_drawn_and_as_often_as_before(name):
 
 @pytest.mark.parametrize("replacement", [True, False])
 def test_weights_are_multiplied_with_the_probability(replacement):
-    drawing = scheme_of(WeightedRandomSampler([1.0, 2.0, 3.0, 0.0], 4, replacement=replacement))
-    less = drawing.narrowed(torch.tensor([0, 2, 3]), torch.tensor([0.5, 1.0, 1.0]))
+    scheme = scheme_of(WeightedRandomSampler([1.0, 2.0, 3.0, 0.0], 4, replacement=replacement))
+    less = scheme.restricted_to(torch.tensor([0, 2, 3]), torch.tensor([0.5, 1.0, 1.0]))
     assert less.index.tolist() == [0, 2]
     assert less.weight.tolist() == [0.5, 3.0]
     # Of the weights, or of the three that can be drawn at all; the fourth draw was never there without replacement.
@@ -190,19 +190,19 @@ def test_weights_are_multiplied_with_the_probability(replacement):
 
 
 def test_an_index_that_is_there_twice_stays_there_twice():
-    less = evenly(torch.tensor([5, 2, 5, 8]), shuffle=False).narrowed(torch.tensor([5, 8]))
+    less = evenly(torch.tensor([5, 2, 5, 8]), shuffle=False).restricted_to(torch.tensor([5, 8]))
     assert drawn(less) == [5, 5, 8]
 
 
 @pytest.mark.parametrize(("number", "at_least", "expected"), [(30, 16, 16), (30, 4, 5), (10, 16, 10)])
 def test_with_replacement_a_batch_is_filled_but_no_more_is_drawn_than_before(number, at_least, expected):
-    drawing = scheme_of(RandomSampler(range(N), replacement=True, num_samples=number))
-    assert drawing.narrowed(torch.tensor([3, 4]), at_least=at_least).number == expected
+    scheme = scheme_of(RandomSampler(range(N), replacement=True, num_samples=number))
+    assert scheme.restricted_to(torch.tensor([3, 4]), at_least=at_least).number == expected
 
 
-@pytest.mark.parametrize("drawing", [evenly(torch.tensor([1, 2])), scheme_of(WeightedRandomSampler([0.0, 0, 0, 1], 3))])
-def test_nothing_is_drawn_where_no_weight_is_left(drawing):
-    less = drawing.narrowed(torch.tensor([0]))
+@pytest.mark.parametrize("scheme", [evenly(torch.tensor([1, 2])), scheme_of(WeightedRandomSampler([0.0, 0, 0, 1], 3))])
+def test_nothing_is_drawn_where_no_weight_is_left(scheme):
+    less = scheme.restricted_to(torch.tensor([0]))
     assert less.number == len(less.index) == 0
 
 
@@ -210,7 +210,7 @@ def test_nothing_is_drawn_where_no_weight_is_left(drawing):
 @given(st.lists(tenths, min_size=2, max_size=30).filter(any))
 def test_by_its_probability_each_is_drawn_and_none_twice(probability):
     weight = torch.tensor(probability)
-    less = evenly(torch.arange(len(weight))).narrowed(torch.arange(len(weight)), weight)
+    less = evenly(torch.arange(len(weight))).restricted_to(torch.arange(len(weight)), weight)
     found = drawn(less)
     assert len(found) == len(set(found)) == max(1, int(weight.double().sum() + 1e-6))
     assert {index for index, p in enumerate(probability) if p == 0}.isdisjoint(found)
@@ -218,14 +218,14 @@ def test_by_its_probability_each_is_drawn_and_none_twice(probability):
 
 def test_ten_tenths_are_one():
     def number(p, n):
-        return evenly(torch.arange(n)).narrowed(torch.arange(n), torch.full((n,), p)).number
+        return evenly(torch.arange(n)).restricted_to(torch.arange(n), torch.full((n,), p)).number
 
     assert (number(0.1, 10), number(0.75, 1000), number(0.25, 2)) == (1, 750, 1)
 
 
 def test_a_drawing_is_a_function_of_the_generator():
-    drawing = Drawing(torch.arange(N), torch.rand(N, generator=seeded(1)).double(), 20, "with replacement")
-    assert drawn(drawing, 3) == drawn(drawing, 3) != drawn(drawing, 4)
+    scheme = SamplingScheme(torch.arange(N), torch.rand(N, generator=seeded(1)).double(), 20, "with replacement")
+    assert drawn(scheme, 3) == drawn(scheme, 3) != drawn(scheme, 4)
 
 
 def standing_for_torchdatas(name, base, **methods):
@@ -247,7 +247,7 @@ def test_torchdatas_samplers_draw_as_torchs_of_the_same_name():
 
 @pytest.mark.parametrize("drop_last", [True, False])
 def test_a_distributed_samplers_own_settings_are_read(drop_last):
-    drawing = scheme_of(DistributedSampler(range(N), num_replicas=5, rank=2, seed=7, drop_last=drop_last))
-    few = drawing.narrowed(torch.tensor([1, 4, 5]))
-    for one in (drawing, few):
+    scheme = scheme_of(DistributedSampler(range(N), num_replicas=5, rank=2, seed=7, drop_last=drop_last))
+    few = scheme.restricted_to(torch.tensor([1, 4, 5]))
+    for one in (scheme, few):
         assert (one.drop_last, one.seed) == (drop_last, 7)

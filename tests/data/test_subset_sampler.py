@@ -34,8 +34,8 @@ def ranks_of(world_size, epoch=0, *, indices, probability=None, shuffle=True, **
     """What each rank draws in an epoch."""
     made = []
     for rank in range(world_size):
-        drawing = evenly(indices, shuffle=shuffle).narrowed(indices, probability)
-        sampler = CleanSubsetSampler(drawing, num_replicas=world_size, rank=rank, **{"seed": 3, **kwargs})
+        scheme = evenly(indices, shuffle=shuffle).restricted_to(indices, probability)
+        sampler = CleanSubsetSampler(scheme, num_replicas=world_size, rank=rank, **{"seed": 3, **kwargs})
         sampler.set_epoch(epoch)
         made.append(list(sampler))
         assert len(sampler) == len(made[-1])
@@ -104,8 +104,8 @@ def test_the_draw_is_a_function_of_seed_and_epoch():
 def test_over_the_epochs_each_index_is_drawn_as_often_as_it_is_probable():
     weight = torch.tensor([1.0] * 4 + [0.5] * 10 + [0.1] * 10)  # sums to 10
     counts = torch.zeros(24, dtype=torch.int64)
-    drawing = evenly(torch.arange(24)).narrowed(torch.arange(24), weight)
-    sampler = CleanSubsetSampler(drawing, num_replicas=1, rank=0, seed=0)
+    scheme = evenly(torch.arange(24)).restricted_to(torch.arange(24), weight)
+    sampler = CleanSubsetSampler(scheme, num_replicas=1, rank=0, seed=0)
     epochs = 800
     for epoch in range(epochs):
         sampler.set_epoch(epoch)
@@ -122,8 +122,8 @@ def test_over_the_epochs_each_index_is_drawn_as_often_as_it_is_probable():
 def drawn(indices, epoch=0, world_size=1, *, shuffle=True, seed=0):
     out = []
     for rank in range(world_size):
-        drawing = evenly(torch.tensor(indices), shuffle=shuffle)
-        sampler = CleanSubsetSampler(drawing, num_replicas=world_size, rank=rank, seed=seed)
+        scheme = evenly(torch.tensor(indices), shuffle=shuffle)
+        sampler = CleanSubsetSampler(scheme, num_replicas=world_size, rank=rank, seed=seed)
         sampler.set_epoch(epoch)
         out.append(list(sampler))
         assert len(out[-1]) == len(sampler)
@@ -198,7 +198,7 @@ def test_samplers_with_a_meaning_of_their_own_are_refused(loader, found):
 
 def test_a_narrowed_sampler_draws_as_it_does():
     sampler = clean_sampler()
-    assert check_sampler(DataLoader(numbers()), sampler) is sampler.drawing
+    assert check_sampler(DataLoader(numbers()), sampler) is sampler.scheme
 
 
 # batch_sampler_error
@@ -389,8 +389,8 @@ def test_a_distributed_sampler_is_narrowed_to_what_it_would_draw_of_fewer(number
     index = torch.arange(20, 20 + number)
     for rank in range(3):
         settings = {"num_replicas": 3, "rank": rank, "seed": 7, "drop_last": drop_last}
-        drawing = scheme_of(DistributedSampler(range(40), **settings)).narrowed(index)
-        ours = CleanSubsetSampler(drawing, num_replicas=3, rank=rank, seed=0)
+        scheme = scheme_of(DistributedSampler(range(40), **settings)).restricted_to(index)
+        ours = CleanSubsetSampler(scheme, num_replicas=3, rank=rank, seed=0)
         theirs = DistributedSampler(range(number), **settings)
         for epoch in (0, 3):
             ours.set_epoch(epoch)

@@ -5,24 +5,24 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lightning_unlearn.report.actions import Action, Actions, shown_samples
+from lightning_unlearn.report.actions import SampleOutcome, SampleOutcomes, shown_samples
 from tests.callbacks.published import make_partition
 from tests.report.runs import SUSPECTS, hostile_record, provenance_of
 
 
 def actions(provenance=None):
-    return Actions(hostile_record().partition, provenance_of() if provenance is None else provenance)
+    return SampleOutcomes(hostile_record().partition, provenance_of() if provenance is None else provenance)
 
 
 @pytest.mark.parametrize(
     ("index", "expected"),
     [
-        (0, Action("re-labeled", (1,), by_person=True)),
-        (1, Action("dropped", by_person=True)),
-        (2, Action("dropped")),
-        (4, Action("re-labeled", (1,))),
-        (50, Action("kept", by_person=True)),
-        (51, Action("kept")),
+        (0, SampleOutcome("re-labeled", (1,), by_person=True)),
+        (1, SampleOutcome("dropped", by_person=True)),
+        (2, SampleOutcome("dropped")),
+        (4, SampleOutcome("re-labeled", (1,))),
+        (50, SampleOutcome("kept", by_person=True)),
+        (51, SampleOutcome("kept")),
     ],
 )
 def test_what_became_of_a_sample(index, expected):
@@ -42,7 +42,7 @@ def test_where_nothing_was_done_it_says_what_suspects_csv_would(provenance):
     assert not found.has_acted
     decisions = hostile_record().partition.decisions()
     assert [found.of(index).word for index in range(100)] == decisions
-    assert found.of(2) == Action("relabel", (3,))
+    assert found.of(2) == SampleOutcome("relabel", (3,))
 
 
 def test_of_several_labels_those_that_stay_are_trained_on_too():
@@ -51,8 +51,8 @@ def test_of_several_labels_those_that_stay_are_trained_on_too():
         hostile_record().partition, label=label, suggested_label=label, label_probability=torch.full((100, 3), 0.5)
     )
     moved = [{"index": 7, "given": [1, 0, 1], "new": [-1, 1, 0]}]
-    found = Actions(partition, provenance_of(relabeled=moved, dropped=[]))
-    assert found.of(7) == Action("re-labeled", (0, 1))
+    found = SampleOutcomes(partition, provenance_of(relabeled=moved, dropped=[]))
+    assert found.of(7) == SampleOutcome("re-labeled", (0, 1))
     assert found.listed_moves(str)[0][0].title == ("0, 2", "0, 1")
 
 

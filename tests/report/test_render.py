@@ -9,7 +9,7 @@ import torch
 
 from lightning_unlearn.report import RunRecord, render_report, write_report
 from lightning_unlearn.report.charts import bars, curve_charts, heat_map, histogram, precision_chart, sensitivities
-from lightning_unlearn.report.svg import Drawing, shortened, ticks
+from lightning_unlearn.report.svg import SvgCanvas, shortened, ticks
 from lightning_unlearn.results.mask import NeuronMask
 from tests.callbacks.published import make_partition
 from tests.report.runs import BREAKING, HOSTILE, INPUT, LABEL, NAMES, SUSPECTS, hostile_record, provenance_of
@@ -388,10 +388,10 @@ def test_ticks_are_round_numbers(low, high, expected):
 
 
 def test_a_drawing_escapes_what_is_put_in():
-    drawing = Drawing(1, 1, '"><script>')
-    drawing.text(0, 0, "<b>", class_='"x')
-    assert "<script>" not in str(drawing.markup())
-    assert "&lt;b&gt;" in str(drawing.markup())
+    canvas = SvgCanvas(1, 1, '"><script>')
+    canvas.text(0, 0, "<b>", class_='"x')
+    assert "<script>" not in str(canvas.markup())
+    assert "&lt;b&gt;" in str(canvas.markup())
 
 
 def test_the_time_does_not_grow_with_the_square_of_a_names_length():

@@ -32,7 +32,7 @@ class FakeFit:
     has_validation_data = validates = False
 
     def __init__(self, model: nn.Module, dataset: Dataset[Any], batch_size: int = 16, **source: Any) -> None:
-        self.model, self.reading = model, TaskFormat()
+        self.model, self.task_format = model, TaskFormat()
         self.train_loader = self.scoring_loader = DataLoader(dataset, batch_size=batch_size)
         known = {"dry_run": False, "uses_soft_targets": True, "sample_weight": None, "memorized": None}
         self.source = SimpleNamespace(**{**known, "accuracy_gap": None, **source})
@@ -43,7 +43,7 @@ class FakeFit:
         self.logged: dict[str, float] = {}
         first = self.rows(torch.arange(batch_size))
         with torch.no_grad():
-            self.reading.settle(model(first.x), first.label)
+            self.task_format.settle(model(first.x), first.label)
 
     @property
     def total(self) -> int:
@@ -71,10 +71,10 @@ class FakeFit:
             self.model.train(training)
 
     def output(self, x: Any) -> Tensor:
-        return self.reading.output(self.model, x)
+        return self.task_format.output(self.model, x)
 
     def logits(self, x: Any) -> Tensor:
-        return self.reading.logits(self.output(x))
+        return self.task_format.logits(self.output(x))
 
     def rows(self, index: Tensor) -> IndexedBatch:
         """Some samples as one batch."""

@@ -149,13 +149,13 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         self.suspect_precision = check_number("suspect_precision", suspect_precision, least=0.5, below=1)
         self.review = None if review is None else check_path("review", review, "a table of decisions")
         self.data = make_data_format(data)
-        self.reading = TaskFormat(self.data)
+        self.task_format = TaskFormat(self.data)
         self.judge_validation = check_flag("judge_validation", judge_validation)
         self.keep_probabilities = check_flag("keep_probabilities", keep_probabilities)
         key = self.data.sample_key
         self.keyed = None if key is None else KeyedBatches(KeyReader(key))
         self.collector = (
-            EvidenceCollector(self.reading) if self.keyed is None else KeyedCollector(self.reading, self.keyed)
+            EvidenceCollector(self.task_format) if self.keyed is None else KeyedCollector(self.task_format, self.keyed)
         )
         self.recipe = recipe
         if self.keyed is not None:

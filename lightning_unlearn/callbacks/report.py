@@ -209,10 +209,10 @@ class UnlearnReport(FitCallback):
         self._curves = {name: [list(point) for point in points] for name, points in state_dict["curves"].items()}
 
     def _check_names(self) -> None:
-        reading = self.fit.reading
-        if self.class_names is None or not reading.num_outputs:
+        task_format = self.fit.task_format
+        if self.class_names is None or not task_format.num_outputs:
             return
-        classes = reading.num_outputs if reading.task == "multilabel" else reading.num_classes
+        classes = task_format.num_outputs if task_format.task == "multilabel" else task_format.num_classes
         if len(self.class_names) != classes:
             raise ValueError(
                 f"Expected class_names to name each of {classes} classes, but got {len(self.class_names)} names."

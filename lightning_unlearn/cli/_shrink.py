@@ -77,8 +77,8 @@ class ShrinkCLI(ConfigCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         given = self.config_init["trainer"].get("callbacks") or []
         given = given if isinstance(given, (list, tuple)) else [given]
-        known = [one.reading for one in given if isinstance(one, AttributionPartitionCallback)]
-        self.reading = known[0] if known else TaskFormat()
+        known = [one.task_format for one in given if isinstance(one, AttributionPartitionCallback)]
+        self.task_format = known[0] if known else TaskFormat()
         quiet: dict[str, Any] = {
             "enable_progress_bar": False,
             "enable_model_summary": False,
@@ -149,7 +149,7 @@ def example_input(cli: ShrinkCLI) -> ExampleInput:
     try:
         cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     except _BatchTakenError as taken:
-        x, _ = cli.reading.split(taken.args[0])
+        x, _ = cli.task_format.split(taken.args[0])
         known: ExampleInput = x
         return known
     raise ValueError("Expected a training batch to check the outputs on, but the loader has none.")

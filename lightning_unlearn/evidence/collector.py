@@ -32,7 +32,7 @@ class EvidenceCollector:
     """What the model shows of each sample before the partition is computed.
 
     Args:
-        reading: how batches, outputs and labels are read.
+        task_format: how batches, outputs and labels are read.
 
     ``recipe`` says what evidence it needs, ``keeps_coordinates`` whether it may look at the attributions of however
     many classes. ``trajectory`` is what earlier epochs showed, the same on every rank; None before the first and once
@@ -41,24 +41,24 @@ class EvidenceCollector:
     ``is_closed`` says that the first partition has been drawn, from when on training steps are not read.
     """
 
-    def __init__(self, reading: TaskFormat) -> None:
-        self.reading = reading
+    def __init__(self, task_format: TaskFormat) -> None:
+        self.task_format = task_format
         self.recipe: Recipe
         self.keeps_coordinates = False
         self.reader = self._make_reader()
-        self.label_watch = LabelWatch(reading)
-        self.validation_watch = ValidationWatch(reading)
+        self.label_watch = LabelWatch(task_format)
+        self.validation_watch = ValidationWatch(task_format)
         self.when = DrawTime("auto")
         self.reset()
 
     def _make_reader(self) -> TrainStepReader:
-        return TrainStepReader(reading=self.reading, sink=self)
+        return TrainStepReader(task_format=self.task_format, sink=self)
 
     def reset(self) -> None:
         """Forgets an earlier fit."""
         self.point: LayerPoint | None = None
         self.early: LayerPoint | None = None
-        self.reading.forget()
+        self.task_format.forget()
         self.trajectory: TrainingDynamics | None = None
         self.features = FrozenFeatures()
         self.is_closed = self._has_said_fallback = False
@@ -93,7 +93,7 @@ class EvidenceCollector:
     @property
     def asks_unseen(self) -> bool:
         """Whether the recipe asks what was said of labels that were not learned yet."""
-        return self.recipe.needs_unseen and self.reading.rows_per_sample == 1
+        return self.recipe.needs_unseen and self.task_format.rows_per_sample == 1
 
     @property
     def in_use(self) -> TrainingDynamics:
@@ -127,10 +127,10 @@ class EvidenceCollector:
             first: the batch that it was of.
             is_before: whether there is no partition yet, so that validation is looked at.
         """
-        maker = trace.logits_module(self.reading.num_outputs)
+        maker = trace.logits_module(self.task_format.num_outputs)
         if self.trajectory is None and not self.is_closed:
             self.trajectory = self._make_trajectory(fit)
-            if self.reading.label_at is None:
+            if self.task_format.label_at is None:
                 self.label_watch.start(fit.model, maker)
         if is_before and not self.is_closed and maker is not None:
             self.validation_watch.start(resolve_layer(fit.model, maker))
@@ -138,15 +138,15 @@ class EvidenceCollector:
             self._rehearse_pass(fit, trace, first)
 
     def _make_trajectory(self, fit: FitContext) -> TrainingDynamics:
-        rows = fit.total * self.reading.rows_per_sample
+        rows = fit.total * self.task_format.rows_per_sample
         # A recipe of a user may look at the attributions of however many classes.
-        return TrainingDynamics(rows, self.reading.num_classes, keeps_coordinates=self.keeps_coordinates)
+        return TrainingDynamics(rows, self.task_format.num_classes, keeps_coordinates=self.keeps_coordinates)
 
     def _rehearse_pass(self, fit: FitContext, trace: ForwardTrace, first: IndexedBatch) -> None:
         """Tries what the passes over the training set do."""
         if self.asks_unseen:
             self.features.start(fit, trace, first)
-        if self.reading.task != "multilabel":
+        if self.task_format.task != "multilabel":
             with fit.isolated_eval():
                 self._attributor(fit).rehearse(first.x, first.label.clamp(min=0), rows=self.recipe.needs_rows)
 
@@ -161,13 +161,13 @@ class EvidenceCollector:
         """
         if not self.reads_steps:
             return
-        maker = trace.logits_module(self.reading.num_outputs)
+        maker = trace.logits_module(self.task_format.num_outputs)
         if data is not None and data.train_fault:
             self.reader.give_up(data.train_fault)
         elif maker is not None and data is not None:
             known = self.in_use.label.clone()
             for index, label in ((first.index, first.label.cpu()), (data.rows.index, data.rows.label.flatten())):
-                known[self.reading.row_indices(index)] = label
+                known[self.task_format.row_indices(index)] = label
             self.reader.start(fit, maker, known)
             if self.looks_early(fit.epoch + 1):
                 self.reader.positions = torch.zeros(fit.total, dtype=torch.uint8)
@@ -234,8 +234,8 @@ class EvidenceCollector:
         """
         path = self.label_watch.end_batch(fit.reduce, trained=trained)
         if path is not None:
-            self.reading.forget()
-            self.reading.label_at = path
+            self.task_format.forget()
+            self.task_format.label_at = path
             self.trajectory = None
             self.forget_epochs()
             self.reader.begin_again()
@@ -331,7 +331,7 @@ class EvidenceCollector:
         """
         is_last = not self.is_before_the_first(fit.epoch)
         # The margins of several labels are those of the logits, for which no layer is watched.
-        watches = is_last and self.reading.task != "multilabel"
+        watches = is_last and self.task_format.task != "multilabel"
         holds = watches and self.features.hold(fit, len(self.in_use))
         found = self.evidence_pass(fit, is_last=is_last, features=self.features if holds else None)
         return found.run(), found.absent
@@ -350,7 +350,7 @@ class EvidenceCollector:
             "early": self.early_epochs.state_dict(),
             "features": self.features.state_dict(),
             "when": self.when.state_dict(),
-            "label_at": None if self.reading.label_field is None else list(self.reading.label_field),
+            "label_at": None if self.task_format.label_field is None else list(self.task_format.label_field),
         }
 
     def _trajectory_state(self) -> dict[str, Any] | None:
@@ -365,8 +365,8 @@ class EvidenceCollector:
             is_fit: whether a fit goes on from it; elsewhere evidence in another format is left out with a warning.
         """
         # Absent in checkpoints of before it was looked which field the loss follows.
-        if (path := state.get("label_at")) is not None and self.reading.layout is None:
-            self.reading.label_at = tuple(path)
+        if (path := state.get("label_at")) is not None and self.task_format.layout is None:
+            self.task_format.label_at = tuple(path)
         self.epochs_seen = list(state["epochs_seen"])
         trajectory = state["trajectory"]
         self.trajectory = None if trajectory is None else _trajectory_of(trajectory, is_fit=is_fit)

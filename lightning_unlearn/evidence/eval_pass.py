@@ -68,7 +68,7 @@ class ScoringPass:
         columns: dict[str, list[Tensor]] = {}
         with self.fit.isolated_eval():
             samples = self.fit.total if self.loader is None else len(self.loader.dataset)  # type: ignore[arg-type]
-            check_same_size(len(self.trajectory) // self.fit.reading.rows_per_sample, samples)
+            check_same_size(len(self.trajectory) // self.fit.task_format.rows_per_sample, samples)
             loader = self.loader or self.fit.scoring_loader
             for batch in self.fit.batches(loader, self.title, self.absent):
                 for name, value in self._observe(batch).items():
@@ -77,18 +77,18 @@ class ScoringPass:
 
     def _observe(self, batch: IndexedBatch) -> dict[str, Tensor]:
         """Hands the rows of a batch to the trajectory, and returns what else is to be noted of them."""
-        reading, trajectory = self.fit.reading, self.trajectory
+        task_format, trajectory = self.fit.task_format, self.trajectory
         label = batch.label.clamp(min=0)
         seen = self._attribute(batch.x, label)
-        margin, index = seen.total(), reading.row_indices(batch.index)
-        counts = (reading.by_row(batch.weight) > 0) & (batch.label != IGNORED)
-        there = (reading.by_row(batch.weight) > 0).cpu()
+        margin, index = seen.total(), task_format.row_indices(batch.index)
+        counts = (task_format.by_row(batch.weight) > 0) & (batch.label != IGNORED)
+        there = (task_format.by_row(batch.weight) > 0).cpu()
         check_same_labels(trajectory.label[index[there]], batch.label.cpu()[there])
         trajectory.observe(index[counts.cpu()], seen.logits[counts], label[counts], margin[counts])
         if not self.is_last:
             return {"label": batch.label}
         found = {"label": batch.label, **trajectory.of_last_pass(seen.logits, label)}
-        found["identity"] = reading.by_row(_identity(batch))
+        found["identity"] = task_format.by_row(_identity(batch))
         found |= _seen_in_the_last_pass(seen, label, margin)
         if self.early is not None:
             found["response"] = response(self.fit.model, self.early, seen.watched[0])
@@ -97,7 +97,7 @@ class ScoringPass:
         return found
 
     def _attribute(self, x: Any, label: Tensor) -> MarginAttribution:
-        if self.fit.reading.task == "multilabel":
+        if self.fit.task_format.task == "multilabel":
             with torch.no_grad():
                 return _of_several_labels(self.fit.logits(x), label)
         return self.attributor.attribute(x, label, rows=self.is_last and self.needs_rows)

@@ -28,15 +28,15 @@ class KeyedCollector(EvidenceCollector):
     """What the model shows of each sample that is known by a key; its trajectory is of this rank's own samples alone.
 
     Args:
-        reading: how batches, outputs and labels are read.
+        task_format: how batches, outputs and labels are read.
         keyed: reads the keys of training batches.
     """
 
-    def __init__(self, reading: TaskFormat, keyed: KeyedBatches) -> None:
+    def __init__(self, task_format: TaskFormat, keyed: KeyedBatches) -> None:
         self.keyed, self.by_key = keyed, KeyedEvidence()
         # Of a fit that is running, for what a checkpoint needs of the other ranks.
         self._ranks: Ranks | None = None
-        super().__init__(reading)
+        super().__init__(task_format)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has nothing of the fit.
@@ -44,7 +44,7 @@ class KeyedCollector(EvidenceCollector):
 
     @override
     def _make_reader(self) -> TrainStepReader:
-        reader = TrainStepReader(reading=self.reading, sink=self, keyed=self.keyed)
+        reader = TrainStepReader(task_format=self.task_format, sink=self, keyed=self.keyed)
         reader.by_key = self.by_key
         return reader
 
@@ -71,7 +71,9 @@ class KeyedCollector(EvidenceCollector):
 
     @override
     def _make_trajectory(self, fit: FitContext) -> TrainingDynamics:
-        return TrainingDynamics(0, self.reading.num_classes, keeps_coordinates=self.keeps_coordinates, is_share=True)
+        return TrainingDynamics(
+            0, self.task_format.num_classes, keeps_coordinates=self.keeps_coordinates, is_share=True
+        )
 
     @override
     def _rehearse_pass(self, fit: FitContext, trace: ForwardTrace, first: IndexedBatch) -> None: ...
@@ -115,7 +117,7 @@ class KeyedCollector(EvidenceCollector):
         if not self.reads_steps:
             return
         self.by_key.layer = str(self.point)
-        maker = trace.logits_module(self.reading.num_outputs)
+        maker = trace.logits_module(self.task_format.num_outputs)
         if maker is not None:
             self.reader.start(fit, maker)
         else:
@@ -152,7 +154,7 @@ class KeyedCollector(EvidenceCollector):
         super().forget()
         if self.trajectory is not None:
             self.trajectory = TrainingDynamics(
-                0, self.reading.num_classes, keeps_coordinates=self.keeps_coordinates, is_share=True
+                0, self.task_format.num_classes, keeps_coordinates=self.keeps_coordinates, is_share=True
             )
 
     @override
@@ -178,7 +180,7 @@ class KeyedCollector(EvidenceCollector):
             return
         self.reader.end_epoch(fit)
         self._check_reads(fit)
-        found = self.by_key.hand_over(self.trajectory, self.reading.rows_per_sample, Ranks.of(fit))
+        found = self.by_key.hand_over(self.trajectory, self.task_format.rows_per_sample, Ranks.of(fit))
         check_epoch(found, self.by_key.epochs)
         self._look_early(fit)
         if self.merge(fit, fit.epoch + 1, self.reader.rows_read) > 0:
@@ -199,14 +201,14 @@ class KeyedCollector(EvidenceCollector):
         """
         if self.trajectory is None:
             self.trajectory = self._make_trajectory(fit)
-        share, keys = self.by_key.share(self.trajectory, self.reading.rows_per_sample, Ranks.of(fit))
+        share, keys = self.by_key.share(self.trajectory, self.task_format.rows_per_sample, Ranks.of(fit))
         if not keys:
             raise ValueError(
                 "Expected training steps to have shown something of some samples by the time that the partition is"
                 " computed, but there was no batch that could be read; give training more epochs, or at_epoch a larger"
                 " value."
             )
-        local, index = self.reading.row_indices(share.local), self.reading.row_indices(share.index)
+        local, index = self.task_format.row_indices(share.local), self.task_format.row_indices(share.index)
         return share, last_seen(self.in_use, local, index, self.by_key.latest), keys
 
     @override
@@ -220,7 +222,7 @@ class KeyedCollector(EvidenceCollector):
     @override
     def state_dict(self) -> dict[str, Any]:
         by_key = self._pending or self.by_key.state_dict(self.trajectory, self._ranks)
-        return super().state_dict() | {"by_key": by_key, "settled": self.reading.settled}
+        return super().state_dict() | {"by_key": by_key, "settled": self.task_format.settled}
 
     @override
     def _trajectory_state(self) -> None:
@@ -237,4 +239,4 @@ class KeyedCollector(EvidenceCollector):
             )
         self._pending = None if is_closed else found
         self.by_key.layer = found["layer"]
-        self.reading.settle_as(state["settled"])
+        self.task_format.settle_as(state["settled"])

@@ -40,20 +40,20 @@ _MOST_FIELDS = 16
 _LABEL: Path = ()  # what batch_to_xy has made, which is no field
 
 
-def agreement(value: Any, gradient: Tensor, reading: TaskFormat) -> Tensor:
+def agreement(value: Any, gradient: Tensor, task_format: TaskFormat) -> Tensor:
     """(B,) bool, rows whose logit the loss raises where a field says so.
 
     Args:
         value: the field: class indices, or a row with a number for each output.
         gradient: (B, K), of the loss at the output.
-        reading: knows the task.
+        task_format: knows the task.
     """
     columns = gradient.shape[1]
     if columns == 1:
         return torch.eq(gradient.flatten() < 0, value.reshape(len(gradient)) > 0.5)
     if value.ndim == 2 and value.shape[1] == columns:
-        if reading.alike(gradient, value).task == "multilabel":
-            known = value != (reading.data.ignore_index if reading.data.ignore_index is not None else torch.inf)
+        if task_format.alike(gradient, value).task == "multilabel":
+            known = value != (task_format.data.ignore_index if task_format.data.ignore_index is not None else torch.inf)
             known &= ~value.isnan() if value.is_floating_point() else known
             agrees: Tensor = (torch.eq(gradient < 0, value > 0.5) | ~known).all(dim=1)
             return agrees
@@ -68,11 +68,11 @@ class LabelWatch:
     tells whether it goes on.
 
     Args:
-        reading: what was taken for the labels.
+        task_format: what was taken for the labels.
     """
 
-    def __init__(self, reading: TaskFormat) -> None:
-        self._reading = reading
+    def __init__(self, task_format: TaskFormat) -> None:
+        self._reading = task_format
         self._head_watch = HeadWatch()
         self.detach()
 
@@ -226,9 +226,9 @@ class LabelWatch:
         )
 
     def _cannot_tell(self, batch: Any, why: str) -> str:
-        reading = self._reading
-        others = [shown_path(path, batch) for path in reading.rivals]
-        line = how_to_split(batch, reading.rivals[0]) if reading.rivals else how_to_split(batch)
+        task_format = self._reading
+        others = [shown_path(path, batch) for path in task_format.rivals]
+        line = how_to_split(batch, task_format.rivals[0]) if task_format.rivals else how_to_split(batch)
         return (
             f"Expected to see which field of a batch holds the labels, {self._shown(batch)} or {', '.join(others)},"
             f" but {why}; {line}, with y the labels that the loss takes."

@@ -71,7 +71,7 @@ class TrainStepReader:
     rows the sink got in the last epoch.
 
     Args:
-        reading: how batches, outputs and labels are read.
+        task_format: how batches, outputs and labels are read.
         sink: takes the evidence.
         keyed: reads the keys of batches; None where samples have an index. The loader is left alone then, that a sample
             keeps its label is for the sink to see, and ``by_key`` numbers the keys.
@@ -80,12 +80,12 @@ class TrainStepReader:
         >>> class Sink:
         ...     def observe(self, index, logits, label): ...
         ...     def forget(self): ...
-        >>> TrainStepReader(reading=TaskFormat(), sink=Sink()).is_reading
+        >>> TrainStepReader(task_format=TaskFormat(), sink=Sink()).is_reading
         False
     """
 
-    def __init__(self, *, reading: TaskFormat, sink: StepObserver, keyed: KeyedBatches | None = None) -> None:
-        self._reading = reading
+    def __init__(self, *, task_format: TaskFormat, sink: StepObserver, keyed: KeyedBatches | None = None) -> None:
+        self._reading = task_format
         self._sink = sink
         self._keyed = keyed
         self.by_key: KeyedEvidence | None = None
@@ -338,10 +338,14 @@ class TrainStepReader:
 
     def _labeled_rows(self, held: list[Step], index: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Rows, logits, gradients and labels of some steps, without the rows whose label is to be ignored."""
-        reading = self._reading
+        task_format = self._reading
         output = torch.cat([as_columns(step.output) for step in held if step.output is not None])
         sent = torch.cat([as_columns(step.gradient) for step in held if step.gradient is not None])
-        index, logits, gradient = reading.row_indices(index), reading.logits(output.float()), reading.gradients(sent)
+        index, logits, gradient = (
+            task_format.row_indices(index),
+            task_format.logits(output.float()),
+            task_format.gradients(sent),
+        )
         label = label.to(logits.device)
         counted = (label != IGNORED).nonzero().flatten()
         if len(counted) == len(label):

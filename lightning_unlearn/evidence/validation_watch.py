@@ -19,11 +19,11 @@ class ValidationWatch:
     It says nothing where a batch cannot be split into input and labels, or a step does not call the head once.
 
     Args:
-        reading: how batches, outputs and labels are read.
+        task_format: how batches, outputs and labels are read.
     """
 
-    def __init__(self, reading: TaskFormat) -> None:
-        self._reading = reading
+    def __init__(self, task_format: TaskFormat) -> None:
+        self._reading = task_format
         self._module: nn.Module | None = None
         self._forget()
 

@@ -101,10 +101,10 @@ class KeyedSubset:
             partition: returns the one that the subset is of; asked for when there is a batch.
         """
         norms = any(isinstance(one, nn.modules.batchnorm._NormBase) for one in fit.model.modules())
-        self._least, reading = 2 if norms else 1, fit.reading
+        self._least, task_format = 2 if norms else 1, fit.task_format
         trained = _places(draw)
         if draw.new_label is not None:
-            self.relabeling.watch(reading)
+            self.relabeling.watch(task_format)
 
         def change(batch: Any, keys: list[Any]) -> Any:
             known = partition()
@@ -116,7 +116,7 @@ class KeyedSubset:
                 return batch
             if not self._has_learned:
                 # In a fit that goes on, this is the first batch.
-                self.relabeling.learn_from([self._keyed.first], reading, None)
+                self.relabeling.learn_from([self._keyed.first], task_format, None)
                 self._has_learned = True
             # Of a sample that the partition does not know, none.
             is_known = (index >= 0).reshape(-1, *[1] * (known.label.ndim - 1))
@@ -183,7 +183,7 @@ class KeyedSubset:
         """
         with fit.isolated_eval(), torch.no_grad():
             check_arrives(fit, self._keyed.first)
-        self.relabeling.learn_from([self._keyed.first], fit.reading, head)
+        self.relabeling.learn_from([self._keyed.first], fit.task_format, head)
         self._has_learned = True
 
     def state_dict(self) -> dict[str, int]:

@@ -62,16 +62,16 @@ class Companion:
         return changed.reshape(value.shape)
 
 
-def companions_in(batches: Sequence[Any], reading: TaskFormat) -> list[Companion]:
+def companions_in(batches: Sequence[Any], task_format: TaskFormat) -> list[Companion]:
     """The fields that are made of the label.
 
     Args:
         batches: as the loader delivers them.
-        reading: finds the labels, and knows their form.
+        task_format: finds the labels, and knows their form.
     """
-    labels = [reading.split(batch)[1] for batch in batches]
-    given = torch.cat([reading.classes(label, len(label)) for label in labels])
-    inputs = reading.layout.fields if reading.layout is not None else ()
+    labels = [task_format.split(batch)[1] for batch in batches]
+    given = torch.cat([task_format.classes(label, len(label)) for label in labels])
+    inputs = task_format.layout.fields if task_format.layout is not None else ()
     found = []
     for path, first in leaves_of(batches[0]):
         if first is labels[0] or (len(path) == 1 and path[0] in inputs) or not has_rows(first, len(labels[0])):
@@ -84,9 +84,9 @@ def companions_in(batches: Sequence[Any], reading: TaskFormat) -> list[Companion
             continue
         rows = values.reshape(len(given), -1).double()
         # Wider rows are embeddings, or input.
-        if rows.shape[1] not in (1, reading.num_classes):
+        if rows.shape[1] not in (1, task_format.num_classes):
             continue
-        table = _table(rows[given >= 0], given[given >= 0], reading.num_classes)
+        table = _table(rows[given >= 0], given[given >= 0], task_format.num_classes)
         if table is not None:
             found.append(Companion(path, table))
     return found

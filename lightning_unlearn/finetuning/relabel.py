@@ -40,12 +40,12 @@ _FEWEST = 8
 _TIMES = 3
 
 
-def with_labels(batch: Any, reading: TaskFormat, new: Tensor, companions: Sequence[Companion] = ()) -> Any:
+def with_labels(batch: Any, task_format: TaskFormat, new: Tensor, companions: Sequence[Companion] = ()) -> Any:
     """The batch with other labels; the one given stays as it is.
 
     Args:
         batch: a tuple, list, dict, named tuple or dataclass, nested or not, that holds the tensor of labels.
-        reading: finds it, and knows its form.
+        task_format: finds it, and knows its form.
         new: (U,) int64, the classes of the batch's rows; -1 where the given one stays.
         companions: fields that are made of the label.
 
@@ -54,22 +54,22 @@ def with_labels(batch: Any, reading: TaskFormat, new: Tensor, companions: Sequen
             made of it.
 
     Example:
-        >>> reading = TaskFormat()
-        >>> reading.settle(torch.zeros(2, 9), torch.tensor([4, 5]))
+        >>> task_format = TaskFormat()
+        >>> task_format.settle(torch.zeros(2, 9), torch.tensor([4, 5]))
         >>> batch = (torch.zeros(2, 3), torch.tensor([4, 5]))
-        >>> with_labels(batch, reading, torch.tensor([-1, 7]))[1]
+        >>> with_labels(batch, task_format, torch.tensor([-1, 7]))[1]
         tensor([4, 7])
     """
-    label = reading.split(batch)[1]
+    label = task_format.split(batch)[1]
     try:
-        given = reading.classes(label, len(label))
+        given = task_format.classes(label, len(label))
     except (TypeError, ValueError) as error:
         raise TypeError(f"The labels of a training batch cannot be replaced{_ADVICE}. {error}") from error
     if len(given) != len(new):
         raise TypeError(
             f"Expected labels of {len(new)} rows to be replaced in a training batch, but got {len(given)}{_ADVICE}."
         )
-    replaced = reading.replaced(label, new)
+    replaced = task_format.replaced(label, new)
     made = [(one, field_at(batch, one.path)) for one in companions]
     found = []
 
@@ -113,19 +113,19 @@ class Relabeling:
             fit: that begins.
             head: dotted path of the module that makes the logits; None if there is none.
         """
-        loader, reading, total = fit.train_loader, fit.reading, fit.total
+        loader, task_format, total = fit.train_loader, fit.task_format, fit.total
         with fit.isolated_eval(), torch.no_grad():
             few = iterate_indices(loader, torch.arange(min(batch_size(loader), total)), probing=True, absent=set())
-            self.learn_from([batch for _, batch in few], reading, head)
+            self.learn_from([batch for _, batch in few], task_format, head)
             if self._companions:
                 # Of the first ones perhaps by chance.
                 more = torch.linspace(0, total - 1, min(_MOST_READ, total)).long()
                 read = iterate_indices(loader, more, probing=True, absent=set())
-                self.learn_from([batch for _, batch in read], reading, head)
+                self.learn_from([batch for _, batch in read], task_format, head)
 
-    def learn_from(self, batches: Sequence[Any], reading: TaskFormat, head: str | None) -> None:
+    def learn_from(self, batches: Sequence[Any], task_format: TaskFormat, head: str | None) -> None:
         """As :meth:`learn`, from batches as the loader delivers them."""
-        self._head, self._companions = head, companions_in(batches, reading)
+        self._head, self._companions = head, companions_in(batches, task_format)
 
     def attach(self, fit: FitContext, new_label: Tensor, given: Callable[[], Tensor]) -> None:
         """From now on training batches have the new labels.
@@ -135,7 +135,7 @@ class Relabeling:
             new_label: (N,) int64, or (N, L) of a multi-label task; -1 for the given one.
             given: returns the labels of the partition, like ``new_label``; asked for when there is a batch.
         """
-        reading = fit.reading
+        task_format = fit.task_format
 
         def change(batch: Any) -> Any:
             index = delivered_indices(*fit.live_iterator())
@@ -147,15 +147,15 @@ class Relabeling:
                     f"The dataset indices of a training batch are not known, so it cannot be re-labeled{_ADVICE}."
                 )
             known = given()
-            rows = rows_of(batch, reading, index, known, fit.train_loader)
+            rows = rows_of(batch, task_format, index, known, fit.train_loader)
             return self.replaced(batch, new_label[rows].flatten(), known[rows].flatten(), len(rows))
 
-        self.watch(reading)
+        self.watch(task_format)
         self._hook.attach(fit, change)
 
-    def watch(self, reading: TaskFormat) -> None:
+    def watch(self, task_format: TaskFormat) -> None:
         """From now on it is seen to that the loss follows the labels that :meth:`replaced` puts into batches."""
-        self._reading = reading
+        self._reading = task_format
         self._is_watching = self._head is not None
 
     def replaced(self, batch: Any, new: Tensor, given: Tensor, rows: int) -> Any:
@@ -170,13 +170,13 @@ class Relabeling:
         Raises:
             ValueError: where the batch has other labels than these.
         """
-        reading = self._reading
-        if reading is None:
+        task_format = self._reading
+        if task_format is None:
             raise RuntimeError("Labels are to be replaced that nobody reads; this is an error in lightning_unlearn.")
-        check_given(batch, reading, given, rows)
-        changed = with_labels(batch, reading, new, self._companions)
+        check_given(batch, task_format, given, rows)
+        changed = with_labels(batch, task_format, new, self._companions)
         if self._is_watching:
-            self._moved = reading.classes(reading.split(batch)[1], rows).cpu(), new
+            self._moved = task_format.classes(task_format.split(batch)[1], rows).cpu(), new
         return changed
 
     def start_batch(self, model: nn.Module) -> None:
@@ -232,12 +232,12 @@ class Relabeling:
         self._steps = 0
 
 
-def rows_of(batch: Any, reading: TaskFormat, index: Tensor, given: Tensor, loader: DataLoader[Any]) -> Tensor:
+def rows_of(batch: Any, task_format: TaskFormat, index: Tensor, given: Tensor, loader: DataLoader[Any]) -> Tensor:
     """The dataset indices of a batch's rows, where a collate function may have left out items that are None.
 
     Args:
         batch: as the loader delivers it.
-        reading: finds its labels.
+        task_format: finds its labels.
         index: (B,) int64, as drawn.
         given: (N,) or (N, L), the labels of the partition, in which such samples have none.
         loader: whose data set is asked, where others have no label either.
@@ -245,7 +245,7 @@ def rows_of(batch: Any, reading: TaskFormat, index: Tensor, given: Tensor, loade
     Raises:
         TypeError: where the rows are others.
     """
-    rows: int = len(reading.split(batch)[1])
+    rows: int = len(task_format.split(batch)[1])
     if rows == len(index):
         return index
     there = (given[index] != IGNORED).reshape(len(index), -1).any(dim=1)
@@ -261,19 +261,19 @@ def rows_of(batch: Any, reading: TaskFormat, index: Tensor, given: Tensor, loade
     return index[there]
 
 
-def check_given(batch: Any, reading: TaskFormat, given: Tensor, rows: int) -> None:
+def check_given(batch: Any, task_format: TaskFormat, given: Tensor, rows: int) -> None:
     """Refuses to replace labels that are not those of the samples for which the new ones are.
 
     Args:
         batch: as the loader delivers it.
-        reading: finds its labels.
+        task_format: finds its labels.
         given: (U,) int64, the labels of the partition for the batch's rows.
         rows: how many samples these are.
 
     Raises:
         ValueError: with their number.
     """
-    label = reading.classes(reading.split(batch)[1], rows).cpu()
+    label = task_format.classes(task_format.split(batch)[1], rows).cpu()
     wrong = int(((given >= 0) & (label != given)).sum())
     if wrong:
         raise ValueError(
@@ -285,7 +285,7 @@ def check_given(batch: Any, reading: TaskFormat, given: Tensor, rows: int) -> No
 
 def fault_of_absent(fit: FitContext, partition: Partition) -> str:
     """Why batches cannot be re-labeled some of whose items are None, once it is known which; empty if they can."""
-    given, loader, reading = partition.label, fit.train_loader, fit.reading
+    given, loader, task_format = partition.label, fit.train_loader, fit.task_format
     unlabeled = (given == IGNORED).reshape(len(given), -1).all(dim=1)
     others = (~unlabeled).nonzero().flatten()[: max(1, batch_size(loader) - 1)]
     with fit.isolated_eval(keep=False), torch.no_grad():
@@ -296,8 +296,8 @@ def fault_of_absent(fit: FitContext, partition: Partition) -> str:
         index = torch.cat([others[:1], torch.tensor([absent]), others[1:]])
         _, batch = next(iterate_indices(loader, index, probing=True, size=len(index)))
         try:
-            rows = rows_of(batch, reading, index, given, loader)
-            check_given(batch, reading, given[rows].flatten(), len(rows))
+            rows = rows_of(batch, task_format, index, given, loader)
+            check_given(batch, task_format, given[rows].flatten(), len(rows))
         except (TypeError, ValueError) as error:
             return str(error)
     return ""
@@ -338,11 +338,11 @@ def check_arrives(fit: FitContext, batch: Any) -> None:
     Raises:
         TypeError: where transfer hooks change them.
     """
-    reading = fit.reading
-    given = reading.split(batch)[1]
-    new = (reading.labels(given, len(given)) + 1) % reading.num_classes
-    _, arrived = reading.split(fit.to_device(with_labels(batch, reading, new)))
-    if not reading.classes(arrived, len(given)).cpu().equal(new.cpu()):
+    task_format = fit.task_format
+    given = task_format.split(batch)[1]
+    new = (task_format.labels(given, len(given)) + 1) % task_format.num_classes
+    _, arrived = task_format.split(fit.to_device(with_labels(batch, task_format, new)))
+    if not task_format.classes(arrived, len(given)).cpu().equal(new.cpu()):
         raise TypeError(
             "Expected labels that are replaced in a training batch to arrive in training_step as they are, but the"
             f" transfer hooks change them{_ADVICE}."

@@ -153,7 +153,7 @@ class Finetuning:
 
     def _learn_labels(self, fit: FitContext) -> None:
         trace, _ = fit.probe()
-        head = trace.logits_module(fit.reading.num_outputs)
+        head = trace.logits_module(fit.task_format.num_outputs)
         if isinstance(self.loader, KeyedSubset):
             self.loader.check_relabeling(fit, head)
         else:

@@ -49,8 +49,8 @@ def apply_recipe(
     Raises:
         ValueError: where all samples have the same label, or none.
     """
-    reduce, reading = fit.reduce, fit.reading
-    rows = reading.rows_per_sample
+    reduce, task_format = fit.reduce, fit.task_format
+    rows = task_format.rows_per_sample
     of_rank = of_rank or RankShare.by_index(len(trajectory) // rows, Ranks.of(fit))
     index, weight, total = of_rank.index, of_rank.weight, of_rank.total
     device = fit.device
@@ -68,7 +68,8 @@ def apply_recipe(
                 f"Expected training labels of at least two classes, but all {len(known)} samples have label"
                 f" {int(known[0])}; there is nothing to tell apart."
                 if len(known)
-                else f"Expected labels to judge, but all {total} samples have ignore_index={reading.data.ignore_index}."
+                else f"Expected labels to judge, but all {total} samples have"
+                f" ignore_index={task_format.data.ignore_index}."
             )
         of_label = {name: value[at::rows] for name, value in share.items()}
         # Copies of a sample, with the same label, are one for whatever is estimated.
@@ -79,7 +80,7 @@ def apply_recipe(
         if verdict is not None:
             verdict = _suggests_only(verdict, torch.unique(known), evidence)
         judged.append(ShardResult(evidence, weight, verdict))
-    return judged, label if reading.task == "multilabel" else label.flatten()
+    return judged, label if task_format.task == "multilabel" else label.flatten()
 
 
 def weight_of_copies(judged: Sequence[ShardResult], total: int) -> Tensor:

@@ -54,13 +54,13 @@ def check_fit_by_key(partners: Sequence[Any]) -> None:
             )
 
 
-def check_reviewed(table: Table, reading: TaskFormat) -> None:
+def check_reviewed(table: Table, task_format: TaskFormat) -> None:
     """Refuses a table of decisions that is not by key, or names classes that there are not.
 
     Raises:
         ValueError: with the line.
     """
-    several = reading.task == "multilabel"
+    several = task_format.task == "multilabel"
     for row in table.rows:
         where = f"{table.path}, {table.place} {row.line}"
         if not row.key:
@@ -68,16 +68,16 @@ def check_reviewed(table: Table, reading: TaskFormat) -> None:
                 f"{where}: expected a key of the sample, as this fit knows samples by sample_key,"
                 " but there is none; give a table of a partition by key, with a column 'key'."
             )
-        check_classes(where, row, reading.num_outputs if several else reading.num_classes, single=not several)
+        check_classes(where, row, task_format.num_outputs if several else task_format.num_classes, single=not several)
 
 
-def review_by_key(table: Table, keys: Sequence[Key], reading: TaskFormat) -> Review:
+def review_by_key(table: Table, keys: Sequence[Key], task_format: TaskFormat) -> Review:
     """The decisions about samples that are known.
 
     Args:
         table: what the file holds.
         keys: of all samples, in the order of the partition's rows.
-        reading: knows the task.
+        task_format: knows the task.
     """
     place = {str(key): at for at, key in enumerate(keys)}
     # A spreadsheet's formula is written with a quote in front.
@@ -87,11 +87,11 @@ def review_by_key(table: Table, keys: Sequence[Key], reading: TaskFormat) -> Rev
             f"{len(missing):,} decisions of {table.path} are about samples that have not come by the time of the"
             f" partition ({missing[0]!r}{', ...' if len(missing) > 1 else ''}), and do not count."
         )
-    several = reading.task == "multilabel"
+    several = task_format.task == "multilabel"
     return settle(
         # Which samples they are of is said by the keys.
         replace(table, mark="", rows=tuple(replace(row, index=at) for row, at in found if at is not None)),
         total=len(keys),
-        classes=reading.num_outputs if several else reading.num_classes,
-        labels=reading.num_outputs if several else None,
+        classes=task_format.num_outputs if several else task_format.num_classes,
+        labels=task_format.num_outputs if several else None,
     )

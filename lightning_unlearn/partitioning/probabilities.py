@@ -12,14 +12,14 @@ from lightning_unlearn.utilities.distributed import gather_by_index
 from lightning_unlearn.utilities.reduce import Reduce
 
 
-def check_has_probabilities(reading: TaskFormat) -> None:
+def check_has_probabilities(task_format: TaskFormat) -> None:
     """Refuses a task of which no probabilities are kept.
 
     Raises:
         ValueError: of several labels per sample, and of more classes than evidence tells apart.
     """
-    if reading.task == "multilabel" or reading.num_classes > MOST_COORDINATES + 1:
-        found = "several labels" if reading.task == "multilabel" else f"{reading.num_classes} classes"
+    if task_format.task == "multilabel" or task_format.num_classes > MOST_COORDINATES + 1:
+        found = "several labels" if task_format.task == "multilabel" else f"{task_format.num_classes} classes"
         raise ValueError(
             f"Expected one label per sample, of at most {MOST_COORDINATES + 1} classes, where keep_probabilities=True,"
             f" but found {found}; leave it out."

@@ -37,20 +37,20 @@ def fit_to_data(fit: FitContext, table: Table, fingerprint: str, *, content: boo
     Raises:
         ValueError: with the line, for what does not fit; on every rank.
     """
-    reading, loader = fit.reading, fit.scoring_loader
-    several = reading.task == "multilabel"
+    task_format, loader = fit.task_format, fit.scoring_loader
+    several = task_format.task == "multilabel"
     with fit.isolated_eval():
         review = settle(
             table,
             total=len(loader.dataset),  # type: ignore[arg-type]  # its length has been checked
-            classes=reading.num_outputs if several else reading.num_classes,
-            labels=reading.num_outputs if several else None,
+            classes=task_format.num_outputs if several else task_format.num_classes,
+            labels=task_format.num_outputs if several else None,
             fingerprint=fingerprint,
             content=content,
         )
         compared = review.compared()
         if len(compared):
-            label = class_labels(reading, read_labels(fit, loader, review.index[compared]))
+            label = class_labels(task_format, read_labels(fit, loader, review.index[compared]))
             review.check_labels(compared, label.reshape(review.given_label[compared].shape))
     return review
 

@@ -133,7 +133,7 @@ class Partitioning:
         """Passes over this rank's share of the training set; see :meth:`ScoringPass.run`."""
         share, absent = self.collector.pass_over(fit)
         if self.state.partition is None and self.collector.when.is_due(fit.epoch):
-            say_absent(fit, len(absent), len(self.collector.in_use) // fit.reading.rows_per_sample)
+            say_absent(fit, len(absent), len(self.collector.in_use) // fit.task_format.rows_per_sample)
         return share
 
     def draw(self, fit: FitContext, started: float) -> None:
@@ -175,7 +175,7 @@ class Partitioning:
             return None, self._observe_pass(fit), ()
         of_rank, share, keys = self.collector.share(fit)
         if self.table is not None:
-            self.state.review = review_by_key(self.table, keys, fit.reading)
+            self.state.review = review_by_key(self.table, keys, fit.task_format)
         return of_rank, share, keys
 
     def _publish(self, fit: FitContext, judged: Sequence[ShardResult], drawn: Partition) -> float:
@@ -225,7 +225,7 @@ class Partitioning:
             or None,
             decided=decided,
         )
-        drawn = replace(drawn, class_names=tuple(class_names_of(fit, fit.reading.num_classes)))
+        drawn = replace(drawn, class_names=tuple(class_names_of(fit, fit.task_format.num_classes)))
         is_early = self.state.partition is None and drawn.epoch == 1 and bool(when.why)
         if is_early and drawn.status is PartitionStatus.OK:
             return replace(drawn, status=PartitionStatus.TOO_EARLY, warning=_ONE_EPOCH)

@@ -66,10 +66,10 @@ def begin(
     """
     trace, first = fit.probe()
     collector.point, collector.early = choose_points(fit, trace, first, asked.recipe, asked.layer)
-    state.task = same_task(state.task, fit.reading.task)
+    state.task = same_task(state.task, fit.task_format.task)
     warn_of_probabilities(trace.output)
     if asked.keep_probabilities:
-        check_has_probabilities(fit.reading)
+        check_has_probabilities(fit.task_format)
     if fit.keyed is None:
         _warn_where_no_round_follows(asked.every_n_epochs, state, collector)
     data = None
@@ -115,9 +115,9 @@ def _check_reviewed_by_key(fit: FitContext, state: PartitionState, table: Table 
     """Refuses, of samples that are known by a key, decisions that could not be taken later."""
     if table is None:
         return
-    check_reviewed(table, fit.reading)
+    check_reviewed(table, fit.task_format)
     if state.partition is not None:
-        check_agrees(state.review, review_by_key(table, state.partition.keys, fit.reading))
+        check_agrees(state.review, review_by_key(table, state.partition.keys, fit.task_format))
 
 
 def _begin_validation(fit: FitContext, state: PartitionState, collector: EvidenceCollector) -> None:
@@ -163,9 +163,9 @@ def choose_points(
     input_layer = recipe.input_layer
     if layer is None:
         check_classifies(fit, trace)
-    point, batch = attributed_point(trace, layer, fit.reading.num_outputs), len(first.index)
+    point, batch = attributed_point(trace, layer, fit.task_format.num_outputs), len(first.index)
     # Whether an input is corrupted is not asked of the labels of a multi-label task, each by itself.
-    is_multilabel = fit.reading.task == "multilabel"
+    is_multilabel = fit.task_format.task == "multilabel"
     # Nor of samples that are known by a key, over which there is no pass.
     asks_inputs = recipe.needs_response and not is_multilabel and fit.keyed is None
     early = early_points(trace, batch, input_layer) if asks_inputs else []
@@ -187,10 +187,10 @@ def check_known_labels(fit: FitContext, first: IndexedBatch, known: Tensor | Non
         ValueError: for another number of samples, or other labels.
     """
     if known is not None:
-        reading = fit.reading
-        check_same_size(len(known) // reading.rows_per_sample, fit.total)
-        there = (reading.by_row(first.weight) > 0).cpu()
-        check_same_labels(known[reading.row_indices(first.index)[there]], first.label.cpu()[there])
+        task_format = fit.task_format
+        check_same_size(len(known) // task_format.rows_per_sample, fit.total)
+        there = (task_format.by_row(first.weight) > 0).cpu()
+        check_same_labels(known[task_format.row_indices(first.index)[there]], first.label.cpu()[there])
 
 
 def try_recipe(fit: FitContext, recipe: Recipe, basis: Tensor) -> None:

@@ -124,7 +124,7 @@ class ValidationJudge:
         fit = training.fit
         try:
             samples = _samples(fit)
-            trajectory = training.trajectory.of_others(len(samples) * fit.reading.rows_per_sample)
+            trajectory = training.trajectory.of_others(len(samples) * fit.task_format.rows_per_sample)
             one = replace(
                 training,
                 trajectory=trajectory,
@@ -145,7 +145,7 @@ class ValidationJudge:
         self._judge(one, share, recipe, make, samples.fingerprint)
 
     def _judge(self, one: ScoringPass, share: dict[str, Tensor], recipe: Recipe, make: Make, found: str) -> None:
-        asks_unseen = recipe.needs_unseen and one.fit.reading.rows_per_sample == 1
+        asks_unseen = recipe.needs_unseen and one.fit.task_format.rows_per_sample == 1
         unseen = _unseen(one) if asks_unseen else None
 
         def with_unseen(evidence: Evidence) -> Evidence:
@@ -265,14 +265,15 @@ def _left_out(fit: FitContext, loader: DataLoader[Any]) -> frozenset[int]:
 
 def _try_batch(fit: FitContext, loader: DataLoader[Any]) -> None:
     """Sees that the first batch is read, and passes through the model, as one of training does."""
-    reading, size = fit.reading, min(batch_size(loader), len(loader.dataset))  # type: ignore[arg-type]
+    task_format, size = fit.task_format, min(batch_size(loader), len(loader.dataset))  # type: ignore[arg-type]
     indices, batch = next(iterate_indices(loader, torch.arange(size), probing=True, absent=set()))
-    x, label = reading.split(fit.to_device(batch))
+    x, label = task_format.split(fit.to_device(batch))
     check_number(loader, label, len(indices), may_offer=False)
-    labels, logits = reading.labels(label, len(indices)), fit.logits(x)
-    if tuple(logits.shape) != (len(labels), reading.num_classes):
+    labels, logits = task_format.labels(label, len(indices)), fit.logits(x)
+    if tuple(logits.shape) != (len(labels), task_format.num_classes):
         raise ValueError(
-            f"forward returns logits {tuple(logits.shape)} for {len(labels)} labels of {reading.num_classes} classes"
+            f"forward returns logits {tuple(logits.shape)} for {len(labels)} labels of"
+            f" {task_format.num_classes} classes"
         )
 
 

@@ -152,7 +152,7 @@ def _activations(reads: _Reads, batches: Iterator[IndexedBatch]) -> Iterator[tup
 def _gradients(reads: _Reads, batches: Iterator[IndexedBatch]) -> Iterator[tuple[IndexedBatch, Seen]]:
     in_parts, points = OOMBatchSplitter(), [site.point for site in reads.sites]
 
-    rows = reads.fit.reading.rows_per_sample
+    rows = reads.fit.task_format.rows_per_sample
 
     def of_part(x: Any, label: Tensor) -> list[tuple[Tensor, Tensor]]:
         found = loss_gradients(reads.fit.model, points, reads.fit.logits, x, label.flatten())

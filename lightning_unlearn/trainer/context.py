@@ -51,9 +51,9 @@ class FitContext(RunningFit):
     source: PartitionSource
 
     @property
-    def reading(self) -> TaskFormat:
+    def task_format(self) -> TaskFormat:
         """How batches, outputs and labels are read."""
-        return cast("TaskFormat", self.source.reading)
+        return cast("TaskFormat", self.source.task_format)
 
     @property
     def keyed(self) -> Any:
@@ -76,11 +76,11 @@ class FitContext(RunningFit):
                 f"Expected {type(self.pl_module).__name__} to have a forward that returns logits, but it has none; add"
                 " `def forward(self, x): return self.net(x)`, which training_step may call too."
             )
-        return self.reading.output(self.pl_module, x)
+        return self.task_format.output(self.pl_module, x)
 
     def logits(self, x: Any) -> Tensor:
         """Rows (U, C) of class logits; see :class:`~lightning_unlearn.data.task_format.TaskFormat`."""
-        return self.reading.logits(self.output(x))
+        return self.task_format.logits(self.output(x))
 
     def probe(self) -> tuple[ForwardTrace, IndexedBatch]:
         """One forward pass over the first samples; see :func:`probe`."""
@@ -125,18 +125,18 @@ def probe(fit: FitContext) -> tuple[ForwardTrace, IndexedBatch]:
         absent: set[int] = set()
         indices, batch = next(iterate_indices(loader, torch.arange(size), probing=True, absent=absent))
         check_batch(loader, batch, len(indices))
-        reading, batch = fit.reading, fit.to_device(batch)
+        task_format, batch = fit.task_format, fit.to_device(batch)
 
         def traced(value: Any) -> ForwardTrace:
             return trace_forward(fit.model, fit.output, value)
 
-        trace, x, label = settle_layout(reading, fit.model, batch, len(indices), traced)
-    label = without(absent, indices, reading, reading.labels(label, len(indices)))
+        trace, x, label = settle_layout(task_format, fit.model, batch, len(indices), traced)
+    label = without(absent, indices, task_format, task_format.labels(label, len(indices)))
     return trace, IndexedBatch(indices, _is_there(absent, indices).float().to(label.device), x, label)
 
 
 def _probe_in_hand(fit: FitContext) -> tuple[ForwardTrace, IndexedBatch]:
-    batch, keys, reading = fit.keyed.batch, fit.keyed.keys, fit.reading
+    batch, keys, task_format = fit.keyed.batch, fit.keyed.keys, fit.task_format
     if keys is None:
         raise RuntimeError("There is no training batch to look at; this is an error in lightning_unlearn.")
     with fit.isolated_eval(), torch.no_grad():
@@ -144,15 +144,15 @@ def _probe_in_hand(fit: FitContext) -> tuple[ForwardTrace, IndexedBatch]:
         def traced(value: Any) -> ForwardTrace:
             return trace_forward(fit.model, fit.output, value)
 
-        trace, x, label = settle_layout(reading, fit.model, batch, len(keys), traced)
-        label = reading.labels(label, len(keys))
+        trace, x, label = settle_layout(task_format, fit.model, batch, len(keys), traced)
+        label = task_format.labels(label, len(keys))
     return trace, IndexedBatch(torch.arange(len(keys)), torch.ones(len(keys), device=label.device), x, label)
 
 
-def without(absent: set[int], indices: Tensor, reading: TaskFormat, label: Tensor) -> Tensor:
+def without(absent: set[int], indices: Tensor, task_format: TaskFormat, label: Tensor) -> Tensor:
     """The labels (U,) of a batch, those of samples that are not there to be ignored."""
     gone = ~_is_there(absent, indices)
-    return label.masked_fill(reading.by_row(gone).to(label.device), IGNORED) if gone.any() else label
+    return label.masked_fill(task_format.by_row(gone).to(label.device), IGNORED) if gone.any() else label
 
 
 def _is_there(absent: set[int], indices: Tensor) -> Tensor:
@@ -176,14 +176,14 @@ def in_index_order(
     Yields:
         batches, as many on every rank.
     """
-    reading = fit.reading
+    task_format = fit.task_format
     index, weight = fit.shard(len(loader.dataset))  # type: ignore[arg-type]  # its length has been checked
     absent = set() if absent is None else absent
     done, batches = 0, batch_count(loader, len(index))
     for indices, batch in shown(fit, title, batches, iterate_indices(loader, index, absent=absent)):
-        x, label = reading.split(fit.to_device(batch))
+        x, label = task_format.split(fit.to_device(batch))
         check_number(loader, label, len(indices))
-        label = without(absent, indices, reading, reading.labels(label, len(indices), int(indices[0])))
+        label = without(absent, indices, task_format, task_format.labels(label, len(indices), int(indices[0])))
         counts = weight[done : done + len(indices)] * _is_there(absent, indices)
         yield IndexedBatch(indices, counts.to(label.device), x, label)
         done += len(indices)

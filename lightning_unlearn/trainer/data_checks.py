@@ -33,12 +33,12 @@ def read_labels(fit: FitContext, loader: DataLoader[Any], index: Tensor) -> list
         index: (n,) int64, dataset indices.
     """
     batches = iterate_indices(loader, index, probing=True, absent=set())
-    return [(indices, fit.reading.split(fit.to_device(batch))[1]) for indices, batch in batches]
+    return [(indices, fit.task_format.split(fit.to_device(batch))[1]) for indices, batch in batches]
 
 
-def class_labels(reading: TaskFormat, read: list[tuple[Tensor, Tensor]]) -> Tensor:
+def class_labels(task_format: TaskFormat, read: list[tuple[Tensor, Tensor]]) -> Tensor:
     """(U,) int64 on the CPU, the class labels of the rows of what :func:`read_labels` has read."""
-    return torch.cat([reading.labels(label, len(index), int(index[0])).cpu() for index, label in read])
+    return torch.cat([task_format.labels(label, len(index), int(index[0])).cpu() for index, label in read])
 
 
 def same_labels(one: list[tuple[Tensor, Tensor]], other: list[tuple[Tensor, Tensor]]) -> bool:
@@ -63,7 +63,7 @@ def check_reloaded(fit: FitContext, loader: DataLoader[Any], partition: Partitio
         ValueError: for another number of samples, or other labels of some that are looked at.
     """
     total, fault = len(loader.dataset), ""  # type: ignore[arg-type]  # its length has been checked
-    index, reading = sampled_indices(total), fit.reading
+    index, task_format = sampled_indices(total), fit.task_format
     if total != len(partition):
         fault = f"it has {total} samples instead of {len(partition)}"
     else:
@@ -72,8 +72,8 @@ def check_reloaded(fit: FitContext, loader: DataLoader[Any], partition: Partitio
             # Of samples that are mixed the labels say nothing.
             if not same_labels(first, again):
                 return
-            given = class_labels(reading, first)
-        if differ := int((given != partition.label.flatten()[reading.row_indices(index)]).sum()):
+            given = class_labels(task_format, first)
+        if differ := int((given != partition.label.flatten()[task_format.row_indices(index)]).sum()):
             fault = f"{differ} of {len(given)} labels that were compared differ"
     if fault:
         raise ValueError(
@@ -125,7 +125,7 @@ def recognize_data(fit: FitContext, known: Tensor | None, before: str | None) ->
             is offered for the passes has other labels; where ranks have different data.
         TypeError: where the rows of batches are not the samples drawn.
     """
-    loader, reading = fit.scoring_loader, fit.reading
+    loader, task_format = fit.scoring_loader, fit.task_format
     index = sampled_indices(len(loader.dataset))  # type: ignore[arg-type]
 
     def read(of: DataLoader[Any]) -> list[tuple[Tensor, Tensor]]:
@@ -137,18 +137,18 @@ def recognize_data(fit: FitContext, known: Tensor | None, before: str | None) ->
         check_numbers(loader, first)
         # Also where there is nothing to compare them with: one of them may not be of the task that the first batch
         # seemed to be of.
-        given = class_labels(reading, first)
+        given = class_labels(task_format, first)
         train_fault = ""
         if fit.offers_scoring_loader:
             train_fault = _fault_in_training(fit, read, None if known is not None else given)
         again = read(loader)
         if not same_labels(first, again):
-            if given.sort().values.equal(class_labels(reading, again).sort().values):
+            if given.sort().values.equal(class_labels(task_format, again).sort().values):
                 # The same ones in another order, which is said better there.
                 establish_rows(fit, loader)
             raise ValueError(_MIXED)
         if known is not None:
-            check_same_labels(known[reading.row_indices(index)], given)
+            check_same_labels(known[task_format.row_indices(index)], given)
         if before is not None:
             check_fingerprint(before, found)
         rows = establish_rows(fit, loader)
@@ -180,7 +180,7 @@ def _fault_in_training(
         establish_rows(fit, loader)
     except TypeError as error:
         return str(error)
-    if offered is not None and (differ := int((class_labels(fit.reading, first) != offered).sum())):
+    if offered is not None and (differ := int((class_labels(fit.task_format, first) != offered).sum())):
         raise ValueError(
             f"Expected {OFFER}() to return a loader of the training set's samples in the same order, but {differ}"
             f" of {len(offered)} labels that were compared differ."

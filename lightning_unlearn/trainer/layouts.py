@@ -20,14 +20,14 @@ _OURS = tuple(
 
 
 def settle_layout(
-    reading: TaskFormat, module: nn.Module, batch: Any, size: int, run: Callable[[Any], ForwardTrace]
+    task_format: TaskFormat, module: nn.Module, batch: Any, size: int, run: Callable[[Any], ForwardTrace]
 ) -> tuple[ForwardTrace, Any, Any]:
     """One forward pass over a batch, read in the first layout that fits, in which later batches are read too.
 
     A layout fits if ``forward`` can be called so, returns logits for each sample, and the labels have their form.
 
     Args:
-        reading: takes the layout, if it has none yet.
+        task_format: takes the layout, if it has none yet.
         module: the user's.
         batch: on the device.
         size: B.
@@ -40,35 +40,35 @@ def settle_layout(
         TypeError: if ``forward`` fails; the message says how it was called, and what to write instead.
         ValueError: where the labels have another form than a task's.
     """
-    if reading.data.batch_to_xy is not None or reading.layout is not None:
-        return _as_settled(reading, module, batch, run)
+    if task_format.data.batch_to_xy is not None or task_format.layout is not None:
+        return _as_settled(task_format, module, batch, run)
     first: Exception | None = None
-    for layout in layouts_of(batch, size, module, reading.label_at):
+    for layout in layouts_of(batch, size, module, task_format.label_at):
         try:
             trace, x, label = _tried(layout, module, batch, size, run)
-            classes = reading.alike(trace.output, label).labels(label, size)
+            classes = task_format.alike(trace.output, label).labels(label, size)
         except (TypeError, ValueError) as error:
             first = first or error
             continue
-        reading.layout = layout
-        reading.settle(trace.output, label)
-        reading.rivals = tuple(_rivals(reading, batch, size, trace, classes))
-        is_known = reading.label_at is not None or is_given(batch, layout, module)
-        reading.is_open = bool(reading.rivals) and not is_known
+        task_format.layout = layout
+        task_format.settle(trace.output, label)
+        task_format.rivals = tuple(_rivals(task_format, batch, size, trace, classes))
+        is_known = task_format.label_at is not None or is_given(batch, layout, module)
+        task_format.is_open = bool(task_format.rivals) and not is_known
         return trace, x, label
     if first is None:
         # No tensor has a row for each sample; says what is missing, or what is wrong with the labels.
-        return _as_settled(reading, module, batch, run)
+        return _as_settled(task_format, module, batch, run)
     raise first
 
 
-def _rivals(reading: TaskFormat, batch: Any, size: int, trace: ForwardTrace, classes: Tensor) -> Iterator[Path]:
+def _rivals(task_format: TaskFormat, batch: Any, size: int, trace: ForwardTrace, classes: Tensor) -> Iterator[Path]:
     """Other fields that could be labels: they name classes, and not the same ones."""
     for path, value in leaves_of(batch):
-        if reading.layout is None or path == reading.layout.label or not has_rows(value, size):
+        if task_format.layout is None or path == task_format.layout.label or not has_rows(value, size):
             continue
         try:
-            named = reading.alike(trace.output, value).labels(value, size)
+            named = task_format.alike(trace.output, value).labels(value, size)
         except ValueError:
             continue
         if not named.equal(classes):
@@ -76,11 +76,11 @@ def _rivals(reading: TaskFormat, batch: Any, size: int, trace: ForwardTrace, cla
 
 
 def _as_settled(
-    reading: TaskFormat, module: nn.Module, batch: Any, run: Callable[[Any], ForwardTrace]
+    task_format: TaskFormat, module: nn.Module, batch: Any, run: Callable[[Any], ForwardTrace]
 ) -> tuple[ForwardTrace, Any, Any]:
-    x, label = reading.split(batch)
-    trace = _run(run, reading.layout, x, module, batch)
-    reading.settle(trace.output, label)
+    x, label = task_format.split(batch)
+    trace = _run(run, task_format.layout, x, module, batch)
+    task_format.settle(trace.output, label)
     return trace, x, label
 
 

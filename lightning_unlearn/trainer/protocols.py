@@ -19,7 +19,7 @@ class PartitionSource(Protocol):
 
     at_epoch: Any
     """When the partition is computed: a number of epochs, a share of them, or ``"auto"``."""
-    reading: Any
+    task_format: Any
     """How batches, outputs and labels are read: a :class:`~lightning_unlearn.data.task_format.TaskFormat`."""
 
     @property

@@ -54,11 +54,11 @@ def establish_rows(fit: FitContext, loader: DataLoader[Any], *, may_offer: bool 
     Raises:
         TypeError: where they are not, naming what is likely to be in the way.
     """
-    reading, transfer = fit.reading, fit.to_device
+    task_format, transfer = fit.task_format, fit.to_device
     total, size = len(loader.dataset), batch_size(loader)  # type: ignore[arg-type]  # its length has been checked
     for attempt in range(_ATTEMPTS):
         batches = sample_batches(total, size, attempt)
-        look = _Look(reading, batches)
+        look = _Look(task_format, batches)
         fault = look.fault(loader, transfer)
         if fault:
             raise TypeError(f"{_EXPECTED} {_culprit(look, loader, transfer, fault, may_offer)}.")
@@ -87,7 +87,7 @@ def _check_last_batch(fit: FitContext, loader: DataLoader[Any], may_offer: bool)
     last = math.ceil(len(loader.dataset) / fit.world_size) % batch_size(loader)  # type: ignore[arg-type]
     if last:
         _, batch = next(iterate_indices(loader, torch.arange(last), probing=True, size=last, absent=set()))
-        check_number(loader, fit.reading.split(fit.to_device(batch))[1], last, may_offer)
+        check_number(loader, fit.task_format.split(fit.to_device(batch))[1], last, may_offer)
 
 
 _SAME_SAMPLE = (
@@ -100,12 +100,12 @@ class _Look:
     """Some samples, fetched in two orders and alone.
 
     Args:
-        reading: knows how batches are read.
+        task_format: knows how batches are read.
         batches: of dataset indices.
     """
 
-    def __init__(self, reading: TaskFormat, batches: Sequence[Tensor]) -> None:
-        self._reading = reading
+    def __init__(self, task_format: TaskFormat, batches: Sequence[Tensor]) -> None:
+        self._reading = task_format
         self._batches = batches
         self.tells = False
         self.first: Rows

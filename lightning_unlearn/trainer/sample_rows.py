@@ -62,7 +62,7 @@ def locate_samples(fit: FitContext, first: IndexedBatch, points: Sequence[LayerP
 
         def loaded(index: Tensor) -> Any:
             _, batch = next(iterate_indices(fit.scoring_loader, first.index[index], probing=True, absent=set()))
-            return fit.reading.split(fit.to_device(batch))[0]
+            return fit.task_format.split(fit.to_device(batch))[0]
 
         def taken(index: Tensor) -> Any:
             return slice_batch(first.x, index, samples)

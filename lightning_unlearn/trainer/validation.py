@@ -51,12 +51,12 @@ class _ScoreAccumulator:
 
     def check(self, label: Tensor) -> Tensor:
         """The targets of a batch's rows; raises for labels that cannot be read."""
-        return self._fit.reading.labels(label, len(label))
+        return self._fit.task_format.labels(label, len(label))
 
     def add(self, x: Any, label: Tensor, weight: Tensor) -> None:
         """Counts a batch; a row of weight 0 does not count."""
-        reading, target = self._fit.reading, self.check(label)
-        counts = reading.by_row(weight.to(target.device)) * (target >= 0) / reading.rows_per_sample
+        task_format, target = self._fit.task_format, self.check(label)
+        counts = task_format.by_row(weight.to(target.device)) * (target >= 0) / task_format.rows_per_sample
         done = 0
         for logits in self._in_parts(lambda part, _: self._fit.logits(part).float(), x, label):
             rows = slice(done, done + len(logits))
@@ -160,7 +160,7 @@ def score_samples(fit: FitContext, index: Tensor) -> Score:
         batches = batch_count(loader, len(place))
         drawn = iterate_indices(loader, index.cpu()[place], absent=absent)
         for rows, batch in shown(fit, "Score", batches, drawn):
-            x, label = fit.reading.split(fit.to_device(batch))
+            x, label = fit.task_format.split(fit.to_device(batch))
             there = torch.tensor([row not in absent for row in rows.tolist()])
             tally.add(x, label, weight[done : done + len(rows)] * there)
             done += len(rows)
@@ -182,7 +182,7 @@ def _length(loader: Any, limit: int | None) -> int | None:
 def _count(fit: FitContext, tally: _ScoreAccumulator, batches: Iterable[Any]) -> None:
     def split() -> Iterator[tuple[Any, Tensor, Tensor]]:
         for batch, weigh in batches:
-            x, label = fit.reading.split(fit.to_device(batch))
+            x, label = fit.task_format.split(fit.to_device(batch))
             tally.check(label)
             yield x, label, weigh(len(label))
 

@@ -63,7 +63,7 @@ class Failing(AttributionPartitionCallback):
 
         def fails(fit):
             if trainer.global_rank == 1:
-                self.reading.split = lambda _: 1 / 0
+                self.task_format.split = lambda _: 1 / 0
             return pass_over(fit)
 
         self.collector.pass_over = fails

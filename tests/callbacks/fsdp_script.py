@@ -254,17 +254,17 @@ class Unscored(AttributionPartitionCallback):
 
     def on_train_epoch_end(self, trainer, pl_module):
         super().on_train_epoch_end(trainer, pl_module)
-        split, seen = self.reading.split, []
+        split, seen = self.task_format.split, []
 
         def fails(batch):
             seen.append(batch)
             return split(batch) if len(seen) < 2 or trainer.global_rank == 0 else 1 / 0
 
-        self.reading.split = fails
+        self.task_format.split = fails
         try:
             self.scores = [score_validation(self.fit)]
         finally:
-            self.reading.split = split
+            self.task_format.split = split
         score = score_validation(self.fit)
         self.scores.append((score.accuracy, score.loss, score.samples))
 

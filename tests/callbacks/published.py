@@ -50,7 +50,7 @@ class Published(L.Callback):
         self.at_epoch = min(partition.epoch for partition in partitions)
         self.dry_run = dry_run
         self.uses_soft_targets = soft
-        self.reading = TaskFormat()
+        self.task_format = TaskFormat()
         self.sample_weight = None
         self.memorized = None
         self.accuracy_gap = None

@@ -45,7 +45,7 @@ def known(data, split=split_batch):
     object.__setattr__(partition, "suggested_probability", torch.where(kind == 1, 0.5, 0.9))
     partition.reason[kind == 2] = INPUT
     source = Published(partition)
-    source.reading = TaskFormat(DataFormat(batch_to_xy=split))
+    source.task_format = TaskFormat(DataFormat(batch_to_xy=split))
     return source
 
 
@@ -593,9 +593,9 @@ NEW = torch.tensor([-1, 3, 0])
 
 
 def settled(split=None, task="multiclass", outputs=4):
-    reading = TaskFormat(DataFormat(task=task, batch_to_xy=split))
-    reading.settle(torch.zeros(2, outputs), torch.zeros(2, dtype=torch.int64))
-    return reading
+    task_format = TaskFormat(DataFormat(task=task, batch_to_xy=split))
+    task_format.settle(torch.zeros(2, outputs), torch.zeros(2, dtype=torch.int64))
+    return task_format
 
 
 def test_only_the_labels_of_a_batch_are_replaced_and_in_a_copy():

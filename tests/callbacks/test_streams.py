@@ -231,8 +231,8 @@ KINDS = [
 @pytest.mark.parametrize("kind", KINDS)
 def test_loaders_whose_samples_have_no_index(kind):
     data = blobs()
-    module, train, reading = loaders(kind, data)
-    partition = AttributionPartitionCallback(at_epoch=3, data=reading)
+    module, train, task_format = loaders(kind, data)
+    partition = AttributionPartitionCallback(at_epoch=3, data=task_format)
     fit(module, train, [partition, CleanSubsetFinetuneCallback()], max_epochs=5)
     keys = partition.partition.keys
     keys = [key_of(1000 - key) for key in keys] if kind == "integers" else keys
@@ -317,12 +317,12 @@ def test_pruning_which_needs_a_pass_is_refused_before_the_first_step():
 
 def test_a_function_for_several_loaders_is_refused_as_it_does_not_say_whose_rows_go():
     module, train, _ = loaders("several loaders", blobs())
-    reading = DataFormat(
+    task_format = DataFormat(
         sample_key=lambda batch: batch["noisy"]["key"],
         batch_to_xy=lambda batch: (batch["noisy"]["x"], batch["noisy"]["label"]),
     )
     with pytest.raises(TypeError, match=r"to name the loader whose samples are judged, .* such as 'noisy\.key'"):
-        fit(module, train, [AttributionPartitionCallback(at_epoch=1, data=reading), CleanSubsetFinetuneCallback()])
+        fit(module, train, [AttributionPartitionCallback(at_epoch=1, data=task_format), CleanSubsetFinetuneCallback()])
     assert not module.trained
 
 

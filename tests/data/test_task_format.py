@@ -156,9 +156,9 @@ def test_logits_are_found_in_what_forward_returns(output):
 
 
 def settled(outputs=3, label=None, **kwargs):
-    reading = TaskFormat(DataFormat(**kwargs))
-    reading.settle(torch.zeros(4, outputs), torch.zeros(4, dtype=torch.int64) if label is None else label)
-    return reading
+    task_format = TaskFormat(DataFormat(**kwargs))
+    task_format.settle(torch.zeros(4, outputs), torch.zeros(4, dtype=torch.int64) if label is None else label)
+    return task_format
 
 
 ONE_HOT = one_hot(torch.tensor([0, 2, 1, 2]), 3)
@@ -182,21 +182,21 @@ SEVERAL = torch.tensor([[1, 1, 0], [0, 0, 0], [0, 1, 0], [1, 1, 1]])
     ],
 )
 def test_the_first_batch_settles_the_task(outputs, label, task):
-    reading = settled(outputs, label)
-    assert reading.task == task
-    assert reading.num_classes == (outputs if task == "multiclass" else 2)
-    assert reading.rows_per_sample == (3 if task == "multilabel" else 1)
+    task_format = settled(outputs, label)
+    assert task_format.task == task
+    assert task_format.num_classes == (outputs if task == "multiclass" else 2)
+    assert task_format.rows_per_sample == (3 if task == "multilabel" else 1)
 
 
 def test_a_task_is_settled_once_and_until_it_is_forgotten():
-    reading = settled(3)
-    reading.settle(torch.zeros(4, 1), torch.zeros(4))
-    assert reading.task == "multiclass"
-    reading.forget()
+    task_format = settled(3)
+    task_format.settle(torch.zeros(4, 1), torch.zeros(4))
+    assert task_format.task == "multiclass"
+    task_format.forget()
     with pytest.raises(RuntimeError, match="not settled yet"):
-        _ = reading.task
-    reading.settle(torch.zeros(4, 1), torch.zeros(4))
-    assert reading.task == "binary"
+        _ = task_format.task
+    task_format.settle(torch.zeros(4, 1), torch.zeros(4))
+    assert task_format.task == "binary"
 
 
 @pytest.mark.parametrize(
@@ -230,17 +230,17 @@ def test_class_indices(dtype, shape):
 
 
 def test_labels_of_several_batches_are_read_at_once_or_each_in_its_own_form(monkeypatch):
-    reading, calls = settled(), []
-    classes = reading.classes
-    monkeypatch.setattr(reading, "classes", lambda label, size: calls.append(size) or classes(label, size))
+    task_format, calls = settled(), []
+    classes = task_format.classes
+    monkeypatch.setattr(task_format, "classes", lambda label, size: calls.append(size) or classes(label, size))
     alike = [(torch.tensor([1, 0]), 2), (torch.tensor([2, 9, -100]), 3)]
-    assert reading.classes_of_batches(alike).tolist() == [1, 0, 2, -2, -1]
+    assert task_format.classes_of_batches(alike).tolist() == [1, 0, 2, -2, -1]
     assert calls == [5]
     other = (torch.tensor([[1], [2]], dtype=torch.int32), 2)
-    assert reading.classes_of_batches([*alike, other]).tolist() == [1, 0, 2, -2, -1, 1, 2]
+    assert task_format.classes_of_batches([*alike, other]).tolist() == [1, 0, 2, -2, -1, 1, 2]
     assert calls == [5, 2, 3, 2]
     with pytest.raises(ValueError, match=r"^Expected a dense tensor of labels, but got list"):
-        reading.classes_of_batches([*alike, ([1, 2], 2)])
+        task_format.classes_of_batches([*alike, ([1, 2], 2)])
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.float16, torch.bool])
@@ -275,7 +275,7 @@ def test_rows_that_are_no_probabilities_are_refused(soft, row):
 
 
 @pytest.mark.parametrize(
-    ("reading", "label", "message"),
+    ("task_format", "label", "message"),
     [
         (settled(), torch.zeros(4), r"integer labels of shape \(4,\), .* but got torch.float32 of shape \(4,\)"),
         (settled(), torch.zeros(2, dtype=torch.int64), r"but got torch.int64 of shape \(2,\)"),
@@ -288,9 +288,9 @@ def test_rows_that_are_no_probabilities_are_refused(soft, row):
         (settled(label=SEVERAL), torch.zeros(4), r"labels of shape \(4, 3\), 0 or 1 for each logit, but got"),
     ],
 )
-def test_labels_of_another_form_are_refused(reading, label, message):
+def test_labels_of_another_form_are_refused(task_format, label, message):
     with pytest.raises(ValueError, match=f"{message}.*pass data=DataFormat.batch_to_xy="):
-        reading.labels(label, 4)
+        task_format.labels(label, 4)
 
 
 @pytest.mark.parametrize(("label", "found"), [([0, 5, 1], "5"), ([0, -1, 9], "-1"), ([3, 0, 0], "3")])
@@ -311,8 +311,8 @@ def test_the_label_to_ignore():
     assert settled().labels(torch.tensor([0, -100, 2, 1]), 4).tolist() == [0, IGNORED, 2, 1]
     assert settled(ignore_index=2).labels(torch.tensor([0, 2, 2, 1]), 4).tolist() == [0, IGNORED, IGNORED, 1]
     assert settled(1, ignore_index=-1).labels(torch.tensor([0.0, -1, 1, 1]), 4).tolist() == [0, IGNORED, 1, 1]
-    reading = settled(label=SEVERAL, ignore_index=-1)
-    assert reading.labels(torch.tensor([[1, -1, 0]]), 1).tolist() == [1, IGNORED, 0]
+    task_format = settled(label=SEVERAL, ignore_index=-1)
+    assert task_format.labels(torch.tensor([[1, -1, 0]]), 1).tolist() == [1, IGNORED, 0]
     with pytest.raises(ValueError, match="found -100"):
         settled(ignore_index=None).labels(torch.tensor([0, -100]), 2)
 
@@ -332,30 +332,30 @@ def test_a_byte_of_156_is_not_the_label_to_ignore():
 
 def test_the_rows_of_one_logit_have_the_loss_of_one_logit():
     logit, label = torch.randn(50, requires_grad=True), torch.randint(0, 2, (50,))
-    reading = settled(1)
+    task_format = settled(1)
     alone = binary_cross_entropy_with_logits(logit, label.float(), reduction="sum")
-    rows = reading.logits(logit)
+    rows = task_format.logits(logit)
     torch.testing.assert_close(cross_entropy(rows, label, reduction="sum"), alone)
     (gradient,) = torch.autograd.grad(alone, logit)
     (of_rows,) = torch.autograd.grad(cross_entropy(rows, label, reduction="sum"), rows)
-    torch.testing.assert_close(reading.gradients(gradient), of_rows)
+    torch.testing.assert_close(task_format.gradients(gradient), of_rows)
 
 
 def test_the_rows_of_several_labels_are_its_labels_sample_by_sample():
-    reading = settled(label=SEVERAL)
+    task_format = settled(label=SEVERAL)
     output, label = torch.randn(4, 3), SEVERAL
-    rows = reading.logits(output)
+    rows = task_format.logits(output)
     assert (rows[:, 1] - rows[:, 0]).reshape(4, 3).allclose(output)
-    assert reading.labels(label, 4).equal(label.flatten())
+    assert task_format.labels(label, 4).equal(label.flatten())
     torch.testing.assert_close(
-        cross_entropy(rows, reading.labels(label, 4)), binary_cross_entropy_with_logits(output, label.float())
+        cross_entropy(rows, task_format.labels(label, 4)), binary_cross_entropy_with_logits(output, label.float())
     )
-    assert reading.row_indices(torch.tensor([5, 0])).tolist() == [15, 16, 17, 0, 1, 2]
-    assert reading.by_row(torch.tensor([7.0, 8.0])).tolist() == [7, 7, 7, 8, 8, 8]
+    assert task_format.row_indices(torch.tensor([5, 0])).tolist() == [15, 16, 17, 0, 1, 2]
+    assert task_format.by_row(torch.tensor([7.0, 8.0])).tolist() == [7, 7, 7, 8, 8, 8]
 
 
 @pytest.mark.parametrize(
-    ("reading", "label", "new", "expected"),
+    ("task_format", "label", "new", "expected"),
     [
         (settled(), torch.tensor([0, 1]), [-1, 2], torch.tensor([0, 2])),
         (settled(), torch.tensor([[0], [1]]), [-1, 2], torch.tensor([[0], [2]])),
@@ -365,14 +365,14 @@ def test_the_rows_of_several_labels_are_its_labels_sample_by_sample():
     ],
     ids=["indices", "a column", "one-hot", "one logit", "several labels"],
 )
-def test_replaced_labels_have_the_form_of_the_given_ones(reading, label, new, expected):
+def test_replaced_labels_have_the_form_of_the_given_ones(task_format, label, new, expected):
     before = label.clone()
-    replaced = reading.replaced(label, torch.tensor(new))
+    replaced = task_format.replaced(label, torch.tensor(new))
     assert replaced.dtype == label.dtype
     assert replaced.equal(expected)
     assert label.equal(before)
     wanted = torch.tensor(new)
-    assert reading.labels(replaced, 2)[wanted >= 0].equal(wanted[wanted >= 0])
+    assert task_format.labels(replaced, 2)[wanted >= 0].equal(wanted[wanted >= 0])
 
 
 def test_what_forward_returns_must_be_logits():

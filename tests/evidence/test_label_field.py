@@ -153,7 +153,7 @@ def test_it_is_known_on_a_resume(tmp_path):
     assert torch.load(path, weights_only=True)["callbacks"][first.state_key]["label_at"] == [1]
     again = AttributionPartitionCallback(at_epoch=2, every_n_epochs=1)
     fit(Net(of(1)), loader, [again], max_epochs=4, ckpt_path=path)
-    assert again.reading.layout.label == (1,)
+    assert again.task_format.layout.label == (1,)
 
 
 def test_a_choice_that_no_gradient_can_make_is_refused_before_the_first_step():
@@ -282,5 +282,5 @@ def test_labels_to_ignore_say_nothing():
     ids=["index", "column", "soft", "several", "one logit"],
 )
 def test_a_row_agrees_where_the_loss_raises_the_class_of_the_field(value, gradient, expected):
-    reading = TaskFormat()
-    assert agreement(value, gradient, reading).tolist() == expected
+    task_format = TaskFormat()
+    assert agreement(value, gradient, task_format).tolist() == expected

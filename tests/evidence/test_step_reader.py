@@ -70,8 +70,8 @@ class Driver(L.Callback):
 
     def __init__(self, head=HEAD, split=split_batch, late=False):
         self.sink = Sink()
-        self.reading = TaskFormat(DataFormat(batch_to_xy=split))
-        self.reader = TrainStepReader(reading=self.reading, sink=self.sink)
+        self.task_format = TaskFormat(DataFormat(batch_to_xy=split))
+        self.reader = TrainStepReader(task_format=self.task_format, sink=self.sink)
         self.head, self.late, self.goes_on, self.rows_read = head, late, [], []
 
     def setup(self, trainer, pl_module, stage):
@@ -84,7 +84,7 @@ class Driver(L.Callback):
     def on_train_start(self, trainer, pl_module):
         head = dict(pl_module.named_modules()).get(self.head)
         outputs = getattr(head, "out_features", CLASSES)
-        self.reading.settle(torch.zeros(2, outputs), torch.zeros(2, dtype=torch.int64))
+        self.task_format.settle(torch.zeros(2, outputs), torch.zeros(2, dtype=torch.int64))
         self.reader.start(self.fit, self.head)
 
     def on_train_epoch_start(self, trainer, pl_module):

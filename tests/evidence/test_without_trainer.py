@@ -49,7 +49,7 @@ class Sink:
 
 def test_training_steps_are_read():
     fit, sink = make_fit(), Sink()
-    reader = TrainStepReader(reading=fit.reading, sink=sink)
+    reader = TrainStepReader(task_format=fit.task_format, sink=sink)
     loader, seen = fit.train_loader, []
     fit.live_loaders = lambda: [loader]
     reader.start(fit, "7")

@@ -16,9 +16,9 @@ ORDER = torch.tensor([3, 0, 4, 1, 2])
 
 
 def settled(outputs=C, label=Y, **kwargs):
-    reading = TaskFormat(DataFormat(**kwargs))
-    reading.settle(torch.zeros(len(label), outputs), label)
-    return reading
+    task_format = TaskFormat(DataFormat(**kwargs))
+    task_format.settle(torch.zeros(len(label), outputs), label)
+    return task_format
 
 
 def smoothed(y, classes=C):
@@ -58,9 +58,9 @@ def test_other_fields_are_left_alone(field):
 
 
 def test_of_few_samples_by_chance_nothing_is_said():
-    reading = settled(label=torch.tensor([0, 1, 1]))
+    task_format = settled(label=torch.tensor([0, 1, 1]))
     batch = {"x": torch.randn(3, 2), "label": torch.tensor([0, 1, 1]), "flag": torch.tensor([1, 0, 0])}
-    assert companions_in([batch], reading) == []
+    assert companions_in([batch], task_format) == []
 
 
 def test_rows_of_new_labels_take_the_place_of_those_of_the_given_ones():

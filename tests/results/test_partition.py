@@ -497,7 +497,7 @@ def test_sources_are_recognized_by_what_they_publish():
         at_epoch = 3
         uses_soft_targets = True
         dry_run = False
-        reading = None
+        task_format = None
         sample_weight = None
         memorized = None
         accuracy_gap = None

@@ -27,7 +27,6 @@ ROOT = Path(__file__).parents[2]
 PRELOAD = [
     f"tests.{name}"
     for name in (
-        "callbacks.listed_once",
         "callbacks.kill_script",
         "callbacks.plain_script",
         "callbacks.ddp_kinds_script",
@@ -36,6 +35,7 @@ PRELOAD = [
         "callbacks.rounds_script",
         "callbacks.simulated_device_script",
         "evidence.step_reader_script",
+        "callbacks.imported_last",
     )
 ]
 """Whose functions are run; with them comes all that takes long to import."""

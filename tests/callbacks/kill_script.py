@@ -26,6 +26,7 @@ from lightning_unlearn.attribution import Attributor
 from lightning_unlearn.finetuning.run import Finetuning
 from lightning_unlearn.partitioning.run import Partitioning
 from lightning_unlearn.pruning import guard as guard_module
+from lightning_unlearn.pruning.criteria import Sensitivity
 from lightning_unlearn.pruning.holding import HeldEntries
 from tests.toys import Blobs, BlobsData, IndexRecorder, Toy, by_margin, fit, sgd, trio, weights
 
@@ -52,10 +53,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "evidence_from": "eval_passes",
     },
     "rounds, relabel": {
-        "prune": {"criterion": "sensitivity"},
+        "prune": {"criterion": Sensitivity(fdr_level=None)},  # the regression alone
         "finetune": {"on_noisy": "relabel", "relabel_threshold": 0.4},
         "every_n_epochs": 1,
         "min_change": 0,
+        "recipe": by_margin,
     },
     "rounds, reweight, new head": {
         "prune": PRUNES | {"amount": 0.15},

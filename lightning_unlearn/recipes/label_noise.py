@@ -21,15 +21,16 @@ from lightning_unlearn.recipes.latent_noise import (
     MANY,
     NamedClasses,
     TransitionNoise,
+    as_sure_as_labels_show,
     latent_windows,
     named_classes,
     transition_noise,
 )
 from lightning_unlearn.utilities.reduce import Reduce, no_reduce
 
-# The last pass stands in place of the mean over training as far as nothing is memorized: where the network predicts the
-# given labels of the training samples more often than those of validation samples, by the first, altogether; by the
-# second, not at all.
+# The last pass and the second half of training stand in place of the mean over all of it as far as nothing is
+# memorized: where the network predicts the given labels of the training samples more often than those of validation
+# samples, by the first, altogether; by the second, not at all.
 _NO_GAP, _WIDE_GAP = 0.05, 0.2
 
 # Classes that are told apart so well are judged by latent classes, of however many samples: these do not memorize.
@@ -137,12 +138,11 @@ def find_label_noise(history: LabelHistory, *, reduce: Reduce = no_reduce) -> La
         named = None
     number = reduce(asked.weight.sum().reshape(1)).item()
     is_shown = matrix is not None and matrix.is_shown(number, asked.z)
-    if named is not None:
-        found = _by_names(named, asked)
-    elif matrix is not None and is_shown and _speaks(matrix, asked, number):
-        found = _by_matrix(matrix, asked)
-    else:
-        found = _by_blind_errors(asked)
+    found = None if named is None else _by_names(named, asked)
+    if found is None and matrix is not None and is_shown and _speaks(matrix, asked, number):
+        sure = as_sure_as_labels_show(matrix, asked.label, asked.weight, reduce)
+        found = None if sure is None else _by_matrix(sure, asked)
+    found = found or _by_blind_errors(asked)
     # Habits are told from what is hard by an early epoch, or by the most confident samples.
     is_open = asked.is_sampled or (named is not None and asked.early is None and not is_shown)
     given_and_said = _given_and_said(mean + asked.shift, asked.label, asked.weight, reduce)
@@ -255,9 +255,10 @@ def _by_matrix(matrix: TransitionNoise, asked: _Asked) -> _Explained:
         most = early.high if early.is_blind else 1.0
         rate = (max(rate, early.middle) + min(max(rate, early.low), most)) / 2
         interval = min(early.low, rate), max(_highest(early), matrix.rate)
-    wrong = torch.sigmoid(-log_odds_of(matrix.posterior, asked.label))
+    posterior = matrix.posterior(asked.label)
+    wrong = torch.sigmoid(-log_odds_of(posterior, asked.label))
     wrong = with_mean(wrong, asked.weight, _possible(rate), reduce=asked.reduce)
-    return _Explained(wrong, matrix.posterior, rate, interval, max(asked.z, matrix.z), matrix.transition)
+    return _Explained(wrong, posterior, rate, interval, max(asked.z, matrix.z), matrix.transition)
 
 
 def _by_blind_errors(asked: _Asked) -> _Explained:
@@ -387,7 +388,11 @@ def _evidence(history: LabelHistory) -> tuple[Tensor, Tensor]:
     share = 0.0
     if history.gap is not None:
         share = min(max((_WIDE_GAP - history.gap) / (_WIDE_GAP - _NO_GAP), 0.0), 1.0)
-    return mean, (1 - share) * mean + share * history.last if share else mean
+    if not share:
+        return mean, mean
+    late = history.phases[:, history.phases.shape[1] // 2 :].nanmean(dim=1)
+    late = (torch.where(late.isfinite(), late, history.last) + history.last) / 2
+    return mean, (1 - share) * mean + share * late
 
 
 def _fitted(history: LabelHistory, score: Tensor, reduce: Reduce) -> tuple[Tensor, SymmetricNoiseFit, float]:

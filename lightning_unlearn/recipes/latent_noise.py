@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_unlearn.functional.coordinates import helmert
 from lightning_unlearn.functional.evidence import confident_disagreement
 from lightning_unlearn.functional.latent_classes import fit_latent_classes
+from lightning_unlearn.functional.likelihood_scale import fit_likelihood_scale
 from lightning_unlearn.functional.structured_noise import (
     MIN_ENTRY,
     StructuredNoise,
@@ -38,7 +39,11 @@ MEMORIZED = 0.9
 _LIKELIHOOD, _LOGITS, _POSTERIOR_LOGITS, _SHARPEN = 0.15, 1.5, 0.15, 4.0
 
 # Likelihoods of Gaussians in many correlated coordinates are too sure of themselves where a matrix is fitted to them.
-_TEMPER = 0.7
+_LARGEST_SCALE = 0.7
+
+# Nats, for each class and at least, that wrong labels must explain beyond the uncertainty of likelihoods that are less
+# sure of themselves: clean data of a recurrent and an attention network gain -4 to 1, noise 100 and more.
+_GAIN_EACH, _LEAST_GAIN = 1.0, 4.5
 
 UNEXPLAINED = 1.5
 """How many times as often as uncertainty explains of the average sample the most confident quarter disagrees."""
@@ -185,7 +190,8 @@ class TransitionNoise:
     most confident quarter far less.
 
     Args:
-        posterior: (n, C) log-probability of each true class.
+        window: that it is of.
+        score: (n, C) of the true classes.
         transition: (C, C), row k the probabilities of what a sample of class k is called.
         rate: of wrong labels.
         uncertainty: share of the true classes that the latent classes expect to get wrong without the given label.
@@ -194,13 +200,18 @@ class TransitionNoise:
         is_named: whether each class goes by its own name most often.
     """
 
-    posterior: Tensor
+    window: LatentWindow
+    score: Tensor
     transition: Tensor
     rate: float
     uncertainty: float
     confident: float
     z: float
     is_named: bool
+
+    def posterior(self, label: Tensor) -> Tensor:
+        """Log-probability (n, C) of each true class."""
+        return given_posterior(self.score, label, self.transition)
 
     @property
     def unexplained(self) -> float:
@@ -251,9 +262,7 @@ def _transition_noise(
     window: LatentWindow, shift: Tensor, label: Tensor, weight: Tensor, reduce: Reduce
 ) -> TransitionNoise:
     likelihood, classes = window.likelihood, window.likelihood.shape[1]
-    transition = fit_transition(_TEMPER * likelihood, label, weight, window.transition, reduce=reduce)
-    column = label.unsqueeze(1)
-    wrong = 1 - given_posterior(_TEMPER * likelihood, label, transition).gather(1, column).squeeze(1).exp()
+    transition, wrong = _scaled(window, _LARGEST_SCALE, label, weight, reduce)
     unsure = 1 - softmax(likelihood.clone()).amax(dim=1)
     late = torch.stack([part + shift for part in window.parts[-2:]]).mean(dim=0)
     score = _LIKELIHOOD * likelihood + _LOGITS * late.double()
@@ -265,7 +274,8 @@ def _transition_noise(
     )
     rate, uncertainty, differs = rate / number, uncertainty / number, differs / number
     return TransitionNoise(
-        posterior=given_posterior(score, label, transition),
+        window=window,
+        score=score,
         transition=transition,
         rate=rate,
         uncertainty=uncertainty,
@@ -273,6 +283,39 @@ def _transition_noise(
         z=_binomial_z(differs, UNEXPLAINED * uncertainty, number),
         is_named=bool((transition.diagonal() >= transition.amax(dim=1)).all()),
     )
+
+
+def _scaled(window: LatentWindow, scale: float, label: Tensor, weight: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor]:
+    """The transition matrix at a scale of the likelihoods, and the probability (n,) that each label is wrong."""
+    likelihood = scale * window.likelihood
+    transition = fit_transition(likelihood, label, weight, window.transition, reduce=reduce)
+    posterior = given_posterior(likelihood, label, transition)
+    return transition, 1 - posterior.gather(1, label.unsqueeze(1)).squeeze(1).exp()
+
+
+def as_sure_as_labels_show(
+    noise: TransitionNoise, label: Tensor, weight: Tensor, reduce: Reduce
+) -> TransitionNoise | None:
+    """The same, as sure of the true classes as the given labels show; None if uncertainty alone explains these.
+
+    The scale that makes the labels likeliest takes wrong labels on samples that are hard to tell, as people make
+    them, for uncertainty; the largest one takes uncertainty for wrong labels. Hence halfway, in logarithms.
+
+    Args:
+        noise: of :func:`transition_noise`.
+        label: (n,) int64.
+        weight: (n,).
+        reduce: sums over the ranks.
+    """
+    window, w = noise.window, weight.double()
+    fitted = fit_likelihood_scale(window.likelihood, label, w, window.transition, largest=_LARGEST_SCALE, reduce=reduce)
+    if fitted.gain < max(_LEAST_GAIN, _GAIN_EACH * len(noise.transition)):
+        return None
+    if fitted.scale == _LARGEST_SCALE:
+        return noise
+    transition, wrong = _scaled(window, math.sqrt(fitted.scale * _LARGEST_SCALE), label, w, reduce)
+    number, rate = reduce(torch.stack([w.sum(), w @ wrong])).tolist()
+    return replace(noise, transition=transition, rate=rate / number)
 
 
 def _binomial_z(share: float, expected: float, number: float) -> float:

@@ -7,6 +7,7 @@ from lightning_unlearn.functional.prequential import following, prequential_rate
 from lightning_unlearn.functional.suspects import longest_list
 from lightning_unlearn.recipes import label_noise
 from lightning_unlearn.recipes.label_noise import LabelHistory, find_label_noise
+from lightning_unlearn.recipes.latent_noise import transition_noise
 from lightning_unlearn.utilities.reduce import no_reduce
 from tests.ranks import run_ranks
 
@@ -230,14 +231,34 @@ def test_samples_that_a_phase_has_not_seen_are_judged_by_the_others():
     assert wrong[suspects(found)].double().mean() > 0.75
 
 
-def test_the_last_pass_counts_where_nothing_is_memorized():
+def test_the_second_half_of_training_and_the_last_pass_count_where_nothing_is_memorized():
     seen, _ = history(2000, blind(0.1))
     other = replace(seen, last=torch.randn_like(seen.last))
     near, half, far = (label_noise._evidence(replace(other, gap=gap))[1] for gap in (0.0, 0.125, 0.3))
-    assert torch.equal(near, other.last)
+    late = other.phases[:, other.phases.shape[1] // 2 :].mean(dim=1)
+    torch.testing.assert_close(near, (late + other.last) / 2)
     assert torch.equal(far, other.phases.mean(dim=1))
     assert torch.equal(far, label_noise._evidence(replace(other, gap=None))[1])
     torch.testing.assert_close(half, (near + far) / 2)
+
+
+def test_latent_classes_that_are_too_sure_of_overlapping_ones_show_no_wrong_labels(monkeypatch):
+    seen, _ = history(3000, blind(0.0))
+    seen = replace(seen, early=None)  # nothing but latent classes is asked then
+    monkeypatch.setattr(label_noise, "transition_noise", lambda *given: _far_too_sure(transition_noise(*given)))
+    found = find_label_noise(seen)
+    assert found.transition is None
+    assert not suspects(found).any()
+    wrong = history(3000, blind(0.2))[1]
+    found = find_label_noise(replace(history(3000, blind(0.2))[0], early=None))
+    assert found.transition is not None
+    assert found.rate == pytest.approx(wrong.double().mean().item(), abs=0.04)
+    assert wrong[suspects(found)].double().mean() > 0.75
+
+
+def _far_too_sure(noise):
+    window = replace(noise.window, likelihood=10 * noise.window.likelihood)
+    return replace(noise, window=window, uncertainty=0.01, confident=0.05, rate=0.1)
 
 
 def test_copies_that_share_a_weight_count_once():

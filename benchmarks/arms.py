@@ -162,7 +162,7 @@ class Unit:
         found = self._fit(self._base_network(), self._loader(), callbacks, last, resume=True)
         if arm == FFT:
             partition.partition.save(self.folder / "partition.pt")
-        pruned = 0 if prune is None or not prune.has_acted else sum(len(m.pruned_indices()) for m in prune.masks)
+        pruned = 0 if prune is None or not prune.has_result else sum(len(m.pruned_indices()) for m in prune.masks)
         quality = self._quality(partition.partition)
         return found | {"acted": finetune.is_active, "pruned": pruned, "partition": quality}
 

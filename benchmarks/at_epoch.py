@@ -20,7 +20,7 @@ import torch
 from benchmarks.detection import Replay, judged, run_study, study_options
 from benchmarks.detection_cases import GROUPS, DetectionCase, fit_of, load
 from lightning_unlearn.evidence.early_epochs import MOST_EPOCHS
-from lightning_unlearn.evidence.when import EARLIEST, DrawTime, similarity
+from lightning_unlearn.evidence.when import EARLIEST, PartitionTime, similarity
 from lightning_unlearn.functional import label_margin
 from lightning_unlearn.trainer.limits import TrainingLimits
 
@@ -58,7 +58,7 @@ def notes_of(replay: Replay, samples: int) -> list[dict[str, Any]]:
 
 def chosen(row: dict[str, Any]) -> tuple[int, str]:
     """The epoch after which the partition would have been drawn, and why."""
-    when, epochs = DrawTime("auto"), len(row["notes"])
+    when, epochs = PartitionTime("auto"), len(row["notes"])
     for epoch, noted in enumerate(row["notes"], start=1):
         when.note(epoch, **noted["note"])
         limits = TrainingLimits(epoch=epoch, step=epoch, max_epochs=epochs)

@@ -242,7 +242,7 @@ class PaperUnit:
         found["seconds"] -= sum(own.values())
         if arm.criterion is None:
             partition.partition.save(self._partition_file(arm.recipe))
-        pruned = sum(len(mask.pruned_indices()) for mask in prune.masks) if prune.has_acted else 0
+        pruned = sum(len(mask.pruned_indices()) for mask in prune.masks) if prune.has_result else 0
         quality_of = quality(partition.partition, self._bad)
         return found | own | {"acted": finetune.is_active, "pruned": pruned, "partition": quality_of}
 

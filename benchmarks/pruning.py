@@ -335,7 +335,7 @@ class PruningUnit:
             if isinstance(callback, Project):
                 found["alpha"] = callback.alpha
             if isinstance(callback, SensitivityPruneCallback):
-                found["pruned"] = [len(mask.pruned_indices()) for mask in callback.masks] if callback.has_acted else []
+                found["pruned"] = [len(mask.pruned_indices()) for mask in callback.masks] if callback.has_result else []
                 # All criteria cut as many neurons, so one is measured.
                 found |= self._smaller(model) if arm.prune.get("criterion") == "random" else {}
         return found

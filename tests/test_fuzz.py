@@ -52,7 +52,7 @@ class Watch(L.Callback):
         epoch = trainer.current_epoch
         self.batches[epoch] = trainer.num_training_batches
         if self.finetune is not None and self.finetune.is_active:
-            self.draws[epoch] = self.finetune.draw
+            self.draws[epoch] = self.finetune.training_subset
         self.bomb.tick("epoch start")
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
@@ -167,7 +167,7 @@ def check_state(run):
 
 
 def check_partition(run):
-    if not run.trio[0].has_acted:
+    if not run.trio[0].has_result:
         return
     partition = run.trio[0].partition
     assert len(partition) == len(run.dataset)
@@ -179,7 +179,7 @@ def check_partition(run):
 
 def check_pruned(run):
     partition, prune, _ = run.trio
-    if prune is None or not prune.has_acted or partition.dry_run:
+    if prune is None or not prune.has_result or partition.dry_run:
         return
     for site, mask in zip(prune._state.sites, prune.masks, strict=True):
         assert len(mask.pruned_indices()) <= max(1, prune.amount * len(mask.keep))

@@ -55,7 +55,7 @@ class FitCallback(DualPackageCallback):
 
 
 class UnlearnCallback(FitCallback):
-    """Acts at the start of training and of every epoch, whenever :meth:`advance` finds that something is due.
+    """Acts at the start of training and of every epoch, whenever :meth:`act_if_due` finds that something is due.
 
     Both hooks, because after a resume Lightning may skip the second; and never at the end of an epoch, where a
     ModelCheckpoint would store changed weights under the metric of the unchanged ones.
@@ -90,7 +90,7 @@ class UnlearnCallback(FitCallback):
             # A fit from the start, with callbacks that may have seen another; a checkpoint's state is loaded after
             # this.
             self.reset()
-        self.check(trainer, pl_module)
+        self.validate_setup(trainer, pl_module)
         if not may_make_layers(pl_module):
             self.check_layers(pl_module)
 
@@ -106,7 +106,7 @@ class UnlearnCallback(FitCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # Lightning also restores callbacks for test and validate, often from a checkpoint of an earlier epoch: what a
         # fit has found must not be lost to that.
-        if self._fitting or not self.has_acted:
+        if self._fitting or not self.has_result:
             self._restore_known(state_dict)
         if self._is_late:
             self._is_late = False
@@ -115,7 +115,7 @@ class UnlearnCallback(FitCallback):
     def _restore_known(self, state: dict[str, Any]) -> None:
         found, expected, who = state.get("version"), self.state_version, type(self).__name__
         if found == expected:
-            self.restore(state)
+            self.load_fields(state)
             return
         said = f"Expected a state of {who} in format version {expected}, but the checkpoint has version {found}"
         if self._fitting:
@@ -126,11 +126,11 @@ class UnlearnCallback(FitCallback):
         rank_zero_warn(f"{said}; weights are not affected, but the results of {who} are not available.")
 
     @property
-    def has_acted(self) -> bool:
+    def has_result(self) -> bool:
         """Whether there is a result that a user may ask for."""
         raise NotImplementedError
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def load_fields(self, state: dict[str, Any]) -> None:
         """Takes over the state that ``state_dict`` described."""
         raise NotImplementedError
 
@@ -145,7 +145,7 @@ class UnlearnCallback(FitCallback):
         """The callback that publishes the partition."""
         raise NotImplementedError
 
-    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def validate_setup(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuses, before anything has run, what could not work later."""
 
     def check_layers(self, pl_module: LightningModule) -> None:
@@ -155,22 +155,22 @@ class UnlearnCallback(FitCallback):
         later, when the fit starts.
         """
 
-    def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def validate_data(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuses, before the first step, what only the loaders and a forward pass show."""
 
     @property
     def waits_for_batch(self) -> bool:
-        """Whether :meth:`begin` is called on the first training batch, as no other may be drawn to look at."""
+        """Whether :meth:`validate_data` is called on the first training batch, as no other may be drawn to look at."""
         return False
 
     def resume(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes up what a checkpoint's state says was under way; does nothing in a fit from the start."""
 
-    def advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def act_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Does what is due at this epoch boundary; a second call does nothing."""
         raise NotImplementedError
 
-    def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def restore_trainer(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gives back what was borrowed for the fit."""
 
     @contextmanager
@@ -194,29 +194,29 @@ class UnlearnCallback(FitCallback):
         reshard(pl_module)
         refuse_privacy(trainer, pl_module, type(self).__name__)
         if not self.waits_for_batch:
-            self.begin(trainer, pl_module)
-        self.advance(trainer, pl_module)
+            self.validate_data(trainer, pl_module)
+        self.act_if_due(trainer, pl_module)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # A validation may have left weights whole.
         reshard(pl_module)
-        self.advance(trainer, pl_module)
+        self.act_if_due(trainer, pl_module)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._give_back(trainer, pl_module)
+        self._restore_all(trainer, pl_module)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         # Lightning does not call teardown after an exception.
-        self._give_back(trainer, pl_module)
+        self._restore_all(trainer, pl_module)
 
-    def _give_back(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _restore_all(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._is_late = False
         if self._fit is not None:
             restore_order(self._fit)
-            self.undo(trainer, pl_module)
+            self.restore_trainer(trainer, pl_module)
         self.let_go()
 
 
@@ -234,7 +234,7 @@ class PartitionConsumer(UnlearnCallback):
         return find_partition_source(trainer, type(self).__name__)
 
     @override
-    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def validate_setup(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._source = self.fit.source
 
     @property
@@ -245,11 +245,11 @@ class PartitionConsumer(UnlearnCallback):
     def confirm(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sees to it that what was done still holds, before somebody says so."""
 
-    def describe(self) -> str:
+    def summary_clause(self) -> str:
         """What was done, in one clause; empty where nothing was."""
         raise NotImplementedError
 
-    def record(self, partition: Partition) -> dict[str, Any]:
+    def provenance_entry(self, partition: Partition) -> dict[str, Any]:
         """What was done to which samples or neurons, by whoever says so.
 
         Args:
@@ -257,7 +257,7 @@ class PartitionConsumer(UnlearnCallback):
         """
         return {}
 
-    def when_drawn(self) -> str:
+    def when_computed(self) -> str:
         """When there will be a partition, as far as is known."""
         at_epoch = None if self._source is None else self._source.at_epoch
         return f"at epoch {at_epoch}" if isinstance(at_epoch, int) else "when the partition is computed"

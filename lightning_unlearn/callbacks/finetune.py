@@ -65,6 +65,8 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         TypeError: for a train loader whose sampler a subset would silently replace, when training starts.
     """
 
+    state_version = 2
+
     relabel_threshold = 0.7
     """Least probability of a suggested label with which ``on_noisy="relabel"`` trains, in (0, 1]."""
 
@@ -102,21 +104,21 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         return self._finetuning.is_active
 
     @property
-    def draw(self) -> TrainingSubset:
+    def training_subset(self) -> TrainingSubset:
         """Which samples are trained on, how often, and under which labels.
 
         Raises:
             RuntimeError: before there is one, saying when there will be, or if the partition was not acted upon.
         """
         state = self._finetuning.state
-        if state.draw is None:
+        if state.training_subset is None:
             if state.partition_epoch:
                 raise RuntimeError(
                     "No training subset: the partition was not applied, and training continues on all data."
                 )
-            when = self.when_drawn()
+            when = self.when_computed()
             raise RuntimeError(f"No training subset yet: it is created {when}.")
-        return state.draw
+        return state.training_subset
 
     @property
     def first_epoch(self) -> int | None:
@@ -124,17 +126,17 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         return self._finetuning.state.first_epoch if self.is_active else None
 
     @override
-    def describe(self) -> str:
+    def summary_clause(self) -> str:
         """What was done, in one clause; empty where nothing was."""
         return messages.done(self._finetuning.state, self.mode)
 
     @override
-    def record(self, partition: Partition) -> dict[str, Any]:
+    def provenance_entry(self, partition: Partition) -> dict[str, Any]:
         return self._finetuning.state.record(partition, self._finetuning.loader.seed)
 
     @override
-    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().check(trainer, pl_module)
+    def validate_setup(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().validate_setup(trainer, pl_module)
         self.relabel_threshold = check_number("relabel_threshold", self.relabel_threshold, above=0, most=1)
         self._finetuning.check(self.fit, self.relabel_threshold)
 
@@ -143,7 +145,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         self._finetuning.check_layers(pl_module)
 
     @override
-    def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def validate_data(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._finetuning.begin(self.fit)
 
     @override
@@ -170,7 +172,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         self._finetuning.frozen.drop_gradients()
 
     @override
-    def advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def act_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
         finetuning = self._finetuning
         finetuning.check_data(self.fit)
         partition = self.source.get_partition(trainer, pl_module)
@@ -205,7 +207,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         self._finetuning.fresh.load_groups(checkpoint.get("optimizer_states", ()))
 
     @override
-    def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def restore_trainer(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._finetuning.undo(self.fit)
 
     @override
@@ -219,11 +221,11 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
 
     @property
     @override
-    def has_acted(self) -> bool:
+    def has_result(self) -> bool:
         return self.is_active
 
     @override
-    def restore(self, state: dict[str, Any]) -> None:
+    def load_fields(self, state: dict[str, Any]) -> None:
         self._finetuning.load_state_dict(state)
         if state["was_dry_run"] and not self._is_dry_run:
             # What a dry run has only spoken of is still to be done in a fit that acts.

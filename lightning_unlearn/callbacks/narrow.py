@@ -100,7 +100,7 @@ def _check(trainer: Trainer) -> None:
 
 
 def _has_all_evidence(source: PartitionSource) -> bool:
-    return getattr(source, "has_acted", False) and getattr(source, "every_n_epochs", None) is None
+    return getattr(source, "has_result", False) and getattr(source, "every_n_epochs", None) is None
 
 
 def _is_between_epochs(trainer: Trainer) -> bool:
@@ -166,11 +166,11 @@ class _Narrowing(DualPackageCallback):
             fit = RunningFit(trainer, trainer.lightning_module)
             self._loader.begin(fit)
             self._fit, self._total = fit, fit.total
-        draw = TrainingSubset(torch.arange(self._total) if index is None else index)
-        if fault := self._loader.fault_of(self._fit, draw, keeps_plan=False):
-            raise ValueError(f"Expected indices to train on, but the {len(draw.index)} samples {fault}.")
+        subset = TrainingSubset(torch.arange(self._total) if index is None else index)
+        if fault := self._loader.fault_of(self._fit, subset, keeps_plan=False):
+            raise ValueError(f"Expected indices to train on, but the {len(subset.index)} samples {fault}.")
         self._loader.detach(self._fit)
-        self._loader.attach(self._fit, draw, keeps_plan=lambda: False)
+        self._loader.attach(self._fit, subset, keeps_plan=lambda: False)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -183,14 +183,14 @@ class _Narrowing(DualPackageCallback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._give_back(trainer)
+        self._restore_all(trainer)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         # Lightning does not call teardown after an exception.
-        self._give_back(trainer)
+        self._restore_all(trainer)
 
-    def _give_back(self, trainer: Trainer) -> None:
+    def _restore_all(self, trainer: Trainer) -> None:
         if self._fit is not None:
             self._loader.detach(self._fit)
         self._fit = None

@@ -18,7 +18,7 @@ from lightning_unlearn.data.sample_key import KeyReader
 from lightning_unlearn.data.task_format import TaskFormat
 from lightning_unlearn.evidence.collector import EvidenceCollector
 from lightning_unlearn.evidence.keyed_collector import KeyedCollector
-from lightning_unlearn.evidence.when import DrawTime
+from lightning_unlearn.evidence.when import PartitionTime
 from lightning_unlearn.partitioning.by_key import check_fit_by_key, refuse_by_key
 from lightning_unlearn.partitioning.review import open_review
 from lightning_unlearn.partitioning.run import Partitioning
@@ -190,7 +190,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
 
     @at_epoch.setter
     def at_epoch(self, value: Any) -> None:
-        self.collector.when = DrawTime(value)
+        self.collector.when = PartitionTime(value)
 
     @property
     def recipe(self) -> Recipe:
@@ -205,11 +205,11 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         self.collector.recipe, self.collector.keeps_coordinates = checking(found) if of_user else found, of_user
 
     @property
-    def _when(self) -> DrawTime:
+    def _when(self) -> PartitionTime:
         return self.collector.when
 
     @override
-    def _when_drawn(self) -> str:
+    def _when_computed(self) -> str:
         return str(self._when)
 
     @override
@@ -230,7 +230,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         return self
 
     @override
-    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def validate_setup(self, trainer: Trainer, pl_module: LightningModule) -> None:
         move_behind_averages(self.fit, self)
         self._partitioning.partners = self.fit.partners
         self._when.settle(self.fit.limits, may_be_last=self.every_n_epochs is None and not self._partners)
@@ -252,7 +252,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
                 resolve_layer(pl_module, layer)
 
     @override
-    def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def validate_data(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._partitioning.begin(self.fit)
 
     @override
@@ -277,7 +277,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
     def _begin_all(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for callback in callbacks_of(trainer):
             if isinstance(callback, UnlearnCallback):
-                callback.begin(trainer, pl_module)
+                callback.validate_data(trainer, pl_module)
 
     @property
     @override
@@ -346,12 +346,12 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         self.collector.validation_watch.end_batch()
 
     @override
-    def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def restore_trainer(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.collector.detach()
         self._end.release(trainer)
 
     @override
-    def advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def act_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.get_partition(trainer, pl_module)
 
     def get_partition(self, trainer: Trainer, pl_module: LightningModule) -> Partition | None:
@@ -378,7 +378,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         self._end.release(trainer)
         if self.state.partition is None and not is_fast_dev_run(trainer) and trainer.current_epoch >= 1:
             self._partitioning.decide_at_the_end(self.fit)
-            self.advance(trainer, pl_module)
+            self.act_if_due(trainer, pl_module)
         if self.state.partition is None:
             return
         for callback in self.fit.partners:
@@ -406,7 +406,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
             if isinstance(self.collector, KeyedCollector):
                 self.collector.take_up(self.fit)
             else:
-                self.begin(trainer, pl_module)
+                self.validate_data(trainer, pl_module)
             self.on_train_end(trainer, pl_module)
         finally:
             self.collector.reader.detach()
@@ -428,12 +428,12 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
 
     @property
     @override
-    def has_acted(self) -> bool:
+    def has_result(self) -> bool:
         return self.state.partition is not None
 
     @override
-    def restore(self, state: dict[str, Any]) -> None:
+    def load_fields(self, state: dict[str, Any]) -> None:
         self._partitioning.state = PartitionState.from_state_dict(state)
-        self.collector.load_state_dict(state, is_closed=self.has_acted, is_fit=self._fitting)
+        self.collector.load_state_dict(state, is_closed=self.has_result, is_fit=self._fitting)
         # In a fit there is more to come; elsewhere those that acted are not here.
         self._recorded = None if self._fitting else copied(state["provenance"])

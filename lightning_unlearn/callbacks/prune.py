@@ -125,7 +125,7 @@ class SensitivityPruneCallback(PartitionConsumer):
         if not self._state.masks:
             if self._state.epoch >= 0:
                 raise RuntimeError("No mask: the partition was not applied, so no neuron was pruned.")
-            when = self.when_drawn()
+            when = self.when_computed()
             raise RuntimeError(f"No mask yet: neurons are pruned {when}.")
         return tuple(self._state.masks)
 
@@ -154,7 +154,7 @@ class SensitivityPruneCallback(PartitionConsumer):
         self._held.zero_parameters()
 
     @override
-    def describe(self) -> str:
+    def summary_clause(self) -> str:
         """What was done, in one clause; empty where no neuron was to be pruned."""
         return summary_clause(self._state)
 
@@ -163,13 +163,13 @@ class SensitivityPruneCallback(PartitionConsumer):
         return settings_of(self, criterion=self.criterion if isinstance(self.criterion, str) else repr(self.criterion))
 
     @override
-    def record(self, partition: Partition) -> dict[str, Any]:
+    def provenance_entry(self, partition: Partition) -> dict[str, Any]:
         pruned = {} if self._state.is_proposal else {m.layer: m.pruned_indices() for m in self._state.masks}
         return {"pruned": pruned, "note": self._state.note}
 
     @override
-    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().check(trainer, pl_module)
+    def validate_setup(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().validate_setup(trainer, pl_module)
         if self.shrink_to is not None:
             refuse_where_sharded(self.fit, "SensitivityPruneCallback", shrink_to=True)
             require_torch_pruning()
@@ -184,7 +184,7 @@ class SensitivityPruneCallback(PartitionConsumer):
         return [plain_name(name) for name in names]
 
     @override
-    def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def validate_data(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Also for a source that has not looked at a batch since a resume, so that it learns what its labels mean.
         first, batch = self.fit.probe()
         if not self._state.masks:
@@ -197,7 +197,7 @@ class SensitivityPruneCallback(PartitionConsumer):
         return PruneSettings(self._names(), self.amount, self._criterion, self.max_val_drop)
 
     @override
-    def advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def act_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.get_mask(trainer, pl_module)
 
     def get_mask(self, trainer: Trainer, pl_module: LightningModule) -> NeuronMask | None:
@@ -212,7 +212,7 @@ class SensitivityPruneCallback(PartitionConsumer):
         if partition is not None and partition.epoch > self._state.epoch:
             if partition.is_actionable:
                 if not self._state.sites:
-                    self.begin(trainer, pl_module)
+                    self.validate_data(trainer, pl_module)
                 with self.timed():
                     self._prune(trainer, pl_module, partition)
             self._state = replace(self._state, epoch=partition.epoch)
@@ -310,7 +310,7 @@ class SensitivityPruneCallback(PartitionConsumer):
         self._held.watch(optimizer, trainer.optimizers)
 
     @override
-    def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def restore_trainer(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # An optimizer that calls its closure after a change, as LBFGS does, may have been stopped in between.
         self._held.zero_parameters()
         self._held.release()
@@ -322,11 +322,11 @@ class SensitivityPruneCallback(PartitionConsumer):
 
     @property
     @override
-    def has_acted(self) -> bool:
+    def has_result(self) -> bool:
         return bool(self._state.masks)
 
     @override
-    def restore(self, state: dict[str, Any]) -> None:
+    def load_fields(self, state: dict[str, Any]) -> None:
         self._state = PruneState.from_state_dict(state)
 
     def _prune(self, trainer: Trainer, pl_module: LightningModule, partition: Partition) -> None:

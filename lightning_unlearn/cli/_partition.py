@@ -283,11 +283,11 @@ class _StopWhenDrawn(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        trainer.should_stop = self._partition.has_acted
+        trainer.should_stop = self._partition.has_result
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._partition.has_acted:
+        if self._partition.has_result:
             trainer.should_stop = True
             # The fit loop takes this for its end: the hooks of an epoch without a batch, which those of users do not
             # expect, are not called.
@@ -326,7 +326,7 @@ def run_partition(arguments: Sequence[str]) -> None:
 @rank_zero_only
 def _say_drawn(cli: PartitionCLI, arguments: Sequence[str]) -> None:
     callback = cli.partition
-    if not callback.has_acted:
+    if not callback.has_result:
         raise ValueError("Training ended before an epoch was complete, so there is nothing to judge.")
     callback.save_provenance(cli.out / "provenance.json")
     # What follows for a fit, the callback has said right above.

@@ -19,7 +19,7 @@ from lightning_unlearn.evidence.label_field import LabelWatch
 from lightning_unlearn.evidence.step_reader import TrainStepReader
 from lightning_unlearn.evidence.training_dynamics import TrainingDynamics
 from lightning_unlearn.evidence.validation_watch import ValidationWatch
-from lightning_unlearn.evidence.when import DrawTime
+from lightning_unlearn.evidence.when import PartitionTime
 from lightning_unlearn.recipes.base import Recipe
 from lightning_unlearn.recipes.evidence import Evidence, OutOfSample
 from lightning_unlearn.trainer.context import FitContext, IndexedBatch
@@ -48,7 +48,7 @@ class EvidenceCollector:
         self.reader = self._make_reader()
         self.label_watch = LabelWatch(task_format)
         self.validation_watch = ValidationWatch(task_format)
-        self.when = DrawTime("auto")
+        self.when = PartitionTime("auto")
         self.reset()
 
     def _make_reader(self) -> TrainStepReader:

@@ -89,7 +89,7 @@ class EpochNote:
     metric: float = math.nan
 
 
-class DrawTime:
+class PartitionTime:
     """After how many epochs the partition is computed.
 
     Args:

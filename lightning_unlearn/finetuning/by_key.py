@@ -88,31 +88,31 @@ class KeyedSubset:
         """See ``planned_size``."""
         return self.planned_size
 
-    def fault_of(self, fit: FitContext, draw: TrainingSubset, *, keeps_plan: bool) -> str:
+    def fault_of(self, fit: FitContext, subset: TrainingSubset, *, keeps_plan: bool) -> str:
         """Why a subset cannot be trained on, in the words that follow "samples"; empty if it can."""
-        return "" if len(draw.index) else "are none"
+        return "" if len(subset.index) else "are none"
 
-    def attach_rows(self, fit: FitContext, draw: TrainingSubset, partition: Callable[[], Partition]) -> None:
+    def attach_rows(self, fit: FitContext, subset: TrainingSubset, partition: Callable[[], Partition]) -> None:
         """From now on training batches have the rows of a subset alone, with the labels that it gives them.
 
         Args:
             fit: that is running.
-            draw: the subset.
+            subset: the subset.
             partition: returns the one that the subset is of; asked for when there is a batch.
         """
         norms = any(isinstance(one, nn.modules.batchnorm._NormBase) for one in fit.model.modules())
         self._least, task_format = 2 if norms else 1, fit.task_format
-        trained = _places(draw)
-        if draw.new_label is not None:
+        trained = _places(subset)
+        if subset.new_label is not None:
             self.relabeling.watch(task_format)
 
         def change(batch: Any, keys: list[Any]) -> Any:
             known = partition()
             index = known.indices_of(keys)
-            rows = self._rows(known, index, self._is_trained(draw, trained, index, keys, fit.epoch))
+            rows = self._rows(known, index, self._is_trained(subset, trained, index, keys, fit.epoch))
             if len(rows) < len(keys):
                 batch, index = take_rows(batch, rows, len(keys), self._keyed.reader.container(batch)), index[rows]
-            if draw.new_label is None:
+            if subset.new_label is None:
                 return batch
             if not self._has_learned:
                 # In a fit that goes on, this is the first batch.
@@ -120,20 +120,20 @@ class KeyedSubset:
                 self._has_learned = True
             # Of a sample that the partition does not know, none.
             is_known = (index >= 0).reshape(-1, *[1] * (known.label.ndim - 1))
-            new, given = (torch.where(is_known, of[index], -1) for of in (draw.new_label, known.label))
+            new, given = (torch.where(is_known, of[index], -1) for of in (subset.new_label, known.label))
             return self.relabeling.replaced(batch, new.flatten(), given.flatten(), len(index))
 
         self._keyed.change = change
 
     def _is_trained(
-        self, draw: TrainingSubset, trained: dict[int, int], index: Tensor, keys: list[Any], epoch: int
+        self, subset: TrainingSubset, trained: dict[int, int], index: Tensor, keys: list[Any], epoch: int
     ) -> Tensor:
         """(B,) bool; samples that the partition does not know are trained on as they are."""
         place = [trained.get(at, -1) for at in index.tolist()]
         is_in = torch.tensor([at >= 0 for at in place]) | (index < 0)
-        if draw.probability is None:
+        if subset.probability is None:
             return is_in
-        share = torch.tensor([float(draw.probability[at]) if at >= 0 else 1.0 for at in place])
+        share = torch.tensor([float(subset.probability[at]) if at >= 0 else 1.0 for at in place])
         return is_in & (torch.tensor([_uniform(self.seed, epoch, key) for key in keys]) < share)
 
     def _rows(self, known: Partition, index: Tensor, is_trained: Tensor) -> Tensor:
@@ -195,9 +195,9 @@ class KeyedSubset:
         self.planned_batches, self.seed = state["planned_batches"], state["seed"]
 
 
-def _places(draw: TrainingSubset) -> dict[int, int]:
+def _places(subset: TrainingSubset) -> dict[int, int]:
     """Where each sample that is trained on stands in the subset."""
-    return {index: at for at, index in enumerate(draw.index.tolist())}
+    return {index: at for at, index in enumerate(subset.index.tolist())}
 
 
 def _uniform(seed: int, epoch: int, key: Key) -> float:

@@ -13,13 +13,13 @@ from lightning_unlearn.results.partition import Partition
 _STARTS = {"keep": "", "shrink": ", from weights moved back towards those of the start", "start": ", from the start"}
 
 
-def samples_of(draw: TrainingSubset) -> str:
-    """What a draw holds, in words."""
-    if draw.probability is not None:
-        return f"{len(draw.index):,} samples, each drawn as often as it is likely to be clean"
-    changed = len(draw.relabeled)
-    kept = f"{len(draw.index) - changed:,} clean samples"
-    return f"{kept} and {changed:,} re-labeled ones" if draw.new_label is not None else kept
+def samples_of(subset: TrainingSubset) -> str:
+    """What a subset holds, in words."""
+    if subset.probability is not None:
+        return f"{len(subset.index):,} samples, each drawn as often as it is likely to be clean"
+    changed = len(subset.relabeled)
+    kept = f"{len(subset.index) - changed:,} clean samples"
+    return f"{kept} and {changed:,} re-labeled ones" if subset.new_label is not None else kept
 
 
 def done(state: FinetuneState, mode: str) -> str:
@@ -29,17 +29,17 @@ def done(state: FinetuneState, mode: str) -> str:
         state: of the fit.
         mode: ``"full"`` or ``"layers"``.
     """
-    if state.draw is None:
+    if state.training_subset is None:
         return ""
     kind = "F-FT" if mode == "full" else "L-FT"
     start = _STARTS[state.started_from]
-    return f"trained on {samples_of(state.draw)} from epoch {state.first_epoch} on ({kind}{start})"
+    return f"trained on {samples_of(state.training_subset)} from epoch {state.first_epoch} on ({kind}{start})"
 
 
-def left_out(partition: Partition, draw: TrainingSubset) -> str:
-    """How many samples a draw leaves out and why, in a clause after a comma; empty where it leaves none out."""
+def left_out(partition: Partition, subset: TrainingSubset) -> str:
+    """How many samples a subset leaves out and why, in a clause after a comma; empty where it leaves none out."""
     out = torch.ones(len(partition), dtype=torch.bool)
-    out[draw.index] = False
+    out[subset.index] = False
     suspects, doubtful = int((out & ~partition.is_clean).sum()), int((out & partition.doubtful).sum())
     said = [f"{suspects:,} suspect{'' if suspects == 1 else 's'}"] if suspects else []
     said += [f"{doubtful:,} more whose label is doubtful"] if doubtful else []
@@ -83,11 +83,13 @@ def prospect(memory: Memory, start: Start, precision: float | None, epochs: int 
     return f"The accuracy lost to memorized labels{listed} may be recovered{left}."
 
 
-def started(draw: TrainingSubset, left: str, epoch: int, batches: tuple[int | float, int | float], trained: int) -> str:
+def started(
+    subset: TrainingSubset, left: str, epoch: int, batches: tuple[int | float, int | float], trained: int
+) -> str:
     """That fine-tuning starts.
 
     Args:
-        draw: that is trained on.
+        subset: that is trained on.
         left: :func:`left_out`.
         epoch: the first on it.
         batches: per epoch, before and from now on.
@@ -95,21 +97,21 @@ def started(draw: TrainingSubset, left: str, epoch: int, batches: tuple[int | fl
     """
     before, now = batches
     same = "as many batches per epoch as before" if before == now else f"{now} batches per epoch instead of {before}"
-    return f"Fine-tuning from epoch {epoch} on {samples_of(draw)}{left}, {same}; {trained:,} parameters are trained."
+    return f"Fine-tuning from epoch {epoch} on {samples_of(subset)}{left}, {same}; {trained:,} parameters are trained."
 
 
-def renewed(draw: TrainingSubset, epoch: int, batches: int | float) -> str:
+def renewed(subset: TrainingSubset, epoch: int, batches: int | float) -> str:
     """That fine-tuning goes on with another partition."""
-    return f"Fine-tuning goes on from epoch {epoch} on {samples_of(draw)}, {batches} batches per epoch."
+    return f"Fine-tuning goes on from epoch {epoch} on {samples_of(subset)}, {batches} batches per epoch."
 
 
 def of_dry_run(
-    draw: TrainingSubset, epochs: int | None, batches: tuple[int | float, int | float], seconds: float | None
+    subset: TrainingSubset, epochs: int | None, batches: tuple[int | float, int | float], seconds: float | None
 ) -> str:
     """What would be trained on, and what it would cost.
 
     Args:
-        draw: that would be trained on.
+        subset: that would be trained on.
         epochs: that remain; None where that is not known.
         batches: per epoch, before and then.
         seconds: of the last epoch; None where that is not known.
@@ -120,4 +122,4 @@ def of_dry_run(
     if epochs is not None and seconds is not None and before != after:
         then, now = (epochs * one * seconds / max(1, before) for one in (after, before))
         cost += f": at the last epoch's speed about {then:.1f} s instead of {now:.1f} s"
-    return f"Dry run: would train on {samples_of(draw)}{cost}."
+    return f"Dry run: would train on {samples_of(subset)}{cost}."

@@ -92,7 +92,7 @@ class Finetuning:
     @property
     def is_active(self) -> bool:
         """Whether training draws from a subset."""
-        return self.state.draw is not None
+        return self.state.training_subset is not None
 
     def may_start_later(self, fit: FitContext) -> bool:
         """Whether fine-tuning has not started, and is to start with a partition that is computed later."""
@@ -136,7 +136,7 @@ class Finetuning:
         if not self.is_active:
             self.loader.begin(fit)
         # Also where the checkpoint re-labels and on_noisy is another now.
-        goes_on = self.state.draw is not None and self.state.draw.new_label is not None
+        goes_on = self.state.training_subset is not None and self.state.training_subset.new_label is not None
         if relabels and not goes_on:
             # First, as the callback that publishes the partition may come later in the list and has settled nothing.
             fit.probe()
@@ -201,8 +201,8 @@ class Finetuning:
         if fit.source.dry_run:
             self._report_dry_run(fit, partition)
         elif partition.is_actionable:
-            draw = make_training_subset(partition, self._what_of_noisy(fit, partition), self._threshold)
-            (self._renew if self.is_active else self._start)(fit, draw)
+            subset = make_training_subset(partition, self._what_of_noisy(fit, partition), self._threshold)
+            (self._renew if self.is_active else self._start)(fit, subset)
         self.state = replace(self.state, partition_epoch=partition.epoch)
         if not self.may_start_later(fit):
             self.starting.forget()
@@ -261,14 +261,14 @@ class Finetuning:
         self.frozen.thaw()
         self._data = None
 
-    def _start(self, fit: FitContext, draw: TrainingSubset) -> None:
-        if not self._fills_batches(fit, draw):
+    def _start(self, fit: FitContext, subset: TrainingSubset) -> None:
+        if not self._fills_batches(fit, subset):
             return
         if self.settings.mode == "layers":
             self._choose_frozen(fit)
         before, start, moved = fit.batches_per_epoch, self.starting.choose(fit), 0
         with self._all_or_nothing(fit) as undoing:
-            self.state = replace(self.state, draw=draw, first_epoch=fit.epoch)
+            self.state = replace(self.state, training_subset=subset, first_epoch=fit.epoch)
             self.attach(fit)
             # Before limit_train_batches, which is applied to what a loader has whenever it is loaded again.
             self.loader.plan(fit)
@@ -281,13 +281,13 @@ class Finetuning:
         self.starting.say(fit, start, moved, self._known_partition().expected_precision)
         if remade:
             rank_zero_info(remade)
-        self._say_started(fit, draw, before)
+        self._say_started(fit, subset, before)
 
-    def _say_started(self, fit: FitContext, draw: TrainingSubset, before: int | float) -> None:
+    def _say_started(self, fit: FitContext, subset: TrainingSubset, before: int | float) -> None:
         frozen, named = set(self.frozen.parameters), fit.model.named_parameters()
         trained = sum(p.numel() for n, p in named if p.requires_grad and plain_name(n) not in frozen)
-        left = messages.left_out(self._known_partition(), draw)
-        rank_zero_info(messages.started(draw, left, fit.epoch, (before, fit.batches_per_epoch), trained))
+        left = messages.left_out(self._known_partition(), subset)
+        rank_zero_info(messages.started(subset, left, fit.epoch, (before, fit.batches_per_epoch), trained))
 
     @contextmanager
     def _all_or_nothing(self, fit: FitContext) -> Iterator[list[Callable[[], None]]]:
@@ -316,44 +316,44 @@ class Finetuning:
             self.frozen.forget()
             raise
 
-    def _renew(self, fit: FitContext, draw: TrainingSubset) -> None:
+    def _renew(self, fit: FitContext, subset: TrainingSubset) -> None:
         """Follows a partition that was computed again."""
-        if not self._fills_batches(fit, draw):
+        if not self._fills_batches(fit, subset):
             return
         self.loader.detach(fit)
-        self.state = replace(self.state, draw=draw)
+        self.state = replace(self.state, training_subset=subset)
         self.attach(fit)
-        rank_zero_info(messages.renewed(draw, fit.epoch, fit.batches_per_epoch))
+        rank_zero_info(messages.renewed(subset, fit.epoch, fit.batches_per_epoch))
 
     def _report_dry_run(self, fit: FitContext, partition: Partition) -> None:
         if not partition.is_actionable:
             return
-        draw = make_training_subset(partition, self.settings.on_noisy, self._threshold)
+        subset = make_training_subset(partition, self.settings.on_noisy, self._threshold)
         batches: tuple[int | float, int | float] = (fit.batches_per_epoch,) * 2
         if isinstance(self.loader, SubsetLoader):
-            sampler = self.loader.sampler(fit, fit.train_loader, draw, keeps_plan=False)
+            sampler = self.loader.sampler(fit, fit.train_loader, subset, keeps_plan=False)
             batches = fit.batches_per_epoch, batches_of(fit, fit.train_loader, sampler)
         start = self.starting.choose(fit, is_dry_run=True)
-        rank_zero_info(messages.of_dry_run(draw, fit.limits.remaining_epochs, batches, self.seconds_per_epoch))
+        rank_zero_info(messages.of_dry_run(subset, fit.limits.remaining_epochs, batches, self.seconds_per_epoch))
         rank_zero_info(f"Dry run: {messages.start_of(start)}")
 
-    def _fills_batches(self, fit: FitContext, draw: TrainingSubset) -> bool:
-        fault = self.loader.fault_of(fit, draw, keeps_plan=self.fresh.keeps_plan(fit))
+    def _fills_batches(self, fit: FitContext, subset: TrainingSubset) -> bool:
+        fault = self.loader.fault_of(fit, subset, keeps_plan=self.fresh.keeps_plan(fit))
         if fault:
             rank_zero_warn(
-                f"The {len(draw.index)} samples to train on {fault}. Training continues on the current data."
+                f"The {len(subset.index)} samples to train on {fault}. Training continues on the current data."
             )
         return not fault
 
     def attach(self, fit: FitContext) -> None:
         """Lets the loader draw from the subset, and the labels be replaced."""
-        draw = self.state.draw
-        if draw is not None and isinstance(self.loader, KeyedSubset):
-            self.loader.attach_rows(fit, draw, self._known_partition)
-        elif draw is not None and isinstance(self.loader, SubsetLoader):
-            self.loader.attach(fit, draw, keeps_plan=partial(self.fresh.keeps_plan, fit))
-            if draw.new_label is not None:
-                self.loader.relabeling.attach(fit, draw.new_label, self._given_labels)
+        subset = self.state.training_subset
+        if subset is not None and isinstance(self.loader, KeyedSubset):
+            self.loader.attach_rows(fit, subset, self._known_partition)
+        elif subset is not None and isinstance(self.loader, SubsetLoader):
+            self.loader.attach(fit, subset, keeps_plan=partial(self.fresh.keeps_plan, fit))
+            if subset.new_label is not None:
+                self.loader.relabeling.attach(fit, subset.new_label, self._given_labels)
 
     def _known_partition(self) -> Partition:
         if self.partition is None:
@@ -386,6 +386,6 @@ class Finetuning:
         """Takes over what :meth:`state_dict` described."""
         self.state = FinetuneState.from_state_dict(state)
         self.frozen.load_state_dict(state["frozen"])
-        self.starting.weights.load_state_dict(copied(state.get("start_weights")))
+        self.starting.weights.load_state_dict(copied(state["start_weights"]))
         self.loader.load_state_dict(state)
         self.fresh.load_state_dict(state, is_active=self.is_active)

@@ -20,25 +20,25 @@ class FinetuneState:
     Args:
         partition_epoch: of the partition that was looked at last; 0 before the first.
         first_epoch: the first on a subset.
-        draw: that is trained on; None for all the data.
+        training_subset: trained on; None for all the data.
         started_from: ``"keep"``, ``"shrink"`` or ``"start"``.
     """
 
     partition_epoch: int = 0
     first_epoch: int = 0
-    draw: TrainingSubset | None = None
+    training_subset: TrainingSubset | None = None
     started_from: str = "keep"
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and primitives."""
-        draw = None if self.draw is None else copied(self.draw.state_dict())
-        return {**vars(self), "draw": draw}
+        subset = None if self.training_subset is None else copied(self.training_subset.state_dict())
+        return {**vars(self), "training_subset": subset}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> FinetuneState:
-        """What :meth:`state_dict` described; where it has started from is absent in older checkpoints."""
-        draw = None if state["draw"] is None else TrainingSubset(**copied(state["draw"]))
-        return cls(state["partition_epoch"], state["first_epoch"], draw, state.get("started_from", "keep"))
+        """Make the state from what :meth:`state_dict` returned."""
+        subset = None if state["training_subset"] is None else TrainingSubset(**copied(state["training_subset"]))
+        return cls(state["partition_epoch"], state["first_epoch"], subset, state["started_from"])
 
     def record(self, partition: Partition, seed: int) -> dict[str, Any]:
         """What was done to which samples.
@@ -47,11 +47,11 @@ class FinetuneState:
             partition: that was acted upon.
             seed: of the order in which the subset is drawn.
         """
-        if self.draw is None:
+        if self.training_subset is None:
             return {"from_epoch": None, "dropped": [], "relabeled": [], "weighed": False}
         dropped = torch.ones(len(partition), dtype=torch.bool)
-        dropped[self.draw.index] = False
-        moved, new = self.draw.relabeled, self.draw.new_label
+        dropped[self.training_subset.index] = False
+        moved, new = self.training_subset.relabeled, self.training_subset.new_label
         return {
             "from_epoch": self.first_epoch,
             "started_from": self.started_from,
@@ -62,5 +62,5 @@ class FinetuneState:
             if new is None
             else [{"index": index, "given": partition.label[index], "new": new[index]} for index in moved.tolist()],
             # Whether each is drawn with its probability of being clean.
-            "weighed": self.draw.probability is not None,
+            "weighed": self.training_subset.probability is not None,
         }

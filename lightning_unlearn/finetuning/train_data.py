@@ -91,14 +91,14 @@ class SubsetLoader:
         return size * self._part_of(fit, loader)[0]
 
     def sampler(
-        self, fit: RunningFit, loader: DataLoader[Any], draw: TrainingSubset, *, keeps_plan: bool
+        self, fit: RunningFit, loader: DataLoader[Any], subset: TrainingSubset, *, keeps_plan: bool
     ) -> CleanSubsetSampler:
         """What the loader is to draw from.
 
         Args:
             fit: that is running.
             loader: the user's.
-            draw: the subset.
+            subset: the subset.
             keeps_plan: whether no more is drawn than was planned, as by a schedule of steps.
         """
         batch_sampler: Any = loader.batch_sampler
@@ -108,7 +108,7 @@ class SubsetLoader:
         # A fit that goes on with batches of another size has other steps: no sample is left out for the old ones.
         is_planned = keeps_plan and size * replicas == self.planned_size
         return CleanSubsetSampler(
-            self.scheme(fit, loader).restricted_to(draw.index, draw.probability, at_least=size * replicas),
+            self.scheme(fit, loader).restricted_to(subset.index, subset.probability, at_least=size * replicas),
             num_replicas=replicas,
             rank=rank,
             seed=self.seed,
@@ -116,22 +116,22 @@ class SubsetLoader:
             at_most=self.planned_batches * size * replicas if is_planned else None,
         )
 
-    def fault_of(self, fit: RunningFit, draw: TrainingSubset, *, keeps_plan: bool) -> str:
+    def fault_of(self, fit: RunningFit, subset: TrainingSubset, *, keeps_plan: bool) -> str:
         """Why a subset cannot be trained on, in the words that follow "samples"; empty if it can."""
         loader = fit.train_loader
-        sampler = self.sampler(fit, loader, draw, keeps_plan=keeps_plan)
+        sampler = self.sampler(fit, loader, subset, keeps_plan=keeps_plan)
         if batches_of(fit, loader, sampler) == 0:
             return "do not fill one batch on each rank (drop_last, limit_train_batches, weights of zero)"
         if sampler.is_single:
             return "leave each rank a batch of one sample, on which batch norm cannot be trained"
         return ""
 
-    def attach(self, fit: RunningFit, draw: TrainingSubset, *, keeps_plan: Callable[[], bool]) -> None:
+    def attach(self, fit: RunningFit, subset: TrainingSubset, *, keeps_plan: Callable[[], bool]) -> None:
         """Draws from a subset from now on; where labels are replaced, :attr:`relabeling` has to be attached too.
 
         Args:
             fit: that is running.
-            draw: the subset.
+            subset: the subset.
             keeps_plan: see :meth:`sampler`; asked whenever there is a loader.
         """
         if self._swap.is_attached:
@@ -141,10 +141,10 @@ class SubsetLoader:
             loader = check_loader(loaders)
             # A loader that a reload has replaced is not held on to.
             self._narrowed.restore()
-            sampler = self.sampler(fit, loader, draw, keeps_plan=keeps_plan())
+            sampler = self.sampler(fit, loader, subset, keeps_plan=keeps_plan())
             # Before Lightning makes an iterator, whose workers draw the first batches at once.
             sampler.set_epoch(fit.next_epoch)
-            return self._narrowed.narrow(loader, sampler, remembers=draw.new_label is not None)
+            return self._narrowed.narrow(loader, sampler, remembers=subset.new_label is not None)
 
         self._swap.attach(fit, narrow)
 

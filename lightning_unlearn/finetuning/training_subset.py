@@ -67,8 +67,8 @@ def make_training_subset(partition: Partition, on_noisy: OnNoisy, relabel_thresh
         ...     layer="input of 'fc'",
         ...     epoch=5,
         ... )
-        >>> draw = make_training_subset(partition, "relabel", 0.8)
-        >>> draw.index, draw.new_label
+        >>> subset = make_training_subset(partition, "relabel", 0.8)
+        >>> subset.index, subset.new_label
         (tensor([0, 1]), tensor([-1,  1, -1]))
     """
     clean, probability = partition.is_clean, partition.clean_probability

@@ -28,7 +28,7 @@ def report_partition(
 
     Args:
         fit: that is running.
-        partition: that was drawn.
+        partition: that was computed.
         evidence: what it was computed from, in words.
         notes: of the person who has reviewed it and of the recipe, in words.
     """
@@ -54,25 +54,25 @@ def class_names_of(fit: FitContext, classes: int | None) -> list[str]:
     return class_names_in(fit.train_loader.dataset, classes)
 
 
-def report_round(fit: FitContext, drawn: Partition, changed: float, is_stable: bool) -> None:
-    """Says what drawing it again found.
+def report_round(fit: FitContext, new: Partition, changed: float, is_stable: bool) -> None:
+    """Says what computing it again found.
 
     Args:
         fit: that is running.
-        drawn: the new partition.
+        new: the new partition.
         changed: share of the samples that have changed sides.
         is_stable: whether that was so few that it is not computed again.
     """
-    suspects = len(drawn.suspect_indices())
+    suspects = len(new.suspect_indices())
     end = "; it is stable, and not computed again" if is_stable else ""
-    if drawn.is_actionable:
-        log_partition(fit, drawn)
+    if new.is_actionable:
+        log_partition(fit, new)
     else:
         last = ", and none is computed again" if is_stable else ""
-        end = f"; not applied ({drawn.warning}), the previous one stays{last}"
-    rate = "" if drawn.noise_rate is None else f" estimated noise rate {drawn.noise_rate:.1%},"
+        end = f"; not applied ({new.warning}), the previous one stays{last}"
+    rate = "" if new.noise_rate is None else f" estimated noise rate {new.noise_rate:.1%},"
     rank_zero_info(
-        f"Partition recomputed after {epochs_in_words(drawn.epoch)}: {suspects:,} of {len(drawn):,} samples are"
+        f"Partition recomputed after {epochs_in_words(new.epoch)}: {suspects:,} of {len(new):,} samples are"
         f" suspect,{rate} {changed:.1%} changed group{end}."
     )
 

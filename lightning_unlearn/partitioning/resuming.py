@@ -49,7 +49,7 @@ def what_holds(
     *,
     partition: Partition | None,
     epochs_seen: int,
-    may_be_drawn_again: bool,
+    may_be_recomputed: bool,
 ) -> str:
     """A line for the log; empty where nothing differs, or nothing is held.
 
@@ -58,7 +58,7 @@ def what_holds(
         now: see :func:`differences`.
         partition: that the checkpoint holds.
         epochs_seen: of how many epochs it holds evidence.
-        may_be_drawn_again: whether other partitions are to follow.
+        may_be_recomputed: whether other partitions are to follow.
     """
     settings, sizes = differences(before, now)
     if not (settings or sizes) or (partition is None and not epochs_seen):
@@ -70,7 +70,7 @@ def what_holds(
         f"{said}. The partition of the checkpoint (epoch {partition.epoch}) and what followed from it stay unchanged."
     )
     if settings:
-        effect = "apply to partitions computed from now on" if may_be_drawn_again else "have no effect"
+        effect = "apply to partitions computed from now on" if may_be_recomputed else "have no effect"
         held += f" The new settings of the callbacks {effect}."
     if sizes:
         held += " Every sample that was kept is still trained on."

@@ -80,7 +80,7 @@ class Partitioning:
         self.collector.reset()
 
     @property
-    def may_be_drawn_again(self) -> bool:
+    def may_be_recomputed(self) -> bool:
         """Whether other partitions are to follow."""
         return self.settings.every_n_epochs is not None and self.collector.trajectory is not None
 
@@ -89,7 +89,7 @@ class Partitioning:
         if self.state.partition is None:
             return self.collector.is_pass_due(epoch)
         # A checkpoint of a fit with one partition holds nothing to compute another one from.
-        if not self.may_be_drawn_again or not self.state.rounds:
+        if not self.may_be_recomputed or not self.state.rounds:
             return False
         return epoch >= self.state.rounds[-1].epoch + (self.settings.every_n_epochs or 0)
 
@@ -115,7 +115,7 @@ class Partitioning:
             collector.merge(fit, epoch, len(share["label"]))
         else:
             validation = self._judged_validation(fit)
-            self.draw(fit, started)
+            self.compute(fit, started)
             self.state.validation = validation
             validation.report(fit)
         if epoch not in collector.epochs_seen:
@@ -136,7 +136,7 @@ class Partitioning:
             say_absent(fit, len(absent), len(self.collector.in_use) // fit.task_format.rows_per_sample)
         return share
 
-    def draw(self, fit: FitContext, started: float) -> None:
+    def compute(self, fit: FitContext, started: float) -> None:
         """Computes the partition and makes it known.
 
         Args:
@@ -154,20 +154,20 @@ class Partitioning:
             return collector.with_unseen(fit, evidence, validation_accuracy(fit))
 
         judged, label = apply_recipe(fit, share, collector.in_use, settings.recipe, with_unseen, of_rank)
-        drawn = self._made(fit, judged, label, decided_of(state.review, judged, label))
+        new = self._made(fit, judged, label, decided_of(state.review, judged, label))
         if keys:
-            drawn = replace(drawn, keys=keys, fingerprint=fingerprint_of_keys(keys))
+            new = replace(new, keys=keys, fingerprint=fingerprint_of_keys(keys))
         if settings.keep_probabilities:
-            state.probabilities = average_probabilities(judged[0], len(drawn), fit.reduce)
+            state.probabilities = average_probabilities(judged[0], len(new), fit.reduce)
         is_new, seconds = state.partition is None, time.perf_counter() - started
-        changed = self._publish(fit, judged, drawn)
+        changed = self._publish(fit, judged, new)
         if is_new:
             collector.validation_watch.detach()
-            if collector.when.is_stopped and self.acts(fit, drawn):
+            if collector.when.is_stopped and self.acts(fit, new):
                 go_on(fit)
             self.report(fit, judged, seconds)
         else:
-            report_round(fit, drawn, changed, state.is_stable)
+            report_round(fit, new, changed, state.is_stable)
 
     def _share_of_rank(self, fit: FitContext) -> tuple[RankShare | None, dict[str, Tensor], tuple[Any, ...]]:
         """Which samples this rank judges (None: every R-th index), what was seen of them, and the keys of all."""
@@ -178,26 +178,26 @@ class Partitioning:
             self.state.review = review_by_key(self.table, keys, fit.task_format)
         return of_rank, share, keys
 
-    def _publish(self, fit: FitContext, judged: Sequence[ShardResult], drawn: Partition) -> float:
+    def _publish(self, fit: FitContext, judged: Sequence[ShardResult], new: Partition) -> float:
         """Makes a partition known, and returns the share of the samples that have changed sides."""
         state = self.state
-        found = self._at_first(fit, judged, drawn) if state.is_first(drawn) else state.at_first
+        found = self._at_first(fit, judged, new) if state.is_first(new) else state.at_first
         # After all that may fail, and all at once.
-        changed, is_taken = state.publish(drawn, found, self.settings.min_change)
+        changed, is_taken = state.publish(new, found, self.settings.min_change)
         if is_taken:
-            remember_files(fit, drawn)
-            state.sample_weight = weight_of_copies(judged, len(drawn))
+            remember_files(fit, new)
+            state.sample_weight = weight_of_copies(judged, len(new))
         self.collector.close(forever=self.settings.every_n_epochs is None or state.is_stable)
         return changed
 
-    def _at_first(self, fit: FitContext, judged: Sequence[ShardResult], drawn: Partition) -> AtFirst:
-        """What is known of the network when the partition that others act upon first is drawn."""
-        memorized, known = memorized_fraction(judged, drawn, fit.reduce), self.state.at_first
+    def _at_first(self, fit: FitContext, judged: Sequence[ShardResult], new: Partition) -> AtFirst:
+        """What is known of the network when the partition that others act upon first is computed."""
+        memorized, known = memorized_fraction(judged, new, fit.reduce), self.state.at_first
         gap, accuracy, best = known.accuracy_gap, known.accuracy, known.best_accuracy
-        if drawn.is_actionable and fit.partners:
+        if new.is_actionable and fit.partners:
             given = validation_accuracy(fit)
             gap = None if given is None else share_predicted(judged, fit.reduce) - given
-        if self.acts(fit, drawn):
+        if self.acts(fit, new):
             accuracy, best = self.validate(fit, "before"), self.collector.when.best_accuracy
         return AtFirst(memorized, accuracy, gap, best)
 
@@ -211,7 +211,7 @@ class Partitioning:
     ) -> Partition:
         """The partition of the training set, or of the validation set with this fingerprint."""
         recipe, when = self.settings.recipe, self.collector.when
-        drawn = assemble(
+        new = assemble(
             judged,
             label,
             # Of validation samples none are to be kept for training.
@@ -225,11 +225,11 @@ class Partitioning:
             or None,
             decided=decided,
         )
-        drawn = replace(drawn, class_names=tuple(class_names_of(fit, fit.task_format.num_classes)))
-        is_early = self.state.partition is None and drawn.epoch == 1 and bool(when.why)
-        if is_early and drawn.status is PartitionStatus.OK:
-            return replace(drawn, status=PartitionStatus.TOO_EARLY, warning=_ONE_EPOCH)
-        return drawn
+        new = replace(new, class_names=tuple(class_names_of(fit, fit.task_format.num_classes)))
+        is_early = self.state.partition is None and new.epoch == 1 and bool(when.why)
+        if is_early and new.status is PartitionStatus.OK:
+            return replace(new, status=PartitionStatus.TOO_EARLY, warning=_ONE_EPOCH)
+        return new
 
     def _judged_validation(self, fit: FitContext) -> ValidationJudge:
         judge = ValidationJudge()
@@ -239,7 +239,7 @@ class Partitioning:
         def make(judged: Sequence[ShardResult], label: Tensor, fingerprint: str) -> Partition:
             return self._made(fit, judged, label, validation=fingerprint)
 
-        judge.draw(self.collector.evidence_pass(fit, is_last=True), self.settings.recipe, make)
+        judge.compute(self.collector.evidence_pass(fit, is_last=True), self.settings.recipe, make)
         return judge
 
     def acts(self, fit: FitContext, partition: Partition) -> bool:
@@ -266,7 +266,7 @@ class Partitioning:
         report_partition(fit, partition, evidence, notes)
 
     def decide_at_the_end(self, fit: FitContext) -> None:
-        """Has the partition drawn of a fit that ends before it is due, or with the epoch after which it is."""
+        """Has the partition computed of a fit that ends before it is due, or with the epoch after which it is."""
         epoch, when, self.state.is_late = fit.epoch, self.collector.when, True
         is_early = not when.is_due(epoch)
         due = str(when) if is_early and not (when.is_open and when.may_be_last) else ""
@@ -281,7 +281,7 @@ class Partitioning:
             rank_zero_warn(f"Training has diverged since the partition: {diverged} are NaN or infinite; {ADVICE}.")
         elif self.acts(fit, partition) and state.accuracy_before is not None:
             state.accuracy_after = self.validate(fit, "after")
-        done = [callback.describe() for callback in fit.partners]
+        done = [callback.summary_clause() for callback in fit.partners]
         state.summary = summarize(
             partition,
             memorized=state.memorized,

@@ -79,7 +79,7 @@ def begin(
     else:
         data = _recognize(fit, state, collector, table, first, verify=asked.data.verify)
     again = asked.every_n_epochs is not None and collector.trajectory is not None
-    note_fit(fit, state, settings, len(collector.epochs_seen), may_be_drawn_again=again)
+    note_fit(fit, state, settings, len(collector.epochs_seen), may_be_recomputed=again)
     collector.say_what_is_lost()
     collector.start(fit, trace, first, is_before=state.partition is None)
     if collector.trajectory is not None and not is_builtin(asked.recipe):
@@ -235,7 +235,7 @@ def take_review(fit: FitContext, state: PartitionState, table: Table | None, *, 
 
 
 def note_fit(
-    fit: FitContext, state: PartitionState, settings: Mapping[str, Any], epochs_seen: int, *, may_be_drawn_again: bool
+    fit: FitContext, state: PartitionState, settings: Mapping[str, Any], epochs_seen: int, *, may_be_recomputed: bool
 ) -> None:
     """Notes what this fit is made with, once; says what of a checkpoint holds under other settings.
 
@@ -244,7 +244,7 @@ def note_fit(
         state: takes it.
         settings: of each callback of ours, by its name.
         epochs_seen: of how many epochs the checkpoint has evidence.
-        may_be_drawn_again: whether other partitions are to follow.
+        may_be_recomputed: whether other partitions are to follow.
     """
     size = None if fit.keyed is not None else getattr(fit.train_loader.batch_sampler, "batch_size", None)
     now = fit_record(fit.epoch, fit.world_size, size if isinstance(size, int) else None, settings)
@@ -257,7 +257,7 @@ def note_fit(
             now,
             partition=state.partition,
             epochs_seen=epochs_seen,
-            may_be_drawn_again=may_be_drawn_again,
+            may_be_recomputed=may_be_recomputed,
         )
         if said:
             rank_zero_info(said)

@@ -22,7 +22,7 @@ _TELLING = (PartitionStatus.OK, PartitionStatus.ALL_CLEAN, PartitionStatus.REVIE
 
 
 class AtFirst(NamedTuple):
-    """What is known of the network when the partition that others act upon first is drawn.
+    """What is known of the network when the partition that others act upon first is computed.
 
     Args:
         memorized: of the labels suspected to be wrong, the share that it predicts; None where there are none.
@@ -45,7 +45,7 @@ class PartitionState:
         task: what the labels were taken for; empty before the first batch.
         fingerprint: of the training set; empty before the first batch.
         partition: the one that is acted upon, or the first until there is one.
-        rounds: every drawing of it.
+        rounds: every computation of it.
         is_stable: whether so few samples changed sides that it is not computed again.
         memorized: see :class:`AtFirst`.
         accuracy_before: likewise.
@@ -92,14 +92,14 @@ class PartitionState:
 
     @property
     def at_first(self) -> AtFirst:
-        """What was known when the partition that others act upon first was drawn."""
+        """What was known when the partition that others act upon first was computed."""
         return AtFirst(self.memorized, self.accuracy_before, self.accuracy_gap, self.best_accuracy_before)
 
-    def publish(self, drawn: Partition, found: AtFirst, min_change: float) -> tuple[float, bool]:
+    def publish(self, new: Partition, found: AtFirst, min_change: float) -> tuple[float, bool]:
         """Makes a partition known.
 
         Args:
-            drawn: the new one.
+            new: the new one.
             found: when the one that others act upon first was computed.
             min_change: it is not computed again once less than this share of the samples has changed sides.
 
@@ -107,20 +107,20 @@ class PartitionState:
             the share of the samples that have changed sides, and whether the partition is taken. One that cannot be
             acted upon does not undo what an earlier one has led to.
         """
-        before, is_first = self.partition, self.is_first(drawn)
-        changed = 1.0 if before is None else (before.is_clean != drawn.is_clean).float().mean().item()
-        self.rounds.append(PartitionRound(drawn.epoch, len(drawn.suspect_indices()), drawn.noise_rate, changed))
+        before, is_first = self.partition, self.is_first(new)
+        changed = 1.0 if before is None else (before.is_clean != new.is_clean).float().mean().item()
+        self.rounds.append(PartitionRound(new.epoch, len(new.suspect_indices()), new.noise_rate, changed))
         # What could not be told may be told later.
-        self.is_stable = not is_first and changed < min_change and drawn.status in _TELLING
+        self.is_stable = not is_first and changed < min_change and new.status in _TELLING
         self.memorized, self.accuracy_before, self.accuracy_gap, self.best_accuracy_before = found
-        is_taken = is_first or drawn.is_actionable
+        is_taken = is_first or new.is_actionable
         if is_taken:
-            self.partition = drawn
+            self.partition = new
         return changed, is_taken
 
-    def is_first(self, drawn: Partition) -> bool:
+    def is_first(self, new: Partition) -> bool:
         """Whether this is the one that others act upon first, or the first of all until there is one."""
-        return self.partition is None or (drawn.is_actionable and not self.partition.is_actionable)
+        return self.partition is None or (new.is_actionable and not self.partition.is_actionable)
 
 
 _KEPT = [one.name for one in fields(PartitionState) if one.metadata.get("kept", True)]
@@ -156,7 +156,7 @@ class PublishedPartition:
     def _partners(self) -> Sequence[Any]:
         raise NotImplementedError
 
-    def _when_drawn(self) -> str:
+    def _when_computed(self) -> str:
         raise NotImplementedError
 
     @property
@@ -173,7 +173,7 @@ class PublishedPartition:
         if self.state.probabilities is None:
             raise RuntimeError(
                 "No probabilities: set keep_probabilities=True, and read them in the fit that computes the"
-                f" partition, {self._when_drawn()}."
+                f" partition, {self._when_computed()}."
             )
         return self.state.probabilities
 
@@ -182,10 +182,10 @@ class PublishedPartition:
         """The partition of the training set.
 
         Raises:
-            RuntimeError: before it is drawn, saying when it will be.
+            RuntimeError: before it is computed, saying when it will be.
         """
         if self.state.partition is None:
-            raise RuntimeError(f"No partition yet: it is computed {self._when_drawn()}.")
+            raise RuntimeError(f"No partition yet: it is computed {self._when_computed()}.")
         return self.state.partition
 
     @property
@@ -203,7 +203,7 @@ class PublishedPartition:
 
     @property
     def rounds(self) -> tuple[PartitionRound, ...]:
-        """Every drawing of the partition so far, the first one first."""
+        """Every computation of the partition so far, the first one first."""
         return tuple(self.state.rounds)
 
     @property
@@ -255,7 +255,7 @@ class PublishedPartition:
             fits=state.fits,
             rounds=state.rounds,
             review=state.review,
-            done={type(partner).__name__: partner.record(self.partition) for partner in self._partners},
+            done={type(partner).__name__: partner.provenance_entry(self.partition) for partner in self._partners},
             accuracy={
                 "best_before": state.best_accuracy_before,
                 "before": state.accuracy_before,

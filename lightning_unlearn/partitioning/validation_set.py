@@ -111,7 +111,7 @@ class ValidationJudge:
         if varies(samples.fingerprint):
             rank_zero_info("The validation set uses random augmentation, so its samples are judged as augmented.")
 
-    def draw(self, training: ScoringPass, recipe: Recipe, make: Make) -> None:
+    def compute(self, training: ScoringPass, recipe: Recipe, make: Make) -> None:
         """Passes over the validation set and judges it. Every rank must call it.
 
         Validation data that fail by now end no fit: a warning says so, and there is no partition.

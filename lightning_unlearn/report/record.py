@@ -32,7 +32,7 @@ class RunRecord:
             the data set.
         summary: fields of :class:`~lightning_unlearn.results.summary.RepairSummary`; empty if the fit did not come to
             its end.
-        rounds: fields of :class:`~lightning_unlearn.results.summary.PartitionRound`, for every drawing of the
+        rounds: fields of :class:`~lightning_unlearn.results.summary.PartitionRound`, for every computation of the
             partition.
         suspect_precision: share of the suspects that was to be wrong at least.
         class_names: by label; empty where they are not known.

@@ -61,7 +61,7 @@ def provenance(
     Args:
         partition: the one that was acted upon last.
         fits: a :func:`fit_record` of each.
-        rounds: every drawing of the partition.
+        rounds: every computation of the partition.
         review: what a person has decided; None where nobody has.
         done: what each callback says of itself, by its name.
         accuracy: on the validation data, before and after.

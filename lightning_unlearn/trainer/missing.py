@@ -12,7 +12,7 @@ def _has_pruned(state: dict[str, Any]) -> bool:
 
 
 def _has_narrowed(state: dict[str, Any]) -> bool:
-    return state.get("draw") is not None
+    return state.get("training_subset") is not None
 
 
 # Where one of ours has acted in a checkpoint and is missing in the fit that goes on from it: how its state tells, and

@@ -218,7 +218,7 @@ def elsewhere(folder, strategy):
         strategy=strategy,
         enable_checkpointing=True,
     )
-    torch.save({"is here": partition.has_acted}, folder / f"{strategy}.pt")
+    torch.save({"is here": partition.has_result}, folder / f"{strategy}.pt")
 
 
 def run(folder):

@@ -57,8 +57,8 @@ def numbers(rate):
 class Failing(AttributionPartitionCallback):
     """Fails on one rank, in the middle of a pass."""
 
-    def check(self, trainer, pl_module):
-        super().check(trainer, pl_module)
+    def validate_setup(self, trainer, pl_module):
+        super().validate_setup(trainer, pl_module)
         pass_over = self.collector.pass_over
 
         def fails(fit):
@@ -131,8 +131,8 @@ def run(folder, devices, scenario):
     torch.save(
         {
             "partition": partition.partition.state_dict(),
-            "mask": prune.mask.keep if prune.has_acted else None,
-            "sensitivity": prune.sensitivity if prune.has_acted else None,
+            "mask": prune.mask.keep if prune.has_result else None,
+            "sensitivity": prune.sensitivity if prune.has_result else None,
             "read": record.by_epoch,
             "before": watch.before,
             "weights": weights(module),

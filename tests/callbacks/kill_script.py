@@ -108,7 +108,7 @@ PLACES = {
     "reading a sample in a pass": (Reads, "read_in_pass"),
     "attributing a batch": (Attributor, "attribute"),
     "validation step": (Toy, "validation_step"),
-    "drawing the partition": (Partitioning, "draw"),
+    "computing the partition": (Partitioning, "compute"),
     "reporting the partition": (Partitioning, "report"),
     "pruning": (SensitivityPruneCallback, "_prune"),
     "measuring in the guard": (guard_module.ScoreMonitor, "is_worse"),

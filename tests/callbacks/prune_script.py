@@ -54,7 +54,7 @@ def run(folder, devices):
         found[name] = {
             "state": prune.state_dict(),
             "weights": weights(module),
-            "said": prune.describe(),
+            "said": prune.summary_clause(),
             "scores": [None if s is None else (s.accuracy, s.loss, s.samples) for s in prune.scores],
         }
     torch.save(found, folder / f"{devices}-{trainer.global_rank}.pt")

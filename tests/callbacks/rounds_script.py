@@ -50,7 +50,7 @@ class Draws(CleanSubsetFinetuneCallback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if batch_idx == 0 and self.is_active:
-            self.draws = {**getattr(self, "draws", {}), trainer.current_epoch: self.draw.state_dict()}
+            self.draws = {**getattr(self, "draws", {}), trainer.current_epoch: self.training_subset.state_dict()}
 
 
 def save(folder, scenario, trainer, module, **what):

@@ -202,7 +202,7 @@ def test_without_any_sample_lightning_trains_nothing_and_says_so():
     nothing = TensorDataset(torch.zeros(0, 16), torch.zeros(0, dtype=torch.int64))
     with pytest.warns(UserWarning, match="across ranks is zero"):
         fit(Toy(), DataLoader(nothing), [partition, finetune])
-    assert not partition.has_acted
+    assert not partition.has_result
 
 
 class Changing(Blobs):
@@ -232,7 +232,7 @@ def test_a_data_set_must_keep_its_length(more):
     partition, prune, finetune = trio(AT + 1)
     with pytest.raises(ValueError, match=rf"Expected the 203 .* now has {203 + more}; it must keep its length"):
         fit(Toy(), DataLoader(data, 16, shuffle=True), [partition, prune, finetune, Changes(data, more)])
-    assert not partition.has_acted
+    assert not partition.has_result
 
 
 class Broken(Blobs):

@@ -71,9 +71,9 @@ def test_the_weights_are_bit_for_bit_those_of_a_fit_without_the_callbacks(varian
     assert len(partition.rounds) == (1 if every is None else 3)
     assert 10 < len(partition.partition.suspect_indices()) < 50
     assert not finetune.is_active
-    assert finetune.describe() == ""
+    assert finetune.summary_clause() == ""
     with pytest.raises(RuntimeError, match="the partition was not applied, and training continues on all data"):
-        finetune.draw  # noqa: B018
+        finetune.training_subset  # noqa: B018
     assert all(parameter.requires_grad for parameter in module.parameters())
     assert "_on_before_batch_transfer" not in module.__dict__
     assert len(trainer.optimizers) == 1
@@ -148,7 +148,7 @@ def test_neurons_that_would_be_pruned_are_only_named():
     before = weights(module)
     fit(module, data, [source, prune, finetune], max_epochs=3)
     assert_same_weights(weights(module), before)
-    assert prune.describe().startswith("would prune")
+    assert prune.summary_clause().startswith("would prune")
     assert prune.get_mask(module.trainer, module) is None
 
 
@@ -234,7 +234,7 @@ def test_what_a_dry_run_spoke_of_is_done_where_it_is_resumed_in_earnest(tmp_path
     fit(module, BlobsData(data), [*callbacks, record], max_epochs=5, ckpt_path=tmp_path / "epoch=2.ckpt")
     assert [sorted(record.by_epoch[epoch]) for epoch in (3, 4)] == [callbacks[0].partition.clean_indices().tolist()] * 2
     assert callbacks[2].is_active
-    assert "from epoch 3 on" in callbacks[2].describe()
+    assert "from epoch 3 on" in callbacks[2].summary_clause()
 
 
 def test_a_fit_that_has_acted_cannot_be_resumed_as_a_dry_run(tmp_path):

@@ -326,7 +326,11 @@ def assert_nothing_is_half_done(found):
     assert bool(partition["rounds"]) == drawn
     assert not (drawn and partition["trajectory"] is not None)
     assert (prune["epoch"] >= 0) == bool(prune["masks"])
-    assert (finetune["draw"] is not None) == bool(finetune["first_epoch"]) == (finetune["remaining"] is not None)
+    assert (
+        (finetune["training_subset"] is not None)
+        == bool(finetune["first_epoch"])
+        == (finetune["remaining"] is not None)
+    )
 
 
 def test_a_fit_that_does_not_fail_does_what_is_to_be_tested(monkeypatch):
@@ -439,8 +443,8 @@ def test_an_interrupt_keeps_what_lightning_keeps_and_the_fit_can_go_on(monkeypat
     assert_left_as_plain_lightning_would(monkeypatch, found, acted=False)
     assert_nothing_is_half_done(found)
     partition, prune, finetune = found["ours"]
-    assert partition.has_acted == (place in ("guard", "ranking"))
-    assert not prune.has_acted
+    assert partition.has_result == (place in ("guard", "ranking"))
+    assert not prune.has_result
     # Under another name, since Lightning removes it when a fit ends well.
     path = (tmp_path / "on_exception.ckpt").rename(tmp_path / "kept.ckpt")
     kept = torch.load(path, weights_only=True)

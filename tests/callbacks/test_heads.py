@@ -86,7 +86,7 @@ def test_an_adapted_head_is_attributed_at_its_input_and_read_as_a_whole():
     assert partition.collector.reader.head == "net.4"
     assert auroc(-partition.partition.clean_probability, data.wrong) > 0.95
     assert module.net[4].up.weight.abs().sum() > 0
-    assert prune.has_acted
+    assert prune.has_result
     assert finetune.is_active
 
 

@@ -23,7 +23,7 @@ POINTS = [
     (FULL, "reading a sample in a pass", 150, "before"),
     (RELABEL, "attributing a batch", 5, "after"),
     (FULL, "reporting the partition", 1, "before"),
-    (LAYERS, "drawing the partition", 1, "after"),
+    (LAYERS, "computing the partition", 1, "after"),
     (FULL, "pruning", 1, "before"),
     (LAYERS, "measuring in the guard", 2, "after"),
     (FULL, "holding at zero", 1, "before"),
@@ -32,7 +32,7 @@ POINTS = [
     (LAYERS, "starting to fine-tune", 1, "after"),
     # In fine-tuning, and in a later round.
     (OPTIMIZER, "reading a training sample", 260, "before"),
-    (RELABEL, "drawing the partition", 2, "after"),
+    (RELABEL, "computing the partition", 2, "after"),
     (WEIGH, "validation step", 9, "before"),
     # While a checkpoint is written.
     (FULL, "making a checkpoint", 4, "before"),
@@ -88,10 +88,10 @@ def test_a_fit_that_is_not_killed_does_what_is_to_be_tested(unharmed):
         partition, prune, finetune = unharmed(variant)["states"]
         assert not partition["partition"]["is_clean"].all(), variant
         assert not prune["masks"][0]["keep"].all(), variant
-        assert finetune["draw"] is not None, variant
+        assert finetune["training_subset"] is not None, variant
         assert len(partition["rounds"]) == (3 if variant == RELABEL else 2 if variant == WEIGH else 1), variant
         if variant == RELABEL:
-            assert (finetune["draw"]["new_label"] >= 0).any()
+            assert (finetune["training_subset"]["new_label"] >= 0).any()
 
 
 @pytest.mark.parametrize(("variant", "place", "call", "moment"), POINTS)

@@ -72,10 +72,10 @@ class Compared(AttributionPartitionCallback):
 
     turns = 0
 
-    def advance(self, trainer, pl_module):
+    def act_if_due(self, trainer, pl_module):
         before, stage = found(pl_module), trainer.state.stage
         try:
-            super().advance(trainer, pl_module)
+            super().act_if_due(trainer, pl_module)
         finally:
             self.turns += 1
             assert_as_found(before, found(pl_module))
@@ -337,8 +337,8 @@ class Breaks(Blobs):
 class Allows(Compared):
     """Lets the first epoch read, and a part of the pass, whatever was read before."""
 
-    def advance(self, trainer, pl_module):
-        super().advance(trainer, pl_module)
+    def act_if_due(self, trainer, pl_module):
+        super().act_if_due(trainer, pl_module)
         data = trainer.train_dataloader.dataset
         if self.turns == 2:
             data.allowed = len(data.read) + 101 + 40

@@ -325,7 +325,7 @@ def test_weights_are_multiplied_by_the_probability_of_being_clean():
     partition, _, finetune = trio(AT, finetune={"on_noisy": "reweight"})
     record = IndexRecorder(data)
     fit(Toy(), loader, [partition, finetune, record])
-    draw = finetune.draw
+    draw = finetune.training_subset
     share = torch.zeros(N, dtype=torch.float64)
     share[draw.index] = draw.probability.double()
     weight = loader.sampler.weights
@@ -350,7 +350,7 @@ def test_what_a_weighted_sampler_draws_is_relabeled():
                 seen.update(zip(indices, batch[1].tolist(), strict=True))
 
     fit(Toy(), loader_of("weights of zero", data), [partition, finetune, Sees(data)])
-    new = finetune.draw.new_label
+    new = finetune.training_subset.new_label
     assert len(seen) > 50
     assert all(label == (new[index] if new[index] >= 0 else data.y[index]) for index, label in seen.items())
     changed = [index for index in seen if new[index] >= 0]
@@ -392,7 +392,7 @@ def test_a_resumed_fit_draws_with_the_weights_too(tmp_path):
     trainer, whole = run()
     trainer.save_checkpoint(tmp_path / "end.ckpt")
     state = torch.load(tmp_path / "end.ckpt", weights_only=True)
-    assert "weight" not in str(state["callbacks"]["CleanSubsetFinetuneCallback"]["draw"].keys())
+    assert "weight" not in str(state["callbacks"]["CleanSubsetFinetuneCallback"]["training_subset"].keys())
 
     class Saves(L.Callback):
         def on_train_epoch_end(self, trainer, pl_module):
@@ -432,7 +432,7 @@ def test_what_a_distributed_sampler_of_the_user_says_holds_for_the_subset():
         drawn = [clean[position].item() for position in again]
         # A batch of one is left out for the sake of batch norm.
         assert record.by_epoch[epoch] == drawn[: len(drawn) - (len(drawn) % 16 == 1)]
-    assert finetune.record(partition.partition)["seed"] == 11
+    assert finetune.provenance_entry(partition.partition)["seed"] == 11
 
 
 # torchdata's loader, whose iterator has another layout and can be resumed within an epoch.
@@ -478,7 +478,7 @@ def test_a_stateful_loader_is_read_narrowed_relabeled_and_resumed_within_an_epoc
 
 
 def assert_same_labels_as_drawn(module, finetune, data):
-    new = finetune.draw.new_label
+    new = finetune.training_subset.new_label
     for epoch, notes in module.trained.items():
         for index, labels in notes.items():
             relabeled = epoch >= AT and new[index] >= 0

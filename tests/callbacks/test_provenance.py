@@ -63,7 +63,7 @@ def state(folder, epoch):
 def test_it_says_which_samples_and_neurons(whole):
     _, (partition, prune, finetune) = whole
     found = partition.provenance
-    drawn, draw = partition.partition, finetune.draw
+    drawn, draw = partition.partition, finetune.training_subset
     assert found["data"] == {"samples": SIZE, "fingerprint": drawn.fingerprint}
     assert found["partition"]["suspects"] == (~drawn.is_clean).nonzero().flatten().tolist()
     assert found["partition"]["recipe"] == "aum"

@@ -27,7 +27,7 @@ class Silent(L.Callback):
         self.looks, self.violations, self.touched = 0, 0, 0
 
     def look(self, module):
-        if not self.prune.has_acted:
+        if not self.prune.has_result:
             return
         self.looks += 1
         entries = pruned_entries(module, self.prune, self.places)
@@ -250,7 +250,7 @@ def test_gradients_of_pruned_entries_do_not_count_in_the_norm_that_clips():
     class Norms(L.Callback):
         def on_before_optimizer_step(self, trainer, pl_module, optimizer):
             entries = dict(pl_module.named_parameters())["net.0.weight"].grad
-            if prune.has_acted:
+            if prune.has_result:
                 norms.append(entries[prune.mask.pruned_indices()].abs().sum().item())
 
     def net():

@@ -71,7 +71,7 @@ def run(criterion, layer, image=True, size=101, **arguments):
 
     class Remembers(Published):
         def get_partition(self, trainer, pl_module):
-            if trainer.current_epoch == 1 and not callback.has_acted:
+            if trainer.current_epoch == 1 and not callback.has_result:
                 untouched.load_state_dict(pl_module.state_dict())
             return super().get_partition(trainer, pl_module)
 

@@ -48,7 +48,7 @@ def test_only_the_neuron_that_carries_the_noise_is_pruned(said):
         "1 of 7 active neurons in 'fc' are candidates (sensitivity); pruning up to 1 (amount=0.5).",
         "Pruned 1 of 8 neurons of 'fc' (validation accuracy went from 1.000 to 1.000).",
     ]
-    assert callback.describe() == "pruned 1 of 8 neurons of 'fc' (validation accuracy went from 1.000 to 1.000)"
+    assert callback.summary_clause() == "pruned 1 of 8 neurons of 'fc' (validation accuracy went from 1.000 to 1.000)"
 
 
 def class_zero_is_suspect(data):
@@ -66,7 +66,7 @@ def test_a_step_that_hurts_is_rolled_back(said):
     assert found.sensitivity[FLAG] < found.sensitivity[0] < -0.1
     assert found.pruned_indices().tolist() == [FLAG]
     assert (module.fc.weight[0] == Planted().fc.weight[0]).all()
-    assert "1 of 2 proposed were rolled back: validation accuracy fell from 1.000 to ." in callback.describe()
+    assert "1 of 2 proposed were rolled back: validation accuracy fell from 1.000 to ." in callback.summary_clause()
     assert any("pruning up to 2" in line for line in said)
 
 
@@ -75,7 +75,7 @@ def test_without_a_guard_it_stays():
     module, callback = run(data, class_zero_is_suspect(data), max_val_drop=None)
     assert callback.mask.pruned_indices().tolist() == [0, FLAG]
     assert (module.fc.weight[[0, FLAG]] == 0).all()
-    assert callback.describe() == "pruned 2 of 8 neurons of 'fc'"
+    assert callback.summary_clause() == "pruned 2 of 8 neurons of 'fc'"
 
 
 def test_a_tolerance_that_is_large_lets_it_pass():
@@ -91,7 +91,9 @@ def test_where_the_first_step_hurts_nothing_is_pruned_and_the_weights_are_as_the
     assert callback.mask.keep.all()
     before = weights(Planted())
     assert all(value.equal(before[name]) for name, value in weights(module).items())
-    assert callback.describe().startswith("pruned 0 of 8 neurons of 'fc' (2 of 2 proposed were rolled back: validation")
+    assert callback.summary_clause().startswith(
+        "pruned 0 of 8 neurons of 'fc' (2 of 2 proposed were rolled back: validation"
+    )
 
 
 class Raises(Exception):
@@ -156,7 +158,7 @@ def test_without_validation_data_held_back_samples_decide(said):
     assert after > before + 0.01
     assert (
         f"1 of 2 proposed were rolled back: loss on held-back clean samples rose from {before:.3f} to {after:.3f}"
-        in callback.describe()
+        in callback.summary_clause()
     )
 
 
@@ -240,7 +242,7 @@ def test_several_layers_are_pruned_in_common_steps():
     with pytest.raises(RuntimeError, match=r"There are 2 masks, of the layers 'fc', 'fc2': use .masks"):
         _ = callback.mask
     expected = r"pruned 1 of 8 neurons of 'fc' and 1 of 8 neurons of 'fc2' \(2 of 4 proposed were rolled back"
-    assert re.match(expected, callback.describe())
+    assert re.match(expected, callback.summary_clause())
 
 
 def test_where_no_neuron_is_significant_none_is_pruned_and_one_line_says_so(said, recwarn):
@@ -253,7 +255,7 @@ def test_where_no_neuron_is_significant_none_is_pruned_and_one_line_says_so(said
         " 0.05)."
     ]
     assert not [warning for warning in recwarn if "No neuron" in str(warning.message)]
-    assert callback.describe() == ""
+    assert callback.summary_clause() == ""
     before = weights(Planted())
     assert all(value.equal(before[name]) for name, value in weights(module).items())
 
@@ -277,8 +279,8 @@ def test_a_dry_run_changes_nothing_and_says_what_it_would_do(validation, lr, sai
         final.append(weights(module))
     assert all(final[0][name].equal(final[1][name]) for name in final[0])
     assert len(callback.mask.pruned_indices()) >= 1
-    assert callback.describe().startswith("would prune ")
-    assert said[-1] == f"Dry run: {callback.describe()}."
+    assert callback.summary_clause().startswith("would prune ")
+    assert said[-1] == f"Dry run: {callback.summary_clause()}."
     assert callback.get_mask(L.Trainer(accelerator="cpu", logger=False), module) is None
 
 
@@ -298,4 +300,4 @@ def test_a_dry_run_stays_one_after_a_resume(tmp_path):
     assert again.mask.keep.equal(callback.mask.keep)
     assert len(again.mask.pruned_indices()) == 2
     assert (module.fc.weight[again.mask.pruned_indices()] != 0).any(dim=1).all()
-    assert again.describe().startswith("would prune 2")
+    assert again.summary_clause().startswith("would prune 2")

@@ -102,7 +102,7 @@ def test_a_neuron_whose_columns_are_gone_is_not_pruned_twice_nor_told_apart_by()
 
     class Keeps(L.Callback):
         def on_train_epoch_end(self, trainer, pl_module):
-            found.append(prune.mask if prune.has_acted else None)
+            found.append(prune.mask if prune.has_result else None)
 
     fit(module, data, [prune, Published(first, second), Keeps()], max_epochs=4)
     assert prune.mask.layer == "head"
@@ -160,7 +160,7 @@ def test_state_holds_tensors_and_primitives_and_comes_back_as_it_was(tmp_path):
     torch.save(prune.state_dict(), tmp_path / "state.pt")
     again = SensitivityPruneCallback("fc", amount=0.5)
     again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert again.describe() == prune.describe() != ""
+    assert again.summary_clause() == prune.summary_clause() != ""
     assert again.target_layer() == "fc"
     for name in ("layer", "keep", "sensitivity", "standard_error"):
         one, other = getattr(again.mask, name), getattr(prune.mask, name)
@@ -189,7 +189,7 @@ def test_a_dry_run_in_rounds_leaves_a_fit_with_dropout_and_augmentation_bit_for_
     assert all(final[0][name].equal(final[1][name]) for name in final[0])
     # A proposal is not built upon: the second round proposes anew.
     assert len(prune.mask.pruned_indices()) == 1
-    assert prune.describe().startswith("would prune 1 of 20 neurons of 'net.4'")
+    assert prune.summary_clause().startswith("would prune 1 of 20 neurons of 'net.4'")
 
 
 def test_layers_from_the_first_pruned_one_on_are_trained():

@@ -351,4 +351,4 @@ def test_where_a_residual_feeds_the_head_the_target_is_known_from_the_start():
     late = Published(make_partition(torch.rand(64), data.y, epoch=99))
     fit(Toy(Residual), BlobsData(data), [callback, late], max_epochs=1)
     assert callback.target_layer() == "net.head"
-    assert not callback.has_acted
+    assert not callback.has_result

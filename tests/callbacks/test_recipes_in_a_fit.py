@@ -109,7 +109,7 @@ def test_on_clean_data_nothing_is_flagged_and_training_is_left_as_it_was(evidenc
         final.append(weights(module))
     partition, prune, finetune = ours
     assert not finetune.is_active
-    assert not prune.has_acted
+    assert not prune.has_result
     assert partition.partition.is_clean.all()
     assert set(partition.partition.reasons()) == {"none"}
     assert not partition.partition.is_actionable

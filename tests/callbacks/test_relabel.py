@@ -111,7 +111,7 @@ def assert_relabeled(data, loader, *, split=split_batch, module=None, partly=Fal
     before = data.x.clone(), data.y.clone()
     made = fit(module, loader, [source, finetune, *callbacks], max_epochs=EPOCHS, **trainer)
     expected = to_be_seen(data, source.partitions[0])
-    assert 0 < len(finetune.draw.relabeled) < data.wrong.sum()
+    assert 0 < len(finetune.training_subset.relabeled) < data.wrong.sum()
     assert set(module.trained) == set(range(EPOCHS))
     for epoch in range(EPOCHS):
         seen, wanted = once(module.trained[epoch]), given(data) if epoch < AT else expected
@@ -518,7 +518,7 @@ def test_resuming_equals_the_uninterrupted_fit(tmp_path, variant):
     keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
     (partition, _, finetune), whole = start(callbacks=[keep])
     if "on_noisy" not in variant:
-        assert len(finetune.draw.relabeled) > 5
+        assert len(finetune.training_subset.relabeled) > 5
         assert [once(whole.trained[e]) == to_be_seen_by(data, finetune) for e in range(epochs)] == [
             epoch >= at for epoch in range(epochs)
         ]
@@ -533,8 +533,8 @@ def test_resuming_equals_the_uninterrupted_fit(tmp_path, variant):
 
 
 def to_be_seen_by(data, finetune):
-    new = finetune.draw.new_label.tolist()
-    return {i: new[i] if new[i] >= 0 else data.y[i].item() for i in finetune.draw.index.tolist()}
+    new = finetune.training_subset.new_label.tolist()
+    return {i: new[i] if new[i] >= 0 else data.y[i].item() for i in finetune.training_subset.index.tolist()}
 
 
 class Workers(Same):
@@ -559,7 +559,7 @@ def test_a_fit_that_goes_on_with_the_same_trainer_relabels_on():
     trainer = fit(module, Same(data), callbacks)
     trainer.fit_loop.max_epochs = 6
     trainer.fit(module, datamodule=Same(data))
-    assert len(callbacks[2].draw.relabeled) > 5
+    assert len(callbacks[2].training_subset.relabeled) > 5
     assert [once(module.trained[e]) for e in (2, 3, 4, 5)] == [to_be_seen_by(data, callbacks[2])] * 4
     assert "_on_before_batch_transfer" not in module.__dict__
 
@@ -573,7 +573,7 @@ def test_beside_averaged_weights(average):
     data, callbacks = Blobs(SIZE), trio(2, finetune={"on_noisy": "relabel", "relabel_threshold": 0.4})
     module = Noting(data)
     fit(module, Same(data), [beside, *callbacks], max_epochs=5)
-    assert len(callbacks[2].draw.relabeled) > 5
+    assert len(callbacks[2].training_subset.relabeled) > 5
     for epoch, seen in module.trained.items():
         assert once(seen) == (given(data) if epoch < 2 else to_be_seen_by(data, callbacks[2])), epoch
     pruned = callbacks[1].mask.pruned_indices()
@@ -664,7 +664,7 @@ def test_resuming_in_the_middle_of_an_epoch_relabels_the_batches_that_come(tmp_p
     fit(module, Same(data), callbacks, max_epochs=4, ckpt_path=tmp_path / f"step={step}.ckpt")
     assert set(module.trained) == {2, 3}
     wanted = to_be_seen_by(data, callbacks[2])
-    assert len(callbacks[2].draw.relabeled) > 5
+    assert len(callbacks[2].training_subset.relabeled) > 5
     for epoch in (2, 3):
         assert all(wanted[index] == label for index, label in once(module.trained[epoch]).items())
     assert once(module.trained[3]) == wanted

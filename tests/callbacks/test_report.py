@@ -58,7 +58,7 @@ def test_what_was_found_and_done_is_in_the_run_directory(run):
     assert [mask.layer for mask in record.masks] == [prune.mask.layer]
     assert record.masks[0].keep.equal(prune.mask.keep)
     assert record.summary["advice"] == partition.summary.advice
-    assert record.summary["done"] == [prune.describe(), finetune.describe()]
+    assert record.summary["done"] == [prune.summary_clause(), finetune.summary_clause()]
     assert record.swaps == [AT]
     assert record.suspect_precision == 0.85
     assert record.fit["epochs"] == EPOCHS
@@ -70,7 +70,7 @@ def test_where_it_comes_from_is_said_once_and_as_the_checkpoint_says_it(run, tmp
     written = json.loads((folder / "run.json").read_text())["provenance"]
     assert written == json.loads((tmp_path / "provenance.json").read_text()) == record.provenance
     page = (folder / "report.html").read_text()
-    dropped = sorted(set(range(len(partition.partition))) - set(finetune.draw.index.tolist()))
+    dropped = sorted(set(range(len(partition.partition))) - set(finetune.training_subset.index.tolist()))
     assert ", ".join(map(str, dropped)) in page
     assert ", ".join(map(str, prune.mask.pruned_indices().tolist())) in page
     assert '"action":"dropped"' in page

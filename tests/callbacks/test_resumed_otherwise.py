@@ -111,7 +111,7 @@ def test_other_use_of_noisy_samples_comes_too_late(checkpoint, lines, on_noisy):
     first, path = checkpoint()
     run = Run(path, finetune={"on_noisy": on_noisy})
     assert run.trained_on(EPOCHS - 1) == first.clean
-    assert run.ours[2].draw.new_label is run.ours[2].draw.probability is None
+    assert run.ours[2].training_subset.new_label is run.ours[2].training_subset.probability is None
     (line,) = lines()
     assert f"with on_noisy='{on_noisy}' instead of 'drop'. The partition of the checkpoint (epoch {AT})" in line
     assert line.endswith("The new settings of the callbacks have no effect.")
@@ -121,10 +121,10 @@ def test_other_use_of_noisy_samples_comes_too_late(checkpoint, lines, on_noisy):
 def test_a_fit_that_has_re_labeled_goes_on_so(checkpoint, lines, now):
     relabels = {"on_noisy": "relabel", "relabel_threshold": 0.5}
     first, path = checkpoint(finetune=relabels, optimizer=adamw)
-    assert len(first.ours[2].draw.relabeled)
+    assert len(first.ours[2].training_subset.relabeled)
     run = Run(path, finetune={"on_noisy": now}, optimizer=adamw)
-    assert run.ours[2].draw.new_label.equal(first.ours[2].draw.new_label)
-    assert run.trained_on(EPOCHS - 1) == run.ours[2].draw.index.tolist()
+    assert run.ours[2].training_subset.new_label.equal(first.ours[2].training_subset.new_label)
+    assert run.trained_on(EPOCHS - 1) == run.ours[2].training_subset.index.tolist()
     assert_same_weights(weights(run.module), weights(first.module), 1e-6)
     assert f"on_noisy='{now}' instead of 'relabel'" in lines()[0]
 
@@ -133,7 +133,7 @@ def test_in_rounds_a_fit_that_did_not_re_label_does_so_from_the_next_round_on(ch
     rounds = {"every_n_epochs": 2, "min_change": 0, "optimizer": adamw}
     _, path = checkpoint(**rounds, epoch=AT)
     run = Run(path, **rounds, finetune={"on_noisy": "relabel", "relabel_threshold": 0.5})
-    assert len(run.ours[2].draw.relabeled)
+    assert len(run.ours[2].training_subset.relabeled)
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ class Follows(L.Callback):
         self.record.on_train_batch_start(*args)
 
     def on_train_epoch_end(self, trainer, pl_module):
-        drawn = self.partition.has_acted
+        drawn = self.partition.has_result
         self.rounds.append(tuple(r.epoch for r in self.partition.rounds))
         self.clean.append(self.partition.partition.clean_indices().tolist() if drawn else list(range(SIZE)))
         self.trajectory.append(self.partition.collector.trajectory is not None)
@@ -118,13 +118,13 @@ def test_training_follows_the_partition_of_each_round():
             (6, 95, (0.1 * 95 + 0.9 * 6) / SIZE, 25 / SIZE),
         ]
     )
-    assert finetune.draw.index.tolist() == list(range(95))
+    assert finetune.training_subset.index.tolist() == list(range(95))
 
 
 @pytest.mark.parametrize("on_noisy", ["reweight", "relabel"])
 def test_so_do_weights_and_new_labels(on_noisy):
     (partition, _, finetune), follows, _ = drawn_again(growing(), finetune={"on_noisy": on_noisy})
-    drawn, draw = partition.partition, finetune.draw
+    drawn, draw = partition.partition, finetune.training_subset
     if on_noisy == "reweight":
         assert draw.index.tolist() == list(range(SIZE))
         assert draw.probability.equal(drawn.clean_probability)
@@ -187,7 +187,7 @@ def test_a_first_partition_that_cannot_be_acted_upon_leaves_the_next_its_turn():
     assert finetune.is_active
     summary = partition.summary
     assert summary.suspects == SIZE - 70
-    assert "from epoch 4 on" in finetune.describe()
+    assert "from epoch 4 on" in finetune.summary_clause()
     assert summary.accuracy_before is not None
     assert summary.accuracy_after is not None
     assert "is not known" not in summary.advice
@@ -257,13 +257,13 @@ def test_resuming_between_rounds_equals_the_uninterrupted_fit(tmp_path, variant)
                 torch.testing.assert_close(other, value, rtol=1e-5, atol=1e-5, msg=f"{epoch} {name}")
             else:
                 assert other == pytest.approx(value) if isinstance(value, float) else other == value, (epoch, name)
-        assert ours[1].has_acted == prune.has_acted
+        assert ours[1].has_result == prune.has_result
         for one, other in zip(ours[1].masks, prune.masks, strict=True):
             assert one.keep.equal(other.keep), epoch
         assert again.by_epoch == {e: record.by_epoch[e] for e in range(epoch + 1, epochs)}, epoch
         assert_same_weights(weights(module), weights(whole), 1e-6)
         assert ours[0].summary == partition.summary, epoch
-        assert ours[2].describe() == finetune.describe()
+        assert ours[2].summary_clause() == finetune.summary_clause()
 
 
 def test_the_order_of_the_callbacks_does_not_matter():
@@ -327,7 +327,7 @@ def test_the_state_between_rounds_is_tensors_and_primitives(tmp_path):
     for callback, again in zip(callbacks, trio(2, **settings), strict=True):
         torch.save(callback.state_dict(), tmp_path / "state.pt")
         again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-        assert again.has_acted == callback.has_acted
+        assert again.has_result == callback.has_result
     state = callbacks[0].state_dict()
     assert [set(drawn) for drawn in state["rounds"]] == [{"epoch", "suspects", "noise_rate", "changed"}] * 2
     assert state["trajectory"]["label"].equal(data.y)
@@ -359,7 +359,7 @@ def test_rounds_reload_and_workers_go_together():
             drawn = follows.record.by_epoch[epoch]
             assert len(drawn) == len(set(drawn))
             assert clean <= set(drawn)
-        assert set(follows.record.by_epoch[3]) == set(callbacks[2].draw.index.tolist())
+        assert set(follows.record.by_epoch[3]) == set(callbacks[2].training_subset.index.tolist())
         assert [len(clean) for clean in follows.clean] == [101, 40, 70, 95]
 
 
@@ -389,7 +389,7 @@ def test_a_schedule_of_steps_is_not_overrun_where_the_fit_is_resumed_between_rou
         steps, schedule = made[-1]
         assert schedule.last_epoch == steps, epoch
         assert len(callbacks[0].partition.clean_indices()) == 70
-        final.append((weights(module), callbacks[2].draw.index.tolist()))
+        final.append((weights(module), callbacks[2].training_subset.index.tolist()))
     for other in final[1:]:
         assert_same_weights(other[0], final[0][0], 1e-6)
         assert other[1] == final[0][1]

@@ -219,7 +219,7 @@ def test_a_layer_that_gets_an_adapter_in_training_is_not_pruned_and_that_is_said
     with pytest.warns(UserWarning, match=r"No neurons pruned in 'net\.2'\. Zeroing .* would not silence them"):
         module, prune = run(layer="net.2", more=[Adapts()])
     assert prune.mask.keep.all()
-    assert prune.describe() == ""
+    assert prune.summary_clause() == ""
     assert (module.net[2].weight != 0).any(dim=1).all()
 
 
@@ -253,7 +253,7 @@ class Sees(Toy):
 
     def training_step(self, batch):
         prune = next(one for one in self.trainer.callbacks if isinstance(one, SensitivityPruneCallback))
-        if prune.has_acted:
+        if prune.has_result:
             gone = prune.mask.pruned_indices()
             self.alive.append(int((self.net[2].weight[gone] != 0).sum() + (self.net[4].weight[:, gone] != 0).sum()))
         return super().training_step(batch)
@@ -580,8 +580,8 @@ def test_an_error_while_neurons_are_zeroed_claims_nothing(where, monkeypatch):
     with pytest.raises(ArithmeticError):
         fit(module, BlobsData(data), [published, prune, Arms()], max_epochs=3)
     assert all(value.equal(before[name]) for name, value in weights(module).items())
-    assert (prune.has_acted, prune.describe(), prune.state_dict()["masks"]) == (False, "", [])
-    assert prune.record(published.partitions[0])["pruned"] == {}
+    assert (prune.has_result, prune.summary_clause(), prune.state_dict()["masks"]) == (False, "", [])
+    assert prune.provenance_entry(published.partitions[0])["pruned"] == {}
     with pytest.raises(RuntimeError, match="No mask"):
         _ = prune.mask
 

@@ -87,7 +87,7 @@ def test_bytes_per_clean_sample_and_per_neuron(tmp_path):
     checkpoints(tmp_path)
     found = states(tmp_path, 1)
     clean = int(found[PARTITION]["partition"]["is_clean"].sum())
-    assert found[FINETUNE]["draw"]["index"].untyped_storage().nbytes() == 8 * clean
+    assert found[FINETUNE]["training_subset"]["index"].untyped_storage().nbytes() == 8 * clean
     mask = found[PRUNE]["masks"][0]
     kept = [value for value in mask.values() if isinstance(value, torch.Tensor)]
     # The criterion "magnitude" has no standard error: of 9 bytes per neuron, 5.

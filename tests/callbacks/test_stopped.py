@@ -57,8 +57,8 @@ def test_after_the_last_checkpoint_the_summary_and_the_report_are_made_on_resume
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
     assert_same_weights(weights(module), saved)
     assert len(trainer.train_dataloader.sampler) == 101
-    assert finetune.describe()
-    assert prune.has_acted
+    assert finetune.summary_clause()
+    assert prune.has_result
 
 
 def test_a_dry_run_of_the_whole_training_too(tmp_path):

@@ -71,7 +71,7 @@ def test_one_logit(flat, dtype, shape):
     assert drawn.suggested_label.equal(torch.where(drawn.is_clean, y[:, 0], 1 - y[:, 0]))
     assert partition.collector.reader.reason == ""
     assert finetune.is_active
-    assert prune.has_acted
+    assert prune.has_result
 
 
 @pytest.mark.parametrize("evidence", ["train_steps", "eval_passes"])
@@ -90,7 +90,7 @@ def test_several_labels_are_judged_each_by_itself(evidence, tmp_path):
     right = torch.where(wrong, 1 - y, y)
     assert (drawn.suggested_label == right).float().mean() > 0.99
     assert set(drawn.reasons()) == {"none", "label"}
-    assert sorted(finetune.draw.index.tolist()) == drawn.clean_indices().tolist()
+    assert sorted(finetune.training_subset.index.tolist()) == drawn.clean_indices().tolist()
     rows = drawn.class_summary()
     assert sorted(row.label for row in rows) == [0, 1, 2]
     for row in rows:
@@ -130,8 +130,8 @@ def test_single_labels_of_several_are_replaced():
             return super().training_step(batch)
 
     fit(Noting(3), loader(x, y.float()), callbacks, max_epochs=AT + 1)
-    assert len(finetune.draw.relabeled) > 10
-    assert sorted(seen) == finetune.draw.index.tolist()
+    assert len(finetune.training_subset.relabeled) > 10
+    assert sorted(seen) == finetune.training_subset.index.tolist()
     for index, label in seen.items():
         assert label.long().equal(partition.partition.suggested_label[index])
         assert label.dtype == torch.float32
@@ -195,7 +195,7 @@ def test_samples_with_the_label_to_ignore_are_not_judged_and_stay(evidence, on_n
     assert auroc(-drawn.clean_probability[~ignored], data.wrong[~ignored]) > 0.95
     assert sum(row.samples for row in drawn.class_summary()) == int((~ignored).sum())
     assert partition.collector.reader.reason == ""
-    assert set(ignored.nonzero().flatten().tolist()) <= set(finetune.draw.index.tolist())
+    assert set(ignored.nonzero().flatten().tolist()) <= set(finetune.training_subset.index.tolist())
 
 
 def test_labels_that_are_all_to_be_ignored():
@@ -330,7 +330,7 @@ def test_batches_and_outputs_of_every_common_kind(case, on_noisy):
     assert auroc(-drawn.clean_probability, data.wrong) > 0.95
     assert partition.collector.reader.reason == ""
     assert finetune.is_active
-    assert prune.has_acted
+    assert prune.has_result
     assert REASONS.index("label") in drawn.reason.tolist()
 
 
@@ -372,7 +372,7 @@ def test_labels_that_are_missing_as_nan():
     assert drawn.label.equal(y.masked_fill(missing, -1))
     assert partition.collector.reader.reason == ""
     assert auroc(-drawn.label_probability[~missing], wrong[~missing]) > 0.95
-    assert (finetune.draw.new_label[missing] == -1).all()
+    assert (finetune.training_subset.new_label[missing] == -1).all()
 
 
 @pytest.mark.parametrize("several_first", [True, False])

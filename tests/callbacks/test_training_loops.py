@@ -54,7 +54,7 @@ def assert_repaired(module, data, partition, prune, finetune):
     assert sum(entry.numel() for entry in entries) > 0
     assert all((entry == 0).all() for entry in entries)
     assert finetune.is_active
-    assert len(finetune.draw.index) < SIZE
+    assert len(finetune.training_subset.index) < SIZE
 
 
 SETTINGS = [
@@ -115,7 +115,7 @@ def test_a_fast_development_run_of_several_batches_goes_through(batches):
     module, callbacks = Toy(), trio(AT)
     fit(module, BlobsData(Blobs(SIZE)), callbacks, fast_dev_run=batches)
     assert module.steps == batches
-    assert not callbacks[0].has_acted
+    assert not callbacks[0].has_result
 
 
 # Several optimizers

@@ -64,7 +64,7 @@ def test_fine_tuning_starts_from_weights_nearer_to_those_the_fit_began_with(how)
         if name == "net.7.weight":
             should = should.index_fill(1, pruned, 0)
         assert tensor.equal(should), name
-    assert finetune.describe().endswith(
+    assert finetune.summary_clause().endswith(
         {"shrink": "(F-FT, from weights moved back towards those of the start)", "start": "(F-FT, from the start)"}[how]
     )
     assert partition.provenance["done"]["CleanSubsetFinetuneCallback"]["started_from"] == how
@@ -75,7 +75,7 @@ def test_kept_weights_are_those_of_the_epoch_before():
     (_, _, finetune), _, moments = run({"warm_start": "keep"})
     assert_same_weights(moments.begun[AT], moments.ended[AT - 1])
     assert finetune.state_dict()["start_weights"] is None
-    assert finetune.describe().endswith("(F-FT)")
+    assert finetune.summary_clause().endswith("(F-FT)")
 
 
 def test_only_what_is_trained_is_moved():

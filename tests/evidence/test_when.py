@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback
-from lightning_unlearn.evidence.when import DrawTime, check_at_epoch, similarity
+from lightning_unlearn.evidence.when import PartitionTime, check_at_epoch, similarity
 from lightning_unlearn.results.status import PartitionStatus
 from lightning_unlearn.trainer.limits import limits_of
 from tests.toys import Blobs, BlobsData, Toy, adamw, assert_same_weights, auroc, fit, sgd, trio, weights
@@ -42,7 +42,7 @@ def limits_at(epoch, **limits):
 
 def decided(*notes, is_settled=True, is_stopped=False, **limits):
     """The epoch after which it was time, and why."""
-    when = DrawTime("auto")
+    when = PartitionTime("auto")
     for epoch, note in enumerate(notes, start=1):
         when.note(epoch, **note)
         when.decide(limits_at(epoch, **limits), is_settled=is_settled, is_stopped=is_stopped, reduce=same)
@@ -171,9 +171,9 @@ def test_rank_correlation():
 
 
 def test_parts_of_training_are_joined_in_pairs_where_the_end_is_open():
-    phases = {epoch: DrawTime("auto").phase(epoch) for epoch in (1, 4, 5, 8, 9, 16, 17)}
+    phases = {epoch: PartitionTime("auto").phase(epoch) for epoch in (1, 4, 5, 8, 9, 16, 17)}
     assert phases == {1: (0, 1), 4: (3, 1), 5: (2, 2), 8: (3, 2), 9: (2, 4), 16: (3, 4), 17: (2, 8)}
-    assert [DrawTime(6).phase(epoch)[0] for epoch in range(1, 7)] == [0, 0, 1, 2, 2, 3]
+    assert [PartitionTime(6).phase(epoch)[0] for epoch in range(1, 7)] == [0, 0, 1, 2, 2, 3]
 
 
 # In a fit
@@ -220,7 +220,7 @@ def test_what_the_fits_own_validation_and_its_steps_show_is_read(monkeypatch):
             self.seen[epoch] = self.seen.get(epoch, 0) + len(y)
 
     module, callback = Both(), AttributionPartitionCallback(dry_run=True)
-    monkeypatch.setattr(DrawTime, "_peaked", lambda *_: "")
+    monkeypatch.setattr(PartitionTime, "_peaked", lambda *_: "")
     stop = EarlyStopping("val_loss", patience=99)
     fit(module, BlobsData(Blobs(SIZE)), [callback, stop], max_epochs=6, num_sanity_val_steps=2)
     notes = noted(callback)
@@ -237,7 +237,7 @@ def test_what_the_fits_own_validation_and_its_steps_show_is_read(monkeypatch):
 
 @pytest.mark.parametrize("limits", [{"max_epochs": 6}, {"max_epochs": None, "max_steps": 36}], ids=str)
 def test_the_latest_is_the_end_of_training_where_nothing_is_to_act(limits, monkeypatch, said):
-    monkeypatch.setattr(DrawTime, "_peaked", lambda *_: "")
+    monkeypatch.setattr(PartitionTime, "_peaked", lambda *_: "")
     callback, data = AttributionPartitionCallback(), DataLoader(Blobs(SIZE), -(-SIZE // 6), shuffle=True)
     fit(Toy(), data, [callback], **limits)
     assert callback.partition.epoch == 6
@@ -246,7 +246,7 @@ def test_the_latest_is_the_end_of_training_where_nothing_is_to_act(limits, monke
 
 
 def test_what_is_computed_again_is_computed_first_after_two_thirds(monkeypatch):
-    monkeypatch.setattr(DrawTime, "_peaked", lambda *_: "")
+    monkeypatch.setattr(PartitionTime, "_peaked", lambda *_: "")
     callback = AttributionPartitionCallback(every_n_epochs=1)
     fit(Toy(), BlobsData(Blobs(SIZE)), [callback], max_epochs=6)
     assert callback.state.rounds[0].epoch == 4
@@ -266,7 +266,7 @@ def test_what_is_computed_again_is_computed_first_after_two_thirds(monkeypatch):
     ids=str,
 )
 def test_settings_of_the_trainer(settings, validated, monkeypatch):
-    monkeypatch.setattr(DrawTime, "_peaked", lambda *_: "")
+    monkeypatch.setattr(PartitionTime, "_peaked", lambda *_: "")
     callbacks = trio("auto")
     fit(Toy(), BlobsData(Blobs(SIZE)), callbacks, max_epochs=6, **settings)
     notes = noted(callbacks[0])
@@ -282,7 +282,7 @@ def test_what_validation_shows_in_another_form_is_left_out(monkeypatch):
             self(batch[0])
             super().validation_step(batch)
 
-    monkeypatch.setattr(DrawTime, "_peaked", lambda *_: "")
+    monkeypatch.setattr(PartitionTime, "_peaked", lambda *_: "")
     callbacks = trio("auto")
     fit(Twice(), BlobsData(Blobs(SIZE)), callbacks, max_epochs=4)
     assert not any(note["samples"] for note in noted(callbacks[0]).values())
@@ -326,7 +326,7 @@ def test_the_weights_are_those_of_a_fit_without_it():
 @pytest.mark.parametrize("order", ["first", "last"])
 @pytest.mark.parametrize("at_end", [True, False], ids=["epoch end", "validation end"])
 def test_early_stopping_leads_to_the_partition_and_the_fit_goes_on(at_epoch, order, at_end, said, monkeypatch):
-    monkeypatch.setattr(DrawTime, "_peaked", lambda *_: "")
+    monkeypatch.setattr(PartitionTime, "_peaked", lambda *_: "")
     stop = EarlyStopping("val_loss", patience=2, min_delta=1e9, check_on_train_epoch_end=at_end)
     ours = trio(at_epoch, recipe="label")
     callbacks = [stop, *ours] if order == "first" else [*ours, stop]
@@ -361,7 +361,7 @@ def test_where_nothing_is_to_be_done_it_ends_the_fit(said):
     trainer = fit(
         Toy(), BlobsData(Blobs(SIZE)), [*ours, EarlyStopping("val_loss", patience=2, min_delta=1e9)], max_epochs=9
     )
-    assert ours[0].has_acted
+    assert ours[0].has_result
     assert trainer.current_epoch == 3
     assert ours[0].summary.samples == SIZE
     assert ON not in said()
@@ -373,11 +373,11 @@ def test_a_goal_that_is_reached_ends_the_fit(said):
     with pytest.warns(UserWarning, match=LATE):
         trainer = fit(Toy(), BlobsData(Blobs(SIZE)), [*ours, stop], max_epochs=9)
     assert trainer.current_epoch == 1
-    assert ours[0].has_acted
+    assert ours[0].has_result
 
 
 def test_another_stop_ends_the_fit_and_the_partition_is_drawn_all_the_same(monkeypatch):
-    monkeypatch.setattr(DrawTime, "_peaked", lambda *_: "")
+    monkeypatch.setattr(PartitionTime, "_peaked", lambda *_: "")
 
     class Stops(L.Callback):
         def on_train_batch_end(self, trainer, pl_module, *_):
@@ -451,8 +451,8 @@ def test_resumed_from_any_epoch_it_is_drawn_as_in_a_fit_that_went_through(patien
 
 @pytest.mark.parametrize(("first", "then", "drawn"), [("auto", 5, 5), (6, "auto", 4), (6, 0.5, 4), ("auto", 3, 3)])
 def test_another_wish_applies_where_the_fit_goes_on(first, then, drawn, tmp_path, monkeypatch, said):
-    monkeypatch.setattr(DrawTime, "_peaked", lambda *_: "")
-    monkeypatch.setattr(DrawTime, "_late", lambda _, __, epoch: "it is" if epoch >= 4 else "")
+    monkeypatch.setattr(PartitionTime, "_peaked", lambda *_: "")
+    monkeypatch.setattr(PartitionTime, "_late", lambda _, __, epoch: "it is" if epoch >= 4 else "")
     run(tmp_path, first)
     again, *_ = run(tmp_path / "again", then, tmp_path / "epoch=1.ckpt")
     assert again.partition.epoch == drawn

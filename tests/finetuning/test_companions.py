@@ -103,7 +103,7 @@ def relabeled(collate, loss, target):
     finetune = finetune_callback(on_noisy="relabel", relabel_threshold=0.5)
     loader = loader_of(collate, Blobs(240))
     fit(module, loader, [AttributionPartitionCallback(at_epoch=6), finetune], max_epochs=8)
-    assert len(finetune.draw.relabeled) > 20
+    assert len(finetune.training_subset.relabeled) > 20
     label, followed = (torch.cat(parts) for parts in zip(*module.seen, strict=True))
     return label, followed
 

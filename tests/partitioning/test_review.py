@@ -82,7 +82,7 @@ def reviewed(data, tmp_path_factory):
     wanted = {int(row["index"]): DECISIONS.index(row["decision"]) for row in edited}
     return {
         "first": first.partition,
-        "draw": tune.draw,
+        "draw": tune.training_subset,
         "weights": weights(module),
         "all": folder / "suspects.csv",
         "edited": folder / "edited.csv",
@@ -104,7 +104,7 @@ def test_what_is_proposed_is_what_the_fit_did(data, tmp_path, threshold):
     saved.to_csv(tmp_path / "suspects.csv")
     rows = rows_of(tmp_path / "suspects.csv")
     proposed = sorted(int(row["index"]) for row in rows if row["proposed"] == "relabel")
-    assert proposed == tune.draw.relabeled.tolist()
+    assert proposed == tune.training_subset.relabeled.tolist()
     assert bool(proposed) == (threshold < 0.5)
 
 
@@ -120,9 +120,9 @@ def test_a_table_that_nobody_has_filled_decides_nothing(data, reviewed):
 def test_an_unedited_table_changes_nothing_of_what_is_trained_on(data, reviewed, on_noisy, table):
     _, plain, _, module = run(data, finetune={"on_noisy": on_noisy})
     _, tune, _, again = run(data, review=reviewed[table], finetune={"on_noisy": on_noisy})
-    assert tune.draw.index.tolist() == plain.draw.index.tolist()
-    assert tune.draw.relabeled.tolist() == plain.draw.relabeled.tolist()
-    assert len(plain.draw.relabeled) > 0 or on_noisy == "drop"
+    assert tune.training_subset.index.tolist() == plain.training_subset.index.tolist()
+    assert tune.training_subset.relabeled.tolist() == plain.training_subset.relabeled.tolist()
+    assert len(plain.training_subset.relabeled) > 0 or on_noisy == "drop"
     assert_same_weights(weights(again), weights(module))
 
 
@@ -141,7 +141,7 @@ def test_decisions_override_the_partition_for_their_samples_alone(data, reviewed
     others = [index for index in range(SIZE) if index not in wanted]
     assert after.clean_probability[others].equal(before.clean_probability[others])
     trained = set(record.by_epoch[EPOCHS - 1])
-    assert trained == set(tune.draw.index.tolist())
+    assert trained == set(tune.training_subset.index.tolist())
     assert trained >= set(kept)
     assert not trained & {*dropped, *moved}
     # All the data until then.
@@ -151,10 +151,10 @@ def test_decisions_override_the_partition_for_their_samples_alone(data, reviewed
 def test_samples_are_trained_on_under_the_label_that_was_decided(data, reviewed):
     partition, tune, _, _ = run(data, review=reviewed["edited"], finetune={"on_noisy": "relabel"})
     kept, dropped, moved = (of(reviewed["wanted"], code) for code in (KEEP, DROP, RELABEL))
-    assert set(moved) <= set(tune.draw.relabeled.tolist())
-    assert tune.draw.new_label[moved].equal((data.y[moved] + 1) % CLASSES)
-    assert (tune.draw.new_label[kept] == -1).all()
-    assert not set(dropped) & set(tune.draw.index.tolist())
+    assert set(moved) <= set(tune.training_subset.relabeled.tolist())
+    assert tune.training_subset.new_label[moved].equal((data.y[moved] + 1) % CLASSES)
+    assert (tune.training_subset.new_label[kept] == -1).all()
+    assert not set(dropped) & set(tune.training_subset.index.tolist())
     assert partition.partition.decisions() == [
         {KEEP: "keep", DROP: "drop", RELABEL: "relabel"}.get(reviewed["wanted"].get(index), decision)
         for index, decision in enumerate(reviewed["first"].decisions())
@@ -164,7 +164,7 @@ def test_samples_are_trained_on_under_the_label_that_was_decided(data, reviewed)
 def test_samples_are_weighed_by_what_was_decided(data, reviewed):
     _, tune, _, _ = run(data, review=reviewed["edited"], finetune={"on_noisy": "reweight"})
     kept, dropped, moved = (of(reviewed["wanted"], code) for code in (KEEP, DROP, RELABEL))
-    weight = dict(zip(tune.draw.index.tolist(), tune.draw.probability.tolist(), strict=True))
+    weight = dict(zip(tune.training_subset.index.tolist(), tune.training_subset.probability.tolist(), strict=True))
     assert [weight[index] for index in kept] == [1, 1, 1]
     assert not {*dropped, *moved} & weight.keys()
 
@@ -173,7 +173,7 @@ def test_every_round_goes_by_it(data, reviewed):
     partition, tune, _, _ = run(data, review=reviewed["edited"], every_n_epochs=1, min_change=0.0)
     assert len(partition.rounds) == EPOCHS - AT
     assert partition.partition.is_clean[of(reviewed["wanted"], KEEP)].all()
-    assert not set(of(reviewed["wanted"], DROP)) & set(tune.draw.index.tolist())
+    assert not set(of(reviewed["wanted"], DROP)) & set(tune.training_subset.index.tolist())
 
 
 def test_decisions_hold_where_the_recipe_is_not_to_be_acted_upon(data, tmp_path, recwarn):
@@ -188,7 +188,7 @@ def test_decisions_hold_where_the_recipe_is_not_to_be_acted_upon(data, tmp_path,
         "The recipe was inconclusive (it cannot be told). Samples without a decision in" in str(one.message)
         for one in recwarn
     )
-    assert tune.draw.index.tolist() == [index for index in range(SIZE) if index not in (3, 8)]
+    assert tune.training_subset.index.tolist() == [index for index in range(SIZE) if index not in (3, 8)]
 
 
 @pytest.mark.parametrize("with_file", [True, False], ids=["with the file", "without it"])
@@ -200,7 +200,7 @@ def test_a_resumed_fit_goes_by_it(data, reviewed, tmp_path, with_file):
             data, review=review, ckpt_path=tmp_path / f"epoch={epoch}.ckpt", every_n_epochs=1, min_change=0.0
         )
         assert again.partition.clean_probability.equal(whole.partition.clean_probability)
-        assert tune_again.draw.index.equal(tune.draw.index)
+        assert tune_again.training_subset.index.equal(tune.training_subset.index)
         assert_same_weights(weights(resumed), weights(module))
 
 
@@ -294,6 +294,6 @@ def test_several_labels(tmp_path):
     found = partition.partition
     assert found.clean_probability[:3].tolist() == [1, 0, 0]
     assert found.label_probability[2].tolist() == [0, 0, 0]
-    assert tune.draw.new_label[2].tolist() == (1 - y[2]).long().tolist()
-    assert {0, 2} <= set(tune.draw.index.tolist())
-    assert 1 not in tune.draw.index.tolist()
+    assert tune.training_subset.new_label[2].tolist() == (1 - y[2]).long().tolist()
+    assert {0, 2} <= set(tune.training_subset.index.tolist())
+    assert 1 not in tune.training_subset.index.tolist()

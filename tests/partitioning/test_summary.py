@@ -105,10 +105,12 @@ def test_accuracies_are_those_of_the_model_before_pruning_and_at_the_end(repaire
 
 def test_what_was_done_is_what_the_callbacks_say(repaired):
     (partition, prune, finetune), *_ = repaired
-    assert partition.summary.done == tuple(clause for clause in (prune.describe(), finetune.describe()) if clause)
+    assert partition.summary.done == tuple(
+        clause for clause in (prune.summary_clause(), finetune.summary_clause()) if clause
+    )
     kept = int(partition.partition.is_clean.sum())
-    assert finetune.describe() == f"trained on {kept} clean samples from epoch {SOME} on (F-FT)"
-    assert finetune.describe() in partition.summary.advice
+    assert finetune.summary_clause() == f"trained on {kept} clean samples from epoch {SOME} on (F-FT)"
+    assert finetune.summary_clause() in partition.summary.advice
 
 
 def test_what_the_callbacks_took_is_counted_once_and_anew_in_each_fit(monkeypatch):

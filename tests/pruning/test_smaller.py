@@ -153,7 +153,7 @@ def test_where_ranks_hold_parts_of_the_weights_it_is_refused_by_name(tmp_path):
     prune[1].setup(trainer, Toy(net), "fit")
     trainer.strategy.__class__ = type("Parts", (ModelParallelStrategy,), {})
     with pytest.raises(MisconfigurationException, match=r"SensitivityPruneCallback\(shrink_to=\.\.\.\) does not work"):
-        prune[1].check(trainer, Toy(net))
+        prune[1].validate_setup(trainer, Toy(net))
 
 
 def fit_on_two_ranks(folder, devices):

@@ -366,7 +366,7 @@ def a_fit(folder, review=None):
     finetune = CleanSubsetFinetuneCallback(on_noisy="relabel")
     callbacks = [partition, finetune, UnlearnReport(folder, samples=50)]
     fit(Toy(), BlobsData(Blobs(image=False)), callbacks, max_epochs=3)
-    return partition.partition, finetune.draw
+    return partition.partition, finetune.training_subset
 
 
 def decide_all(page, label):

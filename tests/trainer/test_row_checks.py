@@ -298,7 +298,7 @@ def test_others_are_relabeled_where_items_are_none(collate):
     data = Gaps(FEW)
     module, ours = Noting(data.blobs), trio(AT, finetune={"on_noisy": "relabel"})
     fit(module, DataLoader(data, 16, shuffle=True, collate_fn=collate), ours)
-    new = ours[2].draw.new_label
+    new = ours[2].training_subset.new_label
     assert (new >= 0).sum() > 20
     for index, labels in module.trained[AT].items():
         expected = (new if new[index] >= 0 else data.y)[index].item()
@@ -313,7 +313,7 @@ def test_where_a_batch_is_filled_up_suspects_are_dropped_instead_of_relabeled():
     module, ours = Noting(data.blobs), trio(AT, finetune={"on_noisy": "relabel"})
     with pytest.warns(UserWarning, match="Suspects are dropped instead of re-labeled. .* as where collate_fn fills up"):
         fit(module, DataLoader(data, 16, shuffle=True, collate_fn=fills_up), ours)
-    assert ours[2].draw.new_label is None
+    assert ours[2].training_subset.new_label is None
     for index, labels in module.trained[AT].items():
         assert set(labels) == {data.y[index].item()}
 

@@ -29,7 +29,7 @@ _LATER = (15, 20, 25, 30, 40)
 _CLOSE = 0.01
 
 
-def notes_of(replay: Replay, samples: int) -> list[dict[str, Any]]:
+def gate_messages(replay: Replay, samples: int) -> list[dict[str, Any]]:
     """What the callback would have noted after each epoch.
 
     Args:
@@ -74,7 +74,7 @@ def row_of(case: DetectionCase, args: argparse.Namespace, seed: int) -> dict[str
     whole = replace(case, judged_after=tuple(range(1, case.epochs + 1)))
     replay, val = Replay(case, fit_of(whole, args.cache, seed, args.data)), load(case.data, args.data, seed).val_y
     row: dict[str, Any] = {"case": case.name, "seed": seed, "rate": replay.wrong.double().mean().item()}
-    row["notes"] = notes_of(replay, 0 if val is None else len(val))
+    row["notes"] = gate_messages(replay, 0 if val is None else len(val))
     looked = {e for e in range(EARLIEST, case.epochs + 1) if e <= _EVERY or e in _LATER} | {chosen(row)[0]}
     looks = {epoch: judged(replay, epoch, seed) for epoch in sorted(looked)}
     row["looks"] = {

@@ -34,7 +34,7 @@ from lightning_unlearn.evidence.training_dynamics import PHASES, TrainingDynamic
 from lightning_unlearn.functional.mixture import fit_mixture
 from lightning_unlearn.functional.sensitivity import regression_sums, solve_sensitivity
 from lightning_unlearn.functional.standardization import standardize
-from lightning_unlearn.partitioning.build import CleanCriteria, ShardResult, assemble
+from lightning_unlearn.partitioning.build import CleanCriteria, ShardResult, build_partition
 from lightning_unlearn.recipes import get_recipe
 from lightning_unlearn.recipes.evidence import Evidence
 from lightning_unlearn.results.partition import Partition
@@ -60,7 +60,7 @@ def partition_of(share: Evidence, label: Tensor, reduce: Reduce, recipe: str = "
     """What the callback makes of one rank's share of the evidence."""
     verdict = get_recipe(recipe).judge(share, reduce)
     judged = [ShardResult(share, share.weight, verdict)]
-    return assemble(
+    return build_partition(
         judged, label, CleanCriteria(0.85, 0.1), reduce, recipe=recipe, layer="head", epoch=PHASES, fingerprint=""
     )
 
@@ -88,7 +88,9 @@ def of_samples(total: int, num_classes: int) -> Row:
     judged = [ShardResult(whole, whole.weight, verdict)]
     cut = CleanCriteria(0.85, 0.1)
     made, assembling = seconds_of(
-        lambda: assemble(judged, whole.label, cut, no_reduce, recipe="auto", layer="head", epoch=PHASES, fingerprint="")
+        lambda: build_partition(
+            judged, whole.label, cut, no_reduce, recipe="auto", layer="head", epoch=PHASES, fingerprint=""
+        )
     )
     more = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     return {

@@ -43,7 +43,7 @@ class FakeFit:
         self.logged: dict[str, float] = {}
         first = self.rows(torch.arange(batch_size))
         with torch.no_grad():
-            self.task_format.settle(model(first.x), first.label)
+            self.task_format.infer_task(model(first.x), first.label)
 
     @property
     def total(self) -> int:

@@ -1,11 +1,11 @@
-from benchmarks.at_epoch import chosen, notes_of, table
+from benchmarks.at_epoch import chosen, gate_messages, table
 from benchmarks.detection import Replay
 from benchmarks.detection_cases import DetectionCase, train
 
 
 def test_what_the_callback_would_note_leads_to_an_epoch():
     case = DetectionCase("wine", "symmetric", 0.1, network="wide", epochs=12, judged_after=(2,), batch=32)
-    notes = notes_of(Replay(case, train(case, None, 0)), 0)
+    notes = gate_messages(Replay(case, train(case, None, 0)), 0)
     assert len(notes) == 12
     assert "similarity" not in notes[0]["note"]
     assert 0.5 < notes[1]["note"]["similarity"] < notes[5]["note"]["similarity"] <= 1

@@ -2,7 +2,7 @@
 
 from lightning_unlearn.attribution.attributor import Attributor, MarginAttribution
 from lightning_unlearn.attribution.captum_layers import ATTRIBUTION_METHODS, GRADIENT_X_ACTIVATION, check_method
-from lightning_unlearn.attribution.hooks import tap, watch_output
+from lightning_unlearn.attribution.hooks import record_activation, watch_output
 from lightning_unlearn.attribution.layers import (
     BATCH_NORM,
     named_layers,
@@ -38,11 +38,11 @@ __all__ = [
     "neuron_means",
     "no_batch_splitting",
     "plain_name",
+    "record_activation",
     "resolve_layer",
     "response",
     "sample_dimension",
     "slice_batch",
-    "tap",
     "trace_forward",
     "watch_output",
 ]

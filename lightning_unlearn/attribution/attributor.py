@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_unlearn.attribution.captum_layers import GRADIENT_X_ACTIVATION, CaptumLayer, check_method
 from lightning_unlearn.attribution.checkpointing import activation_checkpointing_off
 from lightning_unlearn.attribution.gradient_x_activation import FastPath
-from lightning_unlearn.attribution.hooks import recording_paused, tap
+from lightning_unlearn.attribution.hooks import record_activation, recording_paused
 from lightning_unlearn.attribution.layers import LayerPoint, resolve_layer
 from lightning_unlearn.attribution.oom import OOMBatchSplitter, is_out_of_memory, slice_batch
 from lightning_unlearn.attribution.trace import Forward
@@ -144,7 +144,7 @@ class Attributor:
                 self._is_fast = self._rehearse(x, label)
             return _join(self._in_parts(of_part, x, label))
 
-    def rehearse(self, x: Any, label: Tensor, *, rows: bool = False) -> None:
+    def check_first_rows(self, x: Any, label: Tensor, *, rows: bool = False) -> None:
         """Attributes the first rows of a batch, to refuse what cannot be attributed before hours of training.
 
         Args:
@@ -156,7 +156,7 @@ class Attributor:
 
     def _attribute(self, x: Any, label: Tensor, rows: bool) -> MarginAttribution:
         with ExitStack() as stack:
-            takes = [stack.enter_context(tap(self._layer.model, watched)) for watched in self._watch]
+            takes = [stack.enter_context(record_activation(self._layer.model, watched)) for watched in self._watch]
             path = self._fast_path if self._is_fast else self._layer
             per_neuron, logits, class_max = path.attribute(x, label, rows)
             return MarginAttribution(per_neuron, logits, class_max, tuple(take() for take in takes))

@@ -18,7 +18,7 @@ from captum.attr import (
 from torch import Tensor, nn
 
 from lightning_unlearn.attribution.checkpointing import naming_what_is_not_recorded
-from lightning_unlearn.attribution.hooks import recording_paused, several_tensors, tap
+from lightning_unlearn.attribution.hooks import record_activation, recording_paused, several_tensors
 from lightning_unlearn.attribution.layers import LayerPoint, per_neuron_magnitude, resolve_layer, samples_first
 from lightning_unlearn.attribution.trace import Forward
 from lightning_unlearn.functional.attribution import logit_difference, runner_up_class
@@ -61,7 +61,11 @@ class CaptumLayer:
     def attribute(self, x: Any, label: Tensor, rows: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """As :meth:`FastPath.attribute`; a plain pass first, which fixes the strongest other class."""
         # Of gradient x activation the paper takes the maximum before it multiplies.
-        reads = tap(self.model, self._point) if rows and self._method == GRADIENT_X_ACTIVATION else nullcontext()
+        reads = (
+            record_activation(self.model, self._point)
+            if rows and self._method == GRADIENT_X_ACTIVATION
+            else nullcontext()
+        )
         with reads as take, torch.no_grad():
             logits = self._forward(x).float()
             activation = None if take is None else take().float()

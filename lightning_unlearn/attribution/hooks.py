@@ -21,7 +21,7 @@ _unwatched: ContextVar[bool] = ContextVar("_unwatched", default=False)
 
 
 @contextmanager
-def tap(model: nn.Module, point: LayerPoint) -> Iterator[Callable[[], Tensor]]:
+def record_activation(model: nn.Module, point: LayerPoint) -> Iterator[Callable[[], Tensor]]:
     """Reads a layer's activation in every forward pass inside the context.
 
     Around :meth:`Attributor.margin` it sees one pass, however many the method makes; only where memory made it take the

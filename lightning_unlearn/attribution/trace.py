@@ -181,7 +181,7 @@ class ForwardTrace:
         broken = made.isnan() & self.output.isnan()
         return bool(((made == self.output) | broken).all()) and not bool(broken.all())
 
-    def feeder(self, head: str) -> str | None:
+    def producer_of(self, head: str) -> str | None:
         """The layer whose neurons are, one to one, the input features of ``head``.
 
         It is the nearest Linear or convolution before it if that has as many outputs as the head has inputs. Whether

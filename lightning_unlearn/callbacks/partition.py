@@ -233,7 +233,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
     def validate_setup(self, trainer: Trainer, pl_module: LightningModule) -> None:
         move_behind_averages(self.fit, self)
         self._partitioning.partners = self.fit.partners
-        self._when.settle(self.fit.limits, may_be_last=self.every_n_epochs is None and not self._partners)
+        self._when.plan(self.fit.limits, may_be_last=self.every_n_epochs is None and not self._partners)
         self._partitioning.table = open_review(self.fit, self.review)
         if self.judge_validation:
             check_validates(self.fit)

@@ -149,7 +149,7 @@ class SensitivityPruneCallback(PartitionConsumer):
             raise RuntimeError("The layer to prune is known when training starts.")
         return self._state.sites[0].target
 
-    def silence(self) -> None:
+    def zero_pruned(self) -> None:
         """Sets what belongs to pruned neurons to zero again, for who has just changed weights."""
         self._held.zero_parameters()
 
@@ -241,7 +241,7 @@ class SensitivityPruneCallback(PartitionConsumer):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # Whatever was done to the weights meanwhile, no step is trained with; without a look, which takes time.
-        self.silence()
+        self.zero_pruned()
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -17,7 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
 from lightning_unlearn.cli._classes import data_class, model_class
-from lightning_unlearn.cli._errors import is_for_the_user
+from lightning_unlearn.cli._errors import is_user_error
 from lightning_unlearn.cli._examples import examples
 
 _MISSING_MODULE = re.compile(r"No module named '([^']+)'")
@@ -121,7 +121,7 @@ class ConfigCLI(LightningCLI):
 
 def _said_by_us(error: BaseException | None) -> BaseException | None:
     """What an argument of a class of ours was refused with, where that is what an error comes from."""
-    while error is not None and not (isinstance(error, (TypeError, ValueError)) and is_for_the_user(error)):
+    while error is not None and not (isinstance(error, (TypeError, ValueError)) and is_user_error(error)):
         error = error.__cause__ or error.__context__
     return error
 

@@ -16,7 +16,7 @@ _NOBODY_READS = 141
 
 
 @contextmanager
-def in_one_sentence(command: str) -> Iterator[None]:
+def exit_with_message(command: str) -> Iterator[None]:
     """Ends the process with status 1 and the message of an error that was raised for the user to read.
 
     Args:
@@ -29,13 +29,13 @@ def in_one_sentence(command: str) -> Iterator[None]:
         yield
         sys.stdout.flush()
     except BrokenPipeError as error:
-        if not is_for_the_user(error):
+        if not is_user_error(error):
             raise
         # What is left to print would fail again when the process ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(_NOBODY_READS) from error
     except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
-        if not is_for_the_user(error):
+        if not is_user_error(error):
             raise
         raise SystemExit(printable(f"lightning-unlearn {command}: error: {error}")) from error
     except Exception as error:
@@ -44,7 +44,7 @@ def in_one_sentence(command: str) -> Iterator[None]:
         raise SystemExit(printable(f"lightning-unlearn {command}: error: {error}")) from error
 
 
-def is_for_the_user(error: BaseException) -> bool:
+def is_user_error(error: BaseException) -> bool:
     """Whether an error was raised by this package, or LightningCLI, not by a user's code or within a library."""
     raised_in = _module_of(error)
     if isinstance(error, RuntimeError):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import lightning_unlearn
 from lightning_unlearn.cli._completion import SHELLS, PrintCompletion
 from lightning_unlearn.cli._demo import add_demo, run_demo
-from lightning_unlearn.cli._errors import in_one_sentence
+from lightning_unlearn.cli._errors import exit_with_message
 from lightning_unlearn.cli._examples import examples
 from lightning_unlearn.cli._init import add_init, run_init
 from lightning_unlearn.cli._report import add_report, run_report
@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.print_help()
         return
     if given[0] in _WITH_CONFIG:
-        with in_one_sentence(given[0]):
+        with exit_with_message(given[0]):
             # LightningCLI can be imported without it, but not made.
             _require_jsonargparse(given[0])
             _WITH_CONFIG[given[0]](given[1:])
@@ -109,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(given)
     if options.command is None:
         parser.error("expected a command; lightning-unlearn --help lists them.")
-    with in_one_sentence(options.command):
+    with exit_with_message(options.command):
         if options.command == "init":
             _require_jsonargparse(options.command)
         _PLAIN[options.command](options)

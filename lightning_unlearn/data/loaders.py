@@ -112,7 +112,7 @@ def _stated_batch_size(loader: DataLoader[Any]) -> int | None:
     return int(stated) if stated else None
 
 
-def apart(loader: DataLoader[Any]) -> DataLoader[Any]:
+def detached_copy(loader: DataLoader[Any]) -> DataLoader[Any]:
     """A copy that delivers in the order drawn, and whose iterations, and their workers, are its own."""
     other = copy.copy(loader)
     # Not through __init__, which a subclass may have changed; DataLoader refuses to have these set as attributes.
@@ -149,7 +149,7 @@ def iterate_indices(
     """
     size = size or batch_size(loader)
     batches = HandedOut(BatchSampler(index.tolist(), size, drop_last=False))
-    ordered = apart(loader)
+    ordered = detached_copy(loader)
     ordered.__dict__.update(
         sampler=index.tolist(), batch_sampler=batches, batch_size=size, drop_last=False, generator=None
     )

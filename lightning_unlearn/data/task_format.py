@@ -128,7 +128,7 @@ class TaskFormat:
             )
         return logits.unsqueeze(1) if logits.ndim == 1 else logits
 
-    def settle(self, output: Tensor, label: Any) -> None:
+    def infer_task(self, output: Tensor, label: Any) -> None:
         """Settles the task by the first batch; later calls do nothing.
 
         Args:
@@ -151,9 +151,9 @@ class TaskFormat:
         self._task, self.num_outputs = task, outputs
 
     def alike(self, output: Tensor, label: Any) -> TaskFormat:
-        """Another reading with the same settings, settled by another first batch; see :meth:`settle`."""
+        """Another reading with the same settings, settled by another first batch; see :meth:`infer_task`."""
         other = TaskFormat(replace(self.data, batch_to_xy=None, logits_from=None))
-        other.settle(output, label)
+        other.infer_task(output, label)
         return other
 
     def _seen_task(self, outputs: int, label: Any) -> Task:
@@ -191,7 +191,7 @@ class TaskFormat:
             return index
         return (index.unsqueeze(1) * count + torch.arange(count, device=index.device)).flatten()
 
-    def by_row(self, values: Tensor) -> Tensor:
+    def repeat_per_row(self, values: Tensor) -> Tensor:
         """(U,), a value (B,) for each sample repeated for each of its rows."""
         return values if self.rows_per_sample == 1 else values.repeat_interleave(self.rows_per_sample, dim=0)
 
@@ -292,10 +292,10 @@ class TaskFormat:
         illegal = (found == _ILLEGAL).nonzero().flatten()
         if len(illegal):
             at = int(illegal[0]) // self.rows_per_sample
-            raise ValueError(self._complaint(label[at], first_index))
+            raise ValueError(self._label_error(label[at], first_index))
         return found
 
-    def _complaint(self, label: Tensor, first_index: int) -> str:
+    def _label_error(self, label: Tensor, first_index: int) -> str:
         where = f"in the batch that starts at dataset index {first_index}"
         shown = label.item() if label.numel() == 1 else [round(value, 4) for value in label.flatten()[:8].tolist()]
         if self.task == "multiclass" and label.numel() == 1:

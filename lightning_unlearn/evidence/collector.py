@@ -148,7 +148,7 @@ class EvidenceCollector:
             self.features.start(fit, trace, first)
         if self.task_format.task != "multilabel":
             with fit.isolated_eval():
-                self._attributor(fit).rehearse(first.x, first.label.clamp(min=0), rows=self.recipe.needs_rows)
+                self._attributor(fit).check_first_rows(first.x, first.label.clamp(min=0), rows=self.recipe.needs_rows)
 
     def start_reading(self, fit: FitContext, trace: ForwardTrace, data: Recognized | None, first: IndexedBatch) -> None:
         """Starts to read training steps, or says why not.
@@ -163,7 +163,7 @@ class EvidenceCollector:
             return
         maker = trace.logits_module(self.task_format.num_outputs)
         if data is not None and data.train_fault:
-            self.reader.give_up(data.train_fault)
+            self.reader.disable(data.train_fault)
         elif maker is not None and data is not None:
             known = self.in_use.label.clone()
             for index, label in ((first.index, first.label.cpu()), (data.rows.index, data.rows.label.flatten())):
@@ -172,7 +172,7 @@ class EvidenceCollector:
             if self.looks_early(fit.epoch + 1):
                 self.reader.positions = torch.zeros(fit.total, dtype=torch.uint8)
         else:
-            self.reader.give_up("no module of the model returns the logits that forward returns")
+            self.reader.disable("no module of the model returns the logits that forward returns")
         if self.reader.reason:
             self._say_fallback()
 

@@ -81,14 +81,14 @@ class ScoringPass:
         label = batch.label.clamp(min=0)
         seen = self._attribute(batch.x, label)
         margin, index = seen.total(), task_format.row_indices(batch.index)
-        counts = (task_format.by_row(batch.weight) > 0) & (batch.label != IGNORED)
-        there = (task_format.by_row(batch.weight) > 0).cpu()
+        counts = (task_format.repeat_per_row(batch.weight) > 0) & (batch.label != IGNORED)
+        there = (task_format.repeat_per_row(batch.weight) > 0).cpu()
         check_same_labels(trajectory.label[index[there]], batch.label.cpu()[there])
         trajectory.observe(index[counts.cpu()], seen.logits[counts], label[counts], margin[counts])
         if not self.is_last:
             return {"label": batch.label}
         found = {"label": batch.label, **trajectory.of_last_pass(seen.logits, label)}
-        found["identity"] = task_format.by_row(_identity(batch))
+        found["identity"] = task_format.repeat_per_row(_identity(batch))
         found |= _seen_in_the_last_pass(seen, label, margin)
         if self.early is not None:
             found["response"] = response(self.fit.model, self.early, seen.watched[0])

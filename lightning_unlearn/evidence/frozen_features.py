@@ -9,7 +9,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from lightning_unlearn.attribution import BATCH_NORM, ForwardTrace, named_layers, slice_batch, tap
+from lightning_unlearn.attribution import BATCH_NORM, ForwardTrace, named_layers, record_activation, slice_batch
 from lightning_unlearn.attribution.layers import LayerPoint
 from lightning_unlearn.functional.leave_one_out import leave_one_out_logits, left_out_rate, objection_to, skill_of
 from lightning_unlearn.functional.prequential import PrequentialRate
@@ -96,7 +96,7 @@ class FrozenFeatures:
         """What the layer takes of the samples that were kept, under the statistics that were kept."""
         if self.point is None:
             return None
-        with fit.isolated_eval(), torch.no_grad(), tap(fit.model, self.point) as take:
+        with fit.isolated_eval(), torch.no_grad(), record_activation(fit.model, self.point) as take:
             for name, value in _statistics(fit.model).items():
                 value.copy_(self._statistics.get(name, value))
             try:

@@ -121,7 +121,7 @@ class KeyedCollector(EvidenceCollector):
         if maker is not None:
             self.reader.start(fit, maker)
         else:
-            self.reader.give_up("no module of the model returns what forward returns as logits")
+            self.reader.disable("no module of the model returns what forward returns as logits")
         self._check_reads(fit)
 
     def _check_reads(self, fit: FitContext) -> None:

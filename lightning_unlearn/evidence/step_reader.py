@@ -166,7 +166,7 @@ class TrainStepReader:
             loaders = fit.live_loaders()
             fault = _fault_of_loaders(loaders)
             if fault:
-                self.give_up(fault)
+                self.disable(fault)
                 return
             self._remember(loaders)
             self._size = len(loaders[0].dataset) * self._reading.rows_per_sample
@@ -204,9 +204,9 @@ class TrainStepReader:
         if step is None or not self.is_reading:
             return
         if step.calls > 1:
-            self.give_up(f"training_step calls '{self.head}' {step.calls} times, not once")
+            self.disable(f"training_step calls '{self.head}' {step.calls} times, not once")
         elif step.fault:
-            self.give_up(f"training_step calls '{self.head}', but {step.fault}")
+            self.disable(f"training_step calls '{self.head}', but {step.fault}")
         elif step.gradient is None:
             self._unchecked += 1
             self._unchecked_why = (
@@ -228,7 +228,7 @@ class TrainStepReader:
         if not self._agreed:
             self._agreed = fit.agree(bool(self.reason), of_all=False)
             if self._agreed and not self.reason:
-                self.give_up("another rank gave up")
+                self.disable("another rank gave up")
         self.rows_read = self._epoch_rows
         self._begin_epoch()
         return not self._agreed
@@ -268,7 +268,7 @@ class TrainStepReader:
         try:
             label: Any = self._reading.split(batch)[1]
         except Exception as error:
-            self.give_up(f"the batch of a training step cannot be split into input and labels ({error})")
+            self.disable(f"the batch of a training step cannot be split into input and labels ({error})")
             return None
         try:
             labels = len(label)
@@ -277,20 +277,20 @@ class TrainStepReader:
             return None
         if labels != num_rows:
             drawn = "dataset indices" if self._keyed is None else "keys"
-            self.give_up(f"a batch of {num_rows} {drawn} has {labels} rows")
+            self.disable(f"a batch of {num_rows} {drawn} has {labels} rows")
             return None
         # A copy, since training_step may permute them in place.
         return label.clone() if isinstance(label, Tensor) else label
 
     def _give_up_labels(self, error: Exception) -> None:
-        self.give_up(f"the labels of a training step have another form than those of a pass ({error})")
+        self.disable(f"the labels of a training step have another form than those of a pass ({error})")
 
     def _close_window(self) -> None:
         """Checks the rows held back and hands them on."""
         held, unchecked = self._held, self._unchecked
         self._held, self._unchecked = [], 0
         if unchecked > len(held):
-            self.give_up(self._unchecked_why)
+            self.disable(self._unchecked_why)
             return
         index = [as_indices(step.batch) if self.by_key is None else self.by_key.slots(step.batch) for step in held]
         known = [(step, of) for step, of in zip(held, index, strict=True) if of is not None]
@@ -308,7 +308,7 @@ class TrainStepReader:
         if len(index) == 0:
             return
         if self._keyed is None and (index.min() < 0 or index.max() >= self._size):
-            self.give_up(f"the train loader draws indices outside [0, {self._size})")
+            self.disable(f"the train loader draws indices outside [0, {self._size})")
             return
         legal = (label >= 0) & (label < logits.shape[1])
         judged, pulled = has_mixed_target(logits, gradient, label.where(legal, 0))
@@ -318,7 +318,7 @@ class TrainStepReader:
         self._pulled += num_pulled
         fault = self._fault_of_counts(num_illegal, num_relabeled)
         if fault:
-            self.give_up(fault)
+            self.disable(fault)
         elif num_judged or self._has_judged:
             self._has_judged = True
             self._epoch_rows += len(index)
@@ -384,11 +384,11 @@ class TrainStepReader:
         if self._is_unknown:
             self._unknown_epochs += 1
             if self._unknown_epochs > 1:
-                self.give_up("the train loader's batches cannot be matched with dataset indices")
+                self.disable("the train loader's batches cannot be matched with dataset indices")
         elif self._is_blind and not self._has_judged:
-            self.give_up("the gradient of the loss at the logits is zero or not finite in all rows of an epoch")
+            self.disable("the gradient of the loss at the logits is zero or not finite in all rows of an epoch")
 
-    def give_up(self, reason: str) -> None:
+    def disable(self, reason: str) -> None:
         """Reads no more steps of this fit; the first reason is kept."""
         self.reason = self.reason or reason
         self.detach()

@@ -137,7 +137,7 @@ class PartitionTime:
         """The best of the validations so far; None where none could be read."""
         return max((one.accuracy for one in self._notes.values() if one.samples), default=None)
 
-    def settle(self, limits: TrainingLimits, *, may_be_last: bool) -> None:
+    def plan(self, limits: TrainingLimits, *, may_be_last: bool) -> None:
         """Looks at the Trainer's limits, when the fit is set up.
 
         Args:

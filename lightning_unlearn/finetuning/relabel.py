@@ -55,7 +55,7 @@ def with_labels(batch: Any, task_format: TaskFormat, new: Tensor, companions: Se
 
     Example:
         >>> task_format = TaskFormat()
-        >>> task_format.settle(torch.zeros(2, 9), torch.tensor([4, 5]))
+        >>> task_format.infer_task(torch.zeros(2, 9), torch.tensor([4, 5]))
         >>> batch = (torch.zeros(2, 3), torch.tensor([4, 5]))
         >>> with_labels(batch, task_format, torch.tensor([-1, 7]))[1]
         tensor([4, 7])

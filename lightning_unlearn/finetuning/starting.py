@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 
 from lightning_unlearn.finetuning import messages
 from lightning_unlearn.finetuning.warm_start import Memory, Start, StartWeights, WarmStart, choose_start
-from lightning_unlearn.trainer.compat import MisconfigurationException, is_a
+from lightning_unlearn.trainer.compat import MisconfigurationException, is_lightning_instance
 from lightning_unlearn.trainer.context import FitContext
 from lightning_unlearn.trainer.early_stopping import count_anew
 from lightning_unlearn.trainer.progress import rank_zero_info
@@ -91,7 +91,7 @@ class Starting:
         moved, undo = self.weights.move(fit.model, how, weight_copies(fit), frozen)
         undoing.append(undo)
         if masks is not None:
-            masks.silence()
+            masks.zero_pruned()
         undoing.append(count_anew(fit))
         return moved
 
@@ -117,5 +117,5 @@ def _obstacle(fit: FitContext) -> str:
     """Why weights are not moved, and the optimizer not made anew, where nobody has insisted on it."""
     if fit.is_sharded:
         return f"under {fit.strategy_name} every rank holds a part of them"
-    other = next((callback for callback in fit.callbacks if is_a(callback, "BaseFinetuning")), None)
+    other = next((callback for callback in fit.callbacks if is_lightning_instance(callback, "BaseFinetuning")), None)
     return "" if other is None else f"{type(other).__name__} manages the current optimizer"

@@ -71,7 +71,7 @@ class _Column:
     suspect: Tensor
 
 
-def assemble(  # noqa: PLR0913  (what a partition says of itself)
+def build_partition(  # noqa: PLR0913  (what a partition says of itself)
     judged: Sequence[ShardResult],
     label: Tensor,
     cut: CleanCriteria,
@@ -109,8 +109,10 @@ def assemble(  # noqa: PLR0913  (what a partition says of itself)
     columns = [_column(*each, cut.precision, reduce) for each in zip(judged, given_of_each, strict=True)]
     if decided is not None:
         new_label = decided.new_label.reshape(len(label), -1).unbind(dim=1)
-        columns = [_reviewed(*each, decided.decision) for each in zip(columns, given_of_each, new_label, strict=True)]
-    one = columns[0] if label.ndim == 1 else _joined(columns, label)
+        columns = [
+            _apply_review(*each, decided.decision) for each in zip(columns, given_of_each, new_label, strict=True)
+        ]
+    one = columns[0] if label.ndim == 1 else _merge_labels(columns, label)
     is_clean = _enforce_min_class_fraction(
         ~one.suspect & one.usable, one.probability, label, cut.min_class_fraction, one.usable
     )
@@ -184,7 +186,7 @@ def _moved(interval: tuple[float, float], by: float) -> tuple[float, float]:
     return min(max(low + by, 0.0), 1.0), high if high >= 1 else min(max(high + by, 0.0), 1.0)
 
 
-def notes_of(judged: Sequence[ShardResult], partition: Partition) -> list[str]:
+def gate_messages(judged: Sequence[ShardResult], partition: Partition) -> list[str]:
     """What the gates said, for the log; of a multi-label task what was found at which labels."""
     if not partition.is_multilabel:
         return [note for one in judged if one.verdict for note in one.verdict.notes]
@@ -230,7 +232,7 @@ def _column(one: ShardResult, given: Tensor, precision: float, reduce: Reduce) -
     )
 
 
-def _reviewed(one: _Column, given: Tensor, new: Tensor, decision: Tensor) -> _Column:
+def _apply_review(one: _Column, given: Tensor, new: Tensor, decision: Tensor) -> _Column:
     """What is known of every sample's one label, with what a person has decided.
 
     Args:
@@ -256,7 +258,7 @@ def _reviewed(one: _Column, given: Tensor, new: Tensor, decision: Tensor) -> _Co
     )
 
 
-def _joined(columns: Sequence[_Column], label: Tensor) -> _Column:
+def _merge_labels(columns: Sequence[_Column], label: Tensor) -> _Column:
     """Of a sample with several labels: it is as clean as the most doubtful of them."""
     probability = torch.stack([column.probability for column in columns], dim=1)
     wrong = torch.stack([column.suspect | ~column.usable for column in columns], dim=1)

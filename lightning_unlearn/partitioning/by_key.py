@@ -10,7 +10,7 @@ from lightning_unlearn.attribution import GRADIENT_X_ACTIVATION
 from lightning_unlearn.data.sample_key import Key
 from lightning_unlearn.data.task_format import TaskFormat
 from lightning_unlearn.recipes import Recipe
-from lightning_unlearn.results.review import Review, check_classes, settle
+from lightning_unlearn.results.review import Review, check_classes, validate_review
 from lightning_unlearn.results.review_csv import Table
 from lightning_unlearn.trainer.compat import MisconfigurationException
 from lightning_unlearn.trainer.progress import rank_zero_warn
@@ -88,7 +88,7 @@ def review_by_key(table: Table, keys: Sequence[Key], task_format: TaskFormat) ->
             f" partition ({missing[0]!r}{', ...' if len(missing) > 1 else ''}), and do not count."
         )
     several = task_format.task == "multilabel"
-    return settle(
+    return validate_review(
         # Which samples they are of is said by the keys.
         replace(table, mark="", rows=tuple(replace(row, index=at) for row, at in found if at is not None)),
         total=len(keys),

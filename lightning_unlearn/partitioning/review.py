@@ -8,7 +8,7 @@ from os import PathLike
 from torch import Tensor
 
 from lightning_unlearn.partitioning.build import ShardResult, refusal_reason
-from lightning_unlearn.results.review import AppliedReview, Review, settle
+from lightning_unlearn.results.review import AppliedReview, Review, validate_review
 from lightning_unlearn.results.review_csv import Table, read_review
 from lightning_unlearn.trainer.context import FitContext
 from lightning_unlearn.trainer.data_checks import class_labels, read_labels
@@ -40,7 +40,7 @@ def fit_to_data(fit: FitContext, table: Table, fingerprint: str, *, content: boo
     task_format, loader = fit.task_format, fit.scoring_loader
     several = task_format.task == "multilabel"
     with fit.isolated_eval():
-        review = settle(
+        review = validate_review(
             table,
             total=len(loader.dataset),  # type: ignore[arg-type]  # its length has been checked
             classes=task_format.num_outputs if several else task_format.num_classes,
@@ -61,7 +61,7 @@ def check_agrees(before: Review | None, now: Review) -> None:
     Raises:
         ValueError: saying what to do.
     """
-    if before is None or not before.agrees_with(now):
+    if before is None or not before.equals(now):
         made = "without decisions" if before is None else f"with other decisions ({before.path})"
         raise ValueError(
             f"Expected the decisions of {now.path} before the partition is computed, but that of the checkpoint was"

@@ -21,7 +21,7 @@ from lightning_unlearn.partitioning.apply_recipe import (
     validation_accuracy,
     weight_of_copies,
 )
-from lightning_unlearn.partitioning.build import CleanCriteria, ShardResult, assemble, notes_of
+from lightning_unlearn.partitioning.build import CleanCriteria, ShardResult, build_partition, gate_messages
 from lightning_unlearn.partitioning.by_key import review_by_key
 from lightning_unlearn.partitioning.messages import (
     class_names_of,
@@ -211,7 +211,7 @@ class Partitioning:
     ) -> Partition:
         """The partition of the training set, or of the validation set with this fingerprint."""
         recipe, when = self.settings.recipe, self.collector.when
-        new = assemble(
+        new = build_partition(
             judged,
             label,
             # Of validation samples none are to be kept for training.
@@ -261,7 +261,7 @@ class Partitioning:
         if partition is None:
             return
         seen = epochs_in_words(len(self.collector.epochs_seen))
-        notes = [*([] if review is None else [review.counts()]), *notes_of(judged, partition)]
+        notes = [*([] if review is None else [review.counts()]), *gate_messages(judged, partition)]
         evidence = f"evidence of {seen}" + ("" if fit.keyed is not None else f" and a pass of {seconds:.1f} s")
         report_partition(fit, partition, evidence, notes)
 

@@ -189,7 +189,7 @@ def check_known_labels(fit: FitContext, first: IndexedBatch, known: Tensor | Non
     if known is not None:
         task_format = fit.task_format
         check_same_size(len(known) // task_format.rows_per_sample, fit.total)
-        there = (task_format.by_row(first.weight) > 0).cpu()
+        there = (task_format.repeat_per_row(first.weight) > 0).cpu()
         check_same_labels(known[task_format.row_indices(first.index)[there]], first.label.cpu()[there])
 
 

@@ -168,7 +168,7 @@ def snapshot(entries: Sequence[PrunedEntries]) -> Callable[[], None]:
 
 
 @contextmanager
-def silenced(entries: Sequence[PrunedEntries]) -> Iterator[None]:
+def temporarily_zeroed(entries: Sequence[PrunedEntries]) -> Iterator[None]:
     """Inside, the entries are zero; afterwards they are as they were."""
     restore = snapshot(entries)
     PrunedParameters(entries).zero_parameters()
@@ -184,7 +184,7 @@ def are_revived(entries: Sequence[PrunedEntries]) -> bool:
     return any(entry.is_revived() for entry in entries)
 
 
-def owners(model: nn.Module, module: nn.Module) -> list[str]:
+def modules_sharing_parameters(model: nn.Module, module: nn.Module) -> list[str]:
     """Dotted paths of the other modules that hold one of a module's own parameters, which are tied."""
     own = _held_in(module)
     # A parametrization is a part of the module whose weight it computes.

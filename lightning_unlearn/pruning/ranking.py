@@ -10,7 +10,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lightning_unlearn.attribution import OOMBatchSplitter, loss_gradients, neuron_dimension, resolve_layer, tap
+from lightning_unlearn.attribution import (
+    OOMBatchSplitter,
+    loss_gradients,
+    neuron_dimension,
+    record_activation,
+    resolve_layer,
+)
 from lightning_unlearn.functional.importance import NeuronSums, neuron_sums
 from lightning_unlearn.functional.selection import in_order
 from lightning_unlearn.functional.sensitivity import RegressionSums, regression_sums, solve_sensitivity
@@ -142,7 +148,7 @@ def _finite_only(batch: IndexedBatch, seen: Seen) -> tuple[IndexedBatch, Seen]:
 
 def _activations(reads: _Reads, batches: Iterator[IndexedBatch]) -> Iterator[tuple[IndexedBatch, Seen]]:
     with ExitStack() as stack:
-        takes = [stack.enter_context(tap(reads.fit.model, site.point)) for site in reads.sites]
+        takes = [stack.enter_context(record_activation(reads.fit.model, site.point)) for site in reads.sites]
         for batch in batches:
             with torch.no_grad():
                 reads.fit.output(batch.x)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_unlearn.attribution import neuron_dimension, resolve_layer
-from lightning_unlearn.pruning.masking import silenced
+from lightning_unlearn.pruning.masking import temporarily_zeroed
 from lightning_unlearn.pruning.sites import PruneSite
 from lightning_unlearn.utilities.sharding import local_part
 
@@ -34,7 +34,7 @@ def find_silent(
     with ExitStack() as stack:
         stack.enter_context(_disturbed(_parts(model, sites)))
         entries = [entry for site, n in zip(sites, neurons, strict=True) for entry in site.entries(model, n)]
-        stack.enter_context(silenced(entries))
+        stack.enter_context(temporarily_zeroed(entries))
         for site, n, found in zip(sites, neurons, heard, strict=True):
             stack.callback(_listen(model, site, n, found).remove)
         run()

@@ -24,9 +24,9 @@ from lightning_unlearn.pruning.masking import (
     PrunedEntries,
     as_in_eval,
     consumer_entries,
+    modules_sharing_parameters,
     neuron_entries,
-    owners,
-    silenced,
+    temporarily_zeroed,
 )
 from lightning_unlearn.utilities.sharding import whole
 
@@ -134,7 +134,7 @@ def named_site(model: nn.Module, name: str, trace: Trace, first: ForwardTrace) -
         norm, near = first.norm_after(name), _norm_further_on(first, call)
         if call.is_changed or (norm is None and near is not None):
             every = torch.arange(neuron_count(module))
-            with silenced(neuron_entries(module, None, every)):
+            with temporarily_zeroed(neuron_entries(module, None, every)):
                 silent = trace()
             if call.is_changed and not _is_constant(silent.calls_of(name)[0].output):
                 raise ValueError(_ADDED.format(before=_before(first, name)))
@@ -171,7 +171,7 @@ def default_site(model: nn.Module, amount: float, first: ForwardTrace) -> PruneS
         _check_not_tied(model, linear)
         consumer_entries(linear, _NO_NEURON)
     alone = PruneSite(head, "input", consumer=head)
-    layer = first.feeder(head)
+    layer = first.producer_of(head)
     if layer is None or len(first.calls_of(layer)) != 1:
         return alone
     site = PruneSite(head, "input", layer=layer, norm=first.norm_after(layer), consumer=head)
@@ -228,7 +228,7 @@ def _before(trace: ForwardTrace, name: str) -> str:
 
 
 def _check_not_tied(model: nn.Module, module: nn.Module) -> None:
-    if others := owners(model, module):
+    if others := modules_sharing_parameters(model, module):
         raise ValueError(
             f"Its parameters are shared with '{others[0]}' (tied weights), whose neurons would be pruned too; untie"
             " them or name another layer."

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lightning_unlearn.pruning.masking import silenced
+from lightning_unlearn.pruning.masking import temporarily_zeroed
 from lightning_unlearn.pruning.sites import PruneSite
 from lightning_unlearn.shrinking import save_shrunk, shrink
 from lightning_unlearn.shrinking.cost import parameter_count
@@ -39,7 +39,7 @@ def refuse_unshrinkable(fit: FitContext, sites: Sequence[PruneSite], x: Any, pat
         target_file(path)
         # Every other neuron, so that groups of channels lose as many each, and layers that are added the same ones.
         entries = [e for site in sites for e in site.entries(model, torch.arange(0, site.width(model), 2))]
-        with warnings.catch_warnings(record=True) as said, silenced(entries):
+        with warnings.catch_warnings(record=True) as said, temporarily_zeroed(entries):
             warnings.simplefilter("always")
             small = shrink(model, x)
         reasons = " ".join(str(one.message) for one in said if str(one.message).startswith("shrink kept"))

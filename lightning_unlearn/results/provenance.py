@@ -67,7 +67,7 @@ def provenance(
         accuracy: on the validation data, before and after.
         validation: what was found of the validation set; None where it was not judged.
     """
-    return primitive(  # type: ignore[no-any-return]  # a dict stays one
+    return to_jsonable(  # type: ignore[no-any-return]  # a dict stays one
         {
             "format": FORMAT,
             "version": VERSION,
@@ -87,7 +87,7 @@ def provenance(
                 "rounds": [vars(drawn) for drawn in rounds],
             },
             "validation": validation,
-            "review": None if review is None else _reviewed(review, partition.label),
+            "review": None if review is None else _review_entry(review, partition.label),
             "done": done,
             "accuracy": accuracy,
         }
@@ -108,10 +108,10 @@ def settings_of(callback: Any, **known: Any) -> dict[str, Any]:
     """
     names = list(inspect.signature(type(callback).__init__).parameters)[1:]
     found = {name: known[name] if name in known else getattr(callback, name, None) for name in names}
-    return {name: primitive(value) for name, value in found.items()}
+    return {name: to_jsonable(value) for name, value in found.items()}
 
 
-def primitive(value: Any) -> Any:
+def to_jsonable(value: Any) -> Any:
     """A value as JSON, and a checkpoint that is loaded without pickled classes, can hold it.
 
     Functions and classes become their dotted path, other objects that of their class.
@@ -130,11 +130,11 @@ def primitive(value: Any) -> Any:
         return value
     if hasattr(value, "tolist"):
         # A tensor or an array.
-        return primitive(value.tolist())
+        return to_jsonable(value.tolist())
     if isinstance(value, Mapping):
-        return {str(plain(key)): primitive(part) for key, part in value.items()}
+        return {str(plain(key)): to_jsonable(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [primitive(part) for part in value]
+        return [to_jsonable(part) for part in value]
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     named = value if hasattr(value, "__qualname__") else type(value)
@@ -175,7 +175,7 @@ def _installed(package: str) -> str | None:
     return None if found is None else found.version
 
 
-def _reviewed(review: Review, label: Tensor) -> dict[str, Any]:
+def _review_entry(review: Review, label: Tensor) -> dict[str, Any]:
     """Which samples a person has decided of, without the decisions that do not count."""
     decided = review.apply_to(label)
     by_decision = {name: (decided.decision == code).nonzero().flatten() for code, name in enumerate(DECISIONS)}

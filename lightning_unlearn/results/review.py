@@ -52,7 +52,7 @@ class Review:
         kept, dropped, relabeled = (int((self.decision == code).sum()) for code in (KEEP, DROP, RELABEL))
         return f"decided in {self.path}: keep {kept:,}, drop {dropped:,}, relabel {relabeled:,}"
 
-    def agrees_with(self, other: Review) -> bool:
+    def equals(self, other: Review) -> bool:
         """Whether the same is decided of the same samples, in whatever order."""
         mine, others = ((one.index.argsort(), one) for one in (self, other))
         return all(
@@ -119,7 +119,7 @@ class AppliedReview:
     stale: int
 
 
-def settle(
+def validate_review(
     table: Table, *, total: int, classes: int, labels: int | None = None, fingerprint: str = "", content: bool = True
 ) -> Review:
     """Decisions that fit a data set.

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
 
-from lightning_unlearn.trainer.compat import is_a
+from lightning_unlearn.trainer.compat import is_lightning_instance
 from lightning_unlearn.trainer.fit_loop import averages_weights
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def move_before_progress_bars(fit: RunningFit, callback: Any) -> None:
     """
     callbacks = callbacks_of(fit.trainer)
     here = callbacks.index(callback)
-    bar = next((i for i, other in enumerate(callbacks[:here]) if is_a(other, "ProgressBar")), None)
+    bar = next((i for i, other in enumerate(callbacks[:here]) if is_lightning_instance(other, "ProgressBar")), None)
     if bar is None:
         return
     callbacks.insert(bar, callbacks.pop(here))

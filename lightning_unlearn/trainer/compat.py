@@ -57,7 +57,7 @@ def _add_base(kind: type[Any], base: type[Any]) -> None:
         kind.__bases__ = (*kind.__bases__, base)
 
 
-def is_a(value: Any, *names: str) -> bool:
+def is_lightning_instance(value: Any, *names: str) -> bool:
     """Whether this is an instance of a class of Lightning, of either package.
 
     Args:

@@ -152,7 +152,7 @@ def _probe_in_hand(fit: FitContext) -> tuple[ForwardTrace, IndexedBatch]:
 def without(absent: set[int], indices: Tensor, task_format: TaskFormat, label: Tensor) -> Tensor:
     """The labels (U,) of a batch, those of samples that are not there to be ignored."""
     gone = ~_is_there(absent, indices)
-    return label.masked_fill(task_format.by_row(gone).to(label.device), IGNORED) if gone.any() else label
+    return label.masked_fill(task_format.repeat_per_row(gone).to(label.device), IGNORED) if gone.any() else label
 
 
 def _is_there(absent: set[int], indices: Tensor) -> Tensor:

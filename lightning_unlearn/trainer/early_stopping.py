@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from lightning_unlearn.trainer.callback_order import callbacks_of
-from lightning_unlearn.trainer.compat import is_a
+from lightning_unlearn.trainer.compat import is_lightning_instance
 from lightning_unlearn.trainer.progress import rank_zero_info
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class EarlyEnd:
 
 
 def _stoppers(callbacks: Iterable[Any]) -> list[Any]:
-    return [callback for callback in callbacks if is_a(callback, "EarlyStopping")]
+    return [callback for callback in callbacks if is_lightning_instance(callback, "EarlyStopping")]
 
 
 def has_fired(trainer: Trainer, epoch: int) -> bool:

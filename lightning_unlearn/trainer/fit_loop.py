@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_unlearn.trainer.compat import is_a
+from lightning_unlearn.trainer.compat import is_lightning_instance
 
 
 def runs_in_other_processes(trainer: Trainer) -> bool:
@@ -78,7 +78,7 @@ def validation_loaders(trainer: Trainer) -> list[tuple[Any, int | None]]:
 def rewrap_ddp(trainer: Trainer) -> None:
     """Wraps the module anew after ``requires_grad`` has changed, which a DDP wrapper notices only when it is made."""
     strategy: Any = trainer.strategy
-    if is_a(strategy, "DDPStrategy") and strategy.lightning_module is not None:
+    if is_lightning_instance(strategy, "DDPStrategy") and strategy.lightning_module is not None:
         strategy.model = strategy.lightning_module
         strategy.configure_ddp()
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_unlearn.trainer.compat import MisconfigurationException, is_a
+from lightning_unlearn.trainer.compat import MisconfigurationException, is_lightning_instance
 from lightning_unlearn.trainer.fit_loop import live_loaders
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def refuse_beside_finetuning(fit: RunningFit, who: str, **given: bool) -> None:
     Raises:
         MisconfigurationException: naming the argument and the other callback.
     """
-    other = next((callback for callback in fit.callbacks if is_a(callback, "BaseFinetuning")), None)
+    other = next((callback for callback in fit.callbacks if is_lightning_instance(callback, "BaseFinetuning")), None)
     wrong = next((name for name, is_given in given.items() if is_given), None)
     if other is not None and wrong is not None:
         raise MisconfigurationException(

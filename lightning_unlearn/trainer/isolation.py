@@ -12,7 +12,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.seed import isolate_rng as isolate_rng
 
 from lightning_unlearn.attribution import no_batch_splitting
-from lightning_unlearn.trainer.compat import is_a
+from lightning_unlearn.trainer.compat import is_lightning_instance
 from lightning_unlearn.trainer.model_state import kept
 from lightning_unlearn.trainer.progress import close_progress
 from lightning_unlearn.utilities.sharding import reshard
@@ -46,7 +46,7 @@ def _logging_nothing(trainer: Trainer, pl_module: LightningModule) -> Iterator[N
 
     def ignored(*_: Any, **__: Any) -> None: ...
 
-    logging = [module for module in pl_module.modules() if is_a(module, "LightningModule")]
+    logging = [module for module in pl_module.modules() if is_lightning_instance(module, "LightningModule")]
     hidden = [(module, name) for module in logging for name in ("log", "log_dict")]
     # Where somebody has put a function of their own.
     before = {(module, name): vars(module)[name] for module, name in hidden if name in vars(module)}

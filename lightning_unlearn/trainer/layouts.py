@@ -51,7 +51,7 @@ def settle_layout(
             first = first or error
             continue
         task_format.layout = layout
-        task_format.settle(trace.output, label)
+        task_format.infer_task(trace.output, label)
         task_format.rivals = tuple(_rivals(task_format, batch, size, trace, classes))
         is_known = task_format.label_at is not None or is_given(batch, layout, module)
         task_format.is_open = bool(task_format.rivals) and not is_known
@@ -80,7 +80,7 @@ def _as_settled(
 ) -> tuple[ForwardTrace, Any, Any]:
     x, label = task_format.split(batch)
     trace = _run(run, task_format.layout, x, module, batch)
-    task_format.settle(trace.output, label)
+    task_format.infer_task(trace.output, label)
     return trace, x, label
 
 

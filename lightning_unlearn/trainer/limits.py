@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lightning.pytorch import Trainer
 
 from lightning_unlearn.trainer.callback_order import callbacks_of
-from lightning_unlearn.trainer.compat import is_a
+from lightning_unlearn.trainer.compat import is_lightning_instance
 from lightning_unlearn.trainer.fit_loop import is_fast_dev_run
 
 
@@ -52,7 +52,7 @@ def limits_of(trainer: Trainer) -> TrainingLimits:
 
 def _share_of_time(trainer: Trainer) -> float:
     for callback in callbacks_of(trainer):
-        if is_a(callback, "Timer") and callback.time_remaining() is not None:
+        if is_lightning_instance(callback, "Timer") and callback.time_remaining() is not None:
             elapsed, remaining = callback.time_elapsed(), callback.time_remaining()
             return float(elapsed / max(elapsed + remaining, 1e-9))
     return 0.0
@@ -60,7 +60,12 @@ def _share_of_time(trainer: Trainer) -> float:
 
 def monitored(trainer: Trainer) -> float:
     """The metric that EarlyStopping or else a ModelCheckpoint monitors, the larger the better; NaN if there is none."""
-    found = [one for kind in ("EarlyStopping", "ModelCheckpoint") for one in callbacks_of(trainer) if is_a(one, kind)]
+    found = [
+        one
+        for kind in ("EarlyStopping", "ModelCheckpoint")
+        for one in callbacks_of(trainer)
+        if is_lightning_instance(one, kind)
+    ]
     for callback in found:
         value = trainer.callback_metrics.get(callback.monitor) if callback.monitor else None
         if value is not None:

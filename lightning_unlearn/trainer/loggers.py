@@ -12,7 +12,7 @@ from lightning_unlearn.results.labels import REASONS
 from lightning_unlearn.results.mask import NeuronMask
 from lightning_unlearn.results.partition import Partition
 from lightning_unlearn.results.plots import new_axes, pixels, plot_mask, plot_partition
-from lightning_unlearn.trainer.compat import is_a
+from lightning_unlearn.trainer.compat import is_lightning_instance
 from lightning_unlearn.trainer.fit_loop import log_values
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def log_figure(fit: RunningFit, name: str, draw: Callable[[], Any]) -> None:
         (logger, show)
         for logger in pl_module.loggers
         for kind, show in _SHOW.items()
-        if is_a(logger, kind) and id(logger) not in gave_up
+        if is_lightning_instance(logger, kind) and id(logger) not in gave_up
     ]
     if not takers or not fit.trainer.is_global_zero or find_spec("matplotlib") is None:
         return

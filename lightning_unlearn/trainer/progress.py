@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn as rank_zero_warn
 from tqdm import tqdm
 
-from lightning_unlearn.trainer.compat import is_a
+from lightning_unlearn.trainer.compat import is_lightning_instance
 
 if TYPE_CHECKING:
     from lightning_unlearn.trainer.running_fit import RunningFit
@@ -66,7 +66,7 @@ class _Line:
         self._said = fit.memory.said
         self._done, self._first = 0, 0.0
         bar: Any = fit.trainer.progress_bar_callback
-        draw = next((draw for kind, draw in _DRAW.items() if is_a(bar, kind)), None)
+        draw = next((draw for kind, draw in _DRAW.items() if is_lightning_instance(bar, kind)), None)
         self._drawn = draw(bar, title, total) if draw is not None and bar.is_enabled else None
 
     def advance(self) -> None:

@@ -61,7 +61,7 @@ class MaskSource(Protocol):
     def target_layer(self) -> str:
         """Dotted path of the layer that is or will be pruned, of several the first; known from the start."""
 
-    def silence(self) -> None:
+    def zero_pruned(self) -> None:
         """Sets what belongs to pruned neurons to zero again, for who has just changed weights."""
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_unlearn.data.fingerprint import MOST_CHANGED, share_changed
-from lightning_unlearn.data.loaders import apart, batch_size, iterate_indices
+from lightning_unlearn.data.loaders import batch_size, detached_copy, iterate_indices
 from lightning_unlearn.data.row_order import (
     ALONE,
     ItemByItem,
@@ -237,7 +237,7 @@ def _culprit(look: _Look, loader: DataLoader[Any], transfer: Transfer, fault: st
         if not hasattr(loader.dataset, "__getitems__") or any(_is_faulty(look, each, transfer) for _ in range(_AGAIN)):
             return f"{data}.__getitem__ {fault}; {_SAME_SAMPLE}"
         return f"{data}.__getitems__ {fault}; return the items in the order asked for"
-    plain = apart(loader)
+    plain = detached_copy(loader)
     plain.__class__ = DataLoader
     for name, (without, moved), advice in (
         (
@@ -254,7 +254,7 @@ def _culprit(look: _Look, loader: DataLoader[Any], transfer: Transfer, fault: st
 
 def _by_item(loader: DataLoader[Any], *, seeded: bool) -> DataLoader[Any]:
     """The loader with its data set asked for one item after the other."""
-    other = apart(loader)
+    other = detached_copy(loader)
     other.__dict__["dataset"] = ItemByItem(loader.dataset, seeded=seeded)
     return other
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_unlearn.attribution import sample_dimension, slice_batch, tap
+from lightning_unlearn.attribution import record_activation, sample_dimension, slice_batch
 from lightning_unlearn.attribution.layers import LayerPoint
 from lightning_unlearn.data.loaders import iterate_indices
 from lightning_unlearn.trainer.context import FitContext, IndexedBatch
@@ -56,7 +56,9 @@ def locate_samples(fit: FitContext, first: IndexedBatch, points: Sequence[LayerP
 
         def run(x: Any) -> list[Tensor]:
             with ExitStack() as stack:
-                takes = [stack.enter_context(tap(fit.model, replace(point, samples=0))) for point in points]
+                takes = [
+                    stack.enter_context(record_activation(fit.model, replace(point, samples=0))) for point in points
+                ]
                 output = fit.output(x)
                 return [*(take() for take in takes), output]
 

@@ -8,7 +8,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_unlearn.trainer.callback_order import callbacks_of
-from lightning_unlearn.trainer.compat import MisconfigurationException, is_a
+from lightning_unlearn.trainer.compat import MisconfigurationException, is_lightning_instance
 from lightning_unlearn.trainer.fit_loop import averages_weights, runs_in_other_processes
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ _NOT_HANDLED |= dict.fromkeys(
 
 def shards_weights(trainer: Trainer) -> bool:
     """Whether each rank holds only a part of the weights."""
-    return is_a(trainer.strategy, "ModelParallelStrategy")
+    return is_lightning_instance(trainer.strategy, "ModelParallelStrategy")
 
 
 def check_strategy(trainer: Trainer, who: str) -> None:
@@ -53,7 +53,7 @@ def check_strategy(trainer: Trainer, who: str) -> None:
     strategy: Any = trainer.strategy
     bases = [base.__name__ for base in type(strategy).__mro__]
     refused = next((_NOT_HANDLED[name] for name in bases if name in _NOT_HANDLED), None)
-    if refused is None and not is_a(strategy, *_SUPPORTED):
+    if refused is None and not is_lightning_instance(strategy, *_SUPPORTED):
         refused = ("which is not known here", "Trainer(strategy='ddp') or Trainer(devices=1)")
     if refused is not None:
         why, instead = refused

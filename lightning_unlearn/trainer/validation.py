@@ -15,7 +15,7 @@ from torch.utils.data import BatchSampler, DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_unlearn.attribution import OOMBatchSplitter
-from lightning_unlearn.data.loaders import apart, batch_count, iterate_indices
+from lightning_unlearn.data.loaders import batch_count, detached_copy, iterate_indices
 from lightning_unlearn.data.task_format import IGNORED
 from lightning_unlearn.trainer.context import FitContext
 from lightning_unlearn.trainer.progress import rank_zero_info, shown
@@ -56,7 +56,7 @@ class _ScoreAccumulator:
     def add(self, x: Any, label: Tensor, weight: Tensor) -> None:
         """Counts a batch; a row of weight 0 does not count."""
         task_format, target = self._fit.task_format, self.check(label)
-        counts = task_format.by_row(weight.to(target.device)) * (target >= 0) / task_format.rows_per_sample
+        counts = task_format.repeat_per_row(weight.to(target.device)) * (target >= 0) / task_format.rows_per_sample
         done = 0
         for logits in self._in_parts(lambda part, _: self._fit.logits(part).float(), x, label):
             rows = slice(done, done + len(logits))
@@ -68,7 +68,7 @@ class _ScoreAccumulator:
             columns = torch.stack([right, losses, torch.ones_like(losses)], dim=1)
             self.sums[:3] += (columns.double().cpu() * counts[rows].double().cpu().unsqueeze(1)).sum(dim=0)
 
-    def give_up(self) -> None:
+    def disable(self) -> None:
         """Notes that a score would not be one."""
         self.sums[3] = 1
 
@@ -135,7 +135,7 @@ def _measure_validation(fit: FitContext) -> tuple[Score | None, str]:
                 # Others wait in the forward pass in which this rank has failed, and not for its score.
                 raise
             reason = f"{type(error).__name__}: {error}"
-            tally.give_up()
+            tally.disable()
     return tally.score(), reason or "the fit has no validation batches"
 
 
@@ -231,7 +231,7 @@ def _as_it_was(loader: Any) -> Iterator[Iterator[tuple[Any, Callable[[int], Tens
     states = [generator.get_state() for generator in generators]
     if isinstance(loader, DataLoader):
         # In order, since what a batch counts depends on its place; its workers end with the iteration.
-        loader = apart(loader)
+        loader = detached_copy(loader)
     try:
         yield _weighed(loader)
     finally:

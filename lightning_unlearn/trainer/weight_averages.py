@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_unlearn.attribution import plain_name
-from lightning_unlearn.trainer.compat import is_a
+from lightning_unlearn.trainer.compat import is_lightning_instance
 
 if TYPE_CHECKING:
     from lightning_unlearn.trainer.running_fit import RunningFit
@@ -102,7 +102,12 @@ class _Search:
     def look_at(self, name: str, value: Any, *, is_inside: bool, depth: int = _DEPTH) -> None:
         """Takes a value for an average, or looks for one in it, if it is called one or is inside of what is."""
         is_inside = is_inside or is_average(name, type(value).__name__)
-        if depth < 1 or id(value) in self._seen or isinstance(value, _NO_HOLDER) or is_a(value, "Trainer"):
+        if (
+            depth < 1
+            or id(value) in self._seen
+            or isinstance(value, _NO_HOLDER)
+            or is_lightning_instance(value, "Trainer")
+        ):
             return
         self._seen.add(id(value))
         if (is_inside and self._take(value)) or isinstance(value, Tensor):

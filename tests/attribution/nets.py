@@ -11,7 +11,7 @@ from captum.attr import (
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_unlearn.attribution import resolve_layer, tap
+from lightning_unlearn.attribution import record_activation, resolve_layer
 from lightning_unlearn.attribution.layers import LayerPoint
 from lightning_unlearn.functional import runner_up_class
 
@@ -120,7 +120,7 @@ def naive_class_max(model, point):
     """Positions are summed per neuron; the neuron is in dimension 1 of images, in the last one of tokens."""
     gradients = captum_per_class(model, point, multiply=False)
     # A product that Captum makes with gradient 1 is the activation.
-    with tap(model, point) as take:
+    with record_activation(model, point) as take:
         model(IMAGES)
         activation = take()
     product = gradients.max(dim=0).values * activation

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_unlearn.attribution import ATTRIBUTION_METHODS, Attributor, tap, trace_forward
+from lightning_unlearn.attribution import ATTRIBUTION_METHODS, Attributor, record_activation, trace_forward
 from lightning_unlearn.attribution.layers import LayerPoint
 from tests.attribution.nets import IMAGES, LABEL, C, ConvNet, Plain, hooks_of, make
 
@@ -24,7 +24,7 @@ def test_no_hook_survives_an_exception_in_forward(method):
         elif method == "trace":
             trace_forward(model, fails, IMAGES)
         else:
-            with tap(model, LayerPoint("hidden")):
+            with record_activation(model, LayerPoint("hidden")):
                 fails(IMAGES)
 
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -61,7 +61,7 @@ def test_tap_and_watch_read_other_layers_in_the_same_pass(method, fast):
     model = make(Plain)
     watch = (LayerPoint("conv"), LayerPoint("fc", "input"))
     attributor = Attributor(model, LayerPoint("hidden"), model, method, fast=fast, watch=watch)
-    with tap(model, watch[0]) as take, tap(model, watch[1]) as take_input:
+    with record_activation(model, watch[0]) as take, record_activation(model, watch[1]) as take_input:
         model(IMAGES)
         expected = take(), take_input()
         for _ in range(2):
@@ -73,7 +73,10 @@ def test_tap_and_watch_read_other_layers_in_the_same_pass(method, fast):
 
 def test_tap_hands_over_each_pass_once():
     model = make(ConvNet)
-    with tap(model, LayerPoint("fc", "input")) as take, tap(model, LayerPoint("fc")) as take_logits:
+    with (
+        record_activation(model, LayerPoint("fc", "input")) as take,
+        record_activation(model, LayerPoint("fc")) as take_logits,
+    ):
         for x in (IMAGES, IMAGES[:2]):
             logits = model(x)
             torch.testing.assert_close(take_logits(), logits)
@@ -84,7 +87,7 @@ def test_tap_hands_over_each_pass_once():
 
 def test_tap_reads_the_layer_before_a_function_in_place():
     model = make(ConvNet)
-    with tap(model, LayerPoint("norm")) as take:
+    with record_activation(model, LayerPoint("norm")) as take:
         model(IMAGES)
         activation = take()
     torch.testing.assert_close(activation, model.norm(model.conv(IMAGES)).detach())
@@ -94,7 +97,7 @@ def test_tap_reads_the_layer_before_a_function_in_place():
 
 def test_tap_says_how_often_the_layer_was_called():
     model = make(ConvNet)
-    with tap(model, LayerPoint("shared")) as take:
+    with record_activation(model, LayerPoint("shared")) as take:
         with pytest.raises(ValueError, match=r"Expected layer 'shared' to be called once .* but it was 0"):
             take()
         model(IMAGES)

@@ -9,9 +9,9 @@ from lightning_unlearn.attribution import (
     neuron_count,
     neuron_dimension,
     neuron_means,
+    record_activation,
     resolve_layer,
     response,
-    tap,
     trace_forward,
 )
 from lightning_unlearn.attribution.layers import LayerPoint
@@ -48,7 +48,7 @@ def test_an_unknown_layer_is_refused_with_near_names():
     for build in (
         lambda: resolve_layer(model, "hiden"),
         lambda: Attributor(model, LayerPoint("hiden"), model),
-        lambda: tap(model, LayerPoint("hiden")).__enter__(),
+        lambda: record_activation(model, LayerPoint("hiden")).__enter__(),
     ):
         with pytest.raises(ValueError, match=r"module of ConvNet, but got 'hiden'. The nearest names are: hidden"):
             build()

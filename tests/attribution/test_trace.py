@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_unlearn.attribution import check_reached, response, tap, trace_forward
+from lightning_unlearn.attribution import check_reached, record_activation, response, trace_forward
 from lightning_unlearn.attribution.layers import LayerPoint
 from tests.attribution.nets import IMAGES, C, ConvNet, ResNetLike, TokenNet, hooks_of, make
 
@@ -42,11 +42,11 @@ def test_linear_refuses_another_layer():
 
 def test_feeder_is_the_nearest_layer_of_matching_size():
     model = nn.Sequential(nn.Conv2d(2, 5, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, C))
-    assert trace_forward(model, model, IMAGES).feeder("4") == "0"
-    assert traced(ConvNet).feeder("fc") == "shared"
-    assert traced(ConvNet).feeder("hidden") is None  # 5 channels, 20 inputs
+    assert trace_forward(model, model, IMAGES).producer_of("4") == "0"
+    assert traced(ConvNet).producer_of("fc") == "shared"
+    assert traced(ConvNet).producer_of("hidden") is None  # 5 channels, 20 inputs
     first = nn.Sequential(nn.Flatten(), nn.Linear(72, C))
-    assert trace_forward(first, first, IMAGES).feeder("1") is None
+    assert trace_forward(first, first, IMAGES).producer_of("1") is None
 
 
 def test_norm_after_takes_the_output_directly():
@@ -181,7 +181,7 @@ def test_first_block(model, x, point):
     trace = trace_forward(model, model, x)
     assert next((one for one in trace.first_blocks(len(x)) if len(x) == one_rows(trace, one)), None) == point
     if point is not None:
-        with tap(model, point) as take, torch.no_grad():
+        with record_activation(model, point) as take, torch.no_grad():
             model(x)
             assert response(model, point, take()).shape[0] == len(x)
 
@@ -189,7 +189,7 @@ def test_first_block(model, x, point):
 def test_first_block_reads_what_the_first_block_made():
     model = make(ResNetLike)
     point = trace_forward(model, model, IMAGES).first_blocks(len(IMAGES))[0]
-    with tap(model, point) as take, torch.no_grad():
+    with record_activation(model, point) as take, torch.no_grad():
         model(IMAGES)
         torch.testing.assert_close(take(), F.relu(model.stem(IMAGES)))
 

@@ -18,7 +18,7 @@ from lightning_unlearn import (
     SensitivityPruneCallback,
 )
 from lightning_unlearn.data.batch import split_batch
-from lightning_unlearn.results.provenance import primitive
+from lightning_unlearn.results.provenance import to_jsonable
 from tests.toys import CLASSES, Blobs, BlobsData, Toy, fit, trio
 
 pytestmark = [
@@ -195,7 +195,7 @@ def test_functions_go_by_their_path(tmp_path):
     ).settings()
     assert settings["recipe"] == "tests.toys.by_margin"
     assert settings["data"]["batch_to_xy"] == "lightning_unlearn.data.batch.split_batch"
-    assert primitive([tmp_path, torch.ones(2), object(), {1: (float("inf"), None)}]) == [
+    assert to_jsonable([tmp_path, torch.ones(2), object(), {1: (float("inf"), None)}]) == [
         str(tmp_path),
         [1.0, 1.0],
         "builtins.object",

@@ -594,7 +594,7 @@ NEW = torch.tensor([-1, 3, 0])
 
 def settled(split=None, task="multiclass", outputs=4):
     task_format = TaskFormat(DataFormat(task=task, batch_to_xy=split))
-    task_format.settle(torch.zeros(2, outputs), torch.zeros(2, dtype=torch.int64))
+    task_format.infer_task(torch.zeros(2, outputs), torch.zeros(2, dtype=torch.int64))
     return task_format
 
 

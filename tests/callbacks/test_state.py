@@ -13,7 +13,7 @@ from lightning_unlearn import (
     SensitivityPruneCallback,
     UnlearnReport,
 )
-from lightning_unlearn.results.provenance import primitive
+from lightning_unlearn.results.provenance import to_jsonable
 from tests.toys import (
     CLASSES,
     Blobs,
@@ -238,13 +238,13 @@ def test_a_state_is_a_copy_on_its_way_out_and_in(tmp_path, on_noisy):
     ours = fresh()
     fit(Toy(), BlobsData(Blobs(101)), ours, max_epochs=EPOCHS)
     for callback, other in zip(ours, fresh(), strict=True):
-        expected = primitive(callback.state_dict())
+        expected = to_jsonable(callback.state_dict())
         changed(callback.state_dict())
-        assert primitive(callback.state_dict()) == expected
+        assert to_jsonable(callback.state_dict()) == expected
         handed_in = callback.state_dict()
         other.load_state_dict(handed_in)
         changed(handed_in)
-        assert primitive(other.state_dict()) == expected
+        assert to_jsonable(other.state_dict()) == expected
     provenance = ours[0].provenance
     provenance["done"].clear()
     assert ours[0].provenance["done"]

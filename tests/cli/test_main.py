@@ -8,7 +8,7 @@ import pytest
 
 import lightning_unlearn
 from lightning_unlearn.cli import main
-from lightning_unlearn.cli._errors import in_one_sentence
+from lightning_unlearn.cli._errors import exit_with_message
 from lightning_unlearn.cli._main import make_parser
 
 COMMANDS = ("demo", "fit", "init", "partition", "report", "show", "shrink")
@@ -82,11 +82,11 @@ def test_a_missing_package_is_named(missing, arguments, advice, monkeypatch, tmp
 
 
 def test_a_bug_keeps_its_traceback_and_so_does_a_users_error():
-    with pytest.raises(ValueError, match="of a user"), in_one_sentence("fit"):
+    with pytest.raises(ValueError, match="of a user"), exit_with_message("fit"):
         raise ValueError("of a user")
-    with pytest.raises(RuntimeError, match="No partition yet"), in_one_sentence("fit"):
+    with pytest.raises(RuntimeError, match="No partition yet"), exit_with_message("fit"):
         lightning_unlearn.AttributionPartitionCallback(at_epoch=1).partition  # noqa: B018
-    with pytest.raises(SystemExit, match=r"^lightning-unlearn fit: error: Expected at_epoch"), in_one_sentence("fit"):
+    with pytest.raises(SystemExit, match=r"^lightning-unlearn fit: error: Expected at_epoch"), exit_with_message("fit"):
         lightning_unlearn.AttributionPartitionCallback(at_epoch=0)
 
 

@@ -101,10 +101,10 @@ def test_what_is_neither_a_name_nor_a_function_is_refused_at_once(value, said):
 
 def test_every_key_has_one_owner_and_owners_have_about_as_many():
     keys = [f"shard-{at % 7}/{at:09d}" for at in range(20_000)]
-    owners = owners_of(keys, 8)
-    counts = owners.bincount(minlength=8)
+    modules_sharing_parameters = owners_of(keys, 8)
+    counts = modules_sharing_parameters.bincount(minlength=8)
     assert counts.sum() == 20_000
     assert counts.min() > 2_300
     assert counts.max() < 2_700
-    assert owners_of(keys[:5], 8).equal(owners[:5])
+    assert owners_of(keys[:5], 8).equal(modules_sharing_parameters[:5])
     assert owners_of(list(range(10_000)), 4).bincount().min() > 2_300

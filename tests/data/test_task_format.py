@@ -157,7 +157,7 @@ def test_logits_are_found_in_what_forward_returns(output):
 
 def settled(outputs=3, label=None, **kwargs):
     task_format = TaskFormat(DataFormat(**kwargs))
-    task_format.settle(torch.zeros(4, outputs), torch.zeros(4, dtype=torch.int64) if label is None else label)
+    task_format.infer_task(torch.zeros(4, outputs), torch.zeros(4, dtype=torch.int64) if label is None else label)
     return task_format
 
 
@@ -190,12 +190,12 @@ def test_the_first_batch_settles_the_task(outputs, label, task):
 
 def test_a_task_is_settled_once_and_until_it_is_forgotten():
     task_format = settled(3)
-    task_format.settle(torch.zeros(4, 1), torch.zeros(4))
+    task_format.infer_task(torch.zeros(4, 1), torch.zeros(4))
     assert task_format.task == "multiclass"
     task_format.forget()
     with pytest.raises(RuntimeError, match="not settled yet"):
         _ = task_format.task
-    task_format.settle(torch.zeros(4, 1), torch.zeros(4))
+    task_format.infer_task(torch.zeros(4, 1), torch.zeros(4))
     assert task_format.task == "binary"
 
 
@@ -351,7 +351,7 @@ def test_the_rows_of_several_labels_are_its_labels_sample_by_sample():
         cross_entropy(rows, task_format.labels(label, 4)), binary_cross_entropy_with_logits(output, label.float())
     )
     assert task_format.row_indices(torch.tensor([5, 0])).tolist() == [15, 16, 17, 0, 1, 2]
-    assert task_format.by_row(torch.tensor([7.0, 8.0])).tolist() == [7, 7, 7, 8, 8, 8]
+    assert task_format.repeat_per_row(torch.tensor([7.0, 8.0])).tolist() == [7, 7, 7, 8, 8, 8]
 
 
 @pytest.mark.parametrize(

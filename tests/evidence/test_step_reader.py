@@ -84,7 +84,7 @@ class Driver(L.Callback):
     def on_train_start(self, trainer, pl_module):
         head = dict(pl_module.named_modules()).get(self.head)
         outputs = getattr(head, "out_features", CLASSES)
-        self.task_format.settle(torch.zeros(2, outputs), torch.zeros(2, dtype=torch.int64))
+        self.task_format.infer_task(torch.zeros(2, outputs), torch.zeros(2, dtype=torch.int64))
         self.reader.start(self.fit, self.head)
 
     def on_train_epoch_start(self, trainer, pl_module):

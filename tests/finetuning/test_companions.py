@@ -17,7 +17,7 @@ ORDER = torch.tensor([3, 0, 4, 1, 2])
 
 def settled(outputs=C, label=Y, **kwargs):
     task_format = TaskFormat(DataFormat(**kwargs))
-    task_format.settle(torch.zeros(len(label), outputs), label)
+    task_format.infer_task(torch.zeros(len(label), outputs), label)
     return task_format
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_unlearn.partitioning.build import CleanCriteria, ShardResult, assemble
+from lightning_unlearn.partitioning.build import CleanCriteria, ShardResult, build_partition
 from lightning_unlearn.recipes import RecipeResult
 from lightning_unlearn.recipes.base import NoiseEstimate
 from lightning_unlearn.recipes.evidence import Evidence
@@ -30,7 +30,7 @@ def partition_of(probability, label, share):
     verdict = RecipeResult(probability, (label + 1) % classes, label_probability=probability, noise=noise)
     judged = [ShardResult(evidence, one, verdict)]
     criteria = CleanCriteria(precision=0.85, min_class_fraction=share)
-    return assemble(judged, label, criteria, lambda x: x, recipe="r", layer="l", epoch=1)
+    return build_partition(judged, label, criteria, lambda x: x, recipe="r", layer="l", epoch=1)
 
 
 @pytest.mark.parametrize(("share", "trained"), [(0.0, [2, 3]), (0.1, [3]), (0.5, [2, 3])])

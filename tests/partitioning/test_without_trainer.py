@@ -8,7 +8,7 @@ from lightning_unlearn.attribution.layers import LayerPoint
 from lightning_unlearn.evidence.eval_pass import ScoringPass, make_attributor
 from lightning_unlearn.evidence.training_dynamics import TrainingDynamics
 from lightning_unlearn.partitioning.apply_recipe import apply_recipe, validation_accuracy
-from lightning_unlearn.partitioning.build import CleanCriteria, assemble
+from lightning_unlearn.partitioning.build import CleanCriteria, build_partition
 from lightning_unlearn.recipes import get_recipe
 from tests.fake_fit import FakeFit
 from tests.toys import CLASSES, Blobs, auroc, mlp
@@ -29,7 +29,7 @@ def test_wrong_labels_are_told_from_right_ones():
     recipe = get_recipe("aum")
     judged, label = apply_recipe(fit, share, trajectory, recipe, lambda evidence: evidence)
     criteria = CleanCriteria(precision=0.85, min_class_fraction=0.1)
-    partition = assemble(judged, label, criteria, fit.reduce, recipe=recipe.name, layer="head", epoch=1)
+    partition = build_partition(judged, label, criteria, fit.reduce, recipe=recipe.name, layer="head", epoch=1)
     assert partition.label.equal(data.y)
     assert auroc(1 - partition.clean_probability, data.wrong) > 0.9
     assert validation_accuracy(fit) is None

@@ -9,7 +9,7 @@ import torch
 from lightning_unlearn.results.exports import to_dataframe, to_datalab, to_fiftyone, to_hugging_face, to_parquet
 from lightning_unlearn.results.labels import DROP, KEEP, RELABEL
 from lightning_unlearn.results.partition import Partition
-from lightning_unlearn.results.review import settle
+from lightning_unlearn.results.review import validate_review
 from lightning_unlearn.results.review_csv import read_review
 
 NAMES = ["=cat", "dog", "emu", "fox", "gnu"]
@@ -93,7 +93,7 @@ def test_a_table_goes_through_pandas_and_back(tmp_path):
     frame.loc[frame["index"] == 2, "decision"] = "keep"
     frame.loc[2, ["index", "decision"]] = [3, "drop"]  # with empty cells beside, so that numbers become 3.0
     frame.sort_values("index", ascending=False).to_csv(tmp_path / "edited.csv", sep=";")
-    review = settle(read_review(tmp_path / "edited.csv"), total=4, classes=5, fingerprint="4:" + "ab" * 16)
+    review = validate_review(read_review(tmp_path / "edited.csv"), total=4, classes=5, fingerprint="4:" + "ab" * 16)
     found = review.apply_to(make_partition().label)
     assert found.decision.tolist() == [-1, RELABEL, KEEP, DROP]
     assert found.new_label.tolist() == [-1, 1, -1, -1]

@@ -5,7 +5,7 @@ import torch
 
 from lightning_unlearn.results.exports import review_from_fiftyone, to_fiftyone
 from lightning_unlearn.results.labels import DROP, KEEP, RELABEL
-from lightning_unlearn.results.review import settle
+from lightning_unlearn.results.review import validate_review
 from lightning_unlearn.results.review_csv import read_review
 from tests.results.test_exports import NAMES, make_partition, several
 
@@ -26,7 +26,7 @@ def tag(samples, tags):
 
 
 def decisions(path, classes=5, labels=None):
-    review = settle(read_review(path), total=4, classes=classes, labels=labels, fingerprint=FINGERPRINT)
+    review = validate_review(read_review(path), total=4, classes=classes, labels=labels, fingerprint=FINGERPRINT)
     columns = review.index.tolist(), review.decision.tolist(), review.new_label.tolist()
     return {index: (decision, new) for index, decision, new in zip(*columns, strict=True)}
 

@@ -8,7 +8,7 @@ import torch
 
 from lightning_unlearn.results.exports import to_label_studio
 from lightning_unlearn.results.labels import DROP, KEEP, RELABEL
-from lightning_unlearn.results.review import settle
+from lightning_unlearn.results.review import validate_review
 from lightning_unlearn.results.review_csv import read_review
 from tests.results.test_exports import NAMES, make_partition, several
 
@@ -50,7 +50,7 @@ def minimal(tasks):
 def decisions(folder, export, total=4, classes=5, labels=None):
     path = folder / "export.json"
     path.write_text(json.dumps(export), encoding="utf-8")
-    review = settle(read_review(path), total=total, classes=classes, labels=labels, fingerprint=FINGERPRINT)
+    review = validate_review(read_review(path), total=total, classes=classes, labels=labels, fingerprint=FINGERPRINT)
     return {
         index: (decision, new)
         for index, decision, new in zip(
@@ -216,7 +216,7 @@ def test_the_labels_of_a_partition_stay_as_they_are(tmp_path):
     partition = make_partition(fingerprint=FINGERPRINT)
     tasks = annotated(written(tmp_path, partition)[0], {1: {"label": ["4: gnu"]}, 2: {"decision": ["drop"]}})
     (tmp_path / "export.json").write_text(json.dumps(tasks))
-    review = settle(read_review(tmp_path / "export.json"), total=4, classes=5, fingerprint=FINGERPRINT)
+    review = validate_review(read_review(tmp_path / "export.json"), total=4, classes=5, fingerprint=FINGERPRINT)
     assert review.apply_to(partition.label).new_label.tolist() == [-1, 4, -1, -1]
     # One whose label was mended meanwhile.
     assert review.apply_to(torch.tensor([3, 4, 2, 0])).stale == 1

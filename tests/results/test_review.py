@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_unlearn.results.labels import DROP, KEEP, RELABEL, UNDECIDED
-from lightning_unlearn.results.review import Review, settle
+from lightning_unlearn.results.review import Review, validate_review
 from lightning_unlearn.results.review_csv import read_review
 from tests.callbacks.published import make_partition
 
@@ -32,7 +32,7 @@ def written(folder, content):
 
 
 def fitted(path, total=6, classes=4, fingerprint=FINGERPRINT, **kwargs):
-    return settle(read_review(path), total=total, classes=classes, fingerprint=fingerprint, **kwargs)
+    return validate_review(read_review(path), total=total, classes=classes, fingerprint=fingerprint, **kwargs)
 
 
 def decided(review):
@@ -201,11 +201,11 @@ def test_several_labels(tmp_path):
 def test_the_state_and_whether_two_agree(tmp_path):
     review = fitted(written(tmp_path, table()))
     again = Review(**review.state_dict())
-    assert again.agrees_with(review)
-    assert fitted(written(tmp_path, reordered())).agrees_with(review)
-    assert not fitted(written(tmp_path, table(ROWS[:2]))).agrees_with(review)
-    assert not fitted(written(tmp_path, table().replace("DROP", "keep"))).agrees_with(review)
-    assert not fitted(written(tmp_path, table().replace("4,1,3", "4,1,2"))).agrees_with(review)
+    assert again.equals(review)
+    assert fitted(written(tmp_path, reordered())).equals(review)
+    assert not fitted(written(tmp_path, table(ROWS[:2]))).equals(review)
+    assert not fitted(written(tmp_path, table().replace("DROP", "keep"))).equals(review)
+    assert not fitted(written(tmp_path, table().replace("4,1,3", "4,1,2"))).equals(review)
     assert review.counts().endswith("suspects.csv: keep 1, drop 1, relabel 1")
 
 

@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDevice
 from lightning.pytorch.utilities.exceptions import MisconfigurationException as LightningsException
 from torch import nn
 
-from lightning_unlearn.trainer.compat import MisconfigurationException, has_forward, is_a
+from lightning_unlearn.trainer.compat import MisconfigurationException, has_forward, is_lightning_instance
 from tests.ranks import run_python
 from tests.toys import Plain, Toy, make_trainer
 
@@ -130,7 +130,7 @@ Theirs.__module__ = "pytorch_lightning.core.module"
     ],
 )
 def test_classes_of_lightning_are_known_by_name(made, names, expected):
-    assert is_a(made(), *names) is expected
+    assert is_lightning_instance(made(), *names) is expected
 
 
 def test_a_forward_of_ones_own_is_told_from_lightnings():
@@ -202,4 +202,4 @@ def test_a_dependence_on_classes_of_one_package_is_found(line):
 
 
 def test_the_toys_trainer_is_lightnings():
-    assert is_a(make_trainer(), "Trainer")
+    assert is_lightning_instance(make_trainer(), "Trainer")

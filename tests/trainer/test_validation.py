@@ -18,7 +18,7 @@ from tests.callbacks.test_leaves_model_as_found import hooks_of
 from tests.toys import CLASSES, Blobs, BlobsData, Toy, fit, mlp, weights
 
 SOURCE = AttributionPartitionCallback(at_epoch=1)
-SOURCE.task_format.settle(torch.zeros(2, CLASSES), torch.zeros(2, dtype=torch.int64))
+SOURCE.task_format.infer_task(torch.zeros(2, CLASSES), torch.zeros(2, dtype=torch.int64))
 
 
 class Asks(L.Callback):

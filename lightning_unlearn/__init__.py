@@ -35,7 +35,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The callbacks, and the rooms of the package, when they are asked for: reading a partition takes no Lightning.
+    """Import the callbacks and the subpackages when they are asked for: reading a partition imports no Lightning.
 
     Every time anew, so that pytorch_lightning, imported in the meantime, finds that they are callbacks of its own too.
     """

@@ -40,7 +40,7 @@ class MarginAttribution:
     watched: tuple[Tensor, ...] = ()
 
     def total(self) -> Tensor:
-        """(B,) float32, the sum over all neurons: how strongly the layer supports the given label."""
+        """Return (B,) float32, the sum over all neurons: how strongly the layer supports the given label."""
         return self.per_neuron.float().flatten(1).sum(dim=1)
 
 
@@ -91,7 +91,7 @@ class Attributor:
         self._agree = agree
 
     def margin(self, x: Any, label: Tensor) -> MarginAttribution:
-        """Attribution of the given label's logit minus the strongest other logit.
+        """Return attribution of the given label's logit minus the strongest other logit.
 
         The strongest other class is that of the plain forward pass, also where a method looks at other inputs than x.
 
@@ -108,7 +108,7 @@ class Attributor:
         return self.attribute(x, label)
 
     def class_max(self, x: Any, label: Tensor, num_classes: int) -> Tensor:
-        """The paper's attribution (step 2): the largest over the classes.
+        """Return the paper's attribution (step 2): the largest over the classes.
 
         For gradient x activation the maximum is taken on the gradient, as in the paper, for the other methods on the
         attribution.
@@ -127,7 +127,7 @@ class Attributor:
         return found.class_max
 
     def attribute(self, x: Any, label: Tensor, *, rows: bool = False) -> MarginAttribution:
-        """The margin's attribution and, with ``rows``, the paper's, from the same forward pass.
+        """Return the margin's attribution and, with ``rows``, the paper's, from the same forward pass.
 
         Args:
             x: as in :meth:`margin`.
@@ -145,7 +145,7 @@ class Attributor:
             return _join(self._in_parts(of_part, x, label))
 
     def check_first_rows(self, x: Any, label: Tensor, *, rows: bool = False) -> None:
-        """Attributes the first rows of a batch, to refuse what cannot be attributed before hours of training.
+        """Attribute the first rows of a batch, to refuse what cannot be attributed before hours of training.
 
         Args:
             x: as in :meth:`margin`.
@@ -162,7 +162,7 @@ class Attributor:
             return MarginAttribution(per_neuron, logits, class_max, tuple(take() for take in takes))
 
     def _rehearse(self, x: Any, label: Tensor) -> bool:
-        """Whether the fast path says the same as Captum of the first rows."""
+        """Return whether the fast path says the same as Captum of the first rows."""
         with recording_paused():
             agrees = self._agree(all(self._in_parts(self._agrees, *_first_rows(x, label))))
         if not agrees:
@@ -189,7 +189,7 @@ class Attributor:
 
 
 def _first_rows(x: Any, label: Tensor) -> tuple[Any, Tensor]:
-    """A few samples of a batch; all of one that cannot be taken apart."""
+    """Return a few samples of a batch; all of one that cannot be taken apart."""
     first = slice(0, _REHEARSAL_ROWS)
     try:
         return slice_batch(x, first, len(label)), label[first]

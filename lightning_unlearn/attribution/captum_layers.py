@@ -59,7 +59,7 @@ class CaptumLayer:
         self._method = method
 
     def attribute(self, x: Any, label: Tensor, rows: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """As :meth:`FastPath.attribute`; a plain pass first, which fixes the strongest other class."""
+        """Do as :meth:`FastPath.attribute` does, after a plain pass that fixes the strongest other class."""
         # Of gradient x activation the paper takes the maximum before it multiplies.
         reads = (
             record_activation(self.model, self._point)
@@ -75,7 +75,7 @@ class CaptumLayer:
         return per_neuron, logits, class_max
 
     def _class_max(self, x: Any, logits: Tensor, activation: Tensor | None) -> Tensor:
-        """(B, D) float32, class after class."""
+        """Return (B, D) float32, class after class."""
         largest = torch.tensor(-torch.inf, device=logits.device)
         for c in range(logits.shape[1]):
             label = torch.full((len(logits),), c, device=logits.device)
@@ -83,7 +83,7 @@ class CaptumLayer:
         return per_neuron_magnitude(self._module, largest if activation is None else largest * activation)
 
     def _run(self, x: Any, label: Tensor, rival: Tensor | None = None, *, multiply: bool = True) -> Tensor:
-        """Captum's attribution of a class's logit minus that of its rival, if it has one."""
+        """Return Captum's attribution of a class's logit minus that of its rival, if it has one."""
         classes = (label,) if rival is None else (label, rival)
         if self._method == GRADIENT_X_ACTIVATION:
             found = self._gradient_x_activation(x, classes, multiply)
@@ -153,7 +153,7 @@ class _Scored(nn.Module):
 
 
 def check_method(method: str) -> str:
-    """The name of an attribution method, as it came.
+    """Return the name of an attribution method, as it came.
 
     Raises:
         ValueError: if there is none of this name; the message lists all.
@@ -162,7 +162,7 @@ def check_method(method: str) -> str:
 
 
 def _with_baseline(x: Any, method: str) -> tuple[Tensor, ...]:
-    """The tensors of an input for which zeros are an input too."""
+    """Return the tensors of an input for which zeros are an input too."""
     values = x if isinstance(x, tuple) else tuple(x.values()) if isinstance(x, dict) else (x,)
     wrong = [value for value in values if not (isinstance(value, Tensor) and value.is_floating_point())]
     if wrong or not values:
@@ -183,7 +183,7 @@ def _as_given(x: Any, values: tuple[Tensor, ...]) -> Any:
 
 @contextmanager
 def _fresh_leaves(module: nn.Module) -> Iterator[None]:
-    """Lets Captum, which has the layer's activation require grad, mark an alias of it where it is the user's input."""
+    """Let Captum, which has the layer's activation require grad, mark an alias of it where it is the user's input."""
 
     def alias(value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.is_leaf:
@@ -203,7 +203,7 @@ def _fresh_leaves(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _no_leaf_handed_on(module: nn.Module, point: LayerPoint) -> Iterator[None]:
-    """Copies the leaf that Captum puts in place of the layer's activation, since functions in place refuse leaves.
+    """Copy the leaf that Captum puts in place of the layer's activation, since functions in place refuse leaves.
 
     To be entered in the forward pass: hooks run in the order in which they were registered.
     """
@@ -225,7 +225,7 @@ def _no_leaf_handed_on(module: nn.Module, point: LayerPoint) -> Iterator[None]:
 
 @contextmanager
 def _deeplift_leaves_no_attributes(model: nn.Module) -> Iterator[None]:
-    """Takes away the tensors that Captum's DeepLift notes on the modules, and forgets there where it fails."""
+    """Take away the tensors that Captum's DeepLift notes on the modules, and leaves there where it fails."""
     names = ("input", "output", "input_ref")
     before = {module: {name for name in names if name in vars(module)} for module in model.modules()}
     try:

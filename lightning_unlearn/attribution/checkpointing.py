@@ -14,7 +14,7 @@ from lightning_unlearn.attribution.layers import LayerPoint
 
 @contextmanager
 def naming_what_is_not_recorded(point: LayerPoint) -> Iterator[None]:
-    """Says what to do where the logits do not depend, as far as is recorded, on the layer."""
+    """Say what to do where the logits do not depend, as far as is recorded, on the layer."""
     try:
         yield
     except RuntimeError as error:
@@ -24,7 +24,7 @@ def naming_what_is_not_recorded(point: LayerPoint) -> Iterator[None]:
 
 
 def not_recorded(point: LayerPoint) -> str:
-    """What to say of a layer that no gradient of the logits reaches."""
+    """Return what to say of a layer that no gradient of the logits reaches."""
     return (
         f"Expected gradients of the logits to reach layer '{point.name}', but forward does not record how they depend"
         f" on its {point.at}: it is called inside torch.no_grad(), or something between is detached. Name a later layer"
@@ -34,7 +34,7 @@ def not_recorded(point: LayerPoint) -> str:
 
 @contextmanager
 def activation_checkpointing_off() -> Iterator[None]:
-    """Has ``torch.utils.checkpoint`` keep what a backward pass needs, in place of computing it a second time.
+    """Have ``torch.utils.checkpoint`` keep what a backward pass needs, in place of computing it a second time.
 
     The second time it would not meet the hooks that were there the first time, and give gradients at another point; and
     its reentrant variant cannot be differentiated from the middle. There is no public switch, so the private names that

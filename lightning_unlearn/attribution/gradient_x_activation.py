@@ -37,7 +37,7 @@ class FastPath:
         self._batched = True
 
     def attribute(self, x: Any, label: Tensor, rows: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The margin's attribution, the logits, and, if asked for, the largest attribution over the classes."""
+        """Return the margin's attribution, the logits, and, if asked for, the largest attribution over the classes."""
         with _recorded_from(self._module, self._point) as recording:
             out = self._forward(x)
             activation = recording.activation(self._point)
@@ -55,7 +55,7 @@ class FastPath:
         return found, logits.detach(), class_max
 
     def _largest_gradient(self, logits: Tensor, activation: Tensor, is_head: bool) -> Tensor:
-        """The largest gradient over the classes, like the activation; float32."""
+        """Return the largest gradient over the classes, like the activation; float32."""
         if is_head and isinstance(self._module, nn.Linear):
             # The gradient of every sample's logits is the weight.
             return whole(self._module.weight).float().amax(dim=0).expand(activation.shape)
@@ -71,7 +71,7 @@ class FastPath:
         return max(1, _GRADIENT_ELEMENTS // activation.numel()) if self._batched else 1
 
     def _class_gradients(self, summed: Tensor, activation: Tensor, one_hot: Tensor) -> Tensor:
-        """(c, B, ...), for each row of ``one_hot`` (c, C), in one batched product if all operations allow it."""
+        """Return (c, B, ...), for each row of ``one_hot`` (c, C), in one batched product if all operations allow it."""
         if self._batched:
             try:
                 with warnings.catch_warnings():
@@ -99,7 +99,7 @@ class _Recording:
         self.linear_output: tuple[Tensor, int] | None = None
 
     def activation(self, point: LayerPoint) -> Tensor:
-        """The one activation."""
+        """Return the one activation."""
         if len(self.leaves) != 1:
             raise ValueError(
                 f"Expected layer '{point.name}' to be called once in a forward pass, but it was {len(self.leaves)}."
@@ -107,7 +107,7 @@ class _Recording:
         return self.leaves[0]
 
     def is_head(self, logits: Tensor) -> bool:
-        """Whether the Linear's output, as it was, is the logits."""
+        """Return whether the Linear's output, as it was, is the logits."""
         if self.linear_output is None:
             return False
         output, version = self.linear_output
@@ -116,7 +116,7 @@ class _Recording:
 
 @contextmanager
 def _recorded_from(module: nn.Module, point: LayerPoint) -> Iterator[_Recording]:
-    """In the forward passes inside, nothing is recorded up to the layer, everything from it on.
+    """Record nothing up to the layer, and everything from it on, in the forward passes inside the context.
 
     The layer's activation becomes a leaf of the graph, so that the gradient with respect to it is all that is computed:
     not that of the layers before, nor that of any weight.

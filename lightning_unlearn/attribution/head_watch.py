@@ -36,7 +36,7 @@ class Step:
     fault: str = ""
 
     def look(self, output: Any) -> None:
-        """Takes what the head returned, but of a call without gradients: a teacher's, or that of a metric."""
+        """Take what the head returned, but of a call without gradients: a teacher's, or that of a metric."""
         if not isinstance(output, Tensor) or output.requires_grad:
             self._take(output)
 
@@ -59,12 +59,12 @@ class Step:
         self.output = output.detach().clone()
 
     def add_gradient(self, gradient: Tensor) -> None:
-        """Adds what one backward pass sent; there may be one for each term of the loss."""
+        """Add what one backward pass sent; there may be one for each term of the loss."""
         gradient = gradient.detach()
         self.gradient = gradient if self.gradient is None else self.gradient + gradient
 
     def gradient_rows(self) -> Tensor | None:
-        """(B, K) float, the gradient of a step that called the head once; None where it cannot be read."""
+        """Return (B, K) float, the gradient of a step that called the head once; None where it cannot be read."""
         if self.calls != 1 or self.fault or self.gradient is None:
             return None
         return as_columns(self.gradient.float())
@@ -82,13 +82,13 @@ class HeadWatch:
         return vars(HeadWatch())
 
     def start(self, module: nn.Module, step: Step) -> None:
-        """Looks at what a module returns until :meth:`end`: between steps others find the model as it is."""
+        """Look at what a module returns until :meth:`end`: between steps others find the model as it is."""
         self.end()
         self._step = step
         self._end_watch = watch_output(module, step.look)
 
     def end(self) -> Step | None:
-        """The step that was looked at, if there was one. May be called at any time, and again."""
+        """Return the step that was looked at, if there was one. May be called at any time, and again."""
         step, self._step = self._step, None
         if self._end_watch is not None:
             self._end_watch()
@@ -97,5 +97,5 @@ class HeadWatch:
 
 
 def as_columns(output: Tensor) -> Tensor:
-    """(B, K), of an output (B, K), or (B,) of a binary task."""
+    """Return (B, K), of an output (B, K), or (B,) of a binary task."""
     return output.unsqueeze(1) if output.ndim == 1 else output

@@ -22,7 +22,7 @@ _unwatched: ContextVar[bool] = ContextVar("_unwatched", default=False)
 
 @contextmanager
 def record_activation(model: nn.Module, point: LayerPoint) -> Iterator[Callable[[], Tensor]]:
-    """Reads a layer's activation in every forward pass inside the context.
+    """Read a layer's activation in every forward pass inside the context.
 
     Around :meth:`Attributor.margin` it sees one pass, however many the method makes; only where memory made it take the
     batch in parts, there are more, which ``Attributor(watch=...)`` joins.
@@ -57,12 +57,12 @@ def record_activation(model: nn.Module, point: LayerPoint) -> Iterator[Callable[
 
 
 def several_tensors(point: LayerPoint) -> str:
-    """What to say of a layer that takes or returns several tensors."""
+    """Return what to say of a layer that takes or returns several tensors."""
     return f"Layer '{point.name}' has several tensors as its {point.at}; name a layer with one."
 
 
 def single_tensor(value: Any, point: LayerPoint) -> Tensor:
-    """The one tensor of a layer's positional arguments or output."""
+    """Return the one tensor of a layer's positional arguments or output."""
     values = value if isinstance(value, tuple) else (value,)
     if len(values) != 1 or not isinstance(values[0], Tensor):
         raise ValueError(several_tensors(point))
@@ -71,7 +71,7 @@ def single_tensor(value: Any, point: LayerPoint) -> Tensor:
 
 @contextmanager
 def recording_paused() -> Iterator[None]:
-    """Inside, taps look at no forward pass."""
+    """Pause all recording inside the context."""
     token = _unwatched.set(True)
     try:
         yield
@@ -85,13 +85,13 @@ _handles: WeakKeyDictionary[nn.Module, RemovableHandle] = WeakKeyDictionary()
 
 
 def lightning_unlearn_reads_the_output(self: Any, input: tuple[Tensor], output: Tensor) -> None:
-    """The hook: a function with the types of a layer's, which ``torch.jit.script`` compiles to nothing."""
+    """Return the hook: a function with the types of a layer's, which ``torch.jit.script`` compiles to nothing."""
     if not torch.jit.is_scripting():  # type: ignore[attr-defined]
         _show(self, output)
 
 
 def watch_output(module: nn.Module, look: Callable[[Any], None]) -> Callable[[], None]:
-    """Has a function look at what a module returns in each eager call.
+    """Have a function look at what a module returns in each eager call.
 
     Returns:
         a function that ends it.

@@ -42,7 +42,7 @@ _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
 
 
 def plain_name(name: str) -> str:
-    """A dotted path as the model's author writes it, without what wrappers put in.
+    """Return a dotted path as the model's author writes it, without what wrappers put in.
 
     Example:
         >>> plain_name("net._orig_mod.fc.weight")
@@ -52,14 +52,14 @@ def plain_name(name: str) -> str:
 
 
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The submodules by :func:`plain_name`; of a wrapper and what it wraps, what it wraps."""
+    """Return the submodules by :func:`plain_name`; of a wrapper and what it wraps, what it wraps."""
     modules = {plain_name(name): module for name, module in model.named_modules()}
     modules.pop("", None)
     return modules
 
 
 def resolve_layer(model: nn.Module, name: str) -> nn.Module:
-    """The module at a dotted path, with or without what wrappers put into it.
+    """Return the module at a dotted path, with or without what wrappers put into it.
 
     Raises:
         ValueError: if there is none; the message lists the nearest names.
@@ -75,7 +75,7 @@ def resolve_layer(model: nn.Module, name: str) -> nn.Module:
 
 
 def neuron_count(module: nn.Module) -> int:
-    """Number of neurons of a Linear or convolution.
+    """Return the number of neurons of a Linear or convolution.
 
     Raises:
         ValueError: for any other module, whose outputs are not rows of one parameter.
@@ -88,14 +88,14 @@ def neuron_count(module: nn.Module) -> int:
 
 
 def neuron_dimension(module: nn.Module, ndim: int) -> int:
-    """The dimension of a layer's input or output, of ``ndim`` dimensions, that counts neurons."""
+    """Return the dimension of a layer's input or output, of ``ndim`` dimensions, that counts neurons."""
     if isinstance(module, _CHANNEL_FIRST):
         return 1
     return ndim - 1 if isinstance(module, (nn.Linear, nn.LayerNorm)) or ndim < 4 else 1
 
 
 def samples_first(value: Tensor, point: LayerPoint) -> Tensor:
-    """What a layer takes or returns, with the dimension that counts samples in front."""
+    """Return what a layer takes or returns, with the dimension that counts samples in front."""
     return value.movedim(point.samples, 0)
 
 
@@ -110,7 +110,7 @@ _AS_RANDOM = 1.5
 def sample_dimension(
     whole: Tensor, part: Tensor | None, reverse: Tensor | None, samples: int, fewer: int, again: Tensor | None = None
 ) -> int | None:
-    """Which dimension of an activation counts the samples of its batch, in their order.
+    """Return which dimension of an activation counts the samples of its batch, in their order.
 
     Args:
         whole: of B samples.
@@ -148,7 +148,7 @@ def _is_reversed(whole: Tensor, reverse: Tensor | None, dimension: int, again: T
 
 
 def response(model: nn.Module, point: LayerPoint, activation: Tensor) -> Tensor:
-    """How strongly a layer responds: the norms, over its neurons, of their means and of their spreads over positions.
+    """Return how strongly a layer responds: norms, over its neurons, of spatial means and standard deviations.
 
     Noise on an input raises or lowers a rectified channel's mean, and its spread, alike in every place; these two
     numbers tell corrupted images apart at an early layer, where deeper ones, trained to ignore it, do not.
@@ -175,7 +175,7 @@ def response(model: nn.Module, point: LayerPoint, activation: Tensor) -> Tensor:
 
 
 def neuron_means(activation: Tensor, dimension: int) -> Tensor:
-    """One number per neuron: the mean over positions (pixels, tokens).
+    """Return one number per neuron: the mean over positions (pixels, tokens).
 
     Args:
         activation: (B, ..., D, ...).
@@ -188,5 +188,5 @@ def neuron_means(activation: Tensor, dimension: int) -> Tensor:
 
 
 def per_neuron_magnitude(module: nn.Module, attribution: Tensor) -> Tensor:
-    """(B, D), the magnitude of an attribution that is shaped like the input or output of a layer."""
+    """Return (B, D), the magnitude of an attribution that is shaped like the input or output of a layer."""
     return neuron_magnitude(attribution.movedim(neuron_dimension(module, attribution.ndim), 1))

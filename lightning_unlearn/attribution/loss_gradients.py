@@ -19,7 +19,7 @@ from lightning_unlearn.attribution.trace import Forward
 def loss_gradients(
     model: nn.Module, points: Sequence[LayerPoint], forward: Forward, x: Any, label: Tensor
 ) -> list[tuple[Tensor, Tensor]]:
-    """Activations of some layers, and the gradient there of each sample's cross-entropy of its given label.
+    """Return activations of some layers, and the gradient there of each sample's cross-entropy of its given label.
 
     Call in eval mode, since samples of a batch must not influence each other. No ``.grad`` is touched.
 

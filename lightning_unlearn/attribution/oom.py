@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: on a GPU (CUDA, ROCm, XPU), on Apple's (MPS), or on the CPU."""
+    """Return whether memory ran out: on a GPU (CUDA, ROCm, XPU), on Apple's (MPS), or on the CPU."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     signs = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory", "DefaultCPUAllocator")
@@ -26,7 +26,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def slice_batch(x: Any, rows: slice | Tensor, total: int) -> Any:
-    """Some rows of a batch.
+    """Return some rows of a batch.
 
     Args:
         x: a tensor whose first dimension counts the samples, a list of a number or string for each sample, or a tuple,
@@ -71,7 +71,7 @@ def _take_rows_of_sequence(x: Any, rows: slice | Tensor, total: int) -> Any:
 
 @contextmanager
 def no_batch_splitting() -> Iterator[None]:
-    """Inside, no batch is taken in parts: where memory does not suffice, that is an error."""
+    """Split no batch inside the context: running out of memory is an error there."""
     token = _whole.set(True)
     try:
         yield
@@ -103,7 +103,7 @@ class OOMBatchSplitter:
         self.rows: int | None = None
 
     def __call__(self, function: Callable[[Any, Tensor], Result], x: Any, label: Tensor) -> list[Result]:
-        """What the function returns for each part, in the order of the rows.
+        """Return what the function returns for each part, in the order of the rows.
 
         Args:
             function: of a part of ``x`` and the same part of ``label``; its result must not depend on the other rows.
@@ -132,7 +132,7 @@ class OOMBatchSplitter:
 
 
 def _refuse_to_split(x: Any, total: int, error: Exception) -> None:
-    """Lets the error pass, with a reason, where smaller batches cannot be made."""
+    """Let the error pass, with a reason, where smaller batches cannot be made."""
     try:
         slice_batch(x, slice(0, 1), total)
     except ValueError as reason:

@@ -43,13 +43,13 @@ class ModuleCall:
 
 
 def is_same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are the same memory, perhaps in another shape."""
+    """Return whether two tensors are the same memory, perhaps in another shape."""
     same = one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
     return same and one.numel() == other.numel() and one.dtype == other.dtype
 
 
 def version_of(value: Any) -> int:
-    """How often a tensor has been changed in place; tensors of inference mode do not count it."""
+    """Return how often a tensor has been changed in place; tensors of inference mode do not count it."""
     return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
 
 
@@ -67,23 +67,23 @@ class ForwardTrace:
         self.output = output
 
     def calls_of(self, name: str) -> list[ModuleCall]:
-        """The calls of one module."""
+        """Return the calls of one module."""
         return [call for call in self.calls if call.name == name]
 
     def linear(self, name: str) -> nn.Linear:
-        """The Linear of this name."""
+        """Return the Linear of this name."""
         module = self.calls_of(name)[0].module
         if not isinstance(module, nn.Linear):
             raise TypeError(f"Expected '{name}' to be a Linear, but it is a {type(module).__name__}.")
         return module
 
     def heads(self, num_classes: int) -> list[str]:
-        """Dotted paths of the Linears with as many outputs as classes, in the order of the calls."""
+        """Return the dotted paths of the Linears with an output per class, in the order of the calls."""
         linears = [call for call in self.calls if isinstance(call.module, nn.Linear)]
         return [call.name for call in linears if call.module.out_features == num_classes]
 
     def last_linear(self, num_classes: int) -> str:
-        """Dotted path of the head: the last Linear with as many outputs as classes, of those that make the logits.
+        """Return the dotted path of the head: the last Linear, of those behind the logits, with an output per class.
 
         Raises:
             ValueError: if ``forward`` calls none, or one that is only a part of the head, as with an adapter beside it.
@@ -98,7 +98,7 @@ class ForwardTrace:
         return head
 
     def head(self, num_classes: int) -> str:
-        """Dotted path of what makes class logits of features.
+        """Return the dotted path of what makes class logits of features.
 
         It is the last Linear with as many outputs as classes, of those that make the logits; or the module around it
         that takes the Linear's input and makes the logits with an adapter's help, as LoRA does.
@@ -117,13 +117,13 @@ class ForwardTrace:
         return (made or around or names)[-1]
 
     def _is_around(self, call: ModuleCall, names: Sequence[str]) -> bool:
-        """Whether a module gives its own input to one of these that it holds."""
+        """Return whether a module gives its own input to one of these that it holds."""
         inside = [name for name in names if name.startswith(f"{call.name}.")]
         taken = [inner.inputs[0] for name in inside for inner in self.calls_of(name) if inner.inputs]
         return bool(call.inputs) and any(value is call.inputs[0] for value in taken)
 
     def logits_module(self, num_classes: int) -> str | None:
-        """Dotted path of the module whose output is what ``forward`` returns as logits; None if there is none.
+        """Return the dotted path of the module whose output ``forward`` returns as logits; None if there is none.
 
         Args:
             num_classes: C.
@@ -136,7 +136,7 @@ class ForwardTrace:
         return candidates[-1] if candidates else None
 
     def first_blocks(self, batch: int) -> list[LayerPoint]:
-        """Where the first block of the model has seen the input.
+        """Return where the first block of the model has seen the input.
 
         It is the input of the second convolution, which is what the first convolution, its norm, activation and pooling
         make of the input; without two convolutions at the start, the output of the first Linear or convolution.
@@ -161,7 +161,7 @@ class ForwardTrace:
         ]
 
     def makes_logits(self, name: str) -> bool:
-        """Whether what this layer returns is what ``forward`` returns as logits: the tensor itself, or a cast of it.
+        """Return whether a layer's output is what ``forward`` returns as logits: the same tensor, or a cast of it.
 
         Equal numbers do not suffice: what is added later may be zero now, as an adapter is when it is new.
         """
@@ -182,7 +182,7 @@ class ForwardTrace:
         return bool(((made == self.output) | broken).all()) and not bool(broken.all())
 
     def producer_of(self, head: str) -> str | None:
-        """The layer whose neurons are, one to one, the input features of ``head``.
+        """Return the layer whose neurons are, one to one, the input features of ``head``.
 
         It is the nearest Linear or convolution before it if that has as many outputs as the head has inputs. Whether
         nothing but element-wise functions and pooling lies between is for the caller to check by its effect.
@@ -192,7 +192,7 @@ class ForwardTrace:
         return before[-1].name if before and neuron_count(before[-1].module) == features else None
 
     def norm_after(self, name: str) -> str | None:
-        """The norm that takes the output of this layer directly, if there is one.
+        """Return the norm that takes the output of this layer directly, if there is one.
 
         An addition in place between the two, as in a residual block, keeps the tensor but is not direct.
         """
@@ -206,7 +206,7 @@ class ForwardTrace:
         return None
 
     def modules_before(self, name: str) -> list[str]:
-        """Modules that were entered before this one, without those that contain it."""
+        """Return modules that were entered before this one, without those that contain it."""
         return [call.name for call in self._before(name) if not name.startswith(f"{call.name}.")]
 
     def _before(self, name: str) -> list[ModuleCall]:
@@ -215,7 +215,7 @@ class ForwardTrace:
 
 
 def trace_forward(model: nn.Module, forward: Forward, x: Any) -> ForwardTrace:
-    """Runs the model once and records which of its submodules are called, in what order, with what."""
+    """Run the model once and record which of its submodules are called, in what order, with what."""
     calls: list[ModuleCall | None] = []
     entered: dict[nn.Module, list[tuple[int, tuple[int, ...]]]] = {}
     handles = []
@@ -244,7 +244,7 @@ def trace_forward(model: nn.Module, forward: Forward, x: Any) -> ForwardTrace:
 
 
 def check_reached(trace: ForwardTrace, point: LayerPoint) -> None:
-    """Refuses a layer that ``forward`` does not call exactly once, or whose input it hands over by keyword.
+    """Refuse a layer that ``forward`` does not call exactly once, or whose input it hands over by keyword.
 
     Raises:
         ValueError: naming the layer and how often it was called.

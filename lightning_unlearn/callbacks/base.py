@@ -44,7 +44,7 @@ class FitCallback(DualPackageCallback):
         return self._fit
 
     def join_fit(self, trainer: Trainer, pl_module: LightningModule, source: PartitionSource) -> None:
-        """Takes the context that another callback of ours has made, or makes it."""
+        """Take the context that another callback of ours has made, or make it."""
         ours = [callback for callback in callbacks_of(trainer) if isinstance(callback, FitCallback)]
         self._fit = shared_context(trainer, pl_module, source, [one._fit for one in ours if one is not self])
 
@@ -131,32 +131,32 @@ class UnlearnCallback(FitCallback):
         raise NotImplementedError
 
     def load_fields(self, state: dict[str, Any]) -> None:
-        """Takes over the state that ``state_dict`` described."""
+        """Take over the state that ``state_dict`` described."""
         raise NotImplementedError
 
     def reset(self) -> None:
-        """Forgets an earlier fit."""
+        """Forget an earlier fit."""
 
     def settings(self) -> dict[str, Any]:
-        """The constructor's arguments, as primitives."""
+        """Return the constructor's arguments, as primitives."""
         return settings_of(self)
 
     def find_source(self, trainer: Trainer) -> PartitionSource:
-        """The callback that publishes the partition."""
+        """Return the callback that publishes the partition."""
         raise NotImplementedError
 
     def validate_setup(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuses, before anything has run, what could not work later."""
+        """Refuse, before anything has run, what could not work later."""
 
     def check_layers(self, pl_module: LightningModule) -> None:
-        """Refuses names of layers that there are not, or that cannot be what they are named for.
+        """Refuse unknown layers, and layers that do not fit the setting that names them.
 
         When the callback is set up; for a module that may make layers in ``setup`` or ``configure_model``, which come
         later, when the fit starts.
         """
 
     def validate_data(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuses, before the first step, what only the loaders and a forward pass show."""
+        """Refuse, before the first step, what only the loaders and a forward pass show."""
 
     @property
     def waits_for_batch(self) -> bool:
@@ -164,18 +164,18 @@ class UnlearnCallback(FitCallback):
         return False
 
     def resume(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes up what a checkpoint's state says was under way; does nothing in a fit from the start."""
+        """Resume what a checkpoint's state says was under way; do nothing in a fit from the start."""
 
     def act_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Does what is due at this epoch boundary; a second call does nothing."""
+        """Do what is due at this epoch boundary; a second call does nothing."""
         raise NotImplementedError
 
     def restore_trainer(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gives back what was borrowed for the fit."""
+        """Restore what was changed for the fit."""
 
     @contextmanager
     def timed(self) -> Iterator[None]:
-        """Counts what is done inside in :attr:`seconds`. Not around what asks another callback of ours."""
+        """Count what is done inside in :attr:`seconds`. Not around what asks another callback of ours."""
         started = time.perf_counter()
         try:
             yield
@@ -243,14 +243,14 @@ class PartitionConsumer(UnlearnCallback):
         return keyed_of(self._source) is not None
 
     def confirm(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sees to it that what was done still holds, before somebody says so."""
+        """Make sure that what was done still holds, before it is reported."""
 
     def summary_clause(self) -> str:
-        """What was done, in one clause; empty where nothing was."""
+        """Return what was done, in one clause; empty where nothing was."""
         raise NotImplementedError
 
     def provenance_entry(self, partition: Partition) -> dict[str, Any]:
-        """What was done to which samples or neurons, by whoever says so.
+        """Return what was done to which samples or neurons, by whoever says so.
 
         Args:
             partition: the one that was acted upon.
@@ -258,7 +258,7 @@ class PartitionConsumer(UnlearnCallback):
         return {}
 
     def when_computed(self) -> str:
-        """When there will be a partition, as far as is known."""
+        """Return when there will be a partition, as far as is known."""
         at_epoch = None if self._source is None else self._source.at_epoch
         return f"at epoch {at_epoch}" if isinstance(at_epoch, int) else "when the partition is computed"
 
@@ -267,7 +267,7 @@ class PartitionConsumer(UnlearnCallback):
         return self._source is not None and self._source.dry_run
 
     def refuse_dry_run(self) -> None:
-        """Refuses to call a fit a dry run that goes on from a checkpoint in which weights or data were changed.
+        """Refuse to call a fit a dry run that goes on from a checkpoint in which weights or data were changed.
 
         Raises:
             MisconfigurationException: saying what to do.

@@ -127,7 +127,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
 
     @override
     def summary_clause(self) -> str:
-        """What was done, in one clause; empty where nothing was."""
+        """Return what was done, in one clause; empty where nothing was."""
         return messages.done(self._finetuning.state, self.mode)
 
     @override
@@ -212,7 +212,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and primitives, 8 bytes per clean sample; 12 per sample to reweight, 16 to re-label.
+        """Return the state: 8 bytes per clean sample, 12 per sample to reweight, 16 to re-label.
 
         Before fine-tuning starts, the trained parameters as the fit began with them, but with ``warm_start="keep"``.
         """

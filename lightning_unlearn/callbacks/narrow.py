@@ -25,7 +25,7 @@ _WHEN = "call it in on_train_start, on_train_epoch_start or on_train_epoch_end o
 
 
 def narrow(trainer: Trainer, indices: Iterable[int] | Tensor | None) -> None:
-    """From the next epoch on, or the one that is about to start, the fit trains on these samples only.
+    """Train on these samples only, from the next epoch on or the one that is about to start.
 
     Call it in ``on_train_start``, ``on_train_epoch_start`` or ``on_train_epoch_end``, as often as you like, on every
     rank. The loader stays yours (class, workers, collate function, transforms) and draws in its own way: shuffled or
@@ -115,7 +115,7 @@ def _is_between_epochs(trainer: Trainer) -> bool:
 
 
 def _checked(indices: Iterable[int] | Tensor | None, total: int) -> tuple[Tensor, Exception | None]:
-    """(K,) int64, ascending, and what is wrong with them."""
+    """Return (K,) int64, ascending, and what is wrong with them."""
     if indices is None:
         return torch.arange(total), None
     none = torch.zeros(0, dtype=torch.int64)
@@ -161,7 +161,7 @@ class _Narrowing(DualPackageCallback):
         return {**self.__dict__, "_fit": None}
 
     def take(self, trainer: Trainer, index: Tensor | None) -> None:
-        """Trains on these samples, or on all again."""
+        """Train on these samples, or on all again."""
         if self._fit is None:
             fit = RunningFit(trainer, trainer.lightning_module)
             self._loader.begin(fit)

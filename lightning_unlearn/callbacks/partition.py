@@ -222,7 +222,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         return self.recipe.soft
 
     def gathers_evidence(self, epoch: int) -> bool:
-        """Whether a pass is due when ``epoch`` epochs are complete."""
+        """Return whether a pass is due when ``epoch`` epochs are complete."""
         return self._partitioning.is_due(epoch)
 
     @override
@@ -306,7 +306,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
             self.keyed.end_batch()
 
     def _follow_loss(self, trainer: Trainer, pl_module: LightningModule, *, trained: bool) -> None:
-        """Takes the labels from where the loss takes them, once the first steps have shown where that is."""
+        """Take the labels from where the loss takes them, once the first steps have shown where that is."""
         path = self.collector.label_field(self.fit, trained=trained)
         if path is None:
             return
@@ -355,7 +355,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         self.get_partition(trainer, pl_module)
 
     def get_partition(self, trainer: Trainer, pl_module: LightningModule) -> Partition | None:
-        """The partition, computed now if it is due, or None if it is not due yet."""
+        """Return the partition, computed now if it is due, or None if it is not due yet."""
         if self._fit is None:
             return self.state.partition
         collector, epoch = self.collector, trainer.current_epoch
@@ -390,7 +390,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         self.conclude(trainer, pl_module)
 
     def conclude(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Makes the summary of a fit that goes on from its last checkpoint and has no step left.
+        """Make the summary of a fit that resumes from its last checkpoint and has no step left.
 
         Lightning then calls no hook of training, and has torn the strategy down. Every rank must call it; a second call
         does nothing.
@@ -414,7 +414,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and primitives.
+        """Return the state as tensors and primitives.
 
         While evidence is gathered, ``16 r + 40`` bytes per sample with ``r = C - 1``, or ``r = 9`` of more than 129
         classes, and four of features; 35 once the partition is computed, and both as long as it may be computed again;

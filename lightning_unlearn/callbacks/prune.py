@@ -144,18 +144,18 @@ class SensitivityPruneCallback(PartitionConsumer):
         return self.mask.sensitivity
 
     def target_layer(self) -> str:
-        """Dotted path of the layer that is or will be pruned: the first whose parameters are touched."""
+        """Return the dotted path of the layer that is or will be pruned: the first whose parameters are touched."""
         if not self._state.sites:
             raise RuntimeError("The layer to prune is known when training starts.")
         return self._state.sites[0].target
 
     def zero_pruned(self) -> None:
-        """Sets what belongs to pruned neurons to zero again, for who has just changed weights."""
+        """Set pruned neurons to zero again; for callers that have just changed weights."""
         self._held.zero_parameters()
 
     @override
     def summary_clause(self) -> str:
-        """What was done, in one clause; empty where no neuron was to be pruned."""
+        """Return what was done, in one clause; empty where no neuron was to be pruned."""
         return summary_clause(self._state)
 
     @override
@@ -201,7 +201,7 @@ class SensitivityPruneCallback(PartitionConsumer):
         self.get_mask(trainer, pl_module)
 
     def get_mask(self, trainer: Trainer, pl_module: LightningModule) -> NeuronMask | None:
-        """The mask (of several layers, the first), made now if it is due; None if it is not due or nothing is pruned.
+        """Return the (first) mask, made now if it is due; None if it is not due or nothing is pruned.
 
         Every partition of the fit is acted upon once. What was pruned stays so, and counts in ``amount``.
         """
@@ -228,7 +228,7 @@ class SensitivityPruneCallback(PartitionConsumer):
 
     @override
     def confirm(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sets to zero again what something else has brought back, and says so once."""
+        """Set pruned entries to zero again where something else changed them, and log it once."""
         if not self._held:
             return
         reshard(pl_module)
@@ -294,7 +294,7 @@ class SensitivityPruneCallback(PartitionConsumer):
             silence_state(pl_module, checkpoint["state_dict"], self._state.entries(pl_module))
 
     def _warn_of_other_weights(self, pl_module: LightningModule) -> None:
-        """Says where a test is of other weights than those that the fit has pruned, as of an earlier checkpoint."""
+        """Say where a test is of other weights than those that the fit has pruned, as of an earlier checkpoint."""
         if self._fitting or not self._state.holds:
             return
         try:
@@ -317,7 +317,7 @@ class SensitivityPruneCallback(PartitionConsumer):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and primitives, 9 bytes per neuron."""
+        """Return the state as tensors and primitives, 9 bytes per neuron."""
         return {"version": self.state_version, **self._state.state_dict()}
 
     @property

@@ -132,7 +132,7 @@ class UnlearnReport(FitCallback):
         self._want_samples()
 
     def _want_samples(self) -> None:
-        """Has the samples of the gallery kept as they come again, where no data set can be asked for them."""
+        """Keep the samples of the gallery as they come again, where no data set can be asked for them."""
         keyed, partition = self.fit.keyed, _found(self.fit.source, "partition", None)
         if keyed is not None and partition is not None and not keyed.wanted:
             provenance = _found(self.fit.source, "provenance", {})
@@ -201,7 +201,7 @@ class UnlearnReport(FitCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Numbers: the curves so far."""
+        """Return the curves so far, as numbers."""
         return {"curves": copied(self._curves)}
 
     @override
@@ -219,7 +219,7 @@ class UnlearnReport(FitCallback):
             )
 
     def _note_metrics(self, trainer: Trainer, epoch: int) -> None:
-        """Takes the metrics of an epoch that has ended; one that was not logged in it is the very tensor it was."""
+        """Take the metrics of an epoch that has ended; one that was not logged in it is the very tensor it was."""
         metrics = dict(trainer.callback_metrics)
         fresh = {name: value for name, value in metrics.items() if self._known.get(name) is not value}
         self._known = metrics
@@ -268,7 +268,7 @@ class UnlearnReport(FitCallback):
     def _gallery(
         self, partition: Partition, shown: Sequence[int], trained: Sequence[Any]
     ) -> tuple[dict[int, dict[str, Any]], str]:
-        """See :meth:`gallery`; of samples that are known by a key, of those that have come again."""
+        """See :meth:`gallery`; with keys, collect the samples that come again."""
         if self.fit.keyed is None:
             loader = self.fit.scoring_loader
             with unopened(loader):
@@ -286,7 +286,7 @@ class UnlearnReport(FitCallback):
     def gallery(
         self, dataset: Any, indices: Sequence[int], tokenizer: Any = None
     ) -> tuple[dict[int, dict[str, Any]], str]:
-        """What is shown of some samples; and why not of all, of the first of which that is so.
+        """Return what is shown of some samples; and why not of all, of the first of which that is so.
 
         Args:
             dataset: the training set.
@@ -308,7 +308,7 @@ class UnlearnReport(FitCallback):
 
 
 def _found(callback: Any, name: str, otherwise: Any) -> Any:
-    """What a callback publishes, or something else where it has nothing yet."""
+    """Return what a callback publishes, or something else where it has nothing yet."""
     try:
         return getattr(callback, name, otherwise)
     except RuntimeError:
@@ -345,6 +345,6 @@ def _phases(callbacks: Sequence[Any]) -> dict[str, float]:
 
 
 def _without_double(curves: dict[str, list[list[float]]]) -> dict[str, list[list[float]]]:
-    """The loss of the steps in place of what the module logs of it, which may be the last batch's alone."""
+    """Return the loss of the steps in place of what the module logs of it, which may be the last batch's alone."""
     doubles = [name for name in curves if name.startswith("train") and "loss" in name and name != _LOSS]
     return {name: points for name, points in curves.items() if _LOSS not in curves or name not in doubles}

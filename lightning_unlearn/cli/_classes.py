@@ -21,7 +21,7 @@ _OTHER = "pytorch_lightning."
 
 
 def model_class(path: str) -> type[LightningModule]:
-    """The user's LightningModule.
+    """Return the user's LightningModule.
 
     Raises:
         ValueError: for a path that leads to none, saying what to do.
@@ -30,7 +30,7 @@ def model_class(path: str) -> type[LightningModule]:
 
 
 def data_class(path: str) -> type[LightningDataModule]:
-    """The user's LightningDataModule.
+    """Return the user's LightningDataModule.
 
     Raises:
         ValueError: for a path that leads to none, saying what to do.
@@ -67,7 +67,7 @@ def _class_of(path: str, base: type[Any], option: str) -> type[Any]:
 
 
 def _modules_with(name: str, package: Any) -> list[str]:
-    """Where a class of that name seems to be in a package's modules, none of which is imported."""
+    """Return where a class of that name seems to be in a package's modules, none of which is imported."""
     found = []
     for one in pkgutil.iter_modules(getattr(package, "__path__", ()), f"{package.__name__}."):
         spec = importlib.util.find_spec(one.name)
@@ -92,7 +92,7 @@ def _import(name: str, wanted: str) -> Any:
 
 
 def layer_notes(kind: type[LightningModule]) -> list[str]:
-    """What there is to say of a model's layers, in lines."""
+    """Return what there is to say of a model's layers, in lines."""
     parameters = inspect.signature(kind).parameters.values()
     by_force = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     if any(one.default is one.empty and one.kind not in by_force for one in parameters):
@@ -115,7 +115,7 @@ def layer_notes(kind: type[LightningModule]) -> list[str]:
 
 
 def _head_of(model: LightningModule) -> str | None:
-    """As the callbacks find it, where the model has an example input."""
+    """Find the layer as the callbacks do, where the model has an example input."""
     x = model.example_input_array
     if not isinstance(x, Tensor):
         return None

@@ -36,7 +36,7 @@ def _commands_of(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParse
 
 
 def options_with_config(name: str) -> list[argparse.Action]:
-    """The options of a command that LightningCLI reads; of others none."""
+    """Return the options of a command that LightningCLI reads; of others none."""
     if name not in ("fit", "partition", "shrink"):
         return []
     from lightning_unlearn.cli._config import FitOptions, options_of
@@ -47,7 +47,7 @@ def options_with_config(name: str) -> list[argparse.Action]:
 
 
 def _add_like(command: argparse.ArgumentParser, action: argparse.Action) -> None:
-    """An option of the same names; what it does is not asked for."""
+    """Return an option of the same names; what it does is not asked for."""
     known = {name for one in command._actions for name in one.option_strings}
     names = [name for name in action.option_strings if name not in known]
     if names:

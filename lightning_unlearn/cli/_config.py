@@ -28,7 +28,7 @@ _NAMED_CHECKPOINTS = ("best", "last", "hpc", "registry")
 
 
 def placeholder(kind: str) -> str:
-    """What stands in a YAML for a value that only the user knows; no command runs before it is replaced.
+    """Return what stands in a YAML for a value that only the user knows; no command runs before it is replaced.
 
     Example:
         >>> placeholder("int")
@@ -66,7 +66,7 @@ class CommandParser(LightningArgumentParser):
 
 
 def _nearest(parser: LightningArgumentParser, option: str) -> str:
-    """Of which class an option is not, where that is known, and the one that may be meant."""
+    """Say which class lacks an option, where that is known, and which option may be meant."""
     near = difflib.get_close_matches(option, list(parser.get_defaults().keys()), n=1)
     # The parser of a class in a YAML, as of a callback, has one group, which is called so.
     groups = list(parser.groups or ())
@@ -120,14 +120,14 @@ class ConfigCLI(LightningCLI):
 
 
 def _said_by_us(error: BaseException | None) -> BaseException | None:
-    """What an argument of a class of ours was refused with, where that is what an error comes from."""
+    """Return what an argument of a class of ours was refused with, where that is what an error comes from."""
     while error is not None and not (isinstance(error, (TypeError, ValueError)) and is_user_error(error)):
         error = error.__cause__ or error.__context__
     return error
 
 
 def add_fit_arguments(parser: LightningArgumentParser) -> list[str]:
-    """Adds what ``Trainer.fit`` takes beside model and data, as ``--ckpt_path``."""
+    """Add what ``Trainer.fit`` takes beside model and data, as ``--ckpt_path``."""
     skip: set[str | int] = {"model", "train_dataloaders", "val_dataloaders", "datamodule"}
     added: list[str] = parser.add_method_arguments(Trainer, "fit", skip=skip)
     return added
@@ -139,7 +139,7 @@ def _may_exist(checkpoint: str) -> bool:
 
 
 def _values_of(arguments: Sequence[str], *names: str) -> list[str]:
-    """What an option is given, each time that it is."""
+    """Return what an option is given, each time that it is."""
     found = []
     for at, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
@@ -149,7 +149,7 @@ def _values_of(arguments: Sequence[str], *names: str) -> list[str]:
 
 
 def without(arguments: Sequence[str], *names: str, flags: Collection[str] = ()) -> list[str]:
-    """Arguments without some options and their values.
+    """Return arguments without some options and their values.
 
     Args:
         arguments: of a command.
@@ -178,7 +178,7 @@ def _config_files(arguments: Sequence[str]) -> Iterator[Path]:
 
 
 def named_classes(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """Classes for a YAML that has their arguments alone, as one of a script with ``LightningCLI(Net, Data)``.
+    """Return classes for a YAML that has their arguments alone, as one of a script with ``LightningCLI(Net, Data)``.
 
     Args:
         arguments: of a command.
@@ -213,7 +213,7 @@ def _is_flat(value: Any) -> bool:
 
 
 def _content(file: Path) -> Mapping[str, Any]:
-    """What a YAML holds; nothing of one that cannot be read, which is told elsewhere."""
+    """Return what a YAML holds; nothing of one that cannot be read, which is told elsewhere."""
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
@@ -222,7 +222,7 @@ def _content(file: Path) -> Mapping[str, Any]:
 
 
 def _fault_of(file: Path) -> str:
-    """What keeps a YAML from being run, in words; nothing of one that cannot be read, of which the parser says so."""
+    """Say what keeps a YAML from being run; empty for one that cannot be read, on which the parser reports."""
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -252,7 +252,7 @@ def _walk(key: str, value: Any) -> Iterator[tuple[str, str]]:
 
 
 def find_users_classes() -> None:
-    """Lets a YAML name classes that lie in the folder where the command is run, as with ``python script.py``."""
+    """Let a YAML name classes that lie in the folder where the command is run, as with ``python script.py``."""
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
 
@@ -270,7 +270,7 @@ _FIT_EXAMPLES = examples(
 
 
 def run_fit(arguments: Sequence[str]) -> None:
-    """LightningCLI's fit."""
+    """Run LightningCLI's fit."""
     find_users_classes()
     arguments, classes = named_classes(arguments)
     usage = "lightning-unlearn fit --config FILE [--model CLASS --data CLASS] [OPTION]..."
@@ -296,7 +296,7 @@ class _ParserMadeError(Exception):
 
 
 def options_of(cli: type[ConfigCLI]) -> list[Any]:
-    """The options that a command reads."""
+    """Return the options that a command reads."""
 
     def give_back(self: ConfigCLI, parser: LightningArgumentParser, args: Any) -> None:
         raise _ParserMadeError(parser)

@@ -16,7 +16,7 @@ _PACKAGES = ("torch", "lightning", "captum", "torchmetrics", "scikit-learn")
 
 
 def add_demo(commands: Any) -> None:
-    """Adds ``demo``."""
+    """Add ``demo``."""
     demo = add_command(
         commands,
         "demo",
@@ -40,7 +40,7 @@ minutes, --fast less than one; downloads nothing.""",
 
 
 def run_demo(options: argparse.Namespace) -> None:
-    """Runs every arm and prints the table."""
+    """Run every arm and print the table."""
     from lightning_unlearn.demo import arms, outcomes
     from lightning_unlearn.results.provenance import versions
 

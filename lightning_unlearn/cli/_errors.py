@@ -17,7 +17,7 @@ _NOBODY_READS = 141
 
 @contextmanager
 def exit_with_message(command: str) -> Iterator[None]:
-    """Ends the process with status 1 and the message of an error that was raised for the user to read.
+    """End the process with status 1 and the message of an error that was raised for the user to read.
 
     Args:
         command: named in front of it.
@@ -45,7 +45,7 @@ def exit_with_message(command: str) -> Iterator[None]:
 
 
 def is_user_error(error: BaseException) -> bool:
-    """Whether an error was raised by this package, or LightningCLI, not by a user's code or within a library."""
+    """Return whether an error was raised by this package, or LightningCLI, not by a user's code or within a library."""
     raised_in = _module_of(error)
     if isinstance(error, RuntimeError):
         # Ours says that the package has a bug, LightningCLI's that it would overwrite a file.
@@ -67,7 +67,7 @@ def _is_misconfiguration(error: BaseException) -> bool:
 
 
 def printable(text: str) -> str:
-    r"""A text as a terminal may show it: what would move its cursor, color it or turn its direction, as its number.
+    r"""Return a text that is safe in a terminal: control and direction characters are shown as their numbers.
 
     Example:
         >>> print(printable("cat \x1b[2J"))

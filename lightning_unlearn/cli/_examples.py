@@ -7,12 +7,12 @@ from typing import Any
 
 
 def examples(*lines: str) -> str:
-    """The end of a help: commands that can be copied."""
+    """Return the end of a help: commands that can be copied."""
     return "\n".join(["examples:", *(f"  {line}" for line in lines)])
 
 
 def add_command(commands: Any, name: str, what: str, description: str, *lines: str) -> argparse.ArgumentParser:
-    """Adds a command whose options argparse reads.
+    """Add a command whose options argparse reads.
 
     Args:
         commands: what ``add_subparsers`` returned.

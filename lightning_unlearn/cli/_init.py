@@ -26,7 +26,7 @@ _PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
 
 
 def add_init(commands: Any) -> None:
-    """Adds ``init``."""
+    """Add ``init``."""
     init = add_command(
         commands,
         "init",
@@ -46,7 +46,7 @@ model can be built without arguments, its layers are listed.""",
 
 
 def run_init(options: argparse.Namespace) -> None:
-    """Prints or writes the YAML."""
+    """Print or write the YAML."""
     from lightning_unlearn.cli._classes import data_class, layer_notes, model_class
     from lightning_unlearn.cli._config import find_users_classes
 
@@ -99,13 +99,13 @@ def _callback(name: str, layers: Sequence[str]) -> Iterator[str]:
 
 
 def _in_a_line(text: str) -> str:
-    """A docstring's first sentence as plain text, cut where it is long."""
+    """Return a docstring's first sentence as plain text, cut where it is long."""
     plain = re.sub(r":\w+:`~?(?:.*?\.)?(\w+)(?: <.*?>)?`", r"\1", text).replace("`", "").replace('"', "")
     return textwrap.shorten(plain.split(". ")[0].rstrip("."), 110, placeholder=" ...")
 
 
 def _class(key: str, kind: type[Any] | None) -> Iterator[str]:
-    """The arguments of a user's class, as LightningCLI(Net, Data) takes them."""
+    """Return the arguments of a user's class, as LightningCLI(Net, Data) takes them."""
     arguments = [] if kind is None else list(_arguments(kind))
     if arguments:
         yield f"{'# ' if all(line.startswith('#') for line in arguments) else ''}{key}:"
@@ -131,7 +131,7 @@ def _arguments(kind: type[Any]) -> Iterator[str]:
 
 
 def _documented(kind: type[Any]) -> dict[str, str]:
-    """What docstrings say of each argument, in a line."""
+    """Return what docstrings say of each argument, in a line."""
     import docstring_parser
 
     found: dict[str, str] = {}
@@ -145,7 +145,7 @@ def _documented(kind: type[Any]) -> dict[str, str]:
 
 
 def _value(value: Any) -> str:
-    """A value as it stands in a line of YAML."""
+    """Return a value as it stands in a line of YAML."""
     if isinstance(value, float) and not math.isfinite(value):
         # Without the dot in front, YAML takes them for a text.
         return ".nan" if math.isnan(value) else ".inf" if value > 0 else "-.inf"

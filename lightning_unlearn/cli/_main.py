@@ -27,7 +27,7 @@ _HELP = {
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of the command line; what follows ``fit`` is read by LightningCLI's."""
+    """Return the parser of the command line; what follows ``fit`` is read by LightningCLI's."""
     parser = argparse.ArgumentParser(
         prog="lightning-unlearn",
         description=lightning_unlearn.__doc__,
@@ -86,7 +86,7 @@ _PLAIN: dict[str, Callable[[argparse.Namespace], None]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command.
+    """Run the command.
 
     The process ends with status 0 when it is done, 2 where it was called wrongly, and 1 where it failed: with one
     sentence for what the user can mend, with a traceback for anything else.
@@ -123,7 +123,7 @@ def _require_jsonargparse(command: str) -> None:
 
 
 def _check_command(parser: argparse.ArgumentParser, name: str) -> None:
-    """Refuses an unknown command, with the nearest; argparse does so from Python 3.14 on."""
+    """Refuse an unknown command, with the nearest; argparse does so from Python 3.14 on."""
     known = [*_WITH_CONFIG, *_PLAIN]
     if name.startswith("-") or name in known:
         return

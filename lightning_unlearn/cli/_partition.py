@@ -210,7 +210,7 @@ class PartitionCLI(ConfigCLI):
         return partition
 
     def _is_past(self, max_epochs: int | None) -> bool:
-        """Whether the checkpoint is of an epoch after which the partition is computed at the latest."""
+        """Return whether the checkpoint is of an epoch after which the partition is computed at the latest."""
         at_epoch = self.partition.at_epoch
         if isinstance(at_epoch, int):
             return self.complete >= at_epoch
@@ -231,7 +231,7 @@ class _SampleCLI(PartitionCLI):
 def read_samples(
     arguments: Sequence[str], partition: Partition, provenance: dict[str, Any], samples: int
 ) -> dict[int, dict[str, Any]]:
-    """What a report shows of samples, read from the data of a configuration.
+    """Return what a report shows of samples, read from the data of a configuration.
 
     Args:
         arguments: ``--config FILE``, and ``--model`` and ``--data`` where the YAML does not name their classes.
@@ -295,7 +295,7 @@ class _StopWhenDrawn(Callback):
 
 
 def run_partition(arguments: Sequence[str]) -> None:
-    """Trains, judges, and says what was found."""
+    """Train, judge, and say what was found."""
     find_users_classes()
     if any(argument.endswith(".npz") for argument in arguments[:1]):
         raise ValueError(f"To see a saved partition: lightning-unlearn show {arguments[0]}")
@@ -340,7 +340,7 @@ def _say_drawn(cli: PartitionCLI, arguments: Sequence[str]) -> None:
 
 
 def _write_validation(cli: PartitionCLI, callback: AttributionPartitionCallback) -> list[str]:
-    """Writes what was found of the validation set, and returns what there is to say of it."""
+    """Write what was found of the validation set, and return what there is to say of it."""
     try:
         partition = callback.validation_partition
     except RuntimeError as error:
@@ -356,7 +356,7 @@ def _write_found(cli: PartitionCLI, partition: Partition, dataset: Any) -> list[
 
 
 def one_pass_caution(partition: Partition) -> list[str]:
-    """What one pass over the data by a trained network can tell, and what it cannot.
+    """Return what one pass over the data by a trained network can tell, and what it cannot.
 
     Args:
         partition: computed from that alone.
@@ -399,7 +399,7 @@ def _say_found(cli: PartitionCLI, arguments: Sequence[str]) -> None:
 
 
 def _names(cli: PartitionCLI, partition: Partition, dataset: Any) -> list[str]:
-    """Of the classes: those that were given, or the data set's own if there is one for each class."""
+    """Return the class names: those given, or the data set's own if there is one for each class."""
     names = cli.report.class_names or list(partition.class_names) or class_names_in(dataset)
     if cli.report.class_names is None and names:
         try:
@@ -410,7 +410,7 @@ def _names(cli: PartitionCLI, partition: Partition, dataset: Any) -> list[str]:
 
 
 def _write(cli: PartitionCLI, partition: Partition, dataset: Any, prefix: str = "") -> list[str]:
-    """Writes a partition and its table, and returns the names of the classes."""
+    """Write a partition and its table, and return the names of the classes."""
     names, files = _names(cli, partition, dataset), files_in(dataset)
     partition.remember_files(files if len(files) == len(partition) else ())
     partition.save(cli.out / f"{prefix}{PARTITION}")
@@ -431,7 +431,7 @@ def _say(cli: PartitionCLI, partition: Partition, dataset: Any, lines: Sequence[
 
 
 def next_steps(cli: PartitionCLI, partition: Partition, arguments: Sequence[str]) -> list[str]:
-    """The commands that follow.
+    """Return the commands that follow.
 
     Args:
         cli: that has run.

@@ -14,7 +14,7 @@ from lightning_unlearn.utilities.checks import check_whole, reason_of
 
 
 def add_report(commands: Any) -> None:
-    """Adds ``report``."""
+    """Add ``report``."""
     report = add_command(
         commands,
         "report",
@@ -61,7 +61,7 @@ alone gives a report without samples and curves.""",
 
 
 def run_report(options: argparse.Namespace) -> None:
-    """Writes the report again."""
+    """Write the report again."""
     from jinja2 import UndefinedError
 
     from lightning_unlearn.report import RunRecord, write_report
@@ -87,7 +87,7 @@ def run_report(options: argparse.Namespace) -> None:
 
 
 def _with_samples(record: Any, run: Path, options: argparse.Namespace) -> Any:
-    """The run with other samples, read from the data, and written into its directory."""
+    """Return the run with other samples, read from the data, and written into its directory."""
     samples = check_whole("--samples", options.samples, least=1)
     config = options.config or run / "config.yaml"
     if not config.is_file():

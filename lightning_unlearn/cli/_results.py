@@ -25,7 +25,7 @@ _WORTH = -1
 
 
 def run_folder(folder: Path) -> Path:
-    """The run directory, of the logger's folder too, in which it lies by default.
+    """Return the run directory, of the logger's folder too, in which it lies by default.
 
     Args:
         folder: one of the two.
@@ -35,7 +35,7 @@ def run_folder(folder: Path) -> Path:
 
 
 def add_show(commands: Any) -> None:
-    """Adds ``show``."""
+    """Add ``show``."""
     show = add_command(
         commands,
         "show",
@@ -69,7 +69,7 @@ checkpoint of a fit in which the partition was computed.""",
 
 
 def run_show(options: argparse.Namespace) -> None:
-    """Prints a saved partition."""
+    """Print a saved partition."""
     partition = _load(options.file)
     if options.csv is not None:
         check_undecided(options.csv)
@@ -99,7 +99,7 @@ def _load(path: Path) -> Partition:
 
 
 def _class_names(path: Path, partition: Partition) -> list[str]:
-    """What the classes are called, as a run directory says; empty where it is none, or does not fit the partition."""
+    """Return the class names of a run directory; empty if it is none or does not fit the partition."""
     if partition.class_names:
         return list(partition.class_names)
     path = path.expanduser()
@@ -115,7 +115,7 @@ def _class_names(path: Path, partition: Partition) -> list[str]:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint's content, of which no code is unpickled.
+    """Return a checkpoint's content, of which no code is unpickled.
 
     Raises:
         ValueError: for what cannot be read so.
@@ -136,7 +136,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def partition_state(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Any] | None:
-    """What an AttributionPartitionCallback has left in a checkpoint; None where there was none.
+    """Return what an AttributionPartitionCallback has left in a checkpoint; None where there was none.
 
     Raises:
         ValueError: for one that has not the shape of what it leaves.
@@ -152,7 +152,7 @@ def partition_state(checkpoint: dict[str, Any], path: str | Path) -> dict[str, A
 
 
 def held_partition(state: Any, path: str | Path) -> Partition:
-    """The partition of a checkpoint.
+    """Return the partition of a checkpoint.
 
     Raises:
         ValueError: for one that is broken, or of another version, with the name of the file.
@@ -164,7 +164,7 @@ def held_partition(state: Any, path: str | Path) -> Partition:
 
 
 def summary_of(partition: Partition, top: int = 10, class_names: Sequence[str] = (), review: int | None = None) -> str:
-    """What a partition says, in a few lines.
+    """Return what a partition says, in a few lines.
 
     Args:
         partition: what was drawn.
@@ -201,7 +201,7 @@ def summary_of(partition: Partition, top: int = 10, class_names: Sequence[str] =
 
 
 def _review_title(partition: Partition, shown: int, follow: bool) -> str:
-    """What the second list is, which may follow one of suspects."""
+    """Return what the second list is, which may follow one of suspects."""
     worth = partition.worth_review()
     if not follow:
         return f"The {shown} least sure ({worth:,} worth a look)" if worth else f"The {shown} least sure all the same"

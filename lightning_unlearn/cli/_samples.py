@@ -12,7 +12,7 @@ from lightning_unlearn.results.partition import Partition
 
 
 def loader_of(cli: LightningCLI) -> DataLoader[Any]:
-    """A loader of the training set of a model and DataModule that were made."""
+    """Return a loader of the training set of a model and DataModule that were made."""
     holder: Any = cli.model if cli.datamodule is None else cli.datamodule
     holder.prepare_data()
     holder.setup("fit")
@@ -22,7 +22,7 @@ def loader_of(cli: LightningCLI) -> DataLoader[Any]:
 
 
 def check_samples(partition: Partition, loader: DataLoader[Any], what: str, *, verify: bool) -> None:
-    """Refuses data that a partition is not of.
+    """Refuse data that a partition is not of.
 
     Args:
         partition: that there is.

@@ -96,7 +96,7 @@ class ShrinkCLI(ConfigCLI):
 
 
 def run_shrink(arguments: Sequence[str]) -> None:
-    """Shrinks, compares, writes, and says how to load it."""
+    """Shrink, compare, write, and say how to load it."""
     find_users_classes()
     arguments, classes = named_classes(arguments)
     cli = ShrinkCLI(
@@ -145,7 +145,7 @@ def _load_weights(model: LightningModule, checkpoint: dict[str, Any], path: str)
 
 
 def example_input(cli: ShrinkCLI) -> ExampleInput:
-    """What ``forward`` takes, of the first training batch, as loaders and transfer hooks leave it in a fit."""
+    """Return what ``forward`` takes, of the first training batch, as loaders and transfer hooks leave it in a fit."""
     try:
         cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     except _BatchTakenError as taken:
@@ -171,7 +171,7 @@ def _first(output: Any) -> Tensor:
 
 
 def how_to_load(cli: ShrinkCLI, out: Path) -> str:
-    """Lines of Python."""
+    """Return the lines of Python that load it."""
     kind = type(cli.model)
     settings = cli.config["model"]
     init = (settings.get("init_args") or {}) if "class_path" in settings else settings

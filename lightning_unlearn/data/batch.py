@@ -22,7 +22,7 @@ _MOST_SHOWN = 300
 
 
 def split_batch(batch: Any) -> tuple[Any, Tensor]:
-    """The input and the labels of a batch of a common kind.
+    """Return the input and the labels of a batch of a common kind.
 
     Args:
         batch: ``(x, y)``; ``(x1, x2, ..., y)``, several inputs; or a mapping, dataclass or named tuple that holds the
@@ -59,7 +59,7 @@ def split_batch(batch: Any) -> tuple[Any, Tensor]:
 
 
 def call_forward(module: nn.Module, x: Any) -> Any:
-    """Calls a model on the input that :func:`split_batch`, a :class:`Layout` or a function of the user's has found.
+    """Call a model on the input that :func:`split_batch`, a :class:`Layout` or a function of the user's has found.
 
     A dict goes to the parameters of ``forward`` by name, what ``forward`` does not name is left out; where it takes one
     argument of another name, it gets the only value, or the whole dict.
@@ -95,7 +95,7 @@ def call_forward(module: nn.Module, x: Any) -> Any:
 
 
 def signature_of(module: nn.Module) -> inspect.Signature:
-    """Of ``forward``."""
+    """Return the signature of ``forward``."""
     # Of a compiled module the one inside: the wrapper's forward takes anything.
     return inspect.signature(getattr(module, "_orig_mod", module).forward)
 
@@ -123,7 +123,7 @@ def _check_positional(parameters: list[inspect.Parameter], x: tuple[Any, ...]) -
 
 
 def leaves_of(batch: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """The tensors in a batch, with where they lie."""
+    """Return the tensors in a batch, with where they lie."""
     for key, value in children_of(batch):
         if isinstance(value, Tensor):
             yield (*path, key), value
@@ -132,7 +132,7 @@ def leaves_of(batch: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 
 
 def field_at(batch: Any, path: Path) -> Any:
-    """What lies there.
+    """Return what lies there.
 
     Raises:
         KeyError, IndexError, AttributeError, TypeError: if there is nothing.
@@ -143,7 +143,7 @@ def field_at(batch: Any, path: Path) -> Any:
 
 
 def shown_path(path: Path, batch: Any = None) -> str:
-    """A field as one would write it in code; of a batch that is given, attributes with a dot.
+    """Return a field as one would write it in code; of a batch that is given, attributes with a dot.
 
     Example:
         >>> shown_path(("meta", 0))
@@ -158,7 +158,7 @@ def shown_path(path: Path, batch: Any = None) -> str:
 
 
 def how_to_split(batch: Any, label: Path | None = None, y: str | None = None) -> str:
-    """The line to write for a batch that is not understood.
+    """Return the line to write for a batch that is not understood.
 
     Args:
         batch: as the loader delivers it.
@@ -179,7 +179,7 @@ def how_to_split(batch: Any, label: Path | None = None, y: str | None = None) ->
 
 
 def children_of(value: Any) -> list[tuple[str | int, Any]]:
-    """The parts of a mapping, dataclass, named tuple, tuple or list, with their keys."""
+    """Return the parts of a mapping, dataclass, named tuple, tuple or list, with their keys."""
     if isinstance(value, PackedSequence):
         return []
     named = named_values(value)
@@ -189,7 +189,7 @@ def children_of(value: Any) -> list[tuple[str | int, Any]]:
 
 
 def named_values(batch: Any) -> dict[Any, Any] | None:
-    """What a dict, named tuple or dataclass holds, by name; None for anything else."""
+    """Return what a dict, named tuple or dataclass holds, by name; None for anything else."""
     if isinstance(batch, Mapping):
         return dict(batch)
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
@@ -198,5 +198,5 @@ def named_values(batch: Any) -> dict[Any, Any] | None:
 
 
 def has_rows(value: Any, size: int) -> bool:
-    """Whether a field has a number, or a row of numbers, for each sample."""
+    """Return whether a field has a number, or a row of numbers, for each sample."""
     return isinstance(value, Tensor) and 0 < value.ndim <= 2 and value.size(0) == size

@@ -121,7 +121,7 @@ def make_data_format(data: DataFormat | Mapping[str, Any] | None) -> DataFormat:
 
 
 def _checked_ignore_index(value: Any) -> float | None:
-    """As labels are compared with it: a whole number is an int, since a float may not hold it."""
+    """Return the value as labels are compared with it: a whole number as int, since a float may not hold it."""
     found = plain(value)
     if found is None or (isinstance(found, float) and math.isnan(found)):
         return found

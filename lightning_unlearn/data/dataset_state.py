@@ -16,7 +16,7 @@ _DEPTH, _MOST_OBJECTS = 3, 1_000
 
 @contextmanager
 def unopened(loader: DataLoader[Any]) -> Iterator[None]:
-    """Puts back what a loader's data set makes of itself with the first item that is read, where it has workers.
+    """Restore what a loader's data set makes of itself with the first item that is read, where it has workers.
 
     A data set may open its file (HDF5, LMDB, a zip archive) then, so that each worker has its own. One that the main
     process opens would be shared by the workers that are forked later, and cannot be sent to those that are spawned.
@@ -48,7 +48,7 @@ class _Found:
         self._packages: set[str] = set()
 
     def note(self, value: Any, depth: int) -> None:
-        """Notes a value, and what is in it."""
+        """Note a value, and what is in it."""
         if depth < 0 or id(value) in self._known or len(self._known) >= _MOST_OBJECTS:
             return
         if isinstance(value, Dataset) or not self._packages:
@@ -71,7 +71,7 @@ def _package(value: Any) -> str:
 
 
 def _put_back(into: Any, before: dict[Any, Any]) -> None:
-    """Makes attributes or items what they were, if one was made that was none, as where something was opened."""
+    """Make attributes or items what they were, if one was made that was none, as where something was opened."""
     if isinstance(into, list):
         # Of the items that there were: what notes which samples are read goes on.
         into[: len(before)] = [

@@ -28,7 +28,7 @@ MOST_CHANGED = 0.25
 
 
 def sampled_indices(total: int) -> Tensor:
-    """(n,) int64, up to 16 dataset indices, spread evenly from the first to the last.
+    """Return (n,) int64, up to 16 dataset indices, spread evenly from the first to the last.
 
     Example:
         >>> sampled_indices(31).tolist()
@@ -39,7 +39,7 @@ def sampled_indices(total: int) -> Tensor:
 
 
 def fingerprint(loader: DataLoader[Any]) -> str:
-    """Length of a loader's data set, and a hash of each of 16 items as ``__getitem__`` returns them.
+    """Return the length of a loader's data set, and a hash of each of 16 items as ``__getitem__`` returns them.
 
     They are read twice, after other seeds of the global random states: where they differ, as under random augmentation,
     the fingerprint is the length alone. Where the loader gives its workers an initialization of the user's, they are
@@ -58,7 +58,7 @@ def fingerprint(loader: DataLoader[Any]) -> str:
 
 
 def fingerprint_of_keys(keys: Sequence[Any]) -> str:
-    """Of samples that are known by a key: their number, and a hash of 16 of their keys.
+    """Return the fingerprint of samples known by key: their number, and a hash of 16 of their keys.
 
     Args:
         keys: N, in ascending order.
@@ -67,12 +67,12 @@ def fingerprint_of_keys(keys: Sequence[Any]) -> str:
 
 
 def varies(fingerprint: str) -> bool:
-    """Whether items differed from one reading to the next."""
+    """Return whether items differed from one reading to the next."""
     return fingerprint.endswith(":")
 
 
 def share_changed(before: str, now: str) -> float:
-    """The share of the sampled items whose content differs between two fingerprints, in [0, 1].
+    """Return the share of the sampled items whose content differs between two fingerprints, in [0, 1].
 
     It is 0 where that cannot be told (random augmentation, no fingerprint) and 1 for another length.
 
@@ -86,7 +86,7 @@ def share_changed(before: str, now: str) -> float:
 
 
 def check_fingerprint(before: str, now: str) -> None:
-    """Refuses other data than before: another length, or more than a quarter of the sampled items.
+    """Refuse other data than before: another length, or more than a quarter of the sampled items.
 
     Raises:
         ValueError: saying what to do.
@@ -101,7 +101,7 @@ def check_fingerprint(before: str, now: str) -> None:
 
 
 def short_fingerprint(fingerprint: str) -> str:
-    """A fingerprint in one short word that no spreadsheet takes for a number, a time or a formula.
+    """Return a fingerprint in one short word that no spreadsheet takes for a number, a time or a formula.
 
     Example:
         >>> short_fingerprint("20:00aaaaaa11bbbbbb"), short_fingerprint("20:"), short_fingerprint("")
@@ -114,12 +114,12 @@ def short_fingerprint(fingerprint: str) -> str:
 
 
 def is_short_fingerprint(text: str) -> bool:
-    """Whether a text is one that :func:`short_fingerprint` returns."""
+    """Return whether a text is one that :func:`short_fingerprint` returns."""
     return text == "" or _MARK.fullmatch(text) is not None
 
 
 def fraction_changed(mark: str, fingerprint: str) -> float:
-    """The share of the sampled items whose content differs between a mark and a fingerprint, in [0, 1].
+    """Return the share of the sampled items whose content differs between a mark and a fingerprint, in [0, 1].
 
     As :func:`share_changed`; more than a quarter is another data set.
 
@@ -168,12 +168,12 @@ def _read(loader: DataLoader[Any], index: Tensor, seed: int) -> list[str]:
 
 
 def _digests(items: Sequence[Any]) -> list[str]:
-    """Stands in for the collate function; a function of the module, since workers may have to pickle it."""
+    """Stand in for the collate function; a function of the module, since workers may have to pickle it."""
     return [digest(item) for item in items]
 
 
 def digest(item: Any) -> str:
-    """A hash of what an item holds: tensors, arrays, images, numbers, texts, and what holds them."""
+    """Return a hash of what an item holds: tensors, arrays, images, numbers, texts, and what holds them."""
     found = blake2b(digest_size=_DIGITS // 2)
     for part in _content(item):
         # With its length, so that no two items run together to the same bytes.
@@ -182,7 +182,7 @@ def digest(item: Any) -> str:
 
 
 def _content(item: Any) -> Iterator[bytes]:
-    """The bytes of an item: tensors, arrays, images, numbers, strings and what holds them; else the class."""
+    """Return the bytes of an item: tensors, arrays, images, numbers, strings and what holds them; else the class."""
     if isinstance(item, Tensor):
         item = _as_array(item)
     elif isinstance(item, str) and "\n" not in item and PurePath(item).is_absolute():
@@ -204,7 +204,7 @@ def _content(item: Any) -> Iterator[bytes]:
 
 
 def _parts_of(item: Any) -> list[Any] | None:
-    """What an item holds; None where it is one thing."""
+    """Return what an item holds; None where it is one thing."""
     if isinstance(item, Mapping):
         return [part for pair in item.items() for part in pair]
     if isinstance(item, (list, tuple)):
@@ -217,7 +217,7 @@ def _parts_of(item: Any) -> list[Any] | None:
 
 
 def _as_array(tensor: Tensor) -> Any:
-    """A tensor as numpy knows it, bit for bit; as bytes where it knows no such type. Of sparse ones the class."""
+    """Return a tensor as a NumPy array, bit for bit (bytes where NumPy lacks the type); of a sparse one the class."""
     if tensor.layout != torch.strided or tensor.is_nested or tensor.device.type == "meta":
         return type(tensor)
     plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()

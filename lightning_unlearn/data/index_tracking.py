@@ -102,7 +102,7 @@ class TrackedBatchSampler(BatchSampler):
         return bool(self.__dict__["_remembers"])
 
     def release(self) -> Any:
-        """The user's batch sampler; iterations under way go on, but remember nothing more."""
+        """Return the user's batch sampler; iterations under way go on, but remember nothing more."""
         self.__dict__["_remembers"] = False
         return self._inner
 
@@ -136,7 +136,7 @@ class TrackedBatchIterator(Iterator[Any]):
         return batch
 
     def drawn(self, position: int) -> Tensor | None:
-        """The dataset indices of a batch, (B,) int64, or None if it is not known or not made of integers.
+        """Return the dataset indices of a batch, (B,) int64, or None if it is not known or not made of integers.
 
         Args:
             position: counted from 0; positions before it are forgotten.
@@ -144,7 +144,7 @@ class TrackedBatchIterator(Iterator[Any]):
         return as_indices(self.batch(position))
 
     def batch(self, position: int) -> Any:
-        """The batch as it was drawn, or None; see :meth:`drawn`."""
+        """Return the batch as it was drawn, or None; see :meth:`drawn`."""
         while self._kept and self._first < position:
             self._kept.popleft()
             self._first += 1
@@ -162,7 +162,7 @@ class _StatefulIteration(TrackedBatchIterator):
 
 
 def as_indices(batch: Any) -> Tensor | None:
-    """Dataset indices (B,) int64 of what a batch sampler drew; None where it is not made of integers."""
+    """Return dataset indices (B,) int64 of what a batch sampler drew; None where it is not made of integers."""
     try:
         # By way of numpy, which reads Python's integers several times faster.
         index = torch.as_tensor(np.asarray(batch))
@@ -173,13 +173,13 @@ def as_indices(batch: Any) -> Tensor | None:
 
 
 def track_indices(loader: DataLoader[Any]) -> None:
-    """From its next iteration on, the loader remembers its batches; see :func:`delivered_indices`."""
+    """Have the loader remember its batches from its next iteration on; see :func:`delivered_indices`."""
     if not isinstance(loader.batch_sampler, TrackedBatchSampler):
         _put_batch_sampler(loader, TrackedBatchSampler(loader.batch_sampler))
 
 
 def untrack_indices(loader: DataLoader[Any]) -> None:
-    """Gives the loader the user's batch sampler again; an iteration under way is not disturbed."""
+    """Give the loader the user's batch sampler again; an iteration under way is not disturbed."""
     batches = loader.batch_sampler
     if isinstance(batches, TrackedBatchSampler):
         _put_batch_sampler(loader, batches.release())
@@ -195,12 +195,12 @@ def _put_batch_sampler(loader: DataLoader[Any], batches: Any) -> None:
 
 
 def is_torchs_iterator(iterator: Any) -> bool:
-    """Whether an iterator tells :func:`delivered_indices` what it draws."""
+    """Return whether an iterator tells :func:`delivered_indices` what it draws."""
     return hasattr(iterator, "_sampler_iter")
 
 
 def delivered_indices(iterator: Any, waiting: int = 0) -> Tensor | None:
-    """The dataset indices of the batch that a loader's iterator delivered last, in the order of its rows.
+    """Return the dataset indices of the batch that a loader's iterator delivered last, in the order of its rows.
 
     Args:
         iterator: of a DataLoader; torch's ``_sampler_iter`` and ``_num_yielded`` are read, which have no public twin.
@@ -214,7 +214,7 @@ def delivered_indices(iterator: Any, waiting: int = 0) -> Tensor | None:
 
 
 def last_batch_indices(iterator: Any, waiting: int = 0) -> Any:
-    """What :func:`delivered_indices` makes indices of, for who does so later; None where that is not known."""
+    """Return what :func:`delivered_indices` makes indices of, for who does so later; None where that is not known."""
     iteration = getattr(iterator, "_sampler_iter", None)
     if isinstance(iteration, itertools.islice):
         # As torchdata resumes what keeps no state of its own; it has no attribute for what it cuts.

@@ -39,7 +39,7 @@ class Layout:
     fields: tuple[str | int, ...] = ()
 
     def fits(self, batch: Any) -> bool:
-        """Whether a batch has these fields."""
+        """Return whether a batch has these fields."""
         try:
             self.split(batch)
         except (KeyError, IndexError, AttributeError, TypeError):
@@ -47,7 +47,7 @@ class Layout:
         return True
 
     def split(self, batch: Any) -> tuple[Any, Any]:
-        """What :func:`call_forward` takes, and the labels."""
+        """Return what :func:`call_forward` takes, and the labels."""
         label = field_at(batch, self.label)
         if self.convention == "batch":
             return (batch,), label
@@ -61,7 +61,7 @@ class Layout:
         return (rest if named_values(batch) is not None else tuple(rest.values()),), label
 
     def describe(self) -> str:
-        """How ``forward`` is called, as one would write it."""
+        """Return how ``forward`` is called, as one would write it."""
         if self.convention == "batch":
             return "forward(batch)"
         if self.convention in ("fields", "one"):
@@ -71,7 +71,7 @@ class Layout:
 
 
 def layouts_of(batch: Any, size: int, module: nn.Module, label: Path | None = None) -> Iterator[Layout]:
-    """Layouts that a batch may have, the usual ones first.
+    """Return layouts that a batch may have, the usual ones first.
 
     Args:
         batch: as the loader delivers it.
@@ -90,7 +90,7 @@ def layouts_of(batch: Any, size: int, module: nn.Module, label: Path | None = No
 
 
 def _inputs(batch: Any, label: Path) -> tuple[str | int, ...]:
-    """The fields besides the labels that may be input."""
+    """Return the fields besides the labels that may be input."""
     return tuple(key for key, value in children_of(batch) if key != label[0] and _may_be_input(value))
 
 
@@ -115,7 +115,7 @@ def _usual_layouts(batch: Any, label: Path, parameters: list[str]) -> Iterator[L
 
 
 def label_fields(batch: Any, size: int) -> Iterator[Path]:
-    """Where labels may lie, the usual places first.
+    """Return where labels may lie, the usual places first.
 
     Of a batch with names that is under a usual one, further in if need be; else the last tensor with a row for each
     sample, then a usual name in a dict within, then the others from the last to the first.
@@ -141,7 +141,7 @@ def label_fields(batch: Any, size: int) -> Iterator[Path]:
 
 
 def is_given(batch: Any, layout: Layout, module: nn.Module) -> bool:
-    """Whether it is clear where the labels are: under the one usual name, or after all that ``forward`` needs."""
+    """Return whether the labels are clear: under the one usual name, or after all that ``forward`` needs."""
     if isinstance(layout.label[-1], str):
         names = [path for path, _ in leaves_of(batch) if path[-1] in LABEL_NAMES]
         return names == [layout.label]
@@ -153,7 +153,7 @@ def is_given(batch: Any, layout: Layout, module: nn.Module) -> bool:
 
 
 def _may_be_input(value: Any) -> bool:
-    """Whether a field is more than a path or a name, or a list of such."""
+    """Return whether a field is more than a path or a name, or a list of such."""
     if isinstance(value, (list, tuple)) and not isinstance(value, PackedSequence):
         return len(value) > 0 and all(_may_be_input(inner) for inner in value)
     if isinstance(value, Mapping):
@@ -162,7 +162,7 @@ def _may_be_input(value: Any) -> bool:
 
 
 def called(layout: Layout | None, x: Any) -> str:
-    """How ``forward`` was called, for a message."""
+    """Return how ``forward`` was called, for a message."""
     return layout.describe() if layout is not None else f"forward(x), x being {_kind(x)}"
 
 

@@ -21,7 +21,7 @@ _AT_THE_START = {"next_iter_state": None, "_initial_iter_for_state_dict": False}
 
 
 def check_loader(loaders: Any, of: str = "training") -> DataLoader[Any]:
-    """The one train loader, if samples can be told apart by their index.
+    """Return the one train loader, if samples can be told apart by their index.
 
     Args:
         loaders: what the fit draws from.
@@ -62,7 +62,7 @@ def check_loader(loaders: Any, of: str = "training") -> DataLoader[Any]:
 
 
 def _instead_of(loaders: Any) -> str:
-    """What to do with the rest of what was given as the train loader."""
+    """Return what to do with the rest of what was given as the train loader."""
     if isinstance(loaders, (Mapping, list, tuple)):
         return (
             ", and draw from the others in training_step (`next(self.others)`, with `self.others ="
@@ -72,7 +72,7 @@ def _instead_of(loaders: Any) -> str:
 
 
 def shard_indices(total: int, rank: int, world_size: int) -> tuple[Tensor, Tensor]:
-    """The dataset indices that a rank scores, the same number on every rank.
+    """Return the dataset indices that a rank scores, the same number on every rank.
 
     Args:
         total: N.
@@ -93,7 +93,7 @@ def shard_indices(total: int, rank: int, world_size: int) -> tuple[Tensor, Tenso
 
 
 def batch_size(loader: DataLoader[Any]) -> int:
-    """Samples per batch; of a batch sampler that does not say, as many as its first batch has.
+    """Return samples per batch; of a batch sampler that does not say, as many as its first batch has.
 
     Asking it draws from the global random state.
     """
@@ -102,7 +102,7 @@ def batch_size(loader: DataLoader[Any]) -> int:
 
 
 def batch_count(loader: DataLoader[Any], samples: int) -> int | None:
-    """How many batches ``samples`` are; None where only drawing one would tell how large they are."""
+    """Return how many batches ``samples`` are; None where only drawing one would tell how large they are."""
     stated = _stated_batch_size(loader)
     return None if stated is None else math.ceil(samples / stated)
 
@@ -113,7 +113,7 @@ def _stated_batch_size(loader: DataLoader[Any]) -> int | None:
 
 
 def detached_copy(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """A copy that delivers in the order drawn, and whose iterations, and their workers, are its own."""
+    """Return a copy that delivers in the order drawn, and whose iterations, and their workers, are its own."""
     other = copy.copy(loader)
     # Not through __init__, which a subclass may have changed; DataLoader refuses to have these set as attributes.
     other.__dict__.update(persistent_workers=False, in_order=True, _iterator=None)
@@ -130,7 +130,7 @@ def iterate_indices(
     size: int | None = None,
     absent: set[int] | None = None,
 ) -> Iterator[tuple[Tensor, Any]]:
-    """The loader's dataset, transforms, collate function and workers, over the given samples in the given order.
+    """Return the loader's dataset, transforms, collate function and workers, over the given samples in the given order.
 
     Args:
         loader: the user's; left as it is.
@@ -204,13 +204,13 @@ class _StandingIn:
 
 
 def _iterates_as_torchs(loader: DataLoader[Any]) -> bool:
-    """Whether batches come as the collate function makes them."""
+    """Return whether batches come as the collate function makes them."""
     definer = next(base for base in type(loader).__mro__ if "__iter__" in vars(base))
     return definer is DataLoader or definer.__module__.startswith("torchdata.")
 
 
 def check_iterates_in_order(loader: DataLoader[Any]) -> None:
-    """Tries three batches with a subclass that iterates in its own way.
+    """Try three batches with a subclass that iterates in its own way.
 
     Raises:
         TypeError: if it does not deliver them one for one.

@@ -14,7 +14,7 @@ _FILE_COLUMNS = ("file", "path", "file_name", "filename", "file_path", "filepath
 
 
 def class_names_in(dataset: Any, classes: int | None = None) -> list[str]:
-    """The names of the classes, by label; empty where a data set does not have one for each.
+    """Return the names of the classes, by label; empty where a data set does not have one for each.
 
     They are its ``classes`` or ``class_names`` (torchvision's data sets), or those of the label column (Hugging Face
     features); also within Subset and ConcatDataset.
@@ -38,7 +38,7 @@ def class_names_in(dataset: Any, classes: int | None = None) -> list[str]:
 
 
 def _inner(dataset: Any) -> Iterator[Any]:
-    """A data set, and what it is made of, as far down as all of it is one."""
+    """Return a data set, and what it is made of, as far down as all of it is one."""
     while dataset is not None:
         yield dataset
         parts = getattr(dataset, "datasets", None)
@@ -50,7 +50,7 @@ def _inner(dataset: Any) -> Iterator[Any]:
 
 
 def _feature_names(dataset: Any) -> Any:
-    """Those of a Hugging Face ``ClassLabel``, or of a list of them where a sample has several."""
+    """Return those of a Hugging Face ``ClassLabel``, or of a list of them where a sample has several."""
     features = getattr(dataset, "features", None)
     if not isinstance(features, Mapping):
         return None
@@ -64,7 +64,7 @@ def _feature_names(dataset: Any) -> Any:
 
 
 def files_in(dataset: Any) -> list[str]:
-    """The path of each sample's file, by index; empty where a data set does not list them.
+    """Return the path of each sample's file, by index; empty where a data set does not list them.
 
     They are its ``samples`` (ImageFolder), ``files`` or ``paths``, or a column of paths (Hugging Face); also within
     Subset and ConcatDataset.
@@ -103,7 +103,7 @@ def _path(one: Any) -> str:
 
 
 def _column(dataset: Any) -> list[str]:
-    """A Hugging Face column of paths, of which nothing is decoded."""
+    """Return a Hugging Face column of paths, of which nothing is decoded."""
     features = getattr(dataset, "features", None)
     if not isinstance(features, Mapping):
         return []

@@ -27,7 +27,7 @@ _LEAST_SAMPLES = 16
 
 
 def sample_batches(total: int, batch_size: int, attempt: int = 0) -> list[Tensor]:
-    """Batches (B,) int64 of dataset indices, spread over the data set and in no order.
+    """Return batches (B,) int64 of dataset indices, spread over the data set and in no order.
 
     Args:
         total: N.
@@ -48,7 +48,7 @@ def sample_batches(total: int, batch_size: int, attempt: int = 0) -> list[Tensor
 
 
 def shuffled(batches: Sequence[Tensor]) -> list[Tensor]:
-    """The same batches, each in another order that is neither sorted nor the reverse of the first."""
+    """Return the same batches, each in another order that is neither sorted nor the reverse of the first."""
     generator = torch.Generator().manual_seed(1)
     return [batch[torch.randperm(len(batch), generator=generator)] for batch in batches]
 
@@ -68,12 +68,12 @@ class Rows:
     columns: dict[str, list[str]]
 
     def label_of(self) -> dict[int, tuple[int, ...]]:
-        """The labels by dataset index."""
+        """Return the labels by dataset index."""
         return {index: tuple(label) for index, label in zip(self.index.tolist(), self.label.tolist(), strict=True)}
 
 
 def joined(batches: Sequence[Rows]) -> Rows:
-    """The rows of several batches, with the parts of the input that all of them have."""
+    """Return the rows of several batches, with the parts of the input that all of them have."""
     shared = set.intersection(*(set(batch.columns) for batch in batches))
     return Rows(
         torch.cat([batch.index for batch in batches]),
@@ -83,7 +83,7 @@ def joined(batches: Sequence[Rows]) -> Rows:
 
 
 def row_hashes(x: Any, num_rows: int) -> dict[str, list[str]]:
-    """The hashes of the rows of every tensor, array or list within an input that has a value for each row.
+    """Return the hashes of the rows of every tensor, array or list within an input that has a value for each row.
 
     Args:
         x: a tensor, or what holds tensors, arrays and lists.
@@ -109,7 +109,7 @@ def _row_hashes(x: Any, num_rows: int, path: str) -> Iterator[tuple[str, list[st
 
 
 def _has_rows(x: Any, num_rows: int) -> bool:
-    """Whether something has a value for each row of a batch."""
+    """Return whether something has a value for each row of a batch."""
     if isinstance(x, (Tensor, np.ndarray)):
         return x.ndim > 0 and len(x) == num_rows
     if not isinstance(x, (list, tuple)) or len(x) != num_rows:
@@ -123,7 +123,7 @@ def _length(x: Any) -> int:
 
 
 def lengths(x: Any) -> set[int]:
-    """How many values the tensors within something have.
+    """Return how many values the tensors within something have.
 
     Example:
         >>> lengths((torch.zeros(3, 2), {"y": torch.zeros(3), "scale": torch.tensor(1.0)}))
@@ -153,7 +153,7 @@ class Comparison:
 
 
 def compare(one: Rows, other: Rows) -> Comparison:
-    """Compares by dataset index.
+    """Compare by dataset index.
 
     A part of the input proves something only if its rows differ. Parts that go by their place in the batch, as position
     numbers do, or differ altogether, as under random augmentation, prove nothing.
@@ -174,7 +174,7 @@ def compare(one: Rows, other: Rows) -> Comparison:
 
 
 def _compare_part(one: Rows, other: Rows, name: str) -> int | None:
-    """How many rows of a part are what another index had; None where it proves nothing."""
+    """Return how many rows of a part are what another index had; None where it proves nothing."""
     first, second = one.columns[name], other.columns[name]
     if len(set(first)) == 1 and len(set(second)) == 1 and first[0] == second[0]:
         return None

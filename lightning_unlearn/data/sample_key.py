@@ -23,7 +23,7 @@ _ADVICE = "set sample_key to a field with an integer or a text for each sample, 
 
 
 def check_sample_key(value: Any) -> SampleKey | None:
-    """A name of a field, a function from a batch to keys, or None.
+    """Return a name of a field, a function from a batch to keys, or None.
 
     Raises:
         ValueError: for anything else.
@@ -56,7 +56,7 @@ class KeyReader:
         self._kind: type[Any] | None = None
 
     def container(self, batch: Any) -> Path:
-        """Where in a batch the fields of the samples lie, beside their key; () for the whole batch."""
+        """Return the path in a batch to the fields of the samples, beside their key; () for the whole batch."""
         return self._path_in(batch)[:-1]
 
     def _path_in(self, batch: Any) -> Path:
@@ -75,7 +75,7 @@ class KeyReader:
         return tuple(path)
 
     def read(self, batch: Any) -> list[Any]:
-        """The keys of a batch, B integers or B texts.
+        """Return the keys of a batch, B integers or B texts.
 
         Raises:
             TypeError: where there are none, or something else; where they are of another kind than before.
@@ -124,7 +124,7 @@ def _kind(value: Any) -> str:
 
 
 def _listed(found: Any, said: str) -> list[Any]:
-    """What was found, as a list of Python's integers or texts."""
+    """Return what was found, as a list of Python's integers or texts."""
     if isinstance(found, Tensor):
         whole = not (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool)
         keys = found.tolist() if found.ndim == 1 and whole else None
@@ -158,7 +158,7 @@ def _one(key: Any, row: int, said: str) -> Key:
 
 
 def owners_of(keys: Sequence[Key], ranks: int) -> Tensor:
-    """(n,) int64, the rank at which the evidence of each key lies: the same in every process, and on every machine.
+    """Return (n,) int64, the rank that keeps the evidence of each key: the same in every process and machine.
 
     Example:
         >>> owners_of(["a", "b", "c", "d"], 2), owners_of([7], 1)

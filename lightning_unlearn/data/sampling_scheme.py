@@ -44,7 +44,7 @@ class SamplingScheme:
     seed: int | None = None
 
     def draw(self, generator: torch.Generator) -> Tensor:
-        """The indices of one epoch, (number,) int64; where they are not drawn by lot, in the order of ``index``.
+        """Return the indices of one epoch, (number,) int64; where they are not drawn by lot, in the order of ``index``.
 
         Args:
             generator: source of randomness, on the CPU.
@@ -61,7 +61,7 @@ class SamplingScheme:
         return self.index[systematic_sample(self.weight, self.number, generator).sort().values]
 
     def restricted_to(self, index: Tensor, probability: Tensor | None = None, *, at_least: int = 1) -> SamplingScheme:
-        """Draws in the same way from some of the indices, each as often as before.
+        """Draw in the same way from some of the indices, each as often as before.
 
         So the number of draws shrinks with what is left out: it is rounded down where indices are drawn evenly, so that
         none comes oftener than before, else to the nearest.
@@ -96,7 +96,7 @@ class SamplingScheme:
 
 
 def evenly(index: Tensor, *, shuffle: bool = True, number: int | None = None) -> SamplingScheme:
-    """Draws each index once, or ``number`` in all, each equally often as far as that goes.
+    """Draw each index once, or ``number`` in all, each equally often as far as that goes.
 
     Args:
         index: (M,) int64.
@@ -108,7 +108,7 @@ def evenly(index: Tensor, *, shuffle: bool = True, number: int | None = None) ->
 
 
 def scheme_of(sampler: Any, *, ranks: int = 1) -> SamplingScheme | None:
-    """How a sampler of torch's draws; None for one that means something of its own, which cannot be looked into.
+    """Return how a sampler of torch's draws; None for one that means something of its own, which cannot be looked into.
 
     Args:
         sampler: a sampler, or a list of indices. A subclass that draws as its base does is read like it.
@@ -140,7 +140,7 @@ def scheme_of(sampler: Any, *, ranks: int = 1) -> SamplingScheme | None:
 
 
 def _of_indices(indices: Any, *, shuffle: bool = True) -> SamplingScheme | None:
-    """Of what is given index by index; None where these are keys, or counted from the end."""
+    """Return the scheme of indices listed one by one; None where they are keys, or counted from the end."""
     try:
         index = torch.as_tensor(list(indices), dtype=torch.int64)
     except (TypeError, ValueError, RuntimeError):
@@ -149,7 +149,7 @@ def _of_indices(indices: Any, *, shuffle: bool = True) -> SamplingScheme | None:
 
 
 def _draws_as(sampler: Any, kind: type[Any]) -> bool:
-    """Whether a sampler draws as one of torch's, which it may be, or torchdata's of that name, which can be resumed."""
+    """Return whether a sampler draws like one of torch's (which it may be) or torchdata's resumable one."""
     definers = [
         next((base for base in type(sampler).__mro__ if name in vars(base)), object) for name in ("__iter__", "__len__")
     ]
@@ -164,7 +164,7 @@ def _by_lot(index: Tensor, weight: Tensor, number: int, replacement: bool, ranks
 
 
 def systematic_sample(weight: Tensor, number: int, generator: torch.Generator) -> Tensor:
-    """Draws each item as often as its weight says on average, in any one draw at most one time more or less.
+    """Draw each item as often as its weight says on average, in any one draw at most one time more or less.
 
     Systematic sampling in random order (Madow 1949): the weights, laid end to end, are a ruler, and every unit of it is
     hit once. So the expected loss over the draws is the loss weighted with the weights.

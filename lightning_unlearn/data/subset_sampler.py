@@ -77,7 +77,7 @@ class CleanSubsetSampler(DistributedSampler[int]):
 
 
 def check_sampler(loader: DataLoader[Any], sampler: Any, *, ranks: int = 1) -> SamplingScheme:
-    """How the user's sampler draws.
+    """Return how the user's sampler draws.
 
     Args:
         loader: the user's, for the message.
@@ -104,7 +104,7 @@ def check_sampler(loader: DataLoader[Any], sampler: Any, *, ranks: int = 1) -> S
 
 
 def batch_sampler_error(loader: DataLoader[Any]) -> str:
-    """Why the batches of a subset could not be drawn and counted with the loader's batch sampler; empty if they can.
+    """Return why the loader's batch sampler cannot draw and count the batches of a subset; empty if it can.
 
     Draws from the global random state where the batch sampler is not torch's own.
     """
@@ -163,7 +163,7 @@ class SamplerSwap:
     def narrow(
         self, loader: DataLoader[Any], sampler: CleanSubsetSampler, *, remembers: bool = False
     ) -> DataLoader[Any]:
-        """Lets the loader draw from ``sampler``, and remember its batches if asked to."""
+        """Let the loader draw from ``sampler``, and remember its batches if asked to."""
         batch_sampler: Any = loader.batch_sampler
         if all(loader is not known for known, _, _ in self._replaced):
             self._replaced.append((loader, batch_sampler.sampler, loader.sampler))
@@ -175,7 +175,7 @@ class SamplerSwap:
         return loader
 
     def samplers_of(self, loader: DataLoader[Any]) -> tuple[Any, Any]:
-        """What the user's batch sampler draws from (None if it does not say), and ``loader.sampler``.
+        """Return what the user's batch sampler draws from (None if it does not say), and ``loader.sampler``.
 
         The user's, also while they are replaced.
         """
@@ -184,7 +184,7 @@ class SamplerSwap:
         return drawn_from, own
 
     def restore(self) -> None:
-        """Puts the users' samplers back."""
+        """Restore the users' samplers."""
         while self._replaced:
             loader, batch_sampler_sampler, sampler = self._replaced.pop()
             untrack_indices(loader)

@@ -23,7 +23,7 @@ _ROUNDING = 1e-3
 
 
 def extract_logits(output: Any) -> Any:
-    """The logits in what ``forward`` returned: ``output.logits``, ``output["logits"]``, the first of a tuple, or it."""
+    """Return the logits in an output: ``output.logits``, ``output["logits"]``, the first of a tuple, or itself."""
     if isinstance(output, Mapping):
         return output.get("logits", output)
     if hasattr(output, "logits"):
@@ -55,7 +55,7 @@ class TaskFormat:
         self.forget()
 
     def forget(self) -> None:
-        """Unsettles what an earlier model's first batch has settled."""
+        """Forget what was inferred from an earlier model's first batch."""
         self._task: Task = "auto"
         self.num_outputs = 0
         self.layout: Layout | None = None
@@ -64,7 +64,7 @@ class TaskFormat:
         self.is_open = False
 
     def split(self, batch: Any) -> tuple[Any, Any]:
-        """The input and the labels of a batch: as ``batch_to_xy`` says, as settled, or as ``split_batch`` does."""
+        """Return input and labels of a batch: as ``batch_to_xy`` says, as inferred, or as ``split_batch`` does."""
         if self.data.batch_to_xy is not None:
             return self.data.batch_to_xy(batch)
         if self.layout is not None and self.layout.fits(batch):
@@ -95,7 +95,7 @@ class TaskFormat:
         return {"task": self._task, "outputs": self.num_outputs, "layout": found}
 
     def settle_as(self, settled: Mapping[str, Any]) -> None:
-        """Settles it as a checkpoint has it, before the first batch of the fit that goes on from it."""
+        """Take the task from a checkpoint, before the first batch of the resumed fit."""
         self._task, self.num_outputs = settled["task"], settled["outputs"]
         if (layout := settled["layout"]) is not None:
             self.layout = Layout(tuple(layout[0]), layout[1], tuple(layout[2]))
@@ -111,7 +111,7 @@ class TaskFormat:
         return self.num_outputs if self.task == "multilabel" else 1
 
     def output(self, model: nn.Module, x: Any) -> Tensor:
-        """The logits that a model returns, (B, K), one column for a binary task.
+        """Return the logits that a model returns, (B, K), one column for a binary task.
 
         Raises:
             TypeError: if it returns something else.
@@ -129,7 +129,7 @@ class TaskFormat:
         return logits.unsqueeze(1) if logits.ndim == 1 else logits
 
     def infer_task(self, output: Tensor, label: Any) -> None:
-        """Settles the task by the first batch; later calls do nothing.
+        """Infer the task from the first batch; later calls do nothing.
 
         Args:
             output: (B, K).
@@ -151,7 +151,7 @@ class TaskFormat:
         self._task, self.num_outputs = task, outputs
 
     def alike(self, output: Tensor, label: Any) -> TaskFormat:
-        """Another reading with the same settings, settled by another first batch; see :meth:`infer_task`."""
+        """Return another reading with the same settings, settled by another first batch; see :meth:`infer_task`."""
         other = TaskFormat(replace(self.data, batch_to_xy=None, logits_from=None))
         other.infer_task(output, label)
         return other
@@ -167,7 +167,7 @@ class TaskFormat:
         return "multilabel" if bits and bool((label.sum(dim=1) != 1).any()) else "multiclass"
 
     def logits(self, output: Tensor) -> Tensor:
-        """Rows (U, C) of class logits.
+        """Return rows (U, C) of class logits.
 
         Args:
             output: (B, K), or (B,) of a binary task.
@@ -178,25 +178,25 @@ class TaskFormat:
         return torch.cat([-half, half], dim=1)
 
     def gradients(self, gradient: Tensor) -> Tensor:
-        """Rows (U, C) of the gradient of the loss at the class logits, up to a factor, from that at the output."""
+        """Return rows (U, C): the loss gradient at the class logits, up to a factor, from that at the output."""
         if self.task == "multiclass":
             return gradient
         flat = gradient.reshape(-1, 1)
         return torch.cat([-flat, flat], dim=1)
 
     def row_indices(self, index: Tensor) -> Tensor:
-        """(U,) int64, the rows of samples (B,) by their dataset index."""
+        """Return (U,) int64, the rows of samples (B,) by their dataset index."""
         count = self.rows_per_sample
         if count == 1:
             return index
         return (index.unsqueeze(1) * count + torch.arange(count, device=index.device)).flatten()
 
     def repeat_per_row(self, values: Tensor) -> Tensor:
-        """(U,), a value (B,) for each sample repeated for each of its rows."""
+        """Return (U,), a value (B,) for each sample repeated for each of its rows."""
         return values if self.rows_per_sample == 1 else values.repeat_interleave(self.rows_per_sample, dim=0)
 
     def classes(self, label: Any, num_samples: int) -> Tensor:
-        """Class labels of rows, without looking at values, so that no accelerator is waited for.
+        """Return the class labels of rows, without looking at values, so that no accelerator is waited for.
 
         Args:
             label: as the batch holds it.
@@ -222,7 +222,7 @@ class TaskFormat:
         return self._bits(label.flatten())
 
     def classes_of_batches(self, batches: Sequence[tuple[Any, int]]) -> Tensor:
-        """Class labels of the rows of several batches, in one go where they are alike.
+        """Return the class labels of the rows of several batches, in one go where they are alike.
 
         Args:
             batches: of each, its labels and B; at least one.
@@ -275,7 +275,7 @@ class TaskFormat:
         return (label if label.is_floating_point() else label.long()) == self.data.ignore_index
 
     def labels(self, label: Any, num_samples: int, first_index: int = 0) -> Tensor:
-        """Class labels of rows, each of which names a class or is ignored.
+        """Return the class labels of rows, each of which names a class or is ignored.
 
         Args:
             label: as the batch holds it.
@@ -319,7 +319,7 @@ class TaskFormat:
         )
 
     def replaced(self, label: Tensor, new: Tensor) -> Tensor:
-        """A batch's labels, in the form they have, with other classes in their place.
+        """Return a batch's labels, in the form they have, with other classes in their place.
 
         Args:
             label: as the batch holds it.

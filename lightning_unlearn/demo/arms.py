@@ -57,7 +57,7 @@ class _Repeat:
         self.checkpoint = folder / f"base-{seed}.ckpt"
 
     def run(self) -> tuple[Outcome, Partition]:
-        """All arms."""
+        """Return all arms."""
         arms, partition = self._product()
         steps = arms[REPAIR].steps
         kept, clean = partition.clean_indices(), (~self.wrong).nonzero().flatten()
@@ -72,7 +72,7 @@ class _Repeat:
         return Outcome(self.seed, {name: arms[name] for name in ARMS}, detection), partition
 
     def _product(self) -> tuple[dict[str, Arm], Partition]:
-        """What a user runs: one fit with the three callbacks. The base is this fit after ``base_epochs``."""
+        """Return what a user runs: one fit with the three callbacks. The base is this fit after ``base_epochs``."""
         partition = AttributionPartitionCallback(at_epoch=self.first)
         base, repair = Phase(BASE, 0, self.first), Phase(REPAIR, self.first, self.last)
         keep = ModelCheckpoint(
@@ -90,14 +90,14 @@ class _Repeat:
         return {BASE: self._arm(self._base(), base), REPAIR: self._arm(model, repair)}, partition.partition
 
     def _auto(self) -> Arm:
-        """The same fit with nothing set at all."""
+        """Return the same fit with nothing set at all."""
         model, phase = self._fresh(), Phase(AUTO, 0, self.last)
         callbacks = [phase, AttributionPartitionCallback(), *_acting()]
         make_trainer(self.last, callbacks).fit(model, datamodule=self.data)
         return self._arm(model, phase)
 
     def _resume(self, name: str, finetune: CleanSubsetFinetuneCallback) -> Arm:
-        """From the base's checkpoint, with another fine-tuning."""
+        """Continue from the base's checkpoint with another fine-tuning."""
         model, phase = self._fresh(), Phase(name, self.first, self.last)
         partition = AttributionPartitionCallback(at_epoch=self.first)
         trainer = make_trainer(self.last, [phase, partition, SensitivityPruneCallback(), finetune])
@@ -105,7 +105,7 @@ class _Repeat:
         return self._arm(model, phase)
 
     def _train(self, name: str, model: DigitsClassifier, steps: int, index: Tensor | None = None) -> Arm:
-        """So many steps on those samples, or on all, with the schedule of the fine-tuning."""
+        """Train ``steps`` steps on those samples, or on all, with the schedule of the fine-tuning."""
         index = torch.arange(len(self.wrong)) if index is None else index
         epochs = -(-steps // self._batches(index))
         phase = Phase(name, 0, epochs)
@@ -120,7 +120,7 @@ class _Repeat:
         return -(-len(index) // self.data.batch_size)
 
     def _fresh(self) -> DigitsClassifier:
-        """With the weights that the fit of this seed began with."""
+        """Start with the weights that the fit of this seed began with."""
         L.seed_everything(self.seed, verbose=False)
         return DigitsClassifier()
 
@@ -163,7 +163,7 @@ def _acting() -> list[L.Callback]:
 
 
 def run_demo(settings: Settings, out: str | PathLike[str]) -> list[Outcome]:
-    """Runs every seed; writes ``suspects.csv``, ``partition.npz`` and ``report.html`` of the first to ``out``."""
+    """Run every seed, and write ``suspects.csv``, ``partition.npz`` and ``report.html`` of the first to ``out``."""
     out = target_folder(out)
     outcomes = []
     with tempfile.TemporaryDirectory() as folder, quiet():

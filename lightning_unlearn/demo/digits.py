@@ -39,7 +39,7 @@ class DigitsDataModule(L.LightningDataModule):
         self.seed = seed
 
     def setup(self, stage: str | None = None) -> None:
-        """Splits the images and replaces training labels, the same way for the same seed."""
+        """Split the images and replace training labels, the same way for the same seed."""
         try:
             from sklearn.datasets import load_digits
         except ImportError as error:
@@ -59,15 +59,15 @@ class DigitsDataModule(L.LightningDataModule):
         self.test_data = TensorDataset(image[test], label[test])
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled images with the given labels."""
+        """Return shuffled images with the given labels."""
         return DataLoader(self.train_data, batch_size=self.batch_size, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Held-out images with their true labels."""
+        """Return held-out images with their true labels."""
         return DataLoader(self.val_data, batch_size=VALIDATION)
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """Other ones."""
+        """Return the test images with their true labels."""
         return DataLoader(self.test_data, batch_size=self.batch_size)
 
 
@@ -95,26 +95,26 @@ class DigitsClassifier(L.LightningModule):
         self.head = nn.Linear(128, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (B, 10) of images (B, 1, 8, 8)."""
+        """Return logits (B, 10) of images (B, 1, 8, 8)."""
         return self.head(self.fc(self.features(x)).relu())  # type: ignore[no-any-return]  # Module.__call__ is untyped
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Cross-entropy of the given labels."""
+        """Return the cross-entropy of the given labels."""
         x, y = batch
         loss = nn.functional.cross_entropy(self(x), y)
         self.log("train_loss", loss)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Logs the accuracy as ``val_acc``."""
+        """Log the accuracy as ``val_acc``."""
         x, y = batch
         self.log("val_acc", multiclass_accuracy(self(x), y, num_classes=CLASSES, average="micro"))
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Logs the accuracy as ``test_acc``."""
+        """Log the accuracy as ``test_acc``."""
         x, y = batch
         self.log("test_acc", multiclass_accuracy(self(x), y, num_classes=CLASSES, average="micro"))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam with a constant learning rate."""
+        """Return Adam with a constant learning rate."""
         return torch.optim.Adam(self.parameters(), lr=self.hparams["lr"])

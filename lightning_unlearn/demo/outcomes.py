@@ -87,7 +87,7 @@ class Outcome:
 
 
 def table(settings: Settings, outcomes: Sequence[Outcome]) -> str:
-    """The demo's last words: the data, every arm, the partition against the truth, and what was won."""
+    """Return the demo's last words: the data, every arm, the partition against the truth, and what was won."""
     seeds = f"mean ± standard deviation of {len(outcomes)} seeds" if len(outcomes) > 1 else f"seed {outcomes[0].seed}"
     lines = [
         f"Digits with {100 * settings.noise:.0f} % symmetric label noise: 1,198 training images; 200 to validate and",
@@ -128,7 +128,7 @@ def _found(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def _won(outcomes: Sequence[Outcome]) -> list[str]:
-    """What the callbacks won against training on, against the strongest of the controls, and what was left to win."""
+    """Say what the callbacks won against training on and the strongest control, and what was left to win."""
     strongest = max(CONTROLS, key=lambda name: _mean(outcomes, name))
     lines = [f"Against training on: {_difference(outcomes, CONTINUE)}."]
     if strongest != CONTINUE:
@@ -149,7 +149,7 @@ def _plain(name: str) -> str:
 
 
 def _difference(outcomes: Sequence[Outcome], other: str) -> str:
-    """The difference on the same seeds, in points, and what to call it."""
+    """Return the difference on the same seeds, in points, and what to call it."""
     points = [100 * (outcome.arms[REPAIR].accuracy - outcome.arms[other].accuracy) for outcome in outcomes]
     mean = statistics.mean(points)
     least = _POINTS_OF_ONE if len(points) == 1 else max(_POINTS, statistics.stdev(points))

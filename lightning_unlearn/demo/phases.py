@@ -36,13 +36,13 @@ class Phase(L.Callback):
         self._bar: Any = None
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Starts the clock with the first epoch."""
+        """Start the clock with the first epoch."""
         if trainer.current_epoch == self.first:
             self.started, self.steps = time.perf_counter(), trainer.global_step
             self._bar = tqdm(total=self.last - self.first, desc=f"{self.name:<{WIDTH}}", unit=" epochs")
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stops it after the last."""
+        """Stop the clock after the last epoch."""
         if self._bar is not None:
             self._bar.update()
             if trainer.current_epoch == self.last - 1:
@@ -51,7 +51,7 @@ class Phase(L.Callback):
                 self._close()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Leaves no open bar behind."""
+        """Leave no open bar behind."""
         self._close()
 
     def _close(self) -> None:
@@ -62,7 +62,7 @@ class Phase(L.Callback):
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without Lightning's lines about hardware and loaders; on one thread, as more would only wait for each other."""
+    """Run without Lightning's lines about hardware and loaders, on one thread (more would only wait for each other)."""
     logger = logging.getLogger("lightning.pytorch")
     level, threads = logger.level, torch.get_num_threads()
     logger.setLevel(logging.ERROR)
@@ -79,7 +79,7 @@ def quiet() -> Iterator[None]:
 def make_trainer(
     epochs: int, callbacks: list[L.Callback], steps: int = -1, *, accelerator: str = "cpu", precision: Any = None
 ) -> L.Trainer:
-    """A Trainer on one device that writes nothing but what its callbacks write."""
+    """Return a Trainer on one device that writes nothing but what its callbacks write."""
     return L.Trainer(
         accelerator=accelerator,
         devices=1,
@@ -95,7 +95,7 @@ def make_trainer(
 
 
 def fall_to_zero(model: L.LightningModule, steps: int) -> None:
-    """Gives a module its own optimizer with the schedule of fine-tuning: from the module's rate to zero by a cosine.
+    """Give a module its own optimizer with the schedule of fine-tuning: from the module's rate to zero by a cosine.
 
     Args:
         model: whose ``configure_optimizers`` makes one optimizer.

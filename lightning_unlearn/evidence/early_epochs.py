@@ -42,7 +42,7 @@ class EarlyEpochs:
         self.drawn: Tensor | None = None
 
     def is_due(self, epoch: int) -> bool:
-        """Whether to look at the ``epoch``-th, counted from 1."""
+        """Return whether to look at the ``epoch``-th, counted from 1."""
         return epoch <= MOST_EPOCHS and not (self.rate is not None and self.rate.is_confirmed)
 
     def look(
@@ -54,7 +54,7 @@ class EarlyEpochs:
         device: torch.device,
         reduce: Reduce,
     ) -> None:
-        """Looks at an epoch before its evidence is merged. Every rank must call it.
+        """Look at an epoch before its evidence is merged. Every rank must call it.
 
         Args:
             trajectory: with what was observed in this epoch.
@@ -107,7 +107,7 @@ class EarlyEpochs:
         device: torch.device,
         reduce: Reduce,
     ) -> None:
-        """Looks at an epoch of many classes, which are compared by soft margins (n, K)."""
+        """Look at an epoch of many classes, which are compared by soft margins (n, K)."""
         position, counts = of_rows
         # Where most outputs are named by no label, these are left out from the next epoch on.
         few = 2 * int((drawn > 0).sum()) < trajectory.num_rivals
@@ -128,14 +128,14 @@ class EarlyEpochs:
         self.rate, self.drawn = following(self.rate, found), drawn
 
     def state_dict(self) -> dict[str, Any] | None:
-        """Plain numbers; None if no epoch was looked at."""
+        """Return the state as plain numbers; None if no epoch was looked at."""
         if self.rate is None or self.drawn is None:
             return None
         return {**asdict(self.rate), "bias": self.rate.bias.tolist(), "drawn": self.drawn.tolist()}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any] | None) -> EarlyEpochs:
-        """What :meth:`state_dict` described."""
+        """Make it from what :meth:`state_dict` returned."""
         early = cls()
         if state is not None:
             numbers = dict(state)
@@ -146,7 +146,7 @@ class EarlyEpochs:
 
 
 def held_by_class(seen: Tensor, drawn: Tensor) -> Tensor:
-    """(C,) how many samples each class has, seen or not, by how many were drawn how often.
+    """Return (C,) how many samples each class has, seen or not, by how many were drawn how often.
 
     Of n samples that are drawn d times at random, with replacement, n (1 - exp(-d / n)) are seen. Where none is drawn
     twice, it is as many as are seen.
@@ -161,14 +161,14 @@ def held_by_class(seen: Tensor, drawn: Tensor) -> Tensor:
 
 
 def _labels_and_places(trajectory: TrainingDynamics, positions: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor]:
-    """(N,) each: the label, and the position in [0, 1), of a sample, as any rank has seen it; -1 where none has."""
+    """Return (N,) each: label, and position in [0, 1), of every sample as any rank saw it; -1 where none did."""
     if trajectory.is_share:
         return trajectory.label, torch.where(positions > 0, (positions.float() - 1) / _SCALE, -1.0)
     return _of_all_ranks(trajectory.label, positions, reduce)
 
 
 def _of_all_ranks(label: Tensor, positions: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor]:
-    """The same of samples that each rank has seen some of.
+    """Return the same of samples that each rank has seen some of.
 
     Where ranks have drawn a sample each, as what fills up their shares, it is in the middle between them.
     """
@@ -180,6 +180,6 @@ def _of_all_ranks(label: Tensor, positions: Tensor, reduce: Reduce) -> tuple[Ten
 
 
 def _is_whole(position: Tensor, parts: int, reduce: Reduce) -> bool:
-    """Whether something was drawn in each part of the epoch, as where it was not resumed in the middle."""
+    """Return whether something was drawn in each part of the epoch, as where it was not resumed in the middle."""
     held = torch.bincount((position * parts).long().clamp(0, parts - 1), minlength=parts)
     return bool((reduce(held.double()) > 0).all())

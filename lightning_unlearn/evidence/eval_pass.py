@@ -24,7 +24,7 @@ from lightning_unlearn.trainer.data_checks import check_same_labels, check_same_
 
 
 def make_attributor(fit: FitContext, point: LayerPoint, method: str, watch: Sequence[LayerPoint] = ()) -> Attributor:
-    """What attributes the user's model in the passes of a fit, with as many passes on every rank where ranks meet."""
+    """Return what attributes the user's model in passes, with as many passes on every rank where ranks meet."""
     agree = partial(fit.agree, of_all=True) if fit.is_sharded else bool
     return Attributor(fit.model, point, fit.logits, method, watch=watch, agree=agree)
 
@@ -59,7 +59,7 @@ class ScoringPass:
     title: str = "Evidence"
 
     def run(self) -> dict[str, Tensor]:
-        """Passes over the share.
+        """Pass over the share.
 
         Returns:
             what the pass showed, one row for each row of the share; see
@@ -76,7 +76,7 @@ class ScoringPass:
         return {name: torch.cat(parts) for name, parts in columns.items()}
 
     def _observe(self, batch: IndexedBatch) -> dict[str, Tensor]:
-        """Hands the rows of a batch to the trajectory, and returns what else is to be noted of them."""
+        """Hand the rows of a batch to the trajectory, and return what else is to be noted of them."""
         task_format, trajectory = self.fit.task_format, self.trajectory
         label = batch.label.clamp(min=0)
         seen = self._attribute(batch.x, label)
@@ -104,7 +104,7 @@ class ScoringPass:
 
 
 def _identity(batch: IndexedBatch) -> Tensor:
-    """(B,) int64, equal for samples whose inputs are; where that cannot be told, different for all."""
+    """Return (B,) int64, equal for samples whose inputs are; where that cannot be told, different for all."""
     identity = row_identity(batch.x, len(batch.index))
     return mixed(batch.index + 1) if identity is None else identity
 
@@ -120,6 +120,6 @@ def _seen_in_the_last_pass(seen: MarginAttribution, label: Tensor, margin: Tenso
 
 
 def _of_several_labels(logits: Tensor, label: Tensor) -> MarginAttribution:
-    """Each label's margin: at the head's input its logit is, less the bias, the sum of gradient x activation."""
+    """Return each label's margin: at the head's input its logit is, less the bias, the sum of gradient x activation."""
     logits = logits.float()
     return MarginAttribution(label_margin(logits, label).unsqueeze(1), logits)

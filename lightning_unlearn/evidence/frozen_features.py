@@ -53,7 +53,7 @@ class FrozenFeatures:
         self._every = 1
 
     def start(self, fit: FitContext, trace: ForwardTrace, first: IndexedBatch) -> None:
-        """Looks at the features when a fit begins or goes on. Every rank must call it.
+        """Look at the features when a fit begins or resumes. Every rank must call it.
 
         Args:
             fit: that is running.
@@ -93,7 +93,7 @@ class FrozenFeatures:
             self.point = None
 
     def _look(self, fit: FitContext) -> Tensor | None:
-        """What the layer takes of the samples that were kept, under the statistics that were kept."""
+        """Return what the layer takes of the samples that were kept, under the statistics that were kept."""
         if self.point is None:
             return None
         with fit.isolated_eval(), torch.no_grad(), record_activation(fit.model, self.point) as take:
@@ -113,7 +113,7 @@ class FrozenFeatures:
         return fit.agree(same, of_all=True)
 
     def hold(self, fit: FitContext, total: int) -> bool:
-        """Whether the features are those of when the fit began, so that a pass may take them. Every rank must call it.
+        """Return whether the features are as at the start of the fit, so a pass may take them. Every rank must call it.
 
         Args:
             fit: that is running.
@@ -133,12 +133,12 @@ class FrozenFeatures:
         return True
 
     def take(self, values: Tensor) -> None:
-        """Takes the features (B, D) of a batch of the pass."""
+        """Take the features (B, D) of a batch of the pass."""
         self._parts.append(values[-self._seen % self._every :: self._every].float().cpu())
         self._seen += len(values)
 
     def added_to(self, evidence: Evidence, reduce: Reduce) -> Evidence:
-        """The evidence, with what the pass has shown, where that tells; it is then forgotten.
+        """Return the evidence, with what the pass has shown, where that tells; it is then forgotten.
 
         Args:
             evidence: of all samples of the pass, with what else is known of labels that were not learned.
@@ -174,7 +174,7 @@ class FrozenFeatures:
         return evidence if fault else replace(evidence, unseen=replace(unseen, left_out=rate), left_out=scores)
 
     def _left_out(self, evidence: Evidence, reduce: Reduce) -> tuple[PrequentialRate, Tensor | None] | None:
-        """The rate, and of all samples, if all were taken, the scores in the coordinates of the evidence."""
+        """Return the rate, and of all samples, if all were taken, the scores in the coordinates of the evidence."""
         label, weight = (value[:: self._every] for value in (evidence.label, evidence.weight))
         features, self._parts = torch.cat(self._parts).to(label.device), []
         finite = features.isfinite().all(dim=1)
@@ -193,7 +193,7 @@ class FrozenFeatures:
         return replace(rate, bias=bias.cpu()), scores
 
     def state_dict(self) -> dict[str, Any] | None:
-        """Tensors and primitives; None where there is nothing to compare."""
+        """Return the state as tensors and primitives; None where there is nothing to compare."""
         if self.point is None or self._values is None:
             return None
         return {
@@ -204,7 +204,7 @@ class FrozenFeatures:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any] | None) -> FrozenFeatures:
-        """What :meth:`state_dict` described."""
+        """Make it from what :meth:`state_dict` returned."""
         features = cls()
         if state is not None:
             features.point = LayerPoint(*state["point"])
@@ -214,7 +214,7 @@ class FrozenFeatures:
 
 
 def _first_trained(trace: ForwardTrace, fit: FitContext, samples: int) -> LayerPoint | None:
-    """The input of the first layer that an optimizer trains, if that is one row of features for each sample."""
+    """Return the input of the first layer that an optimizer trains, if that is one row of features for each sample."""
     groups = [group for optimizer in fit.optimizers for group in optimizer.param_groups]
     trained = {parameter for group in groups for parameter in group["params"] if parameter.requires_grad}
     call = next((one for one in trace.calls if not trained.isdisjoint(one.module.parameters(recurse=False))), None)
@@ -226,7 +226,7 @@ def _first_trained(trace: ForwardTrace, fit: FitContext, samples: int) -> LayerP
 
 
 def _statistics(model: nn.Module) -> dict[str, Tensor]:
-    """What batch norms have learned of their inputs in training."""
+    """Return what batch norms have learned of their inputs in training."""
     norms = [(name, one) for name, one in named_layers(model).items() if isinstance(one, BATCH_NORM)]
     found = {f"{name}.{of}": getattr(module, of) for name, module in norms for of in ("running_mean", "running_var")}
     return {name: value for name, value in found.items() if value is not None}

@@ -20,7 +20,7 @@ _STABLE = (
 
 
 def check_epoch(epoch: EpochOfKeys, number: int) -> None:
-    """Looks at the keys of an epoch. Every rank must call it, with the same.
+    """Look at the keys of an epoch. Every rank must call it, with the same.
 
     Args:
         epoch: what they were.
@@ -57,7 +57,7 @@ def check_epoch(epoch: EpochOfKeys, number: int) -> None:
 
 
 def relabeled(count: int, example: str) -> str:
-    """What is said of a key that comes with several labels."""
+    """Return what is said of a key that comes with several labels."""
     shown, rows = f" ({example})" if example else "", "row has" if count == 1 else "rows have"
     return (
         f"Expected a key to be of one sample, which keeps its label, but {count:,} {rows} another label than the one"
@@ -67,7 +67,7 @@ def relabeled(count: int, example: str) -> str:
 
 
 def fault_of_first_batch(keys: list[object], label: Tensor) -> str:
-    """Why the keys of the first batch cannot be those of samples; empty if they can.
+    """Return why the keys of the first batch cannot be those of samples; empty if they can.
 
     Args:
         keys: B.

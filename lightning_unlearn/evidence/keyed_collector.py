@@ -84,7 +84,7 @@ class KeyedCollector(EvidenceCollector):
         return self.by_key.layer
 
     def take_up(self, fit: FitContext) -> None:
-        """Takes of a checkpoint's evidence what this rank owns. Call when training starts, on every rank."""
+        """Take of a checkpoint's evidence what this rank owns. Call when training starts, on every rank."""
         self._ranks, state = Ranks.of(fit), self._pending
         self._pending = None
         if state is None:
@@ -99,7 +99,7 @@ class KeyedCollector(EvidenceCollector):
         self.trajectory = self.by_key.load_state_dict(state, self._ranks)
 
     def check_first(self, fit: FitContext, label: Tensor) -> None:
-        """Refuses keys, as the first batch has them, that cannot be those of samples. Every rank must call it.
+        """Refuse keys, as the first batch has them, that cannot be those of samples. Every rank must call it.
 
         Args:
             fit: that begins.
@@ -125,7 +125,7 @@ class KeyedCollector(EvidenceCollector):
         self._check_reads(fit)
 
     def _check_reads(self, fit: FitContext) -> None:
-        """Ends the fit on every rank where one cannot read its training steps, as nothing else tells of a sample.
+        """End the fit on every rank where one cannot read its training steps, as nothing else tells of a sample.
 
         Raises:
             MisconfigurationException: saying what is in the way.
@@ -194,7 +194,7 @@ class KeyedCollector(EvidenceCollector):
             self.early_epochs.look(self.in_use, positions, batches, share, fit.device, fit.reduce)
 
     def share(self, fit: FitContext) -> tuple[RankShare, dict[str, Tensor], tuple[Any, ...]]:
-        """What the training steps have shown of this rank's own samples, and the keys of all. Every rank must call it.
+        """Return what training steps showed of this rank's own samples, and the keys of all. Every rank must call it.
 
         Raises:
             ValueError: where there is no evidence of any sample.
@@ -213,7 +213,7 @@ class KeyedCollector(EvidenceCollector):
 
     @override
     def check_steps(self, fit: FitContext) -> None:
-        """There is no batch at hand to look at."""
+        """Do nothing: there is no batch at hand to look at."""
 
     @override
     def with_unseen(self, fit: FitContext, evidence: Evidence, accuracy: float | None) -> Evidence:
@@ -226,7 +226,7 @@ class KeyedCollector(EvidenceCollector):
 
     @override
     def _trajectory_state(self) -> None:
-        """Lies with its keys."""
+        """Return None: the evidence is kept with its keys."""
 
     @override
     def load_state_dict(self, state: dict[str, Any], *, is_closed: bool, is_fit: bool) -> None:

@@ -41,7 +41,7 @@ _LABEL: Path = ()  # what batch_to_xy has made, which is no field
 
 
 def agreement(value: Any, gradient: Tensor, task_format: TaskFormat) -> Tensor:
-    """(B,) bool, rows whose logit the loss raises where a field says so.
+    """Return (B,) bool, rows whose logit the loss raises where a field says so.
 
     Args:
         value: the field: class indices, or a row with a number for each output.
@@ -81,7 +81,7 @@ class LabelWatch:
         return vars(LabelWatch(self._reading))
 
     def detach(self) -> None:
-        """Looks no more. May be called at any time, and again."""
+        """Stop looking. May be called at any time, and again."""
         self._head_watch.end()
         self._head: str | None = None
         self._module: nn.Module | None = None
@@ -94,7 +94,7 @@ class LabelWatch:
         self._steps = 0
 
     def start(self, model: nn.Module, head: str | None) -> None:
-        """Starts with the next step.
+        """Start at the next step.
 
         Args:
             model: the user's.
@@ -107,7 +107,7 @@ class LabelWatch:
         self.is_watching = head is not None or self._reading.is_open
 
     def start_batch(self, batch: Any) -> None:
-        """Notes what the step is given. Call in ``on_train_batch_start``.
+        """Note what the step is given. Call in ``on_train_batch_start``.
 
         Raises:
             TypeError: where more than one field may hold the labels, and there is no head to tell.
@@ -131,7 +131,7 @@ class LabelWatch:
         self._head_watch.start(self._module, Step(range(rows), label, self._reading.num_outputs))
 
     def end_batch(self, reduce: Reduce, *, trained: bool = True) -> Path | None:
-        """What the step has shown. Call after its backward pass and before the weights change; every rank must.
+        """Return what the step has shown. Call after its backward pass and before the weights change; every rank must.
 
         Args:
             reduce: sums over the ranks.
@@ -204,7 +204,7 @@ class LabelWatch:
         return torch.zeros(len(gradient), dtype=torch.bool, device=gradient.device)
 
     def _is_renamed(self, value: Tensor | None, gradient: Tensor, judged: Tensor) -> bool:
-        """Whether the classes that the loss raises are others than the labels, but always the same for a label."""
+        """Return whether the loss raises other classes than the labels, but always the same one for a label."""
         if value is None or value.is_floating_point() or value.numel() != len(gradient):
             return False
         raised_class = (gradient < 0).long().flatten() if gradient.shape[1] == 1 else gradient.argmin(dim=1)
@@ -243,7 +243,7 @@ class LabelWatch:
 
 
 def _numbers(agree: Tensor, rows: float, blind: float, renamed: float) -> Tensor:
-    """What a step has shown, as one vector, to be summed over steps and ranks.
+    """Return what a step has shown, as one vector, to be summed over steps and ranks.
 
     Args:
         agree: (F, F), rows that agree with field i and not with j; on the diagonal those that agree with i.
@@ -277,11 +277,11 @@ class _Sums:
         return bool(self.numbers[-1] > 0)
 
     def share(self) -> float:
-        """Of the rows, how many agree with what was taken for the labels."""
+        """Count the rows that agree with what was taken for the labels."""
         return float(self.agree[0, 0]) / max(self.rows, 1)
 
     def is_followed(self, classes: int) -> bool:
-        """Whether more rows than by chance agree with what was taken for the labels."""
+        """Return whether more rows than by chance agree with what was taken for the labels."""
         expected = self.rows / classes
         deviation = (expected * (1 - 1 / classes)) ** 0.5
         return self.rows > 0 and float(self.agree[0, 0]) - expected >= _SURELY * deviation
@@ -291,14 +291,14 @@ class _Sums:
         return alone >= _FEWEST and alone >= _TIMES * against
 
     def other(self) -> int | None:
-        """The field that is clearly followed instead of the one taken, and rather than any other."""
+        """Return the field that is clearly followed instead of the one taken, and rather than any other."""
         better = [at for at in range(1, _MOST_FIELDS) if self._is_ahead(at, 0)]
         best = [at for at in better if not any(self._is_ahead(rival, at) for rival in better)]
         # One that most rows agree with: two that are each right now and then are both none.
         return next((at for at in best if self.agree[at, at] > self.rows / 2), None)
 
     def is_ahead_of_all(self) -> bool:
-        """Whether every other field says the same, or is clearly followed less."""
+        """Return whether every other field says the same, or is clearly followed less."""
         return all(
             self._is_ahead(0, at) or float(self.agree[0, at]) == float(self.agree[at, 0]) == 0
             for at in range(1, _MOST_FIELDS)

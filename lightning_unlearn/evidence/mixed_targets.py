@@ -12,7 +12,7 @@ _UNSURE = 0.7
 
 
 def has_mixed_target(logits: Tensor, gradient: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows whose loss raises the logit of a class that is not the given label, as a mixed target does.
+    """Return rows whose loss raises the logit of a class that is not the given label, as a mixed target does.
 
     A loss of the given label alone treats all other classes alike: whatever it is (cross-entropy with class weights or
     label smoothing, focal, binary, squared error), of two other classes the one with the smaller logit is never pushed

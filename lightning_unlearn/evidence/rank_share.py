@@ -31,11 +31,11 @@ class Ranks:
 
     @classmethod
     def of(cls, fit: FitContext) -> Ranks:
-        """Those of a running fit."""
+        """Return the ranks of a running fit."""
         return cls(fit.rank, fit.world_size, fit.reduce, fit.exchange)
 
     def most(self, value: int) -> int:
-        """The largest that any rank has. Every rank must call it."""
+        """Return the largest that any rank has. Every rank must call it."""
         of_each = torch.zeros(self.number, dtype=torch.float64)
         of_each[self.rank] = value
         return int(self.reduce(of_each).max())
@@ -59,6 +59,6 @@ class RankShare:
 
     @classmethod
     def by_index(cls, total: int, ranks: Ranks) -> RankShare:
-        """Every R-th sample of a data set, of all of which each rank has the evidence."""
+        """Return every R-th sample of a data set, of all of which each rank has the evidence."""
         index, weight = shard_indices(total, ranks.rank, ranks.number)
         return cls(index, weight, index, total)

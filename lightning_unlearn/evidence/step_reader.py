@@ -38,7 +38,7 @@ class StepObserver(Protocol):
     """Who takes the evidence."""
 
     def observe(self, index: Tensor, logits: Tensor, label: Tensor) -> None:
-        """Takes rows of the training forward pass, of one or several batches.
+        """Take rows of the training forward pass, of one or several batches.
 
         Args:
             index: (B,) int64 on the CPU, the dataset index of each row; the same index may come twice.
@@ -47,7 +47,7 @@ class StepObserver(Protocol):
         """
 
     def forget(self) -> None:
-        """Drops all that was observed in this fit: it cannot be trusted."""
+        """Drop all that was observed in this fit: it cannot be trusted."""
 
 
 class TrainStepReader:
@@ -101,7 +101,7 @@ class TrainStepReader:
         return {**self.__dict__, "_module": None, "_seen": None, "_loaders": [], "_held": []}
 
     def reset(self) -> None:
-        """Forgets an earlier fit."""
+        """Forget an earlier fit."""
         self.detach()
         self.reason = ""
         self.rows_read = 0
@@ -131,7 +131,7 @@ class TrainStepReader:
         return self._module is not None
 
     def state_dict(self) -> dict[str, Any]:
-        """Whether it gave up, and why; and what it would give up for sooner or later."""
+        """Return whether it gave up, and why; and what it would give up for sooner or later."""
         return {
             "reason": self.reason,
             "unknown_epochs": self._unknown_epochs,
@@ -140,19 +140,19 @@ class TrainStepReader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Stays given up where the fit that is resumed had given up."""
+        """Stay disabled where the resumed fit was."""
         self.reason = str(state["reason"])
         self._unknown_epochs = int(state["unknown_epochs"])
         self._has_judged = bool(state["has_judged"])
         self.left_open = bool(state.get("is_open"))
 
     def attach(self, fit: FitContext) -> None:
-        """Watches for the train loaders. Call in ``setup`` of a fit: later, the first epoch is not read."""
+        """Watch for the train loaders. Call in ``setup`` of a fit: later, the first epoch is not read."""
         if self._keyed is None:
             self._watch.attach(fit, self._remember)
 
     def start(self, fit: FitContext, head: str, known: Tensor | None = None) -> None:
-        """Starts to read. Call in ``on_train_start``.
+        """Start to read. Call in ``on_train_start``.
 
         Args:
             fit: that begins.
@@ -175,12 +175,12 @@ class TrainStepReader:
         self._known, self._seen = known, None
 
     def start_epoch(self, fit: FitContext) -> None:
-        """Looks whether the loader is still the same. Call in ``on_train_epoch_start``."""
+        """Look whether the loader is still the same. Call in ``on_train_epoch_start``."""
         if self.is_reading and self._keyed is None:
             self._remember(fit.live_loaders())
 
     def start_batch(self, fit: FitContext, batch: Any, position: float = 0.0) -> None:
-        """Notes whose rows come next. Call in ``on_train_batch_start``, on the batch as it is given there.
+        """Note whose rows come next. Call in ``on_train_batch_start``, on the batch as it is given there.
 
         Args:
             fit: that is running.
@@ -199,7 +199,7 @@ class TrainStepReader:
             self._head_watch.start(self._module, Step(drawn, label, self._reading.num_outputs, position))
 
     def end_batch(self) -> None:
-        """Takes what the step has shown. Call in ``on_train_batch_end``."""
+        """Take what the step has shown. Call in ``on_train_batch_end``."""
         step = self._head_watch.end()
         if step is None or not self.is_reading:
             return
@@ -220,7 +220,7 @@ class TrainStepReader:
             self._close_window()
 
     def end_epoch(self, fit: FitContext) -> bool:
-        """Whether it goes on reading, the same on every rank. Every rank must call it, in ``on_train_epoch_end``."""
+        """Return whether it goes on, alike on every rank. Every rank must call it, in ``on_train_epoch_end``."""
         if self.is_reading:
             self._close_window()
         if self.is_reading:
@@ -234,7 +234,7 @@ class TrainStepReader:
         return not self._agreed
 
     def begin_again(self) -> None:
-        """Drops what was read, as labels lie elsewhere; :meth:`start` goes on with the batches of this epoch."""
+        """Drop what was read, as labels lie elsewhere; :meth:`start` goes on with the batches of this epoch."""
         self._head_watch.end()
         self._module = None
         self._seen = None
@@ -242,7 +242,7 @@ class TrainStepReader:
         self._begin_epoch()
 
     def detach(self) -> None:
-        """Puts everything back and reads no more. May be called at any time, and again."""
+        """Restore everything and read no more. May be called at any time, and again."""
         self._watch.detach()
         self._head_watch.end()
         self._module = None
@@ -253,7 +253,7 @@ class TrainStepReader:
         self._held = []
 
     def _remember(self, loaders: list[Any]) -> None:
-        """Lets the loader in use remember its batches, and gives back those it has replaced."""
+        """Let the loader in use remember its batches, and give back those it has replaced."""
         if self.reason or _fault_of_loaders(loaders):
             return
         for loader in self._loaders:
@@ -264,7 +264,7 @@ class TrainStepReader:
             track_indices(loader)
 
     def _labels_of(self, batch: Any, num_rows: int) -> Any:
-        """The labels that a batch holds; None, having given up, where it has not as many as rows."""
+        """Return the labels that a batch holds; None, having given up, where it has not as many as rows."""
         try:
             label: Any = self._reading.split(batch)[1]
         except Exception as error:
@@ -286,7 +286,7 @@ class TrainStepReader:
         self.disable(f"the labels of a training step have another form than those of a pass ({error})")
 
     def _close_window(self) -> None:
-        """Checks the rows held back and hands them on."""
+        """Check the rows held back and hand them on."""
         held, unchecked = self._held, self._unchecked
         self._held, self._unchecked = [], 0
         if unchecked > len(held):
@@ -328,7 +328,7 @@ class TrainStepReader:
             self._is_blind = True
 
     def _place(self, held: list[Step], of_steps: list[Tensor]) -> None:
-        """Notes how much of the epoch had passed when samples were drawn."""
+        """Note how much of the epoch had passed when samples were drawn."""
         if self.by_key is not None:
             for step, of in zip(held, of_steps, strict=True):
                 self.by_key.place(of, step.position)
@@ -337,7 +337,7 @@ class TrainStepReader:
                 self.positions[of] = 1 + int(step.position * 255)
 
     def _labeled_rows(self, held: list[Step], index: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Rows, logits, gradients and labels of some steps, without the rows whose label is to be ignored."""
+        """Return rows, logits, gradients and labels of some steps, without the rows whose label is to be ignored."""
         task_format = self._reading
         output = torch.cat([as_columns(step.output) for step in held if step.output is not None])
         sent = torch.cat([as_columns(step.gradient) for step in held if step.gradient is not None])
@@ -368,7 +368,7 @@ class TrainStepReader:
         return ""
 
     def _relabeled(self, index: Tensor, label: Tensor) -> Tensor:
-        """How many rows have another label than their index had before; a scalar on the device."""
+        """Return how many rows have another label than their index had before; a scalar on the device."""
         if self._keyed is not None:
             return torch.zeros((), dtype=torch.int64, device=label.device)
         if self._seen is None:
@@ -380,7 +380,7 @@ class TrainStepReader:
         return ((before >= 0) & (before != label)).sum()
 
     def _judge_epoch(self) -> None:
-        """Gives up where an epoch has shown nothing that can be checked, for want of a gradient or of indices."""
+        """Give up where an epoch has shown nothing that can be checked, for want of a gradient or of indices."""
         if self._is_unknown:
             self._unknown_epochs += 1
             if self._unknown_epochs > 1:
@@ -389,14 +389,14 @@ class TrainStepReader:
             self.disable("the gradient of the loss at the logits is zero or not finite in all rows of an epoch")
 
     def disable(self, reason: str) -> None:
-        """Reads no more steps of this fit; the first reason is kept."""
+        """Read no more steps of this fit; the first reason is kept."""
         self.reason = self.reason or reason
         self.detach()
         self._sink.forget()
 
 
 def _fault_of_loaders(loaders: list[Any]) -> str:
-    """Why batches of these train loaders cannot be matched with dataset indices; empty if they can."""
+    """Return why batches of these train loaders cannot be matched with dataset indices; empty if they can."""
     try:
         loader = check_loader(loaders[0] if len(loaders) == 1 else loaders)
     except (TypeError, ValueError) as error:

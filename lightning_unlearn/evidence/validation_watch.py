@@ -41,7 +41,7 @@ class ValidationWatch:
         self._has_run = False
 
     def start(self, module: nn.Module) -> None:
-        """From now on, looks at the module whose output is the logits."""
+        """Watch the module whose output is the logits, from now on."""
         self._module = module
 
     @property
@@ -50,13 +50,13 @@ class ValidationWatch:
         return self._module is not None
 
     def begin(self) -> None:
-        """A validation begins: what an earlier one of the epoch has shown is of older weights."""
+        """Return a validation begins: what an earlier one of the epoch has shown is of older weights."""
         self._end()
         self._forget()
         self._has_run = True
 
     def start_batch(self, batch: Any) -> None:
-        """Looks at the head until :meth:`end_batch`."""
+        """Look at the head until :meth:`end_batch`."""
         self._end()
         if self._module is None or not (self._has_run and self._is_whole):
             return
@@ -73,7 +73,7 @@ class ValidationWatch:
             self._outputs.append(output.detach())
 
     def end_batch(self) -> None:
-        """Counts what the step has shown."""
+        """Count what the step has shown."""
         if self._end_watch is None:
             return
         self._end()
@@ -93,7 +93,7 @@ class ValidationWatch:
         self._end_watch = None
 
     def result(self, metric: float, reduce: Reduce) -> dict[str, float]:
-        """What the last validation showed since the last call, by the names of an ``EpochNote``.
+        """Return what the last validation showed since the last call, by the names of an ``EpochNote``.
 
         Every rank must call it.
 
@@ -113,7 +113,7 @@ class ValidationWatch:
         return shown if broken or not samples else {**shown, "accuracy": right / samples, "samples": samples}
 
     def detach(self) -> None:
-        """Looks at nothing any more. May be called at any time, and again."""
+        """Stop looking. May be called at any time, and again."""
         self._end()
         self._forget()
         self._module = None

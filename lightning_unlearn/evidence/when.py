@@ -48,7 +48,7 @@ _ROUNDING = 1e-9
 
 
 def check_at_epoch(value: Any) -> AtEpoch:
-    """A number of epochs, a share of them, or ``"auto"``.
+    """Return a number of epochs, a share of them, or ``"auto"``.
 
     Raises:
         ValueError: naming the three.
@@ -107,7 +107,7 @@ class PartitionTime:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets an earlier fit."""
+        """Forget an earlier fit."""
         self.epoch = self.asked if isinstance(self.asked, int) else None
         self.why = ""
         self.is_stopped = False
@@ -116,7 +116,7 @@ class PartitionTime:
         self.forget()
 
     def forget(self) -> None:
-        """Forgets what was noted, as it cannot be trusted."""
+        """Forget what was noted, as it cannot be trusted."""
         self._notes: dict[int, EpochNote] = {}
 
     def __str__(self) -> str:
@@ -138,7 +138,7 @@ class PartitionTime:
         return max((one.accuracy for one in self._notes.values() if one.samples), default=None)
 
     def plan(self, limits: TrainingLimits, *, may_be_last: bool) -> None:
-        """Looks at the Trainer's limits, when the fit is set up.
+        """Look at the Trainer's limits, when the fit is set up.
 
         Args:
             limits: of the fit.
@@ -167,11 +167,11 @@ class PartitionTime:
             )
 
     def is_due(self, epoch: int) -> bool:
-        """Whether it is time when ``epoch`` epochs are complete."""
+        """Return whether it is time when ``epoch`` epochs are complete."""
         return self.epoch is not None and epoch >= self.epoch
 
     def phase(self, epoch: int) -> tuple[int, int]:
-        """To which part of training the ``epoch``-th epoch belongs, and of how many epochs parts are; 0: any number.
+        """Return the part of training that the ``epoch``-th epoch belongs to, and the epochs per part (0: any number).
 
         Where the end is open, parts are of 1 epoch, then of 2, 4, ...: whenever all are full, pairs are joined.
         """
@@ -183,12 +183,12 @@ class PartitionTime:
         return (epoch - 1) // width, width
 
     def note(self, epoch: int, **shown: float) -> None:
-        """Takes what the ``epoch``-th epoch showed, by the names of :class:`EpochNote`."""
+        """Take what the ``epoch``-th epoch showed, by the names of :class:`EpochNote`."""
         self._notes[epoch] = replace(self._notes.get(epoch, EpochNote()), **shown)
 
     @contextmanager
     def noting(self, epoch: int, trajectory: TrainingDynamics, reduce: Reduce, *, of_steps: bool) -> Iterator[None]:
-        """Notes what the evidence of an epoch shows, while it is merged inside. Every rank must enter.
+        """Note what the evidence of an epoch shows, while it is merged inside. Every rank must enter.
 
         Args:
             epoch: counted from 1.
@@ -208,7 +208,7 @@ class PartitionTime:
             self.note(epoch, agreement=right / total)
 
     def decide(self, limits: TrainingLimits, *, is_settled: bool, is_stopped: bool, reduce: Reduce) -> None:
-        """Looks whether it is time, once at the start of each epoch. Every rank must call it.
+        """Look whether it is time, once at the start of each epoch. Every rank must call it.
 
         Args:
             limits: of the fit, as far as it has come.
@@ -233,7 +233,7 @@ class PartitionTime:
             self.decide_now(epoch, why or "another rank says so")
 
     def decide_now(self, epoch: int, why: str) -> None:
-        """It is time, whatever was asked."""
+        """Decide on ``epoch``, whatever was asked."""
         self.epoch, self.why = epoch, why
 
     def _late(self, limits: TrainingLimits, epoch: int) -> str:
@@ -247,7 +247,7 @@ class PartitionTime:
         return "two thirds of the training are over" if is_late else ""
 
     def _peaked(self, epoch: int) -> str:
-        """Why the evidence has peaked, in words; empty if it has not, as far as is known."""
+        """Return why the evidence has peaked, in words; empty if it has not, as far as is known."""
         notes = {at: one for at, one in sorted(self._notes.items()) if at <= epoch}
         noted = notes.get(epoch, EpochNote())
         measured = [one.accuracy for one in notes.values() if one.samples >= _FEWEST]
@@ -267,7 +267,7 @@ class PartitionTime:
         return "the ranking of the samples hardly changes any more" if similar and similar[-1] >= SETTLED else ""
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers and texts."""
+        """Return the state as plain numbers and texts."""
         return {
             "asked": self.asked,
             "epoch": self.epoch,
@@ -276,7 +276,7 @@ class PartitionTime:
         }
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        """Takes over what was noted, and what was found; None is of an older version."""
+        """Take over what was noted, and what was found; None is of an older version."""
         if state is None:
             return
         self._notes = {int(epoch): EpochNote(**noted) for epoch, noted in state["notes"].items()}
@@ -285,12 +285,12 @@ class PartitionTime:
 
 
 def _known(noted: EpochNote) -> dict[str, float]:
-    """What is known; NaN would not equal itself in checkpoints that are compared."""
+    """Return what is known; NaN would not equal itself in checkpoints that are compared."""
     return {name: value for name, value in asdict(noted).items() if not math.isnan(value)}
 
 
 def similarity(before: Tensor, after: Tensor) -> float:
-    """Rank correlation (Spearman's) of two scores (n,) of the same samples; NaN of fewer than two.
+    """Return the rank correlation (Spearman's) of two scores (n,) of the same samples; NaN of fewer than two.
 
     Example:
         >>> similarity(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.1, 0.2, 9.0]))

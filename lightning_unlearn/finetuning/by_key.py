@@ -45,7 +45,7 @@ class KeyedSubset:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets an earlier fit."""
+        """Forget an earlier fit."""
         self.seed = 0
         self._least = 1
         self._is_muted = False
@@ -54,7 +54,7 @@ class KeyedSubset:
         self.forget_plan()
 
     def begin(self, fit: FitContext) -> None:
-        """Looks whether batches can be narrowed, on the first one.
+        """Look whether batches can be narrowed, on the first one.
 
         Raises:
             TypeError: where they cannot.
@@ -76,24 +76,24 @@ class KeyedSubset:
             )
 
     def plan(self, fit: FitContext) -> None:
-        """Notes for how many batches a schedule of steps is planned; 0 where that is not known."""
+        """Note for how many batches a schedule of steps is planned; 0 where that is not known."""
         batches = fit.batches_per_epoch
         self.planned_batches = int(batches) if batches < float("inf") else 0
 
     def forget_plan(self) -> None:
-        """As if there had been none."""
+        """Forget the plan."""
         self.planned_batches = 0
 
     def at_once(self, fit: FitContext) -> int:
-        """See ``planned_size``."""
+        """Return ``planned_size``."""
         return self.planned_size
 
     def fault_of(self, fit: FitContext, subset: TrainingSubset, *, keeps_plan: bool) -> str:
-        """Why a subset cannot be trained on, in the words that follow "samples"; empty if it can."""
+        """Return why a subset cannot be trained on, in the words that follow "samples"; empty if it can."""
         return "" if len(subset.index) else "are none"
 
     def attach_rows(self, fit: FitContext, subset: TrainingSubset, partition: Callable[[], Partition]) -> None:
-        """From now on training batches have the rows of a subset alone, with the labels that it gives them.
+        """Give training batches only the rows of a subset, with the subset's labels, from now on.
 
         Args:
             fit: that is running.
@@ -128,7 +128,7 @@ class KeyedSubset:
     def _is_trained(
         self, subset: TrainingSubset, trained: dict[int, int], index: Tensor, keys: list[Any], epoch: int
     ) -> Tensor:
-        """(B,) bool; samples that the partition does not know are trained on as they are."""
+        """Return (B,) bool; samples that the partition does not know are trained on as they are."""
         place = [trained.get(at, -1) for at in index.tolist()]
         is_in = torch.tensor([at >= 0 for at in place]) | (index < 0)
         if subset.probability is None:
@@ -137,7 +137,7 @@ class KeyedSubset:
         return is_in & (torch.tensor([_uniform(self.seed, epoch, key) for key in keys]) < share)
 
     def _rows(self, known: Partition, index: Tensor, is_trained: Tensor) -> Tensor:
-        """(b,) int64, the rows to go on with; notes whether they are to teach nothing."""
+        """Return (b,) int64, the rows to go on with; notes whether they are to teach nothing."""
         rows = is_trained.nonzero().flatten()
         self._is_muted = len(rows) < min(self._least, len(index))
         self._counts += torch.tensor([len(index), len(index) - len(rows), self._is_muted], dtype=torch.float64)
@@ -147,12 +147,12 @@ class KeyedSubset:
         return doubt.argsort(stable=True)[: self._least].sort().values
 
     def before_backward(self, loss: Tensor) -> None:
-        """Sees to it that a batch without a row to learn from teaches nothing. Call in ``on_before_backward``."""
+        """Make a batch without a row to learn from teach nothing. Call in ``on_before_backward``."""
         if self._is_muted and loss.requires_grad:
             loss.register_hook(torch.zeros_like)  # type: ignore[no-untyped-call]
 
     def end_epoch(self, fit: FitContext) -> None:
-        """Says once what narrowing has cost. Every rank must call it."""
+        """Say once what narrowing has cost. Every rank must call it."""
         if self._has_said or not self._keyed.change:
             return
         self._has_said = True
@@ -163,16 +163,16 @@ class KeyedSubset:
         )
 
     def ask_again(self, fit: FitContext) -> None:
-        """There is nothing to be made again."""
+        """Do nothing: no loader has to be made again."""
 
     def detach(self, fit: FitContext | None) -> None:
-        """Leaves the batches alone."""
+        """Leave the batches alone."""
         self._keyed.change = None
         self._is_muted = False
         self.relabeling.detach()
 
     def check_relabeling(self, fit: FitContext, head: str | None) -> None:
-        """Refuses, before the first step, batches whose labels could not be replaced later.
+        """Refuse, before the first step, batches whose labels could not be replaced later.
 
         Args:
             fit: that begins.
@@ -187,27 +187,27 @@ class KeyedSubset:
         self._has_learned = True
 
     def state_dict(self) -> dict[str, int]:
-        """Numbers."""
+        """Return the state as numbers."""
         return {"planned_batches": self.planned_batches, "planned_size": self.planned_size, "seed": self.seed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over what a checkpoint has."""
+        """Take over what a checkpoint has."""
         self.planned_batches, self.seed = state["planned_batches"], state["seed"]
 
 
 def _places(subset: TrainingSubset) -> dict[int, int]:
-    """Where each sample that is trained on stands in the subset."""
+    """Return where each sample that is trained on stands in the subset."""
     return {index: at for at, index in enumerate(subset.index.tolist())}
 
 
 def _uniform(seed: int, epoch: int, key: Key) -> float:
-    """A number in [0, 1) that is another one in each epoch, and the same whoever asks."""
+    """Return a number in [0, 1) that is another one in each epoch, and the same whoever asks."""
     digest = hashlib.blake2b(f"{seed}:{epoch}:{key}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
 def _is_of_loaders(batch: Any, loaders: Any) -> bool:
-    """Whether a batch holds those of several loaders, under the names that these have."""
+    """Return whether a batch holds those of several loaders, under the names that these have."""
     if isinstance(loaders, Mapping):
         return isinstance(batch, Mapping) and set(batch) == set(loaders) and len(loaders) > 1
     is_list = isinstance(loaders, (list, tuple)) and isinstance(batch, (list, tuple))

@@ -30,7 +30,7 @@ class Companion:
     table: Tensor
 
     def replaced(self, batch: Any, value: Tensor, given: Tensor, new: Tensor) -> Tensor:
-        """The field with the rows of other classes.
+        """Return the field with the rows of other classes.
 
         Args:
             batch: for the message.
@@ -63,7 +63,7 @@ class Companion:
 
 
 def companions_in(batches: Sequence[Any], task_format: TaskFormat) -> list[Companion]:
-    """The fields that are made of the label.
+    """Return the fields that are made of the label.
 
     Args:
         batches: as the loader delivers them.
@@ -93,7 +93,7 @@ def companions_in(batches: Sequence[Any], task_format: TaskFormat) -> list[Compa
 
 
 def _table(rows: Tensor, label: Tensor, num_classes: int) -> Tensor | None:
-    """(C, K), the row of each class; None where rows are not a one-to-one function of the label."""
+    """Return (C, K), the row of each class; None where rows are not a one-to-one function of the label."""
     classes, place, counts = torch.unique(label, return_inverse=True, return_counts=True)
     if len(classes) < 2:
         return None
@@ -111,7 +111,7 @@ def _table(rows: Tensor, label: Tensor, num_classes: int) -> Tensor | None:
 
 
 def _by_form(means: Tensor, classes: Tensor, num_classes: int) -> Tensor | None:
-    """The rows of all classes where those that are known say how they are made: one number apart, or in proportion."""
+    """Return the rows of all classes where the known ones show the rule: one number apart, or in proportion."""
     if means.shape[1] == num_classes and num_classes > 1:
         on = means[torch.arange(len(classes)), classes].mean()
         off = (means.sum() - on * len(classes)) / (len(classes) * (num_classes - 1))

@@ -26,7 +26,7 @@ class LayersFrom:
         self._from_here = set(called[called.index(layer) :]) - set(trace.modules_before(layer))
 
     def has(self, name: str) -> bool:
-        """Whether a module is among them; one that is not called itself goes with the nearest that holds it."""
+        """Return whether a module is among them; one that is not called itself goes with the nearest that holds it."""
         while name and name not in self._called:
             name = name.rpartition(".")[0]
         return name in self._from_here
@@ -44,7 +44,7 @@ class FrozenLayers:
         self.forget()
 
     def forget(self) -> None:
-        """Freezes nothing; what is held already stays so until :meth:`thaw`."""
+        """Freeze nothing; what is held already stays so until :meth:`thaw`."""
         self.parameters: list[str] = []
         self.norms: list[str] = []
         if not hasattr(self, "_thawed"):
@@ -59,21 +59,21 @@ class FrozenLayers:
         return {*self.parameters, *self.norms}
 
     def choose_outside(self, model: nn.Module, layers: Sequence[str]) -> None:
-        """Everything but what is within some layers."""
+        """Return everything but what is within some layers."""
         parameters, norms = _names(model)
         inside = _inside_of(layers)
         self.parameters = [name for name in parameters if not name.startswith(inside)]
         self.norms = [name for name in norms if not f"{name}.".startswith(inside)]
 
     def choose_before(self, model: nn.Module, trace: ForwardTrace, layer: str) -> None:
-        """Everything but what ``forward`` calls from a layer on."""
+        """Return everything but what ``forward`` calls from a layer on."""
         parameters, norms = _names(model)
         trained = LayersFrom(trace, layer)
         self.parameters = [name for name in parameters if not trained.has(name.rpartition(".")[0])]
         self.norms = [name for name in norms if not trained.has(name)]
 
     def freeze(self, fit: RunningFit) -> None:
-        """Holds what was chosen from now on."""
+        """Hold what was chosen from now on."""
         named = {plain_name(name): parameter for name, parameter in fit.model.named_parameters()}
         for name in self.parameters:
             named[name].grad = None
@@ -90,17 +90,17 @@ class FrozenLayers:
             fit.rewrap_ddp()
 
     def hold_modes(self) -> None:
-        """Keeps frozen batch norms in eval mode; modes are not in a checkpoint, and Lightning sets them at its will."""
+        """Keep frozen batch norms in eval mode; modes are not in a checkpoint, and Lightning sets them at its will."""
         for module, _ in self._modes:
             module.eval()
 
     def drop_gradients(self) -> None:
-        """An optimizer leaves alone what has no gradient, its weight decay and momentum included."""
+        """Return an optimizer leaves alone what has no gradient, its weight decay and momentum included."""
         for parameter in self._unmoved:
             parameter.grad = None
 
     def thaw(self) -> None:
-        """Puts everything back as it was before :meth:`freeze`."""
+        """Restore everything as it was before :meth:`freeze`."""
         # The first entry of each is the oldest, and has the last word.
         for parameter, requires_grad in reversed(self._thawed):
             parameter.requires_grad_(requires_grad)
@@ -109,27 +109,27 @@ class FrozenLayers:
         self._thawed, self._unmoved, self._modes = [], [], []
 
     def state_dict(self) -> dict[str, list[str]]:
-        """Names."""
+        """Return the state as names."""
         return {"parameters": list(self.parameters), "norms": list(self.norms)}
 
     def load_state_dict(self, state: dict[str, list[str]]) -> None:
-        """Takes over the names; :meth:`freeze` holds them."""
+        """Take over the names; :meth:`freeze` holds them."""
         self.parameters, self.norms = list(state["parameters"]), list(state["norms"])
 
 
 def _names(model: nn.Module) -> tuple[list[str], list[str]]:
-    """Of all parameters and of all batch norms."""
+    """Return the names of all parameters and of all batch norms."""
     norms = (name for name, one in named_layers(model).items() if isinstance(one, nn.modules.batchnorm._NormBase))
     return [plain_name(name) for name, _ in model.named_parameters()], list(norms)
 
 
 def _inside_of(layers: Sequence[str]) -> tuple[str, ...]:
-    """What the names of all that these modules hold begin with."""
+    """Return what the names of all that these modules hold begin with."""
     return tuple(f"{plain_name(name)}." for name in layers)
 
 
 def check_layer_names(mode: str, layers: Any) -> list[str] | None:
-    """The names of the layers to train, of one as of several.
+    """Return the names of the layers to train, of one as of several.
 
     Raises:
         ValueError: for names that are none, or without ``mode="layers"``.

@@ -14,7 +14,7 @@ _STARTS = {"keep": "", "shrink": ", from weights moved back towards those of the
 
 
 def samples_of(subset: TrainingSubset) -> str:
-    """What a subset holds, in words."""
+    """Return what a subset holds, in words."""
     if subset.probability is not None:
         return f"{len(subset.index):,} samples, each drawn as often as it is likely to be clean"
     changed = len(subset.relabeled)
@@ -23,7 +23,7 @@ def samples_of(subset: TrainingSubset) -> str:
 
 
 def done(state: FinetuneState, mode: str) -> str:
-    """What was done, in one clause; empty where nothing was.
+    """Return what was done, in one clause; empty where nothing was.
 
     Args:
         state: of the fit.
@@ -37,7 +37,7 @@ def done(state: FinetuneState, mode: str) -> str:
 
 
 def left_out(partition: Partition, subset: TrainingSubset) -> str:
-    """How many samples a subset leaves out and why, in a clause after a comma; empty where it leaves none out."""
+    """Say how many samples a subset leaves out and why, in a clause after a comma; empty if it leaves none out."""
     out = torch.ones(len(partition), dtype=torch.bool)
     out[subset.index] = False
     suspects, doubtful = int((out & ~partition.is_clean).sum()), int((out & partition.doubtful).sum())
@@ -47,7 +47,7 @@ def left_out(partition: Partition, subset: TrainingSubset) -> str:
 
 
 def start_of(start: Start, moved: int = 0) -> str:
-    """Where fine-tuning starts from, and why.
+    """Return where fine-tuning starts from, and why.
 
     Args:
         start: that was chosen.
@@ -86,7 +86,7 @@ def prospect(memory: Memory, start: Start, precision: float | None, epochs: int 
 def started(
     subset: TrainingSubset, left: str, epoch: int, batches: tuple[int | float, int | float], trained: int
 ) -> str:
-    """That fine-tuning starts.
+    """Say that fine-tuning starts.
 
     Args:
         subset: that is trained on.
@@ -101,14 +101,14 @@ def started(
 
 
 def renewed(subset: TrainingSubset, epoch: int, batches: int | float) -> str:
-    """That fine-tuning goes on with another partition."""
+    """Say that fine-tuning goes on with another partition."""
     return f"Fine-tuning goes on from epoch {epoch} on {samples_of(subset)}, {batches} batches per epoch."
 
 
 def of_dry_run(
     subset: TrainingSubset, epochs: int | None, batches: tuple[int | float, int | float], seconds: float | None
 ) -> str:
-    """What would be trained on, and what it would cost.
+    """Return what would be trained on, and what it would cost.
 
     Args:
         subset: that would be trained on.

@@ -78,14 +78,14 @@ class FreshOptimizer:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets an earlier fit."""
+        """Forget an earlier fit."""
         self.peaks = PeakRates()
         self.forget()
         # What it looks like in the checkpoint that a fit goes on from.
         self._saved_groups: list[list[tuple[int, set[str]]]] = []
 
     def forget(self) -> None:
-        """As if none had been made."""
+        """Forget the optimizer that was made."""
         # Which argument has made it, and whether lr_scheduler its schedule.
         self._made_by, self._is_scheduled = "", False
         self.remaining: int | None = None
@@ -104,16 +104,16 @@ class FreshOptimizer:
         return next((name for name in reversed(made_by) if made_by[name]), ""), self._lr_scheduler is not None
 
     def keeps_plan(self, fit: RunningFit) -> bool:
-        """Whether a schedule of steps was planned for the first subset, which later ones must not overrun."""
+        """Return whether a schedule of steps was planned for the first subset, which later ones must not overrun."""
         return self._made_by != _COSINE and any(c.interval == "step" for c in fit.schedules)
 
     def see(self, optimizers: Sequence[Optimizer]) -> None:
-        """Notes the learning rates of the fit, as long as no other was asked for. Call before each step."""
+        """Note the learning rates of the fit, as long as no other was asked for. Call before each step."""
         if not self.is_asked_for:
             self.peaks.see(optimizers)
 
     def check(self) -> None:
-        """Refuses early a scheduler that could not be stepped later."""
+        """Refuse early a scheduler that could not be stepped later."""
         if self._lr_scheduler is None:
             return
         try:
@@ -127,7 +127,7 @@ class FreshOptimizer:
             )
 
     def check_one(self, fit: RunningFit) -> None:
-        """Refuses several optimizers where one is to be made.
+        """Refuse several optimizers where one is to be made.
 
         Raises:
             MisconfigurationException: with their number.
@@ -139,7 +139,7 @@ class FreshOptimizer:
             )
 
     def begin(self, fit: RunningFit, *, moves: bool) -> None:
-        """Decides, where fine-tuning starts, what makes the optimizer.
+        """Decide, where fine-tuning starts, what makes the optimizer.
 
         Args:
             fit: that is running.
@@ -151,11 +151,11 @@ class FreshOptimizer:
             self._made_by = _remade_by(fit, self._since)
 
     def given(self) -> dict[str, bool]:
-        """For each argument, whether it was given."""
+        """Return whether each argument was given."""
         return {"lr": self._lr is not None, "optimizer": self._optimizer is not None or self._restart}
 
     def make(self, fit: RunningFit) -> str:
-        """Makes it where that was decided, and returns what is to be said of it, if anything."""
+        """Make it where that was decided, and return what is to be said of it, if anything."""
         if not self._made_by:
             return ""
         with before_schedules() as given:
@@ -178,7 +178,7 @@ class FreshOptimizer:
         return ""
 
     def _fall_to_zero(self, fit: RunningFit, given: Mapping[int, Mapping[str, Any]]) -> str:
-        """Schedules a fresh optimizer, and returns a sentence that says so."""
+        """Schedule a fresh optimizer, and return a sentence that says so."""
         replaced = {type(config.scheduler).__name__ for config in fit.schedules}
         peaks = self.peaks.of(fit.optimizers)
         put_schedules(fit, fall_to_zero(fit.optimizers, given, peaks, cosine(fit, *self._since)), "step")
@@ -192,11 +192,11 @@ class FreshOptimizer:
         )
 
     def load_groups(self, states: Iterable[Mapping[str, Any]]) -> None:
-        """Notes what the optimizers of a checkpoint look like, by their states."""
+        """Note what the optimizers of a checkpoint look like, by their states."""
         self._saved_groups = groups_of(states)
 
     def check_goes_on(self) -> None:
-        """Refuses to go on without the functions that have made the checkpoint's optimizer and its schedule."""
+        """Refuse to go on without the functions that have made the checkpoint's optimizer and its schedule."""
         needed = {"optimizer": self._made_by == "optimizer" and self._optimizer is None}
         needed["lr_scheduler"] = self._is_scheduled and self._lr_scheduler is None
         missing = [name for name, is_missing in needed.items() if is_missing]
@@ -207,12 +207,12 @@ class FreshOptimizer:
             )
 
     def check_groups(self, fit: RunningFit) -> None:
-        """Refuses a fresh optimizer that cannot take over the state that the checkpoint has."""
+        """Refuse a fresh optimizer that cannot take over the state that the checkpoint has."""
         if self._made_by and not fit.is_sharded:
             check_groups(fit.optimizers, self._saved_groups)
 
     def state_dict(self) -> dict[str, Any]:
-        """Primitives."""
+        """Return the state as primitives."""
         return {
             "made_by": self._made_by,
             "is_scheduled": self._is_scheduled,
@@ -222,7 +222,7 @@ class FreshOptimizer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, is_active: bool) -> None:
-        """Takes over what a checkpoint has.
+        """Take over what a checkpoint has.
 
         Args:
             state: of the callback.
@@ -237,7 +237,7 @@ class FreshOptimizer:
 
 
 def _remade_by(fit: RunningFit, since: tuple[int, int]) -> str:
-    """How the optimizer of a fit whose weights are moved is made anew, where nothing was asked for."""
+    """Return how the optimizer of a fit whose weights are moved is made anew, where nothing was asked for."""
     if fit.optimizes_automatically and share_over(fit, *since) is not None:
         return _COSINE
     why = (
@@ -250,7 +250,7 @@ def _remade_by(fit: RunningFit, since: tuple[int, int]) -> str:
 
 
 def _check_rates(optimizer: Optimizer) -> None:
-    """Refuses learning rates with which no weight would stay finite.
+    """Refuse learning rates with which no weight would stay finite.
 
     Raises:
         ValueError: naming the rate.
@@ -261,7 +261,7 @@ def _check_rates(optimizer: Optimizer) -> None:
 
 
 def groups_of(states: Iterable[Mapping[str, Any]]) -> list[list[tuple[int, set[str]]]]:
-    """Of each optimizer in a checkpoint, how many parameters each group has, and what its options are called.
+    """Return, for each optimizer in a checkpoint, the group sizes and the names of the groups' options.
 
     Args:
         states: the optimizers' ``state_dict``.
@@ -273,7 +273,7 @@ def groups_of(states: Iterable[Mapping[str, Any]]) -> list[list[tuple[int, set[s
 
 
 def check_groups(optimizers: Sequence[Optimizer], saved: Sequence[Sequence[tuple[int, set[str]]]]) -> None:
-    """Refuses a fresh optimizer that cannot take over the state that a checkpoint has of one.
+    """Refuse a fresh optimizer that cannot take over the state that a checkpoint has of one.
 
     Args:
         optimizers: that were made.
@@ -308,7 +308,7 @@ def _other_optimizer(before: str, now: str) -> str:
 
 
 def check_steps_left(fit: RunningFit, epochs: int | None, planned_size: int) -> None:
-    """Refuses batches of another size with which a schedule of the checkpoint would end before the fit does.
+    """Refuse batches of another size with which a schedule of the checkpoint would end before the fit does.
 
     Such a schedule, a OneCycleLR, ends the fit with an error when it is stepped too often.
 

@@ -41,7 +41,7 @@ _TIMES = 3
 
 
 def with_labels(batch: Any, task_format: TaskFormat, new: Tensor, companions: Sequence[Companion] = ()) -> Any:
-    """The batch with other labels; the one given stays as it is.
+    """Return the batch with other labels; the one given stays as it is.
 
     Args:
         batch: a tuple, list, dict, named tuple or dataclass, nested or not, that holds the tensor of labels.
@@ -107,7 +107,7 @@ class Relabeling:
         return {**self.__dict__, "_moved": None, "_reading": None}
 
     def learn(self, fit: FitContext, head: str | None) -> None:
-        """Looks, before the first step, which fields of a batch are made of the label.
+        """Look, before the first step, which fields of a batch are made of the label.
 
         Args:
             fit: that begins.
@@ -124,11 +124,11 @@ class Relabeling:
                 self.learn_from([batch for _, batch in read], task_format, head)
 
     def learn_from(self, batches: Sequence[Any], task_format: TaskFormat, head: str | None) -> None:
-        """As :meth:`learn`, from batches as the loader delivers them."""
+        """Learn the same as :meth:`learn`, from batches as the loader delivers them."""
         self._head, self._companions = head, companions_in(batches, task_format)
 
     def attach(self, fit: FitContext, new_label: Tensor, given: Callable[[], Tensor]) -> None:
-        """From now on training batches have the new labels.
+        """Give training batches the new labels from now on.
 
         Args:
             fit: that is running, whose train loader remembers its batches.
@@ -154,12 +154,12 @@ class Relabeling:
         self._hook.attach(fit, change)
 
     def watch(self, task_format: TaskFormat) -> None:
-        """From now on it is seen to that the loss follows the labels that :meth:`replaced` puts into batches."""
+        """Check from now on that the loss follows the labels that :meth:`replaced` puts into batches."""
         self._reading = task_format
         self._is_watching = self._head is not None
 
     def replaced(self, batch: Any, new: Tensor, given: Tensor, rows: int) -> Any:
-        """The batch with other labels.
+        """Return the batch with other labels.
 
         Args:
             batch: as the loader delivers it.
@@ -180,7 +180,7 @@ class Relabeling:
         return changed
 
     def start_batch(self, model: nn.Module) -> None:
-        """Watches which labels the loss of a step follows. Call in ``on_train_batch_start``."""
+        """Watch which labels the loss of a step follows. Call in ``on_train_batch_start``."""
         self._head_watch.end()
         self._is_pending = self._is_watching
         if self._is_watching and self._head is not None and self._reading is not None and self._moved is not None:
@@ -189,7 +189,7 @@ class Relabeling:
             self._head_watch.start(resolve_layer(model, self._head), step)
 
     def end_batch(self, reduce: Reduce) -> None:
-        """Sees that the loss follows the new labels. Call after a backward pass, on every rank.
+        """Check that the loss follows the new labels. Call after a backward pass, on every rank.
 
         Args:
             reduce: sums over the ranks.
@@ -212,7 +212,7 @@ class Relabeling:
         self._is_watching = self._steps < _MOST_STEPS and not (new >= _FEWEST and new > _TIMES * old)
 
     def _followed(self, step: Step | None, moved: tuple[Tensor, Tensor] | None) -> Tensor:
-        """(2,), rows whose logit the loss raises for the given label, and for the new one."""
+        """Return (2,), rows whose logit the loss raises for the given label, and for the new one."""
         gradient = None if step is None else step.gradient_rows()
         if self._reading is None or moved is None or gradient is None:
             return torch.zeros(2, dtype=torch.float64)
@@ -223,7 +223,7 @@ class Relabeling:
         return torch.stack([(raised == given[changed]).sum(), (raised == new[changed]).sum()]).double()
 
     def detach(self) -> None:
-        """Leaves the batches alone again."""
+        """Leave the batches alone again."""
         self._hook.detach()
         self._head_watch.end()
         self._reading = self._moved = None
@@ -233,7 +233,7 @@ class Relabeling:
 
 
 def rows_of(batch: Any, task_format: TaskFormat, index: Tensor, given: Tensor, loader: DataLoader[Any]) -> Tensor:
-    """The dataset indices of a batch's rows, where a collate function may have left out items that are None.
+    """Return the dataset indices of a batch's rows, where a collate function may have left out items that are None.
 
     Args:
         batch: as the loader delivers it.
@@ -262,7 +262,7 @@ def rows_of(batch: Any, task_format: TaskFormat, index: Tensor, given: Tensor, l
 
 
 def check_given(batch: Any, task_format: TaskFormat, given: Tensor, rows: int) -> None:
-    """Refuses to replace labels that are not those of the samples for which the new ones are.
+    """Refuse to replace labels that are not those of the samples for which the new ones are.
 
     Args:
         batch: as the loader delivers it.
@@ -284,7 +284,7 @@ def check_given(batch: Any, task_format: TaskFormat, given: Tensor, rows: int) -
 
 
 def fault_of_absent(fit: FitContext, partition: Partition) -> str:
-    """Why batches cannot be re-labeled some of whose items are None, once it is known which; empty if they can."""
+    """Return why batches whose items may be None cannot be re-labeled, once it is known which; empty if they can."""
     given, loader, task_format = partition.label, fit.train_loader, fit.task_format
     unlabeled = (given == IGNORED).reshape(len(given), -1).all(dim=1)
     others = (~unlabeled).nonzero().flatten()[: max(1, batch_size(loader) - 1)]
@@ -304,7 +304,7 @@ def fault_of_absent(fit: FitContext, partition: Partition) -> str:
 
 
 def check_relabeling(fit: FitContext) -> None:
-    """Refuses, before the first step, batches whose labels could not be replaced later.
+    """Refuse, before the first step, batches whose labels could not be replaced later.
 
     Raises:
         TypeError: saying what is in the way.
@@ -333,7 +333,7 @@ def check_relabeling(fit: FitContext) -> None:
 
 
 def check_arrives(fit: FitContext, batch: Any) -> None:
-    """Sees that labels that are replaced in a batch arrive in ``training_step``. Within ``isolated_eval``.
+    """Check that labels that are replaced in a batch arrive in ``training_step``. Within ``isolated_eval``.
 
     Raises:
         TypeError: where transfer hooks change them.

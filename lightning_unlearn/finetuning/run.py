@@ -78,7 +78,7 @@ class Finetuning:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets an earlier fit."""
+        """Forget an earlier fit."""
         self.state = FinetuneState()
         self.partition: Partition | None = None
         self.seconds_per_epoch: float | None = None
@@ -95,12 +95,12 @@ class Finetuning:
         return self.state.training_subset is not None
 
     def may_start_later(self, fit: FitContext) -> bool:
-        """Whether fine-tuning has not started, and is to start with a partition that is computed later."""
+        """Return whether fine-tuning has not started, and is to start with a partition that is computed later."""
         has_rounds = getattr(fit.source, "every_n_epochs", None) is not None
         return not (self.is_active or fit.source.dry_run) and (has_rounds or self.state.partition_epoch == 0)
 
     def check(self, fit: FitContext, relabel_threshold: float) -> None:
-        """Refuses, when the fit is set up, what could not work later.
+        """Refuse, when the fit is set up, what could not work later.
 
         Args:
             fit: that is set up.
@@ -125,13 +125,13 @@ class Finetuning:
             )
 
     def check_layers(self, model: nn.Module) -> None:
-        """Refuses layers that there are not, or that have nothing to train."""
+        """Refuse unknown layers, and layers without parameters."""
         for name in self.settings.layers or ():
             if not any(True for _ in resolve_layer(model, name).parameters()):
                 raise ValueError(f"Expected layers to name modules with parameters, but '{name}' has none.")
 
     def begin(self, fit: FitContext) -> None:
-        """Refuses, before the first step, what only the loaders and a forward pass show."""
+        """Refuse, before the first step, what only the loaders and a forward pass show."""
         relabels = self.settings.on_noisy == "relabel"
         if not self.is_active:
             self.loader.begin(fit)
@@ -182,7 +182,7 @@ class Finetuning:
             self._losses.add(outputs)
 
     def check_data(self, fit: FitContext) -> None:
-        """Refuses a loader, made again since, that has other samples than the partition."""
+        """Refuse a loader, made again since, that has other samples than the partition."""
         # Not where the loader is made: an error there leaves torch's DataLoader as Lightning has changed it meanwhile.
         if self._data is None or self.partition is None:
             return
@@ -191,12 +191,12 @@ class Finetuning:
             check_reloaded(fit, loader, self.partition)
 
     def is_new(self, partition: Partition | None) -> bool:
-        """Takes the partition, and says whether it is to be acted upon."""
+        """Take the partition, and say whether it is to be acted upon."""
         self.partition = partition
         return partition is not None and partition.epoch > self.state.partition_epoch
 
     def act(self, fit: FitContext) -> None:
-        """Trains on what the partition leaves, or says what would be trained on in a dry run."""
+        """Train on what the partition leaves, or say what would be trained on in a dry run."""
         partition = self._known_partition()
         if fit.source.dry_run:
             self._report_dry_run(fit, partition)
@@ -214,7 +214,7 @@ class Finetuning:
         self.frozen.hold_modes()
 
     def _what_of_noisy(self, fit: FitContext, partition: Partition) -> OnNoisy:
-        """``on_noisy``, but where batches turn out to be such that labels would be written on other samples' rows."""
+        """Return ``on_noisy``, or ``"drop"`` where new labels would be written on the rows of other samples."""
         if self.settings.on_noisy != "relabel" or isinstance(self.loader, KeyedSubset):
             return self.settings.on_noisy
         fault = relabel.fault_of_absent(fit, partition)
@@ -233,7 +233,7 @@ class Finetuning:
                 self.loader.end_epoch(fit)
 
     def _check_diverged(self, fit: FitContext) -> None:
-        """Ends a fit whose weights no further training mends; before a ModelCheckpoint writes them."""
+        """End a fit whose weights no further training mends; before a ModelCheckpoint writes them."""
         was_finite, fault = self._losses.was_finite(fit), not_finite(fit)
         when = f"in epoch {fit.epoch}, trained on the clean subset since epoch {self.state.first_epoch}"
         if fault:
@@ -246,7 +246,7 @@ class Finetuning:
             rank_zero_warn(f"The loss was NaN or infinite {when}; if that goes on, {ADVICE}.")
 
     def resume(self, fit: FitContext) -> None:
-        """Goes on where a checkpoint says that fine-tuning had begun."""
+        """Go on where a checkpoint says that fine-tuning had begun."""
         self.fresh.check_goes_on()
         self.loader.detach(fit)
         self.attach(fit)
@@ -256,7 +256,7 @@ class Finetuning:
         self.loader.ask_again(fit)
 
     def undo(self, fit: FitContext) -> None:
-        """Gives back what was borrowed for the fit."""
+        """Restore what was changed for the fit."""
         self.loader.detach(fit)
         self.frozen.thaw()
         self._data = None
@@ -291,7 +291,7 @@ class Finetuning:
 
     @contextmanager
     def _all_or_nothing(self, fit: FitContext) -> Iterator[list[Callable[[], None]]]:
-        """Where an optimizer or a loader of the user's cannot be made, the fit is as if it had not begun to be changed.
+        """Undo every change where a user's optimizer or loader cannot be made, as if fine-tuning had not begun.
 
         A checkpoint that is written of the exception then fits its optimizer.
 
@@ -317,7 +317,7 @@ class Finetuning:
             raise
 
     def _renew(self, fit: FitContext, subset: TrainingSubset) -> None:
-        """Follows a partition that was computed again."""
+        """Follow a partition that was computed again."""
         if not self._fills_batches(fit, subset):
             return
         self.loader.detach(fit)
@@ -346,7 +346,7 @@ class Finetuning:
         return not fault
 
     def attach(self, fit: FitContext) -> None:
-        """Lets the loader draw from the subset, and the labels be replaced."""
+        """Let the loader draw from the subset, and the labels be replaced."""
         subset = self.state.training_subset
         if subset is not None and isinstance(self.loader, KeyedSubset):
             self.loader.attach_rows(fit, subset, self._known_partition)
@@ -373,7 +373,7 @@ class Finetuning:
         self.frozen.choose_before(fit.model, trace, self.masks.target_layer())
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and primitives."""
+        """Return the state as tensors and primitives."""
         return {
             **self.state.state_dict(),
             "frozen": self.frozen.state_dict(),
@@ -383,7 +383,7 @@ class Finetuning:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over what :meth:`state_dict` described."""
+        """Take over what :meth:`state_dict` described."""
         self.state = FinetuneState.from_state_dict(state)
         self.frozen.load_state_dict(state["frozen"])
         self.starting.weights.load_state_dict(copied(state["start_weights"]))

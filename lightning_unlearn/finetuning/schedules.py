@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import CyclicLR, LambdaLR, LRScheduler, OneCycleLR
 
 @contextmanager
 def before_schedules() -> Iterator[dict[int, dict[str, Any]]]:
-    """Notes what each parameter group holds before a scheduler that also sets the momentum writes into it.
+    """Note what each parameter group holds before a scheduler that also sets the momentum writes into it.
 
     Yields:
         the groups' values, by the ``id`` of the group.
@@ -40,7 +40,7 @@ def before_schedules() -> Iterator[dict[int, dict[str, Any]]]:
 
 
 def forget_schedule(optimizer: Optimizer, given: Mapping[int, Mapping[str, Any]], lr: float | None) -> None:
-    """Undoes what a scheduler that is dropped has written into the optimizer when it was made.
+    """Undo what a scheduler that is dropped has written into the optimizer when it was made.
 
     What only schedules read stays, since a fit may go on from a checkpoint without this callback, and so with that
     schedule: from the learning rate of here.
@@ -66,7 +66,7 @@ class PeakRates:
         self._rates: list[list[float]] = []
 
     def see(self, optimizers: Sequence[Optimizer]) -> None:
-        """Looks at the rates that the next step is made with. Of one on a device nothing is asked, which takes time."""
+        """Look at the rates that the next step is made with. Of one on a device nothing is asked, which takes time."""
         rates = [[_rate(group.get("lr")) for group in one.param_groups] for one in optimizers]
         if [len(one) for one in rates] == [len(one) for one in self._rates]:
             pairs = zip(rates, self._rates, strict=True)
@@ -74,7 +74,7 @@ class PeakRates:
         self._rates = rates
 
     def of(self, optimizers: Sequence[Optimizer]) -> list[list[float]]:
-        """The peak of each group of optimizers that were made anew; its own rate where groups are others."""
+        """Return the peak of each group of optimizers that were made anew; its own rate where groups are others."""
         peaks = self._rates
         if [len(one) for one in peaks] != [len(one.param_groups) for one in optimizers]:
             peaks = [[0.0 for _ in one.param_groups] for one in optimizers]
@@ -84,16 +84,16 @@ class PeakRates:
         ]
 
     def state_dict(self) -> list[list[float]]:
-        """Plain numbers."""
+        """Return the state as plain numbers."""
         return [list(rates) for rates in self._rates]
 
     def load_state_dict(self, state: Sequence[Sequence[float]]) -> None:
-        """Takes over what a checkpoint has."""
+        """Take over what a checkpoint has."""
         self._rates = [list(rates) for rates in state]
 
 
 def _rate(value: Any) -> float:
-    """A learning rate; 0 for what is on a device, or no number."""
+    """Return a learning rate; 0 for what is on a device, or no number."""
     is_elsewhere = getattr(getattr(value, "device", None), "type", "cpu") != "cpu"
     return 0.0 if value is None or is_elsewhere else float(value)
 
@@ -109,7 +109,7 @@ def fall_to_zero(
     peaks: Sequence[Sequence[float]],
     factor: Callable[[int], float],
 ) -> list[LRScheduler]:
-    """Schedules of fresh optimizers that fall by a cosine, step by step, from their peaks to zero when the fit ends.
+    """Return cosine schedules for fresh optimizers, step by step from their peaks to zero at the end of the fit.
 
     They go by how much of the fit is over, and so by no number of steps that another partition might change.
 

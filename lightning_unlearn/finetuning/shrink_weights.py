@@ -10,7 +10,7 @@ KEPT = 0.1
 
 
 def shrink(weight: Tensor, start: Tensor, kept: float = KEPT) -> Tensor:
-    """``start + kept * (weight - start)``, computed in float32 at least.
+    """Return ``start + kept * (weight - start)``, computed in float32 at least.
 
     Args:
         weight: trained, floating.

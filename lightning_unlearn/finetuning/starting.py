@@ -39,7 +39,7 @@ class Starting:
         return self._asked != "keep"
 
     def check_is_known(self, fit: FitContext) -> None:
-        """Refuses a checkpoint without the weights that the fit began with, where these are asked for.
+        """Refuse a checkpoint without the weights that the fit began with, where these are asked for.
 
         Raises:
             MisconfigurationException: saying what to do.
@@ -52,17 +52,17 @@ class Starting:
             )
 
     def remember(self, fit: FitContext, batch_idx: int, *, is_wanted: bool) -> None:
-        """Keeps the weights that the fit began with, as long as they may be asked for. Call before each step."""
+        """Keep the weights that the fit began with, as long as they may be asked for. Call before each step."""
         is_time = fit.step == 0 or (self.weights.is_known and batch_idx == 0)
         if is_time and is_wanted and not _obstacle(fit):
             self.weights.remember(fit.model)
 
     def forget(self) -> None:
-        """Keeps no weights any more."""
+        """Keep no weights from now on."""
         self.weights.forget()
 
     def choose(self, fit: FitContext, *, is_dry_run: bool = False) -> Start:
-        """What fine-tuning starts from."""
+        """Return what fine-tuning starts from."""
         obstacle = _obstacle(fit)
         if not obstacle and not self.weights.is_known and not is_dry_run:
             obstacle = "the checkpoint lacks the initial weights of the fit"
@@ -76,7 +76,7 @@ class Starting:
         masks: MaskSource | None,
         undoing: list[Callable[[], None]],
     ) -> int:
-        """Moves the weights and their averages.
+        """Move the weights and their averages.
 
         Args:
             fit: that is running.
@@ -96,7 +96,7 @@ class Starting:
         return moved
 
     def say(self, fit: FitContext, start: Start, moved: int, precision: float | None) -> None:
-        """Says what there is to gain, and from where fine-tuning starts.
+        """Say what there is to gain, and from where fine-tuning starts.
 
         Args:
             fit: that is running.
@@ -114,7 +114,7 @@ def _memory(fit: FitContext) -> Memory:
 
 
 def _obstacle(fit: FitContext) -> str:
-    """Why weights are not moved, and the optimizer not made anew, where nobody has insisted on it."""
+    """Return why weights are not moved, and the optimizer not made anew, where nobody has insisted on it."""
     if fit.is_sharded:
         return f"under {fit.strategy_name} every rank holds a part of them"
     other = next((callback for callback in fit.callbacks if is_lightning_instance(callback, "BaseFinetuning")), None)

@@ -30,7 +30,7 @@ class FinetuneState:
     started_from: str = "keep"
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and primitives."""
+        """Return the state as tensors and primitives."""
         subset = None if self.training_subset is None else copied(self.training_subset.state_dict())
         return {**vars(self), "training_subset": subset}
 
@@ -41,7 +41,7 @@ class FinetuneState:
         return cls(state["partition_epoch"], state["first_epoch"], subset, state["started_from"])
 
     def record(self, partition: Partition, seed: int) -> dict[str, Any]:
-        """What was done to which samples.
+        """Return what was done to which samples.
 
         Args:
             partition: that was acted upon.

@@ -41,12 +41,12 @@ class SubsetLoader:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets an earlier fit."""
+        """Forget an earlier fit."""
         self.seed = 0
         self.forget_plan()
 
     def begin(self, fit: RunningFit) -> None:
-        """Looks at the loader before the first step.
+        """Look at the loader before the first step.
 
         Raises:
             TypeError: for a loader that cannot be narrowed.
@@ -61,22 +61,22 @@ class SubsetLoader:
             raise TypeError(fault)
 
     def plan(self, fit: RunningFit) -> None:
-        """Notes for how many batches of which size a schedule of steps is planned."""
+        """Note for how many batches of which size a schedule of steps is planned."""
         self.planned_batches, self.planned_size = len(fit.train_loader), self.at_once(fit)
 
     def forget_plan(self) -> None:
-        """As if there had been none."""
+        """Forget the plan."""
         self.planned_batches = self.planned_size = 0
 
     def scheme(self, fit: RunningFit, loader: DataLoader[Any]) -> SamplingScheme:
-        """How the user's loader draws, also while it is narrowed."""
+        """Return how the user's loader draws, also while it is narrowed."""
         sampler, is_split = fit.users_sampler(loader, *self._narrowed.samplers_of(loader))
         scheme = check_sampler(loader, sampler, ranks=1 if is_split else fit.world_size)
         # Lightning shuffles what it splits.
         return replace(scheme, shuffle=scheme.shuffle or is_split)
 
     def _part_of(self, fit: RunningFit, loader: DataLoader[Any]) -> tuple[int, int]:
-        """Into how many parts the data are split, and which of them this rank draws."""
+        """Return the number of parts that the data are split into, and the part that this rank draws."""
         own = self._narrowed.samplers_of(loader)[0]
         # The user's own may split the data over other parts than the ranks, as where some ranks share a model.
         if isinstance(own, DistributedSampler):
@@ -84,7 +84,7 @@ class SubsetLoader:
         return fit.world_size, fit.rank
 
     def at_once(self, fit: RunningFit) -> int:
-        """How many samples the ranks' batches hold together."""
+        """Return how many samples the ranks' batches hold together."""
         loader = fit.train_loader
         batch_sampler: Any = loader.batch_sampler
         size: int = batch_sampler.batch_size
@@ -93,7 +93,7 @@ class SubsetLoader:
     def sampler(
         self, fit: RunningFit, loader: DataLoader[Any], subset: TrainingSubset, *, keeps_plan: bool
     ) -> CleanSubsetSampler:
-        """What the loader is to draw from.
+        """Return what the loader is to draw from.
 
         Args:
             fit: that is running.
@@ -117,7 +117,7 @@ class SubsetLoader:
         )
 
     def fault_of(self, fit: RunningFit, subset: TrainingSubset, *, keeps_plan: bool) -> str:
-        """Why a subset cannot be trained on, in the words that follow "samples"; empty if it can."""
+        """Return why a subset cannot be trained on, in the words that follow "samples"; empty if it can."""
         loader = fit.train_loader
         sampler = self.sampler(fit, loader, subset, keeps_plan=keeps_plan)
         if batches_of(fit, loader, sampler) == 0:
@@ -127,7 +127,7 @@ class SubsetLoader:
         return ""
 
     def attach(self, fit: RunningFit, subset: TrainingSubset, *, keeps_plan: Callable[[], bool]) -> None:
-        """Draws from a subset from now on; where labels are replaced, :attr:`relabeling` has to be attached too.
+        """Draw from a subset from now on; where labels are replaced, :attr:`relabeling` has to be attached too.
 
         Args:
             fit: that is running.
@@ -149,27 +149,27 @@ class SubsetLoader:
         self._swap.attach(fit, narrow)
 
     def ask_again(self, fit: RunningFit) -> None:
-        """Has the loader made again, in a fit that goes on from a checkpoint."""
+        """Have the loader made again, in a fit that goes on from a checkpoint."""
         self._swap.ask_again(fit)
 
     def detach(self, fit: RunningFit) -> None:
-        """Gives the loader back."""
+        """Give the loader back."""
         self.relabeling.detach()
         self._swap.detach(fit)
         self._narrowed.restore()
 
     def state_dict(self) -> dict[str, int]:
-        """Numbers."""
+        """Return the state as numbers."""
         return {"planned_batches": self.planned_batches, "planned_size": self.planned_size, "seed": self.seed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over what a checkpoint has."""
+        """Take over what a checkpoint has."""
         self.planned_batches, self.planned_size = state["planned_batches"], state.get("planned_size", 0)
         self.seed = state["seed"]
 
 
 def batches_of(fit: RunningFit, loader: DataLoader[Any], sampler: CleanSubsetSampler) -> int:
-    """How many batches an epoch of what a sampler draws has, cut as the loader cuts them."""
+    """Return how many batches an epoch of what a sampler draws has, cut as the loader cuts them."""
     batch_sampler: Any = loader.batch_sampler
     size: int = batch_sampler.batch_size
     return fit.limited_batches(len(sampler) // size if batch_sampler.drop_last else -(-len(sampler) // size))

@@ -31,7 +31,7 @@ class TrainingSubset:
     new_label: Tensor | None = None
 
     def state_dict(self) -> dict[str, Tensor | None]:
-        """Tensors only."""
+        """Return the state as tensors only."""
         return {"index": self.index, "probability": self.probability, "new_label": self.new_label}
 
     @property
@@ -42,7 +42,7 @@ class TrainingSubset:
 
 
 def make_training_subset(partition: Partition, on_noisy: OnNoisy, relabel_threshold: float) -> TrainingSubset:
-    """What is to be trained on after the partition.
+    """Return what is to be trained on after the partition.
 
     Args:
         partition: of the training set.

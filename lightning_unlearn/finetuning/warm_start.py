@@ -51,7 +51,7 @@ class Memory:
         return self.suspects is not None and self.suspects >= MEMORIZED
 
     def __str__(self) -> str:
-        """In words that follow "the network"."""
+        """Return words that follow "the network"."""
         said = f"predicts {self.suspects or 0:.0%} of the suspect labels"
         if self.gap is None:
             return said
@@ -80,7 +80,7 @@ class Start:
 
 
 def choose_start(asked: WarmStart, memory: Memory, obstacle: str = "") -> Start:
-    """What fine-tuning starts from.
+    """Return what fine-tuning starts from.
 
     Args:
         asked: ``warm_start``.
@@ -129,7 +129,7 @@ class StartWeights:
         return self._kept is not None
 
     def remember(self, model: nn.Module) -> None:
-        """Copies what is trained and not known yet. Call before the first step, and when something may be unfrozen."""
+        """Copy what is trained and not known yet. Call before the first step, and when something may be unfrozen."""
         kept = {} if self._kept is None else self._kept
         trained = ((name, p) for name, p in _parameters(model) if p.requires_grad)
         statistics = () if self._kept is not None else _norm_statistics(model)
@@ -139,22 +139,22 @@ class StartWeights:
         self._kept = kept
 
     def forget(self) -> None:
-        """Keeps nothing any more."""
+        """Keep nothing from now on."""
         self._kept = None
 
     def state_dict(self) -> dict[str, Tensor] | None:
-        """The tensors by name; None where nothing is known."""
+        """Return the tensors by name; None where nothing is known."""
         return self._kept
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
-        """Takes over what a checkpoint has."""
+        """Take over what a checkpoint has."""
         self._kept = None if state is None else dict(state)
 
     @torch.no_grad()
     def move(
         self, model: nn.Module, how: str, copies: Sequence[Mapping[str, Tensor]], frozen: Collection[str]
     ) -> tuple[int, Callable[[], None]]:
-        """Moves the trained weights that have changed, and their averages, towards those of the start.
+        """Move the trained weights that have changed, and their averages, towards those of the start.
 
         Running statistics of norms become those of the start: they are of other weights, and training estimates them
         anew on what it draws from then on. An average of weights, moved, is the average of weights that were moved.
@@ -196,7 +196,7 @@ class StartWeights:
         return moved, undo
 
     def _start_of(self, name: str, tensor: Tensor) -> Tensor | None:
-        """What a tensor was when the fit began, beside it; None where that is not known, or is the same."""
+        """Return what a tensor was when the fit began, beside it; None where that is not known, or is the same."""
         start = (self._kept or {}).get(name)
         if start is None or start.shape != tensor.shape:
             return None

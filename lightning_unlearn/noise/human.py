@@ -24,7 +24,7 @@ _ARRAY_PARTS: list[Any] = [
 
 
 def human_labels(file: str | PathLike[str], which: str = "worse_label") -> tuple[Tensor, Tensor]:
-    """What people called the images of CIFAR-10 or CIFAR-100, in the order of torchvision's training set.
+    """Return what people called the images of CIFAR-10 or CIFAR-100, in the order of torchvision's training set.
 
     The labels are those of CIFAR-N (J. Wei et al., "Learning with Noisy Labels Revisited", ICLR 2022, license CC BY-NC
     4.0): download ``CIFAR-10_human.pt`` or ``CIFAR-100_human.pt`` from the authors' page. Nothing in the file is run.
@@ -62,7 +62,7 @@ def human_labels(file: str | PathLike[str], which: str = "worse_label") -> tuple
 
 
 def _integers(array: Any, name: str, file: str | PathLike[str]) -> Tensor:
-    """The labels of that name, int64."""
+    """Return the labels of that name, int64."""
     array = np.asarray(array)
     if array.dtype.kind not in "iu":
         raise ValueError(f"Expected integers under {name!r} in {file}, but they are of type {array.dtype}.")
@@ -70,7 +70,7 @@ def _integers(array: Any, name: str, file: str | PathLike[str]) -> Tensor:
 
 
 def _arrays(file: Path) -> dict[str, Any]:
-    """The arrays of a file by name, read without running what it may hold."""
+    """Return the arrays of a file by name, read without running what it may hold."""
     try:
         if file.suffix == ".npz":
             with np.load(file, allow_pickle=False) as archive:

@@ -216,7 +216,7 @@ def _check_float(x: Any, index: int) -> None:
 
 
 def _chosen(total: int, share: float, seed: int) -> Tensor:
-    """(N,) bool, the share of the items that is corrupted, to the nearest item."""
+    """Return (N,) bool, the share of the items that is corrupted, to the nearest item."""
     # Not the bare seed: with it a random_split, or wrong labels, would choose the same items.
     order = torch.randperm(total, generator=_stream(seed, -2))
     chosen = torch.zeros(total, dtype=torch.bool)
@@ -225,5 +225,5 @@ def _chosen(total: int, share: float, seed: int) -> Tensor:
 
 
 def _stream(seed: int, index: int) -> torch.Generator:
-    """Randomness of an item's own, so that neither the order nor the worker matters."""
+    """Return randomness of an item's own, so that neither the order nor the worker matters."""
     return torch.Generator().manual_seed((int(seed) * 1_000_003 + index + 1) % 2**63)

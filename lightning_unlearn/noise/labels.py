@@ -19,7 +19,7 @@ each other (G. Patrini et al., "Making Deep Neural Networks Robust to Label Nois
 
 
 def symmetric_labels(label: Labels, rate: float, num_classes: int, *, seed: int) -> Tensor:
-    """Replaces a share of the labels by another class, each of the others equally likely.
+    """Replace a share of the labels by another class, each of the others equally likely.
 
     Who draws from all classes, the right one included, as some papers do, has ``rate * (C - 1) / C`` wrong labels.
     Which labels are wrong is ``torch.randperm(N)`` of the seed: draw them for the training set as it is, not before a
@@ -47,7 +47,7 @@ def symmetric_labels(label: Labels, rate: float, num_classes: int, *, seed: int)
 
 
 def flip_labels(label: Labels, rate: float, num_classes: int, generator: torch.Generator) -> Tensor:
-    """Like :func:`symmetric_labels`, for who draws more than the labels from one source of randomness.
+    """Do as :func:`symmetric_labels` does, for a caller that draws more than labels from one random generator.
 
     Args:
         label: (N,) integers, the right labels.
@@ -77,7 +77,7 @@ def flip_labels(label: Labels, rate: float, num_classes: int, generator: torch.G
 def asymmetric_labels(
     label: Labels, rate: float, num_classes: int, *, seed: int, becomes: Mapping[int, int] | None = None
 ) -> Tensor:
-    """Replaces a share of every class's labels by one other class.
+    """Replace a share of every class's labels by one other class.
 
     Args:
         label: (N,) integers, the right labels.
@@ -120,7 +120,7 @@ def asymmetric_labels(
 
 
 def matrix_labels(label: Labels, transition: Tensor, *, seed: int) -> Tensor:
-    """Draws every label from the row of its true class.
+    """Draw every label from the row of its true class.
 
     Args:
         label: (N,) integers, the right labels.
@@ -152,7 +152,7 @@ def matrix_labels(label: Labels, transition: Tensor, *, seed: int) -> Tensor:
 
 
 def _checked(label: Labels, rate: float, num_classes: int) -> Tensor:
-    """(N,) int64, on the CPU, where the draws are made: they are the same with and without a GPU."""
+    """Return (N,) int64, on the CPU, where the draws are made: they are the same with and without a GPU."""
     check_number("rate", rate, least=0, most=1)
     num_classes = check_whole("num_classes", num_classes, least=1)
     if rate > 0 and num_classes < 2:
@@ -166,7 +166,7 @@ def _checked(label: Labels, rate: float, num_classes: int) -> Tensor:
 
 
 def _class_labels(label: Labels) -> Tensor:
-    """(N,) int64, on the CPU."""
+    """Return (N,) int64, on the CPU."""
     label = torch.as_tensor(label, device="cpu")
     if label.ndim != 1 or (len(label) and (label.is_floating_point() or label.is_complex())):
         kind = str(label.dtype).removeprefix("torch.")

@@ -36,7 +36,7 @@ def apply_recipe(
     out_of_sample: Callable[[Evidence], Evidence],
     of_rank: RankShare | None = None,
 ) -> tuple[list[ShardResult], Tensor]:
-    """What the recipe makes of each label, and the given labels of the whole training set, (N,) or (N, L).
+    """Return what the recipe makes of each label, and the given labels of the whole training set, (N,) or (N, L).
 
     Args:
         fit: that is running, whose weights are looked at.
@@ -84,7 +84,7 @@ def apply_recipe(
 
 
 def weight_of_copies(judged: Sequence[ShardResult], total: int) -> Tensor:
-    """(N,) float32, 1/k for each of k copies among this rank's samples, 1 for all others.
+    """Return (N,) float32, 1/k for each of k copies among this rank's samples, 1 for all others.
 
     Args:
         judged: this rank's share; of several labels the first tells.
@@ -98,7 +98,7 @@ def weight_of_copies(judged: Sequence[ShardResult], total: int) -> Tensor:
 
 
 def validation_accuracy(fit: FitContext) -> float | None:
-    """Share of the validation samples whose given label is predicted; None without enough of them.
+    """Return the share of the validation samples whose given label is predicted; None without enough of them.
 
     Every rank must call it. Not of a fit that has not validated; nor where ranks meet in every forward pass, as
     validation data that cannot be read would end the fit.
@@ -110,7 +110,7 @@ def validation_accuracy(fit: FitContext) -> float | None:
 
 
 def _check_labels_of_ranks(seen: Tensor, label: Tensor, reduce: Reduce) -> None:
-    """Compares the labels that this rank has seen with those of the ranks whose share the samples are."""
+    """Compare the labels that this rank has seen with those of the ranks whose share the samples are."""
     other = int(reduce(((seen >= 0) & (label >= 0) & (seen != label)).sum().double().reshape(1)).item())
     if other:
         raise ValueError(
@@ -121,7 +121,7 @@ def _check_labels_of_ranks(seen: Tensor, label: Tensor, reduce: Reduce) -> None:
 
 
 def _suggests_only(verdict: RecipeResult, occurring: Tensor, evidence: Evidence) -> RecipeResult:
-    """The verdict, but that no class is suggested which no sample is called."""
+    """Return the verdict, but that no class is suggested which no sample is called."""
     occurs = torch.isin(verdict.suggested_label, occurring.to(verdict.suggested_label.device))
     if occurs.all():
         return verdict
@@ -142,7 +142,7 @@ def _evidence(
     rows: Tensor,
     device: torch.device,
 ) -> Evidence:
-    """This rank's evidence.
+    """Return this rank's evidence.
 
     Args:
         trajectory: what training and the passes showed.
@@ -182,7 +182,7 @@ def _filled(phases: Sequence[Tensor], last: Tensor) -> Tensor:
 
 
 def memorized_fraction(judged: Sequence[ShardResult], partition: Partition, reduce: Reduce) -> float | None:
-    """Of the labels suspected to be wrong, how many the network gives nevertheless; None where none is suspected."""
+    """Return the share of suspect labels that the network predicts; None where no label is suspect."""
     sums = torch.zeros(2)
     by_label = partition.reason.eq(REASONS.index("label"))
     for at, one in enumerate(judged):
@@ -196,7 +196,7 @@ def memorized_fraction(judged: Sequence[ShardResult], partition: Partition, redu
 
 
 def share_predicted(judged: Sequence[ShardResult], reduce: Reduce) -> float:
-    """How many of the given labels the network predicts; of copies of a sample each counts in part."""
+    """Return how many of the given labels the network predicts; of copies of a sample each counts in part."""
     sums = torch.zeros(2, dtype=torch.float64)
     for one in judged:
         weight = one.evidence.weight.cpu().double()

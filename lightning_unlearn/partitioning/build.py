@@ -84,7 +84,7 @@ def build_partition(  # noqa: PLR0913  (what a partition says of itself)
     relabel_threshold: float | None = None,
     decided: AppliedReview | None = None,
 ) -> Partition:
-    """The partition, the same on every rank, each of which must ask.
+    """Return the partition, the same on every rank, each of which must ask.
 
     Args:
         judged: this rank's share, for each label of a sample; of a multi-class task there is one.
@@ -153,7 +153,7 @@ def build_partition(  # noqa: PLR0913  (what a partition says of itself)
 
 
 def _with_suggestions(found: Partition, one: _Column) -> Partition:
-    """The partition, with what the recipe suggests for the samples that are worth a look too."""
+    """Return the partition, with what the recipe suggests for the samples that are worth a look too."""
     worth = found.review_ranking()[: found.worth_review()]
     # A sample that is kept for its class may be sure to be wrong, but nothing has been suggested for it.
     label, probability = found.suggested_label.clone(), found.suggested_probability.clone()
@@ -164,7 +164,7 @@ def _with_suggestions(found: Partition, one: _Column) -> Partition:
 def _rate(
     noise: NoiseEstimate | None, probability: Tensor, *, is_decided: bool
 ) -> tuple[float, tuple[float, float] | None]:
-    """How many samples are not clean, and its interval, with what a person has decided."""
+    """Return how many samples are not clean, and its interval, with what a person has decided."""
     mean = min(max(1 - probability.double().mean().item(), 0.0), 1.0)
     if noise is None:
         return mean, None
@@ -173,7 +173,7 @@ def _rate(
 
 
 def _with_status(found: Partition, noises: Sequence[NoiseEstimate]) -> Partition:
-    """The partition with what may be done with it, by what is estimated of each label of which something is."""
+    """Return the partition with what may be done with it, by what is estimated of each label of which something is."""
     status, warning = _status(found, noises)
     # What does not show may be any number.
     rate = None if status is PartitionStatus.ALL_CLEAN and noises else found.noise_rate
@@ -181,13 +181,13 @@ def _with_status(found: Partition, noises: Sequence[NoiseEstimate]) -> Partition
 
 
 def _moved(interval: tuple[float, float], by: float) -> tuple[float, float]:
-    """The interval of a rate that is higher by so much for what a person has decided; 1 stays unknown."""
+    """Return the interval of a rate that is higher by so much for what a person has decided; 1 stays unknown."""
     low, high = interval
     return min(max(low + by, 0.0), 1.0), high if high >= 1 else min(max(high + by, 0.0), 1.0)
 
 
 def gate_messages(judged: Sequence[ShardResult], partition: Partition) -> list[str]:
-    """What the gates said, for the log; of a multi-label task what was found at which labels."""
+    """Return what the gates said, for the log; of a multi-label task what was found at which labels."""
     if not partition.is_multilabel:
         return [note for one in judged if one.verdict for note in one.verdict.notes]
     wrong = (partition.suggested_label != partition.label).float().mean(dim=0)
@@ -233,7 +233,7 @@ def _column(one: ShardResult, given: Tensor, precision: float, reduce: Reduce) -
 
 
 def _apply_review(one: _Column, given: Tensor, new: Tensor, decision: Tensor) -> _Column:
-    """What is known of every sample's one label, with what a person has decided.
+    """Return what is known of every sample's one label, with what a person has decided.
 
     Args:
         one: what the recipe says.
@@ -259,7 +259,7 @@ def _apply_review(one: _Column, given: Tensor, new: Tensor, decision: Tensor) ->
 
 
 def _merge_labels(columns: Sequence[_Column], label: Tensor) -> _Column:
-    """Of a sample with several labels: it is as clean as the most doubtful of them."""
+    """Merge the labels of each sample, which is as clean as the most doubtful of them."""
     probability = torch.stack([column.probability for column in columns], dim=1)
     wrong = torch.stack([column.suspect | ~column.usable for column in columns], dim=1)
     suggested = torch.where(wrong, torch.stack([column.suggested for column in columns], dim=1), label)
@@ -277,7 +277,7 @@ def _merge_labels(columns: Sequence[_Column], label: Tensor) -> _Column:
 
 
 def refusal_reason(judged: Sequence[ShardResult]) -> str:
-    """Why what the recipe says should not be acted upon; empty if it can be."""
+    """Return why what the recipe says should not be acted upon; empty if it can be."""
     warnings = [one.verdict.warning if one.verdict else "" for one in judged]
     if len(judged) == 1:
         return warnings[0]
@@ -288,7 +288,7 @@ def refusal_reason(judged: Sequence[ShardResult]) -> str:
 def _enforce_min_class_fraction(
     is_clean: Tensor, probability: Tensor, label: Tensor, share: float, usable: Tensor
 ) -> Tensor:
-    """The samples to keep: the clean ones, and in each class at least a share of its usable samples, the likeliest."""
+    """Return the samples to keep: the clean ones, and at least a share of each class, likeliest first."""
     kept = is_clean.clone()
     for _, of_class in indices_by_class(label):
         members = of_class[usable[of_class]]
@@ -299,7 +299,7 @@ def _enforce_min_class_fraction(
 
 
 def _doubtful(one: _Column, is_clean: Tensor, label: Tensor, share: float, judged: Sequence[ShardResult]) -> Tensor:
-    """(N,) bool, the clean samples that are better not trained on, as their label is likely enough wrong.
+    """Return (N,) bool, the clean samples that are better not trained on, as their label is likely enough wrong.
 
     Only where suspects are acted upon, by probabilities that say how many labels are wrong; of several labels each
     would leave out samples for itself. No class loses all that it has.
@@ -318,7 +318,7 @@ def _doubtful(one: _Column, is_clean: Tensor, label: Tensor, share: float, judge
 
 
 def _reasons(is_clean: Tensor, of_label: Tensor, of_input: Tensor) -> Tensor:
-    """(N,) uint8, positions in ``REASONS``; of a sample for which neither is below one half, the likelier."""
+    """Return (N,) uint8, positions in ``REASONS``; of a sample for which neither is below one half, the likelier."""
     label, corrupted = of_label < _HALF, of_input < _HALF
     neither = ~label & ~corrupted
     label, corrupted = label | (neither & (of_label <= of_input)), corrupted | (neither & (of_label > of_input))
@@ -327,7 +327,7 @@ def _reasons(is_clean: Tensor, of_label: Tensor, of_input: Tensor) -> Tensor:
 
 
 def _status(found: Partition, noises: Sequence[NoiseEstimate]) -> tuple[PartitionStatus, str]:
-    """What may be done with a partition, and why it leaves too little to train on, or nothing out; else empty.
+    """Return what may be done with a partition, and why it leaves too little to train on, or nothing out; else empty.
 
     Args:
         found: the partition.

@@ -20,7 +20,7 @@ _WHY = "there is no pass over samples that are known by a key (sample_key), only
 
 
 def refuse_by_key(callback: Any) -> None:
-    """Refuses the settings of a callback, and of its recipe, that need a pass over the training set.
+    """Refuse the settings of a callback, and of its recipe, that need a pass over the training set.
 
     Raises:
         ValueError: naming the setting.
@@ -41,7 +41,7 @@ def refuse_by_key(callback: Any) -> None:
 
 
 def check_fit_by_key(partners: Sequence[Any]) -> None:
-    """Refuses a callback beside that needs a pass over the training set.
+    """Refuse a callback beside that needs a pass over the training set.
 
     Raises:
         MisconfigurationException: naming it.
@@ -55,7 +55,7 @@ def check_fit_by_key(partners: Sequence[Any]) -> None:
 
 
 def check_reviewed(table: Table, task_format: TaskFormat) -> None:
-    """Refuses a table of decisions that is not by key, or names classes that there are not.
+    """Refuse a table of decisions that is not by key, or names classes that there are not.
 
     Raises:
         ValueError: with the line.
@@ -72,7 +72,7 @@ def check_reviewed(table: Table, task_format: TaskFormat) -> None:
 
 
 def review_by_key(table: Table, keys: Sequence[Key], task_format: TaskFormat) -> Review:
-    """The decisions about samples that are known.
+    """Return the decisions about samples that are known.
 
     Args:
         table: what the file holds.

@@ -14,7 +14,7 @@ _LISTED = "listed for review, not acted upon"
 
 
 def caveat_of(noise: NoiseEstimate, worth: int) -> str:
-    """What may be wrong, in one sentence without its end.
+    """Return what may be wrong, in one sentence without its end.
 
     Args:
         noise: what is estimated.

@@ -10,7 +10,7 @@ from lightning_unlearn.trainer.context import FitContext
 
 
 def check_several_labels(layer: str | None, recipe: Recipe) -> None:
-    """Refuses what a multi-label task, each label of which is judged by itself, cannot have.
+    """Refuse what a multi-label task, each label of which is judged by itself, cannot have.
 
     Raises:
         ValueError: naming the argument to leave out.
@@ -29,7 +29,7 @@ def check_several_labels(layer: str | None, recipe: Recipe) -> None:
 
 
 def check_samples_first(point: LayerPoint | None, method: str) -> None:
-    """Refuses a layer with the samples elsewhere for the methods that interpolate, whose passes count on them first.
+    """Refuse a layer with the samples elsewhere for the methods that interpolate, whose passes count on them first.
 
     Raises:
         ValueError: naming both.
@@ -43,7 +43,7 @@ def check_samples_first(point: LayerPoint | None, method: str) -> None:
 
 
 def attributed_point(trace: ForwardTrace, layer: str | None, num_outputs: int) -> LayerPoint:
-    """Where the margin is attributed: at the output of the layer that was named, or at the input of the head.
+    """Return where the margin is attributed: at the output of the layer that was named, or at the input of the head.
 
     Raises:
         ValueError: where ``forward`` does not call that layer once.
@@ -54,7 +54,7 @@ def attributed_point(trace: ForwardTrace, layer: str | None, num_outputs: int) -
 
 
 def early_points(trace: ForwardTrace, batch: int, input_layer: str | None) -> list[LayerPoint]:
-    """Where corrupted inputs show: at the output of the layer that was named, or where the first block has seen them.
+    """Return where corrupted inputs show: at the output of the named layer, or what the first block has seen.
 
     Of several, the first that has a row for each sample is to be taken.
 
@@ -69,7 +69,7 @@ def early_points(trace: ForwardTrace, batch: int, input_layer: str | None) -> li
 
 
 def check_classifies(fit: FitContext, trace: ForwardTrace) -> None:
-    """Refuses networks that are trained in turns, as a GAN's, where ``forward`` may be any of them.
+    """Refuse networks that are trained in turns, as a GAN's, where ``forward`` may be any of them.
 
     Raises:
         MisconfigurationException: where one of several optimizers trains nothing that ``forward`` calls.

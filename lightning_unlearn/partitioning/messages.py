@@ -24,7 +24,7 @@ def report_partition(
     evidence: str,
     notes: Sequence[str],
 ) -> None:
-    """Says what the first partition found, and what follows from it.
+    """Say what the first partition found, and what follows from it.
 
     Args:
         fit: that is running.
@@ -44,7 +44,7 @@ def report_partition(
 
 
 def class_names_of(fit: FitContext, classes: int | None) -> list[str]:
-    """What the classes are called, as an UnlearnReport has been told or the training set says; empty if neither."""
+    """Return the class names that an UnlearnReport was given or the training set lists; empty if neither has any."""
     for callback in fit.callbacks:
         names = getattr(callback, "class_names", None)
         if isinstance(names, list) and len(names) == classes and all(isinstance(one, str) for one in names):
@@ -55,7 +55,7 @@ def class_names_of(fit: FitContext, classes: int | None) -> list[str]:
 
 
 def report_round(fit: FitContext, new: Partition, changed: float, is_stable: bool) -> None:
-    """Says what computing it again found.
+    """Say what computing it again found.
 
     Args:
         fit: that is running.
@@ -78,7 +78,7 @@ def report_round(fit: FitContext, new: Partition, changed: float, is_stable: boo
 
 
 def warn_of_probabilities(logits: Tensor) -> None:
-    """Warns where what ``forward`` returns, (B, C), seems to be probabilities."""
+    """Warn where what ``forward`` returns, (B, C), seems to be probabilities."""
     if (logits >= 0).all() and ((logits.float().sum(dim=1) - 1).abs() < 1e-2).all():
         rank_zero_warn(
             "forward appears to return probabilities. Return logits or log-probabilities: margins of"
@@ -87,19 +87,19 @@ def warn_of_probabilities(logits: Tensor) -> None:
 
 
 def _classes_of(partition: Partition) -> int:
-    """How many classes its labels name."""
+    """Return how many classes its labels name."""
     return 2 if partition.is_multilabel else len(torch.unique(partition.label[partition.label >= 0]))
 
 
 def _few_samples(total: int, num_classes: int) -> list[str]:
-    """A word of caution where so few samples were measured to look like noise though they are clean."""
+    """Return a word of caution where so few samples were measured to look like noise though they are clean."""
     if total >= _FEW * num_classes:
         return []
     return [f"fewer than {_FEW} samples per class on average; expect false positives"]
 
 
 def say_absent(fit: FitContext, absent: int, total: int) -> None:
-    """Says how many samples the data set gives as None. Every rank must call it, with the number in its own share."""
+    """Say how many samples the data set gives as None. Every rank must call it, with the number in its own share."""
     number = int(fit.reduce(torch.tensor([float(absent)])).item())
     if number:
         rank_zero_info(
@@ -109,7 +109,7 @@ def say_absent(fit: FitContext, absent: int, total: int) -> None:
 
 
 def say_cost(fit: FitContext, epoch_seconds: float) -> None:
-    """Says before a pass what bounds its time."""
+    """Say before a pass what bounds its time."""
     rank_zero_info(
         f"A pass over {fit.total:,} training samples begins. It takes about as long as validation on them, less than"
         f" the last epoch of training, which took {epoch_seconds:.1f} s."
@@ -117,7 +117,7 @@ def say_cost(fit: FitContext, epoch_seconds: float) -> None:
 
 
 def say_late(epoch: int, due: str, *, acts: bool) -> None:
-    """Says that the partition is computed when training has ended.
+    """Say that the partition is computed when training has ended.
 
     Args:
         epoch: after so many epochs.

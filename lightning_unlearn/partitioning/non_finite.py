@@ -20,7 +20,7 @@ from lightning_unlearn.utilities.reduce import Reduce
 
 
 def finite_rows(evidence: Evidence) -> Tensor:
-    """(n,) bool, whether all that is known of a sample is finite."""
+    """Return (n,) bool, whether all that is known of a sample is finite."""
     finite = torch.ones_like(evidence.weight, dtype=torch.bool)
     for name, value in _columns(evidence).items():
         if name != "weight" and value.is_floating_point():
@@ -29,7 +29,7 @@ def finite_rows(evidence: Evidence) -> Tensor:
 
 
 def apply_to_finite_rows(recipe: Recipe, evidence: Evidence, reduce: Reduce, model_fault: str = "") -> RecipeResult:
-    """The verdict of a recipe on the samples that can be judged; the others are not clean, for their input.
+    """Return the verdict of a recipe on the samples that can be judged; the others are not clean, for their input.
 
     Args:
         recipe: asked about this rank's samples; those that cannot be judged look to it like another one, of weight 0.
@@ -59,13 +59,13 @@ def apply_to_finite_rows(recipe: Recipe, evidence: Evidence, reduce: Reduce, mod
 
 
 def _columns(evidence: Evidence) -> dict[str, Tensor]:
-    """What has a row per sample."""
+    """Return what has a row per sample."""
     named = {field.name: getattr(evidence, field.name) for field in fields(evidence) if field.name not in NOT_BY_SAMPLE}
     return {name: value for name, value in named.items() if value is not None}
 
 
 def _filled(evidence: Evidence, finite: Tensor) -> Evidence:
-    """The evidence with another sample's rows, which are like those of any, in place of what is not finite."""
+    """Return the evidence with another sample's rows, which are like those of any, in place of what is not finite."""
     usable = (finite & (evidence.weight > 0)).nonzero().flatten()
     changes: dict[str, Any] = {"weight": evidence.weight * finite}
     for name, value in _columns(evidence).items():

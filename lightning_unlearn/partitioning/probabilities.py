@@ -13,7 +13,7 @@ from lightning_unlearn.utilities.reduce import Reduce
 
 
 def check_has_probabilities(task_format: TaskFormat) -> None:
-    """Refuses a task of which no probabilities are kept.
+    """Refuse a task of which no probabilities are kept.
 
     Raises:
         ValueError: of several labels per sample, and of more classes than evidence tells apart.
@@ -27,7 +27,7 @@ def check_has_probabilities(task_format: TaskFormat) -> None:
 
 
 def average_probabilities(one: ShardResult, total: int, reduce: Reduce) -> Tensor:
-    """The softmax of the logits, averaged over the training before the partition. Every rank must call it.
+    """Return the softmax of the logits, averaged over the training before the partition. Every rank must call it.
 
     What a network has memorized late was not known to it early, so that the average still doubts a wrong label where
     the last epoch does not.

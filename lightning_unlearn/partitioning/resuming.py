@@ -14,7 +14,7 @@ _SIZES = {"batch_size": "batch size", "ranks": "number of ranks"}
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """How two records of fits differ in what a checkpoint may hold: in settings, and in sizes.
+    """Return how two records of fits differ in what a checkpoint may hold: in settings, and in sizes.
 
     Args:
         before: of the fit that wrote the checkpoint; see :func:`~lightning_unlearn.results.provenance.fit_record`.
@@ -39,7 +39,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with the fields of ``data`` beside the others."""
+    """Return settings with the fields of ``data`` beside the others."""
     return {**{name: value for name, value in settings.items() if name != "data"}, **settings.get("data", {})}
 
 
@@ -51,7 +51,7 @@ def what_holds(
     epochs_seen: int,
     may_be_recomputed: bool,
 ) -> str:
-    """A line for the log; empty where nothing differs, or nothing is held.
+    """Return a line for the log; empty where nothing differs, or nothing is held.
 
     Args:
         before: see :func:`differences`.

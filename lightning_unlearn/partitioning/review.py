@@ -16,7 +16,7 @@ from lightning_unlearn.trainer.progress import rank_zero_warn
 
 
 def open_review(fit: FitContext, path: str | PathLike[str] | None) -> Table | None:
-    """What a file holds, read by rank 0, and known or refused on every rank.
+    """Return what a file holds, read by rank 0, and known or refused on every rank.
 
     Raises:
         ValueError: with the line, for what is wrong in it.
@@ -26,7 +26,7 @@ def open_review(fit: FitContext, path: str | PathLike[str] | None) -> Table | No
 
 
 def fit_to_data(fit: FitContext, table: Table, fingerprint: str, *, content: bool) -> Review:
-    """The decisions, which fit the training set as far as its size, fingerprint and 16 labels tell.
+    """Return the decisions, which fit the training set as far as its size, fingerprint and 16 labels tell.
 
     Args:
         fit: that begins.
@@ -56,7 +56,7 @@ def fit_to_data(fit: FitContext, table: Table, fingerprint: str, *, content: boo
 
 
 def check_agrees(before: Review | None, now: Review) -> None:
-    """Refuses other decisions than those that a checkpoint's partition was made with.
+    """Refuse other decisions than those that a checkpoint's partition was made with.
 
     Raises:
         ValueError: saying what to do.
@@ -71,7 +71,7 @@ def check_agrees(before: Review | None, now: Review) -> None:
 
 
 def decided_of(review: Review | None, judged: Sequence[ShardResult], label: Tensor) -> AppliedReview | None:
-    """What a person has decided of each sample; None where nobody has.
+    """Return what a person has decided of each sample; None where nobody has.
 
     Args:
         review: the decisions.

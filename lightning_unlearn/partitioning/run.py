@@ -71,7 +71,7 @@ class Partitioning:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets an earlier fit."""
+        """Forget an earlier fit."""
         self.state = PartitionState()
         self.table: Table | None = None
         self.partners: Sequence[Any] = ()
@@ -85,7 +85,7 @@ class Partitioning:
         return self.settings.every_n_epochs is not None and self.collector.trajectory is not None
 
     def is_due(self, epoch: int) -> bool:
-        """Whether a pass is due when ``epoch`` epochs are complete."""
+        """Return whether a pass is due when ``epoch`` epochs are complete."""
         if self.state.partition is None:
             return self.collector.is_pass_due(epoch)
         # A checkpoint of a fit with one partition holds nothing to compute another one from.
@@ -94,13 +94,13 @@ class Partitioning:
         return epoch >= self.state.rounds[-1].epoch + (self.settings.every_n_epochs or 0)
 
     def begin(self, fit: FitContext) -> None:
-        """Settles, before the first step, what only the loaders and a forward pass show. Every rank must call it."""
+        """Determine, before the first step, what only the loaders and a forward pass show. Every rank must call it."""
         callbacks = (self.settings, *self.partners)
         settings = {type(one).__name__: one.settings() for one in callbacks}
         begin(fit, self.settings, self.state, self.collector, self.table, settings)
 
     def gather(self, fit: FitContext) -> None:
-        """Passes over the training set, and computes the partition where it is time. Every rank must call it."""
+        """Pass over the training set, and compute the partition where it is time. Every rank must call it."""
         collector, epoch, started = self.collector, fit.epoch, time.perf_counter()
         if collector.point is None and fit.keyed is None:
             self.begin(fit)
@@ -123,21 +123,21 @@ class Partitioning:
         fit.log({"unlearn/seconds_pass": time.perf_counter() - started})
 
     def _say_cost(self, fit: FitContext) -> None:
-        """Says before the first pass what bounds its time; other methods pass through the network many times."""
+        """Say before the first pass what bounds its time; other methods pass through the network many times."""
         is_bound = self.settings.recipe.attribution_method == GRADIENT_X_ACTIVATION and fit.keyed is None
         if self.epoch_seconds is not None and is_bound:
             say_cost(fit, self.epoch_seconds)
             self.has_said_cost, self.epoch_seconds = True, None
 
     def _observe_pass(self, fit: FitContext) -> dict[str, Tensor]:
-        """Passes over this rank's share of the training set; see :meth:`ScoringPass.run`."""
+        """Pass over this rank's share of the training set; see :meth:`ScoringPass.run`."""
         share, absent = self.collector.pass_over(fit)
         if self.state.partition is None and self.collector.when.is_due(fit.epoch):
             say_absent(fit, len(absent), len(self.collector.in_use) // fit.task_format.rows_per_sample)
         return share
 
     def compute(self, fit: FitContext, started: float) -> None:
-        """Computes the partition and makes it known.
+        """Compute the partition and make it known.
 
         Args:
             fit: that is running.
@@ -170,7 +170,7 @@ class Partitioning:
             report_round(fit, new, changed, state.is_stable)
 
     def _share_of_rank(self, fit: FitContext) -> tuple[RankShare | None, dict[str, Tensor], tuple[Any, ...]]:
-        """Which samples this rank judges (None: every R-th index), what was seen of them, and the keys of all."""
+        """Return the samples this rank judges (None: every R-th index), what was seen of them, and the keys of all."""
         if not isinstance(self.collector, KeyedCollector):
             return None, self._observe_pass(fit), ()
         of_rank, share, keys = self.collector.share(fit)
@@ -179,7 +179,7 @@ class Partitioning:
         return of_rank, share, keys
 
     def _publish(self, fit: FitContext, judged: Sequence[ShardResult], new: Partition) -> float:
-        """Makes a partition known, and returns the share of the samples that have changed sides."""
+        """Make a partition known, and return the share of the samples that have changed sides."""
         state = self.state
         found = self._at_first(fit, judged, new) if state.is_first(new) else state.at_first
         # After all that may fail, and all at once.
@@ -191,7 +191,7 @@ class Partitioning:
         return changed
 
     def _at_first(self, fit: FitContext, judged: Sequence[ShardResult], new: Partition) -> AtFirst:
-        """What is known of the network when the partition that others act upon first is computed."""
+        """Return what is known of the network when the partition that others act upon first is computed."""
         memorized, known = memorized_fraction(judged, new, fit.reduce), self.state.at_first
         gap, accuracy, best = known.accuracy_gap, known.accuracy, known.best_accuracy
         if new.is_actionable and fit.partners:
@@ -209,7 +209,7 @@ class Partitioning:
         decided: AppliedReview | None = None,
         validation: str | None = None,
     ) -> Partition:
-        """The partition of the training set, or of the validation set with this fingerprint."""
+        """Return the partition of the training set, or of the validation set with this fingerprint."""
         recipe, when = self.settings.recipe, self.collector.when
         new = build_partition(
             judged,
@@ -243,12 +243,12 @@ class Partitioning:
         return judge
 
     def acts(self, fit: FitContext, partition: Partition) -> bool:
-        """Whether another callback is to act on the partition."""
+        """Return whether another callback is to act on the partition."""
         acts = partition.is_actionable and not (self.settings.dry_run or self.state.is_late)
         return acts and bool(fit.partners)
 
     def validate(self, fit: FitContext, when: str) -> float | None:
-        """Accuracy on validation data, which is logged as of that moment; None without any. Every rank must call it."""
+        """Return validation accuracy, logged as of this moment; None without any. Every rank must call it."""
         score = score_validation(fit)
         if score is None:
             return None
@@ -256,7 +256,7 @@ class Partitioning:
         return score.accuracy
 
     def report(self, fit: FitContext, judged: Sequence[ShardResult], seconds: float) -> None:
-        """Says what the first partition found."""
+        """Say what the first partition found."""
         partition, review = self.state.partition, self.state.review
         if partition is None:
             return
@@ -266,7 +266,7 @@ class Partitioning:
         report_partition(fit, partition, evidence, notes)
 
     def decide_at_the_end(self, fit: FitContext) -> None:
-        """Has the partition computed of a fit that ends before it is due, or with the epoch after which it is."""
+        """Compute the partition of a fit that ends before it is due, or with the epoch after which it is."""
         epoch, when, self.state.is_late = fit.epoch, self.collector.when, True
         is_early = not when.is_due(epoch)
         due = str(when) if is_early and not (when.is_open and when.may_be_last) else ""
@@ -275,7 +275,7 @@ class Partitioning:
             when.decide_now(epoch, "training has ended")
 
     def summarize(self, fit: FitContext, partition: Partition) -> None:
-        """Says what was found and done in a fit that has ended, and whether it helped. Every rank must call it."""
+        """Say what was found and done in a fit that has ended, and whether it helped. Every rank must call it."""
         state, diverged = self.state, not_finite(fit)
         if diverged:
             rank_zero_warn(f"Training has diverged since the partition: {diverged} are NaN or infinite; {ADVICE}.")

@@ -54,7 +54,7 @@ def begin(
     table: Table | None,
     settings: Mapping[str, Any],
 ) -> None:
-    """Settles, before the first step, what only the loaders and a forward pass show. Every rank must call it.
+    """Determine, before the first step, what only the loaders and a forward pass show. Every rank must call it.
 
     Args:
         fit: that begins.
@@ -98,7 +98,7 @@ def _recognize(
     *,
     verify: bool,
 ) -> Recognized:
-    """Sees that the training set is the one that is known, and that what a person has decided is of it."""
+    """Check that the training set is the one that is known, and that what a person has decided is of it."""
     check_ranks(fit, fit.total)
     known = None if collector.trajectory is None else collector.trajectory.label
     if state.partition is not None:
@@ -112,7 +112,7 @@ def _recognize(
 
 
 def _check_reviewed_by_key(fit: FitContext, state: PartitionState, table: Table | None) -> None:
-    """Refuses, of samples that are known by a key, decisions that could not be taken later."""
+    """Refuse, of samples that are known by a key, decisions that could not be taken later."""
     if table is None:
         return
     check_reviewed(table, fit.task_format)
@@ -146,7 +146,7 @@ def choose_points(
     recipe: Recipe,
     layer: str | None,
 ) -> tuple[LayerPoint | None, LayerPoint | None]:
-    """Where the margin is attributed, and where corrupted inputs show; None for nowhere.
+    """Return where the margin is attributed, and where corrupted inputs show; None for nowhere.
 
     Args:
         fit: that begins.
@@ -181,7 +181,7 @@ def choose_points(
 
 
 def check_known_labels(fit: FitContext, first: IndexedBatch, known: Tensor | None) -> None:
-    """Refuses data that do not fit the labels of all rows that a checkpoint has, as far as the first batch tells.
+    """Refuse data that do not fit the labels of all rows that a checkpoint has, as far as the first batch tells.
 
     Raises:
         ValueError: for another number of samples, or other labels.
@@ -194,7 +194,7 @@ def check_known_labels(fit: FitContext, first: IndexedBatch, known: Tensor | Non
 
 
 def try_recipe(fit: FitContext, recipe: Recipe, basis: Tensor) -> None:
-    """Has a user's recipe judge evidence that is made up. Every rank must call it.
+    """Have a user's recipe judge evidence that is made up. Every rank must call it.
 
     Raises:
         ValueError: on every rank, where it fails on one.
@@ -208,7 +208,7 @@ def try_recipe(fit: FitContext, recipe: Recipe, basis: Tensor) -> None:
 
 
 def take_review(fit: FitContext, state: PartitionState, table: Table | None, *, content: bool) -> None:
-    """Takes a person's decisions, which fit the data.
+    """Take a person's decisions, which fit the data.
 
     Args:
         fit: that begins.
@@ -237,7 +237,7 @@ def take_review(fit: FitContext, state: PartitionState, table: Table | None, *, 
 def note_fit(
     fit: FitContext, state: PartitionState, settings: Mapping[str, Any], epochs_seen: int, *, may_be_recomputed: bool
 ) -> None:
-    """Notes what this fit is made with, once; says what of a checkpoint holds under other settings.
+    """Note what this fit is made with, once, and say what of a checkpoint holds under other settings.
 
     Args:
         fit: that begins.
@@ -265,7 +265,7 @@ def note_fit(
 
 
 def remember_files(fit: FitContext, partition: Partition | None) -> None:
-    """Tells a partition what the files of its samples are called, where the training set says so."""
+    """Give a partition the files of its samples, where the training set lists them."""
     if partition is not None and fit.keyed is None:
         files = files_in(fit.train_loader.dataset)
         partition.remember_files(files if len(files) == len(partition) else ())

@@ -81,12 +81,12 @@ class PartitionState:
     probabilities: Tensor | None = field(default=None, metadata=_TRANSIENT)
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and primitives."""
+        """Return the state as tensors and primitives."""
         return {name: _plain(getattr(self, name)) for name in _KEPT}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> PartitionState:
-        """What :meth:`state_dict` described; the validation set may be absent, as in older checkpoints."""
+        """Make it from what :meth:`state_dict` returned; the validation set may be absent, as in older checkpoints."""
         found = {name: copied(state[name]) for name in _KEPT if name in state}
         return cls(**{name: _MADE[name](value) if name in _MADE else value for name, value in found.items()})
 
@@ -96,7 +96,7 @@ class PartitionState:
         return AtFirst(self.memorized, self.accuracy_before, self.accuracy_gap, self.best_accuracy_before)
 
     def publish(self, new: Partition, found: AtFirst, min_change: float) -> tuple[float, bool]:
-        """Makes a partition known.
+        """Make a partition known.
 
         Args:
             new: the new one.
@@ -119,7 +119,7 @@ class PartitionState:
         return changed, is_taken
 
     def is_first(self, new: Partition) -> bool:
-        """Whether this is the one that others act upon first, or the first of all until there is one."""
+        """Return whether this is the one that others act upon first, or the first of all until there is one."""
         return self.partition is None or (new.is_actionable and not self.partition.is_actionable)
 
 
@@ -265,7 +265,7 @@ class PublishedPartition:
         )
 
     def save_provenance(self, path: str | PathLike[str]) -> None:
-        """Writes :attr:`provenance` as JSON.
+        """Write :attr:`provenance` as JSON.
 
         Args:
             path: file to write; folders are made, and what was there is replaced in one step.

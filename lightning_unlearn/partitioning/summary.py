@@ -40,7 +40,7 @@ def summarize(
     diverged: str = "",
     validation: str = "",
 ) -> RepairSummary:
-    """The summary of a fit.
+    """Return the summary of a fit.
 
     Args:
         partition: the last one that was acted upon, or the one that was not.
@@ -110,7 +110,7 @@ def _how_sure(partition: Partition) -> str:
 
 
 def _gained(before: float | None, after: float | None, best: float | None) -> str:
-    """What was won against the fit's own weights before: those at the partition, and its best ones where known."""
+    """Say what was won against the fit's own weights: those at the partition, and its best ones where known."""
     if before is None or after is None:
         return _UNKNOWN
     points, control = f"{100 * (after - before):+.1f} points", before

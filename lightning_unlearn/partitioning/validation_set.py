@@ -76,7 +76,7 @@ class ValidationJudge:
         self.fault = ""
 
     def found(self, asked: bool) -> Partition:
-        """The partition.
+        """Return the partition.
 
         Args:
             asked: whether one is to be drawn.
@@ -95,7 +95,7 @@ class ValidationJudge:
         )
 
     def begin(self, fit: FitContext, trained_on: str) -> None:
-        """Refuses, before the first step, what cannot be judged. Every rank must call it.
+        """Refuse, before the first step, what cannot be judged. Every rank must call it.
 
         Args:
             fit: that begins.
@@ -112,7 +112,7 @@ class ValidationJudge:
             rank_zero_info("The validation set uses random augmentation, so its samples are judged as augmented.")
 
     def compute(self, training: ScoringPass, recipe: Recipe, make: Make) -> None:
-        """Passes over the validation set and judges it. Every rank must call it.
+        """Pass over the validation set and judge it. Every rank must call it.
 
         Validation data that fail by now end no fit: a warning says so, and there is no partition.
 
@@ -160,7 +160,7 @@ class ValidationJudge:
         return "" if self.partition is None else _said(self.partition)
 
     def report(self, fit: FitContext) -> None:
-        """Says what was found, or why nothing was."""
+        """Say what was found, or why nothing was."""
         if self.fault:
             rank_zero_warn(f"The validation set was not judged: {self.fault}.")
         if self.partition is not None:
@@ -171,7 +171,7 @@ class ValidationJudge:
             fit.log(found)
 
     def record(self) -> dict[str, Any] | None:
-        """What was found, for the provenance; None for nothing."""
+        """Return what was found, for the provenance; None for nothing."""
         if self.partition is None:
             return None
         return {
@@ -184,13 +184,13 @@ class ValidationJudge:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and primitives."""
+        """Return the state as tensors and primitives."""
         partition = None if self.partition is None else copied(self.partition.state_dict())
         return {"partition": partition, "fault": self.fault}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any] | None) -> ValidationJudge:
-        """What :meth:`state_dict` described; nothing found where there is no such state."""
+        """Make it from what :meth:`state_dict` returned; nothing found where there is no such state."""
         judge = cls()
         if state is not None:
             held = state["partition"]
@@ -200,7 +200,7 @@ class ValidationJudge:
 
 
 def check_validates(fit: FitContext) -> None:
-    """Refuses a fit without validation.
+    """Refuse a fit without validation.
 
     Raises:
         MisconfigurationException: saying what to do.
@@ -235,7 +235,7 @@ def _samples(fit: FitContext) -> _Samples:
 
 @contextmanager
 def _named() -> Iterator[None]:
-    """Says of errors that they are about the validation data."""
+    """Name the validation data in errors raised inside the context."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -250,7 +250,7 @@ def _named() -> Iterator[None]:
 
 
 def _left_out(fit: FitContext, loader: DataLoader[Any]) -> frozenset[int]:
-    """Which samples of its data set a loader never draws."""
+    """Return which samples of its data set a loader never draws."""
     drawn_from = getattr(loader.batch_sampler, "sampler", None)
     sampler, _ = fit.users_sampler(loader, drawn_from, loader.sampler)
     scheme = scheme_of(sampler)
@@ -264,7 +264,7 @@ def _left_out(fit: FitContext, loader: DataLoader[Any]) -> frozenset[int]:
 
 
 def _try_batch(fit: FitContext, loader: DataLoader[Any]) -> None:
-    """Sees that the first batch is read, and passes through the model, as one of training does."""
+    """Check that the first batch is read, and passes through the model, as one of training does."""
     task_format, size = fit.task_format, min(batch_size(loader), len(loader.dataset))  # type: ignore[arg-type]
     indices, batch = next(iterate_indices(loader, torch.arange(size), probing=True, absent=set()))
     x, label = task_format.split(fit.to_device(batch))
@@ -293,14 +293,14 @@ def _check_not_trained_on(fit: FitContext, samples: _Samples, trained_on: str) -
 
 
 def _unseen(one: ScoringPass) -> OutOfSample:
-    """What the pass says that has seen none of these labels."""
+    """Return what the pass says that has seen none of these labels."""
     total, fit, early = len(one.trajectory), one.fit, EarlyEpochs()
     early.look(one.trajectory, torch.ones(total, dtype=torch.uint8), 1, fit.shard(total), fit.device, fit.reduce)
     return OutOfSample(early.rate, early.drawn)
 
 
 def _is_one_sided(fit: FitContext, share: dict[str, Tensor], total: int) -> bool:
-    """Whether there is nothing to tell apart, of any label."""
+    """Return whether there is nothing to tell apart, of any label."""
     index, weight = fit.shard(total)
     rows = share["label"].reshape(len(index), -1)
     label = gather_by_index(index, weight, rows, total, fit.reduce)
@@ -308,7 +308,7 @@ def _is_one_sided(fit: FitContext, share: dict[str, Tensor], total: int) -> bool
 
 
 def _number(partition: Partition) -> int:
-    """How many samples were judged."""
+    """Return how many samples were judged."""
     judged = partition.label >= 0
     return int((judged.any(dim=1) if partition.is_multilabel else judged).sum())
 

@@ -72,11 +72,11 @@ class Criterion:
         return type(self).__name__
 
     def __repr__(self) -> str:
-        """As the summary of a fit records it."""
+        """Return the criterion as the summary of a fit records it."""
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
 
     def score(self, neurons: NeuronStatistics) -> Tensor:
-        """(D,), larger for a neuron that is to be pruned sooner."""
+        """Return (D,), larger for a neuron that is to be pruned sooner."""
         raise NotImplementedError(f"Expected {type(self).__name__} to define score(neurons); give it one.")
 
 
@@ -110,7 +110,7 @@ class Sensitivity(Criterion):
         return "sensitivity"
 
     def order(self, found: Regression, *, soft: bool) -> Tensor:
-        """(K,) int64, the neurons that may be pruned, the worst first.
+        """Return (K,) int64, the neurons that may be pruned, the worst first.
 
         Args:
             found: the regression.
@@ -140,7 +140,7 @@ class Random(Criterion):
         return "random"
 
     def score(self, neurons: NeuronStatistics) -> Tensor:
-        """Uniform in [0, 1), the same in every process."""
+        """Return a uniform number in [0, 1), the same in every process."""
         drawn_from = repr((self.seed, neurons.epoch, neurons.layer)).encode()
         seed = int.from_bytes(hashlib.sha256(drawn_from).digest()[:8], "big") >> 1
         return torch.rand(len(neurons.clean.total), generator=torch.Generator().manual_seed(seed))
@@ -158,7 +158,7 @@ class Magnitude(Criterion):
         return "magnitude"
 
     def score(self, neurons: NeuronStatistics) -> Tensor:
-        """The norm of what belongs to each neuron, negative."""
+        """Return the norm of what belongs to each neuron, negative."""
         if neurons.weight is None:
             raise ValueError("Expected the weight of the layer, but got none.")
         return -magnitude(neurons.weight, neurons.dimension).cpu()
@@ -184,7 +184,7 @@ class ActivationRatio(Criterion):
         return f"{self.statistic}_ratio"
 
     def score(self, neurons: NeuronStatistics) -> Tensor:
-        """The ratio."""
+        """Return the ratio."""
         return importance_ratio(neurons.noisy, neurons.clean, self.statistic)
 
 
@@ -208,7 +208,7 @@ class GradientRatio(Criterion):
         return self.statistic
 
     def score(self, neurons: NeuronStatistics) -> Tensor:
-        """The ratio."""
+        """Return the ratio."""
         if neurons.noisy_gradient is None or neurons.clean_gradient is None:
             raise ValueError("Expected sums of gradient x activation, but got none.")
         return importance_ratio(neurons.noisy_gradient, neurons.clean_gradient, self.statistic)
@@ -224,7 +224,7 @@ CRITERIA: dict[str, Criterion] = {criterion.name: criterion for criterion in _NA
 
 
 def find_criterion(criterion: Any) -> Criterion:
-    """The criterion of a name, or the one that is given.
+    """Return the criterion of a name, or the one that is given.
 
     Raises:
         ValueError: for another name, or something else.
@@ -239,7 +239,7 @@ def find_criterion(criterion: Any) -> Criterion:
 
 
 def check_score(criterion: Criterion, score: Any, neurons: int, layer: str) -> Tensor:
-    """(D,) float64, what a criterion has given, if it can be ranked.
+    """Return (D,) float64, what a criterion has given, if it can be ranked.
 
     Raises:
         ValueError: if it cannot.

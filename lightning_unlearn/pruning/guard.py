@@ -49,7 +49,7 @@ class ScoreMonitor:
         return score
 
     def is_worse(self, after: Score | None) -> bool:
-        """Whether the model does worse than before by more than the tolerance. What is not known is worse."""
+        """Return whether the model does worse than before by more than the tolerance. What is not known is worse."""
         if after is None:
             return True
         if len(self.held):
@@ -58,7 +58,7 @@ class ScoreMonitor:
         return after.accuracy < self.before.accuracy - self.tolerance - _ROUNDING
 
     def between(self, after: Score | None) -> str:
-        """What became of the score, in words."""
+        """Return what became of the score, in words."""
         if after is None:
             return "the score could no longer be told"
         what, before, now = (
@@ -71,7 +71,7 @@ class ScoreMonitor:
 
 
 def make_gauge(fit: FitContext, partition: Partition, tolerance: float) -> ScoreMonitor:
-    """Measures on the validation data of the fit or, without any, on confident clean samples of the training set."""
+    """Measure on the validation data of the fit or, without any, on confident clean samples of the training set."""
     before = score_validation(fit)
     if before is not None:
         nothing = torch.zeros(0, dtype=torch.int64)
@@ -86,7 +86,7 @@ def make_gauge(fit: FitContext, partition: Partition, tolerance: float) -> Score
 
 
 def held_back(partition: Partition) -> Tensor:
-    """(H,) int64, a tenth of the clean samples of each class, the likeliest, and 2,000 in all at most."""
+    """Return (H,) int64, a tenth of the clean samples of each class, the likeliest, and 2,000 in all at most."""
     clean = partition.clean_indices()
     share = min(HELD_SHARE, HELD_MOST / max(len(clean), 1))
     held = []
@@ -119,7 +119,7 @@ class Outcome:
 def prune_in_steps(
     model: nn.Module, sites: Sequence[PruneSite], proposal: Sequence[Tensor], gauge: ScoreMonitor
 ) -> Outcome:
-    """Silences the proposed neurons, the worst of each layer first, for as long as the model gets no worse.
+    """Silence the proposed neurons, the worst of each layer first, for as long as the model gets no worse.
 
     The parameters are afterwards as they were, bit for bit: what is to stay is for the caller to silence for good.
 
@@ -150,5 +150,5 @@ def prune_in_steps(
 
 
 def _share(value: float) -> str:
-    """An accuracy: ``.812``."""
+    """Return an accuracy: ``.812``."""
     return f"{value:.3f}".removeprefix("0")

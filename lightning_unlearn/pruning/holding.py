@@ -26,7 +26,7 @@ class HeldEntries:
         return self._pruning is not None
 
     def hold(self, fit: FitContext, entries: list[PrunedEntries]) -> None:
-        """Zeroes entries, in averages of the weights too, and keeps these at zero in place of those before.
+        """Zero entries, in averages of the weights too, and keep these at zero in place of those before.
 
         Where that fails the parameters are as they were.
         """
@@ -40,12 +40,12 @@ class HeldEntries:
         self.take(entries)
 
     def take(self, entries: list[PrunedEntries]) -> None:
-        """Keeps entries at zero that are so already, in place of those before."""
+        """Keep entries at zero that are so already, in place of those before."""
         self.release()
         self._pruning, self._entries = PrunedParameters(entries), entries
 
     def confirm(self, fit: FitContext, entries: list[PrunedEntries]) -> bool:
-        """Sees that all entries are zero, in the parameters that the module has now.
+        """Check that all entries are zero, in the parameters that the module has now.
 
         Args:
             fit: that is running.
@@ -65,18 +65,18 @@ class HeldEntries:
         return not is_revived
 
     def zero_parameters(self) -> None:
-        """Sets the entries to zero. Does not wait for the device."""
+        """Set the entries to zero. Does not wait for the device."""
         if self._pruning is not None:
             self._pruning.zero_parameters()
 
     def watch(self, optimizer: Optimizer, beside: Iterable[Optimizer]) -> None:
-        """Zeroes the entries of gradients now, and the parameters' after each step of the optimizer."""
+        """Zero the entries of gradients now, and the parameters' after each step of the optimizer."""
         if self._pruning is not None:
             self._pruning.watch(optimizer, beside)
             self._pruning.zero_gradients()
 
     def release(self) -> None:
-        """Holds nothing any more; the parameters stay as they are."""
+        """Stop holding entries at zero; the parameters stay as they are."""
         if self._pruning is not None:
             self._pruning.release()
         self._pruning, self._entries = None, []
@@ -84,7 +84,7 @@ class HeldEntries:
 
 @torch.no_grad()
 def silence_state(model: nn.Module, state: Mapping[str, Any], entries: Sequence[PrunedEntries]) -> None:
-    """Zeroes entries of the parameters in a state dict that may hold copies of them."""
+    """Zero entries of the parameters in a state dict that may hold copies of them."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for entry in entries:
         name = names[id(entry.parameter)]
@@ -96,7 +96,7 @@ def silence_state(model: nn.Module, state: Mapping[str, Any], entries: Sequence[
 
 @torch.no_grad()
 def silence_copies(fit: FitContext, entries: Sequence[PrunedEntries]) -> None:
-    """Zeroes entries of the weights in their averages, which would bring them back."""
+    """Zero entries of the weights in their averages, which would bring them back."""
     copies = weight_copies(fit)
     named = fit.model.named_parameters(remove_duplicate=False)
     names = {id(parameter): plain_name(name) for name, parameter in named} if copies else {}

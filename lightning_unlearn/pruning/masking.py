@@ -32,11 +32,11 @@ class PrunedEntries:
     _places: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def zero_(self, tensor: Tensor) -> None:
-        """Sets these entries of a tensor shaped, and sharded, like the parameter to zero."""
+        """Set these entries of a tensor shaped, and sharded, like the parameter to zero."""
         local_part(tensor).index_fill_(self.dimension, self._places_in(tensor), 0)
 
     def is_revived(self) -> bool:
-        """Whether one of them is not zero; of a parameter that is sharded, in the part that is here."""
+        """Return whether one of them is not zero; of a parameter that is sharded, in the part that is here."""
         here = local_part(self.parameter.detach())
         return bool((here.index_select(self.dimension, self._places_in(self.parameter)) != 0).any())
 
@@ -49,7 +49,7 @@ class PrunedEntries:
 
 
 def neuron_entries(layer: nn.Module, norm: nn.Module | None, neurons: Tensor) -> list[PrunedEntries]:
-    """What to zero so that neurons of a layer are silent: weight rows, bias, and scale and shift of the norm after it.
+    """Return the entries whose zeros silence neurons: weight rows, bias, scale and shift of the norm after them.
 
     Args:
         layer: a Linear or convolution.
@@ -85,7 +85,7 @@ def neuron_entries(layer: nn.Module, norm: nn.Module | None, neurons: Tensor) ->
 
 
 def consumer_entries(head: nn.Linear, neurons: Tensor) -> list[PrunedEntries]:
-    """What to zero so that a Linear does not listen to some of its inputs: the columns of its weight.
+    """Return what to zero so that a Linear does not listen to some of its inputs: the columns of its weight.
 
     Raises:
         ValueError: like :func:`neuron_entries`.
@@ -95,7 +95,7 @@ def consumer_entries(head: nn.Linear, neurons: Tensor) -> list[PrunedEntries]:
 
 
 def is_computed(module: nn.Module) -> bool:
-    """Whether a weight or bias is computed from other parameters, as under weight norm or ``torch.nn.utils.prune``."""
+    """Return whether a weight or bias is computed from other parameters: weight norm, ``torch.nn.utils.prune``."""
     held = _own_parameters(module)
     with as_in_eval(module):
         return any(name not in held and getattr(module, name, None) is not None for name in ("weight", "bias"))
@@ -103,7 +103,7 @@ def is_computed(module: nn.Module) -> bool:
 
 @contextmanager
 def as_in_eval(module: nn.Module) -> Iterator[None]:
-    """Inside, computed weights may be looked at without a trace; spectral norm in training mode learns by it."""
+    """Let computed weights be read without a trace inside the context: in training mode a spectral norm adapts."""
     parts = list(module.parametrizations.modules()) if parametrize.is_parametrized(module) else []  # type: ignore[union-attr]
     before = [(part, part.training) for part in parts]
     try:
@@ -120,7 +120,7 @@ def _own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _parameter_behind(module: nn.Module, name: str, dimension: int) -> nn.Parameter | None:
-    """The parameter whose zeros make zeros of a weight or bias: itself, or what it is computed from; None for none.
+    """Return the parameter whose zeros make zeros of a weight or bias (it, or what it is computed from), or None.
 
     Spectral norm divides it, ``torch.nn.utils.prune`` multiplies it by a mask. Under weight norm it is the length of
     each row where there is one for each neuron, since a row of length 0 has no direction; else the directions.
@@ -152,7 +152,7 @@ def _parameter_behind(module: nn.Module, name: str, dimension: int) -> nn.Parame
 
 
 def snapshot(entries: Sequence[PrunedEntries]) -> Callable[[], None]:
-    """Remembers the parameters that entries belong to.
+    """Remember the parameters that entries belong to.
 
     Returns:
         a function that puts them back, bit for bit.
@@ -169,7 +169,7 @@ def snapshot(entries: Sequence[PrunedEntries]) -> Callable[[], None]:
 
 @contextmanager
 def temporarily_zeroed(entries: Sequence[PrunedEntries]) -> Iterator[None]:
-    """Inside, the entries are zero; afterwards they are as they were."""
+    """Set the entries to zero inside the context, and restore them afterwards."""
     restore = snapshot(entries)
     PrunedParameters(entries).zero_parameters()
     try:
@@ -180,12 +180,12 @@ def temporarily_zeroed(entries: Sequence[PrunedEntries]) -> Iterator[None]:
 
 @torch.no_grad()
 def are_revived(entries: Sequence[PrunedEntries]) -> bool:
-    """Whether one of the entries, or of the part of them that is here, is not zero. Waits for the device."""
+    """Return whether one of the entries, or of the part of them that is here, is not zero. Waits for the device."""
     return any(entry.is_revived() for entry in entries)
 
 
 def modules_sharing_parameters(model: nn.Module, module: nn.Module) -> list[str]:
-    """Dotted paths of the other modules that hold one of a module's own parameters, which are tied."""
+    """Return the dotted paths of the other modules that hold one of a module's own parameters, which are tied."""
     own = _held_in(module)
     # A parametrization is a part of the module whose weight it computes.
     others = ((name, other) for name, other in model.named_modules() if ".parametrizations" not in f".{name}")
@@ -193,7 +193,7 @@ def modules_sharing_parameters(model: nn.Module, module: nn.Module) -> list[str]
 
 
 def _held_in(module: nn.Module) -> set[nn.Parameter]:
-    """A module's own parameters, and those that its weights are computed from."""
+    """Return a module's own parameters, and those that its weights are computed from."""
     parts = [module.parametrizations] if parametrize.is_parametrized(module) else []
     return {*module.parameters(recurse=False), *(p for part in parts for p in part.parameters())}  # type: ignore[union-attr]
 
@@ -215,19 +215,19 @@ class PrunedParameters:
 
     @torch.no_grad()
     def zero_parameters(self) -> None:
-        """Sets the entries to zero."""
+        """Set the entries to zero."""
         for entry in self._entries:
             entry.zero_(entry.parameter)
 
     @torch.no_grad()
     def zero_gradients(self) -> None:
-        """Sets the entries of the gradients to zero, so that they do not count in the norm that clips them."""
+        """Set the entries of the gradients to zero, so that they do not count in the norm that clips them."""
         for entry in self._entries:
             if entry.parameter.grad is not None:
                 entry.zero_(entry.parameter.grad)
 
     def watch(self, optimizer: Optimizer, beside: Iterable[Optimizer] = ()) -> None:
-        """Zeroes the entries in the optimizer's state now, and in the parameters after each of its steps.
+        """Zero the entries in the optimizer's state now, and in the parameters after each of its steps.
 
         Momentum would otherwise revive them. Watching an optimizer twice is the same as once.
 
@@ -256,7 +256,7 @@ class PrunedParameters:
             self._handles[optimizer] = None
 
     def release(self) -> None:
-        """Stops watching; the parameters stay as they are."""
+        """Stop watching; the parameters stay as they are."""
         for handle in self._handles.values():
             if handle is not None:
                 handle.remove()
@@ -264,5 +264,5 @@ class PrunedParameters:
 
 
 def _stepped(optimizer: Optimizer) -> set[Any]:
-    """The parameters that an optimizer steps."""
+    """Return the parameters that an optimizer steps."""
     return {parameter for group in optimizer.param_groups for parameter in group["params"]}

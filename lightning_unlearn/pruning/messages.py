@@ -25,7 +25,7 @@ OTHER_WEIGHTS = (
 
 
 def summary_clause(state: PruneState) -> str:
-    """What was done, in one clause; empty where no neuron was to be pruned."""
+    """Return what was done, in one clause; empty where no neuron was to be pruned."""
     if not state.count and not state.note:
         return ""
     verb = "would prune" if state.is_proposal else "pruned"
@@ -34,7 +34,7 @@ def summary_clause(state: PruneState) -> str:
 
 
 def guard_note(proposal: Sequence[Tensor], outcome: Outcome, gauge: ScoreMonitor | None) -> str:
-    """What the guard found; empty without one, or without a neuron to prune."""
+    """Return what the guard found; empty without one, or without a neuron to prune."""
     proposed = sum(len(neurons) for neurons in proposal)
     if outcome.rolled_back:
         return f"{outcome.rolled_back} of {proposed} proposed were rolled back: {outcome.reason}"
@@ -44,7 +44,7 @@ def guard_note(proposal: Sequence[Tensor], outcome: Outcome, gauge: ScoreMonitor
 def say_layers(
     state: PruneState, rankings: Sequence[Ranking], proposal: Sequence[Tensor], criterion: Criterion, amount: float
 ) -> None:
-    """A line for each layer: how many neurons may be pruned, or why none is."""
+    """Return a line for each layer: how many neurons may be pruned, or why none is."""
     for mask, ranking, proposed, live in zip(state.masks, rankings, proposal, state.live, strict=True):
         if share_of(amount, live) == 0:
             rank_zero_warn(
@@ -65,7 +65,7 @@ def say_layers(
 
 
 def warn_of_revived(state: PruneState) -> None:
-    """Something else writes to pruned neurons."""
+    """Say that something else writes to pruned neurons."""
     names = " and ".join(f"'{mask.layer}'" for mask in state.masks)
     rank_zero_warn(
         f"Pruned neurons of {names} were revived: something else writes to their weights, such as a callback that"

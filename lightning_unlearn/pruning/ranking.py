@@ -65,16 +65,16 @@ class _Reader(Protocol):
     """Gathers, over the batches of one rank, what its criterion needs of one layer."""
 
     def add(self, values: Tensor, product: Tensor | None, batch: IndexedBatch) -> None:
-        """Takes the activations (B, P, D) of a batch, and the sum over positions of gradient x activation (B, D)."""
+        """Take the activations (B, P, D) of a batch, and the sum over positions of gradient x activation (B, D)."""
 
     def rank(self, reduce: Reduce) -> Ranking:
-        """What all ranks have seen; every rank must ask."""
+        """Return what all ranks have seen; every rank must ask."""
 
 
 def rank_neurons(
     fit: FitContext, sites: Sequence[PruneSite], criterion: Criterion, subject: RankingTarget
 ) -> list[Ranking]:
-    """The neurons of each layer, ranked in one pass over the training set. Every rank must call it."""
+    """Return the neurons of each layer, ranked in one pass over the training set. Every rank must call it."""
 
     def reader_of(site: PruneSite) -> _Reader:
         if isinstance(criterion, Sensitivity):
@@ -115,12 +115,12 @@ class _Reads:
     by_position: bool
 
     def values(self, site: PruneSite, activation: Tensor) -> Tensor:
-        """(B, P, D) float32, with P = 1 for the mean over positions."""
+        """Return (B, P, D) float32, with P = 1 for the mean over positions."""
         rows = self._rows(site, activation)
         return rows if self.by_position else rows.mean(dim=1, keepdim=True)
 
     def total(self, site: PruneSite, product: Tensor) -> Tensor:
-        """(B, D) float32, the sum over positions."""
+        """Return (B, D) float32, the sum over positions."""
         return self._rows(site, product).sum(dim=1)
 
     def _rows(self, site: PruneSite, activation: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ Seen = list[tuple[Tensor, Tensor | None]]
 
 
 def _finite_only(batch: IndexedBatch, seen: Seen) -> tuple[IndexedBatch, Seen]:
-    """Zero, without weight, for samples of which a neuron of any layer has a number that is not finite."""
+    """Zero, without weight, the samples for which a neuron of any layer is not finite."""
     found = [tensor for pair in seen for tensor in pair if tensor is not None]
     finite = torch.stack([tensor.isfinite().flatten(1).all(dim=1) for tensor in found]).all(dim=0)
     if finite.all():

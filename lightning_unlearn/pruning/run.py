@@ -62,7 +62,7 @@ class PruneResult:
 
 
 def find_sites(fit: FitContext, settings: PruneSettings, probed: tuple[ForwardTrace, IndexedBatch]) -> list[PruneSite]:
-    """The layers to prune, in the order in which ``forward`` calls them, seen to fall silent. Every rank must call it.
+    """Return the layers to prune, in the order of ``forward``, seen to fall silent. Every rank must call it.
 
     Raises:
         ValueError: for a layer that cannot be pruned, naming it.
@@ -98,7 +98,7 @@ def find_sites(fit: FitContext, settings: PruneSettings, probed: tuple[ForwardTr
 def prune(
     fit: FitContext, partition: Partition, state: PruneState, settings: PruneSettings, held: HeldEntries
 ) -> PruneResult:
-    """Acts on a partition. Every rank must call it; after an exception the weights are as they were.
+    """Act on a partition. Every rank must call it; after an exception the weights are as they were.
 
     Args:
         fit: that is running.
@@ -139,7 +139,7 @@ def prune(
 
 
 def report_pruning(fit: FitContext, result: PruneResult, settings: PruneSettings) -> None:
-    """Says and logs what was done. Once that is remembered: an error in a logger does not undo it."""
+    """Say and log what was done. Once that is remembered: an error in a logger does not undo it."""
     state = result.state
     say_layers(state, result.rankings, result.proposal, settings.criterion, settings.amount)
     if any(len(neurons) for neurons in result.proposal):
@@ -151,7 +151,7 @@ def report_pruning(fit: FitContext, result: PruneResult, settings: PruneSettings
 
 
 def _weights(given: Tensor | None, partition: Partition, gauge: ScoreMonitor | None) -> Tensor:
-    """(N,) float32, of each sample in the ranking: none for those that the guard measures on."""
+    """Return (N,) float32, of each sample in the ranking: none for those that the guard measures on."""
     weight = torch.ones(len(partition)) if given is None else given.clone()
     if gauge is not None:
         weight[gauge.held] = 0
@@ -165,7 +165,7 @@ def _count(pruned: Tensor | None) -> int:
 def _audible(
     fit: FitContext, sites: Sequence[PruneSite], proposal: list[Tensor]
 ) -> tuple[Sequence[PruneSite], list[Tensor]]:
-    """The sites, and what to prune at each: nothing where it would still be heard, as it was not in the beginning.
+    """Return the sites and what to prune at each: nothing where later layers would still see it.
 
     Such as where an adapter has been put beside a layer while it was trained.
     """
@@ -180,7 +180,7 @@ def _audible(
 
 
 def _verified(fit: FitContext, sites: Sequence[PruneSite], neurons: Sequence[Tensor]) -> list[PruneSite | None]:
-    """The sites at which these neurons fall silent when they are pruned; None for one that does not.
+    """Return the sites at which these neurons fall silent when they are pruned; None for one that does not.
 
     Where something adds to the head's inputs in between, such as a residual connection, zeros in the rows of the layer
     that feeds it do not silence them; then the columns of the head alone are pruned, which does.

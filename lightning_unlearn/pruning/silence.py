@@ -18,7 +18,7 @@ from lightning_unlearn.utilities.sharding import local_part
 def find_silent(
     model: nn.Module, sites: Sequence[PruneSite], neurons: Sequence[Tensor], run: Callable[[], Any]
 ) -> list[bool]:
-    """Of each site, whether its neurons fall silent where their entries are zero; all is afterwards as it was.
+    """Return, for each site, whether zero entries make its neurons silent; everything is restored afterwards.
 
     Silent are rows of which nothing comes out of the layer (or of the norm behind it, or into the Linear that listens
     to them); and inputs of a Linear that its output does not depend on. What else such a layer computes its output from
@@ -48,7 +48,7 @@ def _parts(model: nn.Module, sites: Sequence[PruneSite]) -> list[nn.Module]:
 
 @contextmanager
 def _disturbed(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Inside, all floating-point parameters of these modules have other values."""
+    """Give all floating-point parameters of these modules other values inside the context."""
     parameters = {p for module in modules for p in module.parameters() if p.is_floating_point()}
     before = [(parameter, parameter.detach().clone()) for parameter in parameters]
     try:
@@ -63,7 +63,7 @@ def _disturbed(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def _listen(model: nn.Module, site: PruneSite, neurons: Tensor, heard: list[bool]) -> Any:
-    """A hook that notes whether something is heard of these neurons."""
+    """Return a hook that notes whether something is heard of these neurons."""
     if site.layer is None:
         return resolve_layer(model, site.name).register_forward_pre_hook(
             lambda module, inputs: heard.append(_depends(module, inputs[0], neurons))
@@ -89,7 +89,7 @@ def _sounds(layer: nn.Module, value: Any, neurons: Tensor) -> bool:
 
 @torch.no_grad()
 def _depends(module: nn.Module, value: Tensor, neurons: Tensor) -> bool:
-    """Whether the output of a Linear depends on some of its inputs."""
+    """Return whether the output of a Linear depends on some of its inputs."""
     places = neurons.to(value.device)
     silent = value.detach().index_fill(-1, places, 0)
     loud = silent.index_copy(-1, places, _numbers(silent, len(places)))
@@ -99,5 +99,5 @@ def _depends(module: nn.Module, value: Tensor, neurons: Tensor) -> bool:
 
 
 def _numbers(like: Tensor, count: int) -> Tensor:
-    """Some that do not cancel out."""
+    """Return numbers that do not cancel out."""
     return torch.arange(1, count + 1, device=like.device).to(like.dtype).expand(*like.shape[:-1], count)

@@ -70,7 +70,7 @@ class PruneSite:
         return self.layer or self.consumer or self.name
 
     def entries(self, model: nn.Module, neurons: Tensor) -> list[PrunedEntries]:
-        """What to zero so that these neurons are silent."""
+        """Return what to zero so that these neurons are silent."""
         entries: list[PrunedEntries] = []
         if self.layer is not None:
             norm = None if self.norm is None else resolve_layer(model, self.norm)
@@ -82,12 +82,12 @@ class PruneSite:
         return entries
 
     def width(self, model: nn.Module) -> int:
-        """How many neurons there are; 0 where the Linear that listened to them is none any more."""
+        """Return how many neurons there are; 0 where the Linear that listened to them is none any more."""
         layer: Any = resolve_layer(model, self.target)
         return neuron_count(layer) if self.layer is not None else int(getattr(layer, "in_features", 0))
 
     def weight(self, model: nn.Module) -> tuple[Tensor, int]:
-        """The weight that neurons are measured by, and its dimension that counts them."""
+        """Return the weight that neurons are measured by, and its dimension that counts them."""
         module: Any = resolve_layer(model, self.target)
         transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
         with as_in_eval(module):
@@ -96,7 +96,7 @@ class PruneSite:
 
 
 def check_layer(model: nn.Module, name: str, amount: float) -> None:
-    """Refuses, before anything has run, a layer whose neurons cannot be pruned.
+    """Refuse, before anything has run, a layer whose neurons cannot be pruned.
 
     Raises:
         ValueError: naming the layer, and what to name instead.
@@ -113,7 +113,7 @@ def check_layer(model: nn.Module, name: str, amount: float) -> None:
 
 
 def named_site(model: nn.Module, name: str, trace: Trace, first: ForwardTrace) -> PruneSite:
-    """The outputs of a layer.
+    """Return the outputs of a layer.
 
     A layer inside a residual branch is one of these: what is silent is its contribution to the stream.
 
@@ -155,7 +155,7 @@ _ADDED = (
 
 
 def default_site(model: nn.Module, amount: float, first: ForwardTrace) -> PruneSite:
-    """The inputs of the last Linear with an output per class, with the layer that feeds it as far as sizes tell.
+    """Return the inputs of the last Linear with an output per class, with the layer that feeds it as far as sizes tell.
 
     Whether nothing but element-wise functions and pooling lies between the two is for the caller to check, by its
     effect.
@@ -186,7 +186,7 @@ def default_site(model: nn.Module, amount: float, first: ForwardTrace) -> PruneS
 
 
 def check_trained(sites: Sequence[PruneSite], averages: Sequence[str]) -> None:
-    """Refuses layers of an average that the module keeps of others of its layers, and runs in eval mode.
+    """Refuse layers of an average that the module keeps of others of its layers and runs in eval mode.
 
     Args:
         sites: the layers.
@@ -207,7 +207,7 @@ def check_trained(sites: Sequence[PruneSite], averages: Sequence[str]) -> None:
 
 @contextmanager
 def _naming(layer: str) -> Iterator[None]:
-    """Says of which layer an error speaks."""
+    """Name the layer in errors raised inside the context."""
     try:
         yield
     except ValueError as error:
@@ -245,7 +245,7 @@ def _check_not_the_classes(trace: ForwardTrace, layer: str) -> None:
 
 
 def _norm_further_on(trace: ForwardTrace, call: ModuleCall) -> str | None:
-    """The norm that is entered next, if it has as many neurons and no layer with neurons of its own comes before it."""
+    """Return the norm entered next, if it has as many neurons and no layer with neurons of its own precedes it."""
     after = trace.calls[trace.calls.index(call) + 1 :]
     for later in after:
         if isinstance(later.module, _NORMS) and later.inputs:
@@ -258,5 +258,5 @@ def _norm_further_on(trace: ForwardTrace, call: ModuleCall) -> str | None:
 
 
 def _is_constant(value: Tensor) -> bool:
-    """Whether samples do not differ in it."""
+    """Return whether samples do not differ in it."""
     return bool(((value - value[:1]).abs() <= 1e-6 * value.abs().max()).all())

@@ -19,7 +19,7 @@ from lightning_unlearn.utilities.files import target_file
 
 
 def refuse_unshrinkable(fit: FitContext, sites: Sequence[PruneSite], x: Any, path: str | PathLike[str]) -> None:
-    """Refuses, before the first step, a path with which a fit would end in an error, and layers that cannot be cut.
+    """Refuse, before the first step, a path with which a fit would end in an error, and layers that cannot be cut.
 
     Of several layers, it warns of those that will stay as they are. Every rank must call it.
 
@@ -60,7 +60,7 @@ def refuse_unshrinkable(fit: FitContext, sites: Sequence[PruneSite], x: Any, pat
 
 
 def write_shrunk(fit: FitContext, x: Any, path: str | PathLike[str]) -> None:
-    """Writes the module without its silent neurons, and says what is left. Every rank must call it.
+    """Write the module without its silent neurons, and say what is left. Every rank must call it.
 
     Where nothing can be cut, nothing is written.
 

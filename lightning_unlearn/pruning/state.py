@@ -47,11 +47,11 @@ class PruneState:
         return sum(len(mask.pruned_indices()) for mask in self.masks)
 
     def pruned_before(self, at: int) -> Tensor | None:
-        """(D,) bool, the neurons of a layer that have been pruned; None where none could be."""
+        """Return (D,) bool, the neurons of a layer that have been pruned; None where none could be."""
         return ~self.masks[at].keep if self.holds else None
 
     def entries(self, model: nn.Module) -> list[PrunedEntries]:
-        """What belongs to pruned neurons in a module.
+        """Return what belongs to pruned neurons in a module.
 
         Raises:
             ValueError: where a layer has another number of neurons than its mask.
@@ -67,7 +67,7 @@ class PruneState:
         return [entry for site, mask in pairs for entry in site.entries(model, mask.pruned_indices())]
 
     def mask_of(self, at: int, site: PruneSite, ranking: Ranking, pruned: Tensor) -> NeuronMask:
-        """The mask with what was pruned before; of that, the score is the one that it was pruned for."""
+        """Return the mask with what was pruned before; of that, the score is the one that it was pruned for."""
         keep = torch.ones(len(ranking.score), dtype=torch.bool)
         score, error = ranking.score, ranking.standard_error
         if self.holds:
@@ -80,7 +80,7 @@ class PruneState:
         return NeuronMask(site.target, keep, score, error)
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and primitives, 9 bytes per neuron."""
+        """Return the state as tensors and primitives, 9 bytes per neuron."""
         return {
             "epoch": self.epoch,
             "is_proposal": self.is_proposal,
@@ -100,7 +100,7 @@ class PruneState:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> PruneState:
-        """What :meth:`state_dict` has given."""
+        """Return what :meth:`state_dict` has given."""
         return cls(
             sites=[PruneSite(**site) for site in state["sites"]],
             masks=[NeuronMask(**copied(mask)) for mask in state["masks"]],

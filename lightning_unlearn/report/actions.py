@@ -104,7 +104,7 @@ class SampleOutcomes:
         return len(self._moved)
 
     def of(self, index: int) -> SampleOutcome:
-        """What became of a sample, or what is proposed."""
+        """Return what became of a sample, or what is proposed."""
         by_person = index in self._persons
         if not self.has_acted:
             word = self._proposed[index]
@@ -118,11 +118,11 @@ class SampleOutcomes:
         return SampleOutcome("drawn by p(clean)" if weighed else "kept", by_person=by_person)
 
     def listed_drops(self) -> IndexList:
-        """The samples that were not trained on."""
+        """Return the samples that were not trained on."""
         return _listed((), self.dropped, _MOST)
 
     def listed_moves(self, called: Any) -> tuple[list[IndexList], int]:
-        """The samples that were re-labeled, by labels before and after, the most frequent first.
+        """Return the samples that were re-labeled, by labels before and after, the most frequent first.
 
         Args:
             called: from a label to its name.
@@ -143,11 +143,11 @@ class SampleOutcomes:
         return found, sum(len(indices) for _, indices in order[_MOST_GROUPS:])
 
     def listed_neurons(self) -> list[IndexList]:
-        """The neurons that were pruned, by layer."""
+        """Return the neurons that were pruned, by layer."""
         return [_listed((layer,), neurons, _MOST) for layer, neurons in self.pruned.items()]
 
     def _after(self, one: Mapping[str, Any]) -> tuple[int, ...]:
-        """The labels that a re-labeled sample is trained on with; of several, -1 is one that stays."""
+        """Return the labels that a re-labeled sample is trained on with; of several, -1 is one that stays."""
         new = one["new"]
         if isinstance(new, Sequence):
             new = [given if value < 0 else value for value, given in zip(new, one["given"], strict=True)]
@@ -165,7 +165,7 @@ def _listed(title: tuple[str, ...], indices: Iterable[int], room: int) -> IndexL
 
 
 def shown_samples(partition: Partition, provenance: Mapping[str, Any], most: int) -> list[int]:
-    """The dataset indices of the samples that a gallery shows.
+    """Return the dataset indices of the samples that a gallery shows.
 
     The most suspect first of which nobody has decided yet; what is worth a look after them, and what a person has
     decided already, takes a quarter of the places each, or those that are left. Where nobody has decided any, and none

@@ -26,7 +26,7 @@ _Curves = Mapping[str, Sequence[Sequence[float]]]
 
 
 def histogram(partition: Partition) -> Markup:
-    """How many samples have which probability of being clean, on a logarithmic scale, with the cut."""
+    """Return how many samples have which probability of being clean, on a logarithmic scale, with the cut."""
     bins = (partition.clean_probability * _BINS).long().clamp(max=_BINS - 1)
     sides = [bins[side].bincount(minlength=_BINS).tolist() for side in (partition.is_clean, ~partition.is_clean)]
     # One sample is to be seen too.
@@ -54,7 +54,7 @@ def histogram(partition: Partition) -> Markup:
 
 
 def precision_chart(partition: Partition) -> Markup | None:
-    """What share of a list is expected to be wrong, by its length; None where that is not known."""
+    """Return what share of a list is expected to be wrong, by its length; None where that is not known."""
     curve = partition.precision_curve()
     if curve is None or not len(curve):
         return None
@@ -79,7 +79,7 @@ def precision_chart(partition: Partition) -> Markup | None:
 
 
 def _precision_line(plot: SvgAxes, curve: Tensor, first: int, kind: str) -> None:
-    """The expected precision from a position of the list to its end."""
+    """Return the expected precision from a position of the list to its end."""
     if len(curve) - first < 2:
         return
     depths = torch.linspace(first, len(curve) - 1, min(_POINTS, len(curve) - first)).long().tolist()
@@ -94,7 +94,7 @@ def heat_map(
     share: Tensor,
     labels: Sequence[int] = (),
 ) -> Markup:
-    """A square matrix as colors, on one scale for all of them: the share of a row's class, from 0 to 1.
+    """Return a square matrix as colors, on one scale for all of them: the share of a row's class, from 0 to 1.
 
     Args:
         matrix: (K, K), counts (int64) or shares (float), at least 0.
@@ -136,7 +136,7 @@ def heat_map(
 
 
 def _entry(value: Tensor) -> str:
-    """A number in a cell; empty for one that is as good as nothing."""
+    """Return a number in a cell; empty for one that is as good as nothing."""
     number = float(value)
     if value.is_floating_point():
         return f"{number:.2f}".removeprefix("0") if number >= 0.005 else ""
@@ -151,7 +151,7 @@ def _opacity(share: float) -> float:
 
 
 def metric_kind(name: str) -> str:
-    """By which metrics are drawn together: the last word of a name.
+    """Return the kind by which metrics share a chart: the last word of the name.
 
     Example:
         >>> metric_kind("train_loss_epoch"), metric_kind("val/acc")
@@ -162,7 +162,7 @@ def metric_kind(name: str) -> str:
 
 
 def curve_charts(curves: _Curves, swaps: Sequence[int], control: _Curves | None = None) -> list[tuple[str, Markup]]:
-    """A chart for each kind of metric, with the epochs at whose start the data were swapped.
+    """Return a chart for each kind of metric, with the epochs at whose start the data were swapped.
 
     Args:
         curves: of each metric, pairs of an epoch, counted from 0, and the value at its end.
@@ -200,19 +200,19 @@ def _curves(names: Sequence[str], curves: _Curves, swaps: Sequence[int], control
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
-    """What an axis spans: from 0 where that is not far."""
+    """Return what an axis spans: from 0 where that is not far."""
     low, high = min(values), max(values)
     margin = max((high - low) * 0.05, 1e-9 * max(abs(high), 1.0))
     return (0.0 if 0 <= low < 0.5 * high else low - margin), high + margin
 
 
 def has_coefficient(mask: NeuronMask) -> Tensor:
-    """(D,) bool, False for a neuron that is constant, of which there is nothing to say."""
+    """Return (D,) bool, False for a neuron that is constant, of which there is nothing to say."""
     return mask.sensitivity.isfinite() & ((mask.sensitivity != 0) | ~mask.keep)
 
 
 def sensitivities(mask: NeuronMask) -> Markup:
-    """The coefficients of the neurons that have one, with their errors, in order, the pruned ones marked."""
+    """Return the coefficients of the neurons that have one, with their errors, in order, the pruned ones marked."""
     finite = has_coefficient(mask).nonzero().flatten()
     order = finite[mask.sensitivity[finite].argsort(stable=True)]
     left_out = max(0, len(order) - _LOWEST - _HIGHEST)
@@ -241,7 +241,7 @@ def sensitivities(mask: NeuronMask) -> Markup:
 
 
 def bars(rows: Sequence[tuple[str, float]], total: float) -> Markup:
-    """Seconds of each phase as bars, with their share of the total."""
+    """Return seconds of each phase as bars, with their share of the total."""
     canvas = SvgCanvas(640, 26 * len(rows) + 6, "seconds of each phase")
     largest = max([seconds for _, seconds in rows] or [0.0]) or 1.0
     for at, (name, seconds) in enumerate(rows):
@@ -254,7 +254,7 @@ def bars(rows: Sequence[tuple[str, float]], total: float) -> Markup:
 
 
 def duration(seconds: float) -> str:
-    """How long something took, in the units that one would say it in.
+    """Return how long something took, in the units that one would say it in.
 
     Example:
         >>> duration(0.512), duration(90.0), duration(600), duration(7320)

@@ -21,7 +21,7 @@ def review_data(
     gallery: Mapping[int, Mapping[str, Any]],
     earlier: Mapping[str, list[int]],
 ) -> dict[str, Any]:
-    """The rows of the samples shown, as ``Partition.to_csv`` writes them, and what is decided already.
+    """Return the rows of the samples shown, as ``Partition.to_csv`` writes them, and what is decided already.
 
     Args:
         partition: of the training set.
@@ -72,7 +72,7 @@ def _classes(partition: Partition, names: Sequence[str]) -> int:
 
 
 def labels_of(label: Tensor) -> list[int]:
-    """The labels that a sample has.
+    """Return the labels that a sample has.
 
     Args:
         label: () int64, or (L,), 1 for each label that it has.

@@ -24,12 +24,12 @@ _DECIBELS = 80.0
 
 
 def data_uri(kind: str, content: bytes) -> str:
-    """The content as an address that holds it."""
+    """Return the content as an address that holds it."""
     return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def png(pixels: Array) -> bytes:
-    """A PNG file.
+    """Return a PNG file.
 
     Args:
         pixels: (H, W) gray, or (H, W, 3) red, green and blue, uint8.
@@ -52,7 +52,7 @@ def _chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def wav(sound: Array, rate: int) -> bytes:
-    """A WAV file of 16 bits.
+    """Return a WAV file of 16 bits.
 
     Args:
         sound: (T,) in [-1, 1]; louder is cut off.
@@ -68,7 +68,7 @@ def wav(sound: Array, rate: int) -> bytes:
 
 
 def shrunk(pixels: Array, side: int) -> Array:
-    """The picture with no side longer than so many pixels, each the mean of those it stands for.
+    """Return the picture with no side longer than so many pixels, each the mean of those it stands for.
 
     Args:
         pixels: (H, W) or (H, W, 3) uint8.
@@ -85,7 +85,7 @@ def shrunk(pixels: Array, side: int) -> Array:
 
 
 def spectrogram(sound: Array, rate: int) -> Array:
-    """How loud each frequency is over time, low ones at the bottom.
+    """Return how loud each frequency is over time, low ones at the bottom.
 
     Args:
         sound: (T,) float.

@@ -58,7 +58,7 @@ class RunRecord:
     swaps: list[int] = field(default_factory=list)
 
     def save(self, folder: str | PathLike[str]) -> Path:
-        """Writes the run directory, and returns it; it is made, and an earlier run's files are replaced."""
+        """Write the run directory, and return it; it is made, and an earlier run's files are replaced."""
         target = target_folder(folder)
         self.partition.save(target / _PARTITION)
         names = [f"mask-{at}.npz" for at, _ in enumerate(self.masks)]
@@ -72,7 +72,7 @@ class RunRecord:
 
     @classmethod
     def load(cls, folder: str | PathLike[str]) -> RunRecord:
-        """Reads a run directory; one with ``partition.npz`` alone will do.
+        """Read a run directory; one with ``partition.npz`` alone will do.
 
         Raises:
             ValueError: for a folder without a run, and for files that are not as they were written.

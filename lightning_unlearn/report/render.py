@@ -46,7 +46,7 @@ _SOURCE = re.compile(r"data:(image/(png|jpeg)|audio/wav);base64,[A-Za-z0-9+/=]*"
 
 
 def write_report(record: RunRecord, file: str | PathLike[str], control: RunRecord | None = None) -> Path:
-    """Writes the report to a file, and returns its path; see :func:`render_report`."""
+    """Write the report to a file, and return its path; see :func:`render_report`."""
     with replacing(file) as target:
         # A name may hold what is no character, as that of a file does that was not written in UTF-8.
         target.write(render_report(record, control).encode(errors="replace"))
@@ -54,7 +54,7 @@ def write_report(record: RunRecord, file: str | PathLike[str], control: RunRecor
 
 
 def render_report(record: RunRecord, control: RunRecord | None = None) -> str:
-    """One self-contained HTML page.
+    """Return one self-contained HTML page.
 
     Whatever comes from the data is escaped, and the page's policy lets no script run but its own and nothing be loaded
     from anywhere.
@@ -149,7 +149,7 @@ def _environment() -> Environment:
 
 
 def _value(value: Any) -> str:
-    """A setting, as one writes it."""
+    """Return a setting, as one writes it."""
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, (list, tuple)):
@@ -158,7 +158,7 @@ def _value(value: Any) -> str:
 
 
 def _json(content: Any) -> Markup:
-    """JSON that may stand in a script element, whatever is in its texts."""
+    """Return JSON that is safe in a script element, whatever texts it holds."""
     text = json.dumps(content, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -171,7 +171,7 @@ def _reason_counts(partition: Partition) -> list[tuple[str, int]]:
 
 
 def _confusion(partition: Partition, names: _Names) -> tuple[Markup, int] | None:
-    """Of the samples suspected for their label, how many of a class are suggested to be which; and classes left out."""
+    """Count, among label suspects, given against suggested class; also return the classes left out."""
     if partition.is_multilabel:
         return None
     wrong = label_issue_mask(partition)
@@ -200,7 +200,7 @@ def _noise_matrix(partition: Partition, names: _Names) -> Markup | None:
 
 
 def _neurons(mask: NeuronMask) -> tuple[NeuronMask, int, int, Markup]:
-    """A mask, how many neurons it prunes, how many are constant, and its chart."""
+    """Return a mask, how many neurons it prunes, how many are constant, and its chart."""
     return mask, len(mask.pruned_indices()), int((~has_coefficient(mask)).sum()), sensitivities(mask)
 
 
@@ -215,7 +215,7 @@ def _timing(seconds: dict[str, float]) -> Markup | None:
 
 
 def _samples(record: RunRecord, outcomes: SampleOutcomes) -> Iterator[dict[str, Any]]:
-    """Those of the gallery: the most suspect first, what is worth a look, then what a person has kept."""
+    """Return those of the gallery: the most suspect first, what is worth a look, then what a person has kept."""
     partition = record.partition
     listed = partition.listed()
     ranked = [index for index in partition.ranking().tolist() if index in record.gallery]
@@ -242,7 +242,7 @@ def _outcome(outcome: SampleOutcome) -> dict[str, Any]:
 
 
 def _safe(card: dict[str, Any]) -> dict[str, Any]:
-    """The card without an address that is not the content itself, as a run directory of others may hold."""
+    """Return the card without an address that is not the content itself, as a run directory of others may hold."""
     return {
         name: value
         for name, value in card.items()

@@ -72,7 +72,7 @@ class SampleView:
             object.__setattr__(self, name, value)
 
     def card(self, sample: Any, budget: int, tokenizer: Any = None) -> Card:
-        """What is shown of a sample.
+        """Return what is shown of a sample.
 
         Args:
             sample: an item of the data set.
@@ -108,7 +108,7 @@ class SampleView:
         return self._of_array(array, budget)
 
     def _several(self, content: Any, budget: int) -> Card:
-        """A sample of several parts: the first picture or sound, else its texts, else a table."""
+        """Return a sample of several parts: the first picture or sound, else its texts, else a table."""
         named = content if isinstance(content, Mapping) else {str(at): part for at, part in enumerate(content)}
         for part in named.values():
             card = self._card(part, budget) if not isinstance(part, (str, list, tuple)) else {"kind": "text"}
@@ -131,7 +131,7 @@ class SampleView:
         return _table([("array", array)])
 
     def _bytes(self, picture: Array) -> Array:
-        """A picture (H, W, C) of any numbers as uint8."""
+        """Return a picture (H, W, C) of any numbers as uint8."""
         if picture.dtype == np.uint8:
             return picture
         values = np.nan_to_num(picture.astype(np.float64))
@@ -148,12 +148,12 @@ class SampleView:
 
 
 def file_card(path: str) -> Card:
-    """The name of a sample's file and of its folder, for its card; nothing without a path."""
+    """Return the name of a sample's file and of its folder, for its card; nothing without a path."""
     return {"file": "/".join(Path(path).parts[-2:])} if path else {}
 
 
 def content_of(sample: Any) -> Any:
-    """An item of a data set without its label: of names, those that do not say label; of a tuple, all but the last."""
+    """Return an item without its label: of names, those that do not say label; of a tuple, all but the last."""
     if dataclasses.is_dataclass(sample) and not isinstance(sample, type):
         sample = {field.name: getattr(sample, field.name) for field in dataclasses.fields(sample)}
     elif isinstance(sample, tuple) and hasattr(sample, "_asdict"):
@@ -254,7 +254,7 @@ def _is_sound(array: Array) -> bool:
 
 
 def _sound(array: Array) -> Array:
-    """(T,) in [-1, 1], the mean of several channels."""
+    """Return (T,) in [-1, 1], the mean of several channels."""
     if array.ndim == 2:
         array = array.mean(axis=int(array.shape[0] > array.shape[1]))
     values = np.nan_to_num(array.astype(np.float64))
@@ -262,7 +262,7 @@ def _sound(array: Array) -> Array:
 
 
 def _picture(array: Array, channels: str | None) -> Array | None:
-    """(H, W, C) with one or three channels, or None for what is no picture."""
+    """Return (H, W, C) with one or three channels, or None for what is no picture."""
     if array.ndim == 2 and min(array.shape) >= 4:
         return array[:, :, None]
     if array.ndim != 3:

@@ -38,7 +38,7 @@ class SvgCanvas:
         self._root.set("width", f"{width:g}")
 
     def add(self, tag: str, text: str = "", hint: str = "", **attributes: Any) -> None:
-        """Adds an element of class ``class_``; ``_`` in a name means ``-``, ``hint`` is shown under the pointer."""
+        """Add an element of class ``class_``; ``_`` in a name means ``-``, ``hint`` is shown under the pointer."""
         named = {name.rstrip("_").replace("_", "-"): _number(value) for name, value in attributes.items()}
         element = ElementTree.SubElement(self._root, tag, named)
         element.text = text
@@ -46,15 +46,15 @@ class SvgCanvas:
             ElementTree.SubElement(element, "title").text = hint
 
     def line(self, x1: float, y1: float, x2: float, y2: float, class_: str = "axis") -> None:
-        """Adds a line."""
+        """Add a line."""
         self.add("line", x1=x1, y1=y1, x2=x2, y2=y2, class_=class_)
 
     def text(self, x: float, y: float, text: str, class_: str = "", **attributes: Any) -> None:
-        """Adds a text."""
+        """Add a text."""
         self.add("text", text, x=x, y=y, class_=class_, **attributes)
 
     def markup(self) -> Markup:
-        """To be put into a page."""
+        """Return the markup for a page."""
         return Markup(ElementTree.tostring(self._root, encoding="unicode"))
 
 
@@ -63,7 +63,7 @@ def _number(value: Any) -> str:
 
 
 def width_of(text: str) -> int:
-    """About how many letters wide a text is; wide signs count twice, marks on a letter not at all.
+    """Return the width of a text in letters, roughly: wide signs count twice, combining marks not at all.
 
     Example:
         >>> width_of("cat"), width_of("\u72fc"), width_of("e\u0301")
@@ -74,7 +74,7 @@ def width_of(text: str) -> int:
 
 
 def shortened(text: str, most: int) -> str:
-    """The text, no wider than so many letters: its beginning and its end, by which long names differ.
+    """Return the text, no wider than so many letters: its beginning and its end, by which long names differ.
 
     Example:
         >>> shortened("class number 17", 12), shortened("cat", 12)
@@ -88,7 +88,7 @@ def shortened(text: str, most: int) -> str:
 
 
 def _fitting(letters: Iterable[str], most: int) -> int:
-    """How many of the letters are no wider than so many together, marks that follow the last of them included."""
+    """Return how many letters fit into ``most``, combining marks that follow the last of them included."""
     count, width = 0, 0
     for letter in islice(letters, _MOST_LETTERS):
         width += width_of(letter)
@@ -99,7 +99,7 @@ def _fitting(letters: Iterable[str], most: int) -> int:
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Round numbers from ``low`` to ``high``.
+    """Return round numbers from ``low`` to ``high``.
 
     Example:
         >>> ticks(0.0, 1.0)
@@ -137,22 +137,22 @@ class SvgAxes:
         return self.top + self.height
 
     def x(self, value: float) -> float:
-        """Pixels from the left."""
+        """Return pixels from the left."""
         low, high = self._x
         return self.left + self.width * (value - low) / max(high - low, 1e-12)
 
     def y(self, value: float) -> float:
-        """Pixels from the top."""
+        """Return pixels from the top."""
         low, high = self._y
         return self.bottom - self.height * (value - low) / max(high - low, 1e-12)
 
     def row(self, value: float, text: str, class_: str = "grid") -> None:
-        """A line from left to right with its text."""
+        """Return a line from left to right with its text."""
         self.canvas.line(self.left, self.y(value), self.left + self.width, self.y(value), class_)
         self.canvas.text(self.left - 6, self.y(value) + 4, text, "end")
 
     def mark(self, value: float, text: str = "") -> None:
-        """A dashed line from top to bottom, with a text above it, on the side on which there is room."""
+        """Return a dashed line from top to bottom, with a text above it, on the side on which there is room."""
         x = self.x(value)
         self.canvas.line(x, self.top - 8, x, self.bottom, "cut")
         # Where neither side has room for all of it, the wider one.
@@ -160,5 +160,5 @@ class SvgAxes:
         self.canvas.text(x + (-5 if is_right else 5), self.top - 10, text, "strong end" if is_right else "strong")
 
     def under(self, text: str) -> None:
-        """What the lower axis is."""
+        """Return what the lower axis is."""
         self.canvas.text(self.left + self.width / 2, self.bottom + 31, text, "middle muted")

@@ -10,7 +10,7 @@ import numpy as np
 
 
 def find_tokenizer(*holders: Any) -> Any:
-    """The tokenizer that a model, its data or its loader has; None without one.
+    """Return the tokenizer that a model, its data or its loader has; None without one.
 
     It is an attribute ``tokenizer``, also of a collate function, or an argument of one, with a method ``decode``.
 
@@ -30,7 +30,7 @@ def find_tokenizer(*holders: Any) -> Any:
 
 
 def token_ids(content: Any, *, is_text: bool) -> list[int] | None:
-    """The token ids of a sample without those that only pad; None for what are none.
+    """Return the token ids of a sample without those that only pad; None for what are none.
 
     Args:
         content: of a sample, a dict with ``input_ids`` as tokenizers return it, or the ids alone.
@@ -56,7 +56,7 @@ def token_ids(content: Any, *, is_text: bool) -> list[int] | None:
 
 
 def decoded(tokenizer: Any, ids: list[int]) -> str:
-    """The text of token ids, without what stands for a beginning or an end where the tokenizer can leave it out."""
+    """Return the text of token ids, without start and end markers where the tokenizer can leave them out."""
     try:
         return str(tokenizer.decode(ids, skip_special_tokens=True))
     except TypeError:

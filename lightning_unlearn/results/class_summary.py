@@ -37,7 +37,7 @@ class ClassSummary:
 
 
 def confusion_counts(given: Tensor, suggested: Tensor, classes: Tensor) -> Tensor:
-    """(S, S) int64, how often each of some classes is suggested in place of each.
+    """Return (S, S) int64, how often each of some classes is suggested in place of each.
 
     Args:
         given: (K,) int64, labels.
@@ -59,7 +59,7 @@ def confusion_counts(given: Tensor, suggested: Tensor, classes: Tensor) -> Tenso
 
 
 def most_confused(label: Tensor, suggested: Tensor) -> dict[int, tuple[int, int]]:
-    """Of each label, the other one that most of its samples are suggested to be, the first of several, and how many."""
+    """Return, for each label, the label most often suggested instead (the first of several), and how often."""
     counts = Counter(zip(label.tolist(), suggested.tolist(), strict=True))
     found: dict[int, tuple[int, int]] = {}
     for (c, to), count in sorted(counts.items()):
@@ -69,7 +69,7 @@ def most_confused(label: Tensor, suggested: Tensor) -> dict[int, tuple[int, int]
 
 
 def summary_of_classes(partition: Partition) -> list[ClassSummary]:
-    """What was found in each class of given labels, the class with the largest share of suspects first."""
+    """Return what was found in each class of given labels, the class with the largest share of suspects first."""
     classes = int(torch.cat([partition.label, partition.suggested_label]).max()) + 1 if len(partition) else 0
     suspect = ~partition.is_clean
     judged = partition.label >= 0
@@ -94,7 +94,7 @@ def summary_of_classes(partition: Partition) -> list[ClassSummary]:
 
 
 def summary_of_labels(partition: Partition) -> list[ClassSummary]:
-    """Of each label of a multi-label task, among the samples that have it: how many have it wrongly."""
+    """Return, for each label of a multi-label task, how many of the samples that have it have it wrongly."""
     wrong = partition.suggested_label != partition.label
     rows = [
         ClassSummary(

@@ -32,7 +32,7 @@ __all__ = [
 
 
 def to_dataframe(partition: Partition, *, class_names: Sequence[str] | None = None) -> Any:
-    """A pandas DataFrame with a row for each sample, whose index is that of the data set.
+    """Return a pandas DataFrame with a row for each sample, whose index is that of the data set.
 
     Args:
         partition: of the training set.
@@ -57,7 +57,7 @@ def to_dataframe(partition: Partition, *, class_names: Sequence[str] | None = No
 
 
 def to_parquet(partition: Partition, path: str | PathLike[str], *, class_names: Sequence[str] | None = None) -> None:
-    """Writes the table of :func:`to_dataframe` as Parquet, in which lists stay lists.
+    """Write the table of :func:`to_dataframe` as Parquet, in which lists stay lists.
 
     Args:
         partition: of the training set.
@@ -75,7 +75,7 @@ def to_parquet(partition: Partition, path: str | PathLike[str], *, class_names: 
 
 
 def to_datalab(partition: Partition, lab: Any = None, *, class_names: Sequence[str] | None = None) -> Any:
-    """A cleanlab Datalab with the label issues that the partition has found, as ``find_issues`` leaves its own.
+    """Return a cleanlab Datalab with the label issues that the partition has found, as ``find_issues`` leaves its own.
 
     ``is_label_issue`` is whether a sample is suspect for its label, ``label_score`` its probability of being clean: in
     [0, 1] as cleanlab's own score, the lower the likelier wrong, but of samples with .2 four fifths are expected to be
@@ -122,7 +122,7 @@ def to_datalab(partition: Partition, lab: Any = None, *, class_names: Sequence[s
         issue_name = "label"
 
         def find_issues(self, *args: Any, **kwargs: Any) -> None:
-            """Nothing is left to find."""
+            """Find nothing: no issue is left to look for."""
 
     found = Found(lab)
     found.issues = pandas.DataFrame({"is_label_issue": of_label.numpy(), "label_score": score.numpy()})
@@ -138,7 +138,7 @@ def to_datalab(partition: Partition, lab: Any = None, *, class_names: Sequence[s
 def to_hugging_face(
     partition: Partition, dataset: Any, *, class_names: Sequence[str] | None = None, prefix: str = "unlearn_"
 ) -> Any:
-    """A Hugging Face data set with what is known of each row in further columns; the one given stays as it is.
+    """Return a Hugging Face data set with what is known of each row in further columns; the one given stays as it is.
 
     Args:
         partition: of the training set.
@@ -177,7 +177,7 @@ def _new_lab(partition: Partition, class_names: Sequence[str] | None) -> Any:
 
 
 def _numbered(label: Tensor, lab: Any, class_names: Sequence[str] | None) -> list[Any]:
-    """Labels by the numbers that a Datalab has for its classes, which it knows by what they are called."""
+    """Return labels by the numbers that a Datalab has for its classes, which it knows by what they are called."""
     numbers = {name: number for number, name in enumerate(lab.class_names)}
 
     def number(one: int) -> int:

@@ -18,7 +18,7 @@ from lightning_unlearn.utilities.files import write_csv
 def to_fiftyone(
     partition: Partition, samples: Any, *, class_names: Sequence[str] | None = None, prefix: str = "unlearn_"
 ) -> None:
-    """Sets fields of FiftyOne samples, those of the same names again.
+    """Set fields of FiftyOne samples, those of the same names again.
 
     The fields are the columns of :func:`to_dataframe`, but that given and suggested labels are ``Classification`` (of a
     multi-label task ``Classifications``), the suggested one with its probability as confidence. A person decides by
@@ -65,7 +65,7 @@ def review_from_fiftyone(
     prefix: str = "unlearn_",
     overwrite: bool = False,
 ) -> None:
-    """Writes the decisions that people have made in FiftyOne as the table that ``review=`` takes.
+    """Write the decisions that people have made in FiftyOne as the table that ``review=`` takes.
 
     A decision is a tag of the sample: ``keep``, ``drop`` or ``relabel``; re-labeled is to what the field of the
     suggested label says, as it was or as somebody has edited it. Samples without such a tag are not in the table.
@@ -120,7 +120,7 @@ def _as_list(cell: Any) -> list[int]:
 
 
 def _new_label(index: int, label: Any, names: dict[int, str] | None) -> list[int]:
-    """The classes that a sample is to have, by what they are called in FiftyOne."""
+    """Return the classes that a sample is to have, by what they are called in FiftyOne."""
     several = getattr(label, "classifications", None)
     found = []
     for one in [] if label is None else [label] if several is None else several:

@@ -15,7 +15,7 @@ _LEAST_TOLD = 0.0005  # which is .1 %
 
 
 def finding_of(partition: Partition, class_names: Sequence[str] = ()) -> str:
-    """What is found, in one sentence without its end: how many labels look wrong, and the two lists.
+    """Return what is found, in one sentence without its end: how many labels look wrong, and the two lists.
 
     Args:
         partition: of the training set.
@@ -49,7 +49,7 @@ def _estimated(partition: Partition) -> str:
 
 
 def rate_in_words(rate: float, interval: tuple[float, float], what: str = "labels") -> str:
-    """How many look wrong; without an upper end where it is not known.
+    """Return how many look wrong; without an upper end where it is not known.
 
     It is known for errors that fall on any class alike. Those of people lie between similar classes, where they look
     like uncertainty: 9 % of them were called 6 % (``benchmarks/results/detection-cpu.md``).
@@ -69,13 +69,13 @@ def _ends(interval: tuple[float, float]) -> str:
 
 
 def at_least(interval: tuple[float, float]) -> str:
-    """The lower end, in parentheses after a space, where the upper one is not known; empty if it is none."""
+    """Return the lower end, in parentheses after a space, where the upper one is not known; empty if it is none."""
     low, high = interval
     return f" (at least {low:.1%})" if high >= 1 and low >= _LEAST_TOLD else ""
 
 
 def precision_in_words(partition: Partition) -> str:
-    """How many of the suspects are expected to be wrong, after a comma; empty where that is not known."""
+    """Return how many of the suspects are expected to be wrong, after a comma; empty where that is not known."""
     expected = partition.expected_precision
     if expected is None:
         return ""
@@ -83,7 +83,7 @@ def precision_in_words(partition: Partition) -> str:
 
 
 def share_in_words(share: float) -> str:
-    """So many of some.
+    """Put a share into words.
 
     Example:
         >>> share_in_words(0.84), share_in_words(0.97)
@@ -93,7 +93,7 @@ def share_in_words(share: float) -> str:
 
 
 def worth_in_words(partition: Partition) -> list[str]:
-    """That samples are worth a look beyond the suspects, as a clause; none where there are none."""
+    """Say that samples beyond the suspects are worth a look, as a clause; empty where none are."""
     worth = partition.worth_review()
     if not worth:
         return []
@@ -101,5 +101,5 @@ def worth_in_words(partition: Partition) -> list[str]:
 
 
 def epochs_in_words(number: int) -> str:
-    """So many epochs, in the singular for one."""
+    """Put a number of epochs into words."""
     return f"{number} epoch{'' if number == 1 else 's'}"

@@ -18,12 +18,12 @@ _GIVEN = re.compile(r"(-1|\d+( \d+)*)?")
 
 
 def labels_in(cell: Any) -> list[int]:
-    """The classes that a cell names; -1 is none."""
+    """Return the classes that a cell names; -1 is none."""
     return [int(one) for one in str(cell).split() if int(one) >= 0]
 
 
 def read_label_studio(source: Path, text: str) -> Iterator[tuple[int, Mapping[str, str]]]:
-    """The tasks of an export, as JSON or JSON-MIN, by their place in it, with the cells of a table of decisions.
+    """Return the tasks of an export, as JSON or JSON-MIN, by their place in it, with the cells of a table of decisions.
 
     Args:
         source: for messages.
@@ -72,7 +72,7 @@ def _cells(where: str, task: Any) -> dict[str, str]:
 
 
 def _result(where: str, task: Mapping[str, Any]) -> dict[str, list[str]]:
-    """What a person has chosen, by the name of the choices; nothing where the task was skipped."""
+    """Return what a person has chosen, by the name of the choices; nothing where the task was skipped."""
     written = [one for one in task.get("annotations") or [] if isinstance(one, dict) and not one.get("was_cancelled")]
     true = [one for one in written if one.get("ground_truth")]
     results = []

@@ -29,7 +29,7 @@ def to_label_studio(
     review: int = 0,
     class_names: Sequence[str] | None = None,
 ) -> Path:
-    """Writes ``tasks.json``, to import into a project of Label Studio, and ``labeling.xml``, its labelling interface.
+    """Write ``tasks.json``, to import into a Label Studio project, and ``labeling.xml``, its labeling interface.
 
     A task is a sample, the most suspect first, with the suggested class as its prediction, whose score is how probable
     that is. ``p_clean``, ``rank``, ``reason`` and ``given_class`` are columns of the Data Manager, to sort and filter
@@ -84,7 +84,7 @@ def _classes(partition: Partition) -> int:
 
 
 def _choice(label: int, names: dict[int, str] | None) -> str:
-    """With its number, as names may be alike."""
+    """Return the choice of a class, with its number, as names may be alike."""
     return str(label) if names is None else f"{label}: {names[label]}"
 
 

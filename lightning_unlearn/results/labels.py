@@ -22,7 +22,7 @@ DECISIONS = ("keep", "drop", "relabel")
 
 
 def indices_by_class(label: Tensor) -> list[tuple[int, Tensor]]:
-    """The classes that are given, each with the samples that are given it.
+    """Return the classes that are given, each with the samples that are given it.
 
     Args:
         label: (N,) int64, -1 for none; or (N, L), 1 for a label that the sample has.
@@ -46,12 +46,12 @@ def indices_by_class(label: Tensor) -> list[tuple[int, Tensor]]:
 
 
 def any_label(one: Tensor) -> Tensor:
-    """(N,) bool of a bool for each sample, (N,), or for each of its labels, (N, L)."""
+    """Return (N,) bool of a bool for each sample, (N,), or for each of its labels, (N, L)."""
     return one.any(dim=1) if one.ndim == 2 else one
 
 
 def label_issue_mask(partition: Partition) -> Tensor:
-    """(N,) bool, the samples that are suspected for their label, and for which another one is suggested.
+    """Return (N,) bool, the samples that are suspected for their label, and for which another one is suggested.
 
     Not those suspected only for their input, of whose label nothing is said.
     """
@@ -60,7 +60,7 @@ def label_issue_mask(partition: Partition) -> Tensor:
 
 
 def cut_of(partition: Partition) -> float | None:
-    """The p(clean) between suspect and clean: one half where nothing speaks against it, else the middle of the gap.
+    """Return the p(clean) between suspect and clean: one half where it separates them, else the middle of the gap.
 
     None without suspects. Below it there may be clean samples, of a class of which too few would be left.
     """
@@ -75,7 +75,7 @@ def cut_of(partition: Partition) -> float | None:
 
 
 def positive_labels(label: Tensor) -> list[list[int]]:
-    """The labels that each sample of a multi-label task has.
+    """Return the labels that each sample of a multi-label task has.
 
     Args:
         label: (N, L), 1 for a label that the sample has.

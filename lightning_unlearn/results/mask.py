@@ -49,11 +49,11 @@ class NeuronMask:
             check_scores("standard_error", self.standard_error, self.keep.shape)
 
     def pruned_indices(self) -> Tensor:
-        """Indices of the pruned neurons, ascending, int64."""
+        """Return the indices of the pruned neurons, ascending, int64."""
         return (~self.keep).nonzero().flatten()
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Writes the mask to a file that :meth:`load` reads: an npz archive of arrays, without a pickle.
+        """Write the mask to a file that :meth:`load` reads: an npz archive of arrays, without a pickle.
 
         Args:
             path: file to write, under this very name; folders are made. What was there is replaced in one step.
@@ -62,7 +62,7 @@ class NeuronMask:
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> NeuronMask:
-        """Reads a mask that :meth:`save` wrote; no code is unpickled.
+        """Read a mask that :meth:`save` wrote; no code is unpickled.
 
         Raises:
             ValueError: for any other file, saying what to do.
@@ -70,7 +70,7 @@ class NeuronMask:
         return load_record(cls, MASK_VERSION, path)
 
     def plot(self, ax: Axes | None = None) -> tuple[Figure, Axes]:
-        """Draws the sensitivity of every neuron with its standard error, the lowest first; pruned ones are marked.
+        """Draw the sensitivity of every neuron with its standard error, the lowest first; pruned ones are marked.
 
         Args:
             ax: where to draw; by default in a new figure.

@@ -17,7 +17,7 @@ _PIP = {"cleanlab": "'cleanlab[datalab]'", "pyarrow": "pandas pyarrow"}
 
 
 def package(name: str, module: str | None = None) -> Any:
-    """A package, or one of its modules.
+    """Return a package, or one of its modules.
 
     Raises:
         ImportError: saying how to install it.
@@ -32,7 +32,7 @@ def package(name: str, module: str | None = None) -> Any:
 
 
 def check_length(partition: Partition, found: int, what: str) -> None:
-    """Refuses what is not of the samples of a partition.
+    """Refuse values that do not belong to the samples of a partition.
 
     Raises:
         ValueError: for another number of them.
@@ -45,7 +45,7 @@ def check_length(partition: Partition, found: int, what: str) -> None:
 
 
 def columns_by_title(partition: Partition, class_names: Sequence[str] | None) -> dict[str, list[Any]]:
-    """What is known of each sample, by index, as plain values.
+    """Return what is known of each sample, by index, as plain values.
 
     Raises:
         ValueError: if there is not one name per class.
@@ -79,7 +79,7 @@ def columns_by_title(partition: Partition, class_names: Sequence[str] | None) ->
 
 
 def label_cells(label: Tensor) -> list[Any]:
-    """A class index for each sample, or a list of the labels that it has."""
+    """Return a class index for each sample, or a list of the labels that it has."""
     if label.ndim == 1:
         return label.tolist()
     return positive_labels(label)

@@ -207,7 +207,7 @@ class Partition:
         )
 
     def indices_of(self, keys: Sequence[int] | Sequence[str]) -> Tensor:
-        """(n,) int64, the index of each sample by its key; -1 for a key that is not known.
+        """Return (n,) int64, the index of each sample by its key; -1 for a key that is not known.
 
         Args:
             keys: n of them.
@@ -227,22 +227,22 @@ class Partition:
         return self.status is PartitionStatus.OK and 0 < int(self.is_clean.sum()) < len(self)
 
     def clean_indices(self) -> Tensor:
-        """Dataset indices of the clean samples, ascending, int64."""
+        """Return dataset indices of the clean samples, ascending, int64."""
         return self.is_clean.nonzero().flatten()
 
     def trained_on(self) -> Tensor:
-        """(N,) bool, the clean samples without the doubtful ones: on which fine-tuning trains under their own label."""
+        """Return (N,) bool: clean and not doubtful, the samples that fine-tuning trains on under their own label."""
         return self.is_clean & ~self.doubtful
 
     def suspect_indices(self) -> Tensor:
-        """Dataset indices of the samples that are not clean, the most suspect first, int64.
+        """Return dataset indices of the samples that are not clean, the most suspect first, int64.
 
         Samples of equal probability come in the order of their evidence, weakest support for the label first.
         """
         return self._by_doubt(~self.is_clean)
 
     def review_ranking(self) -> Tensor:
-        """Dataset indices of all samples that are not suspect, those first that are most likely wrong, int64.
+        """Return dataset indices of all samples that are not suspect, those first that are most likely wrong, int64.
 
         For people: nothing is done with them unless somebody decides it. How many of them are worth a look says
         :meth:`worth_review`.
@@ -250,17 +250,17 @@ class Partition:
         return self._by_doubt(self.is_clean)
 
     def _by_doubt(self, of: Tensor) -> Tensor:
-        """Of the samples where ``of``, (N,) bool, the indices in the order of their doubt."""
+        """Return the indices of the samples in ``of``, (N,) bool, in the order of their doubt."""
         members = of.nonzero().flatten()
         by_evidence = members[self.label_evidence[members].argsort(stable=True)]
         return by_evidence[self.clean_probability[by_evidence].argsort(stable=True)]
 
     def ranking(self) -> Tensor:
-        """Dataset indices of all samples, int64: the suspects, then :meth:`review_ranking`."""
+        """Return dataset indices of all samples, int64: the suspects, then :meth:`review_ranking`."""
         return torch.cat([self.suspect_indices(), self.review_ranking()])
 
     def expected_precision_at(self, depth: int) -> float | None:
-        """Share of the first so many samples of :meth:`ranking` that is expected to be wrong.
+        """Return the share of the first so many samples of :meth:`ranking` that is expected to be wrong.
 
         None where the noise rate is not known, or was estimated without an interval: ``clean_probability`` ranks, but
         does not count.
@@ -273,7 +273,7 @@ class Partition:
         return None if curve is None else float(curve[depth - 1])
 
     def precision_curve(self) -> Tensor | None:
-        """(N,) float64, :meth:`expected_precision_at` every depth from 1 on; None where that is not known."""
+        """Return (N,) float64, :meth:`expected_precision_at` every depth from 1 on; None where that is not known."""
         if not self._counts:
             return None
         wrong = 1 - self.clean_probability[self.ranking()].double()
@@ -291,7 +291,7 @@ class Partition:
         return self.expected_precision_at(suspects) if suspects else None
 
     def worth_review(self) -> int:
-        """How many samples of :meth:`review_ranking` are worth a look: at least half of them are expected to be wrong.
+        """Return how many samples of :meth:`review_ranking` are worth a look: at least half are expected to be wrong.
 
         0 where the noise rate is not known, or was estimated without an interval.
         """
@@ -301,18 +301,18 @@ class Partition:
         return int((wrong.cumsum(0) >= _WORTH * torch.arange(1, len(wrong) + 1)).sum())
 
     def listed(self) -> list[str]:
-        """Which list each sample is on: ``"suspect"``; ``"review"``, worth a look; or ``"clean"``, all others."""
+        """Return each sample's list: ``"suspect"``; ``"review"``, worth a look; or ``"clean"``, all others."""
         word = [LISTS[int(one)] for one in self.is_clean.tolist()]
         for index in self.review_ranking()[: self.worth_review()].tolist():
             word[index] = LISTS[2]
         return word
 
     def reasons(self) -> list[str]:
-        """Why each sample is not clean, in words: ``"none"``, ``"label"``, ``"input"`` or ``"both"``."""
+        """Return why each sample is not clean, in words: ``"none"``, ``"label"``, ``"input"`` or ``"both"``."""
         return [REASONS[code] for code in self.reason.tolist()]
 
     def relabel_mask(self, threshold: float | None = None) -> Tensor:
-        """(N,) bool, the samples whose label is wrong, and another one likely enough.
+        """Return (N,) bool, the samples whose label is wrong, and another one likely enough.
 
         A sample whose input is corrupted is not worth a new label.
 
@@ -331,7 +331,7 @@ class Partition:
         return wrong & (self.suggested_probability >= least) & differs
 
     def decisions(self, threshold: float | None = None) -> list[str]:
-        """What becomes of each sample unless a person decides otherwise: ``"keep"``, ``"drop"`` or ``"relabel"``.
+        """Return the treatment of each sample unless a person decides: ``"keep"``, ``"drop"`` or ``"relabel"``.
 
         ``"relabel"`` is for a CleanSubsetFinetuneCallback with ``on_noisy="relabel"``; others drop such a sample.
 
@@ -345,11 +345,11 @@ class Partition:
         return [DECISIONS[one] for one in code.tolist()]
 
     def class_summary(self) -> list[ClassSummary]:
-        """What was found in each class of given labels, the class with the largest share of suspects first."""
+        """Return what was found in each class of given labels, the class with the largest share of suspects first."""
         return summary_of_labels(self) if self.is_multilabel else summary_of_classes(self)
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and primitives only, so that it loads with ``weights_only=True``."""
+        """Return the state as tensors and primitives only, so that it loads with ``weights_only=True``."""
         # A data set lists its files in the fit that goes on, too.
         state = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "files"}
         if self.noise_rate_interval is not None:
@@ -361,7 +361,7 @@ class Partition:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Partition:
-        """The partition that :meth:`state_dict` described.
+        """Return the partition that :meth:`state_dict` described.
 
         Raises:
             ValueError: if the state was written by another version of the format, or holds something else.
@@ -378,7 +378,7 @@ class Partition:
         return cls(**state)
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Writes the partition to a file that :meth:`load` reads: an npz archive of arrays, without a pickle.
+        """Write the partition to a file that :meth:`load` reads: an npz archive of arrays, without a pickle.
 
         Args:
             path: file to write, under this very name; folders are made. What was there is replaced in one step.
@@ -387,7 +387,7 @@ class Partition:
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Partition:
-        """Reads a partition that :meth:`save` wrote; no code is unpickled.
+        """Read a partition that :meth:`save` wrote; no code is unpickled.
 
         Raises:
             ValueError: for any other file, saying what to do.
@@ -404,7 +404,7 @@ class Partition:
         columns: Mapping[str, Sequence[Any]] | None = None,
         overwrite: bool = False,
     ) -> None:
-        """Writes a table of samples, the most suspect first.
+        """Write a table of samples, the most suspect first.
 
         Columns: ``index``, ``given_label``, ``suggested_label``, ``clean_probability``, ``label_evidence``,
             ``input_evidence``, ``reason``, ``is_clean``, ``rank``, ``list``, ``expected_precision``, ``proposed``,
@@ -449,7 +449,7 @@ class Partition:
         kind: Literal["both", "histogram", "confusion"] = "both",
         class_names: Sequence[str] | None = None,
     ) -> tuple[Figure, Any]:
-        """Draws the histogram of p(clean) with the cut, and which labels are suggested for which given ones.
+        """Draw the histogram of p(clean) with the cut, and which labels are suggested for which given ones.
 
         Args:
             ax: where to draw; two axes for both. By default in a new figure.
@@ -468,7 +468,7 @@ class Partition:
         return plot_partition(self, ax, kind=kind, class_names=class_names)
 
     def remember_files(self, files: Sequence[str]) -> None:
-        """Takes the paths of the samples' files, for tables.
+        """Take the paths of the samples' files, for tables.
 
         Args:
             files: N paths, by index, or none.
@@ -482,7 +482,7 @@ class Partition:
         object.__setattr__(self, "files", tuple(map(str, files)))
 
     def known_names(self, class_names: Sequence[str] | None = None) -> dict[int, str] | None:
-        """What every class is called, by label: as given, else as the data set has said; None where neither is known.
+        """Return every class's name, by label: as given, else as the data set lists it; None where neither has one.
 
         Raises:
             ValueError: if there is not one name per class.
@@ -491,7 +491,7 @@ class Partition:
         return self.names_of(names) if class_names is not None or names else None
 
     def names_of(self, class_names: Sequence[str]) -> dict[int, str]:
-        """What every class is called, by label.
+        """Return what every class is called, by label.
 
         Raises:
             ValueError: if there is not one name per class.

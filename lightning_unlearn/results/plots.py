@@ -48,7 +48,7 @@ def plot_partition(
     kind: Kind = "both",
     class_names: Sequence[str] | None = None,
 ) -> tuple[Figure, Any]:
-    """The histogram of p(clean) with the cut, and which labels are suggested for which given ones.
+    """Return the histogram of p(clean) with the cut, and which labels are suggested for which given ones.
 
     Args:
         partition: to be drawn.
@@ -79,7 +79,7 @@ def plot_partition(
 
 
 def plot_mask(mask: NeuronMask, ax: Axes | None = None) -> tuple[Figure, Axes]:
-    """The sensitivity of every neuron with its standard error, the lowest first; pruned neurons are marked.
+    """Return the sensitivity of every neuron with its standard error, the lowest first; pruned neurons are marked.
 
     Args:
         mask: to be drawn.
@@ -129,13 +129,13 @@ def plot_mask(mask: NeuronMask, ax: Axes | None = None) -> tuple[Figure, Axes]:
 
 
 def new_axes(count: int) -> list[Axes]:
-    """Axes of a figure that pyplot does not know, so that nothing shows it, keeps it or counts it."""
+    """Return axes of a figure that pyplot does not know, so that nothing shows it, keeps it or counts it."""
     figure = _import("matplotlib.figure").Figure(figsize=_size(count), layout="constrained")
     return list(figure.subplots(1, count, squeeze=False)[0])
 
 
 def pixels(figure: Figure) -> np.ndarray[Any, Any]:
-    """(height, width, 3) uint8, the picture."""
+    """Return (height, width, 3) uint8, the picture."""
     canvas = _import("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
@@ -180,7 +180,7 @@ def _classes(partition: Partition) -> int:
 
 
 def _text(value: str, length: int = _NAME) -> str:
-    """A user's text on one line, of which nothing is taken for mathematics."""
+    """Return a user's text on one line, of which nothing is taken for mathematics."""
     line = " ".join(value.split())
     line = line if len(line) <= length else f"{line[: length - 1]}…"
     return line.replace("$", r"\$")
@@ -250,7 +250,7 @@ def _draw_confusion(partition: Partition, axes: Axes, names: dict[int, str] | No
 
 
 def _confusion(partition: Partition) -> tuple[Tensor, Tensor, int]:
-    """(S, S) int64 counts of given against suggested label, the (S,) classes that are shown, and how many there are."""
+    """Return (S, S) int64 counts of given against suggested label, the (S,) classes shown, and how many there are."""
     classes = _classes(partition)
     wrong = label_issue_mask(partition)
     given, suggested = partition.label[wrong], partition.suggested_label[wrong]
@@ -262,7 +262,7 @@ def _confusion(partition: Partition) -> tuple[Tensor, Tensor, int]:
 
 
 def _draw_labels(partition: Partition, axes: Axes, names: dict[int, str] | None) -> None:
-    """Of several labels, each: how often it is given and not suggested, and how often it is missing."""
+    """Draw, for each label, how often it is given but not suggested, and how often it is missing."""
     given, suggested = partition.label == 1, partition.suggested_label == 1
     pairs = [(given & ~suggested, given), (suggested & ~given, ~given)]
     counts = torch.stack([wrong.sum(dim=0) for wrong, _ in pairs], dim=1)
@@ -280,7 +280,7 @@ def _draw_labels(partition: Partition, axes: Axes, names: dict[int, str] | None)
 
 
 def _draw_cells(axes: Axes, counts: Tensor, share: Tensor, *, diagonal: bool) -> None:
-    """A heat map of shares, with the counts where there is room; nothing where there is none."""
+    """Return a heat map of shares, with the counts where there is room; nothing where there is none."""
     colors = _import("matplotlib.colors")
     if not counts.numel():
         axes.text(0.5, 0.5, "no classes", ha="center", va="center", transform=axes.transAxes)

@@ -27,7 +27,7 @@ _PACKAGES = ("torch", "lightning", "pytorch-lightning", "captum", "torchmetrics"
 
 
 def fit_record(from_epoch: int, ranks: int, batch_size: int | None, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What a fit, or the rest of one that goes on from a checkpoint, is made with.
+    """Return what a fit, or the rest of one that goes on from a checkpoint, is made with.
 
     Args:
         from_epoch: the first, counted from 0.
@@ -56,7 +56,7 @@ def provenance(
     accuracy: Mapping[str, float | None],
     validation: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """All of it, in primitives.
+    """Return all of it as primitives.
 
     Args:
         partition: the one that was acted upon last.
@@ -95,12 +95,12 @@ def provenance(
 
 
 def write_provenance(record: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Writes a record as JSON; folders are made, and what was there is replaced in one step."""
+    """Write a record as JSON; folders are made, and what was there is replaced in one step."""
     write_json(path, record)
 
 
 def settings_of(callback: Any, **known: Any) -> dict[str, Any]:
-    """A callback's constructor arguments, as its attributes of the same names have them.
+    """Return a callback's constructor arguments, as its attributes of the same names have them.
 
     Args:
         callback: of ours.
@@ -112,7 +112,7 @@ def settings_of(callback: Any, **known: Any) -> dict[str, Any]:
 
 
 def to_jsonable(value: Any) -> Any:
-    """A value as JSON, and a checkpoint that is loaded without pickled classes, can hold it.
+    """Return a value as JSON, and a checkpoint that is loaded without pickled classes, can hold it.
 
     Functions and classes become their dotted path, other objects that of their class.
 
@@ -142,7 +142,7 @@ def to_jsonable(value: Any) -> Any:
 
 
 def copied(state: Any) -> Any:
-    """A copy of tensors and primitives in dicts and lists, which a later change of either leaves alone.
+    """Return a copy of tensors and primitives in dicts and lists, which a later change of either leaves alone.
 
     Example:
         >>> known = {"rounds": [[0, 1.0]]}
@@ -161,7 +161,7 @@ def copied(state: Any) -> Any:
 
 
 def versions(packages: Sequence[str]) -> dict[str, str]:
-    """Of Python, this package, and what is installed of others, also where that is not imported."""
+    """Return the versions of Python, this package and the other packages installed, imported or not."""
     found = {"python": platform.python_version()}
     # Not by its metadata, which a checkout on the path has not.
     found["lightning-unlearn"] = importlib.import_module("lightning_unlearn").__version__
@@ -176,7 +176,7 @@ def _installed(package: str) -> str | None:
 
 
 def _review_entry(review: Review, label: Tensor) -> dict[str, Any]:
-    """Which samples a person has decided of, without the decisions that do not count."""
+    """Return which samples a person has decided of, without the decisions that do not count."""
     decided = review.apply_to(label)
     by_decision = {name: (decided.decision == code).nonzero().flatten() for code, name in enumerate(DECISIONS)}
     return {"path": review.path, **by_decision, "stale": decided.stale}

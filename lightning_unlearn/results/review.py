@@ -44,16 +44,16 @@ class Review:
         return len(self.index)
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and primitives."""
+        """Return the state as tensors and primitives."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def counts(self) -> str:
-        """How many decisions there are, in words."""
+        """Return how many decisions there are, in words."""
         kept, dropped, relabeled = (int((self.decision == code).sum()) for code in (KEEP, DROP, RELABEL))
         return f"decided in {self.path}: keep {kept:,}, drop {dropped:,}, relabel {relabeled:,}"
 
     def equals(self, other: Review) -> bool:
-        """Whether the same is decided of the same samples, in whatever order."""
+        """Return whether the same is decided of the same samples, in whatever order."""
         mine, others = ((one.index.argsort(), one) for one in (self, other))
         return all(
             torch.equal(getattr(mine[1], name)[mine[0]], getattr(others[1], name)[others[0]])
@@ -61,12 +61,12 @@ class Review:
         )
 
     def compared(self) -> Tensor:
-        """(M,) int64, positions of up to 16 decisions, spread over them, to compare labels of."""
+        """Return (M,) int64, positions of up to 16 decisions, spread over them, to compare labels of."""
         known = (~any_label(self.given_label == UNKNOWN)).nonzero().flatten()
         return known[sampled_indices(len(known))]
 
     def check_labels(self, positions: Tensor, label: Tensor) -> None:
-        """Refuses labels that are not those that the file says were given.
+        """Refuse labels that are not those that the file says were given.
 
         Args:
             positions: (M,) int64, of decisions.
@@ -87,7 +87,7 @@ class Review:
             )
 
     def apply_to(self, label: Tensor) -> AppliedReview:
-        """What is decided of each sample of the data set.
+        """Return what is decided of each sample of the data set.
 
         Args:
             label: (N,) int64 or (N, L), the given labels, -1 for one that is to be ignored.
@@ -122,7 +122,7 @@ class AppliedReview:
 def validate_review(
     table: Table, *, total: int, classes: int, labels: int | None = None, fingerprint: str = "", content: bool = True
 ) -> Review:
-    """Decisions that fit a data set.
+    """Return decisions that fit a data set.
 
     Args:
         table: what a file holds.
@@ -165,7 +165,7 @@ def _check_fits(where: str, row: Row, total: int, classes: int, *, single: bool)
 
 
 def check_classes(where: str, row: Row, classes: int, *, single: bool) -> None:
-    """Refuses a decision to re-label as a class that there is not.
+    """Refuse a decision to re-label as a class that there is not.
 
     Args:
         where: it stands, for the message.
@@ -188,7 +188,7 @@ def check_classes(where: str, row: Row, classes: int, *, single: bool) -> None:
 
 
 def _labels(found: list[tuple[int, ...] | None], labels: int | None, unknown: int) -> Tensor:
-    """(K,) int64, or (K, L) with 1 for each that a sample has."""
+    """Return (K,) int64, or (K, L) with 1 for each that a sample has."""
     if labels is None:
         return torch.tensor([one[0] if one else unknown for one in found], dtype=torch.int64)
     placed = torch.zeros(len(found), labels, dtype=torch.int64)

@@ -67,7 +67,7 @@ class Table:
 
 
 def read_review(path: str | PathLike[str]) -> Table:
-    """Reads the decisions of a file, and refuses what can be seen to be wrong without the data.
+    """Read the decisions of a file, and refuse what can be seen to be wrong without the data.
 
     Args:
         path: a file of separated values (comma, semicolon, tab or bar), UTF-8 with or without a mark, UTF-16, or of
@@ -100,7 +100,7 @@ def read_review(path: str | PathLike[str]) -> Table:
 
 
 def check_undecided(path: str | PathLike[str], remedy: str = "write to another place, or rename it") -> None:
-    """Refuses to write over a table in which a person has decided something.
+    """Refuse to write over a table in which a person has decided something.
 
     Args:
         path: of the table that is to be written.
@@ -122,7 +122,7 @@ def check_undecided(path: str | PathLike[str], remedy: str = "write to another p
 
 
 def _table(source: Path, found: list[tuple[int, Mapping[str, str]]], place: str = "line") -> Table:
-    """The rows in which something is decided."""
+    """Return the rows in which something is decided."""
     rows, marks = [], {}
     lines: dict[int | str, int] = {}
     names: dict[int, tuple[str, int]] = {}
@@ -154,7 +154,7 @@ def _decoded(raw: bytes) -> str:
 
 
 def _cells(source: Path, text: str) -> Iterator[tuple[int, Mapping[str, str]]]:
-    """The rows with anything in them, by title in small letters, and where they end."""
+    """Return the rows with anything in them, by title in small letters, and where they end."""
     skipped, separators = 0, _SEPARATORS
     if text[:4].lower() == "sep=":
         # What Excel writes for itself.
@@ -181,7 +181,7 @@ def _cells(source: Path, text: str) -> Iterator[tuple[int, Mapping[str, str]]]:
 
 
 def _row(where: str, line: int, cells: Mapping[str, str]) -> Row | None:
-    """A row, or None where nothing is decided in it."""
+    """Return a row, or None where nothing is decided in it."""
     word = cells.get("decision", "").lower()
     if not word:
         return None
@@ -209,7 +209,7 @@ def _row(where: str, line: int, cells: Mapping[str, str]) -> Row | None:
 
 
 def _who(where: str, cells: Mapping[str, str]) -> tuple[str, int]:
-    """The key of the sample, and its index; -1 where the file has keys alone."""
+    """Return the key of the sample, and its index; -1 where the file has keys alone."""
     key, index = cells.get("key", ""), _whole(cells.get("index", ""))
     if index is None and "index" not in cells:
         if not key:
@@ -226,13 +226,13 @@ def _whole(text: str) -> int | None:
 
 
 def _classes(text: str) -> tuple[int, ...] | None:
-    """The classes that a cell names; None where it names something else."""
+    """Return the classes that a cell names; None where it names something else."""
     found = [-1 if part == "-1" else _whole(part) for part in text.split()]
     return None if None in found else tuple(sorted({one for one in found if one is not None}))
 
 
 def _check_names(source: Path, row: Row, cells: Mapping[str, str], names: dict[int, tuple[str, int]]) -> None:
-    """Notices where only one of a class's number and name has been edited."""
+    """Notice where only one of a class's number and name has been edited."""
     for title, classes in (("given", row.given), ("suggested", row.new)):
         name = cells.get(f"{title}_class", "")
         if not name or classes is None or len(classes) != 1:
@@ -247,7 +247,7 @@ def _check_names(source: Path, row: Row, cells: Mapping[str, str], names: dict[i
 
 
 def _one_mark(where: str, place: str, marks: Mapping[str, int]) -> str:
-    """The mark in the column ``dataset``, which rows that were added by hand may lack."""
+    """Return the mark in the column ``dataset``, which rows that were added by hand may lack."""
     for mark, line in marks.items():
         if not is_short_fingerprint(mark):
             raise ValueError(

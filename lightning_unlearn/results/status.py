@@ -31,7 +31,7 @@ class PartitionStatus(str, Enum):
 
 
 def checked_status(given: Any, warning: str) -> PartitionStatus:
-    """The status, of which a file or a checkpoint holds the text.
+    """Return the status, of which a file or a checkpoint holds the text.
 
     Args:
         given: the status, or its text.

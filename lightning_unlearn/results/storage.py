@@ -25,7 +25,7 @@ _ABOUT = "about"
 
 
 def save_record(record: Any, version: int, path: str | PathLike[str]) -> None:
-    """Writes a dataclass of tensors and primitives as an npz archive, which ``numpy.load`` reads too.
+    """Write a dataclass of tensors and primitives as an npz archive, which ``numpy.load`` reads too.
 
     Tensors are its arrays; the rest is JSON in the array ``about``, with the name of the class and the version.
 
@@ -45,7 +45,7 @@ def save_record(record: Any, version: int, path: str | PathLike[str]) -> None:
 
 
 def load_record(kind: type[_Record], version: int, path: str | PathLike[str]) -> _Record:
-    """Reads what :func:`save_record` wrote. No code is unpickled, and nothing but the fields of the class is read.
+    """Read what :func:`save_record` wrote. No code is unpickled, and nothing but the fields of the class is read.
 
     Args:
         kind: the dataclass.
@@ -93,7 +93,7 @@ class _PickledError(Exception):
 
 
 def _read(file: BinaryIO, names: set[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The description and the tensors of an archive that holds no other."""
+    """Return the description and the tensors of an archive that holds no other."""
     if file.read(1) == b"\x80":
         raise _PickledError
     with zipfile.ZipFile(file) as archive:
@@ -119,7 +119,7 @@ def _read(file: BinaryIO, names: set[str]) -> tuple[dict[str, Any], dict[str, Te
 
 
 def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray[Any, Any]:
-    """An array of as many numbers as its part of the archive holds: memory is taken by what its header says."""
+    """Return an array of as many numbers as its part of the archive holds: memory is taken by what its header says."""
     with archive.open(member) as content:
         version = np.lib.format.read_magic(content)
         headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -134,7 +134,7 @@ def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray[Any,
 
 
 def faults_of(kind: type[Any], values: Mapping[str, Any]) -> Iterator[str]:
-    """What is missing, and what has another type than the field of the class."""
+    """Return what is missing, and what has another type than the field of the class."""
     hints = get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for name in values.keys() - fields.keys():
@@ -148,7 +148,7 @@ def faults_of(kind: type[Any], values: Mapping[str, Any]) -> Iterator[str]:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value read from JSON or an array may stand where a field is annotated so.
+    """Return whether a value read from JSON or an array may stand where a field is annotated so.
 
     Example:
         >>> fits([[0, 1.5]], list[list[float]]), fits({"a": 1}, dict[str, str])

@@ -25,7 +25,7 @@ def columns_of(
     columns: Mapping[str, Sequence[Any]] | None,
     among: Sequence[int] | None = None,
 ) -> dict[str, list[Any]]:
-    """The columns by title; see :meth:`~lightning_unlearn.Partition.to_csv`.
+    """Return the columns by title; see :meth:`~lightning_unlearn.Partition.to_csv`.
 
     Args:
         partition: of whose samples the rows are.
@@ -100,7 +100,7 @@ def _short(value: Tensor) -> list[str]:
 
 
 def _named(title: str, label: Tensor, names: dict[int, str] | None) -> dict[str, list[Any]]:
-    """The column of the labels' names, if they have any."""
+    """Return the column of the labels' names, if they have any."""
     if names is None:
         return {}
     if label.ndim == 1:
@@ -109,7 +109,7 @@ def _named(title: str, label: Tensor, names: dict[int, str] | None) -> dict[str,
 
 
 def _label_cells(label: Tensor) -> list[Any]:
-    """A class index for each sample, or the labels that it has, as in ``0 3``."""
+    """Return a class index for each sample, or the labels that it has, as in ``0 3``."""
     if label.ndim == 1:
         return label.tolist()
     return [" ".join(map(str, row)) for row in positive_labels(label)]

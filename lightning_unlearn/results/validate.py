@@ -22,7 +22,7 @@ _STORED = (torch.float16, torch.float32, torch.float64)
 
 
 def check_primitives(record: Any, **kinds: type[Any]) -> None:
-    """Makes numbers and texts those of Python, as a file or a checkpoint holds them; NumPy's are taken.
+    """Make numbers and texts those of Python, as a file or a checkpoint holds them; NumPy's are taken.
 
     Raises:
         ValueError: naming the field of another kind.
@@ -38,7 +38,7 @@ def check_primitives(record: Any, **kinds: type[Any]) -> None:
 
 
 def check_held(record: Any) -> None:
-    """Refuses what has no content that a file could hold, and leaves out how a tensor was computed.
+    """Refuse what has no content that a file could hold, and leave out how a tensor was computed.
 
     Raises:
         ValueError: naming the field that is no tensor, a sparse one, or one without content.
@@ -54,7 +54,7 @@ def check_held(record: Any) -> None:
 
 
 def check_scores(name: str, value: Tensor, shape: torch.Size) -> None:
-    """Refuses scores of another shape, or of a type that a file cannot hold."""
+    """Refuse scores of another shape, or of a type that a file cannot hold."""
     if value.shape != shape:
         raise ValueError(f"{name} must have shape {tuple(shape)}, but has {tuple(value.shape)}.")
     if not value.is_floating_point():
@@ -64,7 +64,7 @@ def check_scores(name: str, value: Tensor, shape: torch.Size) -> None:
 
 
 def check_sizes(partition: Partition) -> None:
-    """Refuses labels and shapes of which no table with a row for each class can be made, and what is no number.
+    """Refuse labels and shapes of which no table with a row for each class can be made, and what is no number.
 
     Raises:
         ValueError: naming the field.
@@ -98,7 +98,7 @@ def _check_files(partition: Partition) -> None:
 
 
 def check_estimates(partition: Partition) -> None:
-    """Makes the interval a pair of floats, and the pairs of classes tuples.
+    """Make the interval a pair of floats, and the pairs of classes tuples.
 
     Raises:
         ValueError: for what is no interval within [0, 1], and what are no classes with a share.
@@ -124,7 +124,7 @@ def check_estimates(partition: Partition) -> None:
 
 
 def check_keys(keys: Any, rows: Any) -> tuple[Any, ...]:
-    """The keys of samples, as a tuple.
+    """Return the keys of samples, as a tuple.
 
     Raises:
         ValueError: for another number, or what are not all integers or all texts, each once, in ascending order.
@@ -144,7 +144,7 @@ def check_keys(keys: Any, rows: Any) -> tuple[Any, ...]:
 
 
 def check_matrix(name: str, value: Tensor) -> None:
-    """Refuses what is no matrix of float32."""
+    """Refuse anything but a matrix of float32."""
     if value.ndim != 2 or value.dtype != torch.float32:
         raise ValueError(
             f"{name} must be torch.float32 with two dimensions, but is {value.dtype} {tuple(value.shape)}."

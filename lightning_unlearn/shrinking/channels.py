@@ -21,7 +21,7 @@ _BY_CHANNEL = (
 
 
 def may_be_cut(node: Any) -> bool:
-    """Whether something about a layer or what its channels reach is zero, and all of that is by channel.
+    """Return whether something about a layer or what its channels reach is zero, and all of that is by channel.
 
     The group of a layer, which tells for certain, can take torch-pruning for ever: with a Swin Transformer it does.
     """
@@ -31,7 +31,7 @@ def may_be_cut(node: Any) -> bool:
 
 
 def _reached(node: Any) -> Iterator[Any]:
-    """The nodes that a layer's channels come to, up to the layers that take them."""
+    """Return the nodes that a layer's channels come to, up to the layers that take them."""
     stack, seen = list(node.outputs), set()
     while stack:
         if (node := stack.pop()) not in seen:
@@ -46,7 +46,7 @@ def _hints(node: Any) -> bool:
 
 
 def treats_each_alone(item: Any, tied: set[Tensor]) -> bool:
-    """Whether a member of a group treats each channel for itself, and is made for being cut."""
+    """Return whether a member of a group treats each channel for itself, and is made for being cut."""
     node, module = item.dep.target, item.dep.target.module
     if None in item.root_idxs or node.type.name not in _BY_CHANNEL:
         return False
@@ -92,7 +92,7 @@ class Channels:
         self._zero: dict[Any, Tensor] = {}
 
     def missed_by_none(self) -> Tensor:
-        """The channels that arrive as zero at every layer that takes them, or that it does not listen to."""
+        """Return the channels that arrive as zero at every layer that takes them, or that it does not listen to."""
         missed, taken = self._none(), self._none()
         for node, (own, channels) in self._in.items():
             heard = ~_unheard(node.module)[own]
@@ -124,7 +124,7 @@ class Channels:
         return torch.stack(there).any(0) & torch.stack([z | ~t for z, t in zip(zero, there, strict=True)]).all(0)
 
     def _where(self, node: Any, mask: Tensor | bool) -> Tensor:
-        """The channels of the layer that are in a node, all of its own channels for them in a mask."""
+        """Return the channels of the layer that are in a node, all of its own channels for them in a mask."""
         own, channels = self._out[node]
         holds = mask[own] if isinstance(mask, Tensor) else torch.full(own.shape, mask)
         result = self._none()
@@ -134,7 +134,7 @@ class Channels:
 
 
 def _is_weight(node: Any) -> bool:
-    """Whether a node only turns the weight of a layer about, as Linear does."""
+    """Return whether a node only turns the weight of a layer about, as Linear does."""
     module = node.module
     if isinstance(module, nn.Parameter) or next(module.parameters(), None) is not None:
         return False
@@ -142,7 +142,7 @@ def _is_weight(node: Any) -> bool:
 
 
 def _response(module: Any) -> tuple[Tensor | bool, Tensor | bool]:
-    """Which channels leave a module as zero whatever comes, and which do if they come as zero."""
+    """Return which channels leave a module as zero whatever comes, and which do if they come as zero."""
     if isinstance(module, LAYERS):
         return silent_rows(module), _is_depthwise(module) and (module.bias is None or _is_zero(module.bias))
     if isinstance(module, nn.modules.batchnorm._NormBase):
@@ -156,7 +156,7 @@ def _response(module: Any) -> tuple[Tensor | bool, Tensor | bool]:
 
 
 def silent_rows(module: nn.Module) -> Tensor:
-    """(D,) bool, the neurons of a layer whose weights and bias are zero."""
+    """Return (D,) bool, the neurons of a layer whose weights and bias are zero."""
     is_plain = isinstance(module, LAYERS) and not is_computed(module)
     entries = tried(neuron_entries, module, None, _NO_NEURON) if is_plain else None
     if not entries:
@@ -165,11 +165,11 @@ def silent_rows(module: nn.Module) -> Tensor:
 
 
 def _unheard(module: Any) -> Tensor:
-    """Which inputs of a layer it does not listen to."""
+    """Return which inputs of a layer it does not listen to."""
     return _is_zero(module.weight, 0 if getattr(module, "transposed", False) else 1)
 
 
 def _is_zero(parameter: Tensor, dimension: int = 0) -> Tensor:
-    """Which slices of a parameter are all zero, on the CPU."""
+    """Return which slices of a parameter are all zero, on the CPU."""
     slices = parameter.detach().movedim(dimension, 0)
     return (slices.reshape(len(slices), -1) == 0).all(1).cpu()

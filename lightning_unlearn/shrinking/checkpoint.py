@@ -24,7 +24,7 @@ _SIZES = (
 
 
 def save_shrunk(model: nn.Module, path: str | PathLike[str]) -> None:
-    """Writes a shrunk model to a file that :func:`load_shrunk` reads: tensors and numbers, and no class.
+    """Write a shrunk model to a file that :func:`load_shrunk` reads: tensors and numbers, and no class.
 
     Args:
         model: what :func:`shrink` returned, trained further or not.
@@ -43,13 +43,13 @@ def save_shrunk(model: nn.Module, path: str | PathLike[str]) -> None:
 
 
 def _sizes(module: nn.Module) -> dict[str, Any]:
-    """The attributes that say how large a layer is; a module of the user's own may mean other things by the names."""
+    """Return the attributes that say how large a layer is; in a user's own module the names may mean other things."""
     attributes = {name: vars(module)[name] for name in _SIZES if name in vars(module)}
     return {name: x for name, x in attributes.items() if _is_size(name, x)}
 
 
 def load_shrunk(model: _Model, path: str | PathLike[str]) -> _Model:
-    """Makes a full-size model as small as a saved one, and loads that; no code is unpickled.
+    """Make a full-size model as small as a saved one, and load that; no code is unpickled.
 
     The file is read with ``torch.load(weights_only=True)``, which makes tensors and plain values and refuses all else;
     of the model, only tensors and the numbers that say how large a layer is are set.
@@ -85,7 +85,7 @@ def load_shrunk(model: _Model, path: str | PathLike[str]) -> _Model:
 
 
 def _content(path: Path) -> dict[str, Any]:
-    """What :func:`save_shrunk` wrote, if it was that."""
+    """Return what :func:`save_shrunk` wrote, if it was that."""
     with path.open("rb") as file:
         try:
             content = torch.load(file, map_location="cpu", weights_only=True)

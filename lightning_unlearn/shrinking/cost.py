@@ -19,7 +19,7 @@ _WARMUPS = 3
 
 
 def parameter_count(model: nn.Module) -> int:
-    """How many numbers all parameters have."""
+    """Return how many numbers all parameters have."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -46,7 +46,7 @@ class ModelCost:
 
 
 def measure(model: nn.Module, example_input: ExampleInput, *, repeats: int = 30) -> ModelCost:
-    """Parameters, MACs and latency of a model, which is left as it was.
+    """Return parameters, MACs and latency of a model, which is left as it was.
 
     Args:
         model: any module.
@@ -62,7 +62,7 @@ def measure(model: nn.Module, example_input: ExampleInput, *, repeats: int = 30)
 
 
 def compare(before: nn.Module, after: nn.Module, example_input: ExampleInput, *, repeats: int = 30) -> str:
-    """A table of what two models cost; their timed calls take turns, so that other work hits both alike.
+    """Return a table of what two models cost; their timed calls take turns, so that other work hits both alike.
 
     Args:
         before: the full model.
@@ -104,7 +104,7 @@ def _measured(models: Sequence[nn.Module], example_input: ExampleInput, repeats:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode meanwhile."""
+    """Put the model into eval mode inside the context."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

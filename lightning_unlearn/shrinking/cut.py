@@ -28,7 +28,7 @@ _Model = TypeVar("_Model", bound=nn.Module)
 
 
 def shrink(model: _Model, example_input: ExampleInput, *, layers: Sequence[str] | None = None) -> _Model:
-    """A copy of a model without its silent neurons, that returns the same outputs.
+    """Return a copy of a model without its silent neurons, that returns the same outputs.
 
     A neuron is silent where its weight row and bias are exactly zero, or scale and shift of the norm behind it, or the
     columns of every layer that takes it as input. It is cut only where no layer would miss it, through all that is
@@ -75,7 +75,7 @@ def shrink(model: _Model, example_input: ExampleInput, *, layers: Sequence[str] 
 
 
 def _chosen(model: nn.Module, layers: Sequence[str] | None) -> list[str]:
-    """The layers to look at, in the order in which the model has them."""
+    """Return the layers to look at, in the order in which the model has them."""
     known = [name for name, module in model.named_modules() if isinstance(module, LAYERS)]
     if layers is not None:
         layers = [layers] if isinstance(layers, str) else check_names("layers", layers, "dotted paths of layers")
@@ -88,7 +88,7 @@ def _chosen(model: nn.Module, layers: Sequence[str] | None) -> list[str]:
 
 
 def require_torch_pruning() -> Any:
-    """The package that knows what else must be cut with a neuron.
+    """Return the package that knows what else must be cut with a neuron.
 
     Raises:
         ImportError: without it, naming the extra.
@@ -114,7 +114,7 @@ def _copied(model: _Model) -> _Model:
 
 
 def _restore(small: nn.Module, model: nn.Module) -> None:
-    """Modes, types and flags as in the model."""
+    """Return modes, types and flags as in the model."""
     for (_, module), (_, original) in zip(small.named_modules(), model.named_modules(), strict=True):
         module.training = original.training
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -141,7 +141,7 @@ def _warn_of_whole_layers(small: nn.Module, *, nothing_cut: bool) -> None:
 
 
 def _cut_exactly(model: _Model, layers: Sequence[str], probe: Probe) -> _Model:
-    """The model less the silent neurons of layers: of all together, or where that is not exact, of each half."""
+    """Return the model less the silent neurons of layers: of all together, or where that is not exact, of each half."""
     trial = copy.deepcopy(model)
     graph, tied = _dependency_graph(trial, probe.inputs[0]), _tied_parameters(trial)
     cut = [name for name in layers if _cut_layer(graph, trial.get_submodule(name), tied)]
@@ -171,13 +171,13 @@ def _dependency_graph(model: nn.Module, example_input: Any) -> Any:
 
 
 def _tied_parameters(model: nn.Module) -> set[Tensor]:
-    """Parameters of several names, which would not be one any more if a part were cut out of each."""
+    """Return parameters of several names, which would not be one any more if a part were cut out of each."""
     counts = Counter(parameter for _, parameter in model.named_parameters(remove_duplicate=False))
     return {parameter for parameter, count in counts.items() if count > 1}
 
 
 def _cut_layer(graph: Any, layer: nn.Module, tied: set[Tensor]) -> bool:
-    """Cuts the neurons that no layer would miss, and says whether there are any."""
+    """Cut the neurons that no layer would miss, and say whether there are any."""
     if layer not in graph.module2node or not may_be_cut(graph.module2node[layer]):
         return False
     cut, count = graph.get_pruner_of_module(layer).prune_out_channels, graph.get_out_channels(layer)

@@ -22,12 +22,12 @@ def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def dtypes_of(model: nn.Module) -> dict[str, torch.dtype]:
-    """The types of all parameters and buffers, by name."""
+    """Return the types of all parameters and buffers, by name."""
     return {name: tensor.dtype for name, tensor in _tensors_of(model).items()}
 
 
 def set_dtypes(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Not by ``to``: a LightningModule would remember it."""
+    """Set the types one by one: a LightningModule would remember a call of ``to``."""
     for name, tensor in _tensors_of(model).items():
         tensor.data = tensor.data.to(dtypes[name])
 
@@ -47,7 +47,7 @@ class Probe:
     tolerance: float
 
     def agrees(self, model: nn.Module) -> bool:
-        """Whether another model makes the same of them."""
+        """Return whether another model makes the same of them."""
         return all(self._same(tried(_outputs, model, x), y) for x, y in zip(self.inputs, self.expected, strict=True))
 
     def _same(self, outputs: Sequence[Tensor] | None, expected: Sequence[Tensor]) -> bool:
@@ -64,7 +64,7 @@ def _scale(x: Tensor) -> float:
 
 
 def make_probe(model: nn.Module, example_input: ExampleInput) -> Probe:
-    """In float64 if the model runs in it; the model is left in the types that were taken."""
+    """Return a probe, in float64 if the model runs in it; the model keeps the types that were taken."""
     dtypes = dtypes_of(model)
     # A forward that makes tensors of its own type does not run in it, nor does a device that has none.
     if (exact := tried(_probe_in_float64, model, example_input)) is not None:
@@ -106,14 +106,14 @@ def _outputs(model: nn.Module, example_input: Any) -> list[Tensor]:
 
 
 def traced_outputs(model: nn.Module, example_input: Any) -> list[Tensor]:
-    """All tensors that a model returns, with what autograd remembers of them."""
+    """Return all tensors that a model returns, with what autograd remembers of them."""
     # Each from the same random state, for a forward that draws random numbers.
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         return list(_tensors_in(call_model(model, example_input)))
 
 
 def call_model(model: nn.Module, example_input: Any) -> Any:
-    """Calls a model with an example.
+    """Call a model with an example.
 
     Raises:
         ValueError: for an example that is neither a tensor, a tuple nor a mapping.
@@ -141,7 +141,7 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def tried(function: Callable[..., _T], *args: Any) -> _T | None:
-    """What a function returns, or None where it raises: models and torch-pruning raise what they like."""
+    """Return what a function returns, or None where it raises: models and torch-pruning raise what they like."""
     try:
         return function(*args)
     except Exception:

@@ -19,7 +19,7 @@ _ADVICE = "; let the loader deliver tensors, arrays or lists with an entry for e
 
 
 def take_rows(batch: Any, rows: Tensor, total: int, path: Path = ()) -> Any:
-    """A batch of some of its samples; the one given stays as it is.
+    """Return a batch of some of its samples; the one given stays as it is.
 
     Args:
         batch: a mapping, named tuple, dataclass, tuple or list, nested or not, of tensors and arrays with a row, and
@@ -47,7 +47,7 @@ def take_rows(batch: Any, rows: Tensor, total: int, path: Path = ()) -> Any:
 
 
 def item_at(batch: Any, row: int, total: int, path: Path = ()) -> Any:
-    """One sample of a batch, as the data set has made it before it was collated; a copy of what the batch holds.
+    """Return one sample of a batch, as the data set has made it before it was collated; a copy of what the batch holds.
 
     Args:
         batch: see :func:`take_rows`.
@@ -64,7 +64,7 @@ def item_at(batch: Any, row: int, total: int, path: Path = ()) -> Any:
 
 
 def _without_rows(batch: Any) -> Any:
-    """A batch of one sample without the dimension that counts samples."""
+    """Return a batch of one sample without the dimension that counts samples."""
     if isinstance(batch, (Tensor, np.ndarray)):
         return batch[0] if batch.ndim else batch
     for key, value in children_of(batch) if _is_container(batch) else ():
@@ -99,14 +99,14 @@ def _taken(value: Any, rows: Tensor, total: int) -> Any:
 
 
 def _has_entries(value: Any, total: int) -> bool:
-    """Whether a list has an entry for each sample, and is not one of fields that each have a row for each."""
+    """Return whether a list has an entry per sample, and is not a list of fields with a row per sample."""
     if len(value) != total:
         return False
     return not all(isinstance(one, (Tensor, np.ndarray)) and one.ndim > 0 and len(one) == total for one in value)
 
 
 def _with(batch: Any, key: str | int, value: Any) -> Any:
-    """The collection with another value under one of its keys."""
+    """Return the collection with another value under one of its keys."""
     if isinstance(batch, tuple):
         fields = getattr(batch, "_fields", ())
         place = fields.index(key) if isinstance(key, str) else key

@@ -23,12 +23,12 @@ class DualPackageCallback(Callback):
     """A callback for a Trainer, and a LightningCLI, of either package."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Joins the packages, at the latest moment before somebody may ask what the callback is."""
+        """Join the packages, at the latest moment before somebody may ask what the callback is."""
         register_pytorch_lightning()
         return super().__new__(cls)
 
     def let_go(self) -> None:
-        """Drops the LightningModule's methods that Lightning lends each callback, which would keep the Trainer alive.
+        """Drop the LightningModule's methods that Lightning lends each callback, which would keep the Trainer alive.
 
         Who holds a callback for its results does not want the Trainer, weights and data with it. Lightning lends them
         again in the next run.
@@ -42,7 +42,7 @@ class MisconfigurationException(exceptions.MisconfigurationException):
 
 
 def register_pytorch_lightning() -> None:
-    """Makes what we hand out a kind of ``pytorch_lightning``'s as well, where that has been imported."""
+    """Make what we hand out a kind of ``pytorch_lightning``'s as well, where that has been imported."""
     other = sys.modules.get("pytorch_lightning")
     # While it is being imported, it has no Trainer yet.
     if not hasattr(other, "Trainer"):
@@ -58,7 +58,7 @@ def _add_base(kind: type[Any], base: type[Any]) -> None:
 
 
 def is_lightning_instance(value: Any, *names: str) -> bool:
-    """Whether this is an instance of a class of Lightning, of either package.
+    """Return whether this is an instance of a class of Lightning, of either package.
 
     Args:
         value: any object.
@@ -68,7 +68,7 @@ def is_lightning_instance(value: Any, *names: str) -> bool:
 
 
 def has_own(pl_module: LightningModule, method: str) -> bool:
-    """Whether the module has a method of its own, not only Lightning's or torch's, which do nothing or raise."""
+    """Return whether the module has a method of its own, not only Lightning's or torch's, which do nothing or raise."""
     if method in vars(pl_module):
         return True
     owner = next((kind for kind in type(pl_module).__mro__ if method in vars(kind)), None)
@@ -76,10 +76,10 @@ def has_own(pl_module: LightningModule, method: str) -> bool:
 
 
 def has_forward(pl_module: LightningModule) -> bool:
-    """Whether the module has a ``forward`` of its own: Lightning's, and torch's, only raise."""
+    """Return whether the module has a ``forward`` of its own: Lightning's, and torch's, only raise."""
     return has_own(pl_module, "forward")
 
 
 def may_make_layers(pl_module: LightningModule) -> bool:
-    """Whether layers may be made, or replaced, after the callbacks have been set up and before training starts."""
+    """Return whether layers may be made, or replaced, between the callbacks' setup and the start of training."""
     return any(has_own(pl_module, method) for method in ("setup", "configure_model", "configure_sharded_model"))

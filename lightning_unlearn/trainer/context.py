@@ -66,7 +66,7 @@ class FitContext(RunningFit):
         return [callback for callback in self.callbacks if getattr(callback, "acts_on_partition", False)]
 
     def output(self, x: Any) -> Tensor:
-        """The logits that ``forward`` returns, (B, K).
+        """Return the logits that ``forward`` returns, (B, K).
 
         Raises:
             TypeError: if the module has no ``forward``, or it takes another input or returns something else.
@@ -79,22 +79,22 @@ class FitContext(RunningFit):
         return self.task_format.output(self.pl_module, x)
 
     def logits(self, x: Any) -> Tensor:
-        """Rows (U, C) of class logits; see :class:`~lightning_unlearn.data.task_format.TaskFormat`."""
+        """Return rows (U, C) of class logits; see :class:`~lightning_unlearn.data.task_format.TaskFormat`."""
         return self.task_format.logits(self.output(x))
 
     def probe(self) -> tuple[ForwardTrace, IndexedBatch]:
-        """One forward pass over the first samples; see :func:`probe`."""
+        """Return one forward pass over the first samples; see :func:`probe`."""
         return probe(self)
 
     def batches(self, loader: DataLoader[Any], title: str, absent: set[int] | None = None) -> Iterator[IndexedBatch]:
-        """This rank's share of a loader's data set in index order; see :func:`in_index_order`."""
+        """Yield this rank's shard of a loader's data set in index order; see :func:`in_index_order`."""
         return in_index_order(self, loader, title, absent)
 
 
 def shared_context(
     trainer: Trainer, pl_module: LightningModule, source: PartitionSource, known: Iterable[FitContext | None]
 ) -> FitContext:
-    """The context of the fit that is being set up, with the memory of the one that there is, if there is one.
+    """Return the context of the fit that is being set up, with the memory of the one that there is, if there is one.
 
     Args:
         trainer: of the fit.
@@ -110,7 +110,7 @@ def shared_context(
 
 
 def probe(fit: FitContext) -> tuple[ForwardTrace, IndexedBatch]:
-    """One forward pass over the first samples, to fail before hours of training and to see what calls what.
+    """Return one forward pass over the first samples, to fail before hours of training and to see what calls what.
 
     Of samples that are known by a key, over those of the training batch in hand.
     """
@@ -150,7 +150,7 @@ def _probe_in_hand(fit: FitContext) -> tuple[ForwardTrace, IndexedBatch]:
 
 
 def without(absent: set[int], indices: Tensor, task_format: TaskFormat, label: Tensor) -> Tensor:
-    """The labels (U,) of a batch, those of samples that are not there to be ignored."""
+    """Return the labels (U,) of a batch, those of samples that are not there to be ignored."""
     gone = ~_is_there(absent, indices)
     return label.masked_fill(task_format.repeat_per_row(gone).to(label.device), IGNORED) if gone.any() else label
 
@@ -163,7 +163,7 @@ def _is_there(absent: set[int], indices: Tensor) -> Tensor:
 def in_index_order(
     fit: FitContext, loader: DataLoader[Any], title: str, absent: set[int] | None = None
 ) -> Iterator[IndexedBatch]:
-    """This rank's share of a loader's data set in index order. Use inside ``isolated_eval``.
+    """Yield this rank's shard of a loader's data set in index order. Use inside ``isolated_eval``.
 
     A sample that the data set gives as None has a weight of 0 and no label.
 

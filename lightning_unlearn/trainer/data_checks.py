@@ -23,7 +23,7 @@ from lightning_unlearn.trainer.scoring_loader import OFFER
 
 @torch.no_grad()
 def read_labels(fit: FitContext, loader: DataLoader[Any], index: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """The labels of some samples, as batches hold them, with the dataset indices of each batch.
+    """Return the labels of some samples, as batches hold them, with the dataset indices of each batch.
 
     Use inside ``isolated_eval``.
 
@@ -37,12 +37,12 @@ def read_labels(fit: FitContext, loader: DataLoader[Any], index: Tensor) -> list
 
 
 def class_labels(task_format: TaskFormat, read: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """(U,) int64 on the CPU, the class labels of the rows of what :func:`read_labels` has read."""
+    """Return (U,) int64 on the CPU, the class labels of the rows of what :func:`read_labels` has read."""
     return torch.cat([task_format.labels(label, len(index), int(index[0])).cpu() for index, label in read])
 
 
 def same_labels(one: list[tuple[Tensor, Tensor]], other: list[tuple[Tensor, Tensor]]) -> bool:
-    """Whether two readings of the same samples found the same labels; not so where samples are mixed."""
+    """Return whether two readings of the same samples found the same labels; not so where samples are mixed."""
     return all(_same(label, again) for (_, label), (_, again) in zip(one, other, strict=True))
 
 
@@ -52,7 +52,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def check_reloaded(fit: FitContext, loader: DataLoader[Any], partition: Partition) -> None:
-    """Refuses a loader, made again during the fit, in which an index means another sample than in the partition.
+    """Refuse a loader, made again during the fit, in which an index means another sample than in the partition.
 
     Args:
         fit: that is running.
@@ -111,7 +111,7 @@ class Recognized:
 
 
 def recognize_data(fit: FitContext, known: Tensor | None, before: str | None) -> Recognized:
-    """Takes the data's fingerprint, sees that rows are samples, and compares with a checkpoint and the other ranks.
+    """Take the data's fingerprint, check that rows are samples, and compare with a checkpoint and the other ranks.
 
     Within ``isolated_eval``, so that where one rank refuses its data, all do.
 
@@ -161,7 +161,7 @@ def recognize_data(fit: FitContext, known: Tensor | None, before: str | None) ->
 def _fault_in_training(
     fit: FitContext, read: Callable[[DataLoader[Any]], list[tuple[Tensor, Tensor]]], offered: Tensor | None
 ) -> str:
-    """Why rows of training batches are not the samples drawn, which is no harm to passes that draw from elsewhere.
+    """Return why rows of training batches are not the samples drawn; passes that draw from elsewhere may go on.
 
     Args:
         fit: that begins.
@@ -189,7 +189,7 @@ def _fault_in_training(
 
 
 def check_same_size(before: int, now: int) -> None:
-    """Refuses a training set of another length than that of the evidence so far.
+    """Refuse a training set of another length than that of the evidence so far.
 
     Raises:
         ValueError: with both numbers.
@@ -203,7 +203,7 @@ def check_same_size(before: int, now: int) -> None:
 
 
 def check_same_labels(before: Tensor, now: Tensor) -> None:
-    """Refuses other labels than those seen before, of which -1 is none.
+    """Refuse other labels than those seen before, of which -1 is none.
 
     Raises:
         ValueError: with the number of labels that have changed.
@@ -217,7 +217,7 @@ def check_same_labels(before: Tensor, now: Tensor) -> None:
 
 
 def same_task(before: str, now: str) -> str:
-    """The task, if it is that of the checkpoint.
+    """Return the task, if it is that of the checkpoint.
 
     Args:
         before: the checkpoint's; empty in a fit from the start.

@@ -18,7 +18,7 @@ ADVICE = "use a smaller learning rate or gradient_clip_val, and resume from an e
 
 
 def not_finite(fit: RunningFit) -> str:
-    """The first weights, or statistics of a norm, that are NaN or infinite, in words; empty where all are finite.
+    """Name the first weights, or statistics of a norm, that are NaN or infinite; empty where all are finite.
 
     Of all ranks. Other buffers may hold infinity, as masks of attention do.
 
@@ -32,7 +32,7 @@ def not_finite(fit: RunningFit) -> str:
 
 
 def _statistics(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What norms have seen, which stays NaN once it is, even where the step was left out."""
+    """Return what norms have seen, which stays NaN once it is, even where the step was left out."""
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._NormBase):
             for buffer in (module.running_mean, module.running_var):
@@ -53,14 +53,14 @@ class LossWatch:
         self._total: Tensor | None = None
 
     def add(self, outputs: object) -> None:
-        """Takes what Lightning hands to ``on_train_batch_end`` as outputs."""
+        """Take what Lightning hands to ``on_train_batch_end`` as outputs."""
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor) and loss.numel() == 1:
             value = loss.detach().float()
             self._total = value if self._total is None else self._total + value
 
     def was_finite(self, fit: RunningFit) -> bool:
-        """Of all that was added since the last call, on every rank, each of which must call it."""
+        """Return whether everything added since the last call, on any rank, was finite. Every rank must call it."""
         total, self._total = self._total, None
         is_finite = total is None or bool(total.isfinite().all())
         return fit.agree(is_finite, of_all=True)
@@ -71,7 +71,7 @@ MOST_LEFT_OUT = 0.5
 
 
 def check_rows_left_out(model: nn.Module, left_out: int, total: int, epoch: int, reduce: Reduce) -> str:
-    """What to warn of where rows of an epoch were not finite; empty where all were.
+    """Return what to warn of where rows of an epoch were not finite; empty where all were.
 
     A few are what 16-bit training leaves behind while its loss scale settles.
 
@@ -98,7 +98,7 @@ def check_rows_left_out(model: nn.Module, left_out: int, total: int, epoch: int,
 
 
 def first_not_finite(model: nn.Module) -> str:
-    """The name of the first parameter or buffer that holds NaN or infinity; empty where none does."""
+    """Return the name of the first parameter or buffer that holds NaN or infinity; empty where none does."""
     for name, value in (*model.named_parameters(), *model.named_buffers()):
         if value.is_floating_point() and not bool(value.detach().isfinite().all()):
             return name
@@ -106,7 +106,7 @@ def first_not_finite(model: nn.Module) -> str:
 
 
 def too_many_left_out(bad: int, total: int, model_fault: str) -> str:
-    """What is wrong where most rows are not finite, and what to do."""
+    """Return what is wrong where most rows are not finite, and what to do."""
     found = (
         f"Expected finite logits and attributions, but those of {bad:,} of {total:,} training samples are NaN or"
         " infinite"

@@ -28,7 +28,7 @@ class EarlyEnd:
         self._is_held = False
 
     def hold(self, trainer: Trainer) -> None:
-        """Does not let the fit end before the next epoch would start. Call in ``on_train_epoch_end``."""
+        """Do not let the fit end before the next epoch would start. Call in ``on_train_epoch_end``."""
         stoppers, epoch = _stoppers(callbacks_of(trainer)), trainer.current_epoch
         # The same on every rank, unlike how often each has waited.
         is_theirs = not trainer.should_stop or any(one.stopped_epoch == epoch for one in stoppers)
@@ -38,7 +38,7 @@ class EarlyEnd:
         trainer.fit_loop.min_epochs = max(self._min_epochs or 0, epoch + 2)
 
     def release(self, trainer: Trainer) -> bool:
-        """Whether the fit was held, and is to end now. May be called at any time, and again."""
+        """Return whether the fit was held, and is to end now. May be called at any time, and again."""
         if not self._is_held:
             return False
         trainer.fit_loop.min_epochs = self._min_epochs
@@ -52,7 +52,7 @@ def _stoppers(callbacks: Iterable[Any]) -> list[Any]:
 
 
 def has_fired(trainer: Trainer, epoch: int) -> bool:
-    """Whether the patience of an EarlyStopping ran out in an epoch, to this rank."""
+    """Return whether the patience of an EarlyStopping ran out in an epoch, to this rank."""
     return any(
         one.stopped_epoch == epoch and one.wait_count >= max(1, one.patience)
         for one in _stoppers(callbacks_of(trainer))
@@ -60,7 +60,7 @@ def has_fired(trainer: Trainer, epoch: int) -> bool:
 
 
 def go_on(fit: RunningFit) -> None:
-    """Lets the fit go on that EarlyStopping has ended."""
+    """Let the fit go on that EarlyStopping has ended."""
     for callback in _stoppers(fit.callbacks):
         callback.wait_count = 0
     fit.trainer.should_stop = False
@@ -71,7 +71,7 @@ def go_on(fit: RunningFit) -> None:
 
 
 def count_anew(fit: RunningFit) -> Callable[[], None]:
-    """Has EarlyStopping count its patience from weights that have just been moved.
+    """Have EarlyStopping count its patience from weights that have just been moved.
 
     These are worse at first than the best so far, which would end the fit before they are trained. A ModelCheckpoint
     keeps the best score of the whole fit: what is best is best.

@@ -26,23 +26,23 @@ from lightning_unlearn.trainer.compat import is_lightning_instance
 
 
 def runs_in_other_processes(trainer: Trainer) -> bool:
-    """Whether the fit runs in processes that are spawned or forked for it and end with it."""
+    """Return whether the fit runs in processes that are spawned or forked for it and end with it."""
     return type(trainer.strategy.launcher).__name__ == "_MultiProcessingLauncher"
 
 
 def averages_weights(callback: Any) -> bool:
-    """Whether a callback averages the weights (EMA, SWA)."""
+    """Return whether a callback averages the weights (EMA, SWA)."""
     return hasattr(callback, "_average_model")
 
 
 def live_loaders(trainer: Trainer) -> list[Any]:
-    """The train loaders that the fit draws from; empty before they are made."""
+    """Return the train loaders that the fit draws from; empty before they are made."""
     loop: Any = trainer.fit_loop
     return [] if loop._combined_loader is None else list(loop._combined_loader.flattened)
 
 
 def live_iterator(trainer: Trainer) -> tuple[Any, int]:
-    """The iterator that the batch in hand came from, and how many later batches Lightning has drawn from it already.
+    """Return the iterator of the batch in hand, and how many later batches Lightning has drawn from it already.
 
     Returns:
         None and 0 where there are several loaders, or none, or a ``training_step`` draws its batches itself.
@@ -56,7 +56,7 @@ def live_iterator(trainer: Trainer) -> tuple[Any, int]:
 
 
 def validation_loaders(trainer: Trainer) -> list[tuple[Any, int | None]]:
-    """The validation loaders of the fit, each with how many batches are drawn of it; None for all.
+    """Return the validation loaders of the fit, each with how many batches are drawn of it; None for all.
 
     Lightning makes them before the first validation; where that has not been, it makes them now. Inside
     ``isolated_eval``, on every rank.
@@ -76,7 +76,7 @@ def validation_loaders(trainer: Trainer) -> list[tuple[Any, int | None]]:
 
 
 def rewrap_ddp(trainer: Trainer) -> None:
-    """Wraps the module anew after ``requires_grad`` has changed, which a DDP wrapper notices only when it is made."""
+    """Wrap the module anew after ``requires_grad`` has changed, which a DDP wrapper notices only when it is made."""
     strategy: Any = trainer.strategy
     if is_lightning_instance(strategy, "DDPStrategy") and strategy.lightning_module is not None:
         strategy.model = strategy.lightning_module
@@ -85,7 +85,7 @@ def rewrap_ddp(trainer: Trainer) -> None:
 
 @contextmanager
 def planned_epochs(trainer: Trainer, remaining: int | None) -> Iterator[None]:
-    """Lets ``Trainer.estimated_stepping_batches`` count the remaining epochs, for a schedule that starts now."""
+    """Let ``Trainer.estimated_stepping_batches`` count the remaining epochs, for a schedule that starts now."""
     loop = trainer.fit_loop
     planned = loop.max_epochs
     if remaining is not None:
@@ -97,29 +97,29 @@ def planned_epochs(trainer: Trainer, remaining: int | None) -> Iterator[None]:
 
 
 def limited_batches(trainer: Trainer, num_batches: int) -> int:
-    """How many batches of a train loader the Trainer uses in an epoch."""
+    """Return how many batches of a train loader the Trainer uses in an epoch."""
     limit: int | float = trainer.limit_train_batches
     return min(num_batches, limit) if isinstance(limit, int) else int(num_batches * limit)
 
 
 def next_epoch(trainer: Trainer) -> int:
-    """The epoch that Lightning gives the samplers next; after a resume it is known before ``current_epoch`` is."""
+    """Return the epoch that Lightning gives the samplers next; after a resume it precedes ``current_epoch``."""
     current: Any = trainer.fit_loop.epoch_progress.current
     return int(current.processed)
 
 
 def compute_device(trainer: Trainer) -> torch.device:
-    """Where sums are computed: the accelerator if it has double precision, else the CPU."""
+    """Return where sums are computed: the accelerator if it has double precision, else the CPU."""
     device = trainer.strategy.root_device
     return device if device.type == "cuda" else torch.device("cpu")
 
 
 def is_fast_dev_run(trainer: Trainer) -> bool:
-    """Whether the Trainer only runs a few batches, to see that nothing breaks."""
+    """Return whether the Trainer only runs a few batches, to see that nothing breaks."""
     return bool(getattr(trainer, "fast_dev_run", False))
 
 
 def log_values(pl_module: LightningModule, values: dict[str, float]) -> None:
-    """Logs scalars that are equal on every rank, through the Trainer's loggers."""
+    """Log scalars that are equal on every rank, through the Trainer's loggers."""
     for logger in pl_module.loggers:
         logger.log_metrics(values, step=pl_module.global_step)

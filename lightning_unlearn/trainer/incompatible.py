@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def refuse_privacy(trainer: Trainer, pl_module: LightningModule, who: str) -> None:
-    """Refuses training with differential privacy by Opacus.
+    """Refuse training with differential privacy by Opacus.
 
     Args:
         trainer: with its optimizers and loaders.
@@ -42,7 +42,7 @@ def _private(value: Any) -> bool:
 
 
 def refuse_beside_finetuning(fit: RunningFit, who: str, **given: bool) -> None:
-    """Refuses arguments that clash with callbacks that unfreeze layers and give the optimizer groups of their own.
+    """Refuse arguments that clash with callbacks that unfreeze layers and give the optimizer groups of their own.
 
     That is Lightning's BaseFinetuning (BackboneFinetuning, a user's own) and the package finetuning-scheduler: what
     they have noted of the optimizer's groups belongs to one that ``configure_optimizers`` has made before.

@@ -42,7 +42,7 @@ def _as_in_validation(fit: RunningFit, *, switches: bool) -> Iterator[None]:
 
 @contextmanager
 def _logging_nothing(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-    """Has ``self.log`` and the loggers, which ``forward`` may call, do nothing."""
+    """Have ``self.log`` and the loggers, which ``forward`` may call, do nothing."""
 
     def ignored(*_: Any, **__: Any) -> None: ...
 
@@ -66,7 +66,7 @@ def _logging_nothing(trainer: Trainer, pl_module: LightningModule) -> Iterator[N
 
 @contextmanager
 def isolated_eval(fit: RunningFit, *, keep: bool = True) -> Iterator[None]:
-    """A pass over the data that leaves the fit as it was, also when it fails.
+    """Return a pass over the data that leaves the fit as it was, also when it fails.
 
     Inside, modules are in eval mode, the Trainer reports that it validates (so that augmentation in transfer hooks is
     off), compiled modules run eagerly (their graphs ignore hooks), and nothing is logged. Random states, training

@@ -38,11 +38,11 @@ class KeyedBatches:
         return {**self.__dict__, "keys": None, "batch": None, "first": None, "change": None, "kept": {}}
 
     def attach(self, fit: RunningFit) -> None:
-        """From now on training batches are read. Call in ``setup`` of a fit."""
+        """Read training batches from now on. Call in ``setup`` of a fit."""
         self._hook.attach(fit, self._take)
 
     def detach(self) -> None:
-        """Leaves the batches alone. May be called at any time, and again."""
+        """Leave the batches alone. May be called at any time, and again."""
         self._hook.detach()
         self.keys: list[Any] | None = None
         self.batch: Any = None
@@ -68,13 +68,13 @@ class KeyedBatches:
         return batch
 
     def _keep(self, batch: Any, keys: list[Any]) -> None:
-        """Keeps the samples that are wanted, before rows are taken out."""
+        """Keep the samples that are wanted, before rows are taken out."""
         for row, key in enumerate(keys) if len(self.kept) < len(self.wanted) else ():
             if key in self.wanted and key not in self.kept:
                 self.kept[key] = item_at(batch, row, len(keys), self.reader.container(batch))
 
     def start_batch(self, batch: Any) -> None:
-        """Takes the batch of a step, as it is given there. Call in ``on_train_batch_start``.
+        """Take the batch of a step, as it is given there. Call in ``on_train_batch_start``.
 
         Raises:
             TypeError: for a step whose batch has not come this way.
@@ -88,5 +88,5 @@ class KeyedBatches:
             )
 
     def end_batch(self) -> None:
-        """Lets go of it. Call in ``on_train_batch_end``."""
+        """Drop the batch. Call in ``on_train_batch_end``."""
         self.keys = self.batch = None

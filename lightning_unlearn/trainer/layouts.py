@@ -22,7 +22,7 @@ _OURS = tuple(
 def settle_layout(
     task_format: TaskFormat, module: nn.Module, batch: Any, size: int, run: Callable[[Any], ForwardTrace]
 ) -> tuple[ForwardTrace, Any, Any]:
-    """One forward pass over a batch, read in the first layout that fits, in which later batches are read too.
+    """Return one forward pass over a batch, read in the first layout that fits, in which later batches are read too.
 
     A layout fits if ``forward`` can be called so, returns logits for each sample, and the labels have their form.
 
@@ -63,7 +63,7 @@ def settle_layout(
 
 
 def _rivals(task_format: TaskFormat, batch: Any, size: int, trace: ForwardTrace, classes: Tensor) -> Iterator[Path]:
-    """Other fields that could be labels: they name classes, and not the same ones."""
+    """Return other fields that could be labels: they name classes, and not the same ones."""
     for path, value in leaves_of(batch):
         if task_format.layout is None or path == task_format.layout.label or not has_rows(value, size):
             continue
@@ -98,7 +98,7 @@ def _tried(
 
 
 def _is_ours(error: Exception) -> bool:
-    """Whether this package has raised it, which says what to do."""
+    """Return whether this package has raised it, which says what to do."""
     at = error.__traceback__
     while at is not None and at.tb_next is not None:
         at = at.tb_next

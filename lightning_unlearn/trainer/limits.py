@@ -39,7 +39,7 @@ class TrainingLimits:
 
 
 def limits_of(trainer: Trainer) -> TrainingLimits:
-    """How far a Trainer has come, and what ends its fit."""
+    """Return how far a Trainer has come, and what ends its fit."""
     return TrainingLimits(
         trainer.current_epoch,
         trainer.global_step,
@@ -59,7 +59,7 @@ def _share_of_time(trainer: Trainer) -> float:
 
 
 def monitored(trainer: Trainer) -> float:
-    """The metric that EarlyStopping or else a ModelCheckpoint monitors, the larger the better; NaN if there is none."""
+    """Return the metric that EarlyStopping or a ModelCheckpoint monitors, larger is better; NaN if none does."""
     found = [
         one
         for kind in ("EarlyStopping", "ModelCheckpoint")

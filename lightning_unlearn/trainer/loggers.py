@@ -22,7 +22,7 @@ Show = Callable[[Any, str, Any, int], None]
 
 
 def log_partition(fit: RunningFit, partition: Partition) -> None:
-    """Logs what is found, and a picture.
+    """Log what was found, and a picture.
 
     The noise rate where it is known, the share of samples that is kept, the two lists, and why samples are suspect.
     """
@@ -44,7 +44,7 @@ def log_partition(fit: RunningFit, partition: Partition) -> None:
 
 
 def log_masks(fit: RunningFit, masks: Sequence[NeuronMask]) -> None:
-    """Logs a picture of each layer's neurons."""
+    """Log a picture of each layer's neurons."""
     for mask in masks:
 
         def draw(mask: NeuronMask = mask) -> Any:
@@ -54,7 +54,7 @@ def log_masks(fit: RunningFit, masks: Sequence[NeuronMask]) -> None:
 
 
 def log_figure(fit: RunningFit, name: str, draw: Callable[[], Any]) -> None:
-    """Hands a picture to those loggers that show pictures, on rank 0; a logger that fails costs the fit nothing.
+    """Hand a picture to those loggers that show pictures, on rank 0; a logger that fails costs the fit nothing.
 
     Args:
         fit: that is running.
@@ -79,7 +79,7 @@ def log_figure(fit: RunningFit, name: str, draw: Callable[[], Any]) -> None:
 
 
 def _failure(show: Show, logger: Any, name: str, draw: Callable[[], Any], step: int) -> str:
-    """What went wrong, in words; anything may on the way to a server, and a fit must not end for a picture."""
+    """Return what went wrong, in words; anything may on the way to a server, and a fit must not end for a picture."""
     try:
         show(logger, name, draw(), step)
     except Exception as error:

@@ -30,7 +30,7 @@ _MISSED = {
 
 
 def warn_of_missing(here: set[str], states: dict[str, Any]) -> None:
-    """Warns where a callback of ours has acted in a checkpoint, and is not in the fit that goes on from it.
+    """Warn where a callback of ours has acted in a checkpoint, and is not in the fit that goes on from it.
 
     Args:
         here: names of those that are.

@@ -30,7 +30,7 @@ _Restore = Callable[[], object]
 
 @contextmanager
 def kept(model: nn.Module) -> Iterator[None]:
-    """Puts back what forward passes inside change: weights, buffers, submodules and attributes of every submodule.
+    """Restore what forward passes inside change: weights, buffers, submodules and attribute of every submodule.
 
     Weights are changed by a switch to eval mode (LoRA that is merged in it), by ``Embedding(max_norm=)``, and by a
     ``forward`` that bounds or normalizes them. Of a model with more than 2**27 of them those are kept that are within a
@@ -67,7 +67,7 @@ class _Snapshot:
             restore()
 
     def take(self, value: Any, depth: int = 1) -> None:
-        """The contents of a value, and of the items of a container down to a depth."""
+        """Return the contents of a value, and of the items of a container down to a depth."""
         if isinstance(value, nn.Module):
             for module in value.modules():
                 self._take_module(module)
@@ -80,7 +80,7 @@ class _Snapshot:
             self._restores.append(restore)
 
     def take_weight(self, weight: nn.Parameter) -> None:
-        """The values of a parameter."""
+        """Return the values of a parameter."""
         self._take_tensor(weight)
 
     def _take_module(self, module: nn.Module) -> None:
@@ -107,7 +107,7 @@ class _Snapshot:
         self._restores.append(lambda: _reset(of, before))
 
     def _take_collected(self, hook: Any) -> None:
-        """Of the containers that a hook of the user's closes over. The variables themselves are the user's."""
+        """Take the containers that a user's hook closes over; the variables themselves are the user's."""
         for cell in getattr(hook, "__closure__", None) or ():
             with suppress(ValueError):  # an empty one
                 if isinstance(cell.cell_contents, (list, deque, set, dict)):
@@ -148,7 +148,7 @@ class _Snapshot:
 
 
 def _weights_written(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The weights that a switch to eval mode or a forward pass may write to."""
+    """Return the weights that a switch to eval mode or a forward pass may write to."""
     every: list[Any] = list(model.parameters())
     # What is lazy has no size yet.
     weights = [weight for weight in every if not is_lazy(weight)]
@@ -180,7 +180,7 @@ def _reset(now: dict[str, Any], before: Mapping[str, Any], leave: frozenset[str]
 
 
 def _refill(value: Any, before: Any) -> None:
-    """Gives a container its items again, where it has others."""
+    """Give a container its items again, where it has others."""
     now, was = _flat(value), _flat(before)
     if len(now) == len(was) and all(one is other for one, other in zip(now, was, strict=True)):
         return
@@ -193,7 +193,7 @@ def _flat(container: Any) -> list[Any]:
 
 
 def _state_of_generator(value: Any) -> _Restore | None:
-    """What puts a random generator back to where it is now; None for anything else."""
+    """Return what puts a random generator back to where it is now; None for anything else."""
     if isinstance(value, torch.Generator):
         state = value.get_state()
         return lambda: value.set_state(state)

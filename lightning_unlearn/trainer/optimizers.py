@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def run_configure_optimizers(fit: RunningFit, remaining: int | None) -> None:
-    """Makes optimizers and schedules anew, as ``configure_optimizers`` makes them.
+    """Make optimizers and schedule anew, as ``configure_optimizers`` makes them.
 
     Args:
         fit: that is running.
@@ -30,12 +30,12 @@ def run_configure_optimizers(fit: RunningFit, remaining: int | None) -> None:
 
 
 def put_optimizer(fit: RunningFit, optimizer: Optimizer) -> None:
-    """Puts one in the place of those that there are."""
+    """Replace the optimizers by one."""
     fit.trainer.strategy.optimizers = [optimizer]
 
 
 def put_schedules(fit: RunningFit, schedules: Sequence[LRScheduler], interval: str) -> None:
-    """Puts schedules in the place of those that there are.
+    """Replace the schedules.
 
     Args:
         fit: that is running.
@@ -47,7 +47,7 @@ def put_schedules(fit: RunningFit, schedules: Sequence[LRScheduler], interval: s
 
 
 def keep_optimizers(fit: RunningFit) -> Callable[[], None]:
-    """A function that puts the optimizers and schedules back that there are now."""
+    """Return a function that puts the optimizers and schedules back that there are now."""
     strategy = fit.trainer.strategy
     optimizers, schedules = strategy.optimizers, strategy.lr_scheduler_configs
 
@@ -58,7 +58,7 @@ def keep_optimizers(fit: RunningFit) -> Callable[[], None]:
 
 
 def steps_needed(fit: RunningFit, epochs: int) -> int:
-    """How many optimizer steps the rest of a fit takes.
+    """Return how many optimizer steps the rest of a fit takes.
 
     Args:
         fit: with the state of its checkpoint.
@@ -73,7 +73,7 @@ def steps_needed(fit: RunningFit, epochs: int) -> int:
 
 
 def share_over(fit: RunningFit, epoch: int, step: int) -> float | None:
-    """How much is over of what was to come at a moment of the fit; None where it is not known how much that is.
+    """Return how much is over of what was to come at a moment of the fit; None where it is not known how much that is.
 
     Args:
         fit: whose limits count as they are now.
@@ -84,7 +84,7 @@ def share_over(fit: RunningFit, epoch: int, step: int) -> float | None:
 
 
 def cosine(fit: RunningFit, epoch: int, step: int) -> Callable[[int], float]:
-    """A factor that falls by a cosine from 1 to 0 when the fit ends, as :func:`share_over` counts."""
+    """Return a factor that falls by a cosine from 1 to 0 when the fit ends, as :func:`share_over` counts."""
     # Not a function of this fit's, which could not be pickled, nor an object, whose state a checkpoint would have; and
     # of the Trainer, which outlives the context of a fit.
     return functools.partial(_cosine, fit.trainer, epoch, step)

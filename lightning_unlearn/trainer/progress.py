@@ -29,7 +29,7 @@ _SECONDS = 0.1
 
 
 def shown(fit: RunningFit, title: str, total: int | None, items: Iterable[_Item]) -> Iterator[_Item]:
-    """The items, with a line that moves on as each has been worked on.
+    """Return the items, with a line that moves on as each has been worked on.
 
     The line goes with the last item, or where ``close_progress`` is called, as it is when a pass fails.
 
@@ -54,7 +54,7 @@ def shown(fit: RunningFit, title: str, total: int | None, items: Iterable[_Item]
 
 
 def close_progress(fit: RunningFit) -> None:
-    """Takes away what is left in the bar of a pass that has ended, in whatever way."""
+    """Take away what is left in the bar of a pass that has ended, in whatever way."""
     for line in list(fit.memory.lines):
         line.close()
     fit.memory.lines.clear()
@@ -70,7 +70,7 @@ class _Line:
         self._drawn = draw(bar, title, total) if draw is not None and bar.is_enabled else None
 
     def advance(self) -> None:
-        """Counts an item that is done."""
+        """Count an item that is done."""
         self._done += 1
         if self._done == 1:
             self._first = time.monotonic()
@@ -89,7 +89,7 @@ class _Line:
         )
 
     def close(self) -> None:
-        """Takes the line away; a second time does nothing."""
+        """Take the line away; a second time does nothing."""
         if self._drawn is not None:
             self._drawn[1]()
             self._drawn = None
@@ -140,6 +140,6 @@ _DRAW: dict[str, Callable[[Any, str, int | None], _Drawn | None]] = {
 
 
 def rank_zero_info(line: str) -> None:
-    """Lightning's, with the bars of TQDM taken away while the line is written, and drawn again below it."""
+    """Log as Lightning does, with TQDM's bars taken away while the line is written and drawn again below it."""
     with tqdm.external_write_mode():
         rank_zero.rank_zero_info(line)

@@ -43,11 +43,11 @@ class PartitionSource(Protocol):
         """Whether neurons are regressed on the probability of being clean, or (as in the paper) on the two clusters."""
 
     def get_partition(self, trainer: Any, pl_module: Any) -> Partition | None:
-        """The partition, computed now if it is due, or None if it is not due yet."""
+        """Return the partition, computed now if it is due, or None if it is not due yet."""
 
 
 def keyed_of(source: PartitionSource | None) -> Any:
-    """Reads the keys of training batches, a ``KeyedBatches``; None where samples have a dataset index."""
+    """Read the keys of training batches, a ``KeyedBatches``; None where samples have a dataset index."""
     return getattr(source, "keyed", None)
 
 
@@ -56,13 +56,13 @@ class MaskSource(Protocol):
     """A callback that publishes a mask of pruned neurons."""
 
     def get_mask(self, trainer: Any, pl_module: Any) -> NeuronMask | None:
-        """The mask, made now if it is due, or None if it is not due yet or nothing was pruned."""
+        """Return the mask, made now if it is due, or None if it is not due yet or nothing was pruned."""
 
     def target_layer(self) -> str:
-        """Dotted path of the layer that is or will be pruned, of several the first; known from the start."""
+        """Return the dotted path of the layer that is or will be pruned, of several the first; known from the start."""
 
     def zero_pruned(self) -> None:
-        """Sets what belongs to pruned neurons to zero again, for who has just changed weights."""
+        """Set pruned neurons to zero again; for callers that have just changed weights."""
 
 
 _MISSING_PARTNER = """{who} needs an AttributionPartitionCallback in the Trainer's callbacks, in any place, but found
@@ -77,7 +77,7 @@ or in YAML:
 
 
 def find_partition_source(trainer: Trainer, who: str) -> PartitionSource:
-    """The one callback of the Trainer that publishes a partition.
+    """Return the one callback of the Trainer that publishes a partition.
 
     Raises:
         MisconfigurationException: if there is none or more than one; the message shows the lines to add.

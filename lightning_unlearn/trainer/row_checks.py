@@ -41,7 +41,7 @@ class _OtherNumber(Exception):
 
 @torch.no_grad()
 def establish_rows(fit: FitContext, loader: DataLoader[Any], *, may_offer: bool = True) -> Rows:
-    """Sees that the rows of the loader's batches are the samples drawn, in that order. Within ``isolated_eval``.
+    """Check that the rows of the loader's batches are the samples drawn, in that order. Within ``isolated_eval``.
 
     Args:
         fit: that is running, which knows by now how batches are read.
@@ -70,7 +70,7 @@ def establish_rows(fit: FitContext, loader: DataLoader[Any], *, may_offer: bool 
 
 
 def establish_rows_again(fit: FitContext) -> None:
-    """Does so for a train loader that was made again since. Every rank must call it.
+    """Check the rows of a train loader that was made again since. Every rank must call it.
 
     Raises:
         TypeError: as :func:`establish_rows`.
@@ -83,7 +83,7 @@ def establish_rows_again(fit: FitContext) -> None:
 
 
 def _check_last_batch(fit: FitContext, loader: DataLoader[Any], may_offer: bool) -> None:
-    """A pass ends with a smaller batch, of which a collate function may make another number of rows."""
+    """Return a pass ends with a smaller batch, of which a collate function may make another number of rows."""
     last = math.ceil(len(loader.dataset) / fit.world_size) % batch_size(loader)  # type: ignore[arg-type]
     if last:
         _, batch = next(iterate_indices(loader, torch.arange(last), probing=True, size=last, absent=set()))
@@ -111,7 +111,7 @@ class _Look:
         self.first: Rows
 
     def fault(self, loader: DataLoader[Any], transfer: Transfer) -> str:
-        """What is wrong with the rows, in a clause about whoever is to blame; empty where nothing is."""
+        """Return what is wrong with the rows, in a clause about whoever is to blame; empty where nothing is."""
         try:
             return self._fault(loader, transfer)
         except _OtherNumber as other:
@@ -153,7 +153,7 @@ class _Look:
         return joined(read)
 
     def _compare_alone(self, loader: DataLoader[Any], transfer: Transfer, kept: frozenset[str]) -> int:
-        """How many of some samples have another label, or are what another index had, where they are fetched alone."""
+        """Count the samples with another label, or that are what another index had, when fetched alone."""
         few = torch.cat(list(self._batches))[:ALONE]
         try:
             alone = self._read(loader, transfer, [few], size=1)
@@ -168,7 +168,7 @@ class _Look:
 
 
 def _moved(alone: Rows, together: Rows, name: str) -> int | None:
-    """How many samples that were fetched alone are what another index had, by a part of the input.
+    """Return how many samples that were fetched alone are what another index had, by a part of the input.
 
     None where each is what it was. Padding, which a sample has only among longer ones, makes it another thing.
     """
@@ -181,7 +181,7 @@ def _moved(alone: Rows, together: Rows, name: str) -> int | None:
 
 
 def check_number(loader: DataLoader[Any], label: Any, samples: int, may_offer: bool = True) -> None:
-    """Refuses a batch that has not one row for each sample drawn.
+    """Refuse a batch that has not one row for each sample drawn.
 
     Raises:
         TypeError: saying what to do.
@@ -199,7 +199,7 @@ def check_number(loader: DataLoader[Any], label: Any, samples: int, may_offer: b
 
 
 def check_numbers(loader: DataLoader[Any], read: Sequence[tuple[Tensor, Any]]) -> None:
-    """Refuses batches that have not one label for each sample drawn.
+    """Refuse batches that have not one label for each sample drawn.
 
     Args:
         loader: that has delivered them.
@@ -213,7 +213,7 @@ def check_numbers(loader: DataLoader[Any], read: Sequence[tuple[Tensor, Any]]) -
 
 
 def check_batch(loader: DataLoader[Any], batch: Any, samples: int) -> None:
-    """Refuses a batch, not yet read, all of whose tensors have another number of rows than samples were drawn.
+    """Refuse a batch, not yet read, all of whose tensors have another number of rows than samples were drawn.
 
     Raises:
         TypeError: as :func:`check_number`.
@@ -224,12 +224,12 @@ def check_batch(loader: DataLoader[Any], batch: Any, samples: int) -> None:
 
 
 def name_of(collate: Any) -> str:
-    """A collate function by name."""
+    """Return a collate function by name."""
     return f"collate_fn ({getattr(collate, '__qualname__', type(collate).__name__)})"
 
 
 def _culprit(look: _Look, loader: DataLoader[Any], transfer: Transfer, fault: str, may_offer: bool) -> str:
-    """Who is to blame: the first without which the rows are right. What they do wrong, and what to do."""
+    """Name the cause: the first step without which the rows are right, what it does wrong, and what to do."""
     offer = ", or offer attribution_dataloader(), a loader of the same samples that keeps it" if may_offer else ""
     if not _is_faulty(look, _by_item(loader, seeded=True), transfer):
         data, each = type(loader.dataset).__name__, _by_item(loader, seeded=False)
@@ -253,7 +253,7 @@ def _culprit(look: _Look, loader: DataLoader[Any], transfer: Transfer, fault: st
 
 
 def _by_item(loader: DataLoader[Any], *, seeded: bool) -> DataLoader[Any]:
-    """The loader with its data set asked for one item after the other."""
+    """Return the loader with its data set asked for one item after the other."""
     other = detached_copy(loader)
     other.__dict__["dataset"] = ItemByItem(loader.dataset, seeded=seeded)
     return other
@@ -271,7 +271,7 @@ def _is_faulty(look: _Look, loader: DataLoader[Any], transfer: Transfer) -> bool
 
 
 def check_same_on_ranks(fit: FitContext, what: str, differs: bool, of: str = "training") -> None:
-    """Refuses ranks whose data differ. Every rank must call it.
+    """Refuse ranks whose data differ. Every rank must call it.
 
     Args:
         fit: that begins.
@@ -295,7 +295,7 @@ def check_same_on_ranks(fit: FitContext, what: str, differs: bool, of: str = "tr
 def check_ranks(
     fit: FitContext, total: int, found: str = "", labels: Rows | None = None, *, of: str = "training"
 ) -> None:
-    """Compares this rank's data with those of rank 0: their number, and, where given, what was looked at of them.
+    """Compare this rank's data with those of rank 0: their number, and, where given, what was looked at of them.
 
     Args:
         fit: that begins.

@@ -118,15 +118,15 @@ class RunningFit:
         return exchange_over_ranks(self.trainer.strategy.root_device, self.world_size)
 
     def agree(self, decision: bool, *, of_all: bool) -> bool:
-        """Whether all ranks say so, or any does. Every rank must call it."""
+        """Return whether all ranks say so, or any does. Every rank must call it."""
         return self.trainer.strategy.reduce_boolean_decision(decision, all=of_all)
 
     def broadcast(self, value: _Value) -> _Value:
-        """What rank 0 has. Every rank must call it."""
+        """Return what rank 0 has. Every rank must call it."""
         return self.trainer.strategy.broadcast(value)
 
     def on_rank_zero(self, function: Callable[[], _Value]) -> _Value:
-        """What a function returns on rank 0, or raises on every rank. Every rank must call it."""
+        """Return what a function returns on rank 0, or raises on every rank. Every rank must call it."""
         return run_on_rank_zero(self.trainer.strategy, function)
 
     @property
@@ -150,7 +150,7 @@ class RunningFit:
         return self.pl_module.automatic_optimization
 
     def rewrap_ddp(self) -> None:
-        """Tells DDP that ``requires_grad`` has changed; see :func:`~lightning_unlearn.trainer.fit_loop.rewrap_ddp`."""
+        """Tell DDP that ``requires_grad`` has changed; see :func:`~lightning_unlearn.trainer.fit_loop.rewrap_ddp`."""
         rewrap_ddp(self.trainer)
 
     @property
@@ -179,7 +179,7 @@ class RunningFit:
         return len(self.train_loader.dataset)  # type: ignore[arg-type]  # its length has been checked
 
     def shard(self, total: int) -> tuple[Tensor, Tensor]:
-        """This rank's share of ``total`` samples; see :func:`~lightning_unlearn.data.loaders.shard_indices`."""
+        """Return this rank's shard of ``total`` samples; see :func:`~lightning_unlearn.data.loaders.shard_indices`."""
         return shard_indices(total, self.rank, self.world_size)
 
     @property
@@ -193,15 +193,15 @@ class RunningFit:
         return self.trainer.val_dataloaders is not None
 
     def validation_loaders(self) -> list[tuple[Any, int | None]]:
-        """Its validation loaders; see :func:`~lightning_unlearn.trainer.fit_loop.validation_loaders`."""
+        """Return its validation loaders; see :func:`~lightning_unlearn.trainer.fit_loop.validation_loaders`."""
         return validation_loaders(self.trainer)
 
     def live_loaders(self) -> list[Any]:
-        """The train loaders in use; see :func:`~lightning_unlearn.trainer.fit_loop.live_loaders`."""
+        """Return the train loaders in use; see :func:`~lightning_unlearn.trainer.fit_loop.live_loaders`."""
         return live_loaders(self.trainer)
 
     def live_iterator(self) -> tuple[Any, int]:
-        """Where the batch in hand came from; see :func:`~lightning_unlearn.trainer.fit_loop.live_iterator`."""
+        """Return where the batch in hand came from; see :func:`~lightning_unlearn.trainer.fit_loop.live_iterator`."""
         return live_iterator(self.trainer)
 
     @property
@@ -210,21 +210,21 @@ class RunningFit:
         return next_epoch(self.trainer)
 
     def limited_batches(self, batches: int) -> int:
-        """How many batches of a train loader are used in an epoch."""
+        """Return how many batches of a train loader are used in an epoch."""
         return limited_batches(self.trainer, batches)
 
     def users_sampler(self, loader: DataLoader[Any], drawn_from: Any, own: Any) -> tuple[Any, bool]:
-        """What a loader draws from; see :func:`~lightning_unlearn.trainer.train_data.users_sampler`."""
+        """Return what a loader draws from; see :func:`~lightning_unlearn.trainer.train_data.users_sampler`."""
         return users_sampler(self.trainer, loader, drawn_from, own)
 
     def to_device(self, batch: Any) -> Any:
-        """A batch as ``training_step`` would get it."""
+        """Return a batch as ``training_step`` would get it."""
         return to_device(self.trainer, self.pl_module, batch)
 
     def isolated_eval(self, *, keep: bool = True) -> AbstractContextManager[None]:
-        """A pass that leaves the fit as it was; see :func:`~lightning_unlearn.trainer.isolation.isolated_eval`."""
+        """Run a pass that leaves the fit as it was; see :func:`~lightning_unlearn.trainer.isolation.isolated_eval`."""
         return isolated_eval(self, keep=keep)
 
     def log(self, values: dict[str, float]) -> None:
-        """Logs scalars that are equal on every rank, through the Trainer's loggers."""
+        """Log scalars that are equal on every rank, through the Trainer's loggers."""
         log_values(self.pl_module, values)

@@ -31,13 +31,13 @@ class _Passes:
     seen: Sequence[list[Tensor] | None]
 
     def dimension(self, at: int) -> int | None:
-        """The dimension of one of them that counts samples."""
+        """Return the dimension of one of them that counts samples."""
         whole, part, reverse, again = (None if one is None else one[at] for one in self.seen)
         return None if whole is None else sample_dimension(whole, part, reverse, self.samples, self.fewer, again)
 
 
 def locate_samples(fit: FitContext, first: IndexedBatch, points: Sequence[LayerPoint]) -> list[LayerPoint | None]:
-    """The points, with the dimension that counts samples; None for one that has no row for each sample.
+    """Return the points, with the dimension that counts samples; None for one that has no row for each sample.
 
     Time-first layers have it second; where there are as many steps as samples, sizes do not tell. Every rank must call
     it, before the first step.
@@ -89,7 +89,7 @@ def locate_samples(fit: FitContext, first: IndexedBatch, points: Sequence[LayerP
 
 
 def _tried(run: Any, make: Any, order: Tensor) -> list[Tensor] | None:
-    """What a pass over these samples shows; None where there is none, as of a model of a fixed batch size."""
+    """Return what a pass over these samples shows; None where there is none, as of a model of a fixed batch size."""
     try:
         seen: list[Tensor] = run(make(order))
     except Exception:  # whatever it is, the fit does not depend on such a batch
@@ -98,7 +98,7 @@ def _tried(run: Any, make: Any, order: Tensor) -> list[Tensor] | None:
 
 
 def no_rows(point: LayerPoint, samples: int) -> str:
-    """What to say of a layer without a row for each sample."""
+    """Return what to say of a layer without a row for each sample."""
     return (
         f"The {point.at} of layer '{point.name}' has no row for each of the {samples} samples of a batch, in their"
         " order, as where forward folds time steps into rows, or sorts samples; name another layer."

@@ -18,17 +18,17 @@ OFFER = "attribution_dataloader"
 
 
 def train_loader(trainer: Trainer) -> DataLoader[Any]:
-    """The loader that the fit draws from, if its samples have an index."""
+    """Return the loader that the fit draws from, if its samples have an index."""
     return check_loader(trainer.train_dataloader)
 
 
 def offers_scoring_loader(trainer: Trainer) -> bool:
-    """Whether the user offers a loader for the passes."""
+    """Return whether the user offers a loader for the passes."""
     return _offer(trainer) is not None
 
 
 def scoring_loader(fit: RunningFit) -> DataLoader[Any]:
-    """The loader whose data set, transforms and collate function the passes use.
+    """Return the loader whose data set, transforms and collate function the passes use.
 
     Raises:
         MisconfigurationException: if the user's has another number of samples than the train loader.

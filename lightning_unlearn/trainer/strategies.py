@@ -40,12 +40,12 @@ _NOT_HANDLED |= dict.fromkeys(
 
 
 def shards_weights(trainer: Trainer) -> bool:
-    """Whether each rank holds only a part of the weights."""
+    """Return whether each rank holds only a part of the weights."""
     return is_lightning_instance(trainer.strategy, "ModelParallelStrategy")
 
 
 def check_strategy(trainer: Trainer, who: str) -> None:
-    """Refuses by name a strategy under which weights or samples are laid out in a way that is not handled.
+    """Refuse by name a strategy under which weights or samples are laid out in a way that is not handled.
 
     Raises:
         MisconfigurationException: naming what to use.
@@ -88,7 +88,7 @@ def _check_model_parallel(trainer: Trainer, strategy: Any, who: str) -> None:
 
 
 def refuse_where_sharded(fit: RunningFit, who: str, **given: bool) -> None:
-    """Refuses arguments that need all of the weights on one rank.
+    """Refuse arguments that need all of the weights on one rank.
 
     Args:
         fit: that is set up.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
-    """A batch as ``training_step`` would get it: converted, transferred, with the user's transfer hooks."""
+    """Return a batch as ``training_step`` would get it: converted, transferred, with the user's transfer hooks."""
     batch = trainer.precision_plugin.convert_input(batch)
     batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
@@ -45,7 +45,7 @@ class TrainDataSwap:
         return self._source is not None
 
     def attach(self, fit: RunningFit, change: Callable[[Any], DataLoader[Any]]) -> None:
-        """From now on, and after every reload, the fit draws from ``change(loader)``.
+        """Draw from ``change(loader)`` from now on, and after every reload.
 
         Args:
             fit: that is running.
@@ -80,7 +80,7 @@ class TrainDataSwap:
             source.dataloader = MethodType(dataloader, source)
 
     def ask_again(self, fit: RunningFit) -> None:
-        """Has Lightning ask for the loader when the loop starts, also where ``configure_optimizers`` has asked."""
+        """Have Lightning ask for the loader when the loop starts, also where ``configure_optimizers`` has asked."""
         _loop_of(fit)._combined_loader = None
 
     def _fit_val_check_interval(self, trainer: Trainer, num_batches: int) -> None:
@@ -95,7 +95,7 @@ class TrainDataSwap:
             trainer.val_check_interval = 1.0
 
     def detach(self, fit: RunningFit) -> None:
-        """Gives the fit the user's own loader again, from the next time that it asks for one."""
+        """Give the fit the user's own loader again, from the next time that it asks for one."""
         if self._source is not None:
             self._source.__dict__.pop("dataloader", None)
             self._source = None
@@ -119,7 +119,7 @@ class TrainLoaderWatch:
         return {"_loop": None}
 
     def attach(self, fit: RunningFit, show: Callable[[list[Any]], None]) -> None:
-        """From now on, in ``setup`` at the latest, ``show`` is called with the loaders."""
+        """Call ``show`` with the loaders from now on; attach in ``setup`` at the latest."""
         loop = _loop_of(fit)
         if self._loop is not None or not hasattr(loop, "_load_combined_loader_states"):
             # Without the moment there is nothing to show; who watches finds the loaders when the epoch starts.
@@ -135,7 +135,7 @@ class TrainLoaderWatch:
         self._loop = loop
 
     def detach(self) -> None:
-        """Stops watching."""
+        """Stop watching."""
         if self._loop is not None:
             self._loop.__dict__.pop("_load_combined_loader_states", None)
             self._loop = None
@@ -146,7 +146,7 @@ def _loop_of(fit: RunningFit) -> Any:
 
 
 def users_sampler(trainer: Trainer, loader: DataLoader[Any], drawn_from: Any, own: Any) -> tuple[Any, bool]:
-    """What the user's train loader draws from, and whether Lightning splits that over the ranks.
+    """Return what the user's train loader draws from, and whether Lightning splits that over the ranks.
 
     It is the same before Lightning has put its own samplers in and after. Lightning wraps the user's sampler to split
     it, shuffled; in the place of a RandomSampler or SequentialSampler it puts a DistributedSampler over the data set,
@@ -193,7 +193,7 @@ class BatchHook:
         return {"_module": None, "_precision": None, "_delivered": _NOTHING}
 
     def attach(self, fit: RunningFit, change: Callable[[Any], Any]) -> None:
-        """From now on training gets ``change(batch)``; validation and passes of ours are left alone."""
+        """Give training ``change(batch)`` from now on; validation and the callbacks' own passes are left alone."""
         self.detach()
         trainer, pl_module = fit.trainer, fit.pl_module
         precision: Any = trainer.precision_plugin
@@ -217,7 +217,7 @@ class BatchHook:
         self._module, self._precision = pl_module, precision
 
     def detach(self) -> None:
-        """Leaves the batches alone again."""
+        """Leave the batches alone again."""
         if self._module is not None:
             self._module.__dict__.pop("_on_before_batch_transfer", None)
             self._precision.__dict__.pop("convert_input", None)

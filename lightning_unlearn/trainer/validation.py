@@ -50,11 +50,11 @@ class _ScoreAccumulator:
         self.sums = torch.zeros(4, dtype=torch.float64)
 
     def check(self, label: Tensor) -> Tensor:
-        """The targets of a batch's rows; raises for labels that cannot be read."""
+        """Return the targets of a batch's rows; raises for labels that cannot be read."""
         return self._fit.task_format.labels(label, len(label))
 
     def add(self, x: Any, label: Tensor, weight: Tensor) -> None:
-        """Counts a batch; a row of weight 0 does not count."""
+        """Count a batch; a row of weight 0 does not count."""
         task_format, target = self._fit.task_format, self.check(label)
         counts = task_format.repeat_per_row(weight.to(target.device)) * (target >= 0) / task_format.rows_per_sample
         done = 0
@@ -69,17 +69,17 @@ class _ScoreAccumulator:
             self.sums[:3] += (columns.double().cpu() * counts[rows].double().cpu().unsqueeze(1)).sum(dim=0)
 
     def disable(self) -> None:
-        """Notes that a score would not be one."""
+        """Note that a score would mean nothing."""
         self.sums[3] = 1
 
     def score(self) -> Score | None:
-        """The score over all ranks, each of which must ask; None where one gave up or there are no samples."""
+        """Return the score over all ranks, each of which must ask; None where one gave up or there are no samples."""
         right, loss, samples, failed = self._fit.reduce(self.sums).tolist()
         return None if failed or samples == 0 else Score(right / samples, loss / samples, round(samples))
 
 
 def score_validation(fit: FitContext, *, say: bool = True) -> Score | None:
-    """How well the model does on the fit's own validation loaders, within ``limit_val_batches``.
+    """Return how well the model does on the fit's own validation loaders, within ``limit_val_batches``.
 
     Every rank must call it. Where a DistributedSampler repeats samples to make the ranks' shares equal, they are
     counted once; a sampler of the user's own that does so may have a few counted twice.
@@ -107,7 +107,7 @@ def score_validation(fit: FitContext, *, say: bool = True) -> Score | None:
 
 
 def _moment(fit: FitContext) -> tuple[Any, ...] | None:
-    """What changes whenever weights or buffers do; None where that is not counted."""
+    """Return what changes whenever weights or buffers do; None where that is not counted."""
     tensors = [*fit.model.parameters(), *fit.model.buffers()]
     if fit.is_sharded or any(tensor.is_inference() for tensor in tensors):
         return None
@@ -119,7 +119,7 @@ def _moment(fit: FitContext) -> tuple[Any, ...] | None:
 
 
 def _measure_validation(fit: FitContext) -> tuple[Score | None, str]:
-    """The score, and why there is none on this rank."""
+    """Return the score, and why there is none on this rank."""
     tally, reason = _ScoreAccumulator(fit), ""
     with fit.isolated_eval(keep=False):
         loaders = fit.validation_loaders()
@@ -140,7 +140,7 @@ def _measure_validation(fit: FitContext) -> tuple[Score | None, str]:
 
 
 def score_samples(fit: FitContext, index: Tensor) -> Score:
-    """How well the model does on samples of the training set, against their given labels.
+    """Return how well the model does on samples of the training set, against their given labels.
 
     Every rank must call it. Two calls in a row see the same augmentation.
 
@@ -171,7 +171,7 @@ def score_samples(fit: FitContext, index: Tensor) -> Score:
 
 
 def _length(loader: Any, limit: int | None) -> int | None:
-    """How many batches are drawn, where that is known."""
+    """Return how many batches are drawn, where that is known."""
     length = limit
     # Anything may be in a validation loader, and its length is wanted for nothing but a progress bar.
     with suppress(Exception):
@@ -195,7 +195,7 @@ class _RanksOutOfSync(ValueError):
 
 
 def _in_step(fit: FitContext, batches: Iterator[_Item]) -> Iterator[_Item]:
-    """The batches, where ranks meet in each forward pass, so that every rank takes as many.
+    """Return the batches, where ranks meet in each forward pass, so that every rank takes as many.
 
     Raises:
         _RanksOutOfSync: on every rank, where one cannot go on with the others.
@@ -218,7 +218,7 @@ def _in_step(fit: FitContext, batches: Iterator[_Item]) -> Iterator[_Item]:
 
 @contextmanager
 def _as_it_was(loader: Any) -> Iterator[Iterator[tuple[Any, Callable[[int], Tensor]]]]:
-    """Draws from a loader and leaves it, its workers and the generators that it draws from as they were.
+    """Draw from a loader and leave it, its workers and the generators that it draws from as they were.
 
     Yields:
         each batch with a function from its number of rows to their weights.

@@ -28,7 +28,7 @@ _NO_HOLDER = (str, int, float, type(None))
 
 
 def is_average(*names: str) -> bool:
-    """Whether one of these names of attributes or classes is that of an average.
+    """Return whether one of these names of attributes or classes is that of an average.
 
     Example:
         >>> is_average("ModelEmaV2"), is_average("swa_model"), is_average("schema", "teacher")
@@ -38,7 +38,7 @@ def is_average(*names: str) -> bool:
 
 
 def averaged_parts(pl_module: nn.Module) -> list[str]:
-    """Dotted paths of the module's own submodules that are averages of others: called so, and built like another."""
+    """Return the dotted paths of submodules that average others: named so, and built like another."""
     found: list[str] = []
     for name, module in pl_module.named_modules():
         is_inside = any(name.startswith(f"{outer}.") for outer in found)
@@ -59,7 +59,7 @@ def _shapes(module: nn.Module) -> dict[str, Any]:
 
 
 def weight_copies(fit: RunningFit) -> list[dict[str, Tensor]]:
-    """The averages that are kept of all the weights, or of those of a submodule.
+    """Return the averages that are kept of all the weights, or of those of a submodule.
 
     Returns:
         for each, what it has of a parameter, by the parameter's plain name.
@@ -94,13 +94,13 @@ class _Search:
         self.found: list[dict[str, Tensor]] = []
 
     def look_into(self, holder: Any) -> None:
-        """Looks at the attributes of a callback or of the module."""
+        """Look at the attributes of a callback or of the module."""
         is_inside = is_average(type(holder).__name__)
         for name, value in _attributes(holder):
             self.look_at(name, value, is_inside=is_inside)
 
     def look_at(self, name: str, value: Any, *, is_inside: bool, depth: int = _DEPTH) -> None:
-        """Takes a value for an average, or looks for one in it, if it is called one or is inside of what is."""
+        """Take a value for an average, or look for one in it, if it is called one or is inside of what is."""
         is_inside = is_inside or is_average(name, type(value).__name__)
         if (
             depth < 1
@@ -140,7 +140,7 @@ class _Search:
         return copy if wanted and wanted <= copy.keys() and self._is_other(copy) else None
 
     def _in_one(self, vector: Tensor) -> dict[str, Tensor] | None:
-        """Views of a vector of all weights, as ``parameters_to_vector`` makes it."""
+        """View of a vector of all weights, as ``parameters_to_vector`` makes it."""
         for names in self._orders():
             sizes = [self._live[name].numel() for name in names]
             if vector.ndim == 1 and vector.is_contiguous() and len(vector) == sum(sizes) > 0:
@@ -170,7 +170,7 @@ class _Search:
 
 
 def _parts_of(value: Any, is_inside: bool) -> Iterator[tuple[str, Any]]:
-    """What a value holds, by name. Of objects that are no container only those that are, or are in, an average."""
+    """Return what a value holds, by name; of objects that are no container only averages and what holds them."""
     if isinstance(value, nn.Module):
         yield from value.named_children()
     elif isinstance(value, Mapping):
@@ -183,12 +183,12 @@ def _parts_of(value: Any, is_inside: bool) -> Iterator[tuple[str, Any]]:
 
 
 def _attributes(value: Any) -> list[tuple[str, Any]]:
-    """What an object holds, without what every torch module has: submodules are looked at by themselves."""
+    """Return what an object holds, without what every torch module has: submodules are looked at by themselves."""
     return [(name, part) for name, part in vars(value).items() if name not in _OF_TORCH]
 
 
 def _named(value: Any) -> dict[str, Tensor]:
-    """Tensors by the names that the model's author gave the parameters."""
+    """Return tensors by the names that the model's author gave the parameters."""
     if isinstance(value, nn.Module):
         items: Iterable[tuple[Any, Any]] = value.named_parameters(remove_duplicate=False)
     elif isinstance(value, Mapping):

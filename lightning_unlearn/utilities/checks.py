@@ -22,7 +22,7 @@ _LARGEST = 2**63 - 1
 
 
 def shown(value: Any) -> str:
-    """A value in a message, shortened.
+    """Return a value in a message, shortened.
 
     Example:
         >>> shown("x" * 100)[-5:], shown([1, 2])
@@ -39,7 +39,7 @@ def shown(value: Any) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    """What an error says, in one line and not too long; without a word, its kind.
+    """Return what an error says, in one line and not too long; without a word, its kind.
 
     Example:
         >>> reason_of(KeyError("a")), reason_of(MemoryError())
@@ -53,7 +53,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def plain(value: Any) -> Any:
-    """The number, bool or text in a NumPy scalar, or in an array or tensor without dimensions; anything else as it is.
+    """Return the number, bool or text of a NumPy scalar or an array without dimensions; anything else unchanged.
 
     Example:
         >>> import numpy
@@ -72,7 +72,7 @@ def plain(value: Any) -> Any:
 
 
 def _real(value: Any) -> float | int | None:
-    """A number that is no bool, as int or float; None for anything else."""
+    """Return a number that is no bool, as int or float; None for anything else."""
     found = plain(value)
     if isinstance(found, bool) or not isinstance(found, numbers.Real):
         return None
@@ -94,7 +94,7 @@ def check_number(
     most: float = math.inf,
     meaning: str = "",
 ) -> float:
-    """A finite number within bounds.
+    """Return a finite number within bounds.
 
     Args:
         name: of the argument.
@@ -145,7 +145,7 @@ def _also(meaning: str) -> str:
 
 
 def check_whole(name: str, value: Any, *, least: int = 0, most: int = _LARGEST, meaning: str = "") -> int:
-    """A whole number within bounds; a float without a fraction counts as one.
+    """Return a whole number within bounds; a float without a fraction counts as one.
 
     Args:
         name: of the argument.
@@ -176,7 +176,7 @@ def check_whole(name: str, value: Any, *, least: int = 0, most: int = _LARGEST, 
 
 
 def check_seed(name: str, value: Any) -> int:
-    """A whole number that ``torch.Generator.manual_seed`` takes.
+    """Return a whole number that ``torch.Generator.manual_seed`` takes.
 
     Raises:
         ValueError: naming the argument.
@@ -185,7 +185,7 @@ def check_seed(name: str, value: Any) -> int:
 
 
 def check_flag(name: str, value: Any) -> bool:
-    """True or False; a text or a number is neither.
+    """Return True or False, and refuse anything else, texts and numbers included.
 
     Raises:
         ValueError: naming the argument.
@@ -197,7 +197,7 @@ def check_flag(name: str, value: Any) -> bool:
 
 
 def check_choice(name: str, value: Any, allowed: Sequence[str]) -> Any:
-    """One of some texts; in the message the nearest.
+    """Return one of the allowed texts; the error names the most similar one.
 
     Args:
         name: of the argument.
@@ -228,7 +228,7 @@ def did_you_mean(name: str, known: Sequence[str], cutoff: float = 0.6) -> str:
 
 
 def check_text(name: str, value: Any, meaning: str) -> str:
-    """A text that is not empty.
+    """Return a text that is not empty.
 
     Args:
         name: of the argument.
@@ -245,13 +245,13 @@ def check_text(name: str, value: Any, meaning: str) -> str:
 
 
 def _items(value: Any) -> Sequence[Any] | None:
-    """What a list, a tuple, or an array or tensor of one dimension holds; None for anything else."""
+    """Return what a list, a tuple, or an array or tensor of one dimension holds; None for anything else."""
     found = value.tolist() if getattr(value, "ndim", None) == 1 and hasattr(value, "tolist") else value
     return found if isinstance(found, Sequence) and not isinstance(found, (str, bytes, bytearray)) else None
 
 
 def check_names(name: str, value: Any, meaning: str, *, each_once: bool = True) -> list[str]:
-    """A list of texts. A set or an iterator has no order that can be relied upon.
+    """Return a list of texts. A set or an iterator has no order that can be relied upon.
 
     Args:
         name: of the argument.
@@ -276,7 +276,7 @@ def check_names(name: str, value: Any, meaning: str, *, each_once: bool = True) 
 
 
 def check_numbers(name: str, value: Any, **bounds: Any) -> list[float]:
-    """A list of finite numbers, or one number, which is a list of one.
+    """Return a list of finite numbers, or one number, which is a list of one.
 
     Args:
         name: of the argument.
@@ -293,7 +293,7 @@ def check_numbers(name: str, value: Any, **bounds: Any) -> list[float]:
 
 
 def check_path(name: str, value: _Path, meaning: str) -> _Path:
-    """A path, as a text or of pathlib.
+    """Return a path, as a text or of pathlib.
 
     Args:
         name: of the argument.
@@ -310,7 +310,7 @@ def check_path(name: str, value: _Path, meaning: str) -> _Path:
 
 
 def check_function(name: str, value: _Function, meaning: str) -> _Function:
-    """A function that can be called with one argument.
+    """Return a function that can be called with one argument.
 
     Args:
         name: of the argument.
@@ -333,12 +333,12 @@ def check_function(name: str, value: _Function, meaning: str) -> _Function:
 
 
 def called(function: Any) -> str:
-    """What a function, or an object that can be called, goes by in messages."""
+    """Return what a function, or an object that can be called, goes by in messages."""
     return str(plain(getattr(function, "__name__", type(function).__name__)))
 
 
 def fault_of_call(function: Any, count: int) -> str:
-    """Why a function cannot be called with so many positional arguments; empty if it can, or that is not known."""
+    """Return why a function does not take that many positional arguments; empty if it does, or that is unknown."""
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # some that are written in C say nothing

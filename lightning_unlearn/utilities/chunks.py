@@ -23,7 +23,7 @@ _FEW_CLASSES = 64
 
 
 def rows_at_a_time(numbers: int, device: torch.device) -> int:
-    """How many rows of so many numbers, one for each class or more, are worked on together."""
+    """Return how many rows of so many numbers, one for each class or more, are worked on together."""
     most = min(ROWS, MOST_NUMBERS // numbers)
     if device.type == "cpu":
         most = min(most, max(LEAST_ROWS, MOST_IN_CACHE // numbers))
@@ -31,19 +31,19 @@ def rows_at_a_time(numbers: int, device: torch.device) -> int:
 
 
 def row_slices(total: int, numbers: int, device: torch.device) -> list[slice]:
-    """The parts that so many rows of so many numbers are worked on in."""
+    """Return the parts that so many rows of so many numbers are worked on in."""
     length = rows_at_a_time(numbers, device)
     return [slice(first, first + length) for first in range(0, total, length)]
 
 
 def row_chunks(numbers: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Parts of some tensors, row by row, of which each row has so many numbers."""
+    """Return the parts of some tensors, row by row, of which each row has so many numbers."""
     length = rows_at_a_time(numbers, tensors[0].device)
     return zip(*(torch.split(tensor, length) for tensor in tensors), strict=True)
 
 
 def softmax(logits: Tensor) -> Tensor:
-    """The softmax of (n, C) over the classes; ``logits`` are written to.
+    """Return the softmax of (n, C) over the classes; ``logits`` are written to.
 
     Of few classes torch's own takes several times as long on a processor.
     """

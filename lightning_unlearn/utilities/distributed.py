@@ -21,11 +21,11 @@ class ReducingStrategy(Protocol):
         """Where the strategy's collectives expect tensors."""
 
     def reduce(self, tensor: Tensor, *, reduce_op: Any) -> Tensor:
-        """Reduces a tensor over the ranks."""
+        """Reduce a tensor over the ranks."""
 
 
 def sum_over_ranks(strategy: ReducingStrategy) -> Reduce:
-    """A function that sums a tensor over the ranks of a strategy. Every rank must call it, with equal shapes."""
+    """Return a function that sums a tensor over the ranks of a strategy. Every rank must call it, with equal shapes."""
 
     def reduce(part: Tensor) -> Tensor:
         # A copy, since collectives write in place; on the strategy's device, since NCCL sees no other. But not on MPS,
@@ -37,7 +37,7 @@ def sum_over_ranks(strategy: ReducingStrategy) -> Reduce:
 
 
 def gather_by_index(index: Tensor, weight: Tensor, values: Tensor, total: int, reduce: Reduce) -> Tensor:
-    """Every rank's rows in dataset order, on every rank.
+    """Return every rank's rows in dataset order, on every rank.
 
     Each index belongs to one rank, so a sum puts the rows together without a gather of uneven shares.
 
@@ -65,11 +65,11 @@ class BroadcastingStrategy(Protocol):
         """Whether this is rank 0 of all nodes."""
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """The object of one rank, on every rank."""
+        """Return the object of one rank, on every rank."""
 
 
 def run_on_rank_zero(strategy: BroadcastingStrategy, make: Callable[[], _Made]) -> _Made:
-    """What rank 0 makes, on every rank; and what it raises, too. Every rank must call it.
+    """Return what rank 0 makes, on every rank; and what it raises, too. Every rank must call it.
 
     A file may lie on the first node alone, or be edited while others read it.
     """

@@ -14,12 +14,12 @@ Exchange = Callable[[Sequence[Any]], list[Any]]
 
 
 def keep(parts: Sequence[Any]) -> list[Any]:
-    """The exchange of one process."""
+    """Return the exchange of one process."""
     return list(parts)
 
 
 def exchange_over_ranks(device: torch.device, ranks: int) -> Exchange:
-    """The exchange of a running fit.
+    """Return the exchange of a running fit.
 
     Objects are pickled, as Lightning's own broadcast does, and cross as bytes: nothing that a file or a user's data
     says is unpickled, only what another rank of the fit has made.

@@ -24,7 +24,7 @@ _NUMBER = re.compile(r"-?(\d+(\.\d*)?(e[+-]?\d+)?|inf)|nan")
 
 
 def target_file(path: str | PathLike[str]) -> Path:
-    """Where a file is to be written; folders are made, and ``~`` is the user's.
+    """Return where a file is to be written; folders are made, and ``~`` is the user's.
 
     Raises:
         ValueError: for a folder.
@@ -39,7 +39,7 @@ def target_file(path: str | PathLike[str]) -> Path:
 
 
 def target_folder(path: str | PathLike[str]) -> Path:
-    """Where files are to be written; it is made, and ``~`` is the user's.
+    """Return where files are to be written; it is made, and ``~`` is the user's.
 
     Raises:
         ValueError: for a file.
@@ -53,7 +53,7 @@ def target_folder(path: str | PathLike[str]) -> Path:
 
 
 def source_file(path: str | PathLike[str]) -> Path:
-    """A file to read; ``~`` is the user's.
+    """Return a file to read; ``~`` is the user's.
 
     Raises:
         ValueError: for a folder, and what else is no file.
@@ -70,7 +70,7 @@ def source_file(path: str | PathLike[str]) -> Path:
 
 @contextmanager
 def replacing(path: str | PathLike[str]) -> Iterator[BinaryIO]:
-    """A file to write that takes its name when it is complete: an exception leaves what was there before.
+    """Return a file to write that takes its name when it is complete: an exception leaves what was there before.
 
     Raises:
         ValueError: for a folder.
@@ -97,7 +97,7 @@ def replacing(path: str | PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def write_csv(path: str | PathLike[str], columns: Mapping[str, Sequence[Any]]) -> None:
-    """Writes a table in which a spreadsheet finds nothing to run.
+    """Write a table in which a spreadsheet finds nothing to run.
 
     A text that a spreadsheet would take for a formula gets a single quote in front; numbers stay what they are. It is
     UTF-8 with a mark in front, by which Excel knows it: read it as ``"utf-8-sig"``, which takes the mark off.
@@ -124,7 +124,7 @@ def write_csv(path: str | PathLike[str], columns: Mapping[str, Sequence[Any]]) -
 
 
 def write_json(path: str | PathLike[str], content: Mapping[str, Any]) -> None:
-    """Writes primitives as JSON, whole or not at all.
+    """Write primitives as JSON, whole or not at all.
 
     Args:
         path: file to write; folders are made.
@@ -136,7 +136,7 @@ def write_json(path: str | PathLike[str], content: Mapping[str, Any]) -> None:
 
 
 def spreadsheet_cell(value: Any) -> Any:
-    """A value of a table, in which a spreadsheet finds nothing to run.
+    """Return a value of a table, in which a spreadsheet finds nothing to run.
 
     Example:
         >>> spreadsheet_cell("=1+1"), spreadsheet_cell("-1"), spreadsheet_cell(-1)

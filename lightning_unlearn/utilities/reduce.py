@@ -12,12 +12,12 @@ Reduce = Callable[[Tensor], Tensor]
 
 
 def no_reduce(total: Tensor) -> Tensor:
-    """The sum over ranks where there is only one."""
+    """Return the sum over ranks where there is only one."""
     return total
 
 
 def reduce_together(reduce: Reduce, *parts: Tensor) -> list[Tensor]:
-    """Sums several tensors of one dtype over the ranks, each as it is, in one collective."""
+    """Sum several tensors of one dtype over the ranks, each as it is, in one collective."""
     flat = reduce(torch.cat([part.flatten() for part in parts]))
     pieces = torch.split(flat, [part.numel() for part in parts])
     return [piece.reshape(part.shape) for piece, part in zip(pieces, parts, strict=True)]

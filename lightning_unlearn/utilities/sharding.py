@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def _as_dtensor(tensor: Tensor) -> Any:
-    """The tensor if it is a DTensor, else None."""
+    """Return the tensor if it is a DTensor, else None."""
     if not torch.distributed.is_available():
         return None
     from torch.distributed.tensor import DTensor
@@ -18,13 +18,13 @@ def _as_dtensor(tensor: Tensor) -> Any:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, on every rank; every rank must ask where each holds a part."""
+    """Return all of a tensor, on every rank; every rank must ask where each holds a part."""
     sharded = _as_dtensor(tensor.detach())
     return tensor.detach() if sharded is None else sharded.full_tensor()
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor, in the same memory; a tensor that is not sharded is all here."""
+    """Return what this rank holds of a tensor, in the same memory; a tensor that is not sharded is all here."""
     sharded = _as_dtensor(tensor)
     if sharded is None:
         return tensor
@@ -33,7 +33,7 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def local_positions(tensor: Tensor, dimension: int, positions: Tensor) -> Tensor:
-    """Which places along a dimension, counted in this rank's part, hold the given places of the whole.
+    """Return which places along a dimension, counted in this rank's part, hold the given places of the whole.
 
     Needs no communication.
 
@@ -71,7 +71,7 @@ def local_positions(tensor: Tensor, dimension: int, positions: Tensor) -> Tensor
 
 
 def reshard(model: nn.Module) -> bool:
-    """Lets every rank hold no more than its part of the weights, which are then what an optimizer sees.
+    """Let every rank hold no more than its part of the weights, which are then what an optimizer sees.
 
     After a pass that is not followed by a backward pass, FSDP2 leaves the outermost module's weights whole: copies, in
     which a change would be lost.

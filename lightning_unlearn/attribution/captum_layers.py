@@ -136,7 +136,7 @@ class CaptumLayer:
                 raise ValueError(
                     "Expected a model that calls each of its activation modules (such as torch.nn.ReLU) once in a"
                     " forward pass, which DeepLift needs, but one is called several times; make a module for each"
-                    f" call, or set method='integrated_gradients'. Captum reports: {error}"
+                    f" call, or use get_recipe(..., attribution_method='integrated_gradients'). Captum reports: {error}"
                 ) from error
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from lightning_unlearn.cli._config import CommandParser, ConfigCLI, find_users_c
 from lightning_unlearn.cli._examples import examples
 from lightning_unlearn.cli._results import read_checkpoint
 from lightning_unlearn.data.task_format import TaskFormat
-from lightning_unlearn.shrinking import ExampleInput, compare, save_shrunk, shrink
+from lightning_unlearn.shrinking import ExampleInput, compare, save_shrunk
+from lightning_unlearn.shrinking.cut import shrunk_copy
 from lightning_unlearn.utilities.files import target_file
 
 HELP = """\
@@ -115,19 +115,16 @@ def run_shrink(arguments: Sequence[str]) -> None:
     model = cli.model
     _load_weights(model, cli.checkpoint, cli.config["ckpt_path"])
     x = example_input(cli)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        small = shrink(model, x, layers=cli.config["layers"])
-    before, after = (sum(parameter.numel() for parameter in net.parameters()) for net in (model, small))
-    reasons = " ".join(str(one.message) for one in said if str(one.message).startswith("shrink "))
-    if before == after:
-        raise ValueError(f"Nothing to shrink in {cli.config['ckpt_path']}, so nothing is written. {reasons}".rstrip())
+    cut = shrunk_copy(model, x, layers=cli.config["layers"])
+    small = cut.model
+    if not cut.is_smaller:
+        raise ValueError(f"Nothing to shrink in {cli.config['ckpt_path']}, so nothing is written. {cut.note}")
     save_shrunk(small, cli.out)
     print(compare(model, small, x, repeats=cli.config["repeats"]))
     difference, largest = _difference(model, small, x)
     print(f"\nOutputs on a batch of the training data differ by at most {difference:.1e}, of {largest:.3g}.")
-    if reasons:
-        print(f"Note: {reasons}")
+    if cut.note:
+        print(f"Note: {cut.note}")
     print(f"Written: {cli.out}\n\nTo load it:\n{how_to_load(cli, cli.out)}")
 
 

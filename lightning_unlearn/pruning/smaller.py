@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from os import PathLike
 from typing import Any
@@ -11,8 +10,9 @@ import torch
 
 from lightning_unlearn.pruning.masking import temporarily_zeroed
 from lightning_unlearn.pruning.sites import PruneSite
-from lightning_unlearn.shrinking import save_shrunk, shrink
+from lightning_unlearn.shrinking import save_shrunk
 from lightning_unlearn.shrinking.cost import parameter_count
+from lightning_unlearn.shrinking.cut import shrunk_copy
 from lightning_unlearn.trainer.context import FitContext
 from lightning_unlearn.trainer.progress import rank_zero_info, rank_zero_warn
 from lightning_unlearn.utilities.files import target_file
@@ -39,11 +39,9 @@ def refuse_unshrinkable(fit: FitContext, sites: Sequence[PruneSite], x: Any, pat
         target_file(path)
         # Every other neuron, so that groups of channels lose as many each, and layers that are added the same ones.
         entries = [e for site in sites for e in site.entries(model, torch.arange(0, site.width(model), 2))]
-        with warnings.catch_warnings(record=True) as said, temporarily_zeroed(entries):
-            warnings.simplefilter("always")
-            small = shrink(model, x)
-        reasons = " ".join(str(one.message) for one in said if str(one.message).startswith("shrink kept"))
-        if parameter_count(small) == parameter_count(model):
+        with temporarily_zeroed(entries):
+            cut = shrunk_copy(model, x)
+        if not cut.is_smaller:
             layers = ", ".join(repr(site.target) for site in sites)
             raise ValueError(
                 "Expected shrink_to where pruned neurons can be cut out of the network, but those of"
@@ -51,9 +49,9 @@ def refuse_unshrinkable(fit: FitContext, sites: Sequence[PruneSite], x: Any, pat
                 " have to be silent; name layers whose outputs go only into the next one, as the first of each block,"
                 " with layer=[...], or leave out shrink_to."
             )
-        if reasons:
+        if cut.kept:
             rank_zero_warn(
-                f"{path} will keep some of the pruned neurons. A trial before the first step found: {reasons}"
+                f"{path} will keep some of the pruned neurons. A trial before the first step found: {cut.note}"
             )
 
     fit.on_rank_zero(attempt)
@@ -72,11 +70,12 @@ def write_shrunk(fit: FitContext, x: Any, path: str | PathLike[str]) -> None:
     model = fit.model
 
     def write() -> tuple[int, int]:
-        small = shrink(model, x)
-        counts = parameter_count(model), parameter_count(small)
-        if counts[1] < counts[0]:
-            save_shrunk(small, path)
-        return counts
+        cut = shrunk_copy(model, x)
+        if cut.kept:
+            rank_zero_warn(cut.note)
+        if cut.is_smaller:
+            save_shrunk(cut.model, path)
+        return parameter_count(model), parameter_count(cut.model)
 
     before, after = fit.on_rank_zero(write)
     if after == before:

@@ -24,6 +24,10 @@ _NEURONS = 8
 _MOST_NUMBERS = 2**24
 
 
+class RecipeResultError(ValueError):
+    """A recipe returned something other than p(clean) or a RecipeResult that fits the evidence."""
+
+
 def judge_of(function: Callable[..., Any]) -> Judge:
     """A user's function as a judge, its answer checked.
 
@@ -89,7 +93,7 @@ def checked(
         failure: what it raised on this rank instead.
 
     Raises:
-        ValueError: for an answer that is neither, on every rank alike.
+        RecipeResultError: for an answer that is neither, on every rank alike.
         Exception: the failure, on its rank.
     """
     verdict = answer if isinstance(answer, RecipeResult) else RecipeResult(answer, runner_up(evidence)[0])
@@ -98,7 +102,7 @@ def checked(
     if reduce(torch.tensor(float(bool(fault or failure)), device=evidence.weight.device)).item() > 0:
         if failure is not None:
             raise failure
-        raise ValueError(f"Expected recipe '{name}' to return {fault or _ON_ANOTHER_RANK}.")
+        raise RecipeResultError(f"Expected recipe '{name}' to return {fault or _ON_ANOTHER_RANK}.")
     device = evidence.weight.device
     moved = {field: value.detach().float().to(device) for field, value, _ in _parts(verdict) if value is not None}
     moved["suggested_label"] = verdict.suggested_label.detach().long().to(device)
@@ -157,9 +161,9 @@ def trial(recipe: Recipe, basis: Tensor, index: Tensor, device: torch.device) ->
     evidence = made_up(basis.to(device), index, recipe)
     try:
         recipe.judge(evidence, no_reduce)
+    except RecipeResultError as error:
+        return str(error)
     except Exception as error:  # of the user's function
-        if isinstance(error, ValueError) and str(error).startswith("Expected recipe "):
-            return str(error)
         return (
             f"Expected recipe '{recipe.name}' to judge made-up evidence before training starts, but it fails:"
             f" {type(error).__name__}: {error}."

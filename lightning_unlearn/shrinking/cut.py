@@ -6,7 +6,8 @@ import copy
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +57,46 @@ def shrink(model: _Model, example_input: ExampleInput, *, layers: Sequence[str] 
         Sequential( (0): Linear(in_features=4, out_features=5, bias=True) (1): ReLU()
             (2): Linear(in_features=5, out_features=2, bias=True) )
     """
+    cut = shrunk_copy(model, example_input, layers=layers)
+    if cut.note:
+        warnings.warn(cut.note, stacklevel=2)
+    return cut.model
+
+
+@dataclass(frozen=True)
+class Cut(Generic[_Model]):
+    """A copy of a model without its silent neurons.
+
+    Args:
+        model: the copy.
+        kept: dotted paths of the layers that keep silent neurons, since the outputs would change without them.
+        is_smaller: whether any neuron was cut.
+    """
+
+    model: _Model
+    kept: tuple[str, ...]
+    is_smaller: bool
+
+    @property
+    def note(self) -> str:
+        """Why silent neurons are left, or that there were none; empty where all were cut."""
+        if self.kept:
+            return (
+                f"shrink kept pruned neurons in {', '.join(map(repr, self.kept))}: removing them would change the"
+                " outputs (output layer, the layer's last neuron, residual sum, LayerNorm, or a function that is not 0"
+                " at 0)."
+            )
+        if self.is_smaller:
+            return ""
+        return (
+            "shrink found no neuron to cut, so the copy is as large as the model. A neuron is silent where its weight"
+            " row and bias are exactly zero, or scale and shift of the norm behind it, or the columns of every layer"
+            " that takes it as input; SensitivityPruneCallback makes neurons so."
+        )
+
+
+def shrunk_copy(model: _Model, example_input: ExampleInput, *, layers: Sequence[str] | None = None) -> Cut[_Model]:
+    """Do as :func:`shrink` does, and return what is left uncut instead of a warning."""
     require_torch_pruning()
     wanted = _chosen(model, layers)
     with torch.inference_mode(False), torch.enable_grad():
@@ -70,8 +111,8 @@ def shrink(model: _Model, example_input: ExampleInput, *, layers: Sequence[str] 
             warnings.filterwarnings("ignore", module="torch_pruning")
             small = _cut_exactly(small, wanted[::-1], probe)
     _restore(small, model)
-    _warn_of_whole_layers(small, nothing_cut=parameter_count(small) == before)
-    return small
+    kept = tuple(name for name, module in small.named_modules() if bool(silent_rows(module).any()))
+    return Cut(small, kept, is_smaller=parameter_count(small) < before)
 
 
 def _chosen(model: nn.Module, layers: Sequence[str] | None) -> list[str]:
@@ -121,23 +162,6 @@ def _restore(small: nn.Module, model: nn.Module) -> None:
     set_dtypes(small, dtypes_of(model))
     for name, parameter in small.named_parameters():
         parameter.requires_grad_(flags[name])
-
-
-def _warn_of_whole_layers(small: nn.Module, *, nothing_cut: bool) -> None:
-    layers = [name for name, module in small.named_modules() if bool(silent_rows(module).any())]
-    if layers:
-        warnings.warn(
-            f"shrink kept pruned neurons in {', '.join(map(repr, layers))}: removing them would change the outputs"
-            " (output layer, the layer's last neuron, residual sum, LayerNorm, or a function that is not 0 at 0).",
-            stacklevel=3,
-        )
-    elif nothing_cut:
-        warnings.warn(
-            "shrink found no neuron to cut, so the copy is as large as the model. A neuron is silent where its weight"
-            " row and bias are exactly zero, or scale and shift of the norm behind it, or the columns of every layer"
-            " that takes it as input; SensitivityPruneCallback makes neurons so.",
-            stacklevel=3,
-        )
 
 
 def _cut_exactly(model: _Model, layers: Sequence[str], probe: Probe) -> _Model:

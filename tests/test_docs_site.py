@@ -57,12 +57,12 @@ RUN, SHOWN = {"python", "yaml", "sh"}, {"text"}
 NOT_RUN = {("multi-gpu.md", "needs four GPUs")}
 
 
-@pytest.mark.parametrize("page", sorted(PAGES))
-def test_every_block_is_of_a_kind_that_is_run(page):
-    fences = re.findall(r"^```(.*)$", PAGES[page], re.MULTILINE)
-    kinds = {kind for kind in fences[::2] if not kind.startswith("{")}
-    assert kinds <= RUN | SHOWN
-    assert set(fences[1::2]) <= {""}
+def test_every_block_is_of_a_kind_that_is_run():
+    for page, text in PAGES.items():
+        fences = re.findall(r"^```(.*)$", text, re.MULTILINE)
+        kinds = {kind for kind in fences[::2] if not kind.startswith("{")}
+        assert kinds <= RUN | SHOWN, page
+        assert set(fences[1::2]) <= {""}, page
 
 
 def test_what_is_not_run_says_why():
@@ -75,16 +75,21 @@ def anchors(text):
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("page", sorted(PAGES))
-def test_links_lead_somewhere(page):
+def dead_links(page):
     folder = ROOT if page == "README.md" else ROOT / "docs"
     repository = "https://github.com/lightning-unlearn/lightning-unlearn/blob/main/"
     for link in re.findall(r"\]\(([^)]+)\)", PAGES[page]):
         path, _, anchor = link.partition("#")
         target = ROOT / path.removeprefix(repository) if link.startswith(repository) else folder / (path or page)
-        if link.startswith(repository) or not link.startswith("https://"):
-            assert target.exists(), link
-            assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
+        if (link.startswith(repository) or not link.startswith("https://")) and not (
+            target.exists() and (not anchor or anchor in anchors(target.read_text(encoding="utf-8")))
+        ):
+            yield link
+
+
+def test_links_lead_somewhere():
+    dead = {page: links for page in PAGES if (links := list(dead_links(page)))}
+    assert not dead
 
 
 def test_the_figures_are_made_as_they_are_committed(tmp_path, monkeypatch):

@@ -83,9 +83,9 @@ def violations(file, source):
             yield f"{file} imports {module}, but the callbacks know each other by protocol"
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_imports_point_one_way(file):
-    assert list(violations(file, (ROOT / file).read_text(encoding="utf-8"))) == []
+def test_imports_point_one_way():
+    found = [line for file in FILES for line in violations(file, (ROOT / file).read_text(encoding="utf-8"))]
+    assert not found
 
 
 # What a step asks the context for, and takes from nobody.
@@ -100,9 +100,11 @@ def lightnings_objects(source):
             yield f"line {node.lineno}: {name}"
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if file.partition("/")[0] in STEPS])
-def test_steps_ask_the_context(file):
-    assert list(lightnings_objects((ROOT / file).read_text(encoding="utf-8"))) == []
+def test_steps_ask_the_context():
+    steps = [file for file in FILES if file.partition("/")[0] in STEPS]
+    found = {file: list(lightnings_objects((ROOT / file).read_text(encoding="utf-8"))) for file in steps}
+    assert len(found) > 50
+    assert not {file: lines for file, lines in found.items() if lines}
 
 
 @pytest.mark.parametrize("source", ["fit.trainer.optimizers", "def f(pl_module): ...", "def f(*, trainer=None): ..."])

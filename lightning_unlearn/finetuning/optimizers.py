@@ -19,6 +19,7 @@ from lightning_unlearn.finetuning.schedules import (
     forget_schedule,
 )
 from lightning_unlearn.trainer.compat import MisconfigurationException
+from lightning_unlearn.trainer.early_stopping import may_end_early
 from lightning_unlearn.trainer.optimizers import (
     cosine,
     put_optimizer,
@@ -188,7 +189,7 @@ class FreshOptimizer:
         return (
             "Reran configure_optimizers, since the optimizer state belongs to the old weights. The learning rate"
             f" follows a cosine from {max(max(rates) for rates in peaks):.3g} to zero at the end of the"
-            f" fit{instead}."
+            f" fit{instead}.{_planned_in_words(fit)}"
         )
 
     def load_groups(self, states: Iterable[Mapping[str, Any]]) -> None:
@@ -247,6 +248,15 @@ def _remade_by(fit: RunningFit, since: tuple[int, int]) -> str:
     )
     rank_zero_info(f"Reran configure_optimizers, whose schedules start anew: {why}.")
     return _RESTART
+
+
+def _planned_in_words(fit: RunningFit) -> str:
+    """Return for which end of the fit a schedule is planned, in a sentence; empty where nothing ends it sooner."""
+    if not may_end_early(fit):
+        return ""
+    limits = {"max_epochs": fit.limits.max_epochs, "max_steps": fit.limits.max_steps}
+    planned = " and ".join(f"{name}={limit}" for name, limit in limits.items() if limit is not None and limit > 0)
+    return f" That is planned for {planned}: EarlyStopping may end the fit sooner, at a higher rate."
 
 
 def _check_rates(optimizer: Optimizer) -> None:

@@ -59,14 +59,24 @@ def has_fired(trainer: Trainer, epoch: int) -> bool:
     )
 
 
+def may_end_early(fit: RunningFit) -> bool:
+    """Return whether an EarlyStopping may end the fit before its limits do."""
+    return bool(_stoppers(fit.callbacks))
+
+
+def _patience_in_words(stoppers: Iterable[Any]) -> str:
+    return " and ".join(f"patience={one.patience} on '{one.monitor}'" for one in stoppers)
+
+
 def go_on(fit: RunningFit) -> None:
     """Let the fit go on that EarlyStopping has ended."""
-    for callback in _stoppers(fit.callbacks):
+    stoppers = _stoppers(fit.callbacks)
+    for callback in stoppers:
         callback.wait_count = 0
     fit.trainer.should_stop = False
     rank_zero_info(
         "EarlyStopping would have ended training on all data here. Training continues on the clean subset, and"
-        " EarlyStopping restarts its patience."
+        f" EarlyStopping counts from zero again ({_patience_in_words(stoppers)})."
     )
 
 
@@ -79,8 +89,9 @@ def count_anew(fit: RunningFit) -> Callable[[], None]:
     Returns:
         a function that undoes it.
     """
-    before = [(one, one.best_score, one.wait_count) for one in _stoppers(fit.callbacks)]
-    for one in _stoppers(fit.callbacks):
+    stoppers = _stoppers(fit.callbacks)
+    before = [(one, one.best_score, one.wait_count) for one in stoppers]
+    for one in stoppers:
         worst = torch.inf if one.monitor_op is torch.lt else -torch.inf
         one.best_score, one.wait_count = torch.full_like(torch.as_tensor(one.best_score), worst), 0
 
@@ -90,6 +101,7 @@ def count_anew(fit: RunningFit) -> Callable[[], None]:
 
     if before:
         rank_zero_info(
-            "EarlyStopping restarts its patience without the best score so far, since moved weights are worse at first."
+            f"EarlyStopping counts from zero again ({_patience_in_words(stoppers)}) without the best score so far,"
+            " since moved weights are worse at first."
         )
     return undo

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -20,8 +20,9 @@ from lightning_unlearn.callbacks.base import FitCallback, PartitionConsumer
 from lightning_unlearn.data.dataset_state import unopened
 from lightning_unlearn.data.naming import files_in
 from lightning_unlearn.report import RunRecord, SampleView, shown_samples, write_report
-from lightning_unlearn.report.samples import file_card
+from lightning_unlearn.report.gallery import Cards, known_duplicates
 from lightning_unlearn.report.tokens import find_tokenizer
+from lightning_unlearn.results.duplicates import Duplicate
 from lightning_unlearn.results.partition import Partition
 from lightning_unlearn.results.provenance import copied
 from lightning_unlearn.trainer.callback_order import callbacks_of
@@ -32,9 +33,6 @@ from lightning_unlearn.trainer.scoring_loader import train_loader
 from lightning_unlearn.utilities.checks import check_names, check_path, check_whole
 
 REPORT = "report.html"
-# What all samples of the gallery may take, so that the page stays below 20 MB whatever they are.
-_BUDGET = 12_000_000
-_MOST_PER_SAMPLE = 200_000
 _LOSS = "training loss"
 
 
@@ -72,6 +70,8 @@ class UnlearnReport(FitCallback):
         >>> UnlearnReport(class_names=["cat", "dog"]).samples
         200
     """
+
+    shows_samples = True
 
     def __init__(  # noqa: PLR0913  (each is an option of its own)
         self,
@@ -253,6 +253,7 @@ class UnlearnReport(FitCallback):
             partition=partition,
             masks=tuple(masks),
             gallery=gallery,
+            inputs=self.fit.memory.inputs,
             summary={} if summary is None else {**vars(summary), "done": list(summary.done)},
             rounds=rounds,
             suspect_precision=float(getattr(source, "suspect_precision", 0.85)),
@@ -273,7 +274,8 @@ class UnlearnReport(FitCallback):
             loader = self.fit.scoring_loader
             with unopened(loader):
                 tokenizer = find_tokenizer(*trained, loader.dataset, loader.collate_fn)
-                return self.gallery(loader.dataset, shown, tokenizer)
+                duplicates = known_duplicates(self.fit.memory.inputs, partition, shown)
+                return self.gallery(loader.dataset, shown, tokenizer, duplicates)
         keys = {index: partition.keys[index] for index in shown}
         found, fault = self.gallery(
             {index: self._by_key[key] for index, key in keys.items() if key in self._by_key},
@@ -284,7 +286,11 @@ class UnlearnReport(FitCallback):
         return {index: found.get(index, absent) | {"file": str(key)} for index, key in keys.items()}, fault
 
     def gallery(
-        self, dataset: Any, indices: Sequence[int], tokenizer: Any = None
+        self,
+        dataset: Any,
+        indices: Sequence[int],
+        tokenizer: Any = None,
+        duplicates: Mapping[int, Sequence[Duplicate]] | None = None,
     ) -> tuple[dict[int, dict[str, Any]], str]:
         """Return what is shown of some samples; and why not of all, of the first of which that is so.
 
@@ -292,19 +298,12 @@ class UnlearnReport(FitCallback):
             dataset: the training set.
             indices: of these samples.
             tokenizer: that decodes token ids; None without one.
+            duplicates: others with the same input as some of these, by index.
         """
         with isolate_rng():
             files = files_in(dataset) if len(indices) else []
-            cards = {index: self._card(dataset, index, files, tokenizer) for index in indices}
-        faults = [f"sample {index}: {card['text']}" for index, card in cards.items() if card["kind"] == "fault"]
-        return cards, faults[0] if faults else ""
-
-    def _card(self, dataset: Any, index: int, files: Sequence[str], tokenizer: Any) -> dict[str, Any]:
-        budget = min(_MOST_PER_SAMPLE, _BUDGET // max(1, self.samples))
-        try:
-            return self.view.card(dataset[index], budget, tokenizer) | file_card(files[index] if files else "")
-        except Exception as error:  # of the user's data set, or render
-            return {"kind": "fault", "text": f"{type(error).__name__}: {error}"[:300]}
+            shown = Cards(self.view, dataset, files, self.samples, tokenizer)
+            return shown.of(indices, duplicates or {})
 
 
 def _found(callback: Any, name: str, otherwise: Any) -> Any:

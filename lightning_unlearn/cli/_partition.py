@@ -42,6 +42,7 @@ from lightning_unlearn.recipes import get_recipe
 from lightning_unlearn.recipes.latent_noise import MEMORIZED
 from lightning_unlearn.recipes.registry import changed_settings
 from lightning_unlearn.report import RunRecord, shown_samples, write_report
+from lightning_unlearn.report.gallery import known_duplicates
 from lightning_unlearn.report.tokens import find_tokenizer
 from lightning_unlearn.results.finding import finding_of
 from lightning_unlearn.results.partition import Partition
@@ -228,15 +229,12 @@ class _SampleCLI(PartitionCLI):
         self.out, self.complete, self.found = Path(self.config["out"]), 0, None
 
 
-def read_samples(
-    arguments: Sequence[str], partition: Partition, provenance: dict[str, Any], samples: int
-) -> dict[int, dict[str, Any]]:
+def read_samples(arguments: Sequence[str], record: RunRecord, samples: int) -> dict[int, dict[str, Any]]:
     """Return what a report shows of samples, read from the data of a configuration.
 
     Args:
         arguments: ``--config FILE``, and ``--model`` and ``--data`` where the YAML does not name their classes.
-        partition: of these data.
-        provenance: of the run; may be empty.
+        record: of a run with these data.
         samples: how many.
 
     Returns:
@@ -257,9 +255,11 @@ def read_samples(
         parser_kwargs=kwargs,
     )
     loader = loader_of(cli)
-    check_samples(partition, loader, "the run directory's partition", verify=cli.partition.data.verify)
+    check_samples(record.partition, loader, "the run directory's partition", verify=cli.partition.data.verify)
     tokenizer = find_tokenizer(cli.model, cli.datamodule, loader.dataset, loader.collate_fn)
-    gallery, fault = cli.report.gallery(loader.dataset, shown_samples(partition, provenance, samples), tokenizer)
+    shown = shown_samples(record.partition, record.provenance, samples)
+    duplicates = known_duplicates(record.inputs, record.partition, shown)
+    gallery, fault = cli.report.gallery(loader.dataset, shown, tokenizer, duplicates)
     if fault:
         rank_zero_info(f"Some samples cannot be shown: {fault}")
     return gallery

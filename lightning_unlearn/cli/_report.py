@@ -100,7 +100,7 @@ def _with_samples(record: Any, run: Path, options: argparse.Namespace) -> Any:
 
     named = [(f"--{name}", getattr(options, name)) for name in ("model", "data")]
     given = ["--config", str(config), *(part for pair in named if pair[1] is not None for part in pair)]
-    gallery = read_samples(given, record.partition, record.provenance, samples)
+    gallery = read_samples(given, record, samples)
     record = replace(record, gallery=gallery)
     record.save(run)
     return record

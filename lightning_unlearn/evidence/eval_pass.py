@@ -19,6 +19,7 @@ from lightning_unlearn.evidence.frozen_features import FrozenFeatures
 from lightning_unlearn.evidence.training_dynamics import TrainingDynamics
 from lightning_unlearn.functional.attribution import label_margin
 from lightning_unlearn.functional.identity import mixed, row_identity
+from lightning_unlearn.functional.perceptual import perceptual_hash
 from lightning_unlearn.trainer.context import FitContext, IndexedBatch
 from lightning_unlearn.trainer.data_checks import check_same_labels, check_same_size
 
@@ -89,6 +90,8 @@ class ScoringPass:
             return {"label": batch.label}
         found = {"label": batch.label, **trajectory.of_last_pass(seen.logits, label)}
         found["identity"] = task_format.repeat_per_row(_identity(batch))
+        if self.loader is None and self.fit.shows_samples:
+            found["perceptual"] = task_format.repeat_per_row(perceptual_hash(batch.x, len(batch.index)))
         found |= _seen_in_the_last_pass(seen, label, margin)
         if self.early is not None:
             found["response"] = response(self.fit.model, self.early, seen.watched[0])

@@ -16,6 +16,7 @@ from lightning_unlearn.partitioning.build import ShardResult
 from lightning_unlearn.partitioning.non_finite import apply_to_finite_rows
 from lightning_unlearn.recipes import Recipe, RecipeResult
 from lightning_unlearn.recipes.evidence import Evidence
+from lightning_unlearn.results.duplicates import InputHashes
 from lightning_unlearn.results.labels import REASONS
 from lightning_unlearn.results.partition import Partition
 from lightning_unlearn.trainer.context import FitContext
@@ -81,6 +82,23 @@ def apply_recipe(
             verdict = _suggests_only(verdict, torch.unique(known), evidence)
         judged.append(ShardResult(evidence, weight, verdict))
     return judged, label if task_format.task == "multilabel" else label.flatten()
+
+
+def hashes_of_inputs(share: dict[str, Tensor], one: ShardResult, total: int, reduce: Reduce) -> InputHashes:
+    """Return the hashes of every sample's input, by dataset index. Every rank must call it.
+
+    Args:
+        share: what the last pass showed of this rank's rows.
+        one: of the first label of these.
+        total: N.
+        reduce: sums over the ranks.
+    """
+    rows = len(share["identity"]) // len(one.weight)
+    # Eight bytes in one number, as sums over ranks know few types.
+    packed = share["perceptual"][::rows].contiguous().view(torch.int64)
+    own = torch.cat([share["identity"][::rows].unsqueeze(1), packed], dim=1)
+    every = gather_by_index(one.evidence.index.cpu(), one.weight.cpu(), own, total, reduce)
+    return InputHashes(every[:, 0].contiguous(), every[:, 1:].contiguous().view(torch.int8))
 
 
 def weight_of_copies(judged: Sequence[ShardResult], total: int) -> Tensor:

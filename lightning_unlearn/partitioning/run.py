@@ -16,6 +16,7 @@ from lightning_unlearn.evidence.keyed_collector import KeyedCollector
 from lightning_unlearn.evidence.rank_share import RankShare
 from lightning_unlearn.partitioning.apply_recipe import (
     apply_recipe,
+    hashes_of_inputs,
     memorized_fraction,
     share_predicted,
     validation_accuracy,
@@ -159,6 +160,8 @@ class Partitioning:
             new = replace(new, keys=keys, fingerprint=fingerprint_of_keys(keys))
         if settings.keep_probabilities:
             state.probabilities = average_probabilities(judged[0], len(new), fit.reduce)
+        if fit.shows_samples and not keys:
+            fit.memory.inputs = hashes_of_inputs(share, judged[0], len(new), fit.reduce)
         is_new, seconds = state.partition is None, time.perf_counter() - started
         changed = self._publish(fit, judged, new)
         if is_new:

@@ -10,6 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from lightning_unlearn.results.duplicates import InputHashes
 from lightning_unlearn.results.mask import NeuronMask
 from lightning_unlearn.results.partition import Partition
 from lightning_unlearn.results.storage import fits
@@ -18,7 +19,7 @@ from lightning_unlearn.utilities.files import target_folder, write_json
 
 RUN_VERSION = 2
 _INDEX = re.compile(r"[0-9]{1,18}")
-_RUN, _GALLERY, _PARTITION = "run.json", "gallery.json", "partition.npz"
+_RUN, _GALLERY, _PARTITION, _INPUTS = "run.json", "gallery.json", "partition.npz", "inputs.npz"
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +31,7 @@ class RunRecord:
         masks: of pruned neurons, one for each layer.
         gallery: what is shown of a sample (see :class:`~lightning_unlearn.report.samples.SampleView`), by its index in
             the data set.
+        inputs: hashes of the samples' inputs, by which near duplicates are found; None where they are not known.
         summary: fields of :class:`~lightning_unlearn.results.summary.RepairSummary`; empty if the fit did not come to
             its end.
         rounds: fields of :class:`~lightning_unlearn.results.summary.PartitionRound`, for every computation of the
@@ -47,6 +49,7 @@ class RunRecord:
     partition: Partition
     masks: tuple[NeuronMask, ...] = ()
     gallery: dict[int, dict[str, Any]] = field(default_factory=dict)
+    inputs: InputHashes | None = None
     summary: dict[str, Any] = field(default_factory=dict)
     rounds: list[dict[str, Any]] = field(default_factory=list)
     suspect_precision: float = 0.85
@@ -64,6 +67,10 @@ class RunRecord:
         names = [f"mask-{at}.npz" for at, _ in enumerate(self.masks)]
         for name, mask in zip(names, self.masks, strict=True):
             mask.save(target / name)
+        if self.inputs is not None:
+            self.inputs.save(target / _INPUTS)
+        else:
+            (target / _INPUTS).unlink(missing_ok=True)
         about = {name: getattr(self, name) for name in _plain_fields()}
         write_json(target / _GALLERY, {"version": RUN_VERSION, "samples": {str(i): c for i, c in self.gallery.items()}})
         # Last, since it says that the others are there.
@@ -98,11 +105,12 @@ class RunRecord:
             raise ValueError(
                 f"{_wanted(source / _GALLERY)} its samples are not cards by the index of a sample; run the fit again."
             )
-        return cls(partition, masks, {int(index): card for index, card in samples.items()}, **values)
+        inputs = InputHashes.load(source / _INPUTS) if (source / _INPUTS).is_file() else None
+        return cls(partition, masks, {int(index): card for index, card in samples.items()}, inputs, **values)
 
 
 def _plain_fields() -> list[str]:
-    return [one.name for one in dataclasses.fields(RunRecord)][3:]
+    return [one.name for one in dataclasses.fields(RunRecord)][4:]
 
 
 def _mask(run: Path, name: Any) -> NeuronMask:

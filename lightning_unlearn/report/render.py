@@ -111,6 +111,9 @@ def render_report(record: RunRecord, control: RunRecord | None = None) -> str:
             sounds=any(sample["card"].get("kind") == "audio" for sample in samples),
             shown=sum(sample["list"] == "suspect" for sample in samples),
             reviewed=sum(sample["list"] == "review" for sample in samples),
+            compared=record.inputs is not None,
+            doubled=sum(bool(sample["duplicates"]) for sample in samples),
+            disputed=sum(any(not one["same"] for one in sample["duplicates"]) for sample in samples),
             spared=sum(sample["list"] == "clean" for sample in samples),
             style=Markup(_template("report.css")),
             script=Markup(script),
@@ -234,7 +237,16 @@ def _samples(record: RunRecord, outcomes: SampleOutcomes) -> Iterator[dict[str, 
             "list": listed[index],
             **_outcome(outcomes.of(index)),
             "card": _safe(record.gallery[index]),
+            "duplicates": list(_duplicates(record, index)),
         }
+
+
+def _duplicates(record: RunRecord, index: int) -> Iterator[dict[str, Any]]:
+    """Yield other samples with the same input, and whether their label is the same."""
+    partition = record.partition
+    for one in record.gallery[index].get("duplicates", []):
+        given = labels_of(partition.label[one["index"]])
+        yield {**_safe(one), "given": given, "same": given == labels_of(partition.label[index])}
 
 
 def _outcome(outcome: SampleOutcome) -> dict[str, Any]:
@@ -246,5 +258,6 @@ def _safe(card: dict[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in card.items()
-        if name not in ("src", "picture") or (isinstance(value, str) and _SOURCE.fullmatch(value))
+        if name != "duplicates"
+        and (name not in ("src", "picture") or (isinstance(value, str) and _SOURCE.fullmatch(value)))
     }

@@ -65,6 +65,11 @@ class FitContext(RunningFit):
         """The callbacks that act on the partition."""
         return [callback for callback in self.callbacks if getattr(callback, "acts_on_partition", False)]
 
+    @property
+    def shows_samples(self) -> bool:
+        """Whether a callback shows samples, with those of the same input beside them."""
+        return any(getattr(callback, "shows_samples", False) for callback in self.callbacks)
+
     def output(self, x: Any) -> Tensor:
         """Return the logits that ``forward`` returns, (B, K).
 

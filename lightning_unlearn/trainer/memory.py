@@ -8,6 +8,8 @@ from weakref import WeakSet
 
 from torch.utils.data import DataLoader
 
+from lightning_unlearn.results.duplicates import InputHashes
+
 
 @dataclass(eq=False)
 class FitMemory:
@@ -21,6 +23,8 @@ class FitMemory:
         score: the last one on validation data, of which weights it is, and why there is none.
         said: what has been said once.
         lines: of the progress bar that are open.
+        inputs: hashes of the training set's inputs, where a callback is to show samples
+            (:class:`~lightning_unlearn.results.duplicates.InputHashes`).
         gave_up: ids of loggers that could not take a picture, which are offered no other.
     """
 
@@ -31,4 +35,5 @@ class FitMemory:
     score: tuple[tuple[Any, ...] | None, Any, str] = (None, None, "")
     said: set[str] = field(default_factory=set)
     lines: list[Any] = field(default_factory=list)
+    inputs: InputHashes | None = None
     gave_up: set[int] = field(default_factory=set)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lightning_unlearn.report import RunRecord, write_report
+from lightning_unlearn.results.duplicates import InputHashes
 from lightning_unlearn.results.mask import NeuronMask
 from tests.callbacks.published import make_partition
 from tests.report.runs import BREAKING, NAMES, SUSPECTS, hostile_record
@@ -108,6 +109,33 @@ def test_both_lists_are_told_apart(browser, tmp_path):
     assert browser.complaints() == []
 
 
+def test_near_duplicates_stand_beside_a_sample(browser, tmp_path):
+    picture = {"kind": "image", "src": f"data:image/png;base64,{PIXEL}"}
+    beside = {"index": 90, "exact": False, "src": picture["src"], "file": f"1/{BREAKING}.png"}
+    gallery = {index: {**picture} for index in range(5)}
+    gallery[1]["duplicates"] = [beside, {"index": 3, "exact": False}, {"index": 5, "exact": True}]
+    gallery[2]["duplicates"] = [{"index": 6, "exact": True}]
+    gallery[4] = {"kind": "text", "text": "a", "duplicates": [{"index": 8, "exact": True}]}
+    record = hostile_record(gallery=gallery, inputs=InputHashes(torch.arange(100), torch.zeros(100, 64).to(torch.int8)))
+    browser.open(write_report(record, tmp_path / "report.html"))
+    assert "3 of these samples have near duplicates" in browser.run("document.querySelector('main').innerText")
+    rows = f"{CARDS}.map(card => [...card.querySelectorAll('.duplicate')].map(one => one.innerText.split('\\n')[0]))"
+    words = dict(zip(shown(browser), browser.run(rows), strict=True))
+    assert words["1"] == ["near duplicate #90", "near duplicate #3", "same input #5"]
+    assert (words["3"], words["4"]) == ([], ["same input #8"])
+    pictures = "[...document.querySelectorAll('.card[data-index=\"1\"] .duplicate img')].map(one => one.naturalWidth)"
+    assert browser.run(pictures) == [1, 1, 1]
+    choose(browser, "by-duplicate", "another label (1)")
+    assert shown(browser) == ["1"]
+    choose(browser, "by-duplicate", "same label (2)")
+    assert shown(browser) == ["2", "4"]
+    choose(browser, "by-duplicate", "all")
+    browser.click(".card[data-index='2'] .look img")
+    tops = browser.run("[...document.querySelectorAll('dialog img')].map(one => one.getBoundingClientRect().top)")
+    assert (len(tops), max(tops) - min(tops) < 2) == (2, True)
+    assert browser.complaints() == []
+
+
 @pytest.mark.parametrize(
     ("order", "first"),
     [
@@ -162,8 +190,8 @@ def test_controls_have_names_and_pictures_texts(page):
     controls = "[...document.querySelectorAll('.controls select, .controls input')]"
     labels = page.run(f"{controls}.map(one => one.labels[0]?.firstChild.textContent.trim() ?? '')")
     assert labels == [
-        *("list", "given class", "suggested class", "given \u2192 suggested", "reason", "what was done", "decided by"),
-        *("your decision", "index or file", "order", "on a page", "page"),
+        *("list", "given class", "suggested class", "given \u2192 suggested", "near duplicate", "reason"),
+        *("what was done", "decided by", "your decision", "index or file", "order", "on a page", "page"),
     ]
     assert page.run("[...document.querySelectorAll('.card select')].every(one => one.getAttribute('aria-label'))")
     assert page.run("[...document.images].every(image => image.alt)")

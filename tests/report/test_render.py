@@ -106,7 +106,21 @@ def test_the_gallery_holds_the_suspects_the_most_suspect_first(page):
         "new": [],
         "person": False,
         "card": {"kind": "table", "rows": [[HOSTILE, BREAKING]]},
+        "duplicates": [],
     }
+
+
+def test_duplicates_say_whether_their_label_is_another():
+    card = {"kind": "text", "text": "a"}
+    others = [{"index": 1, "exact": True, "src": "https://example.org/a.png"}, {"index": 4, "exact": False}]
+    record = hostile_record(gallery={0: {**card, "duplicates": others}, 1: card})
+    first, second = Page(render_report(record)).data()["samples"]
+    # Without an address that is not the picture itself.
+    assert first["duplicates"] == [
+        {"index": 1, "exact": True, "given": [1], "same": False},
+        {"index": 4, "exact": False, "given": [0], "same": True},
+    ]
+    assert (first["card"], second["duplicates"]) == (card, [])
 
 
 def test_numbers(page):

@@ -12,7 +12,7 @@
   const gallery = document.getElementById("gallery");
   if (!gallery) { document.body.dataset.ready = "yes"; return; }
   const [before, after] = ["before", "after"].map((name) => document.getElementById(name));
-  const controls = { list: null, class: null, suggested: null, pair: null, reason: null, action: null, who: null, decided: null, text: null, sort: null, size: null };
+  const controls = { list: null, class: null, suggested: null, pair: null, duplicate: null, reason: null, action: null, who: null, decided: null, text: null, sort: null, size: null };
   for (const name of Object.keys(controls)) controls[name] = document.getElementById("by-" + name);
   const called = (label) => (label < data.names.length ? data.names[label] : String(label));
   const lists = new Map(data.lists);
@@ -27,6 +27,7 @@
     "suggested": (a, b) => (a.suggested[0] ?? -1) - (b.suggested[0] ?? -1) || a.rank - b.rank,
   };
   data.samples.forEach((sample, rank) => { sample.rank = rank; });
+  const byIndex = new Map(data.samples.map((sample) => [sample.index, sample]));
 
   function make(tag, kind, text) {
     const element = document.createElement(tag);
@@ -102,6 +103,23 @@
     return box;
   }
 
+  // Other samples with the same input, each with its picture where that is another.
+  function duplicates(sample) {
+    const box = make("div", "duplicates");
+    for (const one of sample.duplicates) {
+      const row = make("div", "duplicate"), shown = byIndex.get(one.index);
+      const source = one.exact ? sample.card.src : (one.src ?? shown?.card.src);
+      if (source && sample.card.kind === "image") row.append(picture(source, "thumb", "sample " + one.index));
+      const words = make("div", "labels");
+      words.append(one.exact ? "same input " : "near duplicate ", make("span", "number", "#" + one.index), make("br"),
+        "given ", ...named(one.given, () => (one.same ? "" : "given")));
+      if (one.file) { words.append(make("div", "facts file", one.file)); row.title = one.file; }
+      row.append(words);
+      box.append(row);
+    }
+    return box;
+  }
+
   function tags(sample) {
     const row = make("div", "tags"), same = sample.new.join() === sample.suggested.join();
     const why = { label: "for its label", input: "for its input", both: "for label and input" }[sample.reason];
@@ -118,7 +136,9 @@
     const card = make("article", "card");
     Object.assign(card.dataset, { index: sample.index, p: sample.p, reason: sample.reason, given: sample.given.join(" "), action: sample.action });
     const facts = make("div", "facts", !sample.told ? "" : "p(clean) " + (sample.p < 0.001 ? "< 0.001" : sample.p.toFixed(3)));
-    card.append(look(sample), labels(sample), tags(sample), facts);
+    card.append(look(sample), labels(sample));
+    if (sample.duplicates.length) card.append(duplicates(sample));
+    card.append(tags(sample), facts);
     if (sample.card.file) card.append(make("div", "facts file", sample.card.file));
     card.append(review.row(sample));
     review.fill(card.querySelector(".decide"), sample);
@@ -150,8 +170,9 @@
     const [given, suggested] = pair.split(">").map((side) => side.split(" ").filter(Boolean).map((label) => called(Number(label))).join(", ") || "none");
     option(controls.pair, pair, given + " \u2192 " + suggested + " (" + samples + ")");
   }
-  const kinds = { list: (sample) => sample.list, reason: (sample) => sample.reason, action: (sample) => sample.action, who: who };
-  const known = { list: [...lists.keys()], reason: data.reasons, action: data.actions, who: [who({}), persons] };
+  const doubled = (sample) => (!sample.duplicates.length ? "none" : sample.duplicates.every((one) => one.same) ? "same label" : "another label");
+  const kinds = { list: (sample) => sample.list, duplicate: doubled, reason: (sample) => sample.reason, action: (sample) => sample.action, who: who };
+  const known = { list: [...lists.keys()], duplicate: ["another label", "same label", "none"], reason: data.reasons, action: data.actions, who: [who({}), persons] };
   for (const [name, of] of Object.entries(kinds)) {
     const counts = count(data.samples.map(of));
     for (const kind of known[name]) {
@@ -172,7 +193,7 @@
     return asked === "no" ? word === "" : asked === "yes" ? word !== "" : word === asked;
   }
 
-  const filters = ["list", "class", "suggested", "pair", "reason", "action", "who", "decided", "text"];
+  const filters = ["list", "class", "suggested", "pair", "duplicate", "reason", "action", "who", "decided", "text"];
   function state() {
     const asked = new URLSearchParams(location.hash.slice(1));
     return {
@@ -234,7 +255,7 @@
   }
 
   const review = reviewing(data, gallery, called, {
-    look, labels,
+    look, labels, duplicates,
     cards: () => cards,
     turn: (by) => { const can = page + by >= 1 && page + by <= pages; if (can) go({ page: page + by }); return can; },
     reveal: (sample) => {

@@ -4,7 +4,7 @@
 // drop, or "" for one that was taken back; the labels that the sample was given; the labels to train with.
 //
 // The gallery calls row(sample) for the line of buttons, opened() once its cards are there; it gives cards() of the
-// page, turn(by) to another page (false where there is none), reveal(sample) to the page of a sample, and look(sample).
+// page, turn(by) to another page (false where there is none), reveal(sample) to the page of a sample, and look, labels and duplicates of one.
 function reviewing(data, gallery, called, pages) {
   const words = { k: "keep", r: "relabel", d: "drop" };
   const review = data.review, samples = new Map(data.samples.map((sample) => [sample.index, sample]));
@@ -201,7 +201,10 @@ function reviewing(data, gallery, called, pages) {
     title.className = "soft";
     title.append("#" + sample.index + (sample.card.file ? " \u00b7 " + sample.card.file : ""));
     const frame = document.createElement("div");
-    frame.append(pages.look(sample), pages.labels(sample), row(sample), title);
+    const side = document.createElement("div");
+    side.className = "side";
+    side.append(pages.look(sample), ...(sample.duplicates.length ? [pages.duplicates(sample)] : []));
+    frame.append(side, pages.labels(sample), row(sample), title);
     dialog.replaceChildren(frame);
     if (!dialog.open) dialog.showModal();
     dialog.focus();

@@ -40,12 +40,8 @@ def to_dataframe(partition: Partition, *, class_names: Sequence[str] | None = No
             default the partition's own.
 
     Returns:
-        columns ``key`` (where samples are known by one), ``file`` (where the data set of the fit lists its
-        files), ``given_label``, ``suggested_label`` (of a multi-label task lists of the labels that a sample
-        has), ``clean_probability`` and ``expected_precision`` (NaN where they are not known),
-        ``suggested_probability``, ``label_evidence``, ``input_evidence``, ``reason``, ``is_clean``, ``rank``,
-        ``list``, ``proposed`` and an empty ``decision`` (see :meth:`Partition.to_csv
-        <lightning_unlearn.Partition.to_csv>`).
+        the columns of :meth:`Partition.to_csv <lightning_unlearn.Partition.to_csv>`; of a multi-label task the
+        labels and names of a sample are lists, and what is not known is NaN.
 
     Raises:
         ImportError: without pandas.

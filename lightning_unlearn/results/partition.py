@@ -406,20 +406,10 @@ class Partition:
     ) -> None:
         """Write a table of samples, the most suspect first.
 
-        Columns: ``index``, ``given_label``, ``suggested_label``, ``clean_probability``, ``label_evidence``,
-            ``input_evidence``, ``reason``, ``is_clean``, ``rank``, ``list``, ``expected_precision``, ``proposed``,
-            ``decision``, ``dataset``; where names are known, ``given_class`` and ``suggested_class`` beside the labels,
-            and right of the index ``file``, the path of the sample's file. Where samples are known by a key, ``key``
-            beside the index, by which ``review=`` goes then.
-
-        ``rank`` is the place in :meth:`ranking`, from 1; ``list`` is ``suspect``, ``review`` (worth a look) or
-        ``clean``; ``expected_precision`` is the share of the samples down to this rank that is expected to be wrong
-        (empty where that is not known). ``clean_probability`` is empty where ``noise_rate`` is None.
-        ``proposed`` says what becomes of a sample unless a person decides otherwise (see :meth:`decisions`).
-        ``decision`` is empty: a person may write ``keep``, ``drop`` or ``relabel`` there, and another
-        ``suggested_label``, in a spreadsheet. In the next fit ``AttributionPartitionCallback(review=path)`` goes by the
-        rows that have a decision. ``dataset`` says in every row of which data set it is, so that it outlives sorted,
-        deleted and copied rows.
+        What each column holds is said on the page "Report, review, exports" of the documentation, under "Columns". In
+        ``decision``, which is empty, a person may write ``keep``, ``drop`` or ``relabel``, and correct
+        ``suggested_label``; in the next fit ``AttributionPartitionCallback(review=path)`` goes by the rows that have a
+        decision.
 
         Args:
             path: file to write; folders are made.

@@ -1,7 +1,10 @@
 """A partition in other packages' forms, read back with those packages."""
 
+import csv
 import importlib
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,6 +84,21 @@ def test_a_data_frame():
     assert list(to_dataframe(make_partition()).columns) == COLUMNS
     with pytest.raises(ValueError, match="Expected class_names to name each of 5 classes, but got 4 names"):
         to_dataframe(make_partition(), class_names=NAMES[:4])
+
+
+def test_the_page_describes_the_columns_of_every_table(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "report.md").read_text(encoding="utf-8")
+    section = page.partition("\n## Columns\n")[2].partition("\n## ")[0]
+    described = re.findall(r"^\| `(\w+)` \|", section, flags=re.MULTILINE)
+    everything = make_partition(
+        keys=("a", "b", "c", "d"), files=tuple("abcd"), class_names=tuple("vwxyz"), fingerprint=f"4:{'00aaaaaa' * 4}"
+    )
+    everything.to_csv(tmp_path / "table.csv")
+    with (tmp_path / "table.csv").open(encoding="utf-8-sig", newline="") as file:
+        written = next(csv.reader(file))
+    frame = ["index", *to_dataframe(everything).columns]
+    assert written == [name for name in described if name != "suggested_probability"]
+    assert frame == [name for name in described if name != "dataset"]
 
 
 def test_a_table_goes_through_pandas_and_back(tmp_path):

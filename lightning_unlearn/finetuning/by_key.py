@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_unlearn.data.sample_key import Key
-from lightning_unlearn.finetuning.relabel import Relabeling, check_arrives
+from lightning_unlearn.finetuning.relabel import check_arrives
+from lightning_unlearn.finetuning.subset_data import SubsetData
 from lightning_unlearn.finetuning.training_subset import TrainingSubset
 from lightning_unlearn.results.partition import Partition
 from lightning_unlearn.trainer.batch_rows import take_rows
@@ -24,41 +26,37 @@ from lightning_unlearn.trainer.context import FitContext
 from lightning_unlearn.trainer.keyed_batches import KeyedBatches
 from lightning_unlearn.trainer.progress import rank_zero_info
 
+# The number of steps does not depend on the size of batches, so that one stands for all.
+_SIZE = 1
 
-class KeyedSubset:
-    """Lets a fit train on a subset of samples that are known by a key.
+
+class KeyedSubset(SubsetData):
+    """Lets a fit train on a subset of samples that are known by a key; the number of its steps stays.
 
     Args:
         keyed: reads the keys of batches.
-
-    Attributes:
-        seed: of what is drawn at random.
-        planned_batches: of an epoch, which are as many as before.
-        planned_size: the same in every fit, as the number of steps does not depend on it.
-        relabeling: of the batches, where labels are replaced.
     """
 
-    planned_size = 1
+    is_by_key = True
 
     def __init__(self, keyed: KeyedBatches) -> None:
-        self._keyed, self.relabeling = keyed, Relabeling()
-        self.reset()
+        self._keyed = keyed
+        super().__init__()
 
+    @override
     def reset(self) -> None:
-        """Forget an earlier fit."""
-        self.seed = 0
+        super().reset()
         self._least = 1
         self._is_muted = False
         self._counts = torch.zeros(3, dtype=torch.float64)
         self._has_said = self._has_learned = False
-        self.forget_plan()
 
+    @override
+    def forget_plan(self) -> None:
+        self.planned_batches, self.planned_size = 0, _SIZE
+
+    @override
     def begin(self, fit: FitContext) -> None:
-        """Look whether batches can be narrowed, on the first one.
-
-        Raises:
-            TypeError: where they cannot.
-        """
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
         batch = self._keyed.first
         keys = self._keyed.reader.read(batch)
@@ -75,31 +73,35 @@ class KeyedSubset:
                 " others of it; let it look at each row by itself."
             )
 
+    @override
+    def prepare_relabeling(self, fit: FitContext, head: str | None, *, is_new: bool) -> None:
+        with fit.isolated_eval(), torch.no_grad():
+            check_arrives(fit, self._keyed.first)
+        self.relabeling.learn_from([self._keyed.first], fit.task_format, head)
+        self._has_learned = True
+
+    @override
     def plan(self, fit: FitContext) -> None:
-        """Note for how many batches a schedule of steps is planned; 0 where that is not known."""
+        # 0 where the number is not known.
         batches = fit.batches_per_epoch
         self.planned_batches = int(batches) if batches < float("inf") else 0
 
-    def forget_plan(self) -> None:
-        """Forget the plan."""
-        self.planned_batches = 0
-
+    @override
     def at_once(self, fit: FitContext) -> int:
-        """Return ``planned_size``."""
-        return self.planned_size
+        return _SIZE
 
+    @override
     def fault_of(self, fit: FitContext, subset: TrainingSubset, *, keeps_plan: bool) -> str:
-        """Return why a subset cannot be trained on, in the words that follow "samples"; empty if it can."""
         return "" if len(subset.index) else "are none"
 
-    def attach_rows(self, fit: FitContext, subset: TrainingSubset, partition: Callable[[], Partition]) -> None:
-        """Give training batches only the rows of a subset, with the subset's labels, from now on.
-
-        Args:
-            fit: that is running.
-            subset: the subset.
-            partition: returns the one that the subset is of; asked for when there is a batch.
-        """
+    @override
+    def follow(
+        self,
+        fit: FitContext,
+        subset: TrainingSubset,
+        partition: Callable[[], Partition],
+        keeps_plan: Callable[[], bool],
+    ) -> None:
         norms = any(isinstance(one, nn.modules.batchnorm._NormBase) for one in fit.model.modules())
         self._least, task_format = 2 if norms else 1, fit.task_format
         trained = _places(subset)
@@ -146,13 +148,14 @@ class KeyedSubset:
         doubt = torch.where(is_trained, -1, 1 - known.clean_probability[index.clamp(min=0)])
         return doubt.argsort(stable=True)[: self._least].sort().values
 
+    @override
     def before_backward(self, loss: Tensor) -> None:
-        """Make a batch without a row to learn from teach nothing. Call in ``on_before_backward``."""
+        # A batch without a row to learn from teaches nothing.
         if self._is_muted and loss.requires_grad:
             loss.register_hook(torch.zeros_like)  # type: ignore[no-untyped-call]
 
+    @override
     def end_epoch(self, fit: FitContext) -> None:
-        """Say once what narrowing has cost. Every rank must call it."""
         if self._has_said or not self._keyed.change:
             return
         self._has_said = True
@@ -162,37 +165,16 @@ class KeyedSubset:
             f"Of {rows:,} rows of this epoch {gone:,} were loaded and then taken out of their batches{empty}."
         )
 
-    def ask_again(self, fit: FitContext) -> None:
-        """Do nothing: no loader has to be made again."""
-
+    @override
     def detach(self, fit: FitContext | None) -> None:
-        """Leave the batches alone."""
         self._keyed.change = None
         self._is_muted = False
         self.relabeling.detach()
 
-    def check_relabeling(self, fit: FitContext, head: str | None) -> None:
-        """Refuse, before the first step, batches whose labels could not be replaced later.
-
-        Args:
-            fit: that begins.
-            head: dotted path of the module that makes the logits; None if there is none.
-
-        Raises:
-            TypeError: saying what is in the way.
-        """
-        with fit.isolated_eval(), torch.no_grad():
-            check_arrives(fit, self._keyed.first)
-        self.relabeling.learn_from([self._keyed.first], fit.task_format, head)
-        self._has_learned = True
-
-    def state_dict(self) -> dict[str, int]:
-        """Return the state as numbers."""
-        return {"planned_batches": self.planned_batches, "planned_size": self.planned_size, "seed": self.seed}
-
+    @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what a checkpoint has."""
-        self.planned_batches, self.seed = state["planned_batches"], state["seed"]
+        super().load_state_dict(state)
+        self.planned_size = _SIZE
 
 
 def _places(subset: TrainingSubset) -> dict[int, int]:

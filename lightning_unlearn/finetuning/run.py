@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_unlearn.attribution import plain_name, resolve_layer
-from lightning_unlearn.finetuning import messages, relabel
+from lightning_unlearn.finetuning import messages
 from lightning_unlearn.finetuning.by_key import KeyedSubset
 from lightning_unlearn.finetuning.freezing import FrozenLayers
 from lightning_unlearn.finetuning.optimizers import FreshOptimizer, check_steps_left
 from lightning_unlearn.finetuning.starting import Starting
 from lightning_unlearn.finetuning.state import FinetuneState
-from lightning_unlearn.finetuning.train_data import SubsetLoader, batches_of
+from lightning_unlearn.finetuning.subset_data import SubsetData
+from lightning_unlearn.finetuning.train_data import SubsetLoader
 from lightning_unlearn.finetuning.training_subset import OnNoisy, TrainingSubset, make_training_subset
 from lightning_unlearn.finetuning.warm_start import WarmStart
 from lightning_unlearn.results.partition import Partition
@@ -71,7 +72,7 @@ class Finetuning:
 
     def __init__(self, settings: FinetuneSettings, fresh: FreshOptimizer) -> None:
         self.settings, self.fresh = settings, fresh
-        self.loader: SubsetLoader | KeyedSubset = SubsetLoader()
+        self.loader: SubsetData = SubsetLoader()
         self.frozen = FrozenLayers()
         self._threshold = 0.0
         self._losses = LossWatch()
@@ -110,7 +111,7 @@ class Finetuning:
             MisconfigurationException: saying what to do.
         """
         one, moves = self.settings, self.starting.is_asked_for
-        if (keyed := fit.keyed) is not None or isinstance(self.loader, KeyedSubset):
+        if (keyed := fit.keyed) is not None or self.loader.is_by_key:
             self.loader = SubsetLoader() if keyed is None else KeyedSubset(keyed)
         self._threshold, given = relabel_threshold, self.fresh.given()
         refuse_where_sharded(fit, _WHO, **given, warm_start=moves)
@@ -137,27 +138,17 @@ class Finetuning:
             self.loader.begin(fit)
         # Also where the checkpoint re-labels and on_noisy is another now.
         goes_on = self.state.training_subset is not None and self.state.training_subset.new_label is not None
-        if relabels and not goes_on:
-            # First, as the callback that publishes the partition may come later in the list and has settled nothing.
-            fit.probe()
-            if isinstance(self.loader, SubsetLoader):
-                relabel.check_relabeling(fit)
         if relabels or goes_on:
-            self._learn_labels(fit)
+            # First, as the callback that publishes the partition may come later in the list and has inferred nothing.
+            trace, _ = fit.probe()
+            head = trace.logits_module(fit.task_format.num_outputs)
+            self.loader.prepare_relabeling(fit, head, is_new=not goes_on)
         if self.may_start_later(fit):
             self.starting.check_is_known(fit)
         if self.is_active and self.loader.at_once(fit) != self.loader.planned_size:
             check_steps_left(fit, fit.limits.remaining_epochs, self.loader.planned_size)
             self.loader.plan(fit)
         self.fresh.check_one(fit)
-
-    def _learn_labels(self, fit: FitContext) -> None:
-        trace, _ = fit.probe()
-        head = trace.logits_module(fit.task_format.num_outputs)
-        if isinstance(self.loader, KeyedSubset):
-            self.loader.check_relabeling(fit, head)
-        else:
-            self.loader.relabeling.learn(fit, head)
 
     def start_batch(self, fit: FitContext, batch_idx: int) -> None:
         """Call in ``on_train_batch_start``."""
@@ -168,8 +159,7 @@ class Finetuning:
 
     def before_backward(self, loss: Tensor) -> None:
         """Call before the backward pass of a step."""
-        if isinstance(self.loader, KeyedSubset):
-            self.loader.before_backward(loss)
+        self.loader.before_backward(loss)
 
     def after_backward(self, fit: FitContext) -> None:
         """Call after the backward pass of a step."""
@@ -209,15 +199,15 @@ class Finetuning:
 
     def hold(self, fit: FitContext) -> None:
         """Call when an epoch starts, after a partition has been acted upon."""
-        if self.is_active and fit.keyed is None:
-            self._data = fit.train_loader.dataset
+        if self.is_active:
+            self._data = self.loader.dataset(fit)
         self.frozen.hold_modes()
 
     def _what_of_noisy(self, fit: FitContext, partition: Partition) -> OnNoisy:
         """Return ``on_noisy``, or ``"drop"`` where new labels would be written on the rows of other samples."""
-        if self.settings.on_noisy != "relabel" or isinstance(self.loader, KeyedSubset):
+        if self.settings.on_noisy != "relabel":
             return self.settings.on_noisy
-        fault = relabel.fault_of_absent(fit, partition)
+        fault = self.loader.relabeling_fault(fit, partition)
         # A data set that draws at random may show each rank another batch.
         if not fit.agree(bool(fault), of_all=False):
             return "relabel"
@@ -229,8 +219,7 @@ class Finetuning:
         """Call in ``on_train_epoch_end``; every rank must."""
         if self.is_active:
             self._check_diverged(fit)
-            if isinstance(self.loader, KeyedSubset):
-                self.loader.end_epoch(fit)
+            self.loader.end_epoch(fit)
 
     def _check_diverged(self, fit: FitContext) -> None:
         """End a fit whose weights no further training mends; before a ModelCheckpoint writes them."""
@@ -329,10 +318,7 @@ class Finetuning:
         if not partition.is_actionable:
             return
         subset = make_training_subset(partition, self.settings.on_noisy, self._threshold)
-        batches: tuple[int | float, int | float] = (fit.batches_per_epoch,) * 2
-        if isinstance(self.loader, SubsetLoader):
-            sampler = self.loader.sampler(fit, fit.train_loader, subset, keeps_plan=False)
-            batches = fit.batches_per_epoch, batches_of(fit, fit.train_loader, sampler)
+        batches = fit.batches_per_epoch, self.loader.batches_with(fit, subset)
         start = self.starting.choose(fit, is_dry_run=True)
         rank_zero_info(messages.of_dry_run(subset, fit.limits.remaining_epochs, batches, self.seconds_per_epoch))
         rank_zero_info(f"Dry run: {messages.start_of(start)}")
@@ -347,21 +333,14 @@ class Finetuning:
 
     def attach(self, fit: FitContext) -> None:
         """Let the loader draw from the subset, and the labels be replaced."""
-        subset = self.state.training_subset
-        if subset is not None and isinstance(self.loader, KeyedSubset):
-            self.loader.attach_rows(fit, subset, self._known_partition)
-        elif subset is not None and isinstance(self.loader, SubsetLoader):
-            self.loader.attach(fit, subset, keeps_plan=partial(self.fresh.keeps_plan, fit))
-            if subset.new_label is not None:
-                self.loader.relabeling.attach(fit, subset.new_label, self._given_labels)
+        if self.state.training_subset is not None:
+            keeps_plan = partial(self.fresh.keeps_plan, fit)
+            self.loader.follow(fit, self.state.training_subset, self._known_partition, keeps_plan)
 
     def _known_partition(self) -> Partition:
         if self.partition is None:
             raise RuntimeError("There is no partition to go by; this is an error in lightning_unlearn.")
         return self.partition
-
-    def _given_labels(self) -> Tensor:
-        return self._known_partition().label
 
     def _choose_frozen(self, fit: FitContext) -> None:
         if self.settings.layers is not None:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
+from typing_extensions import override
 
 from lightning_unlearn.data.loaders import check_loader
 from lightning_unlearn.data.sampling_scheme import SamplingScheme
@@ -19,38 +20,25 @@ from lightning_unlearn.data.subset_sampler import (
     batch_sampler_error,
     check_sampler,
 )
-from lightning_unlearn.finetuning.relabel import Relabeling
+from lightning_unlearn.finetuning.relabel import check_relabeling, fault_of_absent
+from lightning_unlearn.finetuning.subset_data import SubsetData
 from lightning_unlearn.finetuning.training_subset import TrainingSubset
+from lightning_unlearn.results.partition import Partition
+from lightning_unlearn.trainer.context import FitContext
 from lightning_unlearn.trainer.isolation import isolate_rng
 from lightning_unlearn.trainer.running_fit import RunningFit
 from lightning_unlearn.trainer.train_data import TrainDataSwap
 
 
-class SubsetLoader:
-    """Lets the loader of a fit draw from a subset, in the user's way, and gives it back.
-
-    Attributes:
-        seed: of the order in which the subset is drawn.
-        planned_batches: batches of the first epoch on a subset, for which a schedule of steps may be planned.
-        planned_size: how many samples of all ranks were a step then.
-        relabeling: of the batches, where labels are replaced.
-    """
+class SubsetLoader(SubsetData):
+    """Lets the loader of a fit draw from a subset, in the user's way, and gives it back."""
 
     def __init__(self) -> None:
-        self._swap, self._narrowed, self.relabeling = TrainDataSwap(), SamplerSwap(), Relabeling()
-        self.reset()
+        self._swap, self._narrowed = TrainDataSwap(), SamplerSwap()
+        super().__init__()
 
-    def reset(self) -> None:
-        """Forget an earlier fit."""
-        self.seed = 0
-        self.forget_plan()
-
+    @override
     def begin(self, fit: RunningFit) -> None:
-        """Look at the loader before the first step.
-
-        Raises:
-            TypeError: for a loader that cannot be narrowed.
-        """
         loader = fit.train_loader
         seed = self.scheme(fit, loader).seed
         # Without one of the user's, that which Lightning gives its own samplers.
@@ -60,13 +48,15 @@ class SubsetLoader:
         if fault:
             raise TypeError(fault)
 
-    def plan(self, fit: RunningFit) -> None:
-        """Note for how many batches of which size a schedule of steps is planned."""
-        self.planned_batches, self.planned_size = len(fit.train_loader), self.at_once(fit)
+    @override
+    def prepare_relabeling(self, fit: FitContext, head: str | None, *, is_new: bool) -> None:
+        if is_new:
+            check_relabeling(fit)
+        self.relabeling.learn(fit, head)
 
-    def forget_plan(self) -> None:
-        """Forget the plan."""
-        self.planned_batches = self.planned_size = 0
+    @override
+    def plan(self, fit: RunningFit) -> None:
+        self.planned_batches, self.planned_size = len(fit.train_loader), self.at_once(fit)
 
     def scheme(self, fit: RunningFit, loader: DataLoader[Any]) -> SamplingScheme:
         """Return how the user's loader draws, also while it is narrowed."""
@@ -83,8 +73,8 @@ class SubsetLoader:
             return own.num_replicas, own.rank
         return fit.world_size, fit.rank
 
+    @override
     def at_once(self, fit: RunningFit) -> int:
-        """Return how many samples the ranks' batches hold together."""
         loader = fit.train_loader
         batch_sampler: Any = loader.batch_sampler
         size: int = batch_sampler.batch_size
@@ -116,8 +106,8 @@ class SubsetLoader:
             at_most=self.planned_batches * size * replicas if is_planned else None,
         )
 
+    @override
     def fault_of(self, fit: RunningFit, subset: TrainingSubset, *, keeps_plan: bool) -> str:
-        """Return why a subset cannot be trained on, in the words that follow "samples"; empty if it can."""
         loader = fit.train_loader
         sampler = self.sampler(fit, loader, subset, keeps_plan=keeps_plan)
         if batches_of(fit, loader, sampler) == 0:
@@ -126,8 +116,33 @@ class SubsetLoader:
             return "leave each rank a batch of one sample, on which batch norm cannot be trained"
         return ""
 
+    @override
+    def batches_with(self, fit: RunningFit, subset: TrainingSubset) -> int | float:
+        loader = fit.train_loader
+        return batches_of(fit, loader, self.sampler(fit, loader, subset, keeps_plan=False))
+
+    @override
+    def relabeling_fault(self, fit: FitContext, partition: Partition) -> str:
+        return fault_of_absent(fit, partition)
+
+    @override
+    def dataset(self, fit: RunningFit) -> Any:
+        return fit.train_loader.dataset
+
+    @override
+    def follow(
+        self,
+        fit: FitContext,
+        subset: TrainingSubset,
+        partition: Callable[[], Partition],
+        keeps_plan: Callable[[], bool],
+    ) -> None:
+        self.attach(fit, subset, keeps_plan=keeps_plan)
+        if subset.new_label is not None:
+            self.relabeling.attach(fit, subset.new_label, lambda: partition().label)
+
     def attach(self, fit: RunningFit, subset: TrainingSubset, *, keeps_plan: Callable[[], bool]) -> None:
-        """Draw from a subset from now on; where labels are replaced, :attr:`relabeling` has to be attached too.
+        """Draw from a subset from now on, under the given labels.
 
         Args:
             fit: that is running.
@@ -148,24 +163,15 @@ class SubsetLoader:
 
         self._swap.attach(fit, narrow)
 
+    @override
     def ask_again(self, fit: RunningFit) -> None:
-        """Have the loader made again, in a fit that goes on from a checkpoint."""
         self._swap.ask_again(fit)
 
+    @override
     def detach(self, fit: RunningFit) -> None:
-        """Give the loader back."""
         self.relabeling.detach()
         self._swap.detach(fit)
         self._narrowed.restore()
-
-    def state_dict(self) -> dict[str, int]:
-        """Return the state as numbers."""
-        return {"planned_batches": self.planned_batches, "planned_size": self.planned_size, "seed": self.seed}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what a checkpoint has."""
-        self.planned_batches, self.planned_size = state["planned_batches"], state.get("planned_size", 0)
-        self.seed = state["seed"]
 
 
 def batches_of(fit: RunningFit, loader: DataLoader[Any], sampler: CleanSubsetSampler) -> int:

@@ -1,0 +1,124 @@
+"""What fine-tuning asks of the training data, whether samples are known by a dataset index or by a key."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from lightning_unlearn.finetuning.relabel import Relabeling
+from lightning_unlearn.finetuning.training_subset import TrainingSubset
+from lightning_unlearn.results.partition import Partition
+from lightning_unlearn.trainer.context import FitContext
+
+
+class SubsetData:
+    """Lets a fit train on a subset of its samples, from :meth:`follow` to :meth:`detach`.
+
+    Attributes:
+        seed: of what is drawn at random.
+        planned_batches: batches of the first epoch on a subset, for which a schedule of steps may be planned.
+        planned_size: how many samples of all ranks were a step then.
+        relabeling: of the batches, where labels are replaced.
+    """
+
+    is_by_key = False
+
+    def __init__(self) -> None:
+        self.relabeling = Relabeling()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget an earlier fit."""
+        self.seed = 0
+        self.forget_plan()
+
+    def forget_plan(self) -> None:
+        """Forget the plan."""
+        self.planned_batches = self.planned_size = 0
+
+    def begin(self, fit: FitContext) -> None:
+        """Refuse, before the first step, data that cannot be narrowed.
+
+        Raises:
+            TypeError: saying what is in the way.
+        """
+        raise NotImplementedError
+
+    def prepare_relabeling(self, fit: FitContext, head: str | None, *, is_new: bool) -> None:
+        """Learn, before the first step, where labels are replaced, and refuse batches in which they cannot be.
+
+        Args:
+            fit: that begins.
+            head: dotted path of the module that makes the logits; None if there is none.
+            is_new: whether no label was replaced yet.
+
+        Raises:
+            TypeError: saying what is in the way.
+        """
+        raise NotImplementedError
+
+    def plan(self, fit: FitContext) -> None:
+        """Note for how many batches of which size a schedule of steps is planned."""
+        raise NotImplementedError
+
+    def at_once(self, fit: FitContext) -> int:
+        """Return how many samples the ranks' batches hold together."""
+        raise NotImplementedError
+
+    def fault_of(self, fit: FitContext, subset: TrainingSubset, *, keeps_plan: bool) -> str:
+        """Return why a subset cannot be trained on, in the words that follow "samples"; empty if it can."""
+        raise NotImplementedError
+
+    def follow(
+        self,
+        fit: FitContext,
+        subset: TrainingSubset,
+        partition: Callable[[], Partition],
+        keeps_plan: Callable[[], bool],
+    ) -> None:
+        """Train on a subset from now on, with the labels that it gives.
+
+        Args:
+            fit: that is running.
+            subset: the subset.
+            partition: returns the one that the subset is of; asked for when there is a batch.
+            keeps_plan: whether no more is drawn than was planned, as by a schedule of steps; asked whenever there is a
+                loader.
+        """
+        raise NotImplementedError
+
+    def detach(self, fit: FitContext) -> None:
+        """Give the training data back."""
+        raise NotImplementedError
+
+    def batches_with(self, fit: FitContext, subset: TrainingSubset) -> int | float:
+        """Return how many batches an epoch on a subset would have; infinite where that is not known."""
+        return fit.batches_per_epoch
+
+    def relabeling_fault(self, fit: FitContext, partition: Partition) -> str:
+        """Return why batches cannot be re-labeled, once a partition shows it; empty if they can."""
+        return ""
+
+    def dataset(self, fit: FitContext) -> Any:
+        """Return the data set in use; None where there is none to compare."""
+        return None
+
+    def ask_again(self, fit: FitContext) -> None:
+        """Have the loader made again, in a fit that goes on from a checkpoint."""
+
+    def before_backward(self, loss: Tensor) -> None:
+        """Call in ``on_before_backward``."""
+
+    def end_epoch(self, fit: FitContext) -> None:
+        """Call in ``on_train_epoch_end``, on every rank, while a subset is trained on."""
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the state as numbers."""
+        return {"planned_batches": self.planned_batches, "planned_size": self.planned_size, "seed": self.seed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what a checkpoint has."""
+        self.planned_batches, self.planned_size = state["planned_batches"], state["planned_size"]
+        self.seed = state["seed"]

@@ -37,13 +37,7 @@ from lightning_unlearn.trainer.progress import rank_zero_info
 from lightning_unlearn.trainer.protocols import PartitionSource
 from lightning_unlearn.trainer.row_checks import establish_rows_again
 from lightning_unlearn.trainer.strategies import shards_weights
-from lightning_unlearn.utilities.checks import (
-    check_flag,
-    check_number,
-    check_path,
-    check_text,
-    check_whole,
-)
+from lightning_unlearn.utilities.checks import check_flag, check_number, check_path, check_text, check_whole
 from lightning_unlearn.utilities.distributed import sum_over_ranks
 
 _PATH = "the dotted path of a layer, or None"

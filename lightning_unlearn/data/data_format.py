@@ -10,15 +10,8 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from lightning_unlearn.data.sample_key import check_sample_key
-from lightning_unlearn.utilities.checks import (
-    check_choice,
-    check_flag,
-    check_function,
-    check_number,
-    did_you_mean,
-    plain,
-    shown,
-)
+from lightning_unlearn.utilities.calls import check_function
+from lightning_unlearn.utilities.checks import check_choice, check_flag, check_number, did_you_mean, plain, shown
 
 Task = Literal["auto", "multiclass", "binary", "multilabel"]
 """The kinds of classification, by torchmetrics' names; ``"auto"``: inferred from the first batch."""

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.data.batch import Path, children_of, field_at
-from lightning_unlearn.utilities.checks import called, check_function, check_text, reason_of, shown
+from lightning_unlearn.utilities.calls import called, check_function
+from lightning_unlearn.utilities.checks import check_text, reason_of, shown
 
 Key = int | str
 """What a sample is known by."""

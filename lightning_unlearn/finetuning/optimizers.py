@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -12,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from lightning_unlearn.finetuning.optimizer_checks import check_groups, groups_of
 from lightning_unlearn.finetuning.schedules import (
     PeakRates,
     before_schedules,
@@ -26,11 +26,10 @@ from lightning_unlearn.trainer.optimizers import (
     put_schedules,
     run_configure_optimizers,
     share_over,
-    steps_needed,
 )
 from lightning_unlearn.trainer.progress import rank_zero_info
 from lightning_unlearn.trainer.running_fit import RunningFit
-from lightning_unlearn.utilities.checks import check_function
+from lightning_unlearn.utilities.calls import check_function
 
 MakeOptimizer = Callable[[Iterable[Any]], Optimizer]
 MakeScheduler = Callable[[Optimizer], LRScheduler]
@@ -38,8 +37,6 @@ MakeScheduler = Callable[[Optimizer], LRScheduler]
 # What makes the optimizer where weights were moved and nothing was asked for.
 _COSINE = "warm_start"
 _RESTART = "restart"
-# What schedules write into parameter groups for themselves.
-_OF_SCHEDULES = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum"}
 
 
 class FreshOptimizer:
@@ -268,79 +265,3 @@ def _check_rates(optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
         if not math.isfinite(float(group["lr"])):
             raise ValueError(f"Expected optimizer to make one with finite learning rates, but got lr={group['lr']}.")
-
-
-def groups_of(states: Iterable[Mapping[str, Any]]) -> list[list[tuple[int, set[str]]]]:
-    """Return, for each optimizer in a checkpoint, the group sizes and the names of the groups' options.
-
-    Args:
-        states: the optimizers' ``state_dict``.
-    """
-    return [
-        [(len(group["params"]), set(group) - _OF_SCHEDULES - {"params"}) for group in state.get("param_groups", ())]
-        for state in states
-    ]
-
-
-def check_groups(optimizers: Sequence[Optimizer], saved: Sequence[Sequence[tuple[int, set[str]]]]) -> None:
-    """Refuse a fresh optimizer that cannot take over the state that a checkpoint has of one.
-
-    Args:
-        optimizers: that were made.
-        saved: :func:`groups_of` the checkpoint; empty where it has none.
-
-    Raises:
-        MisconfigurationException: for other groups, or for an optimizer of another kind.
-    """
-    made = groups_of(optimizer.state_dict() for optimizer in optimizers)
-    if not saved:
-        return
-    if _sizes(made) != _sizes(saved):
-        raise MisconfigurationException(_other_optimizer(_sizes(saved), _sizes(made)))
-    for (_, now), (_, before) in zip(itertools.chain(*made), itertools.chain(*saved), strict=True):
-        # Another version of torch may know an option more.
-        if now - before and before - now:
-            raise MisconfigurationException(
-                _other_optimizer(f"options {sorted(before - now)}", f"{sorted(now - before)}")
-            )
-
-
-def _sizes(optimizers: Sequence[Sequence[tuple[int, set[str]]]]) -> str:
-    return f"groups of {[[size for size, _ in groups] for groups in optimizers]} parameters"
-
-
-def _other_optimizer(before: str, now: str) -> str:
-    return (
-        f"The optimizer of the checkpoint has {before}, but the one that CleanSubsetFinetuneCallback makes has {now},"
-        " so its state cannot be loaded; restore the arguments and configure_optimizers of that fit, or resume from a"
-        " checkpoint from before the partition."
-    )
-
-
-def check_steps_left(fit: RunningFit, epochs: int | None, planned_size: int) -> None:
-    """Refuse batches of another size with which a schedule of the checkpoint would end before the fit does.
-
-    Such a schedule, a OneCycleLR, ends the fit with an error when it is stepped too often.
-
-    Args:
-        fit: with the state of the checkpoint.
-        epochs: that remain; None where that is not known.
-        planned_size: how many samples a batch of all ranks had before.
-
-    Raises:
-        MisconfigurationException: saying how many steps are left, and what to do.
-    """
-    if epochs is None:
-        return
-    needed = steps_needed(fit, epochs)
-    for config in fit.schedules:
-        total = getattr(config.scheduler, "total_steps", None)
-        if config.interval != "step" or not isinstance(total, int):
-            continue
-        left = total - config.scheduler.last_epoch
-        if needed // config.frequency > left:
-            raise MisconfigurationException(
-                f"The {type(config.scheduler).__name__} of the checkpoint has {left} steps left, planned for"
-                f" {planned_size} samples a batch, but the rest of the fit takes {needed}; resume with the batch size,"
-                " number of devices and max_epochs of that fit, raise accumulate_grad_batches, or lower max_epochs."
-            )

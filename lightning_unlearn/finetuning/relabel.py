@@ -10,18 +10,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from lightning_unlearn.attribution import resolve_layer
 from lightning_unlearn.attribution.head_watch import HeadWatch, Step
-from lightning_unlearn.data.batch import field_at
 from lightning_unlearn.data.dataset_state import unopened
 from lightning_unlearn.data.index_tracking import delivered_indices, is_torchs_iterator
 from lightning_unlearn.data.loaders import batch_size, iterate_indices
 from lightning_unlearn.data.task_format import IGNORED, TaskFormat
 from lightning_unlearn.finetuning.companions import Companion, companions_in
+from lightning_unlearn.finetuning.relabeled_batch import ADVICE, check_given, rows_of, with_labels
 from lightning_unlearn.results.partition import Partition
 from lightning_unlearn.trainer.context import FitContext
 from lightning_unlearn.trainer.data_checks import read_labels, same_labels
@@ -29,64 +27,12 @@ from lightning_unlearn.trainer.row_checks import establish_rows
 from lightning_unlearn.trainer.train_data import BatchHook
 from lightning_unlearn.utilities.reduce import Reduce
 
-_ADVICE = "; use on_noisy='drop' or 'reweight', which need no other labels"
-
-
 # Samples that are read to see which fields are made of the label, where one seems to be.
 _MOST_READ = 256
 # So many steps, at most, until it is clear which labels the loss follows; so many rows tell, and so many times as many.
 _MOST_STEPS = 32
 _FEWEST = 8
 _TIMES = 3
-
-
-def with_labels(batch: Any, task_format: TaskFormat, new: Tensor, companions: Sequence[Companion] = ()) -> Any:
-    """Return the batch with other labels; the one given stays as it is.
-
-    Args:
-        batch: a tuple, list, dict, named tuple or dataclass, nested or not, that holds the tensor of labels.
-        task_format: finds it, and knows its form.
-        new: (U,) int64, the classes of the batch's rows; -1 where the given one stays.
-        companions: fields that are made of the label.
-
-    Raises:
-        TypeError: if the labels have not the form that the first batch had, or are not in the batch as they are but
-            made of it.
-
-    Example:
-        >>> task_format = TaskFormat()
-        >>> task_format.infer_task(torch.zeros(2, 9), torch.tensor([4, 5]))
-        >>> batch = (torch.zeros(2, 3), torch.tensor([4, 5]))
-        >>> with_labels(batch, task_format, torch.tensor([-1, 7]))[1]
-        tensor([4, 7])
-    """
-    label = task_format.split(batch)[1]
-    try:
-        given = task_format.classes(label, len(label))
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"The labels of a training batch cannot be replaced{_ADVICE}. {error}") from error
-    if len(given) != len(new):
-        raise TypeError(
-            f"Expected labels of {len(new)} rows to be replaced in a training batch, but got {len(given)}{_ADVICE}."
-        )
-    replaced = task_format.replaced(label, new)
-    made = [(one, field_at(batch, one.path)) for one in companions]
-    found = []
-
-    def put(value: Tensor) -> Tensor:
-        if value is label:
-            found.append(value)
-            return replaced
-        one = next((one for one, field in made if field is value), None)
-        return value if one is None else one.replaced(batch, value, given, new.to(value.device))
-
-    changed = apply_to_collection(batch, Tensor, put)
-    if not found:
-        raise TypeError(
-            "Expected the labels of a training batch to be one of its tensors, so that they can be replaced, but"
-            f" batch_to_xy makes them of something else{_ADVICE}."
-        )
-    return changed
 
 
 class Relabeling:
@@ -144,7 +90,7 @@ class Relabeling:
                 return batch
             if index is None:
                 raise RuntimeError(
-                    f"The dataset indices of a training batch are not known, so it cannot be re-labeled{_ADVICE}."
+                    f"The dataset indices of a training batch are not known, so it cannot be re-labeled{ADVICE}."
                 )
             known = given()
             rows = rows_of(batch, task_format, index, known, fit.train_loader)
@@ -207,7 +153,7 @@ class Relabeling:
         if old >= _FEWEST and old > _TIMES * new:
             raise RuntimeError(
                 f"Expected the loss to follow the new labels of re-labeled samples, but of {old + new:.0f} rows it"
-                f" follows the given one in {old:.0f}: training_step takes them from elsewhere{_ADVICE}."
+                f" follows the given one in {old:.0f}: training_step takes them from elsewhere{ADVICE}."
             )
         self._is_watching = self._steps < _MOST_STEPS and not (new >= _FEWEST and new > _TIMES * old)
 
@@ -230,57 +176,6 @@ class Relabeling:
         self._is_watching = self._is_pending = False
         self._seen = torch.zeros(2, dtype=torch.float64)
         self._steps = 0
-
-
-def rows_of(batch: Any, task_format: TaskFormat, index: Tensor, given: Tensor, loader: DataLoader[Any]) -> Tensor:
-    """Return the dataset indices of a batch's rows, where a collate function may have left out items that are None.
-
-    Args:
-        batch: as the loader delivers it.
-        task_format: finds its labels.
-        index: (B,) int64, as drawn.
-        given: (N,) or (N, L), the labels of the partition, in which such samples have none.
-        loader: whose data set is asked, where others have no label either.
-
-    Raises:
-        TypeError: where the rows are others.
-    """
-    rows: int = len(task_format.split(batch)[1])
-    if rows == len(index):
-        return index
-    there = (given[index] != IGNORED).reshape(len(index), -1).any(dim=1)
-    if int(there.sum()) != rows:
-        pairs = zip(there, index.tolist(), strict=True)
-        with unopened(loader):
-            there = torch.tensor([bool(known) or loader.dataset[i] is not None for known, i in pairs])
-    if int(there.sum()) != rows:
-        raise TypeError(
-            f"Expected labels of {len(index)} rows to be replaced in a training batch, but got {rows}, and not for"
-            f" items that are None in the data set{_ADVICE}."
-        )
-    return index[there]
-
-
-def check_given(batch: Any, task_format: TaskFormat, given: Tensor, rows: int) -> None:
-    """Refuse to replace labels that are not those of the samples for which the new ones are.
-
-    Args:
-        batch: as the loader delivers it.
-        task_format: finds its labels.
-        given: (U,) int64, the labels of the partition for the batch's rows.
-        rows: how many samples these are.
-
-    Raises:
-        ValueError: with their number.
-    """
-    label = task_format.classes(task_format.split(batch)[1], rows).cpu()
-    wrong = int(((given >= 0) & (label != given)).sum())
-    if wrong:
-        raise ValueError(
-            "Expected the rows of a training batch to have the labels that the partition has for their dataset indices,"
-            f" but {wrong} of {len(given)} have others, as where collate_fn fills up a batch, or where labels were"
-            f" changed since; none was replaced{_ADVICE}."
-        )
 
 
 def fault_of_absent(fit: FitContext, partition: Partition) -> str:
@@ -315,7 +210,7 @@ def check_relabeling(fit: FitContext) -> None:
         raise TypeError(
             "Expected a train loader of torch's own iteration that delivers batches in the order drawn, so that they"
             f" can be re-labeled, but {type(loader).__name__} does not (or training_step draws batches itself, or"
-            f" in_order=False){_ADVICE}."
+            f" in_order=False){ADVICE}."
         )
     with fit.isolated_eval(), torch.no_grad():
         size = min(batch_size(loader), len(loader.dataset))  # type: ignore[arg-type]  # its length has been checked
@@ -323,7 +218,7 @@ def check_relabeling(fit: FitContext) -> None:
         if not same_labels(first, again):
             raise TypeError(
                 "Expected training batches with the labels of their samples, so that they can be replaced, but they"
-                f" differ from one reading to the next, as where collate_fn mixes samples{_ADVICE}."
+                f" differ from one reading to the next, as where collate_fn mixes samples{ADVICE}."
             )
         if fit.offers_scoring_loader:
             # Else the passes draw from it too, and it has been looked at for them.
@@ -345,5 +240,5 @@ def check_arrives(fit: FitContext, batch: Any) -> None:
     if not task_format.classes(arrived, len(given)).cpu().equal(new.cpu()):
         raise TypeError(
             "Expected labels that are replaced in a training batch to arrive in training_step as they are, but the"
-            f" transfer hooks change them{_ADVICE}."
+            f" transfer hooks change them{ADVICE}."
         )

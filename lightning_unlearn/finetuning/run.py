@@ -15,7 +15,8 @@ from lightning_unlearn.attribution import plain_name, resolve_layer
 from lightning_unlearn.finetuning import messages
 from lightning_unlearn.finetuning.by_key import KeyedSubset
 from lightning_unlearn.finetuning.freezing import FrozenLayers
-from lightning_unlearn.finetuning.optimizers import FreshOptimizer, check_steps_left
+from lightning_unlearn.finetuning.optimizer_checks import check_steps_left
+from lightning_unlearn.finetuning.optimizers import FreshOptimizer
 from lightning_unlearn.finetuning.starting import Starting
 from lightning_unlearn.finetuning.state import FinetuneState
 from lightning_unlearn.finetuning.subset_data import SubsetData

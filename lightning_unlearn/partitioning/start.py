@@ -42,7 +42,7 @@ from lightning_unlearn.trainer.data_checks import (
 )
 from lightning_unlearn.trainer.isolation import isolate_rng
 from lightning_unlearn.trainer.progress import rank_zero_info, rank_zero_warn
-from lightning_unlearn.trainer.row_checks import check_ranks
+from lightning_unlearn.trainer.rank_checks import check_ranks
 from lightning_unlearn.trainer.sample_rows import locate_samples, no_rows
 
 

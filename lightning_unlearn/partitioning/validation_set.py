@@ -6,28 +6,20 @@ of the training partition is all the evidence there is, and takes the place of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from lightning_unlearn.data.fingerprint import fingerprint, varies
-from lightning_unlearn.data.loaders import (
-    batch_size,
-    check_iterates_in_order,
-    check_loader,
-    iterate_indices,
-)
-from lightning_unlearn.data.sampling_scheme import scheme_of
+from lightning_unlearn.data.fingerprint import varies
 from lightning_unlearn.data.task_format import IGNORED
 from lightning_unlearn.evidence.early_epochs import EarlyEpochs
 from lightning_unlearn.evidence.eval_pass import ScoringPass
 from lightning_unlearn.partitioning.apply_recipe import apply_recipe
 from lightning_unlearn.partitioning.build import ShardResult
+from lightning_unlearn.partitioning.validation_samples import check_not_trained_on, find_samples
 from lightning_unlearn.recipes import Recipe
 from lightning_unlearn.recipes.evidence import Evidence, OutOfSample
 from lightning_unlearn.results.finding import finding_of
@@ -36,31 +28,10 @@ from lightning_unlearn.results.provenance import copied
 from lightning_unlearn.trainer.compat import MisconfigurationException
 from lightning_unlearn.trainer.context import FitContext
 from lightning_unlearn.trainer.progress import rank_zero_info, rank_zero_warn
-from lightning_unlearn.trainer.row_checks import check_number, check_ranks, establish_rows
 from lightning_unlearn.utilities.distributed import gather_by_index
 
 Make = Callable[[Sequence[ShardResult], Tensor, str], Partition]
 """From what was judged, the labels and the fingerprint to a partition."""
-
-_WANTED = "Expected validation data that can be judged (judge_validation=True), but"
-
-
-@dataclass(frozen=True, eq=False)
-class _Samples:
-    """The validation set.
-
-    Args:
-        loader: that the fit validates with.
-        left_out: dataset indices that it never draws.
-        fingerprint: of its data set.
-    """
-
-    loader: DataLoader[Any]
-    left_out: frozenset[int]
-    fingerprint: str
-
-    def __len__(self) -> int:
-        return len(self.loader.dataset)  # type: ignore[arg-type]  # its length has been checked
 
 
 class ValidationJudge:
@@ -106,8 +77,8 @@ class ValidationJudge:
             TypeError: for samples that cannot be told apart by their index, or batches that are not like training's.
             ValueError: for samples that are trained on, labels out of range, or ranks with different data.
         """
-        samples = _samples(fit)
-        _check_not_trained_on(fit, samples, trained_on)
+        samples = find_samples(fit)
+        check_not_trained_on(fit, samples, trained_on)
         if varies(samples.fingerprint):
             rank_zero_info("The validation set uses random augmentation, so its samples are judged as augmented.")
 
@@ -123,7 +94,7 @@ class ValidationJudge:
         """
         fit = training.fit
         try:
-            samples = _samples(fit)
+            samples = find_samples(fit)
             trajectory = training.trajectory.of_others(len(samples) * fit.task_format.rows_per_sample)
             one = replace(
                 training,
@@ -209,86 +180,6 @@ def check_validates(fit: FitContext) -> None:
         raise MisconfigurationException(
             "Expected a fit that validates, for judge_validation=True, but it does not; give a validation loader and a"
             " validation_step (and no limit_val_batches=0), or leave judge_validation out."
-        )
-
-
-def _samples(fit: FitContext) -> _Samples:
-    with fit.isolated_eval(keep=False):
-        loaders = [loader for loader, _ in fit.validation_loaders()]
-        if len(loaders) != 1:
-            raise MisconfigurationException(
-                f"Expected one validation loader for judge_validation=True, but the fit has {len(loaders)}; return one"
-                " from val_dataloader (torch's ConcatDataset joins data sets), or leave judge_validation out."
-            )
-        with _named():
-            loader = check_loader(loaders[0], "validation")
-            left_out = _left_out(fit, loader)
-    with fit.isolated_eval(), torch.no_grad(), _named():
-        check_iterates_in_order(loader)
-        _try_batch(fit, loader)
-        rows = establish_rows(fit, loader, may_offer=False)
-        found = fingerprint(loader)
-    samples = _Samples(loader, left_out, found)
-    check_ranks(fit, len(samples), found, rows, of="validation")
-    return samples
-
-
-@contextmanager
-def _named() -> Iterator[None]:
-    """Name the validation data in errors raised inside the context."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        # Not as of its own class, which may be made of something else than a text.
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"{_WANTED}: {error}") from error
-    except Exception as error:  # of whatever kind, from the user's data or forward
-        raise ValueError(
-            f"{_WANTED}: {type(error).__name__}: {error}; let its batches be like those of training, or leave"
-            " judge_validation out."
-        ) from error
-
-
-def _left_out(fit: FitContext, loader: DataLoader[Any]) -> frozenset[int]:
-    """Return which samples of its data set a loader never draws."""
-    drawn_from = getattr(loader.batch_sampler, "sampler", None)
-    sampler, _ = fit.users_sampler(loader, drawn_from, loader.sampler)
-    scheme = scheme_of(sampler)
-    if scheme is None:
-        raise TypeError(
-            "the validation samples cannot be identified, as its loader uses a"
-            f" {type(loader.batch_sampler if sampler is None else sampler).__name__}; use one of torch's samplers"
-        )
-    drawn = set(scheme.index[scheme.weight > 0].tolist())
-    return frozenset(range(len(loader.dataset))) - drawn  # type: ignore[arg-type]  # its length has been checked
-
-
-def _try_batch(fit: FitContext, loader: DataLoader[Any]) -> None:
-    """Check that the first batch is read, and passes through the model, as one of training does."""
-    task_format, size = fit.task_format, min(batch_size(loader), len(loader.dataset))  # type: ignore[arg-type]
-    indices, batch = next(iterate_indices(loader, torch.arange(size), probing=True, absent=set()))
-    x, label = task_format.split(fit.to_device(batch))
-    check_number(loader, label, len(indices), may_offer=False)
-    labels, logits = task_format.labels(label, len(indices)), fit.logits(x)
-    if tuple(logits.shape) != (len(labels), task_format.num_classes):
-        raise ValueError(
-            f"forward returns logits {tuple(logits.shape)} for {len(labels)} labels of"
-            f" {task_format.num_classes} classes"
-        )
-
-
-def _check_not_trained_on(fit: FitContext, samples: _Samples, trained_on: str) -> None:
-    loader = fit.train_loader
-    is_known = samples.fingerprint == trained_on and not varies(trained_on)
-    if not is_known and samples.loader.dataset is not loader.dataset:
-        return
-    sampler, _ = fit.users_sampler(loader, getattr(loader.batch_sampler, "sampler", None), loader.sampler)
-    scheme = scheme_of(sampler)
-    drawn = set(range(len(samples)) if scheme is None else scheme.index[scheme.weight > 0].tolist())
-    if both := len(drawn - samples.left_out):
-        raise ValueError(
-            f"{_WANTED} {both:,} of its {len(samples) - len(samples.left_out):,} samples are in the training set too,"
-            " so the network has learned their labels; give other samples, or leave judge_validation out."
         )
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lightning_unlearn.functional.suspects import longest_list
 from lightning_unlearn.recipes.evidence import Evidence
-from lightning_unlearn.utilities.checks import check_choice, check_flag, check_number, check_text, fault_of_call, shown
+from lightning_unlearn.utilities.calls import fault_of_call
+from lightning_unlearn.utilities.checks import check_choice, check_flag, check_number, check_text, shown
 from lightning_unlearn.utilities.reduce import Reduce
 
 # Standard errors by which the components' means must differ before one is called clean.

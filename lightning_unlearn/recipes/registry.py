@@ -12,7 +12,8 @@ from lightning_unlearn.recipes.base import EvidenceFrom, Recipe
 from lightning_unlearn.recipes.baselines import argmax_recipe, aum_recipe, loss_recipe, rlap_recipe
 from lightning_unlearn.recipes.builtin import auto_recipe, input_recipe, label_recipe
 from lightning_unlearn.recipes.users import judge_of
-from lightning_unlearn.utilities.checks import called, did_you_mean, plain
+from lightning_unlearn.utilities.calls import called
+from lightning_unlearn.utilities.checks import did_you_mean, plain
 
 ENTRY_POINTS = "lightning_unlearn.recipes"
 """Group in which other packages offer recipes."""

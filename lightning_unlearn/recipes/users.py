@@ -14,7 +14,7 @@ from lightning_unlearn.functional.soft_margin import rivals_of, soft_margins
 from lightning_unlearn.recipes.base import Judge, Recipe, RecipeResult
 from lightning_unlearn.recipes.classes import is_exact, runner_up
 from lightning_unlearn.recipes.evidence import Evidence
-from lightning_unlearn.utilities.checks import called, fault_of_call
+from lightning_unlearn.utilities.calls import called, fault_of_call
 from lightning_unlearn.utilities.reduce import Reduce, no_reduce
 
 # Of a trial, the share of wrong labels and the neurons.

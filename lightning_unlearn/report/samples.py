@@ -15,7 +15,8 @@ from torch import Tensor
 from lightning_unlearn.data.batch import LABEL_NAMES
 from lightning_unlearn.report.media import Array, data_uri, png, shrunk, spectrogram, wav
 from lightning_unlearn.report.tokens import decoded, token_ids
-from lightning_unlearn.utilities.checks import check_choice, check_function, check_numbers, check_whole, shown
+from lightning_unlearn.utilities.calls import check_function
+from lightning_unlearn.utilities.checks import check_choice, check_numbers, check_whole, shown
 
 Card = dict[str, Any]
 """What is shown of a sample, JSON: ``kind`` (image, audio, text, table, fault) and what belongs to it."""

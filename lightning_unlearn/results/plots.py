@@ -48,7 +48,7 @@ def plot_partition(
     kind: Kind = "both",
     class_names: Sequence[str] | None = None,
 ) -> tuple[Figure, Any]:
-    """Return the histogram of p(clean) with the cut, and which labels are suggested for which given ones.
+    """Draw the histogram of p(clean) with the cut, and which labels are suggested for which given ones.
 
     Args:
         partition: to be drawn.
@@ -79,7 +79,7 @@ def plot_partition(
 
 
 def plot_mask(mask: NeuronMask, ax: Axes | None = None) -> tuple[Figure, Axes]:
-    """Return the sensitivity of every neuron with its standard error, the lowest first; pruned neurons are marked.
+    """Draw the sensitivity of every neuron with its standard error, the lowest first; pruned neurons are marked.
 
     Args:
         mask: to be drawn.

@@ -18,7 +18,7 @@ from lightning_unlearn.trainer.compat import has_forward
 from lightning_unlearn.trainer.layouts import settle_layout
 from lightning_unlearn.trainer.progress import shown
 from lightning_unlearn.trainer.protocols import PartitionSource, keyed_of
-from lightning_unlearn.trainer.row_checks import check_batch, check_number
+from lightning_unlearn.trainer.row_counts import check_batch, check_number
 from lightning_unlearn.trainer.running_fit import RunningFit
 
 

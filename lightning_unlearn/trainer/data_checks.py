@@ -17,7 +17,9 @@ from lightning_unlearn.data.task_format import TaskFormat
 from lightning_unlearn.results.partition import Partition
 from lightning_unlearn.trainer.context import FitContext
 from lightning_unlearn.trainer.progress import rank_zero_info
-from lightning_unlearn.trainer.row_checks import check_numbers, check_ranks, establish_rows
+from lightning_unlearn.trainer.rank_checks import check_ranks
+from lightning_unlearn.trainer.row_checks import establish_rows
+from lightning_unlearn.trainer.row_counts import check_numbers
 from lightning_unlearn.trainer.scoring_loader import OFFER
 
 

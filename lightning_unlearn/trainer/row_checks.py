@@ -1,4 +1,4 @@
-"""Refuses, before the first step, loaders whose rows are not the samples drawn; and ranks whose data differ."""
+"""Refuses, before the first step, loaders whose rows are not the samples drawn."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_unlearn.data.fingerprint import MOST_CHANGED, share_changed
 from lightning_unlearn.data.loaders import batch_size, detached_copy, iterate_indices
 from lightning_unlearn.data.row_order import (
     ALONE,
@@ -18,12 +17,12 @@ from lightning_unlearn.data.row_order import (
     Rows,
     compare,
     joined,
-    lengths,
     row_hashes,
     sample_batches,
     shuffled,
 )
 from lightning_unlearn.data.task_format import TaskFormat
+from lightning_unlearn.trainer.row_counts import check_number, name_of
 
 if TYPE_CHECKING:
     from lightning_unlearn.trainer.context import FitContext
@@ -180,54 +179,6 @@ def _moved(alone: Rows, together: Rows, name: str) -> int | None:
     return len([row for row, mine in pairs if row != mine and row in inside])
 
 
-def check_number(loader: DataLoader[Any], label: Any, samples: int, may_offer: bool = True) -> None:
-    """Refuse a batch that has not one row for each sample drawn.
-
-    Raises:
-        TypeError: saying what to do.
-    """
-    try:
-        rows = len(label)
-    except TypeError:
-        return
-    if rows != samples:
-        offer = ", or offer attribution_dataloader(), a loader of the same samples that does" if may_offer else ""
-        raise TypeError(
-            f"Expected a batch with one row for each sample drawn, but of {samples} samples"
-            f" {name_of(loader.collate_fn)} makes {rows} rows; keep one row for each, in the order given{offer}."
-        )
-
-
-def check_numbers(loader: DataLoader[Any], read: Sequence[tuple[Tensor, Any]]) -> None:
-    """Refuse batches that have not one label for each sample drawn.
-
-    Args:
-        loader: that has delivered them.
-        read: the dataset indices and the labels of each.
-
-    Raises:
-        TypeError: as :func:`check_number`.
-    """
-    for indices, label in read:
-        check_number(loader, label, len(indices))
-
-
-def check_batch(loader: DataLoader[Any], batch: Any, samples: int) -> None:
-    """Refuse a batch, not yet read, all of whose tensors have another number of rows than samples were drawn.
-
-    Raises:
-        TypeError: as :func:`check_number`.
-    """
-    numbers = lengths(batch)
-    if len(numbers) == 1:
-        check_number(loader, range(numbers.pop()), samples)
-
-
-def name_of(collate: Any) -> str:
-    """Return a collate function by name."""
-    return f"collate_fn ({getattr(collate, '__qualname__', type(collate).__name__)})"
-
-
 def _culprit(look: _Look, loader: DataLoader[Any], transfer: Transfer, fault: str, may_offer: bool) -> str:
     """Name the cause: the first step without which the rows are right, what it does wrong, and what to do."""
     offer = ", or offer attribution_dataloader(), a loader of the same samples that keeps it" if may_offer else ""
@@ -268,51 +219,3 @@ def _is_faulty(look: _Look, loader: DataLoader[Any], transfer: Transfer) -> bool
         return bool(look.fault(loader, transfer))
     except Exception:  # of whatever kind: what a stage needs of those left out cannot be known
         return True
-
-
-def check_same_on_ranks(fit: FitContext, what: str, differs: bool, of: str = "training") -> None:
-    """Refuse ranks whose data differ. Every rank must call it.
-
-    Args:
-        fit: that begins.
-        what: is other than on rank 0, for the message.
-        differs: whether it is so on this rank.
-        of: ``"training"`` or ``"validation"``.
-
-    Raises:
-        ValueError: on every rank.
-    """
-    ranks = int(fit.reduce(torch.tensor([float(differs)])).item())
-    if ranks:
-        raise ValueError(
-            f"Expected every rank to have the same {of} data in the same order, but {ranks} of"
-            f" {fit.world_size} ranks have {what} than rank 0, as where a data set is shuffled, split or sampled"
-            " without a seed; make it in the same way on every rank (seed_everything, or a generator with a seed), and"
-            " leave it to the sampler to share it out."
-        )
-
-
-def check_ranks(
-    fit: FitContext, total: int, found: str = "", labels: Rows | None = None, *, of: str = "training"
-) -> None:
-    """Compare this rank's data with those of rank 0: their number, and, where given, what was looked at of them.
-
-    Args:
-        fit: that begins.
-        total: N.
-        found: the fingerprint of the data.
-        labels: of the same samples on every rank.
-        of: ``"training"`` or ``"validation"``.
-
-    Raises:
-        ValueError: on every rank, if one has other data.
-    """
-    if fit.world_size == 1:
-        return
-    here = (total, found, {} if labels is None else labels.label_of())
-    first = fit.broadcast(here)
-    check_same_on_ranks(fit, "another number of samples", first[0] != total, of)
-    # Those looked at are others where ranks have another batch size.
-    differ = any(first[2].get(index, label) != label for index, label in here[2].items())
-    check_same_on_ranks(fit, "other labels at the same indices", differ, of)
-    check_same_on_ranks(fit, "other items at the same indices", share_changed(first[1], found) > MOST_CHANGED, of)

@@ -7,14 +7,12 @@ checkpoint that holds it does not load with ``weights_only=True``.
 from __future__ import annotations
 
 import difflib
-import inspect
 import math
 import numbers
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 _Path = TypeVar("_Path", bound="str | os.PathLike[str]")
 _LONGEST, _LONGEST_REASON = 60, 300
 # The largest int64, which is what tensors and counters hold.
@@ -307,44 +305,3 @@ def check_path(name: str, value: _Path, meaning: str) -> _Path:
     if not isinstance(text, str) or not text.strip() or "\0" in text:
         raise ValueError(f"Expected {name} to be the path of {meaning}, but got {shown(value)}.")
     return plain(value) if isinstance(value, str) else value
-
-
-def check_function(name: str, value: _Function, meaning: str) -> _Function:
-    """Return a function that can be called with one argument.
-
-    Args:
-        name: of the argument.
-        value: that was given.
-        meaning: from what to what it leads, for the message.
-
-    Raises:
-        ValueError: naming the argument.
-
-    Example:
-        >>> check_function("logits_from", lambda: 0, "from what forward returns to logits")
-        Traceback (most recent call last):
-        ValueError: Expected logits_from to be a function from what forward returns to logits, but <lambda> ...
-    """
-    if not callable(value):
-        raise ValueError(f"Expected {name} to be a function {meaning}, but got {shown(value)}.")
-    if fault := fault_of_call(value, 1):
-        raise ValueError(f"Expected {name} to be a function {meaning}, but {called(value)} {fault}.")
-    return value
-
-
-def called(function: Any) -> str:
-    """Return what a function, or an object that can be called, goes by in messages."""
-    return str(plain(getattr(function, "__name__", type(function).__name__)))
-
-
-def fault_of_call(function: Any, count: int) -> str:
-    """Return why a function does not take that many positional arguments; empty if it does, or that is unknown."""
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):  # some that are written in C say nothing
-        return ""
-    try:
-        signature.bind(*[None] * count)
-    except TypeError as error:
-        return f"cannot be called with {count} positional argument{'s' if count > 1 else ''} ({error})"
-    return ""

@@ -19,7 +19,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 from lightning_unlearn import CleanSubsetFinetuneCallback, DataFormat
 from lightning_unlearn.data.loaders import iterate_indices
 from lightning_unlearn.data.task_format import TaskFormat, split_batch
-from lightning_unlearn.finetuning.relabel import with_labels
+from lightning_unlearn.finetuning.relabeled_batch import with_labels
 from lightning_unlearn.results.labels import REASONS
 from tests.callbacks.published import Published, make_partition
 from tests.toys import CLASSES, Blobs, BlobsData, Toy, assert_same_weights, fit, mlp, trio, weights

@@ -13,7 +13,7 @@ from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneC
 from lightning_unlearn.data.fingerprint import sampled_indices
 from lightning_unlearn.data.row_order import Rows
 from lightning_unlearn.trainer.context import FitContext
-from lightning_unlearn.trainer.row_checks import check_ranks
+from lightning_unlearn.trainer.rank_checks import check_ranks
 from tests.callbacks.test_relabel import Noting
 from tests.toys import CLASSES, Blobs, BlobsData, Toy, auroc, fit, trio
 

@@ -65,7 +65,7 @@ def _fit(arguments: Sequence[str]) -> None:
 
 
 def _partition(arguments: Sequence[str]) -> None:
-    from lightning_unlearn.cli._partition import run_partition
+    from lightning_unlearn.cli._judge import run_partition
 
     run_partition(arguments)
 

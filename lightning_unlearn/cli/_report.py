@@ -96,7 +96,7 @@ def _with_samples(record: Any, run: Path, options: argparse.Namespace) -> Any:
             " --config FILE (and --model and --data where the YAML is that of your own LightningCLI script). In Python:"
             f" UnlearnReport(samples={samples})."
         )
-    from lightning_unlearn.cli._partition import read_samples
+    from lightning_unlearn.cli._samples import read_samples
 
     named = [(f"--{name}", getattr(options, name)) for name in ("model", "data")]
     given = ["--config", str(config), *(part for pair in named if pair[1] is not None for part in pair)]

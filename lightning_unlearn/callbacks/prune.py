@@ -22,13 +22,17 @@ from lightning_unlearn.pruning.run import PruneSettings, find_sites, prune, repo
 from lightning_unlearn.pruning.sites import (
     check_layer,
 )
-from lightning_unlearn.pruning.smaller import refuse_unshrinkable, write_shrunk
+from lightning_unlearn.pruning.smaller import (
+    refuse_unshrinkable,
+    say_not_written,
+    say_of_older_file,
+    write_shrunk,
+)
 from lightning_unlearn.pruning.state import PruneState
 from lightning_unlearn.results.mask import NeuronMask
 from lightning_unlearn.results.partition import Partition
 from lightning_unlearn.results.provenance import settings_of
 from lightning_unlearn.shrinking.cut import require_torch_pruning
-from lightning_unlearn.trainer.progress import rank_zero_info
 from lightning_unlearn.trainer.strategies import refuse_where_sharded
 from lightning_unlearn.utilities.checks import check_names, check_number, check_path, check_text
 from lightning_unlearn.utilities.sharding import reshard
@@ -69,7 +73,8 @@ class SensitivityPruneCallback(PartitionConsumer):
             no guard: nothing is measured, and nothing taken back.
         shrink_to: file to which rank 0 writes the network without its pruned neurons when the fit ends, as the weights
             are then: with fewer parameters, and the same outputs. :func:`~lightning_unlearn.shrinking.load_shrunk`
-            reads it. Of another checkpoint, ``lightning-unlearn shrink`` makes one.
+            reads it. Of another checkpoint, ``lightning-unlearn shrink`` makes one. Where no neuron was pruned or can
+            be cut, none is written, and a file of an earlier fit stays, which is said.
 
     Raises:
         ValueError: for arguments out of range, here; for a layer that is unknown or cannot be pruned, when the fit is
@@ -192,6 +197,7 @@ class SensitivityPruneCallback(PartitionConsumer):
             self._state = replace(self._state, sites=sites)
         if self.shrink_to is not None:
             refuse_unshrinkable(self.fit, self._state.sites, batch.x, self.shrink_to)
+            say_of_older_file(self.fit, self.shrink_to, writes=not self._is_dry_run)
 
     def _settings(self) -> PruneSettings:
         return PruneSettings(self._names(), self.amount, self._criterion, self.max_val_drop)
@@ -275,7 +281,7 @@ class SensitivityPruneCallback(PartitionConsumer):
         if self.shrink_to is None:
             return
         if not self._state.holds or not self._state.count:
-            rank_zero_info(f"No neurons pruned: {self.shrink_to} was not written.")
+            say_not_written(self.fit, self.shrink_to, "No neurons pruned")
             return
         _, batch = self.fit.probe()
         with self.timed():

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from lightning_unlearn.pruning.masking import temporarily_zeroed
 from lightning_unlearn.pruning.sites import PruneSite
 from lightning_unlearn.shrinking import save_shrunk
 from lightning_unlearn.shrinking.cost import parameter_count
-from lightning_unlearn.shrinking.cut import shrunk_copy
+from lightning_unlearn.shrinking.cut import Cut, shrunk_copy
 from lightning_unlearn.trainer.context import FitContext
 from lightning_unlearn.trainer.progress import rank_zero_info, rank_zero_warn
 from lightning_unlearn.utilities.files import target_file
@@ -21,7 +24,8 @@ from lightning_unlearn.utilities.files import target_file
 def refuse_unshrinkable(fit: FitContext, sites: Sequence[PruneSite], x: Any, path: str | PathLike[str]) -> None:
     """Refuse, before the first step, a path with which a fit would end in an error, and layers that cannot be cut.
 
-    Of several layers, it warns of those that will stay as they are. Every rank must call it.
+    Of several layers, it warns of those that will stay as they are, and of those whose outputs are added to each other.
+    Every rank must call it.
 
     Args:
         fit: whose model stays as it is.
@@ -37,10 +41,7 @@ def refuse_unshrinkable(fit: FitContext, sites: Sequence[PruneSite], x: Any, pat
 
     def attempt() -> None:
         target_file(path)
-        # Every other neuron, so that groups of channels lose as many each, and layers that are added the same ones.
-        entries = [e for site in sites for e in site.entries(model, torch.arange(0, site.width(model), 2))]
-        with temporarily_zeroed(entries):
-            cut = shrunk_copy(model, x)
+        cut = _trial(model, sites, x, alike=True)
         if not cut.is_smaller:
             layers = ", ".join(repr(site.target) for site in sites)
             raise ValueError(
@@ -53,8 +54,77 @@ def refuse_unshrinkable(fit: FitContext, sites: Sequence[PruneSite], x: Any, pat
             rank_zero_warn(
                 f"{path} will keep some of the pruned neurons. A trial before the first step found: {cut.note}"
             )
+        apart = _trial(model, sites, x, alike=False).kept if len(sites) > 1 else ()
+        if joined := [name for name in apart if name not in cut.kept]:
+            rank_zero_warn(
+                f"{path} will keep most of the pruned neurons of {', '.join(map(repr, joined))}: the outputs of these"
+                " layers are added to each other (a residual sum) or otherwise joined, so that a neuron can be cut out"
+                " only where it is pruned in all of them, and each layer's neurons are chosen on their own. Name layers"
+                " whose outputs go only into the next one, as the first of each block, with layer=[...]."
+            )
 
     fit.on_rank_zero(attempt)
+
+
+def _trial(model: nn.Module, sites: Sequence[PruneSite], x: Any, *, alike: bool) -> Cut[nn.Module]:
+    """Return what can be cut where one neuron of each pair is silent: so groups of channels lose as many each.
+
+    Args:
+        model: stays as it is.
+        sites: the layers.
+        x: what ``forward`` takes.
+        alike: whether the same neurons are silent in all layers, or others in each, by the bits of its place.
+    """
+    bits = max(1, (len(sites) - 1).bit_length())
+    entries = []
+    for at, site in enumerate(sites):
+        pair = torch.arange((site.width(model) + 1) // 2)
+        neurons = 2 * pair + (0 if alike else at >> pair % bits & 1)
+        entries += site.entries(model, neurons[neurons < site.width(model)])
+    with temporarily_zeroed(entries):
+        return shrunk_copy(model, x)
+
+
+def say_of_older_file(fit: FitContext, path: str | PathLike[str], *, writes: bool) -> None:
+    """Say, before the first step, that the file is one of an earlier fit. Every rank must call it.
+
+    Args:
+        fit: that begins.
+        path: of the file.
+        writes: whether this fit may write it: no dry run does.
+    """
+    if not (written := _written(fit, path)):
+        return
+    if writes:
+        rank_zero_info(f"{path} exists ({written}). It is replaced when this fit ends, if neurons can be cut by then.")
+    else:
+        rank_zero_warn(f"{path} exists ({written}), and dry_run=True prunes no neuron: it is not of this fit.")
+
+
+def say_not_written(fit: FitContext, path: str | PathLike[str], why: str) -> None:
+    """Say why no file is written when a fit ends, and whether an older one is left. Every rank must call it.
+
+    Args:
+        fit: that has ended.
+        path: of the file.
+        why: it is not written.
+    """
+    if written := _written(fit, path):
+        rank_zero_warn(f"{why}: {path} was not written. The file there ({written}) is not of this fit.")
+    else:
+        rank_zero_info(f"{why}: {path} was not written.")
+
+
+def _written(fit: FitContext, path: str | PathLike[str]) -> str:
+    """Return when the file was written, in words; empty where there is none. Every rank must call it."""
+
+    def look() -> str:
+        target = Path(path).expanduser()
+        if not target.is_file():
+            return ""
+        return f"written {datetime.fromtimestamp(target.stat().st_mtime).astimezone():%Y-%m-%d %H:%M}"
+
+    return fit.on_rank_zero(look)
 
 
 def write_shrunk(fit: FitContext, x: Any, path: str | PathLike[str]) -> None:
@@ -79,7 +149,7 @@ def write_shrunk(fit: FitContext, x: Any, path: str | PathLike[str]) -> None:
 
     before, after = fit.on_rank_zero(write)
     if after == before:
-        rank_zero_info(f"No neuron can be cut out of the network: {path} was not written.")
+        say_not_written(fit, path, "No neuron can be cut out of the network")
         return
     rank_zero_info(
         f"{path} holds the network without its pruned neurons: {after:,} of {before:,} parameters. load_shrunk"

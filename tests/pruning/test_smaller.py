@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import warnings
 
 import pytest
 import torch
@@ -71,6 +72,31 @@ def test_where_no_neuron_is_pruned_nothing_is_written(tmp_path, arguments, said)
     assert not (tmp_path / "small.pt").exists()
 
 
+OLDER = "a network of last week"
+
+
+@pytest.mark.parametrize("arguments", [{"dry": True}, {"criterion": "sensitivity"}, {}])
+def test_a_file_of_an_earlier_fit_is_named_before_the_first_step_and_where_it_stays(tmp_path, arguments, said):
+    path, first = tmp_path / "small.pt", []
+    path.write_text(OLDER)
+
+    class Notes(Toy):
+        def on_train_batch_start(self, batch, batch_idx):
+            first.append(told())
+
+    def told():
+        return [line for line in (*said(), *(str(one.message) for one in caught)) if str(path) in line]
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run(path, Notes(net, adamw), **arguments)
+    (before,) = first[0]
+    assert before.startswith(f"{path} exists (written ")
+    assert ("it is not of this fit" in before) is bool(arguments.get("dry"))
+    stays = [line for line in told() if "was not written. The file there (written" in line]
+    assert (path.read_bytes() == OLDER.encode()) is (len(stays) == 1) is bool(arguments)
+
+
 def test_a_resumed_fit_writes_it_too(tmp_path):
     data, module = Blobs(101), Toy(net, adamw)
     trainer = fit(module, BlobsData(data), callbacks(data, None), max_epochs=2)
@@ -131,6 +157,34 @@ def test_of_several_layers_those_that_stay_are_named_before_the_first_step(tmp_p
     with pytest.warns(UserWarning, match=r"will keep some of the pruned neurons.* in 'net.second'"):
         fit(module, BlobsData(data), ours, max_epochs=3)
     assert load_shrunk(Toy(TwoBlocks), tmp_path / "small.pt").net.first.out_features == 6
+
+
+@pytest.mark.parametrize(
+    ("layers", "joined"),
+    [
+        (["net.stem", "net.second"], "'net.stem', 'net.second'"),
+        (["net.stem", "net.first", "net.second"], "'net.stem', 'net.second'"),
+        (["net.first"], None),
+    ],
+)
+def test_layers_of_one_residual_sum_are_named_before_the_first_step(tmp_path, layers, joined, said):
+    class Stops(Exception):
+        pass
+
+    class NoStep(Toy):
+        def training_step(self, batch):
+            raise Stops
+
+    data, before = Blobs(101), weights(module := NoStep(TwoBlocks, adamw))
+    ours = callbacks(data, tmp_path / "small.pt")
+    ours[1].layer = layers
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with pytest.raises(Stops):
+            fit(module, BlobsData(data), ours, max_epochs=3)
+    told = [str(one.message) for one in caught if "small.pt will keep" in str(one.message)]
+    assert [line.partition(": the outputs")[0].partition("neurons of ")[2] for line in told] == [joined] * bool(joined)
+    assert all(value.equal(before[name]) for name, value in weights(module).items())
 
 
 def test_without_torch_pruning_the_extra_is_named_when_the_fit_is_set_up(tmp_path, monkeypatch):

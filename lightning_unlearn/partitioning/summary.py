@@ -7,11 +7,14 @@ from typing import NamedTuple
 from lightning_unlearn.results.finding import at_least, precision_in_words, worth_in_words
 from lightning_unlearn.results.partition import Partition
 from lightning_unlearn.results.status import PartitionStatus
-from lightning_unlearn.results.summary import RepairSummary
+from lightning_unlearn.results.summary import RepairSummary, verdict_of
 from lightning_unlearn.trainer.divergence import ADVICE
 
-# On validation data, less is no gain: training on would have moved it as much.
-_POINTS = 0.003
+_FOLLOWS = {
+    "a loss": ". Check the suspects before you use this model.",
+    "no meaningful gain": ".",
+    "a gain": " over the weights at the partition. Continued training on all data was not compared.",
+}
 _NOTHING = "Nothing was done about it: no callback acted on the partition."
 _UNKNOWN = "There are no validation data to tell whether this helped."
 
@@ -113,14 +116,9 @@ def _gained(before: float | None, after: float | None, best: float | None) -> st
     """Say what was won against the fit's own weights: those at the partition, and its best ones where known."""
     if before is None or after is None:
         return _UNKNOWN
-    points, control = f"{100 * (after - before):+.1f} points", before
+    points = f"{100 * (after - before):+.1f} points"
     text = f"Validation accuracy {after:.3f} at the end, {before:.3f} at the partition ({points})"
     if best is not None and best > before:
-        text, control = f"{text}, {best:.3f} at best before it ({100 * (after - best):+.1f} points)", best
-    # Rounded, as points are shown to a tenth.
-    gain = round(after - control, 6)
-    if gain <= -_POINTS:
-        return f"{text}: a loss. Check the suspects before you use this model."
-    if gain < _POINTS:
-        return f"{text}: no meaningful gain."
-    return f"{text}: a gain over the weights at the partition. Continued training on all data was not compared."
+        text = f"{text}, {best:.3f} at best before it ({100 * (after - best):+.1f} points)"
+    verdict = verdict_of(before, after, best)
+    return f"{text}: {verdict}{_FOLLOWS[verdict]}"

@@ -34,6 +34,7 @@ from lightning_unlearn.results.finding import finding_of
 from lightning_unlearn.results.labels import DECISIONS, REASONS, label_issue_mask
 from lightning_unlearn.results.mask import NeuronMask
 from lightning_unlearn.results.partition import Partition
+from lightning_unlearn.results.summary import verdict_of
 from lightning_unlearn.utilities.files import replacing
 
 # Classes in a heat map; of more, those with the most suspects.
@@ -89,6 +90,7 @@ def render_report(record: RunRecord, control: RunRecord | None = None) -> str:
             curves=curve_charts(record.curves, record.swaps, None if control is None else control.curves),
             control={} if control is None else control.fit,
             neurons=[_neurons(mask) for mask in record.masks],
+            accuracy=_accuracy(record),
             timing=_timing(record.seconds),
             actions=outcomes,
             dropped=outcomes.listed_drops(),
@@ -205,6 +207,22 @@ def _noise_matrix(partition: Partition, names: _Names) -> Markup | None:
 def _neurons(mask: NeuronMask) -> tuple[NeuronMask, int, int, Markup]:
     """Return a mask, how many neurons it prunes, how many are constant, and its chart."""
     return mask, len(mask.pruned_indices()), int((~has_coefficient(mask)).sum()), sensitivities(mask)
+
+
+def _accuracy(record: RunRecord) -> tuple[str, str, str] | None:
+    """Return the accuracies before and after, what they are, and the classes of the tile; None where not known."""
+    names = ("accuracy_before", "accuracy_after", "best_accuracy_before")
+    before, after, best = (record.summary.get(name) for name in names)
+    if not isinstance(before, (int, float)) or not isinstance(after, (int, float)):
+        return None
+    best = best if isinstance(best, (int, float)) and best > before else None
+    words = "validation accuracy, before and after"
+    words += "" if best is None else f"; {best:.3f} at best before"
+    # Where nothing was changed, nothing was gained by it.
+    acted = record.summary.get("done") and not record.fit.get("dry run")
+    verdict = verdict_of(before, after, best) if acted else ""
+    looks = "pair loss" if verdict == "a loss" else "pair"
+    return f"{before:.3f} \u2192 {after:.3f}", f"{words}: {verdict}" if verdict else words, looks
 
 
 def _timing(seconds: dict[str, float]) -> Markup | None:

@@ -4,6 +4,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# On validation data, less is no gain: training on would have moved it as much.
+_POINTS = 0.003
+
+
+def verdict_of(before: float, after: float, best: float | None = None) -> str:
+    """Return whether accuracy was gained, against the better one of those before, in words.
+
+    Args:
+        before: at the partition.
+        after: at the end of the fit.
+        best: of the fit's validations before the partition; None where it is not known.
+
+    Example:
+        >>> verdict_of(0.7, 0.8), verdict_of(0.7, 0.8, 0.799), verdict_of(0.7, 0.8, 0.9)
+        ('a gain', 'no meaningful gain', 'a loss')
+    """
+    # Rounded, as points are shown to a tenth.
+    gain = round(after - max(before, before if best is None else best), 6)
+    if gain <= -_POINTS:
+        return "a loss"
+    return "no meaningful gain" if gain < _POINTS else "a gain"
+
 
 @dataclass(frozen=True)
 class PartitionRound:

@@ -141,6 +141,28 @@ def test_numbers(page):
         assert text in page.text
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "best", "words"),
+    [
+        (0.5, 0.75, None, "0.500 \u2192 0.750 validation accuracy, before and after: a gain"),
+        (0.5, 0.75, 0.5, "0.500 \u2192 0.750 validation accuracy, before and after: a gain"),
+        (0.5, 0.75, 0.9, "0.500 \u2192 0.750 validation accuracy, before and after; 0.900 at best before: a loss"),
+        (0.5, 0.75, 0.749, "; 0.749 at best before: no meaningful gain"),
+        (0.75, 0.5, None, "0.750 \u2192 0.500 validation accuracy, before and after: a loss"),
+    ],
+)
+def test_accuracy_is_compared_with_the_best_before_and_a_loss_is_called_one(before, after, best, words):
+    summary = {"accuracy_before": before, "accuracy_after": after, "best_accuracy_before": best, "done": ["pruned"]}
+    record = replace(hostile_record(), summary=summary)
+    html = render_report(record)
+    assert words in Page(html).text
+    assert ('class="pair loss"' in html) is words.endswith("a loss")
+    for nothing_done in ({"fit": {"dry run": "yes"}}, {"summary": {**summary, "done": []}}):
+        text = Page(render_report(replace(record, **nothing_done))).text
+        assert "a loss" not in text
+        assert "a gain" not in text
+
+
 def test_it_says_where_the_result_comes_from(page):
     dropped = ", ".join(str(index) for index in range(SUSPECTS) if index % 4)
     for text in (

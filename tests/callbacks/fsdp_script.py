@@ -18,7 +18,7 @@ from lightning_unlearn.recipes import Recipe, RecipeResult
 from lightning_unlearn.trainer.validation import score_validation
 from lightning_unlearn.utilities.sharding import whole
 from tests.callbacks.published import Planted, PlantedData, Published, make_partition
-from tests.toys import Blobs, BlobsData, IndexRecorder, Toy, fit, mlp, partition_callback, trio
+from tests.toys import Blobs, BlobsData, IndexRecorder, Toy, by_margin, fit, mlp, partition_callback, trio
 
 SIZE, AT, PER_RANK = 104, 2, 8
 CRITERIA = ("sensitivity", "random", "magnitude", "mean_abs_ratio", "std_ratio", "frequency_ratio", "taylor", "hessian")
@@ -99,16 +99,22 @@ BY_ROWS = Recipe("rows", by_rows, needs_rows=True)
 
 # The settings of a fit; the optimizer's momentum and weight decay would revive what is pruned.
 SCENARIOS = {
-    "full": {"max_val_drop": None},
+    "full": {"max_val_drop": None, "partition": {"recipe": "label"}},
     "rounds": {
-        "partition": {"every_n_epochs": 2, "min_change": 0},
+        "partition": {"recipe": "label", "every_n_epochs": 2, "min_change": 0},
         "finetune": {"on_noisy": "relabel", "relabel_threshold": 0.4},
         "trainer": {"accumulate_grad_batches": 2, "max_epochs": AT + 4},
     },
-    "reweight": {"module": InOnePiece, "finetune": {"on_noisy": "reweight"}, "trainer": {"gradient_clip_val": 0.5}},
+    "reweight": {
+        "module": InOnePiece,
+        "partition": {"recipe": "label"},
+        "finetune": {"on_noisy": "reweight"},
+        "trainer": {"gradient_clip_val": 0.5},
+    },
     "layers": {
         "module": MadeLate,
         "max_val_drop": None,
+        "partition": {"recipe": "label"},
         "finetune": {"mode": "layers", "layers": ["net.2", "net.4"]},
     },
     "norms": {"net": mlp, "finetune": {"mode": "layers"}},
@@ -157,7 +163,7 @@ def callbacks_of(scenario):
         AT,
         prune={"criterion": Sensitivity(fdr_level=None), "max_val_drop": chosen.get("max_val_drop", 0.01)},
         finetune=chosen.get("finetune"),
-        **{"recipe": "label", **chosen.get("partition", {})},
+        **{"recipe": by_margin, **chosen.get("partition", {})},
     )
 
 
@@ -224,7 +230,7 @@ def pruned_by(kind, **arguments):
 
 
 def attributed_by(kind, method):
-    partition = partition_callback(at_epoch=1, attribution_method=method, recipe="label", evidence_from="eval_passes")
+    partition = partition_callback(at_epoch=1, attribution_method=method, recipe=by_margin, evidence_from="eval_passes")
     module = make_module("full")
     fit(module, InStep(Blobs(SIZE)), [partition], max_epochs=2, **settings(kind))
     return {"probability": partition.partition.clean_probability, "weights": everything(module)}
@@ -241,7 +247,7 @@ def refusals():
     found = {}
     for name, make in REFUSED.items():
         parallel = ModelParallelStrategy() if name == "tensor_parallel" else strategy()
-        callbacks = [AttributionPartitionCallback(at_epoch=1), *make()]
+        callbacks = [AttributionPartitionCallback(at_epoch=1, recipe=by_margin), *make()]
         try:
             fit(Sharded(plain), BlobsData(Blobs(SIZE)), callbacks, max_epochs=2, devices=2, strategy=parallel)
         except MisconfigurationException as error:
@@ -270,7 +276,7 @@ class Unscored(AttributionPartitionCallback):
 
 
 def unscored():
-    callback = Unscored(at_epoch=1, recipe="label")
+    callback = Unscored(at_epoch=1, recipe=by_margin)
     data = InStep(Blobs(SIZE))
     data.val_dataloader = lambda: DataLoader(Blobs(53, 0, seed=7), batch_size=PER_RANK)
     fit(make_module("full"), data, [callback], max_epochs=2, **settings("fsdp"))
@@ -286,7 +292,7 @@ def fails():
                 raise ZeroDivisionError
             return super().__getitem__(index)
 
-    data, callback = Failing(SIZE), AttributionPartitionCallback(at_epoch=1)
+    data, callback = Failing(SIZE), AttributionPartitionCallback(at_epoch=1, recipe=by_margin)
     data.failing = False
     pass_over = callback.collector.pass_over
 

@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, default_collate
 
 from lightning_unlearn import AttributionPartitionCallback, UnlearnReport
 from lightning_unlearn.callbacks.base import FitCallback
-from tests.toys import Blobs, BlobsData, Toy, fit, make_trainer, trio
+from tests.toys import Blobs, BlobsData, Toy, fit, make_trainer
+from tests.toys import quick_trio as trio
 
 
 class Offering(BlobsData):

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_unlearn import AttributionPartitionCallback, DataFormat
 from lightning_unlearn.attribution import resolve_layer
-from tests.toys import Blobs, Toy, assert_same_weights, auroc, fit, partition_callback, trio, weights
+from tests.toys import Blobs, Toy, assert_same_weights, auroc, fit, partition_callback, weights
+from tests.toys import quick_trio as trio
 
 torchvision = pytest.importorskip("torchvision")
 

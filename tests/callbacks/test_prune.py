@@ -9,7 +9,8 @@ from torch import nn
 
 from lightning_unlearn import AttributionPartitionCallback, SensitivityPruneCallback
 from lightning_unlearn.pruning.criteria import Sensitivity
-from tests.toys import Blobs, BlobsData, Plain, Residual, Swapped, Toy, adamw, convnet, fit, mlp, sgd, trio, weights
+from tests.toys import Blobs, BlobsData, Plain, Residual, Swapped, Toy, adamw, convnet, fit, mlp, sgd, weights
+from tests.toys import quick_trio as trio
 
 
 def pruned_entries(module, prune, places):

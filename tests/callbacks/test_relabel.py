@@ -22,7 +22,8 @@ from lightning_unlearn.data.task_format import TaskFormat, split_batch
 from lightning_unlearn.finetuning.relabeled_batch import with_labels
 from lightning_unlearn.results.labels import REASONS
 from tests.callbacks.published import Published, make_partition
-from tests.toys import CLASSES, Blobs, BlobsData, Toy, assert_same_weights, fit, mlp, trio, weights
+from tests.toys import CLASSES, Blobs, BlobsData, Toy, assert_same_weights, fit, mlp, weights
+from tests.toys import quick_trio as trio
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{line}:UserWarning")
@@ -190,12 +191,15 @@ class Prepares(L.Callback):
     """Prepares inputs of its own with Lightning's private hook in the middle of the fit."""
 
     def __init__(self, data):
-        self.batch, self.done = (data.x[:4], data.y[:4]), 0
+        self.batch, self.done, self.traced = (data.x[:4], data.y[:4]), 0, 0
 
     def prepare(self, trainer, pl_module, *_):
-        pl_module.example_input_array = self.batch[0]
-        ModelSummary(pl_module, max_depth=-1)
-        pl_module.to_torchscript(method="trace", example_inputs=self.batch[0])
+        # Where batches are fetched and where they are not, but not at every one of them, as these take long.
+        if not trainer.fit_loop.epoch_loop.batch_idx % 5:
+            pl_module.example_input_array = self.batch[0]
+            ModelSummary(pl_module, max_depth=-1)
+            pl_module.to_torchscript(method="trace", example_inputs=self.batch[0])
+            self.traced += 1
         moved = pl_module._on_before_batch_transfer(self.batch)
         assert moved[1].equal(self.batch[1])
         assert trainer.strategy.batch_to_device(self.batch)[1].equal(self.batch[1])
@@ -212,6 +216,7 @@ def test_whoever_else_uses_the_transfer_hook_gets_what_is_his(workers):
     loader, prepares = DataLoader(data, batch_size=16, shuffle=True, num_workers=workers), Prepares(data)
     assert_relabeled(data, loader, callbacks=[prepares])
     assert prepares.done > 30
+    assert prepares.traced > 20
 
 
 def test_a_batch_sampler_of_ones_own():

@@ -15,7 +15,8 @@ from lightning_unlearn.cli import main
 from lightning_unlearn.pruning.criteria import Sensitivity
 from lightning_unlearn.report import RunRecord
 from lightning_unlearn.trainer.compat import MisconfigurationException
-from tests.toys import Blobs, BlobsData, Toy, assert_same_weights, fit, mlp, trio, weights
+from tests.toys import Blobs, BlobsData, Toy, assert_same_weights, fit, mlp, weights
+from tests.toys import quick_trio as trio
 
 NAMES = ["north", "<script>alert(1)</script>", "south", "west"]
 EPOCHS, AT = 4, 2

@@ -25,8 +25,10 @@ from tests.toys import (
     fit,
     make_trainer,
     mlp,
-    trio,
     weights,
+)
+from tests.toys import (
+    quick_trio as trio,
 )
 
 PARTITION, PRUNE, FINETUNE = "AttributionPartitionCallback", "SensitivityPruneCallback", "CleanSubsetFinetuneCallback"

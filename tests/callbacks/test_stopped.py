@@ -8,7 +8,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_unlearn import AttributionPartitionCallback, UnlearnReport
 from lightning_unlearn.report import RunRecord
-from tests.toys import Blobs, BlobsData, Toy, assert_same_weights, fit, trio, weights
+from tests.toys import Blobs, BlobsData, Toy, assert_same_weights, fit, weights
+from tests.toys import quick_trio as trio
 
 AT, EPOCHS = 2, 4
 LOST = "The checkpoint was written before an epoch had ended"

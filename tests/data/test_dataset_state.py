@@ -8,7 +8,8 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 from lightning_unlearn import UnlearnReport
 from lightning_unlearn.data.dataset_state import unopened
-from tests.toys import Blobs, Toy, fit, trio
+from tests.toys import Blobs, Toy, fit
+from tests.toys import quick_trio as trio
 
 
 class File:

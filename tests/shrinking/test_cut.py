@@ -23,7 +23,8 @@ from tests.shrinking.nets import (
     silence,
     size,
 )
-from tests.toys import FEATURES, Blobs, BlobsData, Plain, Toy, assert_same_weights, convnet, fit, trio, weights
+from tests.toys import FEATURES, Blobs, BlobsData, Plain, Toy, assert_same_weights, convnet, fit, weights
+from tests.toys import quick_trio as trio
 
 
 def test_an_mlp_is_what_slicing_by_hand_gives():

@@ -14,7 +14,8 @@ from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneC
 from lightning_unlearn.partitioning.summary import Accuracies, summarize
 from lightning_unlearn.trainer.context import FitContext
 from lightning_unlearn.trainer.divergence import LossWatch, not_finite
-from tests.toys import Blobs, BlobsData, Toy, adamw, fit, mlp, sgd, trio
+from tests.toys import Blobs, BlobsData, Toy, adamw, fit, mlp, sgd
+from tests.toys import quick_trio as trio
 
 AT = 2
 

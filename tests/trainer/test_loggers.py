@@ -14,7 +14,8 @@ from lightning_unlearn.pruning.criteria import Sensitivity
 from lightning_unlearn.results import plots
 from lightning_unlearn.trainer import loggers as loggers_module
 from lightning_unlearn.trainer.context import FitContext
-from tests.toys import Blobs, BlobsData, Toy, fit, trio
+from tests.toys import Blobs, BlobsData, Toy, fit
+from tests.toys import quick_trio as trio
 
 AT, SIZE = 1, 101
 PRUNES = {"criterion": Sensitivity(fdr_level=None), "max_val_drop": 1.0}

@@ -13,7 +13,8 @@ from lightning_unlearn.pruning.criteria import Sensitivity
 from lightning_unlearn.trainer import progress as progress_module
 from lightning_unlearn.trainer.context import FitContext
 from lightning_unlearn.trainer.progress import close_progress, shown
-from tests.toys import Blobs, BlobsData, Toy, fit, partition_callback, trio
+from tests.toys import Blobs, BlobsData, Toy, fit, partition_callback
+from tests.toys import quick_trio as trio
 
 AT, SIZE = 2, 101
 BATCHES = -(-SIZE // 16)

@@ -15,7 +15,8 @@ from lightning_unlearn.data.row_order import Rows
 from lightning_unlearn.trainer.context import FitContext
 from lightning_unlearn.trainer.rank_checks import check_ranks
 from tests.callbacks.test_relabel import Noting
-from tests.toys import CLASSES, Blobs, BlobsData, Toy, auroc, fit, trio
+from tests.toys import CLASSES, Blobs, BlobsData, Toy, auroc, fit
+from tests.toys import quick_trio as trio
 
 AT = 2
 EXPECTED = "Expected the rows of a batch to be the samples that were drawn for it, in that order, but"

@@ -169,8 +169,8 @@ def _with_baseline(x: Any, method: str) -> tuple[Tensor, ...]:
         found = wrong[0] if wrong else x
         kind = f"a tensor of {found.dtype}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
         raise TypeError(
-            f"Expected x to be a float tensor, or a tuple or dict of them, since method='{method}' compares it with"
-            f" zeros, but got {kind}; set method='{GRADIENT_X_ACTIVATION}', which takes any input."
+            f"Expected x to be a float tensor, or a tuple or dict of them, since attribution_method='{method}'"
+            f" compares it with zeros, but got {kind}; use '{GRADIENT_X_ACTIVATION}', the default, for any input."
         )
     return values
 

@@ -282,7 +282,7 @@ class UnlearnReport(FitCallback):
             [index for index, key in keys.items() if key in self._by_key],
             find_tokenizer(*trained),
         )
-        absent = {"kind": "text", "text": "It has not come again after the partition."}
+        absent = {"kind": "text", "text": "It was not seen again after the partition."}
         return {index: found.get(index, absent) | {"file": str(key)} for index, key in keys.items()}, fault
 
     def gallery(

@@ -258,9 +258,9 @@ def find_users_classes() -> None:
 
 
 FIT_HELP = """\
-Trains with the callbacks of the YAML: LightningCLI's fit, with model, data and Trainer as you have them. Checkpoints,
-loggers and the rest of the Trainer work as ever; --ckpt_path goes on from a checkpoint. A YAML of your own script with
-LightningCLI(Net, Data) runs as it is: name the classes with --model and --data."""
+Trains with the callbacks in the YAML, like LightningCLI's fit: your model, data and Trainer, checkpoints and loggers
+work as usual, and --ckpt_path resumes from a checkpoint. A YAML of your own script with LightningCLI(Net, Data) works
+unchanged: name the classes with --model and --data."""
 _FIT_EXAMPLES = examples(
     "lightning-unlearn fit --config run.yaml",
     "lightning-unlearn fit --config config.yaml --model team.Net --data team.Data",

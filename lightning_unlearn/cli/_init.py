@@ -62,8 +62,8 @@ def run_init(options: argparse.Namespace) -> None:
         f"# lightning-unlearn fit {arguments}         # trains with the callbacks",
         f"# python train.py fit --config {options.out or 'run.yaml'}   # the same, where your script has"
         f" LightningCLI({net.rpartition('.')[2]}, {datamodule.rpartition('.')[2]})",
-        "# Nothing needs to be set. A line such as '# name: value' shows a default: to change it, take the '# ' in",
-        "# front away, and that of the line above it which ends with a colon.",
+        "# Nothing needs to be set. A line such as '# name: value' shows a default: to change it, remove the",
+        "# leading '# ', also from the line above it that ends with a colon.",
         "seed_everything: 0",
         *_class("model", model),
         *_class("data", data),

@@ -23,16 +23,15 @@ from lightning_unlearn.results.partition import Partition
 from lightning_unlearn.utilities.files import write_json
 
 HELP = """\
-Which of my training samples are wrong? Trains as the configuration says, with model and data as you have them, until
-the partition can be computed, and stops there. Nothing is pruned, dropped or re-labeled. The folder --out has then
-partition.npz, suspects.csv, report.html, provenance.json and config.yaml; with --judge_validation also
-validation_partition.npz and validation_suspects.csv.
+Finds wrong training labels. Trains as the configuration says until the partition can be computed, then stops. Nothing
+is pruned, dropped or re-labeled. The folder --out then holds partition.npz, suspects.csv, report.html, provenance.json
+and config.yaml; with --judge_validation also validation_partition.npz and validation_suspects.csv.
 
-A checkpoint (--ckpt_path) of an epoch before --at_epoch is trained on from there. One past it is judged as it is, with
-the evidence that it holds; without any, from one pass over the data, in which memorized labels look right. Of one that
-holds a partition, that is shown. An AttributionPartitionCallback or UnlearnReport in the configuration is taken with
-its settings; SensitivityPruneCallback and CleanSubsetFinetuneCallback are left out. A YAML of your own script with
-LightningCLI(Net, Data) runs as it is: name the classes with --model and --data."""
+With a checkpoint (--ckpt_path) from before --at_epoch, training continues from it. A later checkpoint is judged by the
+evidence that it holds or, without any, by one pass over the data, in which memorized labels look right. If it holds a
+partition, that is shown. An AttributionPartitionCallback or UnlearnReport in the configuration keeps its settings;
+SensitivityPruneCallback and CleanSubsetFinetuneCallback are left out. A YAML of your own script with
+LightningCLI(Net, Data) works unchanged: name the classes with --model and --data."""
 _EXAMPLES = examples(
     "lightning-unlearn partition --config run.yaml",
     "lightning-unlearn partition --config config.yaml --model team.Net --data team.Data",

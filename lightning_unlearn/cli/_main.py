@@ -21,8 +21,8 @@ _NO_JSONARGPARSE = "needs jsonargparse, which is not installed: pip install 'jso
 
 _HELP = {
     "fit": "train, with the callbacks in the YAML: LightningCLI's fit",
-    "partition": "which training samples are wrong: train until that can be told, and stop",
-    "shrink": "cut the silent neurons of a pruned checkpoint out, with the same outputs",
+    "partition": "find wrong training labels: train until they can be told, and stop",
+    "shrink": "cut the pruned neurons out of a checkpoint; outputs stay the same",
 }
 
 

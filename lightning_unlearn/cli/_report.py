@@ -20,10 +20,9 @@ def add_report(commands: Any) -> None:
         "report",
         "one HTML file of what a fit has found",
         """\
-Makes report.html from what UnlearnReport has written when a fit ended: summary and advice, noise estimate, classes, the
-most suspect samples, curves, neurons, time. One file, which needs no network. A run directory comes from the callback
-UnlearnReport() beside the others, from lightning-unlearn partition, or from the demo; a folder with a partition.npz
-alone gives a report without samples and curves.""",
+Makes report.html from a run directory: summary and advice, noise estimate, classes, the most suspect samples, curves,
+neurons and run times, in one file that works offline. The callback UnlearnReport(), lightning-unlearn partition and the
+demo write run directories. A folder with only a partition.npz gives a report without samples and curves.""",
         "lightning-unlearn report lightning_logs/version_0/unlearn --open",
         "lightning-unlearn report runs/repaired --control runs/trained-on --out compared.html",
         "lightning-unlearn report partition --samples 1000 --open",

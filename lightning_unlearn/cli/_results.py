@@ -204,7 +204,7 @@ def _review_title(partition: Partition, shown: int, follow: bool) -> str:
     """Return what the second list is, which may follow one of suspects."""
     worth = partition.worth_review()
     if not follow:
-        return f"The {shown} least sure ({worth:,} worth a look)" if worth else f"The {shown} least sure all the same"
+        return f"The {shown} least certain ({worth:,} worth a look)" if worth else f"The {shown} least certain"
     if partition.noise_rate is None or partition.noise_rate_interval is None:
         return f"The {shown} that come next"
     return f"The {shown} that come next ({f'{worth:,}' if worth else 'none of them'} worth a look)"

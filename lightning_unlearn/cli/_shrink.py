@@ -1,4 +1,4 @@
-"""``shrink``: a pruned model of a checkpoint, made smaller for real."""
+"""``shrink``: the pruned neurons of a checkpoint's model, cut out."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from lightning_unlearn.shrinking.cut import shrunk_copy
 from lightning_unlearn.utilities.files import target_file
 
 HELP = """\
-Makes a pruned model smaller for real. Builds model and data of the configuration, loads the weights of the checkpoint,
-cuts out the neurons that are silent (as SensitivityPruneCallback leaves them), checks on a batch of the training data
-that the outputs are the same, and writes what is left. Runs on the CPU, and trains nothing."""
+Cuts the pruned neurons out of a model. Builds model and data from the configuration, loads the checkpoint's weights,
+cuts out the silent neurons (as SensitivityPruneCallback leaves them), checks on a training batch that the outputs are
+the same, and writes the smaller model. Runs on the CPU and trains nothing."""
 _EXAMPLES = examples(
     "lightning-unlearn shrink --config run.yaml --ckpt_path last.ckpt --out small.pt",
     "lightning-unlearn shrink --config run.yaml --ckpt_path last.ckpt --layers '[fc, features.3]'",
@@ -51,7 +51,7 @@ class ShrinkCLI(ConfigCLI):
         parser = super().init_parser(**kwargs)
         group = parser.add_argument_group("What is shrunk, and where it goes")
         group.add_argument(
-            "--ckpt_path", metavar="FILE", type=str | None, help="The checkpoint whose weights are shrunk; needed"
+            "--ckpt_path", metavar="FILE", type=str | None, help="The checkpoint whose weights are shrunk (required)"
         )
         group.add_argument("--out", metavar="FILE", type=str, default="small.pt", help="The file to write")
         group.add_argument(
@@ -63,7 +63,9 @@ class ShrinkCLI(ConfigCLI):
             "--repeats", metavar="N", type=int, default=30, help="Timed calls, of which the median counts"
         )
         # Where the configuration is one that fit has saved.
-        group.add_argument("--weights_only", type=bool | None, help="Not used here: no code of a checkpoint is run")
+        group.add_argument(
+            "--weights_only", type=bool | None, help="Ignored: checkpoints are always loaded without running code"
+        )
         return parser
 
     @override

@@ -84,7 +84,7 @@ class TaskFormat:
             RuntimeError: before the first batch.
         """
         if self._task == "auto":
-            raise RuntimeError("The task is not settled yet; this is an error in lightning_unlearn.")
+            raise RuntimeError("The task is not known yet; this is an error in lightning_unlearn.")
         return self._task
 
     @property

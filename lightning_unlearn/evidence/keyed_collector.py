@@ -92,8 +92,8 @@ class KeyedCollector(EvidenceCollector):
         if not state["whole"]:
             self.forget()
             rank_zero_warn(
-                "The checkpoint was written of an exception, by one of several ranks, and has the evidence of that"
-                " rank's samples alone: it is dropped, and gathered from here on."
+                "The checkpoint was written after an exception on one of several ranks and holds the evidence of that"
+                " rank's samples only. Discarding it and collecting evidence again."
             )
             return
         self.trajectory = self.by_key.load_state_dict(state, self._ranks)

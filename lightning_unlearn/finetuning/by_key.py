@@ -160,9 +160,9 @@ class KeyedSubset(SubsetData):
             return
         self._has_said = True
         rows, gone, muted = (int(one) for one in fit.reduce(self._counts).tolist())
-        empty = f"; {muted:,} batches had no row left to learn from, and sent back a gradient of zero" if muted else ""
+        empty = f"; {muted:,} batches had no row left and contributed a gradient of zero" if muted else ""
         rank_zero_info(
-            f"Of {rows:,} rows of this epoch {gone:,} were loaded and then taken out of their batches{empty}."
+            f"{gone:,} of {rows:,} rows of this epoch were loaded and then removed from their batches{empty}."
         )
 
     @override

@@ -118,7 +118,7 @@ class Relabeling:
         """
         task_format = self._reading
         if task_format is None:
-            raise RuntimeError("Labels are to be replaced that nobody reads; this is an error in lightning_unlearn.")
+            raise RuntimeError("The format of the labels to replace is unknown; this is an error in lightning_unlearn.")
         check_given(batch, task_format, given, rows)
         changed = with_labels(batch, task_format, new, self._companions)
         if self._is_watching:

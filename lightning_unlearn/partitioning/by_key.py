@@ -84,8 +84,8 @@ def review_by_key(table: Table, keys: Sequence[Key], task_format: TaskFormat) ->
     found = [(row, place.get(row.key, place.get(row.key.removeprefix("'")))) for row in table.rows]
     if missing := [row.key for row, at in found if at is None]:
         rank_zero_warn(
-            f"{len(missing):,} decisions of {table.path} are about samples that have not come by the time of the"
-            f" partition ({missing[0]!r}{', ...' if len(missing) > 1 else ''}), and do not count."
+            f"Ignoring {len(missing):,} decisions in {table.path}: their samples were not seen before the partition"
+            f" ({missing[0]!r}{', ...' if len(missing) > 1 else ''})."
         )
     several = task_format.task == "multilabel"
     return validate_review(

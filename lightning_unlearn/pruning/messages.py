@@ -53,9 +53,9 @@ def say_layers(
         elif len(ranking.order) == 0:
             level = getattr(criterion, "fdr_level", None)
             rank_zero_info(
-                f"No neuron of '{mask.layer}' is pruned: of its {ranking.live} live neurons, none is"
-                f" {'' if level is None else 'significantly '}more active for noise"
-                f"{'' if level is None else f' (at a level of {level})'}."
+                f"No neurons pruned in '{mask.layer}': none of {ranking.live} active neurons is"
+                f" {'' if level is None else 'significantly '}more active on noisy samples"
+                f"{'' if level is None else f' (FDR {level})'}."
             )
         elif len(proposed):
             rank_zero_info(

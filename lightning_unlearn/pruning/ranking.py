@@ -100,8 +100,8 @@ def rank_neurons(
     broken, total = (int(x) for x in reduce(left_out).tolist())
     if broken:
         rank_zero_warn(
-            f"Neurons are ranked without {broken:,} of {total:,} training samples, for which activations"
-            f"{' or gradients' if criterion.needs_gradients else ''} are NaN or infinite."
+            f"Excluding {broken:,} of {total:,} training samples with NaN or infinite activations"
+            f"{' or gradients' if criterion.needs_gradients else ''} from the neuron ranking."
         )
     return [reader.rank(reduce) for reader in readers]
 

@@ -1,4 +1,4 @@
-"""A pruned model made smaller for real: silent neurons are cut out of it, and what is left says the same."""
+"""Cut silent neurons out of a pruned model, with the same outputs."""
 
 from lightning_unlearn.shrinking.checkpoint import FORMAT, load_shrunk, save_shrunk
 from lightning_unlearn.shrinking.cost import ModelCost, compare, measure

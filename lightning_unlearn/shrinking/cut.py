@@ -1,4 +1,4 @@
-"""A pruned model made smaller for real: silent neurons are cut out of it, and what is left says the same."""
+"""Cut silent neurons out of a pruned model, with the same outputs."""
 
 from __future__ import annotations
 

@@ -251,10 +251,9 @@ def test_where_no_neuron_is_significant_none_is_pruned_and_one_line_says_so(said
     module, callback = run(data, unrelated)
     assert callback.mask.keep.all()
     assert said == [
-        "No neuron of 'fc' is pruned: of its 7 live neurons, none is significantly more active for noise (at a level of"
-        " 0.05)."
+        "No neurons pruned in 'fc': none of 7 active neurons is significantly more active on noisy samples (FDR 0.05)."
     ]
-    assert not [warning for warning in recwarn if "No neuron" in str(warning.message)]
+    assert not [warning for warning in recwarn if "No neurons" in str(warning.message)]
     assert callback.summary_clause() == ""
     before = weights(Planted())
     assert all(value.equal(before[name]) for name, value in weights(module).items())

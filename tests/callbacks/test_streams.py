@@ -131,7 +131,7 @@ def test_a_batch_of_which_nothing_is_left_teaches_nothing_and_is_a_step_like_oth
     assert moved[True, 8] == [True] * len(moved[True, 8])
     assert moved[False, least] == [False] * len(moved[False, least])
     assert len(moved[False, least]) >= 10
-    assert "batches had no row left to learn from" in caplog.text
+    assert "batches had no row left and contributed a gradient of zero" in caplog.text
 
 
 class Backwards(Sampler):
@@ -426,7 +426,7 @@ def test_the_report_shows_the_samples_that_have_come_again_by_their_keys(tmp_pat
     cards = json.loads((tmp_path / "gallery.json").read_text())["samples"]
     suspects = [partition.partition.keys[at] for at in partition.partition.suspect_indices().tolist()]
     assert {card["file"] for card in cards.values()} == set(suspects)
-    kind, text = ("table", "") if at_epoch == 3 else ("text", "It has not come again after the partition.")
+    kind, text = ("table", "") if at_epoch == 3 else ("text", "It was not seen again after the partition.")
     for card in cards.values():
         assert (card["kind"], card.get("text", "")) == (kind, text)
     assert "blob-" in (tmp_path / "report.html").read_text()

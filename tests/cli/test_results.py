@@ -154,7 +154,7 @@ def test_where_nothing_is_suspect_the_least_sure_are_shown():
     assert repr(clean).startswith("Partition(3 samples, 0 suspect, noise_rate=0.117, status='ok', recipe='label'")
     said = summary_of(clean, top=1).splitlines()
     assert said[0] == "0 of 3 samples are suspect."
-    assert said[-3] == "The 1 least sure all the same:"
+    assert said[-3] == "The 1 least certain:"
     assert said[-1].split()[0] == "1"
 
 

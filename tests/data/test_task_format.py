@@ -193,7 +193,7 @@ def test_a_task_is_settled_once_and_until_it_is_forgotten():
     task_format.infer_task(torch.zeros(4, 1), torch.zeros(4))
     assert task_format.task == "multiclass"
     task_format.forget()
-    with pytest.raises(RuntimeError, match="not settled yet"):
+    with pytest.raises(RuntimeError, match="not known yet"):
         _ = task_format.task
     task_format.infer_task(torch.zeros(4, 1), torch.zeros(4))
     assert task_format.task == "binary"

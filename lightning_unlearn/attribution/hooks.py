@@ -85,7 +85,7 @@ _handles: WeakKeyDictionary[nn.Module, RemovableHandle] = WeakKeyDictionary()
 
 
 def lightning_unlearn_reads_the_output(self: Any, input: tuple[Tensor], output: Tensor) -> None:
-    """Return the hook: a function with the types of a layer's, which ``torch.jit.script`` compiles to nothing."""
+    """Look at the output: a function with the types of a layer's, which ``torch.jit.script`` compiles to nothing."""
     if not torch.jit.is_scripting():  # type: ignore[attr-defined]
         _show(self, output)
 

@@ -47,7 +47,7 @@ def options_with_config(name: str) -> list[argparse.Action]:
 
 
 def _add_like(command: argparse.ArgumentParser, action: argparse.Action) -> None:
-    """Return an option of the same names; what it does is not asked for."""
+    """Add an option of the same names; only completion uses it."""
     known = {name for one in command._actions for name in one.option_strings}
     names = [name for name in action.option_strings if name not in known]
     if names:

@@ -105,7 +105,7 @@ def _in_a_line(text: str) -> str:
 
 
 def _class(key: str, kind: type[Any] | None) -> Iterator[str]:
-    """Return the arguments of a user's class, as LightningCLI(Net, Data) takes them."""
+    """Yield the arguments of a user's class, as LightningCLI(Net, Data) takes them."""
     arguments = [] if kind is None else list(_arguments(kind))
     if arguments:
         yield f"{'# ' if all(line.startswith('#') for line in arguments) else ''}{key}:"

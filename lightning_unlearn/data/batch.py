@@ -123,7 +123,7 @@ def _check_positional(parameters: list[inspect.Parameter], x: tuple[Any, ...]) -
 
 
 def leaves_of(batch: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Return the tensors in a batch, with where they lie."""
+    """Yield the tensors in a batch, each with its path."""
     for key, value in children_of(batch):
         if isinstance(value, Tensor):
             yield (*path, key), value

@@ -182,7 +182,7 @@ def digest(item: Any) -> str:
 
 
 def _content(item: Any) -> Iterator[bytes]:
-    """Return the bytes of an item: tensors, arrays, images, numbers, strings and what holds them; else the class."""
+    """Yield the bytes of an item: tensors, arrays, images, numbers, strings and what holds them; else the class."""
     if isinstance(item, Tensor):
         item = _as_array(item)
     elif isinstance(item, str) and "\n" not in item and PurePath(item).is_absolute():

@@ -71,7 +71,7 @@ class Layout:
 
 
 def layouts_of(batch: Any, size: int, module: nn.Module, label: Path | None = None) -> Iterator[Layout]:
-    """Return layouts that a batch may have, the usual ones first.
+    """Yield the layouts that a batch may have, the usual ones first.
 
     Args:
         batch: as the loader delivers it.
@@ -115,7 +115,7 @@ def _usual_layouts(batch: Any, label: Path, parameters: list[str]) -> Iterator[L
 
 
 def label_fields(batch: Any, size: int) -> Iterator[Path]:
-    """Return where labels may lie, the usual places first.
+    """Yield the paths at which labels may lie, the usual places first.
 
     Of a batch with names that is under a usual one, further in if need be; else the last tensor with a row for each
     sample, then a usual name in a dict within, then the others from the last to the first.

@@ -130,7 +130,7 @@ def iterate_indices(
     size: int | None = None,
     absent: set[int] | None = None,
 ) -> Iterator[tuple[Tensor, Any]]:
-    """Return the loader's dataset, transforms, collate function and workers, over the given samples in the given order.
+    """Yield (indices, batch) of the given samples in the given order, through the loader's own workers and transforms.
 
     Args:
         loader: the user's; left as it is.

@@ -38,7 +38,7 @@ def class_names_in(dataset: Any, classes: int | None = None) -> list[str]:
 
 
 def _inner(dataset: Any) -> Iterator[Any]:
-    """Return a data set, and what it is made of, as far down as all of it is one."""
+    """Yield a data set, and what it is made of, as far down as all of it is one."""
     while dataset is not None:
         yield dataset
         parts = getattr(dataset, "datasets", None)

@@ -226,7 +226,7 @@ class KeyedCollector(EvidenceCollector):
 
     @override
     def _trajectory_state(self) -> None:
-        """Return None: the evidence is kept with its keys."""
+        """Return nothing: the evidence is kept with its keys."""
 
     @override
     def load_state_dict(self, state: dict[str, Any], *, is_closed: bool, is_fit: bool) -> None:

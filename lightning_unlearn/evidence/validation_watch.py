@@ -50,7 +50,7 @@ class ValidationWatch:
         return self._module is not None
 
     def begin(self) -> None:
-        """Return a validation begins: what an earlier one of the epoch has shown is of older weights."""
+        """Begin a validation; what an earlier one of the epoch showed is of older weights."""
         self._end()
         self._forget()
         self._has_run = True

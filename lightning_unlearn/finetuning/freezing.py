@@ -59,14 +59,14 @@ class FrozenLayers:
         return {*self.parameters, *self.norms}
 
     def choose_outside(self, model: nn.Module, layers: Sequence[str]) -> None:
-        """Return everything but what is within some layers."""
+        """Choose everything outside of some layers."""
         parameters, norms = _names(model)
         inside = _inside_of(layers)
         self.parameters = [name for name in parameters if not name.startswith(inside)]
         self.norms = [name for name in norms if not f"{name}.".startswith(inside)]
 
     def choose_before(self, model: nn.Module, trace: ForwardTrace, layer: str) -> None:
-        """Return everything but what ``forward`` calls from a layer on."""
+        """Choose everything that ``forward`` calls before a layer."""
         parameters, norms = _names(model)
         trained = LayersFrom(trace, layer)
         self.parameters = [name for name in parameters if not trained.has(name.rpartition(".")[0])]
@@ -95,7 +95,7 @@ class FrozenLayers:
             module.eval()
 
     def drop_gradients(self) -> None:
-        """Return an optimizer leaves alone what has no gradient, its weight decay and momentum included."""
+        """Drop the gradients of what is frozen, so that optimizers leave it alone (weight decay, momentum)."""
         for parameter in self._unmoved:
             parameter.grad = None
 

@@ -44,7 +44,7 @@ def guard_note(proposal: Sequence[Tensor], outcome: Outcome, gauge: ScoreMonitor
 def say_layers(
     state: PruneState, rankings: Sequence[Ranking], proposal: Sequence[Tensor], criterion: Criterion, amount: float
 ) -> None:
-    """Return a line for each layer: how many neurons may be pruned, or why none is."""
+    """Log a line for each layer: how many neurons may be pruned, or why none is."""
     for mask, ranking, proposed, live in zip(state.masks, rankings, proposal, state.live, strict=True):
         if share_of(amount, live) == 0:
             rank_zero_warn(

@@ -79,7 +79,7 @@ def precision_chart(partition: Partition) -> Markup | None:
 
 
 def _precision_line(plot: SvgAxes, curve: Tensor, first: int, kind: str) -> None:
-    """Return the expected precision from a position of the list to its end."""
+    """Draw the expected precision from a position of the list to its end."""
     if len(curve) - first < 2:
         return
     depths = torch.linspace(first, len(curve) - 1, min(_POINTS, len(curve) - first)).long().tolist()

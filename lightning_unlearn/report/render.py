@@ -236,7 +236,7 @@ def _timing(seconds: dict[str, float]) -> Markup | None:
 
 
 def _samples(record: RunRecord, outcomes: SampleOutcomes) -> Iterator[dict[str, Any]]:
-    """Return those of the gallery: the most suspect first, what is worth a look, then what a person has kept."""
+    """Yield the samples of the gallery: the most suspect first, what is worth a look, then what a person has kept."""
     partition = record.partition
     listed = partition.listed()
     ranked = [index for index in partition.ranking().tolist() if index in record.gallery]

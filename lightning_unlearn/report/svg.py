@@ -147,12 +147,12 @@ class SvgAxes:
         return self.bottom - self.height * (value - low) / max(high - low, 1e-12)
 
     def row(self, value: float, text: str, class_: str = "grid") -> None:
-        """Return a line from left to right with its text."""
+        """Add a line from left to right with its text."""
         self.canvas.line(self.left, self.y(value), self.left + self.width, self.y(value), class_)
         self.canvas.text(self.left - 6, self.y(value) + 4, text, "end")
 
     def mark(self, value: float, text: str = "") -> None:
-        """Return a dashed line from top to bottom, with a text above it, on the side on which there is room."""
+        """Add a dashed line from top to bottom, with a text above it, on the side on which there is room."""
         x = self.x(value)
         self.canvas.line(x, self.top - 8, x, self.bottom, "cut")
         # Where neither side has room for all of it, the wider one.
@@ -160,5 +160,5 @@ class SvgAxes:
         self.canvas.text(x + (-5 if is_right else 5), self.top - 10, text, "strong end" if is_right else "strong")
 
     def under(self, text: str) -> None:
-        """Return what the lower axis is."""
+        """Add the title of the lower axis."""
         self.canvas.text(self.left + self.width / 2, self.bottom + 31, text, "middle muted")

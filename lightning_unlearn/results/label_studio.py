@@ -23,7 +23,7 @@ def labels_in(cell: Any) -> list[int]:
 
 
 def read_label_studio(source: Path, text: str) -> Iterator[tuple[int, Mapping[str, str]]]:
-    """Return the tasks of an export, as JSON or JSON-MIN, by their place in it, with the cells of a table of decisions.
+    """Yield the tasks of an export, as JSON or JSON-MIN, by their place in it, with the cells of a table of decisions.
 
     Args:
         source: for messages.

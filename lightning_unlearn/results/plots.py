@@ -280,7 +280,7 @@ def _draw_labels(partition: Partition, axes: Axes, names: dict[int, str] | None)
 
 
 def _draw_cells(axes: Axes, counts: Tensor, share: Tensor, *, diagonal: bool) -> None:
-    """Return a heat map of shares, with the counts where there is room; nothing where there is none."""
+    """Draw a heat map of shares, with the counts where there is room; nothing where there is none."""
     colors = _import("matplotlib.colors")
     if not counts.numel():
         axes.text(0.5, 0.5, "no classes", ha="center", va="center", transform=axes.transAxes)

@@ -154,7 +154,7 @@ def _decoded(raw: bytes) -> str:
 
 
 def _cells(source: Path, text: str) -> Iterator[tuple[int, Mapping[str, str]]]:
-    """Return the rows with anything in them, by title in small letters, and where they end."""
+    """Yield the rows with anything in them, by title in small letters, and where they end."""
     skipped, separators = 0, _SEPARATORS
     if text[:4].lower() == "sep=":
         # What Excel writes for itself.

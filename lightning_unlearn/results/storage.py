@@ -134,7 +134,7 @@ def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray[Any,
 
 
 def faults_of(kind: type[Any], values: Mapping[str, Any]) -> Iterator[str]:
-    """Return what is missing, and what has another type than the field of the class."""
+    """Yield what is missing, and what has another type than the field of the class."""
     hints = get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for name in values.keys() - fields.keys():

@@ -31,7 +31,7 @@ def may_be_cut(node: Any) -> bool:
 
 
 def _reached(node: Any) -> Iterator[Any]:
-    """Return the nodes that a layer's channels come to, up to the layers that take them."""
+    """Yield the nodes that a layer's channels come to, up to the layers that take them."""
     stack, seen = list(node.outputs), set()
     while stack:
         if (node := stack.pop()) not in seen:

@@ -155,7 +155,7 @@ def _copied(model: _Model) -> _Model:
 
 
 def _restore(small: nn.Module, model: nn.Module) -> None:
-    """Return modes, types and flags as in the model."""
+    """Restore modes, types and flags as in the model."""
     for (_, module), (_, original) in zip(small.named_modules(), model.named_modules(), strict=True):
         module.training = original.training
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}

@@ -32,7 +32,7 @@ def not_finite(fit: RunningFit) -> str:
 
 
 def _statistics(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Return what norms have seen, which stays NaN once it is, even where the step was left out."""
+    """Yield what norms have seen, which stays NaN once it is, even where the step was left out."""
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._NormBase):
             for buffer in (module.running_mean, module.running_var):

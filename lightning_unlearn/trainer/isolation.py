@@ -66,7 +66,7 @@ def _logging_nothing(trainer: Trainer, pl_module: LightningModule) -> Iterator[N
 
 @contextmanager
 def isolated_eval(fit: RunningFit, *, keep: bool = True) -> Iterator[None]:
-    """Return a pass over the data that leaves the fit as it was, also when it fails.
+    """Run a pass over the data that leaves the fit as it was, also when it fails.
 
     Inside, modules are in eval mode, the Trainer reports that it validates (so that augmentation in transfer hooks is
     off), compiled modules run eagerly (their graphs ignore hooks), and nothing is logged. Random states, training

@@ -63,7 +63,7 @@ def settle_layout(
 
 
 def _rivals(task_format: TaskFormat, batch: Any, size: int, trace: ForwardTrace, classes: Tensor) -> Iterator[Path]:
-    """Return other fields that could be labels: they name classes, and not the same ones."""
+    """Yield other fields that could be labels: they name classes, and not the same ones."""
     for path, value in leaves_of(batch):
         if task_format.layout is None or path == task_format.layout.label or not has_rows(value, size):
             continue

@@ -67,7 +67,7 @@ class _Snapshot:
             restore()
 
     def take(self, value: Any, depth: int = 1) -> None:
-        """Return the contents of a value, and of the items of a container down to a depth."""
+        """Take the contents of a value, and of the items of a container down to a depth."""
         if isinstance(value, nn.Module):
             for module in value.modules():
                 self._take_module(module)
@@ -80,7 +80,7 @@ class _Snapshot:
             self._restores.append(restore)
 
     def take_weight(self, weight: nn.Parameter) -> None:
-        """Return the values of a parameter."""
+        """Take the values of a parameter."""
         self._take_tensor(weight)
 
     def _take_module(self, module: nn.Module) -> None:
@@ -148,7 +148,7 @@ class _Snapshot:
 
 
 def _weights_written(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Return the weights that a switch to eval mode or a forward pass may write to."""
+    """Yield the weights that a switch to eval mode or a forward pass may write to."""
     every: list[Any] = list(model.parameters())
     # What is lazy has no size yet.
     weights = [weight for weight in every if not is_lazy(weight)]

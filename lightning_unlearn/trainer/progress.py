@@ -29,7 +29,7 @@ _SECONDS = 0.1
 
 
 def shown(fit: RunningFit, title: str, total: int | None, items: Iterable[_Item]) -> Iterator[_Item]:
-    """Return the items, with a line that moves on as each has been worked on.
+    """Yield the items, with a progress line.
 
     The line goes with the last item, or where ``close_progress`` is called, as it is when a pass fails.
 

@@ -82,7 +82,7 @@ def establish_rows_again(fit: FitContext) -> None:
 
 
 def _check_last_batch(fit: FitContext, loader: DataLoader[Any], may_offer: bool) -> None:
-    """Return a pass ends with a smaller batch, of which a collate function may make another number of rows."""
+    """Check a smaller batch, as a pass ends with: a collate function may make another number of rows of it."""
     last = math.ceil(len(loader.dataset) / fit.world_size) % batch_size(loader)  # type: ignore[arg-type]
     if last:
         _, batch = next(iterate_indices(loader, torch.arange(last), probing=True, size=last, absent=set()))

@@ -195,7 +195,7 @@ class _RanksOutOfSync(ValueError):
 
 
 def _in_step(fit: FitContext, batches: Iterator[_Item]) -> Iterator[_Item]:
-    """Return the batches, where ranks meet in each forward pass, so that every rank takes as many.
+    """Yield the batches, where ranks meet in each forward pass, so that every rank takes as many.
 
     Raises:
         _RanksOutOfSync: on every rank, where one cannot go on with the others.

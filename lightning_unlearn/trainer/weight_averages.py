@@ -170,7 +170,7 @@ class _Search:
 
 
 def _parts_of(value: Any, is_inside: bool) -> Iterator[tuple[str, Any]]:
-    """Return what a value holds, by name; of objects that are no container only averages and what holds them."""
+    """Yield what a value holds, by name; of objects that are no container only averages and what holds them."""
     if isinstance(value, nn.Module):
         yield from value.named_children()
     elif isinstance(value, Mapping):

@@ -37,7 +37,7 @@ def row_slices(total: int, numbers: int, device: torch.device) -> list[slice]:
 
 
 def row_chunks(numbers: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Return the parts of some tensors, row by row, of which each row has so many numbers."""
+    """Yield slices of some tensors, few enough rows at a time for ``numbers`` numbers a row."""
     length = rows_at_a_time(numbers, tensors[0].device)
     return zip(*(torch.split(tensor, length) for tensor in tensors), strict=True)
 

@@ -70,7 +70,7 @@ def source_file(path: str | PathLike[str]) -> Path:
 
 @contextmanager
 def replacing(path: str | PathLike[str]) -> Iterator[BinaryIO]:
-    """Return a file to write that takes its name when it is complete: an exception leaves what was there before.
+    """Open a file that takes its name when it is complete: an exception leaves what was there before.
 
     Raises:
         ValueError: for a folder.

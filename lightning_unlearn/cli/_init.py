@@ -16,12 +16,9 @@ import yaml  # type: ignore[import-untyped]  # comes with Lightning, its types d
 from lightning_unlearn.cli._examples import add_command
 from lightning_unlearn.utilities.files import replacing
 
-_CALLBACKS = (
-    "AttributionPartitionCallback",
-    "SensitivityPruneCallback",
-    "CleanSubsetFinetuneCallback",
-    "UnlearnReport",
-)
+_CALLBACKS = ("AttributionPartitionCallback", "CleanSubsetFinetuneCallback", "UnlearnReport")
+# Not in use before a person takes it in, as pruning makes no network more accurate.
+_OPTIONAL = ("SensitivityPruneCallback",)
 _PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
 
 
@@ -76,6 +73,9 @@ def run_init(options: argparse.Namespace) -> None:
     layers = [] if model is None else layer_notes(model)
     for name in _CALLBACKS:
         lines += _callback(name, layers)
+    for name in _OPTIONAL:
+        lines += ["    # Optional: prunes neurons, for a smaller network, not for a more accurate one."]
+        lines += [f"    # {_uncommented(line)[4:]}" for line in _callback(name, layers)]
     text = "\n".join(lines) + "\n"
     if options.out is None:
         print(text, end="")
@@ -96,6 +96,11 @@ def _callback(name: str, layers: Sequence[str]) -> Iterator[str]:
         if one.name == "layer":
             yield from (f"        ## {line}" for line in layers)
         yield f"        # {one.name}: {_value(one.default)}  # {_in_a_line(documented[one.name])}"
+
+
+def _uncommented(line: str) -> str:
+    """Return a line as it is once its comment sign is taken away."""
+    return re.sub(r"^( *)# ", r"\1", line)
 
 
 def _in_a_line(text: str) -> str:

@@ -13,12 +13,8 @@ from lightning_unlearn.cli import main
 DEMO = ["--model", "lightning_unlearn.demo.DigitsClassifier", "--data", "lightning_unlearn.demo.DigitsDataModule"]
 PLAIN = ["--model", "team.TeamModel", "--data", "team.TeamData"]
 TEAM = ["--model", "team.Needy", "--data", "team.TeamData"]
-CALLBACKS = (
-    "AttributionPartitionCallback",
-    "SensitivityPruneCallback",
-    "CleanSubsetFinetuneCallback",
-    "UnlearnReport",
-)
+IN_USE = ("AttributionPartitionCallback", "CleanSubsetFinetuneCallback", "UnlearnReport")
+CALLBACKS = (*IN_USE, "SensitivityPruneCallback")
 
 
 def printed(arguments, capsys):
@@ -36,7 +32,7 @@ def parsed(file, capsys, *arguments):
 
 def uncommented(text):
     """With every default set."""
-    return re.sub(r"^( *)# (?=\w+:)", r"\1", text, flags=re.M)
+    return re.sub(r"^( *)# (?= *(?:- class_path|\w+):(?! prunes))", r"\1", text, flags=re.M)
 
 
 def test_of_the_demo_it_says_what_there_is_and_fit_takes_it(team, capsys):
@@ -46,7 +42,7 @@ def test_of_the_demo_it_says_what_there_is_and_fit_takes_it(team, capsys):
     assert "## Layers, with their neurons: features.0 (32), features.3 (64), fc (128), head: the head" in text
     (team / "run.yaml").write_text(text)
     config = parsed("run.yaml", capsys, *DEMO)
-    assert [one["class_path"].split(".")[-1] for one in config["trainer"]["callbacks"]] == list(CALLBACKS)
+    assert [one["class_path"].split(".")[-1] for one in config["trainer"]["callbacks"]] == list(IN_USE)
 
 
 def test_nothing_is_set_and_every_line_that_is_uncommented_is_a_default_that_fit_takes(team, capsys):
@@ -55,6 +51,9 @@ def test_nothing_is_set_and_every_line_that_is_uncommented_is_a_default_that_fit
     (team / "some.yaml").write_text(text)
     everything, some = parsed("all.yaml", capsys, *PLAIN), parsed("some.yaml", capsys, *PLAIN)
     assert everything["model"] == some["model"]["init_args"] == {"width": 32}
+    # Pruning is taken in with the others.
+    pruning = everything["trainer"]["callbacks"].pop()
+    assert pruning["class_path"] == "lightning_unlearn.SensitivityPruneCallback"
     for key in ("trainer", "seed_everything"):
         assert everything[key] == some[key]
 
@@ -67,13 +66,13 @@ def test_the_yaml_runs_in_a_users_own_cli_script(text, team, capsys):
 
     cli = LightningCLI(TeamModel, TeamData, args=["--config", "run.yaml", "--trainer.accelerator", "cpu"], run=False)
     ours = [type(one).__name__ for one in cli.trainer.callbacks if type(one).__name__ in CALLBACKS]
-    assert sorted(ours) == sorted(CALLBACKS)
+    assert sorted(ours) == sorted(IN_USE if text == "as it is" else CALLBACKS)
 
 
 @pytest.mark.parametrize("name", CALLBACKS)
 def test_every_option_of_a_callback_stands_in_a_line_with_its_default_and_what_it_is(name, capsys):
     block = printed([], capsys).partition(f"lightning_unlearn.{name}  #")[2].partition("- class_path")[0]
-    shown = re.findall(r"^        # (\w+): (.*?)  # (.+)$", block, re.M)
+    shown = re.findall(r"^ {4}(?: {4}# |# {5})(\w+): (.*?)  # (.+)$", block, re.M)
     parameters = list(inspect.signature(getattr(lightning_unlearn, name)).parameters.values())
     assert [option for option, _, _ in shown] == [one.name for one in parameters]
     for (option, value, what), one in zip(shown, parameters, strict=True):

@@ -2,6 +2,7 @@
 
     python -m benchmarks.scaling                                     # growth with N, C and D, and 1 against 2 processes
     python -m benchmarks.scaling --only samples --samples 10000 40000
+    python -m benchmarks.scaling --only memory                       # of a rank, of 1 and of 2 processes
     python -m benchmarks.scaling --simulate 64 --samples 100000      # 64 ranks, each a thread with its share
     python -m benchmarks.scaling --write scaling.md --json scaling.json --figure scaling.png
 
@@ -27,9 +28,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.rank_memory import held_bytes, of_memory, over_gloo
 from benchmarks.scaling_tables import figure, tables
 from benchmarks.simulated import SimulatedRanks
 from benchmarks.synthetic import evidence, share_of
+from lightning_unlearn.evidence.by_index import IndexedEvidence
+from lightning_unlearn.evidence.rank_share import Ranks
 from lightning_unlearn.evidence.training_dynamics import PHASES, TrainingDynamics
 from lightning_unlearn.functional.mixture import fit_mixture
 from lightning_unlearn.functional.sensitivity import regression_sums, solve_sensitivity
@@ -101,7 +105,6 @@ def of_samples(total: int, num_classes: int) -> Row:
         "judge": judging,
         "assemble": assembling,
         "state_bytes": sum(value.nbytes for value in held) / total,
-        "merged_bytes": (whole.basis.shape[1] + 4) * 4,
         "judge_bytes": more * 1024 / total,
         "noise_rate": made.noise_rate,
     }
@@ -138,19 +141,12 @@ def of_neurons(total: int, neurons: int) -> Row:
 def of_processes(total: int, num_classes: int, rank: int, world_size: int, port: int, sender: Any) -> None:
     """The judging of one rank of several real processes over gloo."""
     torch.set_num_threads(1)
-    address = f"tcp://127.0.0.1:{port}"
-    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size)
+    ranks = over_gloo(rank, world_size, port)
     whole = evidence(total, num_classes)
     share = share_of(whole, rank, world_size)
-
-    def reduce(part: Tensor) -> Tensor:
-        out = part.clone()
-        torch.distributed.all_reduce(out)
-        return out
-
     torch.distributed.barrier()
     started = time.perf_counter()
-    made = partition_of(share, whole.label, reduce)
+    made = partition_of(share, whole.label, ranks.reduce)
     seconds = time.perf_counter() - started
     torch.distributed.destroy_process_group()
     if rank == 0:
@@ -160,20 +156,37 @@ def of_processes(total: int, num_classes: int, rank: int, world_size: int, port:
 # Ranks
 
 
-def gathered_by(share: Evidence, total: int, reduce: Reduce) -> TrainingDynamics:
-    """What one rank holds after training steps that showed it its share."""
-    trajectory = TrainingDynamics(total, share.num_classes)
-    counted = share.weight > 0
-    index, label = share.index[counted], share.label[counted]
+def gathered_by(whole: Evidence, ranks: Ranks) -> tuple[TrainingDynamics, int]:
+    """What one rank holds after training steps that showed it a part of the samples, another one in each epoch.
+
+    Args:
+        whole: of all samples.
+        ranks: of which it is one.
+
+    Returns:
+        its own samples' evidence, and the most bytes that it has held between two epochs.
+    """
+    by_index, total, most = IndexedEvidence(), len(whole.index), 0
+    by_index.start(ranks, total, 1)
+    trajectory = TrainingDynamics(by_index.rows, whole.num_classes)
+    if ranks.number > 1:
+        trajectory.rest()
     for phase in range(PHASES):
-        trajectory.observe(index, share.attribution[counted, phase] @ share.basis.T, label)
-        trajectory.merge(phase, reduce)
-    return trajectory
+        order = torch.randperm(total, generator=torch.Generator().manual_seed(phase))
+        for rows in order[ranks.rank :: ranks.number].split(16 * _BATCH):
+            by_index.note(trajectory, rows, whole.attribution[rows, phase] @ whole.basis.T, whole.label[rows])
+        most = max(most, held_bytes(by_index, trajectory))
+        by_index.hand_over(trajectory)
+        trajectory.merge(phase, ranks.reduce)
+    return trajectory, most
 
 
-def apart(one: TrainingDynamics, other: TrainingDynamics, index: Tensor) -> float:
-    """The largest difference of what two hold of some samples."""
-    ours, theirs = ([*held.phases(index), *held.scores(index).values()] for held in (one, other))
+def apart(own: TrainingDynamics, whole: TrainingDynamics, ranks: Ranks) -> float:
+    """The largest difference of what a rank holds of its own samples and what one process holds of them."""
+    index = torch.arange(ranks.rank, len(whole), ranks.number)
+    rows = torch.arange(len(index))
+    ours = [*own.phases(rows), *own.scores(rows).values()]
+    theirs = [*whole.phases(index), *whole.scores(index).values()]
     return max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))
 
 
@@ -187,19 +200,23 @@ def simulate(world_size: int, total: int, num_classes: int, recipe: str = "auto"
         recipe: by name.
 
     Returns:
-        how far the two are apart, and how much each rank had to send.
+        how far the two are apart, how much evidence the largest rank holds, and how much each had to send.
     """
     whole = evidence(total, num_classes)
     alone = partition_of(whole, whole.label, no_reduce, recipe)
     ranks = SimulatedRanks(world_size)
-    trajectory = gathered_by(whole, total, no_reduce)
+    trajectory, of_one = gathered_by(whole, Ranks())
 
-    def on_rank(rank: int) -> tuple[float, Partition]:
-        share = share_of(whole, rank, world_size)
-        off = apart(gathered_by(share, total, ranks.reduce), trajectory, whole.index)
-        return off, partition_of(share, whole.label, ranks.reduce, recipe)
+    def gather(rank: int) -> tuple[float, int]:
+        held, most = gathered_by(whole, ranks.of(rank))
+        return apart(held, trajectory, ranks.of(rank)), most
 
-    off, (first, *others) = zip(*ranks.run(on_rank), strict=True)
+    off, held = zip(*ranks.run(gather), strict=True)
+    # Sums that a sample's evidence takes; the rest are of the judging.
+    gathering, ranks.collectives, ranks.bytes = ranks.bytes, 0, 0
+    first, *others = ranks.run(
+        lambda rank: partition_of(share_of(whole, rank, world_size), whole.label, ranks.reduce, recipe)
+    )
     return {
         "ranks": world_size,
         "samples": total,
@@ -208,6 +225,10 @@ def simulate(world_size: int, total: int, num_classes: int, recipe: str = "auto"
         "suspects": int((~first.is_clean).sum()),
         "all ranks equal": all(one.clean_probability.equal(first.clean_probability) for one in others),
         "largest difference of what was gathered": max(off),
+        "evidence, bytes per sample": max(held) * world_size / total,
+        "evidence, of one process": of_one / total,
+        "bytes handed over per rank and epoch": ranks.handed_over / world_size / PHASES,
+        "bytes summed per rank and epoch": gathering / PHASES,
         "largest difference of p(clean)": (first.clean_probability - alone.clean_probability).abs().max().item(),
         "samples that changed sides": int((first.is_clean != alone.is_clean).sum()),
         "difference of the noise rate": abs((first.noise_rate or 0) - (alone.noise_rate or 0)),
@@ -234,23 +255,31 @@ def in_a_process(work: Callable[..., Row], *arguments: Any) -> Row:
     return row
 
 
+def in_processes(work: Callable[..., None], total: int, num_classes: int, world_size: int, turn: int = 0) -> Any:
+    """What rank 0 of so many real processes sends."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    port = 29_600 + (turn * 7 + world_size) % 300
+    ranks = [
+        context.Process(target=work, args=(total, num_classes, rank, world_size, port, sender))
+        for rank in range(world_size)
+    ]
+    for one in ranks:
+        one.start()
+    # Its other end is the processes' alone, so that one that fails is noticed.
+    sender.close()
+    found = receiver.recv()
+    for one in ranks:
+        one.join()
+    return found
+
+
 def over_processes(total: int, num_classes: int, repeats: int) -> list[Row]:
     """Seconds on the clock of one process and of two, in turns."""
-    context = multiprocessing.get_context("spawn")
     times: dict[int, list[float]] = {1: [], 2: []}
     for repeat in range(repeats):
         for world_size in times:
-            receiver, sender = context.Pipe(duplex=False)
-            port = 29_600 + (repeat * 7 + world_size) % 300
-            ranks = [
-                context.Process(target=of_processes, args=(total, num_classes, rank, world_size, port, sender))
-                for rank in range(world_size)
-            ]
-            for one in ranks:
-                one.start()
-            times[world_size].append(receiver.recv()[0])
-            for one in ranks:
-                one.join()
+            times[world_size].append(in_processes(of_processes, total, num_classes, world_size, repeat)[0])
     return [
         {"processes": n, "samples": total, "classes": num_classes, "seconds": statistics.median(taken), "all": taken}
         for n, taken in times.items()
@@ -260,7 +289,7 @@ def over_processes(total: int, num_classes: int, repeats: int) -> list[Row]:
 def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     """What was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ("samples", "classes", "neurons", "processes", "simulated")
+    parts = ("samples", "classes", "neurons", "processes", "memory", "simulated")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--samples", type=int, nargs="+", default=SAMPLES)
     parser.add_argument("--classes", type=int, nargs="+", default=CLASSES)
@@ -296,6 +325,9 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         found["neurons"] = [in_a_process(of_neurons, total, neurons) for neurons in args.neurons]
     if "processes" in args.only:
         found["processes"] = over_processes(sorted(args.samples)[len(args.samples) // 2], few, args.repeats)
+    if "memory" in args.only:
+        total = max(args.samples)
+        found["memory"] = [in_processes(of_memory, total, few, world_size, 31) for world_size in (1, 2)]
     if "simulated" in args.only:
         total = sorted(args.samples)[min(1, len(args.samples) - 1)]
         found["simulated"] = [simulate(ranks, total, few) for ranks in (2, 8, 64)]

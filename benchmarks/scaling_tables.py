@@ -82,24 +82,49 @@ def tables(found: dict[str, Any]) -> str:
             f"Judging: one {one['seconds']:.2f} s, two {two['seconds']:.2f} s on the clock, medians of"
             f" {len(one['all'])}: {one['seconds'] / two['seconds']:.2f} times as fast.",
         ]
+    if rows := found.get("memory"):
+        one = rows[0]
+        lines += [
+            "",
+            f"### Memory of a rank (gloo), {one['samples']:,} samples, {one['classes']} classes",
+            "",
+            "Bytes of the largest rank times ranks per sample, while evidence is gathered; in brackets against one.",
+            "",
+            "| processes | evidence held in an epoch | resident then | peak, as it is handed over"
+            " | handing over, processor seconds |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        lines += [
+            f"| {row['processes']} | {_per_sample(row, one, 'evidence')} | {_per_sample(row, one, 'resident')} |"
+            f" {_per_sample(row, one, 'peak')} | {row['hand over']:.2f} |"
+            for row in rows
+        ]
     if rows := found.get("simulated"):
         lines += [
             "",
             "### Simulated ranks against one",
             "",
             "| ranks | N | C | suspects | all ranks equal | largest difference of what was gathered | of p(clean)"
-            " | changed sides | sums | MB summed per rank |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+            " | changed sides | sums | MB summed per rank | evidence of the largest rank x ranks, bytes per sample"
+            " | of one process | bytes handed over per sample and epoch |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
         lines += [
             f"| {row['ranks']} | {row['samples']:,} | {row['classes']} | {row['suspects']:,} |"
             f" {'yes' if row['all ranks equal'] else 'NO'} | {row['largest difference of what was gathered']:.1e} |"
             f" {row['largest difference of p(clean)']:.1e} | {row['samples that changed sides']} |"
             f" {row['collectives']} |"
-            f" {row['bytes summed per rank'] / 1e6:.1f} |"
+            f" {row['bytes summed per rank'] / 1e6:.1f} | {row['evidence, bytes per sample']:.0f} |"
+            f" {row['evidence, of one process']:.0f} |"
+            f" {row['bytes handed over per rank and epoch'] * row['ranks'] / row['samples']:.0f} |"
             for row in rows
         ]
     return "\n".join(lines)
+
+
+def _per_sample(row: Row, one: Row, name: str) -> str:
+    each = [of[name] * of["processes"] / of["samples"] for of in (row, one)]
+    return f"{each[0]:.0f} ({each[0] / each[1]:.2f})"
 
 
 def figure(found: dict[str, Any], file: Path) -> None:

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
@@ -38,6 +38,24 @@ def run_ranks(work: Callable[[int, Callable[[Tensor], Tensor]], Any], world_size
     with ThreadPoolExecutor(world_size) as pool:
         futures = [pool.submit(on_rank, rank) for rank in range(world_size)]
         return [future.result() for future in futures]
+
+
+def exchanges(world_size: int) -> list[Callable[[Sequence[Any]], list[Any]]]:
+    """One exchange for each rank, all of which wait for each other."""
+    barrier, board = Barrier(world_size, timeout=20), [[] for _ in range(world_size)]
+
+    def of(rank: int) -> Callable[[Sequence[Any]], list[Any]]:
+        def exchange(parts: Sequence[Any]) -> list[Any]:
+            assert len(parts) == world_size
+            board[rank] = list(parts)
+            barrier.wait()
+            found = [board[other][rank] for other in range(world_size)]
+            barrier.wait()
+            return found
+
+        return exchange
+
+    return [of(rank) for rank in range(world_size)]
 
 
 def run_script(script: Path, folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":

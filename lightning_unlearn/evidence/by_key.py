@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from lightning_unlearn.data.sample_key import Key, owners_of
-from lightning_unlearn.evidence.rank_share import Ranks, RankShare
+from lightning_unlearn.evidence.rank_share import Ranks, RankShare, is_too_large
 from lightning_unlearn.evidence.training_dynamics import TrainingDynamics
 from lightning_unlearn.functional.attribution import label_margin
 from lightning_unlearn.functional.identity import mixed
@@ -246,6 +246,8 @@ class KeyedEvidence:
     def state_dict(self, trajectory: TrainingDynamics | None, ranks: Ranks | None) -> dict[str, Any]:
         """Tensors and primitives: of all ranks on rank 0, each of which must call it; without ``ranks`` its own part.
 
+        Where rank 0 would have to gather more than 4 GiB, keys not counted, nothing of the samples.
+
         Args:
             trajectory: of its own samples.
             ranks: of a fit that is running.
@@ -256,7 +258,9 @@ class KeyedEvidence:
         }
         mine["latest"] = self.latest.clone()
         parts, whole = [mine], ranks is not None
-        if ranks is not None and ranks.number > 1:
+        if ranks is not None and is_too_large(0 if trajectory is None else trajectory.merged_bytes, ranks):
+            parts, whole = [], False
+        elif ranks is not None and ranks.number > 1:
             parts = ranks.exchange([mine, *[None] * (ranks.number - 1)])
         return {"layer": self.layer, "epochs": self._epochs, "whole": whole, "parts": [one for one in parts if one]}
 
@@ -285,7 +289,7 @@ class KeyedEvidence:
             name: torch.cat([one[name].index_select(dim, index) for one, index in of_parts], dim=dim)
             for name, dim in (("phases", 1), ("scores", 0), ("label", 0))
         }
-        return TrainingDynamics.from_state_dict({**parts[0]["trajectory"], **joined}, is_share=True)
+        return TrainingDynamics.from_state_dict({**parts[0]["trajectory"], **joined})
 
 
 def _rows_of(samples: Tensor, rows: int) -> Tensor:

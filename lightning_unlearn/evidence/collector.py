@@ -12,20 +12,27 @@ from lightning_unlearn.attribution import Attributor, ForwardTrace, resolve_laye
 from lightning_unlearn.attribution.layers import LayerPoint
 from lightning_unlearn.data.batch import Path
 from lightning_unlearn.data.task_format import TaskFormat
+from lightning_unlearn.evidence.by_index import IndexedEvidence
 from lightning_unlearn.evidence.early_epochs import EarlyEpochs
 from lightning_unlearn.evidence.eval_pass import ScoringPass, make_attributor
 from lightning_unlearn.evidence.frozen_features import FrozenFeatures
 from lightning_unlearn.evidence.label_field import LabelWatch
-from lightning_unlearn.evidence.step_reader import TrainStepReader
+from lightning_unlearn.evidence.rank_share import Ranks, RankShare
+from lightning_unlearn.evidence.step_reader import TrainStepReader, relabeled_in_training
 from lightning_unlearn.evidence.training_dynamics import TrainingDynamics
 from lightning_unlearn.evidence.validation_watch import ValidationWatch
 from lightning_unlearn.evidence.when import PartitionTime
 from lightning_unlearn.recipes.base import Recipe
 from lightning_unlearn.recipes.evidence import Evidence, OutOfSample
 from lightning_unlearn.trainer.context import FitContext, IndexedBatch
-from lightning_unlearn.trainer.data_checks import Recognized
+from lightning_unlearn.trainer.data_checks import Recognized, check_labels_of_ranks
 from lightning_unlearn.trainer.divergence import check_rows_left_out
 from lightning_unlearn.trainer.progress import rank_zero_info, rank_zero_warn
+
+NOT_WHOLE = (
+    "The checkpoint does not hold the evidence of all samples: it was written on one of several ranks only (after an"
+    " exception, or after the fit), or the evidence was too large. Collecting evidence again."
+)
 
 
 class EvidenceCollector:
@@ -35,14 +42,16 @@ class EvidenceCollector:
         task_format: how batches, outputs and labels are read.
 
     ``recipe`` says what evidence it needs, ``keeps_coordinates`` whether it may look at the attributions of however
-    many classes. ``trajectory`` is what earlier epochs showed, the same on every rank; None before the first and once
-    no partition is to follow. ``point`` is where the margin is attributed, ``early`` where corrupted inputs show (None
+    many classes. ``trajectory`` is what earlier epochs showed of the samples that this rank owns, as ``by_index`` says,
+    or of all, as a checkpoint has it, until training starts; None before the first epoch and once no partition is to
+    follow. ``point`` is where the margin is attributed, ``early`` where corrupted inputs show (None
     for nowhere).
     ``is_closed`` says that the first partition has been drawn, from when on training steps are not read.
     """
 
     def __init__(self, task_format: TaskFormat) -> None:
         self.task_format = task_format
+        self.by_index = IndexedEvidence()
         self.recipe: Recipe
         self.keeps_coordinates = False
         self.reader = self._make_reader()
@@ -52,7 +61,9 @@ class EvidenceCollector:
         self.reset()
 
     def _make_reader(self) -> TrainStepReader:
-        return TrainStepReader(task_format=self.task_format, sink=self)
+        reader = TrainStepReader(task_format=self.task_format, sink=self)
+        reader.by_index = self.by_index
+        return reader
 
     def reset(self) -> None:
         """Forgets an earlier fit."""
@@ -60,6 +71,7 @@ class EvidenceCollector:
         self.early: LayerPoint | None = None
         self.task_format.forget()
         self.trajectory: TrainingDynamics | None = None
+        self.by_index.reset()
         self.features = FrozenFeatures()
         self.is_closed = self._has_said_fallback = False
         self.forget_epochs()
@@ -72,12 +84,14 @@ class EvidenceCollector:
         self.epochs_seen: list[int] = []
         self.early_epochs = EarlyEpochs()
         self.when.forget()
+        self.by_index.drop()
 
     def detach(self) -> None:
         """Takes all hooks off the model and the loaders."""
         self.reader.detach()
         self.label_watch.detach()
         self.validation_watch.detach()
+        self.by_index.ranks = None
 
     def close(self, *, forever: bool) -> None:
         """Reads no more training steps, as the first partition is computed; keeps no evidence if none is to follow."""
@@ -128,19 +142,41 @@ class EvidenceCollector:
             is_before: whether there is no partition yet, so that validation is looked at.
         """
         maker = trace.logits_module(self.task_format.num_outputs)
+        self._take_up(fit)
         if self.trajectory is None and not self.is_closed:
             self.trajectory = self._make_trajectory(fit)
             if self.task_format.label_at is None:
                 self.label_watch.start(fit.model, maker)
+        if self.trajectory is not None and self.by_index.is_shared:
+            self.trajectory.rest()
         if is_before and not self.is_closed and maker is not None:
             self.validation_watch.start(resolve_layer(fit.model, maker))
         if self.trajectory is not None:
             self._rehearse_pass(fit, trace, first)
 
+    def _take_up(self, fit: FitContext) -> None:
+        """Keep of a checkpoint's evidence what this rank owns."""
+        is_whole = self.by_index.total == 0
+        self.by_index.start(Ranks.of(fit), fit.total, self.task_format.rows_per_sample)
+        if self.trajectory is not None and is_whole and self.by_index.is_shared:
+            self.trajectory = self.trajectory.part(self.by_index.own_rows())
+
+    def known_labels(self, fit: FitContext) -> Tensor | None:
+        """Return (N,) int64, the labels of all rows as far as they were seen, -1 for others. Every rank must call it.
+
+        None where there is no evidence.
+        """
+        if self.trajectory is None or self.by_index.total == 0:
+            # Of a checkpoint, it is of all samples.
+            return None if self.trajectory is None else self.trajectory.label
+        self.by_index.ranks = Ranks.of(fit)
+        return self.by_index.known_labels(self.trajectory)
+
     def _make_trajectory(self, fit: FitContext) -> TrainingDynamics:
-        rows = fit.total * self.task_format.rows_per_sample
         # A recipe of a user may look at the attributions of however many classes.
-        return TrainingDynamics(rows, self.task_format.num_classes, keeps_coordinates=self.keeps_coordinates)
+        return TrainingDynamics(
+            self.by_index.rows, self.task_format.num_classes, keeps_coordinates=self.keeps_coordinates
+        )
 
     def _rehearse_pass(self, fit: FitContext, trace: ForwardTrace, first: IndexedBatch) -> None:
         """Tries what the passes over the training set do."""
@@ -165,12 +201,16 @@ class EvidenceCollector:
         if data is not None and data.train_fault:
             self.reader.disable(data.train_fault)
         elif maker is not None and data is not None:
-            known = self.in_use.label.clone()
-            for index, label in ((first.index, first.label.cpu()), (data.rows.index, data.rows.label.flatten())):
-                known[self.task_format.row_indices(index)] = label
-            self.reader.start(fit, maker, known)
-            if self.looks_early(fit.epoch + 1):
-                self.reader.positions = torch.zeros(fit.total, dtype=torch.uint8)
+            index = self.task_format.row_indices(torch.cat([first.index, data.rows.index]))
+            label = torch.cat([first.label.cpu(), data.rows.label.flatten()])
+            if self.by_index.is_shared:
+                self.by_index.probe(index, label)
+                self.reader.start(fit, maker)
+            else:
+                known = self.in_use.label.clone()
+                known[index] = label
+                self.reader.start(fit, maker, known)
+            self._ask_positions(fit.epoch + 1)
         else:
             self.reader.disable("no module of the model returns the logits that forward returns")
         if self.reader.reason:
@@ -205,7 +245,7 @@ class EvidenceCollector:
             label: (B,) int64.
         """
         if self.trajectory is not None:
-            self.trajectory.observe(index, logits, label)
+            self.by_index.note(self.trajectory, index, logits, label)
 
     def forget(self) -> None:
         """Drops what the training steps showed: it cannot be trusted."""
@@ -251,7 +291,7 @@ class EvidenceCollector:
         self._note_validation(fit)
         if not self.reads_steps or self.trajectory is None:
             return
-        if not self.reader.end_epoch(fit):
+        if not self.reader.end_epoch(fit) or not self._hand_over(fit):
             self._say_fallback()
             return
         self._look_early(fit)
@@ -269,20 +309,40 @@ class EvidenceCollector:
         """Whether the training steps of the ``epoch``-th epoch are looked at by themselves."""
         return self.asks_unseen and not self.when.is_due(epoch - 1) and self.early_epochs.is_due(epoch)
 
+    def _hand_over(self, fit: FitContext) -> bool:
+        """Bring what was read in an epoch to the ranks that own the samples; whether reading goes on."""
+        relabeled = self.by_index.hand_over(self.in_use)
+        if not len(relabeled):
+            return True
+        # The ranks have different data, or it is training that gives a sample another's label.
+        check_labels_of_ranks(fit, torch.unique(relabeled // self.task_format.rows_per_sample), len(relabeled))
+        self.reader.disable(relabeled_in_training(len(relabeled)))
+        return False
+
+    def _ask_positions(self, epoch: int) -> None:
+        asks = self.looks_early(epoch)
+        rows = self.by_index.rows // self.task_format.rows_per_sample
+        self.by_index.positions = torch.zeros(rows, dtype=torch.uint8) if asks else None
+
+    def share_of_rank(self, fit: FitContext) -> RankShare:
+        """Return which samples this rank judges."""
+        return RankShare.by_index(self.by_index.total, Ranks.of(fit))
+
     def _look_early(self, fit: FitContext) -> None:
-        positions, epoch = self.reader.positions, fit.epoch + 1
+        positions, epoch = self.by_index.positions, fit.epoch + 1
         if positions is None or not self.looks_early(epoch):
             return
-        share = fit.shard(len(positions))
+        of_rank = self.share_of_rank(fit)
+        share = of_rank.local, of_rank.weight
         self.early_epochs.look(self.in_use, positions, fit.batches_per_epoch, share, fit.device, fit.reduce)
-        self.reader.positions = positions.zero_() if self.looks_early(epoch + 1) else None
+        self._ask_positions(epoch + 1)
 
     def merge(self, fit: FitContext, epoch: int, rows: int) -> int:
         """Adds what this rank observed in an epoch, and returns how many rows that all ranks observed are finite."""
         trajectory, reduce = self.in_use, fit.reduce
         left_out, total = (int(x) for x in reduce(torch.tensor([trajectory.rows_left_out, rows]).double()).tolist())
         phase, width = self.when.phase(epoch)
-        with self.when.noting(epoch, trajectory, reduce, of_steps=self.reader.is_reading):
+        with self.when.noting(epoch, trajectory, Ranks.of(fit), of_steps=self.reader.is_reading):
             trajectory.merge(trajectory.make_room(phase, width), reduce)
         if said := check_rows_left_out(fit.model, left_out, total, epoch, reduce):
             rank_zero_warn(said)
@@ -321,7 +381,8 @@ class EvidenceCollector:
         early = self.early if is_last else None
         watched = (early, None if features is None else features.point)
         attributor = self._attributor(fit, tuple(point for point in watched if point is not None))
-        return ScoringPass(fit, attributor, self.in_use, is_last, self.recipe.needs_rows, early, features)
+        total = self.by_index.total
+        return ScoringPass(fit, attributor, self.in_use, is_last, self.recipe.needs_rows, early, features, total=total)
 
     def pass_over(self, fit: FitContext) -> tuple[dict[str, Tensor], set[int]]:
         """Passes over this rank's share of the training set.
@@ -332,7 +393,7 @@ class EvidenceCollector:
         is_last = not self.is_before_the_first(fit.epoch)
         # The margins of several labels are those of the logits, for which no layer is watched.
         watches = is_last and self.task_format.task != "multilabel"
-        holds = watches and self.features.hold(fit, len(self.in_use))
+        holds = watches and self.features.hold(fit, self.by_index.total)
         found = self.evidence_pass(fit, is_last=is_last, features=self.features if holds else None)
         return found.run(), found.absent
 
@@ -354,7 +415,7 @@ class EvidenceCollector:
         }
 
     def _trajectory_state(self) -> dict[str, Any] | None:
-        return None if self.trajectory is None else self.trajectory.state_dict()
+        return None if self.trajectory is None else self.by_index.state_dict(self.trajectory)
 
     def load_state_dict(self, state: dict[str, Any], *, is_closed: bool, is_fit: bool) -> None:
         """Takes over what :meth:`state_dict` described.
@@ -368,12 +429,18 @@ class EvidenceCollector:
         if (path := state.get("label_at")) is not None and self.task_format.layout is None:
             self.task_format.label_at = tuple(path)
         self.epochs_seen = list(state["epochs_seen"])
-        trajectory = state["trajectory"]
-        self.trajectory = None if trajectory is None else _trajectory_of(trajectory, is_fit=is_fit)
+        self.by_index.reset()
+        trajectory = state["trajectory"] or {}
+        is_part = bool(trajectory.get("is_part"))
+        self.trajectory = _trajectory_of(trajectory, is_fit=is_fit) if trajectory and not is_part else None
         self.reader.load_state_dict(state["reader"])
         self.early_epochs = EarlyEpochs.from_state_dict(state["early"])
         self.features = FrozenFeatures.from_state_dict(state.get("features"))
         self.when.load_state_dict(state.get("when"))
+        if is_part:
+            self.forget_epochs()
+            if is_fit:
+                rank_zero_warn(NOT_WHOLE)
         self.is_closed = is_closed
         if is_closed:
             # It watches since setup, and would make the loader forget the batches that are to be re-labeled.

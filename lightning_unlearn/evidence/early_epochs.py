@@ -58,16 +58,17 @@ class EarlyEpochs:
 
         Args:
             trajectory: with what was observed in this epoch.
-            positions: (N,) uint8, see :class:`~lightning_unlearn.evidence.step_reader.TrainStepReader`.
+            positions: (N,) uint8, how much of the epoch had passed when each sample was drawn last, from 1 to 255; 0 of
+                one that was not drawn.
             batches: how many the epoch has.
-            share: (n,) indices of this rank's samples, and (n,) 0 for one that only pads.
+            share: (n,) rows of the trajectory, as many on every rank, and (n,) 0 for one that only pads.
             device: where to compute.
             reduce: sums over the ranks.
         """
         index, weight = share
-        coordinates, count = trajectory.fresh(index, reduce)
-        label, position = _labels_and_places(trajectory, positions, reduce)
-        label, position = label[index], position[index]
+        coordinates, count = trajectory.fresh(index)
+        label, place = trajectory.label[index], positions[index]
+        position = torch.where(place > 0, (place.float() - 1) / _SCALE, -1.0)
         counts = (count > 0) & (weight > 0) & (label >= 0) & (position >= 0)
         of_classes = torch.zeros(2, trajectory.num_classes, dtype=torch.float64)
         each = torch.stack([count[counts].double(), torch.ones_like(count[counts]).double()])
@@ -158,25 +159,6 @@ def held_by_class(seen: Tensor, drawn: Tensor) -> Tensor:
         is_more = -torch.expm1(-each) / each > part
         low, high = torch.where(is_more, each, low), torch.where(is_more, high, each)
     return torch.where(seen < drawn, drawn / high, seen)
-
-
-def _labels_and_places(trajectory: TrainingDynamics, positions: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor]:
-    """Return (N,) each: label, and position in [0, 1), of every sample as any rank saw it; -1 where none did."""
-    if trajectory.is_share:
-        return trajectory.label, torch.where(positions > 0, (positions.float() - 1) / _SCALE, -1.0)
-    return _of_all_ranks(trajectory.label, positions, reduce)
-
-
-def _of_all_ranks(label: Tensor, positions: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor]:
-    """Return the same of samples that each rank has seen some of.
-
-    Where ranks have drawn a sample each, as what fills up their shares, it is in the middle between them.
-    """
-    placed, known = positions > 0, label >= 0
-    sums = reduce(torch.stack([label.clamp(min=0).double(), known.double(), positions.double(), placed.double()]))
-    of_all = torch.where(sums[1] > 0, sums[0] / sums[1].clamp(min=1), -1).round().long()
-    where = torch.where(sums[3] > 0, (sums[2] / sums[3].clamp(min=1) - 1) / _SCALE, -1.0)
-    return of_all, where.float()
 
 
 def _is_whole(position: Tensor, parts: int, reduce: Reduce) -> bool:

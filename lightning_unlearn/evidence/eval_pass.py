@@ -21,7 +21,7 @@ from lightning_unlearn.functional.attribution import label_margin
 from lightning_unlearn.functional.identity import mixed, row_identity
 from lightning_unlearn.functional.perceptual import perceptual_hash
 from lightning_unlearn.trainer.context import FitContext, IndexedBatch
-from lightning_unlearn.trainer.data_checks import check_same_labels, check_same_size
+from lightning_unlearn.trainer.data_checks import check_same_labels, check_same_size, other_labels_on_ranks
 
 
 def make_attributor(fit: FitContext, point: LayerPoint, method: str, watch: Sequence[LayerPoint] = ()) -> Attributor:
@@ -37,7 +37,7 @@ class ScoringPass:
     Args:
         fit: that is running.
         attributor: of the user's model; watches ``early``, if that is given, and then that of ``features``.
-        trajectory: takes the logits and margins of every row.
+        trajectory: of the rows that this rank owns, takes the logits and margins of each.
         is_last: whether the partition is computed after this pass, so that more is to be noted of every row.
         needs_rows: whether the recipe looks at the attributions themselves, after the last pass.
         early: the layer whose response is noted in the last pass; None for none.
@@ -46,6 +46,7 @@ class ScoringPass:
             already count as such.
         loader: of other samples than those of the training set; None for these.
         title: of the line in the progress bar.
+        total: N, of how many samples all ranks have the evidence; by default this rank has it of all.
     """
 
     fit: FitContext
@@ -58,34 +59,61 @@ class ScoringPass:
     absent: set[int] = field(default_factory=set)
     loader: DataLoader[Any] | None = None
     title: str = "Evidence"
+    total: int | None = None
 
     def run(self) -> dict[str, Tensor]:
-        """Pass over the share.
+        """Pass over the share. Every rank must call it.
 
         Returns:
             what the pass showed, one row for each row of the share; see
             :class:`~lightning_unlearn.data.task_format.TaskFormat`.
+
+        Raises:
+            ValueError: for another number of samples than before, or other labels.
         """
         columns: dict[str, list[Tensor]] = {}
+        before = len(self.trajectory) // self.fit.task_format.rows_per_sample if self.total is None else self.total
+        differ = 0
         with self.fit.isolated_eval():
             samples = self.fit.total if self.loader is None else len(self.loader.dataset)  # type: ignore[arg-type]
-            check_same_size(len(self.trajectory) // self.fit.task_format.rows_per_sample, samples)
+            check_same_size(before, samples)
             loader = self.loader or self.fit.scoring_loader
             for batch in self.fit.batches(loader, self.title, self.absent):
+                differ += self._compare(batch)
                 for name, value in self._observe(batch).items():
                     columns.setdefault(name, []).append(value.cpu())
+        # Of several ranks, what another has seen in training of a sample that this one owns.
+        if self.fit.world_size > 1 and (other := int(self.fit.reduce(torch.tensor([float(differ)])).item())):
+            raise ValueError(other_labels_on_ranks(other))
         return {name: torch.cat(parts) for name, parts in columns.items()}
+
+    def _own(self, batch: IndexedBatch) -> tuple[Tensor, Tensor]:
+        """Return (U,) int64, the rows of a batch in the trajectory, and (U,) bool, False of one that only pads."""
+        task_format = self.fit.task_format
+        there = (task_format.repeat_per_row(batch.weight) > 0).cpu()
+        # What pads a share is of another rank.
+        return task_format.row_indices(batch.index // self.fit.world_size), there
+
+    def _compare(self, batch: IndexedBatch) -> int:
+        """Return how many rows have another label than the one seen before; one process ends there.
+
+        Raises:
+            ValueError: in a fit of one process.
+        """
+        rows, there = self._own(batch)
+        before, now = self.trajectory.label[rows[there]], batch.label.cpu()[there]
+        if self.fit.world_size == 1:
+            check_same_labels(before, now)
+        return int(((before >= 0) & (before != now)).sum())
 
     def _observe(self, batch: IndexedBatch) -> dict[str, Tensor]:
         """Hand the rows of a batch to the trajectory, and return what else is to be noted of them."""
         task_format, trajectory = self.fit.task_format, self.trajectory
         label = batch.label.clamp(min=0)
         seen = self._attribute(batch.x, label)
-        margin, index = seen.total(), task_format.row_indices(batch.index)
-        counts = (task_format.repeat_per_row(batch.weight) > 0) & (batch.label != IGNORED)
-        there = (task_format.repeat_per_row(batch.weight) > 0).cpu()
-        check_same_labels(trajectory.label[index[there]], batch.label.cpu()[there])
-        trajectory.observe(index[counts.cpu()], seen.logits[counts], label[counts], margin[counts])
+        rows, there = self._own(batch)
+        margin, counts = seen.total(), there.to(batch.label.device) & (batch.label != IGNORED)
+        trajectory.observe(rows[counts.cpu()], seen.logits[counts], label[counts], margin[counts])
         if not self.is_last:
             return {"label": batch.label}
         found = {"label": batch.label, **trajectory.of_last_pass(seen.logits, label)}

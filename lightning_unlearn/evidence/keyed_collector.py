@@ -11,7 +11,7 @@ from typing_extensions import override
 from lightning_unlearn.attribution import ForwardTrace
 from lightning_unlearn.data.task_format import TaskFormat
 from lightning_unlearn.evidence.by_key import KeyedEvidence, last_seen
-from lightning_unlearn.evidence.collector import EvidenceCollector
+from lightning_unlearn.evidence.collector import NOT_WHOLE, EvidenceCollector
 from lightning_unlearn.evidence.key_checks import check_epoch, fault_of_first_batch, relabeled
 from lightning_unlearn.evidence.rank_share import Ranks, RankShare
 from lightning_unlearn.evidence.step_reader import WINDOW, TrainStepReader
@@ -71,9 +71,11 @@ class KeyedCollector(EvidenceCollector):
 
     @override
     def _make_trajectory(self, fit: FitContext) -> TrainingDynamics:
-        return TrainingDynamics(
-            0, self.task_format.num_classes, keeps_coordinates=self.keeps_coordinates, is_share=True
-        )
+        return TrainingDynamics(0, self.task_format.num_classes, keeps_coordinates=self.keeps_coordinates)
+
+    @override
+    def _take_up(self, fit: FitContext) -> None:
+        """Has been done when training started; see :meth:`take_up`."""
 
     @override
     def _rehearse_pass(self, fit: FitContext, trace: ForwardTrace, first: IndexedBatch) -> None: ...
@@ -91,10 +93,7 @@ class KeyedCollector(EvidenceCollector):
             return
         if not state["whole"]:
             self.forget()
-            rank_zero_warn(
-                "The checkpoint was written after an exception on one of several ranks and holds the evidence of that"
-                " rank's samples only. Discarding it and collecting evidence again."
-            )
+            rank_zero_warn(NOT_WHOLE)
             return
         self.trajectory = self.by_key.load_state_dict(state, self._ranks)
 
@@ -154,7 +153,7 @@ class KeyedCollector(EvidenceCollector):
         super().forget()
         if self.trajectory is not None:
             self.trajectory = TrainingDynamics(
-                0, self.task_format.num_classes, keeps_coordinates=self.keeps_coordinates, is_share=True
+                0, self.task_format.num_classes, keeps_coordinates=self.keeps_coordinates
             )
 
     @override

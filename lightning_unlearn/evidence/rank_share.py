@@ -9,8 +9,22 @@ from torch import Tensor
 
 from lightning_unlearn.data.loaders import shard_indices
 from lightning_unlearn.trainer.context import FitContext
+from lightning_unlearn.trainer.progress import rank_zero_warn
 from lightning_unlearn.utilities.exchange import Exchange, keep
 from lightning_unlearn.utilities.reduce import Reduce, no_reduce
+
+MOST_GATHERED = 4 * 2**30
+"""Bytes of evidence that rank 0 gathers of several ranks for a checkpoint."""
+
+
+def shared_out(total: int, ranks: int) -> int:
+    """Return how many of ``total`` samples each of the ranks holds, some of which only pad its share.
+
+    Example:
+        >>> shared_out(5, 2)
+        3
+    """
+    return -(-total // ranks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +55,26 @@ class Ranks:
         return int(self.reduce(of_each).max())
 
 
+def is_too_large(held: int, ranks: Ranks) -> bool:
+    """Return whether it would take too much for rank 0 to gather what the ranks hold, which is then said.
+
+    Every rank must call it. What one process holds is never too large.
+
+    Args:
+        held: bytes that this rank holds.
+        ranks: of the fit.
+    """
+    if ranks.number == 1:
+        return False
+    whole = int(ranks.reduce(torch.tensor([held], dtype=torch.float64)).item())
+    if whole > MOST_GATHERED:
+        rank_zero_warn(
+            f"The checkpoint does not hold the evidence, which is {whole / 2**30:.1f} GiB, more than"
+            f" {MOST_GATHERED / 2**30:.0f}. A fit that resumes from it before the partition collects evidence again."
+        )
+    return whole > MOST_GATHERED
+
+
 @dataclass(frozen=True, eq=False)
 class RankShare:
     """Which samples a rank judges: as many on every rank, some of which only pad its share.
@@ -59,6 +93,6 @@ class RankShare:
 
     @classmethod
     def by_index(cls, total: int, ranks: Ranks) -> RankShare:
-        """Return every R-th sample of a data set, of all of which each rank has the evidence."""
+        """Return every R-th sample of a data set, in their order."""
         index, weight = shard_indices(total, ranks.rank, ranks.number)
-        return cls(index, weight, index, total)
+        return cls(index, weight, torch.arange(len(index)), total)

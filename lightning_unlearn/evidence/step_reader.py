@@ -20,6 +20,7 @@ from lightning_unlearn.attribution.head_watch import HeadWatch, Step, as_columns
 from lightning_unlearn.data.index_tracking import as_indices, last_batch_indices, track_indices, untrack_indices
 from lightning_unlearn.data.loaders import check_loader
 from lightning_unlearn.data.task_format import IGNORED, TaskFormat
+from lightning_unlearn.evidence.by_index import IndexedEvidence
 from lightning_unlearn.evidence.by_key import KeyedEvidence
 from lightning_unlearn.evidence.mixed_targets import has_mixed_target
 from lightning_unlearn.trainer.context import FitContext
@@ -55,7 +56,8 @@ class TrainStepReader:
 
     Rows reach the sink in windows of up to 16 batches, after the check of their window: until then they lie on the
     device, with their gradient (at most ``16 x B x 2C`` floats). Per sample it keeps 4 bytes on the device, the label
-    last seen, to notice when an index and its label no longer belong together.
+    last seen, to notice when an index and its label no longer belong together; where several ranks own samples, the
+    owner notices.
 
     It gives up, for good and with a ``reason``, where a row's output no longer belongs to one sample and its label:
     several calls of the head in a step, other than one row per label, labels that are not one integer per row or that
@@ -65,8 +67,7 @@ class TrainStepReader:
     is only left out. Batches that do not train (a skipped step) are left out as well.
 
     ``left_open`` is whether the fit that is resumed was within an epoch of which it had rows, which are lost.
-    ``positions``, if who drives it sets them to N zeros (uint8), are how much of the epoch had passed when each sample
-    was drawn last, from 1 to 255; 0 of one that was not drawn.
+    ``by_index``, if who drives it sets it, is told how much of the epoch had passed when samples were drawn.
     ``head`` is the module that is read; ``reason`` is why it gave up, empty while it reads; ``rows_read`` is how many
     rows the sink got in the last epoch.
 
@@ -89,6 +90,7 @@ class TrainStepReader:
         self._sink = sink
         self._keyed = keyed
         self.by_key: KeyedEvidence | None = None
+        self.by_index: IndexedEvidence | None = None
         self._watch = TrainLoaderWatch()
         self._module: nn.Module | None = None
         self._head_watch = HeadWatch()
@@ -112,7 +114,6 @@ class TrainStepReader:
         self._has_judged = False
         self._unknown_epochs = 0
         self.left_open = False
-        self.positions: Tensor | None = None
         self._begin_epoch()
 
     def _begin_epoch(self) -> None:
@@ -329,12 +330,10 @@ class TrainStepReader:
 
     def _place(self, held: list[Step], of_steps: list[Tensor]) -> None:
         """Note how much of the epoch had passed when samples were drawn."""
-        if self.by_key is not None:
+        known = self.by_key or self.by_index
+        if known is not None:
             for step, of in zip(held, of_steps, strict=True):
-                self.by_key.place(of, step.position)
-        elif self.positions is not None:
-            for step, of in zip(held, of_steps, strict=True):
-                self.positions[of] = 1 + int(step.position * 255)
+                known.place(of, step.position)
 
     def _labeled_rows(self, held: list[Step], index: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return rows, logits, gradients and labels of some steps, without the rows whose label is to be ignored."""
@@ -356,10 +355,7 @@ class TrainStepReader:
         if num_illegal:
             return f"{num_illegal} labels of training batches name no class that '{self.head}' has an output for"
         if num_relabeled:
-            return (
-                f"{num_relabeled} rows have another label than the one seen before at their dataset index, as where"
-                " collate_fn or a transfer hook reorders a batch"
-            )
+            return relabeled_in_training(num_relabeled)
         if self._pulled >= _MIN_PULLED and self._pulled > _MAX_SHARE * self._judged:
             return (
                 f"the loss pulls {self._pulled / self._judged:.0%} of the rows towards another class than their label,"
@@ -369,7 +365,7 @@ class TrainStepReader:
 
     def _relabeled(self, index: Tensor, label: Tensor) -> Tensor:
         """Return how many rows have another label than their index had before; a scalar on the device."""
-        if self._keyed is not None:
+        if self._keyed is not None or (self.by_index is not None and self.by_index.is_shared):
             return torch.zeros((), dtype=torch.int64, device=label.device)
         if self._seen is None:
             known = torch.full((self._size,), -1) if self._known is None else self._known
@@ -393,6 +389,14 @@ class TrainStepReader:
         self.reason = self.reason or reason
         self.detach()
         self._sink.forget()
+
+
+def relabeled_in_training(rows: int) -> str:
+    """Return why rows of training steps are not those of the samples drawn."""
+    return (
+        f"{rows} rows have another label than the one seen before at their dataset index, as where collate_fn or a"
+        " transfer hook reorders a batch"
+    )
 
 
 def _fault_of_loaders(loaders: list[Any]) -> str:

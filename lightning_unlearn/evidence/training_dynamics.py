@@ -11,6 +11,9 @@ if they are at most 129. If they are more, soft margins are kept instead
 (:mod:`~lightning_unlearn.functional.soft_margin`): how far the label's logit leads those of the other classes that
 occur, at nine temperatures. What the first epoch showed is not kept where fewer than half of the outputs occur.
 
+**Ranks.** A rank holds the sums of its own samples alone, whatever has come from the others
+(:mod:`~lightning_unlearn.evidence.by_index`, :mod:`~lightning_unlearn.evidence.by_key`).
+
 **Memory.** With C outputs, or classes that occur, and ``r = C - 1``, or ``r = 9`` of more than 129: 20 r + 56 bytes per
 sample, on the CPU (236 for 10 classes, 2,616 for 129, 236 for more), of which 16 r + 40 go into a checkpoint.
 """
@@ -32,8 +35,6 @@ from lightning_unlearn.utilities.reduce import Reduce
 MOST_COORDINATES = 128
 PHASES = 4
 """Into how many parts the training before the partition is divided."""
-
-_ROWS = 65_536
 
 
 def class_coordinates(num_classes: int) -> Tensor:
@@ -73,28 +74,23 @@ def _entropy(logits: Tensor) -> Tensor:
 
 
 class TrainingDynamics:
-    """Sums of what passes over the training set showed, by dataset index.
+    """Sums of what training steps and passes showed of a rank's samples, by their row.
 
     Args:
-        total: N.
+        total: N, the rows.
         num_classes: C.
         keeps_coordinates: whether more than 129 classes have random coordinates beside soft margins, for a recipe that
             looks at the attributions themselves.
-        is_share: whether it is of this rank's own samples alone, which the other ranks have handed over what they have
-            seen of: nothing is summed over the ranks then, and it may :meth:`grow`.
 
     Attributes:
         basis: (C, r), see :func:`class_coordinates`; 0 in the rows of classes without coordinates; (C, 0) where soft
             margins are kept instead.
-        label: (N,) int64, the given labels that this rank has seen, -1 for others.
+        label: (N,) int64, the given labels as far as they have been seen, -1 for others.
         rows_left_out: of what this rank observed since the last merge, how many rows were NaN or infinite.
     """
 
-    def __init__(
-        self, total: int, num_classes: int, *, keeps_coordinates: bool = False, is_share: bool = False
-    ) -> None:
+    def __init__(self, total: int, num_classes: int, *, keeps_coordinates: bool = False) -> None:
         self.num_classes = num_classes
-        self.is_share = is_share
         # Those that occur, of more outputs than have coordinates; none where that is not known yet.
         self._classes = torch.zeros(0, dtype=torch.int64)
         # Columns: how often the sample was seen, margin, support of the given label, uncertainty.
@@ -107,12 +103,15 @@ class TrainingDynamics:
         self._expected = torch.zeros(num_classes if self.has_margins else 0, dtype=torch.float64)
         self.rows_left_out = 0
         self._epochs_each = 1
+        self._rests = False
+        # Whether any rank has merged something into each phase; and anything at all.
+        self._held = torch.zeros(PHASES + 1, dtype=torch.bool)
 
     def _lay_out(self, basis: Tensor, num_margins: int) -> None:
         self.basis, self._num_margins = basis, num_margins
         # Columns: the coordinates, the soft margins, then how often the sample was seen.
         self._phases = torch.zeros(PHASES, len(self), self._width + 1)
-        self._fresh = torch.zeros(len(self), self._width + 4)
+        self._fresh = torch.zeros(len(self), self.row_width)
 
     @property
     def _width(self) -> int:
@@ -122,7 +121,12 @@ class TrainingDynamics:
     @property
     def row_width(self) -> int:
         """W, the numbers that :meth:`described` makes of a row."""
-        return self._fresh.shape[1]
+        return self._width + 4
+
+    @property
+    def merged_bytes(self) -> int:
+        """Return the bytes of what was merged, which a checkpoint keeps."""
+        return self._phases.nbytes + self._scores.nbytes + self.label.nbytes
 
     @property
     def classes(self) -> Tensor:
@@ -148,8 +152,8 @@ class TrainingDynamics:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing was merged yet."""
-        return not bool(self._scores[:, 0].any())
+        """Whether no rank has merged anything yet."""
+        return not bool(self._held[-1])
 
     def _take_classes(self, classes: Tensor) -> None:
         """From now on these classes alone are compared; they have coordinates, if they are few enough."""
@@ -158,6 +162,7 @@ class TrainingDynamics:
             basis = torch.zeros(self.num_classes, len(classes) - 1)
             basis[classes] = class_coordinates(len(classes))
             self._lay_out(basis, 0)
+            self._held[:-1] = False
 
     def _find_classes(self, reduce: Reduce) -> bool:
         """Looks which classes occur, where soft margins are kept. Every rank must call it.
@@ -173,15 +178,9 @@ class TrainingDynamics:
             return False
         is_narrower = bool(2 * len(classes) < self.num_rivals)
         if len(classes) <= MOST_COORDINATES + 1:
-            # In parts, as of a merge.
-            for rows in self._parts():
-                self._scores[rows] += self._whole(self._fresh[rows, self._width :], reduce)
+            self._scores += self._fresh[:, self._width :]
         self._take_classes(classes)
         return is_narrower
-
-    def _whole(self, part: Tensor, reduce: Reduce) -> Tensor:
-        """What all ranks have seen of some samples."""
-        return part if self.is_share else reduce(part)
 
     def grow(self, total: int) -> None:
         """Makes room for samples that were not known yet, behind the others.
@@ -197,9 +196,6 @@ class TrainingDynamics:
         if total > len(self):
             self._scores, self.label = grown(self._scores, 0), grown(self.label, 0, -1)
             self._fresh, self._phases = grown(self._fresh, 0), grown(self._phases, 1)
-
-    def _parts(self) -> list[slice]:
-        return [slice(first, first + _ROWS) for first in range(0, len(self), _ROWS)]
 
     def __len__(self) -> int:
         return self._scores.shape[0]
@@ -244,7 +240,7 @@ class TrainingDynamics:
         """Takes rows of a pass, but for those that are not finite: one such step would outlast all others in a sum.
 
         Args:
-            index: (B,) int64, dataset indices; the same may come twice.
+            index: (B,) int64, the rows of the samples; the same may come twice.
             logits: (B, C).
             label: (B,) int64.
             margin: (B,) attribution of the given label's margin; by default that of the logits.
@@ -259,7 +255,17 @@ class TrainingDynamics:
             index: (B,) int64.
             rows: (B, W).
         """
+        self._make_room_for_fresh()
         self._fresh.index_add_(0, index, rows)
+
+    def _make_room_for_fresh(self) -> None:
+        if len(self._fresh) < len(self):
+            self._fresh = torch.zeros(len(self), self.row_width)
+
+    def rest(self) -> None:
+        """Free, from now on after each merge, the memory of what is observed next, until that comes."""
+        self._rests = True
+        self._fresh = torch.zeros(0, self.row_width)
 
     def described(
         self, index: Tensor, logits: Tensor, label: Tensor, margin: Tensor | None = None
@@ -283,23 +289,19 @@ class TrainingDynamics:
             index, rows = index[finite], rows[finite]
         return index, rows
 
-    def fresh(self, index: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor]:
-        """What was observed of some samples since the last merge, on any rank. Every rank must call it.
+    def fresh(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """What was observed of some samples since the last merge.
 
         Args:
             index: (n,) int64.
-            reduce: sums over the ranks.
 
         Returns:
             the mean coordinates (n, r) of each sample, or its mean soft margins (n, K) where these are kept, NaN for
             one that was not seen; and how often each was seen (n,).
         """
+        self._make_room_for_fresh()
         first = self.basis.shape[1] if self.has_margins else 0
-        found = torch.zeros(len(index), self._width + 1 - first)
-        for part in self._parts():
-            rows = self._whole(self._fresh[part, first : self._width + 1], reduce)
-            inside = (index >= part.start) & (index < part.stop)
-            found[inside] = rows[index[inside] - part.start]
+        found = self._fresh[index, first : self._width + 1]
         count = found[:, -1]
         return found[:, :-1] / count.where(count > 0, torch.nan).unsqueeze(1), count
 
@@ -311,20 +313,22 @@ class TrainingDynamics:
         return reduce(self._expected)
 
     def merge(self, phase: int | None, reduce: Reduce) -> None:
-        """Adds what was observed since the last merge, on any rank, to one phase. Every rank must call it.
+        """Adds what was observed since the last merge to one phase. Every rank must call it.
 
         Args:
             phase: from 0 to ``PHASES - 1``; None for what belongs to none of them and only counts in the scores.
             reduce: sums over the ranks.
         """
+        self._make_room_for_fresh()
         if phase is not None and self._find_classes(reduce):
             # Of other classes than are compared from now on.
             phase = None
-        for rows in self._parts():
-            fresh = self._whole(self._fresh[rows], reduce)
-            if phase is not None:
-                self._phases[phase, rows] += fresh[:, : self._width + 1]
-            self._scores[rows] += fresh[:, self._width :]
+        if phase is not None:
+            self._phases[phase] += self._fresh[:, : self._width + 1]
+        self._scores += self._fresh[:, self._width :]
+        # Together, as recipes add up over the ranks what they make of each phase.
+        if bool(reduce(self._fresh[:, -4].any().double().reshape(1)) > 0):
+            self._held[[-1] if phase is None else [phase, -1]] = True
         self.drop()
 
     def make_room(self, phase: int, width: int) -> int:
@@ -338,8 +342,10 @@ class TrainingDynamics:
         while 0 < self._epochs_each < width:
             pairs = self._phases.reshape(PHASES // 2, 2, *self._phases.shape[1:]).sum(dim=1)
             self._phases[: PHASES // 2], self._phases[PHASES // 2 :] = pairs, 0
+            self._held[: PHASES // 2] = self._held[:-1].reshape(-1, 2).any(dim=1)
+            self._held[PHASES // 2 : -1] = False
             self._epochs_each *= 2
-        held = [at for at in range(PHASES) if bool((self._phases[at, :, -1] > 0).any())]
+        held = [at for at in range(PHASES) if self._held[at]]
         return max([phase, *held])
 
     def margins(self) -> tuple[Tensor, Tensor]:
@@ -348,15 +354,18 @@ class TrainingDynamics:
         return self._scores[:, 1] / count.clamp(min=1), count.clone()
 
     def agreement(self) -> Tensor:
-        """(2,) float64: of how many samples this rank has observed, since the last merge, that the label leads; of all.
+        """(2,) float64: of how many samples the label has led since the last merge; how many were observed.
 
         The margin is positive where the strongest class is the given label.
         """
+        self._make_room_for_fresh()
         margin, count = self._fresh[:, -3], self._fresh[:, -4]
         return torch.stack([(margin[count > 0] > 0).sum(), (count > 0).sum()]).double()
 
     def drop(self) -> None:
         """Forgets what was observed since the last merge, by a pass that did not reach its end."""
+        if self._rests:
+            self.rest()
         self._fresh.zero_()
         self._expected.zero_()
         self.rows_left_out = 0
@@ -366,6 +375,7 @@ class TrainingDynamics:
         self.drop()
         self._phases.zero_()
         self._scores.zero_()
+        self._held.zero_()
         self.label.fill_(-1)
         self._epochs_each = 1
 
@@ -386,10 +396,10 @@ class TrainingDynamics:
 
     def _means(self, index: Tensor) -> list[Tensor]:
         seen = []
-        for phase in self._phases:
-            if bool((phase[:, -1] > 0).any()):
-                count = phase[index, -1:]
-                seen.append(phase[index, :-1] / count.where(count > 0, torch.nan))
+        for at in self._held[:-1].nonzero().flatten().tolist():
+            rows = self._phases[at, index]
+            count = rows[:, -1:]
+            seen.append(rows[:, :-1] / count.where(count > 0, torch.nan))
         return seen
 
     def scores(self, index: Tensor) -> dict[str, Tensor]:
@@ -399,7 +409,7 @@ class TrainingDynamics:
         return {name: total / count.clamp(min=1) for name, total in zip(names, sums, strict=True)}
 
     def state_dict(self) -> dict[str, Any]:
-        """What was merged, the same on every rank, and the labels that this one has seen."""
+        """What was merged, and the labels."""
         return {
             "num_classes": self.num_classes,
             "classes": self._classes.clone(),
@@ -407,17 +417,34 @@ class TrainingDynamics:
             "scores": self._scores.clone(),
             "label": self.label.clone(),
             "epochs_each": self._epochs_each,
+            "held": self._held.clone(),
         }
 
+    def part(self, rows: Tensor) -> TrainingDynamics:
+        """Return what was merged of some rows, and their labels, in a trajectory of their own.
+
+        Args:
+            rows: (n,) int64; -1 for one of which nothing is known.
+        """
+        state, known = self.state_dict(), rows >= 0
+        held = rows.clamp(min=0)
+        return TrainingDynamics.from_state_dict(
+            {
+                **state,
+                "phases": state["phases"][:, held] * known.unsqueeze(1),
+                "scores": state["scores"][held] * known.unsqueeze(1),
+                "label": state["label"][held].where(known, -1),
+            }
+        )
+
     @classmethod
-    def from_state_dict(cls, state: dict[str, Any], *, is_share: bool = False) -> TrainingDynamics:
+    def from_state_dict(cls, state: dict[str, Any]) -> TrainingDynamics:
         """The trajectory that :meth:`state_dict` described."""
         width, classes = state["phases"].shape[2] - 1, state.get("classes", torch.zeros(0, dtype=torch.int64))
         trajectory = cls(
             len(state["scores"]),
             state["num_classes"],
             keeps_coordinates=width == MOST_COORDINATES + NUM_SCALES,
-            is_share=is_share,
         )
         # Absent in checkpoints of before it was looked which classes occur.
         if len(classes):
@@ -435,4 +462,7 @@ class TrainingDynamics:
         ):
             tensor.copy_(state[name])
         trajectory._epochs_each = state.get("epochs_each", 1)
+        # Absent in checkpoints that have the sums of all samples in any case.
+        seen = [(state["phases"][:, :, -1] > 0).any(dim=1), (state["scores"][:, 0] > 0).any().reshape(1)]
+        trajectory._held.copy_(state["held"] if "held" in state else torch.cat(seen))
         return trajectory

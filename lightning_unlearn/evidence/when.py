@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_unlearn.evidence.rank_share import Ranks
 from lightning_unlearn.evidence.training_dynamics import PHASES, TrainingDynamics
 from lightning_unlearn.results.finding import epochs_in_words
 from lightning_unlearn.trainer.compat import MisconfigurationException
@@ -44,6 +45,8 @@ PATIENCE = 3
 # Validation samples: of fewer the accuracy says too little.
 _FEWEST = 200
 _ERRORS = 2.0
+# Samples whose order is compared where several ranks own some; of one process's own all are.
+_COMPARED = 65_536
 _ROUNDING = 1e-9
 
 
@@ -187,23 +190,23 @@ class PartitionTime:
         self._notes[epoch] = replace(self._notes.get(epoch, EpochNote()), **shown)
 
     @contextmanager
-    def noting(self, epoch: int, trajectory: TrainingDynamics, reduce: Reduce, *, of_steps: bool) -> Iterator[None]:
+    def noting(self, epoch: int, trajectory: TrainingDynamics, ranks: Ranks, *, of_steps: bool) -> Iterator[None]:
         """Note what the evidence of an epoch shows, while it is merged inside. Every rank must enter.
 
         Args:
             epoch: counted from 1.
             trajectory: into which it is merged.
-            reduce: sums over the ranks.
+            ranks: of the fit.
             of_steps: whether it is of training steps, and not of a pass after them.
         """
         if not self.is_open:
             yield
             return
-        right, total = reduce(trajectory.agreement()).tolist()
+        right, total = ranks.reduce(trajectory.agreement()).tolist()
         before, count = trajectory.margins()
         yield
         after, _ = trajectory.margins()
-        self.note(epoch, similarity=similarity(before[count > 0], after[count > 0]))
+        self.note(epoch, similarity=similarity(*_of_all_ranks(before, after, count, ranks)))
         if of_steps and total:
             self.note(epoch, agreement=right / total)
 
@@ -287,6 +290,22 @@ class PartitionTime:
 def _known(noted: EpochNote) -> dict[str, float]:
     """Return what is known; NaN would not equal itself in checkpoints that are compared."""
     return {name: value for name, value in asdict(noted).items() if not math.isnan(value)}
+
+
+def _of_all_ranks(before: Tensor, after: Tensor, count: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """Return the two margins of the samples seen before, of all ranks. Every rank must call it.
+
+    Where several ranks own so many that they would have to be sent around, of every second, third, ... of them, which
+    tells the rank correlation to within some hundred thousandths.
+    """
+    if ranks.number > 1:
+        each, most = ranks.most(len(count)), _COMPARED // ranks.number
+        every = max(1, -(-each // max(most, 1)))
+        rows = torch.stack([before, after, count])[:, ::every]
+        sent = rows.new_zeros(3, -(-each // every), ranks.number)
+        sent[:, : rows.shape[1], ranks.rank] = rows
+        before, after, count = ranks.reduce(sent).flatten(1)
+    return before[count > 0], after[count > 0]
 
 
 def similarity(before: Tensor, after: Tensor) -> float:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.data.task_format import IGNORED
-from lightning_unlearn.evidence.rank_share import Ranks, RankShare
+from lightning_unlearn.evidence.rank_share import RankShare
 from lightning_unlearn.evidence.training_dynamics import TrainingDynamics
 from lightning_unlearn.functional.identity import copies, mixed
 from lightning_unlearn.partitioning.build import ShardResult
@@ -33,32 +33,29 @@ def apply_recipe(
     fit: FitContext,
     share: dict[str, Tensor],
     trajectory: TrainingDynamics,
+    of_rank: RankShare,
     recipe: Recipe,
     out_of_sample: Callable[[Evidence], Evidence],
-    of_rank: RankShare | None = None,
 ) -> tuple[list[ShardResult], Tensor]:
     """Return what the recipe makes of each label, and the given labels of the whole training set, (N,) or (N, L).
 
     Args:
         fit: that is running, whose weights are looked at.
         share: what the last pass showed of this rank's rows.
-        trajectory: what training and the passes showed.
+        trajectory: what training and the passes showed of the samples that this rank owns.
+        of_rank: which these are.
         recipe: from evidence to a verdict.
         out_of_sample: adds what is said of labels that were not learned, for the recipes that ask for it.
-        of_rank: which samples this rank judges; by default every R-th index, and the trajectory is of all.
 
     Raises:
         ValueError: where all samples have the same label, or none.
     """
     reduce, task_format = fit.reduce, fit.task_format
     rows = task_format.rows_per_sample
-    of_rank = of_rank or RankShare.by_index(len(trajectory) // rows, Ranks.of(fit))
     index, weight, total = of_rank.index, of_rank.weight, of_rank.total
     device = fit.device
     trajectory.merge(None, reduce)
     label = gather_by_index(index, weight, share["label"].reshape(-1, rows), total, reduce)
-    if not trajectory.is_share:  # or they were compared when they were handed over
-        _check_labels_of_ranks(trajectory.label, label.flatten(), reduce)
     identity = gather_by_index(index, weight, share["identity"][::rows], total, reduce)
     judged, fault = [], first_not_finite(fit.model)
     for at, given in enumerate(label.unbind(dim=1)):
@@ -125,17 +122,6 @@ def validation_accuracy(fit: FitContext) -> float | None:
         return None
     score = score_validation(fit, say=False)
     return None if score is None or score.samples < _FEWEST else score.accuracy
-
-
-def _check_labels_of_ranks(seen: Tensor, label: Tensor, reduce: Reduce) -> None:
-    """Compare the labels that this rank has seen with those of the ranks whose share the samples are."""
-    other = int(reduce(((seen >= 0) & (label >= 0) & (seen != label)).sum().double().reshape(1)).item())
-    if other:
-        raise ValueError(
-            f"Expected every rank to have the same labels at the same indices, but {other} that ranks have seen in"
-            " training are others on the rank that judges the sample, as where a data set is shuffled, split or given"
-            " noise without a seed; make it in the same way on every rank."
-        )
 
 
 def _suggests_only(verdict: RecipeResult, occurring: Tensor, evidence: Evidence) -> RecipeResult:

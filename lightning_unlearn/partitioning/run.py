@@ -134,7 +134,7 @@ class Partitioning:
         """Pass over this rank's share of the training set; see :meth:`ScoringPass.run`."""
         share, absent = self.collector.pass_over(fit)
         if self.state.partition is None and self.collector.when.is_due(fit.epoch):
-            say_absent(fit, len(absent), len(self.collector.in_use) // fit.task_format.rows_per_sample)
+            say_absent(fit, len(absent), self.collector.by_index.total)
         return share
 
     def compute(self, fit: FitContext, started: float) -> None:
@@ -154,7 +154,7 @@ class Partitioning:
                 return evidence
             return collector.with_unseen(fit, evidence, validation_accuracy(fit))
 
-        judged, label = apply_recipe(fit, share, collector.in_use, settings.recipe, with_unseen, of_rank)
+        judged, label = apply_recipe(fit, share, collector.in_use, of_rank, settings.recipe, with_unseen)
         new = self._made(fit, judged, label, decided_of(state.review, judged, label))
         if keys:
             new = replace(new, keys=keys, fingerprint=fingerprint_of_keys(keys))
@@ -172,10 +172,10 @@ class Partitioning:
         else:
             report_round(fit, new, changed, state.is_stable)
 
-    def _share_of_rank(self, fit: FitContext) -> tuple[RankShare | None, dict[str, Tensor], tuple[Any, ...]]:
-        """Return the samples this rank judges (None: every R-th index), what was seen of them, and the keys of all."""
+    def _share_of_rank(self, fit: FitContext) -> tuple[RankShare, dict[str, Tensor], tuple[Any, ...]]:
+        """Return which samples this rank judges, what was seen of them, and the keys of all."""
         if not isinstance(self.collector, KeyedCollector):
-            return None, self._observe_pass(fit), ()
+            return self.collector.share_of_rank(fit), self._observe_pass(fit), ()
         of_rank, share, keys = self.collector.share(fit)
         if self.table is not None:
             self.state.review = review_by_key(self.table, keys, fit.task_format)

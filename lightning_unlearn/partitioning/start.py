@@ -100,7 +100,7 @@ def _recognize(
 ) -> Recognized:
     """Check that the training set is the one that is known, and that what a person has decided is of it."""
     check_ranks(fit, fit.total)
-    known = None if collector.trajectory is None else collector.trajectory.label
+    known = collector.known_labels(fit)
     if state.partition is not None:
         known = state.partition.label.flatten()
     check_known_labels(fit, first, known)

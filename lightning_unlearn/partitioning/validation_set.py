@@ -17,6 +17,7 @@ from lightning_unlearn.data.fingerprint import varies
 from lightning_unlearn.data.task_format import IGNORED
 from lightning_unlearn.evidence.early_epochs import EarlyEpochs
 from lightning_unlearn.evidence.eval_pass import ScoringPass
+from lightning_unlearn.evidence.rank_share import Ranks, RankShare, shared_out
 from lightning_unlearn.partitioning.apply_recipe import apply_recipe
 from lightning_unlearn.partitioning.build import ShardResult
 from lightning_unlearn.partitioning.validation_samples import check_not_trained_on, find_samples
@@ -95,34 +96,37 @@ class ValidationJudge:
         fit = training.fit
         try:
             samples = find_samples(fit)
-            trajectory = training.trajectory.of_others(len(samples) * fit.task_format.rows_per_sample)
+            share = shared_out(len(samples), fit.world_size)
             one = replace(
                 training,
-                trajectory=trajectory,
+                trajectory=training.trajectory.of_others(share * fit.task_format.rows_per_sample),
+                total=len(samples),
                 loader=samples.loader,
                 absent=set(samples.left_out),
                 title="Validation",
             )
-            share = one.run()
+            seen = one.run()
         except Exception as error:  # of whatever kind, from the user's data
             if fit.is_sharded:
                 # Others may wait in the forward pass in which this rank has failed.
                 raise
             self.fault = f"{type(error).__name__}: {error}".rstrip(".")
             return
-        if _is_one_sided(fit, share, len(samples)):
+        if _is_one_sided(fit, seen, len(samples)):
             self.fault = "all of its samples have the same label, or none"
             return
-        self._judge(one, share, recipe, make, samples.fingerprint)
+        self._judge(one, seen, RankShare.by_index(len(samples), Ranks.of(fit)), recipe, make, samples.fingerprint)
 
-    def _judge(self, one: ScoringPass, share: dict[str, Tensor], recipe: Recipe, make: Make, found: str) -> None:
+    def _judge(
+        self, one: ScoringPass, seen: dict[str, Tensor], of_rank: RankShare, recipe: Recipe, make: Make, found: str
+    ) -> None:
         asks_unseen = recipe.needs_unseen and one.fit.task_format.rows_per_sample == 1
-        unseen = _unseen(one) if asks_unseen else None
+        unseen = _unseen(one, of_rank) if asks_unseen else None
 
         def with_unseen(evidence: Evidence) -> Evidence:
             return replace(evidence, unseen=unseen)
 
-        judged, label = apply_recipe(one.fit, share, one.trajectory, recipe, with_unseen)
+        judged, label = apply_recipe(one.fit, seen, one.trajectory, of_rank, recipe, with_unseen)
         self.partition = make(judged, label, found)
 
     @property
@@ -183,10 +187,11 @@ def check_validates(fit: FitContext) -> None:
         )
 
 
-def _unseen(one: ScoringPass) -> OutOfSample:
+def _unseen(one: ScoringPass, of_rank: RankShare) -> OutOfSample:
     """Return what the pass says that has seen none of these labels."""
-    total, fit, early = len(one.trajectory), one.fit, EarlyEpochs()
-    early.look(one.trajectory, torch.ones(total, dtype=torch.uint8), 1, fit.shard(total), fit.device, fit.reduce)
+    fit, early, share = one.fit, EarlyEpochs(), (of_rank.local, of_rank.weight)
+    positions = torch.ones(len(one.trajectory), dtype=torch.uint8)
+    early.look(one.trajectory, positions, 1, share, fit.device, fit.reduce)
     return OutOfSample(early.rate, early.drawn)
 
 

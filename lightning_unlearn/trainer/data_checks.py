@@ -218,6 +218,33 @@ def check_same_labels(before: Tensor, now: Tensor) -> None:
         )
 
 
+def check_labels_of_ranks(fit: FitContext, index: Tensor, differ: int) -> None:
+    """Compare the labels that each rank's data have at some indices. Every rank must call it.
+
+    Args:
+        fit: that is running.
+        index: (n,) int64, of samples that came with two labels, the same on every rank.
+        differ: how many these are.
+
+    Raises:
+        ValueError: on every rank, if one has other labels than rank 0.
+    """
+    with fit.isolated_eval(), torch.no_grad():
+        given = class_labels(fit.task_format, read_labels(fit, fit.scoring_loader, index))
+    if fit.agree(not given.equal(fit.broadcast(given)), of_all=False):
+        raise ValueError(other_labels_on_ranks(differ))
+
+
+def other_labels_on_ranks(differ: int) -> str:
+    """Return what is said of labels that are others on another rank."""
+    return (
+        f"Expected every rank to have the same labels at the same indices, but {differ} that ranks have seen in"
+        " training are others on the rank that judges the sample, as where a data set is shuffled, split or given"
+        " noise without a seed; make it in the same way on every rank, and let labels be fixed per index throughout the"
+        " fit."
+    )
+
+
 def same_task(before: str, now: str) -> str:
     """Return the task, if it is that of the checkpoint.
 

@@ -91,11 +91,9 @@ def run(folder, devices, scenario):
     if scenario == "fails":
         fit(Toy(), BlobsData(data), [Failing(at_epoch=AT)], max_epochs=AT + 2, **distributed)
         return
-    if scenario == "evidence":
-        run_evidence(folder, distributed)
-        return
-    if scenario == "resumed":
-        run_resumed(folder, devices, distributed)
+    others = {"evidence": run_evidence, "early": run_early, "resumed": run_resumed}
+    if scenario in others:
+        others[scenario](folder, devices, distributed)
         return
     loader = {}
     if scenario.startswith("weighted"):
@@ -169,7 +167,40 @@ def run_resumed(folder, devices, distributed):
     torch.save(found, folder / f"resumed-{devices}-{trainer.global_rank}.rank")
 
 
-def run_evidence(folder, distributed):
+class Evidence(L.Callback):
+    """Of how many samples a rank holds evidence."""
+
+    def __init__(self, partition):
+        self.partition = partition
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        if (held := self.partition.collector.trajectory) is not None:
+            self.rows = len(held)
+
+
+def run_early(folder, devices, distributed):
+    """Gathers evidence, from a checkpoint of the other number of processes where there is one.
+
+    The network learns nothing, so that each epoch shows the same of a sample.
+    """
+    other, here = folder / f"early-{3 - devices}-epoch={3 - devices}.ckpt", folder / f"early-{devices}"
+    keep = ModelCheckpoint(folder, filename=f"{here.name}-{{epoch}}", save_top_k=-1, save_on_train_epoch_end=True)
+    partition = AttributionPartitionCallback(at_epoch=4, recipe="label")
+    held = Evidence(partition)
+    trainer = fit(
+        Toy(pretrained, still),
+        BlobsData(Blobs(101)),
+        [partition, held, keep],
+        ckpt_path=other if other.exists() else None,
+        max_epochs=5 if other.exists() else 4,
+        enable_checkpointing=True,
+        **distributed,
+    )
+    found = {"partition": partition.partition.state_dict(), "rows": held.rows}
+    torch.save(found, here.with_name(f"{here.name}-{trainer.global_rank}.rank"))
+
+
+def run_evidence(folder, devices, distributed):
     recipe, moment, module = evidence.Keeps(), evidence.LastLogits(), Net(net=evidence.small)
     callback = AttributionPartitionCallback(at_epoch=evidence.AT, recipe=recipe)
     loader = DataLoader(Coded(), batch_size=BATCH, shuffle=True)

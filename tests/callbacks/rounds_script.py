@@ -85,7 +85,7 @@ def run(folder, scenario):
         partition=partition.partition.state_dict(),
         rounds=[asdict(drawn) for drawn in partition.rounds],
         summary=asdict(partition.summary),
-        state=partition.state_dict()["trajectory"]["scores"],
+        state=partition.collector.trajectory.state_dict()["scores"],
     )
 
 

@@ -31,7 +31,8 @@ def launched(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddp")
     # A checkpoint of one process, for two to go on from.
     run(folder, 1, "resumed")
-    return folder, launch(folder, *SCENARIOS, "evidence", "resumed", "fails")
+    run(folder, 1, "early")
+    return folder, launch(folder, *SCENARIOS, "evidence", "early", "resumed", "fails")
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +157,28 @@ def test_on_other_devices_than_those_of_its_checkpoint_a_fit_leaves_nothing_out(
     run(folder, 1, "resumed")
     alone = torch.load(folder / "resumed-1-0.rank", weights_only=True)
     assert {epoch: sorted(read) for epoch, read in alone["read"].items()} == {6: clean, 7: clean}
+
+
+def test_evidence_is_shared_out_anew_on_another_number_of_ranks(launched):
+    """Before the partition, from one process to two, and back."""
+    folder, done = launched
+    alone = torch.load(folder / "early-1-0.rank", weights_only=True)
+    both = [torch.load(folder / f"early-2-{rank}.rank", weights_only=True) for rank in range(2)]
+    assert alone["rows"] == 101
+    assert [rank["rows"] for rank in both] == [51, 51], done.stderr[-4000:]
+    assert_equal(both[0]["partition"], both[1]["partition"], "partition")
+    state = torch.load(folder / "early-2-epoch=2.ckpt", weights_only=True)["callbacks"]["AttributionPartitionCallback"]
+    assert state["epochs_seen"] == [1, 2, 3]
+    assert state["trajectory"]["label"].equal(Blobs(101).y)
+    # A sample that pads the share of a rank was drawn twice.
+    assert state["trajectory"]["scores"][:, 0].sum() == 2 * 101 + 102
+    run(folder, 1, "early")
+    again = torch.load(folder / "early-1-0.rank", weights_only=True)
+    assert again["rows"] == 101
+    for found in (both[0], again):
+        for name in ("clean_probability", "label_evidence"):
+            torch.testing.assert_close(found["partition"][name], alone["partition"][name], rtol=1e-4, atol=1e-4)
+        assert found["partition"]["is_clean"].equal(alone["partition"]["is_clean"])
 
 
 def test_after_the_last_checkpoint_both_ranks_make_the_summary_on_resume(launched):

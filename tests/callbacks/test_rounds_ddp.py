@@ -28,8 +28,13 @@ def ranks(tmp_path_factory):
 @pytest.mark.parametrize("scenario", ["relabel", "reweight", "report"])
 def test_both_ranks_have_the_same_partition_rounds_summary_draw_and_weights(ranks, scenario):
     one, other = ranks[scenario]
-    for name in ("partition", "rounds", "summary", "draws", "weights", "state"):
+    for name in ("partition", "rounds", "summary", "draws", "weights"):
         assert_equal(one[name], other[name], name)
+    # Each has the evidence of its half, of which one sample pads the second.
+    assert [len(rank["state"]) for rank in (one, other)] == [(SIZE + 1) // 2] * 2
+    assert one["state"][:, 0].all()
+    assert other["state"][:-1, 0].all()
+    assert not other["state"][-1].any()
     assert [drawn["epoch"] for drawn in one["rounds"]] == [AT, AT + 2]
     assert one["summary"]["memorized"] is not None
     assert (one["summary"]["accuracy_after"] is None) == (scenario == "report")

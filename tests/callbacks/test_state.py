@@ -258,3 +258,18 @@ def test_a_states_curves_do_not_go_on(tmp_path):
     state = report.state_dict()
     report._curves["val_loss"].append([1, 0.5])
     assert state == {"curves": {"val_loss": [[0, 1.0]]}}
+
+
+def test_a_checkpoint_that_one_of_several_ranks_wrote_alone_has_its_evidence_gathered_anew(tmp_path):
+    checkpoints(tmp_path, callbacks=[AttributionPartitionCallback(at_epoch=3)])
+    path = tmp_path / "epoch=1.ckpt"
+    held = torch.load(path, weights_only=True)
+    assert held["callbacks"][PARTITION]["epochs_seen"] == [1, 2]
+    held["callbacks"][PARTITION]["trajectory"] = {"is_part": True}
+    torch.save(held, path)
+    again = AttributionPartitionCallback(at_epoch=4)
+    with pytest.warns(UserWarning, match="does not hold the evidence of all samples: .* Collecting evidence again"):
+        fit(Toy(), BlobsData(Blobs(101)), [again], max_epochs=5, ckpt_path=path)
+    # A pass stands in for the epoch before.
+    assert again.collector.epochs_seen == [2, 3, 4]
+    assert again.partition.epoch == 4

@@ -1,7 +1,5 @@
 """Ranks are threads here, which hand over to each other what the processes of a fit do."""
 
-from threading import Barrier
-
 import pytest
 import torch
 
@@ -10,26 +8,9 @@ from lightning_unlearn.evidence.by_key import EpochOfKeys, KeyedEvidence, last_s
 from lightning_unlearn.evidence.key_checks import check_epoch, fault_of_first_batch
 from lightning_unlearn.evidence.rank_share import Ranks
 from lightning_unlearn.evidence.training_dynamics import TrainingDynamics
-from tests.ranks import run_ranks
+from tests.ranks import exchanges, run_ranks
 
 CLASSES = 5
-
-
-def exchanges(world_size):
-    """One exchange for each rank, all of which wait for each other."""
-    barrier, board = Barrier(world_size, timeout=20), [None] * world_size
-
-    def of(rank):
-        def exchange(parts):
-            board[rank] = list(parts)
-            barrier.wait()
-            found = [board[other][rank] for other in range(world_size)]
-            barrier.wait()
-            return found
-
-        return exchange
-
-    return [of(rank) for rank in range(world_size)]
 
 
 def drawn(total, epochs, seed=0):
@@ -43,7 +24,7 @@ def drawn(total, epochs, seed=0):
 def gathered(keys, data, rank, ranks, epochs=None, found=None):
     """What a rank has gathered that saw every R-th sample of each epoch."""
     order, logits, label = data
-    by_key, trajectory = found or (KeyedEvidence(), TrainingDynamics(0, CLASSES, is_share=True))
+    by_key, trajectory = found or (KeyedEvidence(), TrainingDynamics(0, CLASSES))
     reports = []
     for epoch in epochs or range(len(order)):
         mine = order[epoch][ranks.rank :: ranks.number]
@@ -158,8 +139,22 @@ def test_the_part_of_one_rank_says_so():
     assert by_key.state_dict(trajectory, Ranks())["whole"]
 
 
+def test_keys_whose_evidence_would_take_too_much_to_gather_are_left_out_of_a_checkpoint(monkeypatch):
+    monkeypatch.setattr("lightning_unlearn.evidence.rank_share.MOST_GATHERED", 1000)
+    keys, data, exchange = [f"k{at}" for at in range(50)], drawn(50, 1), exchanges(2)
+
+    def work(rank, reduce):
+        ranks = Ranks(rank, 2, reduce, exchange[rank])
+        by_key, trajectory, _ = gathered(keys, data, rank, ranks)
+        return by_key.state_dict(trajectory, ranks)
+
+    with pytest.warns(UserWarning, match="does not hold the evidence"):
+        states = run_ranks(work, 2)
+    assert [(state["whole"], state["parts"]) for state in states] == [(False, [])] * 2
+
+
 def test_rows_of_a_key_add_up_within_an_epoch():
-    by_key, trajectory = KeyedEvidence(), TrainingDynamics(0, CLASSES, is_share=True)
+    by_key, trajectory = KeyedEvidence(), TrainingDynamics(0, CLASSES)
     logits, label = torch.randn(4, CLASSES), torch.tensor([1, 1, 2, 1])
     by_key.note(trajectory, by_key.slots(["a", "a", "b", "a"]), logits, label)
     report = by_key.hand_over(trajectory, 1, Ranks())
@@ -171,7 +166,7 @@ def test_rows_of_a_key_add_up_within_an_epoch():
 
 @pytest.mark.parametrize("when", ["in an epoch", "in the next"])
 def test_a_key_of_two_labels_is_counted_and_named(when):
-    by_key, trajectory = KeyedEvidence(), TrainingDynamics(0, CLASSES, is_share=True)
+    by_key, trajectory = KeyedEvidence(), TrainingDynamics(0, CLASSES)
     rows = [(["a", "b"], [1, 2]), (["c", "b"], [0, 3])]
     for keys, label in rows:
         index = by_key.slots(keys)

@@ -36,13 +36,12 @@ def passes(seed=0, count=3, batch=7):
         )
 
 
-def gathered(plan, reduce=no_reduce, rank=0, world_size=1):
+def gathered(plan):
     trajectory = TrainingDynamics(N, C)
     for phase, batches in plan:
         for index, logits, label in batches:
-            rows = slice(rank, None, world_size)
-            trajectory.observe(index[rows], logits[rows], label[rows])
-        trajectory.merge(phase, reduce)
+            trajectory.observe(index, logits, label)
+        trajectory.merge(phase, no_reduce)
     return trajectory
 
 
@@ -266,22 +265,6 @@ def test_logits_of_another_precision_that_require_grad(dtype):
     assert_equal(trajectory, expected)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_merge_to_what_one_has(world_size, monkeypatch):
-    monkeypatch.setattr("lightning_unlearn.evidence.training_dynamics._ROWS", 10)  # several collectives
-    plan = list(passes())
-    whole = gathered(plan)
-    ranks = run_ranks(lambda rank, reduce: gathered(plan, reduce, rank, world_size), world_size)
-    for trajectory in ranks:
-        assert_equal(trajectory, whole)
-    # Labels stay where they were seen.
-    labels = torch.stack([trajectory.label for trajectory in ranks])
-    assert torch.equal(labels.amax(dim=0), whole.label)
-    assert ((labels == -1) | (labels == whole.label)).all()
-    assert (labels == -1).sum(dim=1).min() > 2
-    assert whole.label[-2:].tolist() == [-1, -1]
-
-
 def test_forget_leaves_what_a_new_one_holds():
     trajectory = gathered(list(passes()))
     trajectory.observe(torch.arange(3), torch.randn(3, C), torch.zeros(3, dtype=torch.int64))
@@ -323,6 +306,52 @@ def test_state_is_a_copy():
     trajectory.forget()
     assert_equal(resumed, gathered(list(passes())))
     assert state["phases"].abs().sum() > 0
+
+
+def test_at_rest_it_takes_no_room_for_what_is_observed_next():
+    plan = list(passes())
+    whole, resting = gathered(plan), TrainingDynamics(N, C)
+    for phase, batches in plan:
+        resting.rest()
+        assert tensor_bytes(vars(resting).values()) < tensor_bytes(vars(whole).values()) - 4 * N * (C + 3) + 100
+        assert resting.agreement().tolist() == [0, 0]
+        resting.rest()
+        for batch in batches:
+            resting.observe(*batch)
+        resting.merge(phase, no_reduce)
+    for name, value in whole.state_dict().items():
+        assert (
+            value == resting.state_dict()[name] if isinstance(value, int) else value.equal(resting.state_dict()[name])
+        )
+
+
+def test_some_rows_by_themselves():
+    whole = gathered(list(passes()))
+    part = whole.part(torch.tensor([4, 0, -1]))
+    for mine, yours in zip(part.phases(torch.arange(3)), whole.phases(torch.tensor([4, 0])), strict=True):
+        assert mine[:2].equal(yours)
+        assert mine[2].isnan().all()
+    assert part.label.tolist() == [*whole.label[[4, 0]].tolist(), -1]
+    assert part.scores(torch.arange(3))["margin"].tolist() == [
+        *whole.scores(torch.tensor([4, 0]))["margin"].tolist(),
+        0,
+    ]
+
+
+def test_a_rank_without_samples_of_a_phase_has_as_many_phases_as_the_others():
+    def gathered_by(rank, reduce):
+        trajectory = TrainingDynamics(3, C)
+        if rank == 1:
+            trajectory.observe(torch.tensor([0]), torch.randn(1, C), torch.tensor([0]))
+        trajectory.merge(1, reduce)
+        return trajectory
+
+    for trajectory in run_ranks(gathered_by, 2):
+        assert len(trajectory.phases(torch.arange(3))) == 1
+        assert not trajectory.is_empty
+        assert len(TrainingDynamics.from_state_dict(trajectory.state_dict()).phases(torch.arange(3))) == 1
+        assert trajectory.make_room(0, 1) == 1
+        assert trajectory.make_room(0, 2) == 0
 
 
 def tensor_bytes(values):
@@ -473,7 +502,7 @@ def test_a_class_that_is_first_named_later_is_compared_from_then_on():
 def test_what_is_fresh_of_many_classes_and_how_often_each_was_expected():
     index, logits, label, trajectory = many()
     trajectory.observe(index[:400], logits[:400], label[:400])
-    found, count = trajectory.fresh(index, no_reduce)
+    found, count = trajectory.fresh(index)
     torch.testing.assert_close(found[:400], soft_margins(logits[:400], label[:400]))
     assert found[400:].isnan().all()
     assert count.tolist() == [1] * 400 + [0] * 200
@@ -485,25 +514,6 @@ def test_what_is_fresh_of_many_classes_and_how_often_each_was_expected():
     assert trajectory.expected(no_reduce).isfinite().all()
     trajectory.merge(0, no_reduce)
     assert not trajectory.expected(no_reduce).any()
-
-
-def test_ranks_merge_soft_margins_to_what_one_has(monkeypatch):
-    monkeypatch.setattr("lightning_unlearn.evidence.training_dynamics._ROWS", 250)
-    index, logits, label, _ = many(occurring=200)
-
-    def gather(rank, reduce, world_size=2):
-        trajectory = TrainingDynamics(600, 400)
-        for phase in (0, 2):
-            rows = index[rank::world_size]
-            trajectory.observe(rows, (phase + 1) * logits[rows], label[rows])
-            trajectory.merge(phase, reduce)
-        return trajectory
-
-    whole = gather(0, no_reduce, 1)
-    for found in run_ranks(gather, 2):
-        assert found.num_rivals == whole.num_rivals == 200
-        for one, other in zip(found.soft_margins(index), whole.soft_margins(index), strict=True):
-            torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("keeps", [False, True])

@@ -6,6 +6,7 @@ from torch.nn.functional import cross_entropy
 from lightning_unlearn.attribution import GRADIENT_X_ACTIVATION
 from lightning_unlearn.attribution.layers import LayerPoint
 from lightning_unlearn.evidence.eval_pass import ScoringPass, make_attributor
+from lightning_unlearn.evidence.rank_share import Ranks, RankShare
 from lightning_unlearn.evidence.training_dynamics import TrainingDynamics
 from lightning_unlearn.partitioning.apply_recipe import apply_recipe, validation_accuracy
 from lightning_unlearn.partitioning.build import CleanCriteria, build_partition
@@ -27,7 +28,8 @@ def test_wrong_labels_are_told_from_right_ones():
     attributor = make_attributor(fit, LayerPoint("7", "input"), GRADIENT_X_ACTIVATION)
     share = ScoringPass(fit, attributor, trajectory, True, False, None).run()
     recipe = get_recipe("aum")
-    judged, label = apply_recipe(fit, share, trajectory, recipe, lambda evidence: evidence)
+    of_rank = RankShare.by_index(203, Ranks())
+    judged, label = apply_recipe(fit, share, trajectory, of_rank, recipe, lambda evidence: evidence)
     criteria = CleanCriteria(precision=0.85, min_class_fraction=0.1)
     partition = build_partition(judged, label, criteria, fit.reduce, recipe=recipe.name, layer="head", epoch=1)
     assert partition.label.equal(data.y)

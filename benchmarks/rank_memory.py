@@ -1,0 +1,102 @@
+"""What one rank of several real processes holds of evidence while it is gathered; part of :mod:`benchmarks.scaling`."""
+
+from __future__ import annotations
+
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_unlearn.evidence.by_index import IndexedEvidence
+from lightning_unlearn.evidence.rank_share import Ranks
+from lightning_unlearn.evidence.training_dynamics import TrainingDynamics
+from lightning_unlearn.utilities.exchange import exchange_over_ranks
+
+# Rows that come together.
+_WINDOW = 4_096
+_EPOCHS = 2
+_MEASURED = ("evidence", "resident", "peak", "hand over")
+
+
+def over_gloo(rank: int, world_size: int, port: int) -> Ranks:
+    """The real processes that call it, as one of them sees them."""
+    address = f"tcp://127.0.0.1:{port}"
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size)
+
+    def reduce(part: Tensor) -> Tensor:
+        out = part.clone()
+        torch.distributed.all_reduce(out)
+        return out
+
+    return Ranks(rank, world_size, reduce, exchange_over_ranks(torch.device("cpu"), world_size))
+
+
+def held_bytes(by_index: IndexedEvidence, trajectory: TrainingDynamics) -> int:
+    """What a rank holds of evidence, noted and merged."""
+    kept = [value for name, value in vars(trajectory).items() if isinstance(value, Tensor) and name != "basis"]
+    noted = {id(part): part for one in by_index._noted for part in one}.values()
+    return sum(value.nbytes for value in [*kept, *noted])
+
+
+def of_memory(total: int, num_classes: int, rank: int, world_size: int, port: int, sender: Any) -> None:
+    """Sends, from rank 0, the most that any rank held in and after an epoch, and how long handing over took."""
+    torch.set_num_threads(1)
+    ranks = over_gloo(rank, world_size, port) if world_size > 1 else Ranks()
+    # What torch and gloo take for themselves with the first rows is of any size.
+    _Gathering(_WINDOW * world_size, num_classes, ranks).epoch(0)
+    before = _resident()
+    gathering = _Gathering(total, num_classes, ranks)
+    for phase in range(_EPOCHS):
+        found = gathering.epoch(phase)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    mine = torch.tensor([found["evidence"], found["resident"] - before, peak - before, found["hand over"]])
+    rows = torch.zeros(world_size, len(_MEASURED))
+    rows[rank] = mine
+    largest = ranks.reduce(rows).amax(dim=0).tolist()
+    if world_size > 1:
+        torch.distributed.destroy_process_group()
+    if rank == 0:
+        of_what = {"processes": world_size, "samples": total, "classes": num_classes}
+        sender.send(of_what | dict(zip(_MEASURED, largest, strict=True)))
+
+
+class _Gathering:
+    """Evidence of random logits.
+
+    Args:
+        total: N.
+        num_classes: C.
+        ranks: of which it is one.
+    """
+
+    def __init__(self, total: int, num_classes: int, ranks: Ranks) -> None:
+        self.by_index, self.total, self.ranks = IndexedEvidence(), total, ranks
+        self.by_index.start(ranks, total, 1)
+        self.trajectory = TrainingDynamics(self.by_index.rows, num_classes)
+        self.label = torch.arange(_WINDOW) % num_classes
+        if ranks.number > 1:
+            self.trajectory.rest()
+
+    def epoch(self, phase: int) -> dict[str, float]:
+        """An epoch of training steps, in an order that takes no memory; what was held, and for how long handed over."""
+        stride = next(one for one in (7_919, 7_907) if self.total % one)
+        drawn = torch.arange(_WINDOW) * self.ranks.number + self.ranks.rank
+        for first in range(0, self.total, self.ranks.number * _WINDOW):
+            at = first + drawn
+            index = at[at < self.total] * stride % self.total
+            logits = torch.randn(len(index), self.trajectory.num_classes)
+            self.by_index.note(self.trajectory, index, logits, self.label[index % _WINDOW])
+        found: dict[str, float] = {"evidence": held_bytes(self.by_index, self.trajectory), "resident": _resident()}
+        started = time.process_time()
+        self.by_index.hand_over(self.trajectory)
+        found["hand over"] = time.process_time() - started
+        self.trajectory.merge(phase, self.ranks.reduce)
+        return found
+
+
+def _resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()

@@ -88,9 +88,10 @@ def mixture_shares(mixture: Tensor, *, noisy: bool, unclear: bool) -> list[float
         noisy: whether there are blind labels.
         unclear: whether there are samples that are less clear.
     """
-    has = torch.tensor([True, noisy, unclear])
-    logits = torch.cat([torch.zeros(1, dtype=torch.float64), mixture.detach().cpu()])
-    return logits.masked_fill(~has, -math.inf).softmax(0).tolist()
+    blind, less_clear = mixture.tolist()
+    logits = [0.0, blind if noisy else -math.inf, less_clear if unclear else -math.inf]
+    weights = [math.exp(logit - max(logits)) for logit in logits]
+    return [weight / sum(weights) for weight in weights]
 
 
 def first_mixture(blind: float) -> float:
@@ -131,6 +132,9 @@ class _Likelihood:
     def __post_init__(self) -> None:
         self.num_classes = self.score.shape[1]
         self.total = self.reduce(self.weight.sum().reshape(1)).item()
+        self.slices = row_slices(len(self.label), self.num_classes, self.score.device)
+        # What is looked at in one piece is centered once, in place of every time.
+        self.centered = _centered(self.score) if len(self.slices) == 1 else None
 
     def shares(self, mixture: Tensor) -> list[float]:
         """Of clear samples, of blind labels, and of samples that are less clear than they look."""
@@ -139,7 +143,8 @@ class _Likelihood:
     def rows(self, rows: slice, log_scale: Tensor, bias: Tensor, shares: list[float]) -> tuple[Tensor, ...]:
         """Of some rows: log-probability of the label, its derivatives in the logits, and in the shares' log-weights."""
         clear_share, blind, unclear_share = shares
-        scaled = _centered(self.score[rows]) * log_scale.exp()[self.group[rows]].unsqueeze(1)
+        centered = _centered(self.score[rows]) if self.centered is None else self.centered
+        scaled = centered * log_scale.exp()[self.group[rows]].unsqueeze(1)
         z, y = scaled + bias, self.label[rows].unsqueeze(1)
         soft = softmax(NATURAL * z) if self.unclear else None
         gradient = softmax(z)
@@ -150,7 +155,7 @@ class _Likelihood:
             total = total + unclear_share * unclear
         total = total.clamp(min=TINY)
         # Where none is wrong, a label that is as good as impossible costs no more than FLOOR, whatever the scale.
-        live = torch.ones_like(total) if self.noisy else (total > math.exp(-FLOOR)).double()
+        live: Tensor | float = 1.0 if self.noisy else (total > math.exp(-FLOOR)).double()
         log_total = total.log() if self.noisy else total.log().clamp(min=-FLOOR)
         by_clear = live * clear_share * clear / total
         gradient = gradient.mul_(-by_clear.unsqueeze(1)).scatter_add_(1, y, by_clear.unsqueeze(1))
@@ -165,13 +170,11 @@ class _Likelihood:
         """The loss and its gradient (J + C + 2,)."""
         groups, classes = len(log_scale), self.num_classes
         sums, shares = self.score.new_zeros(1 + groups + classes + 2, dtype=torch.float64), self.shares(mixture)
-        for rows in row_slices(len(self.label), classes, self.score.device):
+        for rows in self.slices:
             log_total, scaled, gradient, of_mixture = self.rows(rows, log_scale, bias, shares)
             w = self.weight[rows]
-            sums[0] -= w @ log_total
-            sums[1 : 1 + groups].index_add_(0, self.group[rows], -w * (gradient * scaled).sum(1))
-            sums[1 + groups : -2] -= w @ gradient
-            sums[-2:] -= of_mixture @ w
+            of_scale = w.new_zeros(groups).index_add_(0, self.group[rows], w * (gradient * scaled).sum(1))
+            sums -= torch.cat([(w @ log_total).reshape(1), of_scale, w @ gradient, of_mixture @ w])
         sums = self.reduce(sums)
         sums[0] += 0.5 * bias.square().sum()
         sums[1 + groups : -2] += bias
@@ -187,7 +190,7 @@ class _Likelihood:
         groups, shares = len(log_scale), self.shares(mixture)
         size = groups + 1 + self.unclear
         information = self.score.new_zeros(size, size, dtype=torch.float64)
-        for rows in row_slices(len(self.label), self.num_classes, self.score.device):
+        for rows in self.slices:
             _, scaled, gradient, of_mixture = self.rows(rows, log_scale, bias, shares)
             each = information.new_zeros(len(scaled), groups)
             each.scatter_(1, self.group[rows].unsqueeze(1), (gradient * scaled).sum(1, keepdim=True))

@@ -34,6 +34,7 @@ PRELOAD = [
         "callbacks.prune_script",
         "callbacks.rounds_script",
         "callbacks.simulated_device_script",
+        "callbacks.streams_script",
         "evidence.step_reader_script",
         "callbacks.imported_last",
     )

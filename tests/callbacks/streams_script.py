@@ -1,9 +1,5 @@
-"""Run by test_streams_ddp.py in a process of its own, which Lightning starts once more for the second rank.
+"""What test_streams_ddp.py runs, in one process and in one for each rank."""
 
-Usage: streams_script.py FOLDER NUMBER_OF_PROCESSES SCENARIO...
-"""
-
-import sys
 from pathlib import Path
 
 import torch
@@ -57,8 +53,13 @@ def decided(folder, data):
     return table
 
 
-def run(folder: Path, ranks: int, scenario: str) -> None:
+def run(folder: Path, ranks: int, *scenarios: str) -> None:
     """Fits, and saves what each rank has."""
+    for scenario in scenarios:
+        fit_one(folder, ranks, scenario)
+
+
+def fit_one(folder: Path, ranks: int, scenario: str) -> None:
     data = Blobs(N, 0.2)
     kinds = {"mistaken": Mistaken, "lopsided": Lopsided}
     stream = kinds.get(scenario, OfRank)(data)
@@ -86,9 +87,3 @@ def run(folder: Path, ranks: int, scenario: str) -> None:
         },
         folder / f"{scenario}-{ranks}-{trainer.global_rank}.pt",
     )
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for name in sys.argv[3:]:
-        run(Path(sys.argv[1]), int(sys.argv[2]), name)

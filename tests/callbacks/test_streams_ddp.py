@@ -1,13 +1,11 @@
 """Streams in two gloo processes on the CPU; one launch serves all the tests."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from lightning_unlearn.data.sample_key import owners_of
+from tests.callbacks import forked
 from tests.callbacks.streams_script import N, run
-from tests.ranks import run_script
 from tests.streams import index_of
 from tests.toys import Blobs, assert_same_weights
 
@@ -18,8 +16,7 @@ pytestmark = pytest.mark.ddp
 def launched(tmp_path_factory):
     folder = tmp_path_factory.mktemp("streams")
     run(folder, 1, "full")
-    script = Path(__file__).with_name("streams_script.py")
-    done = run_script(script, folder, "2", "full", "from-1", "lopsided", "mistaken")
+    done = forked.launch(run, folder, 2, "full", "from-1", "lopsided", "mistaken")
     run(folder, 1, "from-2")
     return folder, done
 

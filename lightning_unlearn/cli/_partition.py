@@ -124,7 +124,7 @@ class PartitionCLI(ConfigCLI):
         given = self.config_init["trainer"].get("callbacks") or []
         given = list(given) if isinstance(given, (list, tuple)) else [given]
         acting = [one for one in given if isinstance(one, (SensitivityPruneCallback, CleanSubsetFinetuneCallback))]
-        if acting:
+        if acting and self.command == "partition":
             names = ", ".join(type(one).__name__ for one in acting)
             rank_zero_info(f"Ignoring {names}; `lightning-unlearn fit` trains with them.")
         others = [one for one in given if one not in acting]

@@ -1,8 +1,11 @@
-"""Whether some class is called by another's name, beyond what blind errors and uncertainty explain.
+"""Whether some class is called by another's name, or by any, beyond what blind errors and uncertainty explain.
 
 A network that has learned such a habit predicts it: its own probabilities then explain the labels, and no error is
 left. What tells is which pairs of classes stand out together, and that is what latent classes hold. Their transition
 matrix names the candidates; here each of them must make the given labels likelier by far, or it is dropped.
+
+Errors that are blind may still be more in one class than in another, as where annotators do not know it: then each true
+class has a share of its own.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.functional.lbfgs import minimize
-from lightning_unlearn.functional.symmetric_noise import SymmetricNoiseFit
+from lightning_unlearn.functional.symmetric_noise import SymmetricNoiseFit, fit_symmetric_noise
 from lightning_unlearn.utilities.chunks import row_slices
 from lightning_unlearn.utilities.reduce import Reduce, no_reduce
 
@@ -35,7 +38,19 @@ MIN_GAIN_PER_SAMPLE = 0.03
 MOST_ENTRIES_PER_CLASS = 2
 """Candidates, over all classes, from which on classes overlap rather than go by each other's names."""
 
-_ODDS = -1.0
+LEAST_GAIN_OF_CLASSES = 20.0
+"""Nats, and one for each class, that shares of their own must gain over a common one: without them it is 12 at most."""
+
+LEAST_GAIN_OF_CLASSES_PER_SAMPLE = 0.002
+"""Nats for each sample: labels as people give them gain .001, a class that loses a fifth or more of its own .007."""
+
+LEAST_EACH = 20
+"""Samples of a class on average from which on it is asked."""
+
+MOST_NUMBERS = 2**20
+"""Scores that are looked at for that, over all classes; of more samples every second, third, ... is taken."""
+
+_ODDS, _FIRST_SHARE = -1.0, 0.05
 _STEPS = 40
 
 
@@ -64,29 +79,42 @@ class StructuredNoise:
 
 
 def _matrix(entries: Tensor, logits: Tensor, odds: Tensor, num_classes: int) -> Tensor:
+    """With ``odds`` (1,) or (C,) of blind errors."""
     alone = torch.full((num_classes, num_classes), -torch.inf, dtype=torch.float64, device=logits.device)
     names = alone.fill_diagonal_(0).index_put((entries[:, 0], entries[:, 1]), logits).softmax(1)
-    blind = odds.sigmoid()
+    blind = odds.sigmoid().unsqueeze(1)
     return (1 - blind) * names + blind / num_classes
 
 
 def _fit(
-    score: Tensor, label: Tensor, weight: Tensor, entries: Tensor, start: SymmetricNoiseFit, reduce: Reduce
+    score: Tensor,
+    label: Tensor,
+    weight: Tensor,
+    entries: Tensor,
+    start: SymmetricNoiseFit,
+    reduce: Reduce,
+    *,
+    is_common: bool = True,
 ) -> tuple[StructuredNoise, Tensor]:
-    """The matrix with these entries (m, 2), and how large each has become (m,)."""
-    classes, blind = score.shape[1], min(max(start.blind, 1e-4), 0.9)
+    """The matrix with these entries (m, 2), and how large each has become (m,).
+
+    Blind errors have a share in common, or one for each true class.
+    """
+    classes, blind = score.shape[1], min(max(start.blind, 1e-4 if is_common else _FIRST_SHARE), 0.9)
+    sizes = [1, classes, 1 if is_common else classes, len(entries)]
     first = torch.cat(
         [
             start.scale[:1].log(),
             start.bias,
-            torch.logit(start.bias.new_tensor([blind])),
+            torch.logit(start.bias.new_full((sizes[2],), blind)),
             start.bias.new_full((len(entries),), _ODDS),
         ]
     )
     total = reduce(weight.sum().reshape(1)).item()
 
     def parts(at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return at[0].exp(), at[1 : classes + 1], _matrix(entries, at[classes + 2 :], at[classes + 1], classes)
+        log_scale, bias, odds, logits = at.split(sizes)  # type: ignore[no-untyped-call]
+        return log_scale.exp(), bias, _matrix(entries, logits, odds, classes)
 
     def loss_and_gradient(at: Tensor) -> tuple[float, Tensor]:
         sums = at.new_zeros(1 + len(at))
@@ -137,7 +165,10 @@ def find_structured_noise(
     if found is None:
         return None
     own = torch.arange(len(candidate), device=score.device)
-    by_own_name = bool((found.transition.argmax(1) == own).all())
+    # Classes that are told apart so badly that latent ones are called by each other's names show no habit.
+    others = found.transition.clone().fill_diagonal_(0) >= MIN_ENTRY
+    told = (candidate.argmax(1) == own) | ~(others.any(0) | others.any(1))
+    by_own_name = bool(((found.transition.argmax(1) == own) & told).all())
     gain, total = found.log_likelihood - base.log_likelihood, reduce(weight.double().sum().reshape(1)).item()
     is_enough = gain >= least_gain(total) and gain >= MIN_GAIN_EACH * found.entries
     return found, gain, by_own_name and is_enough
@@ -177,3 +208,30 @@ def fit_structured_noise(
             return found
         entries = entries[large]
     return None
+
+
+def find_class_noise(
+    score: Tensor, label: Tensor, weight: Tensor, *, reduce: Reduce = no_reduce
+) -> tuple[StructuredNoise, float] | None:
+    """How often the labels of each true class are drawn blindly, where that is not alike by far, and the gain in nats.
+
+    Args:
+        score: (n, C), what ranks the samples.
+        label: (n,) int64.
+        weight: (n,), 0 for a row that does not count.
+        reduce: sums over the ranks.
+
+    Returns:
+        the same on every rank; None if a common share explains the labels as well.
+    """
+    classes, total = score.shape[1], reduce(weight.double().sum().reshape(1)).item()
+    thin = max(1, int(total * classes / MOST_NUMBERS))
+    if classes < 3 or total < thin * LEAST_EACH * classes:
+        return None
+    part = score[::thin], label[::thin], weight[::thin].double()
+    common = fit_symmetric_noise(*part, biased=True, reduce=reduce)
+    none = torch.empty(0, 2, dtype=torch.long, device=score.device)
+    found, _ = _fit(*part, none, common, reduce, is_common=False)
+    gain = thin * (found.log_likelihood - common.log_likelihood)
+    least = max(LEAST_GAIN_OF_CLASSES + classes, LEAST_GAIN_OF_CLASSES_PER_SAMPLE * total)
+    return (found, gain) if gain >= least else None

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from lightning_unlearn.functional.structured_noise import find_structured_noise, fit_structured_noise
+from lightning_unlearn.functional import structured_noise
+from lightning_unlearn.functional.structured_noise import find_class_noise, find_structured_noise, fit_structured_noise
 from lightning_unlearn.functional.symmetric_noise import fit_symmetric_noise
 from tests.ranks import run_ranks
 
@@ -93,3 +94,59 @@ def scene_of_pairs(n=3000, classes=6):
     candidate = torch.eye(classes).mul(0.75)
     candidate[torch.arange(classes), torch.arange(classes) ^ 1] = 0.25
     return score, label, torch.ones(n), candidate
+
+
+def lost(shares):
+    """Labels of each class that are drawn blindly as often as that."""
+    shares = torch.tensor(shares).double().unsqueeze(1)
+    return (1 - shares) * torch.eye(CLASSES).double() + shares / CLASSES
+
+
+def test_latent_classes_that_are_called_by_each_others_names_show_no_habit():
+    score, label, _ = draw(4000, next_class(0.15))
+    swapped = next_class(0.2)
+    swapped[2, 2], swapped[2, 3] = swapped[2, 3].item(), swapped[2, 2].item()
+    assert find(score, label, next_class(0.2)) is not None
+    assert find(score, label, swapped) is None
+
+
+@pytest.mark.parametrize("shares", [(0.0, 0.0, 0.4, 0.0, 0.0), (0.05, 0.5, 0.05, 0.05, 0.3)])
+def test_finds_how_much_each_class_loses(shares):
+    score, label, truth = draw(6000, lost(shares))
+    noise, gain = find_class_noise(score, label, torch.ones(6000))
+    torch.testing.assert_close(noise.transition, lost(shares), atol=0.06, rtol=0)
+    assert gain > 40
+    right = noise.posterior(score, label).gather(1, label.unsqueeze(1)).squeeze(1).exp()
+    suspect = right < 0.5
+    assert (label != truth)[suspect].double().mean().item() == pytest.approx(1 - right[suspect].mean().item(), abs=0.05)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.4])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_common_share_is_not_taken_for_one_of_each_class(share, seed):
+    score, label, _ = draw(6000, lost([share] * CLASSES), seed=seed)
+    assert find_class_noise(score, label, torch.ones(6000)) is None
+
+
+def test_few_samples_and_two_classes_are_not_asked_what_each_class_loses():
+    score, label, _ = draw(90, lost((0.0, 0.0, 0.9, 0.0, 0.0)))
+    assert find_class_noise(score, label, torch.ones(90)) is None
+    two = torch.randn(4000, 2).double()
+    assert find_class_noise(two, torch.randint(0, 2, (4000,)), torch.ones(4000)) is None
+
+
+def test_what_each_class_loses_is_about_the_same_of_every_so_many_samples_and_of_ranks(monkeypatch):
+    score, label, _ = draw(8001, lost((0.0, 0.0, 0.4, 0.0, 0.0)))
+    one, gain = find_class_noise(score, label, torch.ones(8001))
+
+    def on_rank(rank, reduce):
+        rows = slice(rank, 8001, 2) if rank < 2 else slice(0, 0)
+        return find_class_noise(score[rows], label[rows], torch.ones(len(label[rows])), reduce=reduce)
+
+    for found, of_rank in run_ranks(on_rank, 3):
+        torch.testing.assert_close(found.transition, one.transition, atol=1e-3, rtol=0)
+        assert of_rank == pytest.approx(gain, rel=1e-3)
+    monkeypatch.setattr(structured_noise, "MOST_NUMBERS", 20_000)
+    thinned, of_part = find_class_noise(score, label, torch.ones(8001))
+    torch.testing.assert_close(thinned.transition, one.transition, atol=0.08, rtol=0)
+    assert of_part == pytest.approx(gain, rel=0.5)

@@ -242,6 +242,28 @@ def test_the_second_half_of_training_and_the_last_pass_count_where_nothing_is_me
     torch.testing.assert_close(half, (near + far) / 2)
 
 
+def test_a_class_that_loses_its_labels_to_any_other_is_found():
+    shares = torch.tensor([0.0, 0.0, 0.28, 0.0, 0.0, 0.0]).unsqueeze(1)
+    seen, wrong = history(6000, (1 - shares) * torch.eye(CLASSES) + shares / CLASSES)
+    found = find_label_noise(seen)
+    assert found.status == "found"
+    assert found.transition.diagonal()[2] < 0.85 < found.transition.diagonal()[[0, 1, 3, 4, 5]].min()
+    assert wrong[suspects(found)].double().mean().item() >= expected(found) - 0.1
+    assert (wrong & suspects(found)).sum() >= 0.5 * wrong.sum()
+    assert found.interval[0] <= wrong.double().mean().item() <= found.interval[1]
+
+
+def test_what_knows_far_less_of_the_classes_than_leave_one_out_scores_is_not_asked():
+    seen = with_left_out(history(1500, blind(0.0))[0], 0.2)
+    early = replace(seen.early, low=0.03, middle=0.07, high=0.1, z_score=15.0, is_settled=True, is_confirmed=True)
+    assert seen.left_out.skill > 0.6
+    little = label_noise._unseen(replace(seen, early=replace(early, skill=0.2)), no_reduce)
+    assert little.middle == pytest.approx(seen.left_out.middle, abs=0.01)
+    assert little.z_score == seen.left_out.z_score
+    much = label_noise._unseen(replace(seen, early=replace(early, skill=0.8)), no_reduce)
+    assert much.z_score == 15.0
+
+
 def test_latent_classes_that_are_too_sure_of_overlapping_ones_show_no_wrong_labels(monkeypatch):
     seen, _ = history(3000, blind(0.0))
     seen = replace(seen, early=None)  # nothing but latent classes is asked then

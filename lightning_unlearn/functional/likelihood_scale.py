@@ -14,14 +14,11 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.functional.transition import fit_transition
-from lightning_unlearn.utilities.chunks import row_slices, softmax
+from lightning_unlearn.utilities.chunks import row_slices
 from lightning_unlearn.utilities.reduce import Reduce, no_reduce
 
 MAX_NUMBERS = 2**20
 """Likelihoods that are looked at, one for each class of a row; of more rows every second, third, ... is taken."""
-
-FLOOR = 30.0
-"""Nats that a label costs at most where none is wrong."""
 
 _STEP, _LEAST = 0.8, 0.01
 
@@ -33,10 +30,13 @@ class LikelihoodScale:
     Args:
         scale: what the log-likelihoods are multiplied by.
         gain: nats that wrong labels explain, over none of them at a scale of its own.
+        gain_at_largest: the same at the largest scale. Where all samples are told equally well, a small scale explains
+            labels of which any may be wrong, too; then only this tells.
     """
 
     scale: float
     gain: float
+    gain_at_largest: float
 
 
 def fit_likelihood_scale(
@@ -80,19 +80,21 @@ def fit_likelihood_scale(
     def without(scale: float) -> float:
         return _label_log_likelihood(*rows, scale, None, reduce)
 
-    scale, some = _highest(with_errors, largest)
-    _, none = _highest(without, largest)
-    return LikelihoodScale(scale, thin * (some - none))
+    scale, some, first = _highest(with_errors, largest)
+    _, none, _ = _highest(without, largest)
+    return LikelihoodScale(scale, thin * (some - none), thin * (first - none))
 
 
-def _highest(value_of: Callable[[float], float], largest: float) -> tuple[float, float]:
+def _highest(value_of: Callable[[float], float], largest: float) -> tuple[float, float, float]:
+    """The scale, its value, and that of the largest one."""
     scale, value = largest, value_of(largest)
+    first = value
     while scale * _STEP > _LEAST:
         smaller = value_of(scale * _STEP)
         if smaller <= value:
             break
         scale, value = scale * _STEP, smaller
-    return scale, value
+    return scale, value, first
 
 
 def _label_log_likelihood(
@@ -101,7 +103,10 @@ def _label_log_likelihood(
     total = torch.zeros(1, dtype=torch.float64, device=label.device)
     names = None if transition is None else transition.T.contiguous()
     for rows in row_slices(len(label), log_likelihood.shape[1], label.device):
-        share, y = softmax(scale * log_likelihood[rows]), label[rows]
-        likely = share.gather(1, y.unsqueeze(1)).squeeze(1) if names is None else (share * names[y]).sum(1)
-        total += likely.log().clamp(min=-FLOOR) @ weight[rows]
+        log_share, y = (scale * log_likelihood[rows]).log_softmax(dim=1), label[rows]
+        if names is None:
+            likely = log_share.gather(1, y.unsqueeze(1)).squeeze(1)
+        else:
+            likely = (log_share.exp() * names[y]).sum(1).log()
+        total += likely @ weight[rows]
     return reduce(total).item()

@@ -309,7 +309,7 @@ def as_sure_as_labels_show(
     """
     window, w = noise.window, weight.double()
     fitted = fit_likelihood_scale(window.likelihood, label, w, window.transition, largest=_LARGEST_SCALE, reduce=reduce)
-    if fitted.gain < max(_LEAST_GAIN, _GAIN_EACH * len(noise.transition)):
+    if fitted.gain_at_largest < 0 and fitted.gain < max(_LEAST_GAIN, _GAIN_EACH * len(noise.transition)):
         return None
     if fitted.scale == _LARGEST_SCALE:
         return noise

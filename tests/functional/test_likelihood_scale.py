@@ -33,6 +33,15 @@ def test_only_wrong_labels_gain_by_a_matrix():
     assert gains[0] < 4 < 8 < gains[1] < gains[2]
 
 
+def test_where_all_samples_are_told_equally_well_the_largest_scale_tells():
+    truth = torch.arange(3000) % 2
+    log_likelihood = 40 * torch.nn.functional.one_hot(truth, 2).double()
+    label = torch.where(torch.rand(3000, generator=torch.Generator().manual_seed(0)) < 0.3, 1 - truth, truth)
+    fitted = fit_likelihood_scale(log_likelihood, label, torch.ones(3000), torch.full((2, 2), 0.5).double() + 0.2)
+    assert fitted.gain < 4.5  # a scale of next to nothing explains the same
+    assert fitted.gain_at_largest > -1
+
+
 def test_no_scale_above_the_largest_is_tried():
     log_likelihood, label, start = draw(500, 3, 0.1, too_sure=0.2)
     assert fit_likelihood_scale(log_likelihood, label, torch.ones(500), start, largest=0.7).scale == 0.7

@@ -30,15 +30,13 @@ from lightning_unlearn.recipes.users import checking
 from lightning_unlearn.results.partition import Partition
 from lightning_unlearn.results.provenance import copied, settings_of
 from lightning_unlearn.trainer.callback_order import callbacks_of, move_behind_averages
-from lightning_unlearn.trainer.early_stopping import EarlyEnd, has_fired
+from lightning_unlearn.trainer.early_stopping import EarlyEnd
 from lightning_unlearn.trainer.fit_loop import is_fast_dev_run
 from lightning_unlearn.trainer.keyed_batches import KeyedBatches
 from lightning_unlearn.trainer.progress import rank_zero_info
 from lightning_unlearn.trainer.protocols import PartitionSource
-from lightning_unlearn.trainer.row_checks import establish_rows_again
 from lightning_unlearn.trainer.strategies import shards_weights
 from lightning_unlearn.utilities.checks import check_flag, check_number, check_path, check_text, check_whole
-from lightning_unlearn.utilities.distributed import sum_over_ranks
 
 _PATH = "the dotted path of a layer, or None"
 
@@ -352,17 +350,8 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         """Return the partition, computed now if it is due, or None if it is not due yet."""
         if self._fit is None:
             return self.state.partition
-        collector, epoch = self.collector, trainer.current_epoch
-        if collector.point is not None and collector.trajectory is not None and self.keyed is None:
-            establish_rows_again(self.fit)
-        if self.state.partition is None:
-            self._when.decide(
-                self.fit.limits,
-                is_settled=not (collector.reader.is_reading and collector.looks_early(epoch + 1)),
-                is_stopped=has_fired(trainer, epoch - 1),
-                reduce=sum_over_ranks(trainer.strategy),
-            )
-        if self.gathers_evidence(epoch):
+        self._partitioning.decide(self.fit)
+        if self.gathers_evidence(trainer.current_epoch):
             with self.timed():
                 self._partitioning.gather(self.fit)
         return self.state.partition

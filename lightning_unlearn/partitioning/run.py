@@ -46,8 +46,9 @@ from lightning_unlearn.results.review_csv import Table
 from lightning_unlearn.results.status import PartitionStatus
 from lightning_unlearn.trainer.context import FitContext
 from lightning_unlearn.trainer.divergence import ADVICE, not_finite
-from lightning_unlearn.trainer.early_stopping import go_on
+from lightning_unlearn.trainer.early_stopping import go_on, has_fired
 from lightning_unlearn.trainer.progress import rank_zero_info, rank_zero_warn
+from lightning_unlearn.trainer.row_checks import establish_rows_again
 from lightning_unlearn.trainer.validation import score_validation
 
 _ONE_EPOCH = "it was computed after a single epoch, before the network has learned much; train for two or more"
@@ -93,6 +94,16 @@ class Partitioning:
         if not self.may_be_recomputed or not self.state.rounds:
             return False
         return epoch >= self.state.rounds[-1].epoch + (self.settings.every_n_epochs or 0)
+
+    def decide(self, fit: FitContext) -> None:
+        """Look whether the first partition is due, at the start of an epoch. Every rank must call it."""
+        collector = self.collector
+        if collector.point is not None and collector.trajectory is not None and fit.keyed is None:
+            establish_rows_again(fit)
+        if self.state.partition is None:
+            is_settled = not (collector.reader.is_reading and collector.looks_early(fit.epoch + 1))
+            is_stopped = has_fired(fit, fit.epoch - 1)
+            collector.when.decide(fit.limits, is_settled=is_settled, is_stopped=is_stopped, reduce=fit.reduce)
 
     def begin(self, fit: FitContext) -> None:
         """Determine, before the first step, what only the loaders and a forward pass show. Every rank must call it."""

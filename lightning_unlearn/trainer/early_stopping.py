@@ -51,11 +51,10 @@ def _stoppers(callbacks: Iterable[Any]) -> list[Any]:
     return [callback for callback in callbacks if is_lightning_instance(callback, "EarlyStopping")]
 
 
-def has_fired(trainer: Trainer, epoch: int) -> bool:
+def has_fired(fit: RunningFit, epoch: int) -> bool:
     """Return whether the patience of an EarlyStopping ran out in an epoch, to this rank."""
     return any(
-        one.stopped_epoch == epoch and one.wait_count >= max(1, one.patience)
-        for one in _stoppers(callbacks_of(trainer))
+        one.stopped_epoch == epoch and one.wait_count >= max(1, one.patience) for one in _stoppers(fit.callbacks)
     )
 
 

@@ -25,14 +25,7 @@ from lightning_unlearn.results.review_csv import check_undecided
 from lightning_unlearn.results.status import PartitionStatus, checked_status
 from lightning_unlearn.results.storage import faults_of, load_record, save_record
 from lightning_unlearn.results.table import columns_of
-from lightning_unlearn.results.validate import (
-    check_estimates,
-    check_held,
-    check_keys,
-    check_matrix,
-    check_primitives,
-    check_sizes,
-)
+from lightning_unlearn.results.validate import check_partition
 from lightning_unlearn.utilities.checks import check_flag, check_names, check_number, check_whole, shown
 from lightning_unlearn.utilities.files import write_csv
 
@@ -150,48 +143,7 @@ class Partition:
 
     def __post_init__(self) -> None:
         _put(self, status=checked_status(self.status, self.warning), class_names=_names_of(self.class_names))
-        if self.noise_rate is not None:
-            check_primitives(self, noise_rate=float)
-        check_primitives(self, epoch=int, recipe=str, layer=str, warning=str, fingerprint=str)
-        threshold = check_number("relabel_threshold", self.relabel_threshold, above=0, most=1)
-        object.__setattr__(self, "relabel_threshold", threshold)
-        check_held(self)
-        object.__setattr__(self, "keys", check_keys(self.keys, self.clean_probability))
-        shape = self.clean_probability.shape
-        if len(shape) != 1:
-            raise ValueError(f"clean_probability must have shape (N,), but has {tuple(shape)}.")
-        object.__setattr__(self, "doubtful", _nobody_if_empty(self.doubtful, shape))
-        of_labels = torch.Size([*shape, *self.label_probability.shape[1:]]) if self.is_multilabel else shape
-        for name, dtype in {
-            "clean_probability": torch.float32,
-            "is_clean": torch.bool,
-            "suggested_label": torch.int64,
-            "suggested_probability": torch.float32,
-            "label": torch.int64,
-            "label_evidence": torch.float32,
-            "input_evidence": torch.float32,
-            "reason": torch.uint8,
-            "doubtful": torch.bool,
-        }.items():
-            value = getattr(self, name)
-            expected = of_labels if name in ("label", "suggested_label") else shape
-            if value.shape != expected or value.dtype != dtype:
-                raise ValueError(
-                    f"{name} must be {dtype} of shape {tuple(expected)}, but is {value.dtype} of shape"
-                    f" {tuple(value.shape)}."
-                )
-        for name in ("noise_matrix", "label_probability"):
-            check_matrix(name, getattr(self, name))
-        check_sizes(self)
-        check_estimates(self)
-        if len(self) and int(self.reason.max()) >= len(REASONS):
-            raise ValueError(f"reason must hold numbers below {len(REASONS)}, but holds {int(self.reason.max())}.")
-        low, high = (self.clean_probability if len(self) else torch.zeros(1)).aminmax()
-        if not (0 <= low <= high <= 1 and 0 <= (self.noise_rate or 0) <= 1):
-            raise ValueError(
-                f"Probabilities must lie in [0, 1], but clean_probability spans [{low:.4g}, {high:.4g}] and"
-                f" noise_rate is {self.noise_rate}."
-            )
+        check_partition(self)
 
     def __len__(self) -> int:
         return len(self.clean_probability)
@@ -507,7 +459,3 @@ def _put(partition: Partition, **values: Any) -> None:
 
 def _names_of(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(check_names("class_names", names, "names", each_once=False)) if names else ()
-
-
-def _nobody_if_empty(doubtful: Tensor, shape: torch.Size) -> Tensor:
-    return torch.zeros(shape, dtype=torch.bool) if doubtful.shape == (0,) else doubtful

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_unlearn.results.labels import REASONS
 from lightning_unlearn.utilities.checks import check_number, plain, shown
 
 if TYPE_CHECKING:
@@ -19,6 +20,70 @@ if TYPE_CHECKING:
 _MOST_CLASSES = 2**24
 # Those that NumPy has too.
 _STORED = (torch.float16, torch.float32, torch.float64)
+# What a partition has for each sample.
+_BY_SAMPLE = {
+    "clean_probability": torch.float32,
+    "is_clean": torch.bool,
+    "suggested_label": torch.int64,
+    "suggested_probability": torch.float32,
+    "label": torch.int64,
+    "label_evidence": torch.float32,
+    "input_evidence": torch.float32,
+    "reason": torch.uint8,
+    "doubtful": torch.bool,
+}
+# Of a multi-label task a number for each label.
+_BY_LABEL = ("label", "suggested_label")
+
+
+def check_partition(partition: Partition) -> None:
+    """Refuse a partition whose fields do not fit each other, and make its primitives those of Python.
+
+    Raises:
+        ValueError: naming the field, what it must be and what it is.
+    """
+    if partition.noise_rate is not None:
+        check_primitives(partition, noise_rate=float)
+    check_primitives(partition, epoch=int, recipe=str, layer=str, warning=str, fingerprint=str)
+    threshold = check_number("relabel_threshold", partition.relabel_threshold, above=0, most=1)
+    # The class is frozen for everybody else.
+    object.__setattr__(partition, "relabel_threshold", threshold)
+    check_held(partition)
+    object.__setattr__(partition, "keys", check_keys(partition.keys, partition.clean_probability))
+    shape = partition.clean_probability.shape
+    if len(shape) != 1:
+        raise ValueError(f"clean_probability must have shape (N,), but has {tuple(shape)}.")
+    if partition.doubtful.shape == (0,):
+        object.__setattr__(partition, "doubtful", torch.zeros(shape, dtype=torch.bool))
+    _check_tensors(partition, shape)
+    check_sizes(partition)
+    check_estimates(partition)
+    _check_ranges(partition)
+
+
+def _check_tensors(partition: Partition, shape: torch.Size) -> None:
+    of_labels = torch.Size([*shape, *partition.label_probability.shape[1:]]) if partition.is_multilabel else shape
+    for name, dtype in _BY_SAMPLE.items():
+        value = getattr(partition, name)
+        expected = of_labels if name in _BY_LABEL else shape
+        if value.shape != expected or value.dtype != dtype:
+            raise ValueError(
+                f"{name} must be {dtype} of shape {tuple(expected)}, but is {value.dtype} of shape"
+                f" {tuple(value.shape)}."
+            )
+    for name in ("noise_matrix", "label_probability"):
+        check_matrix(name, getattr(partition, name))
+
+
+def _check_ranges(partition: Partition) -> None:
+    if len(partition) and int(partition.reason.max()) >= len(REASONS):
+        raise ValueError(f"reason must hold numbers below {len(REASONS)}, but holds {int(partition.reason.max())}.")
+    low, high = (partition.clean_probability if len(partition) else torch.zeros(1)).aminmax()
+    if not (0 <= low <= high <= 1 and 0 <= (partition.noise_rate or 0) <= 1):
+        raise ValueError(
+            f"Probabilities must lie in [0, 1], but clean_probability spans [{low:.4g}, {high:.4g}] and"
+            f" noise_rate is {partition.noise_rate}."
+        )
 
 
 def check_primitives(record: Any, **kinds: type[Any]) -> None:

@@ -11,7 +11,7 @@ def hashes(size=400, seed=0):
     source = torch.randint(0, size // 3, (size,), generator=generator)
     picture = torch.randn(size // 3, 64, generator=generator)[source]
     near = torch.rand(size, generator=generator) < 0.5
-    noise = 0.1 * torch.randn(size, 64, generator=generator)
+    noise = 0.09 * torch.randn(size, 64, generator=generator)
     picture = picture + noise * near.unsqueeze(1)
     identity = torch.where(near, torch.arange(size) + size, source)
     picture = picture / picture.square().mean(dim=1, keepdim=True).sqrt()
@@ -26,7 +26,7 @@ def naive(inputs, label, index, most):
     for other in range(len(inputs)):
         one, two = inputs.perceptual[index].float() / 16, inputs.perceptual[other].float() / 16
         is_exact = bool(inputs.identity[index] == inputs.identity[other])
-        is_near = bool(one.any()) and bool(two.any()) and float((one - two).square().mean().sqrt()) < 0.2
+        is_near = bool(one.any()) and bool(two.any()) and float((one - two).square().mean().sqrt()) < 0.15
         if other != index and (is_exact or is_near):
             rows.append((bool(label[other].eq(label[index]).all()), not is_exact, other))
     return [Duplicate(other, not is_near) for _, is_near, other in sorted(rows)][:most]

@@ -236,13 +236,14 @@ class FreshOptimizer:
 
 def _remade_by(fit: RunningFit, since: tuple[int, int]) -> str:
     """Return how the optimizer of a fit whose weights are moved is made anew, where nothing was asked for."""
-    if fit.optimizes_automatically and share_over(fit, *since) is not None:
+    obstacles = {
+        "the module uses manual optimization": not fit.optimizes_automatically,
+        "the module overrides lr_scheduler_step, which may not fit another schedule": fit.steps_own_schedules,
+        "neither max_epochs nor max_steps gives the number of steps left": share_over(fit, *since) is None,
+    }
+    why = next((words for words, is_so in obstacles.items() if is_so), "")
+    if not why:
         return _COSINE
-    why = (
-        "neither max_epochs nor max_steps gives the number of steps left"
-        if fit.optimizes_automatically
-        else "the module uses manual optimization"
-    )
     rank_zero_info(f"Reran configure_optimizers, whose schedules start anew: {why}.")
     return _RESTART
 

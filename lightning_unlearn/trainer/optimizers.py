@@ -95,7 +95,8 @@ def _share_over(trainer: Trainer, epoch: int, step: int) -> float | None:
     if trainer.max_epochs is not None and trainer.max_epochs >= 0:
         current: Any = trainer.fit_loop.epoch_loop.batch_progress.current
         batches, done = trainer.num_training_batches, getattr(current, "processed", 0)
-        within = done / batches if batches else 0
+        # Lightning counts more where a fit goes on from a checkpoint of an exception, with the epoch before in it.
+        within = min(1.0, done / batches) if batches else 0.0
         shares.append((trainer.current_epoch + within - epoch) / max(1, trainer.max_epochs - epoch))
     if trainer.max_steps > 0:
         shares.append((trainer.global_step - step) / max(1, trainer.max_steps - step))

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from lightning_unlearn.data.loaders import shard_indices
 from lightning_unlearn.trainer.callback_order import callbacks_of
+from lightning_unlearn.trainer.compat import has_own
 from lightning_unlearn.trainer.fit_loop import (
     compute_device,
     limited_batches,
@@ -148,6 +149,11 @@ class RunningFit:
     def optimizes_automatically(self) -> bool:
         """Whether Lightning steps the optimizers."""
         return self.pl_module.automatic_optimization
+
+    @property
+    def steps_own_schedules(self) -> bool:
+        """Whether the module steps schedules in a way of its own (``lr_scheduler_step``), which others may not fit."""
+        return has_own(self.pl_module, "lr_scheduler_step")
 
     def rewrap_ddp(self) -> None:
         """Tell DDP that ``requires_grad`` has changed; see :func:`~lightning_unlearn.trainer.fit_loop.rewrap_ddp`."""

@@ -8,7 +8,7 @@ from functools import partial
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_unlearn.finetuning.shrink_weights import shrink
@@ -374,6 +374,56 @@ def test_where_no_rate_can_be_planned_the_own_schedule_starts_anew(caplog, manua
     assert any(said in line for line in caplog.messages)
     assert watch.rates[AT][0] == [0.04, 0.02]
     assert watch.optimizers[AT - 1][0] is not watch.optimizers[AT][0]
+
+
+class OwnSchedule:
+    """As timm's: it is stepped with the epoch and a metric."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    def step(self, epoch, metric):
+        self.optimizer.param_groups[0]["lr"] = 0.04 * 0.5**epoch
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+def test_a_module_that_steps_schedules_in_its_own_way_keeps_its_own(caplog):
+    class Steps(Toy):
+        def lr_scheduler_step(self, scheduler, metric):
+            scheduler.step(epoch=self.current_epoch + 1, metric=metric)
+
+    watch, module = Rates(), Steps(optimizer=scheduled(OwnSchedule))
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
+        fit(module, BlobsData(Blobs(101)), [*trio(AT, finetune={"warm_start": "shrink"}), watch])
+    assert watch.optimizers[AT - 1][0] is not watch.optimizers[AT][0]
+    assert [rates[0][0] for rates in watch.rates.values()] == [0.04, 0.02, 0.04, 0.04 * 0.5**3]
+    assert any("schedules start anew: the module overrides lr_scheduler_step" in line for line in caplog.messages)
+
+
+def test_after_an_exception_at_the_start_of_an_epoch_the_rate_goes_on_where_it_was(tmp_path):
+    class Fails(Toy):
+        fails = True
+
+        def on_train_epoch_start(self):
+            if self.fails and self.current_epoch == AT:
+                raise Halts
+
+    def start(module, *more, **kwargs):
+        callbacks = trio(AT, finetune={"warm_start": "shrink"})
+        fit(module, BlobsData(Blobs(101), by_epoch=True), [*callbacks, *more], max_epochs=5, **kwargs)
+
+    with pytest.raises(Halts):
+        start(Fails(optimizer=adamw), OnExceptionCheckpoint(tmp_path), enable_checkpointing=True)
+    again, watch = Fails(optimizer=adamw), Rates()
+    again.fails = False
+    start(again, watch, ckpt_path=next(tmp_path.glob("*.ckpt")))
+    assert watch.rates[3][0][0] == pytest.approx(0.01 * cosine(1 / 3))
+    assert watch.rates[4][0][0] == pytest.approx(0.01 * cosine(2 / 3))
 
 
 def test_where_steps_end_the_fit_the_rate_falls_with_them():

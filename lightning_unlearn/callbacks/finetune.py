@@ -154,7 +154,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        self._finetuning.before_backward(loss)
+        self._finetuning.before_backward(self.fit, loss)
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -170,6 +170,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self._finetuning.frozen.drop_gradients()
+        self._finetuning.fresh.check_used(self.fit, optimizer)
 
     @override
     def act_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -155,8 +155,8 @@ class SensitivityPruneCallback(PartitionConsumer):
         return self._state.sites[0].target
 
     def zero_pruned(self) -> None:
-        """Set pruned neurons to zero again; for callers that have just changed weights."""
-        self._held.zero_parameters()
+        """Set pruned neurons to zero again, in averages too; for callers that have just changed weights."""
+        self._held.zero_all(self.fit)
 
     @override
     def summary_clause(self) -> str:
@@ -247,7 +247,7 @@ class SensitivityPruneCallback(PartitionConsumer):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # Whatever was done to the weights meanwhile, no step is trained with; without a look, which takes time.
-        self.zero_pruned()
+        self._held.zero_parameters()
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -22,12 +22,14 @@ from lightning_unlearn.trainer.compat import MisconfigurationException
 from lightning_unlearn.trainer.early_stopping import may_end_early
 from lightning_unlearn.trainer.optimizers import (
     cosine,
-    put_optimizer,
+    forget_states,
+    left_out,
+    put_optimizers,
     put_schedules,
     run_configure_optimizers,
     share_over,
 )
-from lightning_unlearn.trainer.progress import rank_zero_info
+from lightning_unlearn.trainer.progress import rank_zero_info, rank_zero_warn
 from lightning_unlearn.trainer.running_fit import RunningFit
 from lightning_unlearn.utilities.calls import check_function
 
@@ -88,6 +90,7 @@ class FreshOptimizer:
         self._made_by, self._is_scheduled = "", False
         self.remaining: int | None = None
         self._since = 0, 0
+        self._has_warned = False
 
     @property
     def is_asked_for(self) -> bool:
@@ -156,16 +159,28 @@ class FreshOptimizer:
         """Make it where that was decided, and return what is to be said of it, if anything."""
         if not self._made_by:
             return ""
+        before = list(fit.optimizers)
         with before_schedules() as given:
             if self._made_by != "optimizer" or self._optimizer is None:
                 run_configure_optimizers(fit, self.remaining)
             else:
                 trained = [p for p in fit.model.parameters() if p.requires_grad]
-                put_optimizer(fit, self._optimizer(trained))
+                put_optimizers(fit, [self._optimizer(trained)])
+        missing = left_out(before, fit.optimizers)
+        if is_kept := bool(missing) and self._made_by == _COSINE:
+            put_optimizers(fit, before)
+        elif missing:
+            rank_zero_warn(
+                f"configure_optimizers, run again for fine-tuning, leaves out {missing:,} parameters that were trained"
+                " until now (a group that was added later): they are not trained any more. Return them from"
+                " configure_optimizers too, or leave out lr and optimizer."
+            )
+        # A module may return the same one again.
+        forget_states(one for one in before if any(one is other for other in fit.optimizers))
         if self._made_by == _RESTART:
             return ""
         if self._made_by == _COSINE:
-            return self._fall_to_zero(fit, given)
+            return self._fall_to_zero(fit, given, is_kept=is_kept)
         optimizer = fit.optimizers[0]
         forget_schedule(optimizer, given, self._lr)
         _check_rates(optimizer)
@@ -175,18 +190,34 @@ class FreshOptimizer:
         put_schedules(fit, schedules, "epoch")
         return ""
 
-    def _fall_to_zero(self, fit: RunningFit, given: Mapping[int, Mapping[str, Any]]) -> str:
-        """Schedule a fresh optimizer, and return a sentence that says so."""
+    def _fall_to_zero(self, fit: RunningFit, given: Mapping[int, Mapping[str, Any]], *, is_kept: bool) -> str:
+        """Schedule a fresh optimizer, or one that is kept without its state, and return a sentence that says so."""
         replaced = {type(config.scheduler).__name__ for config in fit.schedules}
         peaks = self.peaks.of(fit.optimizers)
         put_schedules(fit, fall_to_zero(fit.optimizers, given, peaks, cosine(fit, *self._since)), "step")
         if not peaks:
             return ""
         instead = f", in place of {' and '.join(sorted(replaced))}" if replaced else ""
+        made = "Reran configure_optimizers, since the optimizer state belongs to the old weights."
+        if is_kept:
+            made = (
+                "The optimizer begins anew, since its state belongs to the old weights, with all of its parameter"
+                " groups (configure_optimizers leaves out some that were added later)."
+            )
         return (
-            "Reran configure_optimizers, since the optimizer state belongs to the old weights. The learning rate"
-            f" follows a cosine from {max(max(rates) for rates in peaks):.3g} to zero at the end of the"
-            f" fit{instead}.{_planned_in_words(fit)}"
+            f"{made} The learning rate follows a cosine from {max(max(rates) for rates in peaks):.3g} to zero at the"
+            f" end of the fit{instead}.{_planned_in_words(fit)}"
+        )
+
+    def check_used(self, fit: RunningFit, optimizer: Optimizer) -> None:
+        """Warn once where a step is made with an optimizer that was replaced. Call before each step."""
+        if not self._made_by or self._has_warned or any(optimizer is one for one in fit.optimizers):
+            return
+        self._has_warned = True
+        rank_zero_warn(
+            "training_step uses an optimizer that was made before fine-tuning began, and was replaced then: the"
+            " learning rate and schedule of fine-tuning do not apply to it. Call self.optimizers() in training_step in"
+            " place of an optimizer that is kept from before."
         )
 
     def load_groups(self, states: Iterable[Mapping[str, Any]]) -> None:

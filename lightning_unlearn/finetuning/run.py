@@ -158,9 +158,12 @@ class Finetuning:
             self.starting.remember(fit, batch_idx, is_wanted=self.may_start_later(fit))
             self.fresh.see(fit.optimizers)
 
-    def before_backward(self, loss: Tensor) -> None:
+    def before_backward(self, fit: FitContext, loss: Tensor) -> None:
         """Call before the backward pass of a step."""
         self.loader.before_backward(loss)
+        if fit.step == 0 and not self.is_active and self.starting.may_move:
+            # What only training_step calls may be made lazily by its first forward pass.
+            self.starting.remember(fit, 0, is_wanted=self.may_start_later(fit))
 
     def after_backward(self, fit: FitContext) -> None:
         """Call after the backward pass of a step."""

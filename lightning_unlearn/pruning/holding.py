@@ -69,6 +69,11 @@ class HeldEntries:
         if self._pruning is not None:
             self._pruning.zero_parameters()
 
+    def zero_all(self, fit: FitContext) -> None:
+        """Set the entries to zero, in averages of the weights too."""
+        self.zero_parameters()
+        silence_copies(fit, self._entries)
+
     def watch(self, optimizer: Optimizer, beside: Iterable[Optimizer]) -> None:
         """Zero the entries of gradients now, and the parameters' after each step of the optimizer."""
         if self._pruning is not None:

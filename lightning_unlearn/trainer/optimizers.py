@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
@@ -29,9 +30,9 @@ def run_configure_optimizers(fit: RunningFit, remaining: int | None) -> None:
         fit.trainer.strategy.setup_optimizers(fit.trainer)
 
 
-def put_optimizer(fit: RunningFit, optimizer: Optimizer) -> None:
-    """Replace the optimizers by one."""
-    fit.trainer.strategy.optimizers = [optimizer]
+def put_optimizers(fit: RunningFit, optimizers: Sequence[Optimizer]) -> None:
+    """Replace the optimizers."""
+    fit.trainer.strategy.optimizers = list(optimizers)
 
 
 def put_schedules(fit: RunningFit, schedules: Sequence[LRScheduler], interval: str) -> None:
@@ -47,14 +48,41 @@ def put_schedules(fit: RunningFit, schedules: Sequence[LRScheduler], interval: s
 
 
 def keep_optimizers(fit: RunningFit) -> Callable[[], None]:
-    """Return a function that puts the optimizers and schedules back that there are now."""
+    """Return a function that puts the optimizers and schedules back that there are now, with what they remember."""
     strategy = fit.trainer.strategy
     optimizers, schedules = strategy.optimizers, strategy.lr_scheduler_configs
+    held = [(one, one.state, [dict(group) for group in one.param_groups]) for one in optimizers]
 
     def put_back() -> None:
         strategy.optimizers, strategy.lr_scheduler_configs = optimizers, schedules
+        for one, state, groups in held:
+            one.state = state
+            for group, before in zip(one.param_groups, groups, strict=True):
+                group.clear()
+                group.update(before)
 
     return put_back
+
+
+def forget_states(optimizers: Iterable[Optimizer]) -> None:
+    """Have optimizers begin as if they had made no step."""
+    for one in optimizers:
+        one.state = _first_state(one)
+
+
+def _first_state(optimizer: Optimizer) -> Any:
+    # Some have one from the start, as Adagrad.
+    try:
+        return type(optimizer)([dict(group) for group in optimizer.param_groups]).state  # type: ignore[call-arg]
+    except (TypeError, ValueError):
+        return defaultdict(dict)
+
+
+def left_out(before: Iterable[Optimizer], now: Iterable[Optimizer]) -> int:
+    """Return how many trained parameters some optimizers have and others lack, as elements of tensors."""
+    held = {id(parameter) for one in now for group in one.param_groups for parameter in group["params"]}
+    trained = {id(p): p for one in before for group in one.param_groups for p in group["params"] if p.requires_grad}
+    return sum(parameter.numel() for key, parameter in trained.items() if key not in held)
 
 
 def steps_needed(fit: RunningFit, epochs: int) -> int:

@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+import warnings
 from functools import partial
 
 import lightning as L
@@ -374,6 +375,127 @@ def test_where_no_rate_can_be_planned_the_own_schedule_starts_anew(caplog, manua
     assert any(said in line for line in caplog.messages)
     assert watch.rates[AT][0] == [0.04, 0.02]
     assert watch.optimizers[AT - 1][0] is not watch.optimizers[AT][0]
+
+
+class Steps(L.Callback):
+    """How many steps the optimizers remember, and how many parameters they have, when fine-tuning begins."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if (trainer.current_epoch, batch_idx) == (AT, 0):
+            self.made = [float(state.get("step", 0)) for one in trainer.optimizers for state in one.state.values()]
+            self.held = sum(len(group["params"]) for one in trainer.optimizers for group in one.param_groups)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.Adagrad])
+def test_an_optimizer_that_the_module_returns_again_forgets_the_old_weights(optimizer):
+    class Cached(Toy):
+        made = None
+
+        def configure_optimizers(self):
+            self.made = self.made or optimizer(self.parameters(), 0.01)
+            return self.made
+
+    steps, watch, moments = Steps(), Rates(), Moments()
+    fit(Cached(), BlobsData(Blobs(101)), [*trio(AT, finetune={"warm_start": "shrink"}), steps, watch, moments])
+    assert not any(steps.made)
+    assert watch.rates[AT][0] == [0.01]
+
+
+def test_groups_that_were_added_later_are_trained_on(caplog):
+    class Unfreezes(Toy):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.net[4:].parameters(), 0.05)
+
+        def on_train_epoch_start(self):
+            if self.current_epoch == 1:
+                self.optimizers().add_param_group({"params": list(self.net[:4].parameters()), "lr": 0.02})
+
+    steps, watch, moments = Steps(), Rates(), Moments()
+    callbacks = [*trio(AT, finetune={"warm_start": "shrink"}), steps, watch, moments]
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
+        fit(Unfreezes(), BlobsData(Blobs(101)), callbacks)
+    assert (steps.held, watch.rates[AT][0]) == (10, [0.05, 0.02])
+    assert not moments.begun[AT]["net.0.weight"].equal(moments.ended[AT]["net.0.weight"])
+    assert any("with all of its parameter groups" in line for line in caplog.messages)
+
+
+def test_parameters_that_a_fresh_optimizer_leaves_out_are_named():
+    class Unfreezes(Toy):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.net[4:].parameters(), 0.05)
+
+        def on_train_epoch_start(self):
+            if self.current_epoch == 1:
+                self.optimizers().add_param_group({"params": list(self.net[:4].parameters()), "lr": 0.02})
+
+    with pytest.warns(UserWarning, match="leaves out 608 parameters that were trained until now"):
+        fit(Unfreezes(), BlobsData(Blobs(101)), trio(AT, finetune={"warm_start": "shrink", "lr": 0.01}))
+
+
+@pytest.mark.parametrize("lr", [None, 0.001])
+def test_a_module_that_keeps_an_optimizer_from_before_is_told(lr):
+    class Keeps(Toy):
+        def on_train_start(self):
+            self.kept = self.optimizers()
+
+        def training_step(self, batch):
+            self.kept.zero_grad()
+            self.manual_backward(torch.nn.functional.cross_entropy(self(batch[0]), batch[1]))
+            self.kept.step()
+
+    callbacks = trio(AT, finetune={"warm_start": "shrink", "lr": lr})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(Keeps(manual=True), BlobsData(Blobs(101)), callbacks)
+    assert sum("training_step uses an optimizer that was made before" in str(one.message) for one in caught) == 1
+
+
+def test_after_a_failure_a_kept_optimizer_has_its_state():
+    class Cached(Toy):
+        made = None
+
+        def configure_optimizers(self):
+            self.made = self.made or torch.optim.Adam(self.parameters(), 0.01)
+            return self.made
+
+        def named_parameters(self, *args, **kwargs):
+            # When the optimizer has been made anew, as the first thing of moving weights.
+            if self.made and self.trainer.current_epoch == AT and not self.made.state:
+                raise Halts
+            return super().named_parameters(*args, **kwargs)
+
+    module = Cached()
+    with pytest.raises(Halts):
+        fit(module, BlobsData(Blobs(101)), trio(AT, prune=None, finetune={"warm_start": "shrink"}))
+    assert len(module.made.state) == 10
+
+
+def test_what_only_training_makes_lazily_has_its_own_start():
+    class Auxiliary(Toy):
+        def __init__(self):
+            super().__init__(optimizer=lambda module: torch.optim.SGD(module.parameters(), 0.05))
+            self.aux, self.seen = torch.nn.LazyLinear(4), {}
+
+        def training_step(self, batch):
+            (x, y), loss = batch, torch.nn.functional.cross_entropy
+            total = loss(self(x), y) + loss(self.aux(x), y)
+            if self.global_step == 0:
+                self.seen["start"] = self.aux.weight.detach().clone()
+            if self.current_epoch == AT:
+                self.seen.setdefault("after", self.aux.weight.detach().clone())
+            return total
+
+    module = Auxiliary()
+    fit(module, BlobsData(Blobs(101)), trio(AT, finetune={"warm_start": "start"}))
+    assert module.seen["after"].equal(module.seen["start"])
+
+
+def test_pruned_neurons_are_zero_in_moved_averages_at_once():
+    looks = Looks(Ema())
+    (_, prune, _), _, _ = run({"warm_start": "shrink"}, prune=PRUNES, others=[looks.at, looks])
+    assert looks.at.ema[4].weight.shape == looks.seen["after"][4].shape
+    assert len(pruned := prune.mask.pruned_indices())
+    assert not looks.seen["after"][4][pruned].any()
 
 
 class OwnSchedule:

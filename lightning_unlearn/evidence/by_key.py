@@ -62,7 +62,7 @@ class KeyedEvidence:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets all samples."""
+        """Forget all samples."""
         self._own: dict[Any, int] = {}
         # (R, 4), see :func:`_of_step`; of few classes it is empty.
         self.latest = torch.zeros(0, 4)
@@ -71,7 +71,7 @@ class KeyedEvidence:
         self.drop()
 
     def drop(self) -> None:
-        """Forgets what was noted since the last exchange."""
+        """Forget what was noted since the last exchange."""
         self._slots: dict[Any, int] = {}
         self._noted: list[tuple[Tensor, Tensor]] = []
         self._labels: list[tuple[Tensor, Tensor]] = []
@@ -89,11 +89,11 @@ class KeyedEvidence:
         return self._epochs
 
     def slots(self, keys: Sequence[Key]) -> Tensor:
-        """(B,) int64, by which number each key of a batch is noted in this epoch."""
+        """Return (B,) int64, by which number each key of a batch is noted in this epoch."""
         return torch.tensor([self._slots.setdefault(key, len(self._slots)) for key in keys], dtype=torch.int64)
 
     def note(self, trajectory: TrainingDynamics, index: Tensor, logits: Tensor, label: Tensor) -> None:
-        """Notes rows of training steps.
+        """Note rows of training steps.
 
         Args:
             trajectory: knows what is kept of a row.
@@ -108,11 +108,11 @@ class KeyedEvidence:
             self._latest.append((index, _of_step(trajectory, logits.float(), label).cpu()))
 
     def place(self, slots: Tensor, position: float) -> None:
-        """Notes in which batch of the epoch samples were drawn."""
+        """Note in which batch of the epoch samples were drawn."""
         self._places.append((slots, position))
 
     def labels(self, count: int | None = None) -> tuple[Tensor, int, str]:
-        """The label of each row noted in this epoch, (count,); how many differ from one before; and one, in words."""
+        """Return the label of each row of this epoch, (count,); how many differ from one before; and one, in words."""
         if count is None:
             count = max((int(index.max()) + 1 for index, _ in self._labels if len(index)), default=0)
         label, differ, example = torch.full((count,), -1), 0, ""
@@ -130,7 +130,7 @@ class KeyedEvidence:
         return label, differ, example
 
     def hand_over(self, trajectory: TrainingDynamics, rows: int, ranks: Ranks) -> EpochOfKeys:
-        """Brings what was noted to the owners of the keys. Every rank must call it, once an epoch.
+        """Bring what was noted to the owners of the keys. Every rank must call it, once an epoch.
 
         Args:
             trajectory: takes what is of this rank's own samples, as not merged yet.
@@ -170,7 +170,7 @@ class KeyedEvidence:
         return EpochOfKeys(rows_read, distinct, again, known, relabeled, example)
 
     def _positions(self, count: int) -> Tensor:
-        """(count,) uint8, how much of the epoch had passed when each was drawn last."""
+        """Return (count,) uint8, how much of the epoch had passed when each was drawn last."""
         found = torch.ones(count, dtype=torch.uint8)
         batches = max((position for _, position in self._places), default=0) + 1
         for slots, position in self._places:
@@ -187,7 +187,7 @@ class KeyedEvidence:
         latest: Tensor,
         position: Tensor,
     ) -> tuple[int, str]:
-        """Takes what a rank has seen of samples that are this rank's own; see :meth:`labels`."""
+        """Take what a rank has seen of samples that are this rank's own; see :meth:`labels`."""
         if not keys:
             return 0, ""
         number = torch.tensor([self._own.setdefault(key, len(self._own)) for key in keys])
@@ -208,7 +208,7 @@ class KeyedEvidence:
         return len(other), example
 
     def padded(self, trajectory: TrainingDynamics, rows: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
-        """This rank's own samples, as many as on every other: (n,) int64, and (n,) 0 for what only pads them.
+        """Return this rank's own samples, padded to as many as on every other: (n,) int64, and (n,) 0 for padding.
 
         Every rank must call it.
 
@@ -225,7 +225,7 @@ class KeyedEvidence:
         return padded.clamp(max=max(own - 1, 0)), (padded < own).float()
 
     def share(self, trajectory: TrainingDynamics, rows: int, ranks: Ranks) -> tuple[RankShare, tuple[Any, ...]]:
-        """This rank's own samples, and the keys of all, in ascending order. Every rank must call it.
+        """Return this rank's own samples, and the keys of all in ascending order. Every rank must call it.
 
         Args:
             trajectory: of its own samples.
@@ -265,7 +265,7 @@ class KeyedEvidence:
         return {"layer": self.layer, "epochs": self._epochs, "whole": whole, "parts": [one for one in parts if one]}
 
     def load_state_dict(self, state: dict[str, Any], ranks: Ranks) -> TrainingDynamics | None:
-        """Takes what is this rank's own of what :meth:`state_dict` described, of however many ranks.
+        """Take this rank's own part of what :meth:`state_dict` returned on any number of ranks.
 
         Returns:
             its trajectory; None where nothing was gathered.
@@ -293,14 +293,14 @@ class KeyedEvidence:
 
 
 def _rows_of(samples: Tensor, rows: int) -> Tensor:
-    """(n L,) int64, where the L rows of each sample lie."""
+    """Return (n L,) int64, where the L rows of each sample lie."""
     return (samples.unsqueeze(1) * rows + torch.arange(rows)).flatten()
 
 
 def last_seen(
     trajectory: TrainingDynamics, rows: Tensor, index: Tensor, latest: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """What a pass over the samples would have shown last, as the last part of training in which each was drawn did.
+    """Return what a pass would have shown last, from the last part of training in which each sample was drawn.
 
     Args:
         trajectory: of training steps.
@@ -339,7 +339,7 @@ def _of_step(trajectory: TrainingDynamics, logits: Tensor, label: Tensor) -> Ten
 
 
 def _latest(phases: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
-    """(n, r), of the last phase in which each was drawn; NaN where in none."""
+    """Return (n, r), of the last phase in which each was drawn; NaN where in none."""
     last = torch.full(shape, torch.nan)
     for phase in phases:
         last = torch.where(phase.isfinite(), phase, last)

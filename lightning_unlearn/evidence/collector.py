@@ -66,7 +66,7 @@ class EvidenceCollector:
         return reader
 
     def reset(self) -> None:
-        """Forgets an earlier fit."""
+        """Forget an earlier fit."""
         self.point: LayerPoint | None = None
         self.early: LayerPoint | None = None
         self.task_format.forget()
@@ -80,21 +80,21 @@ class EvidenceCollector:
         self.label_watch.detach()
 
     def forget_epochs(self) -> None:
-        """Forgets of which epochs there is evidence."""
+        """Forget of which epochs there is evidence."""
         self.epochs_seen: list[int] = []
         self.early_epochs = EarlyEpochs()
         self.when.forget()
         self.by_index.drop()
 
     def detach(self) -> None:
-        """Takes all hooks off the model and the loaders."""
+        """Take all hooks off the model and the loaders."""
         self.reader.detach()
         self.label_watch.detach()
         self.validation_watch.detach()
         self.by_index.ranks = None
 
     def close(self, *, forever: bool) -> None:
-        """Reads no more training steps, as the first partition is computed; keeps no evidence if none is to follow."""
+        """Read no more training steps, as the first partition is computed; keep no evidence if none is to follow."""
         self.is_closed = True
         if forever:
             self.trajectory, self.features = None, FrozenFeatures()
@@ -121,7 +121,7 @@ class EvidenceCollector:
         return self.trajectory
 
     def is_pass_due(self, epoch: int) -> bool:
-        """Whether there is to be a pass before the first partition, when ``epoch`` epochs are complete."""
+        """Return whether there is to be a pass before the first partition, when ``epoch`` epochs are complete."""
         if epoch < 1:
             return False
         if self.when.is_due(epoch):
@@ -129,11 +129,11 @@ class EvidenceCollector:
         return self.recipe.averages and epoch not in self.epochs_seen
 
     def is_before_the_first(self, epoch: int) -> bool:
-        """Whether no partition is to be computed yet; one of a checkpoint may be older than ``at_epoch``."""
+        """Return whether no partition is to be computed yet; one of a checkpoint may be older than ``at_epoch``."""
         return not self.is_closed and not self.when.is_due(epoch)
 
     def start(self, fit: FitContext, trace: ForwardTrace, first: IndexedBatch, *, is_before: bool) -> None:
-        """Starts to gather, before the first step.
+        """Start to gather, before the first step.
 
         Args:
             fit: that begins.
@@ -179,7 +179,7 @@ class EvidenceCollector:
         )
 
     def _rehearse_pass(self, fit: FitContext, trace: ForwardTrace, first: IndexedBatch) -> None:
-        """Tries what the passes over the training set do."""
+        """Try what the passes over the training set do."""
         if self.asks_unseen:
             self.features.start(fit, trace, first)
         if self.task_format.task != "multilabel":
@@ -187,7 +187,7 @@ class EvidenceCollector:
                 self._attributor(fit).check_first_rows(first.x, first.label.clamp(min=0), rows=self.recipe.needs_rows)
 
     def start_reading(self, fit: FitContext, trace: ForwardTrace, data: Recognized | None, first: IndexedBatch) -> None:
-        """Starts to read training steps, or says why not.
+        """Start to read training steps, or say why not.
 
         Args:
             fit: that begins.
@@ -226,7 +226,7 @@ class EvidenceCollector:
         )
 
     def say_what_is_lost(self) -> None:
-        """Says once that a checkpoint lacks what the training steps of an epoch that had not ended have shown."""
+        """Say once that a checkpoint lacks what the training steps of an epoch that had not ended have shown."""
         if not self.is_closed and self.reader.left_open:
             rank_zero_info(
                 "The checkpoint was written before an epoch had ended and lacks the evidence of its training"
@@ -237,7 +237,7 @@ class EvidenceCollector:
         self.reader.left_open = False
 
     def observe(self, index: Tensor, logits: Tensor, label: Tensor) -> None:
-        """Takes rows of the training steps.
+        """Take rows of the training steps.
 
         Args:
             index: (B,) int64 on the CPU.
@@ -248,7 +248,7 @@ class EvidenceCollector:
             self.by_index.note(self.trajectory, index, logits, label)
 
     def forget(self) -> None:
-        """Drops what the training steps showed: it cannot be trusted."""
+        """Drop what the training steps showed: it cannot be trusted."""
         self.forget_epochs()
         if self.trajectory is not None:
             self.trajectory.forget()
@@ -268,7 +268,7 @@ class EvidenceCollector:
             self.reader.start_batch(fit, batch, min(batch_idx / batches, 0.999) if batches else 0.0)
 
     def label_field(self, fit: FitContext, *, trained: bool) -> Path | None:
-        """Another field of the batch, which the loss follows: all begins again with the labels from there.
+        """Return another field of the batch, which the loss follows: all begins again with the labels from there.
 
         None as long as there is none. Call after a step's backward pass and before the weights change; every rank must.
         """
@@ -300,13 +300,13 @@ class EvidenceCollector:
             self.epochs_seen.append(fit.epoch + 1)
 
     def _note_validation(self, fit: FitContext) -> None:
-        """Notes how validation has gone, until the partition."""
+        """Note how validation has gone, until the partition."""
         if not self.is_closed and (self.when.is_open or self.validation_watch.is_on):
             shown = self.validation_watch.result(fit.monitored, fit.reduce)
             self.when.note(fit.epoch + 1, **shown)
 
     def looks_early(self, epoch: int) -> bool:
-        """Whether the training steps of the ``epoch``-th epoch are looked at by themselves."""
+        """Return whether the training steps of the ``epoch``-th epoch are looked at by themselves."""
         return self.asks_unseen and not self.when.is_due(epoch - 1) and self.early_epochs.is_due(epoch)
 
     def _hand_over(self, fit: FitContext) -> bool:
@@ -338,7 +338,7 @@ class EvidenceCollector:
         self._ask_positions(epoch + 1)
 
     def merge(self, fit: FitContext, epoch: int, rows: int) -> int:
-        """Adds what this rank observed in an epoch, and returns how many rows that all ranks observed are finite."""
+        """Add what this rank observed in an epoch, and return how many rows that all ranks observed are finite."""
         trajectory, reduce = self.in_use, fit.reduce
         left_out, total = (int(x) for x in reduce(torch.tensor([trajectory.rows_left_out, rows]).double()).tolist())
         phase, width = self.when.phase(epoch)
@@ -349,7 +349,7 @@ class EvidenceCollector:
         return total - left_out
 
     def check_steps(self, fit: FitContext) -> None:
-        """Drops what the training steps showed if it were not the logits, as where an adapter has grown beside."""
+        """Drop what the training steps showed if it were not the logits, as where an adapter has grown beside."""
         if not self.reader.is_reading:
             return
         trace, _ = fit.probe()
@@ -371,7 +371,7 @@ class EvidenceCollector:
         return make_attributor(fit, self.point, self.recipe.attribution_method, watch)
 
     def evidence_pass(self, fit: FitContext, *, is_last: bool, features: FrozenFeatures | None = None) -> ScoringPass:
-        """A pass that is not run yet.
+        """Return a pass that is not run yet.
 
         Args:
             fit: that is running.
@@ -385,7 +385,7 @@ class EvidenceCollector:
         return ScoringPass(fit, attributor, self.in_use, is_last, self.recipe.needs_rows, early, features, total=total)
 
     def pass_over(self, fit: FitContext) -> tuple[dict[str, Tensor], set[int]]:
-        """Passes over this rank's share of the training set.
+        """Pass over this rank's share of the training set.
 
         Returns:
             what the pass showed, see :meth:`ScoringPass.run`, and the indices that the data set gives as None.
@@ -398,12 +398,12 @@ class EvidenceCollector:
         return found.run(), found.absent
 
     def with_unseen(self, fit: FitContext, evidence: Evidence, accuracy: float | None) -> Evidence:
-        """The evidence with what was said of labels that were not learned; ``accuracy`` is that of validation."""
+        """Return the evidence with what was noted of labels not learned; ``accuracy`` is that of validation."""
         unseen = OutOfSample(self.early_epochs.rate, self.early_epochs.drawn, accuracy)
         return self.features.added_to(replace(evidence, unseen=unseen), fit.reduce)
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and primitives."""
+        """Return the state as tensors and primitives."""
         return {
             "epochs_seen": list(self.epochs_seen),
             "trajectory": self._trajectory_state(),
@@ -418,7 +418,7 @@ class EvidenceCollector:
         return None if self.trajectory is None else self.by_index.state_dict(self.trajectory)
 
     def load_state_dict(self, state: dict[str, Any], *, is_closed: bool, is_fit: bool) -> None:
-        """Takes over what :meth:`state_dict` described.
+        """Take over what :meth:`state_dict` described.
 
         Args:
             state: of a checkpoint.

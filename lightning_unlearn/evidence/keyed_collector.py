@@ -75,7 +75,7 @@ class KeyedCollector(EvidenceCollector):
 
     @override
     def _take_up(self, fit: FitContext) -> None:
-        """Has been done when training started; see :meth:`take_up`."""
+        """Do nothing: it was done when training started; see :meth:`take_up`."""
 
     @override
     def _rehearse_pass(self, fit: FitContext, trace: ForwardTrace, first: IndexedBatch) -> None: ...

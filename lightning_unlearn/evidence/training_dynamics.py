@@ -38,7 +38,7 @@ PHASES = 4
 
 
 def class_coordinates(num_classes: int) -> Tensor:
-    """An orthonormal basis of what logits mean: their differences, as adding a constant to all changes nothing.
+    """Return an orthonormal basis of what logits mean: their differences, as adding a constant to all changes nothing.
 
     Args:
         num_classes: C.
@@ -165,7 +165,7 @@ class TrainingDynamics:
             self._held[:-1] = False
 
     def _find_classes(self, reduce: Reduce) -> bool:
-        """Looks which classes occur, where soft margins are kept. Every rank must call it.
+        """Look which classes occur, where soft margins are kept. Every rank must call it.
 
         Returns:
             whether what was observed since the last merge is not to be kept, but for its scores.
@@ -183,7 +183,7 @@ class TrainingDynamics:
         return is_narrower
 
     def grow(self, total: int) -> None:
-        """Makes room for samples that were not known yet, behind the others.
+        """Make room for samples that were not known yet, behind the others.
 
         Args:
             total: how many there are now.
@@ -201,14 +201,14 @@ class TrainingDynamics:
         return self._scores.shape[0]
 
     def of_others(self, total: int) -> TrainingDynamics:
-        """An empty one of other samples, ``total`` of them, with coordinates of the same classes."""
+        """Return an empty one of other samples, ``total`` of them, with coordinates of the same classes."""
         other = TrainingDynamics(total, self.num_classes)
         if len(self._classes):
             other._take_classes(self._classes)
         return other
 
     def coordinates(self, logits: Tensor) -> Tensor:
-        """Logits in the coordinates ``basis``, (B, r) float32.
+        """Return logits in the coordinates ``basis``, (B, r) float32.
 
         Args:
             logits: (B, C).
@@ -218,13 +218,13 @@ class TrainingDynamics:
             return logits.float() @ self.basis.to(logits.device)
 
     def _margins(self, logits: Tensor, label: Tensor, expected: Tensor | None = None) -> Tensor:
-        """(B, K) soft margins of (B, C) logits against the classes that occur; (B, 0) where none are kept."""
+        """Return (B, K) soft margins of (B, C) logits against the classes that occur; (B, 0) where none are kept."""
         if not self.has_margins:
             return logits.new_zeros(len(logits), 0)
         return soft_margins(logits, label, rivals=self._classes if len(self._classes) else None, expected=expected)
 
     def of_last_pass(self, logits: Tensor, label: Tensor) -> dict[str, Tensor]:
-        """What is to be noted of rows of the last pass: the coordinates as ``last``; with soft margins also these.
+        """Return what to note of rows of the last pass: the coordinates as ``last``, and soft margins if kept.
 
         Args:
             logits: (B, C).
@@ -237,7 +237,7 @@ class TrainingDynamics:
         return found
 
     def observe(self, index: Tensor, logits: Tensor, label: Tensor, margin: Tensor | None = None) -> None:
-        """Takes rows of a pass, but for those that are not finite: one such step would outlast all others in a sum.
+        """Take rows of a pass, but for those that are not finite: one such step would outlast all others in a sum.
 
         Args:
             index: (B,) int64, the rows of the samples; the same may come twice.
@@ -249,7 +249,7 @@ class TrainingDynamics:
         self.add(*self.described(index, logits, label, margin))
 
     def add(self, index: Tensor, rows: Tensor) -> None:
-        """Adds what :meth:`described` has made of rows.
+        """Add what :meth:`described` has made of rows.
 
         Args:
             index: (B,) int64.
@@ -270,7 +270,7 @@ class TrainingDynamics:
     def described(
         self, index: Tensor, logits: Tensor, label: Tensor, margin: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """What is kept of rows; see :meth:`observe`.
+        """Return what is kept of rows; see :meth:`observe`.
 
         Returns:
             the indices of those that are finite, and (B, W) of these, on the CPU, which sums are made of.
@@ -290,7 +290,7 @@ class TrainingDynamics:
         return index, rows
 
     def fresh(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """What was observed of some samples since the last merge.
+        """Return what was observed of some samples since the last merge.
 
         Args:
             index: (n,) int64.
@@ -306,14 +306,14 @@ class TrainingDynamics:
         return found[:, :-1] / count.where(count > 0, torch.nan).unsqueeze(1), count
 
     def expected(self, reduce: Reduce) -> Tensor:
-        """(C,) float64, how often each class was expected since the last merge, where soft margins are kept.
+        """Return (C,) float64, how often each class was expected since the last merge, where soft margins are kept.
 
         Every rank must call it.
         """
         return reduce(self._expected)
 
     def merge(self, phase: int | None, reduce: Reduce) -> None:
-        """Adds what was observed since the last merge to one phase. Every rank must call it.
+        """Add what was observed since the last merge to one phase. Every rank must call it.
 
         Args:
             phase: from 0 to ``PHASES - 1``; None for what belongs to none of them and only counts in the scores.
@@ -332,7 +332,7 @@ class TrainingDynamics:
         self.drop()
 
     def make_room(self, phase: int, width: int) -> int:
-        """Where the evidence of an epoch belongs, so that no later phase holds earlier epochs.
+        """Return where the evidence of an epoch belongs, so that no later phase holds earlier epochs.
 
         Args:
             phase: that it is to belong to.
@@ -349,12 +349,12 @@ class TrainingDynamics:
         return max([phase, *held])
 
     def margins(self) -> tuple[Tensor, Tensor]:
-        """The mean margin (N,) of all that was merged, and how often each sample was seen (N,)."""
+        """Return the mean margin (N,) of all that was merged, and how often each sample was seen (N,)."""
         count = self._scores[:, 0]
         return self._scores[:, 1] / count.clamp(min=1), count.clone()
 
     def agreement(self) -> Tensor:
-        """(2,) float64: of how many samples the label has led since the last merge; how many were observed.
+        """Return (2,) float64: of how many samples the label has led since the last merge; how many were observed.
 
         The margin is positive where the strongest class is the given label.
         """
@@ -363,7 +363,7 @@ class TrainingDynamics:
         return torch.stack([(margin[count > 0] > 0).sum(), (count > 0).sum()]).double()
 
     def drop(self) -> None:
-        """Forgets what was observed since the last merge, by a pass that did not reach its end."""
+        """Forget what was observed since the last merge, by a pass that did not reach its end."""
         if self._rests:
             self.rest()
         self._fresh.zero_()
@@ -371,7 +371,7 @@ class TrainingDynamics:
         self.rows_left_out = 0
 
     def forget(self) -> None:
-        """Forgets everything."""
+        """Forget everything."""
         self.drop()
         self._phases.zero_()
         self._scores.zero_()
@@ -380,7 +380,7 @@ class TrainingDynamics:
         self._epochs_each = 1
 
     def phases(self, index: Tensor) -> list[Tensor]:
-        """The mean class attributions of some samples over each phase of training that holds anything.
+        """Return the mean class attributions of some samples over each phase of training that holds anything.
 
         Args:
             index: (n,) int64.
@@ -391,7 +391,7 @@ class TrainingDynamics:
         return [rows[:, : self.basis.shape[1]] for rows in self._means(index)]
 
     def soft_margins(self, index: Tensor) -> list[Tensor]:
-        """Their mean soft margins likewise, (n, K) each; (n, 0) where none are kept."""
+        """Return their mean soft margins likewise, (n, K) each; (n, 0) where none are kept."""
         return [rows[:, self.basis.shape[1] :] for rows in self._means(index)]
 
     def _means(self, index: Tensor) -> list[Tensor]:
@@ -409,7 +409,7 @@ class TrainingDynamics:
         return {name: total / count.clamp(min=1) for name, total in zip(names, sums, strict=True)}
 
     def state_dict(self) -> dict[str, Any]:
-        """What was merged, and the labels."""
+        """Return what was merged, and the labels."""
         return {
             "num_classes": self.num_classes,
             "classes": self._classes.clone(),
@@ -439,7 +439,7 @@ class TrainingDynamics:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> TrainingDynamics:
-        """The trajectory that :meth:`state_dict` described."""
+        """Return the trajectory that :meth:`state_dict` described."""
         width, classes = state["phases"].shape[2] - 1, state.get("classes", torch.zeros(0, dtype=torch.int64))
         trajectory = cls(
             len(state["scores"]),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def runner_up_class(logits: Tensor, label: Tensor) -> Tensor:
-    """The strongest class other than the given one.
+    """Return the strongest class other than the given one.
 
     Args:
         logits: (B, C) with C >= 2.
@@ -37,7 +37,7 @@ def runner_up_class(logits: Tensor, label: Tensor) -> Tensor:
 
 
 def logit_difference(logits: Tensor, label: Tensor, other: Tensor | None = None) -> Tensor:
-    """Logit of one class minus that of another.
+    """Return the logit of one class minus that of another.
 
     Args:
         logits: (B, C).
@@ -56,7 +56,7 @@ def logit_difference(logits: Tensor, label: Tensor, other: Tensor | None = None)
 
 
 def label_margin(logits: Tensor, label: Tensor) -> Tensor:
-    """Logit of the given label minus the strongest other logit.
+    """Return the logit of the given label minus the strongest other logit.
 
     Args:
         logits: (B, C) with C >= 2.
@@ -73,7 +73,7 @@ def label_margin(logits: Tensor, label: Tensor) -> Tensor:
 
 
 def class_max_attribution(class_gradients: Tensor, activation: Tensor) -> Tensor:
-    """The paper's attribution (RLAP, step 2): ``|max_c g_c * z|``, the maximum taken on the gradient.
+    """Return the paper's attribution (RLAP, step 2): ``|max_c g_c * z|``, the maximum taken on the gradient.
 
     Args:
         class_gradients: (C, B, D, ...), gradient of each class's logit at the layer.
@@ -90,7 +90,7 @@ def class_max_attribution(class_gradients: Tensor, activation: Tensor) -> Tensor
 
 
 def neuron_magnitude(attribution: Tensor) -> Tensor:
-    """One magnitude per neuron.
+    """Return one magnitude per neuron.
 
     Args:
         attribution: (B, D, ...).

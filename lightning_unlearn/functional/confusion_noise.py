@@ -47,7 +47,7 @@ class _Likelihood:
         self.more.diagonal().add_(_OWN * given.sqrt())
 
     def sums(self, at: Tensor) -> tuple[Tensor, ...]:
-        """Log-likelihood and wrong labels (2,), derivatives in log-scale (J,) and bias (C,), and counts (C, C)."""
+        """Return log-likelihood and wrong labels (2,), derivatives in log-scale (J,), bias (C,), and counts (C, C)."""
         classes, groups = self.num_classes, self.groups
         scale, bias = at[:groups].exp(), at[groups : groups + classes]
         names = at[groups + classes :].reshape(classes, classes).softmax(1).T.contiguous()
@@ -69,7 +69,7 @@ class _Likelihood:
         return two, of_scale, of_bias, counts.reshape(classes, classes).T
 
     def parts(self, sums: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Views of what belongs together."""
+        """Return views of what belongs together."""
         at = [2, 2 + self.groups, 2 + self.groups + self.num_classes]
         two, of_scale, of_bias, counts = sums.tensor_split(at)
         return two, of_scale, of_bias, counts
@@ -86,7 +86,7 @@ class _Likelihood:
 
 
 def asks_of_confusion(classes: int, samples: float) -> bool:
-    """Whether so many samples tell how so many classes are taken for each other."""
+    """Return whether so many samples tell how so many classes are taken for each other."""
     return 2 < classes <= MOST_CLASSES and samples >= LEAST_EACH * classes * classes
 
 
@@ -99,7 +99,7 @@ def confusion_rate(
     group: Tensor | None = None,
     reduce: Reduce = no_reduce,
 ) -> tuple[float, float]:
-    """How many more labels are wrong than by blind errors.
+    """Return how many more labels are wrong than by blind errors.
 
     Args:
         score: (n, C), log-probabilities up to a temperature and what is added to all classes, that have not seen the

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def helmert(num_classes: int) -> Tensor:
-    """Helmert's orthonormal basis (C, C - 1) of all differences between classes, float32.
+    """Return Helmert's orthonormal basis (C, C - 1) of all differences between classes, float32.
 
     Example:
         >>> helmert(2)
@@ -18,7 +18,7 @@ def helmert(num_classes: int) -> Tensor:
 
 
 def times_helmert(matrix: Tensor) -> Tensor:
-    """The product (C, r) of Helmert's basis (C, C - 1) with a matrix (C - 1, r), without the former.
+    """Return the product (C, r) of Helmert's basis (C, C - 1) with a matrix (C - 1, r), without the former.
 
     Its column j is 1 in the first j rows and -j in the one below, over its norm.
     """

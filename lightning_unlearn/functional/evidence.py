@@ -17,7 +17,7 @@ _MOST_NUMBERS = 2**22
 
 
 def label_confidence(margin: Tensor) -> Tensor:
-    """How strongly the given label is supported against the strongest other, between 0 and 1.
+    """Return how strongly the given label is supported against the strongest other, between 0 and 1.
 
     The logistic function of the margin: the probability of the given label if only these two were possible. Margins are
     averaged over training in this form, because they grow as a network memorizes, without bound; as they are, the last
@@ -46,7 +46,7 @@ def confident_disagreement(
     share: float = 0.25,
     reduce: Reduce = no_reduce,
 ) -> float:
-    """How often the most confident samples of each group disagree.
+    """Return how often the most confident samples of each group disagree.
 
     Args:
         log_odds: (n,), how confident a sample is.

@@ -35,7 +35,7 @@ class GaussianMixture:
     converged: bool = False
 
     def log_prob(self, rows: Tensor) -> Tensor:
-        """Log of weight x density of each component.
+        """Return the log of weight x density of each component.
 
         Args:
             rows: (n, D).
@@ -58,7 +58,7 @@ class GaussianMixture:
         return torch.stack(out, dim=1)
 
     def posterior(self, rows: Tensor) -> Tensor:
-        """Probability of each component.
+        """Return the probability of each component.
 
         Args:
             rows: (n, D).
@@ -70,7 +70,7 @@ class GaussianMixture:
         return torch.cat(chunks) if chunks else rows.new_zeros(0, 2, dtype=torch.float64)
 
     def posterior_monotone(self, rows: Tensor, component: int) -> Tensor:
-        """Probability of one component of a one-dimensional mixture, made monotone in the data.
+        """Return the probability of one component of a one-dimensional mixture, made monotone in the data.
 
         With unequal variances the wider component wins in *both* tails, so that the strongest evidence for one side
         would count for the other. The log-odds are a parabola; past its vertex, on the side where it turns back, they
@@ -124,7 +124,7 @@ class Coordinates:
         return self.matrix[0] is self.matrix[1]
 
     def of(self, x: Tensor, out: Tensor) -> Tensor:
-        """The coordinates (2, n, D) of rows (n, D), written to ``out``."""
+        """Return the coordinates (2, n, D) of rows (n, D), written to ``out``."""
         first, second = (self.mean[k].to(x.dtype) @ self.matrix[k] for k in range(2))
         torch.mm(x, self.matrix[0], out=out[0])
         if self.shared:
@@ -135,14 +135,14 @@ class Coordinates:
         return out
 
     def log_prob(self, z: Tensor, scratch: Tensor) -> Tensor:
-        """Log of weight x density of each component, (n, 2) float64; ``scratch`` (n, D) is written to."""
+        """Return the log of weight x density of each component, (n, 2) float64; ``scratch`` (n, D) is written to."""
         scale = self.variance.reciprocal().to(z.dtype)
         distance = torch.stack([torch.mul(z[k], z[k], out=scratch) @ scale[k] for k in range(2)], dim=1)
         return self.log_scale - 0.5 * (distance.double() + z.shape[2] * math.log(2 * math.pi))
 
 
 def _separate(mixture: GaussianMixture) -> Coordinates:
-    """Coordinates of its own for each component, in float64: right for any two covariances that can be factorized."""
+    """Return coordinates for each component, in float64: right for any two covariances that can be factorized."""
     factor = torch.linalg.cholesky(mixture.covariance)
     identity = torch.eye(factor.shape[1], dtype=factor.dtype, device=factor.device)
     matrix = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False).mT.contiguous()
@@ -152,7 +152,7 @@ def _separate(mixture: GaussianMixture) -> Coordinates:
 
 
 def _shared(mixture: GaussianMixture, dtype: torch.dtype) -> Coordinates | None:
-    """Coordinates in which both covariances are diagonal and their weighted sum is the identity.
+    """Return coordinates in which both covariances are diagonal and their weighted sum is the identity.
 
     One product instead of two then serves both components. None where one of them is so narrow against the other that
     its variance would be lost.
@@ -173,14 +173,14 @@ def _shared(mixture: GaussianMixture, dtype: torch.dtype) -> Coordinates | None:
 
 
 def coordinates_of(mixture: GaussianMixture, dtype: torch.dtype) -> Coordinates:
-    """In which both components are evaluated: shared ones where that is accurate and fast."""
+    """Return the coordinates in which both components are evaluated: shared ones where accurate and fast."""
     # On a GPU the eigenvectors would take longer than the product that they save.
     shared = _shared(mixture, dtype) if mixture.mean.device.type == "cpu" else None
     return _separate(mixture) if shared is None else shared
 
 
 def principal_coordinates(covariance: Tensor, mean: Tensor, dtype: torch.dtype) -> Coordinates:
-    """Principal components, scaled to variance 1 where they have one; the last is the largest."""
+    """Return the principal components, scaled to variance 1 where they have one; the last is the largest."""
     values, vectors = torch.linalg.eigh(covariance)
     # An eigenvector's sign is the solver's choice, which another rank's library may make otherwise.
     axis = vectors[:, -1]

@@ -16,7 +16,7 @@ _AT_ONCE = 2**22
 
 
 def row_identity(x: Any, total: int) -> Tensor | None:
-    """A hash of the content of each row of a batch's input.
+    """Return a hash of the content of each row of a batch's input.
 
     It does not depend on the other rows, nor on zeros that pad the end of a row.
 
@@ -43,7 +43,7 @@ def row_identity(x: Any, total: int) -> Tensor | None:
 
 
 def mixed(value: Tensor) -> Tensor:
-    """Integers with their bits stirred, int64 like these."""
+    """Return integers with their bits mixed, int64 like these."""
     stirred: Tensor = value
     for factor, bits in zip(_FACTORS[1:], (30, 27), strict=True):
         stirred = (stirred ^ (stirred >> bits)) * factor
@@ -51,7 +51,7 @@ def mixed(value: Tensor) -> Tensor:
 
 
 def copies(identity: Tensor) -> Tensor:
-    """(N,) int64, how many of (N,) have the same identity, oneself included."""
+    """Return (N,) int64, how many of (N,) have the same identity, oneself included."""
     place: Tensor
     count: Tensor
     _, place, count = torch.unique(identity, return_inverse=True, return_counts=True)
@@ -59,7 +59,7 @@ def copies(identity: Tensor) -> Tensor:
 
 
 def _gather(x: Any, total: int, found: list[Tensor]) -> bool:
-    """Adds the hashes of the rows of each part; False where one has no row for each sample."""
+    """Add the hashes of the rows of each part; False where one has no row for each sample."""
     if x is None or isinstance(x, (bool, int, float, str)) or (isinstance(x, Tensor) and x.numel() == 1 != total):
         return True
     if isinstance(x, Tensor):

@@ -41,20 +41,20 @@ class NeuronSums:
         return self.count, self.total, self.magnitude, self.square, self.positive
 
     def reduced(self, reduce: Reduce) -> NeuronSums:
-        """Summed over the ranks."""
+        """Return the sums over the ranks."""
         return NeuronSums(*reduce_together(reduce, *self._parts()))
 
     def variance(self) -> Tensor:
-        """Of each neuron, (D,) float64."""
+        """Return the variance of each neuron, (D,) float64."""
         return (self.square / self.count - (self.total / self.count).square()).clamp(min=0)
 
     def is_live(self) -> Tensor:
-        """(D,) bool, False for a neuron that is constant."""
+        """Return (D,) bool, False for a neuron that is constant."""
         return is_varying(self.variance(), self.square / self.count)
 
 
 def neuron_sums(values: Tensor, weight: Tensor) -> NeuronSums:
-    """The sums of one batch.
+    """Return the sums of one batch.
 
     Args:
         values: (B, D), or (B, P, D) where a neuron has a number at each of P positions of a sample.
@@ -100,7 +100,7 @@ empirical Fisher matrix has it, times the square of the activation.
 
 
 def importance_ratio(suspect: NeuronSums, clean: NeuronSums, statistic: str) -> Tensor:
-    """The importance of neurons for suspect samples over that for clean ones.
+    """Return the importance of neurons for suspect samples over that for clean ones.
 
     Args:
         suspect: sums over the suspect samples.
@@ -122,7 +122,7 @@ def importance_ratio(suspect: NeuronSums, clean: NeuronSums, statistic: str) -> 
 
 
 def magnitude(weight: Tensor, dimension: int) -> Tensor:
-    """(D,), the norms of what belongs to each neuron in a weight.
+    """Return (D,), the norms of what belongs to each neuron in a weight.
 
     Args:
         weight: of a layer.

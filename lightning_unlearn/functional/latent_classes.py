@@ -60,7 +60,7 @@ class LatentClasses:
     transition: Tensor
 
     def log_likelihood(self, rows: Tensor) -> Tensor:
-        """Log of prior x density of each true class, whatever the label.
+        """Return the log of prior x density of each true class, whatever the label.
 
         Args:
             rows: (n, d).
@@ -116,7 +116,7 @@ def _whiten(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def own_numbers(num_classes: int, dimension: int) -> int:
-    """How many numbers there are for a row where classes have their own covariance: its whitened self, and squares."""
+    """Return how many numbers a row takes if classes have their own covariance: its whitened self, and squares."""
     return 2 * num_classes * dimension
 
 
@@ -129,7 +129,7 @@ def fit_latent_classes(
     *,
     reduce: Reduce = no_reduce,
 ) -> LatentClasses:
-    """Fits the classes by expectation maximization.
+    """Fit the classes by expectation maximization.
 
     Args:
         rows: (n, d), this rank's rows; finite.
@@ -193,7 +193,7 @@ def _moments(
     num_classes: int,
     own: bool,
 ) -> _Moments:
-    """Sums over this rank's rows, seen from ``center``; ``share_of`` maps such rows and labels to (m, C)."""
+    """Sum over this rank's rows, seen from ``center``; ``share_of`` maps such rows and labels to (m, C)."""
     dimension = rows.shape[1]
     zeros = rows.new_zeros
     numbers = own_numbers(num_classes, dimension) if own else num_classes

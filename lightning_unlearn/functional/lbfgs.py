@@ -13,7 +13,7 @@ _LOSS, _GRADIENT = 1e-7, 1e-5
 
 
 def minimize(loss_and_gradient: Callable[[Tensor], tuple[float, Tensor]], start: Tensor, steps: int) -> Tensor:
-    """Where a function is smallest, near ``start``.
+    """Return where a function is smallest, near ``start``.
 
     Args:
         loss_and_gradient: from (P,) to the loss and its gradient (P,), the same on every rank.

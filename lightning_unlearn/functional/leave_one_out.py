@@ -49,7 +49,7 @@ _LIKE_LOGITS = 10.0
 def leave_one_out_logits(
     features: Tensor, label: Tensor, weight: Tensor, num_classes: int, *, reduce: Reduce = no_reduce
 ) -> Tensor:
-    """:func:`leave_one_out_scores` of features in any units, and of any number, as something like logits.
+    """Return :func:`leave_one_out_scores` of features in any units, and of any number, as something like logits.
 
     Args:
         features: (n, D), of which no label was learned.
@@ -68,12 +68,12 @@ def leave_one_out_logits(
 
 
 def left_out_rate(logits: Tensor, label: Tensor, weight: Tensor, *, reduce: Reduce = no_reduce) -> PrequentialRate:
-    """The noise rate by :func:`leave_one_out_logits`, the same on every rank."""
+    """Return the noise rate by :func:`leave_one_out_logits`, the same on every rank."""
     return prequential_rate(logits, label, torch.zeros_like(label), weight, parts=1, reduce=reduce)
 
 
 def left_out_share(left_out: PrequentialRate | None, early: PrequentialRate | None, z_score: float) -> float:
-    """How much leave-one-out logits count beside those of the network in ranking samples, from 0 to .7.
+    """Return how much leave-one-out logits count beside those of the network in ranking samples, from 0 to .7.
 
     As far as the ridge knows more of labels that it is not told than an early epoch of the network did, and as it shows
     wrong labels more clearly than all of training does.
@@ -98,7 +98,7 @@ def leave_one_out_scores(
     penalties: Sequence[float] = PENALTIES,
     reduce: Reduce = no_reduce,
 ) -> Tensor:
-    """One-against-the-rest ridge regression of the labels, each sample predicted by the others.
+    """Predict the labels by one-against-the-rest ridge regression, each sample left out in turn.
 
     Args:
         features: (n, D).
@@ -150,12 +150,12 @@ def leave_one_out_scores(
 
 
 def skill_of(accuracy: float, largest: float) -> float:
-    """What is predicted of what the largest class, of such a share, leaves."""
+    """Return what is predicted of what the largest class, of such a share, leaves."""
     return (accuracy - largest) / max(1 - largest, 1e-9)
 
 
 def objection_to(left_out: PrequentialRate, predicted: float, validated: float | None, early: float | None) -> str:
-    """Why leave-one-out scores do not tell how many labels are wrong; empty where they do.
+    """Return why leave-one-out scores do not tell how many labels are wrong; empty where they do.
 
     A ridge that knows less than the network takes for wrong what it does not understand. And features of which labels
     have been learned before, as in an earlier fit, predict the labels of the training samples better than those of
@@ -176,7 +176,7 @@ def objection_to(left_out: PrequentialRate, predicted: float, validated: float |
 
 
 def _standardized(features: Tensor, weight: Tensor, reduce: Reduce) -> Tensor:
-    """(n, D) float32, as the columns of a table may be in any unit."""
+    """Return (n, D) float32, as the columns of a table may be in any unit."""
     w = weight.double()
     parts = row_slices(len(features), features.shape[1], features.device)
     zeros = w.new_zeros(features.shape[1])
@@ -191,7 +191,7 @@ def _standardized(features: Tensor, weight: Tensor, reduce: Reduce) -> Tensor:
 
 
 def _principal_components(features: Tensor, weight: Tensor, number: int, reduce: Reduce) -> Tensor:
-    """(n, number) float32, the coordinates of the rows along about the directions of their largest variance."""
+    """Return (n, number) float32, the coordinates of the rows along about the directions of their largest variance."""
     w, dimension = weight.float(), features.shape[1]
     parts = row_slices(len(features), dimension, features.device)
     sums = (w[rows] @ features[rows].float() for rows in parts)

@@ -48,7 +48,7 @@ def fit_likelihood_scale(
     largest: float = 1.0,
     reduce: Reduce = no_reduce,
 ) -> LikelihoodScale:
-    """Searches downward from the largest scale, in steps of a fifth, as long as the labels become likelier.
+    """Search downward from the largest scale, in steps of a fifth, as long as the labels become likelier.
 
     Args:
         log_likelihood: (n, C) of the true classes.
@@ -86,7 +86,7 @@ def fit_likelihood_scale(
 
 
 def _highest(value_of: Callable[[float], float], largest: float) -> tuple[float, float, float]:
-    """The scale, its value, and that of the largest one."""
+    """Return the scale, its value, and that of the largest one."""
     scale, value = largest, value_of(largest)
     first = value
     while scale * _STEP > _LEAST:

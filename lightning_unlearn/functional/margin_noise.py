@@ -49,7 +49,7 @@ Curve = Callable[[float], tuple[Tensor, Tensor]]
 
 
 def predicted(margins: Tensor, num_classes: int) -> Tensor:
-    """(n,) bool, whether the label is the strongest class, by soft margins (n, K)."""
+    """Return (n,) bool, whether the label is the strongest class, by soft margins (n, K)."""
     return margins[:, -1] * SCALES[-1] > math.log(num_classes - 1)
 
 
@@ -67,7 +67,7 @@ class AveragedCurve:
     scale: Tensor
 
     def __call__(self, log_scale: float) -> tuple[Tensor, Tensor]:
-        """(P K,) each."""
+        """Return (P K,) each."""
         spread = (1 / self.scale).mean().item()
         parts = [interpolation(log_scale + math.log(each * spread)) for each in self.scale.tolist()]
         values, slopes = zip(*parts, strict=True)
@@ -75,7 +75,7 @@ class AveragedCurve:
 
 
 def average_of(parts: Sequence[Tensor], weight: Tensor, num_classes: int, *, reduce: Reduce) -> AveragedCurve:
-    """The curve of the mean of parts of training, by the scale that each needs.
+    """Return the curve of the mean of parts of training, by the scale that each needs.
 
     Args:
         parts: P of (n, K), the soft margins of each.
@@ -91,7 +91,7 @@ def average_of(parts: Sequence[Tensor], weight: Tensor, num_classes: int, *, red
 def _probability(
     margins: Tensor, log_scale: Tensor, group: Tensor, num_classes: int, curve: Curve
 ) -> tuple[Tensor, Tensor]:
-    """(n,) each: the label's probability at the scale of its group, and its derivative in the scale's logarithm.
+    """Return (n,) each: the label's probability at the scale of its group, and its derivative in the scale's logarithm.
 
     A larger scale than is kept counts as the largest: logits that are so small look less sure than they are, which
     makes no label wrong.
@@ -106,7 +106,7 @@ def _probability(
 
 
 def wrong_probability(fit: SymmetricNoiseFit, margins: Tensor, curve: Curve = interpolation) -> Tensor:
-    """Probability (n,) float64 that each given label is wrong.
+    """Return the probability (n,) float64 that each given label is wrong.
 
     Args:
         fit: of one scale.
@@ -136,11 +136,11 @@ class _Likelihood:
         self.total = max(self.reduce(self.weight.sum().reshape(1)).item(), 1e-9)
 
     def shares(self, mixture: Tensor) -> list[float]:
-        """Of clear samples, of blind labels, and of samples that are less clear than they look."""
+        """Return the shares of clear samples, of blind labels, and of samples less clear than they look."""
         return mixture_shares(mixture, noisy=self.noisy, unclear=self.unclear)
 
     def rows(self, log_scale: Tensor, mixture: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The labels' log-probability (n,), its derivatives in the log-scale (n,), and in the log-weights (2, n)."""
+        """Return the labels' log-probability (n,), and its derivatives in log-scale (n,) and log-weights (2, n)."""
         clear_share, blind, unclear_share = self.shares(mixture)
         of_rows = self.margins, log_scale, self.group, self.num_classes, self.curve
         clear, slope = _probability(*of_rows)
@@ -158,7 +158,7 @@ class _Likelihood:
         return log_total, slope * live / total, of_mixture * live / total
 
     def __call__(self, log_scale: Tensor, mixture: Tensor) -> tuple[float, Tensor]:
-        """The loss and its gradient (J + 2,)."""
+        """Return the loss and its gradient (J + 2,)."""
         log_total, slope, of_mixture = self.rows(log_scale, mixture)
         w, groups = self.weight, len(log_scale)
         sums = w.new_zeros(1 + groups + 2)
@@ -169,7 +169,7 @@ class _Likelihood:
         return sums[0].item(), sums[1:]
 
     def best_of(self, log_scales: Tensor, groups: int) -> Tensor:
-        """(groups,) the likeliest of some scales (S,) for each: from afar a first step may end where none matters."""
+        """Return (groups,), the likeliest of some scales (S,): from afar a first step may end where none matters."""
         mixture, losses = torch.zeros(2, dtype=torch.float64), []
         for log_scale in log_scales:
             log_total, _, _ = self.rows(log_scale.expand(groups), mixture)
@@ -177,7 +177,7 @@ class _Likelihood:
         return log_scales[self.reduce(torch.stack(losses)).argmin(dim=0).cpu()]
 
     def std_error(self, log_scale: Tensor, mixture: Tensor) -> float:
-        """Of the blind share, by the outer products of the derivatives."""
+        """Return the error of the blind share, by the outer products of the derivatives."""
         groups, shares = len(log_scale), self.shares(mixture)
         _, slope, of_mixture = self.rows(log_scale, mixture)
         each = slope.new_zeros(len(slope), groups).scatter_(1, self.group.unsqueeze(1), slope.unsqueeze(1))
@@ -200,7 +200,7 @@ def fit_margin_noise(  # noqa: PLR0913  (what is fitted, and to what)
     reduce: Reduce = no_reduce,
     steps: int = 40,
 ) -> SymmetricNoiseFit:
-    """Fits how often labels are drawn blindly, as :func:`~.symmetric_noise.fit_symmetric_noise` does by all logits.
+    """Fit how often labels are drawn blindly, as :func:`~.symmetric_noise.fit_symmetric_noise` does by all logits.
 
     Args:
         margins: (n, K) soft margins of the labels.
@@ -248,7 +248,7 @@ def fit_margin_noise(  # noqa: PLR0913  (what is fitted, and to what)
 def fit_with_and_without(
     margins: Tensor, weight: Tensor, num_classes: int, *, curve: Curve = interpolation, reduce: Reduce = no_reduce
 ) -> tuple[SymmetricNoiseFit, float]:
-    """The noise, none of it where it makes the labels no likelier, and how sure that is; arguments as above."""
+    """Return the noise, none of it where it makes the labels no likelier, and how sure that is; arguments as above."""
     fit = partial(fit_margin_noise, margins, weight, num_classes, curve=curve, reduce=reduce)
     none = fit(noisy=False)
     some = fit(start=none)
@@ -256,7 +256,7 @@ def fit_with_and_without(
 
 
 def _is_settled(scale: Tensor, hits: Tensor) -> bool:
-    """Whether the network no longer learns fast, by each part's scale and share of predicted labels, (parts,) each."""
+    """Return whether the network no longer learns fast, by each part's scale and share of predicted labels."""
     if len(scale) == 1:
         return True
     typical = scale[1:].median()
@@ -276,7 +276,7 @@ def prequential_margin_rate(  # noqa: PLR0913  (what was seen, of what, and when
     parts: int = PARTS,
     reduce: Reduce = no_reduce,
 ) -> PrequentialRate:
-    """The noise rate by one epoch's training steps, as :func:`~.prequential.prequential_rate` by all logits.
+    """Return the noise rate by one epoch's training steps, as :func:`~.prequential.prequential_rate` by all logits.
 
     Args:
         margins: (n, K) soft margins of the steps.

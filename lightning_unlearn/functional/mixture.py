@@ -41,12 +41,12 @@ class _Moments:
     log_likelihood: Tensor
 
     def reduced(self, reduce: Reduce) -> _Moments:
-        """The same, summed over the ranks in one collective."""
+        """Return the same, summed over the ranks in one collective."""
         return _Moments(*reduce_together(reduce, self.count, self.first, self.second, self.log_likelihood))
 
 
 def _add_scatter(total: Tensor, z: Tensor, share: Tensor, least: float, scratch: Tensor) -> None:
-    """Adds the sum of share x z z' over the rows with more than the least share to the upper triangle of (D, D).
+    """Add the sum of share x z z' over the rows with more than the least share to the upper triangle of (D, D).
 
     ``scratch`` (n, D) is written to.
     """
@@ -66,7 +66,7 @@ def _symmetric(upper: Tensor) -> Tensor:
 
 
 def _total_covariance(rows: Tensor, weight: Tensor, mean: Tensor, center: Tensor, reduce: Reduce) -> Tensor:
-    """Covariance (D, D) of the rows of all ranks, in float64; the work is done from ``center``, in its precision."""
+    """Return the covariance (D, D) of the rows of all ranks, float64, computed around ``center`` in its precision."""
     total = torch.zeros(len(center), len(center), dtype=torch.float64, device=rows.device)
     scratch = center.new_empty(chunk_length(rows), len(center))
     for chunk, w in in_chunks(rows, weight):
@@ -81,13 +81,13 @@ Respond = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def _moved(second: Tensor, first: Tensor, count: Tensor, step: Tensor) -> Tensor:
-    """The second moment (D, D) about a point ``step`` (D,) further on."""
+    """Return the second moment (D, D) about a point ``step`` (D,) further on."""
     cross = torch.outer(first, step)
     return second - cross - cross.T + count * torch.outer(step, step)
 
 
 def _difference(total: _Moments, start: Tensor, part: _Moments, mean: Tensor, rest: int) -> Tensor:
-    """Second moment (D, D) of component ``rest`` about its mean, from this rank's total and the other component."""
+    """Return the second moment (D, D) of component ``rest`` about its mean, from the total and the other component."""
     everything = _moved(total.second.sum(dim=0), total.first.sum(dim=0), total.count.sum(), mean[rest] - start[0])
     other = 1 - rest
     step = mean[rest] - mean[other]
@@ -103,7 +103,7 @@ def _moments(
     least: Sequence[float] = (0.0, 0.0),
     only: int | None = None,
 ) -> _Moments:
-    """Sums over this rank's rows, about the means of the coordinates.
+    """Sum over this rank's rows, about the means of the coordinates.
 
     Shares up to ``least`` add no second moment; a component other than ``only`` gets none.
     """
@@ -132,7 +132,7 @@ def _moments(
 
 
 def _maximize(moments: _Moments, mean: Tensor, reg_covar: float) -> GaussianMixture:
-    """The mixture of the moments about ``mean`` (2, D)."""
+    """Return the mixture of the moments about ``mean`` (2, D)."""
     # The same guard as scikit-learn's against an empty component.
     count = moments.count + 10 * torch.finfo(torch.float64).eps
     step = moments.first / count.unsqueeze(1)
@@ -144,7 +144,7 @@ def _maximize(moments: _Moments, mean: Tensor, reg_covar: float) -> GaussianMixt
 def _expected(
     rows: Tensor, weight: Tensor, center: Tensor, mixture: GaussianMixture, total: _Moments, start: Tensor
 ) -> _Moments:
-    """This rank's moments under the posterior of the mixture.
+    """Return this rank's moments under the posterior of the mixture.
 
     ``total`` are its moments of any division of the rows, about ``start`` (2, D) twice the same.
     """
@@ -166,7 +166,7 @@ def _expected(
 
 
 def _halves(rows: Tensor, weight: Tensor, mean: Tensor, center: Tensor, reduce: Reduce) -> tuple[_Moments, Tensor]:
-    """This rank's moments for each sign of the first principal component, and the means (2, D) that they are about.
+    """Return this rank's moments for each sign of the first principal component, and the means (2, D) they are about.
 
     ``mean`` is the mean of all rows. What is returned is seen from ``center``.
     """
@@ -189,7 +189,7 @@ def fit_mixture(
     tol: float = 1e-3,
     reg_covar: float = 1e-6,
 ) -> GaussianMixture:
-    """Fits two Gaussians with full covariance by expectation maximization.
+    """Fit two Gaussians with full covariance by expectation maximization.
 
     The start is deterministic and the same for every sharding of the data: the sign of the projection on the first
     principal component, which like everything else comes from summed moments.

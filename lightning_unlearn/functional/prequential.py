@@ -87,7 +87,7 @@ class PrequentialRate:
 
 
 def following(known: PrequentialRate | None, found: PrequentialRate) -> PrequentialRate:
-    """What is known after one epoch more: the rate at its highest, as far as the epoch after that confirms it.
+    """Return what is known after one epoch more: the rate at its highest, as far as the epoch after that confirms it.
 
     While the network learns, wrong labels stand out more and more, and the rate rises. Then labels are memorized, and
     that of wrong ones falls by a tenth to a third in an epoch (fits of ``benchmarks/detection.py``). A rate that falls
@@ -128,7 +128,7 @@ def prequential_rate(  # noqa: PLR0913  (what is known of an epoch)
     known: PrequentialRate | None = None,
     reduce: Reduce = no_reduce,
 ) -> PrequentialRate:
-    """The noise rate by one epoch's training steps.
+    """Return the noise rate by one epoch's training steps.
 
     Args:
         logits: (n, C) of the steps; or other scores that have not seen the label, such as leave-one-out ones.
@@ -179,7 +179,7 @@ def prequential_rate(  # noqa: PLR0913  (what is known of an epoch)
 
 
 def rate_between(lower: SymmetricNoiseFit, upper: SymmetricNoiseFit) -> tuple[float, float, float]:
-    """Lower end, best guess and upper end of the rate, by a fit with natural confusion taken out and one without."""
+    """Return lower end, best guess and upper end of the rate, by fits with and without natural confusion."""
     names, rates = 1 - 1 / len(upper.bias), sorted((lower.rate, upper.rate))
     low = max(0.0, min(rates[0], lower.rate - _TWO_SIDED * lower.std_error * names))
     high = max(rates[1], upper.rate + _TWO_SIDED * upper.std_error * names)
@@ -187,7 +187,7 @@ def rate_between(lower: SymmetricNoiseFit, upper: SymmetricNoiseFit) -> tuple[fl
 
 
 def class_shift(given: Tensor, drawn: Tensor) -> Tensor:
-    """What makes drawn classes match the given ones, in nats: the opposite of what a sampler, or class weights, did.
+    """Return what makes drawn classes match the given ones, in nats: the opposite of a sampler or class weights.
 
     A network that is trained on such draws adds as much, with the other sign, to the logits.
 
@@ -219,7 +219,7 @@ def _every(logits: Tensor, weight: Tensor, reduce: Reduce) -> int:
 def _skill_and_shift(
     fit: SymmetricNoiseFit, logits: Tensor, label: Tensor, weight: Tensor, group: Tensor, share: Tensor, reduce: Reduce
 ) -> tuple[float, float]:
-    """What is predicted of what the largest class leaves, and how far the classes' shares are from the labels'."""
+    """Return what is predicted beside the largest class, and how far class shares are from the labels'."""
     centered = logits.double() - logits.double().mean(dim=1, keepdim=True)
     scaled = fit.scale[group].unsqueeze(1) * centered
     right = ((scaled + fit.bias).argmax(1) == label).double()

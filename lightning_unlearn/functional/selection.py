@@ -14,7 +14,7 @@ _ROUNDING = 1e-9
 
 
 def benjamini_hochberg(p_value: Tensor, level: float) -> Tensor:
-    """Which hypotheses to reject so that at most a share of ``level`` of the rejected is expected to be true.
+    """Return which hypotheses to reject so that at most a share of ``level`` of the rejected is expected to be true.
 
     The largest k for which the k-th smallest p-value is at most ``level * k / m``; those k are rejected.
 
@@ -40,7 +40,7 @@ def benjamini_hochberg(p_value: Tensor, level: float) -> Tensor:
 
 
 def noise_neurons(found: Sensitivity, fdr_level: float | None = None) -> Tensor:
-    """The neurons that are more active for noise, the most harmful first.
+    """Return the neurons that are more active for noise, the most harmful first.
 
     With a level of significance, only those of whom it is sure: a one-sided test of each live neuron (neurons that are
     surely active for clean samples must not lend the others their certainty), and of all of them together after
@@ -73,7 +73,7 @@ def noise_neurons(found: Sensitivity, fdr_level: float | None = None) -> Tensor:
 
 
 def in_order(score: Tensor, eligible: Tensor) -> Tensor:
-    """The eligible neurons, those of largest score first, equal ones by position.
+    """Return the eligible neurons, those of largest score first, equal ones by position.
 
     Args:
         score: (D,).
@@ -92,7 +92,7 @@ def in_order(score: Tensor, eligible: Tensor) -> Tensor:
 
 
 def share_of(amount: float, neurons: int) -> int:
-    """How many neurons a share of them is, rounded down.
+    """Return how many neurons a share of them is, rounded down.
 
     Example:
         >>> share_of(0.29, 100), share_of(0.3, 9)
@@ -102,7 +102,7 @@ def share_of(amount: float, neurons: int) -> int:
 
 
 def check_amount(amount: float, neurons: int) -> None:
-    """Refuses a share that is less than one neuron.
+    """Refuse a share that is less than one neuron.
 
     Raises:
         ValueError: naming one that is not.
@@ -115,7 +115,7 @@ def check_amount(amount: float, neurons: int) -> None:
 
 
 def select_neurons(sensitivity: Tensor, amount: float) -> Tensor:
-    """The neurons to keep when the ``amount`` of largest magnitude is pruned, as the paper has it.
+    """Return the neurons to keep when the ``amount`` of largest magnitude is pruned, as the paper has it.
 
     The share is taken of the *live* neurons, those with a sensitivity other than 0. A ReLU layer that has memorized its
     data can have half of its neurons dead; half of all neurons would then be all that the network has left.

@@ -32,7 +32,7 @@ class Sensitivity:
     freedom: float = math.inf
 
     def p_value(self) -> Tensor:
-        """(D,) float64, of the two-sided test that the coefficient is 0; 1 where nothing is known.
+        """Return (D,) float64, of the two-sided test that the coefficient is 0; 1 where nothing is known.
 
         Example:
             >>> one = torch.ones(1, dtype=torch.float64)
@@ -42,7 +42,7 @@ class Sensitivity:
         return self._where_known(torch.special.erfc(self._z().abs() / 2**0.5))
 
     def harmful_p_value(self) -> Tensor:
-        """(D,) float64, of the one-sided test that the neuron is not more active for noise; 1 where nothing is known.
+        """Return (D,) float64, the one-sided p-values of neurons not being more active for noise; 1 if unknown.
 
         Example:
             >>> one = torch.ones(2, dtype=torch.float64)
@@ -52,7 +52,7 @@ class Sensitivity:
         return self._where_known(torch.special.erfc(-self._z() / 2**0.5) / 2)
 
     def _z(self) -> Tensor:
-        """Student's t as the normal deviate of the same probability (Wallace 1959)."""
+        """Return Student's t as the normal deviate of the same probability (Wallace 1959)."""
         t = self.coefficient / self.standard_error
         if math.isinf(self.freedom):
             return t
@@ -64,7 +64,7 @@ class Sensitivity:
 
     @classmethod
     def unknown(cls, is_live: Tensor) -> Sensitivity:
-        """Nothing was found."""
+        """Return the result where nothing was found."""
         nothing = torch.zeros(is_live.shape, dtype=torch.float64)
         return cls(nothing, torch.full_like(nothing, torch.inf), is_live)
 
@@ -88,7 +88,7 @@ class RegressionSums:
 
 
 def regression_sums(activation: Tensor, target: Tensor, weight: Tensor) -> RegressionSums:
-    """The sums of one batch.
+    """Return the sums of one batch.
 
     Args:
         activation: (B, D).
@@ -109,7 +109,7 @@ def regression_sums(activation: Tensor, target: Tensor, weight: Tensor) -> Regre
 
 
 def check_rows(activation: Tensor, target: Tensor, weight: Tensor) -> None:
-    """Refuses shapes other than (B, D), (B,) and (B,)."""
+    """Refuse shapes other than (B, D), (B,) and (B,)."""
     if activation.ndim != 2 or target.shape != activation.shape[:1] or weight.shape != target.shape:
         raise ValueError(
             "Expected activation (B, D), target (B,) and weight (B,), but got"
@@ -118,12 +118,12 @@ def check_rows(activation: Tensor, target: Tensor, weight: Tensor) -> None:
 
 
 def is_varying(variance: Tensor, mean_square: Tensor) -> Tensor:
-    """(D,) bool, whether neurons vary by more than rounding."""
+    """Return (D,) bool, whether neurons vary by more than rounding."""
     return variance.clamp(min=0).sqrt() > _CONSTANT * mean_square.clamp(min=0).sqrt()
 
 
 def solve_sensitivity(sums: RegressionSums, ridge: float = 0.0) -> Sensitivity:
-    """Standardized coefficients of ``y = X w + b``, and how sure they are.
+    """Return the standardized coefficients of ``y = X w + b``, and how sure they are.
 
     The coefficient of a neuron is multiplied with the neuron's standard deviation and divided by the target's, so that
     neurons of different scale compare. The paper ranks the raw ``|w|``; on activations of equal scale the two agree.

@@ -26,7 +26,7 @@ NUM_SCALES = len(SCALES)
 def soft_margins(
     logits: Tensor, label: Tensor, *, rivals: Tensor | None = None, expected: Tensor | None = None
 ) -> Tensor:
-    """The soft margins at the scales 1/8, 1/4, ... 32.
+    """Return the soft margins at the scales 1/8, 1/4, ... 32.
 
     Args:
         logits: (n, C), C >= 2.
@@ -50,7 +50,7 @@ def soft_margins(
 
 
 def _absent(logits: Tensor, rivals: Tensor | None) -> Tensor | None:
-    """(C,) float32, what makes classes that are no rivals impossible."""
+    """Return (C,) float32, what makes classes that are no rivals impossible."""
     if rivals is None or not len(rivals):
         return None
     return torch.full(logits.shape[1:], -torch.inf, device=logits.device).index_fill_(0, rivals.to(logits.device), 0)
@@ -79,7 +79,7 @@ def _soft_margins(logits: Tensor, label: Tensor, absent: Tensor | None, expected
 
 
 def rivals_of(logits: Tensor, label: Tensor, rivals: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The strongest class other than the label, (n,) int64, and its probability among these, (n,).
+    """Return the strongest class other than the label, (n,) int64, and its probability among these, (n,).
 
     Args:
         logits: (n, C), C >= 2.
@@ -100,7 +100,7 @@ def rivals_of(logits: Tensor, label: Tensor, rivals: Tensor | None = None) -> tu
 
 @cache
 def _spline() -> Tensor:
-    """(K, K) float64, from values of a cubic spline at its knots to second derivatives; its ends are parabolas."""
+    """Return (K, K) float64, from a cubic spline's values at its knots to second derivatives; ends are parabolas."""
     size = NUM_SCALES
     matrix, values = torch.zeros(2, size, size, dtype=torch.float64)
     for k in range(1, size - 1):
@@ -113,7 +113,7 @@ def _spline() -> Tensor:
 
 
 def interpolation(log_scale: float) -> tuple[Tensor, Tensor]:
-    """What the soft margins at the kept scales are multiplied by for that at another one.
+    """Return what the soft margins at the kept scales are multiplied by for that at another one.
 
     Beyond the smallest and the largest scale it is that at these.
 

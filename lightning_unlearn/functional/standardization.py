@@ -14,20 +14,20 @@ CHUNK = 2**19
 
 
 def chunk_length(rows: Tensor) -> int:
-    """Rows that are worked on at a time."""
+    """Return rows that are worked on at a time."""
     # A GPU is kept busy by more rows only.
     numbers = CHUNK if rows.device.type == "cpu" else 16 * CHUNK
     return min(max(1, len(rows)), max(1, numbers // max(1, rows[:1].numel())))
 
 
 def in_chunks(rows: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same rows of several tensors, about ``CHUNK`` numbers of the first at a time."""
+    """Yield the same rows of several tensors, about ``CHUNK`` numbers of the first at a time."""
     length = chunk_length(rows)
     return zip(*(torch.split(tensor, length) for tensor in (rows, *tensors)), strict=True)
 
 
 def work_dtype(rows: Tensor) -> torch.dtype:
-    """Float32 for wide float32 rows on a CPU, which halves the time; else float64.
+    """Return float32 for wide float32 rows on a CPU, which halves the time; else float64.
 
     Not where the user lets float32 products be rounded to bfloat16, found by trying, as there are several settings.
     """
@@ -39,7 +39,7 @@ def work_dtype(rows: Tensor) -> torch.dtype:
 
 
 def weighted_mean(rows: Tensor, weight: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor]:
-    """Mean (D,) of the rows of all ranks, and the sum () of their weights, in float64.
+    """Return the mean (D,) of the rows of all ranks, and the sum () of their weights, in float64.
 
     Args:
         rows: (n, D).
@@ -54,7 +54,7 @@ def weighted_mean(rows: Tensor, weight: Tensor, reduce: Reduce) -> tuple[Tensor,
 
 
 def standardize(rows: Tensor, weight: Tensor, reduce: Reduce = no_reduce) -> Tensor:
-    """Columns with mean 0 and standard deviation 1 over all ranks; constant columns become 0.
+    """Return columns with mean 0 and standard deviation 1 over all ranks; constant columns become 0.
 
     Args:
         rows: (n, D).

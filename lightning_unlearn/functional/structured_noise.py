@@ -73,13 +73,13 @@ class StructuredNoise:
     entries: int
 
     def posterior(self, score: Tensor, label: Tensor) -> Tensor:
-        """Log-probability of each true class given its scores and label, (n, C) float64."""
+        """Return the log-probability of each true class given its scores and label, (n, C) float64."""
         p = (self.scale * (score.double() - score.double().mean(1, keepdim=True)) + self.bias).log_softmax(1)
         return (p + self.transition.clamp(min=1e-300).log().T[label]).log_softmax(1)
 
 
 def _matrix(entries: Tensor, logits: Tensor, odds: Tensor, num_classes: int) -> Tensor:
-    """With ``odds`` (1,) or (C,) of blind errors."""
+    """Return the transition with ``odds`` (1,) or (C,) of blind errors."""
     alone = torch.full((num_classes, num_classes), -torch.inf, dtype=torch.float64, device=logits.device)
     names = alone.fill_diagonal_(0).index_put((entries[:, 0], entries[:, 1]), logits).softmax(1)
     blind = odds.sigmoid().unsqueeze(1)
@@ -96,7 +96,7 @@ def _fit(
     *,
     is_common: bool = True,
 ) -> tuple[StructuredNoise, Tensor]:
-    """The matrix with these entries (m, 2), and how large each has become (m,).
+    """Return the matrix with these entries (m, 2), and how large each has become (m,).
 
     Blind errors have a share in common, or one for each true class.
     """
@@ -148,7 +148,7 @@ def find_structured_noise(
     *,
     reduce: Reduce = no_reduce,
 ) -> tuple[StructuredNoise, float, bool] | None:
-    """The classes that may be called by another's name, how many nats that gains, and whether it is shown by that.
+    """Return the classes called by another's name, the gain in nats, and whether that shows it.
 
     Args:
         score: (n, C) of the latent classes and the network.
@@ -175,7 +175,7 @@ def find_structured_noise(
 
 
 def least_gain(samples: float) -> float:
-    """Nats over blind errors from which on so many samples show that a class goes by another's name."""
+    """Return nats over blind errors from which on so many samples show that a class goes by another's name."""
     return max(MIN_GAIN, MIN_GAIN_PER_SAMPLE * samples)
 
 
@@ -188,7 +188,7 @@ def fit_structured_noise(
     *,
     reduce: Reduce = no_reduce,
 ) -> StructuredNoise | None:
-    """The matrix with those entries of ``candidate`` that stay large; None if there are none, or far too many.
+    """Return the matrix with those entries of ``candidate`` that stay large; None if there are none, or far too many.
 
     Args:
         score: (n, C).
@@ -213,7 +213,7 @@ def fit_structured_noise(
 def find_class_noise(
     score: Tensor, label: Tensor, weight: Tensor, *, reduce: Reduce = no_reduce
 ) -> tuple[StructuredNoise, float] | None:
-    """How often the labels of each true class are drawn blindly, where that is not alike by far, and the gain in nats.
+    """Return how often the labels of each true class are drawn blindly, if far from alike, and the gain in nats.
 
     Args:
         score: (n, C), what ranks the samples.

@@ -27,7 +27,7 @@ what is asked for. One half would leave out wrong labels of small sets (2 % of 1
 
 
 def with_mean(probability: Tensor, weight: Tensor, mean: float, *, reduce: Reduce = no_reduce) -> Tensor:
-    """Probabilities moved by one step in log-odds so that their mean is a given one.
+    """Return probabilities moved by one step in log-odds so that their mean is a given one.
 
     Args:
         probability: (n,).
@@ -58,7 +58,7 @@ def with_mean(probability: Tensor, weight: Tensor, mean: float, *, reduce: Reduc
 
 
 def in_order_of(score: Tensor, value: Tensor, weight: Tensor, *, reduce: Reduce = no_reduce) -> Tensor:
-    """The same values, handed out anew: the sample of the highest score gets the largest.
+    """Return the same values, handed out anew: the sample of the highest score gets the largest.
 
     Args:
         score: (n,), finite.
@@ -113,7 +113,7 @@ class ExpectedPrecision:
     threshold: Tensor
 
     def at_depth(self, depths: Sequence[float]) -> list[float]:
-        """The expected precision of the first so many samples."""
+        """Return the expected precision of the first so many samples."""
         at = torch.as_tensor(depths, dtype=torch.float64, device=self.count.device)
         place = torch.searchsorted(self.count, at).clamp(max=len(self.count) - 1)
         before_count = torch.where(place > 0, self.count[place - 1], 0)
@@ -123,7 +123,7 @@ class ExpectedPrecision:
         return (right / at.clamp(min=1e-12)).clamp(0, 1).tolist()
 
     def longest(self, precision: float, least: float = 0.0) -> tuple[float, float, float]:
-        """The longest list of at least so high an expected precision: its length, threshold and expected precision.
+        """Return length, threshold and expected precision of the longest list of at least that expected precision.
 
         Args:
             precision: that is asked for.
@@ -138,7 +138,7 @@ class ExpectedPrecision:
 
 
 def expected_precision(probability: Tensor, weight: Tensor, *, reduce: Reduce = no_reduce) -> ExpectedPrecision:
-    """What to expect of the samples in the order of their probability of being wrong.
+    """Return what to expect of the samples in the order of their probability of being wrong.
 
     Args:
         probability: (n,).
@@ -162,7 +162,7 @@ def expected_precision(probability: Tensor, weight: Tensor, *, reduce: Reduce = 
 def longest_list(
     probability: Tensor, weight: Tensor, precision: float, *, reduce: Reduce = no_reduce
 ) -> tuple[Tensor, float]:
-    """The samples of the longest list of which so large a share is expected to be wrong, and that expected share.
+    """Return the samples of the longest list with that expected share of wrong labels, and the share.
 
     Args:
         probability: (n,) of being wrong; a sample below :data:`LEAST` is on no list.

@@ -53,7 +53,7 @@ class SymmetricNoiseFit:
         return self.blind * (1 - 1 / len(self.bias))
 
     def wrong_probability(self, score: Tensor, label: Tensor, group: Tensor | None = None) -> Tensor:
-        """Probability that each given label is wrong.
+        """Return the probability that each given label is wrong.
 
         Args:
             score: (n, C).
@@ -76,12 +76,12 @@ class SymmetricNoiseFit:
 
 
 def z_score(some: SymmetricNoiseFit, none: SymmetricNoiseFit) -> float:
-    """How sure it is that labels are wrong, in standard deviations: the root of twice the gain in log-likelihood."""
+    """Return how sure it is that labels are wrong, in standard deviations: sqrt(2 x gain in log-likelihood)."""
     return math.sqrt(2 * max(0.0, some.log_likelihood - none.log_likelihood))
 
 
 def mixture_shares(mixture: Tensor, *, noisy: bool, unclear: bool) -> list[float]:
-    """Shares of clear samples, of blind labels, and of samples that are less clear than they look.
+    """Return the shares of clear samples, of blind labels, and of samples that are less clear than they look.
 
     Args:
         mixture: (2,) log-weights of the last two, relative to the first.
@@ -95,12 +95,12 @@ def mixture_shares(mixture: Tensor, *, noisy: bool, unclear: bool) -> list[float
 
 
 def first_mixture(blind: float) -> float:
-    """The log-weight at which a search starts that goes on from a fit with a share of blind labels."""
+    """Return the log-weight at which a search starts that goes on from a fit with a share of blind labels."""
     return math.log(blind / max(1 - blind, 1e-9)) if blind > 0 else START
 
 
 def blind_error(information: Tensor, shares: list[float], *, unclear: bool) -> float:
-    """Standard error of the share of blind labels.
+    """Return the standard error of the share of blind labels.
 
     Args:
         information: (J + 1, J + 1) on the CPU, of J scales and of the log-weight of blind labels; (J + 2, J + 2) with
@@ -137,11 +137,11 @@ class _Likelihood:
         self.centered = _centered(self.score) if len(self.slices) == 1 else None
 
     def shares(self, mixture: Tensor) -> list[float]:
-        """Of clear samples, of blind labels, and of samples that are less clear than they look."""
+        """Return the shares of clear samples, of blind labels, and of samples less clear than they look."""
         return mixture_shares(mixture, noisy=self.noisy, unclear=self.unclear)
 
     def rows(self, rows: slice, log_scale: Tensor, bias: Tensor, shares: list[float]) -> tuple[Tensor, ...]:
-        """Of some rows: log-probability of the label, its derivatives in the logits, and in the shares' log-weights."""
+        """Return, for some rows, the log-probability of the label and its derivatives in the logits and log-weights."""
         clear_share, blind, unclear_share = shares
         centered = _centered(self.score[rows]) if self.centered is None else self.centered
         scaled = centered * log_scale.exp()[self.group[rows]].unsqueeze(1)
@@ -167,7 +167,7 @@ class _Likelihood:
         return log_total, scaled, gradient, of_mixture * live / total
 
     def __call__(self, log_scale: Tensor, bias: Tensor, mixture: Tensor) -> tuple[float, Tensor]:
-        """The loss and its gradient (J + C + 2,)."""
+        """Return the loss and its gradient (J + C + 2,)."""
         groups, classes = len(log_scale), self.num_classes
         sums, shares = self.score.new_zeros(1 + groups + classes + 2, dtype=torch.float64), self.shares(mixture)
         for rows in self.slices:
@@ -186,7 +186,7 @@ class _Likelihood:
         return sums[0].item() / self.total, sums[1:] / self.total
 
     def std_error(self, log_scale: Tensor, bias: Tensor, mixture: Tensor) -> float:
-        """Of the blind share, by the outer products of the derivatives; the bias is taken as known."""
+        """Return the error of the blind share, by the outer products of the derivatives; the bias is taken as known."""
         groups, shares = len(log_scale), self.shares(mixture)
         size = groups + 1 + self.unclear
         information = self.score.new_zeros(size, size, dtype=torch.float64)
@@ -219,7 +219,7 @@ def fit_symmetric_noise(  # noqa: PLR0913  (what is fitted, and to what)
     reduce: Reduce = no_reduce,
     steps: int = 40,
 ) -> SymmetricNoiseFit:
-    """Fits how often labels are drawn blindly, under a classifier whose temperature is not known.
+    """Fit how often labels are drawn blindly, under a classifier whose temperature is not known.
 
     Args:
         score: (n, C), log-probabilities up to a temperature and what is added to all classes.
@@ -269,7 +269,7 @@ def fit_symmetric_noise(  # noqa: PLR0913  (what is fitted, and to what)
 def fit_with_and_without(
     score: Tensor, label: Tensor, weight: Tensor, *, reduce: Reduce = no_reduce
 ) -> tuple[SymmetricNoiseFit, float]:
-    """One temperature for all: the noise, none of it where it makes the labels no likelier, and how sure that is.
+    """Return the noise at one temperature for all, 0 if it makes the labels no likelier, and how sure that is.
 
     Args:
         score: (n, C).

@@ -41,12 +41,12 @@ class LogTransition:
         return self.transition.clamp(min=1e-300).log().T.contiguous()
 
     def joint(self, log_likelihood: Tensor, label: Tensor) -> Tensor:
-        """(n, C), log-probability of the evidence and the name of each sample under each true class."""
+        """Return (n, C), log-probability of the evidence and the name of each sample under each true class."""
         return self._of_name[label].add_(log_likelihood.double())
 
 
 def given_posterior(log_likelihood: Tensor, label: Tensor, transition: Tensor | LogTransition) -> Tensor:
-    """Log-probability of each true class, given the evidence and what the sample is called.
+    """Return the log-probability of each true class, given the evidence and what the sample is called.
 
     Args:
         log_likelihood: (n, C), see :meth:`~lightning_unlearn.functional.LatentClasses.log_likelihood`.
@@ -62,7 +62,7 @@ def given_posterior(log_likelihood: Tensor, label: Tensor, transition: Tensor | 
 
 
 def log_odds_of(log_probability: Tensor, label: Tensor) -> Tensor:
-    """Log-odds of one class against all the others.
+    """Return the log-odds of one class against all the others.
 
     Args:
         log_probability: (n, C) log-probabilities, or anything that differs from them by a constant per row.
@@ -81,7 +81,7 @@ def log_odds_of(log_probability: Tensor, label: Tensor) -> Tensor:
 
 
 def smoothed(counts: Tensor) -> Tensor:
-    """Counts (C, C) of names and true classes as probabilities of the names of each class.
+    """Count (C, C) of names and true classes as probabilities of the names of each class.
 
     One sample more of each class, spread over the names, so that nothing is impossible.
     """
@@ -98,7 +98,7 @@ def fit_transition(
     reduce: Reduce = no_reduce,
     steps: int = 10,
 ) -> Tensor:
-    """The transition matrix that explains the given labels best, the classes' likelihoods being known.
+    """Return the transition matrix that explains the given labels best, the classes' likelihoods being known.
 
     Args:
         log_likelihood: (n, C) of the true classes; or a function from some rows to theirs, so that not all are held.
@@ -126,7 +126,7 @@ def fit_transition(
 def _relative_likelihoods(
     log_likelihood: Tensor | Callable[[slice], Tensor], label: Tensor, num_classes: int
 ) -> Callable[[], Iterator[tuple[slice, Tensor]]]:
-    """Parts of the rows and their likelihoods over that of the likeliest class, again and again.
+    """Yield parts of the rows and their likelihoods over that of the likeliest class, again and again.
 
     They do not change from step to step, so that a step without logarithms takes a product of each. Held if not too
     many.

@@ -36,7 +36,7 @@ _ONE = 0.5  # samples that are wrong by the rate: fewer are none, however sure a
 
 
 def noise_status(z: float, wrong: float, *, is_open: bool = False) -> Literal["found", "weak", "none"]:
-    """What follows from how sure it is that labels are wrong; see :class:`NoiseEstimate`.
+    """Return what follows from how sure it is that labels are wrong; see :class:`NoiseEstimate`.
 
     Args:
         z: how sure it is.
@@ -107,7 +107,7 @@ class RecipeResult:
     noise: NoiseEstimate | None = None
 
     def suspects(self, weight: Tensor, reduce: Reduce, precision: float) -> Tensor:
-        """(n,) bool, the samples that are not clean.
+        """Return (n,) bool, the samples that are not clean.
 
         Of labels of which the noise is estimated, the longest list of which so many are expected to be wrong; if
         nothing was found, none. Else, and of inputs, where p(clean) is below one half.
@@ -191,7 +191,7 @@ class Recipe:
 
 
 def cleaner_component(score: Tensor, share: Tensor, weight: Tensor, reduce: Reduce) -> int | None:
-    """The component with the higher mean score, or None if the means are too close to tell, or one is a lone sample's.
+    """Return the component with the higher mean score; None if too close to tell, or if one holds a lone sample.
 
     Args:
         score: (n,), higher is cleaner.
@@ -213,7 +213,7 @@ def cleaner_component(score: Tensor, share: Tensor, weight: Tensor, reduce: Redu
 
 
 def undecided(evidence: Evidence, what: str) -> RecipeResult:
-    """Every sample is clean, with a warning that says why nothing can be told."""
+    """Call every sample clean, with a warning that says why nothing can be told."""
     return RecipeResult(
         torch.ones_like(evidence.weight),
         evidence.label,
@@ -224,7 +224,7 @@ def undecided(evidence: Evidence, what: str) -> RecipeResult:
 
 
 def single_class_prediction(evidence: Evidence, reduce: Reduce) -> RecipeResult | None:
-    """A verdict that is not to be acted upon where the last pass predicts one class of all samples, else None.
+    """Return a verdict that is not to be acted upon where the last pass predicts one class of all samples, else None.
 
     Of a dead network, or one that has fallen back on the largest class, a score says what a sample is called, not more.
     """
@@ -240,7 +240,7 @@ def single_class_prediction(evidence: Evidence, reduce: Reduce) -> RecipeResult 
 
 
 def judged_labels(given: Tensor, said: Tensor) -> Tensor:
-    """Which labels can be judged: none, all, or those of the classes that the network has learned.
+    """Return which labels can be judged: none, all, or those of the classes that the network has learned.
 
     A class that it predicts of fewer than a twentieth as many samples as are called so has not been learned. At least
     two must be, and these must have half of the samples. Where it is fewer than half of the classes, whatever is called

@@ -15,7 +15,7 @@ from lightning_unlearn.utilities.reduce import Reduce, reduce_together
 
 
 def rlap_recipe(evidence: Evidence, reduce: Reduce) -> RecipeResult:
-    """The paper's steps 2-3 on ``Evidence.rows``, without its noise mask.
+    """Return the paper's steps 2-3 on ``Evidence.rows``, without its noise mask.
 
     The reference code takes from the true noise mask which of the two clusters is the clean one. Here it is the one
     whose given labels the model fits better: the lower mean cross-entropy.
@@ -56,7 +56,7 @@ def _too_few(samples: int, neurons: int) -> str:
 
 
 def _judge_score(score: Tensor, evidence: Evidence, reduce: Reduce) -> RecipeResult:
-    """A mixture on one number per sample, the component with the higher mean being clean."""
+    """Return a mixture on one number per sample, the component with the higher mean being clean."""
     if blind := single_class_prediction(evidence, reduce):
         return blind
     rows = standardize(score.double().unsqueeze(1), evidence.weight, reduce)
@@ -71,24 +71,24 @@ def _judge_score(score: Tensor, evidence: Evidence, reduce: Reduce) -> RecipeRes
 
 
 def confidence(evidence: Evidence) -> Tensor:
-    """(n,) in [0, 1], the model's probability of its own prediction in the last pass; 0 if no class has coordinates."""
+    """Return (n,) in [0, 1], the probability of the model's own prediction in the last pass; 0 without coordinates."""
     if not bool(with_coordinates(evidence.basis).any()):
         return torch.zeros_like(evidence.weight)
     return class_scores(evidence, evidence.attribution[:, -1]).softmax(dim=1).amax(dim=1)
 
 
 def loss_recipe(evidence: Evidence, reduce: Reduce) -> RecipeResult:
-    """Baseline: a mixture on the last pass's loss (Arazo et al. 2019, DivideMix), the lower being clean."""
+    """Fit a mixture to the last pass's loss, the lower being clean (Arazo et al. 2019, DivideMix): a baseline."""
     return _judge_score(-evidence.loss, evidence, reduce)
 
 
 def aum_recipe(evidence: Evidence, reduce: Reduce) -> RecipeResult:
-    """Baseline: a mixture on the margin averaged over training (AUM, Pleiss et al. 2020), the higher being clean."""
+    """Fit a mixture to the margin averaged over training, higher is clean (AUM, Pleiss et al. 2020): a baseline."""
     return _judge_score(evidence.mean_margin, evidence, reduce)
 
 
 def argmax_recipe(evidence: Evidence, reduce: Reduce) -> RecipeResult:
-    """Baseline: a sample is clean if the model predicts its label; the probability is that against the rival alone."""
+    """Call a sample clean if the model predicts its label; its probability is that against the rival: a baseline."""
     if blind := single_class_prediction(evidence, reduce):
         return blind
     probability = evidence.margin.sigmoid().float()

@@ -34,7 +34,7 @@ _BY_CLASS = 0.15
 
 
 def label_recipe(evidence: Evidence, reduce: Reduce) -> RecipeResult:
-    """The probability that the given label is right, calibrated, and how many labels are wrong.
+    """Return the probability that the given label is right, calibrated, and how many labels are wrong.
 
     What the network said in the course of training, and in an early epoch, before it had learned the labels
     (``Evidence.unseen``), is explained by one of three hypotheses (``recipes.label_noise``):
@@ -65,7 +65,7 @@ def label_recipe(evidence: Evidence, reduce: Reduce) -> RecipeResult:
 
 
 def _by_margin(evidence: Evidence, reduce: Reduce) -> RecipeResult:
-    """The order of the margins (AUM), and nothing suspect."""
+    """Return the order of the margins (AUM), and nothing suspect."""
     margin = standardize(evidence.mean_margin.double().unsqueeze(1), evidence.weight, reduce).squeeze(1)
     probability = (1 - NO_DOUBT * (-margin).sigmoid()).float()
     why = "the evidence kept does not separate the classes"
@@ -79,7 +79,7 @@ def _by_margin(evidence: Evidence, reduce: Reduce) -> RecipeResult:
 
 
 def input_recipe(evidence: Evidence, reduce: Reduce) -> RecipeResult:
-    """The probability that the input is intact, from an early layer's response to it.
+    """Return the probability that the input is intact, from an early layer's response to it.
 
     A mixture on the response. The gate: fewer than one per cent of the samples lie between the two groups, and the
     model was less sure of one of them in the course of training; that one is the corrupted one. Two kinds of intact
@@ -120,7 +120,7 @@ def input_recipe(evidence: Evidence, reduce: Reduce) -> RecipeResult:
 
 
 def _is_contrary(clean: int, group: Tensor, right: Tensor, loss: Tensor, squares: Tensor) -> bool:
-    """Whether a network that has hardly learned does worse on the inputs that are called intact.
+    """Return whether a network that has hardly learned does worse on the inputs that are called intact.
 
     Args:
         clean: which of the two groups is called intact.
@@ -137,7 +137,7 @@ def _is_contrary(clean: int, group: Tensor, right: Tensor, loss: Tensor, squares
 
 
 def _follows_classes(evidence: Evidence, share: Tensor, reduce: Reduce) -> bool:
-    """Whether the given labels tell which of the two groups a sample is in (adjusted R squared).
+    """Return whether the given labels tell which of the two groups a sample is in (adjusted R squared).
 
     Args:
         evidence: of this rank.
@@ -158,7 +158,7 @@ def _follows_classes(evidence: Evidence, share: Tensor, reduce: Reduce) -> bool:
 
 
 def auto_recipe(evidence: Evidence, reduce: Reduce) -> RecipeResult:
-    """Both kinds of evidence: p(clean) is the product.
+    """Combine both kinds of evidence: p(clean) is the product.
 
     Labels are judged on the samples whose input is intact.
     """
@@ -190,7 +190,7 @@ def auto_recipe(evidence: Evidence, reduce: Reduce) -> RecipeResult:
 
 
 def _with_inputs(noise: NoiseEstimate | None, corrupted: float) -> NoiseEstimate | None:
-    """The estimate of labels where a share of all samples has a corrupted input, and its labels were not judged."""
+    """Return the label estimate if a share of all samples has a corrupted input, whose labels were not judged."""
     if noise is None:
         return None
     # So that 1 stays exactly 1.

@@ -23,7 +23,7 @@ _MORE_SKILL = 0.1
 
 
 def verdict_on_labels(evidence: Evidence, reduce: Reduce) -> RecipeResult:
-    """The verdict on evidence in which every class occurs.
+    """Return the verdict on evidence in which every class occurs.
 
     Args:
         evidence: of this rank's share.
@@ -104,7 +104,7 @@ def _favored(evidence: Evidence, drawn: Tensor | None, reduce: Reduce) -> Tensor
 
 
 def share_predicted(evidence: Evidence, reduce: Reduce) -> float:
-    """Of the given labels, how many the last pass predicts."""
+    """Return the share of the given labels that the last pass predicts."""
     w = evidence.weight.double()
     right, number = reduce(torch.stack([(w * (evidence.prediction == evidence.label)).sum(), w.sum()])).tolist()
     return float(right / max(number, 1))
@@ -130,7 +130,7 @@ def _notes(predicted: float, accuracy: float | None) -> tuple[str, ...]:
 
 
 def _missing(unseen: OutOfSample | None, largest: float) -> str:
-    """What keeps an early epoch from telling how many labels are wrong; empty where nothing does, or nobody looked.
+    """Return what keeps an early epoch from telling how many labels are wrong; empty if nothing does or none was seen.
 
     Args:
         unseen: what is told of labels that were not learned.

@@ -15,7 +15,7 @@ from lightning_unlearn.utilities.reduce import Reduce
 
 
 def runner_up(evidence: Evidence) -> tuple[Tensor, Tensor]:
-    """The class other than the given one that the model was most for on the whole, and its share among the others.
+    """Return the class other than the given one that the model favored overall, and its share among the others.
 
     Of more classes than have coordinates, it is that of the last pass; where that is not known either, what this
     predicts, with a share of 0.
@@ -34,29 +34,29 @@ def runner_up(evidence: Evidence) -> tuple[Tensor, Tensor]:
 
 
 def class_scores(evidence: Evidence, block: Tensor) -> Tensor:
-    """(n, C), what a part (n, r) of the attributions says of each class; -inf of one without coordinates."""
+    """Return (n, C), what a part (n, r) of the attributions says of each class; -inf of one without coordinates."""
     return (block @ evidence.basis.T).masked_fill(~with_coordinates(evidence.basis), -torch.inf)
 
 
 def with_coordinates(basis: Tensor) -> Tensor:
-    """(C,) bool, the classes of which the evidence holds anything."""
+    """Return (C,) bool, the classes of which the evidence holds anything."""
     return basis.abs().sum(dim=1) > 0
 
 
 def is_exact(basis: Tensor) -> bool:
-    """Whether attributions in these coordinates are those of the classes, and not a random part of them."""
+    """Return whether attributions in these coordinates are those of the classes, and not a random part of them."""
     return 0 < int(with_coordinates(basis).sum()) <= basis.shape[1] + 1
 
 
 def judged_classes(evidence: Evidence, reduce: Reduce) -> Tensor:
-    """(C',) int64, the classes that samples which count are called, and of which the evidence holds anything."""
+    """Return (C',) int64, the classes that samples which count are called, and of which the evidence holds anything."""
     counts = evidence.weight.new_zeros(evidence.num_classes).double()
     counts = reduce(counts.index_add(0, evidence.label, evidence.weight.double()))
     return ((counts > 0) & with_coordinates(evidence.basis)).nonzero().flatten()
 
 
 def restricted(evidence: Evidence, classes: Tensor) -> Evidence:
-    """The evidence of some classes, as if the model had no other outputs; samples of other classes do not count.
+    """Return the evidence of some classes, as if the model had no other outputs; samples of other classes do not count.
 
     Args:
         evidence: whose coordinates are exact.
@@ -88,7 +88,7 @@ def _unseen_of(unseen: OutOfSample, classes: Tensor) -> OutOfSample:
 
 
 def of_all_classes(verdict: RecipeResult, evidence: Evidence, classes: Tensor) -> RecipeResult:
-    """A verdict on :func:`restricted` evidence in the classes of the model; samples of other classes are clean.
+    """Return a verdict on :func:`restricted` evidence in the classes of the model; samples of other classes are clean.
 
     Args:
         verdict: on the restricted evidence.

@@ -126,7 +126,7 @@ class LabelNoise:
 
 
 def find_label_noise(history: LabelHistory, *, reduce: Reduce = no_reduce) -> LabelNoise:
-    """Finds the labels that are wrong.
+    """Find the labels that are wrong.
 
     Four hypotheses are asked, and the first that is shown explains the labels: some classes go by another's name; any
     class may be called by any name, as latent classes that are told well apart show; errors are blind, but more in one
@@ -192,7 +192,7 @@ class _Asked:
 
 
 def _asked(history: LabelHistory, reduce: Reduce) -> tuple[_Asked, Tensor]:
-    """It, and the mean over training (n, C)."""
+    """Return what the history is asked, and the mean over training (n, C)."""
     y, w, early = history.label, history.weight.double(), _unseen(history, reduce)
     mean, seen = _evidence(history)
     shift = _bias(history).to(mean)
@@ -245,7 +245,7 @@ def _by_names(named: NamedClasses, asked: _Asked) -> _Explained:
 
 
 def _speaks(matrix: TransitionNoise, asked: _Asked, number: float) -> bool:
-    """Whether latent classes say more of the labels than an early epoch and the network's own scores.
+    """Return whether latent classes say more of the labels than an early epoch and the network's own scores.
 
     Of two classes, these are a single number, of which latent classes make too much where one is rare.
     """
@@ -268,7 +268,7 @@ def _by_matrix(matrix: TransitionNoise, asked: _Asked) -> _Explained:
 
 
 def _by_class_shares(windows: Sequence[LatentWindow], asked: _Asked) -> _Explained | None:
-    """Errors that are blind, but more in one true class than in another; None if they are not, by far."""
+    """Return errors that are blind, but more in one true class than in another; None if they are not, by far."""
     told = find_class_noise(asked.score, asked.label, asked.weight, reduce=asked.reduce) if windows else None
     if told is None:
         return None
@@ -286,7 +286,7 @@ def _by_class_shares(windows: Sequence[LatentWindow], asked: _Asked) -> _Explain
 
 
 def _by_blind_errors(asked: _Asked) -> _Explained:
-    """Errors that are blind, and those on classes that are taken for each other, which rank like them."""
+    """Return errors that are blind, and those on classes that are taken for each other, which rank like them."""
     fit, early, y, w, reduce = asked.fit, asked.early, asked.label, asked.weight, asked.reduce
     rate, error = fit.rate, 1.96 * fit.std_error
     interval = max(0.0, rate - error), 1.0
@@ -305,19 +305,19 @@ def _by_blind_errors(asked: _Asked) -> _Explained:
 
 
 def _counted(confused: float) -> float:
-    """How much of what classes that are taken for each other may explain is added to the rate."""
+    """Return how much of what classes that are taken for each other may explain is added to the rate."""
     return confused * min(max((confused - _NO_CONFUSION) / (_ALL_CONFUSION - _NO_CONFUSION), 0.0), 1.0)
 
 
 def _is_clear_cut(asked: _Asked) -> bool:
-    """Whether scores split in two, so that they tell the number of wrong labels better than an early epoch."""
+    """Return whether scores split in two, so that they tell the number of wrong labels better than an early epoch."""
     wrong = asked.fit.wrong_probability(asked.score, asked.label)
     doubt, total = asked.reduce(torch.stack([wrong * (1 - wrong), wrong]) @ asked.weight).tolist()
     return bool(doubt <= _CLEAR_CUT * total)
 
 
 def _highest(early: PrequentialRate) -> float:
-    """How many labels are wrong at most; 1 where errors are not blind, so that an unknown number does not show.
+    """Return how many labels are wrong at most; 1 where errors are not blind, so that an unknown number does not show.
 
     A shift between classes that is taken out is not told from classes that are taken for each other.
     """
@@ -330,7 +330,7 @@ def _possible(rate: float) -> float:
 
 
 def _is_habit(named: NamedClasses, asked: _Asked, history: LabelHistory) -> bool:
-    """Whether a class goes by another's name, and is not one that the network was slow to learn.
+    """Return whether a class goes by another's name, and is not one that the network was slow to learn.
 
     In the first part of training such a class is taken for one like it, as if it went by that name. All of training
     shows a habit as well, but where labels are memorized: where more are predicted than are right.
@@ -346,7 +346,7 @@ def _is_habit(named: NamedClasses, asked: _Asked, history: LabelHistory) -> bool
 
 
 def _was_seen_early(rate: float, number: float, early: PrequentialRate, asked: _Asked) -> bool:
-    """Whether so many labels as go by another class's name were not what the network said in an early epoch.
+    """Return whether so many labels as go by another class's name were not what the network said in an early epoch.
 
     A class goes by its own name more often, so the network learns that first.
     """
@@ -357,7 +357,7 @@ def _was_seen_early(rate: float, number: float, early: PrequentialRate, asked: _
 
 
 def _is_sampled(history: LabelHistory) -> bool:
-    """Whether some classes were drawn more often than others.
+    """Return whether some classes were drawn more often than others.
 
     Samples that are drawn again and again are memorized first, and what is like them looks wrong: of suspects under a
     balanced sampler .52 to .96 were, where .85 were expected.
@@ -366,7 +366,7 @@ def _is_sampled(history: LabelHistory) -> bool:
 
 
 def _unseen(history: LabelHistory, reduce: Reduce) -> PrequentialRate | None:
-    """What is told by evidence that has not seen the labels: as much as the one shows that shows more."""
+    """Return what is told by evidence that has not seen the labels: as much as the one shows that shows more."""
     given = history.weight.new_zeros(history.last.shape[1], dtype=torch.float64)
     given = reduce(given.index_add(0, history.label, history.weight.double()))
     early, left_out = (_as_far_as_learned(one, given) for one in (history.early, history.left_out))
@@ -391,7 +391,7 @@ def _unseen(history: LabelHistory, reduce: Reduce) -> PrequentialRate | None:
 
 
 def _as_far_as_learned(told: PrequentialRate | None, given: Tensor) -> PrequentialRate | None:
-    """With as much of the best guess as a network can tell that predicts so many labels.
+    """Reduce the rate to what a network that predicts so many labels can tell.
 
     Args:
         told: of an early epoch.
@@ -408,13 +408,13 @@ def _as_far_as_learned(told: PrequentialRate | None, given: Tensor) -> Prequenti
 
 
 def _predicted(skill: float, given: Tensor) -> float:
-    """Share of the labels that is predicted, where it is ``skill`` of what the largest class leaves."""
+    """Return the share of the labels that is predicted, where it is ``skill`` of what the largest class leaves."""
     largest = (given.max() / given.sum().clamp(min=1e-9)).item()
     return largest + skill * (1 - largest)
 
 
 def _evidence(history: LabelHistory) -> tuple[Tensor, Tensor]:
-    """(n, C) each: the mean over training, and what ranks."""
+    """Return (n, C) each: the mean over training, and what ranks."""
     mean = history.phases.nanmean(dim=1)
     mean = torch.where(mean.isfinite(), mean, history.last)
     share = 0.0
@@ -428,7 +428,7 @@ def _evidence(history: LabelHistory) -> tuple[Tensor, Tensor]:
 
 
 def _fitted(history: LabelHistory, score: Tensor, reduce: Reduce) -> tuple[Tensor, SymmetricNoiseFit, float]:
-    """What ranks, with leave-one-out logits where they know more, and how blind errors explain the labels by that."""
+    """Return what ranks, with leave-one-out logits where they know more, and how blind errors explain the labels."""
     y, w = history.label, history.weight.double()
     fit, z = fit_with_and_without(score, y, w, reduce=reduce)
     share = left_out_share(history.left_out, history.early, z)
@@ -444,7 +444,7 @@ def _finite(history: LabelHistory, mean: Tensor) -> Tensor:
 
 
 def _bias(history: LabelHistory) -> Tensor:
-    """(C,) what is added to the logits so that they are those of a network trained on samples drawn alike."""
+    """Return (C,) what is added to the logits so that they are those of a network trained on samples drawn alike."""
     bias = history.last.new_zeros(history.last.shape[1], dtype=torch.float64)
     if history.early is not None:
         bias = bias + history.early.bias.to(bias)
@@ -452,7 +452,7 @@ def _bias(history: LabelHistory) -> Tensor:
 
 
 def _given_and_said(mean: Tensor, label: Tensor, weight: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor]:
-    """(C,) each: how many samples are called each class, and of how many it is predicted."""
+    """Return (C,) each: how many samples are called each class, and of how many it is predicted."""
     zeros = weight.new_zeros(mean.shape[1])
     given, said = reduce(torch.stack([zeros.index_add(0, of, weight) for of in (label, mean.argmax(1))]))
     return given, said

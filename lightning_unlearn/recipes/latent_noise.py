@@ -84,7 +84,7 @@ class LatentWindow:
 def latent_windows(
     phases: Tensor, last: Tensor, label: Tensor, weight: Tensor, reduce: Reduce
 ) -> tuple[LatentWindow, ...]:
-    """All of training, its first half, and its first phase, which is the least memorized.
+    """Return all of training, its first half, and its first phase, which is the least memorized.
 
     None where there are too many classes.
 
@@ -139,14 +139,14 @@ class NamedClasses:
     lasts: bool
 
     def posterior(self, label: Tensor) -> Tensor:
-        """Log-probability (n, C) of each true class."""
+        """Return the log-probability (n, C) of each true class."""
         return self.noise.posterior(self.score, label)
 
 
 def named_classes(
     windows: Sequence[LatentWindow], shift: Tensor, label: Tensor, weight: Tensor, reduce: Reduce
 ) -> NamedClasses | None:
-    """Which classes go by another's name, in the window in which more shows; None if none does.
+    """Return which classes go by another's name, in the window in which more shows; None if none does.
 
     Args:
         windows: of :func:`latent_windows`.
@@ -173,7 +173,7 @@ def named_classes(
 def _gain_of_names(
     window: LatentWindow, shift: Tensor, label: Tensor, weight: Tensor, reduce: Reduce
 ) -> tuple[float, bool, bool]:
-    """Nats that names gain over blind errors, whether that shows each of them, and whether it shows any."""
+    """Return nats that names gain over blind errors, whether that shows each of them, and whether it shows any."""
     candidate = window.transition
     if len(candidate) == 2 or not bool((candidate.clone().fill_diagonal_(0) >= MIN_ENTRY).any()):
         return 0.0, False, False
@@ -214,7 +214,7 @@ class TransitionNoise:
     is_named: bool
 
     def posterior(self, label: Tensor) -> Tensor:
-        """Log-probability (n, C) of each true class."""
+        """Return the log-probability (n, C) of each true class."""
         return given_posterior(self.score, label, self.transition)
 
     @property
@@ -223,7 +223,7 @@ class TransitionNoise:
         return self.confident / max(self.uncertainty, 1e-9) if self.is_named else 0.0
 
     def is_shown(self, samples: float, z: float) -> bool:
-        """Whether there are wrong labels.
+        """Return whether there are wrong labels.
 
         A network that has hardly learned may be confident and wrong. But of many samples there is another sign then.
 
@@ -237,7 +237,7 @@ class TransitionNoise:
 def transition_noise(
     windows: Sequence[LatentWindow], shift: Tensor, label: Tensor, weight: Tensor, reduce: Reduce
 ) -> TransitionNoise | None:
-    """How the latent classes are called, in the window that shows wrong labels most clearly; None without windows.
+    """Return how latent classes are labeled, in the window that shows wrong labels most clearly; None without windows.
 
     What was half memorized in the end speaks for wrong labels as if they were right; what was hardly learned yet is
     unsure of everything. Of several windows of clean data some look suspicious by chance, so a shorter one must be far
@@ -290,7 +290,7 @@ def _transition_noise(
 
 
 def _scaled(window: LatentWindow, scale: float, label: Tensor, weight: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor]:
-    """The transition matrix at a scale of the likelihoods, and the probability (n,) that each label is wrong."""
+    """Return the transition matrix at a scale of the likelihoods, and the probability (n,) that each label is wrong."""
     likelihood = scale * window.likelihood
     transition = fit_transition(likelihood, label, weight, window.transition, reduce=reduce)
     posterior = given_posterior(likelihood, label, transition)
@@ -300,7 +300,7 @@ def _scaled(window: LatentWindow, scale: float, label: Tensor, weight: Tensor, r
 def as_sure_as_labels_show(
     noise: TransitionNoise, label: Tensor, weight: Tensor, reduce: Reduce
 ) -> TransitionNoise | None:
-    """The same, as sure of the true classes as the given labels show; None if uncertainty alone explains these.
+    """Return the same, as sure of the true classes as the given labels show; None if uncertainty alone explains these.
 
     The scale that makes the labels likeliest takes wrong labels on samples that are hard to tell, as people make
     them, for uncertainty; the largest one takes uncertainty for wrong labels. Hence two thirds of the way to the first,
@@ -325,7 +325,7 @@ def as_sure_as_labels_show(
 
 
 def _binomial_z(share: float, expected: float, number: float) -> float:
-    """How surely a share is above the expected one, in standard deviations."""
+    """Return how surely a share is above the expected one, in standard deviations."""
     p, q = min(max(share, 1e-9), 1 - 1e-9), min(max(expected, 1e-9), 1 - 1e-9)
     if p <= q:
         return 0.0

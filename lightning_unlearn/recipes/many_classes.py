@@ -40,7 +40,7 @@ _TWO_SIDED = 1.96
 
 
 def judge_many(evidence: Evidence, margins: Tensor, reduce: Reduce) -> RecipeResult:
-    """The probability that the given label is right.
+    """Return the probability that the given label is right.
 
     Args:
         evidence: of this rank's share.
@@ -74,7 +74,7 @@ def judge_many(evidence: Evidence, margins: Tensor, reduce: Reduce) -> RecipeRes
 
 
 def _early(evidence: Evidence, given: Tensor) -> tuple[PrequentialRate | None, bool, bool]:
-    """An early epoch that tells, and whether class weights, or a sampler, shifted the classes there."""
+    """Return an early epoch that tells, and whether class weights, or a sampler, shifted the classes there."""
     unseen = evidence.unseen
     if unseen is None or unseen.early is None:
         return None, False, False
@@ -89,7 +89,7 @@ def _weak_if(weighted: bool, sampled: bool, noise: NoiseEstimate) -> NoiseEstima
 
 
 def _memorized(accuracy: float, evidence: Evidence) -> tuple[str, ...]:
-    """What to say where labels are memorized; empty if they are not, or that is not known."""
+    """Return what to say where labels are memorized; empty if they are not, or that is not known."""
     validation = evidence.unseen.accuracy if evidence.unseen else None
     if validation is None or accuracy - validation < _GAP:
         return ()
@@ -100,7 +100,7 @@ def _memorized(accuracy: float, evidence: Evidence) -> tuple[str, ...]:
 def _parts(
     margins: Tensor, evidence: Evidence, classes: int, reduce: Reduce, *, with_last: bool
 ) -> tuple[list[Tensor], AveragedCurve]:
-    """The parts (n, K) of training that count, all alike, and the curve of their average."""
+    """Return the parts (n, K) of training that count, all alike, and the curve of their average."""
     *phases, last = margins.unbind(dim=1)
     weight, validation = evidence.weight.double(), evidence.unseen.accuracy if evidence.unseen else None
     if phases:
@@ -120,7 +120,7 @@ def _blind_errors(
     early: PrequentialRate | None,
     reduce: Reduce,
 ) -> tuple[Tensor, NoiseEstimate]:
-    """(n,) probability that each label is wrong, and how many are."""
+    """Return (n,) probability that each label is wrong, and how many are."""
     rows = torch.cat(parts, dim=1)
     fit, z = fit_with_and_without(rows, weight, classes, curve=curve, reduce=reduce)
     rate, z = (max(fit.rate, early.middle), max(z, early.z_score)) if early else (fit.rate, z)
@@ -134,12 +134,12 @@ def _blind_errors(
 
 
 def _interval(fit: SymmetricNoiseFit, early: PrequentialRate | None, rate: float) -> tuple[float, float]:
-    """Without an upper end, as it is not asked whether classes are taken for each other."""
+    """Drop the upper end, as it is not tested whether classes are taken for each other."""
     return (max(0.0, fit.rate - _TWO_SIDED * fit.std_error) if early is None else min(early.low, rate)), 1.0
 
 
 def _matrix(occurs: Tensor, rate: float) -> Tensor | None:
-    """Of errors that fall on any class that occurs alike; None of so many outputs that it would be too large."""
+    """Return the transition of errors that fall on all classes alike; None for more outputs than it can hold."""
     if len(occurs) > MOST_NAMES:
         return None
     there = occurs.float()

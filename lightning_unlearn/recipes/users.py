@@ -29,7 +29,7 @@ class RecipeResultError(ValueError):
 
 
 def judge_of(function: Callable[..., Any]) -> Judge:
-    """A user's function as a judge, its answer checked.
+    """Return a user's function as a judge, its answer checked.
 
     Args:
         function: of the evidence alone, or, with a second positional parameter without a default, of the evidence and
@@ -48,7 +48,7 @@ def judge_of(function: Callable[..., Any]) -> Judge:
 
 
 def checking(recipe: Recipe) -> Recipe:
-    """A user's recipe, its answers checked."""
+    """Return a user's recipe, its answers checked."""
     if isinstance(recipe.judge, _Checked):
         return recipe
     return replace(recipe, judge=_Checked(recipe.name, recipe.judge, takes_reduce=True))
@@ -83,7 +83,7 @@ def _takes_reduce(function: Callable[..., Any]) -> bool:
 def checked(
     name: str, answer: Any, evidence: Evidence, reduce: Reduce, failure: Exception | None = None
 ) -> RecipeResult:
-    """What a recipe has answered as a verdict, on the device of the evidence; every rank must ask.
+    """Return what a recipe has answered as a verdict, on the device of the evidence; every rank must ask.
 
     Args:
         name: of the recipe, for messages.
@@ -114,7 +114,7 @@ _LABELS = "suggested_label"
 
 
 def _parts(verdict: RecipeResult) -> list[tuple[str, Any, str]]:
-    """What has a row per sample, with what it is called in a message."""
+    """Return what has a row per sample, with what it is called in a message."""
     return [
         ("clean_probability", verdict.clean_probability, "p(clean)"),
         (_LABELS, verdict.suggested_label, _LABELS),
@@ -126,7 +126,7 @@ def _parts(verdict: RecipeResult) -> list[tuple[str, Any, str]]:
 
 
 def _fault(field: str, value: Any, word: str, evidence: Evidence) -> str:
-    """What is expected of a part of a verdict, and what it is; empty where it is as expected."""
+    """Return what is expected of a part of a verdict, and what it is; empty where it is as expected."""
     shape = evidence.index.shape
     if value is None and field not in ("clean_probability", _LABELS):
         return ""
@@ -145,7 +145,7 @@ def _fault(field: str, value: Any, word: str, evidence: Evidence) -> str:
 
 
 def trial(recipe: Recipe, basis: Tensor, index: Tensor, device: torch.device) -> str:
-    """Why a recipe cannot judge; empty if it can.
+    """Return why a recipe cannot judge; empty if it can.
 
     It is asked about the samples that there are, but with made-up evidence: what fails shall fail before hours of
     training.
@@ -172,7 +172,7 @@ def trial(recipe: Recipe, basis: Tensor, index: Tensor, device: torch.device) ->
 
 
 def made_up(basis: Tensor, index: Tensor, recipe: Recipe) -> Evidence:
-    """Evidence of a model that is fairly sure of the classes, where a fifth of the labels are wrong.
+    """Return evidence of a model that is fairly sure of the classes, where a fifth of the labels are wrong.
 
     Args:
         basis: (C, r) float32.

@@ -2,13 +2,14 @@
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import signal
 import subprocess
 import sys
 import time
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ pytest.importorskip("benchmarks", reason="not a checkout")
 from benchmarks import command
 from benchmarks.command import add_run_options, folder_of, run, run_units
 from benchmarks.runs import finished, head, kept, run_unit
+from tests.callbacks import forked
 
 ARMS = ("first", "broken", "last")
 
@@ -100,6 +102,14 @@ def quiet(monkeypatch):
     monkeypatch.setattr(command, "_prepare", lambda threads: None)
 
 
+@pytest.fixture
+def forks(monkeypatch):
+    """Processes are forked from one that has imported torch, as spawned ones take longest to import it."""
+    forked.start()
+    context = multiprocessing.get_context("forkserver")
+    monkeypatch.setattr(command.multiprocessing, "get_context", lambda _: context)
+
+
 def test_finished_arms_are_kept_and_failed_ones_do_not_keep_the_rest_from_being_run(tmp_path, capsys):
     unit = Counting(tmp_path / "unit", lr=1)
     assert run_unit(unit, ARMS, needed=("first",)) == ["unit: broken"]
@@ -131,7 +141,7 @@ def test_results_of_other_settings_are_refused(tmp_path):
         run_unit(Counting(tmp_path / "unit", lr=2), [], needed=())
 
 
-def test_two_jobs_share_the_units_and_tell_each_failure_once(tmp_path):
+def test_two_jobs_share_the_units_and_tell_each_failure_once(tmp_path, forks):
     units = [Meeting(tmp_path / name) for name in "ab"] + [Counting(tmp_path / name) for name in "cde"]
     failed = run_units(units, ARMS, (), jobs=2)
     assert sorted(failed) == [f"{name}: broken" for name in "abcde"]
@@ -160,16 +170,16 @@ def test_a_unit_that_is_run_does_not_hold_on_to_its_data(tmp_path, quiet, monkey
     assert not hasattr(unit, "data")
 
 
-def test_a_process_that_is_killed_is_a_failure_of_what_had_not_finished(tmp_path, monkeypatch):
+def test_a_process_that_is_killed_is_a_failure_of_what_had_not_finished(tmp_path, forks, monkeypatch):
     # The pool does not see the end of a process that it began to start before it last looked.
-    start = SpawnProcess.start
-    monkeypatch.setattr(SpawnProcess, "start", lambda self: [time.sleep(0.5), start(self)])
+    start = ForkServerProcess.start
+    monkeypatch.setattr(ForkServerProcess, "start", lambda self: [time.sleep(0.5), start(self)])
     units = [Endless(tmp_path / "endless"), Killing(tmp_path / "killing")]
     failed = run_units(units, ["first"], (), jobs=2)
     assert sorted(failed) == [f"{name}: not finished, since a process was killed" for name in ("endless", "killing")]
 
 
-def test_other_settings_in_one_of_several_processes_stop_them_all(tmp_path):
+def test_other_settings_in_one_of_several_processes_stop_them_all(tmp_path, forks):
     run_unit(Counting(tmp_path / "other", lr=1), [], ())
     with pytest.raises(SystemExit, match="holds results of other settings"):
         run_units([Endless(tmp_path / "endless"), Counting(tmp_path / "other", lr=2)], ["first"], (), jobs=2)

@@ -24,7 +24,7 @@ from lightning_unlearn.utilities.sharding import reshard
 
 
 class FitCallback(DualPackageCallback):
-    """Knows the fit that it is in, by one :class:`FitContext` that all callbacks of ours share, from ``setup`` on."""
+    """Knows the fit that it is in, by one :class:`FitContext` that the callbacks share, from ``setup`` on."""
 
     _fit: FitContext | None = None
 
@@ -44,7 +44,7 @@ class FitCallback(DualPackageCallback):
         return self._fit
 
     def join_fit(self, trainer: Trainer, pl_module: LightningModule, source: PartitionSource) -> None:
-        """Take the context that another callback of ours has made, or make it."""
+        """Take the context that another callback has made, or make it."""
         ours = [callback for callback in callbacks_of(trainer) if isinstance(callback, FitCallback)]
         self._fit = shared_context(trainer, pl_module, source, [one._fit for one in ours if one is not self])
 
@@ -175,7 +175,7 @@ class UnlearnCallback(FitCallback):
 
     @contextmanager
     def timed(self) -> Iterator[None]:
-        """Count what is done inside in :attr:`seconds`. Not around what asks another callback of ours."""
+        """Count what is done inside in :attr:`seconds`. Do not nest it around calls of another callback."""
         started = time.perf_counter()
         try:
             yield
@@ -250,7 +250,7 @@ class PartitionConsumer(UnlearnCallback):
         raise NotImplementedError
 
     def provenance_entry(self, partition: Partition) -> dict[str, Any]:
-        """Return what was done to which samples or neurons, by whoever says so.
+        """Return what this callback did to which samples or neurons.
 
         Args:
             partition: the one that was acted upon.

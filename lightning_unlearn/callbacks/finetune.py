@@ -21,15 +21,15 @@ from lightning_unlearn.utilities.checks import check_choice, check_number
 
 
 class CleanSubsetFinetuneCallback(PartitionConsumer):
-    """From the partition on, trains on the clean subset (RLAP, step 5), and on what can be made of the rest.
+    """Trains on the clean subset once there is a partition (RLAP, step 5), re-labeled or re-weighted if asked.
 
-    The loader stays the user's own (class, workers, collate function, transforms); only the indices it draws from
-    change, and not the way in which it draws them: of a WeightedRandomSampler the weights of the samples that are left
-    count (times their probability with ``on_noisy="reweight"``), and an epoch has fewer draws by the share of weight
-    that is gone. Where Lightning does not split samplers over the ranks, one that draws with replacement draws its
-    number on every rank, as before. Lightning recomputes the number of batches, the validation interval and the
-    progress bar's total. After the fit, or an exception, loader, ``requires_grad`` and modes are as they were. Where
-    the partition is computed again in later rounds, the subset follows.
+    The loader stays the user's own (class, workers, collate function, transforms). Only the indices it draws from
+    change, not how it draws them: a WeightedRandomSampler keeps the weights of the remaining samples (times their
+    probability with ``on_noisy="reweight"``), and an epoch has fewer draws in proportion to the weight removed. If
+    Lightning does not split samplers over the ranks, a sampler with replacement draws its number on every rank, as
+    before. Lightning recomputes the number of batches, the validation interval and the progress bar's total. After the
+    fit, or an exception, loader, ``requires_grad`` and modes are restored. If the partition is recomputed in later
+    rounds, the subset follows.
 
     Args:
         mode: ``"full"`` trains everything (the paper's F-FT), ``"layers"`` only some layers (L-FT); the rest is frozen,
@@ -44,8 +44,8 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
             is moved; pruned neurons stay at zero, averages of the weights follow, and running statistics of norms begin
             anew from those of the start. Except with ``"keep"``, a copy of all trained parameters is kept on the CPU,
             and in checkpoints, until fine-tuning starts.
-        on_noisy: what becomes of samples that are not clean, or whose label is doubtful
-            (:class:`~lightning_unlearn.Partition`). ``"drop"``: they are left out. ``"reweight"``: every sample is
+        on_noisy: how samples are treated that are not clean, or whose label is doubtful
+            (:class:`~lightning_unlearn.Partition`). ``"drop"`` leaves them out. ``"reweight"``: every sample is
             drawn in an epoch with its probability of being clean. ``"relabel"``: where the label is wrong and the
             suggested one is probable enough, the sample is trained on under the suggested label, which takes the given
             one's place in the batch on its way in; the data set is not changed.

@@ -1,4 +1,4 @@
-"""Other training samples inside a fit, for who decides about them alone: nothing is judged, pruned or fine-tuned."""
+"""Choose the training samples inside a fit by hand: nothing is judged, pruned or fine-tuned."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def narrow(trainer: Trainer, indices: Iterable[int] | Tensor | None) -> None:
     _check(trainer)
     loader = train_loader(trainer)
     chosen, fault = _checked(indices, len(loader.dataset))  # type: ignore[arg-type]
-    # What one rank refuses, all refuse: nobody waits for who has left.
+    # What one rank refuses, all refuse: otherwise the others would hang.
     if trainer.strategy.reduce_boolean_decision(fault is not None, all=False):
         raise fault or ValueError("Expected indices that fit, but those of another rank do not; see its error.")
     first: Tensor = trainer.strategy.broadcast(chosen)

@@ -42,66 +42,64 @@ _PATH = "the dotted path of a layer, or None"
 
 
 class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
-    """Attributes every training sample and gives it a probability of being clean (RLAP, steps 2 and 3).
+    """Estimates for every training sample the probability that it is clean (RLAP, steps 2 and 3).
 
-    Evidence is gathered over training, because what has been memorized no longer shows: from the outputs of the
-    training steps themselves, at no cost (at the head's input, the sum of gradient x activation of a class's logit is
-    that logit less the bias). Where a row's output does not belong to one sample and its label (MixUp, CutMix, two
-    views, several forward calls in a step), this is noticed, said in the log, and replaced by passes over the training
-    set after every epoch.
+    It collects evidence during training, before wrong labels are memorized, from the outputs of the training steps and
+    at no extra cost (at the head's input, the sum of gradient x activation of a class's logit equals that logit minus
+    the bias). If a row's output does not belong to one sample and its label (MixUp, CutMix, two views, several forward
+    calls in a step), it logs this and runs an evaluation pass over the training set after every epoch instead.
 
-    When ``at_epoch`` epochs on all the data are complete, there is one such pass in any case: in index order, in eval
-    mode, sharded over the ranks, with the DataModule's transforms and transfer hooks. It takes the attribution of the
-    given label's margin at a layer. It changes nothing: the weights after the fit are bit for bit those of a fit
-    without it, until another callback acts on the partition.
+    After ``at_epoch`` epochs on all the data it runs one such pass: in index order, in eval mode, sharded over the
+    ranks, with the DataModule's transforms and transfer hooks. The pass attributes the margin of the given label at a
+    layer. Nothing is changed: until another callback acts on the partition, the weights equal those of a fit without
+    this callback, bit for bit.
 
-    Where the training set has random augmentation, the scores are those of augmented samples, which is said once. A
-    DataModule (or LightningModule) may offer a method ``attribution_dataloader()`` that returns a loader of the same
-    samples, in the same order, without augmentation: the passes draw from it then.
+    With random augmentation the pass scores augmented samples, which is logged once. To score the originals, give the
+    DataModule (or LightningModule) a method ``attribution_dataloader()`` that returns a loader of the same samples, in
+    the same order, without augmentation.
 
-    With ``every_n_epochs`` the partition is computed again as the model gets cleaner, from what was seen before the
-    first one and from a new pass, until hardly a sample changes sides.
+    With ``every_n_epochs`` the partition is recomputed as the model gets cleaner, from the evidence before the first
+    partition and a new pass, until hardly any sample changes group.
 
-    When the fit ends, :attr:`summary` says what was found and done and whether it helped.
+    When the fit ends, :attr:`summary` holds what was found, what was done and whether it helped.
 
     Args:
         layer: dotted path of the layer whose output is attributed; by default the input of the last Linear with an
             output per class that ``forward`` calls.
         at_epoch: when the partition is computed, and training on the clean subset can begin. ``"auto"``: once the
-            evidence has peaked, as the ranking of the samples hardly changes any more, or training steps predict more
-            of the labels than validation does, or that gets worse; after epoch 2 at the earliest. Where another
-            callback of ours is to act on it, after two thirds of what the Trainer allows (epochs, steps, time) at the
-            latest, else when training ends. A whole number: after so many epochs, which may be ``max_epochs`` where no
-            other callback is to act. A float in (0, 1): after that share of ``max_epochs``. In any case where
-            EarlyStopping would end training, which goes on with what the partition leaves then; and where a fit ends
-            before.
-        every_n_epochs: recompute the partition after so many further epochs, and again; None for once.
+            evidence has peaked, that is when the ranking of the samples hardly changes any more, training accuracy
+            exceeds validation accuracy, or validation gets worse; not before epoch 2, and no later than two thirds of
+            what the Trainer allows (epochs, steps, time) if another callback is to act on it, else at the end of
+            training. A whole number: after that many epochs (``max_epochs`` only if no other callback is to act). A
+            float in (0, 1): after that share of ``max_epochs``. If EarlyStopping would end training earlier, the
+            partition is computed then and training continues on what it keeps; if the fit ends earlier, at its end.
+        every_n_epochs: recompute the partition every N epochs after the first; None computes it once.
         recipe: ``"auto"``: wrong labels and corrupted inputs, each only if there is a sign of any; ``"label"`` or
             ``"input"``: one of the two; ``"rlap"``: the paper's, blind to the given label; ``"loss"``, ``"aum"``,
             ``"argmax"``: baselines; or the dotted path of a function from evidence to p(clean), or that function.
             :func:`~lightning_unlearn.recipes.get_recipe` changes what a recipe is given, and what it always keeps.
         suspect_precision: suspects are the longest list of which at least this share is expected to be wrong: higher
-            for fewer and surer ones. In [.5, 1); no sample that is less than .3 likely to be wrong is among them. A
-            recipe that does not estimate how many are wrong (a function of yours, and ``"loss"``, ``"aum"``,
-            ``"argmax"``, ``"rlap"``, ``"input"``) goes by p(clean) below .5 instead.
+            for fewer and surer ones. In [.5, 1). No sample that is less than .3 likely to be wrong is suspect. With a
+            recipe that does not estimate how many labels are wrong (your own function, ``"loss"``, ``"aum"``,
+            ``"argmax"``, ``"rlap"``, ``"input"``), suspects are the samples with p(clean) below .5.
         dry_run: compute the partition, but change nothing; the log reports what would be pruned and fine-tuned, and at
             what cost.
         review: a table of :meth:`Partition.to_csv <lightning_unlearn.Partition.to_csv>` in which a person has
-            filled ``decision`` (and mended ``suggested_label``). It holds for those samples, whatever the recipe says:
-            ``keep``: clean for certain; ``drop``: never trained on, whatever ``min_class_fraction``; ``relabel``:
-            trained on under the suggested label with ``CleanSubsetFinetuneCallback(on_noisy="relabel")``, else
-            dropped. Rank 0 reads it when the fit is set up; checkpoints keep it.
-        judge_validation: judge the samples of the validation loader too, by one pass when those of training are judged
-            (``validation_partition``). Nothing acts on it; but wrong labels there count in the accuracy.
-        keep_probabilities: keep the probabilities of the classes that training has shown, averaged over its epochs
-            (``probabilities``), for tools such as cleanlab: 4 C bytes per sample. Of at most 129 classes.
+            filled ``decision`` (and corrected ``suggested_label``). The decisions override the recipe. ``keep``:
+            clean; ``drop``: never trained on, whatever ``min_class_fraction``; ``relabel``: trained on under the
+            suggested label with ``CleanSubsetFinetuneCallback(on_noisy="relabel")``, else dropped. Rank 0 reads the
+            table when the fit is set up; checkpoints keep it.
+        judge_validation: judge the samples of the validation loader too, in one pass beside that of training
+            (``validation_partition``). Nothing acts on it, but wrong labels there count in the accuracy.
+        keep_probabilities: keep the class probabilities of the training steps, averaged over the epochs
+            (``probabilities``), for tools such as cleanlab: 4 C bytes per sample, at most 129 classes.
         data: how batches, outputs and labels are read, a :class:`~lightning_unlearn.DataFormat` or a dict of its
-            fields; by default that is inferred.
+            fields; inferred by default.
 
     Raises:
-        ValueError: for arguments out of range, here; for an unknown layer, or a ``review`` that is not as written,
-            when the fit is set up; for a layer that is not reached, labels out of range, or a ``review`` of other data,
-            when training starts.
+        ValueError: for arguments out of range, here; for an unknown layer or an invalid ``review``, when the fit is set
+            up; for a layer that is not reached, labels out of range, or a ``review`` of other data, when training
+            starts.
         TypeError: for a dataset without index or length, or a batch that is not ``(x, y)``, when training starts.
         MisconfigurationException: if ``at_epoch`` is not before the Trainer's ``max_epochs``, or a share of none, or
             for a strategy that is not supported, when the fit is set up.
@@ -162,7 +160,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         self._partitioning.reset()
         self._has_begun = False
         self._recorded = None
-        # When the epoch has, for who asks what a pass will cost.
+        # When the epoch started, to tell what a pass will cost.
         self._epoch_started: float | None = None
 
     @property

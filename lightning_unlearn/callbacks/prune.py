@@ -41,20 +41,21 @@ from lightning_unlearn.utilities.sharding import reshard
 class SensitivityPruneCallback(PartitionConsumer):
     """Prunes the neurons whose activations tell noise from clean samples (RLAP, step 4).
 
-    When the partition has been computed it streams the layers' activations over the training set, regresses the
-    probability of being clean on them, and prunes, worst first and up to a share, the neurons that are significantly
-    more active for noise: weight row, bias, and scale and shift of a norm that follows. They stay exactly zero through
-    all further training, and in every checkpoint, which loads with ``strict=True`` into the plain module. Where none is
+    Once the partition is computed, it streams the layers' activations over the training set, regresses the probability
+    of being clean on them, and prunes the neurons that are significantly more active for noise, worst first and up to a
+    share: weight row, bias, and scale and shift of a norm that follows. They stay exactly zero during all further
+    training and in every checkpoint, which loads with ``strict=True`` into the plain module. If no neuron is
     significant, none is pruned.
 
-    That they are silent is seen in the module as it runs, before the first step and when they are pruned, whatever its
-    weights are computed from. Where something else writes to the weights later, they are zeroed again, which is said.
+    That pruned neurons are silent is verified in the running module, before the first step and at pruning, whatever
+    its weights are computed from. If something else writes to the weights later, they are zeroed again and this is
+    logged.
 
-    A guard prunes in steps and takes back what hurts: a step after which validation accuracy (without validation data,
-    the loss on held-back samples that are surely clean) is worse than before the pruning by more than a tolerance.
+    A guard prunes in steps and rolls back a step after which validation accuracy (without validation data, the loss on
+    held-out confident clean samples) is worse than before pruning by more than a tolerance.
 
     With the recipe ``"rlap"`` the regression is the paper's: least squares of the two clusters, neurons of largest
-    magnitude, whatever their sign, without a test.
+    magnitude whatever their sign, without a test.
 
     Args:
         layer: dotted path of the Linear or convolution to prune, a convolution by channel; or several of them. Inside a
@@ -64,11 +65,11 @@ class SensitivityPruneCallback(PartitionConsumer):
             pooling between.
         amount: share of each layer's live neurons to prune at most, in (0, 1), over all rounds of partition and
             pruning; dead neurons, which are constant, do not count.
-        criterion: ``"sensitivity"``, or one to compare it with, which prunes ``amount`` in any case: ``"random"``;
+        criterion: ``"sensitivity"``, or one to compare it with, which always prunes ``amount``: ``"random"``;
             ``"magnitude"`` of the weights, smallest first; the importance for suspect samples over that for clean ones
             (``"mean_abs_ratio"``, ``"rms_ratio"``, ``"std_ratio"``, ``"frequency_ratio"`` of activations, ``"taylor"``
             and ``"hessian"`` of the loss of the given labels), largest first. Or one with settings of its own, as
-            ``Sensitivity(fdr_level=None)``, or of your own making: see :mod:`lightning_unlearn.pruning.criteria`.
+            ``Sensitivity(fdr_level=None)``, or your own: see :mod:`lightning_unlearn.pruning.criteria`.
         max_val_drop: by how much validation accuracy may fall (0.01 is one point), or the loss rise, in nats; None for
             no guard: nothing is measured, and nothing taken back.
         shrink_to: file to which rank 0 writes the network without its pruned neurons when the fit ends, as the weights

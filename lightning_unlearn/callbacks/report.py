@@ -37,29 +37,29 @@ _LOSS = "training loss"
 
 
 class UnlearnReport(FitCallback):
-    """Writes a run directory and ``report.html`` in it when the fit ends, for people to look at.
+    """Writes a run directory with ``report.html`` when the fit ends.
 
-    One file that needs no network: what was found and done, and whether it helped; the noise estimate; which classes
-    are taken for which; the probabilities of being clean; the most suspect samples, to filter and to sort; training
-    curves with the swap; neurons; time. ``lightning-unlearn report DIR`` makes it again from the run directory.
+    The report is one offline file: what was found and done and whether it helped, the noise estimate, confused classes,
+    the probabilities of being clean, the most suspect samples (to filter, sort and review), training curves, neurons
+    and run times. ``lightning-unlearn report DIR`` makes it again from the run directory.
 
-    Beside an AttributionPartitionCallback, in any place of the Trainer's callbacks. What goes wrong while it writes is
-    said in one warning, and does not end the fit.
+    It needs an AttributionPartitionCallback among the Trainer's callbacks, in any order. An error while writing becomes
+    a warning and does not end the fit.
 
     Args:
         dir: the run directory; by default ``unlearn`` in the logger's folder, or in the Trainer's ``default_root_dir``.
         class_names: by label; by default what the data set has as ``classes``, as an ImageFolder does.
-        samples: how many of the most suspect samples the gallery holds; up to a quarter are samples that a person has
-            decided of (``review``); where none is suspect, the 24 least sure. They are read from the
-            data set (that of ``attribution_dataloader()`` where the user offers it), and are in the file.
-        render: from an item of the data set to what is shown of it: a text, a table (a dict of names and values), a PIL
-            image, or the bytes of a PNG; of a video, a frame. By default pictures, sounds (with ``sample_rate``), texts
-            and tables are shown as they are, and token ids decoded where the module, its data or the collate function
-            has a ``tokenizer``.
-        mean: that the data set's transforms have subtracted from each channel of a picture, to be added again.
-        std: by which they have divided it. Without both, a picture with values beyond [0, 1] is stretched to them.
-        channels: whether a picture's channels come ``"first"`` or ``"last"``; by default as its shape looks.
-        sample_rate: of sounds, (T,) or (1, T), per second.
+        samples: how many of the most suspect samples the report shows; up to a quarter are samples with a person's
+            decision (``review``); if none is suspect, the 24 least certain. They are read from the dataset (that of
+            ``attribution_dataloader()`` if there is one) and stored in the file.
+        render: from an item of the dataset to what is shown: a text, a table (a dict of names and values), a PIL image,
+            or the bytes of a PNG; for a video, a frame. By default images, audio (with ``sample_rate``), texts and
+            tables are shown as they are, and token ids are decoded if the module, its data or the collate function has
+            a ``tokenizer``.
+        mean: subtracted from each channel of an image by the dataset's transforms; added back for display.
+        std: divided by in the dataset's transforms. Without both, images with values beyond [0, 1] are rescaled.
+        channels: whether an image's channels come ``"first"`` or ``"last"``; inferred from its shape by default.
+        sample_rate: of audio (T,) or (1, T), per second.
 
     Raises:
         ValueError: for arguments that do not fit, here; for ``class_names`` that are too many or too few, before the

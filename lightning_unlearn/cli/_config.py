@@ -120,7 +120,7 @@ class ConfigCLI(LightningCLI):
 
 
 def _said_by_us(error: BaseException | None) -> BaseException | None:
-    """Return what an argument of a class of ours was refused with, where that is what an error comes from."""
+    """Return the message with which a class of this package refused an argument, if that caused an error."""
     while error is not None and not (isinstance(error, (TypeError, ValueError)) and is_user_error(error)):
         error = error.__cause__ or error.__context__
     return error

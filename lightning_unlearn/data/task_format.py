@@ -18,7 +18,7 @@ IGNORED = -1
 """What a label is that is to be ignored."""
 
 _ILLEGAL = -2
-# Of a row of probabilities that is one class outright, in any floating-point precision.
+# Rounding of a row of probabilities that is a single class, in any floating-point precision.
 _ROUNDING = 1e-3
 
 

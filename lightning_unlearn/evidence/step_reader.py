@@ -376,7 +376,7 @@ class TrainStepReader:
         return ((before >= 0) & (before != label)).sum()
 
     def _judge_epoch(self) -> None:
-        """Give up where an epoch has shown nothing that can be checked, for want of a gradient or of indices."""
+        """Disable reading if nothing in an epoch can be checked, without gradients or indices."""
         if self._is_unknown:
             self._unknown_epochs += 1
             if self._unknown_epochs > 1:

@@ -183,7 +183,7 @@ def _places(subset: TrainingSubset) -> dict[int, int]:
 
 
 def _uniform(seed: int, epoch: int, key: Key) -> float:
-    """Return a number in [0, 1) that is another one in each epoch, and the same whoever asks."""
+    """Return a number in [0, 1) that differs by epoch and is the same on every rank."""
     digest = hashlib.blake2b(f"{seed}:{epoch}:{key}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 

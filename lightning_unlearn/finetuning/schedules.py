@@ -48,7 +48,7 @@ def forget_schedule(optimizer: Optimizer, given: Mapping[int, Mapping[str, Any]]
     Args:
         optimizer: a fresh one.
         given: what its groups held before; see :func:`before_schedules`.
-        lr: that each group is to have; None for that which it has.
+        lr: of each group; None to keep the present one.
     """
     for group in optimizer.param_groups:
         before = given.get(id(group), {})

@@ -41,7 +41,7 @@ class SubsetLoader(SubsetData):
     def begin(self, fit: RunningFit) -> None:
         loader = fit.train_loader
         seed = self.scheme(fit, loader).seed
-        # Without one of the user's, that which Lightning gives its own samplers.
+        # Without a seed of the user's, the one that Lightning gives its own samplers.
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
         with isolate_rng():
             fault = batch_sampler_error(loader)

@@ -51,7 +51,7 @@ def given_posterior(log_likelihood: Tensor, label: Tensor, transition: Tensor | 
     Args:
         log_likelihood: (n, C), see :meth:`~lightning_unlearn.functional.LatentClasses.log_likelihood`.
         label: (n,) int64.
-        transition: (C, C), see :class:`~lightning_unlearn.functional.LatentClasses`; for who asks of many parts, its
+        transition: (C, C), see :class:`~lightning_unlearn.functional.LatentClasses`; for callers with many parts, its
             logarithms.
 
     Returns:

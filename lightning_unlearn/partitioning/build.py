@@ -50,7 +50,7 @@ class CleanCriteria:
 
     Args:
         precision: share of the suspects that is expected to be wrong.
-        min_class_fraction: fraction of each class's samples that is kept in any case.
+        min_class_fraction: fraction of each class's samples that is always kept.
     """
 
     precision: float

@@ -62,7 +62,7 @@ def begin(
         state: takes what is found of the data.
         collector: starts to gather.
         table: what the file of decisions holds; None for no file.
-        settings: of each callback of ours, by its name.
+        settings: of each callback of this package, by its name.
     """
     trace, first = fit.probe()
     collector.point, collector.early = choose_points(fit, trace, first, asked.recipe, asked.layer)
@@ -242,7 +242,7 @@ def note_fit(
     Args:
         fit: that begins.
         state: takes it.
-        settings: of each callback of ours, by its name.
+        settings: of each callback of this package, by its name.
         epochs_seen: of how many epochs the checkpoint has evidence.
         may_be_recomputed: whether other partitions are to follow.
     """

@@ -239,7 +239,7 @@ class PublishedPartition:
     def provenance(self) -> dict[str, Any]:
         """Where the result comes from, in primitives; checkpoints hold it too.
 
-        ``fits`` (versions, seed, settings of all callbacks of ours, for each fit or resumed part of one), ``data``,
+        ``fits`` (versions, seed, settings of the callbacks, for each fit or resumed part of one), ``data``,
         ``partition`` and ``validation`` (with the indices of all suspects), ``review`` (what a person has decided),
         ``done`` (for each callback: the indices that were dropped, those that were re-labeled with both labels, the
         pruned neurons of each layer) and ``accuracy``.

@@ -1,4 +1,4 @@
-"""A partition of the validation set: its labels are wrong too, and the validation accuracy counts them all the same.
+"""A partition of the validation set, whose wrong labels count in the validation accuracy.
 
 No training step has seen a validation sample, so what the network says of it is not memorized: one pass at the moment
 of the training partition is all the evidence there is, and takes the place of the early epoch too.

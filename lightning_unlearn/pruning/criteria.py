@@ -56,7 +56,7 @@ class NeuronStatistics:
 
 
 class Criterion:
-    """Ranks the neurons of a layer; those of the largest score are pruned first, ``amount`` of them in any case.
+    """Ranks the neurons of a layer; those of the largest score are pruned first, always ``amount`` of them.
 
     A sample counts by its mean activation over positions, and with ``per_position`` by its activation at each. The sums
     are over all ranks, and ``score`` must be the same on each of them.

@@ -90,7 +90,7 @@ class RecipeResult:
             it was not estimated, as with more than 2,048 classes. The same on every rank.
         notes: what was found, for the log. The same on every rank.
         warning: why the verdict should not be acted upon; empty if it can be. The same on every rank.
-        unusable: (n,) bool, samples that must not be trained on in any case; None where there are none.
+        unusable: (n,) bool, samples that must never be trained on; None if there are none.
         noise: what is estimated of all the labels, of which p(clean) says how many of any list are wrong then; None
             where it was not. The same on every rank.
     """

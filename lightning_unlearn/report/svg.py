@@ -27,7 +27,7 @@ class SvgCanvas:
     Args:
         width: in pixels.
         height: likewise.
-        label: what it shows, for who cannot see it.
+        label: what it shows, for screen readers.
     """
 
     def __init__(self, width: float, height: float, label: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning_unlearn.utilities.checks import shown
 
-# Names in the labelling interface: of what is looked at, of the class, of what else may become of a sample.
+# Names in the labeling interface: of what is looked at, of the class, of what else may become of a sample.
 SAMPLE, LABEL, DECISION = "sample", "label", "decision"
 DROP, NO_LABEL = "drop", "none of them"
 _CHOICE = re.compile(r"(\d+)(: .*)?", re.DOTALL)

@@ -44,7 +44,7 @@ def to_label_studio(
             or the texts themselves; by default the partition's own files.
         kind: what the samples are.
         suspects_only: leave out the samples that are clean.
-        review: so many of them are tasks all the same, the first of ``partition.review_ranking()``.
+        review: how many of the other samples are tasks too, the first of ``partition.review_ranking()``.
         class_names: the name of every class, by label; by default the partition's own.
 
     Returns:

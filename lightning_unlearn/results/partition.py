@@ -85,7 +85,7 @@ class Partition:
             first.
         class_names: what the classes are called, by label; empty where that is not known.
         status: what may be done with it; with a warning that is not told ``"ok"``, it is ``"inconclusive"``.
-        doubtful: (N,) bool, clean samples on which fine-tuning does not train all the same, since their label is too
+        doubtful: (N,) bool, clean samples that fine-tuning leaves out anyway, since their label is too
             likely wrong for that, though not likely enough to be suspect; by default none is.
         keys: of each sample, N integers or N texts in ascending order, where samples are known by a key
             (``DataFormat(sample_key=...)``); an index is then a position here. Empty where it is a dataset index.
@@ -366,8 +366,8 @@ class Partition:
         Args:
             path: file to write; folders are made.
             suspects_only: leave out the samples that are clean.
-            review: so many of them are in the table all the same, the first of :meth:`review_ranking`; all that are
-                worth a look are ``partition.worth_review()``.
+            review: how many of the other samples are in the table too, the first of :meth:`review_ranking`; all
+                that are worth a look are ``partition.worth_review()``.
             class_names: the name of every class, by label; by default the partition's own. One that a spreadsheet would
                 take for a formula gets a single quote in front.
             columns: further ones by their title, of N values each, by dataset index: file names, for example. They

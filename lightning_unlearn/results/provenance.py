@@ -33,7 +33,7 @@ def fit_record(from_epoch: int, ranks: int, batch_size: int | None, settings: Ma
         from_epoch: the first, counted from 0.
         ranks: how many processes.
         batch_size: of each; None where batches do not say.
-        settings: of each callback of ours, by its name.
+        settings: of each callback of this package, by its name.
     """
     seed = os.environ.get("PL_GLOBAL_SEED")
     return {
@@ -103,7 +103,7 @@ def settings_of(callback: Any, **known: Any) -> dict[str, Any]:
     """Return a callback's constructor arguments, as its attributes of the same names have them.
 
     Args:
-        callback: of ours.
+        callback: of this package.
         known: those that it keeps elsewhere.
     """
     names = list(inspect.signature(type(callback).__init__).parameters)[1:]

@@ -113,7 +113,7 @@ def check_undecided(path: str | PathLike[str], remedy: str = "write to another p
     try:
         cells = list(_cells(target, _decoded(target.read_bytes())))
     except (OSError, ValueError, csv.Error):
-        return  # there is none, or it is no table of ours
+        return  # there is none, or it is not a table of to_csv
     if decided := sum(bool(row.get("decision", "").strip()) for _, row in cells):
         raise ValueError(
             f"Expected to write a new table, but {target} has {decided:,} decision{'s' if decided > 1 else ''} of a"

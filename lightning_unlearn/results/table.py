@@ -30,7 +30,7 @@ def columns_of(
     Args:
         partition: of whose samples the rows are.
         suspects_only: leave out the samples that are clean.
-        review: so many of them are in the table all the same.
+        review: how many of the other samples are in the table too.
         names: of every class, by label; None where they are not known.
         columns: further ones, by dataset index.
         among: dataset indices, whose rows alone are in the table.

@@ -15,7 +15,7 @@ def _has_narrowed(state: dict[str, Any]) -> bool:
     return state.get("training_subset") is not None
 
 
-# Where one of ours has acted in a checkpoint and is missing in the fit that goes on from it: how its state tells, and
+# Where a callback of this package has acted in a checkpoint and is missing in the resumed fit: how its state tells, and
 # what is lost.
 _MISSED = {
     "SensitivityPruneCallback": (
@@ -30,7 +30,7 @@ _MISSED = {
 
 
 def warn_of_missing(here: set[str], states: dict[str, Any]) -> None:
-    """Warn where a callback of ours has acted in a checkpoint, and is not in the fit that goes on from it.
+    """Warn if a callback of this package has acted in a checkpoint and is missing in the resumed fit.
 
     Args:
         here: names of those that are.

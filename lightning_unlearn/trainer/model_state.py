@@ -1,4 +1,4 @@
-"""State of a model that a forward pass of ours may change: kept, and put back."""
+"""State of a model that a forward pass may change: saved, and restored."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class _Snapshot:
         for value in own.values():
             self.take(value)
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            # What a hook of ours collects is what the pass is for.
+            # What a hook of this package collects is the purpose of the pass.
             if not str(getattr(hook, "__module__", "")).startswith("lightning_unlearn."):
                 self._take_collected(hook)
 

@@ -110,7 +110,7 @@ class _Look:
         self.first: Rows
 
     def fault(self, loader: DataLoader[Any], transfer: Transfer) -> str:
-        """Return what is wrong with the rows, in a clause about whoever is to blame; empty where nothing is."""
+        """Return what is wrong with the rows and what causes it, in a clause; empty if nothing is wrong."""
         try:
             return self._fault(loader, transfer)
         except _OtherNumber as other:

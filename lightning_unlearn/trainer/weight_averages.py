@@ -1,4 +1,4 @@
-"""Averages of the weights (EMA, SWA) that callbacks and the module keep, whoever has written them.
+"""Averages of the weights (EMA, SWA) that any callback or the module keeps.
 
 A copy that is not called an average is left alone: it may be a teacher, or the best weights so far.
 """

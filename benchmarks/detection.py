@@ -31,7 +31,8 @@ from lightning_unlearn.functional import label_margin
 from lightning_unlearn.functional.leave_one_out import leave_one_out_logits, left_out_rate, objection_to, skill_of
 from lightning_unlearn.functional.prequential import PrequentialRate, class_shift, following, prequential_rate
 from lightning_unlearn.functional.suspects import expected_precision, longest_list
-from lightning_unlearn.recipes.label_noise import LabelHistory, LabelNoise, find_label_noise
+from lightning_unlearn.recipes.label_evidence import LabelHistory
+from lightning_unlearn.recipes.label_noise import LabelNoise, find_label_noise
 
 PHASES = 4
 SUSPECT_PRECISION = 0.85  # as by default

@@ -13,7 +13,8 @@ from lightning_unlearn.functional.structured_noise import MIN_ENTRY
 from lightning_unlearn.functional.transition import MOST_NAMES
 from lightning_unlearn.recipes.base import ACTED_Z, NO_DOUBT, NoiseEstimate, RecipeResult
 from lightning_unlearn.recipes.evidence import Evidence, OutOfSample
-from lightning_unlearn.recipes.label_noise import LabelHistory, LabelNoise, find_label_noise
+from lightning_unlearn.recipes.label_evidence import LabelHistory
+from lightning_unlearn.recipes.label_noise import LabelNoise, find_label_noise
 from lightning_unlearn.utilities.reduce import Reduce
 
 # So far apart, training and validation accuracy say that labels are memorized.

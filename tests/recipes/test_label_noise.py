@@ -5,8 +5,9 @@ import torch
 
 from lightning_unlearn.functional.prequential import following, prequential_rate
 from lightning_unlearn.functional.suspects import longest_list
-from lightning_unlearn.recipes import label_noise
-from lightning_unlearn.recipes.label_noise import LabelHistory, find_label_noise
+from lightning_unlearn.recipes import explanations, label_evidence, label_noise
+from lightning_unlearn.recipes.label_evidence import LabelHistory
+from lightning_unlearn.recipes.label_noise import find_label_noise
 from lightning_unlearn.recipes.latent_noise import transition_noise
 from lightning_unlearn.utilities.reduce import no_reduce
 from tests.ranks import run_ranks
@@ -234,11 +235,11 @@ def test_samples_that_a_phase_has_not_seen_are_judged_by_the_others():
 def test_the_second_half_of_training_and_the_last_pass_count_where_nothing_is_memorized():
     seen, _ = history(2000, blind(0.1))
     other = replace(seen, last=torch.randn_like(seen.last))
-    near, half, far = (label_noise._evidence(replace(other, gap=gap))[1] for gap in (0.0, 0.125, 0.3))
+    near, half, far = (label_evidence._evidence(replace(other, gap=gap))[1] for gap in (0.0, 0.125, 0.3))
     late = other.phases[:, other.phases.shape[1] // 2 :].mean(dim=1)
     torch.testing.assert_close(near, (late + other.last) / 2)
     assert torch.equal(far, other.phases.mean(dim=1))
-    assert torch.equal(far, label_noise._evidence(replace(other, gap=None))[1])
+    assert torch.equal(far, label_evidence._evidence(replace(other, gap=None))[1])
     torch.testing.assert_close(half, (near + far) / 2)
 
 
@@ -257,10 +258,10 @@ def test_what_knows_far_less_of_the_classes_than_leave_one_out_scores_is_not_ask
     seen = with_left_out(history(1500, blind(0.0))[0], 0.2)
     early = replace(seen.early, low=0.03, middle=0.07, high=0.1, z_score=15.0, is_settled=True, is_confirmed=True)
     assert seen.left_out.skill > 0.6
-    little = label_noise._unseen(replace(seen, early=replace(early, skill=0.2)), no_reduce)
+    little = label_evidence._unseen(replace(seen, early=replace(early, skill=0.2)), no_reduce)
     assert little.middle == pytest.approx(seen.left_out.middle, abs=0.01)
     assert little.z_score == seen.left_out.z_score
-    much = label_noise._unseen(replace(seen, early=replace(early, skill=0.8)), no_reduce)
+    much = label_evidence._unseen(replace(seen, early=replace(early, skill=0.8)), no_reduce)
     assert much.z_score == 15.0
 
 
@@ -311,11 +312,11 @@ def test_two_ranks_find_what_one_finds(names):
 
 
 def test_errors_on_classes_that_are_taken_for_each_other_are_added_to_blind_ones(monkeypatch):
-    monkeypatch.setattr(label_noise, "_CLEAR_CUT", 0.0)  # as where classes are hard to tell
+    monkeypatch.setattr(explanations, "_CLEAR_CUT", 0.0)  # as where classes are hard to tell
     seen, _ = history(6000, blind(0.1))
     seen = replace(seen, early=replace(seen.early, is_confirmed=True))
     more = replace(seen, early=replace(seen.early, confused=0.05, most_confused=0.08, is_blind=False))
-    few, many = (label_noise._by_blind_errors(label_noise._asked(one, no_reduce)[0]) for one in (seen, more))
+    few, many = (explanations.by_blind_errors(label_evidence.label_evidence(one, no_reduce)[0]) for one in (seen, more))
     assert many.rate == pytest.approx(few.rate + 0.05)
     assert many.interval == (few.interval[0], 1)
     assert many.wrong.mean().item() == pytest.approx(many.rate, abs=0.005)
@@ -323,7 +324,7 @@ def test_errors_on_classes_that_are_taken_for_each_other_are_added_to_blind_ones
 
 @pytest.mark.parametrize(("confused", "counted"), [(0.0, 0.0), (0.02, 0.0), (0.03, 0.015), (0.04, 0.04), (0.2, 0.2)])
 def test_little_confusion_is_of_classes_that_overlap(confused, counted):
-    assert label_noise._counted(confused) == pytest.approx(counted)
+    assert explanations._counted(confused) == pytest.approx(counted)
 
 
 def test_where_scores_split_in_two_they_tell_how_many_labels_are_wrong():
@@ -346,7 +347,7 @@ def test_the_upper_end_holds_all_confusion_that_may_be_errors():
 def test_what_no_other_epoch_confirms_is_not_believed_beside_leave_one_out_scores():
     seen, _ = history(6000, blind(0.1))
     early = replace(seen.early, middle=0.2, confused=0.1, is_confirmed=False)
-    told = label_noise._unseen(replace(seen, early=early, left_out=seen.early), no_reduce)
+    told = label_evidence._unseen(replace(seen, early=early, left_out=seen.early), no_reduce)
     assert (told.middle, told.confused, told.is_confirmed) == (seen.early.middle, 0, True)
 
 
@@ -364,9 +365,9 @@ def test_few_samples_are_judged_by_latent_classes(early):
 
 def test_what_was_memorized_is_judged_at_the_rate_of_the_early_epoch():
     seen, wrong = history(6000, blind(0.2), memorized=1.5)
-    asked, _ = label_noise._asked(replace(seen, early=replace(seen.early, is_confirmed=True)), no_reduce)
-    found = label_noise._by_blind_errors(asked)
-    assert asked.fit.rate < 0.1
+    evidence, _ = label_evidence.label_evidence(replace(seen, early=replace(seen.early, is_confirmed=True)), no_reduce)
+    found = explanations.by_blind_errors(evidence)
+    assert evidence.fit.rate < 0.1
     assert found.rate == pytest.approx(wrong.double().mean().item(), abs=0.03)
     assert found.wrong.mean().item() == pytest.approx(found.rate, abs=0.01)
     assert found.wrong[wrong].mean() > 0.7

@@ -212,6 +212,7 @@ class Unit:
         """What cleanlab leaves by probabilities of five networks that have not seen the sample, retrained in full."""
         from benchmarks.peers import FOLDS, cleanlab_on, predictions
 
+        started = time.perf_counter(), time.process_time()
         fresh, total = plan_of(self.case, FRESH, fast=self.fast), len(self.data.train)
         fold = torch.randperm(total, generator=torch.Generator().manual_seed(self.seed)) % FOLDS
         rows: list[tuple[Tensor, Tensor]] = []
@@ -223,7 +224,9 @@ class Unit:
             rows.append(((fold == k).nonzero().squeeze(1), predictions(trainer, model, self.data.train[fold == k])))
         probability = torch.cat([said for _, said in rows]).softmax(dim=1)[torch.cat([i for i, _ in rows]).argsort()]
         left = ~cleanlab_on(self.data.given_label, probability)["flagged"]
-        return self._retrain(left.nonzero().squeeze(1))
+        before = {"seconds": time.perf_counter() - started[0], "process_seconds": time.process_time() - started[1]}
+        found = self._retrain(left.nonzero().squeeze(1))
+        return found | {name: found[name] + taken for name, taken in before.items()}
 
     def _retrain(self, index: Tensor | None = None) -> dict[str, Any]:
         """The kept subset, from new weights, for as many epochs as the base had."""

@@ -178,6 +178,17 @@ def test_every_control_but_a_full_retraining_has_the_steps_of_fine_tuning(tmp_pa
     assert short == {steps["F-FT"]} != {steps["retrain"]}
 
 
+def test_the_networks_that_cleanlab_asks_count_in_its_time(tmp_path, monkeypatch):
+    pytest.importorskip("cleanlab")
+    unit = Unit(DIGITS_CASES["digits-sym40"], "fresh", 0, folder=tmp_path, data=tmp_path, accelerator="cpu", fast=True)
+    alone = {"seconds": 1.0, "process_seconds": 0.5, "steps": 7}
+    monkeypatch.setattr(unit, "_retrain", lambda index: dict(alone))
+    found = unit.run("cleanlab, retrain")
+    assert found["steps"] == 7
+    assert found["process_seconds"] > 0.6
+    assert found["seconds"] > 1.1
+
+
 def test_moving_towards_weights_starts_the_statistics_of_the_norms_anew():
     torch.manual_seed(0)
     model, other = spoken_classifier(), spoken_classifier()

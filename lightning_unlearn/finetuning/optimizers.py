@@ -159,7 +159,7 @@ class FreshOptimizer:
         """Make it where that was decided, and return what is to be said of it, if anything."""
         if not self._made_by:
             return ""
-        before = list(fit.optimizers)
+        before, scheduled = list(fit.optimizers), _schedules_of(fit)
         with before_schedules() as given:
             if self._made_by != "optimizer" or self._optimizer is None:
                 run_configure_optimizers(fit, self.remaining)
@@ -180,7 +180,7 @@ class FreshOptimizer:
         if self._made_by == _RESTART:
             return ""
         if self._made_by == _COSINE:
-            return self._fall_to_zero(fit, given, is_kept=is_kept)
+            return self._fall_to_zero(fit, given, scheduled | _schedules_of(fit), is_kept=is_kept)
         optimizer = fit.optimizers[0]
         forget_schedule(optimizer, given, self._lr)
         _check_rates(optimizer)
@@ -190,9 +190,10 @@ class FreshOptimizer:
         put_schedules(fit, schedules, "epoch")
         return ""
 
-    def _fall_to_zero(self, fit: RunningFit, given: Mapping[int, Mapping[str, Any]], *, is_kept: bool) -> str:
+    def _fall_to_zero(
+        self, fit: RunningFit, given: Mapping[int, Mapping[str, Any]], replaced: set[str], *, is_kept: bool
+    ) -> str:
         """Schedule a fresh optimizer, or one that is kept without its state, and return a sentence that says so."""
-        replaced = {type(config.scheduler).__name__ for config in fit.schedules}
         peaks = self.peaks.of(fit.optimizers)
         put_schedules(fit, fall_to_zero(fit.optimizers, given, peaks, cosine(fit, *self._since)), "step")
         if not peaks:
@@ -277,6 +278,11 @@ def _remade_by(fit: RunningFit, since: tuple[int, int]) -> str:
         return _COSINE
     rank_zero_info(f"Reran configure_optimizers, whose schedules start anew: {why}.")
     return _RESTART
+
+
+def _schedules_of(fit: RunningFit) -> set[str]:
+    """Return the names of the schedules' classes: those of callbacks too, as of SWA."""
+    return {type(config.scheduler).__name__ for config in fit.schedules}
 
 
 def _planned_in_words(fit: RunningFit) -> str:

@@ -314,6 +314,13 @@ def test_the_rate_falls_from_its_peak_to_zero_step_by_step(caplog, name):
     assert sum(line.endswith(said) for line in caplog.messages) == 1
 
 
+def test_the_schedule_of_a_callback_that_is_replaced_is_named(caplog):
+    averaging = StochasticWeightAveraging(0.003, swa_epoch_start=1, annealing_epochs=1)
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
+        run({"warm_start": "shrink"}, others=[averaging])
+    assert any(line.endswith("to zero at the end of the fit, in place of SWALR.") for line in caplog.messages)
+
+
 def test_without_a_schedule_it_falls_from_the_rate_there_is(caplog):
     with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
         _, module, _ = run({"warm_start": "start"})

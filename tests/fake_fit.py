@@ -29,7 +29,7 @@ class FakeFit:
     """
 
     rank, world_size, is_sharded, keyed, device = 0, 1, False, None, torch.device("cpu")
-    has_validation_data = validates = shows_samples = False
+    has_validation_data = validates = hashes_inputs = False
 
     def __init__(self, model: nn.Module, dataset: Dataset[Any], batch_size: int = 16, **source: Any) -> None:
         self.model, self.task_format = model, TaskFormat()

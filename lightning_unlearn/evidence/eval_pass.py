@@ -118,8 +118,9 @@ class ScoringPass:
             return {"label": batch.label}
         found = {"label": batch.label, **trajectory.of_last_pass(seen.logits, label)}
         found["identity"] = task_format.repeat_per_row(_identity(batch))
-        if self.loader is None and self.fit.shows_samples:
-            found["perceptual"] = task_format.repeat_per_row(perceptual_hash(batch.x, len(batch.index)))
+        if self.loader is None and self.fit.hashes_inputs:
+            # Of each sample once, not of each of its labels, of which there may be thousands.
+            found["perceptual"] = perceptual_hash(batch.x, len(batch.index))
         found |= _seen_in_the_last_pass(seen, label, margin)
         if self.early is not None:
             found["response"] = response(self.fit.model, self.early, seen.watched[0])

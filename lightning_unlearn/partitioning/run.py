@@ -171,7 +171,7 @@ class Partitioning:
             new = replace(new, keys=keys, fingerprint=fingerprint_of_keys(keys))
         if settings.keep_probabilities:
             state.probabilities = average_probabilities(judged[0], len(new), fit.reduce)
-        if fit.shows_samples and not keys:
+        if not keys and fit.hashes_inputs:
             fit.memory.inputs = hashes_of_inputs(share, judged[0], len(new), fit.reduce)
         is_new, seconds = state.partition is None, time.perf_counter() - started
         changed = self._publish(fit, judged, new)

@@ -21,6 +21,9 @@ from lightning_unlearn.trainer.protocols import PartitionSource, keyed_of
 from lightning_unlearn.trainer.row_counts import check_batch, check_number
 from lightning_unlearn.trainer.running_fit import RunningFit
 
+# Samples whose inputs are hashed: of these many, 720 MB on every rank.
+_MOST_HASHED = 10_000_000
+
 
 @dataclass(frozen=True, eq=False)
 class IndexedBatch:
@@ -66,9 +69,11 @@ class FitContext(RunningFit):
         return [callback for callback in self.callbacks if getattr(callback, "acts_on_partition", False)]
 
     @property
-    def shows_samples(self) -> bool:
-        """Whether a callback shows samples, with those of the same input beside them."""
-        return any(getattr(callback, "shows_samples", False) for callback in self.callbacks)
+    def hashes_inputs(self) -> bool:
+        """Whether a callback shows samples, with those of the same input beside them; of not too many samples."""
+        return self.total <= _MOST_HASHED and any(
+            getattr(callback, "shows_samples", False) for callback in self.callbacks
+        )
 
     def output(self, x: Any) -> Tensor:
         """Return the logits that ``forward`` returns, (B, K).

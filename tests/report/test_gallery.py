@@ -141,7 +141,7 @@ def test_ranks_put_their_hashes_together(ranks):
         # Three rows of each sample, as of three labels.
         share = {
             "identity": identity[index].repeat_interleave(3),
-            "perceptual": perceptual[index].repeat_interleave(3, 0),
+            "perceptual": perceptual[index],
         }
         return hashes_of_inputs(share, ShardResult(evidence, weight, None), 20, reduce)
 

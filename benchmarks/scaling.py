@@ -38,7 +38,8 @@ from lightning_unlearn.evidence.training_dynamics import PHASES, TrainingDynamic
 from lightning_unlearn.functional.mixture import fit_mixture
 from lightning_unlearn.functional.sensitivity import regression_sums, solve_sensitivity
 from lightning_unlearn.functional.standardization import standardize
-from lightning_unlearn.partitioning.build import CleanCriteria, ShardResult, build_partition
+from lightning_unlearn.partitioning.build import CleanCriteria, build_partition
+from lightning_unlearn.partitioning.label_scores import ShardResult
 from lightning_unlearn.recipes import get_recipe
 from lightning_unlearn.recipes.evidence import Evidence
 from lightning_unlearn.results.partition import Partition

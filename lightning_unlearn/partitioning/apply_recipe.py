@@ -12,7 +12,7 @@ from lightning_unlearn.data.task_format import IGNORED
 from lightning_unlearn.evidence.rank_share import RankShare
 from lightning_unlearn.evidence.training_dynamics import TrainingDynamics
 from lightning_unlearn.functional.identity import copies, mixed
-from lightning_unlearn.partitioning.build import ShardResult
+from lightning_unlearn.partitioning.label_scores import ShardResult
 from lightning_unlearn.partitioning.non_finite import apply_to_finite_rows
 from lightning_unlearn.recipes import Recipe, RecipeResult
 from lightning_unlearn.recipes.evidence import Evidence

@@ -10,14 +10,18 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.partitioning.caveat import caveat_of
-from lightning_unlearn.recipes import RecipeResult
+from lightning_unlearn.partitioning.label_scores import (
+    LabelScores,
+    ShardResult,
+    apply_review,
+    gather_scores,
+    merge_labels,
+)
 from lightning_unlearn.recipes.base import NoiseEstimate
-from lightning_unlearn.recipes.evidence import Evidence
-from lightning_unlearn.results.labels import DROP, KEEP, REASONS, RELABEL, indices_by_class
+from lightning_unlearn.results.labels import REASONS, indices_by_class
 from lightning_unlearn.results.partition import Partition
 from lightning_unlearn.results.review import AppliedReview
 from lightning_unlearn.results.status import PartitionStatus
-from lightning_unlearn.utilities.distributed import gather_by_index
 from lightning_unlearn.utilities.reduce import Reduce
 
 _NO_MATRIX = torch.zeros(0, 0)
@@ -27,21 +31,6 @@ _HALF = 0.5
 
 TRAINED_ON = 0.7
 """Probability of a right label from which on fine-tuning trains on a sample, where labels are suspect at all."""
-
-
-@dataclass(frozen=True, eq=False)
-class ShardResult:
-    """What was seen of one rank's share of the samples, and what a recipe made of it.
-
-    Args:
-        evidence: of this rank's share.
-        weight: (n,), 0 for a row that only pads the share; where the label is to be ignored, the evidence's is 0 too.
-        verdict: None where there was nothing to judge, as all samples have the same label.
-    """
-
-    evidence: Evidence
-    weight: Tensor
-    verdict: RecipeResult | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,20 +44,6 @@ class CleanCriteria:
 
     precision: float
     min_class_fraction: float
-
-
-@dataclass(frozen=True, eq=False)
-class _Column:
-    """What is known of every sample's one label; (N,) each."""
-
-    probability: Tensor
-    of_label: Tensor
-    of_input: Tensor
-    support: Tensor
-    suggested: Tensor
-    of_suggested: Tensor
-    usable: Tensor
-    suspect: Tensor
 
 
 def build_partition(  # noqa: PLR0913  (what a partition says of itself)
@@ -106,13 +81,13 @@ def build_partition(  # noqa: PLR0913  (what a partition says of itself)
         # One label that cannot be told apart says nothing, and nothing against the others.
         judged = [replace(one, verdict=None) if one.verdict and one.verdict.warning else one for one in judged]
     given_of_each = label.reshape(len(label), -1).unbind(dim=1)
-    columns = [_column(*each, cut.precision, reduce) for each in zip(judged, given_of_each, strict=True)]
+    columns = [gather_scores(*each, cut.precision, reduce) for each in zip(judged, given_of_each, strict=True)]
     if decided is not None:
         new_label = decided.new_label.reshape(len(label), -1).unbind(dim=1)
         columns = [
-            _apply_review(*each, decided.decision) for each in zip(columns, given_of_each, new_label, strict=True)
+            apply_review(*each, decided.decision) for each in zip(columns, given_of_each, new_label, strict=True)
         ]
-    one = columns[0] if label.ndim == 1 else _merge_labels(columns, label)
+    one = columns[0] if label.ndim == 1 else merge_labels(columns, label)
     is_clean = _enforce_min_class_fraction(
         ~one.suspect & one.usable, one.probability, label, cut.min_class_fraction, one.usable
     )
@@ -152,7 +127,7 @@ def build_partition(  # noqa: PLR0913  (what a partition says of itself)
     return found
 
 
-def _with_suggestions(found: Partition, one: _Column) -> Partition:
+def _with_suggestions(found: Partition, one: LabelScores) -> Partition:
     """Return the partition, with what the recipe suggests for the samples that are worth a look too."""
     worth = found.review_ranking()[: found.worth_review()]
     # A sample that is kept for its class may be sure to be wrong, but nothing has been suggested for it.
@@ -200,82 +175,6 @@ def gate_messages(judged: Sequence[ShardResult], partition: Partition) -> list[s
     return notes
 
 
-def _column(one: ShardResult, given: Tensor, precision: float, reduce: Reduce) -> _Column:
-    evidence, verdict, known = one.evidence, one.verdict, given >= 0
-    certain = torch.ones_like(one.weight)
-
-    def of_all(values: Tensor | None) -> Tensor:
-        placed = gather_by_index(
-            evidence.index, one.weight, (certain if values is None else values).cpu(), len(given), reduce
-        )
-        return placed.float().clamp(0, 1)
-
-    if verdict is None:
-        sure = torch.ones(len(given))
-        return _Column(sure, sure, sure, of_all(evidence.support), given, sure, sure > 0, sure == 0)
-    probability = of_all(verdict.clean_probability)
-    of_suggested = verdict.suggested_probability
-    suggested = gather_by_index(evidence.index, one.weight, verdict.suggested_label.cpu(), len(given), reduce)
-    usable = torch.ones(len(given), dtype=torch.bool)
-    if verdict.unusable is not None:
-        usable = of_all(verdict.unusable.float()) == 0
-    # A sample whose label is to be ignored is not judged.
-    return _Column(
-        probability.where(known, 1),
-        of_all(verdict.label_probability).where(known, 1),
-        of_all(verdict.input_probability).where(known, 1),
-        of_all(evidence.support).where(known, 1),
-        suggested.where(known, given),
-        (1 - probability if of_suggested is None else of_all(of_suggested)).where(known, 1),
-        usable | ~known,
-        (of_all(verdict.suspects(evidence.weight, reduce, precision).float()) > 0) & known,
-    )
-
-
-def _apply_review(one: _Column, given: Tensor, new: Tensor, decision: Tensor) -> _Column:
-    """Return what is known of every sample's one label, with what a person has decided.
-
-    Args:
-        one: what the recipe says.
-        given: (N,) the label.
-        new: (N,) that to train with, -1 for the given one.
-        decision: (N,) int8, positions in ``DECISIONS``, -1 where nothing is decided.
-    """
-    dropped, moved = decision == DROP, decision == RELABEL
-    # Of several labels, those that stay are right.
-    wrong = moved & (new >= 0) & (new != given)
-    right = (decision == KEEP) | (moved & ~wrong)
-    return _Column(
-        one.probability.masked_fill(right, 1).masked_fill(dropped | wrong, 0),
-        one.of_label.masked_fill(right, 1).masked_fill(wrong, 0),
-        one.of_input.masked_fill(right | wrong, 1),
-        one.support,
-        torch.where(wrong, new, torch.where(right, given, one.suggested)),
-        # Too little for a new label.
-        one.of_suggested.masked_fill(right | wrong, 1).masked_fill(dropped, 0),
-        (one.usable | right) & ~dropped & ~wrong,
-        one.suspect & ~right,
-    )
-
-
-def _merge_labels(columns: Sequence[_Column], label: Tensor) -> _Column:
-    """Merge the labels of each sample, which is as clean as the most doubtful of them."""
-    probability = torch.stack([column.probability for column in columns], dim=1)
-    wrong = torch.stack([column.suspect | ~column.usable for column in columns], dim=1)
-    suggested = torch.where(wrong, torch.stack([column.suggested for column in columns], dim=1), label)
-    of_suggested = torch.stack([column.of_suggested for column in columns], dim=1)
-    return _Column(
-        probability.amin(dim=1),
-        torch.stack([column.of_label for column in columns], dim=1).amin(dim=1),
-        torch.stack([column.of_input for column in columns], dim=1).amin(dim=1),
-        torch.stack([column.support for column in columns], dim=1).amin(dim=1),
-        suggested,
-        torch.where(wrong, of_suggested, probability).amin(dim=1),
-        torch.stack([column.usable for column in columns], dim=1).all(dim=1),
-        wrong.any(dim=1),
-    )
-
-
 def refusal_reason(judged: Sequence[ShardResult]) -> str:
     """Return why what the recipe says should not be acted upon; empty if it can be."""
     warnings = [one.verdict.warning if one.verdict else "" for one in judged]
@@ -298,7 +197,7 @@ def _enforce_min_class_fraction(
     return kept
 
 
-def _doubtful(one: _Column, is_clean: Tensor, label: Tensor, share: float, judged: Sequence[ShardResult]) -> Tensor:
+def _doubtful(one: LabelScores, is_clean: Tensor, label: Tensor, share: float, judged: Sequence[ShardResult]) -> Tensor:
     """Return (N,) bool, the clean samples that are better not trained on, as their label is likely enough wrong.
 
     Only where suspects are acted upon, by probabilities that say how many labels are wrong; of several labels each

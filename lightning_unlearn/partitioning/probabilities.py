@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_unlearn.data.task_format import TaskFormat
 from lightning_unlearn.evidence.training_dynamics import MOST_COORDINATES
-from lightning_unlearn.partitioning.build import ShardResult
+from lightning_unlearn.partitioning.label_scores import ShardResult
 from lightning_unlearn.utilities.distributed import gather_by_index
 from lightning_unlearn.utilities.reduce import Reduce
 

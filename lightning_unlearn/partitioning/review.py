@@ -7,7 +7,8 @@ from os import PathLike
 
 from torch import Tensor
 
-from lightning_unlearn.partitioning.build import ShardResult, refusal_reason
+from lightning_unlearn.partitioning.build import refusal_reason
+from lightning_unlearn.partitioning.label_scores import ShardResult
 from lightning_unlearn.results.review import AppliedReview, Review, validate_review
 from lightning_unlearn.results.review_csv import Table, read_review
 from lightning_unlearn.trainer.context import FitContext

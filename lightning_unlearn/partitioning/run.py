@@ -22,8 +22,9 @@ from lightning_unlearn.partitioning.apply_recipe import (
     validation_accuracy,
     weight_of_copies,
 )
-from lightning_unlearn.partitioning.build import CleanCriteria, ShardResult, build_partition, gate_messages
+from lightning_unlearn.partitioning.build import CleanCriteria, build_partition, gate_messages
 from lightning_unlearn.partitioning.by_key import review_by_key
+from lightning_unlearn.partitioning.label_scores import ShardResult
 from lightning_unlearn.partitioning.messages import (
     class_names_of,
     report_partition,

@@ -19,7 +19,7 @@ from lightning_unlearn.evidence.early_epochs import EarlyEpochs
 from lightning_unlearn.evidence.eval_pass import ScoringPass
 from lightning_unlearn.evidence.rank_share import Ranks, RankShare, shared_out
 from lightning_unlearn.partitioning.apply_recipe import apply_recipe
-from lightning_unlearn.partitioning.build import ShardResult
+from lightning_unlearn.partitioning.label_scores import ShardResult
 from lightning_unlearn.partitioning.validation_samples import check_not_trained_on, find_samples
 from lightning_unlearn.recipes import Recipe
 from lightning_unlearn.recipes.evidence import Evidence, OutOfSample

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from lightning_unlearn.partitioning.build import CleanCriteria, ShardResult, build_partition
+from lightning_unlearn.partitioning.build import CleanCriteria, build_partition
+from lightning_unlearn.partitioning.label_scores import ShardResult
 from lightning_unlearn.recipes import RecipeResult
 from lightning_unlearn.recipes.base import NoiseEstimate
 from lightning_unlearn.recipes.evidence import Evidence

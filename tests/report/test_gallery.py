@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_unlearn import AttributionPartitionCallback, UnlearnReport
 from lightning_unlearn.cli import main
 from lightning_unlearn.partitioning.apply_recipe import hashes_of_inputs
-from lightning_unlearn.partitioning.build import ShardResult
+from lightning_unlearn.partitioning.label_scores import ShardResult
 from lightning_unlearn.recipes.evidence import Evidence
 from lightning_unlearn.report import RunRecord
 from tests.ranks import run_ranks

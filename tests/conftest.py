@@ -7,17 +7,26 @@ import pytest
 # Nothing that takes long to import: pytest-xdist's own process, before which no other starts, reads this file too.
 
 LONGEST_FIRST = [
-    "tests/callbacks/test_ddp.py",
     "tests/test_examples.py",
-    "tests/callbacks/test_ddp_kinds.py",
-    "tests/trainer/test_compat.py",
     "tests/callbacks/test_fsdp.py",
-    "tests/callbacks/test_exceptions.py",
-    "tests/evidence/test_step_reader.py",
     "tests/test_fuzz.py",
-    "tests/callbacks/test_finetune.py",
-    "tests/callbacks/test_resume.py",
+    "tests/callbacks/test_ddp_kinds.py",
     "tests/callbacks/test_killed.py",
+    "tests/callbacks/test_resume.py",
+    "tests/callbacks/test_finetune.py",
+    "tests/evidence/test_step_reader.py",
+    "tests/callbacks/test_exceptions.py",
+    "tests/callbacks/test_leaves_model_as_found.py",
+    "tests/callbacks/test_tasks.py",
+    "tests/callbacks/test_ddp.py",
+    "tests/trainer/test_compat.py",
+    "tests/callbacks/test_prune.py",
+    "tests/callbacks/test_models.py",
+    "tests/callbacks/test_relabel.py",
+    "tests/demo/test_arms.py",
+    "tests/test_paper_examples.py",
+    "tests/test_benchmarks_command.py",
+    "tests/test_readme.py",
 ]
 """Files of 10 seconds and more. A process that takes one of them last keeps the others waiting for it."""
 

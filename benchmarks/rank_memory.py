@@ -1,24 +1,33 @@
-"""What one rank of several real processes holds of evidence while it is gathered; part of :mod:`benchmarks.scaling`."""
+"""What a rank of real processes holds while evidence is gathered and judged; part of :mod:`benchmarks.scaling`."""
 
 from __future__ import annotations
 
 import resource
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
+from lightning_unlearn.data.task_format import TaskFormat
 from lightning_unlearn.evidence.by_index import IndexedEvidence
-from lightning_unlearn.evidence.rank_share import Ranks
+from lightning_unlearn.evidence.rank_share import Ranks, RankShare
 from lightning_unlearn.evidence.training_dynamics import TrainingDynamics
+from lightning_unlearn.functional.attribution import label_margin
+from lightning_unlearn.functional.identity import mixed
+from lightning_unlearn.partitioning.apply_recipe import apply_recipe
+from lightning_unlearn.partitioning.build import CleanCriteria, build_partition
+from lightning_unlearn.recipes import get_recipe
 from lightning_unlearn.utilities.exchange import exchange_over_ranks
 
 # Rows that come together.
 _WINDOW = 4_096
 _EPOCHS = 2
-_MEASURED = ("evidence", "resident", "peak", "hand over")
+_MEASURED = ("evidence", "gathering", "judging", "hand over")
+_CLEAN = CleanCriteria(0.85, 0.1)
 
 
 def over_gloo(rank: int, world_size: int, port: int) -> Ranks:
@@ -42,7 +51,11 @@ def held_bytes(by_index: IndexedEvidence, trajectory: TrainingDynamics) -> int:
 
 
 def of_memory(total: int, num_classes: int, rank: int, world_size: int, port: int, sender: Any) -> None:
-    """Sends, from rank 0, the most that any rank held in and after an epoch, and how long handing over took."""
+    """Send, from rank 0, the most that any rank held, and how long handing over took.
+
+    ``evidence`` are the bytes of the tensors as an epoch ends, ``gathering`` the most that was resident when two had
+    been handed over, ``judging`` the most when the partition had been made as well.
+    """
     torch.set_num_threads(1)
     ranks = over_gloo(rank, world_size, port) if world_size > 1 else Ranks()
     # What torch and gloo take for themselves with the first rows is of any size.
@@ -51,8 +64,9 @@ def of_memory(total: int, num_classes: int, rank: int, world_size: int, port: in
     gathering = _Gathering(total, num_classes, ranks)
     for phase in range(_EPOCHS):
         found = gathering.epoch(phase)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    mine = torch.tensor([found["evidence"], found["resident"] - before, peak - before, found["hand over"]])
+    gathered = _peak()
+    gathering.judge()
+    mine = torch.tensor([found["evidence"], gathered - before, _peak() - before, found["hand over"]])
     rows = torch.zeros(world_size, len(_MEASURED))
     rows[rank] = mine
     largest = ranks.reduce(rows).amax(dim=0).tolist()
@@ -64,7 +78,7 @@ def of_memory(total: int, num_classes: int, rank: int, world_size: int, port: in
 
 
 class _Gathering:
-    """Evidence of random logits.
+    """Evidence of drawn logits, in which the true class leads; one label in five is another.
 
     Args:
         total: N.
@@ -76,7 +90,7 @@ class _Gathering:
         self.by_index, self.total, self.ranks = IndexedEvidence(), total, ranks
         self.by_index.start(ranks, total, 1)
         self.trajectory = TrainingDynamics(self.by_index.rows, num_classes)
-        self.label = torch.arange(_WINDOW) % num_classes
+        self.num_classes = num_classes
         if ranks.number > 1:
             self.trajectory.rest()
 
@@ -87,14 +101,45 @@ class _Gathering:
         for first in range(0, self.total, self.ranks.number * _WINDOW):
             at = first + drawn
             index = at[at < self.total] * stride % self.total
-            logits = torch.randn(len(index), self.trajectory.num_classes)
-            self.by_index.note(self.trajectory, index, logits, self.label[index % _WINDOW])
-        found: dict[str, float] = {"evidence": held_bytes(self.by_index, self.trajectory), "resident": _resident()}
+            self.by_index.note(self.trajectory, index, *self._drawn(index))
+        found: dict[str, float] = {"evidence": held_bytes(self.by_index, self.trajectory)}
         started = time.process_time()
         self.by_index.hand_over(self.trajectory)
         found["hand over"] = time.process_time() - started
         self.trajectory.merge(phase, self.ranks.reduce)
         return found
+
+    def _drawn(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        true = index % self.num_classes
+        logits = torch.randn(len(index), self.num_classes)
+        logits[torch.arange(len(index)), true] += 3
+        return logits, torch.where(
+            index % 5 == 0, (true + 1 + index // 5 % (self.num_classes - 1)), true
+        ) % self.num_classes
+
+    def judge(self) -> None:
+        """Make the partition, by what a last pass over this rank's own samples shows."""
+        of_rank, columns = RankShare.by_index(self.total, self.ranks), []
+        for index in of_rank.index.split(_WINDOW):
+            logits, label = self._drawn(index)
+            loss, margin = cross_entropy(logits, label, reduction="none"), label_margin(logits, label)
+            last = self.trajectory.of_last_pass(logits, label)
+            shown = {"label": label, "loss": loss, "margin": margin, "prediction": logits.argmax(dim=1)}
+            columns.append({**last, **shown, "identity": mixed(index + 1)})
+        share = {name: torch.cat([column[name] for column in columns]) for name in columns[0]}
+        del columns
+        task_format = TaskFormat()
+        task_format.infer_task(logits, label)
+        fit: Any = SimpleNamespace(
+            reduce=self.ranks.reduce, device=torch.device("cpu"), model=torch.nn.Identity(), task_format=task_format
+        )
+        judged, label = apply_recipe(fit, share, self.trajectory, of_rank, get_recipe("label"), lambda found: found)
+        build_partition(judged, label, _CLEAN, self.ranks.reduce, recipe="label", layer="head", epoch=_EPOCHS)
+
+
+def _peak() -> int:
+    """Return the most bytes that this process has had in memory."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _resident() -> int:

@@ -88,15 +88,15 @@ def tables(found: dict[str, Any]) -> str:
             "",
             f"### Memory of a rank (gloo), {one['samples']:,} samples, {one['classes']} classes",
             "",
-            "Bytes of the largest rank times ranks per sample, while evidence is gathered; in brackets against one.",
+            "Bytes of the largest rank times ranks per sample; in brackets against one.",
             "",
-            "| processes | evidence held in an epoch | resident then | peak, as it is handed over"
+            "| processes | evidence, as an epoch ends | most resident while it is gathered | ... and judged"
             " | handing over, processor seconds |",
             "| --- | --- | --- | --- | --- |",
         ]
         lines += [
-            f"| {row['processes']} | {_per_sample(row, one, 'evidence')} | {_per_sample(row, one, 'resident')} |"
-            f" {_per_sample(row, one, 'peak')} | {row['hand over']:.2f} |"
+            f"| {row['processes']} | {_per_sample(row, one, 'evidence')} | {_per_sample(row, one, 'gathering')} |"
+            f" {_per_sample(row, one, 'judging')} | {row['hand over']:.2f} |"
             for row in rows
         ]
     if rows := found.get("simulated"):

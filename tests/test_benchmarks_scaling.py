@@ -6,7 +6,8 @@ import torch
 # The sdist has the tests, but not the benchmarks.
 pytest.importorskip("benchmarks", reason="not a checkout")
 from benchmarks import scaling
-from benchmarks.scaling_tables import slope
+from benchmarks.rank_memory import of_memory
+from benchmarks.scaling_tables import slope, tables
 from benchmarks.simulated import SimulatedRanks
 from benchmarks.synthetic import evidence, share_of
 from lightning_unlearn.recipes import RECIPES, Recipe
@@ -70,6 +71,24 @@ def test_the_command_simulates_and_measures(capsys, tmp_path, monkeypatch):
     assert [row["state_bytes"] for row in found["classes"]] == [20 * 2 + 56, 20 * 79 + 56]
     assert [row["neurons"] for row in found["neurons"]] == [4, 8]
     assert files[2].read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_a_rank_holds_is_measured_to_the_partition():
+    class Sender:
+        def send(self, found):
+            self.found = found
+
+    sender = Sender()
+    of_memory(3_000, 4, rank=0, world_size=1, port=0, sender=sender)
+    one = sender.found
+    # As TrainingDynamics's docstring says, and whether anything was merged into its phases.
+    assert one["evidence"] == (20 * 3 + 56) * 3_000 + 5
+    # So little that what the system counts late is more.
+    assert one["gathering"] <= one["judging"]
+    two = {**one, "processes": 2, "evidence": one["evidence"] / 2}
+    shown = tables({"memory": [one, two]})
+    assert "| 1 | 116 (1.00) |" in shown
+    assert "| 2 | 116 (1.00) |" in shown
 
 
 def test_the_slope_is_an_exponent():

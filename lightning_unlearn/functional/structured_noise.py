@@ -44,6 +44,10 @@ LEAST_GAIN_OF_CLASSES = 20.0
 LEAST_GAIN_OF_CLASSES_PER_SAMPLE = 0.002
 """Nats for each sample: labels as people give them gain .001, a class that loses a fifth or more of its own .007."""
 
+LEAST_GAIN_OF_UNEXPLAINED = 0.012
+"""The same, as a share of the nats that a common one leaves: a linear network that cannot tell the classes gains .008,
+a class that loses its labels .016 to .053."""
+
 LEAST_EACH = 20
 """Samples of a class on average from which on it is asked."""
 
@@ -233,5 +237,9 @@ def find_class_noise(
     none = torch.empty(0, 2, dtype=torch.long, device=score.device)
     found, _ = _fit(*part, none, common, reduce, is_common=False)
     gain = thin * (found.log_likelihood - common.log_likelihood)
-    least = max(LEAST_GAIN_OF_CLASSES + classes, LEAST_GAIN_OF_CLASSES_PER_SAMPLE * total)
+    least = max(
+        LEAST_GAIN_OF_CLASSES + classes,
+        LEAST_GAIN_OF_CLASSES_PER_SAMPLE * total,
+        -LEAST_GAIN_OF_UNEXPLAINED * thin * common.log_likelihood,
+    )
     return (found, gain) if gain >= least else None

@@ -79,8 +79,11 @@ def by_matrix(matrix: TransitionNoise, evidence: LabelEvidence) -> Explanation:
     return Explanation(wrong, posterior, rate, interval, max(evidence.z, matrix.z), matrix.transition)
 
 
-def by_class_shares(windows: Sequence[LatentWindow], evidence: LabelEvidence) -> Explanation | None:
-    """Explain them by errors that are blind, but far more in one true class than in another; None if they are not."""
+def by_class_shares(windows: Sequence[LatentWindow], evidence: LabelEvidence) -> tuple[Explanation, float] | None:
+    """Explain them by errors that are blind, but far more in one true class than in another; and the gain in nats.
+
+    None if they are not.
+    """
     told = (
         find_class_noise(evidence.score, evidence.label, evidence.weight, reduce=evidence.reduce) if windows else None
     )
@@ -96,7 +99,8 @@ def by_class_shares(windows: Sequence[LatentWindow], evidence: LabelEvidence) ->
     wrong = torch.sigmoid(-log_odds_of(posterior, evidence.label))
     number, total = evidence.reduce(torch.stack([w.sum(), w @ wrong])).tolist()
     rate = total / number
-    return Explanation(wrong, posterior, rate, (rate / 2, 1.0), max(evidence.z, math.sqrt(2 * gain)), noise.transition)
+    z = max(evidence.z, math.sqrt(2 * gain))
+    return Explanation(wrong, posterior, rate, (rate / 2, 1.0), z, noise.transition), gain
 
 
 def by_blind_errors(evidence: LabelEvidence) -> Explanation:

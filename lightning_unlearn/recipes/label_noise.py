@@ -83,15 +83,17 @@ def find_label_noise(history: LabelHistory, *, reduce: Reduce = no_reduce) -> La
     windows = latent_windows(finite_phases(history, mean), history.last, evidence.label, history.weight, reduce)
     given = (evidence.shift, evidence.label, evidence.weight, reduce)
     named, matrix = named_classes(windows, *given), transition_noise(windows, *given)
-    if named is not None and not _is_habit(named, evidence, history):
+    shares = by_class_shares(windows, evidence)
+    if named is not None and not _is_habit(named, shares, evidence, history):
         named = None
     number = reduce(evidence.weight.sum().reshape(1)).item()
     is_shown = matrix is not None and matrix.is_shown(number, evidence.z)
     found = None if named is None else by_names(named, evidence)
     if found is None and matrix is not None and is_shown and speaks(matrix, evidence, number):
-        sure = as_sure_as_labels_show(matrix, evidence.label, evidence.weight, reduce)
+        sure = as_sure_as_labels_show(matrix, evidence.label, evidence.weight, evidence.z, reduce)
         found = None if sure is None else by_matrix(sure, evidence)
-    found = found or by_class_shares(windows, evidence) or by_blind_errors(evidence)
+    if found is None:
+        found = by_blind_errors(evidence) if shares is None else shares[0]
     # Habits are told from what is hard by an early epoch, or by the most confident samples.
     is_open = evidence.is_sampled or (named is not None and evidence.early is None and not is_shown)
     given_and_said = _given_and_said(mean + evidence.shift, evidence.label, evidence.weight, reduce)
@@ -125,12 +127,17 @@ def _label_noise(
     )
 
 
-def _is_habit(named: NamedClasses, evidence: LabelEvidence, history: LabelHistory) -> bool:
-    """Return whether a class goes by another's name, and is not one that the network was slow to learn.
+def _is_habit(
+    named: NamedClasses, shares: tuple[Explanation, float] | None, evidence: LabelEvidence, history: LabelHistory
+) -> bool:
+    """Return whether a class goes by another's name, not by any, and is not one that the network was slow to learn.
 
     In the first part of training such a class is taken for one like it, as if it went by that name. All of training
     shows a habit as well, but where labels are memorized: where more are predicted than are right.
     """
+    # A class that goes by any other name seems to go by some of them.
+    if shares is not None and shares[1] > named.gain / 2:
+        return False
     label, weight = evidence.label, evidence.weight
     wrong = torch.sigmoid(-log_odds_of(named.posterior(label), label))
     right = (history.last.argmax(1) == label).double()

@@ -45,6 +45,9 @@ _LARGEST_SCALE = 0.7
 # .21 and .31 then for 20 % symmetric and 40 % human errors; at 1 it would be .16 and .23, at 0 .29 and .41.
 _FITTED = 2 / 3
 
+# Nats, at least and for each sample, by which the fitted scale must make the labels likelier than the largest one.
+_BETTER, _BETTER_EACH = 10.0, 0.005
+
 # Nats, for each class and at least, that wrong labels must explain beyond the uncertainty of likelihoods that are less
 # sure of themselves: clean data of a recurrent and an attention network gain -4 to 1, noise 100 and more.
 _GAIN_EACH, _LEAST_GAIN = 1.0, 4.5
@@ -61,7 +64,7 @@ _CLEARER, _LESS_SURE = 1.25, 1.5
 MANY = 1000
 """Samples of which blind errors show."""
 
-_SIGN = 2.0  # standard deviations
+_SIGN, _SHOWN = 2.0, 3.0  # standard deviations
 
 
 @dataclass(frozen=True, eq=False)
@@ -298,7 +301,7 @@ def _scaled(window: LatentWindow, scale: float, label: Tensor, weight: Tensor, r
 
 
 def as_sure_as_labels_show(
-    noise: TransitionNoise, label: Tensor, weight: Tensor, reduce: Reduce
+    noise: TransitionNoise, label: Tensor, weight: Tensor, z: float, reduce: Reduce
 ) -> TransitionNoise | None:
     """Return the same, as sure of the true classes as the given labels show; None if uncertainty alone explains these.
 
@@ -310,18 +313,22 @@ def as_sure_as_labels_show(
         noise: of :func:`transition_noise`.
         label: (n,) int64.
         weight: (n,).
+        z: how sure it is otherwise that labels are wrong.
         reduce: sums over the ranks.
     """
     window, w = noise.window, weight.double()
     fitted = fit_likelihood_scale(window.likelihood, label, w, window.transition, largest=_LARGEST_SCALE, reduce=reduce)
-    if fitted.gain_at_largest < 0 and fitted.gain < max(_LEAST_GAIN, _GAIN_EACH * len(noise.transition)):
-        return None
-    if fitted.scale == _LARGEST_SCALE:
+    number = reduce(w.sum().reshape(1)).item()
+    # Where all samples are told equally well, any scale explains the labels.
+    if fitted.gain - fitted.gain_at_largest < max(_BETTER, _BETTER_EACH * number):
         return noise
+    if fitted.gain < max(_LEAST_GAIN, _GAIN_EACH * len(noise.transition)):
+        # Scores that hold some of the given labels, as memorized ones do, explain these without errors, too.
+        return noise if z >= _SHOWN else None
     scale = fitted.scale**_FITTED * _LARGEST_SCALE ** (1 - _FITTED)
     transition, wrong = _scaled(window, scale, label, w, reduce)
-    number, rate = reduce(torch.stack([w.sum(), w @ wrong])).tolist()
-    return replace(noise, transition=transition, rate=rate / number)
+    total = reduce((w @ wrong).reshape(1)).item()
+    return replace(noise, transition=transition, rate=total / number)
 
 
 def _binomial_z(share: float, expected: float, number: float) -> float:

@@ -50,7 +50,7 @@ from lightning_unlearn.trainer.divergence import ADVICE, not_finite
 from lightning_unlearn.trainer.early_stopping import go_on, has_fired
 from lightning_unlearn.trainer.progress import rank_zero_info, rank_zero_warn
 from lightning_unlearn.trainer.row_checks import establish_rows_again
-from lightning_unlearn.trainer.validation import score_validation
+from lightning_unlearn.trainer.validation import Score, score_validation
 
 _ONE_EPOCH = "it was computed after a single epoch, before the network has learned much; train for two or more"
 
@@ -213,7 +213,8 @@ class Partitioning:
             given = validation_accuracy(fit)
             gap = None if given is None else share_predicted(judged, fit.reduce) - given
         if self.acts(fit, new):
-            accuracy, best = self.validate(fit, "before"), self.collector.when.best_accuracy
+            score, best = self.validate(fit, "before"), self.collector.when.best_accuracy
+            accuracy = None if score is None else score.accuracy
         return AtFirst(memorized, accuracy, gap, best)
 
     def _made(
@@ -262,13 +263,12 @@ class Partitioning:
         acts = partition.is_actionable and not (self.settings.dry_run or self.state.is_late)
         return acts and bool(fit.partners)
 
-    def validate(self, fit: FitContext, when: str) -> float | None:
-        """Return validation accuracy, logged as of this moment; None without any. Every rank must call it."""
+    def validate(self, fit: FitContext, when: str) -> Score | None:
+        """Return what the validation data say, logged as of this moment; None without any. Every rank must call it."""
         score = score_validation(fit)
-        if score is None:
-            return None
-        fit.log({f"unlearn/val_accuracy_{when}": score.accuracy})
-        return score.accuracy
+        if score is not None:
+            fit.log({f"unlearn/val_accuracy_{when}": score.accuracy})
+        return score
 
     def report(self, fit: FitContext, judged: Sequence[ShardResult], seconds: float) -> None:
         """Say what the first partition found."""
@@ -291,17 +291,18 @@ class Partitioning:
 
     def summarize(self, fit: FitContext, partition: Partition) -> None:
         """Say what was found and done in a fit that has ended, and whether it helped. Every rank must call it."""
-        state, diverged = self.state, not_finite(fit)
+        state, diverged, samples = self.state, not_finite(fit), None
         if diverged:
             rank_zero_warn(f"Training has diverged since the partition: {diverged} are NaN or infinite; {ADVICE}.")
         elif self.acts(fit, partition) and state.accuracy_before is not None:
-            state.accuracy_after = self.validate(fit, "after")
+            score = self.validate(fit, "after")
+            state.accuracy_after, samples = (None, None) if score is None else (score.accuracy, score.samples)
         done = [callback.summary_clause() for callback in fit.partners]
         state.summary = summarize(
             partition,
             memorized=state.memorized,
             done=tuple(clause for clause in done if clause),
-            accuracy=Accuracies(state.accuracy_before, state.accuracy_after, state.best_accuracy_before),
+            accuracy=Accuracies(state.accuracy_before, state.accuracy_after, state.best_accuracy_before, samples),
             dry_run=self.settings.dry_run,
             diverged=diverged,
             validation=state.validation.said,

@@ -7,12 +7,13 @@ from typing import NamedTuple
 from lightning_unlearn.results.finding import at_least, precision_in_words, worth_in_words
 from lightning_unlearn.results.partition import Partition
 from lightning_unlearn.results.status import PartitionStatus
-from lightning_unlearn.results.summary import RepairSummary, verdict_of
+from lightning_unlearn.results.summary import RepairSummary, standard_error, verdict_of
 from lightning_unlearn.trainer.divergence import ADVICE
 
 _FOLLOWS = {
     "a loss": ". Check the suspects before you use this model.",
     "no meaningful gain": ".",
+    "no meaningful change": ", within the standard error of {error:.1f} points on {samples:,} samples.",
     "a gain": " over the weights at the partition. Continued training on all data was not compared.",
 }
 _NOTHING = "Nothing was done about it: no callback acted on the partition."
@@ -26,11 +27,13 @@ class Accuracies(NamedTuple):
         before: at the partition.
         after: at the end.
         best_before: of the fit's validations before the partition.
+        samples: in the validation set at the end.
     """
 
     before: float | None = None
     after: float | None = None
     best_before: float | None = None
+    samples: int | None = None
 
 
 def summarize(
@@ -81,6 +84,7 @@ def summarize(
         accuracy_before=accuracy.before,
         best_accuracy_before=accuracy.best_before,
         accuracy_after=accuracy.after,
+        validation_samples=accuracy.samples,
         advice=" ".join(sentences),
     )
 
@@ -112,7 +116,7 @@ def _how_sure(partition: Partition) -> str:
     return "; ".join([said, *worth_in_words(partition)])
 
 
-def _gained(before: float | None, after: float | None, best: float | None) -> str:
+def _gained(before: float | None, after: float | None, best: float | None, samples: int | None) -> str:
     """Say what was won against the fit's own weights: those at the partition, and its best ones where known."""
     if before is None or after is None:
         return _UNKNOWN
@@ -120,5 +124,6 @@ def _gained(before: float | None, after: float | None, best: float | None) -> st
     text = f"Validation accuracy {after:.3f} at the end, {before:.3f} at the partition ({points})"
     if best is not None and best > before:
         text = f"{text}, {best:.3f} at best before it ({100 * (after - best):+.1f} points)"
-    verdict = verdict_of(before, after, best)
-    return f"{text}: {verdict}{_FOLLOWS[verdict]}"
+    verdict = verdict_of(before, after, best, samples)
+    error = 100 * standard_error(before if best is None else max(before, best), samples)
+    return f"{text}: {verdict}{_FOLLOWS[verdict].format(error=error, samples=samples)}"

@@ -220,7 +220,8 @@ def _accuracy(record: RunRecord) -> tuple[str, str, str] | None:
     words += "" if best is None else f"; {best:.3f} at best before"
     # Where nothing was changed, nothing was gained by it.
     acted = record.summary.get("done") and not record.fit.get("dry run")
-    verdict = verdict_of(before, after, best) if acted else ""
+    samples = record.summary.get("validation_samples")
+    verdict = verdict_of(before, after, best, samples if isinstance(samples, int) else None) if acted else ""
     looks = "pair loss" if verdict == "a loss" else "pair"
     return f"{before:.3f} \u2192 {after:.3f}", f"{words}: {verdict}" if verdict else words, looks
 

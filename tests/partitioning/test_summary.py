@@ -279,6 +279,25 @@ def test_advice_says_what_was_gained_and_against_what(best, after, ending):
     assert (summary.accuracy_before, summary.best_accuracy_before, summary.accuracy_after) == (0.5, best, after)
 
 
+@pytest.mark.parametrize(
+    ("samples", "after", "ending"),
+    [
+        (300, 0.943, ": no meaningful change, within the standard error of 1.2 points on 300 samples."),
+        (300, 0.963, ": no meaningful change, within the standard error of 1.2 points on 300 samples."),
+        (300, 0.954, NOTHING),
+        (300, 0.933, LOSS),
+        (300, 0.973, GAIN),
+        (3000, 0.943, LOSS),
+        (None, 0.943, LOSS),
+    ],
+)
+def test_a_difference_within_the_standard_error_is_no_gain_and_no_loss(samples, after, ending):
+    accuracy = Accuracies(0.9, after, 0.953, samples)
+    summary = summarize(partition_of(), memorized=None, done=("a",), accuracy=accuracy)
+    assert summary.advice.endswith(ending)
+    assert summary.validation_samples == samples
+
+
 def test_advice_where_the_partition_was_not_acted_upon():
     summary = summarize(partition_of(warning="it is not sure"), memorized=0.8, done=(), accuracy=Accuracies())
     assert summary.advice.endswith("Nothing was changed: it is not sure.")

@@ -153,14 +153,17 @@ KINDS = {
     "waves": ScratchKind(waves, _Recurrent, 4, 25, rate=3e-3),
     "table": ScratchKind(table, _perceptron, 5, 15, rate=3e-3, warms_up=True),
 }
-NOISES = (("clean", 0.0), ("symmetric", 0.05), ("symmetric", 0.4), ("next", 0.2))
+NOISES = (("clean", 0.0), ("symmetric", 0.05), ("symmetric", 0.4), ("next", 0.2), ("lost", 0.4))
 
 
 def noisy(truth: Tensor, noise: str, rate: float, classes: int, seed: int) -> Tensor:
-    """Labels of which that share is any other class's, or the next one's."""
+    """Labels of which that share is any other class's, or the next one's; ``"lost"``: those of class 1 alone."""
     generator = torch.Generator().manual_seed(seed + 1000)
-    wrong = torch.randperm(len(truth), generator=generator)[: round(rate * len(truth))]
-    step = torch.randint(1, classes, (len(wrong),), generator=generator) if noise == "symmetric" else 1
+    wrong = torch.randperm(len(truth), generator=generator)
+    if noise == "lost":
+        wrong = wrong[truth[wrong] == 1]
+    wrong = wrong[: round(rate * len(wrong))]
+    step = 1 if noise == "next" else torch.randint(1, classes, (len(wrong),), generator=generator)
     label = truth.clone()
     label[wrong] = (label[wrong] + step) % classes
     return label

@@ -34,6 +34,8 @@ from lightning_unlearn.utilities.reduce import Reduce, no_reduce
 NOT_KNOWN = "the model separates fewer than two classes, or classes with fewer than half of the samples"
 NOT_NAMED = "at least one class is labeled as another more often than as itself; the noise model is not identifiable"
 
+_SHOWN = 3.0  # standard deviations
+
 Status = Literal["found", "weak", "none", "unknown"]
 
 
@@ -90,14 +92,14 @@ def find_label_noise(history: LabelHistory, *, reduce: Reduce = no_reduce) -> La
     is_shown = matrix is not None and matrix.is_shown(number, evidence.z)
     found = None if named is None else by_names(named, evidence)
     if found is None and matrix is not None and is_shown and speaks(matrix, evidence, number):
-        sure = as_sure_as_labels_show(matrix, evidence.label, evidence.weight, evidence.z, reduce)
-        found = None if sure is None else by_matrix(sure, evidence)
+        is_needed = not _is_memorized(matrix.rate, evidence, history) and evidence.z < _SHOWN
+        matrix = as_sure_as_labels_show(matrix, evidence.label, evidence.weight, is_needed, reduce)
+        found = None if matrix is None else by_matrix(matrix, evidence)
     if found is None:
         found = by_blind_errors(evidence) if shares is None else shares[0]
     # Habits are told from what is hard by an early epoch, or by the most confident samples.
     is_open = evidence.is_sampled or (named is not None and evidence.early is None and not is_shown)
-    given_and_said = _given_and_said(mean + evidence.shift, evidence.label, evidence.weight, reduce)
-    can_judge = judged_labels(*given_and_said)
+    can_judge = judged_labels(*_given_and_said(mean + evidence.shift, evidence.label, evidence.weight, reduce))
     objection = "" if bool(can_judge.any()) else NOT_KNOWN
     if not objection:
         found = replace(found, wrong=torch.where(can_judge[evidence.label], found.wrong, NO_DOUBT * found.wrong))
@@ -140,12 +142,17 @@ def _is_habit(
         return False
     label, weight = evidence.label, evidence.weight
     wrong = torch.sigmoid(-log_odds_of(named.posterior(label), label))
-    right = (history.last.argmax(1) == label).double()
-    number, total, hit = evidence.reduce(torch.stack([weight.sum(), weight @ wrong, weight @ right])).tolist()
-    is_memorized = hit >= number - total and (history.gap is None or history.gap > NO_GAP)
-    if not (named.lasts or is_memorized):
+    number, total = evidence.reduce(torch.stack([weight.sum(), weight @ wrong])).tolist()
+    if not (named.lasts or _is_memorized(total / number, evidence, history)):
         return False
     return evidence.early is None or _was_seen_early(total / number, number, evidence.early, evidence)
+
+
+def _is_memorized(rate: float, evidence: LabelEvidence, history: LabelHistory) -> bool:
+    """Return whether more of the labels are predicted than are right, and clearly more than of validation labels."""
+    right = (history.last.argmax(1) == evidence.label).double()
+    number, hit = evidence.reduce(torch.stack([evidence.weight.sum(), evidence.weight @ right])).tolist()
+    return bool(hit >= (1 - rate) * number) and (history.gap is None or history.gap > NO_GAP)
 
 
 def _was_seen_early(rate: float, number: float, early: PrequentialRate, evidence: LabelEvidence) -> bool:

@@ -64,7 +64,7 @@ _CLEARER, _LESS_SURE = 1.25, 1.5
 MANY = 1000
 """Samples of which blind errors show."""
 
-_SIGN, _SHOWN = 2.0, 3.0  # standard deviations
+_SIGN = 2.0  # standard deviations
 
 
 @dataclass(frozen=True, eq=False)
@@ -301,7 +301,7 @@ def _scaled(window: LatentWindow, scale: float, label: Tensor, weight: Tensor, r
 
 
 def as_sure_as_labels_show(
-    noise: TransitionNoise, label: Tensor, weight: Tensor, z: float, reduce: Reduce
+    noise: TransitionNoise, label: Tensor, weight: Tensor, is_needed: bool, reduce: Reduce
 ) -> TransitionNoise | None:
     """Return the same, as sure of the true classes as the given labels show; None if uncertainty alone explains these.
 
@@ -313,7 +313,8 @@ def as_sure_as_labels_show(
         noise: of :func:`transition_noise`.
         label: (n,) int64.
         weight: (n,).
-        z: how sure it is otherwise that labels are wrong.
+        is_needed: whether errors must explain the labels. Scores that hold some of the given labels, as memorized ones
+            do, explain these without errors.
         reduce: sums over the ranks.
     """
     window, w = noise.window, weight.double()
@@ -323,8 +324,7 @@ def as_sure_as_labels_show(
     if fitted.gain - fitted.gain_at_largest < max(_BETTER, _BETTER_EACH * number):
         return noise
     if fitted.gain < max(_LEAST_GAIN, _GAIN_EACH * len(noise.transition)):
-        # Scores that hold some of the given labels, as memorized ones do, explain these without errors, too.
-        return noise if z >= _SHOWN else None
+        return None if is_needed else noise
     scale = fitted.scale**_FITTED * _LARGEST_SCALE ** (1 - _FITTED)
     transition, wrong = _scaled(window, scale, label, w, reduce)
     total = reduce((w @ wrong).reshape(1)).item()

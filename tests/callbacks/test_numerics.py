@@ -189,7 +189,7 @@ def test_neurons_are_ranked_without_the_samples_that_break_them(broken, criterio
     assert 0 < few < 40
     partition = partition_callback(at_epoch=3, recipe="aum", evidence_from="eval_passes")
     prune = SensitivityPruneCallback(layer="net.0", amount=0.2, max_val_drop=None, criterion=criterion)
-    with pytest.warns(UserWarning, match=f"ranked without {few} of 400 training samples, for which activations"):
+    with pytest.warns(UserWarning, match=f"Excluding {few} of 400 training samples with NaN or infinite activations"):
         fit(module, BlobsData(data), [partition, prune], max_epochs=4)
     assert partition.partition.clean_probability.isfinite().all()
     assert prune.mask.sensitivity.isfinite().all()

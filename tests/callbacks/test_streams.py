@@ -411,7 +411,7 @@ def test_a_partition_by_key_is_written_read_and_reviewed(found, tmp_path):
     table = tmp_path / "decided.csv"
     table.write_text(f"key,decision\n{kept},keep\n{dropped},drop\nnever-seen,drop\n")
     reviewed, module = by_key(review=table), OfDicts()
-    with pytest.warns(UserWarning, match=r"1 decisions of .* samples that have not come .* \('never-seen'\)"):
+    with pytest.warns(UserWarning, match=r"Ignoring 1 decisions in .* not seen before the partition \('never-seen'\)"):
         fit(module, loader_of(Stream(data)), [reviewed, CleanSubsetFinetuneCallback()], max_epochs=5)
     at = reviewed.partition.indices_of([kept, dropped])
     assert reviewed.partition.is_clean[at].tolist() == [True, False]

@@ -44,7 +44,7 @@ class Inside(L.Callback):
 
     def on_train_epoch_start(self, trainer, pl_module):
         if trainer.current_epoch == 1:
-            self.result = self.validate_setup(trainer, pl_module)
+            self.result = self.check(trainer, pl_module)
 
 
 def inside(check, **kwargs):

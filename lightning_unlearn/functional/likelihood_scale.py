@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.functional.transition import fit_transition
-from lightning_unlearn.utilities.chunks import row_slices
+from lightning_unlearn.utilities.chunks import row_slices, thinning
 from lightning_unlearn.utilities.reduce import Reduce, no_reduce
 
 MAX_NUMBERS = 2**20
@@ -70,7 +70,7 @@ def fit_likelihood_scale(
         (True, True)
     """
     total = reduce(weight.double().sum().reshape(1)).item()
-    thin = max(1, int(total * len(start) / MAX_NUMBERS))
+    thin = thinning(total, len(start), MAX_NUMBERS)
     rows = log_likelihood[::thin].double(), label[::thin], weight[::thin].double()
 
     def with_errors(scale: float) -> float:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_unlearn.functional.confusion_noise import asks_of_confusion, confusion_rate
 from lightning_unlearn.functional.symmetric_noise import SymmetricNoiseFit, fit_symmetric_noise, z_score
+from lightning_unlearn.utilities.chunks import thinning
 from lightning_unlearn.utilities.reduce import Reduce, no_reduce
 
 PARTS = 5
@@ -145,7 +146,7 @@ def prequential_rate(  # noqa: PLR0913  (what is known of an epoch)
     Returns:
         the same on every rank.
     """
-    thin = _every(logits, weight, reduce)
+    thin = thinning(reduce(weight.double().sum().reshape(1)).item(), logits.shape[1], MAX_NUMBERS)
     logits, label, position, weight = logits[::thin], label[::thin], position[::thin], weight[::thin].double()
     share = reduce(weight.new_zeros(logits.shape[1]).index_add_(0, label, weight))
     share = share / share.sum().clamp(min=1e-9)
@@ -209,11 +210,6 @@ def class_shift(given: Tensor, drawn: Tensor) -> Tensor:
     # One of each class more, for those that were not drawn.
     shift = ((given + 1) / (given + 1).sum()).log() - ((drawn + 1) / (drawn + 1).sum()).log()
     return (shift - shift[given > 0].mean()) * (given > 0)
-
-
-def _every(logits: Tensor, weight: Tensor, reduce: Reduce) -> int:
-    total = reduce(weight.double().sum().reshape(1)).item()
-    return max(1, int(total * logits.shape[1] / MAX_NUMBERS))
 
 
 def _skill_and_shift(

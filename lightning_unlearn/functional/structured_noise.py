@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_unlearn.functional.lbfgs import minimize
 from lightning_unlearn.functional.symmetric_noise import SymmetricNoiseFit, fit_symmetric_noise
-from lightning_unlearn.utilities.chunks import row_slices
+from lightning_unlearn.utilities.chunks import row_slices, thinning
 from lightning_unlearn.utilities.reduce import Reduce, no_reduce
 
 MIN_ENTRY = 0.06
@@ -229,7 +229,7 @@ def find_class_noise(
         the same on every rank; None if a common share explains the labels as well.
     """
     classes, total = score.shape[1], reduce(weight.double().sum().reshape(1)).item()
-    thin = max(1, int(total * classes / MOST_NUMBERS))
+    thin = thinning(total, classes, MOST_NUMBERS)
     if classes < 3 or total < thin * LEAST_EACH * classes:
         return None
     part = score[::thin], label[::thin], weight[::thin].double()

@@ -46,12 +46,23 @@ class Explanation:
     transition: Tensor | None = None
 
 
+def wrong_labels(posterior: Tensor, evidence: LabelEvidence) -> tuple[Tensor, float]:
+    """Return the probability (n,) that each label is wrong, and the rate of all ranks.
+
+    Args:
+        posterior: (n, C), log-probabilities of the true class.
+        evidence: of this rank's samples.
+    """
+    wrong, w = torch.sigmoid(-log_odds_of(posterior, evidence.label)), evidence.weight
+    number, total = evidence.reduce(torch.stack([w.sum(), w @ wrong])).tolist()
+    return wrong, total / number
+
+
 def by_names(named: NamedClasses, evidence: LabelEvidence) -> Explanation:
     """Explain the labels by classes that go by another's name."""
-    others, w = named.posterior(evidence.label), evidence.weight
-    wrong = torch.sigmoid(-log_odds_of(others, evidence.label))
-    number, total = evidence.reduce(torch.stack([w.sum(), w @ wrong])).tolist()
-    rate, z = total / number, math.sqrt(evidence.z**2 + 2 * named.gain)
+    others = named.posterior(evidence.label)
+    wrong, rate = wrong_labels(others, evidence)
+    z = math.sqrt(evidence.z**2 + 2 * named.gain)
     return Explanation(wrong, others, rate, (rate / 2, 1.0), z, named.noise.transition)
 
 
@@ -95,10 +106,8 @@ def by_class_shares(windows: Sequence[LatentWindow], evidence: LabelEvidence) ->
     own = windows[0].transition.argmax(1) == torch.arange(len(is_lost), device=is_lost.device)
     if not bool(own[is_lost].all()):
         return None
-    posterior, w = noise.posterior(evidence.score, evidence.label), evidence.weight
-    wrong = torch.sigmoid(-log_odds_of(posterior, evidence.label))
-    number, total = evidence.reduce(torch.stack([w.sum(), w @ wrong])).tolist()
-    rate = total / number
+    posterior = noise.posterior(evidence.score, evidence.label)
+    wrong, rate = wrong_labels(posterior, evidence)
     z = max(evidence.z, math.sqrt(2 * gain))
     return Explanation(wrong, posterior, rate, (rate / 2, 1.0), z, noise.transition), gain
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from lightning_unlearn.functional.prequential import PrequentialRate
 from lightning_unlearn.functional.structured_noise import StructuredNoise
-from lightning_unlearn.functional.transition import log_odds_of
 from lightning_unlearn.recipes.base import NO_DOUBT, judged_labels, noise_status
 from lightning_unlearn.recipes.explanations import (
     Explanation,
@@ -20,6 +19,7 @@ from lightning_unlearn.recipes.explanations import (
     by_matrix,
     by_names,
     speaks,
+    wrong_labels,
 )
 from lightning_unlearn.recipes.label_evidence import NO_GAP, LabelEvidence, LabelHistory, finite_phases, label_evidence
 from lightning_unlearn.recipes.latent_noise import (
@@ -140,12 +140,10 @@ def _is_habit(
     # A class that goes by any other name seems to go by some of them.
     if shares is not None and shares[1] > named.gain / 2:
         return False
-    label, weight = evidence.label, evidence.weight
-    wrong = torch.sigmoid(-log_odds_of(named.posterior(label), label))
-    number, total = evidence.reduce(torch.stack([weight.sum(), weight @ wrong])).tolist()
-    if not (named.lasts or _is_memorized(total / number, evidence, history)):
+    _, rate = wrong_labels(named.posterior(evidence.label), evidence)
+    if not (named.lasts or _is_memorized(rate, evidence, history)):
         return False
-    return evidence.early is None or _was_seen_early(total / number, number, evidence.early, evidence)
+    return evidence.early is None or _was_seen_early(rate, evidence.early, evidence)
 
 
 def _is_memorized(rate: float, evidence: LabelEvidence, history: LabelHistory) -> bool:
@@ -155,13 +153,14 @@ def _is_memorized(rate: float, evidence: LabelEvidence, history: LabelHistory) -
     return bool(hit >= (1 - rate) * number) and (history.gap is None or history.gap > NO_GAP)
 
 
-def _was_seen_early(rate: float, number: float, early: PrequentialRate, evidence: LabelEvidence) -> bool:
+def _was_seen_early(rate: float, early: PrequentialRate, evidence: LabelEvidence) -> bool:
     """Return whether so many labels as go by another class's name were not what the network said in an early epoch.
 
     A class goes by its own name more often, so the network learns that first.
     """
     zeros = evidence.weight.new_zeros(evidence.score.shape[1])
     given = evidence.reduce(zeros.index_add(0, evidence.label, evidence.weight))
+    number = given.sum().item()
     disagreed = min(max((1 - early.skill) * (1 - given.max().item() / number), 0.0), 1.0)
     return bool(rate <= disagreed + 2 * math.sqrt((disagreed + 1 / number) / number))
 

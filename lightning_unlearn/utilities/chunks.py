@@ -30,6 +30,11 @@ def rows_at_a_time(numbers: int, device: torch.device) -> int:
     return max(1, most)
 
 
+def thinning(total: float, numbers: int, most: int) -> int:
+    """Return n so that every n-th of so many rows, each of so many numbers, are about ``most`` numbers or fewer."""
+    return max(1, int(total * numbers / most))
+
+
 def row_slices(total: int, numbers: int, device: torch.device) -> list[slice]:
     """Return the parts that so many rows of so many numbers are worked on in."""
     length = rows_at_a_time(numbers, device)

@@ -28,17 +28,21 @@ from benchmarks.plans import (
     BASE,
     CE,
     CEILING,
+    CLEAN,
     CLEANLAB,
     CONTROLS,
+    DEFAULT,
     ELR,
     FFT,
     FRESH,
     REPAIRS,
     RETRAIN,
+    RETRAIN_DEFAULT,
     RETRAIN_SHORT,
     SHRINK_ALL,
     SHRINK_TO,
     STEPS_OF,
+    Plan,
     Repair,
     plan_of,
 )
@@ -66,14 +70,24 @@ class Unit:
         data: folder with ``cifar10n.npz`` and ``fsdd.zip``.
         accelerator: of the Trainer.
         fast: only to see that everything runs: 500 samples and few epochs.
+        plan: how the networks are trained; None for the one of the case and regime.
     """
 
-    def __init__(
-        self, case: Case, regime: str, seed: int, *, folder: Path, data: Path, accelerator: str, fast: bool
+    def __init__(  # noqa: PLR0913  (what its results depend on)
+        self,
+        case: Case,
+        regime: str,
+        seed: int,
+        *,
+        folder: Path,
+        data: Path,
+        accelerator: str,
+        fast: bool,
+        plan: Plan | None = None,
     ) -> None:
         self.case, self.regime, self.seed = case, regime, seed
         self.folder, self.source, self.accelerator, self.fast = folder, data, accelerator, fast
-        self.plan = plan_of(case, regime, fast=fast)
+        self.plan = plan_of(case, regime, fast=fast) if plan is None else plan
 
     def settings(self) -> dict[str, Any]:
         """All that its results depend on."""
@@ -81,7 +95,9 @@ class Unit:
 
     def run(self, arm: str) -> dict[str, Any]:
         """What an arm comes to: test accuracy, seconds, steps and what else is worth knowing."""
-        if arm not in (BASE, CLEANLAB, CE, ELR):
+        if arm == RETRAIN_DEFAULT:
+            self.result(DEFAULT)
+        elif arm not in (BASE, CLEANLAB, CE, ELR, DEFAULT, CLEAN):
             self.result(BASE)
         if arm in CONTROLS or arm in STEPS_OF:
             self.result(STEPS_OF.get(arm, FFT))
@@ -99,6 +115,9 @@ class Unit:
             CLEANLAB: self._cleanlab,
             CE: self._cross_entropy,
             ELR: self._elr,
+            DEFAULT: self._by_default,
+            RETRAIN_DEFAULT: lambda: self._cross_entropy(self._kept_of("partition-default.pt")),
+            CLEAN: lambda: self._cross_entropy((~self.bad).nonzero().squeeze(1)),
         }[arm]()
 
     def result(self, arm: str) -> dict[str, Any]:
@@ -113,7 +132,7 @@ class Unit:
         if not self.fast:
             return data
         # A stride, since the spoken digits come in order.
-        few = slice(None, None, len(data.train) // 500)
+        few = slice(None, None, max(1, len(data.train) // 500))
         names = ("train", "given_label", "true_label", "wrong_label", "corrupted")
         return replace(data, **{name: getattr(data, name)[few] for name in names})
 
@@ -206,7 +225,10 @@ class Unit:
 
     @property
     def _kept(self) -> Tensor:
-        return Partition.load(self.folder / "partition.pt").clean_indices()
+        return self._kept_of("partition.pt")
+
+    def _kept_of(self, file: str) -> Tensor:
+        return Partition.load(self.folder / file).clean_indices()
 
     def _cleanlab(self) -> dict[str, Any]:
         """What cleanlab leaves by probabilities of five networks that have not seen the sample, retrained in full."""
@@ -238,10 +260,19 @@ class Unit:
     def _alone_epochs(self) -> int:
         return self.plan.alone_epochs or self.plan.base_epochs
 
-    def _cross_entropy(self) -> dict[str, Any]:
-        """All the data, from new weights, with a learning rate that falls to zero."""
-        loader = self._loader()
+    def _cross_entropy(self, index: Tensor | None = None) -> dict[str, Any]:
+        """All the data, or some of them, from new weights, with a learning rate that falls to zero."""
+        loader = self._loader(index)
         return self._fit(self._one_cycle(loader, self._alone_epochs), loader, [], self._alone_epochs)
+
+    def _by_default(self) -> dict[str, Any]:
+        """The same fit with the callbacks that need no setting."""
+        loader, partition, finetune = self._loader(), AttributionPartitionCallback(), CleanSubsetFinetuneCallback()
+        callbacks = [partition, finetune]
+        found = self._fit(self._one_cycle(loader, self._alone_epochs), loader, callbacks, self._alone_epochs)
+        partition.partition.save(self.folder / "partition-default.pt")
+        told = {"acted": finetune.is_active, "partition_epoch": partition.partition.epoch}
+        return found | told | {"partition": self._quality(partition.partition)}
 
     def _elr(self) -> dict[str, Any]:
         """The same, regularized."""
@@ -256,8 +287,13 @@ class Unit:
         if len(index) % self.case.batch == 1:
             index = index[:-1]  # batch norm cannot be trained on one sample
         label = self.data.given_label if label is None else label
-        rows = Rows(self.data.train[index], label[index])
+        rows = self._rows(self.data.train[index], label[index])
         return DataLoader(rows, self.case.batch, shuffle=True, collate_fn=as_it_is)
+
+    def _rows(self, x: Tensor, y: Tensor) -> Rows:
+        """Rows where the network is: a large GPU would wait for those of the CPU."""
+        device = torch.device("cpu" if self.accelerator == "cpu" else "cuda")
+        return Rows(x.to(device), y.to(device))
 
     def _network(self) -> L.LightningModule:
         model = self.case.network().to(memory_format=torch.channels_last)
@@ -297,11 +333,11 @@ class Unit:
         started = time.perf_counter(), time.process_time()
         # Only for who partitions: whoever does without needs none.
         held = self.data.validation if callbacks else None
-        values = None if held is None else DataLoader(Rows(*held), 500, collate_fn=as_it_is)
+        values = None if held is None else DataLoader(self._rows(*held), 500, collate_fn=as_it_is)
         trainer.fit(model, loader, values, ckpt_path=self.checkpoint if resume else None)
         seconds = {"seconds": time.perf_counter() - started[0], "process_seconds": time.process_time() - started[1]}
         taken = trainer.global_step - (self.result(BASE)["steps"] if resume else 0)
-        tests = DataLoader(Rows(self.data.test, self.data.test_label), 500, collate_fn=as_it_is)
+        tests = DataLoader(self._rows(self.data.test, self.data.test_label), 500, collate_fn=as_it_is)
         accuracy = self._trainer(1, [], -1).test(model, tests, verbose=False)[0]["test_acc"]
         return {"accuracy": accuracy, **seconds, "steps": taken}
 

@@ -73,6 +73,8 @@ class Case:
     @property
     def batch(self) -> int:
         """Samples per step."""
+        if self.large:
+            return 512
         return {"cifar": 128, "features": 128, "hate": 128, "music-mv": 32, "phon-15": 32}.get(self.data, 64)
 
     @property
@@ -111,6 +113,7 @@ CASES: dict[str, Case] = {
         Case("cifar-human-full", "cifar", "human", train_size=50_000, depth=18),
         Case("cifar-human-full-34", "cifar", "human", train_size=50_000, depth=34),
         Case("cifar-clean-full", "cifar", train_size=50_000, depth=18),
+        Case("cifar-sym25-full", "cifar", "symmetric", 0.25, train_size=50_000, depth=18),
     )
 }
 # Of the demo; their network has no blocks, so only the repair is judged on them.
@@ -190,7 +193,7 @@ def make(case: Case, seed: int, data: Path) -> Noisy:
     if case.data in TABLES:
         return _table(case, seed, data)
     if case.data == "cifar":
-        source = cifar(data / "cifar10n.npz", case.train_size, 5_000, seed)
+        source = cifar(data / "cifar10n.npz", case.train_size, 10_000 if case.large else 5_000, seed)
     else:
         source = digits(seed) if case.data == "digits" else spoken_digits(data / "fsdd.zip")
     given = _given_labels(case, source, seed)

@@ -21,6 +21,9 @@ KEEP = "F-FT keep"
 RETRAIN_SHORT, SHRINK_ALL, CEILING = "retrain, same steps", "shrink, all data", "truly clean, retrained, same steps"
 # What out-of-sample probabilities of five networks leave, retrained in full.
 CLEANLAB = "cleanlab, retrain"
+# The callbacks with their defaults in a fit from its start; new weights trained as long on what they kept; and on the
+# truly clean set.
+DEFAULT, RETRAIN_DEFAULT, CLEAN = "callbacks by default", "retrain on what they kept", "truly clean, retrained"
 SHRINK_TO = 0.1
 """How much of the way from the start of the fit to the base's weights is left by "shrink, all data"."""
 
@@ -77,7 +80,7 @@ class Plan:
 FRESH, MEMORIZED = "fresh", "memorized"
 REGIMES = (FRESH, MEMORIZED)
 _DIGITS = Plan(40, 20, weight_decay=2.0, precision="32-true")
-_LARGE = Plan(85, 40, base_lr=0.05, lr=0.05, weight_decay=5e-4, sgd=True, alone_epochs=125)
+_LARGE = Plan(85, 40, base_lr=0.2, lr=0.2, weight_decay=5e-4, sgd=True, alone_epochs=125)
 PLANS: dict[tuple[str, str], Plan] = {
     ("cifar", FRESH): Plan(12, 6, base_lr=3e-3, base_decays=True, mirror=True),
     ("cifar", MEMORIZED): Plan(24, 6),
@@ -148,4 +151,16 @@ REPAIRS: dict[str, Repair] = {
 STEPS_OF = {CONTINUE: FFT, CONTINUE_LONG: RELABEL}
 # In the order in which they are run: what others need comes first.
 CONTROLS = (CONTINUE, RETRAIN_SHORT, RETRAIN, CEILING, SHRINK_ALL)
-ARMS = (BASE, FFT, *CONTROLS, *(name for name in REPAIRS if name != FFT), CONTINUE_LONG, CLEANLAB, CE, ELR)
+ARMS = (
+    BASE,
+    FFT,
+    *CONTROLS,
+    *(name for name in REPAIRS if name != FFT),
+    CONTINUE_LONG,
+    CLEANLAB,
+    CE,
+    ELR,
+    DEFAULT,
+    RETRAIN_DEFAULT,
+    CLEAN,
+)

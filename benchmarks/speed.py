@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from benchmarks import attribution, mixture
-from benchmarks.models import StopAfter, cifar_classifier
+from benchmarks.models import ResNetClassifier, StopAfter, cifar_classifier
 from benchmarks.sources import Rows, as_it_is
 from lightning_unlearn import (
     AttributionPartitionCallback,
@@ -93,7 +93,7 @@ def processor_clock(device: str) -> Iterator[None]:
         time.perf_counter = before
 
 
-def trainer_of(epochs: int, callbacks: list[L.Callback], device: str) -> L.Trainer:
+def trainer_of(epochs: int, callbacks: list[L.Callback], device: str, precision: Any = "32-true") -> L.Trainer:
     """A Trainer that does nothing but train."""
     return L.Trainer(
         max_epochs=epochs,
@@ -104,6 +104,7 @@ def trainer_of(epochs: int, callbacks: list[L.Callback], device: str) -> L.Train
         enable_model_summary=False,
         accelerator="gpu" if device == "cuda" else "cpu",
         devices=1,
+        precision=precision,
     )
 
 
@@ -122,7 +123,9 @@ NETWORKS: dict[str, tuple[Callable[[], L.LightningModule], int, int, int]] = {
     # Network, channels, side of the images, images.
     "small CNN, 3 x 32 x 32": (cifar_classifier, 3, 32, 5_000),
     "digits CNN, 1 x 8 x 8": (DigitsClassifier, 1, 8, 5_000),
+    "ResNet-18 for 3 x 32 x 32": (ResNetClassifier, 3, 32, 6_144),
 }
+LARGE = ("ResNet-18",)  # only where it is asked for
 
 
 def asked_for(args: argparse.Namespace) -> list[tuple[str, tuple[Callable[[], L.LightningModule], int, int, int]]]:
@@ -135,24 +138,34 @@ def steps(args: argparse.Namespace) -> list[Row]:
     found = []
     for name, (network, channels, size, total) in asked_for(args):
         x, y = images(min(total, _STEPS * args.batch), size, channels)
-        loader = DataLoader(Rows(x, y), args.batch, shuffle=True, collate_fn=as_it_is)
+        # Where the network is, so that no step waits for its batch.
+        rows = Rows(x.to(args.device), y.to(args.device))
+        loader = DataLoader(rows, args.batch, shuffle=True, collate_fn=as_it_is)
         times: dict[str, list[float]] = {way: [] for way in WAYS}
         for repeat in range(args.repeats):
             for way in list(WAYS)[:: 1 if repeat % 2 == 0 else -1]:
-                times[way].append(_step_seconds(network(), loader, WAYS[way](), args.device))
+                model = network()
+                if args.channels_last:
+                    model.to(memory_format=torch.channels_last)
+                times[way].append(_step_seconds(model, loader, WAYS[way](), args))
         middle = {
             way: statistics.median(a / b for a, b in zip(taken, times["plain"], strict=True))
             for way, taken in times.items()
         }
         plain = statistics.median(times["plain"])
-        found.append({"network": name, "batch": args.batch, "seconds": plain, "ratio": middle, "all": times})
+        of = [name, *([] if args.precision == "32-true" else [args.precision])]
+        told = ", ".join([*of, "channels last"] if args.channels_last else of)
+        found.append({"network": told, "batch": args.batch, "seconds": plain, "ratio": middle, "all": times})
     return found
 
 
-def _step_seconds(model: L.LightningModule, loader: DataLoader[Any], callbacks: list[L.Callback], device: str) -> float:
+def _step_seconds(
+    model: L.LightningModule, loader: DataLoader[Any], callbacks: list[L.Callback], args: argparse.Namespace
+) -> float:
     clock, epochs = _Clock(), _WARM_UP + 1
     # Of more epochs than are run, so that the partition lies ahead.
-    trainer_of(100, [*callbacks, StopAfter(epochs), clock], device).fit(model, loader)
+    callbacks = [*callbacks, StopAfter(epochs), clock]
+    trainer_of(100, callbacks, args.device, args.precision).fit(model, loader)
     return (clock.ended - clock.started[_WARM_UP]) / len(loader)
 
 
@@ -235,7 +248,10 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parts = ("steps", "share", "attribution", "mixture")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     networks = [name.split()[0] for name in NETWORKS]
-    parser.add_argument("--networks", nargs="+", choices=networks, default=networks, help="of the steps and the fit")
+    small = [name for name in networks if name not in LARGE]
+    parser.add_argument("--networks", nargs="+", choices=networks, default=small, help="of the steps and the fit")
+    parser.add_argument("--precision", default="32-true", help="of the Trainer, for the steps")
+    parser.add_argument("--channels-last", action="store_true", help="also of the weights, for the steps")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=15)

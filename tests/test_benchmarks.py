@@ -147,12 +147,14 @@ def test_the_papers_figures_stand_beside_ours():
 
 def test_large_networks_are_trained_for_as_long_with_a_repair_as_without():
     for depth in (18, 34):
-        plan = plan_of(Case("full", "cifar", "human", depth=depth), "fresh")
+        case = Case("full", "cifar", "human", depth=depth)
+        plan = plan_of(case, "fresh")
+        assert case.batch == 512
         assert plan.base_epochs + plan.repair_epochs == plan.alone_epochs <= 130
         weight = [torch.nn.Parameter(torch.zeros(1))]
         for make in (plan.optimizer, plan.base_optimizer):
             (group,) = make(weight).param_groups
-            assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.05, 0.9, 5e-4)
+            assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.2, 0.9, 5e-4)
     small = plan_of(Case("small", "cifar", "human"), "memorized")
     assert isinstance(small.base_optimizer(weight), torch.optim.Adam)
     assert small.base_optimizer(weight).param_groups[0]["weight_decay"] == 0

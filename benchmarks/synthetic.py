@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.data.loaders import shard_indices
-from lightning_unlearn.evidence.training_dynamics import PHASES, class_coordinates
+from lightning_unlearn.evidence.training_dynamics import PHASES
 from lightning_unlearn.functional.attribution import label_margin
+from lightning_unlearn.functional.coordinates import class_coordinates
 from lightning_unlearn.noise import symmetric_labels
 from lightning_unlearn.recipes.evidence import Evidence
 

@@ -26,51 +26,13 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.functional.attribution import label_margin
-from lightning_unlearn.functional.coordinates import helmert, times_helmert
-from lightning_unlearn.functional.evidence import label_confidence
+from lightning_unlearn.functional.coordinates import MAX_COORDINATES, class_coordinates
+from lightning_unlearn.functional.evidence import entropy, label_confidence
 from lightning_unlearn.functional.soft_margin import NUM_SCALES, rivals_of, soft_margins
-from lightning_unlearn.utilities.chunks import row_slices
 from lightning_unlearn.utilities.reduce import Reduce
 
-MOST_COORDINATES = 128
 PHASES = 4
 """Into how many parts the training before the partition is divided."""
-
-
-def class_coordinates(num_classes: int) -> Tensor:
-    """Return an orthonormal basis of what logits mean: their differences, as adding a constant to all changes nothing.
-
-    Args:
-        num_classes: C.
-
-    Returns:
-        (C, r) float32 with ``r = min(C - 1, 128)``. For C <= 129 it keeps all differences (Helmert's basis); for more
-        classes it is a random part of them, always the same, which keeps distances to within some ten per cent (Johnson
-        and Lindenstrauss), for recipes of users.
-
-    Example:
-        >>> basis = class_coordinates(3)
-        >>> ((torch.tensor([2.0, 1.0, 0.0]) @ basis) @ basis.T).round(decimals=3).abs()
-        tensor([1., 0., 1.])
-    """
-    if num_classes - 1 > MOST_COORDINATES:
-        draw = torch.randn(num_classes - 1, MOST_COORDINATES, generator=torch.Generator().manual_seed(0)).double()
-        return times_helmert(torch.linalg.qr(draw)[0]).float()
-    return helmert(num_classes)
-
-
-def _entropy(logits: Tensor) -> Tensor:
-    """Of the softmax of (B, C), in nats, (B,).
-
-    Not by way of torch's own softmax, which takes several times as long for few classes on a processor.
-    """
-    parts = []
-    for rows in row_slices(len(logits), logits.shape[1], logits.device):
-        below = logits[rows] - logits[rows].amax(dim=1, keepdim=True)
-        odds = below.exp()
-        total = odds.sum(dim=1)
-        parts.append(total.log() - (odds * below).sum(dim=1) / total)
-    return torch.cat(parts) if parts else logits.new_zeros(0)
 
 
 class TrainingDynamics:
@@ -96,7 +58,7 @@ class TrainingDynamics:
         # Columns: how often the sample was seen, margin, support of the given label, uncertainty.
         self._scores = torch.zeros(total, 4)
         self.label = torch.full((total,), -1)
-        is_exact = num_classes - 1 <= MOST_COORDINATES
+        is_exact = num_classes - 1 <= MAX_COORDINATES
         basis = class_coordinates(num_classes) if is_exact or keeps_coordinates else torch.zeros(num_classes, 0)
         self._lay_out(basis, 0 if is_exact else NUM_SCALES)
         # (C,) how often each class was expected since the last merge, where soft margins are kept.
@@ -158,7 +120,7 @@ class TrainingDynamics:
     def _take_classes(self, classes: Tensor) -> None:
         """From now on these classes alone are compared; they have coordinates, if they are few enough."""
         self._classes = classes
-        if len(classes) <= MOST_COORDINATES + 1:
+        if len(classes) <= MAX_COORDINATES + 1:
             basis = torch.zeros(self.num_classes, len(classes) - 1)
             basis[classes] = class_coordinates(len(classes))
             self._lay_out(basis, 0)
@@ -177,7 +139,7 @@ class TrainingDynamics:
         if len(classes) <= 1:
             return False
         is_narrower = bool(2 * len(classes) < self.num_rivals)
-        if len(classes) <= MOST_COORDINATES + 1:
+        if len(classes) <= MAX_COORDINATES + 1:
             self._scores += self._fresh[:, self._width :]
         self._take_classes(classes)
         return is_narrower
@@ -277,7 +239,7 @@ class TrainingDynamics:
         """
         logits = logits.detach().float()
         margin = label_margin(logits, label) if margin is None else margin
-        scores = torch.stack([torch.ones_like(margin), margin, label_confidence(margin), _entropy(logits)], dim=1)
+        scores = torch.stack([torch.ones_like(margin), margin, label_confidence(margin), entropy(logits)], dim=1)
         expected = logits.new_zeros(self.num_classes) if self.has_margins else None
         rows = torch.cat([self.coordinates(logits), self._margins(logits, label, expected), scores], dim=1)
         index, rows = index.cpu(), rows.cpu()
@@ -444,7 +406,7 @@ class TrainingDynamics:
         trajectory = cls(
             len(state["scores"]),
             state["num_classes"],
-            keeps_coordinates=width == MOST_COORDINATES + NUM_SCALES,
+            keeps_coordinates=width == MAX_COORDINATES + NUM_SCALES,
         )
         # Absent in checkpoints of before it was looked which classes occur.
         if len(classes):

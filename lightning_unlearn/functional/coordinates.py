@@ -5,6 +5,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+MAX_COORDINATES = 128
+"""The most coordinates that :func:`class_coordinates` returns."""
+
+
+def class_coordinates(num_classes: int) -> Tensor:
+    """Return an orthonormal basis of what logits mean: their differences, as adding a constant to all changes nothing.
+
+    Args:
+        num_classes: C.
+
+    Returns:
+        (C, r) float32 with ``r = min(C - 1, 128)``. For C <= 129 it keeps all differences (Helmert's basis); for more
+        classes it is a random part of them, always the same, which keeps distances to within some ten per cent (Johnson
+        and Lindenstrauss), for recipes of users.
+
+    Example:
+        >>> basis = class_coordinates(3)
+        >>> ((torch.tensor([2.0, 1.0, 0.0]) @ basis) @ basis.T).round(decimals=3).abs()
+        tensor([1., 0., 1.])
+    """
+    if num_classes - 1 > MAX_COORDINATES:
+        draw = torch.randn(num_classes - 1, MAX_COORDINATES, generator=torch.Generator().manual_seed(0)).double()
+        return times_helmert(torch.linalg.qr(draw)[0]).float()
+    return helmert(num_classes)
+
 
 def helmert(num_classes: int) -> Tensor:
     """Return Helmert's orthonormal basis (C, C - 1) of all differences between classes, float32.

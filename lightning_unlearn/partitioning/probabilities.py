@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.data.task_format import TaskFormat
-from lightning_unlearn.evidence.training_dynamics import MOST_COORDINATES
+from lightning_unlearn.functional.coordinates import MAX_COORDINATES
 from lightning_unlearn.partitioning.label_scores import ShardResult
 from lightning_unlearn.utilities.distributed import gather_by_index
 from lightning_unlearn.utilities.reduce import Reduce
@@ -18,10 +18,10 @@ def check_has_probabilities(task_format: TaskFormat) -> None:
     Raises:
         ValueError: of several labels per sample, and of more classes than evidence tells apart.
     """
-    if task_format.task == "multilabel" or task_format.num_classes > MOST_COORDINATES + 1:
+    if task_format.task == "multilabel" or task_format.num_classes > MAX_COORDINATES + 1:
         found = "several labels" if task_format.task == "multilabel" else f"{task_format.num_classes} classes"
         raise ValueError(
-            f"Expected one label per sample, of at most {MOST_COORDINATES + 1} classes, where keep_probabilities=True,"
+            f"Expected one label per sample, of at most {MAX_COORDINATES + 1} classes, where keep_probabilities=True,"
             f" but found {found}; leave it out."
         )
 

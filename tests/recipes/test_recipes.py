@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lightning_unlearn.data.loaders import shard_indices
-from lightning_unlearn.evidence.training_dynamics import class_coordinates
 from lightning_unlearn.functional import label_confidence, label_margin
+from lightning_unlearn.functional.coordinates import class_coordinates
 from lightning_unlearn.functional.prequential import PrequentialRate
 from lightning_unlearn.recipes import (
     RECIPES,

@@ -13,19 +13,17 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from lightning_unlearn.attribution import resolve_layer
 from lightning_unlearn.attribution.head_watch import HeadWatch, Step, as_columns
-from lightning_unlearn.data.index_tracking import as_indices, last_batch_indices, track_indices, untrack_indices
-from lightning_unlearn.data.loaders import check_loader
+from lightning_unlearn.data.index_tracking import as_indices, last_batch_indices
 from lightning_unlearn.data.task_format import IGNORED, TaskFormat
 from lightning_unlearn.evidence.by_index import IndexedEvidence
 from lightning_unlearn.evidence.by_key import KeyedEvidence
 from lightning_unlearn.evidence.mixed_targets import has_mixed_target
+from lightning_unlearn.evidence.tracked_loaders import TrackedLoaders, fault_of_loaders
 from lightning_unlearn.trainer.context import FitContext
 from lightning_unlearn.trainer.keyed_batches import KeyedBatches
-from lightning_unlearn.trainer.train_data import TrainLoaderWatch
 
 # The rows of so many batches are checked, and handed on, together: one wait for the accelerator instead of many.
 WINDOW = 16
@@ -91,16 +89,15 @@ class TrainStepReader:
         self._keyed = keyed
         self.by_key: KeyedEvidence | None = None
         self.by_index: IndexedEvidence | None = None
-        self._watch = TrainLoaderWatch()
+        self._tracked = TrackedLoaders()
         self._module: nn.Module | None = None
         self._head_watch = HeadWatch()
         self.head = ""
-        self._loaders: list[DataLoader[Any]] = []
         self.reset()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy knows what was seen, and reads nothing.
-        return {**self.__dict__, "_module": None, "_seen": None, "_loaders": [], "_held": []}
+        return {**self.__dict__, "_module": None, "_seen": None, "_held": []}
 
     def reset(self) -> None:
         """Forget an earlier fit."""
@@ -143,6 +140,8 @@ class TrainStepReader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Stay disabled where the resumed fit was."""
         self.reason = str(state["reason"])
+        if self.reason:
+            self._tracked.detach()
         self._unknown_epochs = int(state["unknown_epochs"])
         self._has_judged = bool(state["has_judged"])
         self.left_open = bool(state.get("is_open"))
@@ -150,7 +149,7 @@ class TrainStepReader:
     def attach(self, fit: FitContext) -> None:
         """Watch for the train loaders. Call in ``setup`` of a fit: later, the first epoch is not read."""
         if self._keyed is None:
-            self._watch.attach(fit, self._remember)
+            self._tracked.attach(fit)
 
     def start(self, fit: FitContext, head: str, known: Tensor | None = None) -> None:
         """Start to read. Call in ``on_train_start``.
@@ -165,11 +164,11 @@ class TrainStepReader:
             return
         if self._keyed is None:
             loaders = fit.live_loaders()
-            fault = _fault_of_loaders(loaders)
+            fault = fault_of_loaders(loaders)
             if fault:
                 self.disable(fault)
                 return
-            self._remember(loaders)
+            self._tracked.follow(loaders)
             self._size = len(loaders[0].dataset) * self._reading.rows_per_sample
         self._module = resolve_layer(fit.model, head)
         self.head = head
@@ -178,7 +177,7 @@ class TrainStepReader:
     def start_epoch(self, fit: FitContext) -> None:
         """Look whether the loader is still the same. Call in ``on_train_epoch_start``."""
         if self.is_reading and self._keyed is None:
-            self._remember(fit.live_loaders())
+            self._tracked.follow(fit.live_loaders())
 
     def start_batch(self, fit: FitContext, batch: Any, position: float = 0.0) -> None:
         """Note whose rows come next. Call in ``on_train_batch_start``, on the batch as it is given there.
@@ -244,25 +243,11 @@ class TrainStepReader:
 
     def detach(self) -> None:
         """Restore everything and read no more. May be called at any time, and again."""
-        self._watch.detach()
+        self._tracked.detach()
         self._head_watch.end()
         self._module = None
-        for loader in self._loaders:
-            untrack_indices(loader)
-        self._loaders = []
         self._seen = None
         self._held = []
-
-    def _remember(self, loaders: list[Any]) -> None:
-        """Let the loader in use remember its batches, and give back those it has replaced."""
-        if self.reason or _fault_of_loaders(loaders):
-            return
-        for loader in self._loaders:
-            if all(loader is not other for other in loaders):
-                untrack_indices(loader)
-        self._loaders = loaders
-        for loader in loaders:
-            track_indices(loader)
 
     def _labels_of(self, batch: Any, num_rows: int) -> Any:
         """Return the labels that a batch holds; None, having given up, where it has not as many as rows."""
@@ -397,15 +382,3 @@ def relabeled_in_training(rows: int) -> str:
         f"{rows} rows have another label than the one seen before at their dataset index, as where collate_fn or a"
         " transfer hook reorders a batch"
     )
-
-
-def _fault_of_loaders(loaders: list[Any]) -> str:
-    """Return why batches of these train loaders cannot be matched with dataset indices; empty if they can."""
-    try:
-        loader = check_loader(loaders[0] if len(loaders) == 1 else loaders)
-    except (TypeError, ValueError) as error:
-        return f"the train loader does not draw batches of dataset indices ({error})"
-    # in_order is new in torch 2.6.
-    if loader.num_workers > 0 and not getattr(loader, "in_order", True):
-        return "the train loader has in_order=False, so its workers deliver batches in any order"
-    return ""

@@ -40,7 +40,7 @@ test-oldest: $(OLDEST_STAMP) ## run them with the oldest versions that are suppo
 test-newest: $(NEWEST_STAMP) ## run them with the newest versions that there are (ARGS="-k mixture", UV=uv)
 	PYTHONDONTWRITEBYTECODE= $(NEWEST)/bin/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile $(ARGS)
 
-# The suite runs the first 200.
+# The suite runs the first 80.
 fuzz: setup ## run random fits (CASES=2000 FIRST=0: from seed FIRST on)
 	PYTHONDONTWRITEBYTECODE= FUZZ_CASES=$(CASES) FUZZ_FIRST=$(FIRST) $(BIN)/pytest -n $(JOBS) --maxprocesses 8 tests/test_fuzz.py $(ARGS)
 

@@ -23,7 +23,7 @@ from tests.fuzz import Bomb, Boom, Data, Model, draw_case, keys, xy
 from tests.toys import make_trainer, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-FIRST, CASES = int(os.environ.get("FUZZ_FIRST", "0")), int(os.environ.get("FUZZ_CASES", "200"))
+FIRST, CASES = int(os.environ.get("FUZZ_FIRST", "0")), int(os.environ.get("FUZZ_CASES", "80"))
 PACKAGE = str(Path(lightning_unlearn.__file__).parent)
 SAYS_WHAT_TO_DO = re.compile(r"[Ee]xpected|; |: |\b(use|name|set|add|pass|leave|give|start|make|train)\b")
 

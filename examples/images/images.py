@@ -29,15 +29,19 @@ QUIET: dict = {"devices": 1, "logger": False, "enable_checkpointing": False}
 MEAN, STD = [0.31] * 3, [0.36] * 3
 
 
-def make_folders(root: Path, noise: float, seed: int = 0) -> None:
-    """Writes scikit-learn's digits as PNG files; the name of a misplaced training file ends with its true class."""
+def make_folders(root: Path, noise: float, train: int, seed: int = 0) -> None:
+    """Writes scikit-learn's digits as PNG files, half as many to validate on as to train on.
+
+    The name of a misplaced training file ends with its true class.
+    """
     from PIL import Image
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     generator = torch.Generator().manual_seed(seed)
-    for at, number in enumerate(torch.randperm(len(digits.target), generator=generator).tolist()):
-        part, true = "train" if at < 1200 else "val", int(digits.target[number])
+    order = torch.randperm(len(digits.target), generator=generator)[: train + train // 2]
+    for at, number in enumerate(order.tolist()):
+        part, true = "train" if at < train else "val", int(digits.target[number])
         label, name = true, f"{number:04}.png"
         if part == "train" and torch.rand((), generator=generator) < noise:
             label = (true + int(torch.randint(1, 10, (), generator=generator))) % 10
@@ -50,13 +54,15 @@ def make_folders(root: Path, noise: float, seed: int = 0) -> None:
 class Images(L.LightningDataModule):
     """``data/train/CLASS/*.png`` and ``data/val/CLASS/*.png``; made of digits where there is no such folder."""
 
-    def __init__(self, data: str = "data/images", noise: float = 0.4, size: int = 16, batch_size: int = 64) -> None:
+    def __init__(
+        self, data: str = "data/images", noise: float = 0.4, size: int = 16, train: int = 1200, batch_size: int = 64
+    ) -> None:
         super().__init__()
         self.save_hyperparameters()
 
     def prepare_data(self) -> None:
         if not Path(self.hparams.data).exists():
-            make_folders(Path(self.hparams.data), self.hparams.noise)
+            make_folders(Path(self.hparams.data), self.hparams.noise, self.hparams.train)
 
     def setup(self, stage: str) -> None:
         resize = v2.Resize([self.hparams.size] * 2)
@@ -116,11 +122,12 @@ def main() -> None:
     parser.add_argument("--data", metavar="DIR", help="with train/CLASS/*.png and val/CLASS/*.png; else digits")
     parser.add_argument("--size", type=int, default=16, help="of a side, in pixels (%(default)s)")
     parser.add_argument("--out", default="runs/images", metavar="DIR", help="for what was found (%(default)s)")
-    parser.add_argument("--fast", action="store_true", help="few epochs and small pictures, to see it run")
+    parser.add_argument("--fast", action="store_true", help="few epochs and few small pictures, to see it run")
     options = parser.parse_args()
-    epochs = 4 if options.fast else 30
+    epochs, size, train, batch_size = (6, 8, 300, 16) if options.fast else (30, options.size, 1200, 64)
 
-    data = Images(options.data or "data/images", size=8 if options.fast else options.size)
+    made = "data/images-fast" if options.fast else "data/images"
+    data = Images(options.data or made, size=size, train=train, batch_size=batch_size)
     data.prepare_data()
     data.setup("fit")
 

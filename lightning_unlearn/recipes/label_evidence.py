@@ -88,11 +88,12 @@ class LabelEvidence:
 
 def label_evidence(history: LabelHistory, reduce: Reduce) -> tuple[LabelEvidence, Tensor]:
     """Return what a history tells, and the mean over training (n, C)."""
-    y, w, early = history.label, history.weight.double(), _unseen(history, reduce)
+    y, w = history.label, history.weight.double()
     mean, seen = _evidence(history)
     shift = _bias(history).to(mean)
     shifted = seen + shift
     score, fit, z = _fitted(history, shifted, reduce)
+    early = _unseen(history, fit.rate - 1.96 * fit.std_error, reduce)
     # What the next epoch has not confirmed had not been learned yet, and is still in the mean.
     if early is not None:
         z = early.z_score if early.is_confirmed else max(z, early.z_score)
@@ -113,11 +114,17 @@ def _is_sampled(history: LabelHistory) -> bool:
     return history.favored is not None and bool(history.favored.any())
 
 
-def _unseen(history: LabelHistory, reduce: Reduce) -> PrequentialRate | None:
-    """Return what is told by evidence that has not seen the labels: as much as the one shows that shows more."""
+def _unseen(history: LabelHistory, least: float, reduce: Reduce) -> PrequentialRate | None:
+    """Return what is told by evidence that has not seen the labels: as much as the one shows that shows more.
+
+    Args:
+        history: of this rank's samples.
+        least: lower end of the rate that the scores show.
+        reduce: sums over the ranks.
+    """
     given = history.weight.new_zeros(history.last.shape[1], dtype=torch.float64)
     given = reduce(given.index_add(0, history.label, history.weight.double()))
-    early, left_out = (_as_far_as_learned(one, given) for one in (history.early, history.left_out))
+    early, left_out = (_as_far_as_learned(one, given, least) for one in (history.early, history.left_out))
     told = [one for one in (early, left_out) if one is not None and one.is_settled]
     predicted = [_predicted(one.skill, given) for one in told]
     # What knows far less of the classes than the other takes for wrong what it has not learned.
@@ -138,21 +145,28 @@ def _unseen(history: LabelHistory, reduce: Reduce) -> PrequentialRate | None:
     )
 
 
-def _as_far_as_learned(told: PrequentialRate | None, given: Tensor) -> PrequentialRate | None:
+def _as_far_as_learned(told: PrequentialRate | None, given: Tensor, least: float) -> PrequentialRate | None:
     """Reduce the rate to what a network that predicts so many labels can tell.
 
     Args:
         told: of an early epoch.
         given: (C,) how many samples are called each class.
+        least: rate that the scores show in any case.
     """
     if told is None:
         return None
     predicted = max(_predicted(told.skill, given), 1e-9) / max(1 - told.middle, 1e-9)
     known = 1 + math.log(predicted) / math.log(len(given))
     share = min(max((known - _HARDLY) / (_WELL - _HARDLY), 0.0), 1.0)
-    middle = told.low + share * (told.middle - told.low)
+    lowest = max(told.low, min(least, told.middle))
+    middle = lowest + share * (told.middle - lowest)
     # What is not counted may be wrong labels all the same: the upper end stays.
-    return replace(told, middle=middle, most_confused=told.most_confused + told.middle - middle)
+    return replace(
+        told,
+        middle=middle,
+        confused=min(2 * share, 1.0) * told.confused,
+        most_confused=told.most_confused + told.middle - middle,
+    )
 
 
 def _predicted(skill: float, given: Tensor) -> float:

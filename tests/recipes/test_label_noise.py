@@ -258,10 +258,10 @@ def test_what_knows_far_less_of_the_classes_than_leave_one_out_scores_is_not_ask
     seen = with_left_out(history(1500, blind(0.0))[0], 0.2)
     early = replace(seen.early, low=0.03, middle=0.07, high=0.1, z_score=15.0, is_settled=True, is_confirmed=True)
     assert seen.left_out.skill > 0.6
-    little = label_evidence._unseen(replace(seen, early=replace(early, skill=0.2)), no_reduce)
+    little = label_evidence._unseen(replace(seen, early=replace(early, skill=0.2)), 0.0, no_reduce)
     assert little.middle == pytest.approx(seen.left_out.middle, abs=0.01)
     assert little.z_score == seen.left_out.z_score
-    much = label_evidence._unseen(replace(seen, early=replace(early, skill=0.8)), no_reduce)
+    much = label_evidence._unseen(replace(seen, early=replace(early, skill=0.8)), 0.0, no_reduce)
     assert much.z_score == 15.0
 
 
@@ -347,7 +347,8 @@ def test_the_upper_end_holds_all_confusion_that_may_be_errors():
 def test_what_no_other_epoch_confirms_is_not_believed_beside_leave_one_out_scores():
     seen, _ = history(6000, blind(0.1))
     early = replace(seen.early, middle=0.2, confused=0.1, is_confirmed=False)
-    told = label_evidence._unseen(replace(seen, early=early, left_out=seen.early), no_reduce)
+    both = replace(seen, early=early, left_out=seen.early)
+    told = label_evidence._unseen(both, 0.0, no_reduce)
     assert (told.middle, told.confused, told.is_confirmed) == (seen.early.middle, 0, True)
 
 
@@ -396,9 +397,19 @@ def test_a_network_that_predicts_few_labels_early_is_believed_less():
     rates = [
         find_label_noise(replace(seen, early=replace(early, skill=skill))).rate for skill in (0.1, 0.2, 0.3, 0.5, 0.8)
     ]
-    assert rates[0] == pytest.approx(0.01)
+    # What it cannot tell is left to the scores, of which the lower end counts.
+    fit = label_evidence.label_evidence(seen, no_reduce)[0].fit
+    assert rates[0] == pytest.approx(fit.rate - 1.96 * fit.std_error)
     assert rates == sorted(rates)
     assert rates[-2:] == pytest.approx([rates[-1]] * 2)
+
+
+@pytest.mark.parametrize(("skill", "counted"), [(0.1, 0.0), (0.5, 0.2), (0.8, 0.2)])
+def test_confusion_of_a_network_that_has_hardly_learned_is_not_counted(skill, counted):
+    seen, _ = history(6000, blind(0.05))
+    early = replace(seen.early, skill=skill, is_confirmed=True, confused=0.2)
+    found = label_evidence.label_evidence(replace(seen, early=early), no_reduce)[0]
+    assert found.early.confused == pytest.approx(counted)
 
 
 def test_a_few_rare_classes_that_are_not_learned_do_not_keep_the_others_from_being_judged():

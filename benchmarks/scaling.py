@@ -63,7 +63,7 @@ def seconds_of(work: Callable[[], Any]) -> tuple[Any, float]:
 
 def partition_of(share: Evidence, label: Tensor, reduce: Reduce, recipe: str = "auto") -> Partition:
     """What the callback makes of one rank's share of the evidence."""
-    verdict = get_recipe(recipe).judge(share, reduce)
+    verdict = get_recipe(recipe).function(share, reduce)
     judged = [ShardResult(share, share.weight, verdict)]
     return build_partition(
         judged, label, CleanCriteria(0.85, 0.1), reduce, recipe=recipe, layer="head", epoch=PHASES, fingerprint=""
@@ -89,7 +89,7 @@ def of_samples(total: int, num_classes: int) -> Row:
     _, merging = seconds_of(lambda: trajectory.merge(0, no_reduce))
     held = [value for name, value in vars(trajectory).items() if isinstance(value, Tensor) and name != "basis"]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    verdict, judging = seconds_of(lambda: get_recipe("auto").judge(whole, no_reduce))
+    verdict, judging = seconds_of(lambda: get_recipe("auto").function(whole, no_reduce))
     judged = [ShardResult(whole, whole.weight, verdict)]
     cut = CleanCriteria(0.85, 0.1)
     made, assembling = seconds_of(

@@ -65,7 +65,7 @@ def evidence(total: int, num_classes: int, *, rate: float = 0.2, seed: int = 0) 
                 dim=1,
             )
         )
-    margin, mean_margin, uncertainty, loss, prediction = torch.cat(columns).unbind(dim=1)
+    margin, aum, uncertainty, loss, prediction = torch.cat(columns).unbind(dim=1)
     return Evidence(
         index=torch.arange(total),
         weight=torch.ones(total),
@@ -73,12 +73,12 @@ def evidence(total: int, num_classes: int, *, rate: float = 0.2, seed: int = 0) 
         attribution=attribution,
         basis=basis,
         margin=margin,
-        mean_margin=mean_margin,
-        support=mean_margin.sigmoid(),
+        aum=aum,
+        label_confidence=aum.sigmoid(),
         uncertainty=uncertainty,
         loss=loss,
         prediction=prediction.long(),
-        response=1 + 0.1 * torch.randn(total, 2, generator=generator),
+        input_statistics=1 + 0.1 * torch.randn(total, 2, generator=generator),
     )
 
 

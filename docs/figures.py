@@ -43,7 +43,7 @@ def fit(epochs: int) -> tuple[Partition, NeuronMask, Evidence, torch.Tensor]:
 
     def auto(evidence, reduce):
         seen.append(evidence)
-        return RECIPES["auto"].judge(evidence, reduce)
+        return RECIPES["auto"].function(evidence, reduce)
 
     torch.set_num_threads(1)
     L.seed_everything(0)

@@ -46,7 +46,7 @@ def test_seven_simulated_ranks_come_to_what_one_does(recipe):
 
 def test_a_recipe_that_forgets_to_add_up_is_seen(monkeypatch):
     def forgets(share, reduce):
-        return RECIPES["loss"].judge(share, lambda part: part)
+        return RECIPES["loss"].function(share, lambda part: part)
 
     monkeypatch.setitem(RECIPES, "forgets", Recipe("forgets", forgets))
     assert not scaling.agrees(scaling.simulate(7, 1000, 4, "forgets"))

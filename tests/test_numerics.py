@@ -35,7 +35,7 @@ def evidence_of(logits, label):
     """With rows and the response of an early layer, which tell nothing."""
     evidence = make_evidence([block.float() for block in logits], label)
     response = torch.tensor([3.0, 1.0]) + 0.3 * normal(len(label), 2, seed=9)
-    return replace(evidence, response=response, rows=evidence.attribution[:, -1].abs())
+    return replace(evidence, input_statistics=response, neuron_attribution=evidence.attribution[:, -1].abs())
 
 
 def judged(recipe, evidence):
@@ -165,7 +165,7 @@ def test_corrupted_inputs_are_acted_upon_where_nothing_can_be_told_of_labels():
     evidence = evidence_of(*EDGES["dead network"]())
     assert judged("auto", evidence).warning == judged("label", evidence).warning != ""
     corrupted = torch.arange(1000) % 7 == 0  # of every class
-    evidence.response[corrupted] += 9
+    evidence.input_statistics[corrupted] += 9
     evidence = replace(evidence, uncertainty=evidence.uncertainty + 0.1 * corrupted)
     verdict = apply_to_finite_rows(RECIPES["auto"], evidence, no_reduce)
     assert verdict.warning == ""
@@ -177,7 +177,7 @@ def test_baselines_say_nothing_of_a_network_that_predicts_one_class(recipe):
     evidence = evidence_of(*EDGES["dead network"]())
     warned = "the model predicts the same class for all samples"
     assert judged(recipe, evidence).warning == warned
-    shards = run_ranks(lambda rank, reduce: RECIPES[recipe].judge(share_of(evidence, rank, 3), reduce).warning, 3)
+    shards = run_ranks(lambda rank, reduce: RECIPES[recipe].function(share_of(evidence, rank, 3), reduce).warning, 3)
     assert shards == [warned] * 3
     # One sample of another class is enough to be no longer so.
     evidence.prediction[5] = 1

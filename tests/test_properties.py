@@ -37,7 +37,7 @@ def evidences(draw, most=150):
     evidence = evidence_of((logits + more)[:blocks], label)
     if draw(st.booleans()):
         corrupted = torch.rand(n, generator=torch.Generator().manual_seed(seed)) < 0.2
-        evidence.response[corrupted] += 5
+        evidence.input_statistics[corrupted] += 5
         evidence = replace(evidence, uncertainty=evidence.uncertainty + corrupted)
     return evidence
 
@@ -74,7 +74,7 @@ def suggests_the_same(found, expected, index=slice(None)):
 @bounded
 @given(evidence=evidences())
 def test_probabilities_lie_in_0_and_1(recipe, evidence):
-    verdict = get_recipe(recipe).judge(evidence, no_reduce)
+    verdict = get_recipe(recipe).function(evidence, no_reduce)
     for name in ("clean_probability", "label_probability", "input_probability", "suggested_probability"):
         value = getattr(verdict, name)
         assert value is None or ((value >= 0) & (value <= 1)).all(), name
@@ -87,7 +87,7 @@ def test_probabilities_lie_in_0_and_1(recipe, evidence):
 @given(evidence=evidences(), seed=st.integers(0, 99))
 def test_the_order_of_the_samples_does_not_matter(recipe, evidence, seed):
     order = torch.randperm(len(evidence.index), generator=torch.Generator().manual_seed(seed))
-    judge = get_recipe(recipe).judge
+    judge = get_recipe(recipe).function
     found, expected = judge(rows_of(evidence, order), no_reduce), judge(evidence, no_reduce)
     assert_same(found, expected, order)
     assert suggests_the_same(found, expected, order)
@@ -98,7 +98,7 @@ def test_the_order_of_the_samples_does_not_matter(recipe, evidence, seed):
 @given(evidence=evidences(), twice=st.integers(0, 11))
 def test_a_sample_that_comes_twice_has_one_score(recipe, evidence, twice):
     n = len(evidence.index)
-    verdict = get_recipe(recipe).judge(rows_of(evidence, torch.tensor([*range(n), twice])), no_reduce)
+    verdict = get_recipe(recipe).function(rows_of(evidence, torch.tensor([*range(n), twice])), no_reduce)
     for name in ("clean_probability", "suggested_label"):
         value = getattr(verdict, name)
         # Products of matrices of other shapes round otherwise.
@@ -111,7 +111,7 @@ def test_a_sample_that_comes_twice_has_one_score(recipe, evidence, twice):
 def test_any_way_to_divide_the_samples_among_ranks_gives_one_verdict(recipe, evidence, world_size, seed):
     n = len(evidence.index)
     owner = torch.randint(0, world_size, (n,), generator=torch.Generator().manual_seed(seed))
-    judge = get_recipe(recipe).judge
+    judge = get_recipe(recipe).function
     expected = judge(evidence, no_reduce)
     shares = [(owner == rank).nonzero().flatten() for rank in range(world_size)]
 
@@ -143,7 +143,7 @@ def test_any_broken_samples_leave_the_others_as_they_were(recipe, evidence, seed
     spoiled.attribution[broken, -1] = torch.nan
     spoiled.loss[broken] = torch.inf
     found = apply_to_finite_rows(get_recipe(recipe), spoiled, no_reduce)
-    expected = get_recipe(recipe).judge(rows_of(evidence, kept.nonzero().flatten()), no_reduce)
+    expected = get_recipe(recipe).function(rows_of(evidence, kept.nonzero().flatten()), no_reduce)
     torch.testing.assert_close(found.clean_probability[kept], expected.clean_probability, **CLOSE)
     assert (found.clean_probability[broken] == 0).all()
 
@@ -153,7 +153,9 @@ def test_any_broken_samples_leave_the_others_as_they_were(recipe, evidence, seed
 
 def of_logits(blocks, label, like):
     """Evidence of these logits, and for the rest as it was."""
-    return make_evidence(blocks, label, response=like.response, rows=like.rows)
+    return make_evidence(
+        blocks, label, input_statistics=like.input_statistics, neuron_attribution=like.neuron_attribution
+    )
 
 
 @st.composite
@@ -178,7 +180,7 @@ def test_a_constant_on_all_logits_of_a_row_changes_nothing(recipe, drawn, seed):
     plain = evidence_of(logits, label)
     constant = torch.randint(-64, 65, (len(label), 1), generator=torch.Generator().manual_seed(seed)).float()
     moved = of_logits([block + constant for block in logits], label, plain)
-    judge = RECIPES[recipe].judge
+    judge = RECIPES[recipe].function
     found, expected = judge(moved, no_reduce), judge(plain, no_reduce)
     # Logits of 64 are rounded to 4e-6.
     torch.testing.assert_close(found.clean_probability, expected.clean_probability, rtol=1e-2, atol=2e-3)
@@ -194,7 +196,7 @@ def test_other_names_for_the_classes_are_other_names_for_what_is_found(recipe, d
     new_name = torch.randperm(logits[0].shape[1], generator=torch.Generator().manual_seed(seed))
     plain = evidence_of(logits, label)
     renamed = of_logits([block[:, new_name.argsort()] for block in logits], new_name[label], plain)
-    judge = RECIPES[recipe].judge
+    judge = RECIPES[recipe].function
     found, expected = judge(renamed, no_reduce), judge(plain, no_reduce)
     torch.testing.assert_close(found.clean_probability, expected.clean_probability, rtol=1e-2, atol=2e-3)
     assert (found.suggested_label == new_name[expected.suggested_label]).float().mean() > 0.98
@@ -213,9 +215,11 @@ def test_the_scale_of_logits_does_not_matter_to_what_compares_margins(drawn, sca
     label, logits = drawn
     plain = evidence_of(logits, label)
     scaled = of_logits([scale * block for block in logits], label, plain)
-    found, expected = (RECIPES["aum"].judge(evidence, no_reduce) for evidence in (scaled, plain))
+    found, expected = (RECIPES["aum"].function(evidence, no_reduce) for evidence in (scaled, plain))
     torch.testing.assert_close(found.clean_probability, expected.clean_probability, **CLOSE)
-    found, expected = (RECIPES["argmax"].judge(evidence, no_reduce).clean_probability for evidence in (scaled, plain))
+    found, expected = (
+        RECIPES["argmax"].function(evidence, no_reduce).clean_probability for evidence in (scaled, plain)
+    )
     assert torch.equal(found < 0.5, expected < 0.5)
     assert (found[expected.argsort()].diff() >= 0).all()
 
@@ -225,9 +229,11 @@ def test_the_scale_of_logits_does_not_matter_to_what_compares_margins(drawn, sca
 def test_the_scale_of_attributions_does_not_matter_to_the_papers_clusters(drawn, scale):
     label, logits = drawn
     plain = evidence_of(logits, label)
-    scaled = replace(plain, rows=scale * plain.rows, response=scale * plain.response)
+    scaled = replace(
+        plain, neuron_attribution=scale * plain.neuron_attribution, input_statistics=scale * plain.input_statistics
+    )
     for recipe in ("rlap", "input"):
-        assert_same(*(RECIPES[recipe].judge(evidence, no_reduce) for evidence in (scaled, plain)))
+        assert_same(*(RECIPES[recipe].function(evidence, no_reduce) for evidence in (scaled, plain)))
 
 
 @bounded

@@ -317,7 +317,7 @@ def quick_trio(at_epoch: int = 2, **kwargs: Any) -> Any:
 
 def by_margin(evidence: Evidence) -> Tensor:
     """A recipe of a user's own."""
-    return evidence.mean_margin.sigmoid()
+    return evidence.aum.sigmoid()
 
 
 def weights(module: nn.Module) -> dict[str, Tensor]:

@@ -209,7 +209,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
     @property
     def uses_soft_targets(self) -> bool:
         """Whether neurons are regressed on the probability, not (as the paper does) on the two clusters."""
-        return self.recipe.soft
+        return self.recipe.soft_targets
 
     def gathers_evidence(self, epoch: int) -> bool:
         """Return whether a pass is due when ``epoch`` epochs are complete."""

@@ -58,7 +58,7 @@ class PartitionCLI(ConfigCLI):
         group.add_argument(
             "--judge_validation",
             action="store_true",
-            help="Judge the samples of the validation loader too, as their labels count in the validation accuracy",
+            help="Score the samples of the validation loader too, as their labels count in the validation accuracy",
         )
         group.add_argument("--out", metavar="DIR", type=str, default="partition", help="Folder for what is found")
         group.add_argument(

@@ -319,7 +319,7 @@ def last_seen(
         rival, share, margin, loss = latest[rows].unbind(dim=1)
         soft = trajectory.soft_margins(rows)
         found["soft_margins"] = _latest(soft, (len(rows), soft[0].shape[1]))
-        found |= {"rival": rival.long(), "rival_share": share, "margin": margin, "loss": loss}
+        found |= {"runner_up": rival.long(), "runner_up_probability": share, "margin": margin, "loss": loss}
         return found | {"prediction": torch.where(margin > 0, given, rival.long())}
     absent = torch.full((trajectory.num_classes,), -torch.inf)
     absent[trajectory.classes] = 0

@@ -102,12 +102,12 @@ class EvidenceCollector:
     @property
     def reads_steps(self) -> bool:
         """Whether evidence is wanted of training steps."""
-        return self.recipe.evidence_from == "train_steps" and self.recipe.averages and not self.is_closed
+        return self.recipe.evidence_from == "train_steps" and self.recipe.uses_history and not self.is_closed
 
     @property
-    def asks_unseen(self) -> bool:
+    def uses_out_of_sample(self) -> bool:
         """Whether the recipe asks what was said of labels that were not learned yet."""
-        return self.recipe.needs_unseen and self.task_format.rows_per_sample == 1
+        return self.recipe.needs_out_of_sample and self.task_format.rows_per_sample == 1
 
     @property
     def in_use(self) -> TrainingDynamics:
@@ -126,7 +126,7 @@ class EvidenceCollector:
             return False
         if self.when.is_due(epoch):
             return True
-        return self.recipe.averages and epoch not in self.epochs_seen
+        return self.recipe.uses_history and epoch not in self.epochs_seen
 
     def is_before_the_first(self, epoch: int) -> bool:
         """Return whether no partition is to be computed yet; one of a checkpoint may be older than ``at_epoch``."""
@@ -180,11 +180,13 @@ class EvidenceCollector:
 
     def _rehearse_pass(self, fit: FitContext, trace: ForwardTrace, first: IndexedBatch) -> None:
         """Try what the passes over the training set do."""
-        if self.asks_unseen:
+        if self.uses_out_of_sample:
             self.features.start(fit, trace, first)
         if self.task_format.task != "multilabel":
             with fit.isolated_eval():
-                self._attributor(fit).check_first_rows(first.x, first.label.clamp(min=0), rows=self.recipe.needs_rows)
+                self._attributor(fit).check_first_rows(
+                    first.x, first.label.clamp(min=0), rows=self.recipe.needs_neuron_attribution
+                )
 
     def start_reading(self, fit: FitContext, trace: ForwardTrace, data: Recognized | None, first: IndexedBatch) -> None:
         """Start to read training steps, or say why not.
@@ -307,7 +309,7 @@ class EvidenceCollector:
 
     def looks_early(self, epoch: int) -> bool:
         """Return whether the training steps of the ``epoch``-th epoch are looked at by themselves."""
-        return self.asks_unseen and not self.when.is_due(epoch - 1) and self.early_epochs.is_due(epoch)
+        return self.uses_out_of_sample and not self.when.is_due(epoch - 1) and self.early_epochs.is_due(epoch)
 
     def _hand_over(self, fit: FitContext) -> bool:
         """Bring what was read in an epoch to the ranks that own the samples; whether reading goes on."""
@@ -382,7 +384,9 @@ class EvidenceCollector:
         watched = (early, None if features is None else features.point)
         attributor = self._attributor(fit, tuple(point for point in watched if point is not None))
         total = self.by_index.total
-        return ScoringPass(fit, attributor, self.in_use, is_last, self.recipe.needs_rows, early, features, total=total)
+        return ScoringPass(
+            fit, attributor, self.in_use, is_last, self.recipe.needs_neuron_attribution, early, features, total=total
+        )
 
     def pass_over(self, fit: FitContext) -> tuple[dict[str, Tensor], set[int]]:
         """Pass over this rank's share of the training set.
@@ -399,8 +403,8 @@ class EvidenceCollector:
 
     def with_unseen(self, fit: FitContext, evidence: Evidence, accuracy: float | None) -> Evidence:
         """Return the evidence with what was noted of labels not learned; ``accuracy`` is that of validation."""
-        unseen = OutOfSample(self.early_epochs.rate, self.early_epochs.drawn, accuracy)
-        return self.features.added_to(replace(evidence, unseen=unseen), fit.reduce)
+        out_of_sample = OutOfSample(self.early_epochs.rate, self.early_epochs.drawn, accuracy)
+        return self.features.added_to(replace(evidence, out_of_sample=out_of_sample), fit.reduce)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as tensors and primitives."""

@@ -39,7 +39,7 @@ class ScoringPass:
         attributor: of the user's model; watches ``early``, if that is given, and then that of ``features``.
         trajectory: of the rows that this rank owns, takes the logits and margins of each.
         is_last: whether the partition is computed after this pass, so that more is to be noted of every row.
-        needs_rows: whether the recipe looks at the attributions themselves, after the last pass.
+        needs_neuron_attribution: whether the recipe looks at the attributions themselves, after the last pass.
         early: the layer whose response is noted in the last pass; None for none.
         features: take what training has not changed, which ``attributor`` watches last; None for none.
         absent: takes the indices of samples of this rank's share that the data set gives as None; those that it holds
@@ -53,7 +53,7 @@ class ScoringPass:
     attributor: Attributor
     trajectory: TrainingDynamics
     is_last: bool
-    needs_rows: bool
+    needs_neuron_attribution: bool
     early: LayerPoint | None
     features: FrozenFeatures | None = None
     absent: set[int] = field(default_factory=set)
@@ -123,7 +123,7 @@ class ScoringPass:
             found["perceptual"] = perceptual_hash(batch.x, len(batch.index))
         found |= _seen_in_the_last_pass(seen, label, margin)
         if self.early is not None:
-            found["response"] = response(self.fit.model, self.early, seen.watched[0])
+            found["input_statistics"] = response(self.fit.model, self.early, seen.watched[0])
         if self.features is not None:
             self.features.take(seen.watched[-1])
         return found
@@ -132,7 +132,7 @@ class ScoringPass:
         if self.fit.task_format.task == "multilabel":
             with torch.no_grad():
                 return _of_several_labels(self.fit.logits(x), label)
-        return self.attributor.attribute(x, label, rows=self.is_last and self.needs_rows)
+        return self.attributor.attribute(x, label, rows=self.is_last and self.needs_neuron_attribution)
 
 
 def _identity(batch: IndexedBatch) -> Tensor:
@@ -142,7 +142,7 @@ def _identity(batch: IndexedBatch) -> Tensor:
 
 
 def _seen_in_the_last_pass(seen: MarginAttribution, label: Tensor, margin: Tensor) -> dict[str, Tensor]:
-    rows = {} if seen.class_max is None else {"rows": seen.class_max}
+    rows = {} if seen.class_max is None else {"neuron_attribution": seen.class_max}
     return {
         "margin": margin,
         "loss": cross_entropy(seen.logits, label, reduction="none"),

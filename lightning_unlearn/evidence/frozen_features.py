@@ -144,8 +144,8 @@ class FrozenFeatures:
             evidence: of all samples of the pass, with what else is known of labels that were not learned.
             reduce: sums over the ranks.
         """
-        unseen = evidence.unseen
-        if unseen is None or not self._parts:
+        out_of_sample = evidence.out_of_sample
+        if out_of_sample is None or not self._parts:
             return evidence
         if evidence.soft_margins is not None:
             # Of so many classes a score for each would take too much memory.
@@ -163,15 +163,19 @@ class FrozenFeatures:
         fault = objection_to(
             rate,
             skill_of(right.item() / number, largest),
-            None if unseen.accuracy is None else skill_of(unseen.accuracy, largest),
-            unseen.early.skill if unseen.early is not None and unseen.early.is_settled else None,
+            None if out_of_sample.accuracy is None else skill_of(out_of_sample.accuracy, largest),
+            out_of_sample.early.skill if out_of_sample.early is not None and out_of_sample.early.is_settled else None,
         )
         share = largest + rate.skill * (1 - largest)
         rank_zero_info(
             f"Training has not changed the {self.point}: ridge regression on it predicts {share:.1%} of the labels,"
             f" each left out in turn{f'; {fault}' if fault else ', which tells how many are wrong'}."
         )
-        return evidence if fault else replace(evidence, unseen=replace(unseen, left_out=rate), left_out=scores)
+        return (
+            evidence
+            if fault
+            else replace(evidence, out_of_sample=replace(out_of_sample, left_out=rate), left_out=scores)
+        )
 
     def _left_out(self, evidence: Evidence, reduce: Reduce) -> tuple[PrequentialRate, Tensor | None] | None:
         """Return the rate, and of all samples, if all were taken, the scores in the coordinates of the evidence."""

@@ -216,7 +216,7 @@ class KeyedCollector(EvidenceCollector):
 
     @override
     def with_unseen(self, fit: FitContext, evidence: Evidence, accuracy: float | None) -> Evidence:
-        return replace(evidence, unseen=OutOfSample(self.early_epochs.rate, self.early_epochs.drawn, accuracy))
+        return replace(evidence, out_of_sample=OutOfSample(self.early_epochs.rate, self.early_epochs.drawn, accuracy))
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -195,7 +195,7 @@ class TrainingDynamics:
         found = {"last": self.coordinates(logits)}
         if self.has_margins:
             found["soft_margins"] = self._margins(logits, label)
-            found["rival"], found["rival_share"] = rivals_of(logits, label, self._classes)
+            found["runner_up"], found["runner_up_probability"] = rivals_of(logits, label, self._classes)
         return found
 
     def observe(self, index: Tensor, logits: Tensor, label: Tensor, margin: Tensor | None = None) -> None:
@@ -367,7 +367,7 @@ class TrainingDynamics:
     def scores(self, index: Tensor) -> dict[str, Tensor]:
         """``margin``, ``support`` and ``uncertainty`` of some samples, each (n,), averaged over all that was merged."""
         count, *sums = self._scores[index].unbind(dim=1)
-        names = ("margin", "support", "uncertainty")
+        names = ("margin", "label_confidence", "uncertainty")
         return {name: total / count.clamp(min=1) for name, total in zip(names, sums, strict=True)}
 
     def state_dict(self) -> dict[str, Any]:

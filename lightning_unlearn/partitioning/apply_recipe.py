@@ -168,16 +168,16 @@ def _evidence(
         attribution=blocks.to(device),
         basis=trajectory.basis.to(device),
         margin=share["margin"].to(device),
-        mean_margin=scores["margin"].to(device),
-        support=scores["support"].to(device),
+        aum=scores["margin"].to(device),
+        label_confidence=scores["label_confidence"].to(device),
         uncertainty=scores["uncertainty"].to(device),
         loss=share["loss"].to(device),
         prediction=share["prediction"].to(device),
-        response=share["response"].to(device) if "response" in share else None,
-        rows=share["rows"].to(device) if "rows" in share else None,
+        input_statistics=share["input_statistics"].to(device) if "input_statistics" in share else None,
+        neuron_attribution=share["neuron_attribution"].to(device) if "neuron_attribution" in share else None,
         soft_margins=_filled(trajectory.soft_margins(rows), share["soft_margins"]).to(device) if many else None,
-        rival=share["rival"].to(device) if many else None,
-        rival_share=share["rival_share"].to(device) if many else None,
+        runner_up=share["runner_up"].to(device) if many else None,
+        runner_up_probability=share["runner_up_probability"].to(device) if many else None,
     )
 
 

@@ -104,7 +104,7 @@ def build_partition(  # noqa: PLR0913  (what a partition says of itself)
         suggested_probability=torch.where(is_clean, one.probability, one.of_suggested),
         noise_rate=None if objection else rate,
         label=label,
-        label_evidence=one.support,
+        label_evidence=one.label_confidence,
         input_evidence=one.of_input,
         reason=_reasons(is_clean, one.of_label, one.of_input),
         noise_matrix=_NO_MATRIX if matrix is None else matrix.cpu().float(),

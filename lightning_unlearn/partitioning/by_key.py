@@ -30,7 +30,7 @@ def refuse_by_key(callback: Any) -> None:
         "layer": callback.layer is not None,
         "every_n_epochs": callback.every_n_epochs is not None,
         "judge_validation=True": callback.judge_validation,
-        f"recipe='{recipe.name}'": recipe.needs_rows or recipe.name == "input",
+        f"recipe='{recipe.name}'": recipe.needs_neuron_attribution or recipe.name == "input",
         "evidence_from='eval_passes'": recipe.evidence_from != "train_steps",
         f"attribution_method='{recipe.attribution_method}'": recipe.attribution_method != GRADIENT_X_ACTIVATION,
         "input_layer": recipe.input_layer is not None,

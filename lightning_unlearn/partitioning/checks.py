@@ -18,7 +18,7 @@ def check_several_labels(layer: str | None, recipe: Recipe) -> None:
     found = {
         "layer": (layer, layer is not None),
         "attribution_method": (recipe.attribution_method, recipe.attribution_method != GRADIENT_X_ACTIVATION),
-        "recipe": (recipe.name, recipe.needs_rows),
+        "recipe": (recipe.name, recipe.needs_neuron_attribution),
     }
     for name, (value, is_wrong) in found.items():
         if is_wrong:

@@ -37,7 +37,7 @@ class LabelScores:
     probability: Tensor
     of_label: Tensor
     of_input: Tensor
-    support: Tensor
+    label_confidence: Tensor
     suggested: Tensor
     of_suggested: Tensor
     usable: Tensor
@@ -64,7 +64,7 @@ def gather_scores(one: ShardResult, given: Tensor, precision: float, reduce: Red
 
     if verdict is None:
         sure = torch.ones(len(given))
-        return LabelScores(sure, sure, sure, of_all(evidence.support), given, sure, sure > 0, sure == 0)
+        return LabelScores(sure, sure, sure, of_all(evidence.label_confidence), given, sure, sure > 0, sure == 0)
     probability = of_all(verdict.clean_probability)
     of_suggested = verdict.suggested_probability
     suggested = gather_by_index(evidence.index, one.weight, verdict.suggested_label.cpu(), len(given), reduce)
@@ -76,7 +76,7 @@ def gather_scores(one: ShardResult, given: Tensor, precision: float, reduce: Red
         probability.where(known, 1),
         of_all(verdict.label_probability).where(known, 1),
         of_all(verdict.input_probability).where(known, 1),
-        of_all(evidence.support).where(known, 1),
+        of_all(evidence.label_confidence).where(known, 1),
         suggested.where(known, given),
         (1 - probability if of_suggested is None else of_all(of_suggested)).where(known, 1),
         usable | ~known,
@@ -101,7 +101,7 @@ def apply_review(one: LabelScores, given: Tensor, new: Tensor, decision: Tensor)
         one.probability.masked_fill(right, 1).masked_fill(dropped | wrong, 0),
         one.of_label.masked_fill(right, 1).masked_fill(wrong, 0),
         one.of_input.masked_fill(right | wrong, 1),
-        one.support,
+        one.label_confidence,
         torch.where(wrong, new, torch.where(right, given, one.suggested)),
         # Too little for a new label.
         one.of_suggested.masked_fill(right | wrong, 1).masked_fill(dropped, 0),
@@ -120,7 +120,7 @@ def merge_labels(columns: Sequence[LabelScores], label: Tensor) -> LabelScores:
         probability.amin(dim=1),
         torch.stack([column.of_label for column in columns], dim=1).amin(dim=1),
         torch.stack([column.of_input for column in columns], dim=1).amin(dim=1),
-        torch.stack([column.support for column in columns], dim=1).amin(dim=1),
+        torch.stack([column.label_confidence for column in columns], dim=1).amin(dim=1),
         suggested,
         torch.where(wrong, of_suggested, probability).amin(dim=1),
         torch.stack([column.usable for column in columns], dim=1).all(dim=1),

@@ -48,7 +48,7 @@ def apply_to_finite_rows(recipe: Recipe, evidence: Evidence, reduce: Reduce, mod
     bad, total = (int(x) for x in reduce(torch.stack([(counts & ~finite).sum(), counts.sum()]).double()).tolist())
     if bad > MOST_LEFT_OUT * total:
         raise ValueError(too_many_left_out(bad, total, model_fault))
-    verdict = recipe.judge(evidence if finite.all() else _filled(evidence, finite), reduce)
+    verdict = recipe.function(evidence if finite.all() else _filled(evidence, finite), reduce)
     if not bad:
         return verdict
     note = (

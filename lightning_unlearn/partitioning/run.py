@@ -162,7 +162,7 @@ class Partitioning:
         of_rank, share, keys = self._share_of_rank(fit)
 
         def with_unseen(evidence: Evidence) -> Evidence:
-            if not collector.asks_unseen:
+            if not collector.uses_out_of_sample:
                 return evidence
             return collector.with_unseen(fit, evidence, validation_accuracy(fit))
 

@@ -167,7 +167,7 @@ def choose_points(
     # Whether an input is corrupted is not asked of the labels of a multi-label task, each by itself.
     is_multilabel = fit.task_format.task == "multilabel"
     # Nor of samples that are known by a key, over which there is no pass.
-    asks_inputs = recipe.needs_response and not is_multilabel and fit.keyed is None
+    asks_inputs = recipe.needs_input_statistics and not is_multilabel and fit.keyed is None
     early = early_points(trace, batch, input_layer) if asks_inputs else []
     attributed, *found = locate_samples(fit, first, [point, *early])
     responding = next((one for one in found if one is not None), None)

@@ -120,11 +120,11 @@ class ValidationJudge:
     def _judge(
         self, one: ScoringPass, seen: dict[str, Tensor], of_rank: RankShare, recipe: Recipe, make: Make, found: str
     ) -> None:
-        asks_unseen = recipe.needs_unseen and one.fit.task_format.rows_per_sample == 1
-        unseen = _unseen(one, of_rank) if asks_unseen else None
+        uses_out_of_sample = recipe.needs_out_of_sample and one.fit.task_format.rows_per_sample == 1
+        out_of_sample = _unseen(one, of_rank) if uses_out_of_sample else None
 
         def with_unseen(evidence: Evidence) -> Evidence:
-            return replace(evidence, unseen=unseen)
+            return replace(evidence, out_of_sample=out_of_sample)
 
         judged, label = apply_recipe(one.fit, seen, one.trajectory, of_rank, recipe, with_unseen)
         self.partition = make(judged, label, found)

@@ -5,7 +5,7 @@ function that sums over ranks, to a :class:`RecipeResult`. None needs a Trainer,
 rate.
 """
 
-from lightning_unlearn.recipes.base import Judge, Recipe, RecipeResult
+from lightning_unlearn.recipes.base import Recipe, RecipeFn, RecipeResult
 from lightning_unlearn.recipes.baselines import argmax_recipe, aum_recipe, loss_recipe, rlap_recipe
 from lightning_unlearn.recipes.builtin import auto_recipe, input_recipe, label_recipe
 from lightning_unlearn.recipes.registry import ENTRY_POINTS, RECIPES, get_recipe
@@ -13,8 +13,8 @@ from lightning_unlearn.recipes.registry import ENTRY_POINTS, RECIPES, get_recipe
 __all__ = [
     "ENTRY_POINTS",
     "RECIPES",
-    "Judge",
     "Recipe",
+    "RecipeFn",
     "RecipeResult",
     "argmax_recipe",
     "aum_recipe",

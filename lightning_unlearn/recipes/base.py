@@ -1,4 +1,4 @@
-"""What a recipe says, and when it says that nothing can be told."""
+"""Recipes, their results, and when a result is inconclusive."""
 
 from __future__ import annotations
 
@@ -130,21 +130,22 @@ class RecipeResult:
 
 
 EvidenceFrom = Literal["train_steps", "eval_passes"]
-Judge = Callable[[Evidence, Reduce], RecipeResult]
+RecipeFn = Callable[[Evidence, Reduce], RecipeResult]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A way to a partition.
+    """A method that estimates p(clean), and the evidence that it needs.
 
     Args:
-        name: for configuration and messages.
-        judge: from this rank's evidence, and the function that sums over ranks, to a verdict.
-        needs_rows: whether it needs the per-neuron attributions ``Evidence.rows``.
-        needs_response: whether it looks at ``Evidence.response``, an early layer's response to the input.
-        needs_unseen: whether it looks at ``Evidence.unseen``, an early epoch and the validation accuracy.
-        averages: whether evidence of earlier epochs counts.
-        soft: whether neurons are regressed on the probability (else, as in the paper, on the two clusters).
+        name: the name in configurations and messages.
+        function: takes this rank's :class:`Evidence` and the function that sums over ranks, and returns a
+            :class:`RecipeResult`.
+        needs_neuron_attribution: compute the per-neuron attributions ``Evidence.neuron_attribution``.
+        needs_input_statistics: compute ``Evidence.input_statistics``, activation statistics of an early layer.
+        needs_out_of_sample: collect ``Evidence.out_of_sample``, an early epoch and the validation accuracy.
+        uses_history: collect evidence of earlier epochs; if False, the last pass alone.
+        soft_targets: regress neurons on p(clean); if False, on the two clusters, as in the paper.
         evidence_from: ``"train_steps"`` reads evidence from the training steps, and falls back to evaluation passes
             where that is not possible; ``"eval_passes"`` runs one pass over the training set after each epoch.
         attribution_method: name of a layer method of Captum, one of
@@ -158,12 +159,12 @@ class Recipe:
     """
 
     name: str
-    judge: Judge
-    needs_rows: bool = False
-    needs_response: bool = False
-    needs_unseen: bool = False
-    averages: bool = True
-    soft: bool = True
+    function: RecipeFn
+    needs_neuron_attribution: bool = False
+    needs_input_statistics: bool = False
+    needs_out_of_sample: bool = False
+    uses_history: bool = True
+    soft_targets: bool = True
     evidence_from: EvidenceFrom = "train_steps"
     attribution_method: str = "gradient_x_activation"
     input_layer: str | None = None
@@ -171,13 +172,19 @@ class Recipe:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", check_text("name", self.name, "a text, the name of the recipe"))
-        judge: Any = self.judge
-        if fault := fault_of_call(judge, 2) if callable(judge) else "is none":
+        function: Any = self.function
+        if fault := fault_of_call(function, 2) if callable(function) else "is not a function":
             raise ValueError(
-                f"Expected judge of recipe '{self.name}' to be a function of the evidence and of the function that sums"
-                f" over ranks, but {shown(self.judge)} {fault}."
+                f"Expected function of recipe '{self.name}' to take the evidence and the function that sums over ranks,"
+                f" but {shown(self.function)} {fault}."
             )
-        for name in ("needs_rows", "needs_response", "needs_unseen", "averages", "soft"):
+        for name in (
+            "needs_neuron_attribution",
+            "needs_input_statistics",
+            "needs_out_of_sample",
+            "uses_history",
+            "soft_targets",
+        ):
             object.__setattr__(self, name, check_flag(name, getattr(self, name)))
         allowed = get_args(EvidenceFrom)
         object.__setattr__(self, "evidence_from", check_choice("evidence_from", self.evidence_from, allowed))

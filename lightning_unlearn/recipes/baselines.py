@@ -15,7 +15,7 @@ from lightning_unlearn.utilities.reduce import Reduce, reduce_together
 
 
 def rlap_recipe(evidence: Evidence, reduce: Reduce) -> RecipeResult:
-    """Return the paper's steps 2-3 on ``Evidence.rows``, without its noise mask.
+    """Return the paper's steps 2-3 on ``Evidence.neuron_attribution``, without its noise mask.
 
     The reference code takes from the true noise mask which of the two clusters is the clean one. Here it is the one
     whose given labels the model fits better: the lower mean cross-entropy.
@@ -23,11 +23,11 @@ def rlap_recipe(evidence: Evidence, reduce: Reduce) -> RecipeResult:
     Raises:
         ValueError: without rows; where the samples are too few for the neurons, on every rank alike.
     """
-    if evidence.rows is None:
+    if evidence.neuron_attribution is None:
         raise ValueError(
-            "The recipe 'rlap' needs Evidence.rows, the per-neuron attributions (n, D), but they are None."
+            "The recipe 'rlap' needs Evidence.neuron_attribution, per-neuron attributions (n, D), but got None."
         )
-    rows = standardize(evidence.rows, evidence.weight, reduce)
+    rows = standardize(evidence.neuron_attribution, evidence.weight, reduce)
     counted = (evidence.weight > 0).sum(dtype=torch.float64)
     number, spread = reduce_together(reduce, counted, rows.abs().sum(dim=0, dtype=torch.float64))
     samples = int(number.item())
@@ -84,7 +84,7 @@ def loss_recipe(evidence: Evidence, reduce: Reduce) -> RecipeResult:
 
 def aum_recipe(evidence: Evidence, reduce: Reduce) -> RecipeResult:
     """Fit a mixture to the margin averaged over training, higher is clean (AUM, Pleiss et al. 2020): a baseline."""
-    return _judge_score(evidence.mean_margin, evidence, reduce)
+    return _judge_score(evidence.aum, evidence, reduce)
 
 
 def argmax_recipe(evidence: Evidence, reduce: Reduce) -> RecipeResult:

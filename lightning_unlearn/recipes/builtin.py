@@ -37,7 +37,7 @@ def label_recipe(evidence: Evidence, reduce: Reduce) -> RecipeResult:
     """Return the probability that the given label is right, calibrated, and how many labels are wrong.
 
     What the network said in the course of training, and in an early epoch, before it had learned the labels
-    (``Evidence.unseen``), is explained by one of three hypotheses (``recipes.label_noise``):
+    (``Evidence.out_of_sample``), is explained by one of three hypotheses (``recipes.label_noise``):
 
     - some classes go by another class's name, and the labels are likelier by far then;
     - any class may be called by any name: a latent-class model
@@ -66,7 +66,7 @@ def label_recipe(evidence: Evidence, reduce: Reduce) -> RecipeResult:
 
 def _by_margin(evidence: Evidence, reduce: Reduce) -> RecipeResult:
     """Return the order of the margins (AUM), and nothing suspect."""
-    margin = standardize(evidence.mean_margin.double().unsqueeze(1), evidence.weight, reduce).squeeze(1)
+    margin = standardize(evidence.aum.double().unsqueeze(1), evidence.weight, reduce).squeeze(1)
     probability = (1 - NO_DOUBT * (-margin).sigmoid()).float()
     why = "the evidence kept does not separate the classes"
     return RecipeResult(
@@ -90,10 +90,10 @@ def input_recipe(evidence: Evidence, reduce: Reduce) -> RecipeResult:
     network recognizes it by them, and is surest of those.
     """
     intact = torch.ones_like(evidence.weight)
-    if evidence.response is None:
+    if evidence.input_statistics is None:
         return RecipeResult(intact, evidence.label, notes=("inputs: no early layer to look at",))
     w, u = evidence.weight.double(), evidence.uncertainty.double()
-    rows = standardize(evidence.response.double(), evidence.weight, reduce)
+    rows = standardize(evidence.input_statistics.double(), evidence.weight, reduce)
     mixture = fit_mixture(rows, evidence.weight, reduce=reduce)
     share = mixture.posterior(rows)
     between = ((share[:, 0] > 0.1) & (share[:, 0] < 0.9)).double()
@@ -168,9 +168,9 @@ def auto_recipe(evidence: Evidence, reduce: Reduce) -> RecipeResult:
     number, of_all = reduce(torch.stack([broken.sum(), evidence.weight.sum()]).double()).tolist()
     corrupted = number > 0
     kept = replace(evidence, weight=evidence.weight * (intact >= _HALF))
-    if corrupted and kept.unseen is not None:
+    if corrupted and kept.out_of_sample is not None:
         # Which tells nothing of the others: what is corrupted was in the early epoch and in the validation data.
-        kept = replace(kept, unseen=OutOfSample(), left_out=None)
+        kept = replace(kept, out_of_sample=OutOfSample(), left_out=None)
     labels = label_recipe(kept, reduce)
     if corrupted and labels.warning:
         # What is known is which inputs are broken.

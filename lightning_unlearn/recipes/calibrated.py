@@ -30,12 +30,12 @@ def verdict_on_labels(evidence: Evidence, reduce: Reduce) -> RecipeResult:
         evidence: of this rank's share.
         reduce: sums over the ranks.
     """
-    unseen, predicted = evidence.unseen or OutOfSample(), share_predicted(evidence, reduce)
-    missing = _missing(evidence.unseen, _largest_share(evidence, reduce))
-    if missing and unseen.early is not None:
+    out_of_sample, predicted = evidence.out_of_sample or OutOfSample(), share_predicted(evidence, reduce)
+    missing = _missing(evidence.out_of_sample, _largest_share(evidence, reduce))
+    if missing and out_of_sample.early is not None:
         # What had been learned before has no upper end.
-        unseen = replace(unseen, early=replace(unseen.early, is_blind=False))
-    found = find_label_noise(_history(evidence, unseen, predicted, reduce), reduce=reduce)
+        out_of_sample = replace(out_of_sample, early=replace(out_of_sample.early, is_blind=False))
+    found = find_label_noise(_history(evidence, out_of_sample, predicted, reduce), reduce=reduce)
     # Where nothing can be told, nothing is suspect, and the order stays.
     wrong = found.wrong * NO_DOUBT if found.objection else found.wrong
     clean = (1 - wrong).float()
@@ -45,7 +45,7 @@ def verdict_on_labels(evidence: Evidence, reduce: Reduce) -> RecipeResult:
         (wrong * found.suggested_share).float(),
         label_probability=clean,
         noise_matrix=_matrix(found, evidence.num_classes, clean.device),
-        notes=(*_notes(predicted, unseen.accuracy), *_said(missing)),
+        notes=(*_notes(predicted, out_of_sample.accuracy), *_said(missing)),
         warning=found.objection,
         noise=None if found.status == "unknown" else _estimate(found),
     )
@@ -78,7 +78,7 @@ def _matrix(found: LabelNoise, classes: int, device: torch.device) -> Tensor | N
     return others.fill_diagonal_(1 - found.rate).float().to(device)
 
 
-def _history(evidence: Evidence, unseen: OutOfSample, predicted: float, reduce: Reduce) -> LabelHistory:
+def _history(evidence: Evidence, out_of_sample: OutOfSample, predicted: float, reduce: Reduce) -> LabelHistory:
     scores = evidence.attribution.float() @ evidence.basis.float().T
     last = scores[:, -1]
     phases = scores[:, :-1] if scores.shape[1] > 1 else scores
@@ -87,11 +87,11 @@ def _history(evidence: Evidence, unseen: OutOfSample, predicted: float, reduce: 
         last=last,
         label=evidence.label,
         weight=evidence.weight,
-        early=unseen.early,
-        gap=None if unseen.accuracy is None else predicted - unseen.accuracy,
-        left_out=unseen.left_out,
+        early=out_of_sample.early,
+        gap=None if out_of_sample.accuracy is None else predicted - out_of_sample.accuracy,
+        left_out=out_of_sample.left_out,
         left_out_logits=None if evidence.left_out is None else evidence.left_out.float() @ evidence.basis.float().T,
-        favored=_favored(evidence, unseen.drawn, reduce),
+        favored=_favored(evidence, out_of_sample.drawn, reduce),
     )
 
 
@@ -130,18 +130,21 @@ def _notes(predicted: float, accuracy: float | None) -> tuple[str, ...]:
     return (f"labels: {said}: it has memorized labels; the early epochs decide",)
 
 
-def _missing(unseen: OutOfSample | None, largest: float) -> str:
+def _missing(out_of_sample: OutOfSample | None, largest: float) -> str:
     """Return what keeps an early epoch from telling how many labels are wrong; empty if nothing does or none was seen.
 
     Args:
-        unseen: what is told of labels that were not learned.
+        out_of_sample: what is told of labels that were not learned.
         largest: share of the largest class.
     """
-    if unseen is None:
+    if out_of_sample is None:
         return ""
-    if unseen.early is None or not unseen.early.is_settled:
+    if out_of_sample.early is None or not out_of_sample.early.is_settled:
         return "no early epoch of training steps was observed in which the network had learned enough, but not too much"
-    if unseen.accuracy is not None and unseen.early.skill > skill_of(unseen.accuracy, largest) + _MORE_SKILL:
+    if (
+        out_of_sample.accuracy is not None
+        and out_of_sample.early.skill > skill_of(out_of_sample.accuracy, largest) + _MORE_SKILL
+    ):
         return (
             "in the early epoch it predicted more labels than of validation samples now, so it had learned them before"
         )

@@ -23,8 +23,8 @@ def runner_up(evidence: Evidence) -> tuple[Tensor, Tensor]:
     Returns:
         (n,) int64 and (n,) float32 in [0, 1].
     """
-    if evidence.rival is not None and evidence.rival_share is not None:
-        return evidence.rival, evidence.rival_share
+    if evidence.runner_up is not None and evidence.runner_up_probability is not None:
+        return evidence.runner_up, evidence.runner_up_probability
     if not is_exact(evidence.basis):
         # Random coordinates say nothing of a single class.
         return evidence.prediction, torch.zeros_like(evidence.weight)
@@ -75,16 +75,19 @@ def restricted(evidence: Evidence, classes: Tensor) -> Evidence:
         left_out=None if evidence.left_out is None else evidence.left_out @ change,
         basis=basis,
         prediction=place[evidence.prediction],
-        unseen=None if evidence.unseen is None else _unseen_of(evidence.unseen, classes.cpu()),
+        out_of_sample=None
+        if evidence.out_of_sample is None
+        else _out_of_sample_of(evidence.out_of_sample, classes.cpu()),
     )
 
 
-def _unseen_of(unseen: OutOfSample, classes: Tensor) -> OutOfSample:
+def _out_of_sample_of(out_of_sample: OutOfSample, classes: Tensor) -> OutOfSample:
     early, left_out = (
-        None if rate is None else replace(rate, bias=rate.bias[classes]) for rate in (unseen.early, unseen.left_out)
+        None if rate is None else replace(rate, bias=rate.bias[classes])
+        for rate in (out_of_sample.early, out_of_sample.left_out)
     )
-    drawn = None if unseen.drawn is None else unseen.drawn[classes]
-    return replace(unseen, early=early, drawn=drawn, left_out=left_out)
+    drawn = None if out_of_sample.drawn is None else out_of_sample.drawn[classes]
+    return replace(out_of_sample, early=early, drawn=drawn, left_out=left_out)
 
 
 def of_all_classes(verdict: RecipeResult, evidence: Evidence, classes: Tensor) -> RecipeResult:

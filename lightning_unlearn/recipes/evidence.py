@@ -1,4 +1,4 @@
-"""What a recipe is given: one rank's share of what the model says about the training set."""
+"""The evidence that a recipe receives: one rank's shard of what the model shows of the training set."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from typing import Any
 
 from torch import Tensor
 
-NOT_BY_SAMPLE = ("basis", "unseen")
-"""Fields of :class:`Evidence` that have no row per sample."""
+NOT_BY_SAMPLE = ("basis", "out_of_sample")
+"""Fields of :class:`Evidence` without a row per sample."""
 
 
 @dataclass(frozen=True, eq=False)
 class OutOfSample:
-    """What a fit has shown that does not depend on labels it had learned already; the same on every rank.
+    """Evidence from predictions on labels that the model had not learned; the same on every rank.
 
     Args:
-        early: a ``PrequentialRate`` of the training steps of one early
-            epoch, its bias (C,); None where no such epoch was read.
-        drawn: (C,) float64, how often samples of each class were drawn in that epoch; None likewise.
-        accuracy: share of the validation samples whose given label is predicted; None without enough of them.
-        left_out: a ``PrequentialRate`` of leave-one-out scores of features that training has not changed, its bias
-            (C,); None where there are none, or where they do not tell.
+        early: a ``PrequentialRate`` of the training steps of one early epoch, with a bias of shape (C,); None if no
+            such epoch was read.
+        drawn: (C,) float64, number of samples of each class that were drawn in that epoch; None if there is none.
+        accuracy: fraction of the validation samples whose given label is predicted; None with too few of them.
+        left_out: a ``PrequentialRate`` of leave-one-out scores of features that training has not changed, with a bias
+            of shape (C,); None if there are no such features, or if they cannot tell right from wrong labels.
     """
 
     early: Any = None
@@ -32,36 +32,38 @@ class OutOfSample:
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """What the model says about one rank's share of the training set, a row per sample.
+    """What the model shows of one rank's shard of the training set, one row per sample.
 
     Args:
         index: (n,) int64, position of the sample in the dataset.
-        weight: (n,) 1 for a row that counts, 1/k for each of k copies of a sample with the same label, 0 for one that
-            only pads the share to the length of the other ranks'.
+        weight: (n,), 1 for a row that counts, 1/k for each of k copies of a sample with the same label, 0 for a row
+            that only pads the shard to the length of the other ranks'.
         label: (n,) int64, the given label.
-        attribution: (n, P, r) class attributions in the coordinates ``basis``: the mean over each quarter of training,
-            then the last pass, in eval mode; P is less than five where there were too few epochs.
-        basis: (C, r), orthonormal columns; ``attribution @ basis.T`` are attributions of the classes, less their mean.
-        margin: (n,) attribution of the given label's logit less the strongest other, in the last pass.
-        mean_margin: (n,) the same, averaged over all passes: the area under the margin (AUM).
-        support: (n,) in [0, 1], how strongly the layer supports the given label against the strongest other, averaged
-            over all passes (see :func:`~lightning_unlearn.functional.label_confidence`).
-        uncertainty: (n,) entropy of the predicted classes, averaged over all passes, in nats.
-        loss: (n,) cross-entropy of the given label in the last pass, in nats.
-        prediction: (n,) int64, strongest class of the last pass.
-        response: (n, 2) how strongly an early layer responds to the input in the last pass: the norms, over its
-            neurons, of their means and of their spreads over positions; (n, 1) for a layer without positions; None
-            where there is no such layer.
-        rows: (n, D) per-neuron attributions of the last pass, for the recipes that ask for them, else None.
-        unseen: what was said of labels that were not learned yet, for the recipes that ask for it, else None.
-        left_out: (n, r) leave-one-out logits of features that training has not changed, in the coordinates ``basis``;
-            None without ``unseen.left_out``, and where not all samples were taken for it.
-        soft_margins: (n, P, K) of the same parts as ``attribution``, where more classes occur than have coordinates,
-            else None; see ``lightning_unlearn.functional.soft_margin``. ``basis`` is (C, 0) then, or, for recipes
-            of users, a random part of the classes' differences.
-        rival: (n,) int64, the strongest class of the last pass other than the given label, where there are soft
-            margins, else None.
-        rival_share: (n,) its probability among the classes other than the given label; None likewise.
+        attribution: (n, P, r), class attributions in the coordinates ``basis``: the mean over each quarter of training,
+            then the last pass in eval mode. P is less than five after few epochs.
+        basis: (C, r), orthonormal columns; ``attribution @ basis.T`` are the class attributions minus their mean.
+        margin: (n,), attribution of the given label's logit minus that of the largest other logit, in the last pass.
+        aum: (n,), the same margin averaged over all passes, the area under the margin (AUM).
+        label_confidence: (n,) in [0, 1], sigmoid of the margin, averaged over all passes
+            (see :func:`~lightning_unlearn.functional.label_confidence`).
+        uncertainty: (n,), entropy of the predicted classes, averaged over all passes, in nats.
+        loss: (n,), cross-entropy of the given label in the last pass, in nats.
+        prediction: (n,) int64, class with the largest logit in the last pass.
+        input_statistics: (n, 2), activation statistics of an early layer in the last pass: the norms, over its neurons,
+            of the mean and of the standard deviation over positions; (n, 1) for a layer without positions. None without
+            such a layer.
+        neuron_attribution: (n, D), per-neuron attributions of the last pass; None unless the recipe sets
+            ``needs_neuron_attribution``.
+        out_of_sample: evidence from labels that were not learned yet; None unless the recipe sets
+            ``needs_out_of_sample``.
+        left_out: (n, r), leave-one-out logits of features that training has not changed, in the coordinates ``basis``;
+            None without ``out_of_sample.left_out``, or if they were not computed for all samples.
+        soft_margins: (n, P, K), soft margins of the same P parts as ``attribution``, if more classes occur than have
+            coordinates; else None (see ``lightning_unlearn.functional.soft_margin``). ``basis`` is then (C, 0) or, for
+            a user's recipe, a random projection of the class differences.
+        runner_up: (n,) int64, the class with the largest logit in the last pass other than the given label; None
+            without ``soft_margins``.
+        runner_up_probability: (n,), its probability among the classes other than the given label; None likewise.
     """
 
     index: Tensor
@@ -70,18 +72,18 @@ class Evidence:
     attribution: Tensor
     basis: Tensor
     margin: Tensor
-    mean_margin: Tensor
-    support: Tensor
+    aum: Tensor
+    label_confidence: Tensor
     uncertainty: Tensor
     loss: Tensor
     prediction: Tensor
-    response: Tensor | None = None
-    rows: Tensor | None = None
-    unseen: OutOfSample | None = None
+    input_statistics: Tensor | None = None
+    neuron_attribution: Tensor | None = None
+    out_of_sample: OutOfSample | None = None
     left_out: Tensor | None = None
     soft_margins: Tensor | None = None
-    rival: Tensor | None = None
-    rival_share: Tensor | None = None
+    runner_up: Tensor | None = None
+    runner_up_probability: Tensor | None = None
 
     @property
     def num_classes(self) -> int:

@@ -63,8 +63,8 @@ def judge_many(evidence: Evidence, margins: Tensor, reduce: Reduce) -> RecipeRes
     note = f"labels: {classes} classes: only symmetric noise is looked for"
     return RecipeResult(
         clean,
-        evidence.label if evidence.rival is None else evidence.rival,
-        (1 - clean) * (0 if evidence.rival_share is None else evidence.rival_share),
+        evidence.label if evidence.runner_up is None else evidence.runner_up,
+        (1 - clean) * (0 if evidence.runner_up_probability is None else evidence.runner_up_probability),
         label_probability=clean,
         noise_matrix=_matrix(given > 0, noise.rate),
         notes=(note, *memorized, *(_SHIFTED if weighted or sampled else ())),
@@ -75,11 +75,15 @@ def judge_many(evidence: Evidence, margins: Tensor, reduce: Reduce) -> RecipeRes
 
 def _early(evidence: Evidence, given: Tensor) -> tuple[PrequentialRate | None, bool, bool]:
     """Return an early epoch that tells, and whether class weights, or a sampler, shifted the classes there."""
-    unseen = evidence.unseen
-    if unseen is None or unseen.early is None:
+    out_of_sample = evidence.out_of_sample
+    if out_of_sample is None or out_of_sample.early is None:
         return None, False, False
-    sampled = unseen.drawn is not None and bool(class_shift(given, unseen.drawn).any())
-    return (unseen.early if unseen.early.is_settled else None), bool(unseen.early.bias.any()), sampled
+    sampled = out_of_sample.drawn is not None and bool(class_shift(given, out_of_sample.drawn).any())
+    return (
+        (out_of_sample.early if out_of_sample.early.is_settled else None),
+        bool(out_of_sample.early.bias.any()),
+        sampled,
+    )
 
 
 def _weak_if(weighted: bool, sampled: bool, noise: NoiseEstimate) -> NoiseEstimate:
@@ -90,7 +94,7 @@ def _weak_if(weighted: bool, sampled: bool, noise: NoiseEstimate) -> NoiseEstima
 
 def _memorized(accuracy: float, evidence: Evidence) -> tuple[str, ...]:
     """Return what to say where labels are memorized; empty if they are not, or that is not known."""
-    validation = evidence.unseen.accuracy if evidence.unseen else None
+    validation = evidence.out_of_sample.accuracy if evidence.out_of_sample else None
     if validation is None or accuracy - validation < _GAP:
         return ()
     both = f"{accuracy:.0%} of the given labels and {validation:.0%} of those of validation samples"
@@ -102,7 +106,7 @@ def _parts(
 ) -> tuple[list[Tensor], AveragedCurve]:
     """Return the parts (n, K) of training that count, all alike, and the curve of their average."""
     *phases, last = margins.unbind(dim=1)
-    weight, validation = evidence.weight.double(), evidence.unseen.accuracy if evidence.unseen else None
+    weight, validation = evidence.weight.double(), evidence.out_of_sample.accuracy if evidence.out_of_sample else None
     if phases:
         each = [weight @ predicted(part, classes).double() for part in phases]
         *hits, number = reduce(torch.stack([*each, weight.sum()])).tolist()

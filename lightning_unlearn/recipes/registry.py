@@ -22,14 +22,21 @@ ENTRY_POINTS = "lightning_unlearn.recipes"
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
-        Recipe("auto", auto_recipe, needs_response=True, needs_unseen=True),
-        Recipe("label", label_recipe, needs_unseen=True),
-        Recipe("input", input_recipe, needs_response=True),
+        Recipe("auto", auto_recipe, needs_input_statistics=True, needs_out_of_sample=True),
+        Recipe("label", label_recipe, needs_out_of_sample=True),
+        Recipe("input", input_recipe, needs_input_statistics=True),
         # The paper keeps no sample for the sake of its class.
-        Recipe("rlap", rlap_recipe, needs_rows=True, averages=False, soft=False, min_class_fraction=0.0),
-        Recipe("loss", loss_recipe, averages=False),
+        Recipe(
+            "rlap",
+            rlap_recipe,
+            needs_neuron_attribution=True,
+            uses_history=False,
+            soft_targets=False,
+            min_class_fraction=0.0,
+        ),
+        Recipe("loss", loss_recipe, uses_history=False),
         Recipe("aum", aum_recipe),
-        Recipe("argmax", argmax_recipe, averages=False),
+        Recipe("argmax", argmax_recipe, uses_history=False),
     )
 }
 
@@ -64,9 +71,9 @@ def get_recipe(
         TypeError: if it is neither a name nor a function.
 
     Example:
-        >>> get_recipe("auto").needs_rows
+        >>> get_recipe("auto").needs_neuron_attribution
         False
-        >>> get_recipe(lambda evidence: evidence.support).name
+        >>> get_recipe(lambda evidence: evidence.label_confidence).name
         '<lambda>'
         >>> get_recipe("label", min_class_fraction=0).min_class_fraction
         0.0
@@ -88,20 +95,20 @@ def settings_of_recipe(recipe: Recipe) -> dict[str, Any]:
 
 def changed_settings(recipe: Recipe) -> dict[str, Any]:
     """Return the settings in which a recipe differs from the one of its name."""
-    known = RECIPES.get(recipe.name, Recipe("default", recipe.judge))
+    known = RECIPES.get(recipe.name, Recipe("default", recipe.function))
     return {name: value for name, value in settings_of_recipe(recipe).items() if value != getattr(known, name)}
 
 
 def is_builtin(recipe: Recipe) -> bool:
     """Return whether a recipe is one of this package, whatever its settings."""
-    return any(recipe.judge is one.judge for one in RECIPES.values())
+    return any(recipe.function is one.function for one in RECIPES.values())
 
 
 def _find(recipe: str | Recipe | Callable[..., Any]) -> Recipe:
     if isinstance(recipe, Recipe):
         return recipe
     if callable(recipe):
-        return Recipe(called(recipe), judge_of(recipe), needs_response=True)
+        return Recipe(called(recipe), judge_of(recipe), needs_input_statistics=True)
     recipe = plain(recipe)
     if not isinstance(recipe, str):
         raise TypeError(

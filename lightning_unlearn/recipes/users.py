@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.functional.soft_margin import rivals_of, soft_margins
-from lightning_unlearn.recipes.base import Judge, Recipe, RecipeResult
+from lightning_unlearn.recipes.base import Recipe, RecipeFn, RecipeResult
 from lightning_unlearn.recipes.classes import is_exact, runner_up
 from lightning_unlearn.recipes.evidence import Evidence
 from lightning_unlearn.utilities.calls import called, fault_of_call
@@ -28,7 +28,7 @@ class RecipeResultError(ValueError):
     """A recipe returned something other than p(clean) or a RecipeResult that fits the evidence."""
 
 
-def judge_of(function: Callable[..., Any]) -> Judge:
+def judge_of(function: Callable[..., Any]) -> RecipeFn:
     """Return a user's function as a judge, its answer checked.
 
     Args:
@@ -49,9 +49,9 @@ def judge_of(function: Callable[..., Any]) -> Judge:
 
 def checking(recipe: Recipe) -> Recipe:
     """Return a user's recipe, its answers checked."""
-    if isinstance(recipe.judge, _Checked):
+    if isinstance(recipe.function, _Checked):
         return recipe
-    return replace(recipe, judge=_Checked(recipe.name, recipe.judge, takes_reduce=True))
+    return replace(recipe, function=_Checked(recipe.name, recipe.function, takes_reduce=True))
 
 
 # An object, since a function that is made within a function cannot be pickled.
@@ -160,7 +160,7 @@ def trial(recipe: Recipe, basis: Tensor, index: Tensor, device: torch.device) ->
         return ""
     evidence = made_up(basis.to(device), index, recipe)
     try:
-        recipe.judge(evidence, no_reduce)
+        recipe.function(evidence, no_reduce)
     except RecipeResultError as error:
         return str(error)
     except Exception as error:  # of the user's function
@@ -194,17 +194,17 @@ def made_up(basis: Tensor, index: Tensor, recipe: Recipe) -> Evidence:
         "attribution": scores.to(basis.device) @ basis,
         "basis": basis,
         "margin": margin,
-        "mean_margin": margin,
-        "support": margin.sigmoid(),
+        "aum": margin,
+        "label_confidence": margin.sigmoid(),
         "uncertainty": torch.special.entr(share).sum(dim=1),
         "loss": torch.nn.functional.cross_entropy(last, label, reduction="none"),
         "prediction": last.argmax(dim=1),
     }
     if not is_exact(basis):
         parts["soft_margins"] = torch.stack([soft_margins(block, label) for block in scores.unbind(dim=1)], dim=1)
-        parts["rival"], parts["rival_share"] = rivals_of(last, label)
-    if recipe.needs_response:
-        parts["response"] = 1 + torch.rand(count, 2, generator=generator)
-    if recipe.needs_rows:
-        parts["rows"] = torch.randn(count, _NEURONS, generator=generator)
+        parts["runner_up"], parts["runner_up_probability"] = rivals_of(last, label)
+    if recipe.needs_input_statistics:
+        parts["input_statistics"] = 1 + torch.rand(count, 2, generator=generator)
+    if recipe.needs_neuron_attribution:
+        parts["neuron_attribution"] = torch.randn(count, _NEURONS, generator=generator)
     return Evidence(index=index, **{name: value.to(basis.device) for name, value in parts.items()})

@@ -46,8 +46,8 @@ class Told:
     """The recipe for labels, which keeps what it was told of labels that were not learned."""
 
     def __call__(self, evidence, reduce):
-        self.unseen = evidence.unseen
-        return RECIPES["label"].judge(evidence, reduce)
+        self.out_of_sample = evidence.out_of_sample
+        return RECIPES["label"].function(evidence, reduce)
 
 
 def numbers(rate):
@@ -104,7 +104,7 @@ def run(folder, devices, scenario):
             "net": pretrained,
             "optimizer": still,
             "finetune": {},
-            "recipe": replace(RECIPES["label"], judge=told),
+            "recipe": replace(RECIPES["label"], function=told),
         },
         "still-rlap": {"net": pretrained, "optimizer": still, "finetune": {}, "recipe": "rlap"},
         "layers": {"net": mlp, "finetune": {"mode": "layers", "lr": 0.02}},
@@ -115,7 +115,7 @@ def run(folder, devices, scenario):
         "weighted-each": {"net": mlp, "finetune": {}},
     }[scenario]
     recipe = settings.get("recipe", "label")
-    recipe = replace(RECIPES["label"], judge=told) if recipe == "told" else recipe
+    recipe = replace(RECIPES["label"], function=told) if recipe == "told" else recipe
     # The regression alone: what it finds is what is pruned.
     plain = {"criterion": Sensitivity(fdr_level=None), "max_val_drop": None}
     at_epoch = settings.get("at_epoch", AT)
@@ -135,7 +135,7 @@ def run(folder, devices, scenario):
             "before": watch.before,
             "weights": weights(module),
             "target": prune.target_layer(),
-            "left_out": numbers(told.unseen.left_out) if scenario == "still" else None,
+            "left_out": numbers(told.out_of_sample.left_out) if scenario == "still" else None,
             # As text, since NaN is not equal to itself.
             "when": str(partition.state_dict()["when"]),
         },

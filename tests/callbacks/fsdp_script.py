@@ -89,13 +89,13 @@ class ShardedPlanted(Planted):
 
 def by_rows(evidence, reduce):
     """Looks at what the paper's recipe looks at."""
-    total = evidence.rows.sum(dim=1) * evidence.weight
+    total = evidence.neuron_attribution.sum(dim=1) * evidence.weight
     mean = reduce(total.sum()) / reduce(evidence.weight.sum())
-    probability = (evidence.margin + evidence.rows.sum(dim=1) / mean).sigmoid().float()
+    probability = (evidence.margin + evidence.neuron_attribution.sum(dim=1) / mean).sigmoid().float()
     return RecipeResult(probability, evidence.prediction)
 
 
-BY_ROWS = Recipe("rows", by_rows, needs_rows=True)
+BY_ROWS = Recipe("rows", by_rows, needs_neuron_attribution=True)
 
 # The settings of a fit; the optimizer's momentum and weight decay would revive what is pruned.
 SCENARIOS = {

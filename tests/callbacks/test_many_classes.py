@@ -110,7 +110,7 @@ def test_a_checkpoint_of_random_coordinates_ends_a_fit_and_leaves_validation_alo
 def by_attribution(evidence):
     assert evidence.attribution.shape[2] == 128
     assert evidence.soft_margins.shape[2] == 9
-    return evidence.support
+    return evidence.label_confidence
 
 
 def test_a_recipe_of_a_user_has_attributions_of_many_classes():

@@ -193,12 +193,15 @@ def _split(of):
         (lambda e: 2 * torch.ones_like(e.margin), r"recipe '<lambda>' to return probabilities in \[0, 1\], but they"),
         (lambda e: e.margin * torch.nan, r"recipe '<lambda>' to return probabilities in \[0, 1\]"),
         (lambda e: None, r"of shape \(203,\), but got NoneType"),
-        (lambda e: e.support.numpy(), r"of shape \(203,\), but got ndarray"),
-        (lambda e: torch.empty_like(e.support, device="meta"), "but it is on the device meta"),
-        (lambda e: e.support.to(torch.complex64), "real numbers, but it is torch.complex64"),
-        (lambda e: RecipeResult(e.support, e.label + 4), r"to return class labels in \[0, 3\], but they span 4 to 7"),
+        (lambda e: e.label_confidence.numpy(), r"of shape \(203,\), but got ndarray"),
+        (lambda e: torch.empty_like(e.label_confidence, device="meta"), "but it is on the device meta"),
+        (lambda e: e.label_confidence.to(torch.complex64), "real numbers, but it is torch.complex64"),
         (
-            lambda e: RecipeResult(e.support, e.label, e.margin * torch.nan),
+            lambda e: RecipeResult(e.label_confidence, e.label + 4),
+            r"to return class labels in \[0, 3\], but they span 4 to 7",
+        ),
+        (
+            lambda e: RecipeResult(e.label_confidence, e.label, e.margin * torch.nan),
             "as suggested_probability, but they span nan",
         ),
         (lambda e: e.no_such_field, "made-up evidence before training starts, but it fails: AttributeError: .*no_such"),
@@ -264,7 +267,7 @@ def test_the_trial_shows_what_the_recipe_will_see(task):
         seen.append(evidence)
         return RecipeResult(with_options(evidence), evidence.prediction)
 
-    recipe = Recipe("mine", judge, needs_rows=task == "rows", needs_response=task == "input")
+    recipe = Recipe("mine", judge, needs_neuron_attribution=task == "rows", needs_input_statistics=task == "input")
     torch.manual_seed(3)
     partition_of(Blobs(300, image=True), recipe=recipe)
     made_up, real = seen

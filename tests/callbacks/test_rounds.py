@@ -45,7 +45,7 @@ class Scripted:
         self.calls = 0
 
     def __call__(self, evidence):
-        if evidence.margin.equal(evidence.mean_margin):  # the trial before the first step
+        if evidence.margin.equal(evidence.aum):  # the trial before the first step
             return torch.ones_like(evidence.weight)
         kept = self.kept[min(self.calls, len(self.kept) - 1)]
         self.calls += 1

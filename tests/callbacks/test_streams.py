@@ -326,7 +326,7 @@ def test_a_function_for_several_loaders_is_refused_as_it_does_not_say_whose_rows
     assert not module.trained
 
 
-@pytest.mark.parametrize("recipe", ["aum", "loss", "argmax", "label", lambda evidence: evidence.mean_margin.sigmoid()])
+@pytest.mark.parametrize("recipe", ["aum", "loss", "argmax", "label", lambda evidence: evidence.aum.sigmoid()])
 def test_recipes_that_need_no_pass(recipe):
     data, partition = blobs(), by_key(recipe=recipe)
     fit(OfDicts(), loader_of(Stream(data)), [partition], max_epochs=4)

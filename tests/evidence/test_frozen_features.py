@@ -56,7 +56,9 @@ def head_only(module):
 def seen(module, data=None, callbacks=(), **kwargs):
     """What the recipe was told of labels that were not learned, and the callback."""
     sees = Sees()
-    ours = AttributionPartitionCallback(at_epoch=AT, dry_run=True, recipe=Recipe("sees", sees, needs_unseen=True))
+    ours = AttributionPartitionCallback(
+        at_epoch=AT, dry_run=True, recipe=Recipe("sees", sees, needs_out_of_sample=True)
+    )
     data = BlobsData(Blobs(SIZE), by_epoch=True) if data is None else data
     fit(module, data, [ours, *callbacks], max_epochs=AT, **kwargs)
     return sees.evidence, ours
@@ -77,7 +79,7 @@ def test_a_frozen_backbone_tells_the_rate(make, said):
     module.eval()
     with torch.no_grad():
         expected = rate_of(module.backbone(data.x), data.y)
-    found = evidence.unseen.left_out
+    found = evidence.out_of_sample.left_out
     with torch.no_grad():
         logits = leave_one_out_logits(module.backbone(data.x), data.y, torch.ones(SIZE), 4)
     logits = (logits - logits.mean(dim=1, keepdim=True)).float()
@@ -91,13 +93,13 @@ def test_a_frozen_backbone_tells_the_rate(make, said):
 
 def test_a_network_that_is_trained_from_its_first_layer_on_has_its_inputs_left(said):
     evidence, _ = seen(Toy())
-    assert evidence.unseen.left_out.low <= 0.25 <= evidence.unseen.left_out.high
+    assert evidence.out_of_sample.left_out.low <= 0.25 <= evidence.out_of_sample.left_out.high
     assert "the input of 'net.0'" in said()
 
 
 def test_images_are_no_features(said):
     evidence, _ = seen(Toy(convnet), BlobsData(Blobs(SIZE, image=True)))
-    assert evidence.unseen.left_out is None
+    assert evidence.out_of_sample.left_out is None
     assert "ridge" not in said()
 
 
@@ -110,7 +112,7 @@ class Thaws(BackboneFinetuning):
 
 def test_a_backbone_that_was_trained_in_between_is_not_taken(said):
     evidence, _ = seen(Frozen(head_only), callbacks=[Thaws()])
-    assert evidence.unseen.left_out is None
+    assert evidence.out_of_sample.left_out is None
     assert "scores of the input of 'net' are not used: it has changed since" in said()
 
 
@@ -119,7 +121,7 @@ def test_a_fit_that_goes_on_is_told_the_same(tmp_path, epoch, said):
     save = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, every_n_epochs=1, save_on_train_epoch_end=True)
     whole, _ = seen(Frozen(), callbacks=[save], enable_checkpointing=True)
     resumed, _ = seen(Frozen(), ckpt_path=tmp_path / f"epoch={epoch}.ckpt")
-    assert resumed.unseen.left_out.middle == pytest.approx(whole.unseen.left_out.middle, rel=1e-6)
+    assert resumed.out_of_sample.left_out.middle == pytest.approx(whole.out_of_sample.left_out.middle, rel=1e-6)
     assert said().count(USED) == 2
 
 
@@ -139,8 +141,8 @@ def test_a_fit_that_goes_on_with_samples_augmented_at_random_says_that_it_cannot
     save = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, every_n_epochs=1, save_on_train_epoch_end=True)
     whole, _ = seen(Frozen(), data(), [save], enable_checkpointing=True)
     resumed, _ = seen(Frozen(), data(), ckpt_path=tmp_path / "epoch=0.ckpt")
-    assert whole.unseen.left_out is not None
-    assert resumed.unseen.left_out is None
+    assert whole.out_of_sample.left_out is not None
+    assert resumed.out_of_sample.left_out is None
     assert "scores of the input of 'net' are not used: after this checkpoint it cannot be verified" in said()
 
 
@@ -153,7 +155,7 @@ def test_a_checkpoint_without_the_features_goes_on_without_them(tmp_path):
         state.pop("features", None)
     torch.save(checkpoint, path)
     resumed, _ = seen(Frozen(), ckpt_path=path)
-    assert resumed.unseen.left_out is None
+    assert resumed.out_of_sample.left_out is None
 
 
 def test_the_fit_is_left_as_it_was():
@@ -189,10 +191,10 @@ class Validates(BlobsData):
 def test_features_that_have_seen_the_labels_before_are_refused(said):
     data = Blobs(SIZE)
     evidence, _ = seen(Knows(data), Validates(data, by_epoch=True))
-    assert evidence.unseen.left_out is None
+    assert evidence.out_of_sample.left_out is None
     assert "that is more than the network knows of validation samples, so the features have seen the labels" in said()
     honest, _ = seen(Frozen(), Validates(data, by_epoch=True))
-    assert honest.unseen.left_out is not None
+    assert honest.out_of_sample.left_out is not None
 
 
 def test_of_many_samples_some_are_taken(monkeypatch, said):
@@ -204,7 +206,7 @@ def test_of_many_samples_some_are_taken(monkeypatch, said):
     some = slice(None, None, 4)
     with torch.no_grad():
         expected = rate_of(module.backbone(data.x)[some], data.y[some])
-    assert evidence.unseen.left_out.middle == pytest.approx(expected.middle, rel=1e-3)
+    assert evidence.out_of_sample.left_out.middle == pytest.approx(expected.middle, rel=1e-3)
 
 
 @pytest.mark.parametrize("batch", [1, 5, 7, 16])
@@ -226,19 +228,21 @@ def test_samples_that_are_not_finite_do_not_count():
     for x, weight in ((broken, torch.ones(SIZE)), (data.x, (torch.arange(SIZE) >= 10).float())):
         features = FrozenFeatures()
         features.take(x)
-        bare = replace(evidence, weight=weight, unseen=OutOfSample(), left_out=None)
-        rates.append(features.added_to(bare, no_reduce).unseen.left_out.middle)
+        bare = replace(evidence, weight=weight, out_of_sample=OutOfSample(), left_out=None)
+        rates.append(features.added_to(bare, no_reduce).out_of_sample.left_out.middle)
     assert rates[0] == pytest.approx(rates[1], rel=1e-6)
 
 
 def test_more_features_than_are_looked_at(monkeypatch, said):
     monkeypatch.setattr(frozen_features_module, "MOST_FEATURES", 63)
     evidence, _ = seen(Frozen())
-    assert evidence.unseen.left_out is None
+    assert evidence.out_of_sample.left_out is None
 
 
 def test_recipes_that_do_not_ask_cost_nothing(monkeypatch):
     monkeypatch.setattr(FrozenFeatures, "start", lambda *_: 1 / 0)
-    callback = AttributionPartitionCallback(at_epoch=AT, dry_run=True, recipe=lambda evidence: evidence.support)
+    callback = AttributionPartitionCallback(
+        at_epoch=AT, dry_run=True, recipe=lambda evidence: evidence.label_confidence
+    )
     fit(Toy(mlp), BlobsData(Blobs(60)), [callback], max_epochs=AT)
     assert len(callback.partition) == 60

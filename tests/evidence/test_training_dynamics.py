@@ -72,7 +72,7 @@ def test_phases_and_scores_match_a_loop():
         expected = torch.stack([torch.stack(phases[phase][i]).mean(dim=0) @ basis for i in seen])
         torch.testing.assert_close(mean, expected, atol=1e-5, rtol=1e-5)
     expected = torch.stack([torch.stack(scores[i]).mean(dim=0) for i in seen])
-    for column, name in enumerate(("margin", "support", "uncertainty")):
+    for column, name in enumerate(("margin", "label_confidence", "uncertainty")):
         torch.testing.assert_close(trajectory.scores(seen)[name], expected[:, column], atol=1e-5, rtol=1e-5)
 
 
@@ -136,7 +136,7 @@ def test_a_margin_of_attributions_takes_the_place_of_that_of_the_logits():
     trajectory.merge(0, no_reduce)
     scores = trajectory.scores(torch.arange(2))
     assert torch.equal(scores["margin"], margin)
-    torch.testing.assert_close(scores["support"], margin.sigmoid())
+    torch.testing.assert_close(scores["label_confidence"], margin.sigmoid())
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -423,7 +423,7 @@ def test_where_most_outputs_are_named_by_no_label_the_first_epoch_is_not_kept():
     last = trajectory.of_last_pass(logits, label)
     torch.testing.assert_close(last["soft_margins"], found)
     assert last["last"].shape == (600, 0)
-    assert set(last["rival"].tolist()) <= set(range(0, 300, 2))
+    assert set(last["runner_up"].tolist()) <= set(range(0, 300, 2))
 
 
 def test_a_class_that_is_first_named_later_is_compared_from_then_on():

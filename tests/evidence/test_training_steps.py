@@ -23,7 +23,7 @@ class Keeps:
 
     def __call__(self, evidence):
         self.evidence = evidence
-        return (evidence.mean_margin > 0).float()
+        return (evidence.aum > 0).float()
 
 
 class LastLogits(L.Callback):
@@ -87,8 +87,10 @@ def assert_is_what_the_steps_showed(evidence, noted, last, bias, data):
         everything = torch.cat([steps, last[i : i + 1].double()])
         entropy = torch.distributions.Categorical(logits=everything).entropy().mean()
         torch.testing.assert_close(evidence.margin[row].double(), last_margin[i], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(evidence.mean_margin[row].double(), margin.mean(), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(evidence.support[row].double(), margin.sigmoid().mean(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(evidence.aum[row].double(), margin.mean(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            evidence.label_confidence[row].double(), margin.sigmoid().mean(), rtol=1e-4, atol=1e-4
+        )
         torch.testing.assert_close(evidence.uncertainty[row].double(), entropy, rtol=1e-4, atol=1e-4)
     return set(found)
 
@@ -115,7 +117,7 @@ def test_evidence_is_what_the_training_steps_showed(loader):
     noted = rows_of(module.noted)
     assert noted[0][0].tolist() != noted[1][0].tolist() != sorted(noted[1][0].tolist())
     assert len(assert_is_what_the_steps_showed(recipe.evidence, noted, logits, bias, data)) == 101
-    torch.testing.assert_close(callback.partition.label_evidence, recipe.evidence.support)
+    torch.testing.assert_close(callback.partition.label_evidence, recipe.evidence.label_confidence)
 
 
 @pytest.mark.parametrize("evidence", ["train_steps", "eval_passes"])
@@ -211,7 +213,7 @@ def test_resuming_in_the_warm_up_gives_the_partition_of_an_uninterrupted_fit(tmp
         assert state["epochs_seen"] == list(range(1, epoch + 2 if step is None else epoch + 1))
         again, again_kept = start(AT + 1, path)
         assert again.collector.reader.reason == reason
-        for name in ("attribution", "mean_margin", "support", "uncertainty"):
+        for name in ("attribution", "aum", "label_confidence", "uncertainty"):
             one, other = (getattr(kept.evidence, name) for kept in (again_kept, whole_kept))
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6, msg=f"{name} after epoch {epoch}")
         assert again.partition.is_clean.equal(whole.partition.is_clean)

@@ -16,7 +16,16 @@ from tests.recipes.test_recipes import N, every_kind, flagged, share_of, users
 
 BAD = torch.tensor([3, 10, 500, 501])
 VALUES = (torch.nan, torch.inf, -torch.inf)
-COLUMNS = ("attribution", "margin", "mean_margin", "support", "uncertainty", "loss", "response", "rows")
+COLUMNS = (
+    "attribution",
+    "margin",
+    "aum",
+    "label_confidence",
+    "uncertainty",
+    "loss",
+    "input_statistics",
+    "neuron_attribution",
+)
 
 
 def spoiled(evidence, index=BAD, value=torch.nan, columns=COLUMNS):
@@ -45,7 +54,7 @@ def test_the_others_are_judged_as_if_the_broken_ones_were_not_there(recipe, valu
     recipe, evidence = get_recipe(recipe), every_kind()
     found = apply_to_finite_rows(recipe, spoiled(evidence, value=value), no_reduce)
     keep, others = without(evidence, BAD)
-    expected = recipe.judge(others, no_reduce)
+    expected = recipe.function(others, no_reduce)
     torch.testing.assert_close(found.clean_probability[keep], expected.clean_probability, rtol=1e-4, atol=1e-6)
     assert torch.equal(found.suggested_label[keep], expected.suggested_label)
     if expected.noise_matrix is not None:

@@ -73,7 +73,7 @@ def test_random_coordinates_make_nothing_suspect_and_samples_are_ranked_by_their
     assert not is_exact(evidence.basis)
     verdict = label_recipe(evidence, no_reduce)
     assert (verdict.clean_probability > 0.9).all()
-    in_order = verdict.clean_probability[evidence.mean_margin.argsort()]
+    in_order = verdict.clean_probability[evidence.aum.argsort()]
     assert (in_order.diff() >= 0).all()
     assert verdict.suggested_label.equal(evidence.label)
     assert "does not separate the classes: samples are ranked by their margin" in verdict.warning

@@ -16,7 +16,7 @@ from tests.recipes.test_recipes import make_evidence, normal, share_of
 CLASSES, N = 150, 4500
 
 
-def scene(rate=0.05, *, spread=1.0, seed=0, unseen=None, classes=CLASSES, outputs=CLASSES):
+def scene(rate=0.05, *, spread=1.0, seed=0, out_of_sample=None, classes=CLASSES, outputs=CLASSES):
     """A network that learns well: its logits of training, in two phases, and of the last pass."""
     generator = torch.Generator().manual_seed(seed)
     true = torch.arange(N) % classes
@@ -26,7 +26,9 @@ def scene(rate=0.05, *, spread=1.0, seed=0, unseen=None, classes=CLASSES, output
     blocks = [size * (5 * spread * at_true + normal(N, outputs, seed=seed + k)) for k, size in enumerate((0.5, 1, 1))]
     margins = torch.stack([soft_margins(block, label) for block in blocks], dim=1)
     rival, share = rivals_of(blocks[-1], label)
-    evidence = make_evidence(blocks, label, soft_margins=margins, rival=rival, rival_share=share, unseen=unseen)
+    evidence = make_evidence(
+        blocks, label, soft_margins=margins, runner_up=rival, runner_up_probability=share, out_of_sample=out_of_sample
+    )
     # As the trajectory keeps it: no coordinates.
     few = replace(evidence, attribution=evidence.attribution[..., :0], basis=evidence.basis[:, :0])
     return few, label != true, true
@@ -69,11 +71,11 @@ def test_an_early_epoch_tells_what_was_memorized_later():
     evidence, _, _ = scene(0.08)
     memorized = replace(evidence, soft_margins=evidence.soft_margins.abs(), prediction=evidence.label)
     assert label_recipe(memorized, no_reduce).noise.status == "none"
-    verdict = label_recipe(replace(memorized, unseen=seen), no_reduce)
+    verdict = label_recipe(replace(memorized, out_of_sample=seen), no_reduce)
     assert verdict.noise.rate == pytest.approx(0.08)
     assert verdict.noise.interval == (pytest.approx(0.075, abs=0.01), 1)
     assert any("has memorized labels" in note for note in verdict.notes)
-    assert not label_recipe(replace(evidence, unseen=replace(seen, accuracy=0.9)), no_reduce).notes[1:]
+    assert not label_recipe(replace(evidence, out_of_sample=replace(seen, accuracy=0.9)), no_reduce).notes[1:]
 
 
 @pytest.mark.parametrize("how", ["expected", "drawn"])
@@ -82,7 +84,7 @@ def test_a_shift_of_the_classes_is_named_only(how):
     if how == "drawn":
         drawn[: CLASSES // 2] = 3
     seen = OutOfSample(early=early(bias=how == "expected"), drawn=drawn)
-    evidence, _, _ = scene(unseen=seen)
+    evidence, _, _ = scene(out_of_sample=seen)
     verdict = label_recipe(evidence, no_reduce)
     assert verdict.noise.status == "weak"
     assert verdict.noise.sampled == (how == "drawn")
@@ -113,7 +115,7 @@ def test_rows_without_weight_do_not_count_among_many_classes():
     evidence, _, _ = scene()
     weight = torch.ones(N)
     weight[: N // 3] = 0
-    columns = {name: getattr(evidence, name).clone() for name in ("soft_margins", "mean_margin", "margin")}
+    columns = {name: getattr(evidence, name).clone() for name in ("soft_margins", "aum", "margin")}
     for column in columns.values():
         column[: N // 3] = -70.0
     expected = label_recipe(replace(evidence, weight=weight), no_reduce)
@@ -123,7 +125,7 @@ def test_rows_without_weight_do_not_count_among_many_classes():
 
 def test_ranks_judge_many_classes_as_one_does():
     seen = OutOfSample(early=early(), drawn=torch.full((CLASSES,), 30.0), accuracy=0.9)
-    evidence, _, _ = scene(unseen=seen)
+    evidence, _, _ = scene(out_of_sample=seen)
     expected = label_recipe(evidence, no_reduce)
     shares = [share_of(evidence, rank, 2) for rank in range(2)]
     for share, found in zip(shares, run_ranks(lambda rank, reduce: label_recipe(shares[rank], reduce), 2), strict=True):

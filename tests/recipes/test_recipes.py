@@ -52,8 +52,8 @@ def make_evidence(blocks, label, **changes):
         "attribution": torch.stack([block @ basis for block in blocks], dim=1),
         "basis": basis,
         "margin": margins[-1],
-        "mean_margin": margins.mean(dim=0),
-        "support": label_confidence(margins).mean(dim=0),
+        "aum": margins.mean(dim=0),
+        "label_confidence": label_confidence(margins).mean(dim=0),
         "uncertainty": -(log_p.exp() * log_p).sum(dim=2).mean(dim=0),
         "loss": -log_p[-1].gather(1, label.unsqueeze(1)).squeeze(1),
         "prediction": last.argmax(dim=1),
@@ -89,7 +89,7 @@ def with_response(evidence, corrupted=CORRUPTED, *, gap=8.0, unsure=1.0, columns
     """An early layer that responds otherwise to corrupted inputs, of which the model is less sure."""
     response = torch.tensor([3.0, 1.0])[:columns] + 0.3 * normal(len(corrupted), columns, seed=seed)
     response[corrupted] += 0.3 * gap * torch.tensor([-0.8, 0.6])[:columns]
-    return replace(evidence, response=response, uncertainty=evidence.uncertainty + unsure * corrupted)
+    return replace(evidence, input_statistics=response, uncertainty=evidence.uncertainty + unsure * corrupted)
 
 
 def share_of(evidence, rank, world_size):
@@ -133,7 +133,7 @@ def flagged(verdict):
 def test_wrong_labels_are_found(noise, memorizes, recipe):
     true, evidence = scene(NOISE[noise], memorizes=memorizes)
     wrong = evidence.label != true
-    verdict = RECIPES[recipe].judge(evidence, no_reduce)
+    verdict = RECIPES[recipe].function(evidence, no_reduce)
     assert verdict.warning == ""
     assert verdict.clean_probability.dtype == torch.float32
     assert torch.equal(verdict.label_probability, verdict.clean_probability)
@@ -153,7 +153,7 @@ def test_asymmetric_noise_is_found_where_the_margins_are_not_enough():
     true, evidence = scene(ASYMMETRIC)
     wrong = evidence.label != true
     found = auroc(label_recipe(evidence, no_reduce).clean_probability, wrong)
-    for margin in (evidence.margin, evidence.mean_margin, -evidence.loss, evidence.support):
+    for margin in (evidence.margin, evidence.aum, -evidence.loss, evidence.label_confidence):
         assert auroc(margin, wrong) < found - 0.05
 
 
@@ -165,7 +165,7 @@ def test_hardly_anything_is_flagged_without_noise(apart, memorizes, recipe, seed
     true, evidence = scene(apart=apart, memorizes=memorizes, seed=seed)
     accuracy = (evidence.attribution[:, 0] @ evidence.basis.T).argmax(dim=1).eq(true).float().mean()
     assert (accuracy < 0.7) == (apart == 1.0)
-    verdict = RECIPES[recipe].judge(evidence, no_reduce)
+    verdict = RECIPES[recipe].function(evidence, no_reduce)
     assert flagged(verdict).float().mean() <= 0.03
     assert verdict.noise.status == "none"
     assert verdict.warning == ""
@@ -326,7 +326,7 @@ def test_few_epochs_leave_fewer_blocks(blocks):
 
 def test_label_is_blind_to_what_the_last_pass_says_in_other_columns():
     _, evidence = scene(SYMMETRIC)
-    junk = {name: normal(N, seed=5) for name in ("margin", "mean_margin", "support", "uncertainty", "loss")}
+    junk = {name: normal(N, seed=5) for name in ("margin", "aum", "label_confidence", "uncertainty", "loss")}
     found = label_recipe(replace(evidence, **junk, prediction=evidence.prediction * 0), no_reduce)
     assert torch.equal(found.clean_probability, label_recipe(evidence, no_reduce).clean_probability)
 
@@ -451,7 +451,7 @@ def test_corrupted_inputs_that_are_more_frequent_in_some_classes_are_found():
 
 def test_a_response_that_is_always_the_same():
     _, evidence = scene()
-    verdict = input_recipe(replace(evidence, response=torch.full((N, 2), 3.0)), no_reduce)
+    verdict = input_recipe(replace(evidence, input_statistics=torch.full((N, 2), 3.0)), no_reduce)
     assert (verdict.clean_probability == 1).all()
 
 
@@ -515,7 +515,7 @@ def test_auto_acts_on_one_kind_where_the_other_shows_nothing():
 
 def with_rows(evidence, sign):
     rows = 2 * sign.unsqueeze(1) * torch.tensor([1.0, -1.0, 0.5, 0.0]) + normal(len(sign), 4, seed=3)
-    return replace(evidence, rows=rows)
+    return replace(evidence, neuron_attribution=rows)
 
 
 @pytest.fixture
@@ -527,9 +527,9 @@ def two_clusters():
 
 def test_rlap_calls_the_cluster_of_lower_loss_clean_wherever_it_lies(two_clusters):
     wrong, evidence = two_clusters
-    for rows in (evidence.rows, -evidence.rows):
+    for rows in (evidence.neuron_attribution, -evidence.neuron_attribution):
         for loss, suspect in ((evidence.loss, wrong), (9 - evidence.loss, ~wrong)):
-            verdict = rlap_recipe(replace(evidence, rows=rows, loss=loss), no_reduce)
+            verdict = rlap_recipe(replace(evidence, neuron_attribution=rows, loss=loss), no_reduce)
             assert (flagged(verdict) == suspect).float().mean() > 0.97
             assert torch.equal(verdict.suggested_label, evidence.prediction)
             assert verdict.clean_probability.dtype == torch.float32
@@ -537,7 +537,7 @@ def test_rlap_calls_the_cluster_of_lower_loss_clean_wherever_it_lies(two_cluster
 
 def test_rlap_is_blind_to_the_margin(two_clusters):
     _, evidence = two_clusters
-    other = replace(evidence, margin=normal(N, seed=9), mean_margin=normal(N, seed=8), support=torch.zeros(N))
+    other = replace(evidence, margin=normal(N, seed=9), aum=normal(N, seed=8), label_confidence=torch.zeros(N))
     assert torch.equal(
         rlap_recipe(other, no_reduce).clean_probability, rlap_recipe(evidence, no_reduce).clean_probability
     )
@@ -554,17 +554,17 @@ def test_clusters_of_equal_loss_cannot_be_told_apart(loss, two_clusters):
 
 def test_rlap_without_rows_says_what_it_needs():
     _, evidence = scene()
-    with pytest.raises(ValueError, match=r"'rlap' needs Evidence.rows, the per-neuron attributions \(n, D\)"):
+    with pytest.raises(ValueError, match=r"'rlap' needs Evidence.neuron_attribution, per-neuron attributions \(n, D\)"):
         rlap_recipe(evidence, no_reduce)
 
 
 def test_rlap_of_fewer_samples_than_neurons_says_what_to_do():
     _, evidence = scene(n=48)
     with pytest.raises(ValueError, match=r"256 neurons, which takes more .* but got 48: .*layer=.*recipe='auto'"):
-        rlap_recipe(replace(evidence, rows=normal(48, 256, seed=0)), no_reduce)
+        rlap_recipe(replace(evidence, neuron_attribution=normal(48, 256, seed=0)), no_reduce)
 
 
-@pytest.mark.parametrize(("judge", "column", "sign"), [(loss_recipe, "loss", -1), (aum_recipe, "mean_margin", 1)])
+@pytest.mark.parametrize(("judge", "column", "sign"), [(loss_recipe, "loss", -1), (aum_recipe, "aum", 1)])
 def test_baselines_are_mixtures_on_their_score(judge, column, sign):
     # The wrong ones are the wider component, which alone reaches the far end on both sides.
     true, evidence = scene(SYMMETRIC)
@@ -590,7 +590,7 @@ def test_baselines_suggest_the_strongest_other(judge):
 
 
 @pytest.mark.parametrize("size", [1e3, 1e6, 1e12])
-@pytest.mark.parametrize(("judge", "column", "sign"), [(loss_recipe, "loss", -1), (aum_recipe, "mean_margin", 1)])
+@pytest.mark.parametrize(("judge", "column", "sign"), [(loss_recipe, "loss", -1), (aum_recipe, "aum", 1)])
 @pytest.mark.parametrize("side", [-1, 1])
 def test_a_lone_sample_far_from_all_others_does_not_make_them_clean_unsaid(judge, column, sign, size, side):
     true, evidence = scene(SYMMETRIC)
@@ -601,7 +601,7 @@ def test_a_lone_sample_far_from_all_others_does_not_make_them_clean_unsaid(judge
     assert "one of them is a single sample" in verdict.warning or (flagged(verdict) == wrong).float().mean() > 0.9
 
 
-@pytest.mark.parametrize(("judge", "column"), [(loss_recipe, "loss"), (aum_recipe, "mean_margin")])
+@pytest.mark.parametrize(("judge", "column"), [(loss_recipe, "loss"), (aum_recipe, "aum")])
 def test_a_constant_score_cannot_be_told_apart(judge, column):
     _, evidence = scene()
     verdict = judge(replace(evidence, **{column: torch.full((N,), 2.5)}), no_reduce)
@@ -631,14 +631,14 @@ def every_kind():
 
 def users(evidence, reduce):
     """Clean is what has more than the mean support."""
-    total = reduce(torch.stack([(evidence.support * evidence.weight).sum(), evidence.weight.sum()]))
-    return (10 * (evidence.support - total[0] / total[1])).sigmoid()
+    total = reduce(torch.stack([(evidence.label_confidence * evidence.weight).sum(), evidence.weight.sum()]))
+    return (10 * (evidence.label_confidence - total[0] / total[1])).sigmoid()
 
 
 @pytest.mark.parametrize("recipe", [*RECIPES, users], ids=[*RECIPES, "a user's"])
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_shards_give_the_verdict_of_the_whole(recipe, world_size):
-    judge, evidence = get_recipe(recipe).judge, every_kind()
+    judge, evidence = get_recipe(recipe).function, every_kind()
     assert N % world_size  # some rows are padding
     whole = judge(evidence, no_reduce)
     assert 0.02 < flagged(whole).float().mean() < 0.9
@@ -659,7 +659,7 @@ def test_shards_give_the_verdict_of_the_whole(recipe, world_size):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_rows_without_weight_do_not_count(recipe):
-    judge, evidence = RECIPES[recipe].judge, every_kind()
+    judge, evidence = RECIPES[recipe].function, every_kind()
     whole = judge(evidence, no_reduce)
     extra = torch.cat([torch.arange(N), torch.arange(40)])
     columns = {}
@@ -678,7 +678,7 @@ def test_all_ranks_are_undecided_together():
     def judge(rank, reduce):
         return aum_recipe(share_of(evidence, rank, 2), reduce).warning
 
-    evidence = replace(scene()[1], mean_margin=torch.zeros(N))
+    evidence = replace(scene()[1], aum=torch.zeros(N))
     first, second = run_ranks(judge, 2)
     assert first == second != ""
 
@@ -687,7 +687,10 @@ def test_all_ranks_are_undecided_together():
 
 
 def test_what_each_recipe_asks_for():
-    asks = {name: (r.needs_rows, r.needs_response, r.averages, r.soft) for name, r in RECIPES.items()}
+    asks = {
+        name: (r.needs_neuron_attribution, r.needs_input_statistics, r.uses_history, r.soft_targets)
+        for name, r in RECIPES.items()
+    }
     assert asks == {
         "auto": (False, True, True, True),
         "label": (False, False, True, True),
@@ -715,15 +718,15 @@ def test_an_unknown_recipe_is_refused_with_the_near_name():
 
 
 def support_of(evidence):
-    return evidence.support
+    return evidence.label_confidence
 
 
 def certain(evidence, *, scale=0.25):
-    return scale * torch.ones_like(evidence.support).double()
+    return scale * torch.ones_like(evidence.label_confidence).double()
 
 
 def own_verdict(evidence):
-    return RecipeResult(evidence.support.double(), evidence.prediction, notes=("mine",))
+    return RecipeResult(evidence.label_confidence.double(), evidence.prediction, notes=("mine",))
 
 
 class Stateful:
@@ -733,7 +736,7 @@ class Stateful:
         self.power = power
 
     def __call__(self, evidence):
-        return evidence.support**self.power
+        return evidence.label_confidence**self.power
 
 
 not_a_function = 3
@@ -742,14 +745,14 @@ not_a_function = 3
 def test_a_function_of_the_evidence_is_a_recipe():
     true, evidence = scene(SYMMETRIC, apart=5.0)
     recipe = get_recipe(support_of)
-    assert (recipe.name, recipe.needs_rows, recipe.needs_response, recipe.averages) == (
+    assert (recipe.name, recipe.needs_neuron_attribution, recipe.needs_input_statistics, recipe.uses_history) == (
         "support_of",
         False,
         True,
         True,
     )
-    verdict = recipe.judge(evidence, no_reduce)
-    assert torch.equal(verdict.clean_probability, evidence.support)
+    verdict = recipe.function(evidence, no_reduce)
+    assert torch.equal(verdict.clean_probability, evidence.label_confidence)
     wrong = evidence.label != true
     assert (verdict.suggested_label == true)[wrong].float().mean() > 0.97
 
@@ -762,7 +765,7 @@ def test_a_function_of_two_parameters_can_sum_over_ranks():
         calls.append(total)
         return total
 
-    get_recipe(users).judge(evidence, counted)
+    get_recipe(users).function(evidence, counted)
     assert len(calls) == 2  # its own, and whether all ranks returned probabilities
 
 
@@ -775,16 +778,16 @@ def test_other_callables(function, name):
     _, evidence = scene()
     recipe = get_recipe(function)
     assert recipe.name == name
-    verdict = recipe.judge(evidence, no_reduce)
+    verdict = recipe.function(evidence, no_reduce)
     assert verdict.clean_probability.dtype == torch.float32
     assert verdict.clean_probability.shape == (N,)
 
 
 def test_a_function_may_return_a_verdict():
     _, evidence = scene()
-    verdict = get_recipe(own_verdict).judge(evidence, no_reduce)
+    verdict = get_recipe(own_verdict).function(evidence, no_reduce)
     assert torch.equal(verdict.suggested_label, evidence.prediction)
-    assert torch.equal(verdict.clean_probability, evidence.support)
+    assert torch.equal(verdict.clean_probability, evidence.label_confidence)
     assert verdict.notes == ("mine",)
 
 
@@ -806,16 +809,16 @@ def test_a_wrong_answer_is_refused(answer, message):
         return answer
 
     with pytest.raises(ValueError, match=message):
-        get_recipe(f).judge(scene()[1], no_reduce)
+        get_recipe(f).function(scene()[1], no_reduce)
 
 
 def test_a_wrong_answer_on_one_rank_is_refused_on_all():
     evidence = scene()[1]
-    evidence.support[7] = torch.nan  # of rank 0
+    evidence.label_confidence[7] = torch.nan  # of rank 0
 
     def judge(rank, reduce):
         with pytest.raises(ValueError, match="'support_of' to return ") as error:
-            get_recipe(support_of).judge(share_of(evidence, rank, 7), reduce)
+            get_recipe(support_of).function(share_of(evidence, rank, 7), reduce)
         return str(error.value)
 
     assert N % 7 == 0  # none pads
@@ -830,11 +833,11 @@ def test_a_recipe_that_fails_on_one_rank_leaves_no_other_waiting():
     def fails_on_0(part):
         if 0 in part.index:
             raise KeyError("mine")
-        return part.support
+        return part.label_confidence
 
     def judge(rank, reduce):
         with pytest.raises((KeyError, ValueError)) as error:
-            get_recipe(fails_on_0).judge(share_of(evidence, rank, 7), reduce)
+            get_recipe(fails_on_0).function(share_of(evidence, rank, 7), reduce)
         return str(error.value)
 
     here, *there = run_ranks(judge, 7)
@@ -846,7 +849,7 @@ def test_a_dotted_path_is_a_recipe():
     _, evidence = scene()
     recipe = get_recipe(f"{HERE}.support_of")
     assert recipe.name == f"{HERE}.support_of"
-    assert torch.equal(recipe.judge(evidence, no_reduce).clean_probability, evidence.support)
+    assert torch.equal(recipe.function(evidence, no_reduce).clean_probability, evidence.label_confidence)
 
 
 @pytest.mark.parametrize(
@@ -865,7 +868,7 @@ def test_a_wrong_path_is_refused(path, message):
 @pytest.fixture
 def offered(monkeypatch):
     """Another package's recipes."""
-    mine = Recipe("mine", argmax_recipe, needs_rows=True)
+    mine = Recipe("mine", argmax_recipe, needs_neuron_attribution=True)
     points = [
         SimpleNamespace(name="support", load=lambda: support_of),
         SimpleNamespace(name="with-rows", load=lambda: mine),
@@ -884,29 +887,33 @@ def test_other_packages_offer_recipes():
     _, evidence = scene()
     recipe = get_recipe("support")
     assert recipe.name == "support"
-    assert torch.equal(recipe.judge(evidence, no_reduce).clean_probability, evidence.support)
+    assert torch.equal(recipe.function(evidence, no_reduce).clean_probability, evidence.label_confidence)
     rows = get_recipe("with-rows")
-    assert (rows.name, rows.needs_rows, rows.judge) == ("with-rows", True, argmax_recipe)
+    assert (rows.name, rows.needs_neuron_attribution, rows.function) == ("with-rows", True, argmax_recipe)
     assert get_recipe("auto") is RECIPES["auto"]
     with pytest.raises(ValueError, match=r"'argmax', 'support', 'with-rows', .* Did you mean 'support'\?"):
         get_recipe("supports")
 
 
-A_RECIPE = Recipe("support", lambda evidence, reduce: RecipeResult(evidence.support, evidence.label), averages=False)
+A_RECIPE = Recipe(
+    "support", lambda evidence, reduce: RecipeResult(evidence.label_confidence, evidence.label), uses_history=False
+)
 
 
 def test_a_dotted_path_may_name_a_recipe_with_its_settings():
     recipe = get_recipe(f"{__name__}.A_RECIPE")
-    assert not recipe.averages
-    assert recipe.judge is A_RECIPE.judge
+    assert not recipe.uses_history
+    assert recipe.function is A_RECIPE.function
 
 
 def test_a_second_parameter_with_a_default_is_a_setting():
     def scaled(evidence, scale=0.5):
-        return evidence.support * scale
+        return evidence.label_confidence * scale
 
     evidence = scene()[-1]
-    torch.testing.assert_close(get_recipe(scaled).judge(evidence, no_reduce).clean_probability, evidence.support / 2)
+    torch.testing.assert_close(
+        get_recipe(scaled).function(evidence, no_reduce).clean_probability, evidence.label_confidence / 2
+    )
 
 
 def test_nothing_is_suspect_where_a_class_is_called_by_another_name_more_often_than_by_its_own():
@@ -921,7 +928,7 @@ EARLY = PrequentialRate(0.0, 0.01, 0.02, 0.0, 0.6, True, torch.zeros(C).double()
 
 
 @pytest.mark.parametrize(
-    ("unseen", "said"),
+    ("out_of_sample", "said"),
     [
         (None, None),
         (OutOfSample(EARLY, accuracy=0.7), None),
@@ -932,9 +939,9 @@ EARLY = PrequentialRate(0.0, 0.01, 0.02, 0.0, 0.6, True, torch.zeros(C).double()
     ],
     ids=["nobody looked", "fine", "no validation", "none", "not settled", "learned before"],
 )
-def test_it_is_said_what_keeps_an_early_epoch_from_telling_the_rate(unseen, said):
+def test_it_is_said_what_keeps_an_early_epoch_from_telling_the_rate(out_of_sample, said):
     _, evidence = scene(SYMMETRIC)
-    verdict = label_recipe(replace(evidence, unseen=unseen), no_reduce)
+    verdict = label_recipe(replace(evidence, out_of_sample=out_of_sample), no_reduce)
     notes = [note for note in verdict.notes if "there may be more wrong labels than estimated" in note]
     assert [said in note for note in notes] == ([] if said is None else [True])
     if said is not None:

@@ -133,7 +133,7 @@ def test_ranks_put_their_hashes_together(ranks):
         index = torch.arange(rank, 21, ranks) % 20
         weight = (torch.arange(rank, 21, ranks) < 20).float()
         of_none = {"basis": torch.zeros(2, 1), "attribution": torch.zeros(len(index), 1, 1)}
-        names = ("margin", "mean_margin", "support", "uncertainty", "loss")
+        names = ("margin", "aum", "label_confidence", "uncertainty", "loss")
         label = torch.zeros(len(index), dtype=torch.int64)
         evidence = Evidence(
             index=index, weight=weight, label=label, prediction=label, **of_none, **dict.fromkeys(names, weight)

@@ -38,7 +38,7 @@ def make_partition(**changes):
 
 
 def make_evidence(n=4, **changes):
-    floats = {name: torch.zeros(n) for name in ("weight", "margin", "mean_margin", "support", "uncertainty", "loss")}
+    floats = {name: torch.zeros(n) for name in ("weight", "margin", "aum", "label_confidence", "uncertainty", "loss")}
     integers = {name: torch.zeros(n, dtype=torch.int64) for name in ("label", "prediction")}
     attribution = {"attribution": torch.zeros(n, 3, 2), "basis": torch.zeros(3, 2)}
     return Evidence(**({"index": torch.arange(n)} | floats | integers | attribution | changes))
@@ -396,15 +396,19 @@ def test_evidence_counts_the_classes_of_its_basis():
 
 
 def test_evidence_rows_must_match_the_index():
-    assert make_evidence(rows=torch.zeros(4, 9)).rows.shape == (4, 9)
-    with pytest.raises(ValueError, match=r"Evidence.support must have one row per sample \(4\), but has shape \(3,\)"):
-        make_evidence(support=torch.zeros(3))
-    with pytest.raises(ValueError, match=r"Evidence.rows must have one row per sample \(4\), but has shape \(5, 9\)"):
-        make_evidence(rows=torch.zeros(5, 9))
+    assert make_evidence(neuron_attribution=torch.zeros(4, 9)).neuron_attribution.shape == (4, 9)
+    with pytest.raises(
+        ValueError, match=r"Evidence.label_confidence must have one row per sample \(4\), but has shape \(3,\)"
+    ):
+        make_evidence(label_confidence=torch.zeros(3))
+    with pytest.raises(
+        ValueError, match=r"Evidence.neuron_attribution must have one row per sample \(4\), but has shape \(5, 9\)"
+    ):
+        make_evidence(neuron_attribution=torch.zeros(5, 9))
     with pytest.raises(ValueError, match=r"Evidence.attribution must .* \(4\), but has shape \(3, 3, 2\)"):
         make_evidence(attribution=torch.zeros(3, 3, 2))
-    with pytest.raises(ValueError, match=r"Evidence.response must .* \(4\), but has shape \(2, 4\)"):
-        make_evidence(response=torch.zeros(2, 4))
+    with pytest.raises(ValueError, match=r"Evidence.input_statistics must .* \(4\), but has shape \(2, 4\)"):
+        make_evidence(input_statistics=torch.zeros(2, 4))
     with pytest.raises(ValueError, match=r"Evidence.loss .* but has shape \(\)"):
         replace(make_evidence(), loss=torch.tensor(0.0))
 

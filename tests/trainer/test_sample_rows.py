@@ -65,7 +65,7 @@ ROWS = []
 def rows_of(evidence):
     """Notes what a recipe gets of activations."""
     if len(evidence.index) == 100:
-        ROWS[:] = [(evidence.margin, evidence.response)]
+        ROWS[:] = [(evidence.margin, evidence.input_statistics)]
     return evidence.margin.sigmoid()
 
 

@@ -18,6 +18,7 @@ from lightning_unlearn.finetuning.training_subset import OnNoisy, TrainingSubset
 from lightning_unlearn.finetuning.warm_start import WarmStart
 from lightning_unlearn.results.partition import Partition
 from lightning_unlearn.utilities.checks import check_choice, check_number
+from lightning_unlearn.utilities.sharding import reshard
 
 
 class CleanSubsetFinetuneCallback(PartitionConsumer):
@@ -218,7 +219,10 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         Before fine-tuning starts, the trained parameters as the fit began with them, but with ``warm_start="keep"``.
         """
         own = {"version": self.state_version, "was_dry_run": self._is_dry_run}
-        return own | self._finetuning.state_dict()
+        if self._fit is not None:
+            # A validation may have left weights whole.
+            reshard(self._fit.pl_module)
+        return own | self._finetuning.state_dict(self._fit)
 
     @property
     @override

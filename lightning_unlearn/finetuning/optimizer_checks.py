@@ -51,6 +51,30 @@ def check_groups(optimizers: Sequence[Optimizer], saved: Sequence[Sequence[tuple
             )
 
 
+def take_over(restored: Sequence[Optimizer], made: Sequence[Optimizer]) -> None:
+    """Give optimizers that were made anew the states that have been restored into those before them.
+
+    Args:
+        restored: as ``configure_optimizers`` has made them, with the states of a checkpoint.
+        made: in their place.
+
+    Raises:
+        MisconfigurationException: for optimizers of other classes or groups.
+    """
+    kinds = [[type(one).__name__ for one in optimizers] for optimizers in (restored, made)]
+    if kinds[0] != kinds[1]:
+        raise MisconfigurationException(
+            "Where weights are sharded, the state of a checkpoint is restored into the optimizer that"
+            f" configure_optimizers makes, here {', '.join(kinds[0])}, but CleanSubsetFinetuneCallback makes"
+            f" {', '.join(kinds[1])}; let optimizer make one of the same class, or resume from a checkpoint from"
+            " before the partition."
+        )
+    check_groups(made, groups_of(one.state_dict() for one in restored))
+    for old, new in zip(restored, made, strict=True):
+        if new is not old:
+            new.load_state_dict(old.state_dict())
+
+
 def _sizes(optimizers: Sequence[Sequence[tuple[int, set[str]]]]) -> str:
     return f"groups of {[[size for size, _ in groups] for groups in optimizers]} parameters"
 

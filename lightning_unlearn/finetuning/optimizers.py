@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from lightning_unlearn.finetuning.optimizer_checks import check_groups, groups_of
+from lightning_unlearn.finetuning.optimizer_checks import check_groups, groups_of, take_over
 from lightning_unlearn.finetuning.schedules import (
     PeakRates,
     before_schedules,
@@ -236,9 +236,20 @@ class FreshOptimizer:
                 " none now; pass the same again, or resume from a checkpoint from before the partition."
             )
 
-    def check_groups(self, fit: RunningFit) -> None:
-        """Refuse a fresh optimizer that cannot take over the state that the checkpoint has."""
-        if self._made_by and not fit.is_sharded:
+    def make_again(self, fit: RunningFit) -> None:
+        """Make it for a fit that resumes, ready to take over the state that the checkpoint has.
+
+        Raises:
+            MisconfigurationException: for one that cannot.
+        """
+        before = list(fit.optimizers)
+        self.make(fit)
+        if not self._made_by:
+            return
+        if fit.is_sharded:
+            # There Lightning restores optimizers with the weights, before this one is made.
+            take_over(before, fit.optimizers)
+        else:
             check_groups(fit.optimizers, self._saved_groups)
 
     def state_dict(self) -> dict[str, Any]:

@@ -33,7 +33,6 @@ from lightning_unlearn.trainer.incompatible import refuse_beside_finetuning
 from lightning_unlearn.trainer.optimizers import keep_optimizers
 from lightning_unlearn.trainer.progress import rank_zero_info, rank_zero_warn
 from lightning_unlearn.trainer.protocols import MaskSource
-from lightning_unlearn.trainer.strategies import refuse_where_sharded
 
 _WHO = "CleanSubsetFinetuneCallback"
 
@@ -115,7 +114,6 @@ class Finetuning:
         if (keyed := fit.keyed) is not None or self.loader.is_by_key:
             self.loader = SubsetLoader() if keyed is None else KeyedSubset(keyed)
         self._threshold, given = relabel_threshold, self.fresh.given()
-        refuse_where_sharded(fit, _WHO, **given, warm_start=moves)
         given |= {"mode='layers'": one.mode == "layers", f"warm_start='{one.warm_start}'": moves}
         refuse_beside_finetuning(fit, _WHO, **given)
         self.masks = next((callback for callback in fit.callbacks if isinstance(callback, MaskSource)), None)
@@ -244,8 +242,7 @@ class Finetuning:
         self.loader.detach(fit)
         self.attach(fit)
         self.frozen.freeze(fit)
-        self.fresh.make(fit)
-        self.fresh.check_groups(fit)
+        self.fresh.make_again(fit)
         self.loader.ask_again(fit)
 
     def undo(self, fit: FitContext) -> None:
@@ -355,12 +352,16 @@ class Finetuning:
         trace, _ = fit.probe()
         self.frozen.choose_before(fit.model, trace, self.masks.target_layer())
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state as tensors and primitives."""
+    def state_dict(self, fit: FitContext | None) -> dict[str, Any]:
+        """Return the state as tensors and primitives; where weights are sharded, every rank must call it.
+
+        Args:
+            fit: that is running; None outside of one.
+        """
         return {
             **self.state.state_dict(),
             "frozen": self.frozen.state_dict(),
-            "start_weights": copied(self.starting.weights.state_dict()),
+            "start_weights": copied(self.starting.state_dict(fit)),
             **self.loader.state_dict(),
             **self.fresh.state_dict(),
         }

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
+import torch
+from torch import Tensor
+
+from lightning_unlearn.attribution import plain_name
 from lightning_unlearn.finetuning import messages
 from lightning_unlearn.finetuning.warm_start import Memory, Start, StartWeights, WarmStart, choose_start
 from lightning_unlearn.trainer.compat import MisconfigurationException, is_lightning_instance
@@ -47,7 +51,8 @@ class Starting:
         if self.is_asked_for and fit.step > 0 and not self.weights.is_known:
             raise MisconfigurationException(
                 f"CleanSubsetFinetuneCallback(warm_start='{self._asked}') needs the initial weights of the fit,"
-                " but the checkpoint lacks them: it was saved without this setting. Set warm_start='keep', or"
+                " but the checkpoint lacks them: it was saved without this setting, or they were more than 4 GiB of"
+                " shards. Set warm_start='keep', or"
                 " train without ckpt_path."
             )
 
@@ -60,6 +65,14 @@ class Starting:
     def forget(self) -> None:
         """Keep no weights from now on."""
         self.weights.forget()
+
+    def state_dict(self, fit: FitContext | None) -> dict[str, Tensor] | None:
+        """Return the weights that the fit began with; where they are sharded, every rank must call it.
+
+        Args:
+            fit: that is running; None outside of one.
+        """
+        return self.weights.state_dict(fit.model if fit is not None and fit.is_sharded else None)
 
     def choose(self, fit: FitContext, *, is_dry_run: bool = False) -> Start:
         """Return what fine-tuning starts from."""
@@ -88,8 +101,12 @@ class Starting:
         Returns:
             how many weights were moved.
         """
-        moved, undo = self.weights.move(fit.model, how, weight_copies(fit), frozen)
+        changed, undo = self.weights.move(fit.model, how, weight_copies(fit), frozen)
         undoing.append(undo)
+        flags = torch.tensor([float(is_changed) for is_changed in changed.values()])
+        anywhere = dict(zip(changed, (fit.reduce(flags) if fit.is_sharded else flags) > 0, strict=True))
+        own = ((plain_name(name), parameter) for name, parameter in fit.model.named_parameters())
+        moved = sum(parameter.numel() for name, parameter in own if anywhere.get(name, False))
         if masks is not None:
             masks.zero_pruned()
         undoing.append(count_anew(fit))
@@ -115,7 +132,5 @@ def _memory(fit: FitContext) -> Memory:
 
 def _obstacle(fit: FitContext) -> str:
     """Return why weights are not moved, and the optimizer not made anew, where nobody has insisted on it."""
-    if fit.is_sharded:
-        return f"under {fit.strategy_name} every rank holds a part of them"
     other = next((callback for callback in fit.callbacks if is_lightning_instance(callback, "BaseFinetuning")), None)
     return "" if other is None else f"{type(other).__name__} manages the current optimizer"

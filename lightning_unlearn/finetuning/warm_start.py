@@ -12,6 +12,8 @@ from torch.nn.parameter import is_lazy
 
 from lightning_unlearn.attribution import BATCH_NORM, named_layers, plain_name
 from lightning_unlearn.finetuning.shrink_weights import KEPT, shrink
+from lightning_unlearn.trainer.progress import rank_zero_warn
+from lightning_unlearn.utilities.sharding import joined, local_part, part_of
 
 WarmStart = Literal["auto", "shrink", "keep", "start"]
 
@@ -113,11 +115,15 @@ _SHRUNK = Start(
 )
 
 
+MOST_GATHERED = 4 * 2**30
+"""Bytes of sharded weights that are gathered for a checkpoint."""
+
+
 class StartWeights:
     """The weights that a fit began with, on the CPU, and the running statistics of norms.
 
     Parameters are known by their names, tied ones by the first. One that is unfrozen later is taken up when it is, as
-    it has not changed until then.
+    it has not changed until then. Of a sharded one each rank keeps its part.
     """
 
     def __init__(self) -> None:
@@ -135,16 +141,40 @@ class StartWeights:
         statistics = () if self._kept is not None else _norm_statistics(model)
         for name, tensor in (*trained, *statistics):
             if name not in kept:
-                kept[name] = _on_cpu(tensor)
+                kept[name] = _on_cpu(local_part(tensor))
+            elif kept[name].shape == tensor.shape != local_part(tensor).shape:
+                # Of a checkpoint, which has the whole.
+                kept[name] = part_of(kept[name], tensor).clone()
         self._kept = kept
 
     def forget(self) -> None:
         """Keep nothing from now on."""
         self._kept = None
 
-    def state_dict(self) -> dict[str, Tensor] | None:
-        """Return the tensors by name; None where nothing is known."""
-        return self._kept
+    def state_dict(self, model: nn.Module | None = None) -> dict[str, Tensor] | None:
+        """Return the tensors by name; None where nothing is known, or where it would be more than 4 GiB of shards.
+
+        Args:
+            model: whose weights are sharded, which are then gathered: every rank must call it. None for one that holds
+                all of them.
+        """
+        if self._kept is None or model is None:
+            return self._kept
+        like = {name: tensor for name, tensor in _parameters(model) if name in self._kept}
+        size = sum(tensor.numel() * self._kept[name].element_size() for name, tensor in like.items())
+        if size > MOST_GATHERED:
+            rank_zero_warn(
+                f"The checkpoint does not hold the initial weights of the fit, which are {size / 2**30:.1f} GiB, more"
+                f" than {MOST_GATHERED / 2**30:.0f}. A fit that resumes from it before the partition keeps its weights"
+                " (warm_start='keep')."
+            )
+            return None
+        found = dict(self._kept)
+        for name, tensor in like.items():
+            found[name] = joined(
+                part_of(found[name], tensor) if found[name].shape == tensor.shape else found[name], tensor
+            )
+        return found
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Take over what a checkpoint has."""
@@ -153,7 +183,7 @@ class StartWeights:
     @torch.no_grad()
     def move(
         self, model: nn.Module, how: str, copies: Sequence[Mapping[str, Tensor]], frozen: Collection[str]
-    ) -> tuple[int, Callable[[], None]]:
+    ) -> tuple[dict[str, bool], Callable[[], None]]:
         """Move the trained weights that have changed, and their averages, towards those of the start.
 
         Running statistics of norms become those of the start: they are of other weights, and training estimates them
@@ -166,7 +196,8 @@ class StartWeights:
             frozen: names of parameters and norms that stay as they are.
 
         Returns:
-            how many weights were moved, and a function that undoes all of it. After an exception all is as it was.
+            for each trained parameter whether this rank has moved it, and a function that undoes all of it. After an
+            exception all is as it was.
         """
         weights = [(name, p) for name, p in _parameters(model) if p.requires_grad and name not in frozen]
         statistics = [(n, t) for n, t in _norm_statistics(model) if n.rpartition(".")[0] not in frozen]
@@ -181,27 +212,33 @@ class StartWeights:
                 for tensor, value in before:
                     tensor.copy_(value)
 
-        moved = 0
+        moving = [*weights, *averaged.values()]
+        todo = [*((*one, _SHARES[how]) for one in moving), *((*one, 0.0) for one in statistics)]
+        moved: set[int] = set()
         try:
-            for part, kept in ((weights, _SHARES[how]), (list(averaged.values()), _SHARES[how]), (statistics, 0.0)):
-                for name, tensor in part:
-                    if (start := self._start_of(name, tensor)) is None:
-                        continue
-                    before.append((tensor, _on_cpu(tensor)))
-                    tensor.copy_(shrink(tensor.detach(), start, kept))
-                    moved += tensor.numel() if part is weights else 0
+            for name, tensor, kept in todo:
+                if (start := self._start_of(name, tensor)) is None:
+                    continue
+                here = local_part(tensor.detach())
+                before.append((here, _on_cpu(here)))
+                here.copy_(shrink(here, start, kept))
+                moved.add(id(tensor))
         except BaseException:
             undo()
             raise
-        return moved, undo
+        return {name: id(weight) in moved for name, weight in weights}, undo
 
     def _start_of(self, name: str, tensor: Tensor) -> Tensor | None:
         """Return what a tensor was when the fit began, beside it; None where that is not known, or is the same."""
-        start = (self._kept or {}).get(name)
-        if start is None or start.shape != tensor.shape:
+        start, here = (self._kept or {}).get(name), local_part(tensor.detach())
+        if start is None:
             return None
-        start = start.to(tensor.device)
-        return None if torch.equal(start, tensor.detach().to(start.dtype)) else start
+        if start.shape == tensor.shape:
+            start = part_of(start, tensor)
+        if start.shape != here.shape:
+            return None
+        start = start.to(here.device)
+        return None if torch.equal(start, here.to(start.dtype)) else start
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -32,6 +33,41 @@ def local_part(tensor: Tensor) -> Tensor:
     return part
 
 
+def part_of(value: Tensor, like: Tensor) -> Tensor:
+    """Return what this rank holds of a value, where it holds a part of another tensor of that shape.
+
+    Args:
+        value: whole.
+        like: sharded or not.
+
+    Raises:
+        ValueError: as :func:`local_positions`.
+    """
+    for dimension, number, rank in _cuts(like):
+        chunks = value.chunk(number, dimension)
+        value = chunks[rank] if rank < len(chunks) else value.narrow(dimension, 0, 0)
+    return value
+
+
+def joined(part: Tensor, like: Tensor) -> Tensor:
+    """Return the whole of a value, on the CPU, from this rank's part. Every rank must call it.
+
+    Args:
+        part: as :func:`part_of`, on any device.
+        like: sharded or not.
+    """
+    sharded = _as_dtensor(like.detach())
+    if sharded is None:
+        return part.cpu()
+    from torch.distributed.tensor import DTensor
+
+    found = DTensor.from_local(
+        part.to(sharded.device), sharded.device_mesh, sharded.placements, shape=like.shape, stride=sharded.stride()
+    )
+    whole_value: Tensor = found.full_tensor()
+    return whole_value.cpu()
+
+
 def local_positions(tensor: Tensor, dimension: int, positions: Tensor) -> Tensor:
     """Return which places along a dimension, counted in this rank's part, hold the given places of the whole.
 
@@ -49,12 +85,23 @@ def local_positions(tensor: Tensor, dimension: int, positions: Tensor) -> Tensor
         ValueError: for a layout other than even chunks and copies, such as that of two kinds of sharding on top of each
             other.
     """
+    if _as_dtensor(tensor) is None:
+        return positions
+    here = torch.arange(tensor.shape[dimension])
+    for cut, number, rank in _cuts(tensor):
+        if cut == dimension % tensor.ndim:
+            chunks = here.chunk(number)
+            here = chunks[rank] if rank < len(chunks) else here[:0]
+    return torch.isin(here, positions.to(here.device)).nonzero().flatten()
+
+
+def _cuts(tensor: Tensor) -> Iterator[tuple[int, int, int]]:
+    """Yield along which dimension a tensor is cut, into how many chunks, and which of them is here."""
     sharded = _as_dtensor(tensor)
     if sharded is None:
-        return positions
+        return
     from torch.distributed.tensor import Shard
 
-    here = torch.arange(tensor.shape[dimension])
     for mesh_dimension, placement in enumerate(sharded.placements):
         if placement.is_replicate():
             continue
@@ -63,11 +110,8 @@ def local_positions(tensor: Tensor, dimension: int, positions: Tensor) -> Tensor
                 f"Expected weights that are copied or sharded in even chunks over the ranks, but got {placement}; use"
                 " fully_shard over the data-parallel mesh alone."
             )
-        if placement.dim % tensor.ndim == dimension % tensor.ndim:
-            chunks = here.chunk(sharded.device_mesh.size(mesh_dimension))
-            rank = sharded.device_mesh.get_local_rank(mesh_dimension)
-            here = chunks[rank] if rank < len(chunks) else here[:0]
-    return torch.isin(here, positions.to(here.device)).nonzero().flatten()
+        mesh = sharded.device_mesh
+        yield placement.dim % tensor.ndim, mesh.size(mesh_dimension), mesh.get_local_rank(mesh_dimension)
 
 
 def reshard(model: nn.Module) -> bool:

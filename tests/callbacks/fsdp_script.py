@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback, SensitivityPruneCallback
+from lightning_unlearn import AttributionPartitionCallback, SensitivityPruneCallback
 from lightning_unlearn.attribution import ATTRIBUTION_METHODS
 from lightning_unlearn.pruning.criteria import Sensitivity
 from lightning_unlearn.recipes import Recipe, RecipeResult
@@ -23,10 +23,7 @@ from tests.toys import Blobs, BlobsData, IndexRecorder, Toy, by_margin, fit, mlp
 SIZE, AT, PER_RANK = 104, 2, 8
 CRITERIA = ("sensitivity", "random", "magnitude", "mean_abs_ratio", "std_ratio", "frequency_ratio", "taylor", "hessian")
 REFUSED = {
-    "lr": lambda: [CleanSubsetFinetuneCallback(lr=0.1)],
-    "optimizer": lambda: [CleanSubsetFinetuneCallback(optimizer=torch.optim.SGD)],
-    "restart": lambda: [CleanSubsetFinetuneCallback(optimizer="restart")],
-    "warm_start": lambda: [CleanSubsetFinetuneCallback(warm_start="shrink")],
+    "shrink_to": lambda: [SensitivityPruneCallback(shrink_to="small.pt")],
     "averages": lambda: [StochasticWeightAveraging(0.01)],
     "tensor_parallel": list,
 }
@@ -97,6 +94,11 @@ def by_rows(evidence, reduce):
 
 BY_ROWS = Recipe("rows", by_rows, needs_neuron_attribution=True)
 
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.05, momentum=0.8, weight_decay=0.01)
+
+
 # The settings of a fit; the optimizer's momentum and weight decay would revive what is pruned.
 SCENARIOS = {
     "full": {"max_val_drop": None, "partition": {"recipe": "label"}},
@@ -117,6 +119,9 @@ SCENARIOS = {
         "partition": {"recipe": "label"},
         "finetune": {"mode": "layers", "layers": ["net.2", "net.4"]},
     },
+    "shrink": {"module": InOnePiece, "partition": {"recipe": "label"}, "finetune": {"warm_start": "shrink"}},
+    "start": {"partition": {"recipe": "label"}, "finetune": {"warm_start": "start", "optimizer": sgd}},
+    "lr": {"partition": {"recipe": "label"}, "finetune": {"lr": 0.02}},
     "norms": {"net": mlp, "finetune": {"mode": "layers"}},
     "rows": {"module": InPieces, "partition": {"recipe": BY_ROWS, "evidence_from": "eval_passes"}},
     "report": {"module": InOnePiece, "partition": {"dry_run": True}},
@@ -214,6 +219,9 @@ def resumed(folder):
     """What becomes of fits that are resumed: before the partition, in fine-tuning and after another round."""
     paths = {epoch: folder / "rounds" / f"epoch={epoch}.ckpt" for epoch in (0, AT, AT + 2)}
     found = {f"rounds-{epoch}": fit_one("fsdp", "rounds", ckpt_path=path) for epoch, path in paths.items()}
+    for name, epochs in (("shrink", (0, AT)), ("start", (0, AT)), ("lr", (AT,))):
+        for epoch in epochs:
+            found[f"{name}-{epoch}"] = fit_one("fsdp", name, ckpt_path=folder / name / f"epoch={epoch}.ckpt")
     found["full"] = fit_one("fsdp", "full", full=True, ckpt_path=folder / "full" / f"epoch={AT}.ckpt")
     return found
 
@@ -306,7 +314,7 @@ def fails():
 
 def run(folder):
     # Checkpoints of one kind are a folder, of the other a file.
-    kept = {name: [Moment(folder / name)] for name in ("full", "rounds")}
+    kept = {name: [Moment(folder / name)] for name in ("full", "rounds", "shrink", "start", "lr")}
     found = {
         "ddp": fit_one("ddp", "full"),
         "fsdp": {

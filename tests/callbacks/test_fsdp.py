@@ -26,7 +26,10 @@ pytestmark = [
     # Its passes ask streams, which the CPU has none of, for events.
     pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="torch 2.6 runs FSDP2 on GPUs only"),
 ]
-RESUMED = ("rounds-0", f"rounds-{AT}", f"rounds-{AT + 2}", "full")
+RESUMED = (
+    *("rounds-0", f"rounds-{AT}", f"rounds-{AT + 2}", "full"),
+    *("shrink-0", f"shrink-{AT}", "start-0", f"start-{AT}", f"lr-{AT}"),
+)
 RUNNING = ("running_mean", "running_var")
 
 
@@ -187,7 +190,6 @@ def test_a_checkpoint_loads_strictly_into_the_plain_module(ranks, launched, kind
 
 
 REASONS = {
-    "restart": "CleanSubsetFinetuneCallback(optimizer=...) does not work under ModelParallelStrategy",
     "averages": "does not know the averaged weights of StochasticWeightAveraging under ModelParallelStrategy; leave it",
     "tensor_parallel": "use ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)",
 }
@@ -196,7 +198,7 @@ REASONS = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_needs_whole_weights_is_refused_by_name(ranks, name):
     for rank in ranks:
-        default = f"CleanSubsetFinetuneCallback({name}=...) does not work under ModelParallelStrategy"
+        default = f"SensitivityPruneCallback({name}=...) does not work under ModelParallelStrategy"
         assert REASONS.get(name, default) in rank["refused"][name]
 
 

@@ -2,10 +2,13 @@ import copy
 
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from lightning_unlearn.finetuning import warm_start
 from lightning_unlearn.finetuning.messages import prospect, start_of
+from lightning_unlearn.finetuning.optimizer_checks import take_over
 from lightning_unlearn.finetuning.shrink_weights import KEPT, shrink
 from lightning_unlearn.finetuning.warm_start import GAP, Memory, Start, StartWeights, choose_start
 from tests.toys import assert_same_weights, mlp, weights
@@ -40,7 +43,7 @@ def test_all_that_is_trained_is_moved_and_norms_begin_anew():
     before = weights(net)
     start.remember(net)
     moved, undo = start.move(trained(net), "shrink", [], ())
-    assert moved == sum(parameter.numel() for parameter in net.parameters())
+    assert moved == dict.fromkeys(dict(net.named_parameters()), True)
     for name, tensor in net.state_dict().items():
         torch.testing.assert_close(tensor, before[name] if name in norms(net) else before[name] + KEPT, msg=name)
     undo()
@@ -65,7 +68,9 @@ def test_what_is_frozen_stays_as_it_is():
     net[4].weight.requires_grad_(False)
     start.remember(net)
     now = weights(trained(net))
-    start.move(net, "start", [], {"0.weight", "1"})
+    moved, _ = start.move(net, "start", [], {"0.weight", "1"})
+    assert "0.weight" not in moved
+    assert moved["0.bias"]
     same = {name for name in now if now[name].equal(net.state_dict()[name])}
     assert same == {"0.weight", "4.weight", *(name for name in norms(net) if name.startswith("1."))}
 
@@ -124,6 +129,31 @@ def test_a_failure_in_the_middle_leaves_nothing_changed():
     with pytest.raises(RuntimeError):
         start.move(net, "shrink", [{"4.weight": leaf[:1].expand(20, 32)}], ())
     assert_same_weights(weights(net), now)
+
+
+def test_shards_that_are_too_large_for_a_checkpoint_are_not_in_it(monkeypatch):
+    net, start = mlp(), StartWeights()
+    start.remember(net)
+    assert start.state_dict(net).keys() == start.state_dict().keys()
+    monkeypatch.setattr(warm_start, "MOST_GATHERED", 1_000)
+    with pytest.warns(UserWarning, match="does not hold the initial weights of the fit, which are 0.0 GiB, more than"):
+        assert start.state_dict(net) is None
+    assert start.is_known
+
+
+def test_a_state_that_was_restored_is_taken_over_by_an_optimizer_of_the_same_class():
+    net = mlp()
+    one, other = (torch.optim.SGD(net.parameters(), lr=lr, momentum=0.9) for lr in (0.1, 0.5))
+    net(torch.randn(8, 16)).sum().backward()
+    one.step()
+    take_over([one], [other])
+    assert other.param_groups[0]["lr"] == 0.1
+    for parameter in net.parameters():
+        assert other.state[parameter]["momentum_buffer"].equal(one.state[parameter]["momentum_buffer"])
+    with pytest.raises(MisconfigurationException, match=r"here SGD, but CleanSubsetFinetuneCallback makes Adam; let"):
+        take_over([one], [torch.optim.Adam(net.parameters())])
+    with pytest.raises(MisconfigurationException, match="so its state cannot be loaded"):
+        take_over([one], [torch.optim.SGD(net[0].parameters(), lr=0.1)])
 
 
 HALF, NONE = Memory(0.5), Memory()

@@ -1,6 +1,7 @@
 """Steps of fine-tuning on a fit that has no Trainer."""
 
 import torch
+from lightning.pytorch.callbacks import BackboneFinetuning
 
 from lightning_unlearn.finetuning.freezing import FrozenLayers
 from lightning_unlearn.finetuning.shrink_weights import KEPT
@@ -46,5 +47,5 @@ def test_they_stay_where_nothing_was_memorized_or_another_callback_sees_to_the_o
     fit, starting = FakeFit(mlp(), Blobs(40), memorized=0.1), Starting("auto")
     starting.remember(fit, 0, is_wanted=True)
     assert starting.choose(fit).how == "keep"
-    fit.source.memorized, fit.is_sharded, fit.strategy_name = 0.9, True, "Sharded"
-    assert "under Sharded every rank holds a part of them" in starting.choose(fit).because
+    fit.source.memorized, fit.callbacks = 0.9, [BackboneFinetuning()]
+    assert "BackboneFinetuning manages the current optimizer" in starting.choose(fit).because

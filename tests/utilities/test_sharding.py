@@ -7,7 +7,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Partial
 
 from lightning_unlearn.utilities import sharding
-from lightning_unlearn.utilities.sharding import local_part, local_positions, reshard, whole
+from lightning_unlearn.utilities.sharding import joined, local_part, local_positions, part_of, reshard, whole
 
 # What needs processes is tested in tests/callbacks/test_fsdp.py.
 
@@ -33,6 +33,16 @@ def test_every_place_is_found_on_the_one_rank_that_holds_it(monkeypatch, rows, s
     assert torch.cat(found).tolist() == whole_tensor[positions].tolist()
 
 
+@pytest.mark.parametrize("rows", [1, 4, 5])
+@pytest.mark.parametrize("dimension", [0, 1])
+def test_the_parts_of_a_value_are_those_of_the_weight(monkeypatch, rows, dimension):
+    parts = []
+    for rank in range(3):
+        like = held(monkeypatch, (rows, 4), [Replicate(), Shard(dimension)], [2, 3], [1, rank])
+        parts.append(part_of(10 * like, like))
+    assert torch.cat(parts, dim=dimension).equal(10 * like)
+
+
 def test_along_another_dimension_every_place_is_here(monkeypatch):
     tensor = held(monkeypatch, (4, 3), [Shard(0)], [2], [1])
     assert local_positions(tensor, 1, torch.tensor([0, 2])).tolist() == [0, 2]
@@ -54,6 +64,8 @@ def test_a_plain_tensor_is_all_here():
     tensor, positions = torch.arange(6.0, requires_grad=True), torch.tensor([1, 5])
     assert local_positions(tensor, 0, positions) is positions
     assert local_part(tensor) is tensor
+    assert part_of(tensor, tensor) is tensor
+    assert joined(tensor, tensor).equal(tensor)
     assert whole(tensor).equal(tensor.detach())
     assert not whole(tensor).requires_grad
     assert not reshard(nn.Linear(2, 2))

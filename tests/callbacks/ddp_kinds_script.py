@@ -44,7 +44,7 @@ def averaging():
 # Right labels, of which a person says that they are to go.
 DROPPED = Blobs(SIZE).wrong.logical_not().nonzero().flatten()[:5].tolist()
 SCENARIOS = {
-    "static": {"strategy": lambda: DDPStrategy(static_graph=True), "partition": {"recipe": "label"}},
+    "static": {"strategy": lambda: DDPStrategy(static_graph=True)},
     "static layers": {"strategy": lambda: DDPStrategy(static_graph=True), "finetune": {"mode": "layers"}},
     "unused": {
         "strategy": lambda: DDPStrategy(find_unused_parameters=True),

@@ -57,6 +57,7 @@ class EvidenceCollector:
         self.reader = self._make_reader()
         self.label_watch = LabelWatch(task_format)
         self.validation_watch = ValidationWatch(task_format)
+        self._has_warned_of_one_class = False
         self.when = PartitionTime("auto")
         self.reset()
 
@@ -305,7 +306,18 @@ class EvidenceCollector:
         """Note how validation has gone, until the partition."""
         if not self.is_closed and (self.when.is_open or self.validation_watch.is_on):
             shown = self.validation_watch.result(fit.monitored, fit.reduce)
+            if "only_class" in shown:
+                self._warn_of_one_class(**shown)
+                shown = {}
             self.when.note(fit.epoch + 1, **shown)
+
+    def _warn_of_one_class(self, only_class: float, samples: float) -> None:
+        if not self._has_warned_of_one_class:
+            rank_zero_warn(
+                f"All {samples:.0f} validation samples are labeled as class {only_class:.0f}. Validation is not used to"
+                " tell when labels are being memorized. Split the data so that validation holds every class."
+            )
+        self._has_warned_of_one_class = True
 
     def looks_early(self, epoch: int) -> bool:
         """Return whether the training steps of the ``epoch``-th epoch are looked at by themselves."""

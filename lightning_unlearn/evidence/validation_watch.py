@@ -12,6 +12,9 @@ from lightning_unlearn.attribution import watch_output
 from lightning_unlearn.data.task_format import TaskFormat
 from lightning_unlearn.utilities.reduce import Reduce
 
+MIN_SAMPLES = 20
+"""Samples of one class and none of another from which on that is not chance."""
+
 
 class ValidationWatch:
     """Counts right predictions in a validation that runs anyway.
@@ -35,7 +38,7 @@ class ValidationWatch:
         self._end_watch: Callable[[], None] | None = None
         self._outputs: list[Tensor] = []
         self._label: Any = None
-        # How many are right, and how many have a label.
+        # How many are right, how many have a label, and the sums of class ids and of their squares.
         self._counts: Tensor | None = None
         self._is_whole = True
         self._has_run = False
@@ -81,7 +84,10 @@ class ValidationWatch:
             (output,) = self._outputs
             logits = self._reading.logits(output.float())
             label = self._reading.classes(self._label, len(output)).to(logits.device)
-            counts = torch.stack([(logits.argmax(dim=1) == label).sum(), (label >= 0).sum()])
+            has_label = label >= 0
+            ids = torch.where(has_label, label, 0).double()
+            right = logits.argmax(dim=1) == label
+            counts = torch.stack([right.sum(), has_label.sum(), ids.sum(), ids.square().sum()])
         except Exception:
             self._is_whole = False
             return
@@ -95,20 +101,24 @@ class ValidationWatch:
     def result(self, metric: float, reduce: Reduce) -> dict[str, float]:
         """Return what the last validation showed since the last call, by the names of an ``EpochNote``.
 
-        Every rank must call it.
+        Every rank must call it. Of samples that are all of one class it returns only ``only_class``: a network may
+        predict that class everywhere, so neither accuracy nor metric says how well it has learned.
 
         Args:
             metric: that a callback monitors, to this rank.
             reduce: sums over the ranks.
         """
         self._end()
-        counts = [0.0, 0.0] if self._counts is None else self._counts.tolist()
+        counts = [0.0] * 4 if self._counts is None else self._counts.tolist()
         sums = torch.tensor([*counts, not self._is_whole, metric, 1.0], dtype=torch.float64)
         has_run = self._has_run
         self._forget()
         if not has_run:
             return {}
-        right, samples, broken, metrics, ranks = reduce(sums).tolist()
+        right, samples, ids, squares, broken, metrics, ranks = reduce(sums).tolist()
+        # By Cauchy and Schwarz, only of equal numbers.
+        if not broken and samples >= MIN_SAMPLES and squares * samples == ids * ids:
+            return {"only_class": ids / samples, "samples": samples}
         shown = {"metric": metrics / ranks}
         return shown if broken or not samples else {**shown, "accuracy": right / samples, "samples": samples}
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback
 from lightning_unlearn.evidence.when import PartitionTime, check_at_epoch, similarity
 from lightning_unlearn.results.status import PartitionStatus
 from lightning_unlearn.trainer.limits import limits_of
-from tests.toys import Blobs, BlobsData, Toy, adamw, assert_same_weights, auroc, fit, sgd, trio, weights
+from tests.toys import Blobs, BlobsData, Toy, adamw, assert_same_weights, auroc, by_margin, fit, sgd, trio, weights
 
 SIZE = 101
 LOGGER = "lightning.pytorch.utilities.rank_zero"
@@ -287,6 +287,26 @@ def test_what_validation_shows_in_another_form_is_left_out(monkeypatch):
     fit(Twice(), BlobsData(Blobs(SIZE)), callbacks, max_epochs=4)
     assert not any(note["samples"] for note in noted(callbacks[0]).values())
     assert callbacks[0].partition.epoch == 2
+
+
+@pytest.mark.parametrize("only", [0, 2])
+def test_a_validation_set_of_one_class_is_named_once_and_not_used(only, monkeypatch, recwarn):
+    class OneClass(BlobsData):
+        def val_dataloader(self):
+            x, _ = next(iter(DataLoader(super().val_dataloader().dataset, 32)))
+            return DataLoader(TensorDataset(x, torch.full((32,), only)), batch_size=16)
+
+    monkeypatch.setattr(PartitionTime, "_peaked", lambda *_: "")
+    callback = AttributionPartitionCallback(recipe=by_margin, dry_run=True)
+    fit(Toy(), OneClass(Blobs(SIZE)), [callback, EarlyStopping("val_loss", patience=99)], max_epochs=4)
+    for note in noted(callback).values():
+        assert note["samples"] == 0
+        assert not {"accuracy", "metric"} & set(note)
+    said = [str(one.message) for one in recwarn if "validation samples" in str(one.message)]
+    assert said == [
+        f"All 32 validation samples are labeled as class {only}. Validation is not used to tell when labels are being"
+        " memorized. Split the data so that validation holds every class."
+    ]
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,13 @@ class BlobsData(L.LightningDataModule):
         return DataLoader(Blobs(32, 0, image=self.train.x.ndim == 4, seed=7), batch_size=16)
 
 
+class QuickData(BlobsData):
+    """In half as many steps, where how well the network learns is not the question."""
+
+    def __init__(self, train: Blobs, *, batch_size: int = 32, **kwargs: Any) -> None:
+        super().__init__(train, batch_size=batch_size, **kwargs)
+
+
 class Residual(nn.Module):
     """What feeds the head is a sum, so that no layer's rows are its inputs."""
 

@@ -8,7 +8,6 @@ from lightning_unlearn import DataFormat
 from lightning_unlearn.data.fingerprint import fingerprint
 from tests.toys import (
     Blobs,
-    BlobsData,
     IndexRecorder,
     Toy,
     adamw,
@@ -17,6 +16,9 @@ from tests.toys import (
     mlp,
     sgd,
     weights,
+)
+from tests.toys import (
+    QuickData as BlobsData,
 )
 from tests.toys import (
     quick_trio as trio,
@@ -133,18 +135,18 @@ def test_the_clean_subset_is_drawn_in_the_same_order_with_workers(tmp_path):
 
 def test_a_validation_interval_longer_than_the_subset_survives(tmp_path):
     keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
-    fit(Toy(), BlobsData(Blobs(101)), [*trio(3), keep], enable_checkpointing=True, val_check_interval=7, max_epochs=5)
+    fit(Toy(), BlobsData(Blobs(101)), [*trio(3), keep], enable_checkpointing=True, val_check_interval=4, max_epochs=5)
     module, callbacks = Toy(), trio(3)
-    with pytest.warns(UserWarning, match="fewer than val_check_interval=7"):
+    with pytest.warns(UserWarning, match="fewer than val_check_interval=4"):
         fit(
             module,
             BlobsData(Blobs(101)),
             callbacks,
-            val_check_interval=7,
+            val_check_interval=4,
             max_epochs=6,
             ckpt_path=tmp_path / "epoch=3.ckpt",
         )
-    assert module.steps_by_epoch == dict.fromkeys((4, 5), -(-len(callbacks[0].partition.clean_indices()) // 16))
+    assert module.steps_by_epoch == dict.fromkeys((4, 5), -(-len(callbacks[0].partition.clean_indices()) // 32))
     assert module.validations_by_epoch == {4: 1, 5: 1}
 
 
@@ -171,8 +173,8 @@ def test_a_new_fit_with_the_same_callbacks_starts_anew():
     for seed in (0, 1, 0):
         module = Toy(lambda: mlp(0.2))
         fit(module, BlobsData(Blobs(101, seed=seed)), callbacks)
-        assert module.steps_by_epoch[0] == 7
-        assert module.steps_by_epoch[3] < 7
+        assert module.steps_by_epoch[0] == 4
+        assert module.steps_by_epoch[3] < 4
         first.append(weights(module))
         partitions.append(callbacks[0].partition)
         masks.append(callbacks[1].mask)
@@ -208,7 +210,7 @@ def test_testing_an_earlier_checkpoint_does_not_lose_what_the_fit_found(tmp_path
 
 def test_other_labels_of_the_same_number_are_refused_on_resume(checkpoints):
     module = Toy()
-    with pytest.raises(ValueError, match=r"every dataset index to keep its label, but \d+ of 16 changed"):
+    with pytest.raises(ValueError, match=r"every dataset index to keep its label, but \d+ of 32 changed"):
         fit(module, BlobsData(Blobs(101, seed=1)), trio(2), ckpt_path=checkpoints / "epoch=2.ckpt")
     assert module.steps == 0
 

@@ -14,7 +14,6 @@ from tests.callbacks.published import Planted, PlantedData, Published, make_part
 from tests.toys import (
     CLASSES,
     Blobs,
-    BlobsData,
     IndexRecorder,
     Toy,
     adamw,
@@ -22,6 +21,9 @@ from tests.toys import (
     fit,
     mlp,
     weights,
+)
+from tests.toys import (
+    QuickData as BlobsData,
 )
 from tests.toys import (
     quick_trio as trio,
@@ -103,19 +105,19 @@ def test_the_log_says_what_would_be_trained_on_and_what_that_would_cost(said, on
     fit(module, BlobsData(data), [source, finetune], max_epochs=6)
     (line,) = [text for text in said() if "would train" in text]
     assert "Dry run: Fine-tuning goes on from the weights as they are: no label is suspect." in said()
-    assert module.steps_by_epoch == dict.fromkeys(range(6), 13)
+    assert module.steps_by_epoch == dict.fromkeys(range(6), 7)
     if on_noisy == "relabel":  # everything, so at the same cost
         assert line == f"Dry run: would train on {wording}, 4 epochs of as many batches as before."
         return
     found = re.fullmatch(
-        r"Dry run: would train on (.+), 4 epochs of (\d+) batches instead of 13: at the last epoch's speed about"
+        r"Dry run: would train on (.+), 4 epochs of (\d+) batches instead of 7: at the last epoch's speed about"
         r" ([\d.]+) s instead of ([\d.]+) s\.",
         line,
     )
     assert found, line
     assert found[1] == wording
     # 152 samples; .95 and .05 of all.
-    assert int(found[2]) == 10
+    assert int(found[2]) == 5
     assert 0 <= float(found[3]) <= float(found[4])
 
 
@@ -127,11 +129,11 @@ def test_the_cost_is_that_of_the_epochs_that_remain(said):
     class Slow(L.Callback):
         def on_train_epoch_start(self, trainer, pl_module):
             if trainer.current_epoch == 2:
-                finetune._finetuning.seconds_per_epoch = 26.0  # 2 s a batch
+                finetune._finetuning.seconds_per_epoch = 14.0  # 2 s a batch
 
     fit(Toy(), BlobsData(data), [Slow(), source, finetune], max_epochs=12)
     (line,) = [text for text in said() if "would train" in text]
-    assert "10 epochs of 7 batches instead of 13: at the last epoch's speed about 140.0 s instead of 260.0 s" in line
+    assert "10 epochs of 4 batches instead of 7: at the last epoch's speed about 80.0 s instead of 140.0 s" in line
 
 
 def test_an_open_end_has_no_cost(said):

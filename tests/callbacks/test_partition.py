@@ -18,7 +18,6 @@ from lightning_unlearn.evidence.collector import EvidenceCollector
 from tests.toys import (
     CLASSES,
     Blobs,
-    BlobsData,
     Plain,
     Swapped,
     Toy,
@@ -28,6 +27,9 @@ from tests.toys import (
     fit,
     mlp,
     partition_callback,
+)
+from tests.toys import (
+    QuickData as BlobsData,
 )
 
 
@@ -111,7 +113,7 @@ def test_passes_when_epochs_are_complete(passes):
     callback = partition_callback(at_epoch=3, evidence_from="eval_passes")
     module = Toy()
     fit(module, BlobsData(Blobs()), [callback], max_epochs=5)
-    assert passes == [(epoch, 13 * epoch) for epoch in (1, 2, 3)]
+    assert passes == [(epoch, 7 * epoch) for epoch in (1, 2, 3)]
     assert callback.partition.epoch == 3
 
 
@@ -125,7 +127,7 @@ def test_a_recipe_that_does_not_average_passes_once(passes):
 def test_where_training_is_read_there_is_one_pass(recipe, passes):
     callback = AttributionPartitionCallback(at_epoch=3, recipe=recipe)
     fit(Toy(), BlobsData(Blobs()), [callback])
-    assert passes == [(3, 39)]
+    assert passes == [(3, 21)]
 
 
 def test_before_it_exists_the_error_names_the_epoch():
@@ -312,7 +314,7 @@ def test_a_dataset_whose_labels_change_is_refused_between_passes_and_not_read_in
             x, y = super().__getitem__(index)
             return x, (y + len(self.read) // 600) % CLASSES
 
-    with pytest.raises(ValueError, match=r"every dataset index to keep its label, but \d+ of 16 changed"):
+    with pytest.raises(ValueError, match=r"every dataset index to keep its label, but \d+ of 32 changed"):
         fit(Toy(), BlobsData(Drifting()), [partition_callback(at_epoch=3, evidence_from="eval_passes")])
     # Training steps are no longer read then.
     said = []

@@ -16,7 +16,8 @@ from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, ReduceLROnPlateau
 
 from lightning_unlearn import AttributionPartitionCallback
-from tests.toys import Blobs, BlobsData, Toy, adamw, assert_same_weights, auroc, fit, mlp, sgd, weights
+from tests.toys import Blobs, Toy, adamw, assert_same_weights, auroc, fit, mlp, sgd, weights
+from tests.toys import QuickData as BlobsData
 from tests.toys import quick_trio as trio
 
 AT, SIZE = 2, 101
@@ -69,8 +70,8 @@ SETTINGS = [
     {"profiler": "simple"},
     {"limit_val_batches": 0},
     {"num_sanity_val_steps": -1, "check_val_every_n_epoch": 2},
-    {"max_steps": 2 * 6 + 2},
-    {"max_epochs": -1, "max_steps": 2 * 6 + 2},
+    {"max_steps": 2 * 3 + 2},
+    {"max_epochs": -1, "max_steps": 2 * 3 + 2},
     {"inference_mode": False},
     {"use_distributed_sampler": False},
 ]
@@ -106,7 +107,7 @@ def test_max_steps_before_the_partition_ends_the_fit_with_a_warning():
     with pytest.warns(
         UserWarning, match="ended after 2 epochs: the partition is computed now, too late to prune or fine"
     ):
-        fit(Toy(), BlobsData(Blobs(SIZE)), callbacks, max_steps=9, max_epochs=-1)
+        fit(Toy(), BlobsData(Blobs(SIZE)), callbacks, max_steps=6, max_epochs=-1)
     assert not callbacks[2].is_active
 
 
@@ -203,7 +204,7 @@ def test_a_schedule_of_steps_with_restarts_goes_on_or_starts_anew(restart):
     watch = Watch()
     callbacks = trio(AT, finetune={"optimizer": "restart" if restart else None})
     fit(Toy(optimizer=restarts), BlobsData(Blobs(SIZE)), [*callbacks, watch], max_epochs=3)
-    steps = 2 * 7 + len(watch.rates[AT])
+    steps = 2 * 4 + len(watch.rates[AT])
     (schedule,) = watch.schedulers[AT]
     assert schedule.last_epoch == (len(watch.rates[AT]) if restart else steps)
     assert watch.rates[AT][-1] == pytest.approx(
@@ -231,9 +232,9 @@ def test_the_patience_of_early_stopping_is_counted_across_the_swap():
         ({"save_top_k": 2, "monitor": "val_loss"}, set()),
         (
             {"every_n_train_steps": 3, "save_top_k": -1},
-            {f"epoch={e}-step={s}.ckpt" for e, s in ((0, 3), (1, 9), (2, 15))},
+            {f"epoch={e}-step={s}.ckpt" for e, s in ((0, 3), (1, 6), (2, 9))},
         ),
-        ({"save_top_k": -1, "save_on_train_epoch_end": True}, {"epoch=0-step=7.ckpt", "epoch=1-step=14.ckpt"}),
+        ({"save_top_k": -1, "save_on_train_epoch_end": True}, {"epoch=0-step=4.ckpt", "epoch=1-step=8.ckpt"}),
     ],
     # Not the sets, whose order differs between the processes of pytest-xdist.
     ids=["last", "best", "every steps", "every epoch"],
@@ -251,7 +252,7 @@ def test_checkpoints_from_before_the_swap_hold_what_was_trained_and_later_ones_z
         plain.load_state_dict(saved["state_dict"])
         zeros = all((entry == 0).all() for entry in pruned_entries(callbacks[1], plain))
         # A checkpoint of the end of an epoch is of before the pruning that the next epoch begins with.
-        assert zeros == (saved["global_step"] > AT * 7), path
+        assert zeros == (saved["global_step"] > AT * 4), path
 
 
 # Loggers and bars
@@ -274,7 +275,7 @@ def test_tensorboard_is_told(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logger, callback = TensorBoardLogger(tmp_path), AttributionPartitionCallback(at_epoch=1)
-    fit(Toy(), BlobsData(Blobs(SIZE)), [callback], max_epochs=2, logger=logger)
+    fit(Toy(), BlobsData(Blobs(SIZE), batch_size=16), [callback], max_epochs=2, logger=logger)
     events = EventAccumulator(logger.log_dir)
     events.Reload()
     assert events.Scalars("unlearn/noise_rate")[0].value == pytest.approx(callback.partition.noise_rate, abs=1e-4)

@@ -11,8 +11,10 @@ def test_the_first_example_runs_as_it_stands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0]
     assert len([line for line in code.splitlines() if line.strip()]) <= 8
+    assert "max_epochs=30" in code
     names = {}
-    exec(compile(code, "README.md", "exec"), names)
+    # In fewer epochs than there, as the demo that CI runs takes as many.
+    exec(compile(code.replace("max_epochs=30", "max_epochs=10"), "README.md", "exec"), names)
     assert (tmp_path / "suspects.csv").read_text(encoding="utf-8-sig").startswith("index,given_label,suggested_label")
     partition = names["partition"].partition
     data = DigitsDataModule(noise=0.4)

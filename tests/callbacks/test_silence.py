@@ -24,7 +24,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from lightning_unlearn import SensitivityPruneCallback
 from lightning_unlearn.pruning import holding as holding_module
 from tests.callbacks.published import Published, make_partition
-from tests.toys import Blobs, BlobsData, Toy, adamw, fit, make_trainer, weights
+from tests.toys import Blobs, Toy, adamw, fit, make_trainer, weights
+from tests.toys import QuickData as BlobsData
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
 

@@ -101,7 +101,7 @@ def label_evidence(history: LabelHistory, reduce: Reduce) -> tuple[LabelEvidence
 
 
 def finite_phases(history: LabelHistory, mean: Tensor) -> Tensor:
-    """The phases (n, P, C), with the mean over training (n, C) in place of those that a sample was not drawn in."""
+    """Return the phases (n, P, C), with the mean over training (n, C) for phases in which a sample was not drawn."""
     return torch.where(history.phases.isfinite(), history.phases, mean.unsqueeze(1))
 
 

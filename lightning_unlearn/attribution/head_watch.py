@@ -48,7 +48,7 @@ class Step:
         expected = [(samples, columns), (samples,)] if columns == 1 else [(samples, columns)]
         if not isinstance(output, Tensor) or tuple(output.shape) not in expected:
             shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            self.fault = f"its output {shape} has not one row for each of the batch's {samples} labels"
+            self.fault = f"its output {shape} does not have one row for each of the batch's {samples} labels"
             return
         try:
             output.register_hook(self.add_gradient)  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""What the three callbacks share: when they act, how they find each other, one pass over the training set."""
+"""Base classes of the callbacks: setup, resume, teardown, and when they act."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lightning_unlearn.utilities.sharding import reshard
 
 
 class FitCallback(DualPackageCallback):
-    """Knows the fit that it is in, by one :class:`FitContext` that the callbacks share, from ``setup`` on."""
+    """Base class with access to the :class:`FitContext` that the callbacks of a fit share, from ``setup`` on."""
 
     _fit: FitContext | None = None
 
@@ -40,11 +40,11 @@ class FitCallback(DualPackageCallback):
             RuntimeError: outside of one.
         """
         if self._fit is None:
-            raise RuntimeError(f"{type(self).__name__} is in no fit: a Trainer must set it up first.")
+            raise RuntimeError(f"{type(self).__name__} is not part of a fit: pass it to a Trainer and call fit.")
         return self._fit
 
     def join_fit(self, trainer: Trainer, pl_module: LightningModule, source: PartitionSource) -> None:
-        """Take the context that another callback has made, or make it."""
+        """Use the context that another callback has created, or create it."""
         ours = [callback for callback in callbacks_of(trainer) if isinstance(callback, FitCallback)]
         self._fit = shared_context(trainer, pl_module, source, [one._fit for one in ours if one is not self])
 
@@ -55,15 +55,15 @@ class FitCallback(DualPackageCallback):
 
 
 class UnlearnCallback(FitCallback):
-    """Acts at the start of training and of every epoch, whenever :meth:`act_if_due` finds that something is due.
+    """Base class of callbacks that act at the start of training and of every epoch (:meth:`act_if_due`).
 
-    Both hooks, because after a resume Lightning may skip the second; and never at the end of an epoch, where a
-    ModelCheckpoint would store changed weights under the metric of the unchanged ones.
+    Both hooks are used because Lightning may skip the second one after a resume. Nothing is done at the end of an
+    epoch, where a ModelCheckpoint would store changed weights under the metric of the unchanged ones.
     """
 
     seconds = 0.0
-    """How long this callback's own work between epochs has taken since the fit was started or resumed."""
-    # Of what ``state_dict`` describes; a checkpoint with another is not taken over.
+    """Seconds that this callback's own work between epochs has taken since the fit was started or resumed."""
+    # Format version of ``state_dict``; a checkpoint with another version is refused.
     state_version = 1
 
     _fitting = False
@@ -117,7 +117,7 @@ class UnlearnCallback(FitCallback):
         if found == expected:
             self.load_fields(state)
             return
-        said = f"Expected a state of {who} in format version {expected}, but the checkpoint has version {found}"
+        said = f"Expected the state of {who} in format version {expected}, but the checkpoint has version {found}"
         if self._fitting:
             raise ValueError(
                 f"{said}; resume with the version of lightning_unlearn that wrote it, or train from its weights"

@@ -22,46 +22,45 @@ from lightning_unlearn.utilities.sharding import reshard
 
 
 class CleanSubsetFinetuneCallback(PartitionConsumer):
-    """Trains on the clean subset once there is a partition (RLAP, step 5), re-labeled or re-weighted if asked.
+    """Trains on the clean subset once the partition is computed (RLAP, step 5).
 
     The loader stays the user's own (class, workers, collate function, transforms). Only the indices it draws from
     change, not how it draws them: a WeightedRandomSampler keeps the weights of the remaining samples (times their
     probability with ``on_noisy="reweight"``), and an epoch has fewer draws in proportion to the weight removed. If
-    Lightning does not split samplers over the ranks, a sampler with replacement draws its number on every rank, as
-    before. Lightning recomputes the number of batches, the validation interval and the progress bar's total. After the
-    fit, or an exception, loader, ``requires_grad`` and modes are restored. If the partition is recomputed in later
-    rounds, the subset follows.
+    Lightning does not split samplers over the ranks, a sampler with replacement draws all of its samples on every
+    rank, as before. Lightning recomputes the number of batches, the validation interval and the progress bar's total.
+    After the fit, or an exception, loader, ``requires_grad`` and modes are restored. If the partition is recomputed in
+    later rounds, the subset follows.
 
     Args:
-        mode: ``"full"`` trains everything (the paper's F-FT), ``"layers"`` only some layers (L-FT); the rest is frozen,
-            statistics of its batch norms included.
+        mode: ``"full"`` trains all layers (the paper's F-FT), ``"layers"`` only some (L-FT); the others are frozen,
+            including their batch norm statistics.
         layers: with ``mode="layers"``: dotted paths of the modules to train; by default the layer that the
             SensitivityPruneCallback prunes and those that ``forward`` calls after it.
-        warm_start: what fine-tuning starts from. ``"keep"``: the weights as they are. ``"shrink"``: what was memorized
-            is in all of the weights, so those that training has changed are moved back towards those that the fit began
-            with; a tenth of the way is kept. ``"start"``: those that the fit began with. ``"auto"``: ``"shrink"`` where
-            the network predicts at least half of the suspect labels, or .1 more of the training labels than of the
-            validation labels, else ``"keep"``. Only what is trained from then on
-            is moved; pruned neurons stay at zero, averages of the weights follow, and running statistics of norms begin
-            anew from those of the start. Except with ``"keep"``, a copy of all trained parameters is kept on the CPU,
-            and in checkpoints, until fine-tuning starts.
-        on_noisy: how samples are treated that are not clean, or whose label is doubtful
-            (:class:`~lightning_unlearn.Partition`). ``"drop"`` leaves them out. ``"reweight"``: every sample is
-            drawn in an epoch with its probability of being clean. ``"relabel"``: where the label is wrong and the
-            suggested one is probable enough, the sample is trained on under the suggested label, which takes the given
-            one's place in the batch on its way in; the data set is not changed.
-        lr: with a value, ``configure_optimizers`` (or ``optimizer``) makes a fresh optimizer with this constant
-            learning rate; its own schedulers are dropped. Without, the optimizer and its schedule go on as they are;
-            but where weights are moved (``warm_start``), ``configure_optimizers`` runs again, and the rate falls by a
-            cosine from the highest that the fit has had to zero when it ends.
+        warm_start: the weights that fine-tuning starts from. ``"keep"``: the current weights. ``"shrink"``: memorized
+            labels are stored in all of the weights, so trained weights are moved back towards their values at the start
+            of the fit; a tenth of the change is kept. ``"start"``: the weights at the start of the fit. ``"auto"``:
+            ``"shrink"`` if the network predicts at least half of the suspect labels, or .1 more of the training labels
+            than of the validation labels, else ``"keep"``. Only parameters that are trained from then on are moved;
+            pruned neurons stay at zero, averages of the weights follow, and running statistics of norms are reset to
+            those of the start. Except with ``"keep"``, a copy of all trained parameters is kept on the CPU and in
+            checkpoints until fine-tuning starts.
+        on_noisy: treatment of samples that are not clean, or whose label is doubtful
+            (:class:`~lightning_unlearn.Partition`). ``"drop"`` excludes them. ``"reweight"`` draws every sample with
+            its probability of being clean. ``"relabel"`` also trains on samples with a wrong label, under the suggested
+            label if it is probable enough; the label is replaced in the batch, and the dataset is not changed.
+        lr: constant learning rate of a fresh optimizer, created by ``configure_optimizers`` (or ``optimizer``) without
+            its schedulers. If None, the current optimizer and its schedule continue; if weights are moved
+            (``warm_start``), ``configure_optimizers`` runs again, and the learning rate follows a cosine from the
+            highest rate of the fit so far to zero at its end.
         optimizer: a function from the trainable parameters to the optimizer, in YAML as ``class_path`` and
             ``init_args``; or ``"restart"``: run the module's ``configure_optimizers`` again, so that its schedule
-            starts anew, planned for the epochs and batches that remain. With frozen layers a fit resumes from its
-            checkpoints only with this callback, as there is less optimizer state. The weights load anywhere.
-        lr_scheduler: makes the schedule from the optimizer, stepped once per epoch.
+            restarts, planned for the remaining epochs and batches. With frozen layers, resuming from a checkpoint
+            requires this callback, since there is less optimizer state. The weights load anywhere.
+        lr_scheduler: function from the optimizer to its scheduler, stepped once per epoch.
 
     Raises:
-        ValueError: for arguments that do not fit, here; for an unknown layer when the fit is set up.
+        ValueError: for invalid arguments, here; for an unknown layer when the fit is set up.
         MisconfigurationException: without an AttributionPartitionCallback beside it, when the fit is set up.
         TypeError: for a train loader whose sampler a subset would silently replace, when training starts.
     """
@@ -69,7 +68,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
     state_version = 2
 
     relabel_threshold = 0.7
-    """Least probability of a suggested label with which ``on_noisy="relabel"`` trains, in (0, 1]."""
+    """Minimum probability of a suggested label with which ``on_noisy="relabel"`` trains, in (0, 1]."""
 
     def __init__(
         self,

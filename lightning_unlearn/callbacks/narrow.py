@@ -1,4 +1,4 @@
-"""Choose the training samples inside a fit by hand: nothing is judged, pruned or fine-tuned."""
+"""Restrict training to samples of your choice during a fit."""
 
 from __future__ import annotations
 
@@ -28,23 +28,22 @@ def narrow(trainer: Trainer, indices: Iterable[int] | Tensor | None) -> None:
     """Train on these samples only, from the next epoch on or the one that is about to start.
 
     Call it in ``on_train_start``, ``on_train_epoch_start`` or ``on_train_epoch_end``, as often as you like, on every
-    rank. The loader stays yours (class, workers, collate function, transforms) and draws in its own way: shuffled or
-    not, by weights, split over the ranks. Lightning recomputes the number of batches and the validation interval; a
-    schedule that was planned for a number of steps is not planned anew. After the fit, or an exception, the loader
-    draws from all samples again. A checkpoint does not keep the choice: in a fit that goes on, make it again in
-    ``on_train_start``.
+    rank. The loader keeps its class, workers, collate function, transforms and way of sampling (shuffled, weighted,
+    split over the ranks). Lightning recomputes the number of batches and the validation interval; a learning rate
+    schedule planned for a number of steps is not changed. After the fit, or an exception, the loader draws from all
+    samples again. Checkpoints do not store the selection: call it again in ``on_train_start`` of a resumed fit.
 
     Args:
-        trainer: that is fitting.
-        indices: positions in the training set, each once, in any order, the same on every rank; always of all of it,
-            whatever an earlier call has chosen. None for all samples.
+        trainer: the Trainer that is fitting.
+        indices: positions in the full training set, regardless of earlier calls; each once, in any order, and the same
+            on every rank. None for all samples.
 
     Raises:
         MisconfigurationException: outside of a fit or in the middle of an epoch, under a strategy that is not
-            supported, with ``overfit_batches``, beside a CleanSubsetFinetuneCallback, and beside an
-            AttributionPartitionCallback that still gathers evidence.
-        TypeError: for indices that are no whole numbers, and for a loader that cannot be narrowed.
-        ValueError: for indices that are out of range, that come twice, that differ between the ranks, or that do not
+            supported, with ``overfit_batches``, with a CleanSubsetFinetuneCallback, and with an
+            AttributionPartitionCallback that is still collecting evidence.
+        TypeError: for indices that are not integers, and for a loader that cannot be narrowed.
+        ValueError: for indices that are out of range, repeated, that differ between the ranks, or that do not
             fill a batch.
 
     Example:
@@ -58,12 +57,12 @@ def narrow(trainer: Trainer, indices: Iterable[int] | Tensor | None) -> None:
     chosen, fault = _checked(indices, len(loader.dataset))  # type: ignore[arg-type]
     # What one rank refuses, all refuse: otherwise the others would hang.
     if trainer.strategy.reduce_boolean_decision(fault is not None, all=False):
-        raise fault or ValueError("Expected indices that fit, but those of another rank do not; see its error.")
+        raise fault or ValueError("The indices are invalid on another rank; see its error.")
     first: Tensor = trainer.strategy.broadcast(chosen)
     if trainer.strategy.reduce_boolean_decision(not torch.equal(first.cpu(), chosen), all=False):
         raise ValueError(
-            "Expected the same indices on every rank, but they differ; choose them on one and broadcast them"
-            " (trainer.strategy.broadcast), or by a generator of a fixed seed."
+            "Expected the same indices on every rank, but they differ. Choose them on one rank and broadcast"
+            " them (trainer.strategy.broadcast), or use a generator with a fixed seed."
         )
     known = next((one for one in callbacks_of(trainer) if isinstance(one, _Narrowing)), None)
     narrowing = _Narrowing() if known is None else known
@@ -94,8 +93,8 @@ def _check(trainer: Trainer) -> None:
     for callback in callbacks_of(trainer):
         if isinstance(callback, PartitionSource) and not _has_all_evidence(callback):
             raise MisconfigurationException(
-                f"{type(callback).__name__} still gathers evidence, which would be of a part of the samples only; call"
-                " narrow once it has its partition, and without every_n_epochs."
+                f"{type(callback).__name__} is still collecting evidence, which would cover a part of the samples"
+                " only. Call narrow after the partition, and without every_n_epochs."
             )
 
 
@@ -126,18 +125,18 @@ def _checked(indices: Iterable[int] | Tensor | None, total: int) -> tuple[Tensor
         found = torch.tensor([operator.index(_no_flag(one)) for one in listed], dtype=torch.int64)
     except (TypeError, OverflowError) as error:
         return none, TypeError(
-            "Expected indices to be positions in the training set, whole numbers, but got"
-            f" {type(indices).__name__} ({error}); of a mask take mask.nonzero().flatten()."
+            f"Expected indices to be integer positions in the training set, but got {type(indices).__name__}"
+            f" ({error}); for a mask, pass mask.nonzero().flatten()."
         )
     found = found.sort().values
     if len(found) and not 0 <= int(found[0]) <= int(found[-1]) < total:
         outside = int(found[0]) if found[0] < 0 else int(found[-1])
-        return none, ValueError(f"Expected indices in [0, {total}), as the training set has, but got {outside}.")
+        return none, ValueError(f"Expected indices in [0, {total}), the size of the training set, but got {outside}.")
     if len(found) and bool((found[1:] == found[:-1]).any()):
         twice = int(found[1:][found[1:] == found[:-1]][0])
         return none, ValueError(
-            f"Expected each index once, but {twice} comes twice; for samples that are drawn more often give the loader"
-            " a WeightedRandomSampler."
+            f"Expected each index once, but {twice} is repeated. To draw samples more often, give the loader a"
+            " WeightedRandomSampler."
         )
     return found, None
 
@@ -176,8 +175,8 @@ class _Narrowing(DualPackageCallback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._fit is not None and (found := self._fit.total) != self._total:
             raise ValueError(
-                f"Expected the training set that narrow was called for, of {self._total} samples, but the loader was"
-                f" made again with {found}; call narrow again in on_train_epoch_start of each epoch that reloads it, or"
+                f"Expected the training set of {self._total} samples for which narrow was called, but the reloaded"
+                f" loader has {found}. Call narrow again in on_train_epoch_start of each epoch that reloads it, or"
                 " leave out reload_dataloaders_every_n_epochs."
             )
 

@@ -1,4 +1,4 @@
-"""When to gather evidence and when to compute the partition."""
+"""The callback that collects evidence and computes the partition."""
 
 from __future__ import annotations
 
@@ -69,19 +69,19 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         at_epoch: when the partition is computed, and training on the clean subset can begin. ``"auto"``: once the
             evidence has peaked, that is when the ranking of the samples hardly changes any more, training accuracy
             exceeds validation accuracy, or validation gets worse; not before epoch 2, and no later than two thirds of
-            what the Trainer allows (epochs, steps, time) if another callback is to act on it, else at the end of
+            what the Trainer allows (epochs, steps, time) if another callback acts on it, else at the end of
             training. A whole number: after that many epochs (``max_epochs`` only if no other callback is to act). A
             float in (0, 1): after that share of ``max_epochs``. If EarlyStopping would end training earlier, the
             partition is computed then and training continues on what it keeps; if the fit ends earlier, at its end.
         every_n_epochs: recompute the partition every N epochs after the first; None computes it once.
-        recipe: ``"auto"``: wrong labels and corrupted inputs, each only if there is a sign of any; ``"label"`` or
-            ``"input"``: one of the two; ``"rlap"``: the paper's, blind to the given label; ``"loss"``, ``"aum"``,
+        recipe: ``"auto"``: wrong labels and corrupted inputs, each only with evidence of noise; ``"label"`` or
+            ``"input"``: one of the two; ``"rlap"``: the paper's, which ignores the given label; ``"loss"``, ``"aum"``,
             ``"argmax"``: baselines; or the dotted path of a function from evidence to p(clean), or that function.
-            :func:`~lightning_unlearn.recipes.get_recipe` changes what a recipe is given, and what it always keeps.
+            :func:`~lightning_unlearn.recipes.get_recipe` changes the settings of a recipe.
         suspect_precision: suspects are the longest list of which at least this share is expected to be wrong: higher
-            for fewer and surer ones. In [.5, 1). No sample that is less than .3 likely to be wrong is suspect. With a
-            recipe that does not estimate how many labels are wrong (your own function, ``"loss"``, ``"aum"``,
-            ``"argmax"``, ``"rlap"``, ``"input"``), suspects are the samples with p(clean) below .5.
+            for fewer and more certain ones. In [.5, 1). A sample with a probability below .3 of being wrong is never
+            suspect. With a recipe that does not estimate how many labels are wrong (your own function, ``"loss"``,
+            ``"aum"``, ``"argmax"``, ``"rlap"``, ``"input"``), suspects are the samples with p(clean) below .5.
         dry_run: compute the partition, but change nothing; the log reports what would be pruned and fine-tuned, and at
             what cost.
         review: a table of :meth:`Partition.to_csv <lightning_unlearn.Partition.to_csv>` in which a person has
@@ -301,7 +301,7 @@ class AttributionPartitionCallback(PublishedPartition, UnlearnCallback):
         if path is None:
             return
         self.state.task = ""
-        rank_zero_info(f"Labels are read from {shown_path(path)}, the field that the loss follows.")
+        rank_zero_info(f"Labels are read from {shown_path(path)}, the field that the loss uses.")
         self._begin_all(trainer, pl_module)
 
     @override

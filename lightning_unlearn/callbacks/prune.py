@@ -39,43 +39,42 @@ from lightning_unlearn.utilities.sharding import reshard
 
 
 class SensitivityPruneCallback(PartitionConsumer):
-    """Prunes the neurons whose activations tell noise from clean samples (RLAP, step 4).
+    """Prunes the neurons that are significantly more active on noisy samples (RLAP, step 4).
 
-    Once the partition is computed, it streams the layers' activations over the training set, regresses the probability
-    of being clean on them, and prunes the neurons that are significantly more active for noise, worst first and up to a
-    share: weight row, bias, and scale and shift of a norm that follows. They stay exactly zero during all further
-    training and in every checkpoint, which loads with ``strict=True`` into the plain module. If no neuron is
-    significant, none is pruned.
+    Once the partition is computed, it streams the activations of the layers over the training set, regresses the
+    probability of being clean on them, and prunes the neurons that are significantly more active on noisy samples,
+    worst first, up to ``amount``: weight row, bias, and scale and shift of a following norm. Pruned neurons stay
+    exactly zero during further training and in every checkpoint, which loads with ``strict=True`` into the plain
+    module. If no neuron is significant, none is pruned.
 
-    That pruned neurons are silent is verified in the running module, before the first step and at pruning, whatever
-    its weights are computed from. If something else writes to the weights later, they are zeroed again and this is
+    Before the first step and at pruning it verifies in the running module that pruned neurons output zero, however
+    the weights are computed. If something else writes to the weights later, they are zeroed again and a warning is
     logged.
 
     A guard prunes in steps and rolls back a step after which validation accuracy (without validation data, the loss on
     held-out confident clean samples) is worse than before pruning by more than a tolerance.
 
     With the recipe ``"rlap"`` the regression is the paper's: least squares of the two clusters, neurons of largest
-    magnitude whatever their sign, without a test.
+    magnitude of either sign, without a test.
 
     Args:
-        layer: dotted path of the Linear or convolution to prune, a convolution by channel; or several of them. Inside a
-            residual branch, what is pruned is the branch's contribution. By default the neurons are the inputs of the
-            last Linear with an output per class that ``forward`` calls: its columns are pruned, and with them the
-            neurons of the layer that feeds it, where that is one layer with nothing but element-wise functions and
-            pooling between.
-        amount: share of each layer's live neurons to prune at most, in (0, 1), over all rounds of partition and
-            pruning; dead neurons, which are constant, do not count.
-        criterion: ``"sensitivity"``, or one to compare it with, which always prunes ``amount``: ``"random"``;
-            ``"magnitude"`` of the weights, smallest first; the importance for suspect samples over that for clean ones
+        layer: dotted path of the Linear or convolution to prune, or a list of paths. A convolution is pruned by
+            channel. In a residual branch, the contribution of the branch is pruned. By default the neurons are the
+            inputs of the last Linear with an output per class that ``forward`` calls: its columns are pruned, and the
+            neurons of the layer that feeds it if there are only element-wise functions and pooling between the two.
+        amount: maximum share of each layer's active neurons to prune, in (0, 1), over all rounds of partition and
+            pruning. Neurons with a constant activation do not count.
+        criterion: ``"sensitivity"``, or a baseline, which always prunes ``amount``: ``"random"``; ``"magnitude"`` of
+            the weights, smallest first; or the ratio of importance on suspect to clean samples, largest first
             (``"mean_abs_ratio"``, ``"rms_ratio"``, ``"std_ratio"``, ``"frequency_ratio"`` of activations, ``"taylor"``
-            and ``"hessian"`` of the loss of the given labels), largest first. Or one with settings of its own, as
+            and ``"hessian"`` of the loss of the given labels). Pass an object to change its settings, such as
             ``Sensitivity(fdr_level=None)``, or your own: see :mod:`lightning_unlearn.pruning.criteria`.
-        max_val_drop: by how much validation accuracy may fall (0.01 is one point), or the loss rise, in nats; None for
-            no guard: nothing is measured, and nothing taken back.
-        shrink_to: file to which rank 0 writes the network without its pruned neurons when the fit ends, as the weights
-            are then: with fewer parameters, and the same outputs. :func:`~lightning_unlearn.shrinking.load_shrunk`
-            reads it. Of another checkpoint, ``lightning-unlearn shrink`` makes one. Where no neuron was pruned or can
-            be cut, none is written, and a file of an earlier fit stays, which is said.
+        max_val_drop: maximum drop of validation accuracy (0.01 is one point), or rise of the loss in nats. None
+            disables the guard: nothing is measured or rolled back.
+        shrink_to: file to which rank 0 writes the final network without its pruned neurons at the end of the fit: fewer
+            parameters, same outputs. :func:`~lightning_unlearn.shrinking.load_shrunk` reads it;
+            ``lightning-unlearn shrink`` does the same for any checkpoint. If no neuron was pruned or can be cut out,
+            no file is written, and a warning names an existing file of an earlier fit.
 
     Raises:
         ValueError: for arguments out of range, here; for a layer that is unknown or cannot be pruned, when the fit is
@@ -141,7 +140,7 @@ class SensitivityPruneCallback(PartitionConsumer):
         masks = self.masks
         if len(masks) > 1:
             names = ", ".join(repr(mask.layer) for mask in masks)
-            raise RuntimeError(f"There are {len(masks)} masks, of the layers {names}: use .masks.")
+            raise RuntimeError(f"There are {len(masks)} masks, for layers {names}: use .masks.")
         return masks[0]
 
     @property

@@ -39,30 +39,30 @@ _LOSS = "training loss"
 class UnlearnReport(FitCallback):
     """Writes a run directory with ``report.html`` when the fit ends.
 
-    The report is one offline file: what was found and done and whether it helped, the noise estimate, confused classes,
-    the probabilities of being clean, the most suspect samples (to filter, sort and review), training curves, neurons
-    and run times. ``lightning-unlearn report DIR`` makes it again from the run directory.
+    The report is a single offline file: what was found and done and whether it helped, the noise estimate, confused
+    classes, the probabilities of being clean, the most suspect samples (to filter, sort and review), training curves,
+    neurons and run times. ``lightning-unlearn report DIR`` recreates it from the run directory.
 
     It needs an AttributionPartitionCallback among the Trainer's callbacks, in any order. An error while writing becomes
     a warning and does not end the fit.
 
     Args:
         dir: the run directory; by default ``unlearn`` in the logger's folder, or in the Trainer's ``default_root_dir``.
-        class_names: by label; by default what the data set has as ``classes``, as an ImageFolder does.
+        class_names: names by label; by default the ``classes`` of the dataset, as in an ImageFolder.
         samples: how many of the most suspect samples the report shows; up to a quarter are samples with a person's
             decision (``review``); if none is suspect, the 24 least certain. They are read from the dataset (that of
             ``attribution_dataloader()`` if there is one) and stored in the file.
-        render: from an item of the dataset to what is shown: a text, a table (a dict of names and values), a PIL image,
-            or the bytes of a PNG; for a video, a frame. By default images, audio (with ``sample_rate``), texts and
-            tables are shown as they are, and token ids are decoded if the module, its data or the collate function has
+        render: function from a dataset item to what the report shows: text, a table (a dict of names and values), a PIL
+            image, or the bytes of a PNG; for a video, a frame. By default images, audio (with ``sample_rate``), texts
+            and tables are shown directly, and token ids are decoded if the module, its data or the collate function has
             a ``tokenizer``.
-        mean: subtracted from each channel of an image by the dataset's transforms; added back for display.
-        std: divided by in the dataset's transforms. Without both, images with values beyond [0, 1] are rescaled.
+        mean: mean of each image channel in the normalization of the dataset's transforms, which is undone for display.
+        std: standard deviation of each channel, likewise. Without both, images with values beyond [0, 1] are rescaled.
         channels: whether an image's channels come ``"first"`` or ``"last"``; inferred from its shape by default.
-        sample_rate: of audio (T,) or (1, T), per second.
+        sample_rate: samples per second of audio (T,) or (1, T).
 
     Raises:
-        ValueError: for arguments that do not fit, here; for ``class_names`` that are too many or too few, before the
+        ValueError: for invalid arguments, here; for too many or too few ``class_names``, before the
             first training step.
         MisconfigurationException: without an AttributionPartitionCallback beside it, when the fit is set up.
 
@@ -282,7 +282,7 @@ class UnlearnReport(FitCallback):
             [index for index, key in keys.items() if key in self._by_key],
             find_tokenizer(*trained),
         )
-        absent = {"kind": "text", "text": "It was not seen again after the partition."}
+        absent = {"kind": "text", "text": "No batch contained it after the partition."}
         return {index: found.get(index, absent) | {"file": str(key)} for index, key in keys.items()}, fault
 
     def gallery(

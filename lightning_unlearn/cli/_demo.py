@@ -21,10 +21,12 @@ def add_demo(commands: Any) -> None:
         commands,
         "demo",
         "train on digits with wrong labels, repair, and compare with controls",
-        """\
-Trains a small network on scikit-learn's digits with 40 % symmetric label noise until it has memorized the wrong labels;
-then the callbacks find them and repair it, beside every control: train on, shrink the weights, retrain. Takes about two
-minutes, --fast less than one; downloads nothing.""",
+        (
+            "Trains a small network on scikit-learn's digits with 40 % symmetric label noise until it has"
+            " memorized the wrong labels;\nthen the callbacks find them and repair the network, compared with"
+            " all controls: continued training, shrinking the\nweights, retraining. Takes about two minutes,"
+            " --fast less than one; downloads nothing."
+        ),
         "lightning-unlearn demo --fast",
         "lightning-unlearn demo --out runs/demo --json runs/demo/results.json",
     )

@@ -65,7 +65,7 @@ def run_partition(arguments: Sequence[str]) -> None:
         },
     )
     if cli.trainer.fast_dev_run:  # type: ignore[attr-defined]  # Trainer sets it without declaring it
-        raise ValueError("Expected a training to judge, but the Trainer has fast_dev_run; leave it out.")
+        raise ValueError("fast_dev_run trains too little to compute a partition. Leave it out.")
     if cli.found is not None:
         _say_found(cli, arguments)
         return
@@ -78,7 +78,7 @@ def run_partition(arguments: Sequence[str]) -> None:
 def _say_drawn(cli: PartitionCLI, arguments: Sequence[str]) -> None:
     callback = cli.partition
     if not callback.has_result:
-        raise ValueError("Training ended before an epoch was complete, so there is nothing to judge.")
+        raise ValueError("Training ended before one epoch was complete, so there is no partition.")
     callback.save_provenance(cli.out / "provenance.json")
     # What follows for a fit, the callback has said right above.
     lines: list[str] = []
@@ -119,16 +119,23 @@ def one_pass_caution(partition: Partition) -> list[str]:
         evidence = evidence[partition.label >= 0]
     agrees = float((evidence > 0.5).float().mean())
     said = (
-        f"Judged from one pass: the checkpoint holds no evidence of earlier epochs. The network gives {agrees:.0%} of"
-        " the training samples the label that they have"
+        "Computed from a single pass: the checkpoint contains no evidence of earlier epochs. The network"
+        f" predicts the given label of {agrees:.0%} of the training samples"
     )
     if agrees > MEMORIZED:
         return [
-            f"{said}: wrong labels that it has memorized look right by now, and no recipe can tell them from one pass;"
-            " corrupted inputs still show (--recipe input). For labels, judge the training: leave out --ckpt_path, or"
-            " give an earlier checkpoint."
+            (
+                f"{said}: it has memorized wrong labels, which look correct by now, and no recipe can detect them"
+                " from one pass. Corrupted inputs can still be detected (--recipe input). To find wrong labels,"
+                " leave out --ckpt_path, or pass an earlier checkpoint."
+            )
         ]
-    return [f"{said}; wrong labels show in the rest, less surely than over a whole training (leave out --ckpt_path)."]
+    return [
+        (
+            f"{said}; wrong labels can be detected among the others, with less certainty than over a whole fit"
+            " (leave out --ckpt_path)."
+        )
+    ]
 
 
 @rank_zero_only

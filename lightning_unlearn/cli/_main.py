@@ -21,7 +21,7 @@ _NO_JSONARGPARSE = "needs jsonargparse, which is not installed: pip install 'jso
 
 _HELP = {
     "fit": "train, with the callbacks in the YAML: LightningCLI's fit",
-    "partition": "find wrong training labels: train until they can be told, and stop",
+    "partition": "find wrong training labels: train until they can be detected, then stop",
     "shrink": "cut the pruned neurons out of a checkpoint; outputs stay the same",
 }
 
@@ -127,4 +127,4 @@ def _check_command(parser: argparse.ArgumentParser, name: str) -> None:
     known = [*_WITH_CONFIG, *_PLAIN]
     if name.startswith("-") or name in known:
         return
-    parser.error(f"there is no command {name!r}, but {', '.join(sorted(known))}.{did_you_mean(name, known)}")
+    parser.error(f"unknown command {name!r}; choose from {', '.join(sorted(known))}.{did_you_mean(name, known)}")

@@ -34,13 +34,15 @@ class PartitionCLI(ConfigCLI):
     @override
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         parser = super().init_parser(**kwargs)
-        group = parser.add_argument_group("What is judged, and where the answer goes")
+        group = parser.add_argument_group("What to score, and where to write the results")
         group.add_argument(
             "--at_epoch",
             metavar="EPOCHS",
             type=int | float | Literal["auto"] | None,
-            help="After how many epochs, after which share of trainer.max_epochs (0.5), or auto: once the evidence has"
-            " peaked; by default that of the AttributionPartitionCallback in the configuration, else auto",
+            help=(
+                "Number of epochs, share of trainer.max_epochs (0.5), or auto: once the evidence has peaked; by"
+                " default that of the AttributionPartitionCallback in the configuration, else auto"
+            ),
         )
         group.add_argument(
             "--recipe",
@@ -60,7 +62,7 @@ class PartitionCLI(ConfigCLI):
             action="store_true",
             help="Score the samples of the validation loader too, as their labels count in the validation accuracy",
         )
-        group.add_argument("--out", metavar="DIR", type=str, default="partition", help="Folder for what is found")
+        group.add_argument("--out", metavar="DIR", type=str, default="partition", help="Folder for the results")
         group.add_argument(
             "--top", metavar="N", type=int, default=10, help="How many of the most suspect samples to print"
         )
@@ -104,19 +106,19 @@ class PartitionCLI(ConfigCLI):
         for name, held in (("at_epoch", self.held.epoch), ("recipe", self.held.recipe)):
             if self.config[name] not in (None, held):
                 raise ValueError(
-                    f"{path} holds a partition already ({name} {held}), and not what another could be computed from;"
-                    f" leave out --{name} {self.config[name]} to see it, or give a checkpoint of an epoch before it, or"
-                    " none."
+                    f"{path} already contains a partition ({name} {held}), but no evidence to compute another one."
+                    f" Leave out --{name} {self.config[name]} to see it, or pass a checkpoint from before the"
+                    " partition, or none."
                 )
         if (share := self.config["suspect_precision"]) is not None:
             raise ValueError(
-                f"{path} holds a partition already, whose suspects are chosen; leave out --suspect_precision {share} to"
-                " see it, or give a checkpoint of an epoch before it, or none."
+                f"{path} already contains a partition with its suspects. Leave out --suspect_precision {share} to"
+                " see it, or pass a checkpoint from before the partition, or none."
             )
         if self.config["judge_validation"] and self.held_validation is None:
             raise ValueError(
-                f"{path} holds a partition already, but none of the validation set; leave out --judge_validation to see"
-                " it, or give a checkpoint of an epoch before it, or none."
+                f"{path} already contains a partition, but none of the validation set. Leave out"
+                " --judge_validation to see it, or pass a checkpoint from before the partition, or none."
             )
 
     @override
@@ -176,8 +178,8 @@ def _complete_epochs(checkpoint: dict[str, Any], path: str) -> int:
         return int(checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"])
     except (KeyError, TypeError, ValueError):
         raise ValueError(
-            f"Expected a checkpoint that training can go on from, but {path} holds weights only (as with"
-            " save_weights_only=True); give another, or train again without --ckpt_path."
+            f"Expected a checkpoint that training can resume from, but {path} contains weights only"
+            " (save_weights_only=True). Pass another one, or train without --ckpt_path."
         ) from None
 
 

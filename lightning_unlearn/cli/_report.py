@@ -35,14 +35,19 @@ demo write run directories. A folder with only a partition.npz gives a report wi
         "--control",
         type=Path,
         metavar="RUN_DIR",
-        help="of a fit to compare with, as one with dry_run=True, whose curves are drawn dashed (default: none)",
+        help=(
+            "run directory of a fit to compare with, for example with dry_run=True; its curves are dashed"
+            " (default: none)"
+        ),
     )
     report.add_argument(
         "--samples",
         type=int,
         metavar="N",
-        help="read so many samples from the data and show them, in place of those that the run directory has; with the"
-        " configuration of the fit (default: those of the run directory)",
+        help=(
+            "read this many samples from the data and show them instead of those in the run directory, with"
+            " the configuration of the fit (default: those of the run directory)"
+        ),
     )
     report.add_argument(
         "--config",
@@ -67,7 +72,9 @@ def run_report(options: argparse.Namespace) -> None:
 
     run = run_folder(options.run)
     if options.samples is None and (options.config or options.model or options.data):
-        raise ValueError("Expected --samples N beside --config, --model and --data, which say where the samples are.")
+        raise ValueError(
+            "--config, --model and --data need --samples N: they describe the data that the samples are read from."
+        )
     record = RunRecord.load(run)
     if options.samples is not None:
         record = _with_samples(record, run, options)
@@ -91,8 +98,8 @@ def _with_samples(record: Any, run: Path, options: argparse.Namespace) -> Any:
     config = options.config or run / "config.yaml"
     if not config.is_file():
         raise ValueError(
-            f"Expected the configuration of the fit, whose data --samples reads, but there is no {config}; give it with"
-            " --config FILE (and --model and --data where the YAML is that of your own LightningCLI script). In Python:"
+            f"--samples needs the configuration of the fit, but there is no {config}. Pass it with --config"
+            " FILE (and --model and --data if it is the YAML of your own LightningCLI script). In Python:"
             f" UnlearnReport(samples={samples})."
         )
     from lightning_unlearn.cli._samples import read_samples

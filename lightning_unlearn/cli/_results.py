@@ -39,10 +39,11 @@ def add_show(commands: Any) -> None:
     show = add_command(
         commands,
         "show",
-        "what a saved partition says: how many labels look wrong, the suspects, and what else is worth a look",
-        """\
-Prints what a partition says, and with --csv writes it as a table: a file of Partition.save, a run directory, or a
-checkpoint of a fit in which the partition was computed.""",
+        "show a saved partition: noise rate, suspects, and samples worth a look",
+        (
+            "Prints a partition, and with --csv writes it as a table. PATH is a file of Partition.save, a run"
+            " directory, or a\ncheckpoint of a fit that computed a partition."
+        ),
         "lightning-unlearn show partition/partition.npz",
         "lightning-unlearn show lightning_logs/version_0/checkpoints/last.ckpt --top 50 --csv suspects.csv",
         "lightning-unlearn show partition --review --csv review.csv",
@@ -63,8 +64,8 @@ checkpoint of a fit in which the partition was computed.""",
         nargs="?",
         const=_WORTH,
         metavar="K",
-        help="how many of those that come after the suspects to print; without a number all that are worth a look"
-        " (default: as many as --top)",
+        help="how many samples after the suspects to print; without a number, all that are worth a look (default: as"
+        " many as --top)",
     )
 
 
@@ -92,8 +93,8 @@ def _load(path: Path) -> Partition:
     found = partition_state(read_checkpoint(path), path)
     if found is None or found["partition"] is None:
         raise ValueError(
-            f"Expected a checkpoint of a fit in which the partition was computed, but {path} holds none; judge the"
-            f" model in it: lightning-unlearn partition --config run.yaml --ckpt_path {path}"
+            f"Expected a checkpoint with a partition, but {path} has none. To score its model:"
+            f" lightning-unlearn partition --config run.yaml --ckpt_path {path}"
         )
     return held_partition(found["partition"], path)
 

@@ -49,7 +49,7 @@ class ShrinkCLI(ConfigCLI):
     @override
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         parser = super().init_parser(**kwargs)
-        group = parser.add_argument_group("What is shrunk, and where it goes")
+        group = parser.add_argument_group("What to shrink, and where to write it")
         group.add_argument(
             "--ckpt_path", metavar="FILE", type=str | None, help="The checkpoint whose weights are shrunk (required)"
         )
@@ -57,10 +57,10 @@ class ShrinkCLI(ConfigCLI):
         group.add_argument(
             "--layers",
             type=list[str] | None,
-            help="Dotted paths of the layers to cut neurons out of; by default all that have silent ones",
+            help="Dotted paths of the layers to cut neurons out of; by default all with zeroed neurons",
         )
         group.add_argument(
-            "--repeats", metavar="N", type=int, default=30, help="Timed calls, of which the median counts"
+            "--repeats", metavar="N", type=int, default=30, help="Number of timed calls; the median is reported"
         )
         # Where the configuration is one that fit has saved.
         group.add_argument(

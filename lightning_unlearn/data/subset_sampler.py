@@ -130,19 +130,19 @@ def batch_sampler_error(loader: DataLoader[Any]) -> str:
         drawn = [{int(index) for index in batch} for batch in itertools.islice(trial, len(few))]
     except (AttributeError, TypeError, ValueError, IndexError) as error:
         return (
-            f"Expected a batch sampler that draws what its .sampler gives it, but {kind.__name__} does not when it is"
-            f" given another ({error}), so it cannot be narrowed to the clean subset; use DataLoader(shuffle=...)."
+            f"Expected a batch sampler that draws from its .sampler, but {kind.__name__} fails when that is"
+            f" replaced ({error}), so it cannot be narrowed to the clean subset; use DataLoader(shuffle=...)."
         )
     if not set().union(*drawn) <= set(few):
         return (
-            f"Expected a batch sampler that draws what its .sampler gives it, but {kind.__name__} draws other samples"
-            " too, so it cannot be narrowed to the clean subset; use DataLoader(shuffle=...)."
+            f"Expected a batch sampler that draws only from its .sampler, but {kind.__name__} draws other"
+            " samples too, so it cannot be narrowed to the clean subset; use DataLoader(shuffle=...)."
         )
     if told != len(drawn):
         return (
             f"Expected a batch sampler whose length is the number of its batches, but {kind.__name__} makes"
-            f" {len(drawn)} of {len(few)} samples and says {told}, so the batches of the clean subset could not be"
-            " counted; compute __len__ from .sampler."
+            f" {len(drawn)} batches of {len(few)} samples and has length {told}, so the batches of the clean"
+            " subset could not be counted; compute __len__ from .sampler."
         )
     return ""
 

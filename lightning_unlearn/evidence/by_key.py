@@ -126,7 +126,7 @@ class KeyedEvidence:
                 at = int(other[0])
                 slot = int(index[at]) * len(self._slots) // max(count, 1)
                 key = next(itertools.islice(self._slots, slot, None))
-                example = f"{key!r} is called {int(label[index[at]])} and {int(found[at])}"
+                example = f"{key!r} has the labels {int(label[index[at]])} and {int(found[at])}"
         return label, differ, example
 
     def hand_over(self, trajectory: TrainingDynamics, rows: int, ranks: Ranks) -> EpochOfKeys:
@@ -204,7 +204,7 @@ class KeyedEvidence:
         trajectory.label[index] = known.where(known >= 0, label)
         other = ((known >= 0) & (label >= 0) & (known != label)).nonzero().flatten()
         at = int(other[0]) if len(other) else 0
-        example = f"{keys[at // rows]!r} is called {int(known[at])} and {int(label[at])}" if len(other) else ""
+        example = f"{keys[at // rows]!r} has the labels {int(known[at])} and {int(label[at])}" if len(other) else ""
         return len(other), example
 
     def padded(self, trajectory: TrainingDynamics, rows: int, ranks: Ranks) -> tuple[Tensor, Tensor]:

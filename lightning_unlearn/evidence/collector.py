@@ -1,4 +1,4 @@
-"""Gathers the evidence of a fit: from its training steps, or by passes where these cannot be read."""
+"""Collects the evidence of a fit: from training steps, or by passes if these cannot be read."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ NOT_WHOLE = (
 
 
 class EvidenceCollector:
-    """What the model shows of each sample before the partition is computed.
+    """Collects the evidence of every sample until the partition is computed.
 
     Args:
         task_format: how batches, outputs and labels are read.
 
-    ``recipe`` says what evidence it needs, ``keeps_coordinates`` whether it may look at the attributions of however
-    many classes. ``trajectory`` is what earlier epochs showed of the samples that this rank owns, as ``by_index`` says,
-    or of all, as a checkpoint has it, until training starts; None before the first epoch and once no partition is to
-    follow. ``point`` is where the margin is attributed, ``early`` where corrupted inputs show (None
-    for nowhere).
-    ``is_closed`` says that the first partition has been drawn, from when on training steps are not read.
+    ``recipe`` declares the evidence that it needs, ``keeps_coordinates`` whether it may use attributions of any number
+    of classes. ``trajectory`` holds the training dynamics of the samples that this rank owns (see ``by_index``), or of
+    all samples after a checkpoint is loaded, until training starts; None before the first epoch, and once no further
+    partition will be computed. ``point`` is the layer at which the margin is attributed, ``early`` the layer for
+    corrupted inputs (None for none). ``is_closed`` is True from the first partition on: training steps are no longer
+    read.
     """
 
     def __init__(self, task_format: TaskFormat) -> None:
@@ -67,7 +67,7 @@ class EvidenceCollector:
         return reader
 
     def reset(self) -> None:
-        """Forget an earlier fit."""
+        """Discard the state of an earlier fit."""
         self.point: LayerPoint | None = None
         self.early: LayerPoint | None = None
         self.task_format.forget()
@@ -81,48 +81,48 @@ class EvidenceCollector:
         self.label_watch.detach()
 
     def forget_epochs(self) -> None:
-        """Forget of which epochs there is evidence."""
+        """Discard the list of epochs with evidence."""
         self.epochs_seen: list[int] = []
         self.early_epochs = EarlyEpochs()
         self.when.forget()
         self.by_index.drop()
 
     def detach(self) -> None:
-        """Take all hooks off the model and the loaders."""
+        """Remove all hooks from the model and the loaders."""
         self.reader.detach()
         self.label_watch.detach()
         self.validation_watch.detach()
         self.by_index.ranks = None
 
     def close(self, *, forever: bool) -> None:
-        """Read no more training steps, as the first partition is computed; keep no evidence if none is to follow."""
+        """Stop reading training steps after the first partition; discard the evidence if it is the last one."""
         self.is_closed = True
         if forever:
             self.trajectory, self.features = None, FrozenFeatures()
 
     @property
     def reads_steps(self) -> bool:
-        """Whether evidence is wanted of training steps."""
+        """Whether evidence is to be read from training steps."""
         return self.recipe.evidence_from == "train_steps" and self.recipe.uses_history and not self.is_closed
 
     @property
     def uses_out_of_sample(self) -> bool:
-        """Whether the recipe asks what was said of labels that were not learned yet."""
+        """Whether the recipe needs evidence from labels that were not learned yet."""
         return self.recipe.needs_out_of_sample and self.task_format.rows_per_sample == 1
 
     @property
     def in_use(self) -> TrainingDynamics:
-        """The trajectory.
+        """The training dynamics.
 
         Raises:
-            RuntimeError: where there is none.
+            RuntimeError: if there are none.
         """
         if self.trajectory is None:
             raise RuntimeError("No evidence is being gathered; this is an error in lightning_unlearn.")
         return self.trajectory
 
     def is_pass_due(self, epoch: int) -> bool:
-        """Return whether there is to be a pass before the first partition, when ``epoch`` epochs are complete."""
+        """Return whether a pass is due before the first partition, after ``epoch`` complete epochs."""
         if epoch < 1:
             return False
         if self.when.is_due(epoch):
@@ -130,17 +130,17 @@ class EvidenceCollector:
         return self.recipe.uses_history and epoch not in self.epochs_seen
 
     def is_before_the_first(self, epoch: int) -> bool:
-        """Return whether no partition is to be computed yet; one of a checkpoint may be older than ``at_epoch``."""
+        """Return whether the first partition is not due yet; that of a checkpoint may be older than ``at_epoch``."""
         return not self.is_closed and not self.when.is_due(epoch)
 
     def start(self, fit: FitContext, trace: ForwardTrace, first: IndexedBatch, *, is_before: bool) -> None:
-        """Start to gather, before the first step.
+        """Start collecting, before the first step.
 
         Args:
-            fit: that begins.
-            trace: of its forward pass.
-            first: the batch that it was of.
-            is_before: whether there is no partition yet, so that validation is looked at.
+            fit: the fit that starts.
+            trace: trace of its forward pass.
+            first: the batch of that forward pass.
+            is_before: whether there is no partition yet, so that validation is observed.
         """
         maker = trace.logits_module(self.task_format.num_outputs)
         self._take_up(fit)
@@ -156,16 +156,16 @@ class EvidenceCollector:
             self._rehearse_pass(fit, trace, first)
 
     def _take_up(self, fit: FitContext) -> None:
-        """Keep of a checkpoint's evidence what this rank owns."""
+        """Keep the part of a checkpoint's evidence that this rank owns."""
         is_whole = self.by_index.total == 0
         self.by_index.start(Ranks.of(fit), fit.total, self.task_format.rows_per_sample)
         if self.trajectory is not None and is_whole and self.by_index.is_shared:
             self.trajectory = self.trajectory.part(self.by_index.own_rows())
 
     def known_labels(self, fit: FitContext) -> Tensor | None:
-        """Return (N,) int64, the labels of all rows as far as they were seen, -1 for others. Every rank must call it.
+        """Return (N,) int64, the labels of all rows seen so far, -1 for others. Every rank must call it.
 
-        None where there is no evidence.
+        None if there is no evidence.
         """
         if self.trajectory is None or self.by_index.total == 0:
             # Of a checkpoint, it is of all samples.
@@ -180,7 +180,7 @@ class EvidenceCollector:
         )
 
     def _rehearse_pass(self, fit: FitContext, trace: ForwardTrace, first: IndexedBatch) -> None:
-        """Try what the passes over the training set do."""
+        """Run the operations of a pass on the first rows, so that errors appear before the first step."""
         if self.uses_out_of_sample:
             self.features.start(fit, trace, first)
         if self.task_format.task != "multilabel":
@@ -190,13 +190,13 @@ class EvidenceCollector:
                 )
 
     def start_reading(self, fit: FitContext, trace: ForwardTrace, data: Recognized | None, first: IndexedBatch) -> None:
-        """Start to read training steps, or say why not.
+        """Start reading training steps, or log why this is not possible.
 
         Args:
-            fit: that begins.
-            trace: of its forward pass.
-            data: the training set, as it was recognized; None where samples are known by a key.
-            first: the batch that the forward pass was of.
+            fit: the fit that starts.
+            trace: trace of its forward pass.
+            data: the recognized training set; None if samples are identified by a key.
+            first: the batch of that forward pass.
         """
         if not self.reads_steps:
             return
@@ -229,7 +229,7 @@ class EvidenceCollector:
         )
 
     def say_what_is_lost(self) -> None:
-        """Say once that a checkpoint lacks what the training steps of an epoch that had not ended have shown."""
+        """Log once that a checkpoint lacks the evidence of an unfinished epoch."""
         if not self.is_closed and self.reader.left_open:
             rank_zero_info(
                 "The checkpoint was written before an epoch had ended and lacks the evidence of its training"
@@ -240,7 +240,7 @@ class EvidenceCollector:
         self.reader.left_open = False
 
     def observe(self, index: Tensor, logits: Tensor, label: Tensor) -> None:
-        """Take rows of the training steps.
+        """Receive rows of training steps.
 
         Args:
             index: (B,) int64 on the CPU.
@@ -251,7 +251,7 @@ class EvidenceCollector:
             self.by_index.note(self.trajectory, index, logits, label)
 
     def forget(self) -> None:
-        """Drop what the training steps showed: it cannot be trusted."""
+        """Discard the evidence of training steps, since it is not reliable."""
         self.forget_epochs()
         if self.trajectory is not None:
             self.trajectory.forget()
@@ -271,9 +271,9 @@ class EvidenceCollector:
             self.reader.start_batch(fit, batch, min(batch_idx / batches, 0.999) if batches else 0.0)
 
     def label_field(self, fit: FitContext, *, trained: bool) -> Path | None:
-        """Return another field of the batch, which the loss follows: all begins again with the labels from there.
+        """Return another batch field if the loss follows it; collecting then restarts with labels from there.
 
-        None as long as there is none. Call after a step's backward pass and before the weights change; every rank must.
+        None otherwise. Every rank must call it, after a step's backward pass and before the weights change.
         """
         path = self.label_watch.end_batch(fit.reduce, trained=trained)
         if path is not None:
@@ -290,7 +290,7 @@ class EvidenceCollector:
             self.reader.end_batch()
 
     def end_epoch(self, fit: FitContext) -> None:
-        """Call in ``on_train_epoch_end``; every rank must."""
+        """End the epoch. Every rank must call it in ``on_train_epoch_end``."""
         self._note_validation(fit)
         if not self.reads_steps or self.trajectory is None:
             return
@@ -303,7 +303,7 @@ class EvidenceCollector:
             self.epochs_seen.append(fit.epoch + 1)
 
     def _note_validation(self, fit: FitContext) -> None:
-        """Note how validation has gone, until the partition."""
+        """Record validation results until the partition."""
         if not self.is_closed and (self.when.is_open or self.validation_watch.is_on):
             shown = self.validation_watch.result(fit.monitored, fit.reduce)
             if "only_class" in shown:
@@ -320,11 +320,11 @@ class EvidenceCollector:
         self._has_warned_of_one_class = True
 
     def looks_early(self, epoch: int) -> bool:
-        """Return whether the training steps of the ``epoch``-th epoch are looked at by themselves."""
+        """Return whether the training steps of the ``epoch``-th epoch are evaluated separately."""
         return self.uses_out_of_sample and not self.when.is_due(epoch - 1) and self.early_epochs.is_due(epoch)
 
     def _hand_over(self, fit: FitContext) -> bool:
-        """Bring what was read in an epoch to the ranks that own the samples; whether reading goes on."""
+        """Send the rows of an epoch to the ranks that own the samples; return whether reading continues."""
         relabeled = self.by_index.hand_over(self.in_use)
         if not len(relabeled):
             return True
@@ -339,7 +339,7 @@ class EvidenceCollector:
         self.by_index.positions = torch.zeros(rows, dtype=torch.uint8) if asks else None
 
     def share_of_rank(self, fit: FitContext) -> RankShare:
-        """Return which samples this rank judges."""
+        """Return the samples that this rank judges."""
         return RankShare.by_index(self.by_index.total, Ranks.of(fit))
 
     def _look_early(self, fit: FitContext) -> None:
@@ -352,7 +352,7 @@ class EvidenceCollector:
         self._ask_positions(epoch + 1)
 
     def merge(self, fit: FitContext, epoch: int, rows: int) -> int:
-        """Add what this rank observed in an epoch, and return how many rows that all ranks observed are finite."""
+        """Merge the evidence of an epoch, and return the number of finite rows that all ranks observed."""
         trajectory, reduce = self.in_use, fit.reduce
         left_out, total = (int(x) for x in reduce(torch.tensor([trajectory.rows_left_out, rows]).double()).tolist())
         phase, width = self.when.phase(epoch)
@@ -363,7 +363,7 @@ class EvidenceCollector:
         return total - left_out
 
     def check_steps(self, fit: FitContext) -> None:
-        """Drop what the training steps showed if it were not the logits, as where an adapter has grown beside."""
+        """Discard the evidence of training steps if it was not the logits, for example with an adapter added."""
         if not self.reader.is_reading:
             return
         trace, _ = fit.probe()
@@ -376,7 +376,7 @@ class EvidenceCollector:
 
     @property
     def layer(self) -> str:
-        """Where the margin is attributed, in words."""
+        """The layer at which the margin is attributed, in words."""
         return str(self.point)
 
     def _attributor(self, fit: FitContext, watch: tuple[LayerPoint, ...] = ()) -> Attributor:
@@ -385,12 +385,12 @@ class EvidenceCollector:
         return make_attributor(fit, self.point, self.recipe.attribution_method, watch)
 
     def evidence_pass(self, fit: FitContext, *, is_last: bool, features: FrozenFeatures | None = None) -> ScoringPass:
-        """Return a pass that is not run yet.
+        """Return a pass, without running it.
 
         Args:
-            fit: that is running.
+            fit: the running fit.
             is_last: whether the partition is computed after it.
-            features: to be taken in it; None for none.
+            features: features to collect in the pass; None for none.
         """
         early = self.early if is_last else None
         watched = (early, None if features is None else features.point)
@@ -401,10 +401,10 @@ class EvidenceCollector:
         )
 
     def pass_over(self, fit: FitContext) -> tuple[dict[str, Tensor], set[int]]:
-        """Pass over this rank's share of the training set.
+        """Run a pass over this rank's shard of the training set.
 
         Returns:
-            what the pass showed, see :meth:`ScoringPass.run`, and the indices that the data set gives as None.
+            the evidence of the pass, see :meth:`ScoringPass.run`, and the indices of items that are None.
         """
         is_last = not self.is_before_the_first(fit.epoch)
         # The margins of several labels are those of the logits, for which no layer is watched.
@@ -414,7 +414,7 @@ class EvidenceCollector:
         return found.run(), found.absent
 
     def with_unseen(self, fit: FitContext, evidence: Evidence, accuracy: float | None) -> Evidence:
-        """Return the evidence with what was noted of labels not learned; ``accuracy`` is that of validation."""
+        """Return the evidence with that from labels not learned yet; ``accuracy`` is the validation accuracy."""
         out_of_sample = OutOfSample(self.early_epochs.rate, self.early_epochs.drawn, accuracy)
         return self.features.added_to(replace(evidence, out_of_sample=out_of_sample), fit.reduce)
 
@@ -434,14 +434,14 @@ class EvidenceCollector:
         return None if self.trajectory is None else self.by_index.state_dict(self.trajectory)
 
     def load_state_dict(self, state: dict[str, Any], *, is_closed: bool, is_fit: bool) -> None:
-        """Take over what :meth:`state_dict` described.
+        """Load the state that :meth:`state_dict` returned.
 
         Args:
-            state: of a checkpoint.
-            is_closed: whether it has a partition.
-            is_fit: whether a fit goes on from it; elsewhere evidence in another format is left out with a warning.
+            state: state in a checkpoint.
+            is_closed: whether the checkpoint has a partition.
+            is_fit: whether a fit resumes from it; otherwise evidence in another format is skipped with a warning.
         """
-        # Absent in checkpoints of before it was looked which field the loss follows.
+        # Absent in checkpoints from before the field of the labels was determined by the loss.
         if (path := state.get("label_at")) is not None and self.task_format.layout is None:
             self.task_format.label_at = tuple(path)
         self.epochs_seen = list(state["epochs_seen"])

@@ -14,8 +14,8 @@ _OFTEN = 0.05
 _FEW = 0.5
 
 _STABLE = (
-    "give each sample a key of its own that is the same in every epoch, such as the name of its file, or its number in"
-    " its shard together with the name of the shard; not a count of what has been drawn, nor a random number"
+    "give each sample a unique key that is the same in every epoch, such as its file name, or its"
+    " shard and its position in the shard; do not use a running count or a random number"
 )
 
 
@@ -33,26 +33,26 @@ def check_epoch(epoch: EpochOfKeys, number: int) -> None:
         raise ValueError(relabeled(epoch.relabeled, epoch.example))
     if 0 < epoch.distinct < MIN_SAMPLES:
         raise ValueError(
-            f"Expected the keys of at least {MIN_SAMPLES} samples in an epoch, but its {epoch.rows:,} rows have"
-            f" {epoch.distinct}; {_STABLE}."
+            f"Expected the keys of at least {MIN_SAMPLES} samples per epoch, but the {epoch.rows:,} rows of"
+            f" this epoch have {epoch.distinct} distinct keys; {_STABLE}."
         )
     if number == 1 and epoch.rows - epoch.distinct > _OFTEN * epoch.rows:
         rank_zero_warn(
-            f"The {epoch.rows:,} rows of the first epoch have {epoch.distinct:,} keys: that is right where samples are"
-            f" drawn more than once; else {_STABLE}."
+            f"The {epoch.rows:,} rows of the first epoch have {epoch.distinct:,} distinct keys. This is"
+            f" correct if samples are drawn more than once; otherwise {_STABLE}."
         )
     if epoch.before and not epoch.again and epoch.distinct:
         raise ValueError(
-            f"Expected samples to come again under the keys that they had before, but none of the {epoch.distinct:,}"
-            f" keys of this epoch is among the {epoch.before:,} of earlier ones, so nothing would be known of a sample"
-            f" when it comes again; {_STABLE}. Where a stream is so long that no sample comes twice, let an epoch be a"
-            " part of it that is gone through again."
+            f"Expected samples to return with the same key, but none of the {epoch.distinct:,} keys of this"
+            f" epoch is among the {epoch.before:,} keys of earlier epochs, so no evidence can be collected per"
+            f" sample; {_STABLE}. If the stream is so long that no sample returns, define an epoch as a part"
+            " of it that is repeated."
         )
     if number == 2 and epoch.again < _FEW * epoch.distinct:
         rank_zero_warn(
-            f"Only {epoch.again:,} of the {epoch.distinct:,} samples of this epoch came in the one before by their"
-            " keys: what is known of a sample that comes once tells little, and samples that are new after the"
-            f" partition are trained on as they are. If they should have come, {_STABLE}."
+            f"Only {epoch.again:,} of the {epoch.distinct:,} samples of this epoch were in the previous one,"
+            " by their keys. A sample that is seen once gives little evidence, and samples that first appear"
+            f" after the partition are trained on unchanged. If they should have returned, {_STABLE}."
         )
 
 
@@ -60,9 +60,9 @@ def relabeled(count: int, example: str) -> str:
     """Return what is said of a key that comes with several labels."""
     shown, rows = f" ({example})" if example else "", "row has" if count == 1 else "rows have"
     return (
-        f"Expected a key to be of one sample, which keeps its label, but {count:,} {rows} another label than the one"
-        f" seen before under the same key{shown}; {_STABLE}. It looks the same where a transfer hook reorders a batch,"
-        " or where labels are drawn anew."
+        f"Expected each key to identify one sample with a fixed label, but {count:,} {rows} a different"
+        f" label than before under the same key{shown}; {_STABLE}. The same happens if a transfer hook"
+        " reorders a batch, or if labels are random."
     )
 
 
@@ -75,11 +75,11 @@ def fault_of_first_batch(keys: list[object], label: Tensor) -> str:
     """
     if len(keys) != len(label):
         return (
-            f"Expected a key for each of the {len(label)} samples of a batch, but sample_key has {len(keys)}; name a"
-            " field that has one for each, or let the function return as many."
+            f"Expected one key per sample, but sample_key gave {len(keys)} keys for a batch of {len(label)}"
+            " samples; name a field with one key per sample, or return as many from the function."
         )
     known: dict[object, list[int]] = {}
     for key, given in zip(keys, label.reshape(len(label), -1).tolist(), strict=True):
         if known.setdefault(key, given) != given:
-            return relabeled(1, f"{key!r} is called {known[key]} and {given}".replace("[", "").replace("]", ""))
+            return relabeled(1, f"{key!r} has the labels {known[key]} and {given}".replace("[", "").replace("]", ""))
     return ""

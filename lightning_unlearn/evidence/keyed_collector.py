@@ -109,7 +109,9 @@ class KeyedCollector(EvidenceCollector):
         """
         fault = fault_of_first_batch(self.keyed.keys or [], label)
         if fit.agree(bool(fault), of_all=False):
-            raise ValueError(fault or "The keys of the first batch on another rank are not those of samples.")
+            raise ValueError(
+                fault or "On another rank the keys of the first batch do not identify samples; see its error."
+            )
 
     @override
     def start_reading(self, fit: FitContext, trace: ForwardTrace, data: Recognized | None, first: IndexedBatch) -> None:
@@ -120,7 +122,7 @@ class KeyedCollector(EvidenceCollector):
         if maker is not None:
             self.reader.start(fit, maker)
         else:
-            self.reader.disable("no module of the model returns what forward returns as logits")
+            self.reader.disable("no module of the model returns the logits that forward returns")
         self._check_reads(fit)
 
     def _check_reads(self, fit: FitContext) -> None:
@@ -133,9 +135,9 @@ class KeyedCollector(EvidenceCollector):
         if not fit.agree(bool(reason), of_all=False):
             return
         raise MisconfigurationException(
-            "Expected training steps from which the evidence of each sample can be read, as samples that are known by a"
-            f" key are not passed over for it, but {reason or 'another rank cannot read them'}; let training_step call"
-            " the classifier once, on samples that are not mixed, or give a map-style dataset and leave sample_key out."
+            "With sample_key, evidence is read from training steps only, but"
+            f" {reason or 'another rank cannot read them'}. Call the classifier once in training_step, on"
+            " samples that are not mixed, or use a map-style dataset without sample_key."
         )
 
     @override
@@ -203,9 +205,8 @@ class KeyedCollector(EvidenceCollector):
         share, keys = self.by_key.share(self.trajectory, self.task_format.rows_per_sample, Ranks.of(fit))
         if not keys:
             raise ValueError(
-                "Expected training steps to have shown something of some samples by the time that the partition is"
-                " computed, but there was no batch that could be read; give training more epochs, or at_epoch a larger"
-                " value."
+                "No evidence was collected from training steps by the time of the partition: no batch could be"
+                " read. Train for more epochs, or set a larger at_epoch."
             )
         local, index = self.task_format.row_indices(share.local), self.task_format.row_indices(share.index)
         return share, last_seen(self.in_use, local, index, self.by_key.latest), keys
@@ -233,8 +234,8 @@ class KeyedCollector(EvidenceCollector):
         found = state.get("by_key")
         if found is None:
             raise MisconfigurationException(
-                "Expected a checkpoint of a fit with sample_key, but its samples are known by their dataset index;"
-                " leave sample_key out, or start again without the checkpoint."
+                "Expected a checkpoint of a fit with sample_key, but its samples are identified by dataset index."
+                " Leave sample_key out, or train without ckpt_path."
             )
         self._pending = None if is_closed else found
         self.by_key.layer = found["layer"]

@@ -165,12 +165,14 @@ class LabelWatch:
         if found.blind and self._reading.is_open:
             raise TypeError(self._cannot_tell(batch, f"no gradient at the output of '{self._head}' can be read"))
         if found.renamed and not found.is_followed(classes):
-            raise TypeError(self._not_followed(found, batch, ", as where training_step gives them other numbers"))
+            raise TypeError(
+                self._not_followed(found, batch, ", for example because training_step renumbers the classes")
+            )
         if found.is_followed(classes) and found.is_ahead_of_all():
             self.detach()
         elif self._steps >= MOST_STEPS:
             if found.rows >= _ENOUGH and not found.is_followed(classes):
-                raise TypeError(self._not_followed(found, batch, ", no more than by chance"))
+                raise TypeError(self._not_followed(found, batch, ", which is chance level"))
             if self._reading.is_open:
                 raise TypeError(self._cannot_tell(batch, f"the first {MOST_STEPS} steps do not show it"))
             self.detach()
@@ -221,8 +223,9 @@ class LabelWatch:
     def _not_followed(self, found: _Sums, batch: Any, why: str, label: Path | None = None) -> str:
         line = how_to_split(batch, label if label is not None else self._own, y="..." if label is None else None)
         return (
-            f"Expected the loss to follow the labels, {self._shown(batch)}, but it raises the logit of that class in"
-            f" {found.share():.0%} of {found.rows:.0f} rows{why}; {line}, with y the labels that the loss takes."
+            f"Expected the loss to follow the labels, {self._shown(batch)}, but it raises the logit of that"
+            f" class in {found.share():.0%} of {found.rows:.0f} rows{why}; {line}, with y the labels that the"
+            " loss uses."
         )
 
     def _cannot_tell(self, batch: Any, why: str) -> str:
@@ -230,8 +233,8 @@ class LabelWatch:
         others = [shown_path(path, batch) for path in task_format.rivals]
         line = how_to_split(batch, task_format.rivals[0]) if task_format.rivals else how_to_split(batch)
         return (
-            f"Expected to see which field of a batch holds the labels, {self._shown(batch)} or {', '.join(others)},"
-            f" but {why}; {line}, with y the labels that the loss takes."
+            f"Cannot determine which field of a batch holds the labels, {self._shown(batch)} or"
+            f" {', '.join(others)}: {why}; {line}, with y the labels that the loss uses."
         )
 
     @property

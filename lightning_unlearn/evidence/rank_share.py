@@ -69,8 +69,9 @@ def is_too_large(held: int, ranks: Ranks) -> bool:
     whole = int(ranks.reduce(torch.tensor([held], dtype=torch.float64)).item())
     if whole > MOST_GATHERED:
         rank_zero_warn(
-            f"The checkpoint does not hold the evidence, which is {whole / 2**30:.1f} GiB, more than"
-            f" {MOST_GATHERED / 2**30:.0f}. A fit that resumes from it before the partition collects evidence again."
+            f"The checkpoint does not contain the evidence, which takes {whole / 2**30:.1f} GiB (limit"
+            f" {MOST_GATHERED / 2**30:.0f} GiB). A fit that resumes from it before the partition collects"
+            " evidence again."
         )
     return whole > MOST_GATHERED
 

@@ -1,7 +1,7 @@
-"""Label evidence from the forward passes of training: whose row is whose, and when that can no longer be told.
+"""Reads label evidence from training steps, and stops when rows cannot be matched with samples.
 
-Nothing of the fit is changed: the batch sampler is the user's with a memory, the head's output is copied, and the
-gradient that the loss sends to it is looked at. Who drives a :class:`TrainStepReader` calls, in this order,
+The fit is not changed: the user's batch sampler is wrapped to track indices, the head's output is copied, and the
+gradient of the loss at that output is read. The caller of a :class:`TrainStepReader` calls, in this order,
 ``attach`` in ``setup``, ``start`` in ``on_train_start``, ``start_epoch`` in ``on_train_epoch_start``, ``start_batch``
 and ``end_batch`` in ``on_train_batch_start`` and ``on_train_batch_end``, ``end_epoch`` in ``on_train_epoch_end``, and
 ``detach`` in ``teardown`` and ``on_exception``.
@@ -25,49 +25,47 @@ from lightning_unlearn.evidence.tracked_loaders import TrackedLoaders, fault_of_
 from lightning_unlearn.trainer.context import FitContext
 from lightning_unlearn.trainer.keyed_batches import KeyedBatches
 
-# The rows of so many batches are checked, and handed on, together: one wait for the accelerator instead of many.
+# Number of batches whose rows are checked and passed on together, to synchronize with the accelerator once.
 WINDOW = 16
-# and is taken for mixing where so many rows, and such a share of an epoch's rows so far, show it. A loss of the given
-# label alone shows none; MixUp with probability 0.1 a few per cent.
+# Minimum number and share of an epoch's rows whose loss pulls towards another class to conclude that samples are mixed.
+# A loss on the given labels has no such rows; MixUp with probability 0.1 has a few per cent.
 _MIN_PULLED = 4
 _MAX_SHARE = 0.01
 
 
 class StepObserver(Protocol):
-    """Who takes the evidence."""
+    """Receives the evidence of training steps."""
 
     def observe(self, index: Tensor, logits: Tensor, label: Tensor) -> None:
-        """Take rows of the training forward pass, of one or several batches.
+        """Receive rows of one or several training batches.
 
         Args:
-            index: (B,) int64 on the CPU, the dataset index of each row; the same index may come twice.
+            index: (B,) int64 on the CPU, the dataset index of each row; repetitions are allowed.
             logits: (B, C) float32 on the device.
             label: (B,) int64 on the device.
         """
 
     def forget(self) -> None:
-        """Drop all that was observed in this fit: it cannot be trusted."""
+        """Discard everything observed in this fit, since it is not reliable."""
 
 
 class TrainStepReader:
     """Reads (dataset index, logits, given label) of every row from the forward passes of training.
 
-    Rows reach the sink in windows of up to 16 batches, after the check of their window: until then they lie on the
-    device, with their gradient (at most ``16 x B x 2C`` floats). Per sample it keeps 4 bytes on the device, the label
-    last seen, to notice when an index and its label no longer belong together; where several ranks own samples, the
-    owner notices.
+    Rows are passed to the sink in windows of up to 16 batches, after a check. Until then they stay on the device with
+    their gradient (at most ``16 x B x 2C`` floats). The last label of each sample (4 bytes per sample on the device) is
+    kept to detect an index whose label changes; with several ranks, the rank that owns the sample does this.
 
-    It gives up, for good and with a ``reason``, where a row's output no longer belongs to one sample and its label:
-    several calls of the head in a step, other than one row per label, labels that are not one integer per row or that
-    change for an index, rows whose loss pulls towards another class (MixUp, CutMix; see :func:`has_mixed_target`); and
-    where that cannot be checked: a compiled head, no gradient at the logits, batches drawn out of order. Then
-    everything is put back and the sink forgets. A single epoch whose batches cannot be told, as may happen on a resume,
-    is only left out. Batches that do not train (a skipped step) are left out as well.
+    Reading is disabled for the rest of the fit, with a ``reason``, if a row cannot be attributed to one sample and its
+    label: several calls of the head in a step, a number of rows other than one per label, labels that are not one
+    integer per row or that change for an index, rows whose loss pulls towards another class (MixUp, CutMix; see
+    :func:`has_mixed_target`); or if this cannot be checked: a compiled head, no gradient at the logits, batches out of
+    order. Everything is then restored, and the sink discards its rows. A single epoch whose batches cannot be
+    identified, for example after a resume, is skipped, and so are batches without a training step.
 
-    ``left_open`` is whether the fit that is resumed was within an epoch of which it had rows, which are lost.
-    ``by_index``, if who drives it sets it, is told how much of the epoch had passed when samples were drawn.
-    ``head`` is the module that is read; ``reason`` is why it gave up, empty while it reads; ``rows_read`` is how many
-    rows the sink got in the last epoch.
+    ``head`` is the module that is read; ``reason`` is why reading was disabled, empty while it is active; ``rows_read``
+    is the number of rows passed on in the last epoch; ``left_open`` is whether the resumed fit was within an epoch
+    whose rows are lost. ``by_index``, if set, receives the position in the epoch at which samples were drawn.
 
     Args:
         task_format: how batches, outputs and labels are read.
@@ -100,7 +98,7 @@ class TrainStepReader:
         return {**self.__dict__, "_module": None, "_seen": None, "_held": []}
 
     def reset(self) -> None:
-        """Forget an earlier fit."""
+        """Discard the state of an earlier fit."""
         self.detach()
         self.reason = ""
         self.rows_read = 0
@@ -125,11 +123,11 @@ class TrainStepReader:
 
     @property
     def is_reading(self) -> bool:
-        """Whether training steps are read: it was started, and has not given up."""
+        """Whether training steps are read: started, and not disabled."""
         return self._module is not None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return whether it gave up, and why; and what it would give up for sooner or later."""
+        """Return why reading was disabled, and the state of its checks."""
         return {
             "reason": self.reason,
             "unknown_epochs": self._unknown_epochs,
@@ -138,7 +136,7 @@ class TrainStepReader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Stay disabled where the resumed fit was."""
+        """Stay disabled if reading was disabled in the resumed fit."""
         self.reason = str(state["reason"])
         if self.reason:
             self._tracked.detach()
@@ -147,17 +145,17 @@ class TrainStepReader:
         self.left_open = bool(state.get("is_open"))
 
     def attach(self, fit: FitContext) -> None:
-        """Watch for the train loaders. Call in ``setup`` of a fit: later, the first epoch is not read."""
+        """Track the train loaders. Call in ``setup`` of a fit; if called later, the first epoch is not read."""
         if self._keyed is None:
             self._tracked.attach(fit)
 
     def start(self, fit: FitContext, head: str, known: Tensor | None = None) -> None:
-        """Start to read. Call in ``on_train_start``.
+        """Start reading. Call in ``on_train_start``.
 
         Args:
             fit: that begins.
             head: dotted path of the module whose output is the logits that ``forward`` returns.
-            known: (R,) int64, the labels of all rows by dataset index as far as passes have shown them, -1 for others.
+            known: (R,) int64, the labels of all rows by dataset index that passes have read, -1 for others.
         """
         if self.reason:
             self.detach()
@@ -175,17 +173,17 @@ class TrainStepReader:
         self._known, self._seen = known, None
 
     def start_epoch(self, fit: FitContext) -> None:
-        """Look whether the loader is still the same. Call in ``on_train_epoch_start``."""
+        """Follow a loader that was replaced. Call in ``on_train_epoch_start``."""
         if self.is_reading and self._keyed is None:
             self._tracked.follow(fit.live_loaders())
 
     def start_batch(self, fit: FitContext, batch: Any, position: float = 0.0) -> None:
-        """Note whose rows come next. Call in ``on_train_batch_start``, on the batch as it is given there.
+        """Record the samples of the next step. Call in ``on_train_batch_start`` with its batch.
 
         Args:
-            fit: that is running.
-            batch: of the step.
-            position: in [0, 1), how much of the epoch has passed; of samples with a key, the number of the batch.
+            fit: the running fit.
+            batch: the batch of the step.
+            position: share of the epoch that has passed, in [0, 1); for samples with a key, the number of the batch.
         """
         self._head_watch.end()
         if self._module is None or self._is_unknown:
@@ -199,7 +197,7 @@ class TrainStepReader:
             self._head_watch.start(self._module, Step(drawn, label, self._reading.num_outputs, position))
 
     def end_batch(self) -> None:
-        """Take what the step has shown. Call in ``on_train_batch_end``."""
+        """Take the output and gradient of the step. Call in ``on_train_batch_end``."""
         step = self._head_watch.end()
         if step is None or not self.is_reading:
             return
@@ -220,7 +218,10 @@ class TrainStepReader:
             self._close_window()
 
     def end_epoch(self, fit: FitContext) -> bool:
-        """Return whether it goes on, alike on every rank. Every rank must call it, in ``on_train_epoch_end``."""
+        """Return whether reading continues, the same on every rank.
+
+        Every rank must call it in ``on_train_epoch_end``.
+        """
         if self.is_reading:
             self._close_window()
         if self.is_reading:
@@ -228,13 +229,13 @@ class TrainStepReader:
         if not self._agreed:
             self._agreed = fit.agree(bool(self.reason), of_all=False)
             if self._agreed and not self.reason:
-                self.disable("another rank gave up")
+                self.disable("another rank cannot read its training steps")
         self.rows_read = self._epoch_rows
         self._begin_epoch()
         return not self._agreed
 
     def begin_again(self) -> None:
-        """Drop what was read, as labels lie elsewhere; :meth:`start` goes on with the batches of this epoch."""
+        """Discard what was read, because labels are in another field; :meth:`start` continues within this epoch."""
         self._head_watch.end()
         self._module = None
         self._seen = None
@@ -242,7 +243,7 @@ class TrainStepReader:
         self._begin_epoch()
 
     def detach(self) -> None:
-        """Restore everything and read no more. May be called at any time, and again."""
+        """Stop reading and restore everything. May be called repeatedly, at any time."""
         self._tracked.detach()
         self._head_watch.end()
         self._module = None
@@ -250,7 +251,7 @@ class TrainStepReader:
         self._held = []
 
     def _labels_of(self, batch: Any, num_rows: int) -> Any:
-        """Return the labels that a batch holds; None, having given up, where it has not as many as rows."""
+        """Return the labels of a batch; None, with reading disabled, if there is not one per row."""
         try:
             label: Any = self._reading.split(batch)[1]
         except Exception as error:
@@ -269,10 +270,10 @@ class TrainStepReader:
         return label.clone() if isinstance(label, Tensor) else label
 
     def _give_up_labels(self, error: Exception) -> None:
-        self.disable(f"the labels of a training step have another form than those of a pass ({error})")
+        self.disable(f"the labels of a training step have a different format than those of a pass ({error})")
 
     def _close_window(self) -> None:
-        """Check the rows held back and hand them on."""
+        """Check the held rows and pass them on."""
         held, unchecked = self._held, self._unchecked
         self._held, self._unchecked = [], 0
         if unchecked > len(held):
@@ -314,14 +315,14 @@ class TrainStepReader:
             self._is_blind = True
 
     def _place(self, held: list[Step], of_steps: list[Tensor]) -> None:
-        """Note how much of the epoch had passed when samples were drawn."""
+        """Record the position in the epoch at which samples were drawn."""
         known = self.by_key or self.by_index
         if known is not None:
             for step, of in zip(held, of_steps, strict=True):
                 known.place(of, step.position)
 
     def _labeled_rows(self, held: list[Step], index: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return rows, logits, gradients and labels of some steps, without the rows whose label is to be ignored."""
+        """Return rows, logits, gradients and labels of some steps, without rows with an ignored label."""
         task_format = self._reading
         output = torch.cat([as_columns(step.output) for step in held if step.output is not None])
         sent = torch.cat([as_columns(step.gradient) for step in held if step.gradient is not None])
@@ -338,18 +339,18 @@ class TrainStepReader:
 
     def _fault_of_counts(self, num_illegal: int, num_relabeled: int) -> str:
         if num_illegal:
-            return f"{num_illegal} labels of training batches name no class that '{self.head}' has an output for"
+            return f"{num_illegal} labels of training batches are out of range of the outputs of '{self.head}'"
         if num_relabeled:
             return relabeled_in_training(num_relabeled)
         if self._pulled >= _MIN_PULLED and self._pulled > _MAX_SHARE * self._judged:
             return (
-                f"the loss pulls {self._pulled / self._judged:.0%} of the rows towards another class than their label,"
-                " as MixUp and CutMix do"
+                f"the loss pulls {self._pulled / self._judged:.0%} of the rows towards a class other than their"
+                " label, as with MixUp and CutMix"
             )
         return ""
 
     def _relabeled(self, index: Tensor, label: Tensor) -> Tensor:
-        """Return how many rows have another label than their index had before; a scalar on the device."""
+        """Return the number of rows whose label differs from the last one at their index; a scalar on the device."""
         if self._keyed is not None or (self.by_index is not None and self.by_index.is_shared):
             return torch.zeros((), dtype=torch.int64, device=label.device)
         if self._seen is None:
@@ -361,7 +362,7 @@ class TrainStepReader:
         return ((before >= 0) & (before != label)).sum()
 
     def _judge_epoch(self) -> None:
-        """Disable reading if nothing in an epoch can be checked, without gradients or indices."""
+        """Disable reading if nothing in an epoch can be checked because gradients or indices are missing."""
         if self._is_unknown:
             self._unknown_epochs += 1
             if self._unknown_epochs > 1:
@@ -370,15 +371,15 @@ class TrainStepReader:
             self.disable("the gradient of the loss at the logits is zero or not finite in all rows of an epoch")
 
     def disable(self, reason: str) -> None:
-        """Read no more steps of this fit; the first reason is kept."""
+        """Disable reading for the rest of this fit; the first reason is kept."""
         self.reason = self.reason or reason
         self.detach()
         self._sink.forget()
 
 
 def relabeled_in_training(rows: int) -> str:
-    """Return why rows of training steps are not those of the samples drawn."""
+    """Return why rows of training steps do not match the drawn samples."""
     return (
-        f"{rows} rows have another label than the one seen before at their dataset index, as where collate_fn or a"
-        " transfer hook reorders a batch"
+        f"{rows} rows have a different label than the one seen before at their dataset index, for example"
+        " because collate_fn or a transfer hook reorders a batch"
     )

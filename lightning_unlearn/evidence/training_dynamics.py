@@ -1,21 +1,20 @@
-"""What the model said of every sample in the course of training, in a few floats per sample.
+"""Training dynamics: running sums of the outputs for every sample during training.
 
-At the head's input, gradient x activation of a class's logit, summed over the neurons, is that logit less the head's
-bias. So the logits of the training steps, which cost nothing, are the class attributions of every sample, one pass an
-epoch. What is kept of them are sums: of the attributions, in coordinates of the classes' differences, over each quarter
-of the epochs before the partition (what is memorized shows late, what is hard shows early), of the margin, of the
-support of the given label, and of the uncertainty.
+At the head's input, gradient x activation of a class's logit, summed over the neurons, equals that logit minus the
+head's bias. The logits of the training steps are therefore the class attributions of every sample, once per epoch, at
+no extra cost. Only sums are kept: of the attributions (in coordinates of the class differences, for each quarter of the
+epochs before the partition), of the margin, of the confidence of the given label, and of the uncertainty.
 
-**Classes.** Of a model with more than 129 outputs only the classes that labels name in the first epoch get coordinates,
-if they are at most 129. If they are more, soft margins are kept instead
-(:mod:`~lightning_unlearn.functional.soft_margin`): how far the label's logit leads those of the other classes that
-occur, at nine temperatures. What the first epoch showed is not kept where fewer than half of the outputs occur.
+**Classes.** In a model with more than 129 outputs, only the classes that occur as labels in the first epoch get
+coordinates, if there are at most 129 of them. Otherwise soft margins are kept
+(:mod:`~lightning_unlearn.functional.soft_margin`): the lead of the label's logit over those of the other classes that
+occur, at nine temperatures. The evidence of the first epoch is discarded if fewer than half of the outputs occur.
 
-**Ranks.** A rank holds the sums of its own samples alone, whatever has come from the others
+**Ranks.** A rank holds the sums of its own samples only, including rows received from other ranks
 (:mod:`~lightning_unlearn.evidence.by_index`, :mod:`~lightning_unlearn.evidence.by_key`).
 
-**Memory.** With C outputs, or classes that occur, and ``r = C - 1``, or ``r = 9`` of more than 129: 20 r + 56 bytes per
-sample, on the CPU (236 for 10 classes, 2,616 for 129, 236 for more), of which 16 r + 40 go into a checkpoint.
+**Memory.** With C outputs, or classes that occur, and ``r = C - 1`` (``r = 9`` for more than 129): 20 r + 56 bytes per
+sample on the CPU (236 for 10 classes, 2,616 for 129, 236 for more), of which checkpoints store 16 r + 40.
 """
 
 from __future__ import annotations
@@ -32,23 +31,23 @@ from lightning_unlearn.functional.soft_margin import NUM_SCALES, rivals_of, soft
 from lightning_unlearn.utilities.reduce import Reduce
 
 PHASES = 4
-"""Into how many parts the training before the partition is divided."""
+"""Number of parts into which the epochs before the partition are divided."""
 
 
 class TrainingDynamics:
-    """Sums of what training steps and passes showed of a rank's samples, by their row.
+    """Running sums of the evidence of a rank's samples, from training steps and passes.
 
     Args:
-        total: N, the rows.
+        total: N, number of rows.
         num_classes: C.
-        keeps_coordinates: whether more than 129 classes have random coordinates beside soft margins, for a recipe that
-            looks at the attributions themselves.
+        keeps_coordinates: keep random coordinates in addition to soft margins for more than 129 classes, for recipes
+            that use the attributions.
 
     Attributes:
-        basis: (C, r), see :func:`class_coordinates`; 0 in the rows of classes without coordinates; (C, 0) where soft
-            margins are kept instead.
-        label: (N,) int64, the given labels as far as they have been seen, -1 for others.
-        rows_left_out: of what this rank observed since the last merge, how many rows were NaN or infinite.
+        basis: (C, r), see :func:`~lightning_unlearn.functional.coordinates.class_coordinates`; 0 in the rows of classes
+            without coordinates; (C, 0) if soft margins are kept instead.
+        label: (N,) int64, the given labels seen so far, -1 for others.
+        rows_left_out: number of rows with NaN or infinity that this rank observed since the last merge.
     """
 
     def __init__(self, total: int, num_classes: int, *, keeps_coordinates: bool = False) -> None:
@@ -82,43 +81,43 @@ class TrainingDynamics:
 
     @property
     def row_width(self) -> int:
-        """W, the numbers that :meth:`described` makes of a row."""
+        """W, the number of columns that :meth:`described` returns."""
         return self._width + 4
 
     @property
     def merged_bytes(self) -> int:
-        """Return the bytes of what was merged, which a checkpoint keeps."""
+        """Size in bytes of the merged sums, which checkpoints store."""
         return self._phases.nbytes + self._scores.nbytes + self.label.nbytes
 
     @property
     def classes(self) -> Tensor:
-        """(K,) int64, the classes that are compared, ascending."""
+        """(K,) int64, the classes that are compared, in ascending order."""
         if len(self._classes):
             return self._classes
         return torch.arange(self.num_classes)
 
     @property
     def has_margins(self) -> bool:
-        """Whether soft margins are kept, as more classes occur than have coordinates, or that is not known yet."""
+        """Whether soft margins are kept: more classes occur than have coordinates, or this is not known yet."""
         return self._num_margins > 0
 
     @property
     def num_rivals(self) -> int:
-        """How many classes the soft margins compare."""
+        """Number of classes that the soft margins compare."""
         return len(self._classes) or self.num_classes
 
     @property
     def knows_classes(self) -> bool:
-        """Whether it was looked which classes occur, of more outputs than have coordinates."""
+        """Whether the occurring classes were determined, for more outputs than have coordinates."""
         return len(self._classes) > 0
 
     @property
     def is_empty(self) -> bool:
-        """Whether no rank has merged anything yet."""
+        """Whether no rank has merged anything."""
         return not bool(self._held[-1])
 
     def _take_classes(self, classes: Tensor) -> None:
-        """From now on these classes alone are compared; they have coordinates, if they are few enough."""
+        """Compare only these classes from now on, in coordinates if there are few enough."""
         self._classes = classes
         if len(classes) <= MAX_COORDINATES + 1:
             basis = torch.zeros(self.num_classes, len(classes) - 1)
@@ -127,10 +126,10 @@ class TrainingDynamics:
             self._held[:-1] = False
 
     def _find_classes(self, reduce: Reduce) -> bool:
-        """Look which classes occur, where soft margins are kept. Every rank must call it.
+        """Determine which classes occur, if soft margins are kept. Every rank must call it.
 
         Returns:
-            whether what was observed since the last merge is not to be kept, but for its scores.
+            whether to discard what was observed since the last merge, except for its scores.
         """
         if not self.has_margins:
             return False
@@ -145,10 +144,10 @@ class TrainingDynamics:
         return is_narrower
 
     def grow(self, total: int) -> None:
-        """Make room for samples that were not known yet, behind the others.
+        """Append rows for new samples.
 
         Args:
-            total: how many there are now.
+            total: number of samples now.
         """
 
         def grown(rows: Tensor, dim: int, value: float = 0) -> Tensor:
@@ -163,7 +162,7 @@ class TrainingDynamics:
         return self._scores.shape[0]
 
     def of_others(self, total: int) -> TrainingDynamics:
-        """Return an empty one of other samples, ``total`` of them, with coordinates of the same classes."""
+        """Return an empty object for ``total`` other samples, with coordinates of the same classes."""
         other = TrainingDynamics(total, self.num_classes)
         if len(self._classes):
             other._take_classes(self._classes)
@@ -180,13 +179,13 @@ class TrainingDynamics:
             return logits.float() @ self.basis.to(logits.device)
 
     def _margins(self, logits: Tensor, label: Tensor, expected: Tensor | None = None) -> Tensor:
-        """Return (B, K) soft margins of (B, C) logits against the classes that occur; (B, 0) where none are kept."""
+        """Return (B, K) soft margins of (B, C) logits against the classes that occur; (B, 0) if none are kept."""
         if not self.has_margins:
             return logits.new_zeros(len(logits), 0)
         return soft_margins(logits, label, rivals=self._classes if len(self._classes) else None, expected=expected)
 
     def of_last_pass(self, logits: Tensor, label: Tensor) -> dict[str, Tensor]:
-        """Return what to note of rows of the last pass: the coordinates as ``last``, and soft margins if kept.
+        """Return the evidence of rows of the last pass: coordinates as ``last``, and soft margins if they are kept.
 
         Args:
             logits: (B, C).
@@ -199,19 +198,19 @@ class TrainingDynamics:
         return found
 
     def observe(self, index: Tensor, logits: Tensor, label: Tensor, margin: Tensor | None = None) -> None:
-        """Take rows of a pass, but for those that are not finite: one such step would outlast all others in a sum.
+        """Add rows of a pass, except those with NaN or infinity, which would spoil the sums.
 
         Args:
-            index: (B,) int64, the rows of the samples; the same may come twice.
+            index: (B,) int64, row of each sample; repetitions are allowed.
             logits: (B, C).
             label: (B,) int64.
-            margin: (B,) attribution of the given label's margin; by default that of the logits.
+            margin: (B,), attribution of the given label's margin; by default the margin of the logits.
         """
         self.label[index.cpu()] = label.cpu()
         self.add(*self.described(index, logits, label, margin))
 
     def add(self, index: Tensor, rows: Tensor) -> None:
-        """Add what :meth:`described` has made of rows.
+        """Add rows that :meth:`described` returned.
 
         Args:
             index: (B,) int64.
@@ -225,17 +224,17 @@ class TrainingDynamics:
             self._fresh = torch.zeros(len(self), self.row_width)
 
     def rest(self) -> None:
-        """Free, from now on after each merge, the memory of what is observed next, until that comes."""
+        """From now on, free the buffer of new observations after each merge until it is needed."""
         self._rests = True
         self._fresh = torch.zeros(0, self.row_width)
 
     def described(
         self, index: Tensor, logits: Tensor, label: Tensor, margin: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return what is kept of rows; see :meth:`observe`.
+        """Return the columns that are summed for some rows; see :meth:`observe`.
 
         Returns:
-            the indices of those that are finite, and (B, W) of these, on the CPU, which sums are made of.
+            the indices of the finite rows, and their columns (B, W), both on the CPU.
         """
         logits = logits.detach().float()
         margin = label_margin(logits, label) if margin is None else margin
@@ -245,21 +244,21 @@ class TrainingDynamics:
         index, rows = index.cpu(), rows.cpu()
         if expected is not None and (known := expected.cpu()).isfinite().all():
             self._expected += known
-        if not rows.sum().isfinite():  # of all at once, as it is nearly always
+        if not rows.sum().isfinite():  # one check for all rows, which nearly always passes
             finite = rows.isfinite().all(dim=1)
             self.rows_left_out += int((~finite).sum())
             index, rows = index[finite], rows[finite]
         return index, rows
 
     def fresh(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what was observed of some samples since the last merge.
+        """Return the evidence of some samples since the last merge.
 
         Args:
             index: (n,) int64.
 
         Returns:
-            the mean coordinates (n, r) of each sample, or its mean soft margins (n, K) where these are kept, NaN for
-            one that was not seen; and how often each was seen (n,).
+            the mean coordinates (n, r) of each sample, or its mean soft margins (n, K) if these are kept, NaN for
+            samples that were not seen; and the number of times each sample was seen, (n,).
         """
         self._make_room_for_fresh()
         first = self.basis.shape[1] if self.has_margins else 0
@@ -268,38 +267,38 @@ class TrainingDynamics:
         return found[:, :-1] / count.where(count > 0, torch.nan).unsqueeze(1), count
 
     def expected(self, reduce: Reduce) -> Tensor:
-        """Return (C,) float64, how often each class was expected since the last merge, where soft margins are kept.
+        """Return (C,) float64, the sum of predicted probabilities since the last merge, if soft margins are kept.
 
         Every rank must call it.
         """
         return reduce(self._expected)
 
     def merge(self, phase: int | None, reduce: Reduce) -> None:
-        """Add what was observed since the last merge to one phase. Every rank must call it.
+        """Add the evidence since the last merge to one phase. Every rank must call it.
 
         Args:
-            phase: from 0 to ``PHASES - 1``; None for what belongs to none of them and only counts in the scores.
+            phase: from 0 to ``PHASES - 1``; None for evidence that only counts in the scores.
             reduce: sums over the ranks.
         """
         self._make_room_for_fresh()
         if phase is not None and self._find_classes(reduce):
-            # Of other classes than are compared from now on.
+            # It compares other classes than from now on.
             phase = None
         if phase is not None:
             self._phases[phase] += self._fresh[:, : self._width + 1]
         self._scores += self._fresh[:, self._width :]
-        # Together, as recipes add up over the ranks what they make of each phase.
+        # All ranks must agree, since recipes sum over the ranks for each phase.
         if bool(reduce(self._fresh[:, -4].any().double().reshape(1)) > 0):
             self._held[[-1] if phase is None else [phase, -1]] = True
         self.drop()
 
     def make_room(self, phase: int, width: int) -> int:
-        """Return where the evidence of an epoch belongs, so that no later phase holds earlier epochs.
+        """Return the phase of an epoch's evidence, so that no later phase holds earlier epochs.
 
         Args:
-            phase: that it is to belong to.
-            width: of how many epochs a phase is to be; where it has grown, pairs of phases are joined. 0 where phases
-                are not joined.
+            phase: requested phase.
+            width: number of epochs per phase; if it has grown, pairs of phases are merged. 0 if phases are never
+                merged.
         """
         while 0 < self._epochs_each < width:
             pairs = self._phases.reshape(PHASES // 2, 2, *self._phases.shape[1:]).sum(dim=1)
@@ -311,21 +310,21 @@ class TrainingDynamics:
         return max([phase, *held])
 
     def margins(self) -> tuple[Tensor, Tensor]:
-        """Return the mean margin (N,) of all that was merged, and how often each sample was seen (N,)."""
+        """Return the mean margin (N,) of the merged evidence, and the number of times each sample was seen (N,)."""
         count = self._scores[:, 0]
         return self._scores[:, 1] / count.clamp(min=1), count.clone()
 
     def agreement(self) -> Tensor:
-        """Return (2,) float64: of how many samples the label has led since the last merge; how many were observed.
+        """Return (2,) float64: numbers of samples predicted as labeled and of samples seen since the last merge.
 
-        The margin is positive where the strongest class is the given label.
+        The margin is positive if the predicted class is the given label.
         """
         self._make_room_for_fresh()
         margin, count = self._fresh[:, -3], self._fresh[:, -4]
         return torch.stack([(margin[count > 0] > 0).sum(), (count > 0).sum()]).double()
 
     def drop(self) -> None:
-        """Forget what was observed since the last merge, by a pass that did not reach its end."""
+        """Discard the evidence since the last merge, for example of an interrupted pass."""
         if self._rests:
             self.rest()
         self._fresh.zero_()
@@ -333,7 +332,7 @@ class TrainingDynamics:
         self.rows_left_out = 0
 
     def forget(self) -> None:
-        """Forget everything."""
+        """Discard everything."""
         self.drop()
         self._phases.zero_()
         self._scores.zero_()
@@ -342,18 +341,18 @@ class TrainingDynamics:
         self._epochs_each = 1
 
     def phases(self, index: Tensor) -> list[Tensor]:
-        """Return the mean class attributions of some samples over each phase of training that holds anything.
+        """Return the mean class attributions of some samples in each phase with evidence.
 
         Args:
             index: (n,) int64.
 
         Returns:
-            up to ``PHASES`` of (n, r), with NaN in the rows of samples that this phase has not seen.
+            up to ``PHASES`` tensors (n, r), with NaN in the rows of samples that were not seen in this phase.
         """
         return [rows[:, : self.basis.shape[1]] for rows in self._means(index)]
 
     def soft_margins(self, index: Tensor) -> list[Tensor]:
-        """Return their mean soft margins likewise, (n, K) each; (n, 0) where none are kept."""
+        """Return their mean soft margins likewise, (n, K) each; (n, 0) if none are kept."""
         return [rows[:, self.basis.shape[1] :] for rows in self._means(index)]
 
     def _means(self, index: Tensor) -> list[Tensor]:
@@ -365,13 +364,13 @@ class TrainingDynamics:
         return seen
 
     def scores(self, index: Tensor) -> dict[str, Tensor]:
-        """``margin``, ``support`` and ``uncertainty`` of some samples, each (n,), averaged over all that was merged."""
+        """Return the mean ``margin``, ``label_confidence`` and ``uncertainty`` of some samples, each (n,)."""
         count, *sums = self._scores[index].unbind(dim=1)
         names = ("margin", "label_confidence", "uncertainty")
         return {name: total / count.clamp(min=1) for name, total in zip(names, sums, strict=True)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what was merged, and the labels."""
+        """Return the merged sums and the labels."""
         return {
             "num_classes": self.num_classes,
             "classes": self._classes.clone(),
@@ -383,10 +382,10 @@ class TrainingDynamics:
         }
 
     def part(self, rows: Tensor) -> TrainingDynamics:
-        """Return what was merged of some rows, and their labels, in a trajectory of their own.
+        """Return the merged sums and labels of some rows, as a new object.
 
         Args:
-            rows: (n,) int64; -1 for one of which nothing is known.
+            rows: (n,) int64; -1 for a row without evidence.
         """
         state, known = self.state_dict(), rows >= 0
         held = rows.clamp(min=0)
@@ -401,21 +400,21 @@ class TrainingDynamics:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> TrainingDynamics:
-        """Return the trajectory that :meth:`state_dict` described."""
+        """Return the object that :meth:`state_dict` described."""
         width, classes = state["phases"].shape[2] - 1, state.get("classes", torch.zeros(0, dtype=torch.int64))
         trajectory = cls(
             len(state["scores"]),
             state["num_classes"],
             keeps_coordinates=width == MAX_COORDINATES + NUM_SCALES,
         )
-        # Absent in checkpoints of before it was looked which classes occur.
+        # Absent in checkpoints from before the occurring classes were determined.
         if len(classes):
             trajectory._take_classes(classes)
         if width != trajectory._width:
             raise ValueError(
-                f"Expected a checkpoint with evidence that tells {trajectory.num_classes} classes apart, but it is of a"
-                " version of lightning_unlearn that kept a random part of it; resume with that version, or start the"
-                " fit again."
+                f"Expected a checkpoint whose evidence separates {trajectory.num_classes} classes, but it was"
+                " written by a version of lightning_unlearn that kept a random projection of it. Resume with that"
+                " version, or start the fit again."
             )
         for name, tensor in (
             ("phases", trajectory._phases),
@@ -424,7 +423,7 @@ class TrainingDynamics:
         ):
             tensor.copy_(state[name])
         trajectory._epochs_each = state.get("epochs_each", 1)
-        # Absent in checkpoints that have the sums of all samples in any case.
+        # Absent in checkpoints that hold the sums of all samples.
         seen = [(state["phases"][:, :, -1] > 0).any(dim=1), (state["scores"][:, 0] > 0).any().reshape(1)]
         trajectory._held.copy_(state["held"] if "held" in state else torch.cat(seen))
         return trajectory

@@ -157,8 +157,8 @@ class PartitionTime:
         if isinstance(self.asked, float):
             if max_epochs is None or max_epochs < 1:
                 raise MisconfigurationException(
-                    f"Expected the Trainer to have max_epochs, of which at_epoch={self.asked} is a share, but got"
-                    f" max_epochs={max_epochs}; set it, or give at_epoch='auto' or a number of epochs."
+                    f"at_epoch={self.asked} is a share of max_epochs, but the Trainer has max_epochs={max_epochs}. Set"
+                    " max_epochs, or set at_epoch to 'auto' or a number of epochs."
                 )
             self.epoch = max(1, math.floor(self.asked * max_epochs + _ROUNDING))
         if max_epochs is None or (max_epochs == self.epoch and may_be_last):
@@ -233,7 +233,7 @@ class PartitionTime:
         if stopped:
             self.decide_now(epoch, "EarlyStopping was about to end training")
         elif is_time:
-            self.decide_now(epoch, why or "another rank says so")
+            self.decide_now(epoch, why or "another rank meets one of the criteria")
 
     def decide_now(self, epoch: int, why: str) -> None:
         """Decide on ``epoch``, whatever was asked."""
@@ -247,7 +247,7 @@ class PartitionTime:
             ends.append(limits.max_steps * epoch / limits.step)
         is_late = bool(ends) and epoch >= max(EARLIEST, math.floor(LATEST * min(ends) + _ROUNDING))
         is_late |= limits.share_of_time >= LATEST
-        return "two thirds of the training are over" if is_late else ""
+        return "two thirds of training are complete" if is_late else ""
 
     def _peaked(self, epoch: int) -> str:
         """Return why the evidence has peaked, in words; empty if it has not, as far as is known."""
@@ -258,8 +258,8 @@ class PartitionTime:
             error = _ERRORS * math.sqrt(noted.accuracy * (1 - noted.accuracy) / noted.samples)
             if noted.agreement - noted.accuracy > MEMORIZED + error:
                 return (
-                    f"labels are being memorized, as training steps predict {noted.agreement:.1%} of them, validation"
-                    f" {noted.accuracy:.1%}"
+                    f"labels are being memorized: accuracy is {noted.agreement:.1%} in training steps,"
+                    f" {noted.accuracy:.1%} in validation"
                 )
             if max(measured) - noted.accuracy > error:
                 return f"validation accuracy has fallen from {max(measured):.1%} to {noted.accuracy:.1%}"

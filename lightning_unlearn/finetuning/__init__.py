@@ -1,1 +1,1 @@
-"""Fine-tuning on the clean subset: where it starts from."""
+"""Fine-tuning on the clean subset (step 5)."""

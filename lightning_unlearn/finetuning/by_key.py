@@ -1,8 +1,8 @@
-"""Training batches of a stream, narrowed as they are delivered: the rows that are not to be trained on are taken out.
+"""Training batches of a stream, from which excluded rows are removed on delivery.
 
-The work of loading the rows that go is not saved, but that of the step is. Every rank takes as many steps as before. A
-batch of which no row is left (of a network with batch norm, fewer than two) goes through the step with the likeliest of
-its rows, and sends back a gradient of zero, so that ranks meet and nothing is learned of it.
+Removed rows are still loaded, but not computed. Every rank takes as many steps as before. A batch without a remaining
+row (fewer than two for a network with batch norm) goes through the step with the rows most likely to be clean and a
+zero gradient, so that ranks stay synchronized and nothing is learned from it.
 """
 
 from __future__ import annotations
@@ -63,14 +63,14 @@ class KeyedSubset(SubsetData):
         path = self._keyed.reader.container(batch)
         if not path and _is_of_loaders(batch, fit.given_loaders):
             raise TypeError(
-                "Expected sample_key to name the loader whose samples are judged, as the batch has those of several;"
-                f" give the name of a field of one of them, such as {_example(batch)!r}."
+                "Expected sample_key to name one loader, since the batch contains several; use a field of one of"
+                f" them, such as {_example(batch)!r}."
             )
         few = torch.arange(max(1, len(keys) - 1))
         if self._keyed.reader.read(take_rows(batch, few, len(keys), path)) != [keys[at] for at in few.tolist()]:
             raise TypeError(
-                "Expected the keys of some rows of a batch to be those of the batch at these rows, but sample_key makes"
-                " others of it; let it look at each row by itself."
+                "Expected sample_key to give a row the same key in a part of a batch as in the whole batch, but"
+                " the keys differ; compute each key from its row alone."
             )
 
     @override
@@ -130,7 +130,7 @@ class KeyedSubset(SubsetData):
     def _is_trained(
         self, subset: TrainingSubset, trained: dict[int, int], index: Tensor, keys: list[Any], epoch: int
     ) -> Tensor:
-        """Return (B,) bool; samples that the partition does not know are trained on as they are."""
+        """Return (B,) bool, the rows to train on; samples that are not in the partition are trained on unchanged."""
         place = [trained.get(at, -1) for at in index.tolist()]
         is_in = torch.tensor([at >= 0 for at in place]) | (index < 0)
         if subset.probability is None:
@@ -139,7 +139,7 @@ class KeyedSubset(SubsetData):
         return is_in & (torch.tensor([_uniform(self.seed, epoch, key) for key in keys]) < share)
 
     def _rows(self, known: Partition, index: Tensor, is_trained: Tensor) -> Tensor:
-        """Return (b,) int64, the rows to go on with; notes whether they are to teach nothing."""
+        """Return (b,) int64, the rows to keep in the batch, and record whether their gradient is to be zeroed."""
         rows = is_trained.nonzero().flatten()
         self._is_muted = len(rows) < min(self._least, len(index))
         self._counts += torch.tensor([len(index), len(index) - len(rows), self._is_muted], dtype=torch.float64)
@@ -160,7 +160,7 @@ class KeyedSubset(SubsetData):
             return
         self._has_said = True
         rows, gone, muted = (int(one) for one in fit.reduce(self._counts).tolist())
-        empty = f"; {muted:,} batches had no row left and contributed a gradient of zero" if muted else ""
+        empty = f"; {muted:,} batches had no row left and contributed a zero gradient" if muted else ""
         rank_zero_info(
             f"{gone:,} of {rows:,} rows of this epoch were loaded and then removed from their batches{empty}."
         )

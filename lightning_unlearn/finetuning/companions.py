@@ -1,4 +1,4 @@
-"""Fields of a batch that are made of the label, as one-hot or smoothed rows of a collate_fn: re-labeled with it."""
+"""Batch fields derived from the label (one-hot or smoothed rows of a collate_fn), which are re-labeled with it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _ROUNDING = 1e-6
 
 @dataclass(frozen=True, eq=False)
 class Companion:
-    """A field that has the same row wherever a sample has the same label.
+    """A batch field whose row is a function of the label.
 
     Args:
-        path: where it lies.
-        table: (C, K) float64, the row of each class; NaN of one that is not known.
+        path: path of the field in the batch.
+        table: (C, K) float64, the row of each class; NaN for an unknown class.
     """
 
     path: Path
@@ -33,13 +33,13 @@ class Companion:
         """Return the field with the rows of other classes.
 
         Args:
-            batch: for the message.
+            batch: the batch, for error messages.
             value: the field.
-            given: (U,) int64, the classes that it is made of; -1 for none.
-            new: (U,) int64, -1 where the given one stays.
+            given: (U,) int64, the given classes; -1 for none.
+            new: (U,) int64, the new classes; -1 keeps the given one.
 
         Raises:
-            RuntimeError: where it is not made of the label, or the row of a class is not known.
+            RuntimeError: if the field is not derived from the label, or the row of a class is unknown.
         """
         rows, moved = value.reshape(len(given), -1), (new >= 0) & (given >= 0)
         table = self.table.to(value.device)
@@ -48,13 +48,13 @@ class Companion:
         differs = (rows[moved].double() - before).abs() > _ROUNDING * (1 + before.abs())
         if differs.any() or after.isnan().any():
             why = (
-                "is not derived from the label in the same way everywhere"
+                "is not the same function of the label in all samples"
                 if differs.any()
-                else "is not known for a class"
+                else "is unknown for one of the classes"
             )
             raise RuntimeError(
                 f"{shown_path(self.path, batch)}, which is derived from the label, {why}, so a training batch"
-                " cannot be re-labeled; use on_noisy='drop' or 'reweight', or derive it from the label in"
+                " cannot be re-labeled. Use on_noisy='drop' or 'reweight', or derive it from the label in"
                 " training_step."
             )
         changed = rows.clone()
@@ -63,11 +63,11 @@ class Companion:
 
 
 def companions_in(batches: Sequence[Any], task_format: TaskFormat) -> list[Companion]:
-    """Return the fields that are made of the label.
+    """Return the fields that are derived from the label.
 
     Args:
-        batches: as the loader delivers them.
-        task_format: finds the labels, and knows their form.
+        batches: batches as delivered by the loader.
+        task_format: locates the labels and describes their format.
     """
     labels = [task_format.split(batch)[1] for batch in batches]
     given = torch.cat([task_format.classes(label, len(label)) for label in labels])

@@ -1,4 +1,4 @@
-"""Which layers fine-tuning leaves as they are, and what keeps them so."""
+"""Freezing of layers during fine-tuning."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class FrozenLayers:
         self.forget()
 
     def forget(self) -> None:
-        """Freeze nothing; what is held already stays so until :meth:`thaw`."""
+        """Select nothing to freeze; layers that are frozen stay so until :meth:`thaw`."""
         self.parameters: list[str] = []
         self.norms: list[str] = []
         if not hasattr(self, "_thawed"):
@@ -73,7 +73,7 @@ class FrozenLayers:
         self.norms = [name for name in norms if not trained.has(name)]
 
     def freeze(self, fit: RunningFit) -> None:
-        """Hold what was chosen from now on."""
+        """Freeze the selected layers from now on."""
         named = {plain_name(name): parameter for name, parameter in fit.model.named_parameters()}
         for name in self.parameters:
             named[name].grad = None
@@ -95,7 +95,7 @@ class FrozenLayers:
             module.eval()
 
     def drop_gradients(self) -> None:
-        """Drop the gradients of what is frozen, so that optimizers leave it alone (weight decay, momentum)."""
+        """Set the gradients of frozen parameters to None, so that optimizers skip them (weight decay, momentum)."""
         for parameter in self._unmoved:
             parameter.grad = None
 

@@ -1,4 +1,4 @@
-"""What is said of fine-tuning: in the log, before and when it starts, and in the summary of a fit."""
+"""Messages about fine-tuning, for the log and the summary of a fit."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _STARTS = {"keep": "", "shrink": ", from weights moved back towards those of the
 def samples_of(subset: TrainingSubset) -> str:
     """Return what a subset holds, in words."""
     if subset.probability is not None:
-        return f"{len(subset.index):,} samples, each drawn as often as it is likely to be clean"
+        return f"{len(subset.index):,} samples, each drawn with its probability of being clean"
     changed = len(subset.relabeled)
     kept = f"{len(subset.index) - changed:,} clean samples"
     return f"{kept} and {changed:,} re-labeled ones" if subset.new_label is not None else kept
 
 
 def done(state: FinetuneState, mode: str) -> str:
-    """Return what was done, in one clause; empty where nothing was.
+    """Return what was done in one clause; empty if nothing was.
 
     Args:
-        state: of the fit.
+        state: state of fine-tuning.
         mode: ``"full"`` or ``"layers"``.
     """
     if state.training_subset is None:
@@ -55,22 +55,22 @@ def start_of(start: Start, moved: int = 0) -> str:
 
     Example:
         >>> start_of(Start("keep", because="no label is suspect"))
-        'Fine-tuning goes on from the weights as they are: no label is suspect.'
+        'Fine-tuning continues from the current weights: no label is suspect.'
     """
     many = f"; {moved:,} parameters" if moved else ""
     return f"Fine-tuning {start.said}{many}{': ' if start.because else ''}{start.because}."
 
 
 def prospect(memory: Memory, start: Start, precision: float | None, epochs: int | None) -> str:
-    """Return what fine-tuning may gain, in one sentence, before it starts.
+    """Return the expected gain of fine-tuning, in one sentence.
 
-    Measured (``benchmarks/results/repair-quick-cpu.md``).
+    The thresholds were measured (``benchmarks/results/repair-quick-cpu.md``).
 
     Args:
-        memory: what the network shows of having memorized wrong labels.
-        start: that was chosen.
-        precision: share of the suspects that is expected to be wrong; None where it is not known.
-        epochs: that remain; None where that is not known.
+        memory: measurement of memorized labels.
+        start: the chosen start.
+        precision: expected share of wrong samples among the suspects; None if unknown.
+        epochs: remaining epochs; None if unknown.
     """
     listed = "" if precision is None else f" ({share_in_words(precision)} of them wrong)"
     left = "" if epochs is None else f" in the remaining {epochs_in_words(epochs)}" if epochs > 1 else " in one epoch"
@@ -101,8 +101,8 @@ def started(
 
 
 def renewed(subset: TrainingSubset, epoch: int, batches: int | float) -> str:
-    """Say that fine-tuning goes on with another partition."""
-    return f"Fine-tuning goes on from epoch {epoch} on {samples_of(subset)}, {batches} batches per epoch."
+    """Return the message that fine-tuning continues with a new partition."""
+    return f"Fine-tuning continues from epoch {epoch} on {samples_of(subset)}, {batches} batches per epoch."
 
 
 def of_dry_run(

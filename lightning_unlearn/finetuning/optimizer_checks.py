@@ -29,14 +29,14 @@ def groups_of(states: Iterable[Mapping[str, Any]]) -> list[list[tuple[int, set[s
 
 
 def check_groups(optimizers: Sequence[Optimizer], saved: Sequence[Sequence[tuple[int, set[str]]]]) -> None:
-    """Refuse a fresh optimizer that cannot take over the state that a checkpoint has of one.
+    """Refuse a fresh optimizer that cannot load the optimizer state of a checkpoint.
 
     Args:
-        optimizers: that were made.
-        saved: :func:`groups_of` the checkpoint; empty where it has none.
+        optimizers: the fresh optimizers.
+        saved: :func:`groups_of` the checkpoint; empty if it has none.
 
     Raises:
-        MisconfigurationException: for other groups, or for an optimizer of another kind.
+        MisconfigurationException: for different parameter groups, or a different kind of optimizer.
     """
     made = groups_of(optimizer.state_dict() for optimizer in optimizers)
     if not saved:
@@ -81,9 +81,9 @@ def _sizes(optimizers: Sequence[Sequence[tuple[int, set[str]]]]) -> str:
 
 def _other_optimizer(before: str, now: str) -> str:
     return (
-        f"The optimizer of the checkpoint has {before}, but the one that CleanSubsetFinetuneCallback makes has {now},"
-        " so its state cannot be loaded; restore the arguments and configure_optimizers of that fit, or resume from a"
-        " checkpoint from before the partition."
+        f"The optimizer of the checkpoint has {before}, but the one that CleanSubsetFinetuneCallback"
+        f" creates has {now}, so its state cannot be loaded. Restore the arguments and"
+        " configure_optimizers of that fit, or resume from a checkpoint from before the partition."
     )
 
 
@@ -111,6 +111,7 @@ def check_steps_left(fit: RunningFit, epochs: int | None, planned_size: int) -> 
         if needed // config.frequency > left:
             raise MisconfigurationException(
                 f"The {type(config.scheduler).__name__} of the checkpoint has {left} steps left, planned for"
-                f" {planned_size} samples a batch, but the rest of the fit takes {needed}; resume with the batch size,"
-                " number of devices and max_epochs of that fit, raise accumulate_grad_batches, or lower max_epochs."
+                f" {planned_size} samples per batch, but the rest of the fit takes {needed}. Resume with the batch"
+                " size, number of devices and max_epochs of that fit, raise accumulate_grad_batches, or lower"
+                " max_epochs."
             )

@@ -1,4 +1,4 @@
-"""The optimizer of fine-tuning, where it is made anew, and whether it is that of a checkpoint."""
+"""The fresh optimizer of fine-tuning, and its check against a checkpoint."""
 
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ _RESTART = "restart"
 
 
 class FreshOptimizer:
-    """Makes the optimizer of fine-tuning anew, where that was asked for or weights were moved.
+    """Creates a fresh optimizer for fine-tuning, if configured or if weights were moved.
 
     Args:
         lr: constant learning rate of a fresh optimizer; None for none.
-        optimizer: makes it from the trainable parameters; None for ``configure_optimizers``; ``"restart"`` to run that
-            again with its schedules.
-        lr_scheduler: makes its schedule.
+        optimizer: function from the trainable parameters to the optimizer; None for ``configure_optimizers``;
+            ``"restart"`` to rerun it with its schedules.
+        lr_scheduler: function from the optimizer to its scheduler.
 
     Attributes:
-        remaining: epochs that were left when fine-tuning began; None where that is not known.
+        remaining: number of epochs that remained when fine-tuning started; None if unknown.
 
     Raises:
-        ValueError: for arguments that do not fit each other.
+        ValueError: for incompatible arguments.
     """
 
     def __init__(
@@ -70,9 +70,12 @@ class FreshOptimizer:
         if lr_scheduler is not None:
             check_function("lr_scheduler", lr_scheduler, "from an optimizer to its schedule")
         if lr_scheduler is not None and lr is None and make is None:
-            raise ValueError("Expected lr or optimizer beside lr_scheduler, which schedules a fresh optimizer.")
+            raise ValueError("lr_scheduler needs lr or optimizer: it schedules a fresh optimizer.")
         if restart and lr is not None:
-            raise ValueError("Expected optimizer='restart' without lr, which makes a fresh optimizer anyway.")
+            raise ValueError(
+                "optimizer='restart' cannot be combined with lr, which creates a fresh optimizer anyway. Leave"
+                " one of them out."
+            )
         self._lr, self._lr_scheduler, self._restart = lr, lr_scheduler, restart
         self._optimizer: MakeOptimizer | None = make
         self.reset()
@@ -85,7 +88,7 @@ class FreshOptimizer:
         self._saved_groups: list[list[tuple[int, set[str]]]] = []
 
     def forget(self) -> None:
-        """Forget the optimizer that was made."""
+        """Discard the fresh optimizer."""
         # Which argument has made it, and whether lr_scheduler its schedule.
         self._made_by, self._is_scheduled = "", False
         self.remaining: int | None = None
@@ -109,7 +112,7 @@ class FreshOptimizer:
         return self._made_by != _COSINE and any(c.interval == "step" for c in fit.schedules)
 
     def see(self, optimizers: Sequence[Optimizer]) -> None:
-        """Note the learning rates of the fit, as long as no other was asked for. Call before each step."""
+        """Record the learning rates of the fit, unless others are configured. Call before each step."""
         if not self.is_asked_for:
             self.peaks.see(optimizers)
 
@@ -123,28 +126,29 @@ class FreshOptimizer:
             return
         if isinstance(trial, ReduceLROnPlateau):
             raise ValueError(
-                "Expected lr_scheduler to make a scheduler that is stepped without a metric, but it makes a"
-                " ReduceLROnPlateau; use another, or optimizer='restart' with a configure_optimizers that returns one."
+                "Expected lr_scheduler to return a scheduler that is stepped without a metric, but got a"
+                " ReduceLROnPlateau. Use another scheduler, or optimizer='restart' with a configure_optimizers"
+                " that returns it."
             )
 
     def check_one(self, fit: RunningFit) -> None:
-        """Refuse several optimizers where one is to be made.
+        """Refuse to replace several optimizers by one.
 
         Raises:
             MisconfigurationException: with their number.
         """
         if self.is_asked_for and not self._restart and len(fit.optimizers) != 1:
             raise MisconfigurationException(
-                "CleanSubsetFinetuneCallback can make a fresh optimizer in place of one, but the module has"
-                f" {len(fit.optimizers)}; leave out lr, optimizer and lr_scheduler to keep them."
+                "CleanSubsetFinetuneCallback can replace a single optimizer, but the module has"
+                f" {len(fit.optimizers)}. Leave out lr, optimizer and lr_scheduler to keep them."
             )
 
     def begin(self, fit: RunningFit, *, moves: bool) -> None:
-        """Decide, where fine-tuning starts, what makes the optimizer.
+        """Decide how the optimizer is created when fine-tuning starts.
 
         Args:
-            fit: that is running.
-            moves: whether weights are moved, so that an optimizer remembers others.
+            fit: the running fit.
+            moves: whether weights are moved, so that the optimizer state no longer matches.
         """
         self._since, self.remaining = (fit.epoch, fit.step), fit.limits.remaining_epochs
         self._made_by, self._is_scheduled = self._asked
@@ -156,7 +160,7 @@ class FreshOptimizer:
         return {"lr": self._lr is not None, "optimizer": self._optimizer is not None or self._restart}
 
     def make(self, fit: RunningFit) -> str:
-        """Make it where that was decided, and return what is to be said of it, if anything."""
+        """Create the optimizer if decided, and return a message for the log, or an empty string."""
         if not self._made_by:
             return ""
         before, scheduled = list(fit.optimizers), _schedules_of(fit)
@@ -171,9 +175,9 @@ class FreshOptimizer:
             put_optimizers(fit, before)
         elif missing:
             rank_zero_warn(
-                f"configure_optimizers, run again for fine-tuning, leaves out {missing:,} parameters that were trained"
-                " until now (a group that was added later): they are not trained any more. Return them from"
-                " configure_optimizers too, or leave out lr and optimizer."
+                f"configure_optimizers, called again for fine-tuning, leaves out {missing:,} parameters that were"
+                " trained until now (a parameter group added later), so they are no longer trained. Return them"
+                " from configure_optimizers too, or leave out lr and optimizer."
             )
         # A module may return the same one again.
         forget_states(one for one in before if any(one is other for other in fit.optimizers))
@@ -193,7 +197,7 @@ class FreshOptimizer:
     def _fall_to_zero(
         self, fit: RunningFit, given: Mapping[int, Mapping[str, Any]], replaced: set[str], *, is_kept: bool
     ) -> str:
-        """Schedule a fresh optimizer, or one that is kept without its state, and return a sentence that says so."""
+        """Schedule a fresh optimizer, or one that is kept without its state, and return the log message."""
         peaks = self.peaks.of(fit.optimizers)
         put_schedules(fit, fall_to_zero(fit.optimizers, given, peaks, cosine(fit, *self._since)), "step")
         if not peaks:
@@ -202,8 +206,8 @@ class FreshOptimizer:
         made = "Reran configure_optimizers, since the optimizer state belongs to the old weights."
         if is_kept:
             made = (
-                "The optimizer begins anew, since its state belongs to the old weights, with all of its parameter"
-                " groups (configure_optimizers leaves out some that were added later)."
+                "The optimizer state is reset, since it belongs to the old weights; all parameter groups are kept"
+                " (configure_optimizers leaves out some that were added later)."
             )
         return (
             f"{made} The learning rate follows a cosine from {max(max(rates) for rates in peaks):.3g} to zero at the"
@@ -211,14 +215,14 @@ class FreshOptimizer:
         )
 
     def check_used(self, fit: RunningFit, optimizer: Optimizer) -> None:
-        """Warn once where a step is made with an optimizer that was replaced. Call before each step."""
+        """Warn once if a step uses an optimizer that was replaced. Call before each step."""
         if not self._made_by or self._has_warned or any(optimizer is one for one in fit.optimizers):
             return
         self._has_warned = True
         rank_zero_warn(
-            "training_step uses an optimizer that was made before fine-tuning began, and was replaced then: the"
-            " learning rate and schedule of fine-tuning do not apply to it. Call self.optimizers() in training_step in"
-            " place of an optimizer that is kept from before."
+            "training_step uses an optimizer that was replaced when fine-tuning started, so the learning rate"
+            " and schedule of fine-tuning do not apply to it. Call self.optimizers() in training_step instead"
+            " of keeping a reference."
         )
 
     def load_groups(self, states: Iterable[Mapping[str, Any]]) -> None:
@@ -226,14 +230,15 @@ class FreshOptimizer:
         self._saved_groups = groups_of(states)
 
     def check_goes_on(self) -> None:
-        """Refuse to go on without the functions that have made the checkpoint's optimizer and its schedule."""
+        """Refuse to resume without the functions that created the checkpoint's optimizer and scheduler."""
         needed = {"optimizer": self._made_by == "optimizer" and self._optimizer is None}
         needed["lr_scheduler"] = self._is_scheduled and self._lr_scheduler is None
         missing = [name for name, is_missing in needed.items() if is_missing]
         if missing:
             raise MisconfigurationException(
-                f"The checkpoint was fine-tuned with {' and '.join(missing)}, but CleanSubsetFinetuneCallback has"
-                " none now; pass the same again, or resume from a checkpoint from before the partition."
+                f"The checkpoint was fine-tuned with {' and '.join(missing)}, but CleanSubsetFinetuneCallback does"
+                " not set it. Pass the same settings again, or resume from a checkpoint from before the"
+                " partition."
             )
 
     def make_again(self, fit: RunningFit) -> None:
@@ -278,7 +283,7 @@ class FreshOptimizer:
 
 
 def _remade_by(fit: RunningFit, since: tuple[int, int]) -> str:
-    """Return how the optimizer of a fit whose weights are moved is made anew, where nothing was asked for."""
+    """Return how the optimizer is recreated by default after weights are moved."""
     obstacles = {
         "the module uses manual optimization": not fit.optimizes_automatically,
         "the module overrides lr_scheduler_step, which may not fit another schedule": fit.steps_own_schedules,
@@ -287,7 +292,7 @@ def _remade_by(fit: RunningFit, since: tuple[int, int]) -> str:
     why = next((words for words, is_so in obstacles.items() if is_so), "")
     if not why:
         return _COSINE
-    rank_zero_info(f"Reran configure_optimizers, whose schedules start anew: {why}.")
+    rank_zero_info(f"Reran configure_optimizers, and its schedules restart: {why}.")
     return _RESTART
 
 

@@ -1,7 +1,6 @@
-"""Training batches with other labels than the data set gives: replaced on the way in, nothing changed at the source.
+"""Replaces labels in training batches; the dataset is not changed.
 
-A batch is known by the dataset indices that the loader has drawn for it, so workers, shuffling and DDP make no
-difference, and neither the data set nor its samples are touched.
+A batch is identified by the dataset indices that the loader drew for it, so workers, shuffling and DDP are supported.
 """
 
 from __future__ import annotations
@@ -53,11 +52,11 @@ class Relabeling:
         return {**self.__dict__, "_moved": None, "_reading": None}
 
     def learn(self, fit: FitContext, head: str | None) -> None:
-        """Look, before the first step, which fields of a batch are made of the label.
+        """Find the batch fields that are derived from the label, before the first step.
 
         Args:
-            fit: that begins.
-            head: dotted path of the module that makes the logits; None if there is none.
+            fit: the fit that starts.
+            head: dotted path of the module that returns the logits; None if there is none.
         """
         loader, task_format, total = fit.train_loader, fit.task_format, fit.total
         with fit.isolated_eval(), torch.no_grad():
@@ -74,12 +73,12 @@ class Relabeling:
         self._head, self._companions = head, companions_in(batches, task_format)
 
     def attach(self, fit: FitContext, new_label: Tensor, given: Callable[[], Tensor]) -> None:
-        """Give training batches the new labels from now on.
+        """Replace labels in training batches from now on.
 
         Args:
-            fit: that is running, whose train loader remembers its batches.
-            new_label: (N,) int64, or (N, L) of a multi-label task; -1 for the given one.
-            given: returns the labels of the partition, like ``new_label``; asked for when there is a batch.
+            fit: the running fit, whose train loader tracks its indices.
+            new_label: (N,) int64, or (N, L) in multi-label tasks; -1 keeps the given label.
+            given: returns the labels of the partition, in the shape of ``new_label``; called for each batch.
         """
         task_format = fit.task_format
 
@@ -90,7 +89,7 @@ class Relabeling:
                 return batch
             if index is None:
                 raise RuntimeError(
-                    f"The dataset indices of a training batch are not known, so it cannot be re-labeled{ADVICE}."
+                    f"The dataset indices of a training batch are unknown, so it cannot be re-labeled{ADVICE}."
                 )
             known = given()
             rows = rows_of(batch, task_format, index, known, fit.train_loader)
@@ -105,16 +104,16 @@ class Relabeling:
         self._is_watching = self._head is not None
 
     def replaced(self, batch: Any, new: Tensor, given: Tensor, rows: int) -> Any:
-        """Return the batch with other labels.
+        """Return the batch with new labels.
 
         Args:
-            batch: as the loader delivers it.
-            new: (U,) int64, -1 where the given one stays.
-            given: (U,) int64, the labels of the partition, -1 where it does not know them.
-            rows: how many samples these are.
+            batch: the batch as delivered by the loader.
+            new: (U,) int64, new labels; -1 keeps the given one.
+            given: (U,) int64, the labels of the partition; -1 if unknown.
+            rows: number of samples.
 
         Raises:
-            ValueError: where the batch has other labels than these.
+            ValueError: if the labels in the batch differ from ``given``.
         """
         task_format = self._reading
         if task_format is None:
@@ -141,7 +140,7 @@ class Relabeling:
             reduce: sums over the ranks.
 
         Raises:
-            RuntimeError: where it follows the given ones.
+            RuntimeError: if it follows the given labels.
         """
         if not self._is_pending:
             return
@@ -152,8 +151,9 @@ class Relabeling:
         old, new = self._seen.tolist()
         if old >= _FEWEST and old > _TIMES * new:
             raise RuntimeError(
-                f"Expected the loss to follow the new labels of re-labeled samples, but of {old + new:.0f} rows it"
-                f" follows the given one in {old:.0f}: training_step takes them from elsewhere{ADVICE}."
+                f"Expected the loss to follow the new labels of re-labeled samples, but in {old:.0f} of"
+                f" {old + new:.0f} rows it follows the given label: training_step reads labels from"
+                f" elsewhere{ADVICE}."
             )
         self._is_watching = self._steps < _MOST_STEPS and not (new >= _FEWEST and new > _TIMES * old)
 
@@ -179,7 +179,7 @@ class Relabeling:
 
 
 def fault_of_absent(fit: FitContext, partition: Partition) -> str:
-    """Return why batches whose items may be None cannot be re-labeled, once it is known which; empty if they can."""
+    """Return why batches with items that may be None cannot be re-labeled; empty if they can."""
     given, loader, task_format = partition.label, fit.train_loader, fit.task_format
     unlabeled = (given == IGNORED).reshape(len(given), -1).all(dim=1)
     others = (~unlabeled).nonzero().flatten()[: max(1, batch_size(loader) - 1)]
@@ -199,17 +199,17 @@ def fault_of_absent(fit: FitContext, partition: Partition) -> str:
 
 
 def check_relabeling(fit: FitContext) -> None:
-    """Refuse, before the first step, batches whose labels could not be replaced later.
+    """Refuse batches whose labels could not be replaced later. Call before the first step.
 
     Raises:
-        TypeError: saying what is in the way.
+        TypeError: if labels cannot be replaced.
     """
     loader = fit.train_loader
     iterator, _ = fit.live_iterator()
     if not is_torchs_iterator(iterator) or (loader.num_workers > 0 and not getattr(loader, "in_order", True)):
         raise TypeError(
-            "Expected a train loader of torch's own iteration that delivers batches in the order drawn, so that they"
-            f" can be re-labeled, but {type(loader).__name__} does not (or training_step draws batches itself, or"
+            "Re-labeling needs a train loader that delivers batches in the order drawn, but"
+            f" {type(loader).__name__} does not (or training_step draws batches itself, or"
             f" in_order=False){ADVICE}."
         )
     with fit.isolated_eval(), torch.no_grad():
@@ -217,8 +217,9 @@ def check_relabeling(fit: FitContext) -> None:
         first, again = (read_labels(fit, loader, torch.arange(size)) for _ in range(2))
         if not same_labels(first, again):
             raise TypeError(
-                "Expected training batches with the labels of their samples, so that they can be replaced, but they"
-                f" differ from one reading to the next, as where collate_fn mixes samples{ADVICE}."
+                "Expected training batches to contain the labels of their samples, so that they can be replaced,"
+                " but the labels differ between two reads of a sample, for example because collate_fn mixes"
+                f" samples{ADVICE}."
             )
         if fit.offers_scoring_loader:
             # Else the passes draw from it too, and it has been looked at for them.
@@ -239,6 +240,5 @@ def check_arrives(fit: FitContext, batch: Any) -> None:
     _, arrived = task_format.split(fit.to_device(with_labels(batch, task_format, new)))
     if not task_format.classes(arrived, len(given)).cpu().equal(new.cpu()):
         raise TypeError(
-            "Expected labels that are replaced in a training batch to arrive in training_step as they are, but the"
-            f" transfer hooks change them{ADVICE}."
+            f"Expected replaced labels to reach training_step unchanged, but the transfer hooks change them{ADVICE}."
         )

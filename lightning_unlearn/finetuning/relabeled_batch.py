@@ -15,21 +15,20 @@ from lightning_unlearn.data.dataset_state import unopened
 from lightning_unlearn.data.task_format import IGNORED, TaskFormat
 from lightning_unlearn.finetuning.companions import Companion
 
-ADVICE = "; use on_noisy='drop' or 'reweight', which need no other labels"
+ADVICE = "; use on_noisy='drop' or 'reweight', which do not replace labels"
 
 
 def with_labels(batch: Any, task_format: TaskFormat, new: Tensor, companions: Sequence[Companion] = ()) -> Any:
-    """Return the batch with other labels; the one given stays as it is.
+    """Return a copy of the batch with new labels.
 
     Args:
         batch: a tuple, list, dict, named tuple or dataclass, nested or not, that holds the tensor of labels.
-        task_format: finds it, and knows its form.
-        new: (U,) int64, the classes of the batch's rows; -1 where the given one stays.
-        companions: fields that are made of the label.
+        task_format: locates the labels and describes their format.
+        new: (U,) int64, new classes of the rows; -1 keeps the given one.
+        companions: fields that are derived from the label.
 
     Raises:
-        TypeError: if the labels have not the form that the first batch had, or are not in the batch as they are but
-            made of it.
+        TypeError: if the labels have a different format than in the first batch, or are not a tensor of the batch.
 
     Example:
         >>> task_format = TaskFormat()
@@ -61,24 +60,24 @@ def with_labels(batch: Any, task_format: TaskFormat, new: Tensor, companions: Se
     changed = apply_to_collection(batch, Tensor, put)
     if not found:
         raise TypeError(
-            "Expected the labels of a training batch to be one of its tensors, so that they can be replaced, but"
-            f" batch_to_xy makes them of something else{ADVICE}."
+            "Expected the labels of a training batch to be one of its tensors, so that they can be replaced,"
+            f" but batch_to_xy computes them from something else{ADVICE}."
         )
     return changed
 
 
 def rows_of(batch: Any, task_format: TaskFormat, index: Tensor, given: Tensor, loader: DataLoader[Any]) -> Tensor:
-    """Return the dataset indices of a batch's rows, where a collate function may have left out items that are None.
+    """Return the dataset indices of a batch's rows; a collate function may have removed items that are None.
 
     Args:
-        batch: as the loader delivers it.
-        task_format: finds its labels.
-        index: (B,) int64, as drawn.
-        given: (N,) or (N, L), the labels of the partition, in which such samples have none.
-        loader: whose data set is asked, where others have no label either.
+        batch: the batch as delivered by the loader.
+        task_format: locates the labels.
+        index: (B,) int64, the indices drawn.
+        given: (N,) or (N, L), the labels of the partition, in which such samples have no label.
+        loader: the loader, whose dataset is read if other samples have no label either.
 
     Raises:
-        TypeError: where the rows are others.
+        TypeError: if the rows do not match the indices.
     """
     rows: int = len(task_format.split(batch)[1])
     if rows == len(index):
@@ -90,8 +89,8 @@ def rows_of(batch: Any, task_format: TaskFormat, index: Tensor, given: Tensor, l
             there = torch.tensor([bool(known) or loader.dataset[i] is not None for known, i in pairs])
     if int(there.sum()) != rows:
         raise TypeError(
-            f"Expected labels of {len(index)} rows to be replaced in a training batch, but got {rows}, and not for"
-            f" items that are None in the data set{ADVICE}."
+            f"Expected labels of {len(index)} rows to be replaced in a training batch, but got {rows}, not"
+            f" counting items that are None in the dataset{ADVICE}."
         )
     return index[there]
 
@@ -112,7 +111,7 @@ def check_given(batch: Any, task_format: TaskFormat, given: Tensor, rows: int) -
     wrong = int(((given >= 0) & (label != given)).sum())
     if wrong:
         raise ValueError(
-            "Expected the rows of a training batch to have the labels that the partition has for their dataset indices,"
-            f" but {wrong} of {len(given)} have others, as where collate_fn fills up a batch, or where labels were"
-            f" changed since; none was replaced{ADVICE}."
+            "Expected the rows of a training batch to have the labels of the partition at their dataset"
+            f" indices, but {wrong} of {len(given)} differ, for example because collate_fn pads a batch, or"
+            f" labels have changed since; none was replaced{ADVICE}."
         )

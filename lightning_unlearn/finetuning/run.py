@@ -1,4 +1,4 @@
-"""Step 5 from beginning to end: what is drawn, what is trained, from where, and with which optimizer."""
+"""Step 5 from beginning to end: the subset, the starting weights, the layers and the optimizer."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ _WHO = "CleanSubsetFinetuneCallback"
 
 @dataclass(frozen=True, eq=False)
 class FinetuneSettings:
-    """How fine-tuning is done; see ``CleanSubsetFinetuneCallback``.
+    """Settings of fine-tuning; see ``CleanSubsetFinetuneCallback``.
 
     Args:
         mode: ``"full"`` or ``"layers"``.
-        layers: that are trained; None for those from the pruned one on.
-        warm_start: what it starts from.
-        on_noisy: what becomes of samples that are not clean.
+        layers: layers to train; None for the pruned layer and those after it.
+        warm_start: the weights that it starts from.
+        on_noisy: treatment of samples that are not clean.
         lr: constant learning rate; None for none.
     """
 
@@ -57,17 +57,17 @@ class FinetuneSettings:
 
 
 class Finetuning:
-    """Trains on what a partition leaves, from when there is one.
+    """Fine-tunes on the subset that a partition selects.
 
     Args:
-        settings: how.
-        fresh: makes the optimizer, where it is made anew.
+        settings: the settings.
+        fresh: creates a fresh optimizer, if needed.
 
     Attributes:
-        state: what it has come to.
-        masks: keeps pruned neurons at zero; None where none is pruned.
-        partition: the one that it goes by; None before the first of this fit.
-        seconds_per_epoch: how long the last epoch took; None before one is complete.
+        state: the current state, which checkpoints store.
+        masks: keeps pruned neurons at zero; None without pruning.
+        partition: the current partition; None before the first one of this fit.
+        seconds_per_epoch: duration of the last epoch; None before the first is complete.
     """
 
     def __init__(self, settings: FinetuneSettings, fresh: FreshOptimizer) -> None:
@@ -79,7 +79,7 @@ class Finetuning:
         self.reset()
 
     def reset(self) -> None:
-        """Forget an earlier fit."""
+        """Discard the state of an earlier fit."""
         self.state = FinetuneState()
         self.partition: Partition | None = None
         self.seconds_per_epoch: float | None = None
@@ -96,19 +96,19 @@ class Finetuning:
         return self.state.training_subset is not None
 
     def may_start_later(self, fit: FitContext) -> bool:
-        """Return whether fine-tuning has not started, and is to start with a partition that is computed later."""
+        """Return whether fine-tuning has not started, and may start with a later partition."""
         has_rounds = getattr(fit.source, "every_n_epochs", None) is not None
         return not (self.is_active or fit.source.dry_run) and (has_rounds or self.state.partition_epoch == 0)
 
     def check(self, fit: FitContext, relabel_threshold: float) -> None:
-        """Refuse, when the fit is set up, what could not work later.
+        """Refuse invalid combinations of settings when the fit is set up.
 
         Args:
-            fit: that is set up.
-            relabel_threshold: the least probability of a suggested label that is used in it.
+            fit: the fit that is set up.
+            relabel_threshold: minimum probability of a suggested label that is used.
 
         Raises:
-            MisconfigurationException: saying what to do.
+            MisconfigurationException: for an invalid combination.
         """
         one, moves = self.settings, self.starting.is_asked_for
         if (keyed := fit.keyed) is not None or self.loader.is_by_key:
@@ -131,7 +131,7 @@ class Finetuning:
                 raise ValueError(f"Expected layers to name modules with parameters, but '{name}' has none.")
 
     def begin(self, fit: FitContext) -> None:
-        """Refuse, before the first step, what only the loaders and a forward pass show."""
+        """Run the checks that need the loaders and a forward pass, before the first step."""
         relabels = self.settings.on_noisy == "relabel"
         if not self.is_active:
             self.loader.begin(fit)
@@ -174,7 +174,7 @@ class Finetuning:
             self._losses.add(outputs)
 
     def check_data(self, fit: FitContext) -> None:
-        """Refuse a loader, made again since, that has other samples than the partition."""
+        """Refuse a reloaded train loader whose samples differ from those of the partition."""
         # Not where the loader is made: an error there leaves torch's DataLoader as Lightning has changed it meanwhile.
         if self._data is None or self.partition is None:
             return
@@ -183,12 +183,12 @@ class Finetuning:
             check_reloaded(fit, loader, self.partition)
 
     def is_new(self, partition: Partition | None) -> bool:
-        """Take the partition, and say whether it is to be acted upon."""
+        """Set the partition, and return whether it is new."""
         self.partition = partition
         return partition is not None and partition.epoch > self.state.partition_epoch
 
     def act(self, fit: FitContext) -> None:
-        """Train on what the partition leaves, or say what would be trained on in a dry run."""
+        """Start or update fine-tuning for the partition; in a dry run, log what would be done."""
         partition = self._known_partition()
         if fit.source.dry_run:
             self._report_dry_run(fit, partition)
@@ -200,13 +200,13 @@ class Finetuning:
             self.starting.forget()
 
     def hold(self, fit: FitContext) -> None:
-        """Call when an epoch starts, after a partition has been acted upon."""
+        """Call when an epoch starts, after acting on a partition."""
         if self.is_active:
             self._data = self.loader.dataset(fit)
         self.frozen.hold_modes()
 
     def _what_of_noisy(self, fit: FitContext, partition: Partition) -> OnNoisy:
-        """Return ``on_noisy``, or ``"drop"`` where new labels would be written on the rows of other samples."""
+        """Return ``on_noisy``, or ``"drop"`` if new labels could be assigned to other samples."""
         if self.settings.on_noisy != "relabel":
             return self.settings.on_noisy
         fault = self.loader.relabeling_fault(fit, partition)
@@ -224,7 +224,7 @@ class Finetuning:
             self.loader.end_epoch(fit)
 
     def _check_diverged(self, fit: FitContext) -> None:
-        """End a fit whose weights no further training mends; before a ModelCheckpoint writes them."""
+        """End a fit whose weights are NaN or infinite, before a ModelCheckpoint stores them."""
         was_finite, fault = self._losses.was_finite(fit), not_finite(fit)
         when = f"in epoch {fit.epoch}, trained on the clean subset since epoch {self.state.first_epoch}"
         if fault:
@@ -237,7 +237,7 @@ class Finetuning:
             rank_zero_warn(f"The loss was NaN or infinite {when}; if that goes on, {ADVICE}.")
 
     def resume(self, fit: FitContext) -> None:
-        """Go on where a checkpoint says that fine-tuning had begun."""
+        """Resume fine-tuning from a checkpoint."""
         self.fresh.check_goes_on()
         self.loader.detach(fit)
         self.attach(fit)
@@ -281,12 +281,12 @@ class Finetuning:
 
     @contextmanager
     def _all_or_nothing(self, fit: FitContext) -> Iterator[list[Callable[[], None]]]:
-        """Undo every change where a user's optimizer or loader cannot be made, as if fine-tuning had not begun.
+        """Undo every change if creating a user's optimizer or loader fails, as if fine-tuning had not started.
 
-        A checkpoint that is written of the exception then fits its optimizer.
+        A checkpoint written on this exception then matches its optimizer.
 
         Yields:
-            a list of what more is to be called then.
+            a list of further functions to call in that case.
         """
         undoing: list[Callable[[], None]] = []
         put_back = keep_optimizers(fit)
@@ -307,7 +307,7 @@ class Finetuning:
             raise
 
     def _renew(self, fit: FitContext, subset: TrainingSubset) -> None:
-        """Follow a partition that was computed again."""
+        """Follow a recomputed partition."""
         if not self._fills_batches(fit, subset):
             return
         self.loader.detach(fit)
@@ -333,7 +333,7 @@ class Finetuning:
         return not fault
 
     def attach(self, fit: FitContext) -> None:
-        """Let the loader draw from the subset, and the labels be replaced."""
+        """Make the loader draw from the subset, and replace labels."""
         if self.state.training_subset is not None:
             keeps_plan = partial(self.fresh.keeps_plan, fit)
             self.loader.follow(fit, self.state.training_subset, self._known_partition, keeps_plan)
@@ -367,7 +367,7 @@ class Finetuning:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` described."""
+        """Load the state that :meth:`state_dict` returned."""
         self.state = FinetuneState.from_state_dict(state)
         self.frozen.load_state_dict(state["frozen"])
         self.starting.weights.load_state_dict(copied(state["start_weights"]))

@@ -40,15 +40,15 @@ def before_schedules() -> Iterator[dict[int, dict[str, Any]]]:
 
 
 def forget_schedule(optimizer: Optimizer, given: Mapping[int, Mapping[str, Any]], lr: float | None) -> None:
-    """Undo what a scheduler that is dropped has written into the optimizer when it was made.
+    """Undo the changes that a discarded scheduler made to the optimizer when it was created.
 
-    What only schedules read stays, since a fit may go on from a checkpoint without this callback, and so with that
-    schedule: from the learning rate of here.
+    Entries that only schedulers read are kept, since a fit may resume from a checkpoint without this callback, and so
+    with that scheduler.
 
     Args:
-        optimizer: a fresh one.
-        given: what its groups held before; see :func:`before_schedules`.
-        lr: of each group; None to keep the present one.
+        optimizer: a fresh optimizer.
+        given: the contents of its groups before; see :func:`before_schedules`.
+        lr: learning rate of each group; None to keep the current ones.
     """
     for group in optimizer.param_groups:
         before = given.get(id(group), {})
@@ -66,7 +66,7 @@ class PeakRates:
         self._rates: list[list[float]] = []
 
     def see(self, optimizers: Sequence[Optimizer]) -> None:
-        """Look at the rates that the next step is made with. Of one on a device nothing is asked, which takes time."""
+        """Record the learning rates of the next step, except those on a device, which would synchronize with it."""
         rates = [[_rate(group.get("lr")) for group in one.param_groups] for one in optimizers]
         if [len(one) for one in rates] == [len(one) for one in self._rates]:
             pairs = zip(rates, self._rates, strict=True)
@@ -74,7 +74,7 @@ class PeakRates:
         self._rates = rates
 
     def of(self, optimizers: Sequence[Optimizer]) -> list[list[float]]:
-        """Return the peak of each group of optimizers that were made anew; its own rate where groups are others."""
+        """Return the peak learning rate of each group of fresh optimizers; its own rate if the groups differ."""
         peaks = self._rates
         if [len(one) for one in peaks] != [len(one.param_groups) for one in optimizers]:
             peaks = [[0.0 for _ in one.param_groups] for one in optimizers]
@@ -93,7 +93,7 @@ class PeakRates:
 
 
 def _rate(value: Any) -> float:
-    """Return a learning rate; 0 for what is on a device, or no number."""
+    """Return a learning rate; 0 if it is on a device or not a number."""
     is_elsewhere = getattr(getattr(value, "device", None), "type", "cpu") != "cpu"
     return 0.0 if value is None or is_elsewhere else float(value)
 

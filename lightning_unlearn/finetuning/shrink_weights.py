@@ -13,9 +13,9 @@ def shrink(weight: Tensor, start: Tensor, kept: float = KEPT) -> Tensor:
     """Return ``start + kept * (weight - start)``, computed in float32 at least.
 
     Args:
-        weight: trained, floating.
-        start: the same weight when the fit began, on the same device.
-        kept: 1 for the weight as it is, 0 for ``start`` whatever has become of the weight.
+        weight: the trained weight, floating point.
+        start: the same weight at the start of the fit, on the same device.
+        kept: share of the change to keep: 1 for the weight itself, 0 for ``start`` even if the weight is not finite.
 
     Example:
         >>> shrink(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 2.0]))

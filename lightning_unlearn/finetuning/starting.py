@@ -43,10 +43,10 @@ class Starting:
         return self._asked != "keep"
 
     def check_is_known(self, fit: FitContext) -> None:
-        """Refuse a checkpoint without the weights that the fit began with, where these are asked for.
+        """Refuse a checkpoint without the initial weights of the fit if they are needed.
 
         Raises:
-            MisconfigurationException: saying what to do.
+            MisconfigurationException: if they are missing.
         """
         if self.is_asked_for and fit.step > 0 and not self.weights.is_known:
             raise MisconfigurationException(
@@ -57,7 +57,7 @@ class Starting:
             )
 
     def remember(self, fit: FitContext, batch_idx: int, *, is_wanted: bool) -> None:
-        """Keep the weights that the fit began with, as long as they may be asked for. Call before each step."""
+        """Keep the initial weights of the fit as long as they may be needed. Call before each step."""
         is_time = fit.step == 0 or (self.weights.is_known and batch_idx == 0)
         if is_time and is_wanted and not _obstacle(fit):
             self.weights.remember(fit.model)
@@ -92,14 +92,14 @@ class Starting:
         """Move the weights and their averages.
 
         Args:
-            fit: that is running.
+            fit: the running fit.
             how: ``"shrink"`` or ``"start"``.
-            frozen: names of parameters and norms that stay as they are.
+            frozen: names of parameters and norms that are not moved.
             masks: keeps pruned neurons at zero.
-            undoing: takes what undoes it.
+            undoing: list to which functions that undo the move are appended.
 
         Returns:
-            how many weights were moved.
+            the number of weights that were moved.
         """
         changed, undo = self.weights.move(fit.model, how, weight_copies(fit), frozen)
         undoing.append(undo)
@@ -113,13 +113,13 @@ class Starting:
         return moved
 
     def say(self, fit: FitContext, start: Start, moved: int, precision: float | None) -> None:
-        """Say what there is to gain, and from where fine-tuning starts.
+        """Log the expected gain, and what fine-tuning starts from.
 
         Args:
-            fit: that is running.
-            start: that was chosen.
+            fit: the running fit.
+            start: the chosen start.
             moved: number of weights that were moved.
-            precision: share of the suspects that is expected to be wrong; None where it is not known.
+            precision: expected share of wrong samples among the suspects; None if unknown.
         """
         rank_zero_info(messages.prospect(_memory(fit), start, precision, fit.limits.remaining_epochs))
         if start.because or start.moves:
@@ -131,6 +131,6 @@ def _memory(fit: FitContext) -> Memory:
 
 
 def _obstacle(fit: FitContext) -> str:
-    """Return why weights are not moved, and the optimizer not made anew, where nobody has insisted on it."""
+    """Return why weights and optimizer are kept by default; empty if they need not be."""
     other = next((callback for callback in fit.callbacks if is_lightning_instance(callback, "BaseFinetuning")), None)
     return "" if other is None else f"{type(other).__name__} manages the current optimizer"

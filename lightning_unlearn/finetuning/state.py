@@ -1,4 +1,4 @@
-"""What fine-tuning has come to; what of it a checkpoint keeps is declared once, here."""
+"""The state of fine-tuning, which checkpoints store."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lightning_unlearn.results.provenance import copied
 
 @dataclass(frozen=True, eq=False)
 class FinetuneState:
-    """What fine-tuning has come to; replaced as a whole.
+    """State of fine-tuning; immutable.
 
     Args:
-        partition_epoch: of the partition that was looked at last; 0 before the first.
-        first_epoch: the first on a subset.
-        training_subset: trained on; None for all the data.
+        partition_epoch: epoch of the last partition that was processed; 0 before the first.
+        first_epoch: first epoch on a subset.
+        training_subset: the subset that is trained on; None for all data.
         started_from: ``"keep"``, ``"shrink"`` or ``"start"``.
     """
 
@@ -44,8 +44,8 @@ class FinetuneState:
         """Return what was done to which samples.
 
         Args:
-            partition: that was acted upon.
-            seed: of the order in which the subset is drawn.
+            partition: the partition that was acted on.
+            seed: seed of the order in which the subset is drawn.
         """
         if self.training_subset is None:
             return {"from_epoch": None, "dropped": [], "relabeled": [], "weighed": False}

@@ -14,13 +14,13 @@ from lightning_unlearn.trainer.context import FitContext
 
 
 class SubsetData:
-    """Lets a fit train on a subset of its samples, from :meth:`follow` to :meth:`detach`.
+    """Restricts training to a subset of the samples, from :meth:`follow` to :meth:`detach`.
 
     Attributes:
-        seed: of what is drawn at random.
-        planned_batches: batches of the first epoch on a subset, for which a schedule of steps may be planned.
-        planned_size: how many samples of all ranks were a step then.
-        relabeling: of the batches, where labels are replaced.
+        seed: seed of the sampling.
+        planned_batches: number of batches of the first epoch on a subset, for which a schedule may be planned.
+        planned_size: number of samples per step then, over all ranks.
+        relabeling: replaces labels in batches.
     """
 
     is_by_key = False
@@ -39,28 +39,28 @@ class SubsetData:
         self.planned_batches = self.planned_size = 0
 
     def begin(self, fit: FitContext) -> None:
-        """Refuse, before the first step, data that cannot be narrowed.
+        """Refuse data that cannot be narrowed to a subset. Call before the first step.
 
         Raises:
-            TypeError: saying what is in the way.
+            TypeError: for a loader that cannot be narrowed.
         """
         raise NotImplementedError
 
     def prepare_relabeling(self, fit: FitContext, head: str | None, *, is_new: bool) -> None:
-        """Learn, before the first step, where labels are replaced, and refuse batches in which they cannot be.
+        """Locate the labels to replace, and refuse batches in which they cannot be replaced.
 
         Args:
-            fit: that begins.
-            head: dotted path of the module that makes the logits; None if there is none.
+            fit: the fit that starts.
+            head: dotted path of the module that returns the logits; None if there is none.
             is_new: whether no label was replaced yet.
 
         Raises:
-            TypeError: saying what is in the way.
+            TypeError: if labels cannot be replaced.
         """
         raise NotImplementedError
 
     def plan(self, fit: FitContext) -> None:
-        """Note for how many batches of which size a schedule of steps is planned."""
+        """Record the number and size of batches for which a schedule is planned."""
         raise NotImplementedError
 
     def at_once(self, fit: FitContext) -> int:
@@ -81,11 +81,11 @@ class SubsetData:
         """Train on a subset from now on, with the labels that it gives.
 
         Args:
-            fit: that is running.
+            fit: the running fit.
             subset: the subset.
-            partition: returns the one that the subset is of; asked for when there is a batch.
-            keeps_plan: whether no more is drawn than was planned, as by a schedule of steps; asked whenever there is a
-                loader.
+            partition: returns the partition of the subset; called for each batch.
+            keeps_plan: returns whether an epoch must not have more batches than planned, for a schedule; called for
+                each loader.
         """
         raise NotImplementedError
 
@@ -102,11 +102,11 @@ class SubsetData:
         return ""
 
     def dataset(self, fit: FitContext) -> Any:
-        """Return the data set in use; None where there is none to compare."""
+        """Return the dataset in use; None if there is none to compare."""
         return None
 
     def ask_again(self, fit: FitContext) -> None:
-        """Have the loader made again, in a fit that goes on from a checkpoint."""
+        """Reload the train loader in a fit that resumes from a checkpoint."""
 
     def before_backward(self, loss: Tensor) -> None:
         """Call in ``on_before_backward``."""

@@ -1,4 +1,4 @@
-"""The user's train loader, which draws from a subset while fine-tuning goes on."""
+"""The user's train loader, restricted to a subset during fine-tuning."""
 
 from __future__ import annotations
 
@@ -142,12 +142,12 @@ class SubsetLoader(SubsetData):
             self.relabeling.attach(fit, subset.new_label, lambda: partition().label)
 
     def attach(self, fit: RunningFit, subset: TrainingSubset, *, keeps_plan: Callable[[], bool]) -> None:
-        """Draw from a subset from now on, under the given labels.
+        """Draw from a subset from now on, without replacing labels.
 
         Args:
-            fit: that is running.
+            fit: the running fit.
             subset: the subset.
-            keeps_plan: see :meth:`sampler`; asked whenever there is a loader.
+            keeps_plan: see :meth:`sampler`; called for each loader.
         """
         if self._swap.is_attached:
             return
@@ -175,7 +175,7 @@ class SubsetLoader(SubsetData):
 
 
 def batches_of(fit: RunningFit, loader: DataLoader[Any], sampler: CleanSubsetSampler) -> int:
-    """Return how many batches an epoch of what a sampler draws has, cut as the loader cuts them."""
+    """Return the number of batches per epoch for a sampler, with the batch size and drop_last of the loader."""
     batch_sampler: Any = loader.batch_sampler
     size: int = batch_sampler.batch_size
     return fit.limited_batches(len(sampler) // size if batch_sampler.drop_last else -(-len(sampler) // size))

@@ -72,7 +72,7 @@ class Start:
     """
 
     how: str
-    said: str = "goes on from the weights as they are"
+    said: str = "continues from the current weights"
     because: str = ""
 
     @property
@@ -102,16 +102,16 @@ def choose_start(asked: WarmStart, memory: Memory, obstacle: str = "") -> Start:
             return Start("keep", because=f"the network {memory}, so it has not memorized them")
         because = f"the network {memory}, so it has {'memorized them' if memory.has_suspects else 'begun to memorize'}"
         if obstacle:
-            return Start("keep", because=f"{because}, but its weights are kept anyway: {obstacle}")
+            return Start("keep", because=f"{because}, but the weights are kept: {obstacle}")
         return replace(_SHRUNK, because=because)
     if asked == "start":
-        return Start("start", "starts from the weights that the fit began with")
+        return Start("start", "starts from the initial weights of the fit")
     return _SHRUNK if asked == "shrink" else Start("keep")
 
 
 _SHRUNK = Start(
     "shrink",
-    f"starts from weights moved back towards those that the fit began with ({KEPT:.0%} of the way is kept)",
+    f"starts from weights moved back towards the initial ones ({KEPT:.0%} of the change is kept)",
 )
 
 

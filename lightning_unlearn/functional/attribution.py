@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def runner_up_class(logits: Tensor, label: Tensor) -> Tensor:
-    """Return the strongest class other than the given one.
+    """Return the class with the largest logit other than the given one.
 
     Args:
         logits: (B, C) with C >= 2.
@@ -23,7 +23,7 @@ def runner_up_class(logits: Tensor, label: Tensor) -> Tensor:
         (B,) int64.
 
     Raises:
-        ValueError: if there is only one class, or not a row for each label.
+        ValueError: for fewer than two classes, or if there is not one row per label.
 
     Example:
         >>> runner_up_class(torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([0]))

@@ -1,9 +1,9 @@
-"""How many labels are wrong if classes are taken for each other, as people do, and not only blindly.
+"""Noise rate under errors between similar classes, such as human errors, in addition to symmetric noise.
 
-Of a sample whose classes score ``s_k``, the label has the probability ``sum_k softmax(a s + b)_k T_ky``, with a full
-transition matrix T. A classifier that confuses classes by itself looks a little like that, too; blind errors
-(:mod:`lightning_unlearn.functional.symmetric_noise`) explain its labels nearly as well. So what T adds to their rate
-counts only as far as it gains more than such confusion does.
+For a sample with class scores ``s_k``, label y has the probability ``sum_k softmax(a s + b)_k T_ky``, with a full
+transition matrix T. The classifier's own confusion of classes has a similar effect, and symmetric noise
+(:mod:`lightning_unlearn.functional.symmetric_noise`) explains such labels nearly as well. The additional rate under T
+therefore counts only to the extent that its likelihood gain exceeds that of such confusion.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class _Likelihood:
 
 
 def asks_of_confusion(classes: int, samples: float) -> bool:
-    """Return whether so many samples tell how so many classes are taken for each other."""
+    """Return whether there are enough samples to estimate the confusion of this many classes."""
     return 2 < classes <= MOST_CLASSES and samples >= LEAST_EACH * classes * classes
 
 
@@ -99,19 +99,19 @@ def confusion_rate(
     group: Tensor | None = None,
     reduce: Reduce = no_reduce,
 ) -> tuple[float, float]:
-    """Return how many more labels are wrong than by blind errors.
+    """Return the share of wrong labels beyond symmetric noise.
 
     Args:
-        score: (n, C), log-probabilities up to a temperature and what is added to all classes, that have not seen the
-            labels.
+        score: (n, C), log-probabilities up to a temperature and a constant per sample, from a model that has not
+            learned the labels.
         label: (n,) int64.
         weight: (n,), 0 for a row that does not count.
-        start: the fit of blind errors to the same.
-        group: (n,) int64, samples whose scores have a temperature of their own; None where all have the same.
+        start: the fit of symmetric noise to the same scores.
+        group: (n,) int64, groups of samples with a common temperature; None for a single one.
         reduce: sums over the ranks.
 
     Returns:
-        the best guess, and what there may be at most; the same on every rank.
+        the estimate and its upper bound; the same on every rank.
     """
     classes, groups, weight = score.shape[1], len(start.scale), weight.double()
     group = torch.zeros_like(label) if group is None else group

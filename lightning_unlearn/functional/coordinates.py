@@ -1,4 +1,4 @@
-"""Coordinates of what logits mean: their differences, as adding a constant to all changes nothing."""
+"""Coordinates of class differences: logits up to a constant added to all of them."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ MAX_COORDINATES = 128
 
 
 def class_coordinates(num_classes: int) -> Tensor:
-    """Return an orthonormal basis of what logits mean: their differences, as adding a constant to all changes nothing.
+    """Return an orthonormal basis of class differences, since a constant added to all logits has no effect.
 
     Args:
         num_classes: C.
 
     Returns:
-        (C, r) float32 with ``r = min(C - 1, 128)``. For C <= 129 it keeps all differences (Helmert's basis); for more
-        classes it is a random part of them, always the same, which keeps distances to within some ten per cent (Johnson
-        and Lindenstrauss), for recipes of users.
+        (C, r) float32 with ``r = min(C - 1, 128)``. For C <= 129 it keeps all differences (Helmert's basis). For more
+        classes it is a fixed random projection that preserves distances to about ten per cent (Johnson and
+        Lindenstrauss), for users' recipes.
 
     Example:
         >>> basis = class_coordinates(3)
@@ -43,9 +43,9 @@ def helmert(num_classes: int) -> Tensor:
 
 
 def times_helmert(matrix: Tensor) -> Tensor:
-    """Return the product (C, r) of Helmert's basis (C, C - 1) with a matrix (C - 1, r), without the former.
+    """Return the product (C, r) of Helmert's basis (C, C - 1) and a matrix (C - 1, r), without forming the basis.
 
-    Its column j is 1 in the first j rows and -j in the one below, over its norm.
+    Column j of the basis is 1 in the first j rows and -j in the next row, divided by its norm.
     """
     j = torch.arange(1, len(matrix) + 1, dtype=torch.float64).unsqueeze(1)
     scaled = matrix / (j * (j + 1)).sqrt()

@@ -1,7 +1,7 @@
-"""Label evidence gathered over training, a few numbers per sample.
+"""Label evidence averaged over training, a few numbers per sample.
 
-Evidence is averaged over training because the last model has memorized part of the noise: what survives memorization is
-how the margin was while the network was still generalizing (the idea of AUM, Pleiss et al. 2020, arXiv 2001.10528).
+Evidence is averaged because the final model has memorized part of the noise, while margins from the time when it was
+still generalizing show it (area under the margin, Pleiss et al. 2020, arXiv 2001.10528).
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ _MOST_NUMBERS = 2**22
 
 
 def label_confidence(margin: Tensor) -> Tensor:
-    """Return how strongly the given label is supported against the strongest other, between 0 and 1.
+    """Return the confidence of the given label against the largest other class, in [0, 1].
 
-    The logistic function of the margin: the probability of the given label if only these two were possible. Margins are
-    averaged over training in this form, because they grow as a network memorizes, without bound; as they are, the last
-    passes, which know least, would outweigh the early ones.
+    This is the sigmoid of the margin: the probability of the given label if only these two classes were possible.
+    Margins are averaged over training in this form because they grow without bound as a network memorizes; raw margins
+    of the last epochs, which are least informative, would dominate the early ones.
 
     Args:
         margin: (B,), margin attribution summed over the neurons, in nats.
@@ -63,19 +63,19 @@ def confident_disagreement(
     share: float = 0.25,
     reduce: Reduce = no_reduce,
 ) -> float:
-    """Return how often the most confident samples of each group disagree.
+    """Return the disagreement rate of the most confident samples of each group.
 
     Args:
-        log_odds: (n,), how confident a sample is.
-        agrees: (n,) bool.
+        log_odds: (n,), confidence of the prediction.
+        agrees: (n,) bool, whether the prediction equals the label.
         group: (n,) int64, such as the predicted class.
         weight: (n,), 0 for a row that does not count.
         num_groups: number of groups.
-        share: of each group's samples that are asked.
+        share: share of each group to use.
         reduce: sums over the ranks.
 
     Returns:
-        share of those asked that disagree, in [0, 1]; each group counts by its size.
+        share of these samples that disagree, in [0, 1], averaged over groups weighted by size.
 
     Example:
         >>> confident_disagreement(

@@ -23,7 +23,7 @@ class GaussianMixture:
         mean: (2, D) float64.
         covariance: (2, D, D) float64.
         log_likelihood: mean log-likelihood per sample, in nats.
-        n_iter: EM steps made.
+        n_iter: number of EM steps.
         converged: whether the last step gained less than the tolerance.
     """
 
@@ -72,16 +72,16 @@ class GaussianMixture:
     def posterior_monotone(self, rows: Tensor, component: int) -> Tensor:
         """Return the probability of one component of a one-dimensional mixture, made monotone in the data.
 
-        With unequal variances the wider component wins in *both* tails, so that the strongest evidence for one side
-        would count for the other. The log-odds are a parabola; past its vertex, on the side where it turns back, they
-        are held at the vertex's value.
+        With unequal variances the wider component is more probable in *both* tails, so the strongest evidence for one
+        component would count for the other. The log-odds are a parabola; beyond its vertex, on the side where it turns
+        back, they are clamped to the value at the vertex.
 
         Args:
             rows: (n, 1).
-            component: the component asked for, 0 or 1.
+            component: the component, 0 or 1.
 
         Returns:
-            (n,) float64, rising with the data if this component has the larger mean, else falling.
+            (n,) float64, increasing in the data if this component has the larger mean, else decreasing.
         """
         if rows.ndim != 2 or rows.shape[1] != 1:
             raise ValueError(f"Expected rows of shape (n, 1), but got {tuple(rows.shape)}.")

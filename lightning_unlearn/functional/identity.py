@@ -1,4 +1,4 @@
-"""Which rows of a batch's input have the same content, wherever they lie: hashes, equal for equal rows."""
+"""Hashes of the rows of a batch's input, equal for rows with the same content."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _AT_ONCE = 2**22
 def row_identity(x: Any, total: int) -> Tensor | None:
     """Return a hash of the content of each row of a batch's input.
 
-    It does not depend on the other rows, nor on zeros that pad the end of a row.
+    The hash does not depend on the other rows, nor on zero padding at the end of a row.
 
     Args:
-        x: a tensor whose first dimension counts the samples, a list of a number, text or tensor for each sample, or a
-            tuple, list or dict of such; None and what is single belong to all samples and do not count.
+        x: a tensor with the batch in dimension 0, a list with a number, string or tensor for each sample, or a tuple,
+            list or dict of these; None and single values are shared by all samples and ignored.
         total: B.
 
     Returns:
-        (B,) int64 on the CPU; None where the input cannot be told apart by rows.
+        (B,) int64 on the CPU; None if the input cannot be split into rows.
 
     Example:
         >>> same = row_identity(torch.tensor([[1.0, 2.0], [2.0, 1.0], [1.0, 2.0]]), 3)

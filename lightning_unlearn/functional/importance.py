@@ -122,11 +122,11 @@ def importance_ratio(suspect: NeuronSums, clean: NeuronSums, statistic: str) -> 
 
 
 def magnitude(weight: Tensor, dimension: int) -> Tensor:
-    """Return (D,), the norms of what belongs to each neuron in a weight.
+    """Return (D,), the norm of the weights of each neuron.
 
     Args:
-        weight: of a layer.
-        dimension: the one that counts neurons.
+        weight: weight of a layer.
+        dimension: the dimension of the neurons.
 
     Example:
         >>> magnitude(torch.tensor([[3.0, 4.0], [0.0, 1.0]]), dimension=0)

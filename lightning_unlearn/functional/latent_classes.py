@@ -1,19 +1,18 @@
-"""True classes behind given labels: a Gaussian mixture over classes, seen through a noisy labeler.
+"""Latent true classes: a Gaussian mixture with one component per class, observed through noisy labels.
 
-A sample has a true class k, drawn from the prior. Its evidence x, what the model said of each class in the course of
-training, is Gaussian around the mean of class k, whatever the sample is called. The label that it was given is drawn
-from row k of the transition matrix. Expectation maximization fits all of it from ``(x, given label)`` alone: no mask,
-no clean set, no noise rate.
+A sample has a true class k, drawn from the prior. Its evidence x, the class attributions during training, is Gaussian
+around the mean of class k, whatever its label. The given label is drawn from row k of the transition matrix.
+Expectation maximization fits all parameters from ``(x, given label)`` alone, without a noise mask, a clean set or a
+known noise rate.
 
-It sees what no margin sees. Where two in five of every class c are called c + 1, a network that has learned this gives
-every sample of class c both c and c + 1; whether the label is right then does not show in how far it leads, but in
-*which* pair of classes stands out, and that is what the means of the classes hold. Lee et al. (2019, "Robust inference
-via generative classifiers") put Gaussian classes on a trained network's features; here the rows are the class
-attributions over training, and the transition matrix is fitted with them.
+This detects noise that margins do not show. If two in five samples of every class c are labeled c + 1, a network that
+has learned this predicts both c and c + 1 for every sample of class c. The margin then does not show whether the label
+is correct, but the *pair* of large classes does, and the class means capture it. Lee et al. (2019, "Robust inference
+via generative classifiers") fit Gaussian classes to the features of a trained network; here the rows are class
+attributions during training, and the transition matrix is fitted jointly.
 
-Every step reduces sums that ranks can add: counts (C, C), first moments (C, d), and second moments (C, d, d), or (d, d)
-where there are many classes. Nothing is held per sample beside the rows, labels and weights that are given: 4 d + 16
-bytes a sample.
+Every step reduces sums over ranks: counts (C, C), first moments (C, d), and second moments (C, d, d), or (d, d) for
+many classes. Per sample only the given rows, labels and weights are stored: 4 d + 16 bytes.
 """
 
 from __future__ import annotations
@@ -45,13 +44,13 @@ _STEPS = 5
 
 @dataclass(frozen=True, eq=False)
 class LatentClasses:
-    """Gaussian classes and how they are called.
+    """Gaussian classes and their noise transition matrix.
 
     Args:
         prior: (C,) float64, share of each true class.
-        mean: (C, d) float64, of the rows.
+        mean: (C, d) float64, class means.
         factor: (C, d, d) float64, or (1, d, d) for all of them: lower Cholesky factor of the covariance.
-        transition: (C, C) float64, row k the probabilities of what a sample of class k is called.
+        transition: (C, C) float64, row k holds the probabilities of each label for true class k.
     """
 
     prior: Tensor
@@ -159,7 +158,8 @@ def fit_latent_classes(
     center, _ = weighted_mean(rows, weight, reduce)
     if not center.isfinite().all():  # as NaN and infinity leave no sum finite, on any rank
         raise ValueError(
-            "The latent classes need finite evidence, but some rows hold NaN or infinity: has training diverged?"
+            "Latent classes need finite evidence, but some rows are NaN or infinite. Check whether training"
+            " has diverged."
         )
 
     def first_guess(x: Tensor, y: Tensor) -> Tensor:

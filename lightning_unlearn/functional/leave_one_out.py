@@ -1,12 +1,12 @@
-"""What a linear head would say of each sample if it had been trained on all the others, in closed form.
+"""Leave-one-out predictions of a linear head, in closed form.
 
 Ridge regression of the given labels on the features: with the hat matrix ``H``, the prediction of a sample that was
-left out is its label less ``residual / (1 - leverage)`` (Allen 1974, PRESS). One eigendecomposition of the summed
-``X'X`` serves all penalties, and each sample then needs its own row only. It is out of sample only if the features
-are: of a frozen backbone, or from before the fit.
+left out is its label minus ``residual / (1 - leverage)`` (Allen 1974, PRESS). One eigendecomposition of the summed
+``X'X`` serves all penalties, and each sample then needs only its own row. The predictions are out of sample only if the
+features are: those of a frozen backbone, or from before the fit.
 
-Of many features their leading principal components do, found by a random range finder with one power iteration
-(Halko, Martinsson and Tropp 2011), which does not see the labels.
+Many features are reduced to their leading principal components by a random range finder with one power iteration
+(Halko, Martinsson and Tropp 2011), which does not use the labels.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ _LIKE_LOGITS = 10.0
 def leave_one_out_logits(
     features: Tensor, label: Tensor, weight: Tensor, num_classes: int, *, reduce: Reduce = no_reduce
 ) -> Tensor:
-    """Return :func:`leave_one_out_scores` of features in any units, and of any number, as something like logits.
+    """Return :func:`leave_one_out_scores` of standardized features, reduced if there are many, on the scale of logits.
 
     Args:
-        features: (n, D), of which no label was learned.
-        label: (n,) int64, each of the C classes occurs.
-        weight: (n,), 0 for a row that does not count; of k copies of a sample each has 1 / k.
+        features: (n, D), features that were not trained on the labels.
+        label: (n,) int64; every class must occur.
+        weight: (n,), 0 for a row that does not count; 1 / k for each of k copies of a sample.
         num_classes: C.
         reduce: sums over the ranks.
 
@@ -73,15 +73,15 @@ def left_out_rate(logits: Tensor, label: Tensor, weight: Tensor, *, reduce: Redu
 
 
 def left_out_share(left_out: PrequentialRate | None, early: PrequentialRate | None, z_score: float) -> float:
-    """Return how much leave-one-out logits count beside those of the network in ranking samples, from 0 to .7.
+    """Return the weight of leave-one-out logits beside those of the network in the ranking, in [0, .7].
 
-    As far as the ridge knows more of labels that it is not told than an early epoch of the network did, and as it shows
-    wrong labels more clearly than all of training does.
+    The weight grows as the ridge regression predicts left-out labels better than an early epoch of the network did,
+    and shows wrong labels more clearly than all of training.
 
     Args:
-        left_out: what they say.
-        early: of an early epoch.
-        z_score: how sure it is by all of training that labels are wrong.
+        left_out: estimate from the leave-one-out logits.
+        early: estimate from an early epoch.
+        z_score: z score of wrong labels from all of training.
     """
     if left_out is None or early is None or not early.is_settled or left_out.z_score < _LEAST_Z:
         return 0.0
@@ -150,28 +150,30 @@ def leave_one_out_scores(
 
 
 def skill_of(accuracy: float, largest: float) -> float:
-    """Return what is predicted of what the largest class, of such a share, leaves."""
+    """Return the skill ``(accuracy - largest) / (1 - largest)``."""
     return (accuracy - largest) / max(1 - largest, 1e-9)
 
 
 def objection_to(left_out: PrequentialRate, predicted: float, validated: float | None, early: float | None) -> str:
-    """Return why leave-one-out scores do not tell how many labels are wrong; empty where they do.
+    """Return why leave-one-out scores cannot estimate the noise rate; empty if they can.
 
-    A ridge that knows less than the network takes for wrong what it does not understand. And features of which labels
-    have been learned before, as in an earlier fit, predict the labels of the training samples better than those of
-    validation samples, whatever is left out.
+    A ridge regression that predicts less than the network counts labels as wrong that it cannot predict. Features that
+    were trained on these labels before, for example in an earlier fit, predict the labels of training samples better
+    than those of validation samples, even if left out.
 
     Args:
-        left_out: what they say.
+        left_out: estimate from the leave-one-out scores.
         predicted: skill of the network on the training samples.
         validated: its skill on validation samples; None without any.
-        early: its skill in an early epoch; None where there was none.
+        early: its skill in an early epoch; None if there was none.
     """
     known = validated if validated is not None else early if early is not None else predicted
     if left_out.skill < known - _LESS_SKILL:
-        return "that is less than the network knows, so they do not tell the noise rate"
+        return "they predict less than the network, so they are not used for the noise rate"
     if validated is not None and min(left_out.skill, predicted) > validated + _MORE_SKILL:
-        return "that is more than the network knows of validation samples, so the features have seen the labels before"
+        return (
+            "they predict more than the network does on validation samples, so the features have seen the labels before"
+        )
     return ""
 
 

@@ -28,10 +28,10 @@ class LikelihoodScale:
     """The fitted scale.
 
     Args:
-        scale: what the log-likelihoods are multiplied by.
-        gain: nats that wrong labels explain, over none of them at a scale of its own.
-        gain_at_largest: the same at the largest scale. Where all samples are told equally well, a small scale explains
-            labels of which any may be wrong, too; then only this tells.
+        scale: factor of the log-likelihoods.
+        gain: log-likelihood gain of wrong labels, in nats, over no wrong labels at its own best scale.
+        gain_at_largest: the gain at the largest scale. If all samples are predicted equally well, a small scale
+            explains the labels as well as noise does, and only this gain is conclusive.
     """
 
     scale: float

@@ -1,4 +1,4 @@
-"""Symmetric label noise by soft margins: as by the logits of all classes, of which nothing else is needed.
+"""Symmetric label noise from soft margins, which contain all that its likelihood needs of the logits.
 
 The model is that of :mod:`~lightning_unlearn.functional.symmetric_noise`, without a bias of the classes: a label that
 is never wrong has the probability ``sigmoid(a m(a) - log(C - 1))`` at the scale ``a``, ``m(a)`` being the soft margin.
@@ -55,13 +55,13 @@ def predicted(margins: Tensor, num_classes: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class AveragedCurve:
-    """The soft margin of the mean of several logits, of which each has soft margins of its own.
+    """The soft margin of a mean of several logits, from the soft margins of each.
 
-    Logits of early training are smaller, and say the same at a larger scale. If all were multiples of one another, this
-    would be exact.
+    Logits of early training are smaller, with the same meaning at a larger scale. This is exact if all are multiples of
+    one another.
 
     Args:
-        scale: (P,) by which the logits of each part are multiplied for probabilities.
+        scale: (P,), factor of the logits of each part for probabilities.
     """
 
     scale: Tensor
@@ -93,8 +93,8 @@ def _probability(
 ) -> tuple[Tensor, Tensor]:
     """Return (n,) each: the label's probability at the scale of its group, and its derivative in the scale's logarithm.
 
-    A larger scale than is kept counts as the largest: logits that are so small look less sure than they are, which
-    makes no label wrong.
+    A scale beyond the largest one kept is clamped to it: such small logits then look less confident, which does not
+    make labels look wrong.
     """
     within = log_scale.clamp(max=math.log(SCALES[-1]))
     inside = (within == log_scale).to(margins.device, torch.float64)[group]
@@ -248,7 +248,7 @@ def fit_margin_noise(  # noqa: PLR0913  (what is fitted, and to what)
 def fit_with_and_without(
     margins: Tensor, weight: Tensor, num_classes: int, *, curve: Curve = interpolation, reduce: Reduce = no_reduce
 ) -> tuple[SymmetricNoiseFit, float]:
-    """Return the noise, none of it where it makes the labels no likelier, and how sure that is; arguments as above."""
+    """Return the noise, zero if it does not make the labels more likely, and its z score; arguments as above."""
     fit = partial(fit_margin_noise, margins, weight, num_classes, curve=curve, reduce=reduce)
     none = fit(noisy=False)
     some = fit(start=none)
@@ -256,7 +256,7 @@ def fit_with_and_without(
 
 
 def _is_settled(scale: Tensor, hits: Tensor) -> bool:
-    """Return whether the network no longer learns fast, by each part's scale and share of predicted labels."""
+    """Return whether learning has slowed down, from each part's scale and share of predicted labels."""
     if len(scale) == 1:
         return True
     typical = scale[1:].median()

@@ -217,7 +217,7 @@ def fit_mixture(
     mean, _ = weighted_mean(rows, weight, reduce)
     if not mean.isfinite().all():  # as NaN and infinity leave no sum finite, on any rank
         raise ValueError(
-            "The mixture needs finite evidence, but some rows hold NaN or infinity: has training diverged?"
+            "The mixture needs finite evidence, but some rows are NaN or infinite. Check whether training has diverged."
         )
     dtype = work_dtype(rows)
     # From the mean on, since the difference of two large sums would lose the covariance. In the precision of the work,

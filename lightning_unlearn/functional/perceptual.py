@@ -18,18 +18,18 @@ _MOST = 64
 
 
 def perceptual_hash(x: Any, total: int) -> Tensor:
-    """Return 8 x 8 gray pixels of each picture of a batch, less their mean and over their standard deviation.
+    """Return 8 x 8 standardized gray pixels of each image of a batch.
 
-    So brightness and contrast do not count, nor what is finer than an eighth of a side: noise, JPEG, another size.
+    The hash does not depend on brightness, contrast, or details finer than an eighth of a side (noise, JPEG, size).
 
     Args:
-        x: the input: a tensor (B, C, H, W) or (B, H, W, C) of one, three or four channels, a list of B such tensors
-            without the first dimension, or what holds such a one, of which the first counts.
+        x: a tensor (B, C, H, W) or (B, H, W, C) of one, three or four channels, a list of B such tensors without the
+            first dimension, or a container of these, of which the first is used.
         total: B.
 
     Returns:
-        (B, 64) int8 on the CPU, in sixteenths of a standard deviation; zeros where there is no picture, and for one of
-        a single shade.
+        (B, 64) int8 on the CPU, in sixteenths of a standard deviation; zeros if there is no image, or for one of a
+        single shade.
 
     Example:
         >>> x = torch.rand(1, 3, 32, 32)
@@ -60,7 +60,7 @@ def _small(pictures: Tensor) -> Tensor:
 
 
 def _pictures(x: Any, total: int) -> list[Tensor] | None:
-    """Return the first pictures of an input: those of the batch, or of each sample; None where there are none."""
+    """Return the first images of an input, for the batch or per sample; None if there are none."""
     if isinstance(x, Tensor):
         return [x] if len(x.shape) == 4 and len(x) == total and _is_picture(x[0]) else None
     if isinstance(x, list) and len(x) == total and all(isinstance(one, Tensor) and _is_picture(one) for one in x):

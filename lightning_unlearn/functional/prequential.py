@@ -1,10 +1,9 @@
-"""The noise rate from training steps that came before the network had learned the sample's label.
+"""The noise rate from training steps before the network has learned the label of a sample.
 
-In the first epochs a training step is a test: it says what the network makes of a sample that it has not seen yet, or
-once. To judge each sample before it is learned is known as prequential evaluation (Dawid 1984) or progressive
-validation (Blum et al. 1999). What a network says so early is not memorized, so its disagreement with the labels can
-be counted; but while it still learns fast, its temperature changes from step to step. Hence one temperature for each
-fifth of the epoch, and a test whether they are alike.
+In the first epochs a training step is a test: the network predicts a sample that it has seen once or never. This is
+known as prequential evaluation (Dawid 1984) or progressive validation (Blum et al. 1999). Such predictions are not
+memorized, so their disagreement with the labels can be counted. While the network learns fast, its temperature changes
+from step to step; therefore each fifth of the epoch has its own temperature, and a test checks that they are similar.
 """
 
 from __future__ import annotations
@@ -57,21 +56,22 @@ _TWO_SIDED = 1.96
 
 @dataclass(frozen=True, eq=False)
 class PrequentialRate:
-    """How many labels are wrong, as told by one early epoch.
+    """Estimate of the noise rate from one early epoch.
 
     Args:
-        low: lower end of a 95 % interval, with natural confusion taken out.
-        middle: the best guess.
-        high: upper end.
-        z_score: how sure it is that there are any wrong labels.
-        skill: share of what the largest class leaves that the network predicted.
-        is_settled: whether the network had learned enough, and no longer fast, for the other numbers to mean anything.
-        bias: (C,) float64, in logits, what makes the mean prediction match the given labels: the opposite of what class
-            weights did; 0 where they match.
-        is_confirmed: whether the epoch after it was looked at, too.
-        confused: how many more labels are wrong as classes are taken for each other.
-        most_confused: the same at most, if all confusion is wrong labels and none is hard to tell.
-        is_blind: whether classes were asked about, and taken for each other add no more than ``high`` does.
+        low: lower end of the 95 % interval, without natural confusion.
+        middle: point estimate.
+        high: upper end of the interval.
+        z_score: z score of the evidence for any wrong labels.
+        skill: skill of the network, ``(accuracy - p) / (1 - p)`` with p the share of the largest class.
+        is_settled: whether the network had learned enough, and learning had slowed down; otherwise the other numbers
+            are not meaningful.
+        bias: (C,) float64, in logits, that makes the mean prediction match the given labels: the opposite of the effect
+            of class weights; 0 if they match.
+        is_confirmed: whether the following epoch was evaluated too.
+        confused: additional share of wrong labels from errors between similar classes.
+        most_confused: upper bound of ``confused``, if all confusion is wrong labels.
+        is_blind: whether confusion between classes was estimated, and adds no more than ``high`` allows.
     """
 
     low: float
@@ -88,16 +88,16 @@ class PrequentialRate:
 
 
 def following(known: PrequentialRate | None, found: PrequentialRate) -> PrequentialRate:
-    """Return what is known after one epoch more: the rate at its highest, as far as the epoch after that confirms it.
+    """Return the estimate after one more epoch: the highest rate, if the following epoch confirms it.
 
-    While the network learns, wrong labels stand out more and more, and the rate rises. Then labels are memorized, and
-    that of wrong ones falls by a tenth to a third in an epoch (fits of ``benchmarks/detection.py``). A rate that falls
-    to half or to nothing was of what had not been learned yet, such as classes that are seldom seen. Where an epoch
-    shows no sign and the next does, as while the learning rate warms up, the next is the first that tells.
+    While the network learns, wrong labels stand out more and more, and the rate rises. Once labels are memorized, the
+    rate falls by a tenth to a third per epoch (fits of ``benchmarks/detection.py``). A rate that falls to half or to
+    zero came from samples that had not been learned yet, such as rare classes. If an epoch shows no noise and the next
+    one does, for example during warm-up of the learning rate, the next one is the first that counts.
 
     Args:
-        known: from the epochs before; None before the first.
-        found: in the next epoch.
+        known: estimate from the epochs before; None before the first.
+        found: estimate from the next epoch.
     """
     if known is None or not known.is_settled:
         return found
@@ -188,16 +188,16 @@ def rate_between(lower: SymmetricNoiseFit, upper: SymmetricNoiseFit) -> tuple[fl
 
 
 def class_shift(given: Tensor, drawn: Tensor) -> Tensor:
-    """Return what makes drawn classes match the given ones, in nats: the opposite of a sampler or class weights.
+    """Return the shift of class logits, in nats, that undoes the effect of a sampler or of class weights.
 
-    A network that is trained on such draws adds as much, with the other sign, to the logits.
+    A network trained on such draws shifts its logits by the same amount with the opposite sign.
 
     Args:
-        given: (C,) how many samples each class has.
-        drawn: (C,) how often samples of each were drawn; or how often a network expected it.
+        given: (C,), number of samples of each class.
+        drawn: (C,), number of draws of each class, or the sum of its predicted probabilities.
 
     Returns:
-        (C,) float64, of mean 0; 0 where they match, but for what may be chance, and of a class that is never given.
+        (C,) float64, with mean 0; 0 for differences within chance, and for classes without a sample.
 
     Example:
         >>> class_shift(torch.tensor([900, 100]), torch.tensor([500, 500])).round(decimals=1)

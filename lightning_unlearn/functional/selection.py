@@ -1,4 +1,4 @@
-"""From what is known of neurons to those to prune: significance, order, share."""
+"""Selection of the neurons to prune: significance, order and number."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _ROUNDING = 1e-9
 
 
 def benjamini_hochberg(p_value: Tensor, level: float) -> Tensor:
-    """Return which hypotheses to reject so that at most a share of ``level`` of the rejected is expected to be true.
+    """Return the hypotheses to reject at a false discovery rate of ``level`` (Benjamini and Hochberg).
 
-    The largest k for which the k-th smallest p-value is at most ``level * k / m``; those k are rejected.
+    With the largest k for which the k-th smallest p-value is at most ``level * k / m``, the k smallest are rejected.
 
     Args:
         p_value: (m,).
-        level: in (0, 1).
+        level: false discovery rate, in (0, 1).
 
     Returns:
         (m,) bool.
@@ -40,13 +40,12 @@ def benjamini_hochberg(p_value: Tensor, level: float) -> Tensor:
 
 
 def noise_neurons(found: Sensitivity, fdr_level: float | None = None) -> Tensor:
-    """Return the neurons that are more active for noise, the most harmful first.
+    """Return the neurons that are more active on noisy samples, the most harmful first.
 
-    With a level of significance, only those of whom it is sure: a one-sided test of each live neuron (neurons that are
-    surely active for clean samples must not lend the others their certainty), and of all of them together after
-    Benjamini and Hochberg. That bounds the expected share of innocent neurons among those that are
-    named, which is what a pruned network pays for; a bound on the chance of a single one (Bonferroni) would name hardly
-    any in a wide layer.
+    With ``fdr_level``, only significant neurons are returned: a one-sided test of each active neuron (so that neurons
+    that are significantly more active on clean samples do not influence the others), corrected by Benjamini and
+    Hochberg. This bounds the expected share of false positives among the returned neurons; a bound on the probability
+    of any false positive (Bonferroni) would return hardly any neuron of a wide layer.
 
     Args:
         found: the regression.
@@ -109,8 +108,7 @@ def check_amount(amount: float, neurons: int) -> None:
     """
     if share_of(amount, neurons) < 1:
         raise ValueError(
-            f"amount={amount} of {neurons} neurons is less than one neuron; use at least"
-            f" {math.ceil(1e6 / neurons) / 1e6:g}."
+            f"amount={amount} of {neurons} neurons rounds to zero; use at least {math.ceil(1e6 / neurons) / 1e6:g}."
         )
 
 

@@ -1,4 +1,4 @@
-"""From what training and the last pass showed of this rank's share to what the recipe says of it."""
+"""Applies the recipe to the evidence of this rank's shard."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ def apply_recipe(
     recipe: Recipe,
     out_of_sample: Callable[[Evidence], Evidence],
 ) -> tuple[list[ShardResult], Tensor]:
-    """Return what the recipe makes of each label, and the given labels of the whole training set, (N,) or (N, L).
+    """Return the recipe's result for each label, and the given labels of the whole training set, (N,) or (N, L).
 
     Args:
-        fit: that is running, whose weights are looked at.
-        share: what the last pass showed of this rank's rows.
-        trajectory: what training and the passes showed of the samples that this rank owns.
-        of_rank: which these are.
-        recipe: from evidence to a verdict.
-        out_of_sample: adds what is said of labels that were not learned, for the recipes that ask for it.
+        fit: the running fit.
+        share: evidence of the last pass for this rank's rows.
+        trajectory: training dynamics of the samples that this rank owns.
+        of_rank: the samples of this rank.
+        recipe: the recipe.
+        out_of_sample: adds the evidence from labels that were not learned yet, for recipes that need it.
 
     Raises:
-        ValueError: where all samples have the same label, or none.
+        ValueError: if all samples have the same label, or none.
     """
     reduce, task_format = fit.reduce, fit.task_format
     rows = task_format.rows_per_sample
@@ -63,11 +63,15 @@ def apply_recipe(
         is_one_sided = len(known) == 0 or bool(known.min() == known.max())
         if is_one_sided and rows == 1:
             raise ValueError(
-                f"Expected training labels of at least two classes, but all {len(known)} samples have label"
-                f" {int(known[0])}; there is nothing to tell apart."
+                (
+                    f"Expected training labels of at least two classes, but all {len(known)} samples have label"
+                    f" {int(known[0])}."
+                )
                 if len(known)
-                else f"Expected labels to judge, but all {total} samples have"
-                f" ignore_index={task_format.data.ignore_index}."
+                else (
+                    f"Expected at least one labeled sample, but all {total} samples have"
+                    f" ignore_index={task_format.data.ignore_index}."
+                )
             )
         of_label = {name: value[at::rows] for name, value in share.items()}
         # Copies of a sample, with the same label, are one for whatever is estimated.
@@ -102,7 +106,7 @@ def weight_of_copies(judged: Sequence[ShardResult], total: int) -> Tensor:
     """Return (N,) float32, 1/k for each of k copies among this rank's samples, 1 for all others.
 
     Args:
-        judged: this rank's share; of several labels the first tells.
+        judged: results for this rank's shard; with several labels the first is used.
         total: N.
     """
     evidence, weight = judged[0].evidence, torch.ones(total)
@@ -113,10 +117,10 @@ def weight_of_copies(judged: Sequence[ShardResult], total: int) -> Tensor:
 
 
 def validation_accuracy(fit: FitContext) -> float | None:
-    """Return the share of the validation samples whose given label is predicted; None without enough of them.
+    """Return the validation accuracy; None with too few validation samples.
 
-    Every rank must call it. Not of a fit that has not validated; nor where ranks meet in every forward pass, as
-    validation data that cannot be read would end the fit.
+    Every rank must call it. None also in a fit without validation, and if ranks synchronize in every forward pass,
+    since validation data that cannot be read would then end the fit.
     """
     if fit.is_sharded or not fit.has_validation_data:
         return None
@@ -125,7 +129,7 @@ def validation_accuracy(fit: FitContext) -> float | None:
 
 
 def _suggests_only(verdict: RecipeResult, occurring: Tensor, evidence: Evidence) -> RecipeResult:
-    """Return the verdict, but that no class is suggested which no sample is called."""
+    """Return the result without suggested classes that no sample is labeled as."""
     occurs = torch.isin(verdict.suggested_label, occurring.to(verdict.suggested_label.device))
     if occurs.all():
         return verdict
@@ -186,7 +190,7 @@ def _filled(phases: Sequence[Tensor], last: Tensor) -> Tensor:
 
 
 def memorized_fraction(judged: Sequence[ShardResult], partition: Partition, reduce: Reduce) -> float | None:
-    """Return the share of suspect labels that the network predicts; None where no label is suspect."""
+    """Return the share of suspect labels that the network predicts; None if no label is suspect."""
     sums = torch.zeros(2)
     by_label = partition.reason.eq(REASONS.index("label"))
     for at, one in enumerate(judged):

@@ -1,4 +1,4 @@
-"""From what a recipe says of each rank's share to one partition of the training set."""
+"""Builds one partition from the results of a recipe on each rank."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ TRAINED_ON = 0.7
 
 @dataclass(frozen=True, eq=False)
 class CleanCriteria:
-    """What makes a sample clean.
+    """Criteria by which samples are called clean.
 
     Args:
-        precision: share of the suspects that is expected to be wrong.
+        precision: expected share of wrong samples among the suspects.
         min_class_fraction: fraction of each class's samples that is always kept.
     """
 
@@ -59,20 +59,20 @@ def build_partition(  # noqa: PLR0913  (what a partition says of itself)
     relabel_threshold: float | None = None,
     decided: AppliedReview | None = None,
 ) -> Partition:
-    """Return the partition, the same on every rank, each of which must ask.
+    """Return the partition, the same on every rank. Every rank must call it.
 
     Args:
-        judged: this rank's share, for each label of a sample; of a multi-class task there is one.
-        label: (N,) int64 the given labels, or (N, L) of a multi-label task; -1 for one that is to be ignored.
-        cut: what makes a sample clean.
+        judged: results for this rank's shard, one for each label of a sample; a single one in multi-class tasks.
+        label: (N,) int64, the given labels, or (N, L) in multi-label tasks; -1 for an ignored label.
+        cut: criteria by which samples are called clean.
         reduce: sums over the ranks.
-        recipe: its name.
-        layer: where the attributions were taken.
-        epoch: how many epochs are complete.
-        fingerprint: of the training set.
-        relabel_threshold: the least probability of a suggested label that is used; None where nobody says.
-        decided: what a person has decided of some samples, which holds whatever the recipe says. Where that should not
-            be acted upon, the other samples are clean.
+        recipe: name of the recipe.
+        layer: layer at which attributions were computed.
+        epoch: number of complete epochs.
+        fingerprint: fingerprint of the training set.
+        relabel_threshold: minimum probability of a suggested label that is used; None for the default.
+        decided: a person's decisions about some samples, which override the recipe. If the result of the recipe should
+            not be acted on, all other samples are clean.
     """
     objection = refusal_reason(judged)
     if decided is not None and objection:
@@ -148,7 +148,7 @@ def _rate(
 
 
 def _with_status(found: Partition, noises: Sequence[NoiseEstimate]) -> Partition:
-    """Return the partition with what may be done with it, by what is estimated of each label of which something is."""
+    """Return the partition with its status, from the noise estimates of the labels that have one."""
     status, warning = _status(found, noises)
     # What does not show may be any number.
     rate = None if status is PartitionStatus.ALL_CLEAN and noises else found.noise_rate
@@ -162,7 +162,7 @@ def _moved(interval: tuple[float, float], by: float) -> tuple[float, float]:
 
 
 def gate_messages(judged: Sequence[ShardResult], partition: Partition) -> list[str]:
-    """Return what the gates said, for the log; of a multi-label task what was found at which labels."""
+    """Return the notes of the recipe for the log; in multi-label tasks a summary over the labels."""
     if not partition.is_multilabel:
         return [note for one in judged if one.verdict for note in one.verdict.notes]
     wrong = (partition.suggested_label != partition.label).float().mean(dim=0)
@@ -171,12 +171,12 @@ def gate_messages(judged: Sequence[ShardResult], partition: Partition) -> list[s
     found = f"{', '.join(said)}{', ...' if len(shares) > _MOST_LABELS else ''}" if said else "none"
     notes = [f"labels with wrong values: {len(shares)} of {len(judged)}: {found}"]
     if same := [str(at) for at, one in enumerate(judged) if one.verdict is None]:
-        notes.append(f"labels that are the same in all samples are not judged: {', '.join(same)}")
+        notes.append(f"labels with the same value in all samples are skipped: {', '.join(same)}")
     return notes
 
 
 def refusal_reason(judged: Sequence[ShardResult]) -> str:
-    """Return why what the recipe says should not be acted upon; empty if it can be."""
+    """Return why the result of the recipe should not be acted on; empty if it can be."""
     warnings = [one.verdict.warning if one.verdict else "" for one in judged]
     if len(judged) == 1:
         return warnings[0]
@@ -187,7 +187,7 @@ def refusal_reason(judged: Sequence[ShardResult]) -> str:
 def _enforce_min_class_fraction(
     is_clean: Tensor, probability: Tensor, label: Tensor, share: float, usable: Tensor
 ) -> Tensor:
-    """Return the samples to keep: the clean ones, and at least a share of each class, likeliest first."""
+    """Return the samples to keep: clean ones, and at least a fraction of each class, most likely clean first."""
     kept = is_clean.clone()
     for _, of_class in indices_by_class(label):
         members = of_class[usable[of_class]]
@@ -198,10 +198,10 @@ def _enforce_min_class_fraction(
 
 
 def _doubtful(one: LabelScores, is_clean: Tensor, label: Tensor, share: float, judged: Sequence[ShardResult]) -> Tensor:
-    """Return (N,) bool, the clean samples that are better not trained on, as their label is likely enough wrong.
+    """Return (N,) bool, the clean samples to exclude from training because their label is likely enough wrong.
 
-    Only where suspects are acted upon, by probabilities that say how many labels are wrong; of several labels each
-    would leave out samples for itself. No class loses all that it has.
+    Only if suspects are acted on and p(clean) is calibrated, and not in multi-label tasks, where every label would
+    exclude samples of its own. No class loses all of its samples.
     """
     noise = None if label.ndim > 1 or judged[0].verdict is None else judged[0].verdict.noise
     if noise is None or noise.status != "found" or not bool(one.suspect.any()):
@@ -226,11 +226,11 @@ def _reasons(is_clean: Tensor, of_label: Tensor, of_input: Tensor) -> Tensor:
 
 
 def _status(found: Partition, noises: Sequence[NoiseEstimate]) -> tuple[PartitionStatus, str]:
-    """Return what may be done with a partition, and why it leaves too little to train on, or nothing out; else empty.
+    """Return the status of a partition, and why it keeps too few samples or excludes none; empty if neither.
 
     Args:
         found: the partition.
-        noises: what is estimated of each label of which something is.
+        noises: the noise estimates of the labels that have one.
     """
     kept, total = int(found.is_clean.sum()), len(found)
     if kept == total:

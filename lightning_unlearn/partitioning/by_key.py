@@ -16,7 +16,7 @@ from lightning_unlearn.trainer.compat import MisconfigurationException
 from lightning_unlearn.trainer.progress import rank_zero_warn
 from lightning_unlearn.trainer.protocols import MaskSource
 
-_WHY = "there is no pass over samples that are known by a key (sample_key), only training steps"
+_WHY = "samples identified by sample_key are read from training steps only, not by a pass over the data"
 
 
 def refuse_by_key(callback: Any) -> None:
@@ -37,7 +37,7 @@ def refuse_by_key(callback: Any) -> None:
     }
     for name, is_asked in asked.items():
         if is_asked:
-            raise ValueError(f"Expected no {name} beside sample_key, as {_WHY}; leave it out.")
+            raise ValueError(f"{name} cannot be combined with sample_key, since {_WHY}. Leave it out.")
 
 
 def check_fit_by_key(partners: Sequence[Any]) -> None:
@@ -49,8 +49,8 @@ def check_fit_by_key(partners: Sequence[Any]) -> None:
     for callback in partners:
         if isinstance(callback, MaskSource):
             raise MisconfigurationException(
-                f"{type(callback).__name__} ranks neurons by a pass over the training set, but {_WHY}; leave it out, or"
-                " give a map-style dataset without sample_key."
+                f"{type(callback).__name__} ranks neurons by a pass over the training set, but {_WHY}. Leave it"
+                " out, or use a map-style dataset without sample_key."
             )
 
 
@@ -65,8 +65,8 @@ def check_reviewed(table: Table, task_format: TaskFormat) -> None:
         where = f"{table.path}, {table.place} {row.line}"
         if not row.key:
             raise ValueError(
-                f"{where}: expected a key of the sample, as this fit knows samples by sample_key,"
-                " but there is none; give a table of a partition by key, with a column 'key'."
+                f"{where}: expected the key of the sample, since this fit identifies samples by sample_key, but"
+                " found none; use a table written for a partition by key, with a column 'key'."
             )
         check_classes(where, row, task_format.num_outputs if several else task_format.num_classes, single=not several)
 

@@ -10,7 +10,7 @@ from lightning_unlearn.trainer.context import FitContext
 
 
 def check_several_labels(layer: str | None, recipe: Recipe) -> None:
-    """Refuse what a multi-label task, each label of which is judged by itself, cannot have.
+    """Refuse settings that multi-label tasks do not support.
 
     Raises:
         ValueError: naming the argument to leave out.
@@ -23,8 +23,8 @@ def check_several_labels(layer: str | None, recipe: Recipe) -> None:
     for name, (value, is_wrong) in found.items():
         if is_wrong:
             raise ValueError(
-                "Expected a multi-label task to be attributed at the input of its head by"
-                f" {GRADIENT_X_ACTIVATION}, but got {name}={value!r}; leave {name} out."
+                f"Multi-label tasks are attributed at the input of the head by {GRADIENT_X_ACTIVATION}, but got"
+                f" {name}={value!r}. Leave {name} out."
             )
 
 
@@ -36,8 +36,8 @@ def check_samples_first(point: LayerPoint | None, method: str) -> None:
     """
     if point is not None and point.samples and method != GRADIENT_X_ACTIVATION:
         raise ValueError(
-            f"Expected a layer with the samples first for attribution_method={method!r}, but the {point.at} of layer"
-            f" '{point.name}' has them in dimension {point.samples}; name another layer, or set"
+            f"attribution_method={method!r} needs a layer with the batch in dimension 0, but the {point.at} of"
+            f" layer '{point.name}' has it in dimension {point.samples}. Name another layer, or set"
             f" attribution_method={GRADIENT_X_ACTIVATION!r}."
         )
 
@@ -69,10 +69,10 @@ def early_points(trace: ForwardTrace, batch: int, input_layer: str | None) -> li
 
 
 def check_classifies(fit: FitContext, trace: ForwardTrace) -> None:
-    """Refuse networks that are trained in turns, as a GAN's, where ``forward`` may be any of them.
+    """Refuse networks that are trained in turns, such as a GAN, since ``forward`` may be any of them.
 
     Raises:
-        MisconfigurationException: where one of several optimizers trains nothing that ``forward`` calls.
+        MisconfigurationException: if one of several optimizers trains nothing that ``forward`` calls.
     """
     called = {parameter for call in trace.calls for parameter in call.module.parameters()}
     model, optimizers = fit.model, fit.optimizers
@@ -82,8 +82,7 @@ def check_classifies(fit: FitContext, trace: ForwardTrace) -> None:
         trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if len(optimizers) > 1 and called.isdisjoint(trained):
             raise MisconfigurationException(
-                f"Expected one network that classifies, but forward of {type(model).__name__} calls nothing that"
-                f" optimizer {number} trains ({', '.join(names.get(p, '?') for p in trained[:3])}, ...), as"
-                " where a GAN's networks are trained in turns. If forward is the classifier anyway, name its"
-                " layer with layer='...'."
+                f"Expected a single classifier, but forward of {type(model).__name__} calls no module trained by"
+                f" optimizer {number} ({', '.join(names.get(p, '?') for p in trained[:3])}, ...), for example in a"
+                " GAN. If forward is the classifier, name its layer with layer='...'."
             )

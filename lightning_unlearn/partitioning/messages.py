@@ -1,4 +1,4 @@
-"""What is said when a partition is computed."""
+"""Log messages about the partition."""
 
 from __future__ import annotations
 
@@ -55,16 +55,16 @@ def class_names_of(fit: FitContext, classes: int | None) -> list[str]:
 
 
 def report_round(fit: FitContext, new: Partition, changed: float, is_stable: bool) -> None:
-    """Say what computing it again found.
+    """Log the result of recomputing the partition.
 
     Args:
-        fit: that is running.
+        fit: the running fit.
         new: the new partition.
-        changed: share of the samples that have changed sides.
-        is_stable: whether that was so few that it is not computed again.
+        changed: share of the samples that changed group.
+        is_stable: whether it has converged and is not recomputed.
     """
     suspects = len(new.suspect_indices())
-    end = "; it is stable, and not computed again" if is_stable else ""
+    end = "; it has converged and is not recomputed" if is_stable else ""
     if new.is_actionable:
         log_partition(fit, new)
     else:
@@ -103,26 +103,26 @@ def say_absent(fit: FitContext, absent: int, total: int) -> None:
     number = int(fit.reduce(torch.tensor([float(absent)])).item())
     if number:
         rank_zero_info(
-            f"{number:,} of {total:,} training samples are None in the data set. They have no label, are not"
-            " judged, and stay in training unchanged."
+            f"{number:,} of {total:,} training samples are None in the dataset. They have no label, are not"
+            " scored, and stay in training unchanged."
         )
 
 
 def say_cost(fit: FitContext, epoch_seconds: float) -> None:
     """Say before a pass what bounds its time."""
     rank_zero_info(
-        f"A pass over {fit.total:,} training samples begins. It takes about as long as validation on them, less than"
-        f" the last epoch of training, which took {epoch_seconds:.1f} s."
+        f"Scoring {fit.total:,} training samples. This takes about as long as validating on them, less"
+        f" than the last training epoch ({epoch_seconds:.1f} s)."
     )
 
 
 def say_late(epoch: int, due: str, *, acts: bool) -> None:
-    """Say that the partition is computed when training has ended.
+    """Log that the partition is computed after training has ended.
 
     Args:
-        epoch: after so many epochs.
-        due: when it would have been; empty where it is now.
-        acts: whether it would have been acted upon.
+        epoch: number of complete epochs.
+        due: when it was due; empty if it is due now.
+        acts: whether another callback would have acted on it.
     """
     due_then = f", due {due}," if due else ""
     late = f"Training has ended after {epochs_in_words(epoch)}: the partition{due_then}"

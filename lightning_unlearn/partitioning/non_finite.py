@@ -1,8 +1,7 @@
-"""Samples that cannot be judged, since what the model says of them is NaN or infinite.
+"""Samples whose logits or attributions are NaN or infinite.
 
-One such sample would leave no sum finite, and with it no mixture, no latent class and no sample on any rank. So they
-are taken out before a recipe looks, and put back after it, as not clean: what is broken is their input most likely,
-which is the only thing that is theirs alone.
+A single such sample would make the sums over all ranks non-finite. They are therefore excluded before the recipe runs,
+and marked as not clean afterwards, because of their input, which is the most likely cause.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from lightning_unlearn.utilities.reduce import Reduce
 
 
 def finite_rows(evidence: Evidence) -> Tensor:
-    """Return (n,) bool, whether all that is known of a sample is finite."""
+    """Return (n,) bool, whether all evidence of a sample is finite."""
     finite = torch.ones_like(evidence.weight, dtype=torch.bool)
     for name, value in _columns(evidence).items():
         if name != "weight" and value.is_floating_point():
@@ -29,19 +28,19 @@ def finite_rows(evidence: Evidence) -> Tensor:
 
 
 def apply_to_finite_rows(recipe: Recipe, evidence: Evidence, reduce: Reduce, model_fault: str = "") -> RecipeResult:
-    """Return the verdict of a recipe on the samples that can be judged; the others are not clean, for their input.
+    """Return the result of a recipe on finite samples; the others are not clean because of their input.
 
     Args:
-        recipe: asked about this rank's samples; those that cannot be judged look to it like another one, of weight 0.
-        evidence: of this rank's share.
+        recipe: the recipe; it receives non-finite samples as copies of another sample with weight 0.
+        evidence: evidence of this rank's shard.
         reduce: sums over the ranks.
-        model_fault: what is known to be wrong with the model's weights, for the message.
+        model_fault: known fault of the model's weights, for the message.
 
     Returns:
-        the recipe's own verdict where all is finite; else one that names in ``unusable`` what must not be trained on.
+        the result of the recipe if all samples are finite; otherwise with the other samples in ``unusable``.
 
     Raises:
-        ValueError: if more than half of the samples cannot be judged, on every rank alike.
+        ValueError: if more than half of the samples are not finite, on every rank.
     """
     finite = finite_rows(evidence)
     counts = evidence.weight > 0
@@ -52,8 +51,8 @@ def apply_to_finite_rows(recipe: Recipe, evidence: Evidence, reduce: Reduce, mod
     if not bad:
         return verdict
     note = (
-        f"{bad:,} of {total:,} samples cannot be judged, since their logits or attributions are NaN or infinite: not"
-        " clean, for their input"
+        f"{bad:,} of {total:,} samples have NaN or infinite logits or attributions: they cannot be scored,"
+        " and count as not clean because of their input"
     )
     return _with_unusable(verdict, evidence.label, ~finite, note)
 
@@ -65,7 +64,7 @@ def _columns(evidence: Evidence) -> dict[str, Tensor]:
 
 
 def _filled(evidence: Evidence, finite: Tensor) -> Evidence:
-    """Return the evidence with another sample's rows, which are like those of any, in place of what is not finite."""
+    """Return the evidence with the rows of non-finite samples replaced by those of another sample."""
     usable = (finite & (evidence.weight > 0)).nonzero().flatten()
     changes: dict[str, Any] = {"weight": evidence.weight * finite}
     for name, value in _columns(evidence).items():

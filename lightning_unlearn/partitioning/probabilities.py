@@ -1,4 +1,4 @@
-"""What training has said of each class, as the probabilities that other tools judge labels by."""
+"""Class probabilities averaged over training, for tools such as cleanlab."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from lightning_unlearn.utilities.reduce import Reduce
 
 
 def check_has_probabilities(task_format: TaskFormat) -> None:
-    """Refuse a task of which no probabilities are kept.
+    """Refuse a task for which no probabilities are kept.
 
     Raises:
-        ValueError: of several labels per sample, and of more classes than evidence tells apart.
+        ValueError: for several labels per sample, and for more than 129 classes.
     """
     if task_format.task == "multilabel" or task_format.num_classes > MAX_COORDINATES + 1:
         found = "several labels" if task_format.task == "multilabel" else f"{task_format.num_classes} classes"
         raise ValueError(
-            f"Expected one label per sample, of at most {MAX_COORDINATES + 1} classes, where keep_probabilities=True,"
-            f" but found {found}; leave it out."
+            f"keep_probabilities=True needs one label per sample and at most {MAX_COORDINATES + 1} classes,"
+            f" but found {found}. Leave it out."
         )
 
 
 def average_probabilities(one: ShardResult, total: int, reduce: Reduce) -> Tensor:
     """Return the softmax of the logits, averaged over the training before the partition. Every rank must call it.
 
-    What a network has memorized late was not known to it early, so that the average still doubts a wrong label where
-    the last epoch does not.
+    Labels that were memorized late were not predicted early, so the average still shows wrong labels that the last
+    epoch does not.
 
     Args:
-        one: what was seen of this rank's share.
+        one: results for this rank's shard.
         total: N.
         reduce: sums over the ranks.
 

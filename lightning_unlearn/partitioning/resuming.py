@@ -1,4 +1,4 @@
-"""What a fit that goes on from a checkpoint says of settings other than those that the checkpoint was made with."""
+"""Log messages about settings that differ from those of the checkpoint."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ _SIZES = {"batch_size": "batch size", "ranks": "number of ranks"}
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Return how two records of fits differ in what a checkpoint may hold: in settings, and in sizes.
+    """Return the differences between two records of fits: in settings, and in sizes.
 
     Args:
-        before: of the fit that wrote the checkpoint; see :func:`~lightning_unlearn.results.provenance.fit_record`.
-        now: of the one that goes on from it.
+        before: record of the fit that wrote the checkpoint; see
+            :func:`~lightning_unlearn.results.provenance.fit_record`.
+        now: record of the resumed fit.
 
     Returns:
-        each with the new value and the old one, in words.
+        the differing settings and sizes, each with the new and the old value, in words.
     """
     known = {who: _flat(given) for who, given in before["settings"].items()}
     settings = [

@@ -17,11 +17,11 @@ from lightning_unlearn.trainer.progress import rank_zero_warn
 
 
 def open_review(fit: FitContext, path: str | PathLike[str] | None) -> Table | None:
-    """Return what a file holds, read by rank 0, and known or refused on every rank.
+    """Return the decisions in a file, read by rank 0 and broadcast; errors are raised on every rank.
 
     Raises:
         ValueError: with the line, for what is wrong in it.
-        FileNotFoundError: where rank 0 finds no such file.
+        FileNotFoundError: if the file does not exist on rank 0.
     """
     return None if path is None else fit.on_rank_zero(lambda: read_review(path))
 
@@ -30,10 +30,10 @@ def fit_to_data(fit: FitContext, table: Table, fingerprint: str, *, content: boo
     """Return the decisions, which fit the training set as far as its size, fingerprint and 16 labels tell.
 
     Args:
-        fit: that begins.
-        table: what the file holds.
-        fingerprint: of the training set.
-        content: whether that of its items counts.
+        fit: the fit that starts.
+        table: contents of the file.
+        fingerprint: fingerprint of the training set.
+        content: whether to compare the content of its items.
 
     Raises:
         ValueError: with the line, for what does not fit; on every rank.
@@ -57,26 +57,26 @@ def fit_to_data(fit: FitContext, table: Table, fingerprint: str, *, content: boo
 
 
 def check_agrees(before: Review | None, now: Review) -> None:
-    """Refuse other decisions than those that a checkpoint's partition was made with.
+    """Refuse decisions that differ from those of the checkpoint's partition.
 
     Raises:
-        ValueError: saying what to do.
+        ValueError: if they differ.
     """
     if before is None or not before.equals(now):
         made = "without decisions" if before is None else f"with other decisions ({before.path})"
         raise ValueError(
-            f"Expected the decisions of {now.path} before the partition is computed, but that of the checkpoint was"
-            f" computed {made}; resume from a checkpoint of before at_epoch, start again without one, or leave"
-            " review out to go on with what the checkpoint has."
+            f"The decisions in {now.path} must be given before the partition is computed, but the partition of"
+            f" the checkpoint was computed {made}. Resume from a checkpoint from before the partition, train"
+            " without ckpt_path, or leave review out to continue with the decisions in the checkpoint."
         )
 
 
 def decided_of(review: Review | None, judged: Sequence[ShardResult], label: Tensor) -> AppliedReview | None:
-    """Return what a person has decided of each sample; None where nobody has.
+    """Return a person's decisions by sample; None if there are none.
 
     Args:
         review: the decisions.
-        judged: what the recipe says of the samples of this rank's share.
+        judged: results of the recipe for this rank's shard.
         label: (N,) or (N, L), the given labels.
     """
     if review is None:

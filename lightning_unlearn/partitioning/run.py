@@ -1,4 +1,4 @@
-"""Steps 2 and 3 from beginning to end: when evidence is due it is gathered, and the partition is made of it."""
+"""Steps 2 and 3 from beginning to end: collect evidence when it is due, and compute the partition."""
 
 from __future__ import annotations
 
@@ -56,17 +56,17 @@ _ONE_EPOCH = "it was computed after a single epoch, before the network has learn
 
 
 class Partitioning:
-    """Gathers evidence and makes the partition of it, once and in later rounds.
+    """Collects evidence and computes the partition, once and in later rounds.
 
     Args:
-        settings: has those of ``AttributionPartitionCallback`` as its attributes.
-        collector: gathers the evidence.
+        settings: object with the settings of ``AttributionPartitionCallback`` as attributes.
+        collector: collects the evidence.
 
     Attributes:
-        state: what has been found so far.
-        table: what the file of decisions holds, before it has been found to fit the data; None without one.
-        partners: the callbacks that are to act upon the partition.
-        epoch_seconds: how long the last epoch took; None where that is not known, or has been said.
+        state: the results so far.
+        table: contents of the file of decisions, before it was compared with the data; None without one.
+        partners: the callbacks that act on the partition.
+        epoch_seconds: duration of the last epoch; None if unknown or already logged.
     """
 
     def __init__(self, settings: Any, collector: EvidenceCollector) -> None:
@@ -113,7 +113,7 @@ class Partitioning:
         begin(fit, self.settings, self.state, self.collector, self.table, settings)
 
     def gather(self, fit: FitContext) -> None:
-        """Pass over the training set, and compute the partition where it is time. Every rank must call it."""
+        """Run a pass over the training set, and compute the partition if it is due. Every rank must call it."""
         collector, epoch, started = self.collector, fit.epoch, time.perf_counter()
         if collector.point is None and fit.keyed is None:
             self.begin(fit)
@@ -143,18 +143,18 @@ class Partitioning:
             self.has_said_cost, self.epoch_seconds = True, None
 
     def _observe_pass(self, fit: FitContext) -> dict[str, Tensor]:
-        """Pass over this rank's share of the training set; see :meth:`ScoringPass.run`."""
+        """Run a pass over this rank's shard of the training set; see :meth:`ScoringPass.run`."""
         share, absent = self.collector.pass_over(fit)
         if self.state.partition is None and self.collector.when.is_due(fit.epoch):
             say_absent(fit, len(absent), self.collector.by_index.total)
         return share
 
     def compute(self, fit: FitContext, started: float) -> None:
-        """Compute the partition and make it known.
+        """Compute and publish the partition.
 
         Args:
-            fit: that is running.
-            started: when the evidence for it began to be gathered, in seconds of ``time.perf_counter``.
+            fit: the running fit.
+            started: start time of the pass, in seconds of ``time.perf_counter``.
         """
         collector, state, settings = self.collector, self.state, self.settings
         collector.check_steps(fit)
@@ -185,7 +185,7 @@ class Partitioning:
             report_round(fit, new, changed, state.is_stable)
 
     def _share_of_rank(self, fit: FitContext) -> tuple[RankShare, dict[str, Tensor], tuple[Any, ...]]:
-        """Return which samples this rank judges, what was seen of them, and the keys of all."""
+        """Return the samples that this rank judges, their evidence, and the keys of all samples."""
         if not isinstance(self.collector, KeyedCollector):
             return self.collector.share_of_rank(fit), self._observe_pass(fit), ()
         of_rank, share, keys = self.collector.share(fit)
@@ -194,7 +194,7 @@ class Partitioning:
         return of_rank, share, keys
 
     def _publish(self, fit: FitContext, judged: Sequence[ShardResult], new: Partition) -> float:
-        """Make a partition known, and return the share of the samples that have changed sides."""
+        """Publish a partition, and return the share of the samples that changed group."""
         state = self.state
         found = self._at_first(fit, judged, new) if state.is_first(new) else state.at_first
         # After all that may fail, and all at once.
@@ -206,7 +206,7 @@ class Partitioning:
         return changed
 
     def _at_first(self, fit: FitContext, judged: Sequence[ShardResult], new: Partition) -> AtFirst:
-        """Return what is known of the network when the partition that others act upon first is computed."""
+        """Return measurements of the network at the first partition that is acted on."""
         memorized, known = memorized_fraction(judged, new, fit.reduce), self.state.at_first
         gap, accuracy, best = known.accuracy_gap, known.accuracy, known.best_accuracy
         if new.is_actionable and fit.partners:
@@ -264,7 +264,7 @@ class Partitioning:
         return acts and bool(fit.partners)
 
     def validate(self, fit: FitContext, when: str) -> Score | None:
-        """Return what the validation data say, logged as of this moment; None without any. Every rank must call it."""
+        """Score the validation data, log the result and return it; None without any. Every rank must call it."""
         score = score_validation(fit)
         if score is not None:
             fit.log({f"unlearn/val_accuracy_{when}": score.accuracy})
@@ -290,7 +290,7 @@ class Partitioning:
             when.decide_now(epoch, "training has ended")
 
     def summarize(self, fit: FitContext, partition: Partition) -> None:
-        """Say what was found and done in a fit that has ended, and whether it helped. Every rank must call it."""
+        """Log the summary of a fit that has ended. Every rank must call it."""
         state, diverged, samples = self.state, not_finite(fit), None
         if diverged:
             rank_zero_warn(f"Training has diverged since the partition: {diverged} are NaN or infinite; {ADVICE}.")

@@ -54,15 +54,15 @@ def begin(
     table: Table | None,
     settings: Mapping[str, Any],
 ) -> None:
-    """Determine, before the first step, what only the loaders and a forward pass show. Every rank must call it.
+    """Run the checks that need the loaders and a forward pass, before the first step. Every rank must call it.
 
     Args:
-        fit: that begins.
-        asked: has the settings of ``AttributionPartitionCallback`` as its attributes.
-        state: takes what is found of the data.
-        collector: starts to gather.
-        table: what the file of decisions holds; None for no file.
-        settings: of each callback of this package, by its name.
+        fit: the fit that starts.
+        asked: object with the settings of ``AttributionPartitionCallback`` as attributes.
+        state: receives the properties of the data.
+        collector: starts collecting.
+        table: contents of the file of decisions; None for no file.
+        settings: settings of each callback of this package, by its name.
     """
     trace, first = fit.probe()
     collector.point, collector.early = choose_points(fit, trace, first, asked.recipe, asked.layer)
@@ -98,7 +98,7 @@ def _recognize(
     *,
     verify: bool,
 ) -> Recognized:
-    """Check that the training set is the one that is known, and that what a person has decided is of it."""
+    """Check that the training set matches the checkpoint and the file of decisions."""
     check_ranks(fit, fit.total)
     known = collector.known_labels(fit)
     if state.partition is not None:
@@ -146,18 +146,18 @@ def choose_points(
     recipe: Recipe,
     layer: str | None,
 ) -> tuple[LayerPoint | None, LayerPoint | None]:
-    """Return where the margin is attributed, and where corrupted inputs show; None for nowhere.
+    """Return the layer at which the margin is attributed, and that for corrupted inputs (None for none).
 
     Args:
-        fit: that begins.
-        trace: of its forward pass.
-        first: the batch that it was of.
-        recipe: says whether it asks of inputs, where corrupted ones show, and how to attribute.
-        layer: that was named for the margin; None for the default.
+        fit: the fit that starts.
+        trace: trace of its forward pass.
+        first: the batch of that forward pass.
+        recipe: declares whether inputs are judged, at which layer, and the attribution method.
+        layer: path of the layer for the margin; None for the default.
 
     Raises:
-        ValueError: for a layer that is not reached or has no row for each sample, and for what the task or the method
-            does not allow.
+        ValueError: for a layer that is not reached or has no row for each sample, and for settings that the task or
+            the method does not support.
         MisconfigurationException: for networks that are trained in turns.
     """
     input_layer = recipe.input_layer
@@ -181,7 +181,7 @@ def choose_points(
 
 
 def check_known_labels(fit: FitContext, first: IndexedBatch, known: Tensor | None) -> None:
-    """Refuse data that do not fit the labels of all rows that a checkpoint has, as far as the first batch tells.
+    """Refuse data whose first batch does not match the labels in a checkpoint.
 
     Raises:
         ValueError: for another number of samples, or other labels.
@@ -194,17 +194,17 @@ def check_known_labels(fit: FitContext, first: IndexedBatch, known: Tensor | Non
 
 
 def try_recipe(fit: FitContext, recipe: Recipe, basis: Tensor) -> None:
-    """Have a user's recipe judge evidence that is made up. Every rank must call it.
+    """Run a user's recipe on synthetic evidence. Every rank must call it.
 
     Raises:
-        ValueError: on every rank, where it fails on one.
+        ValueError: on every rank, if it fails on one.
     """
     index, _ = fit.shard(fit.total if fit.keyed is None else MIN_SAMPLES * fit.world_size)
     with isolate_rng():
         fault = trial(recipe, basis, index, fit.device)
     # Together, as the others would wait for a rank that has given up.
     if fit.agree(bool(fault), of_all=False):
-        raise ValueError(fault or f"Expected recipe '{recipe.name}' to judge, but it fails on another rank.")
+        raise ValueError(fault or f"Recipe '{recipe.name}' failed on another rank; see its error.")
 
 
 def take_review(fit: FitContext, state: PartitionState, table: Table | None, *, content: bool) -> None:
@@ -224,8 +224,8 @@ def take_review(fit: FitContext, state: PartitionState, table: Table | None, *, 
     review = fit_to_data(fit, table, state.fingerprint, content=content)
     if not len(review):
         rank_zero_warn(
-            f"No decisions in {review.path}: its column 'decision' is empty, so the recipe decides. Write keep,"
-            " drop or relabel there, or leave out review."
+            f"No decisions in {review.path}: its column 'decision' is empty, so the recipe decides. Fill it"
+            " with keep, drop or relabel, or leave out review."
         )
         if state.review is None:
             return
@@ -237,14 +237,14 @@ def take_review(fit: FitContext, state: PartitionState, table: Table | None, *, 
 def note_fit(
     fit: FitContext, state: PartitionState, settings: Mapping[str, Any], epochs_seen: int, *, may_be_recomputed: bool
 ) -> None:
-    """Note what this fit is made with, once, and say what of a checkpoint holds under other settings.
+    """Record the settings of this fit once, and log which parts of a checkpoint are kept under different settings.
 
     Args:
-        fit: that begins.
-        state: takes it.
-        settings: of each callback of this package, by its name.
-        epochs_seen: of how many epochs the checkpoint has evidence.
-        may_be_recomputed: whether other partitions are to follow.
+        fit: the fit that starts.
+        state: receives the record.
+        settings: settings of each callback of this package, by its name.
+        epochs_seen: number of epochs with evidence in the checkpoint.
+        may_be_recomputed: whether further partitions may follow.
     """
     size = None if fit.keyed is not None else getattr(fit.train_loader.batch_sampler, "batch_size", None)
     now = fit_record(fit.epoch, fit.world_size, size if isinstance(size, int) else None, settings)
@@ -265,7 +265,7 @@ def note_fit(
 
 
 def remember_files(fit: FitContext, partition: Partition | None) -> None:
-    """Give a partition the files of its samples, where the training set lists them."""
+    """Add the files of the samples to a partition, if the training set lists them."""
     if partition is not None and fit.keyed is None:
         files = files_in(fit.train_loader.dataset)
         partition.remember_files(files if len(files) == len(partition) else ())

@@ -1,4 +1,4 @@
-"""What a fit with a partition has come to; what of it a checkpoint keeps is declared once, here."""
+"""The state of partitioning, which checkpoints store."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _TELLING = (PartitionStatus.OK, PartitionStatus.ALL_CLEAN, PartitionStatus.REVIE
 
 
 class AtFirst(NamedTuple):
-    """What is known of the network when the partition that others act upon first is computed.
+    """Measurements of the network at the first partition that is acted on.
 
     Args:
-        memorized: of the labels suspected to be wrong, the share that it predicts; None where there are none.
-        accuracy: on the validation data; None where it is not known.
-        accuracy_gap: share of the training labels that it predicts, less that of the validation labels; None likewise.
-        best_accuracy: of the fit's validations so far; None likewise.
+        memorized: share of the suspect labels that it predicts; None if there are none.
+        accuracy: validation accuracy; None if unknown.
+        accuracy_gap: accuracy on the training labels minus validation accuracy; None if unknown.
+        best_accuracy: best validation accuracy of the fit so far; None if unknown.
     """
 
     memorized: float | None
@@ -39,27 +39,27 @@ class AtFirst(NamedTuple):
 
 @dataclass(eq=False)
 class PartitionState:
-    """What has been found so far, and what for.
+    """State of partitioning: the results so far, and the data that they belong to.
 
     Args:
-        task: what the labels were taken for; empty before the first batch.
-        fingerprint: of the training set; empty before the first batch.
-        partition: the one that is acted upon, or the first until there is one.
-        rounds: every computation of it.
-        is_stable: whether so few samples changed sides that it is not computed again.
+        task: inferred task; empty before the first batch.
+        fingerprint: fingerprint of the training set; empty before the first batch.
+        partition: the partition that is acted on, or the first one until there is one.
+        rounds: every computed partition.
+        is_stable: whether the partition has converged and is not recomputed.
         memorized: see :class:`AtFirst`.
-        accuracy_before: likewise.
-        accuracy_gap: likewise.
-        best_accuracy_before: likewise.
-        review: a person's decisions, which fit the data.
-        fits: what the fit, and each resumed part of it, was made with.
+        accuracy_before: see :class:`AtFirst`.
+        accuracy_gap: see :class:`AtFirst`.
+        best_accuracy_before: see :class:`AtFirst`.
+        review: a person's decisions, checked against the data.
+        fits: settings and versions of the fit and of each resumed part of it.
         validation: the partition of the validation set.
-        accuracy_after: on the validation data when the fit ends.
-        summary: of a fit that has ended.
-        sample_weight: (N,) float32; neurons are ranked with it when a partition is computed.
-        is_late: whether the partition is computed when training has ended.
+        accuracy_after: validation accuracy at the end of the fit.
+        summary: summary at the end of the fit.
+        sample_weight: (N,) float32, weights for the neuron ranking.
+        is_late: whether the partition is computed after training has ended.
         probabilities: (N, C) float32, see :func:`~lightning_unlearn.partitioning.probabilities.average_probabilities`;
-            None where they are not kept.
+            None if they are not kept.
     """
 
     task: str = ""
@@ -96,16 +96,16 @@ class PartitionState:
         return AtFirst(self.memorized, self.accuracy_before, self.accuracy_gap, self.best_accuracy_before)
 
     def publish(self, new: Partition, found: AtFirst, min_change: float) -> tuple[float, bool]:
-        """Make a partition known.
+        """Publish a partition.
 
         Args:
-            new: the new one.
-            found: when the one that others act upon first was computed.
-            min_change: it is not computed again once less than this share of the samples has changed sides.
+            new: the new partition.
+            found: measurements at the first partition that is acted on.
+            min_change: it has converged once less than this share of the samples changes group.
 
         Returns:
-            the share of the samples that have changed sides, and whether the partition is taken. One that cannot be
-            acted upon does not undo what an earlier one has led to.
+            the share of the samples that changed group, and whether the partition replaces the previous one. A
+            partition that cannot be acted on does not replace one that was.
         """
         before, is_first = self.partition, self.is_first(new)
         changed = 1.0 if before is None else (before.is_clean != new.is_clean).float().mean().item()
@@ -119,7 +119,7 @@ class PartitionState:
         return changed, is_taken
 
     def is_first(self, new: Partition) -> bool:
-        """Return whether this is the one that others act upon first, or the first of all until there is one."""
+        """Return whether this is the first partition that is acted on, or the first of all until there is one."""
         return self.partition is None or (new.is_actionable and not self.partition.is_actionable)
 
 
@@ -161,11 +161,11 @@ class PublishedPartition:
 
     @property
     def probabilities(self) -> Tensor:
-        """What training has said of each class, (N, C) float32 by dataset index; ``pred_probs`` for cleanlab.
+        """Class probabilities averaged over training, (N, C) float32 by dataset index; ``pred_probs`` for cleanlab.
 
-        The softmax of the logits of the training steps, averaged over the epochs before the partition; of a sample that
-        was not drawn in a part of them, those of the pass after it. Known in the fit that has computed the partition;
-        no checkpoint keeps them.
+        The softmax of the logits of the training steps, averaged over the epochs before the partition; for a sample
+        that was not drawn in a part of them, that of the following pass. Available in the fit that computed the
+        partition; checkpoints do not store them.
 
         Raises:
             RuntimeError: without ``keep_probabilities=True``, and before there are any.
@@ -192,12 +192,12 @@ class PublishedPartition:
     def validation_partition(self) -> Partition:
         """The partition of the validation set, by the index in the validation loader's data set.
 
-        Samples that the loader's sampler leaves out are not judged, and have the label -1. ``limit_val_batches`` does
-        not limit it.
+        Samples that the loader's sampler leaves out are not judged and have the label -1. ``limit_val_batches`` has no
+        effect.
 
         Raises:
-            RuntimeError: without ``judge_validation``; before that of the training set is computed; where the
-                validation data could not be read then.
+            RuntimeError: without ``judge_validation``, before the partition of the training set is computed, and if
+                the validation data could not be read then.
         """
         return self.state.validation.found(self.judge_validation)
 
@@ -232,7 +232,7 @@ class PublishedPartition:
             RuntimeError: before the fit has ended.
         """
         if self.state.summary is None:
-            raise RuntimeError("No summary yet: it is made when a fit that has computed a partition ends.")
+            raise RuntimeError("No summary yet: it is created at the end of a fit that has computed a partition.")
         return self.state.summary
 
     @property
@@ -268,7 +268,7 @@ class PublishedPartition:
         """Write :attr:`provenance` as JSON.
 
         Args:
-            path: file to write; folders are made, and what was there is replaced in one step.
+            path: file to write. Folders are created, and an existing file is replaced atomically.
 
         Raises:
             RuntimeError: before the partition is computed.

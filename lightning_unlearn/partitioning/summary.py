@@ -1,4 +1,4 @@
-"""What a fit with repair comes to, in words: found, done, gained, and when it was not worth it."""
+"""The summary of a fit in words: what was found, what was done, and whether it helped."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _FOLLOWS = {
     "no meaningful change": ", within the standard error of {error:.1f} points on {samples:,} samples.",
     "a gain": " over the weights at the partition. Continued training on all data was not compared.",
 }
-_NOTHING = "Nothing was done about it: no callback acted on the partition."
-_UNKNOWN = "There are no validation data to tell whether this helped."
+_NOTHING = "No callback acted on the partition."
+_UNKNOWN = "The effect is unknown: there are no validation data."
 
 
 class Accuracies(NamedTuple):
@@ -49,13 +49,13 @@ def summarize(
     """Return the summary of a fit.
 
     Args:
-        partition: the last one that was acted upon, or the one that was not.
+        partition: the last partition that was acted on, or the one that was not.
         memorized: see :class:`~lightning_unlearn.results.summary.RepairSummary`.
-        done: a clause for each callback that did something.
-        accuracy: at the partition, at the end and before.
-        dry_run: whether nothing was to be changed.
-        diverged: which weights are NaN or infinite; empty for none.
-        validation: what was found of the validation set, in a sentence; empty where it was not judged.
+        done: a clause for each callback that acted.
+        accuracy: validation accuracies at the partition, at the end and before.
+        dry_run: whether this was a dry run.
+        diverged: weights that are NaN or infinite; empty for none.
+        validation: result for the validation set in one sentence; empty if it was not judged.
     """
     suspects = len(partition.suspect_indices())
     sentences = [_found(partition, suspects)]
@@ -92,11 +92,13 @@ def summarize(
 def _found(partition: Partition, suspects: int) -> str:
     number = f"{len(partition):,}"
     if partition.status is PartitionStatus.INCONCLUSIVE and not suspects:
-        return f"Nothing is known about the {number} training samples, and nothing was changed: {partition.warning}."
+        return f"The {number} training samples could not be assessed, and nothing was changed: {partition.warning}."
     if not suspects:
         found = f"No sign of noise in the {number} training samples: nothing was changed."
         if partition.noise_rate_interval is not None:
-            found = f"All of the {number} training samples count as clean, nothing was changed: {partition.warning}."
+            found = (
+                f"All {number} training samples were classified as clean, and nothing was changed: {partition.warning}."
+            )
         return f"{found} Partition.to_csv(path, suspects_only=False) ranks them."
     reasons = partition.reasons()
     counts = {word: reasons.count(word) for word in ("label", "input", "both") if word in reasons}
@@ -117,7 +119,7 @@ def _how_sure(partition: Partition) -> str:
 
 
 def _gained(before: float | None, after: float | None, best: float | None, samples: int | None) -> str:
-    """Say what was won against the fit's own weights: those at the partition, and its best ones where known."""
+    """Return the change of validation accuracy since the partition and the best epoch before it, in words."""
     if before is None or after is None:
         return _UNKNOWN
     points = f"{100 * (after - before):+.1f} points"

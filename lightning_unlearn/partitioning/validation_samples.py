@@ -1,4 +1,4 @@
-"""The samples of the validation loader, and whether they can be judged."""
+"""The samples of the validation loader, and checks that they can be judged."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class ValidationSamples:
 
 
 def find_samples(fit: FitContext) -> ValidationSamples:
-    """Return the samples of the fit's validation loader, refused where they cannot be judged."""
+    """Return the samples of the fit's validation loader, or raise if they cannot be judged."""
     with fit.isolated_eval(keep=False):
         loaders = [loader for loader, _ in fit.validation_loaders()]
         if len(loaders) != 1:
@@ -73,8 +73,8 @@ def _named() -> Iterator[None]:
         raise kind(f"{_WANTED}: {error}") from error
     except Exception as error:  # of whatever kind, from the user's data or forward
         raise ValueError(
-            f"{_WANTED}: {type(error).__name__}: {error}; let its batches be like those of training, or leave"
-            " judge_validation out."
+            f"{_WANTED}: {type(error).__name__}: {error}; return batches in the format of the training"
+            " batches, or leave judge_validation out."
         ) from error
 
 
@@ -126,6 +126,7 @@ def check_not_trained_on(fit: FitContext, samples: ValidationSamples, trained_on
     drawn = set(range(len(samples)) if scheme is None else scheme.index[scheme.weight > 0].tolist())
     if both := len(drawn - samples.left_out):
         raise ValueError(
-            f"{_WANTED} {both:,} of its {len(samples) - len(samples.left_out):,} samples are in the training set too,"
-            " so the network has learned their labels; give other samples, or leave judge_validation out."
+            f"{_WANTED} {both:,} of its {len(samples) - len(samples.left_out):,} samples are also in the"
+            " training set, so the network has learned their labels; use other samples, or leave"
+            " judge_validation out."
         )

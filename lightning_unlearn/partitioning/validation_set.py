@@ -1,7 +1,7 @@
 """A partition of the validation set, whose wrong labels count in the validation accuracy.
 
-No training step has seen a validation sample, so what the network says of it is not memorized: one pass at the moment
-of the training partition is all the evidence there is, and takes the place of the early epoch too.
+No training step has seen a validation sample, so its label is not memorized. The only evidence is one pass at the time
+of the training partition, which also replaces the early epoch.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ Make = Callable[[Sequence[ShardResult], Tensor, str], Partition]
 
 
 class ValidationJudge:
-    """Judges the validation samples of a fit, when the training samples are judged.
+    """Judges the validation samples of a fit together with the training samples.
 
     Attributes:
-        partition: the last one; None before the first.
-        fault: why there is none, where a pass has failed.
+        partition: the last partition; None before the first.
+        fault: why there is none, if a pass has failed.
     """
 
     def __init__(self) -> None:
@@ -67,15 +67,15 @@ class ValidationJudge:
         )
 
     def begin(self, fit: FitContext, trained_on: str) -> None:
-        """Refuse, before the first step, what cannot be judged. Every rank must call it.
+        """Refuse validation data that cannot be judged, before the first step. Every rank must call it.
 
         Args:
-            fit: that begins.
-            trained_on: the fingerprint of the training set.
+            fit: the fit that starts.
+            trained_on: fingerprint of the training set.
 
         Raises:
             MisconfigurationException: for several validation loaders, or none.
-            TypeError: for samples that cannot be told apart by their index, or batches that are not like training's.
+            TypeError: for samples that cannot be identified by index, or batches in another format than in training.
             ValueError: for samples that are trained on, labels out of range, or ranks with different data.
         """
         samples = find_samples(fit)
@@ -84,14 +84,14 @@ class ValidationJudge:
             rank_zero_info("The validation set uses random augmentation, so its samples are judged as augmented.")
 
     def compute(self, training: ScoringPass, recipe: Recipe, make: Make) -> None:
-        """Pass over the validation set and judge it. Every rank must call it.
+        """Run a pass over the validation set and judge it. Every rank must call it.
 
-        Validation data that fail by now end no fit: a warning says so, and there is no partition.
+        If the validation data fail at this point, a warning is logged and there is no partition; the fit continues.
 
         Args:
-            training: the pass over the training set, of which this one takes all but the samples.
-            recipe: from evidence to a verdict.
-            make: makes the partition.
+            training: the pass over the training set, whose settings are used.
+            recipe: the recipe.
+            make: builds the partition.
         """
         fit = training.fit
         try:
@@ -131,11 +131,11 @@ class ValidationJudge:
 
     @property
     def said(self) -> str:
-        """What was found, in a sentence; empty where nothing was judged."""
+        """The result in one sentence; empty if nothing was judged."""
         return "" if self.partition is None else _said(self.partition)
 
     def report(self, fit: FitContext) -> None:
-        """Say what was found, or why nothing was."""
+        """Log the result, or why there is none."""
         if self.fault:
             rank_zero_warn(f"The validation set was not judged: {self.fault}.")
         if self.partition is not None:
@@ -146,7 +146,7 @@ class ValidationJudge:
             fit.log(found)
 
     def record(self) -> dict[str, Any] | None:
-        """Return what was found, for the provenance; None for nothing."""
+        """Return the result for the provenance; None if there is none."""
         if self.partition is None:
             return None
         return {
@@ -165,7 +165,7 @@ class ValidationJudge:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any] | None) -> ValidationJudge:
-        """Make it from what :meth:`state_dict` returned; nothing found where there is no such state."""
+        """Return the object that :meth:`state_dict` described; an empty one without a state."""
         judge = cls()
         if state is not None:
             held = state["partition"]
@@ -182,13 +182,13 @@ def check_validates(fit: FitContext) -> None:
     """
     if not fit.validates:
         raise MisconfigurationException(
-            "Expected a fit that validates, for judge_validation=True, but it does not; give a validation loader and a"
-            " validation_step (and no limit_val_batches=0), or leave judge_validation out."
+            "judge_validation=True needs a fit with validation, but this one has none. Add a validation"
+            " loader and a validation_step (and no limit_val_batches=0), or leave judge_validation out."
         )
 
 
 def _unseen(one: ScoringPass, of_rank: RankShare) -> OutOfSample:
-    """Return what the pass says that has seen none of these labels."""
+    """Return the out-of-sample evidence of the pass, which has seen none of these labels."""
     fit, early, share = one.fit, EarlyEpochs(), (of_rank.local, of_rank.weight)
     positions = torch.ones(len(one.trajectory), dtype=torch.uint8)
     early.look(one.trajectory, positions, 1, share, fit.device, fit.reduce)
@@ -196,7 +196,7 @@ def _unseen(one: ScoringPass, of_rank: RankShare) -> OutOfSample:
 
 
 def _is_one_sided(fit: FitContext, share: dict[str, Tensor], total: int) -> bool:
-    """Return whether there is nothing to tell apart, of any label."""
+    """Return whether no label has two different values."""
     index, weight = fit.shard(total)
     rows = share["label"].reshape(len(index), -1)
     label = gather_by_index(index, weight, rows, total, fit.reduce)
@@ -204,7 +204,7 @@ def _is_one_sided(fit: FitContext, share: dict[str, Tensor], total: int) -> bool
 
 
 def _number(partition: Partition) -> int:
-    """Return how many samples were judged."""
+    """Return the number of judged samples."""
     judged = partition.label >= 0
     return int((judged.any(dim=1) if partition.is_multilabel else judged).sum())
 

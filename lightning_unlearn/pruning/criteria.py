@@ -32,17 +32,18 @@ variance of one neuron, to half: what collinear neurons have in common stays, wh
 
 @dataclass(frozen=True, eq=False)
 class NeuronStatistics:
-    """What a criterion sees of the D neurons of one layer.
+    """Statistics of the D neurons of one layer, as received by a criterion.
 
     Args:
-        layer: dotted path of the layer where activations are read.
-        epoch: of the partition.
+        layer: dotted path of the layer whose activations are read.
+        epoch: epoch of the partition.
         noisy: sums of activations over the suspect samples.
         clean: sums of activations over the clean samples.
-        noisy_gradient: sums of gradient x activation over the suspect samples, where the criterion needs them.
-        clean_gradient: likewise, over the clean samples.
-        weight: that the neurons are measured by, where the criterion needs it.
-        dimension: of the weight that counts neurons.
+        noisy_gradient: sums of gradient x activation over the suspect samples, if the criterion sets
+            ``needs_gradients``.
+        clean_gradient: the same over the clean samples.
+        weight: weight of the layer, if the criterion sets ``needs_weight``.
+        dimension: the dimension of the neurons in ``weight``.
     """
 
     layer: str
@@ -77,21 +78,22 @@ class Criterion:
 
     def score(self, neurons: NeuronStatistics) -> Tensor:
         """Return (D,), larger for a neuron that is to be pruned sooner."""
-        raise NotImplementedError(f"Expected {type(self).__name__} to define score(neurons); give it one.")
+        raise NotImplementedError(f"Expected {type(self).__name__} to implement score(neurons).")
 
 
 @dataclass(frozen=True)
 class Sensitivity(Criterion):
     """Linear regression of p(clean) on the activations, in one pass from sums (RLAP, step 4).
 
-    Neurons that are significantly more active for noise are pruned, the most harmful first. With the recipe ``"rlap"``
-    it is the paper's: least squares of the two clusters, neurons of largest magnitude whatever their sign, without a
-    test.
+    Neurons that are significantly more active on noisy samples are pruned, the most harmful first. With the recipe
+    ``"rlap"`` it follows the paper: least squares of the two clusters, neurons of largest magnitude of either sign,
+    without a test.
 
     Args:
-        fdr_level: of the test of Benjamini and Hochberg, the expected share of innocent neurons among those that pass
-            it; None for no test: all neurons of the harmful sign may be pruned.
-        l2_penalty: on standardized coefficients, per sample; by default 0.001, and 0 with the recipe ``"rlap"``.
+        fdr_level: false discovery rate of the test (Benjamini and Hochberg), the expected share of false positives
+            among the significant neurons. None disables the test: all neurons of the harmful sign may be pruned.
+        l2_penalty: L2 penalty on standardized coefficients, per sample; by default 0.001, and 0 with the recipe
+            ``"rlap"``.
     """
 
     fdr_level: float | None = 0.05
@@ -158,9 +160,9 @@ class Magnitude(Criterion):
         return "magnitude"
 
     def score(self, neurons: NeuronStatistics) -> Tensor:
-        """Return the norm of what belongs to each neuron, negative."""
+        """Return the negative norm of the weights of each neuron."""
         if neurons.weight is None:
-            raise ValueError("Expected the weight of the layer, but got none.")
+            raise ValueError("Expected the weight of the layer, but got None.")
         return -magnitude(neurons.weight, neurons.dimension).cpu()
 
 
@@ -210,7 +212,7 @@ class GradientRatio(Criterion):
     def score(self, neurons: NeuronStatistics) -> Tensor:
         """Return the ratio."""
         if neurons.noisy_gradient is None or neurons.clean_gradient is None:
-            raise ValueError("Expected sums of gradient x activation, but got none.")
+            raise ValueError("Expected sums of gradient x activation, but got None.")
         return importance_ratio(neurons.noisy_gradient, neurons.clean_gradient, self.statistic)
 
 

@@ -1,4 +1,4 @@
-"""Pruning in steps, each of which is taken back if the model is worse after it."""
+"""Pruning in steps, with a rollback if the model gets worse."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True, eq=False)
 class ScoreMonitor:
-    """Measures how good the model is.
+    """Scores the model.
 
     Args:
-        known: the score before anything is pruned, where it has been measured.
-        measure: the score now; None if it could not be told.
-        held: (H,) int64, the training samples that are measured on; none where there is validation data.
-        tolerance: by how much accuracy on validation data may fall, or the loss on held-back samples rise, in nats.
+        known: the score before pruning, if it was measured.
+        measure: returns the current score; None if it cannot be computed.
+        held: (H,) int64, the training samples to score on; empty with validation data.
+        tolerance: maximum drop of validation accuracy, or rise of the loss on held-out samples in nats.
     """
 
     known: Score | None
@@ -42,7 +42,7 @@ class ScoreMonitor:
 
     @cached_property
     def before(self) -> Score:
-        """The score before anything is pruned; to be asked for before that."""
+        """The score before pruning; read it before anything is pruned."""
         score = self.measure() if self.known is None else self.known
         if score is None:
             raise RuntimeError("There is no score to compare with; this is an error in lightning_unlearn.")
@@ -60,7 +60,7 @@ class ScoreMonitor:
     def between(self, after: Score | None) -> str:
         """Return what became of the score, in words."""
         if after is None:
-            return "the score could no longer be told"
+            return "the score could no longer be computed"
         what, before, now = (
             ("loss on held-back clean samples", f"{self.before.loss:.3f}", f"{after.loss:.3f}")
             if len(self.held)
@@ -119,15 +119,15 @@ class Outcome:
 def prune_in_steps(
     model: nn.Module, sites: Sequence[PruneSite], proposal: Sequence[Tensor], gauge: ScoreMonitor
 ) -> Outcome:
-    """Silence the proposed neurons, the worst of each layer first, for as long as the model gets no worse.
+    """Zero the proposed neurons, the worst of each layer first, as long as the model does not get worse.
 
-    The parameters are afterwards as they were, bit for bit: what is to stay is for the caller to silence for good.
+    The parameters are restored afterwards, bit for bit; the caller zeroes the accepted neurons permanently.
 
     Args:
-        model: the user's.
+        model: the model.
         sites: the layers.
-        proposal: for each layer, (K,) int64, the worst first.
-        gauge: measures the model.
+        proposal: for each layer, (K,) int64, neurons in order, worst first.
+        gauge: scores the model.
     """
     steps = min(STEPS, max(len(neurons) for neurons in proposal))
     chunks = list(zip(*(neurons.tensor_split(steps) for neurons in proposal), strict=True))

@@ -45,14 +45,14 @@ class HeldEntries:
         self._pruning, self._entries = PrunedParameters(entries), entries
 
     def confirm(self, fit: FitContext, entries: list[PrunedEntries]) -> bool:
-        """Check that all entries are zero, in the parameters that the module has now.
+        """Check that all entries are zero in the module's current parameters.
 
         Args:
-            fit: that is running.
-            entries: those that are held, looked up anew.
+            fit: the running fit.
+            entries: the held entries, in the current parameters.
 
         Returns:
-            False if something had brought one back. It is zero again.
+            False if an entry was not zero; it has been zeroed again.
         """
         here, before = ([entry.parameter for entry in of] for of in (entries, self._entries))
         is_same = len(here) == len(before) and all(one is other for one, other in zip(here, before, strict=True))
@@ -81,7 +81,7 @@ class HeldEntries:
             self._pruning.zero_gradients()
 
     def release(self) -> None:
-        """Stop holding entries at zero; the parameters stay as they are."""
+        """Stop holding entries at zero, without changing parameters."""
         if self._pruning is not None:
             self._pruning.release()
         self._pruning, self._entries = None, []

@@ -1,4 +1,4 @@
-"""Holding pruned neurons at exactly zero while training goes on."""
+"""Keep pruned neurons at exactly zero during training."""
 
 from __future__ import annotations
 
@@ -49,18 +49,17 @@ class PrunedEntries:
 
 
 def neuron_entries(layer: nn.Module, norm: nn.Module | None, neurons: Tensor) -> list[PrunedEntries]:
-    """Return the entries whose zeros silence neurons: weight rows, bias, scale and shift of the norm after them.
+    """Return the entries to zero for some neurons: weight rows, bias, scale and shift of the following norm.
 
     Args:
         layer: a Linear or convolution.
-        norm: the norm that takes the layer's output directly, if there is one. Without its shift a silent convolution
-            channel would still put out a constant.
+        norm: the norm that directly follows the layer, if any; its shift must be zeroed too, or a pruned convolution
+            channel would output a constant.
         neurons: (K,) int64.
 
     Raises:
-        ValueError: for a weight or bias that is computed in a way of which it is not known what to zero; for a
-            transposed convolution in groups, where a slice of the weight serves one neuron of each group; for a norm
-            without scale and shift.
+        ValueError: for a weight or bias that is computed in an unsupported way; for a grouped transposed convolution,
+            where a slice of the weight serves one neuron of each group; for a norm without scale and shift.
     """
     transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
     if transposed and layer.groups != 1:
@@ -73,9 +72,8 @@ def neuron_entries(layer: nn.Module, norm: nn.Module | None, neurons: Tensor) ->
     if norm is not None:
         if getattr(norm, "weight", None) is None:
             raise ValueError(
-                f"Expected the {type(norm).__name__} that takes the layer's output to have a scale and shift, but it"
-                " has none (affine=False), so a silent neuron would still put out a constant; name another layer to"
-                " prune."
+                f"Expected the {type(norm).__name__} after the layer to have a scale and shift, but it has"
+                " affine=False, so a zeroed neuron would still output a constant. Name another layer to prune."
             )
         # A layer norm over several dimensions has the features of a Linear last, the channels of a convolution first.
         dimension = -1 if isinstance(layer, nn.Linear) else 0
@@ -120,7 +118,7 @@ def _own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _parameter_behind(module: nn.Module, name: str, dimension: int) -> nn.Parameter | None:
-    """Return the parameter whose zeros make zeros of a weight or bias (it, or what it is computed from), or None.
+    """Return the parameter to zero for a weight or bias (itself, or the one it is computed from), or None.
 
     Spectral norm divides it, ``torch.nn.utils.prune`` multiplies it by a mask. Under weight norm it is the length of
     each row where there is one for each neuron, since a row of length 0 has no direction; else the directions.
@@ -145,9 +143,9 @@ def _parameter_behind(module: nn.Module, name: str, dimension: int) -> nn.Parame
         if candidate.shape == value.shape or candidate.numel() == candidate.shape[dimension] == size:
             return candidate
     raise ValueError(
-        f"Expected a {type(module).__name__} whose {name} is a parameter, or computed from one by weight norm, spectral"
-        f" norm, a parametrization of one tensor or torch.nn.utils.prune, but its {name} is not; name another layer to"
-        " prune."
+        f"Expected the {name} of a {type(module).__name__} to be a parameter, or computed from one by"
+        " weight norm, spectral norm, a parametrization of one tensor or torch.nn.utils.prune. Name"
+        " another layer to prune."
     )
 
 
@@ -256,7 +254,7 @@ class PrunedParameters:
             self._handles[optimizer] = None
 
     def release(self) -> None:
-        """Stop watching; the parameters stay as they are."""
+        """Stop watching, without changing parameters."""
         for handle in self._handles.values():
             if handle is not None:
                 handle.remove()

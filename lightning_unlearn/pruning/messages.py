@@ -1,4 +1,4 @@
-"""What is said of the pruning."""
+"""Messages about pruning."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from lightning_unlearn.pruning.state import PruneState
 from lightning_unlearn.trainer.progress import rank_zero_info, rank_zero_warn
 
 NOT_SILENT = (
-    "Zeroing the weights of its neurons would not silence them, since forward computes them from more than the"
-    " layer's weight and bias (an adapter such as LoRA, a quantized weight); merge or remove that, or name another"
-    " layer to prune."
+    "Zeroing the weights of its neurons would not zero their outputs, since forward computes them"
+    " from more than the layer's weight and bias (an adapter such as LoRA, a quantized weight). Merge"
+    " or remove it, or name another layer to prune."
 )
 OTHER_WEIGHTS = (
     "The weights in use are not those that SensitivityPruneCallback pruned (a checkpoint from before the partition, for"
@@ -25,7 +25,7 @@ OTHER_WEIGHTS = (
 
 
 def summary_clause(state: PruneState) -> str:
-    """Return what was done, in one clause; empty where no neuron was to be pruned."""
+    """Return what was done in one clause; empty if no neuron was to be pruned."""
     if not state.count and not state.note:
         return ""
     verb = "would prune" if state.is_proposal else "pruned"
@@ -68,6 +68,7 @@ def warn_of_revived(state: PruneState) -> None:
     """Say that something else writes to pruned neurons."""
     names = " and ".join(f"'{mask.layer}'" for mask in state.masks)
     rank_zero_warn(
-        f"Pruned neurons of {names} were revived: something else writes to their weights, such as a callback that"
-        " loads or averages weights. They are zeroed again, now and whenever it happens during the fit."
+        f"Pruned neurons of {names} became nonzero: something else writes to their weights, such as a"
+        " callback that loads or averages weights. They are zeroed again, now and whenever this happens"
+        " during the fit."
     )

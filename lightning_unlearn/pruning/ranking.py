@@ -30,14 +30,14 @@ from lightning_unlearn.utilities.reduce import Reduce
 
 @dataclass(frozen=True, eq=False)
 class Ranking:
-    """What a criterion says of the neurons of one layer.
+    """The ranking of the neurons of one layer by a criterion.
 
     Args:
-        score: (D,) float32, the standardized coefficient, or the criterion's own number, of which the largest are
+        score: (D,) float32, the standardized coefficient, or the score of another criterion, whose largest values are
             pruned first.
-        standard_error: (D,) float32, of a coefficient.
-        order: (K,) int64, the neurons that may be pruned, the worst first.
-        live: how many neurons vary.
+        standard_error: (D,) float32, standard error of a coefficient.
+        order: (K,) int64, candidate neurons, worst first.
+        live: number of neurons whose activation varies.
     """
 
     score: Tensor

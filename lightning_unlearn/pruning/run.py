@@ -29,13 +29,13 @@ from lightning_unlearn.trainer.weight_averages import averaged_parts
 
 @dataclass(frozen=True, eq=False)
 class PruneSettings:
-    """How neurons are pruned; see ``SensitivityPruneCallback``.
+    """Settings of pruning; see ``SensitivityPruneCallback``.
 
     Args:
-        names: of the layers; none for the inputs of the head.
-        amount: share of each layer's live neurons.
-        criterion: by what they are ranked.
-        max_val_drop: how much worse the model may get; None for no guard.
+        names: paths of the layers; empty for the inputs of the head.
+        amount: maximum share of each layer's active neurons.
+        criterion: criterion that ranks the neurons.
+        max_val_drop: tolerance of the guard; None for no guard.
     """
 
     names: Sequence[str]
@@ -46,13 +46,13 @@ class PruneSettings:
 
 @dataclass(frozen=True, eq=False)
 class PruneResult:
-    """What came of a partition.
+    """Result of pruning for a partition.
 
     Args:
-        state: with the new masks.
-        rankings: of each layer.
-        proposal: of each layer, (K,) int64, what was proposed before the guard had a look.
-        seconds: that pruning and guard took, by the names that they are logged by.
+        state: state with the new masks.
+        rankings: ranking of each layer.
+        proposal: for each layer, (K,) int64, the neurons proposed before the guard.
+        seconds: duration of pruning and guard, by the names used for logging.
     """
 
     state: PruneState
@@ -98,14 +98,14 @@ def find_sites(fit: FitContext, settings: PruneSettings, probed: tuple[ForwardTr
 def prune(
     fit: FitContext, partition: Partition, state: PruneState, settings: PruneSettings, held: HeldEntries
 ) -> PruneResult:
-    """Act on a partition. Every rank must call it; after an exception the weights are as they were.
+    """Prune for a partition. Every rank must call it; after an exception the weights are restored.
 
     Args:
-        fit: that is running.
-        partition: which samples are noise.
-        state: what was pruned before.
-        settings: how.
-        held: keeps what is pruned at zero; not touched in a dry run.
+        fit: the running fit.
+        partition: the partition.
+        state: state from earlier rounds.
+        settings: the settings.
+        held: keeps pruned entries at zero; not changed in a dry run.
     """
     gauge, source, started = None, fit.source, time.perf_counter()
     if settings.max_val_drop is not None:
@@ -139,7 +139,7 @@ def prune(
 
 
 def report_pruning(fit: FitContext, result: PruneResult, settings: PruneSettings) -> None:
-    """Say and log what was done. Once that is remembered: an error in a logger does not undo it."""
+    """Log what was done, after the state is stored, so that an error in a logger does not undo it."""
     state = result.state
     say_layers(state, result.rankings, result.proposal, settings.criterion, settings.amount)
     if any(len(neurons) for neurons in result.proposal):
@@ -165,9 +165,9 @@ def _count(pruned: Tensor | None) -> int:
 def _audible(
     fit: FitContext, sites: Sequence[PruneSite], proposal: list[Tensor]
 ) -> tuple[Sequence[PruneSite], list[Tensor]]:
-    """Return the sites and what to prune at each: nothing where later layers would still see it.
+    """Return the sites and the neurons to prune at each; none if later layers would still receive their output.
 
-    Such as where an adapter has been put beside a layer while it was trained.
+    This happens, for example, if an adapter was added to a layer during training.
     """
     if not any(len(neurons) for neurons in proposal):
         return sites, proposal

@@ -18,17 +18,17 @@ from lightning_unlearn.utilities.sharding import local_part
 def find_silent(
     model: nn.Module, sites: Sequence[PruneSite], neurons: Sequence[Tensor], run: Callable[[], Any]
 ) -> list[bool]:
-    """Return, for each site, whether zero entries make its neurons silent; everything is restored afterwards.
+    """Return, for each site, whether zero entries make its neurons output zero; everything is restored afterwards.
 
-    Silent are rows of which nothing comes out of the layer (or of the norm behind it, or into the Linear that listens
-    to them); and inputs of a Linear that its output does not depend on. What else such a layer computes its output from
-    is disturbed meanwhile: an adapter that is zero when it is new will not stay so.
+    This holds if the layer (or the following norm, or the input of the consuming Linear) outputs zero for these rows,
+    or if the output of a Linear does not depend on these inputs. Other parameters of such a layer are perturbed during
+    the check, since an adapter that is zero at first does not stay so.
 
     Args:
-        model: the user's.
+        model: the model.
         sites: the layers.
-        neurons: for each, (K,) int64.
-        run: passes the first samples through the model.
+        neurons: for each layer, (K,) int64.
+        run: runs the model on the first samples.
     """
     heard: list[list[bool]] = [[] for _ in sites]
     with ExitStack() as stack:

@@ -41,15 +41,15 @@ _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 
 @dataclass(frozen=True)
 class PruneSite:
-    """The neurons of one layer.
+    """The neurons of one layer, and the parameters that belong to them.
 
     Args:
-        name: dotted path of the layer where their activations are read.
-        at: whether they are its outputs or its inputs.
-        layer: dotted path of the layer whose weight rows and biases they are, if it is pruned.
-        norm: of the norm whose scale and shift belong to them.
-        consumer: of the Linear whose columns listen to them.
-        samples: the dimension of what is read that counts samples.
+        name: dotted path of the layer whose activations are read.
+        at: whether the neurons are its outputs or its inputs.
+        layer: dotted path of the layer whose weight rows and biases are pruned, if any.
+        norm: dotted path of the norm whose scale and shift belong to the neurons.
+        consumer: dotted path of the Linear that takes the neurons as input.
+        samples: the batch dimension of the activations.
     """
 
     name: str
@@ -82,7 +82,7 @@ class PruneSite:
         return entries
 
     def width(self, model: nn.Module) -> int:
-        """Return how many neurons there are; 0 where the Linear that listened to them is none any more."""
+        """Return the number of neurons; 0 if the consuming layer is no longer a Linear."""
         layer: Any = resolve_layer(model, self.target)
         return neuron_count(layer) if self.layer is not None else int(getattr(layer, "in_features", 0))
 
@@ -115,7 +115,7 @@ def check_layer(model: nn.Module, name: str, amount: float) -> None:
 def named_site(model: nn.Module, name: str, trace: Trace, first: ForwardTrace) -> PruneSite:
     """Return the outputs of a layer.
 
-    A layer inside a residual branch is one of these: what is silent is its contribution to the stream.
+    For a layer in a residual branch these are the contribution of the branch to the sum.
 
     Args:
         model: holds the layer.
@@ -199,9 +199,8 @@ def check_trained(sites: Sequence[PruneSite], averages: Sequence[str]) -> None:
     for site in sites:
         if site.target.startswith(parts):
             raise ValueError(
-                f"SensitivityPruneCallback cannot prune layer '{site.target}'. It is part of an average of other"
-                " layers, which would bring its neurons back; let forward call the layers that are trained, in eval"
-                " mode too."
+                f"SensitivityPruneCallback cannot prune layer '{site.target}'. It is an average of other layers,"
+                " which would restore its neurons. Let forward call the trained layers, in eval mode too."
             )
 
 

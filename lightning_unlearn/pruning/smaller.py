@@ -45,10 +45,10 @@ def refuse_unshrinkable(fit: FitContext, sites: Sequence[PruneSite], x: Any, pat
         if not cut.is_smaller:
             layers = ", ".join(repr(site.target) for site in sites)
             raise ValueError(
-                "Expected shrink_to where pruned neurons can be cut out of the network, but those of"
-                f" {layers} cannot: where outputs of a layer are added to others (a residual sum), all of these would"
-                " have to be silent; name layers whose outputs go only into the next one, as the first of each block,"
-                " with layer=[...], or leave out shrink_to."
+                f"shrink_to has no effect: pruned neurons of {layers} cannot be cut out of the network. If outputs"
+                " of several layers are added (a residual sum), a neuron must be pruned in all of them. Name"
+                " layers whose outputs go only into the next layer, such as the first of each block, with"
+                " layer=[...], or leave out shrink_to."
             )
         if cut.kept:
             rank_zero_warn(
@@ -57,10 +57,10 @@ def refuse_unshrinkable(fit: FitContext, sites: Sequence[PruneSite], x: Any, pat
         apart = _trial(model, sites, x, alike=False).kept if len(sites) > 1 else ()
         if joined := [name for name in apart if name not in cut.kept]:
             rank_zero_warn(
-                f"{path} will keep most of the pruned neurons of {', '.join(map(repr, joined))}: the outputs of these"
-                " layers are added to each other (a residual sum) or otherwise joined, so that a neuron can be cut out"
-                " only where it is pruned in all of them, and each layer's neurons are chosen on their own. Name layers"
-                " whose outputs go only into the next one, as the first of each block, with layer=[...]."
+                f"{path} will keep most of the pruned neurons of {', '.join(map(repr, joined))}: the outputs of"
+                " these layers are added (a residual sum) or otherwise joined, so a neuron can be cut out only if"
+                " it is pruned in all of them, but each layer's neurons are chosen separately. Name layers whose"
+                " outputs go only into the next layer, such as the first of each block, with layer=[...]."
             )
 
     fit.on_rank_zero(attempt)
@@ -96,9 +96,11 @@ def say_of_older_file(fit: FitContext, path: str | PathLike[str], *, writes: boo
     if not (written := _written(fit, path)):
         return
     if writes:
-        rank_zero_info(f"{path} exists ({written}). It is replaced when this fit ends, if neurons can be cut by then.")
+        rank_zero_info(f"{path} exists ({written}). It is replaced at the end of this fit if neurons can be cut.")
     else:
-        rank_zero_warn(f"{path} exists ({written}), and dry_run=True prunes no neuron: it is not of this fit.")
+        rank_zero_warn(
+            f"{path} exists ({written}) from an earlier fit: dry_run=True prunes no neuron, so it is not replaced."
+        )
 
 
 def say_not_written(fit: FitContext, path: str | PathLike[str], why: str) -> None:
@@ -110,7 +112,7 @@ def say_not_written(fit: FitContext, path: str | PathLike[str], why: str) -> Non
         why: it is not written.
     """
     if written := _written(fit, path):
-        rank_zero_warn(f"{why}: {path} was not written. The file there ({written}) is not of this fit.")
+        rank_zero_warn(f"{why}: {path} was not written. The existing file ({written}) is from an earlier fit.")
     else:
         rank_zero_info(f"{why}: {path} was not written.")
 

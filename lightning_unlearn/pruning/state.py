@@ -59,9 +59,9 @@ class PruneState:
         for site, mask in zip(self.sites, self.masks, strict=True):
             if (width := site.width(model)) != len(mask.keep):
                 raise ValueError(
-                    f"Expected layer '{site.target}', of which SensitivityPruneCallback has pruned neurons, to keep its"
-                    f" {len(mask.keep)} neurons until the fit has ended, but it has {width} now; replace layers before"
-                    " the fit, or after it."
+                    f"Expected layer '{site.target}', in which SensitivityPruneCallback has pruned neurons, to keep"
+                    f" its {len(mask.keep)} neurons until the end of the fit, but it now has {width}. Replace layers"
+                    " before or after the fit."
                 )
         pairs = zip(self.sites, self.masks, strict=True)
         return [entry for site, mask in pairs for entry in site.entries(model, mask.pruned_indices())]

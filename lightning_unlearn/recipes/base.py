@@ -27,21 +27,22 @@ LONE = 1.5
 NO_DOUBT = 0.01
 
 NAMED_Z = 3.0
-"""How sure it has to be that labels are wrong before samples are named."""
+"""Minimum z score of the evidence for wrong labels at which samples are listed for review."""
 
 ACTED_Z = 5.0
-"""... before they are acted upon."""
+"""Minimum z score at which suspects are acted on."""
 
-_ONE = 0.5  # samples that are wrong by the rate: fewer are none, however sure a few samples make it
+_ONE = 0.5  # expected number of wrong samples below which there is no list, whatever the z score
 
 
 def noise_status(z: float, wrong: float, *, is_open: bool = False) -> Literal["found", "weak", "none"]:
-    """Return what follows from how sure it is that labels are wrong; see :class:`NoiseEstimate`.
+    """Return the status of a noise estimate; see :class:`NoiseEstimate`.
 
     Args:
-        z: how sure it is.
-        wrong: how many samples are wrong by the rate.
-        is_open: whether errors cannot be told from what is hard to learn, so that none is acted upon.
+        z: z score of the evidence for wrong labels.
+        wrong: expected number of wrong samples.
+        is_open: whether wrong labels cannot be distinguished from samples that are hard to learn, so that none is acted
+            on.
 
     Example:
         >>> noise_status(9.0, 40), noise_status(9.0, 40, is_open=True), noise_status(9.0, 0.2), noise_status(2.0, 40)
@@ -56,15 +57,16 @@ def noise_status(z: float, wrong: float, *, is_open: bool = False) -> Literal["f
 
 @dataclass(frozen=True)
 class NoiseEstimate:
-    """How many labels are wrong, and how sure that is.
+    """Estimate of the noise rate of the labels, and of its certainty.
 
     Args:
-        status: ``"found"``: suspects are acted upon; ``"weak"``: they are named only; ``"none"``: there is no list.
-        rate: of wrong labels.
-        interval: of it, at 95 %; the upper end is 1 where the rate is only a lower bound.
-        z_score: how sure it is that labels are wrong.
-        sampled: whether suspects are named only as a sampler draws some classes more often.
-        names: pairs of classes of which the first is often called the second, with how often.
+        status: ``"found"``: suspects are acted on; ``"weak"``: samples are only listed for review; ``"none"``: there is
+            no list.
+        rate: share of wrong labels.
+        interval: its 95 % interval; the upper end is 1 if the rate is only a lower bound.
+        z_score: z score of the evidence for wrong labels.
+        sampled: whether samples are only listed because a sampler draws some classes more often.
+        names: ``(class, label, share)`` of pairs where the class is often labeled as another.
     """
 
     status: str
@@ -77,22 +79,22 @@ class NoiseEstimate:
 
 @dataclass(frozen=True, eq=False)
 class RecipeResult:
-    """What a recipe says of one rank's share.
+    """What a recipe returns for one rank's shard.
 
     Args:
-        clean_probability: (n,) float32.
-        suggested_label: (n,) int64, for a sample that turns out not to be clean.
-        suggested_probability: (n,) float32, probability that the suggested label is right and the input intact; None
-            where the recipe does not say, which counts as all that p(clean) leaves.
-        label_probability: (n,) float32, probability that the given label is right; None if it was not asked.
-        input_probability: (n,) float32, probability that the input is intact; None if it was not asked.
-        noise_matrix: (C, C) float32, row k the estimated probabilities of what a sample of class k is called; None if
-            it was not estimated, as with more than 2,048 classes. The same on every rank.
-        notes: what was found, for the log. The same on every rank.
-        warning: why the verdict should not be acted upon; empty if it can be. The same on every rank.
+        clean_probability: (n,) float32, probability that the sample is clean.
+        suggested_label: (n,) int64, label to use if the sample is not clean.
+        suggested_probability: (n,) float32, probability that the suggested label is correct and the input intact; None
+            stands for ``1 - clean_probability``.
+        label_probability: (n,) float32, probability that the given label is correct; None if not estimated.
+        input_probability: (n,) float32, probability that the input is intact; None if not estimated.
+        noise_matrix: (C, C) float32, estimated noise transition matrix: row k holds the probabilities of each label for
+            true class k. None if not estimated, for example with more than 2,048 classes. The same on every rank.
+        notes: lines for the log. The same on every rank.
+        warning: why the result should not be acted on; empty if it can be. The same on every rank.
         unusable: (n,) bool, samples that must never be trained on; None if there are none.
-        noise: what is estimated of all the labels, of which p(clean) says how many of any list are wrong then; None
-            where it was not. The same on every rank.
+        noise: noise estimate for all labels, with which p(clean) is calibrated; None if not estimated. The same on
+            every rank.
     """
 
     clean_probability: Tensor
@@ -109,13 +111,13 @@ class RecipeResult:
     def suspects(self, weight: Tensor, reduce: Reduce, precision: float) -> Tensor:
         """Return (n,) bool, the samples that are not clean.
 
-        Of labels of which the noise is estimated, the longest list of which so many are expected to be wrong; if
-        nothing was found, none. Else, and of inputs, where p(clean) is below one half.
+        With a noise estimate, suspect labels are the longest list with the expected ``precision``, or none if its
+        status is not ``"found"``. Without one, and for inputs, suspects have a probability below one half.
 
         Args:
-            weight: (n,) of this rank's samples, 0 for one that does not count.
-            reduce: sums over the ranks, each of which must ask.
-            precision: share of the list that is expected to be wrong.
+            weight: (n,), 0 for a row that does not count.
+            reduce: sums over the ranks; every rank must call it.
+            precision: expected share of wrong samples in the list.
         """
         if self.noise is None:
             return self.clean_probability < _HALF

@@ -49,9 +49,9 @@ def rlap_recipe(evidence: Evidence, reduce: Reduce) -> RecipeResult:
 
 def _too_few(samples: int, neurons: int) -> str:
     return (
-        f"The recipe 'rlap' fits two Gaussians to the attributions of {neurons:,} neurons, which takes more"
-        f" samples than that, but got {samples:,}: the covariance of a cluster is singular. Give more samples, another"
-        " layer with fewer neurons (layer=), or recipe='auto', which does not need them."
+        f"The recipe 'rlap' fits two Gaussians to the attributions of {neurons:,} neurons and needs more"
+        f" samples than neurons, but got {samples:,}: the covariance of a cluster is singular. Use more"
+        " samples, a layer with fewer neurons (layer=), or recipe='auto', which has no such limit."
     )
 
 

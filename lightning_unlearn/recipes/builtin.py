@@ -34,25 +34,24 @@ _BY_CLASS = 0.15
 
 
 def label_recipe(evidence: Evidence, reduce: Reduce) -> RecipeResult:
-    """Return the probability that the given label is right, calibrated, and how many labels are wrong.
+    """Return the calibrated probability that the given label is correct, and the noise rate.
 
-    What the network said in the course of training, and in an early epoch, before it had learned the labels
-    (``Evidence.out_of_sample``), is explained by one of three hypotheses (``recipes.label_noise``):
+    One of three noise models explains the outputs during training and in an early epoch, before the network had learned
+    the labels (``Evidence.out_of_sample``); see ``recipes.label_noise``:
 
-    - some classes go by another class's name, and the labels are likelier by far then;
-    - any class may be called by any name: a latent-class model
-      (:func:`~lightning_unlearn.functional.fit_latent_classes`) on the class attributions tells the classes well apart,
-      and its most confident quarter disagrees with the labels more than 1.5 times as often as uncertainty explains of
-      the average sample;
-    - errors are blind, or fall on classes that are taken for each other, at a rate that the early epoch tells.
+    - class-dependent noise: some classes are often labeled as one other class, with a much higher likelihood;
+    - a full noise transition matrix: a latent-class model
+      (:func:`~lightning_unlearn.functional.fit_latent_classes`) on the class attributions separates the classes, and
+      its most confident quarter disagrees with the labels more than 1.5 times as often as expected of the average
+      sample;
+    - symmetric noise, or errors between similar classes, at a rate that the early epoch determines.
 
-    Suspects are acted upon if five standard deviations say that labels are wrong. Nothing can be told, and that is a
-    warning, where the network predicts hardly more than one class, or those of fewer than half of the samples; nor
-    where a class is called by another's name more often than by its own and nothing else shows.
+    Suspects are acted on if the evidence for wrong labels exceeds five standard deviations. The result is inconclusive,
+    with a warning, if the network predicts hardly more than one class, or classes with fewer than half of the samples,
+    or if a class is labeled as another more often than as itself and no other evidence exists.
 
-    Outputs of the model that no label names are left out. With more classes than coordinates (129), soft margins tell
-    errors that fall on any class alike (``recipes.many_classes``); without these, samples are ranked by their margin,
-    and nothing is suspect.
+    Model outputs without any label are ignored. With more than 129 classes, soft margins detect symmetric noise
+    (``recipes.many_classes``); without them, samples are ranked by margin and none is suspect.
     """
     if evidence.soft_margins is not None:
         return judge_many(evidence, evidence.soft_margins, reduce)
@@ -65,7 +64,7 @@ def label_recipe(evidence: Evidence, reduce: Reduce) -> RecipeResult:
 
 
 def _by_margin(evidence: Evidence, reduce: Reduce) -> RecipeResult:
-    """Return the order of the margins (AUM), and nothing suspect."""
+    """Return samples ranked by their margin (AUM), none of them suspect."""
     margin = standardize(evidence.aum.double().unsqueeze(1), evidence.weight, reduce).squeeze(1)
     probability = (1 - NO_DOUBT * (-margin).sigmoid()).float()
     why = "the evidence kept does not separate the classes"
@@ -91,7 +90,7 @@ def input_recipe(evidence: Evidence, reduce: Reduce) -> RecipeResult:
     """
     intact = torch.ones_like(evidence.weight)
     if evidence.input_statistics is None:
-        return RecipeResult(intact, evidence.label, notes=("inputs: no early layer to look at",))
+        return RecipeResult(intact, evidence.label, notes=("inputs: the model has no early layer to analyze",))
     w, u = evidence.weight.double(), evidence.uncertainty.double()
     rows = standardize(evidence.input_statistics.double(), evidence.weight, reduce)
     mixture = fit_mixture(rows, evidence.weight, reduce=reduce)
@@ -108,12 +107,13 @@ def input_recipe(evidence: Evidence, reduce: Reduce) -> RecipeResult:
     found = bool((group > 1).all()) and ambiguous <= _BETWEEN and abs(gap) >= _LESS_SURE
     verdict = "corrupted inputs" if found else "no sign of corrupted inputs"
     if found and _is_contrary(clean, group, *sums[8:].reshape(3, 2)):
-        found, verdict = False, "but it does worse on the other, so it is not yet clear which is corrupted"
+        found, verdict = False, "but it predicts worse on the other group, so it is unclear which one is corrupted"
     elif found and _follows_classes(evidence, share[:, 0], reduce):
-        found, verdict = False, "no sign of corrupted inputs, as the two groups follow the classes"
+        found, verdict = False, "no sign of corrupted inputs: the two groups coincide with classes"
     note = (
-        f"inputs: two groups, the smaller of {group.min() / number:.1%}, {ambiguous:.1%} of the samples between them,"
-        f" the model less sure of one by {abs(gap):.2f} standard deviations: {verdict}"
+        f"inputs: two groups, the smaller with {group.min() / number:.1%} of the samples; {ambiguous:.1%}"
+        f" lie between the groups; the model is less confident on one by {abs(gap):.2f} standard"
+        f" deviations: {verdict}"
     )
     probability = share[:, clean].float() if found else intact
     return RecipeResult(probability, evidence.label, input_probability=probability, notes=(note,))

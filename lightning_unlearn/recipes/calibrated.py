@@ -120,14 +120,19 @@ def _largest_share(evidence: Evidence, reduce: Reduce) -> float:
 def _said(missing: str) -> tuple[str, ...]:
     if not missing:
         return ()
-    return (f"labels: {missing}: memorized labels do not show, and there may be more wrong labels than estimated",)
+    return (
+        (
+            f"labels: {missing}, so memorized labels cannot be detected, and there may be more wrong labels"
+            " than estimated"
+        ),
+    )
 
 
 def _notes(predicted: float, accuracy: float | None) -> tuple[str, ...]:
     if accuracy is None or predicted - accuracy < _GAP:
         return ()
-    said = f"the network predicts {predicted:.0%} of the given labels and {accuracy:.0%} of those of validation samples"
-    return (f"labels: {said}: it has memorized labels; the early epochs decide",)
+    said = f"the network predicts {predicted:.0%} of the given labels and {accuracy:.0%} of the validation labels"
+    return (f"labels: {said}, so it has memorized labels; the early epochs are used instead",)
 
 
 def _missing(out_of_sample: OutOfSample | None, largest: float) -> str:
@@ -146,6 +151,7 @@ def _missing(out_of_sample: OutOfSample | None, largest: float) -> str:
         and out_of_sample.early.skill > skill_of(out_of_sample.accuracy, largest) + _MORE_SKILL
     ):
         return (
-            "in the early epoch it predicted more labels than of validation samples now, so it had learned them before"
+            "in the early epoch the network predicted a larger share of the labels than of the validation"
+            " labels now, so it had already learned them"
         )
     return ""

@@ -33,7 +33,12 @@ _AS_MUCH, _KNOWING = 0.9, 0.5
 # So far apart, training and validation accuracy say that labels are memorized, and the last pass does not count.
 _GAP = 0.2
 
-_SHIFTED = ("labels: class weights or a sampler shift the outputs, which is not corrected for: not acted on",)
+_SHIFTED = (
+    (
+        "labels: class weights or a sampler shift the outputs, which is not corrected for many classes,"
+        " so the result is not applied"
+    ),
+)
 
 _LEAST_RATE = 1e-4  # for the order where no label is wrong
 _TWO_SIDED = 1.96
@@ -60,7 +65,7 @@ def judge_many(evidence: Evidence, margins: Tensor, reduce: Reduce) -> RecipeRes
     is_known = bool(can_judge.any())
     # Where nothing can be told, nothing is suspect, and the order stays.
     clean = (1 - torch.where(can_judge[evidence.label], wrong, NO_DOUBT * wrong)).float()
-    note = f"labels: {classes} classes: only symmetric noise is looked for"
+    note = f"labels: {classes} classes, so only symmetric noise is estimated"
     return RecipeResult(
         clean,
         evidence.label if evidence.runner_up is None else evidence.runner_up,
@@ -97,8 +102,8 @@ def _memorized(accuracy: float, evidence: Evidence) -> tuple[str, ...]:
     validation = evidence.out_of_sample.accuracy if evidence.out_of_sample else None
     if validation is None or accuracy - validation < _GAP:
         return ()
-    both = f"{accuracy:.0%} of the given labels and {validation:.0%} of those of validation samples"
-    return (f"labels: the network predicts {both}: it has memorized labels; the early epochs decide",)
+    both = f"{accuracy:.0%} of the given labels and {validation:.0%} of the validation labels"
+    return ((f"labels: the network predicts {both}, so it has memorized labels; the early epochs are used instead"),)
 
 
 def _parts(

@@ -41,7 +41,7 @@ def judge_of(function: Callable[..., Any]) -> RecipeFn:
     name, takes_reduce = called(function), _takes_reduce(function)
     if fault := fault_of_call(function, 1 + takes_reduce):
         raise ValueError(
-            "Expected recipe to be a function of the evidence (and, if it needs it, of the function that sums over"
+            "Expected recipe to be a function of the evidence (and optionally of the function that sums over"
             f" ranks), but '{name}' {fault}."
         )
     return _Checked(name, function, takes_reduce)
@@ -109,7 +109,7 @@ def checked(
     return replace(verdict, **moved)
 
 
-_ON_ANOTHER_RANK = "a result on every rank, but on another it did not"
+_ON_ANOTHER_RANK = "a valid result on every rank, but it failed on another rank"
 _LABELS = "suggested_label"
 
 
@@ -165,8 +165,8 @@ def trial(recipe: Recipe, basis: Tensor, index: Tensor, device: torch.device) ->
         return str(error)
     except Exception as error:  # of the user's function
         return (
-            f"Expected recipe '{recipe.name}' to judge made-up evidence before training starts, but it fails:"
-            f" {type(error).__name__}: {error}."
+            f"Expected recipe '{recipe.name}' to run on synthetic evidence before training starts, but it"
+            f" raised {type(error).__name__}: {error}."
         )
     return ""
 

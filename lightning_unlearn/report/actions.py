@@ -70,7 +70,7 @@ class SampleOutcomes:
             self._read(provenance)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                "Expected provenance as AttributionPartitionCallback publishes it, but it cannot be read"
+                "Expected provenance written by AttributionPartitionCallback, but it cannot be read"
                 f" ({type(error).__name__}: {error}); run the fit again."
             ) from error
         self._persons = {index for indices in self.reviewed.values() for index in indices}

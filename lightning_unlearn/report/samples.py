@@ -26,7 +26,10 @@ _THUMBNAIL = 96
 _RENDERED = 240
 _CHARACTERS = 1500
 _ROWS = 40
-_TOKENS = "Token ids: UnlearnReport(render=...) shows what decodes them; or keep the tokenizer as self.tokenizer."
+_TOKENS = (
+    "Token ids are shown as numbers. To show text, keep the tokenizer as self.tokenizer, or pass"
+    " UnlearnReport(render=...)."
+)
 _PICTURE_TYPES = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg"}
 
 
@@ -52,7 +55,7 @@ class SampleView:
 
     def __post_init__(self) -> None:
         if self.render is not None:
-            check_function("render", self.render, "from an item of the data set to what is shown of it")
+            check_function("render", self.render, "from a dataset item to what the report shows")
         plain: dict[str, Any] = {}
         if self.channels is not None:
             plain["channels"] = check_choice("channels", self.channels, ("first", "last"))
@@ -66,7 +69,7 @@ class SampleView:
             mean, std = check_numbers("mean", self.mean), check_numbers("std", self.std, above=0)
             if len(mean) != len(std):
                 raise ValueError(
-                    f"Expected mean and std of as many channels, but got {len(mean)} and {len(std)} numbers."
+                    f"Expected mean and std with the same number of channels, but got {len(mean)} and {len(std)}."
                 )
             plain |= {"mean": mean, "std": std}
         for name, value in plain.items():
@@ -175,14 +178,14 @@ def _rendered(shown: Any, budget: int) -> Card:
     if isinstance(shown, (bytes, bytearray)):
         kind = next((kind for start, kind in _PICTURE_TYPES.items() if shown.startswith(start)), None)
         if kind is None:
-            raise TypeError("Expected the bytes that render returns to be a PNG or JPEG file, but they are not.")
+            raise TypeError("Expected render to return the bytes of a PNG or JPEG file, but got other bytes.")
         if len(shown) > (most := budget * 3 // 4):
-            raise ValueError(f"Expected render to make pictures of at most {most:,} bytes, but got {len(shown):,}.")
+            raise ValueError(f"Expected render to return images of at most {most:,} bytes, but got {len(shown):,}.")
         return {"kind": "image", "src": data_uri(kind, bytes(shown)), "rendered": True}
     if hasattr(shown, "convert"):
         return _image(np.asarray(shown.convert("RGB")), _RENDERED, budget) | {"rendered": True}
     found = type(shown).__name__
-    raise TypeError(f"Expected render to return a text, a dict, a PIL image or a PNG's bytes, but got {found}.")
+    raise TypeError(f"Expected render to return text, a dict, a PIL image or the bytes of a PNG, but got {found}.")
 
 
 def _image(pixels: Array, side: int, budget: int) -> Card:

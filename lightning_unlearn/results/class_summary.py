@@ -1,4 +1,4 @@
-"""What was found in each class, and which classes are taken for each other."""
+"""Suspects per class, and which classes are confused with each other."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ClassSummary:
-    """What was found among the samples of one given label.
+    """Suspects among the samples of one given label.
 
     Args:
         label: the given label.
-        samples: how many samples have it.
-        suspects: how many of them are not clean.
-        noise_rate: estimated share of them that is not clean; None where that of the partition is.
-        confused_with: the class that most of those with a wrong label are suggested to be; None if there are none.
-        confused_samples: how many of them.
+        samples: number of samples with this label.
+        suspects: number of them that are not clean.
+        noise_rate: estimated share of them that are not clean; None if that of the partition is None.
+        confused_with: the most frequent suggested label of those with a wrong label; None if there are none.
+        confused_samples: number of samples with that suggested label.
     """
 
     label: int
@@ -37,12 +37,12 @@ class ClassSummary:
 
 
 def confusion_counts(given: Tensor, suggested: Tensor, classes: Tensor) -> Tensor:
-    """Return (S, S) int64, how often each of some classes is suggested in place of each.
+    """Return (S, S) int64, counts of given (rows) against suggested labels (columns) for some classes.
 
     Args:
         given: (K,) int64, labels.
         suggested: (K,) int64, other labels of the same samples.
-        classes: (S,) int64, ascending; pairs with another class are not counted.
+        classes: (S,) int64, ascending; other classes are not counted.
 
     Example:
         >>> confusion_counts(torch.tensor([4, 4, 9]), torch.tensor([9, 9, 1]), torch.tensor([4, 9]))

@@ -92,22 +92,20 @@ def to_datalab(partition: Partition, lab: Any = None, *, class_names: Sequence[s
     managers = package("cleanlab", "cleanlab.datalab.internal.issue_manager")
     pandas = package("pandas")
     if bool((partition.label < 0).any()):
-        raise ValueError(
-            "Expected a label for each sample, since Datalab has no way to ignore one, but some are to be ignored (-1)."
-        )
+        raise ValueError("Datalab needs a label for each sample, but some labels are ignored (-1).")
     if lab is None:
         class_names = class_names if class_names is not None else partition.class_names or None
         lab = _new_lab(partition, class_names)
     if len(lab.labels) != len(partition):
         raise ValueError(
-            f"Expected a Datalab of the {len(partition)} samples of the partition, but it has {len(lab.labels)};"
-            " give one of the training set, in the order of its indices."
+            f"Expected a Datalab of the {len(partition)} samples of the partition, but it has"
+            f" {len(lab.labels)}. Pass one of the training set, in index order."
         )
     given, suggested = (_numbered(label, lab, class_names) for label in (partition.label, partition.suggested_label))
     if differ := sum(one != other for one, other in zip(given, _plain(lab.labels), strict=True)):
         raise ValueError(
-            f"Expected a Datalab of the labels that the partition is of, but {differ} of {len(given)} differ; give one"
-            " of the training set, in the order of its indices."
+            f"Expected a Datalab with the labels of the partition, but {differ} of {len(given)} differ. Pass"
+            " one of the training set, in index order."
         )
     of_label = torch.tensor([reason in ("label", "both") for reason in REASONS])[partition.reason.long()]
     score = partition.clean_probability.double()
@@ -181,8 +179,9 @@ def _numbered(label: Tensor, lab: Any, class_names: Sequence[str] | None) -> lis
         known = [numbers[name] for name in called if name in numbers]
         if not known:
             raise ValueError(
-                f"Expected a Datalab that knows class {called[0]!r}, but it knows {', '.join(map(str, numbers))}; give"
-                " class_names as it calls them, or make it of a data set whose label is a datasets.ClassLabel."
+                f"Expected a Datalab with class {called[0]!r}, but it has {', '.join(map(str, numbers))}. Pass"
+                " class_names as the Datalab has them, or build it from a dataset whose label is a"
+                " datasets.ClassLabel."
             )
         return known[0]
 

@@ -96,7 +96,7 @@ def review_from_fiftyone(
             new = _new_label(index, labels[index], names)
             if new == _as_list(label_cells(partition.label[[index]])[0]):
                 raise ValueError(
-                    f"Expected another label than the given one for sample {index}, which is to be re-labeled; edit"
+                    f"Expected a label other than the given one for sample {index}, which is tagged relabel; edit"
                     f" {prefix}suggested_label, or tag it keep."
                 )
             table["suggested_label"][at] = " ".join(map(str, new))
@@ -109,8 +109,8 @@ def _decision(index: int, tags: Sequence[str] | None) -> tuple[int, str] | None:
     found = [tag for tag in tags or () if tag in DECISIONS]
     if len(found) > 1:
         raise ValueError(
-            f"Expected sample {index} to have one of the tags keep, drop and relabel, but it has {' and '.join(found)};"
-            " take the others off."
+            f"Expected sample {index} to have one of the tags keep, drop and relabel, but it has"
+            f" {' and '.join(found)}; remove the others."
         )
     return (index, found[0]) if found else None
 
@@ -129,9 +129,9 @@ def _new_label(index: int, label: Any, names: dict[int, str] | None) -> list[int
             known = [int(one.label)]
         if len(known) != 1:
             raise ValueError(
-                f"Expected the suggested label of sample {index}, which is to be re-labeled, to name one class, but"
-                f" {one.label!r} names {len(known) or 'none'}; pick one in FiftyOne, or give class_names as"
-                " to_fiftyone was given them."
+                f"Expected the suggested label of sample {index}, which is tagged relabel, to name one class, but"
+                f" {one.label!r} names {len(known) or 'none'}; pick one in FiftyOne, or pass the same class_names"
+                " as to to_fiftyone."
             )
         found += known
     return sorted(found)

@@ -85,8 +85,8 @@ def _result(where: str, task: Mapping[str, Any]) -> dict[str, list[str]]:
             results.append(found)
     if len(results) > 1:
         raise ValueError(
-            f"{where}: expected one decision, but people have made {len(results)} that differ; agree on one in Label"
-            " Studio (delete the others, or mark one as ground truth) and export it again."
+            f"{where}: expected one decision, but annotators disagree ({len(results)} different ones); agree"
+            " on one in Label Studio (delete the others, or mark one as ground truth) and export it again."
         )
     return results[0] if results else {}
 

@@ -56,8 +56,8 @@ def to_label_studio(
     kind = check_choice("kind", kind, _KINDS)
     if data is None and not partition.files:
         raise ValueError(
-            f"Expected data, an address or a text for each of {len(partition)} samples, since the data set of the fit"
-            " lists no files; give data=[...]."
+            f"Expected data, an address or a text for each of {len(partition)} samples, since the dataset of"
+            " the fit lists no files; pass data=[...]."
         )
     names = partition.known_names(class_names)
     shows = list(partition.files if data is None else data)

@@ -1,4 +1,4 @@
-"""Which neurons are pruned."""
+"""The mask of pruned neurons."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ MASK_VERSION = 1
 
 @dataclass(frozen=True, eq=False)
 class NeuronMask:
-    """Which neurons of a layer are kept.
+    """Mask of the neurons of a layer that are kept.
 
     Args:
-        layer: dotted path of the layer whose neurons are meant.
+        layer: dotted path of the layer.
         keep: (D,) bool, False for a pruned neuron.
         sensitivity: (D,) float32, standardized coefficient of the neuron's activation in the regression on the
-            probability of being clean (paper, step 4); below zero for a neuron that is active for noise. With another
-            criterion, its score.
-        standard_error: (D,) float32, of the sensitivity; None where the criterion has none.
+            probability of being clean (paper, step 4); negative for a neuron that is more active on noisy samples. The
+            score of any other criterion.
+        standard_error: (D,) float32, standard error of the sensitivity; None if the criterion has none.
     """
 
     layer: str
@@ -56,7 +56,7 @@ class NeuronMask:
         """Write the mask to a file that :meth:`load` reads: an npz archive of arrays, without a pickle.
 
         Args:
-            path: file to write, under this very name; folders are made. What was there is replaced in one step.
+            path: file to write; no suffix is added. Folders are created, and an existing file is replaced atomically.
         """
         save_record(self, MASK_VERSION, path)
 
@@ -65,12 +65,12 @@ class NeuronMask:
         """Read a mask that :meth:`save` wrote; no code is unpickled.
 
         Raises:
-            ValueError: for any other file, saying what to do.
+            ValueError: for any other file.
         """
         return load_record(cls, MASK_VERSION, path)
 
     def plot(self, ax: Axes | None = None) -> tuple[Figure, Axes]:
-        """Draw the sensitivity of every neuron with its standard error, the lowest first; pruned ones are marked.
+        """Plot the sensitivity of every neuron with its standard error, in ascending order, and mark pruned neurons.
 
         Args:
             ax: where to draw; by default in a new figure.

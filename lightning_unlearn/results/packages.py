@@ -39,8 +39,8 @@ def check_length(partition: Partition, found: int, what: str) -> None:
     """
     if found != len(partition):
         raise ValueError(
-            f"Expected {what} of {len(partition)} rows, as the partition has, but got {found}; give what was trained"
-            " on, in the order of its indices."
+            f"Expected {what} with {len(partition)} rows, as in the partition, but got {found}. Pass the"
+            " training data, in index order."
         )
 
 

@@ -1,7 +1,7 @@
-"""The nouns that flow between the rooms of the package.
+"""The result of a fit: p(clean) of every training sample.
 
-Letters used throughout: ``N`` samples of the training set, ``n`` samples of one rank's share of them, ``B`` samples of
-a batch, ``D`` neurons of a layer, ``C`` classes.
+Letters used throughout the package: ``N`` training samples, ``n`` samples of one rank's shard, ``B`` samples of a
+batch, ``D`` neurons of a layer, ``C`` classes.
 """
 
 from __future__ import annotations
@@ -38,59 +38,58 @@ STATE_VERSION = 7
 _NONE = torch.zeros(0, 0)
 _NOBODY = torch.zeros(0, dtype=torch.bool)
 
-# Share of a list that must be expected to be wrong to be worth a look.
+# Minimum expected share of wrong samples in a list that is worth a look.
 _WORTH = 0.5
 
 
 @dataclass(frozen=True, eq=False)
 class Partition:
-    """Every training sample with the probability that it is clean, by dataset index.
+    """The probability of being clean of every training sample, by dataset index.
 
-    An index is a position in ``loader.dataset``: with a Subset, in the Subset, whose ``indices`` lead to what it is a
-    subset of; with a ConcatDataset, counted through. Samples that the loader's sampler leaves out have one too.
+    An index is a position in ``loader.dataset``, including samples that the loader's sampler leaves out. With a Subset
+    it is a position in the Subset; with a ConcatDataset, a position in the concatenation.
 
     Args:
-        clean_probability: (N,) float32, probability in [0, 1] that the sample is clean; an order only, where
-            ``noise_rate`` is None.
-        is_clean: (N,) bool, all but the suspects: where ``noise_rate_interval`` is known, the longest list that has the
-            expected precision which the callback was asked for, else those whose ``clean_probability`` is below one
-            half. The likeliest of a class of which too few would be left are clean too.
-        suggested_label: (N,) int64; the given label where the sample is clean and not worth a look (see
-            :meth:`worth_review`). Of a multi-label task (N, L).
-        suggested_probability: (N,) float32, probability in [0, 1] that ``suggested_label`` is right.
-        noise_rate: estimated share of samples that are not clean, in [0, 1]; there may be more of them than suspects.
-            None where it is not known: nothing can be told, or there is no sign of noise, which does not say how much
-            of it fails to show. ``clean_probability`` is an order then, whose numbers say nothing.
-        label: (N,) int64, the given labels, -1 for one that is to be ignored, whose sample is not judged. Of a
-            multi-label task (N, L), 1 for a label that the sample has, and 0.
-        label_evidence: (N,) float32 in [0, 1], the support of the given label, averaged over the passes; of several
-            labels that of the weakest.
-        input_evidence: (N,) float32 in [0, 1], the probability that the input is intact; 1 where it was not asked.
+        clean_probability: (N,) float32, probability in [0, 1] that the sample is clean. If ``noise_rate`` is None, only
+            the order of the values is meaningful.
+        is_clean: (N,) bool, False for suspects. If ``noise_rate_interval`` is known, suspects are the longest list with
+            the callback's ``suspect_precision``, otherwise the samples with ``clean_probability`` below one half. The
+            most probable samples of a class count as clean if too few would be left.
+        suggested_label: (N,) int64, or (N, L) in multi-label tasks; the given label if the sample is clean and not
+            worth a look (see :meth:`worth_review`).
+        suggested_probability: (N,) float32, probability in [0, 1] that ``suggested_label`` is correct.
+        noise_rate: estimated share of samples that are not clean, in [0, 1]; this can exceed the share of suspects.
+            None if unknown: the result is inconclusive, or no noise was detected, which does not exclude noise that
+            cannot be detected.
+        label: (N,) int64, the given labels; -1 for an ignored label, whose sample is not judged. In multi-label tasks
+            (N, L), 1 for each label that the sample has, otherwise 0.
+        label_evidence: (N,) float32 in [0, 1], sigmoid of the margin of the given label, averaged over the passes; in
+            multi-label tasks the minimum over the labels.
+        input_evidence: (N,) float32 in [0, 1], probability that the input is intact; 1 if not estimated.
         reason: (N,) uint8, why a sample is not clean: a position in :data:`~lightning_unlearn.results.labels.REASONS`;
-            0 for a clean one.
-        noise_matrix: (C, C) float32, row k the estimated probabilities of what a sample of class k is called; (0, 0)
-            where the recipe does not estimate it.
-        recipe: name of the recipe that made the partition.
-        layer: where the attributions were taken.
-        epoch: how many epochs were complete.
-        warning: why the partition should not be acted upon, in words; empty if it can be.
-        fingerprint: of the training set, made of its size and of some of its samples; empty where it is not known.
-        label_probability: (N, L) float32 of a multi-label task, the probability that each label (or its absence) is
-            right, of which ``clean_probability`` is the least; else (0, 0).
-        relabel_threshold: the least probability of a suggested label that is used, as the CleanSubsetFinetuneCallback
-            of the fit was told.
-        noise_rate_interval: of 95 %, low and high; high is 1.0 where only a lower bound is known; None where it was
-            not estimated, so that ``clean_probability`` does not say how many of a list are wrong.
-        often_called: pairs of classes of which the first is often called the second, with how often, the most frequent
+            0 for a clean sample.
+        noise_matrix: (C, C) float32, estimated noise transition matrix: row k holds the probabilities of each label for
+            true class k. (0, 0) if not estimated.
+        recipe: name of the recipe.
+        layer: layer at which attributions were computed.
+        epoch: number of complete epochs.
+        warning: why the partition should not be acted on; empty if it can be.
+        fingerprint: fingerprint of the training set, from its size and some of its samples; empty if unknown.
+        label_probability: (N, L) float32 in multi-label tasks, the probability that each label (or its absence) is
+            correct, with ``clean_probability`` as its minimum; otherwise (0, 0).
+        relabel_threshold: minimum probability of a suggested label that is used for re-labeling.
+        noise_rate_interval: 95 % interval ``(low, high)``; ``high`` is 1.0 if only a lower bound is known. None if not
+            estimated, so that ``clean_probability`` is not calibrated.
+        often_called: ``(class, label, share)`` of pairs where the class is often labeled as another, most frequent
             first.
-        class_names: what the classes are called, by label; empty where that is not known.
-        status: what may be done with it; with a warning that is not told ``"ok"``, it is ``"inconclusive"``.
-        doubtful: (N,) bool, clean samples that fine-tuning leaves out anyway, since their label is too
-            likely wrong for that, though not likely enough to be suspect; by default none is.
-        keys: of each sample, N integers or N texts in ascending order, where samples are known by a key
-            (``DataFormat(sample_key=...)``); an index is then a position here. Empty where it is a dataset index.
-        files: N paths of the samples' files, by index, as the data set of the fit lists them; empty where it does not.
-            Of checkpoints none keeps them.
+        class_names: names of the classes, by label; empty if unknown.
+        status: whether the partition can be acted on; defaults to ``"inconclusive"`` if there is a warning.
+        doubtful: (N,) bool, samples that are not suspect, but that fine-tuning excludes because their label is wrong
+            with a probability above .3; none by default.
+        keys: N integers or strings in ascending order if samples are identified by a key
+            (``DataFormat(sample_key=...)``); an index is then a position in ``keys``. Empty otherwise.
+        files: N paths of the samples' files, by index, if the dataset lists them; otherwise empty. Checkpoints do not
+            store them.
 
     Example:
         >>> import torch
@@ -138,7 +137,7 @@ class Partition:
     keys: tuple[int, ...] | tuple[str, ...] = ()
     files: tuple[str, ...] = ()
 
-    # The index of each key, made when it is asked for.
+    # The index of each key, created on first use.
     _places: ClassVar[Mapping[Any, int]] = {}
 
     def __post_init__(self) -> None:
@@ -149,7 +148,7 @@ class Partition:
         return len(self.clean_probability)
 
     def __repr__(self) -> str:
-        # Of a data set's size, the tensors tell nobody anything.
+        # Tensors of the size of the dataset would not be readable.
         suspects = len(self) - int(self.is_clean.sum())
         warned = f", warning={self.warning!r}" if self.warning else ""
         rate = "" if self.noise_rate is None else f", noise_rate={self.noise_rate:.3f}"
@@ -159,10 +158,10 @@ class Partition:
         )
 
     def indices_of(self, keys: Sequence[int] | Sequence[str]) -> Tensor:
-        """Return (n,) int64, the index of each sample by its key; -1 for a key that is not known.
+        """Return (n,) int64, the index of each sample by its key; -1 for an unknown key.
 
         Args:
-            keys: n of them.
+            keys: n keys.
         """
         if len(self._places) != len(self.keys):
             object.__setattr__(self, "_places", {key: at for at, key in enumerate(self.keys)})
@@ -175,7 +174,7 @@ class Partition:
 
     @property
     def is_actionable(self) -> bool:
-        """Whether there are samples on both sides and nothing speaks against acting on them."""
+        """Whether there are clean and suspect samples, and the status allows acting on them."""
         return self.status is PartitionStatus.OK and 0 < int(self.is_clean.sum()) < len(self)
 
     def clean_indices(self) -> Tensor:
@@ -183,26 +182,26 @@ class Partition:
         return self.is_clean.nonzero().flatten()
 
     def trained_on(self) -> Tensor:
-        """Return (N,) bool: clean and not doubtful, the samples that fine-tuning trains on under their own label."""
+        """Return (N,) bool, the samples that are clean and not doubtful, which fine-tuning trains on as labeled."""
         return self.is_clean & ~self.doubtful
 
     def suspect_indices(self) -> Tensor:
-        """Return dataset indices of the samples that are not clean, the most suspect first, int64.
+        """Return dataset indices of the suspects, most suspect first, int64.
 
-        Samples of equal probability come in the order of their evidence, weakest support for the label first.
+        Samples of equal probability are ordered by ``label_evidence``, lowest first.
         """
         return self._by_doubt(~self.is_clean)
 
     def review_ranking(self) -> Tensor:
-        """Return dataset indices of all samples that are not suspect, those first that are most likely wrong, int64.
+        """Return dataset indices of all samples that are not suspect, most likely wrong first, int64.
 
-        For people: nothing is done with them unless somebody decides it. How many of them are worth a look says
-        :meth:`worth_review`.
+        This list is for review: nothing acts on it without a decision. :meth:`worth_review` returns how many of them
+        are worth a look.
         """
         return self._by_doubt(self.is_clean)
 
     def _by_doubt(self, of: Tensor) -> Tensor:
-        """Return the indices of the samples in ``of``, (N,) bool, in the order of their doubt."""
+        """Return the indices of the samples in ``of``, (N,) bool, most likely wrong first."""
         members = of.nonzero().flatten()
         by_evidence = members[self.label_evidence[members].argsort(stable=True)]
         return by_evidence[self.clean_probability[by_evidence].argsort(stable=True)]
@@ -212,10 +211,9 @@ class Partition:
         return torch.cat([self.suspect_indices(), self.review_ranking()])
 
     def expected_precision_at(self, depth: int) -> float | None:
-        """Return the share of the first so many samples of :meth:`ranking` that is expected to be wrong.
+        """Return the expected share of wrong samples among the first ``depth`` of :meth:`ranking`.
 
-        None where the noise rate is not known, or was estimated without an interval: ``clean_probability`` ranks, but
-        does not count.
+        None if the noise rate is unknown or has no interval, since ``clean_probability`` is then not calibrated.
 
         Raises:
             ValueError: for a depth that is not in [1, N].
@@ -225,7 +223,7 @@ class Partition:
         return None if curve is None else float(curve[depth - 1])
 
     def precision_curve(self) -> Tensor | None:
-        """Return (N,) float64, :meth:`expected_precision_at` every depth from 1 on; None where that is not known."""
+        """Return (N,) float64, :meth:`expected_precision_at` for every depth from 1 to N; None if unknown."""
         if not self._counts:
             return None
         wrong = 1 - self.clean_probability[self.ranking()].double()
@@ -233,19 +231,19 @@ class Partition:
 
     @property
     def _counts(self) -> bool:
-        """Whether p(clean) says how many of a list are wrong."""
+        """Whether p(clean) is calibrated."""
         return self.noise_rate is not None and self.noise_rate_interval is not None
 
     @property
     def expected_precision(self) -> float | None:
-        """Share of the suspects that is expected to be wrong; None without suspects, or where it was not estimated."""
+        """Expected share of wrong samples among the suspects; None without suspects, or if not estimated."""
         suspects = len(self) - int(self.is_clean.sum())
         return self.expected_precision_at(suspects) if suspects else None
 
     def worth_review(self) -> int:
-        """Return how many samples of :meth:`review_ranking` are worth a look: at least half are expected to be wrong.
+        """Return the length of the longest start of :meth:`review_ranking` of which half are expected to be wrong.
 
-        0 where the noise rate is not known, or was estimated without an interval.
+        0 if the noise rate is unknown or has no interval.
         """
         if not self._counts:
             return 0
@@ -253,7 +251,7 @@ class Partition:
         return int((wrong.cumsum(0) >= _WORTH * torch.arange(1, len(wrong) + 1)).sum())
 
     def listed(self) -> list[str]:
-        """Return each sample's list: ``"suspect"``; ``"review"``, worth a look; or ``"clean"``, all others."""
+        """Return the list of each sample: ``"suspect"``, ``"review"`` (worth a look) or ``"clean"``."""
         word = [LISTS[int(one)] for one in self.is_clean.tolist()]
         for index in self.review_ranking()[: self.worth_review()].tolist():
             word[index] = LISTS[2]
@@ -264,12 +262,12 @@ class Partition:
         return [REASONS[code] for code in self.reason.tolist()]
 
     def relabel_mask(self, threshold: float | None = None) -> Tensor:
-        """Return (N,) bool, the samples whose label is wrong, and another one likely enough.
+        """Return (N,) bool, the suspects with a wrong label and a probable enough suggested label.
 
-        A sample whose input is corrupted is not worth a new label.
+        Samples with a corrupted input are not re-labeled.
 
         Args:
-            threshold: the least probability of a suggested label that is used; by default ``relabel_threshold``.
+            threshold: minimum probability of the suggested label, in (0, 1]; by default ``relabel_threshold``.
 
         Raises:
             ValueError: for a threshold out of range.
@@ -283,12 +281,13 @@ class Partition:
         return wrong & (self.suggested_probability >= least) & differs
 
     def decisions(self, threshold: float | None = None) -> list[str]:
-        """Return the treatment of each sample unless a person decides: ``"keep"``, ``"drop"`` or ``"relabel"``.
+        """Return the default treatment of each sample: ``"keep"``, ``"drop"`` or ``"relabel"``.
 
-        ``"relabel"`` is for a CleanSubsetFinetuneCallback with ``on_noisy="relabel"``; others drop such a sample.
+        ``"relabel"`` applies to ``CleanSubsetFinetuneCallback(on_noisy="relabel")``; otherwise such samples are
+        dropped.
 
         Args:
-            threshold: the least probability of a suggested label that is used; by default ``relabel_threshold``.
+            threshold: minimum probability of the suggested label, in (0, 1]; by default ``relabel_threshold``.
 
         Raises:
             ValueError: for a threshold out of range.
@@ -297,7 +296,7 @@ class Partition:
         return [DECISIONS[one] for one in code.tolist()]
 
     def class_summary(self) -> list[ClassSummary]:
-        """Return what was found in each class of given labels, the class with the largest share of suspects first."""
+        """Return a summary of each given label, the one with the largest share of suspects first."""
         return summary_of_labels(self) if self.is_multilabel else summary_of_classes(self)
 
     def state_dict(self) -> dict[str, Any]:

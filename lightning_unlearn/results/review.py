@@ -81,9 +81,9 @@ class Review:
             at = int(positions[differ[0]])
             raise ValueError(
                 f"{self.path}, {self.place} {int(self.line[at])}: expected given_label to be the label of sample"
-                f" {int(self.index[at])}, {label[differ[0]].tolist()}, but it is {given[differ[0]].tolist()}: the file"
-                " is of another data set, or the label has been changed since; take a file of this one, or delete the"
-                " rows of labels that have been mended."
+                f" {int(self.index[at])}, {label[differ[0]].tolist()}, but it is {given[differ[0]].tolist()}: the"
+                " file belongs to another dataset, or the label has changed since. Use a file of this dataset, or"
+                " delete the rows whose labels were corrected."
             )
 
     def apply_to(self, label: Tensor) -> AppliedReview:
@@ -140,9 +140,9 @@ def validate_review(
         was = table.mark[1:].partition("-")[0]
         how = f"{was} samples" if was != str(total) else f"as many, but {share:.0%} of those compared differ"
         raise ValueError(
-            f"Expected {table.path} to be of this training set of {total} samples, but it is of another ({how}); give"
-            " the file that was written of this one. Where only the preprocessing has changed, on purpose, set"
-            " data=DataFormat(verify=False)."
+            f"Expected {table.path} to belong to this training set of {total} samples, but it belongs to"
+            f" another ({how}). Use the file written for this one. If only the preprocessing has changed, on"
+            " purpose, set data=DataFormat(verify=False)."
         )
     for row in table.rows:
         _check_fits(f"{table.path}, {table.place} {row.line}", row, total, classes, single=labels is None)
@@ -182,8 +182,8 @@ def check_classes(where: str, row: Row, classes: int, *, single: bool) -> None:
         raise ValueError(f"{where}: expected suggested_label to be one class, but it is {list(row.new)}.")
     if wrong := [one for one in row.new if not 0 <= one < classes]:
         raise ValueError(
-            f"{where}: expected suggested_label to lie in [0, {classes}), as the model has {classes} classes, but it is"
-            f" {wrong[0]}."
+            f"{where}: expected suggested_label to be in [0, {classes}), since the model has {classes}"
+            f" classes, but it is {wrong[0]}."
         )
 
 

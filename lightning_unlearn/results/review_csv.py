@@ -82,11 +82,11 @@ def read_review(path: str | PathLike[str]) -> Table:
         raw = source.read_bytes()
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"Expected review to name a file of decisions, as Partition.to_csv writes it, but there is no {source};"
-            " give its path, or leave review out (a checkpoint has the decisions that it was made with)."
+            f"Expected review to be a file of decisions, as written by Partition.to_csv, but {source} does not"
+            " exist. Give its path, or leave review out (checkpoints keep their decisions)."
         ) from None
     if raw.startswith(b"PK"):
-        raise ValueError(f"Expected {source} to be a file of separated values, but it is a workbook; save it as CSV.")
+        raise ValueError(f"Expected {source} to be a CSV file, but it is a workbook; save it as CSV.")
     try:
         text = _decoded(raw)
         if text.lstrip()[:1] in ("[", "{"):
@@ -94,8 +94,8 @@ def read_review(path: str | PathLike[str]) -> Table:
         return _table(source, list(_cells(source, text)))
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(
-            f"Expected {source} to be a table of decisions, as Partition.to_csv writes it, but it cannot be read"
-            f" ({reason_of(error)}); save it as CSV again."
+            f"Expected {source} to be a table of decisions, as written by Partition.to_csv, but it cannot be"
+            f" read ({reason_of(error)}); save it as CSV again."
         ) from error
 
 
@@ -116,8 +116,8 @@ def check_undecided(path: str | PathLike[str], remedy: str = "write to another p
         return  # there is none, or it is not a table of to_csv
     if decided := sum(bool(row.get("decision", "").strip()) for _, row in cells):
         raise ValueError(
-            f"Expected to write a new table, but {target} has {decided:,} decision{'s' if decided > 1 else ''} of a"
-            f" person, which would be lost; {remedy}."
+            f"Expected to write a new table, but {target} contains {decided:,}"
+            f" decision{'s' if decided > 1 else ''}, which would be lost; {remedy}."
         )
 
 
@@ -240,9 +240,9 @@ def _check_names(source: Path, row: Row, cells: Mapping[str, str], names: dict[i
         known, line = names.setdefault(classes[0], (name, row.line))
         if known != name:
             raise ValueError(
-                f"{source}, line {row.line}: expected {title}_class to be {known!r}, as class {classes[0]} is called in"
-                f" line {line}, but it is {name!r}; {title}_label is what counts: mend it, and let the name agree or"
-                " empty its cell."
+                f"{source}, line {row.line}: expected {title}_class to be {known!r}, the name of class"
+                f" {classes[0]} in line {line}, but it is {name!r}. Only {title}_label counts: correct it, and"
+                " make the name agree or empty its cell."
             )
 
 
@@ -251,13 +251,13 @@ def _one_mark(where: str, place: str, marks: Mapping[str, int]) -> str:
     for mark, line in marks.items():
         if not is_short_fingerprint(mark):
             raise ValueError(
-                f"{where} {line}: expected dataset as Partition.to_csv has written it, but it is {mark!r};"
-                " empty the cell if it is lost."
+                f"{where} {line}: expected dataset as written by Partition.to_csv, but it is {mark!r}; empty the"
+                " cell if the value is lost."
             )
     known = [mark for mark in marks if mark]
     if len(known) > 1:
         raise ValueError(
-            f"{where} {marks[known[1]]}: expected all rows to be of one data set, but dataset is {known[1]!r}"
-            f" where it is {known[0]!r} in other {place}s; keep to the file of one."
+            f"{where} {marks[known[1]]}: expected all rows to belong to one dataset, but dataset is"
+            f" {known[1]!r} here and {known[0]!r} in other {place}s; use the rows of one file."
         )
     return known[0] if known else ""

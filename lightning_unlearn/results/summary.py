@@ -1,24 +1,24 @@
-"""What a fit with repair comes to."""
+"""The summary of a fit: what was found, what was done, and whether it helped."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-# On validation data, less is no gain: training on would have moved it as much.
+# A smaller difference on validation data is not a gain: continued training would have changed it as much.
 _POINTS = 0.003
 
 
 def verdict_of(before: float, after: float, best: float | None = None, samples: int | None = None) -> str:
-    """Return whether accuracy was gained, against the better one of those before, in words.
+    """Return whether accuracy was gained over the better of the accuracies before, in words.
 
     A difference within one standard error of the accuracy is neither a gain nor a loss.
 
     Args:
-        before: at the partition.
-        after: at the end of the fit.
-        best: of the fit's validations before the partition; None where it is not known.
-        samples: in the validation set; None where not known.
+        before: accuracy at the partition.
+        after: accuracy at the end of the fit.
+        best: best validation accuracy of the fit before the partition; None if unknown.
+        samples: size of the validation set; None if unknown.
 
     Example:
         >>> verdict_of(0.7, 0.8), verdict_of(0.7, 0.8, 0.799), verdict_of(0.7, 0.8, 0.9)
@@ -37,19 +37,19 @@ def verdict_of(before: float, after: float, best: float | None = None, samples: 
 
 
 def standard_error(accuracy: float, samples: int | None) -> float:
-    """Return that of an accuracy, 0 where the number of samples is not known."""
+    """Return the standard error of an accuracy; 0 if the number of samples is unknown."""
     return math.sqrt(accuracy * (1 - accuracy) / samples) if samples else 0.0
 
 
 @dataclass(frozen=True)
 class PartitionRound:
-    """One of the partitions of a fit that computes several.
+    """One of several partitions of a fit (``every_n_epochs``).
 
     Args:
-        epoch: how many epochs were complete.
-        suspects: how many samples were not clean.
-        noise_rate: estimated share of samples that are not clean; None where it is not known.
-        changed: share of the samples that were on the other side the time before; 1 for the first.
+        epoch: number of complete epochs.
+        suspects: number of samples that are not clean.
+        noise_rate: estimated share of samples that are not clean; None if unknown.
+        changed: share of the samples that changed group since the previous partition; 1 for the first.
     """
 
     epoch: int
@@ -60,20 +60,21 @@ class PartitionRound:
 
 @dataclass(frozen=True)
 class RepairSummary:
-    """What was found, what was done about it, and what came of it.
+    """What was found, what was done about it, and the result.
 
     Args:
         samples: N.
-        suspects: how many samples the last partition does not call clean.
-        noise_rate: its estimate; None where it is not known.
-        memorized: share of the samples suspected for their label to which the network gave that label when the first
-            partition that was acted upon was computed; None if there were none.
-        done: what the callbacks did, a clause for each.
-        accuracy_before: on the validation data at the same time; None where it is not known.
-        best_accuracy_before: the best of the fit's own validations before it; None likewise.
-        accuracy_after: likewise, at the end of the fit; of the averaged weights where a callback averages them.
-        validation_samples: in the validation set at the end of the fit; None where not known.
-        advice: all of this in one paragraph, with what it means.
+        suspects: number of suspects in the last partition.
+        noise_rate: estimated noise rate of the last partition; None if unknown.
+        memorized: share of the suspect labels that the network predicted when the first partition that was acted on was
+            computed; None if there were none.
+        done: what the callbacks did, one clause each.
+        accuracy_before: validation accuracy at that partition; None if unknown.
+        best_accuracy_before: best validation accuracy of the fit before that partition; None if unknown.
+        accuracy_after: validation accuracy at the end of the fit, of the averaged weights if a callback averages them;
+            None if unknown.
+        validation_samples: size of the validation set at the end of the fit; None if unknown.
+        advice: a paragraph with all of this and its interpretation.
     """
 
     samples: int

@@ -88,7 +88,7 @@ def columns_of(
     # Whoever reads the table, as ``review=`` does, may not tell large from small letters in titles.
     reserved = {*own, "key"} if partition.keys else own
     if taken := [title for title in added if title.strip().lower() in reserved]:
-        raise ValueError(f"Expected titles of columns that are not taken, but got '{taken[0]}'; give another.")
+        raise ValueError(f"Expected column titles that are not in the table, but got '{taken[0]}'; use another.")
     index = own.pop("index")
     more = {title: [values[at] for at in index] for title, values in added.items()}
     keys = {"key": [partition.keys[at] for at in index]} if partition.keys else {}

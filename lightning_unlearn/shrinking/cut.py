@@ -89,9 +89,9 @@ class Cut(Generic[_Model]):
         if self.is_smaller:
             return ""
         return (
-            "shrink found no neuron to cut, so the copy is as large as the model. A neuron is silent where its weight"
-            " row and bias are exactly zero, or scale and shift of the norm behind it, or the columns of every layer"
-            " that takes it as input; SensitivityPruneCallback makes neurons so."
+            "shrink found no neuron to cut, so the copy is as large as the model. A neuron can be cut if its"
+            " weight row and bias are exactly zero, or the scale and shift of the following norm, or the"
+            " columns of every layer that takes it as input, as after SensitivityPruneCallback."
         )
 
 
@@ -138,7 +138,7 @@ def require_torch_pruning() -> Any:
         import torch_pruning
     except ImportError as error:
         raise ImportError(
-            "shrink expects the package torch-pruning, which is not installed; pip install torch-pruning."
+            "shrink needs the package torch-pruning, which is not installed: pip install torch-pruning."
         ) from error
     return torch_pruning
 

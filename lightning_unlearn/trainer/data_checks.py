@@ -79,8 +79,9 @@ def check_reloaded(fit: FitContext, loader: DataLoader[Any], partition: Partitio
             fault = f"{differ} of {len(given)} labels that were compared differ"
     if fault:
         raise ValueError(
-            "Expected a train loader that is made again (reload_dataloaders_every_n_epochs) to have the samples of the"
-            f" partition in the same order, but {fault}; make the data set once, in setup(), and the loader of it."
+            "Expected the reloaded train loader (reload_dataloaders_every_n_epochs) to have the samples of"
+            f" the partition in the same order, but {fault}. Create the dataset once, in setup(), and only the"
+            " loader anew."
         )
 
 
@@ -91,9 +92,10 @@ _AUGMENTED = (
 )
 
 _MIXED = (
-    "Expected a sample to have the same label whenever it is read, but it differs, as where samples are mixed"
-    f" (MixUp, CutMix). Where collate_fn mixes them, let the DataModule offer {OFFER}(), a loader of the same"
-    " samples in the same order that does not; in a transfer hook, mix only if self.trainer.training."
+    "Expected a sample to have the same label on every read, but it differs, for example because"
+    " samples are mixed (MixUp, CutMix). If collate_fn mixes them, let the DataModule define"
+    f" {OFFER}(), a loader of the same samples in the same order without mixing; in a transfer hook,"
+    " mix only if self.trainer.training."
 )
 
 
@@ -198,9 +200,9 @@ def check_same_size(before: int, now: int) -> None:
     """
     if before != now:
         raise ValueError(
-            f"Expected the {before} training samples of the evidence gathered so far, but the dataset now has {now};"
-            " it must keep its length during a fit, and a checkpoint goes on with the data it was made with (or start"
-            " again without it)."
+            f"Expected the {before} training samples of the evidence collected so far, but the dataset now has"
+            f" {now}. It must keep its length during a fit; resume with the data of the checkpoint, or start"
+            " without it."
         )
 
 
@@ -213,8 +215,8 @@ def check_same_labels(before: Tensor, now: Tensor) -> None:
     changed = int(((before >= 0) & (before != now)).sum())
     if changed:
         raise ValueError(
-            f"Expected every dataset index to keep its label, but {changed} of {len(now)} changed since the last"
-            " evidence pass; labels must be fixed per index, also where a fit is resumed."
+            f"Expected every dataset index to keep its label, but {changed} of {len(now)} changed since the"
+            " last evidence pass. Labels must be fixed per index, also in a resumed fit."
         )
 
 
@@ -238,10 +240,10 @@ def check_labels_of_ranks(fit: FitContext, index: Tensor, differ: int) -> None:
 def other_labels_on_ranks(differ: int) -> str:
     """Return what is said of labels that are others on another rank."""
     return (
-        f"Expected every rank to have the same labels at the same indices, but {differ} that ranks have seen in"
-        " training are others on the rank that judges the sample, as where a data set is shuffled, split or given"
-        " noise without a seed; make it in the same way on every rank, and let labels be fixed per index throughout the"
-        " fit."
+        f"Expected every rank to have the same labels at the same indices, but {differ} differ between the"
+        " rank that trained on the sample and the rank that judges it, for example because a dataset is"
+        " shuffled, split or given noise without a seed. Create it identically on every rank, with fixed"
+        " labels per index."
     )
 
 

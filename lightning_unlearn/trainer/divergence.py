@@ -92,8 +92,8 @@ def check_rows_left_out(model: nn.Module, left_out: int, total: int, epoch: int,
         if reduce(torch.tensor(float(bool(fault)))).item() > 0:
             raise ValueError(too_many_left_out(left_out, total, fault or "weights on another rank"))
     return (
-        f"The logits or attributions of {left_out:,} of {total:,} training samples were NaN or infinite in epoch"
-        f" {epoch}; these rows are left out of the evidence."
+        f"The logits or attributions of {left_out:,} of {total:,} training samples were NaN or infinite in"
+        f" epoch {epoch}; these rows are excluded from the evidence."
     )
 
 

@@ -59,7 +59,7 @@ def refuse_beside_finetuning(fit: RunningFit, who: str, **given: bool) -> None:
     wrong = next((name for name, is_given in given.items() if is_given), None)
     if other is not None and wrong is not None:
         raise MisconfigurationException(
-            f"{who}({wrong}) does not work beside {type(other).__name__}, which unfreezes layers, adds parameter groups"
-            f" to the optimizer and sets their learning rates by itself; leave out {wrong}, and the optimizer goes on"
-            f" with its groups, or leave out {type(other).__name__}."
+            f"{who}({wrong}) cannot be combined with {type(other).__name__}, which unfreezes layers, adds"
+            f" parameter groups to the optimizer and sets their learning rates itself. Leave out {wrong} to"
+            f" keep the optimizer and its groups, or leave out {type(other).__name__}."
         )

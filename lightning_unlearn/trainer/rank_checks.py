@@ -50,8 +50,8 @@ def check_ranks(
         return
     here = (total, found, {} if labels is None else labels.label_of())
     first = fit.broadcast(here)
-    check_same_on_ranks(fit, "another number of samples", first[0] != total, of)
+    check_same_on_ranks(fit, "a different number of samples", first[0] != total, of)
     # Those looked at are others where ranks have another batch size.
     differ = any(first[2].get(index, label) != label for index, label in here[2].items())
-    check_same_on_ranks(fit, "other labels at the same indices", differ, of)
-    check_same_on_ranks(fit, "other items at the same indices", share_changed(first[1], found) > MOST_CHANGED, of)
+    check_same_on_ranks(fit, "different labels at the same indices", differ, of)
+    check_same_on_ranks(fit, "different items at the same indices", share_changed(first[1], found) > MOST_CHANGED, of)

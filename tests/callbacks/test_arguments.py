@@ -111,7 +111,7 @@ MAKERS = {
     CleanSubsetFinetuneCallback: {},
     UnlearnReport: {},
     DataFormat: {},
-    Recipe: {"name": "mine", "judge": lambda evidence, reduce: None},
+    Recipe: {"name": "mine", "function": lambda evidence, reduce: None},
 }
 # Beside which alone an argument may be given.
 WITH = {
@@ -239,7 +239,7 @@ REFUSED = [
     (UnlearnReport, "class_names", "cat", "to be a list of names, but got the text 'cat'"),
     (UnlearnReport, "class_names", {"cat"}, "to be a list of names, but got {'cat'}"),
     (UnlearnReport, "std", [0.0], r"\[0\] to be greater than 0, but got 0"),
-    (UnlearnReport, "mean", [0.1, 0.2], "Expected mean and std of as many channels, but got 2 and 1 numbers"),
+    (UnlearnReport, "mean", [0.1, 0.2], "Expected mean and std with the same number of channels, but got 2 and 1"),
 ]
 
 

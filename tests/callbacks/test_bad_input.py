@@ -79,7 +79,7 @@ def refused(error, match, callbacks, *, module=None, data=None, steps=0, **train
         (lambda: CleanSubsetFinetuneCallback(lr=0.0), "lr to be greater than 0, but got 0.0"),
         (
             lambda: CleanSubsetFinetuneCallback(lr_scheduler=lambda _: None),
-            "lr or optimizer beside lr_scheduler, which schedules a fresh optimizer",
+            "lr_scheduler needs lr or optimizer: it schedules a fresh optimizer",
         ),
     ],
 )
@@ -168,8 +168,8 @@ def test_a_model_without_linear_needs_a_name():
     ("layer", "amount", "match"),
     [
         ("net.1", 0.15, "cannot prune layer 'net.1'. Expected a Linear or a convolution, but got a BatchNorm1d"),
-        ("net.4", 0.01, "cannot prune layer 'net.4'. amount=0.01 of 20 neurons is less than one neuron; use at least"),
-        (None, 0.01, "amount=0.01 of 20 neurons is less than one neuron"),
+        ("net.4", 0.01, "cannot prune layer 'net.4'. amount=0.01 of 20 neurons rounds to zero; use at least"),
+        (None, 0.01, "amount=0.01 of 20 neurons rounds to zero"),
     ],
 )
 def test_what_cannot_be_pruned(layer, amount, match):
@@ -306,7 +306,7 @@ def test_labels_that_are_all_equal():
     # Known when every label has been seen, in the last pass.
     refused(
         ValueError,
-        "at least two classes, but all 40 samples have label 2; there is nothing to tell apart",
+        "at least two classes, but all 40 samples have label 2",
         [AttributionPartitionCallback(at_epoch=2)],
         data=BlobsData(data),
         steps=6,
@@ -412,7 +412,7 @@ def test_a_fresh_optimizer_in_place_of_several():
     partition, _, finetune = trio(2, finetune={"lr": 0.01})
     refused(
         MisconfigurationException,
-        "in place of one, but the module has 2; leave out lr, optimizer and lr_scheduler",
+        "replace a single optimizer, but the module has 2. Leave out lr, optimizer and lr_scheduler",
         [partition, finetune],
         module=Two(manual=True),
     )

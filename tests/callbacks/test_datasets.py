@@ -230,7 +230,7 @@ class Changes(L.Callback):
 def test_a_data_set_must_keep_its_length(more):
     data = Changing()
     partition, prune, finetune = trio(AT + 1)
-    with pytest.raises(ValueError, match=rf"Expected the 203 .* now has {203 + more}; it must keep its length"):
+    with pytest.raises(ValueError, match=rf"Expected the 203 .* now has {203 + more}. It must keep its length"):
         fit(Toy(), DataLoader(data, 16, shuffle=True), [partition, prune, finetune, Changes(data, more)])
     assert not partition.has_result
 

@@ -157,14 +157,14 @@ def test_validation_samples_are_judged_once_each_on_both_ranks(ranks):
 def test_ranks_with_other_validation_data_are_refused_before_the_first_step(ranks):
     for rank in ranks:
         found = rank["validated"]["one more"]
-        assert "same validation data in the same order, but 1 of 2 ranks have another number of" in found["said"]
+        assert "same validation data in the same order, but 1 of 2 ranks have a different number of" in found["said"]
         assert found["steps"] == 0
 
 
 OTHERS = {
-    "in_another_order": "other labels at the same indices than rank 0",
-    "one_more": "another number of samples than rank 0",
-    "other_items": "other items at the same indices than rank 0",
+    "in_another_order": "different labels at the same indices than rank 0",
+    "one_more": "a different number of samples than rank 0",
+    "other_items": "different items at the same indices than rank 0",
 }
 
 
@@ -179,6 +179,6 @@ def test_ranks_with_different_data_are_refused_before_the_first_step(ranks, name
 def test_a_single_other_label_is_found_when_the_partition_is_drawn(ranks):
     for rank in ranks:
         assert (
-            "Expected every rank to have the same labels at the same indices, but 1 that"
+            "Expected every rank to have the same labels at the same indices, but 1 differ"
             in (rank["refused"]["one_label"]["said"])
         )

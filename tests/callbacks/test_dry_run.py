@@ -92,7 +92,7 @@ def test_so_they_are_with_augmentation(alone):
     ("on_noisy", "wording"),
     [
         ("drop", "152 clean samples"),
-        ("reweight", "203 samples, each drawn as often as it is likely to be clean"),
+        ("reweight", "203 samples, each drawn with its probability of being clean"),
         ("relabel", "152 clean samples and 51 re-labeled ones"),
     ],
 )
@@ -104,7 +104,7 @@ def test_the_log_says_what_would_be_trained_on_and_what_that_would_cost(said, on
     finetune, module = CleanSubsetFinetuneCallback(on_noisy=on_noisy), Toy()
     fit(module, BlobsData(data), [source, finetune], max_epochs=6)
     (line,) = [text for text in said() if "would train" in text]
-    assert "Dry run: Fine-tuning goes on from the weights as they are: no label is suspect." in said()
+    assert "Dry run: Fine-tuning continues from the current weights: no label is suspect." in said()
     assert module.steps_by_epoch == dict.fromkeys(range(6), 7)
     if on_noisy == "relabel":  # everything, so at the same cost
         assert line == f"Dry run: would train on {wording}, 4 epochs of as many batches as before."
@@ -261,7 +261,7 @@ def test_the_whole_training_is_judged_where_nothing_is_to_follow():
 
 
 @pytest.mark.parametrize(
-    ("memorized", "start"), [(0.9, "starts from weights moved back"), (0.1, "goes on from the weights")]
+    ("memorized", "start"), [(0.9, "starts from weights moved back"), (0.1, "continues from the current weights")]
 )
 def test_the_log_says_what_fine_tuning_would_start_from(said, memorized, start):
     data = Blobs()

@@ -145,7 +145,7 @@ class SplitAgain(BlobsData):
 @pytest.mark.parametrize(
     ("order", "fault"),
     [
-        (range(202, -1, -1), r"but \d+ of \d+ labels that were compared differ; make the data set once"),
+        (range(202, -1, -1), r"but \d+ of \d+ labels that were compared differ. Create the dataset once"),
         (range(50), "but it has 50 samples instead of 203"),
     ],
     ids=["another order", "fewer"],
@@ -594,7 +594,7 @@ def test_a_batch_sampler_that_does_not_listen_to_its_sampler_is_refused():
     data = Blobs()
     loader = DataLoader(data, batch_sampler=OwnOrder(RandomSampler(data), 16, False))
     module = Toy()
-    with pytest.raises(TypeError, match=r"draws what its \.sampler gives it, but OwnOrder draws other samples too"):
+    with pytest.raises(TypeError, match=r"draws only from its \.sampler, but OwnOrder draws other samples too"):
         fit(module, loader, partition_and_finetune())
     assert module.steps == 0
 
@@ -602,7 +602,7 @@ def test_a_batch_sampler_that_does_not_listen_to_its_sampler_is_refused():
 def test_a_scheduler_that_needs_a_metric_is_refused_before_the_first_step():
     make = torch.optim.lr_scheduler.ReduceLROnPlateau
     module = Toy()
-    with pytest.raises(ValueError, match="makes a ReduceLROnPlateau; use another"):
+    with pytest.raises(ValueError, match=r"got a ReduceLROnPlateau\. Use another"):
         fit(module, BlobsData(Blobs()), partition_and_finetune(lr=0.1, lr_scheduler=make))
     assert module.steps == 0
 

@@ -260,9 +260,14 @@ def test_what_collate_fn_mixes_is_scored_unmixed_where_a_loader_is_offered(soft_
             False,
             {"data": {"soft_labels": "argmax"}},
             ValueError,
-            r"same label whenever it is read, .* offer attr",
+            r"same label on every read, .* define attr",
         ),
-        (True, {"finetune": {"on_noisy": "relabel"}}, TypeError, "differ from .*, as where collate_fn mixes samples"),
+        (
+            True,
+            {"finetune": {"on_noisy": "relabel"}},
+            TypeError,
+            "differ between .*, for example because collate_fn mixes samples",
+        ),
     ],
     ids=["soft", "the largest", "re-labeled"],
 )

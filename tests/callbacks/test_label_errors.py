@@ -249,13 +249,22 @@ ESTIMATE = NoiseEstimate("weak", 0.03, (0.019, 0.044), 3.4)
             "212 labels are worth a look, but no early epoch shows whether classes are mislabeled or hard to"
             " separate: listed for review, not acted upon",
         ),
-        ({}, 212, "212 labels are worth a look, too few signs to act on (z 3.4): listed for review, not acted upon"),
-        ({}, 0, "labels may be wrong, too few signs to act on (z 3.4): listed for review, not acted upon"),
+        (
+            {},
+            212,
+            "212 labels are worth a look, but the evidence is too weak to act on (z = 3.4): listed for review, not"
+            " acted upon",
+        ),
+        (
+            {},
+            0,
+            "labels may be wrong, but the evidence is too weak to act on (z = 3.4): listed for review, not acted upon",
+        ),
         (
             {"sampled": True},
             212,
-            "212 labels are worth a look, but the sampler draws some classes more often, which are memorized first:"
-            " listed for review, not acted upon",
+            "212 labels are worth a look, but the sampler draws some classes more often, and their samples are"
+            " memorized first: listed for review, not acted upon",
         ),
         (
             {"status": "found"},

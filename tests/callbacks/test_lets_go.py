@@ -98,7 +98,7 @@ def test_a_fit_has_one_context_and_every_fit_its_own(tmp_path):
         assert len(set(map(id, every))) == 1
         seen.append(notes.contexts[0][0])
         notes.contexts.clear()
-        with pytest.raises(RuntimeError, match="AttributionPartitionCallback is in no fit"):
+        with pytest.raises(RuntimeError, match="AttributionPartitionCallback is not part of a fit"):
             _ = ours[0].fit
     assert all(callback._fit is None for callback in ours)
     every = None

@@ -220,11 +220,11 @@ REFUSED = {
     "no batches": (lambda data: DataLoader(data, None), "has batch_size=None; set a batch_size"),
     "batches without end": (
         lambda data: DataLoader(data, batch_sampler=Episodes(RandomSampler(data), 16, False)),
-        "Episodes makes 17 of 17 samples and says 2",
+        "Episodes makes 17 batches of 17 samples and has length 2",
     ),
     "stale length": (
         lambda data: DataLoader(data, batch_sampler=WrongLength(RandomSampler(data))),
-        "WrongLength makes 2 of 17 samples and says 13",
+        "WrongLength makes 2 batches of 17 samples and has length 13",
     ),
     "no length": (
         lambda data: DataLoader(data, batch_sampler=NoLength(data)),
@@ -232,7 +232,7 @@ REFUSED = {
     ),
     "pairs": (
         lambda data: DataLoader(OfResolutions(), batch_sampler=OfPairs(RandomSampler(data), 16, False)),
-        "but OfPairs does not when it is given another",
+        "but OfPairs fails when that is replaced",
     ),
     "fixed batches": (
         lambda data: DataLoader(data, batch_sampler=[[0, 1], [2, 3]]),

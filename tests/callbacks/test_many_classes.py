@@ -100,7 +100,7 @@ def test_a_checkpoint_of_random_coordinates_ends_a_fit_and_leaves_validation_alo
     (state,) = [of for name, of in checkpoint["callbacks"].items() if "Attribution" in name]
     state["trajectory"]["phases"] = torch.zeros(4, len(label), 129)
     torch.save(checkpoint, file)
-    with pytest.raises(ValueError, match="tells 200 classes apart, but it is of a version of lightning_unlearn"):
+    with pytest.raises(ValueError, match="separates 200 classes, but it was written by a version of lightning_unlearn"):
         judged(x, label, resumed=file)
     callback = AttributionPartitionCallback(at_epoch=4, dry_run=True)
     with pytest.warns(UserWarning, match="Weights are not affected"):

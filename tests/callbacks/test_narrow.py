@@ -92,12 +92,12 @@ def test_weights_of_a_sampler_hold_among_those_that_are_left():
 @pytest.mark.parametrize(
     ("indices", "error", "words"),
     [
-        ([50], ValueError, r"Expected indices in \[0, 50\), as the training set has, but got 50"),
+        ([50], ValueError, r"Expected indices in \[0, 50\), the size of the training set, but got 50"),
         ([-1, 3], ValueError, "but got -1"),
-        ([3, 4, 3], ValueError, "Expected each index once, but 3 comes twice"),
-        ([0.5], TypeError, "whole numbers, but got list"),
-        (7, TypeError, "whole numbers, but got int"),
-        (torch.arange(50) < 20, TypeError, r"of a mask take mask\.nonzero"),
+        ([3, 4, 3], ValueError, "Expected each index once, but 3 is repeated"),
+        ([0.5], TypeError, "integer positions in the training set, but got list"),
+        (7, TypeError, "integer positions in the training set, but got int"),
+        (torch.arange(50) < 20, TypeError, r"for a mask, pass mask\.nonzero"),
         ([], ValueError, "the 0 samples do not fill one batch"),
     ],
 )
@@ -129,7 +129,7 @@ def test_in_the_middle_of_an_epoch_and_outside_of_a_fit_it_is_refused(hook):
 
 def test_beside_callbacks_that_it_would_disturb_it_is_refused():
     chooser = Narrow(lambda epoch: range(20) if epoch == 1 else "skip")
-    with pytest.raises(MisconfigurationException, match="AttributionPartitionCallback still gathers evidence"):
+    with pytest.raises(MisconfigurationException, match="AttributionPartitionCallback is still collecting evidence"):
         fitted(chooser, more=[AttributionPartitionCallback(at_epoch=2)])
     both = [AttributionPartitionCallback(at_epoch=3), CleanSubsetFinetuneCallback()]
     with pytest.raises(MisconfigurationException, match="would both choose the training samples"):
@@ -152,7 +152,7 @@ def test_a_loader_that_is_made_again_with_other_samples_is_refused():
             self.train = Blobs(SIZE + 5 * self.train_loaders_made)
             return super().train_dataloader()
 
-    with pytest.raises(ValueError, match="of 50 samples, but the loader was made again with 55; call narrow again"):
+    with pytest.raises(ValueError, match=r"of 50 samples .* reloaded loader has 55\. Call narrow again"):
         fitted(
             Narrow(lambda epoch: range(10) if epoch == 0 else "skip"),
             lambda blobs: Growing(blobs, batch_size=8),
@@ -205,6 +205,6 @@ def test_two_ranks_share_the_samples_and_refuse_together(tmp_path):
         drawn = [rank["drawn"][epoch] for rank in ranks]
         assert [len(one) for one in drawn] == [6, 6]
         assert set(drawn[0] + drawn[1]) == set(range(20, 31))
-    assert "those of another rank do not" in ranks[0]["said"][0]
-    assert "5 comes twice" in ranks[1]["said"][0]
+    assert "invalid on another rank" in ranks[0]["said"][0]
+    assert "5 is repeated" in ranks[1]["said"][0]
     assert all("the same indices on every rank, but they differ" in rank["said"][1] for rank in ranks)

@@ -235,7 +235,7 @@ def test_a_dead_network_changes_nothing_and_says_so(recipe):
     assert partition.partition.is_clean.all()
     assert not finetune.is_active
     assert partition.summary.advice.startswith(
-        "Nothing is known about the 203 training samples, and nothing was changed: "
+        "The 203 training samples could not be assessed, and nothing was changed: "
     )
 
 
@@ -250,7 +250,7 @@ def test_logits_of_any_precision(precision, evidence):
 def test_ten_samples():
     data, callback = Blobs(10), AttributionPartitionCallback(at_epoch=2)
     with pytest.warns(
-        UserWarning, match="not applied; .*: (this fit gives no list|the model separates fewer than two)"
+        UserWarning, match="not applied; .*: (no suspects were found|the model separates fewer than two)"
     ):
         fit(Toy(no_norms, adamw), BlobsData(data), [callback], max_epochs=3)
     assert len(callback.partition) == 10

@@ -321,7 +321,7 @@ def test_a_dataset_whose_labels_change_is_refused_between_passes_and_not_read_in
     monkeypatch.setattr(collector_module, "rank_zero_info", said.append)
     callback = AttributionPartitionCallback(at_epoch=3)
     fit(Toy(), BlobsData(Drifting()), [callback])
-    assert [line for line in said if "rows have another label than the one seen before" in line] == said[:1]
+    assert [line for line in said if "rows have a different label than the one seen before" in line] == said[:1]
     assert not callback.partition.label.equal(Drifting().y)
 
 

@@ -76,7 +76,7 @@ def one_hot(batch):
 @pytest.mark.parametrize(
     ("module", "data", "words"),
     [
-        (Many, None, "of at most 129 classes, where keep_probabilities=True, but found 130 classes"),
+        (Many, None, "at most 129 classes, but found 130 classes"),
         (
             Toy,
             DataFormat(task="multilabel", batch_to_xy=lambda batch: (batch[0], torch.eye(CLASSES)[batch[1]])),

@@ -215,7 +215,7 @@ def test_what_counts_as_worse(held, after, worse):
     gauge = ScoreMonitor(Score(0.8, 0.5, 100), lambda: None, torch.ones(3) if held else NONE, 0.01)
     assert gauge.is_worse(Score(*after, 100)) is worse
     assert gauge.is_worse(None)
-    assert gauge.between(None) == "the score could no longer be told"
+    assert gauge.between(None) == "the score could no longer be computed"
 
 
 def test_several_layers_are_pruned_in_common_steps():
@@ -239,7 +239,7 @@ def test_several_layers_are_pruned_in_common_steps():
     assert callback.target_layer() == "fc"
     assert (module.fc.weight[FLAG] == 0).all()
     assert (module.fc2.weight[FLAG] == 0).all()
-    with pytest.raises(RuntimeError, match=r"There are 2 masks, of the layers 'fc', 'fc2': use .masks"):
+    with pytest.raises(RuntimeError, match=r"There are 2 masks, for layers 'fc', 'fc2': use .masks"):
         _ = callback.mask
     expected = r"pruned 1 of 8 neurons of 'fc' and 1 of 8 neurons of 'fc2' \(2 of 4 proposed were rolled back"
     assert re.match(expected, callback.summary_clause())

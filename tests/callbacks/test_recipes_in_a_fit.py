@@ -102,7 +102,7 @@ def test_on_clean_data_nothing_is_flagged_and_training_is_left_as_it_was(evidenc
         module = Toy(convnet)
         fit_it = [module, BlobsData(Blobs(400, 0, image=True)), ours]
         if ours:
-            with pytest.warns(UserWarning, match="continues on all data: this fit gives no list of suspects"):
+            with pytest.warns(UserWarning, match="continues on all data: no suspects were found in this fit"):
                 fit(*fit_it, max_epochs=5)
         else:
             fit(*fit_it, max_epochs=5)
@@ -204,7 +204,10 @@ def _split(of):
             lambda e: RecipeResult(e.label_confidence, e.label, e.margin * torch.nan),
             "as suggested_probability, but they span nan",
         ),
-        (lambda e: e.no_such_field, "made-up evidence before training starts, but it fails: AttributeError: .*no_such"),
+        (
+            lambda e: e.no_such_field,
+            "synthetic evidence before training starts, but it raised AttributeError: .*no_such",
+        ),
     ],
     ids=["shape", "range", "nan", "nothing", "numpy", "meta", "complex", "label", "suggestion", "fails"],
 )

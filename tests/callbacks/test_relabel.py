@@ -362,9 +362,9 @@ def hot(samples):
     return x, one_hot(y, CLASSES)
 
 
-ADVICE = "; use on_noisy='drop' or 'reweight', which need no other labels"
+ADVICE = "; use on_noisy='drop' or 'reweight', which do not replace labels"
 REFUSED = {
-    "labels that are made": (lambda data: DataLoader(data, 16, collate_fn=hot), "makes them of something else"),
+    "labels that are made": (lambda data: DataLoader(data, 16, collate_fn=hot), "computes them from something else"),
     "hooks that change labels": (ChangesLabels, "the transfer hooks change them"),
     "workers out of order": (lambda data: DataLoader(data, 16, num_workers=1, in_order=False), "in_order=False"),
     "a step that draws batches": (BlobsData, "training_step draws batches itself"),

@@ -178,7 +178,7 @@ def test_what_cannot_be_shown_is_said_once_and_the_rest_is(tmp_path):
     with pytest.warns(UserWarning, match="Some samples cannot be shown in the report: sample .*no picture"):
         a_fit(UnlearnReport(tmp_path, samples=3, render=render))
     cards = list(RunRecord.load(tmp_path).gallery.values())
-    wanted = "TypeError: Expected render to return a text, a dict, a PIL image or a PNG's bytes, but got"
+    wanted = "TypeError: Expected render to return text, a dict, a PIL image or the bytes of a PNG, but got"
     assert [card["text"] for card in cards] == ["KeyError: 'no picture'", f"{wanted} int.", f"{wanted} NoneType."]
     assert {card["kind"] for card in cards} == {"fault"}
 

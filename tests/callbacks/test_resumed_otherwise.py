@@ -206,7 +206,7 @@ def halving(optimizer):
 @pytest.mark.parametrize(
     ("made", "now", "message"),
     [
-        ({"optimizer": torch.optim.Adam}, {}, "was fine-tuned with optimizer, but .* has none now; pass the same"),
+        ({"optimizer": torch.optim.Adam}, {}, "was fine-tuned with optimizer, but .* does not set it. Pass the same"),
         ({"lr": 0.01, "lr_scheduler": halving}, {"lr": 0.01}, "was fine-tuned with lr_scheduler, but"),
         ({"optimizer": torch.optim.Adam}, {"optimizer": partial(torch.optim.SGD, lr=0.1)}, r"has options \['amsgrad'"),
         (

@@ -178,7 +178,7 @@ def test_what_would_still_be_heard_is_refused_before_the_first_step(kind, layer,
     module = Toy(partial(with_layers, **dict.fromkeys(places, HEARD[kind])))
     before = weights(module)
     with pytest.raises(
-        ValueError, match=rf"cannot prune layer '{name}'. .* would not silence them, since forward computes"
+        ValueError, match=rf"cannot prune layer '{name}'. .* would not zero their outputs, since forward computes"
     ):
         fit(module, BlobsData(data), [published, prune], max_epochs=3)
     assert module.steps == 0
@@ -217,7 +217,7 @@ def test_a_layer_that_gets_an_adapter_in_training_is_not_pruned_and_that_is_said
                 adapter = nn.Linear(20, 12)
                 pl_module.net[2].register_forward_hook(lambda _, inputs, out: out + adapter(inputs[0]))
 
-    with pytest.warns(UserWarning, match=r"No neurons pruned in 'net\.2'\. Zeroing .* would not silence them"):
+    with pytest.warns(UserWarning, match=r"No neurons pruned in 'net\.2'\. Zeroing .* would not zero their outputs"):
         module, prune = run(layer="net.2", more=[Adapts()])
     assert prune.mask.keep.all()
     assert prune.summary_clause() == ""
@@ -269,7 +269,7 @@ def test_weights_that_are_put_back_are_zeroed_again_and_that_is_said_once(hook, 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit(module, BlobsData(data), others, max_epochs=3)
-    said = [str(w.message) for w in caught if "were revived" in str(w.message)]
+    said = [str(w.message) for w in caught if "became nonzero" in str(w.message)]
     # What is undone before anybody looked is not spoken of.
     assert len(said) == (0 if hook == "on_train_batch_start" or (hook == "on_train_epoch_start" and not first) else 1)
     if hook != "on_train_batch_start" or first:
@@ -285,7 +285,7 @@ def test_the_modules_own_hooks_may_put_weights_back():
         def on_train_end(self):
             self.load_state_dict(self.best)
 
-    with pytest.warns(UserWarning, match=r"Pruned neurons of 'net\.2' were revived"):
+    with pytest.warns(UserWarning, match=r"Pruned neurons of 'net\.2' became nonzero"):
         module, prune = run(module=Restores)
     assert speaks(module, prune) == 0
 
@@ -296,7 +296,7 @@ def test_a_parameter_that_takes_another_ones_place_is_pruned_too():
             if trainer.current_epoch == 1:
                 pl_module.net[2].weight = nn.Parameter(torch.randn(12, 20))
 
-    with pytest.warns(UserWarning, match="were revived"):
+    with pytest.warns(UserWarning, match="became nonzero"):
         module, prune = run(more=[Replaces()])
     assert speaks(module, prune) == 0
 
@@ -322,7 +322,7 @@ def test_lightnings_pruning_beside_ours(lottery, first, tmp_path):
 def test_a_checkpoint_never_holds_what_was_put_back(tmp_path):
     published, prune, data = callbacks()
     saved = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
-    with pytest.warns(UserWarning, match="were revived"):
+    with pytest.warns(UserWarning, match="became nonzero"):
         fit(
             Toy(plain, adamw),
             BlobsData(data),
@@ -377,7 +377,7 @@ def test_a_pruned_layer_that_is_replaced_by_a_smaller_one_is_spoken_of():
             if trainer.current_epoch == 1 and batch_idx == 0:
                 pl_module.net[2], pl_module.net[4] = nn.Linear(20, 3), nn.Linear(3, 4)
 
-    with pytest.raises(ValueError, match=r"Expected layer 'net\.2', .* to keep its 12 neurons .*, but it has 3 now"):
+    with pytest.raises(ValueError, match=r"Expected layer 'net\.2', .* to keep its 12 neurons .*, but it now has 3"):
         run(more=[Replaces()], layer="net.2")
 
 
@@ -496,7 +496,7 @@ def test_an_average_that_forward_runs_in_eval_mode_is_not_pruned():
 
     published, prune, data = callbacks()
     module = RunsIt(plain)
-    with pytest.raises(ValueError, match=r"cannot prune layer 'model_ema\.module\.2'. It is part of an average"):
+    with pytest.raises(ValueError, match=r"cannot prune layer 'model_ema\.module\.2'. It is an average"):
         fit(module, BlobsData(data), [published, prune], max_epochs=2)
     assert module.steps == 0
 
@@ -597,6 +597,6 @@ def test_a_resumed_fit_says_where_the_checkpoint_was_not_pruned(tmp_path):
     torch.save(checkpoint, path)
     published, prune, data = callbacks()
     module = Toy(plain)
-    with pytest.warns(UserWarning, match=r"Pruned neurons of 'net\.2' were revived"):
+    with pytest.warns(UserWarning, match=r"Pruned neurons of 'net\.2' became nonzero"):
         make_trainer([published, prune], max_epochs=3).fit(module, datamodule=BlobsData(data), ckpt_path=path)
     assert speaks(module, prune) == 0

@@ -157,7 +157,7 @@ def test_a_label_that_all_samples_have_is_not_judged(monkeypatch):
     fit(Bits(3), loader(x, y.float()), callbacks, max_epochs=EPOCHS)
     (found,) = [line for line in said if "labels with wrong values: 2 of 3: label" in line]
     assert "label 2" not in found
-    assert "  labels that are the same in all samples are not judged: 2" in said
+    assert "  labels with the same value in all samples are skipped: 2" in said
     drawn = partition.partition
     assert (drawn.label_probability[:, 2] == 1).all()
     assert auroc(-drawn.label_probability[:, 0], wrong[:, 0]) > 0.99
@@ -175,7 +175,7 @@ def test_what_several_labels_do_not_allow_is_refused_before_the_first_step(optio
     x, y, _ = separable(3, 0.1)
     module = Bits(3)
     with pytest.raises(
-        ValueError, match=f"multi-label task to be attributed at the input of its head .* {found}.*; leave"
+        ValueError, match=f"Multi-label tasks are attributed at the input of the head .* {found}.* Leave"
     ):
         fit(module, loader(x, y.float()), trio(AT, **options), max_epochs=EPOCHS)
     assert module.steps == 0
@@ -210,7 +210,7 @@ def test_samples_with_the_label_to_ignore_are_not_judged_and_stay(evidence, on_n
 def test_labels_that_are_all_to_be_ignored():
     data = Blobs(40)
     data.y[:] = -100
-    with pytest.raises(ValueError, match="labels to judge, but all 40 samples have ignore_index=-100"):
+    with pytest.raises(ValueError, match="at least one labeled sample, but all 40 samples have ignore_index=-100"):
         fit(Ignoring(), DataLoader(data, 8), trio(1, evidence_from="eval_passes"), max_epochs=2)
 
 

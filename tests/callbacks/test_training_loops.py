@@ -161,7 +161,7 @@ class Adversarial(L.LightningModule):
 def test_networks_that_are_trained_in_turns_are_refused_before_the_first_step(forward):
     module = Adversarial(forward)
     with pytest.raises(
-        MisconfigurationException, match=r"nothing that optimizer \d trains .* name its layer with layer="
+        MisconfigurationException, match=r"no module trained by optimizer \d .* name its layer with layer="
     ):
         fit(module, BlobsData(Blobs(SIZE)), trio(AT))
     assert module.steps == 0

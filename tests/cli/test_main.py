@@ -51,7 +51,7 @@ def test_the_version(capsys):
 def test_an_unknown_command_names_the_nearest_and_those_there_are(capsys):
     code, _, err = ended(["partitoin"], capsys)
     assert code == 2
-    assert "there is no command 'partitoin', but demo, fit, init" in err
+    assert "unknown command 'partitoin'; choose from demo, fit, init" in err
     assert err.endswith("Did you mean 'partition'?\n")
 
 

@@ -156,7 +156,7 @@ def test_decisions_of_a_person_are_seen_before_training(team, name):
     (team / "run.yaml").write_text(RUN)
     Path("partition").mkdir()
     Path("partition", name).write_text("index,decision\n3,keep\n")
-    with pytest.raises(SystemExit, match=f"partition/{name} has 1 decision of a person, which would be lost"):
+    with pytest.raises(SystemExit, match=f"partition/{name} contains 1 decision, which would be lost"):
         main(["partition", "--config", "run.yaml"])
     assert [file.name for file in Path("partition").iterdir()] == [name]
 
@@ -224,7 +224,7 @@ def test_a_checkpoint_past_it_is_judged_with_the_evidence_that_it_holds(inside, 
     past, whole = Partition.load("past/partition.npz"), Partition.load("partition/partition.npz")
     assert past.epoch == 6
     assert past.clean_probability.equal(whole.clean_probability)
-    assert "Judged from one pass" not in capsys.readouterr().out
+    assert "Computed from a single pass" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("memorized", [False, True])
@@ -240,9 +240,11 @@ def test_of_one_without_evidence_one_pass_is_judged_and_what_it_cannot_tell_is_s
     torch.save(checkpoint, "bare.ckpt")
     main(["partition", "--config", "run.yaml", "--ckpt_path", "bare.ckpt", "--out", "bare"])
     said = capsys.readouterr().out
-    assert "Judged from one pass: the checkpoint holds no evidence of earlier epochs." in said
-    assert ("no recipe can tell them from one pass; corrupted inputs still show (--recipe input)" in said) == memorized
-    assert ("wrong labels show in the rest, less surely" in said) == (not memorized)
+    assert "Computed from a single pass: the checkpoint contains no evidence of earlier epochs." in said
+    assert (
+        "no recipe can detect them from one pass. Corrupted inputs can still be detected (--recipe input)" in said
+    ) == memorized
+    assert ("wrong labels can be detected among the others, with less certainty" in said) == (not memorized)
 
 
 def test_a_partition_that_a_checkpoint_holds_is_shown(team, capsys):
@@ -263,10 +265,12 @@ def test_a_partition_that_a_checkpoint_holds_is_shown(team, capsys):
     main(["show", "saved/epoch=5.ckpt"])
     assert capsys.readouterr().out.startswith(said.strip().splitlines()[0])
     with pytest.raises(
-        SystemExit, match=r"holds a partition already \(recipe auto\).*leave out --recipe input to see it"
+        SystemExit, match=r"already contains a partition \(recipe auto\).*Leave out --recipe input to see it"
     ):
         main([*held, "--recipe", "input"])
-    with pytest.raises(SystemExit, match="a partition already, but none of the validation set; leave out --judge_val"):
+    with pytest.raises(
+        SystemExit, match=r"already contains a partition, but none of the validation set\. Leave out --judge_val"
+    ):
         main([*held, "--judge_validation"])
     # Of another length: Python takes compiled code for that of a file of the same length and second.
     (team / "team.py").write_text((team / "team.py").read_text().replace("201", "99"))
@@ -280,12 +284,15 @@ def test_a_partition_that_a_checkpoint_holds_is_shown(team, capsys):
     [
         (["partition.npz"], "To see a saved partition: lightning-unlearn show partition.npz"),
         (["--at_epoch", "0"], "Expected at_epoch to be 'auto', a whole number of epochs of at least 1, or a share"),
-        (["--at_epoch", "0.5", "--trainer.max_epochs", "-1"], "to have max_epochs, of which at_epoch=0.5 is a share"),
+        (
+            ["--at_epoch", "0.5", "--trainer.max_epochs", "-1"],
+            "at_epoch=0.5 is a share of max_epochs, but the Trainer has",
+        ),
         (["--at_epoch", "7"], "Expected at_epoch to be less than the Trainer's max_epochs"),
         (["--recipe", "labels"], "Did you mean 'label'"),
         (["--out", "run.yaml"], "Expected a folder to write to, but run.yaml is a file"),
-        (["--trainer.fast_dev_run", "true"], "the Trainer has fast_dev_run; leave it out"),
-        (["--ckpt_path", "weights.ckpt"], "holds weights only .* give another, or train again without --ckpt_path"),
+        (["--trainer.fast_dev_run", "true"], "fast_dev_run trains too little"),
+        (["--ckpt_path", "weights.ckpt"], "contains weights only .* Pass another one, or train without --ckpt_path"),
     ],
 )
 def test_a_wrong_wish_is_refused_before_anything_is_trained(arguments, message, team, monkeypatch):
@@ -312,7 +319,7 @@ def test_the_report_shows_as_many_samples_as_are_asked_for_also_afterwards(insid
     assert Path("few/report.html").read_text(encoding="utf-8").count('{"index":') == 12
     # Of the configuration of the fit, where the run directory has none.
     Path("few/config.yaml").unlink()
-    with pytest.raises(SystemExit, match=r"there is no few.config.yaml; give it with --config FILE"):
+    with pytest.raises(SystemExit, match=r"there is no few.config.yaml. Pass it with --config FILE"):
         main(["report", "few", "--samples", "7"])
     main(["report", "few", "--samples", "7", "--config", "run.yaml"])
     assert shown("few") == 7
@@ -322,7 +329,7 @@ def test_the_report_shows_as_many_samples_as_are_asked_for_also_afterwards(insid
     ("arguments", "words"),
     [
         (["--samples", "0"], "--samples"),
-        (["--config", "run.yaml"], "Expected --samples N beside --config"),
+        (["--config", "run.yaml"], "--config, --model and --data need --samples N"),
         (["--samples", "5", "--config", "run.yaml", "--data.train_size", "9"], "unrecognized arguments"),
     ],
 )

@@ -129,7 +129,7 @@ def test_decisions_of_a_person_are_not_written_over(estimated):
     table = Path("lists.csv").read_text(encoding="utf-8-sig")
     assert ",relabel,," in table
     Path("lists.csv").write_text(decided := table.replace(",relabel,,", ",relabel,keep,", 1))
-    with pytest.raises(SystemExit, match=r"lists\.csv has 1 decision of a person, which would be lost"):
+    with pytest.raises(SystemExit, match=r"lists\.csv contains 1 decision, which would be lost"):
         main(["show", "run", "--csv", "lists.csv"])
     assert Path("lists.csv").read_text(encoding="utf-8-sig") == decided
 
@@ -186,7 +186,7 @@ def test_several_labels_are_shown_as_such(partition):
             "Expected a Lightning checkpoint of tensors and plain values, but text.ckpt cannot be read as one",
         ),
         ("other.ckpt", "Expected a Lightning checkpoint, but other.ckpt has no state_dict"),
-        ("plain.ckpt", "plain.ckpt holds none; judge the model in it: lightning-unlearn partition --config"),
+        ("plain.ckpt", "plain.ckpt has none. To score its model: lightning-unlearn partition --config"),
     ],
 )
 def test_what_holds_no_partition_is_refused(name, message, tmp_path, monkeypatch):
@@ -206,7 +206,7 @@ CHECKPOINTS = {
     "callbacks that are none": ({"callbacks": [1]}, "but it holds a list in its place"),
     "a state that is none": ({"callbacks": {"AttributionPartitionCallback": 3}}, "but it holds a int in its place"),
     "a state without a partition": ({"callbacks": {"AttributionPartitionCallback": {}}}, "holds a dict in its place"),
-    "no partition yet": ({"callbacks": {"AttributionPartitionCallback": STATE}}, "holds none; judge the model"),
+    "no partition yet": ({"callbacks": {"AttributionPartitionCallback": STATE}}, "has none. To score its model"),
     "a partition of text": (
         {"callbacks": {"AttributionPartitionCallback": STATE | {"partition": "x"}}},
         "the state of a partition, a dict, but got a str",

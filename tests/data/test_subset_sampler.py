@@ -269,11 +269,14 @@ def test_batch_samplers_that_draw_what_they_are_given_are_let_through(kind, drop
 @pytest.mark.parametrize(
     ("batches", "fault"),
     [
-        (Longer(range(N), 4, False), "whose length is the number of its batches, but Longer makes 2 of 5 .* says 99"),
+        (
+            Longer(range(N), 4, False),
+            "whose length is the number of its batches, but Longer makes 2 batches of 5 .* length 99",
+        ),
         (Remembers(RandomSampler(numbers()), 4, False), "but Remembers draws other samples too"),
         (Forever(range(N), 4, False), "but Forever draws other samples too"),
-        (Pairs(range(N), 4, False), r"Pairs does not when it is given another \(int\(\) argument"),
-        (Fixed(), r"Fixed does not when it is given another \(read-only\)"),
+        (Pairs(range(N), 4, False), r"Pairs fails when that is replaced \(int\(\) argument"),
+        (Fixed(), r"Fixed fails when that is replaced \(read-only\)"),
         (Endless(), r"to have a length, .batch_size and .drop_last, as torch's BatchSampler has, but Endless has not"),
         (OddsThenEvens(), "but OddsThenEvens has not"),
         ([[0, 1], [2, 3]], "but list has not"),

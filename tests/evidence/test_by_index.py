@@ -246,7 +246,9 @@ def test_evidence_that_would_take_too_much_to_gather_is_left_out_of_a_checkpoint
     if world_size == 1:
         assert len(work(Ranks())["label"]) == 30
         return
-    with pytest.warns(UserWarning, match="does not hold the evidence, which is .* A fit that resumes from it before"):
+    with pytest.warns(
+        UserWarning, match="does not contain the evidence, which takes .* A fit that resumes from it before"
+    ):
         assert on_ranks(world_size, work) == [{"is_part": True}] * 2
     monkeypatch.setattr("lightning_unlearn.evidence.rank_share.MOST_GATHERED", 30 * (16 * 4 + 40))
     assert len(on_ranks(world_size, work)[0]["label"]) == 30

@@ -148,7 +148,7 @@ def test_keys_whose_evidence_would_take_too_much_to_gather_are_left_out_of_a_che
         by_key, trajectory, _ = gathered(keys, data, rank, ranks)
         return by_key.state_dict(trajectory, ranks)
 
-    with pytest.warns(UserWarning, match="does not hold the evidence"):
+    with pytest.warns(UserWarning, match="does not contain the evidence"):
         states = run_ranks(work, 2)
     assert [(state["whole"], state["parts"]) for state in states] == [(False, [])] * 2
 
@@ -174,10 +174,12 @@ def test_a_key_of_two_labels_is_counted_and_named(when):
         if when == "in the next":
             report = by_key.hand_over(trajectory, 1, Ranks())
     if when == "in an epoch":
-        assert by_key.labels()[1:] == (1, "'b' is called 2 and 3")
+        assert by_key.labels()[1:] == (1, "'b' has the labels 2 and 3")
         report = by_key.hand_over(trajectory, 1, Ranks())
-    assert (report.relabeled, report.example) == (1, "'b' is called 2 and 3")
-    with pytest.raises(ValueError, match=r"but 1 row has another label .* \('b' is called 2 and 3\); give each sample"):
+    assert (report.relabeled, report.example) == (1, "'b' has the labels 2 and 3")
+    with pytest.raises(
+        ValueError, match=r"but 1 row has a different label .* \('b' has the labels 2 and 3\); give each sample"
+    ):
         check_epoch(report, 1)
 
 
@@ -187,9 +189,13 @@ def test_a_key_of_two_labels_is_counted_and_named(when):
         (
             EpochOfKeys(100, 9, 0, 0, 0),
             1,
-            "Expected the keys of at least 10 samples in an epoch, but its 100 rows have 9",
+            "Expected the keys of at least 10 samples per epoch, but the 100 rows of this epoch have 9",
         ),
-        (EpochOfKeys(100, 100, 0, 100, 0), 2, "none of the 100 keys of this epoch is among the 100 of earlier ones"),
+        (
+            EpochOfKeys(100, 100, 0, 100, 0),
+            2,
+            "none of the 100 keys of this epoch is among the 100 keys of earlier epochs",
+        ),
         (EpochOfKeys(100, 100, 0, 300, 0), 4, "none of the 100 keys"),
     ],
 )
@@ -201,8 +207,8 @@ def test_keys_of_no_use_are_refused(report, number, said):
 @pytest.mark.parametrize(
     ("report", "number", "said"),
     [
-        (EpochOfKeys(100, 60, 0, 0, 0), 1, "The 100 rows of the first epoch have 60 keys"),
-        (EpochOfKeys(100, 100, 30, 100, 0), 2, "Only 30 of the 100 samples of this epoch came in the one before"),
+        (EpochOfKeys(100, 60, 0, 0, 0), 1, "The 100 rows of the first epoch have 60 distinct keys"),
+        (EpochOfKeys(100, 100, 30, 100, 0), 2, "Only 30 of the 100 samples of this epoch were in the previous one"),
     ],
 )
 def test_doubtful_keys_are_warned_of(report, number, said):
@@ -221,9 +227,9 @@ def test_good_keys_are_not_warned_of(report, number):
 @pytest.mark.parametrize(
     ("keys", "label", "said"),
     [
-        (["a", "b"], torch.tensor([0]), "a key for each of the 1 samples of a batch, but sample_key has 2"),
-        (["a", "b", "a"], torch.tensor([0, 0, 1]), "'a' is called 0 and 1"),
-        (["a", "a"], torch.tensor([[0, 1], [1, 1]]), "'a' is called 0, 1 and 1, 1"),
+        (["a", "b"], torch.tensor([0]), "one key per sample, but sample_key gave 2 keys for a batch of 1"),
+        (["a", "b", "a"], torch.tensor([0, 0, 1]), "'a' has the labels 0 and 1"),
+        (["a", "a"], torch.tensor([[0, 1], [1, 1]]), "'a' has the labels 0, 1 and 1, 1"),
         (["a", "b", "a"], torch.tensor([0, 1, 0]), ""),
     ],
 )

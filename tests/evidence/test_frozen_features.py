@@ -192,7 +192,9 @@ def test_features_that_have_seen_the_labels_before_are_refused(said):
     data = Blobs(SIZE)
     evidence, _ = seen(Knows(data), Validates(data, by_epoch=True))
     assert evidence.out_of_sample.left_out is None
-    assert "that is more than the network knows of validation samples, so the features have seen the labels" in said()
+    assert (
+        "they predict more than the network does on validation samples, so the features have seen the labels" in said()
+    )
     honest, _ = seen(Frozen(), Validates(data, by_epoch=True))
     assert honest.out_of_sample.left_out is not None
 

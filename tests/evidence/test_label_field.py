@@ -160,7 +160,7 @@ def test_a_choice_that_no_gradient_can_make_is_refused_before_the_first_step():
     module = Net(of(1), compiled=True)
     before = {name: value.clone() for name, value in weights(module).items()}
     match = (
-        r"which field of a batch holds the labels, batch\[2\] or batch\[1\], but no gradient at the output of 'net.2'"
+        r"which field of a batch holds the labels, batch\[2\] or batch\[1\]: no gradient at the output of 'net.2'"
         r" .* pass data=DataFormat\(batch_to_xy=lambda batch: \(batch\[0\], batch\[1\]\)\) to"
     )
     with pytest.raises(TypeError, match=match):
@@ -171,7 +171,7 @@ def test_a_choice_that_no_gradient_can_make_is_refused_before_the_first_step():
 def test_a_choice_without_a_head_is_refused_before_the_first_step():
     module = Net(of(1))
     module.forward = lambda x, *more: module.net(x) / 2
-    with pytest.raises(TypeError, match=r"holds the labels, batch\[2\] or batch\[1\], but no module of the model"):
+    with pytest.raises(TypeError, match=r"holds the labels, batch\[2\] or batch\[1\]: no module of the model"):
         fit(module, loader_of(last, Blobs(SIZE)), [AttributionPartitionCallback(at_epoch=AT, layer="net.0")])
 
 
@@ -195,8 +195,9 @@ def test_labels_under_other_numbers_are_refused_before_the_first_step():
     module = Net(lambda net, batch: cross_entropy(net(batch[0]), (batch[1] + 1) % CLASSES))
     before = {name: value.clone() for name, value in weights(module).items()}
     match = (
-        r"follow the labels, batch\[1\], but it raises the logit of that class in 0% of 16 rows, as where training_step"
-        r" gives them other numbers; pass data=DataFormat\(batch_to_xy=lambda batch: \(batch\[0\], \.\.\.\)\) to"
+        r"follow the labels, batch\[1\], but it raises the logit of that class in 0% of 16 rows, for example"
+        r" because training_step renumbers the classes; pass data=DataFormat"
+        r"\(batch_to_xy=lambda batch: \(batch\[0\], \.\.\.\)\) to"
     )
     with pytest.raises(TypeError, match=match):
         fit(module, loader_of(pair, Blobs(SIZE)), [AttributionPartitionCallback(at_epoch=AT)])
@@ -207,7 +208,7 @@ def test_a_loss_of_something_else_is_refused():
     loss = lambda net, batch: cross_entropy(net(batch[0]), (batch[0][:, 1] * 5).long() % CLASSES)  # noqa: E731
     with pytest.raises(
         TypeError,
-        match=r"follow the labels, batch\[1\], but it .* rows, no more than by chance; pass .*batch_to_xy",
+        match=r"follow the labels, batch\[1\], but it .* rows, which is chance level; pass .*batch_to_xy",
     ):
         fit(Net(loss), loader_of(pair, Blobs(400)), [AttributionPartitionCallback(at_epoch=AT)])
 

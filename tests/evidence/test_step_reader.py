@@ -426,7 +426,7 @@ def test_mixed_rows_never_reach_the_sink(name):
     module, driver = Net(MIXING[name]), Driver()
     loader = DataLoader(Coded(400), batch_size=16, shuffle=True)
     run(loader, module, driver)
-    assert "towards another class than their label, as MixUp and CutMix do" in driver.reader.reason
+    assert "towards a class other than their label, as with MixUp and CutMix" in driver.reader.reason
     assert driver.goes_on == [False] * 3
     assert driver.sink.forgotten == 1
     assert driver.sink.epochs == [[]] * 4
@@ -439,7 +439,7 @@ def test_mixing_that_begins_later_makes_the_sink_forget():
         return mixup(1.0)(module, x, y) if module.current_epoch == 2 else F.cross_entropy(module(x), y)
 
     driver, _ = run(DataLoader(Coded(), batch_size=BATCH, shuffle=True), Net(step), epochs=4)
-    assert "as MixUp and CutMix do" in driver.reader.reason
+    assert "as with MixUp and CutMix" in driver.reader.reason
     assert driver.goes_on == [True, True, False, False]
     assert driver.sink.forgotten == 1
     assert driver.sink.epochs[2] == driver.sink.epochs[3] == []
@@ -459,7 +459,7 @@ def test_two_classes(smoothing):
 
     driver = Driver(head="net.3")
     run(loader, Net(mixup(0.5, label_smoothing=smoothing), net=small), driver)
-    assert "as MixUp and CutMix do" in driver.reader.reason
+    assert "as with MixUp and CutMix" in driver.reader.reason
 
 
 def two_views(module, x, y):
@@ -487,9 +487,9 @@ def another_number_of_rows(module, x, y):
 
 
 OTHERWISE = {
-    "two views": (two_views, r"its output \(16, 4\) has not one row for each of the batch's 8 labels"),
+    "two views": (two_views, r"its output \(16, 4\) does not have one row for each of the batch's 8 labels"),
     "two calls": (two_calls, "calls 'net.7' 2 times, not once"),
-    "another number of rows": (another_number_of_rows, r"its output \(7, 4\) has not one row"),
+    "another number of rows": (another_number_of_rows, r"its output \(7, 4\) does not have one row"),
     "beside the head": (beside_the_head, "does not call 'net.7' with gradients, or calls it compiled"),
     "no gradient": (of_no_gradient, "without sending a gradient to its output"),
     "zero gradient": (of_zero_gradient, "zero or not finite in all rows of an epoch"),
@@ -533,7 +533,7 @@ def as_dict(module, batch, _):
 @pytest.mark.parametrize(
     ("hook", "reason"),
     [
-        (soft_labels, r"\d+ labels of training batches name no class"),
+        (soft_labels, r"\d+ labels of training batches are out of range"),
         (doubled, "a batch of 8 dataset indices has 16 rows"),
         (as_dict, "cannot be split into input and labels"),
     ],
@@ -557,7 +557,7 @@ def test_a_collate_function_that_sorts_is_noticed_once_an_index_comes_again():
         return torch.utils.data.default_collate(sorted(samples, key=lambda sample: float(sample[0][1])))
 
     driver, _ = run(DataLoader(Coded(), batch_size=BATCH, shuffle=True, collate_fn=by_size))
-    assert "rows have another label than the one seen before at their dataset index" in driver.reader.reason
+    assert "rows have a different label than the one seen before at their dataset index" in driver.reader.reason
     assert driver.goes_on == [True, False, False]
     assert driver.sink.forgotten == 1
 
@@ -648,7 +648,7 @@ def ignoring_three(number):
 
 def test_labels_that_name_no_class():
     driver, _ = run(DataLoader(Coded(), batch_size=BATCH), ignoring_three(-7))
-    assert "name no class that 'net.7' has an output for" in driver.reader.reason
+    assert "are out of range of the outputs of 'net.7'" in driver.reader.reason
 
 
 def test_rows_with_the_label_to_ignore_are_left_out():
@@ -897,6 +897,6 @@ def test_each_rank_reads_its_own_rows_and_all_give_up_together(tmp_path):
             assert set(ranks[0]["read"][epoch]) | set(ranks[1]["read"][epoch]) == set(range(N))
     one, other = (torch.load(tmp_path / f"one mixes-{rank}.pt") for rank in range(2))
     assert one["goes_on"] == other["goes_on"] == [False, False]
-    assert "as MixUp and CutMix do" in other["reason"]
-    assert one["reason"] == "another rank gave up"
+    assert "as with MixUp and CutMix" in other["reason"]
+    assert one["reason"] == "another rank cannot read its training steps"
     assert one["forgotten"] == other["forgotten"] == 1

@@ -485,5 +485,7 @@ def test_a_recipe_that_looks_at_attributions_has_random_coordinates_too():
 def test_evidence_of_a_version_that_kept_random_coordinates_is_refused():
     state = TrainingDynamics(30, 200).state_dict()
     state["phases"] = torch.zeros(PHASES, 30, MAX_COORDINATES + 1)
-    with pytest.raises(ValueError, match=r"tells 200 classes apart, but it is of a version .* start the fit again"):
+    with pytest.raises(
+        ValueError, match=r"separates 200 classes, but it was written by a version .* start the fit again"
+    ):
         TrainingDynamics.from_state_dict(state)

@@ -166,7 +166,7 @@ def test_mixup_is_noticed_said_once_and_passes_are_made_instead(monkeypatch):
     module = MixesUp()
     fit(module, BlobsData(data), [callback], max_epochs=6)
     (line,) = [text for text in said if text.startswith(SAYS_WHY)]
-    assert "towards another class than their label, as MixUp and CutMix do" in line
+    assert "towards a class other than their label, as with MixUp and CutMix" in line
     assert "pass over the training set after every epoch instead." in line
     assert passes == [1, 2, 3, 4, 5]
     assert callback.partition.is_actionable

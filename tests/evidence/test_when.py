@@ -89,7 +89,7 @@ def test_a_share_is_the_number_bit_for_bit():
 
 
 def test_a_share_of_no_number_is_refused():
-    with pytest.raises(MisconfigurationException, match=r"to have max_epochs, of which at_epoch=0\.5 is a share"):
+    with pytest.raises(MisconfigurationException, match=r"at_epoch=0\.5 is a share of max_epochs, but the Trainer has"):
         fit(Toy(), BlobsData(Blobs(SIZE)), trio(0.5), max_epochs=-1, max_steps=20)
 
 
@@ -114,7 +114,7 @@ def test_labels_are_being_memorized():
     validation = {"accuracy": 0.75, "samples": 1000.0}
     epoch, why = decided(*[{"agreement": 0.5 + 0.1 * at, **validation} for at in range(1, 6)])
     assert epoch == 4
-    assert "training steps predict 90.0% of them, validation 75.0%" in why
+    assert "accuracy is 90.0% in training steps, 75.0% in validation" in why
     # Of few samples the accuracy says nothing.
     assert decided(*[{"agreement": 1.0, "accuracy": 0.5, "samples": 199.0}] * 3) == (None, "")
 
@@ -153,7 +153,7 @@ def test_time_that_is_over_counts_too():
         def time_elapsed(self, *_):
             return 70.0
 
-    assert decided({}, {}, callbacks=[Timer(timedelta(seconds=100))]) == (2, "two thirds of the training are over")
+    assert decided({}, {}, callbacks=[Timer(timedelta(seconds=100))]) == (2, "two thirds of training are complete")
     assert decided({}, {}, callbacks=[Timer(timedelta(seconds=200))]) == (None, "")
 
 
@@ -410,7 +410,7 @@ def test_another_stop_ends_the_fit_and_the_partition_is_drawn_all_the_same(monke
         assert trainer.current_epoch == 3
         assert ours[0].partition.epoch == 3
         assert not ours[2].is_active
-        assert "no callback acted on the partition" in ours[0].summary.advice
+        assert "No callback acted on the partition" in ours[0].summary.advice
 
 
 # The end comes first

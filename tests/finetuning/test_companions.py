@@ -73,13 +73,15 @@ def test_rows_of_new_labels_take_the_place_of_those_of_the_given_ones():
 def test_a_row_that_is_not_made_of_the_label_after_all_is_an_error():
     one = Companion(("made",), smoothed(torch.arange(C)).double())
     with pytest.raises(
-        RuntimeError, match=r"batch\['made'\], which is derived from the label, is not derived from the"
+        RuntimeError, match=r"batch\['made'\], which is derived from the label, is not the same function"
     ):
         one.replaced({"made": smoothed(Y[:2])}, smoothed(Y[:2] + 1), Y[:2], torch.tensor([-1, 4]))
     unknown = Companion(
         ("made",), smoothed(torch.arange(C)).double().masked_fill(torch.eye(C)[4].bool()[:, None], torch.nan)
     )
-    with pytest.raises(RuntimeError, match="is not known for a class, so a training batch cannot be re-labeled; use"):
+    with pytest.raises(
+        RuntimeError, match=r"is unknown for one of the classes, so a training batch cannot be re-labeled\. Use"
+    ):
         unknown.replaced({"made": smoothed(Y[:2])}, smoothed(Y[:2]), Y[:2], torch.tensor([-1, 4]))
 
 
@@ -142,7 +144,7 @@ def test_a_loss_that_does_not_follow_the_new_labels_ends_the_fit_before_a_step_w
     alone = Net(module.loss, optional=False)
     fit(alone, loader_of(collate, Blobs(240), 240), max_epochs=6)
     match = (
-        "follow the new labels of re-labeled samples, but of .* training_step takes them from elsewhere; use on_noisy"
+        "follow the new labels of re-labeled samples, but in .* training_step reads labels from elsewhere; use on_noisy"
     )
     with pytest.raises(RuntimeError, match=match):
         fit(module, loader_of(collate, Blobs(240), 240), ours, max_epochs=8)

@@ -162,19 +162,19 @@ HALF, NONE = Memory(0.5), Memory()
 @pytest.mark.parametrize(
     ("asked", "memory", "obstacle", "how", "said"),
     [
-        ("keep", Memory(0.9), "", "keep", "Fine-tuning goes on from the weights as they are."),
-        ("auto", NONE, "", "keep", "goes on from the weights as they are: no label is suspect."),
-        ("auto", Memory(None, 0.9), "", "keep", "goes on from the weights as they are: no label is suspect."),
+        ("keep", Memory(0.9), "", "keep", "Fine-tuning continues from the current weights."),
+        ("auto", NONE, "", "keep", "continues from the current weights: no label is suspect."),
+        ("auto", Memory(None, 0.9), "", "keep", "continues from the current weights: no label is suspect."),
         ("auto", Memory(0.49), "", "keep", "predicts 49% of the suspect labels, so it has not memorized them."),
         ("auto", Memory(0.1, GAP - 0.001), "", "keep", "of the validation labels, so it has not memorized them."),
         ("auto", Memory(0.1, -0.2), "", "keep", "10% of the suspect labels, and 20 points less of the training labels"),
         ("auto", Memory(0.1, GAP), "", "shrink", "of the validation labels, so it has begun to memorize."),
         ("auto", Memory(0.8, -0.2), "", "shrink", "than of the validation labels, so it has memorized them."),
         ("auto", HALF, "", "shrink", "is kept): the network predicts 50% of the suspect labels, so it has memorized"),
-        ("auto", Memory(0.9), "of this", "keep", "memorized them, but its weights are kept anyway: of this."),
-        ("shrink", NONE, "", "shrink", "Fine-tuning starts from weights moved back towards those that the fit began"),
-        ("shrink", Memory(0.1), "", "shrink", "(10% of the way is kept)."),
-        ("start", Memory(0.1), "", "start", "Fine-tuning starts from the weights that the fit began with."),
+        ("auto", Memory(0.9), "of this", "keep", "memorized them, but the weights are kept: of this."),
+        ("shrink", NONE, "", "shrink", "Fine-tuning starts from weights moved back towards the initial ones"),
+        ("shrink", Memory(0.1), "", "shrink", "(10% of the change is kept)."),
+        ("start", Memory(0.1), "", "start", "Fine-tuning starts from the initial weights of the fit."),
     ],
 )
 def test_where_fine_tuning_starts_from(asked, memory, obstacle, how, said):

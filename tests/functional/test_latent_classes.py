@@ -307,7 +307,7 @@ def test_one_step_of_the_transition_matches_a_loop():
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_rows_that_are_not_finite_are_refused_on_every_rank(value):
     def work(rank, reduce):
-        with pytest.raises(ValueError, match=r"latent classes need finite evidence, .* has training diverged"):
+        with pytest.raises(ValueError, match=r"Latent classes need finite evidence, .* whether training has diverged"):
             fit(rows[rank::2], given[rank::2], reduce=reduce)
         return True
 

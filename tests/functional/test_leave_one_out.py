@@ -141,10 +141,10 @@ def told(skill):
         (0.70, 0.95, 0.68, 0.5, ""),  # a frozen backbone, a head that memorizes
         (0.70, 0.72, 0.50, 0.5, "seen the labels"),
         (0.70, 0.52, 0.50, 0.5, ""),  # a head that has hardly learned
-        (0.70, 0.80, 0.80, 0.5, "less than the network knows"),
+        (0.70, 0.80, 0.80, 0.5, "less than the network, so"),
         (0.70, 0.99, None, 0.74, ""),
-        (0.70, 0.99, None, 0.76, "less than the network knows"),
-        (0.70, 0.99, None, None, "less than the network knows"),
+        (0.70, 0.99, None, 0.76, "less than the network, so"),
+        (0.70, 0.99, None, None, "less than the network, so"),
         (0.70, 0.74, None, None, ""),
     ],
 )

@@ -286,7 +286,7 @@ def test_degenerate_rows_give_finite_results(rows, standardized):
 def test_rows_that_are_not_finite_raise(value):
     rows = two_clouds(30, 2, distance=2.0)
     rows[7, 1] = value
-    message = "needs finite evidence, but some rows hold NaN or infinity: has training diverged"
+    message = "needs finite evidence, but some rows are NaN or infinite. Check whether training has diverged"
     with pytest.raises(ValueError, match=message):
         fit_mixture(rows, torch.ones(30))
     with pytest.raises(ValueError, match=message):

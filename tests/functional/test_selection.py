@@ -65,7 +65,7 @@ def test_equal_scores_keep_their_order():
 
 def test_a_share_that_is_less_than_one_neuron_is_refused():
     check_amount(0.25, 4)
-    with pytest.raises(ValueError, match=r"amount=0.2 of 4 neurons is less than one neuron; use at least 0.25."):
+    with pytest.raises(ValueError, match=r"amount=0.2 of 4 neurons rounds to zero; use at least 0.25."):
         check_amount(0.2, 4)
     assert share_of(0.2, 4) == 0
 
@@ -102,7 +102,7 @@ def test_equal_magnitudes_are_taken_in_order():
 
 @pytest.mark.parametrize(("neurons", "least"), [(4, "0.25"), (3, "0.333334"), (512, "0.001954")])
 def test_less_than_one_neuron_is_refused_with_an_amount_that_works(neurons, least):
-    with pytest.raises(ValueError, match=rf"amount=0.001 of {neurons} neurons is less than one.* at least {least}\."):
+    with pytest.raises(ValueError, match=rf"amount=0.001 of {neurons} neurons rounds to zero.* at least {least}\."):
         select_neurons(torch.ones(neurons), 0.001)
     assert (~select_neurons(torch.ones(neurons), float(least))).sum() == 1
 

@@ -61,8 +61,8 @@ def test_the_others_are_judged_as_if_the_broken_ones_were_not_there(recipe, valu
         torch.testing.assert_close(found.noise_matrix, expected.noise_matrix)
     assert found.notes == (
         *expected.notes,
-        f"4 of {N:,} samples cannot be judged, since their logits or attributions are NaN or infinite: not clean, for"
-        " their input",
+        f"4 of {N:,} samples have NaN or infinite logits or attributions: they cannot be scored, and count as not"
+        " clean because of their input",
     )
 
 

@@ -227,7 +227,7 @@ def refused_before_the_first_step(data, message, error=ValueError, data_format=N
 
 def test_a_table_of_other_data_is_refused_before_the_first_step(reviewed):
     path = reviewed["all"]
-    refused_before_the_first_step(Blobs(SIZE + 1), "of this training set of 102 samples, .* another .101", review=path)
+    refused_before_the_first_step(Blobs(SIZE + 1), "to this training set of 102 samples, .* another .101", review=path)
     refused_before_the_first_step(Blobs(SIZE, seed=1), "but 100% of those compared differ", review=path)
     path = reviewed["confirmed"]
     message = "line [0-9]+: expected given_label to be the label of sample"
@@ -243,7 +243,7 @@ def test_what_is_wrong_in_a_table_is_refused_before_the_first_step(data, tmp_pat
     write(path, [{"index": 3, "decision": "keep"}, {"index": SIZE, "decision": "drop"}])
     refused_before_the_first_step(data, r"line 3: expected index to lie in \[0, 101\)", review=path)
     write(path, [{"index": 3, "decision": "relabel", "suggested_label": 4}])
-    refused_before_the_first_step(data, r"line 2: expected suggested_label to lie in \[0, 4\)", review=path)
+    refused_before_the_first_step(data, r"line 2: expected suggested_label to be in \[0, 4\)", review=path)
 
 
 def test_a_table_of_augmented_samples_is_known_by_their_number_and_labels(tmp_path):

@@ -150,8 +150,8 @@ def test_advice_where_nothing_is_noisy():
     summary = partition.summary
     assert (partition.partition.status, partition.partition.noise_rate, summary.noise_rate) == ("all_clean", None, None)
     caveat = partition.partition.warning
-    assert caveat.startswith("this fit gives no list of suspects (errors between easily confused classes ")
-    found = f"All of the 203 training samples count as clean, nothing was changed: {caveat}. Partition.to_csv"
+    assert caveat.startswith("no suspects were found in this fit (errors between easily confused classes ")
+    found = f"All 203 training samples were classified as clean, and nothing was changed: {caveat}. Partition.to_csv"
     assert summary.advice.startswith(found)
     plain = make_partition(torch.ones(8), torch.arange(8) % 4, warning="it calls all clean", status="all_clean")
     said = summarize(plain, memorized=None, done=(), accuracy=Accuracies()).advice
@@ -212,7 +212,7 @@ def test_advice_without_validation_data():
     (partition, _, _), *_ = a_fit(data=data)
     summary = partition.summary
     assert (summary.accuracy_before, summary.accuracy_after) == (None, None)
-    assert summary.advice.endswith("There are no validation data to tell whether this helped.")
+    assert summary.advice.endswith("The effect is unknown: there are no validation data.")
 
 
 def test_advice_of_the_partition_alone():
@@ -221,7 +221,7 @@ def test_advice_of_the_partition_alone():
     assert summary.done == ()
     assert summary.memorized is not None
     assert (summary.accuracy_before, summary.accuracy_after) == (None, None)
-    assert summary.advice.endswith("Nothing was done about it: no callback acted on the partition.")
+    assert summary.advice.endswith("No callback acted on the partition.")
 
 
 def test_advice_where_the_clean_samples_do_not_fill_a_batch():
@@ -230,7 +230,7 @@ def test_advice_where_the_clean_samples_do_not_fill_a_batch():
     with pytest.warns(UserWarning, match="do not fill one batch"):
         fit(Toy(mlp, memorizing), data, [partition, finetune], max_epochs=20)
     advice = partition.summary.advice
-    assert "Nothing was done about it: no callback acted on the partition." in advice
+    assert "No callback acted on the partition." in advice
     assert "pay here" not in advice
 
 
@@ -246,7 +246,7 @@ def test_advice_counts_reasons():
     )
     assert summary.advice == (
         "6 of 10 training samples are suspect (2 for label, 3 for input, 1 for both), estimated noise rate 60.0%."
-        " Done: did it. There are no validation data to tell whether this helped."
+        " Done: did it. The effect is unknown: there are no validation data."
     )
 
 
@@ -322,7 +322,7 @@ def test_there_is_no_summary_before_a_fit_has_ended():
     class Asks(L.Callback):
         def on_train_epoch_end(self, trainer, pl_module):
             with pytest.raises(
-                RuntimeError, match="No summary yet: it is made when a fit that has computed a partition"
+                RuntimeError, match="No summary yet: it is created at the end of a fit that has computed a partition"
             ):
                 partition.summary  # noqa: B018
             if trainer.current_epoch == stop:

@@ -204,7 +204,7 @@ REFUSED = {
     "other inputs": (loader(TensorDataset(VALID.x[:, :3], VALID.y)), ValueError, "RuntimeError: mat1 and mat2"),
     "other labels": (loader(TensorDataset(VALID.x, VALID.y + 3)), ValueError, r"but: Expected labels in \[0, 4\)"),
     "no labels": (loader(TensorDataset(VALID.x)), TypeError, "but: Expected a batch"),
-    "trained on": (loader(Blobs(301)), ValueError, "but 301 of its 301 samples are in the training set too"),
+    "trained on": (loader(Blobs(301)), ValueError, "but 301 of its 301 samples are also in the training set"),
 }
 
 
@@ -229,7 +229,7 @@ def test_what_cannot_be_judged_is_refused_before_the_first_step(name):
 
 def test_a_fit_without_validation_is_refused():
     callback = AttributionPartitionCallback(at_epoch=AT, **QUICK)
-    with pytest.raises(MisconfigurationException, match="Expected a fit that validates, for judge_validation=True"):
+    with pytest.raises(MisconfigurationException, match="judge_validation=True needs a fit with validation"):
         fit(Toy(), DataLoader(Blobs(101), 16), [callback], max_epochs=AT)
     with pytest.raises(MisconfigurationException, match="and no limit_val_batches=0"):
         judged(trainer={"limit_val_batches": 0})

@@ -25,7 +25,7 @@ def test_random_differs_by_layer_and_by_epoch():
 
 @pytest.mark.parametrize("criterion", [Magnitude(), find_criterion("taylor")])
 def test_what_a_criterion_needs_is_asked_for(criterion):
-    with pytest.raises(ValueError, match=r"Expected .* but got none"):
+    with pytest.raises(ValueError, match=r"Expected .* but got None"):
         criterion.score(NeuronStatistics("a", 1, SUMS, SUMS))
 
 
@@ -72,7 +72,7 @@ def test_a_score_that_cannot_be_ranked_is_refused(score, got):
 
 
 def test_a_criterion_without_a_score_is_spoken_of():
-    with pytest.raises(NotImplementedError, match="Expected Criterion to define score"):
+    with pytest.raises(NotImplementedError, match="Expected Criterion to implement score"):
         pruned_by(Criterion())
 
 

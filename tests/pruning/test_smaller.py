@@ -92,8 +92,8 @@ def test_a_file_of_an_earlier_fit_is_named_before_the_first_step_and_where_it_st
         run(path, Notes(net, adamw), **arguments)
     (before,) = first[0]
     assert before.startswith(f"{path} exists (written ")
-    assert ("it is not of this fit" in before) is bool(arguments.get("dry"))
-    stays = [line for line in told() if "was not written. The file there (written" in line]
+    assert ("so it is not replaced" in before) is bool(arguments.get("dry"))
+    stays = [line for line in told() if "was not written. The existing file (written" in line]
     assert (path.read_bytes() == OLDER.encode()) is (len(stays) == 1) is bool(arguments)
 
 
@@ -144,7 +144,7 @@ def test_layers_that_stay_as_large_are_refused_before_the_first_step(tmp_path, l
     data, module = Blobs(101), Toy(TwoBlocks, adamw)
     ours = callbacks(data, tmp_path / "small.pt")
     ours[1].layer, before = layer, weights(module)
-    with pytest.raises(ValueError, match=r"Expected shrink_to .* out of the network, but those of '.*name layers"):
+    with pytest.raises(ValueError, match=r"shrink_to has no effect: pruned neurons of '.*Name layers"):
         fit(module, BlobsData(data), ours, max_epochs=3)
     assert module.steps == 0
     assert all(value.equal(before[name]) for name, value in weights(module).items())

@@ -371,7 +371,7 @@ def test_corrupted_inputs_are_found(columns, unsure):
     assert torch.equal(verdict.input_probability, verdict.clean_probability)
     assert verdict.label_probability is None
     assert torch.equal(verdict.suggested_label, evidence.label)
-    assert verdict.notes[0].startswith("inputs: two groups, the smaller of 14.3%")
+    assert verdict.notes[0].startswith("inputs: two groups, the smaller with 14.3%")
     assert verdict.notes[0].endswith(" standard deviations: corrupted inputs")
 
 
@@ -405,7 +405,9 @@ def test_a_network_that_has_hardly_learned_may_be_sure_of_noise_and_wrong(right,
     verdict = input_recipe(with_response(replace(evidence, **changes), gap=12.0, unsure=-1.0), no_reduce)
     if right < 0.5 and (right_on_corrupted < right or more_loss):
         assert (verdict.clean_probability == 1).all()
-        assert verdict.notes[0].endswith(": but it does worse on the other, so it is not yet clear which is corrupted")
+        assert verdict.notes[0].endswith(
+            ": but it predicts worse on the other group, so it is unclear which one is corrupted"
+        )
     else:  # one that has learned may have memorized the noise before the rest
         assert torch.equal(flagged(verdict), ~CORRUPTED)
 
@@ -419,7 +421,7 @@ def test_classes_that_look_different_are_no_corrupted_inputs(easy, unsure, rate)
     evidence = with_response(evidence, torch.isin(true, torch.tensor(easy)), gap=12.0, unsure=unsure)
     verdict = input_recipe(evidence, no_reduce)
     assert (verdict.clean_probability == 1).all()
-    assert verdict.notes[0].endswith(": no sign of corrupted inputs, as the two groups follow the classes")
+    assert verdict.notes[0].endswith(": no sign of corrupted inputs: the two groups coincide with classes")
 
 
 @pytest.mark.parametrize("classes", [2, C, N // 4])
@@ -439,7 +441,7 @@ def test_corrupted_inputs_of_one_class_alone_cannot_be_told_from_it(unsure):
     half = (torch.arange(N) % C == 1) & (torch.arange(N) % (2 * C) < C)
     verdict = input_recipe(with_response(evidence, half, gap=12.0, unsure=unsure), no_reduce)
     assert (verdict.clean_probability == 1).all()
-    assert verdict.notes[0].endswith(": no sign of corrupted inputs, as the two groups follow the classes")
+    assert verdict.notes[0].endswith(": no sign of corrupted inputs: the two groups coincide with classes")
 
 
 def test_corrupted_inputs_that_are_more_frequent_in_some_classes_are_found():
@@ -460,7 +462,7 @@ def test_without_an_early_layer_all_inputs_are_intact():
     verdict = input_recipe(evidence, no_reduce)
     assert (verdict.clean_probability == 1).all()
     assert verdict.input_probability is None
-    assert verdict.notes == ("inputs: no early layer to look at",)
+    assert verdict.notes == ("inputs: the model has no early layer to analyze",)
 
 
 # Both
@@ -560,7 +562,7 @@ def test_rlap_without_rows_says_what_it_needs():
 
 def test_rlap_of_fewer_samples_than_neurons_says_what_to_do():
     _, evidence = scene(n=48)
-    with pytest.raises(ValueError, match=r"256 neurons, which takes more .* but got 48: .*layer=.*recipe='auto'"):
+    with pytest.raises(ValueError, match=r"256 neurons and needs more samples .* but got 48: .*layer=.*recipe='auto'"):
         rlap_recipe(replace(evidence, neuron_attribution=normal(48, 256, seed=0)), no_reduce)
 
 
@@ -824,7 +826,7 @@ def test_a_wrong_answer_on_one_rank_is_refused_on_all():
     assert N % 7 == 0  # none pads
     here, *there = run_ranks(judge, 7)
     assert "probabilities in [0, 1], but they span nan to nan" in here
-    assert all("but on another it did not" in message for message in there)
+    assert all("but it failed on another rank" in message for message in there)
 
 
 def test_a_recipe_that_fails_on_one_rank_leaves_no_other_waiting():
@@ -842,7 +844,7 @@ def test_a_recipe_that_fails_on_one_rank_leaves_no_other_waiting():
 
     here, *there = run_ranks(judge, 7)
     assert here == "'mine'"
-    assert all("but on another it did not" in message for message in there)
+    assert all("but it failed on another rank" in message for message in there)
 
 
 def test_a_dotted_path_is_a_recipe():
@@ -935,7 +937,7 @@ EARLY = PrequentialRate(0.0, 0.01, 0.02, 0.0, 0.6, True, torch.zeros(C).double()
         (OutOfSample(EARLY), None),
         (OutOfSample(), "no early epoch of training steps was observed"),
         (OutOfSample(replace(EARLY, is_settled=False)), "no early epoch of training steps was observed"),
-        (OutOfSample(replace(EARLY, skill=0.95), accuracy=0.7), "it had learned them before"),
+        (OutOfSample(replace(EARLY, skill=0.95), accuracy=0.7), "it had already learned them"),
     ],
     ids=["nobody looked", "fine", "no validation", "none", "not settled", "learned before"],
 )

@@ -67,7 +67,7 @@ def test_of_several_labels_those_that_stay_are_trained_on_too():
     ],
 )
 def test_what_cannot_be_read_is_refused(provenance):
-    with pytest.raises(ValueError, match="Expected provenance as AttributionPartitionCallback publishes it, but"):
+    with pytest.raises(ValueError, match="Expected provenance written by AttributionPartitionCallback, but"):
         actions(provenance)
 
 

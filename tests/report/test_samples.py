@@ -170,9 +170,9 @@ def test_a_function_of_the_users_may_give_names_to_the_numbers_of_a_row():
 @pytest.mark.parametrize(
     ("shown", "message"),
     [
-        (3, "Expected render to return a text, a dict, a PIL image or a PNG's bytes, but got int"),
-        (b"GIF89a", "Expected the bytes that render returns to be a PNG or JPEG file"),
-        (b"\x89PNG" + bytes(BUDGET), "Expected render to make pictures of at most 45,000 bytes, but got 60,004"),
+        (3, "Expected render to return text, a dict, a PIL image or the bytes of a PNG, but got int"),
+        (b"GIF89a", "Expected render to return the bytes of a PNG or JPEG file"),
+        (b"\x89PNG" + bytes(BUDGET), "Expected render to return images of at most 45,000 bytes, but got 60,004"),
     ],
 )
 def test_a_function_that_shows_nothing_is_told_so(shown, message):
@@ -183,7 +183,7 @@ def test_a_function_that_shows_nothing_is_told_so(shown, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"render": 3}, "Expected render to be a function from an item .*, but got 3"),
+        ({"render": 3}, "Expected render to be a function from a dataset item .*, but got 3"),
         ({"channels": "middle"}, "Expected channels to be 'first' or 'last', but got 'middle'"),
         ({"mean": [0.5]}, "Expected mean and std together, but got mean=\\[0.5\\] and std=None"),
         ({"sample_rate": 0}, "Expected sample_rate to be at least 1, but got 0"),

@@ -81,7 +81,7 @@ def test_they_are_shown_in_words_or_with_a_hint():
     assert decoded(Plain(), IDS[1:3]) == "good film"
     card = SampleView().card(sample, 60_000)
     assert card["kind"] == "table"
-    assert card["note"].startswith("Token ids: UnlearnReport(render=...)")
+    assert card["note"].startswith("Token ids are shown as numbers")
 
 
 class Texts(torch.utils.data.Dataset):

@@ -145,7 +145,7 @@ def test_hugging_face_columns():
     assert to_hugging_face(several(), data)["unlearn_suggested_label"][1] == [0, 1]
     with pytest.raises(ValueError, match="Expected columns that are not there yet, but 'unlearn_given_label' is"):
         to_hugging_face(make_partition(), found)
-    with pytest.raises(ValueError, match="Expected a data set of 4 rows, as the partition has, but got 2"):
+    with pytest.raises(ValueError, match="Expected a data set with 4 rows, as in the partition, but got 2"):
         to_hugging_face(make_partition(), data.select([0, 1]))
     with pytest.raises(TypeError, match=r"Expected a datasets.Dataset, the split that was trained on, but got a Data"):
         to_hugging_face(make_partition(), datasets.DatasetDict({"train": data}))
@@ -188,13 +188,13 @@ def test_label_issues_of_ours_replace_those_of_a_datalab():
     assert issues["is_label_issue"].to_numpy().nonzero()[0].tolist() == [5]
     assert issues["predicted_label"].tolist()[4:7] == ["bee", "ant", "ant"]
     assert set(lab.get_issue_summary()["issue_type"]) == {"label", "class_imbalance"}
-    with pytest.raises(ValueError, match="Expected a Datalab that knows class 0, but it knows ant, bee, cow"):
+    with pytest.raises(ValueError, match="Expected a Datalab with class 0, but it has ant, bee, cow"):
         to_datalab(partition, lab)
-    with pytest.raises(ValueError, match="labels that the partition is of, but 16 of 24 differ"):
+    with pytest.raises(ValueError, match="labels of the partition, but 16 of 24 differ"):
         to_datalab(partition, lab, class_names=["bee", "ant", "cow"])
     with pytest.raises(ValueError, match="Expected a Datalab of the 4 samples of the partition, but it has 24"):
         to_datalab(make_partition(), lab)
-    with pytest.raises(ValueError, match="Expected a label for each sample, since Datalab has no way to ignore one"):
+    with pytest.raises(ValueError, match="Datalab needs a label for each sample, but some labels are ignored"):
         to_datalab(make_partition(label=torch.tensor([3, -1, 2, 0])))
 
 

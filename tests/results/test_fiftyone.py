@@ -50,7 +50,7 @@ def test_fields_of_samples(samples):
     assert [path.rpartition("/")[2] for path in view.values("filepath")] == ["2.png", "1.png"]
     # Once more, over the same fields.
     to_fiftyone(partition, samples, class_names=NAMES, prefix="lu_")
-    with pytest.raises(ValueError, match="Expected samples of 4 rows, as the partition has, but got 2"):
+    with pytest.raises(ValueError, match="Expected samples with 4 rows, as in the partition, but got 2"):
         to_fiftyone(partition, view)
 
 
@@ -73,7 +73,7 @@ def test_tags_are_read_back_as_review_reads_them(samples, tmp_path, names):
     labels = samples.values("unlearn_suggested_label")
     labels[1].label = "gnu" if names else "4"
     samples.set_values("unlearn_suggested_label", labels)
-    with pytest.raises(ValueError, match="has 3 decisions of a person, which would be lost; give another path"):
+    with pytest.raises(ValueError, match="contains 3 decisions, which would be lost; give another path"):
         review_from_fiftyone(partition, samples, path, class_names=names)
     review_from_fiftyone(partition, samples, path, class_names=names, overwrite=True)
     assert decisions(path)[1] == (RELABEL, 4)
@@ -97,7 +97,7 @@ def test_several_labels_are_read_back(samples, tmp_path):
         ),
         ({1: ["relabel"]}, ["a", "b", "c", "d", "e"], "'dog' names none"),
         ({1: ["relabel"]}, ["=cat", "dog", "dog", "fox", "gnu"], "'dog' names 2"),
-        ({0: ["relabel"]}, NAMES, "Expected another label than the given one for sample 0"),
+        ({0: ["relabel"]}, NAMES, "Expected a label other than the given one for sample 0"),
     ],
 )
 def test_what_does_not_fit_is_refused(samples, tmp_path, tags, names, words):

@@ -132,7 +132,9 @@ def test_people_who_differ_are_named_unless_one_is_the_ground_truth(tmp_path):
     tasks[1]["annotations"] = [first, first]
     assert decisions(tmp_path, tasks) == {1: (RELABEL, 4)}
     tasks[1]["annotations"] = [first, other]
-    with pytest.raises(ValueError, match="task 2: expected one decision, but people have made 2 that differ; agree"):
+    with pytest.raises(
+        ValueError, match=r"task 2: expected one decision, but annotators disagree \(2 different ones\); agree"
+    ):
         decisions(tmp_path, tasks)
     tasks[1]["annotations"] = [first, {**other, "ground_truth": True}]
     assert decisions(tmp_path, tasks) == {1: (RELABEL, 0)}
@@ -153,11 +155,11 @@ def test_people_who_differ_are_named_unless_one_is_the_ground_truth(tmp_path):
         ),
         (
             lambda tasks: annotated(tasks, {1: {"label": ["9: yak"]}}),
-            r"task 2: expected suggested_label to lie in",
+            r"task 2: expected suggested_label to be in",
         ),
         (
             lambda tasks: annotated(json.loads(json.dumps(tasks).replace("n4-", "n9-")), {1: {"label": ["0"]}}),
-            r"to be of this training set of 4 samples, but it is of another \(9 samples",
+            r"to belong to this training set of 4 samples, but it belongs to another \(9 samples",
         ),
     ],
 )

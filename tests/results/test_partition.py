@@ -77,13 +77,13 @@ def test_actionable_only_without_warning_and_with_two_sides(changes, actionable)
 
 
 def test_a_status_outlives_files_and_checkpoints(tmp_path):
-    made = make_partition(status="review_only", warning="too few signs", noise_rate=None)
+    made = make_partition(status="review_only", warning="the evidence is too weak", noise_rate=None)
     assert made.status is PartitionStatus.REVIEW_ONLY
     assert f"{made.status}" == "review_only"
     made.save(tmp_path / "partition.npz")
     held = torch.load(_saved(made.state_dict(), tmp_path / "state.pt"), weights_only=True)
     for again in (Partition.load(tmp_path / "partition.npz"), Partition.from_state_dict(held)):
-        assert (again.status, again.noise_rate, again.warning) == (made.status, None, "too few signs")
+        assert (again.status, again.noise_rate, again.warning) == (made.status, None, "the evidence is too weak")
         assert not again.is_actionable
 
 
@@ -124,9 +124,7 @@ def test_a_table_with_decisions_is_not_written_over(tmp_path):
     partition.to_csv(table, review=1)
     filled = table.read_text().replace("drop,,", "drop,keep,", 1)
     table.write_text(filled)
-    with pytest.raises(
-        ValueError, match=r"suspects\.csv has 1 decision of a person, .* another path, .*overwrite=True"
-    ):
+    with pytest.raises(ValueError, match=r"suspects\.csv contains 1 decision, .* another path, .*overwrite=True"):
         partition.to_csv(table)
     assert table.read_text() == filled
     partition.to_csv(table, overwrite=True)
@@ -287,7 +285,7 @@ def test_csv_takes_columns_of_the_users_beside_the_index(tmp_path):
     ("columns", "message"),
     [
         ({"file": ["a"]}, "Expected column 'file' to have a value for each of 5 samples, but got 1"),
-        ({"Decision": "abcde"}, "Expected titles of columns that are not taken, but got 'Decision'; give another"),
+        ({"Decision": "abcde"}, "Expected column titles that are not in the table, but got 'Decision'; use another"),
     ],
 )
 def test_csv_refuses_columns_that_do_not_fit(columns, message, tmp_path):

@@ -95,15 +95,15 @@ REFUSED = {
     "no index": (with_row("", "2", "2", "keep", MARK), "line 3: expected index to be the number of a sample"),
     "negative index": (with_row("-1", "2", "2", "keep", MARK), "line 3: expected index to be the number of a sample"),
     "a thousand, or one": (with_row("1,000", "2", "2", "keep", MARK), "line 3: .* but it is '1,000'"),
-    "no such class": (with_row("0", "2", "4", "relabel", MARK), r"line 3: expected suggested_label to lie in \[0, 4\)"),
+    "no such class": (with_row("0", "2", "4", "relabel", MARK), r"line 3: expected suggested_label to be in \[0, 4\)"),
     "no class": (with_row("0", "2", "", "relabel", MARK), "line 3: expected suggested_label to be one class"),
     "a class by name": (with_row("0", "2", "dog", "relabel", MARK), "line 3: expected suggested_label to be the class"),
     "several classes": (with_row("0", "2", "1 3", "relabel", MARK), "line 3: expected suggested_label to be one class"),
     "the same label": (with_row("0", "2", "2", "relabel", MARK), "line 3: expected another suggested_label than the"),
-    "another length": (table().replace("n6-", "n7-"), "to be of this training set of 6 samples.* another .7 samples"),
-    "other content": (table().replace(MARK, "n6-ffffff030405"), "of another .as many, but 50% of those compared"),
-    "two data sets": (with_row("0", "2", "2", "keep", "n6-"), "line 3: expected all rows to be of one data set"),
-    "a broken mark": (with_row("0", "2", "2", "keep", "06:00:00"), "line 3: expected dataset as Partition.to_csv has"),
+    "another length": (table().replace("n6-", "n7-"), "to this training set of 6 samples.* another .7 samples"),
+    "other content": (table().replace(MARK, "n6-ffffff030405"), "to another .as many, but 50% of those compared"),
+    "two data sets": (with_row("0", "2", "2", "keep", "n6-"), "line 3: expected all rows to belong to one dataset"),
+    "a broken mark": (with_row("0", "2", "2", "keep", "06:00:00"), "line 3: expected dataset as written by"),
     "no title": (table(titles=["a", "b", "c", "d", "e"]), "line 1: expected titles with 'index' and 'decision'"),
     "no decisions": (without("decision"), "line 1: expected titles with 'index' and 'decision' .* found 'index,given"),
     "no suggestions": (without("suggested_label"), "line 2: expected suggested_label .* but it is 'no such column'"),
@@ -118,7 +118,7 @@ REFUSED = {
     "a number but not its name": (
         table([["1", "2", "0", "drop", "", "emu", "cat"], ["2", "1", "3", "relabel", "", "dog", "fox"],
                ["3", "1", "2", "relabel", "", "dog", "fox"]], CLASSES),
-        "line 4: expected suggested_class to be 'emu', as class 2 is called in line 2, but it is 'fox'",
+        "line 4: expected suggested_class to be 'emu', the name of class 2 in line 2, but it is 'fox'",
     ),
 }  # fmt: skip
 
@@ -131,7 +131,7 @@ def test_what_cannot_be_meant_is_refused_with_its_line(tmp_path, kind):
 
 
 def test_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"Expected review to name a file of decisions, .* there is no .*nowhe"):
+    with pytest.raises(FileNotFoundError, match=r"Expected review to be a file of decisions, .*nowhe"):
         read_review(tmp_path / "nowhere.csv")
 
 
@@ -194,7 +194,7 @@ def test_several_labels(tmp_path):
     assert found.new_label.tolist() == [[1, 0, 0], [0, 1, -1], [0, 0, 0], *[[-1] * 3] * 3]
     with pytest.raises(ValueError, match=r"line 2: expected given_label .* sample 0, .1, 1, 1., but it is .1, 0, 1."):
         review.check_labels(review.compared(), torch.tensor([[1, 1, 1], [0, 0, 0], [0, 1, 0]]))
-    with pytest.raises(ValueError, match=r"line 3: expected suggested_label to lie in \[0, 2\)"):
+    with pytest.raises(ValueError, match=r"line 3: expected suggested_label to be in \[0, 2\)"):
         fitted(written(tmp_path, table(rows)), labels=2, classes=2)
 
 

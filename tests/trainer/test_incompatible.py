@@ -43,9 +43,9 @@ def test_a_fresh_optimizer_beside_callbacks_that_add_parameter_groups_is_refused
     module = WithBackbone()
     with pytest.raises(MisconfigurationException) as error:
         fit(module, BlobsData(Blobs()), [*trio(AT, finetune=finetune), kind(3)])
-    said = f"CleanSubsetFinetuneCallback({word}) does not work beside {kind.__name__}, which unfreezes layers, adds"
+    said = f"CleanSubsetFinetuneCallback({word}) cannot be combined with {kind.__name__}, which unfreezes layers, adds"
     assert str(error.value).startswith(said)
-    assert f"leave out {word}, and the optimizer goes on with its groups" in str(error.value)
+    assert f"Leave out {word} to keep the optimizer and its groups" in str(error.value)
     assert module.steps == 0
 
 

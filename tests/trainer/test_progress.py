@@ -200,7 +200,7 @@ def test_what_a_pass_will_cost_is_said_once_before_the_first(method, times, capl
     found = [
         at
         for at, line in enumerate(said)
-        if re.match(r"A pass over 101 training samples begins\..* took \d+\.\d s", line)
+        if re.match(r"Scoring 101 training samples\..* training epoch \(\d+\.\d s\)", line)
     ]
     assert len(found) == times
     if times:

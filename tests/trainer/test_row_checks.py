@@ -178,7 +178,7 @@ def test_a_hook_that_reorders_only_in_training_is_noticed_in_the_first_epoch(shu
     data = Hooked(always=False, shuffle=shuffle)
     partition = AttributionPartitionCallback(at_epoch=1, dry_run=True)
     fit(Toy(), data, [partition], max_epochs=3)
-    assert "as where collate_fn or a transfer hook reorders a batch" in partition.collector.reader.reason
+    assert "for example because collate_fn or a transfer hook reorders the batch" in partition.collector.reader.reason
     assert auroc(1 - partition.partition.clean_probability, data.train.wrong) > 0.9
 
 
@@ -291,7 +291,7 @@ def test_items_that_are_none_are_not_judged_and_the_others_keep_their_rows(monke
     assert found.label.equal(torch.where(there, data.y, -1))
     assert found.is_clean[~there].all()
     assert auroc(1 - found.clean_probability[there], data.blobs.wrong[there]) > 0.95
-    assert [line for line in lines if line.startswith(f"{len(gone)} of 203 training samples are None in the data set")]
+    assert [line for line in lines if line.startswith(f"{len(gone)} of 203 training samples are None in the dataset")]
 
 
 @pytest.mark.parametrize("collate", [leaves_out, replaces])
@@ -312,7 +312,9 @@ def test_others_are_relabeled_where_items_are_none(collate):
 def test_where_a_batch_is_filled_up_suspects_are_dropped_instead_of_relabeled():
     data = Gaps(FEW)
     module, ours = Noting(data.blobs), trio(AT, finetune={"on_noisy": "relabel"})
-    with pytest.warns(UserWarning, match="Suspects are dropped instead of re-labeled. .* as where collate_fn fills up"):
+    with pytest.warns(
+        UserWarning, match="Suspects are dropped instead of re-labeled. .* for example because collate_fn pads"
+    ):
         fit(module, DataLoader(data, 16, shuffle=True, collate_fn=fills_up), ours)
     assert ours[2].training_subset.new_label is None
     for index, labels in module.trained[AT].items():
@@ -334,7 +336,7 @@ def test_no_label_is_written_on_a_row_that_has_not_the_label_of_its_index():
     data = Blobs()
     ours = trio(AT, finetune={"on_noisy": "relabel"})
     module = Toy()
-    with pytest.raises(ValueError, match="labels that the partition has for their dataset indices, but 16 of 16 have"):
+    with pytest.raises(ValueError, match="labels of the partition at their dataset indices, but 16 of 16 differ"):
         fit(module, DataLoader(data, 16, shuffle=True), [*ours, Changes(data)])
     assert AT + 1 not in module.steps_by_epoch
 
@@ -359,5 +361,5 @@ class TwoRanks:
 def test_ranks_that_looked_at_other_samples_are_compared_by_those_they_share(label, refused):
     context = FitContext(TwoRanks((40, "", {0: (1,), 5: (1,)})), None, None)
     here = Rows(torch.tensor([5, 7]), torch.tensor([[label], [3]]), {})
-    with pytest.raises(ValueError, match="other labels at the same indices") if refused else nullcontext():
+    with pytest.raises(ValueError, match="different labels at the same indices") if refused else nullcontext():
         check_ranks(context, 40, "", here)

@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader, default_collate
 
 from lightning_unlearn import DataFormat
 from lightning_unlearn.trainer.scoring_loader import OFFER
-from tests.toys import CLASSES, FEATURES, Blobs, BlobsData, Toy, auroc, fit, partition_callback, weights
+from tests.toys import CLASSES, FEATURES, Blobs, Toy, auroc, fit, partition_callback, weights
+from tests.toys import QuickData as BlobsData
 from tests.toys import quick_trio as trio
 
 AT, EPOCHS, SIZE = 5, 7, 240
@@ -80,7 +81,7 @@ def test_an_adapted_head_is_attributed_at_its_input_and_read_as_a_whole():
     data = Blobs(SIZE)
     partition, prune, finetune = ours = callbacks()
     module = Toy(adapted)
-    fit(module, DataLoader(data, 16, shuffle=True), ours, max_epochs=EPOCHS, limit_val_batches=0)
+    fit(module, DataLoader(data, 32, shuffle=True), ours, max_epochs=EPOCHS, limit_val_batches=0)
     assert partition.partition.layer == "input of 'net.4'"
     assert partition.collector.reader.reason == ""
     assert partition.collector.reader.head == "net.4"
@@ -101,7 +102,7 @@ def test_an_adapted_head_is_not_pruned():
 def test_an_adapter_that_no_module_holds_is_not_overlooked():
     data = Blobs(SIZE)
     partition, *_ = ours = trio(AT, prune={"layer": "net.body.2"})
-    fit(Toy(Inline), DataLoader(data, 16, shuffle=True), ours, max_epochs=EPOCHS, limit_val_batches=0)
+    fit(Toy(Inline), DataLoader(data, 32, shuffle=True), ours, max_epochs=EPOCHS, limit_val_batches=0)
     # At the start the Linear's numbers are the logits, but not later: the network that holds both is read.
     assert partition.collector.reader.head == "net"
     assert partition.collector.reader.reason == ""
@@ -124,7 +125,7 @@ def test_evidence_that_turns_out_not_to_be_of_the_logits_is_dropped():
     data = Blobs(SIZE)
     partition, *_ = ours = trio(AT, prune={"layer": "net.2"})
     with pytest.warns(UserWarning, match="The output of 'fc' no longer equals the logits that forward returns."):
-        fit(InlineModule(), DataLoader(data, 16, shuffle=True), ours, max_epochs=EPOCHS, limit_val_batches=0)
+        fit(InlineModule(), DataLoader(data, 32, shuffle=True), ours, max_epochs=EPOCHS, limit_val_batches=0)
     assert partition.collector.epochs_seen == [AT]
     assert partition.partition.layer == "input of 'fc'"
 
@@ -132,7 +133,7 @@ def test_evidence_that_turns_out_not_to_be_of_the_logits_is_dropped():
 def test_what_is_scaled_after_the_head_is_read_as_it_leaves_the_network():
     data = Blobs(SIZE)
     partition, *_ = ours = trio(AT)
-    fit(Toy(Tempered), DataLoader(data, 16, shuffle=True), ours, max_epochs=EPOCHS, limit_val_batches=0)
+    fit(Toy(Tempered), DataLoader(data, 32, shuffle=True), ours, max_epochs=EPOCHS, limit_val_batches=0)
     assert partition.collector.reader.head == "net"
     assert partition.partition.layer == "input of 'net.inner.4'"
     assert auroc(-partition.partition.clean_probability, data.wrong) > 0.95

@@ -41,7 +41,7 @@ def data_of(shape, size=64):
 
 
 def loader_of(blobs, **kwargs):
-    return DataLoader(blobs, batch_size=16, shuffle=True, **kwargs)
+    return DataLoader(blobs, batch_size=32, shuffle=True, **kwargs)
 
 
 def repair(make, loader, *, at=3, prune=None, finetune=None, **partition):
@@ -293,7 +293,7 @@ MODELS = {
     "table": (lambda: Toy(table, adam), TABLE, "net.6", {}),
     "ReLU in place": (lambda: Toy(inplace), TABLE, "net.4", {}),
     "frozen backbone": (lambda: Toy(Frozen, adam), TABLE, "net.head", {}),
-    "adapters": (lambda: Toy(lora, adam), TABLE, "net.4", {}),
+    "adapters": (lambda: Toy(lora, adam), TABLE, "net.4", {"at": 5}),
     "forward returns a dict": (lambda: InDict(inplace), TABLE, "net.4", {}),
 }
 

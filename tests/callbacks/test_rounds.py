@@ -14,7 +14,6 @@ from lightning_unlearn.recipes import RecipeResult
 from lightning_unlearn.results.summary import PartitionRound
 from tests.toys import (
     Blobs,
-    BlobsData,
     IndexRecorder,
     Toy,
     adamw,
@@ -24,6 +23,9 @@ from tests.toys import (
     partition_callback,
     trio,
     weights,
+)
+from tests.toys import (
+    QuickData as BlobsData,
 )
 
 SIZE = 101
@@ -109,7 +111,7 @@ def test_training_follows_the_partition_of_each_round():
     assert [len(clean) for clean in follows.clean] == [101, 101, 40, 40, 70, 70, 95, 95]
     for epoch, clean in enumerate(follows.clean):
         assert sorted(follows.record.by_epoch[epoch]) == clean, epoch
-    assert module.steps_by_epoch == dict(enumerate([7, 7, 3, 3, 5, 5, 6, 6]))
+    assert module.steps_by_epoch == dict(enumerate([4, 4, 2, 2, 3, 3, 3, 3]))
     assert partition.rounds == tuple(
         PartitionRound(epoch, SIZE - kept, pytest.approx(rate), pytest.approx(changed))
         for epoch, kept, rate, changed in [
@@ -301,7 +303,7 @@ def test_a_schedule_of_steps_is_not_overrun_by_a_later_rounds_larger_subset(accu
         min_class_fraction=0,
     )
     follows, module = Follows(callbacks[0], data), Toy(optimizer=partial(one_cycle, made=made))
-    fit(module, BlobsData(data), [*callbacks, follows], max_epochs=8, accumulate_grad_batches=accumulate)
+    fit(module, BlobsData(data, batch_size=16), [*callbacks, follows], max_epochs=8, accumulate_grad_batches=accumulate)
     first = 3  # for 40 of the samples, and for all with their weights, which sum to 42
     assert module.steps_by_epoch == dict(enumerate([7, 7] + [first] * 6))
     assert made[1][0] == 6 * -(-first // accumulate)

@@ -196,7 +196,7 @@ def test_samples_with_the_label_to_ignore_are_not_judged_and_stay(evidence, on_n
     data.y[ignored] = -100
     make = trio if on_noisy == "drop" else quick_trio
     partition, prune, finetune = make(AT, evidence_from=evidence, finetune={"on_noisy": on_noisy})
-    fit(Ignoring(), DataLoader(data, 16, shuffle=True), [partition, prune, finetune], max_epochs=EPOCHS)
+    fit(Ignoring(), DataLoader(data, 32, shuffle=True), [partition, prune, finetune], max_epochs=EPOCHS)
     drawn = partition.partition
     assert drawn.label.equal(data.y.masked_fill(ignored, -1))
     assert (drawn.clean_probability[ignored] == 1).all()
@@ -227,7 +227,7 @@ def test_labels_with_a_column_for_each_class(kind, on_noisy):
     partition, _, finetune = callbacks = make(AT, finetune={"on_noisy": on_noisy}, **options)
     module = Toy()
     module.validation_step = None
-    fit(module, DataLoader(data, 16, shuffle=True), callbacks, max_epochs=EPOCHS)
+    fit(module, DataLoader(data, 32, shuffle=True), callbacks, max_epochs=EPOCHS)
     assert partition.partition.label.equal(given)
     assert auroc(-partition.partition.clean_probability, data.wrong) > 0.95
     assert partition.collector.reader.reason == ""
@@ -333,7 +333,7 @@ def test_batches_and_outputs_of_every_common_kind(case, on_noisy):
     make, collate, options = BATCHES[case]
     data, make_callbacks = Blobs(SIZE), trio if on_noisy == "drop" else quick_trio
     partition, prune, finetune = callbacks = make_callbacks(AT, finetune={"on_noisy": on_noisy}, **options)
-    data_loader = DataLoader(data, 16, shuffle=True, collate_fn=collate)
+    data_loader = DataLoader(data, 32, shuffle=True, collate_fn=collate)
     fit(make(), data_loader, callbacks, max_epochs=EPOCHS)
     drawn = partition.partition
     assert drawn.label.equal(data.y)
@@ -355,7 +355,7 @@ def test_validation_batches_are_read_alike():
 
     class Data(L.LightningDataModule):
         def train_dataloader(self):
-            return DataLoader(data, 16, shuffle=True, collate_fn=as_dict)
+            return DataLoader(data, 32, shuffle=True, collate_fn=as_dict)
 
         def val_dataloader(self):
             return DataLoader(Blobs(64, 0, seed=7), 16, collate_fn=as_dict)

@@ -60,13 +60,13 @@ def of_memory(total: int, num_classes: int, rank: int, world_size: int, port: in
     ranks = over_gloo(rank, world_size, port) if world_size > 1 else Ranks()
     # What torch and gloo take for themselves with the first rows is of any size.
     _Gathering(_WINDOW * world_size, num_classes, ranks).epoch(0)
-    before = _resident()
+    before = resident_bytes()
     gathering = _Gathering(total, num_classes, ranks)
     for phase in range(_EPOCHS):
         found = gathering.epoch(phase)
-    gathered = _peak()
+    gathered = peak_bytes()
     gathering.judge()
-    mine = torch.tensor([found["evidence"], gathered - before, _peak() - before, found["hand over"]])
+    mine = torch.tensor([found["evidence"], gathered - before, peak_bytes() - before, found["hand over"]])
     rows = torch.zeros(world_size, len(_MEASURED))
     rows[rank] = mine
     largest = ranks.reduce(rows).amax(dim=0).tolist()
@@ -137,11 +137,11 @@ class _Gathering:
         build_partition(judged, label, _CLEAN, self.ranks.reduce, recipe="label", layer="head", epoch=_EPOCHS)
 
 
-def _peak() -> int:
+def peak_bytes() -> int:
     """Return the most bytes that this process has had in memory."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _resident() -> int:
+def resident_bytes() -> int:
     """Bytes of this process in memory."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()

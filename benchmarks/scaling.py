@@ -2,6 +2,7 @@
 
     python -m benchmarks.scaling                                     # growth with N, C and D, and 1 against 2 processes
     python -m benchmarks.scaling --only samples --samples 10000 40000
+    python -m benchmarks.scaling --only fits rounds                  # up to a million, with the callbacks and without
     python -m benchmarks.scaling --only memory                       # of a rank, of 1 and of 2 processes
     python -m benchmarks.scaling --simulate 64 --samples 100000      # 64 ranks, each a thread with its share
     python -m benchmarks.scaling --write scaling.md --json scaling.json --figure scaling.png
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.rank_memory import held_bytes, of_memory, over_gloo
+from benchmarks.scaling_fits import ROUNDS, of_fit, of_rounds
 from benchmarks.scaling_tables import figure, tables
 from benchmarks.simulated import SimulatedRanks
 from benchmarks.synthetic import evidence, share_of
@@ -47,10 +49,12 @@ from lightning_unlearn.utilities.files import replacing, write_json
 from lightning_unlearn.utilities.reduce import Reduce, no_reduce
 
 SAMPLES = (10_000, 40_000, 160_000, 640_000, 1_280_000)
+IN_FITS = (10_000, 100_000, 1_000_000)
 CLASSES = (10, 100, 1_000, 10_000)
 NEURONS = (64, 256, 1_024, 4_096)
-_OF_CLASSES, _OF_NEURONS = 5_000, 10_000
+_OF_CLASSES, _OF_NEURONS = 10_000, 10_000
 _BATCH = 256
+PARTS = ("samples", "classes", "neurons", "fits", "rounds", "processes", "memory", "simulated")
 Row = dict[str, Any]
 
 
@@ -290,9 +294,10 @@ def over_processes(total: int, num_classes: int, repeats: int) -> list[Row]:
 def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     """What was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ("samples", "classes", "neurons", "processes", "memory", "simulated")
-    parser.add_argument("--only", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--samples", type=int, nargs="+", default=SAMPLES)
+    parser.add_argument("--in-fits", type=int, nargs="+", default=IN_FITS, help="samples of whole fits")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="epochs of the fit with a partition after each")
     parser.add_argument("--classes", type=int, nargs="+", default=CLASSES)
     parser.add_argument("--neurons", type=int, nargs="+", default=NEURONS)
     parser.add_argument("--repeats", type=int, default=3, help="of one against two processes")
@@ -315,23 +320,18 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         "torch": version("torch"),
         "command": " ".join(["python -m benchmarks.scaling", *sys.argv[1:]]),
     }
-    few = args.classes[0]
-    if "samples" in args.only:
-        found["samples"] = [in_a_process(of_samples, total, few) for total in args.samples]
-    if "classes" in args.only:
-        total = min(_OF_CLASSES, max(args.samples))
-        found["classes"] = [in_a_process(of_samples, total, classes) for classes in args.classes]
-    if "neurons" in args.only:
-        total = min(_OF_NEURONS, max(args.samples))
-        found["neurons"] = [in_a_process(of_neurons, total, neurons) for neurons in args.neurons]
-    if "processes" in args.only:
-        found["processes"] = over_processes(sorted(args.samples)[len(args.samples) // 2], few, args.repeats)
-    if "memory" in args.only:
-        total = max(args.samples)
-        found["memory"] = [in_processes(of_memory, total, few, world_size, 31) for world_size in (1, 2)]
-    if "simulated" in args.only:
-        total = sorted(args.samples)[min(1, len(args.samples) - 1)]
-        found["simulated"] = [simulate(ranks, total, few) for ranks in (2, 8, 64)]
+    few, largest, in_order = args.classes[0], max(args.samples), sorted(args.samples)
+    parts: dict[str, Callable[[], Any]] = {
+        "samples": lambda: [in_a_process(of_samples, total, few) for total in args.samples],
+        "classes": lambda: [in_a_process(of_samples, min(_OF_CLASSES, largest), classes) for classes in args.classes],
+        "neurons": lambda: [in_a_process(of_neurons, min(_OF_NEURONS, largest), number) for number in args.neurons],
+        "fits": lambda: [in_a_process(of_fit, total, has) for total in args.in_fits for has in (False, True)],
+        "rounds": lambda: in_a_process(of_rounds, args.rounds),
+        "processes": lambda: over_processes(in_order[len(in_order) // 2], few, args.repeats),
+        "memory": lambda: [in_processes(of_memory, largest, few, world_size, 31) for world_size in (1, 2)],
+        "simulated": lambda: [simulate(ranks, in_order[min(1, len(in_order) - 1)], few) for ranks in (2, 8, 64)],
+    }
+    found |= {name: work() for name, work in parts.items() if name in args.only}
     return found
 
 

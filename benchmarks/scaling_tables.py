@@ -73,6 +73,7 @@ def tables(found: dict[str, Any]) -> str:
             f" {row['mixture']:.2f} | {row['mixture steps']} |"
             for row in rows
         ]
+    lines += of_fits(found)
     if rows := found.get("processes"):
         one, two = rows
         lines += [
@@ -120,6 +121,43 @@ def tables(found: dict[str, Any]) -> str:
             for row in rows
         ]
     return "\n".join(lines)
+
+
+def of_fits(found: dict[str, Any]) -> list[str]:
+    """Markdown of the whole fits, and of the many rounds."""
+    lines: list[str] = []
+    if rows := found.get("fits"):
+        lines += [
+            "",
+            "### Fits without the callbacks and with them: processor seconds, one thread",
+            "",
+            "| N | an epoch | with evidence from its steps | the fit | with the callbacks | of which the partition"
+            " | most in memory, MB | with the callbacks | bytes per sample more | suspects |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        lines += [
+            f"| {plain['samples']:,} | {_middle(plain['epochs']):.2f} | {_middle(with_them['epochs']):.2f} (x"
+            f" {_middle(with_them['epochs']) / _middle(plain['epochs']):.3f}) | {plain['seconds']:.1f} |"
+            f" {with_them['seconds']:.1f} | {with_them['partition']:.1f} | {plain['peak'] / 1e6:.0f} |"
+            f" {with_them['peak'] / 1e6:.0f} | {(with_them['peak'] - plain['peak']) / plain['samples']:.0f} |"
+            f" {with_them['suspects']:,} |"
+            for plain, with_them in zip(rows[::2], rows[1::2], strict=True)
+        ]
+    if row := found.get("rounds"):
+        held = row["resident"]
+        lines += [
+            "",
+            f"### A partition after every epoch, {row['samples']:,} samples",
+            "",
+            f"{row['rounds']} partitions in {row['epochs']} epochs, {row['seconds']:.0f} s. Resident, MB:"
+            f" {held[len(held) // 5] / 1e6:.1f} after a fifth of the epochs,"
+            f" {held[len(held) // 2] / 1e6:.1f} after half, {held[-1] / 1e6:.1f} after all.",
+        ]
+    return lines
+
+
+def _middle(values: Sequence[float]) -> float:
+    return sorted(values)[len(values) // 2]
 
 
 def _per_sample(row: Row, one: Row, name: str) -> str:

@@ -15,7 +15,8 @@ from torch import Tensor
 from lightning_unlearn.data.loaders import shard_indices
 from lightning_unlearn.evidence.training_dynamics import PHASES
 from lightning_unlearn.functional.attribution import label_margin
-from lightning_unlearn.functional.coordinates import class_coordinates
+from lightning_unlearn.functional.coordinates import MAX_COORDINATES, class_coordinates
+from lightning_unlearn.functional.soft_margin import NUM_SCALES, rivals_of, soft_margins
 from lightning_unlearn.noise import symmetric_labels
 from lightning_unlearn.recipes.evidence import Evidence
 
@@ -37,8 +38,11 @@ def evidence(total: int, num_classes: int, *, rate: float = 0.2, seed: int = 0) 
     generator = torch.Generator().manual_seed(seed)
     true = torch.randint(num_classes, (total,), generator=generator)
     label = symmetric_labels(true, rate, num_classes, seed=seed)
-    basis = class_coordinates(num_classes)
+    # Of more classes than have coordinates there are soft margins in their place.
+    is_exact = num_classes - 1 <= MAX_COORDINATES
+    basis = class_coordinates(num_classes) if is_exact else torch.zeros(num_classes, 0)
     attribution = torch.empty(total, PHASES + 1, basis.shape[1])
+    margins = torch.empty(total, PHASES + 1, 0 if is_exact else NUM_SCALES)
     columns: list[Tensor] = []
     # In parts, since there are C logits of every sample.
     for first in range(0, total, _ROWS):
@@ -51,6 +55,8 @@ def evidence(total: int, num_classes: int, *, rate: float = 0.2, seed: int = 0) 
             last[every, of] += learned
             last[every, given] += memorized
             attribution[rows, phase] = last @ basis
+            if not is_exact:
+                margins[rows, phase] = soft_margins(last, given)
             total_margin += label_margin(last, given)
         log_probability = last.log_softmax(dim=1)
         columns.append(
@@ -61,11 +67,12 @@ def evidence(total: int, num_classes: int, *, rate: float = 0.2, seed: int = 0) 
                     -(log_probability.exp() * log_probability).sum(dim=1),
                     -log_probability[every, given],
                     last.argmax(dim=1).float(),
+                    *(() if is_exact else (found.float() for found in rivals_of(last, given))),
                 ],
                 dim=1,
             )
         )
-    margin, aum, uncertainty, loss, prediction = torch.cat(columns).unbind(dim=1)
+    margin, aum, uncertainty, loss, prediction, *rivals = torch.cat(columns).unbind(dim=1)
     return Evidence(
         index=torch.arange(total),
         weight=torch.ones(total),
@@ -79,6 +86,9 @@ def evidence(total: int, num_classes: int, *, rate: float = 0.2, seed: int = 0) 
         loss=loss,
         prediction=prediction.long(),
         input_statistics=1 + 0.1 * torch.randn(total, 2, generator=generator),
+        soft_margins=None if is_exact else margins,
+        runner_up=None if is_exact else rivals[0].long(),
+        runner_up_probability=None if is_exact else rivals[1],
     )
 
 

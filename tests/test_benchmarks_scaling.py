@@ -74,6 +74,24 @@ def test_the_command_simulates_and_measures(capsys, tmp_path, monkeypatch):
     assert files[2].read_bytes().startswith(b"\x89PNG")
 
 
+def test_fits_with_the_callbacks_and_without_and_rounds_are_measured(capsys, monkeypatch):
+    monkeypatch.setattr(scaling, "in_a_process", lambda work, *arguments: work(*arguments))
+    monkeypatch.setattr("benchmarks.scaling_fits._IN_ROUNDS", 200)
+    scaling.main(["--only", "fits", "rounds", "--in-fits", "300", "--rounds", "5"])
+    shown = capsys.readouterr().out
+    assert "| 300 | " in shown
+    # After two epochs and each that follows, but the last.
+    assert "### A partition after every epoch, 200 samples\n\n3 partitions in 5 epochs" in shown
+
+
+def test_of_many_classes_the_drawn_evidence_is_judged_by_soft_margins():
+    whole = evidence(2_000, 200)
+    assert whole.soft_margins.shape == (2_000, 5, 9)
+    assert whole.basis.shape == (200, 0)
+    made = scaling.partition_of(whole, whole.label, scaling.no_reduce)
+    assert made.noise_rate > 0.05
+
+
 def test_what_a_rank_holds_is_measured_to_the_partition():
     class Sender:
         def send(self, found):

@@ -6,6 +6,7 @@ import torch
 from torch import distributed
 
 from lightning_unlearn import AttributionPartitionCallback, CleanSubsetFinetuneCallback, DataFormat
+from tests.callbacks.fsdp_script import everything, plain, shard, strategy
 from tests.callbacks.test_streams import SaveAt
 from tests.streams import OfDicts, Stream, key_of, loader_of, narrow_net
 from tests.toys import Blobs, fit, mlp, weights
@@ -45,6 +46,11 @@ class Lopsided(OfRank):
             yield self.item(index)
 
 
+class Sharded(OfDicts):
+    def configure_model(self):
+        shard(self, self.net)
+
+
 def decided(folder, data):
     """A table in which all is decided as it is."""
     table = folder / f"decided-{distributed.get_rank() if distributed.is_initialized() else 0}.csv"
@@ -65,13 +71,15 @@ def fit_one(folder: Path, ranks: int, scenario: str) -> None:
     stream = kinds.get(scenario, OfRank)(data)
     review = decided(folder, data) if scenario == "lopsided" else None
     partition = AttributionPartitionCallback(at_epoch=3, data=DataFormat(sample_key="key"), review=review)
-    finetune = CleanSubsetFinetuneCallback(warm_start="keep")
-    module = OfDicts(mlp if scenario == "lopsided" else narrow_net)
+    finetune = CleanSubsetFinetuneCallback(warm_start="shrink" if "plain" in scenario else "keep")
+    nets = {"lopsided": mlp, "plain": plain, "plain-sharded": plain}
+    module = (Sharded if "sharded" in scenario else OfDicts)(nets.get(scenario, narrow_net))
     more = [SaveAt(2, folder / f"at-2-of-{ranks}.ckpt")] if scenario == "full" else []
     ckpt_path = None
     if scenario.startswith("from-"):
         ckpt_path, stream.epoch = folder / f"at-2-of-{scenario.removeprefix('from-')}.ckpt", 2
-    several = {"devices": ranks, "strategy": "ddp"} if ranks > 1 else {}
+    over = strategy() if "sharded" in scenario else "ddp"
+    several = {"devices": ranks, "strategy": over} if ranks > 1 else {}
     trainer = fit(module, loader_of(stream), [partition, finetune, *more], max_epochs=5, ckpt_path=ckpt_path, **several)
     found = partition.partition
     torch.save(
@@ -83,7 +91,7 @@ def fit_one(folder: Path, ranks: int, scenario: str) -> None:
             "owned": list(partition.collector.by_key._own),
             "trained": {epoch: [key for key, _ in rows] for epoch, rows in module.trained.items()},
             "steps": module.steps_by_epoch,
-            "weights": weights(module),
+            "weights": everything(module) if "sharded" in scenario else weights(module),
         },
         folder / f"{scenario}-{ranks}-{trainer.global_rank}.pt",
     )

@@ -10,13 +10,15 @@ from tests.streams import index_of
 from tests.toys import Blobs, assert_same_weights
 
 pytestmark = pytest.mark.ddp
+TORCH_2_6 = torch.__version__.startswith("2.6.")
 
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
     folder = tmp_path_factory.mktemp("streams")
     run(folder, 1, "full")
-    done = forked.launch(run, folder, 2, "full", "from-1", "lopsided", "mistaken")
+    more = () if TORCH_2_6 else ("plain-sharded",)
+    done = forked.launch(run, folder, 2, "full", "from-1", "lopsided", "plain", *more, "mistaken")
     run(folder, 1, "from-2")
     return folder, done
 
@@ -42,6 +44,19 @@ def test_ranks_have_the_same_partition_of_all_samples(launched, scenario):
         {name: value for name, value in one["weights"].items() if "running" not in name},
         {name: value for name, value in other["weights"].items() if "running" not in name},
     )
+
+
+@pytest.mark.skipif(TORCH_2_6, reason="torch 2.6 runs FSDP2 on GPUs only")
+def test_where_weights_are_sharded_it_is_as_under_ddp(launched):
+    sharded = ranks_of(launched, "plain-sharded")
+    for rank, plain in enumerate(ranks_of(launched, "plain")):
+        for name in ("keys", "owned", "trained", "steps"):
+            assert sharded[rank][name] == plain[name], name
+        assert sharded[rank]["is_clean"].equal(plain["is_clean"])
+        torch.testing.assert_close(sharded[rank]["p_clean"], plain["p_clean"], rtol=1e-4, atol=1e-4)
+        # Moved back towards the start, and trained on.
+        for name, weight in plain["weights"].items():
+            torch.testing.assert_close(sharded[rank]["weights"][name], weight, rtol=1e-3, atol=1e-4)
 
 
 def test_the_evidence_of_a_sample_lies_on_one_rank(launched):

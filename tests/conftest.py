@@ -12,6 +12,7 @@ LONGEST_FIRST = [
     "tests/test_fuzz.py",
     "tests/callbacks/test_ddp_kinds.py",
     "tests/callbacks/test_killed.py",
+    "tests/callbacks/test_rounds.py",
     "tests/callbacks/test_resume.py",
     "tests/callbacks/test_finetune.py",
     "tests/evidence/test_step_reader.py",

@@ -14,7 +14,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_unlearn.finetuning.shrink_weights import shrink
 from lightning_unlearn.pruning.criteria import Sensitivity
-from tests.toys import Blobs, BlobsData, Toy, adamw, assert_same_weights, fit, weights
+from tests.toys import Blobs, Toy, adamw, assert_same_weights, fit, weights
+from tests.toys import QuickData as BlobsData
 from tests.toys import quick_trio as trio
 
 AT = 2

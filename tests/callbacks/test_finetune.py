@@ -152,7 +152,7 @@ class SplitAgain(BlobsData):
 )
 def test_a_reload_after_the_partition_must_have_its_samples(order, fault):
     module, data = Toy(), SplitAgain(order)
-    with pytest.raises(ValueError, match=rf"made again .* samples of the partition in the same order, {fault}"):
+    with pytest.raises(ValueError, match=rf"reloaded .* samples of the partition in the same order, {fault}"):
         fit(module, data, partition_and_finetune(), reload_dataloaders_every_n_epochs=1)
     assert data.train_loaders_made == 4
     assert set(module.steps_by_epoch) == {0, 1, 2}

@@ -451,7 +451,7 @@ def test_a_table_by_index_does_not_fit_a_stream_nor_one_by_key_a_data_set(found,
     by_index, of_keys = tmp_path / "index.csv", tmp_path / "key.csv"
     by_index.write_text("index,decision\n3,drop\n")
     of_keys.write_text("key,decision\nblob-0003,drop\n")
-    with pytest.raises(ValueError, match="line 2: expected a key of the sample"):
+    with pytest.raises(ValueError, match="line 2: expected the key of the sample"):
         fit(OfDicts(), loader_of(Stream(blobs())), [by_key(review=by_index)])
     with pytest.raises(ValueError, match=r"line 2: expected index to lie in \[0, 240\), but it is left out"):
         fit(

@@ -237,7 +237,7 @@ def test_a_table_of_other_data_is_refused_before_the_first_step(reviewed):
 
 def test_what_is_wrong_in_a_table_is_refused_before_the_first_step(data, tmp_path):
     path = tmp_path / "suspects.csv"
-    refused_before_the_first_step(data, "there is no .*suspects.csv", FileNotFoundError, review=path)
+    refused_before_the_first_step(data, "suspects.csv does not exist", FileNotFoundError, review=path)
     write(path, [{"index": 3, "decision": "hold"}])
     refused_before_the_first_step(data, "line 2: expected decision to be keep, drop or relabel", review=path)
     write(path, [{"index": 3, "decision": "keep"}, {"index": SIZE, "decision": "drop"}])

@@ -178,7 +178,7 @@ def test_a_hook_that_reorders_only_in_training_is_noticed_in_the_first_epoch(shu
     data = Hooked(always=False, shuffle=shuffle)
     partition = AttributionPartitionCallback(at_epoch=1, dry_run=True)
     fit(Toy(), data, [partition], max_epochs=3)
-    assert "for example because collate_fn or a transfer hook reorders the batch" in partition.collector.reader.reason
+    assert "for example because collate_fn or a transfer hook reorders a batch" in partition.collector.reader.reason
     assert auroc(1 - partition.partition.clean_probability, data.train.wrong) > 0.9
 
 

@@ -24,7 +24,7 @@ MIN_ENTRY = 0.06
 """How often a class goes by another's name at least, or the entry is dropped."""
 
 ONE_WAY = 3.0
-"""How many times as often as the other way round: two classes that are taken for each other are only hard to tell."""
+"""How many times as often as the other way round: less, and the two classes may only be hard to tell apart."""
 
 MIN_GAIN = 50.0
 """Nats that all entries together must gain over blind errors."""
@@ -34,6 +34,10 @@ MIN_GAIN_EACH = 20.0
 
 MIN_GAIN_PER_SAMPLE = 0.03
 """Nats for each sample: the more there are, the more a wrong shape of the classes gains."""
+
+MIN_GAIN_OF_PAIRS_PER_SAMPLE = 0.015
+"""Nats for each sample that classes which go by each other's names must gain: .024 to .048 where 15 to 35 % of two
+classes are swapped, .007 at most where classes overlap."""
 
 MOST_ENTRIES_PER_CLASS = 2
 """Candidates, over all classes, from which on classes overlap rather than go by each other's names."""
@@ -168,14 +172,18 @@ def find_structured_noise(
     found = fit_structured_noise(score, label, weight, candidate, base, reduce=reduce)
     if found is None:
         return None
-    own = torch.arange(len(candidate), device=score.device)
+    gain, total = found.log_likelihood - base.log_likelihood, reduce(weight.double().sum().reshape(1)).item()
+    is_enough = gain >= least_gain(total) and gain >= MIN_GAIN_EACH * found.entries
+    return found, gain, is_enough and _by_own_name(found, candidate)
+
+
+def _by_own_name(found: StructuredNoise, candidate: Tensor) -> bool:
+    """Return whether each class goes by its own name most often."""
+    own = torch.arange(len(candidate), device=candidate.device)
     # Classes that are told apart so badly that latent ones are called by each other's names show no habit.
     others = found.transition.clone().fill_diagonal_(0) >= MIN_ENTRY
     told = (candidate.argmax(1) == own) | ~(others.any(0) | others.any(1))
-    by_own_name = bool(((found.transition.argmax(1) == own) & told).all())
-    gain, total = found.log_likelihood - base.log_likelihood, reduce(weight.double().sum().reshape(1)).item()
-    is_enough = gain >= least_gain(total) and gain >= MIN_GAIN_EACH * found.entries
-    return found, gain, by_own_name and is_enough
+    return bool(((found.transition.argmax(1) == own) & told).all())
 
 
 def least_gain(samples: float) -> float:
@@ -190,6 +198,7 @@ def fit_structured_noise(
     candidate: Tensor,
     base: SymmetricNoiseFit,
     *,
+    pairs: bool = False,
     reduce: Reduce = no_reduce,
 ) -> StructuredNoise | None:
     """Return the matrix with those entries of ``candidate`` that stay large; None if there are none, or far too many.
@@ -200,18 +209,63 @@ def fit_structured_noise(
         weight: (n,), 0 for a row that does not count.
         candidate: (C, C).
         base: to start from.
+        pairs: whether two classes may go by each other's names.
         reduce: sums over the ranks.
     """
     weight = weight.double()
     others = candidate.clone().fill_diagonal_(0)
-    entries = ((others >= MIN_ENTRY) & (others >= ONE_WAY * others.T)).nonzero()
+    large = others >= MIN_ENTRY
+    one_way = large & (others >= ONE_WAY * others.T)
+    paired = large & large.T & ~one_way & ~one_way.T if pairs else torch.zeros_like(large)
+    entries = (one_way | paired).nonzero()
     while 0 < len(entries) <= MOST_ENTRIES_PER_CLASS * len(candidate):
         found, size = _fit(score, label, weight, entries, base, reduce)
-        large = size >= MIN_ENTRY
-        if large.all():
+        kept = torch.zeros_like(large).index_put((entries[:, 0], entries[:, 1]), size >= MIN_ENTRY)
+        kept &= ~paired | kept.T  # one of a pair alone is a class that is hard to tell from the other
+        if kept.sum() == len(entries):
             return found
-        entries = entries[large]
+        entries = kept.nonzero()
     return None
+
+
+def find_pairs(
+    score: Tensor,
+    label: Tensor,
+    weight: Tensor,
+    candidate: Tensor,
+    base: SymmetricNoiseFit,
+    *,
+    reduce: Reduce = no_reduce,
+) -> tuple[StructuredNoise, float] | None:
+    """Return the classes that go by each other's names and the gain in nats; None if that is not shown.
+
+    Confusion of two classes ends where the network is sure of them. Swapped labels are as frequent there.
+
+    Args:
+        score: (n, C) of the latent classes and the network.
+        label: (n,) int64.
+        weight: (n,), 0 for a row that does not count.
+        candidate: (C, C), the transition matrix of the latent classes.
+        base: the fit of blind errors to the same scores.
+        reduce: sums over the ranks.
+
+    Returns:
+        the same on every rank.
+    """
+    others = candidate.clone().fill_diagonal_(0)
+    paired = (others >= MIN_ENTRY) & (others < ONE_WAY * others.T)
+    if not bool((paired & paired.T).any()):
+        return None
+    given = (score, label, weight, candidate, base)
+    found = fit_structured_noise(*given, pairs=True, reduce=reduce)
+    without = fit_structured_noise(*given, reduce=reduce)
+    names = 0 if without is None else without.entries
+    if found is None or found.entries <= names or not _by_own_name(found, candidate):
+        return None
+    total = reduce(weight.double().sum().reshape(1)).item()
+    gain = found.log_likelihood - (base if without is None else without).log_likelihood
+    is_enough = gain >= max(MIN_GAIN, MIN_GAIN_OF_PAIRS_PER_SAMPLE * total)
+    return (found, found.log_likelihood - base.log_likelihood) if is_enough else None
 
 
 def find_class_noise(

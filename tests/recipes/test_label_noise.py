@@ -91,6 +91,39 @@ def test_habits_are_found(rate):
     assert found.interval[0] <= wrong.double().mean().item() <= found.interval[1]
 
 
+def swapped(one, other, rate):
+    names = torch.eye(CLASSES)
+    names[[one, other], [one, other]] = 1 - rate
+    names[[one, other], [other, one]] = rate
+    return names
+
+
+def test_two_classes_that_go_by_each_others_names_are_found():
+    seen, wrong = history(4000, swapped(0, 1, 0.3))
+    found = find_label_noise(seen)
+    assert found.transition[:2, :2].flatten().tolist() == pytest.approx([0.7, 0.3, 0.3, 0.7], abs=0.07)
+    assert found.transition.diagonal()[2:].min() > 0.98
+    assert found.rate == pytest.approx(wrong.double().mean().item(), abs=0.02)
+    listed = suspects(found)
+    assert wrong[listed].double().mean() > expected(found) - 0.1
+    assert listed[wrong].double().mean() > 0.5
+
+
+@pytest.mark.parametrize("distance", [0.5, 1.0, 1.5])
+def test_two_clean_classes_that_overlap_go_by_no_other_name(distance):
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.arange(4000) % CLASSES
+    center = 3.2 * torch.eye(CLASSES)
+    center[1] = center[0] + distance * torch.eye(CLASSES)[1]
+    x = center[truth] + torch.randn(4000, CLASSES, generator=generator)
+    said = x @ center.T - center.square().sum(1) / 2
+    phases = [said + 0.3 * torch.randn(4000, CLASSES, generator=generator) for _ in range(4)]
+    early = prequential_rate(phases[0], truth, torch.rand(4000, generator=generator), torch.ones(4000))
+    found = find_label_noise(LabelHistory(torch.stack(phases, 1), phases[3], truth, torch.ones(4000), early, 0.0))
+    assert found.structured is None
+    assert suspects(found).double().mean() <= 0.003
+
+
 def slow_to_learn(seen):
     """Of class 3 a third is taken for class 0, surely at first, hardly any more in the end."""
     taken = (seen.label == 3) & (torch.rand(len(seen.label), generator=generator_of(1)) < 1 / 3)

@@ -9,11 +9,11 @@ from tests.ranks import run_ranks
 C = 6
 
 
-def draw(n, matrix, *, seed=0):
-    """Scores of true classes, two of which are alike each, and labels drawn from rows of a matrix."""
+def draw(n, matrix, *, own=1.5, seed=0):
+    """Scores of true classes, two of which are alike each but for their own part, and labels from rows of a matrix."""
     generator = torch.Generator().manual_seed(seed)
     alike = torch.randn(n, C // 2, generator=generator, dtype=torch.float64).repeat_interleave(2, dim=1)
-    score = 4 * alike + 1.5 * torch.randn(n, C, generator=generator, dtype=torch.float64)
+    score = 4 * alike + own * torch.randn(n, C, generator=generator, dtype=torch.float64)
     truth = torch.multinomial(score.softmax(1), 1, generator=generator).squeeze(1)
     label = torch.multinomial(matrix[truth], 1, generator=generator).squeeze(1)
     return score, label, (label != truth).double().mean().item()
@@ -42,12 +42,28 @@ def test_gradient_is_that_of_the_loss():
 
 
 def test_what_falls_on_the_class_beside_is_added():
-    score, label, wrong = draw(6000, pairs(0.3))
+    score, label, wrong = draw(6000, pairs(0.3), own=6.0)
     fit, (best, most) = more(score, label)
     assert fit.rate < wrong - 0.03
-    assert fit.rate + best == pytest.approx(wrong, abs=0.05)
+    assert fit.rate + best == pytest.approx(wrong, abs=0.02)
     assert best <= most
+
+
+def test_classes_that_a_linear_map_of_the_scores_takes_for_each_other_may_only_be_alike():
+    score, label, wrong = draw(6000, pairs(0.3))
+    fit, (best, most) = more(score, label)
+    assert best == 0
     assert fit.rate + most == pytest.approx(wrong, abs=0.03)
+
+
+def test_scores_that_tell_classes_apart_which_are_the_same_show_no_wrong_labels():
+    generator = torch.Generator().manual_seed(0)
+    score = 4 * torch.randn(6000, C, generator=generator, dtype=torch.float64)
+    true = score.reshape(6000, -1, 2).mean(2).repeat_interleave(2, dim=1)  # what tells them apart is chance
+    label = torch.multinomial(true.softmax(1), 1, generator=generator).squeeze(1)
+    _, (best, most) = more(score, label)
+    assert most > 0.1
+    assert best == 0
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.4])
@@ -57,8 +73,9 @@ def test_of_right_labels_and_blind_errors_nothing_is_added(rate):
 
 
 def test_ranks_find_the_same():
-    score, label, _ = draw(1001, pairs(0.3))
+    score, label, _ = draw(1001, pairs(0.3), own=6.0)
     fit, whole = more(score, label)
+    assert whole[0] > 0
 
     def on_rank(rank, reduce):
         rows = slice(rank, None, 2)

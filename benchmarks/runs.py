@@ -145,4 +145,6 @@ def write_tables(file: Path, text: str, rows: Sequence[dict[str, Any]]) -> None:
     """Writes tables, and their numbers beside them as JSON."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text, encoding="utf-8")
-    file.with_suffix(".json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    # A row per line, so that a changed row is a changed line.
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    file.with_suffix(".json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")

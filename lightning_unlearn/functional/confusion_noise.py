@@ -21,20 +21,20 @@ from lightning_unlearn.utilities.chunks import row_slices
 from lightning_unlearn.utilities.reduce import Reduce, no_reduce
 
 GAIN_PER_ENTRY, GAIN_PER_SAMPLE = 1.25, 0.0115
-"""Nats that a full matrix gains where labels are right, or wrong blindly."""
+"""Log-likelihood gain of a full matrix, in nats, without errors between similar classes."""
 
 LEAST_BEYOND_MAP, MOST_BEYOND_MAP = 0.1, 0.25
-"""Share of the gain that is left after a linear map of the scores: up to the first, no confusion is counted, from the
-second on all of it. Errors as people make them leave .29 to .83 (CIFAR features, seed 0), clean overlapping classes of
-inputs with heavy tails .05, shapes that are hardly learned, with 10 % symmetric errors, .17."""
+"""Share of the gain that remains after a linear map of the scores: up to the first value the additional rate does not
+count, from the second on it counts fully. Human errors leave .29 to .83 (CIFAR features, seed 0), clean overlapping
+classes of inputs with heavy tails .05, shapes that are hardly learned, with 10 % symmetric errors, .17."""
 
 WORTH_ASKING = 0.02
-"""Rate from which on that is computed."""
+"""Least additional rate for which the linear map is fitted."""
 
 MOST_CLASSES, LEAST_EACH = 128, 2
-"""Classes, and samples of a class for every class, with which a full matrix can be fitted."""
+"""Most classes, and fewest samples per matrix entry, for which a full matrix is fitted."""
 
-_OWN = 0.3  # in root samples of a class, how many more that are called by their own name each class is given
+_OWN = 0.3  # pseudo-counts on the diagonal of the matrix, in units of the square root of the class size
 _STEPS = 60
 
 
@@ -79,7 +79,7 @@ class _Likelihood:
         return two, of_scale, of_bias, counts.reshape(classes, classes).T
 
     def parts(self, sums: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return views of what belongs together."""
+        """Split the flat tensor of sums into views."""
         at = [2, 2 + self.groups, 2 + self.groups + self.num_classes]
         two, of_scale, of_bias, counts = sums.tensor_split(at)
         return two, of_scale, of_bias, counts
@@ -142,7 +142,7 @@ def confusion_rate(
 def _gain_of_matrix(
     score: Tensor, label: Tensor, weight: Tensor, start: SymmetricNoiseFit, group: Tensor, reduce: Reduce
 ) -> tuple[float, float, float]:
-    """Return nats that a full matrix gains over symmetric noise, the sum of the weights, and the rate under it."""
+    """Return the gain of a full matrix over symmetric noise in nats, the sum of the weights, and the noise rate."""
     classes, groups = score.shape[1], len(start.scale)
     loss_of = _Likelihood(score, label, weight, group, groups, reduce)
     blind = max(start.blind, 1e-3) / classes
@@ -158,7 +158,7 @@ def _gain_of_matrix(
 def _matrix_scaled(
     score: Tensor, label: Tensor, weight: Tensor, start: SymmetricNoiseFit, group: Tensor, reduce: Reduce
 ) -> Tensor:
-    """Return (n, C), the linear map of the scores that explains the labels best, beside the same share of blind errors.
+    """Return the scores (n, C) after the maximum-likelihood linear map, with the symmetric noise rate of ``start``.
 
     A penalty of half the squared distance keeps the map near the temperatures of ``start``.
     """

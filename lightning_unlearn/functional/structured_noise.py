@@ -1,11 +1,11 @@
-"""Whether some class is called by another's name, or by any, beyond what blind errors and uncertainty explain.
+"""Systematic mislabeling of one class as another, beyond what symmetric noise and uncertainty explain.
 
-A network that has learned such a habit predicts it: its own probabilities then explain the labels, and no error is
-left. What tells is which pairs of classes stand out together, and that is what latent classes hold. Their transition
-matrix names the candidates; here each of them must make the given labels likelier by far, or it is dropped.
+A network that has learned such mislabeling predicts it, so its own probabilities explain the labels without any error.
+Latent classes still show which pairs of classes stand out. Their transition matrix provides candidate entries; an entry
+is kept only if it makes the given labels far more likely.
 
-Errors that are blind may still be more in one class than in another, as where annotators do not know it: then each true
-class has a share of its own.
+The rate of symmetric noise may also differ between true classes, for example if annotators do not know a class
+(:func:`find_class_noise`).
 """
 
 from __future__ import annotations
@@ -21,42 +21,43 @@ from lightning_unlearn.utilities.chunks import row_slices, thinning
 from lightning_unlearn.utilities.reduce import Reduce, no_reduce
 
 MIN_ENTRY = 0.06
-"""How often a class goes by another's name at least, or the entry is dropped."""
+"""Least probability of an entry; smaller ones are dropped."""
 
 ONE_WAY = 3.0
-"""How many times as often as the other way round: less, and the two classes may only be hard to tell apart."""
+"""Least ratio of an entry to the one in the opposite direction; below it, the two classes may only be similar."""
 
 MIN_GAIN = 50.0
-"""Nats that all entries together must gain over blind errors."""
+"""Least log-likelihood gain of all entries over symmetric noise, in nats."""
 
 MIN_GAIN_EACH = 20.0
-"""Nats for each of them."""
+"""Least gain per entry, in nats."""
 
 MIN_GAIN_PER_SAMPLE = 0.03
-"""Nats for each sample: the more there are, the more a wrong shape of the classes gains."""
+"""Least gain per sample, in nats. The gain from a misspecified shape of the classes grows with the sample size."""
 
 MIN_GAIN_OF_PAIRS_PER_SAMPLE = 0.015
-"""Nats for each sample that classes which go by each other's names must gain: .024 to .048 where 15 to 35 % of two
-classes are swapped, .007 at most where classes overlap."""
+"""Least gain of swapped classes per sample, in nats: .024 to .048 where 15 to 35 % of two classes are swapped, .007 at
+most where classes overlap."""
 
 MOST_ENTRIES_PER_CLASS = 2
-"""Candidates, over all classes, from which on classes overlap rather than go by each other's names."""
+"""Largest mean number of candidate entries per class; with more, classes overlap and no entry is kept."""
 
 LEAST_GAIN_OF_CLASSES = 20.0
-"""Nats, and one for each class, that shares of their own must gain over a common one: without them it is 12 at most."""
+"""Least gain of a rate per class over a common rate, in nats; 1 nat per class is added. If the rates are equal, it is
+12 at most."""
 
 LEAST_GAIN_OF_CLASSES_PER_SAMPLE = 0.002
-"""Nats for each sample: labels as people give them gain .001, a class that loses a fifth or more of its own .007."""
+"""The same per sample, in nats: human labels gain .001, a class that loses a fifth or more of its labels .007."""
 
 LEAST_GAIN_OF_UNEXPLAINED = 0.012
-"""The same, as a share of the nats that a common one leaves: a linear network that cannot tell the classes gains .008,
-a class that loses its labels .016 to .053."""
+"""The same, as a fraction of the negative log-likelihood under a common rate: a linear network that cannot separate the
+classes gains .008, a class that loses its labels .016 to .053."""
 
 LEAST_EACH = 20
-"""Samples of a class on average from which on it is asked."""
+"""Least mean number of samples per class for a rate per class."""
 
 MOST_NUMBERS = 2**20
-"""Scores that are looked at for that, over all classes; of more samples every second, third, ... is taken."""
+"""Largest number of scores to which a rate per class is fitted; beyond it, every second, third, ... sample is used."""
 
 _ODDS, _FIRST_SHARE = -1.0, 0.05
 _STEPS = 40
@@ -64,14 +65,14 @@ _STEPS = 40
 
 @dataclass(frozen=True, eq=False)
 class StructuredNoise:
-    """Labels as drawn from rows of a transition matrix.
+    """Noise model with a transition matrix, on class probabilities ``softmax(scale * score + bias)``.
 
     Args:
-        scale: what the scores are multiplied by.
-        bias: (C,) float64, what is added to them then.
-        transition: (C, C) float64, row k the probabilities of what a sample of class k is called.
-        log_likelihood: of the labels, in nats.
-        entries: how many names there are beside the classes' own.
+        scale: inverse temperature of the centered scores.
+        bias: (C,) float64.
+        transition: (C, C) float64, row k the probabilities of the given label for true class k.
+        log_likelihood: of the given labels, in nats.
+        entries: number of off-diagonal entries besides symmetric noise.
     """
 
     scale: float
@@ -81,13 +82,13 @@ class StructuredNoise:
     entries: int
 
     def posterior(self, score: Tensor, label: Tensor) -> Tensor:
-        """Return the log-probability of each true class given its scores and label, (n, C) float64."""
+        """Return the log-probability of each true class given scores and label, (n, C) float64."""
         p = (self.scale * (score.double() - score.double().mean(1, keepdim=True)) + self.bias).log_softmax(1)
         return (p + self.transition.clamp(min=1e-300).log().T[label]).log_softmax(1)
 
 
 def _matrix(entries: Tensor, logits: Tensor, odds: Tensor, num_classes: int) -> Tensor:
-    """Return the transition with ``odds`` (1,) or (C,) of blind errors."""
+    """Return the transition matrix (C, C) with log-odds (1,) or (C,) of symmetric noise."""
     alone = torch.full((num_classes, num_classes), -torch.inf, dtype=torch.float64, device=logits.device)
     names = alone.fill_diagonal_(0).index_put((entries[:, 0], entries[:, 1]), logits).softmax(1)
     blind = odds.sigmoid().unsqueeze(1)
@@ -104,9 +105,9 @@ def _fit(
     *,
     is_common: bool = True,
 ) -> tuple[StructuredNoise, Tensor]:
-    """Return the matrix with these entries (m, 2), and how large each has become (m,).
+    """Fit a transition matrix with these entries (m, 2), and return it with the fitted entries (m,).
 
-    Blind errors have a share in common, or one for each true class.
+    The rate of symmetric noise is common to all true classes, or one per class.
     """
     classes, blind = score.shape[1], min(max(start.blind, 1e-4 if is_common else _FIRST_SHARE), 0.9)
     sizes = [1, classes, 1 if is_common else classes, len(entries)]
@@ -156,18 +157,19 @@ def find_structured_noise(
     *,
     reduce: Reduce = no_reduce,
 ) -> tuple[StructuredNoise, float, bool] | None:
-    """Return the classes called by another's name, the gain in nats, and whether that shows it.
+    """Find classes that are systematically labeled as another class.
 
     Args:
-        score: (n, C) of the latent classes and the network.
-        label: (n,) int64.
+        score: (n, C), combined scores of latent classes and network.
+        label: (n,) int64, given labels.
         weight: (n,), 0 for a row that does not count.
         candidate: (C, C), the transition matrix of the latent classes.
-        base: the fit of blind errors to the same scores.
+        base: symmetric noise fitted to the same scores.
         reduce: sums over the ranks.
 
     Returns:
-        the same on every rank; None if no class is.
+        the noise model, its gain in nats, and whether that gain is sufficient; None if no entry remains. The same on
+        every rank.
     """
     found = fit_structured_noise(score, label, weight, candidate, base, reduce=reduce)
     if found is None:
@@ -178,16 +180,16 @@ def find_structured_noise(
 
 
 def _by_own_name(found: StructuredNoise, candidate: Tensor) -> bool:
-    """Return whether each class goes by its own name most often."""
+    """Return whether each class is most often labeled as itself."""
     own = torch.arange(len(candidate), device=candidate.device)
-    # Classes that are told apart so badly that latent ones are called by each other's names show no habit.
+    # If latent classes separate two classes so badly that their labels are swapped, this is no evidence of mislabeling.
     others = found.transition.clone().fill_diagonal_(0) >= MIN_ENTRY
     told = (candidate.argmax(1) == own) | ~(others.any(0) | others.any(1))
     return bool(((found.transition.argmax(1) == own) & told).all())
 
 
 def least_gain(samples: float) -> float:
-    """Return nats over blind errors from which on so many samples show that a class goes by another's name."""
+    """Return the least gain over symmetric noise, in nats, that shows systematic mislabeling with this many samples."""
     return max(MIN_GAIN, MIN_GAIN_PER_SAMPLE * samples)
 
 
@@ -201,16 +203,19 @@ def fit_structured_noise(
     pairs: bool = False,
     reduce: Reduce = no_reduce,
 ) -> StructuredNoise | None:
-    """Return the matrix with those entries of ``candidate`` that stay large; None if there are none, or far too many.
+    """Fit a transition matrix with those entries of ``candidate`` that stay large.
 
     Args:
-        score: (n, C).
-        label: (n,) int64.
+        score: (n, C), class scores.
+        label: (n,) int64, given labels.
         weight: (n,), 0 for a row that does not count.
-        candidate: (C, C).
-        base: to start from.
-        pairs: whether two classes may go by each other's names.
+        candidate: (C, C), the transition matrix of the latent classes.
+        base: symmetric noise fitted to the scores, the start of the fit.
+        pairs: whether two classes may be labeled as each other.
         reduce: sums over the ranks.
+
+    Returns:
+        the same on every rank; None if no entry remains, or if there are too many.
     """
     weight = weight.double()
     others = candidate.clone().fill_diagonal_(0)
@@ -221,7 +226,7 @@ def fit_structured_noise(
     while 0 < len(entries) <= MOST_ENTRIES_PER_CLASS * len(candidate):
         found, size = _fit(score, label, weight, entries, base, reduce)
         kept = torch.zeros_like(large).index_put((entries[:, 0], entries[:, 1]), size >= MIN_ENTRY)
-        kept &= ~paired | kept.T  # one of a pair alone is a class that is hard to tell from the other
+        kept &= ~paired | kept.T  # one direction alone of a pair indicates similar classes
         if kept.sum() == len(entries):
             return found
         entries = kept.nonzero()
@@ -237,20 +242,20 @@ def find_pairs(
     *,
     reduce: Reduce = no_reduce,
 ) -> tuple[StructuredNoise, float] | None:
-    """Return the classes that go by each other's names and the gain in nats; None if that is not shown.
+    """Find pairs of classes whose labels are swapped.
 
-    Confusion of two classes ends where the network is sure of them. Swapped labels are as frequent there.
+    Similar classes are not confused where the network is certain. Swapped labels are as frequent there as elsewhere.
 
     Args:
-        score: (n, C) of the latent classes and the network.
-        label: (n,) int64.
+        score: (n, C), combined scores of latent classes and network.
+        label: (n,) int64, given labels.
         weight: (n,), 0 for a row that does not count.
         candidate: (C, C), the transition matrix of the latent classes.
-        base: the fit of blind errors to the same scores.
+        base: symmetric noise fitted to the same scores.
         reduce: sums over the ranks.
 
     Returns:
-        the same on every rank.
+        the noise model and its gain in nats, the same on every rank; None if the gain is not sufficient.
     """
     others = candidate.clone().fill_diagonal_(0)
     paired = (others >= MIN_ENTRY) & (others < ONE_WAY * others.T)
@@ -271,16 +276,17 @@ def find_pairs(
 def find_class_noise(
     score: Tensor, label: Tensor, weight: Tensor, *, reduce: Reduce = no_reduce
 ) -> tuple[StructuredNoise, float] | None:
-    """Return how often the labels of each true class are drawn blindly, if far from alike, and the gain in nats.
+    """Fit symmetric noise with a rate for each true class.
 
     Args:
-        score: (n, C), what ranks the samples.
-        label: (n,) int64.
+        score: (n, C), the class scores that rank the samples.
+        label: (n,) int64, given labels.
         weight: (n,), 0 for a row that does not count.
         reduce: sums over the ranks.
 
     Returns:
-        the same on every rank; None if a common share explains the labels as well.
+        the noise model and its gain over a common rate in nats, the same on every rank; None if a common rate explains
+        the labels as well.
     """
     classes, total = score.shape[1], reduce(weight.double().sum().reshape(1)).item()
     thin = thinning(total, classes, MOST_NUMBERS)

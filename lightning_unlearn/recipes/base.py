@@ -233,9 +233,9 @@ def undecided(evidence: Evidence, what: str) -> RecipeResult:
 
 
 def single_class_prediction(evidence: Evidence, reduce: Reduce) -> RecipeResult | None:
-    """Return a verdict that is not to be acted upon where the last pass predicts one class of all samples, else None.
+    """Return a result that must not be acted on if the last pass predicts the same class for all samples, else None.
 
-    Of a dead network, or one that has fallen back on the largest class, a score says what a sample is called, not more.
+    Scores of a dead network, or of one that always predicts the largest class, depend on nothing but the given label.
     """
     zeros = evidence.weight.new_zeros(evidence.num_classes).double()
     counts = reduce(zeros.index_add(0, evidence.prediction, evidence.weight.double()))
@@ -249,15 +249,15 @@ def single_class_prediction(evidence: Evidence, reduce: Reduce) -> RecipeResult 
 
 
 def judged_labels(given: Tensor, said: Tensor) -> Tensor:
-    """Return which labels can be judged: none, all, or those of the classes that the network has learned.
+    """Return which labels can be evaluated: none, all, or those of the classes that the network has learned.
 
-    A class that it predicts of fewer than a twentieth as many samples as are called so has not been learned. At least
-    two must be, and these must have half of the samples. Where it is fewer than half of the classes, whatever is called
-    one of the others looks wrong, and is not judged.
+    A class counts as learned if the number of samples predicted as it is at least a twentieth of the number labeled as
+    it. At least two classes must be learned, and they must hold half of the samples. If fewer than half of the classes
+    are learned, samples labeled as the others all look wrong, so these are not evaluated.
 
     Args:
-        given: (C,) how many samples are called each class.
-        said: (C,) of how many it is predicted.
+        given: (C,), number of samples labeled as each class.
+        said: (C,), number of samples predicted as each class.
 
     Returns:
         (C,) bool.

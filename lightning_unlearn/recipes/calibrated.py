@@ -1,4 +1,4 @@
-"""The verdict of the detector of label errors on a rank's share (:mod:`lightning_unlearn.recipes.label_noise`)."""
+"""Apply the label noise estimate (:mod:`lightning_unlearn.recipes.label_noise`) to the evidence of a rank."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from lightning_unlearn.recipes.label_evidence import LabelHistory
 from lightning_unlearn.recipes.label_noise import LabelNoise, find_label_noise
 from lightning_unlearn.utilities.reduce import Reduce
 
-# So far apart, training and validation accuracy say that labels are memorized.
+# Gap between training and validation accuracy from which on labels count as memorized.
 _GAP = 0.2
-# By so much more skill in an early epoch than on validation samples later, the labels had been learned before.
+# If the skill in an early epoch exceeds that on later validation by more than this, labels had been learned before.
 _MORE_SKILL = 0.1
 
 
 def verdict_on_labels(evidence: Evidence, reduce: Reduce) -> RecipeResult:
-    """Return the verdict on evidence in which every class occurs.
+    """Estimate p(clean) from evidence in which every class occurs.
 
     Args:
-        evidence: of this rank's share.
+        evidence: of this rank's samples.
         reduce: sums over the ranks.
     """
     out_of_sample, predicted = evidence.out_of_sample or OutOfSample(), share_predicted(evidence, reduce)
     missing = _missing(evidence.out_of_sample, _largest_share(evidence, reduce))
     if missing and out_of_sample.early is not None:
-        # What had been learned before has no upper end.
+        # If labels had been learned before, the noise rate has no upper bound.
         out_of_sample = replace(out_of_sample, early=replace(out_of_sample.early, is_blind=False))
     found = find_label_noise(_history(evidence, out_of_sample, predicted, reduce), reduce=reduce)
-    # Where nothing can be told, nothing is suspect, and the order stays.
+    # Without an estimate no sample is suspect, but the ranking is kept.
     wrong = found.wrong * NO_DOUBT if found.objection else found.wrong
     clean = (1 - wrong).float()
     return RecipeResult(
@@ -98,7 +98,7 @@ def _history(evidence: Evidence, out_of_sample: OutOfSample, predicted: float, r
 def _favored(evidence: Evidence, drawn: Tensor | None, reduce: Reduce) -> Tensor | None:
     if drawn is None:
         return None
-    # Of copies each is drawn.
+    # A sampler draws each copy of a sample, so copies count individually here.
     each = (evidence.weight > 0).double()
     given = torch.zeros(evidence.num_classes, dtype=torch.float64, device=each.device)
     return -class_shift(reduce(given.index_add_(0, evidence.label, each)), drawn)
@@ -136,11 +136,11 @@ def _notes(predicted: float, accuracy: float | None) -> tuple[str, ...]:
 
 
 def _missing(out_of_sample: OutOfSample | None, largest: float) -> str:
-    """Return what keeps an early epoch from telling how many labels are wrong; empty if nothing does or none was seen.
+    """Return why no early epoch gives the noise rate; empty if one does, or without out-of-sample evidence.
 
     Args:
-        out_of_sample: what is told of labels that were not learned.
-        largest: share of the largest class.
+        out_of_sample: evidence from before the labels were learned.
+        largest: share of the largest class among the given labels.
     """
     if out_of_sample is None:
         return ""

@@ -1,4 +1,4 @@
-"""The classes that labels name: a model may have more outputs than those, and more than the evidence tells apart."""
+"""Restrict evidence to the classes that occur as labels; a model may have more outputs than these."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from lightning_unlearn.utilities.reduce import Reduce
 
 
 def runner_up(evidence: Evidence) -> tuple[Tensor, Tensor]:
-    """Return the class other than the given one that the model favored overall, and its share among the others.
+    """Return the most probable class other than the given one over training, and its share among the others.
 
-    Of more classes than have coordinates, it is that of the last pass; where that is not known either, what this
-    predicts, with a share of 0.
+    If some classes have no coordinates, the runner-up of the last pass is used. If that is unknown too, it is the
+    prediction of the last pass, with a share of 0.
 
     Returns:
         (n,) int64 and (n,) float32 in [0, 1].
@@ -26,7 +26,7 @@ def runner_up(evidence: Evidence) -> tuple[Tensor, Tensor]:
     if evidence.runner_up is not None and evidence.runner_up_probability is not None:
         return evidence.runner_up, evidence.runner_up_probability
     if not is_exact(evidence.basis):
-        # Random coordinates say nothing of a single class.
+        # Random coordinates cannot be mapped back to single classes.
         return evidence.prediction, torch.zeros_like(evidence.weight)
     scores = class_scores(evidence, evidence.attribution.mean(dim=1))
     share, rival = scores.scatter(1, evidence.label.unsqueeze(1), -torch.inf).softmax(dim=1).max(dim=1)
@@ -34,32 +34,34 @@ def runner_up(evidence: Evidence) -> tuple[Tensor, Tensor]:
 
 
 def class_scores(evidence: Evidence, block: Tensor) -> Tensor:
-    """Return (n, C), what a part (n, r) of the attributions says of each class; -inf of one without coordinates."""
+    """Map a part (n, r) of the attributions to class scores (n, C); -inf for a class without coordinates."""
     return (block @ evidence.basis.T).masked_fill(~with_coordinates(evidence.basis), -torch.inf)
 
 
 def with_coordinates(basis: Tensor) -> Tensor:
-    """Return (C,) bool, the classes of which the evidence holds anything."""
+    """Return (C,) bool, the classes that have coordinates in the evidence."""
     return basis.abs().sum(dim=1) > 0
 
 
 def is_exact(basis: Tensor) -> bool:
-    """Return whether attributions in these coordinates are those of the classes, and not a random part of them."""
+    """Return whether these coordinates represent class scores exactly, as opposed to a random projection."""
     return 0 < int(with_coordinates(basis).sum()) <= basis.shape[1] + 1
 
 
 def judged_classes(evidence: Evidence, reduce: Reduce) -> Tensor:
-    """Return (C',) int64, the classes that samples which count are called, and of which the evidence holds anything."""
+    """Return (C',) int64, the classes that have coordinates and occur as labels of samples with a weight above 0."""
     counts = evidence.weight.new_zeros(evidence.num_classes).double()
     counts = reduce(counts.index_add(0, evidence.label, evidence.weight.double()))
     return ((counts > 0) & with_coordinates(evidence.basis)).nonzero().flatten()
 
 
 def restricted(evidence: Evidence, classes: Tensor) -> Evidence:
-    """Return the evidence of some classes, as if the model had no other outputs; samples of other classes do not count.
+    """Restrict the evidence to some classes, as if the model had no other outputs.
+
+    Samples of other classes get a weight of 0.
 
     Args:
-        evidence: whose coordinates are exact.
+        evidence: must have exact coordinates.
         classes: (C',) int64, in ascending order; label k of the result is ``classes[k]``.
     """
     basis = helmert(len(classes)).to(evidence.basis)
@@ -91,12 +93,12 @@ def _out_of_sample_of(out_of_sample: OutOfSample, classes: Tensor) -> OutOfSampl
 
 
 def of_all_classes(verdict: RecipeResult, evidence: Evidence, classes: Tensor) -> RecipeResult:
-    """Return a verdict on :func:`restricted` evidence in the classes of the model; samples of other classes are clean.
+    """Map a result for :func:`restricted` evidence back to all classes; samples of other classes are clean.
 
     Args:
-        verdict: on the restricted evidence.
-        evidence: all of it.
-        classes: (C',) int64.
+        verdict: result for the restricted evidence.
+        evidence: before it was restricted.
+        classes: (C',) int64, as passed to :func:`restricted`.
     """
     judged = torch.isin(evidence.label, classes)
     clean = verdict.clean_probability.where(judged, 1)

@@ -1,4 +1,4 @@
-"""Four noise models, each of which explains the given labels: p(wrong), the rate, and what was called how."""
+"""Four label noise models, each of which returns p(wrong), the noise rate and the transition matrix."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from lightning_unlearn.functional.transition import log_odds_of
 from lightning_unlearn.recipes.label_evidence import LabelEvidence
 from lightning_unlearn.recipes.latent_noise import MANY, LatentWindow, NamedClasses, TransitionNoise
 
-# Classes that are told apart so well are judged by latent classes, of however many samples: these do not memorize.
+# Below this uncertainty latent classes are used for any number of samples, since they do not memorize.
 _APART = 0.1
 _TWO = 2
 
-# Errors on classes that are taken for each other are not counted up to the first, and all from the second on: errors as
-# people make them, 17 and 40 %, show .04 to .14; right labels of classes that overlap .02 to .03.
+# Errors between similar classes are not counted up to the first rate, and fully from the second on: human errors, 17
+# and 40 %, show .04 to .14; right labels of classes that overlap .02 to .03.
 _NO_CONFUSION, _ALL_CONFUSION = 0.02, 0.04
 
-# Share of the suspected labels that is in doubt where scores split in two: .005 to .19. It is .25 to .94 where labels
-# are memorized or classes are hard to tell.
+# Largest share of ambiguous labels among the suspects for bimodal scores. These have .005 to .19; .25 to .94 is
+# measured for memorized labels or similar classes.
 _CLEAR_CUT = 0.2
 
 _LEAST_RATE = 1e-4  # for the order where no label is wrong
@@ -36,7 +36,16 @@ _MOST_BLIND = 0.95
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
-    """The labels as one hypothesis explains them; ``others`` (n, C) are log-probabilities of the true classes."""
+    """Result of one noise model.
+
+    Args:
+        wrong: (n,), probability that the given label is wrong.
+        others: (n, C), log-probabilities of the true classes.
+        rate: share of wrong labels.
+        interval: 95 % interval of the rate.
+        z: significance of wrong labels, in standard deviations.
+        transition: (C, C), row k the probabilities of the given label for true class k; None for symmetric noise.
+    """
 
     wrong: Tensor
     others: Tensor
@@ -47,11 +56,11 @@ class Explanation:
 
 
 def wrong_labels(posterior: Tensor, evidence: LabelEvidence) -> tuple[Tensor, float]:
-    """Return the probability (n,) that each label is wrong, and the rate of all ranks.
+    """Return the probability (n,) that each label is wrong, and the noise rate over all ranks.
 
     Args:
         posterior: (n, C), log-probabilities of the true class.
-        evidence: of this rank's samples.
+        evidence: scores and labels of this rank's samples.
     """
     wrong, w = torch.sigmoid(-log_odds_of(posterior, evidence.label)), evidence.weight
     number, total = evidence.reduce(torch.stack([w.sum(), w @ wrong])).tolist()
@@ -59,7 +68,7 @@ def wrong_labels(posterior: Tensor, evidence: LabelEvidence) -> tuple[Tensor, fl
 
 
 def by_names(named: NamedClasses, evidence: LabelEvidence) -> Explanation:
-    """Explain the labels by classes that go by another's name."""
+    """Model the labels by classes that are systematically labeled as another class."""
     others = named.posterior(evidence.label)
     wrong, rate = wrong_labels(others, evidence)
     z = math.sqrt(evidence.z**2 + 2 * named.gain)
@@ -67,9 +76,9 @@ def by_names(named: NamedClasses, evidence: LabelEvidence) -> Explanation:
 
 
 def speaks(matrix: TransitionNoise, evidence: LabelEvidence, number: float) -> bool:
-    """Return whether latent classes say more of the labels than an early epoch and the network's own scores.
+    """Return whether latent classes are more reliable than an early epoch and the network's own scores.
 
-    Of two classes, these are a single number, of which latent classes make too much where one is rare.
+    For two classes the scores are one-dimensional, and latent classes overestimate the noise of a rare class.
     """
     if number < MANY or evidence.early is None:
         return True
@@ -77,10 +86,10 @@ def speaks(matrix: TransitionNoise, evidence: LabelEvidence, number: float) -> b
 
 
 def by_matrix(matrix: TransitionNoise, evidence: LabelEvidence) -> Explanation:
-    """Explain the labels by latent classes, each of which may be called by any name."""
+    """Model the labels by latent classes with a full transition matrix."""
     rate, early, interval = matrix.rate, evidence.early, (matrix.rate / 2, 1.0)
     if early is not None:
-        # An early epoch takes what is easily confused for uncertain, latent classes take it for wrong.
+        # For similar classes an early epoch underestimates the noise, and latent classes overestimate it.
         most = early.high if early.is_blind else 1.0
         rate = (max(rate, early.middle) + min(max(rate, early.low), most)) / 2
         interval = min(early.low, rate), max(_highest(early), matrix.rate)
@@ -91,9 +100,10 @@ def by_matrix(matrix: TransitionNoise, evidence: LabelEvidence) -> Explanation:
 
 
 def by_class_shares(windows: Sequence[LatentWindow], evidence: LabelEvidence) -> tuple[Explanation, float] | None:
-    """Explain them by errors that are blind, but far more in one true class than in another; and the gain in nats.
+    """Model the labels by symmetric noise with a rate for each true class.
 
-    None if they are not.
+    Returns:
+        the result and its log-likelihood gain in nats; None unless the rates clearly differ.
     """
     told = (
         find_class_noise(evidence.score, evidence.label, evidence.weight, reduce=evidence.reduce) if windows else None
@@ -101,7 +111,7 @@ def by_class_shares(windows: Sequence[LatentWindow], evidence: LabelEvidence) ->
     if told is None:
         return None
     noise, gain = told
-    # A class that is hardly told from another looks as if its labels were lost, as long as a network learns.
+    # While the network still learns, a class that it confuses with another looks as if its labels were random.
     is_lost = 1 - noise.transition.diagonal() >= MIN_ENTRY
     own = windows[0].transition.argmax(1) == torch.arange(len(is_lost), device=is_lost.device)
     if not bool(own[is_lost].all()):
@@ -113,7 +123,7 @@ def by_class_shares(windows: Sequence[LatentWindow], evidence: LabelEvidence) ->
 
 
 def by_blind_errors(evidence: LabelEvidence) -> Explanation:
-    """Explain them by errors that are blind, or fall on classes that are taken for each other, which rank alike."""
+    """Model the labels by symmetric noise and errors between similar classes, which give the same ranking."""
     fit, early, y, w, reduce = evidence.fit, evidence.early, evidence.label, evidence.weight, evidence.reduce
     rate, error = fit.rate, 1.96 * fit.std_error
     interval = max(0.0, rate - error), 1.0
@@ -123,30 +133,30 @@ def by_blind_errors(evidence: LabelEvidence) -> Explanation:
             rate = min(rate, fit.rate + error)
         interval = min(early.low, rate), max(_highest(early), fit.rate + error, rate)
     blind = min(max(rate, _LEAST_RATE) / (1 - 1 / evidence.score.shape[1]), _MOST_BLIND)
-    # At a rate that is higher than the scores show, their temperature is that of labels which are partly memorized.
+    # Refit the temperature at this rate: with partly memorized labels, the scores alone suggest too low a rate.
     known = fit_symmetric_noise(evidence.score, y, w, start=fit, blind=blind, reduce=reduce)
     wrong = with_mean(known.wrong_probability(evidence.score, y), w, _possible(rate), reduce=reduce)
-    # The margin ranks better where classes are easily confused, as it leaves the less likely ones out.
+    # The margin ranks better for similar classes, because it ignores improbable ones.
     wrong = in_order_of(-label_margin(evidence.score, y), wrong, w, reduce=reduce)
     return Explanation(wrong, evidence.score.double(), rate, interval, evidence.z)
 
 
 def _counted(confused: float) -> float:
-    """Return how much of what classes that are taken for each other may explain is added to the rate."""
+    """Return the share of errors between similar classes that counts as wrong labels."""
     return confused * min(max((confused - _NO_CONFUSION) / (_ALL_CONFUSION - _NO_CONFUSION), 0.0), 1.0)
 
 
 def _is_clear_cut(evidence: LabelEvidence) -> bool:
-    """Return whether scores split in two, so that they tell the number of wrong labels better than an early epoch."""
+    """Return whether scores are clearly bimodal, so that they give a better noise rate than an early epoch."""
     wrong = evidence.fit.wrong_probability(evidence.score, evidence.label)
     doubt, total = evidence.reduce(torch.stack([wrong * (1 - wrong), wrong]) @ evidence.weight).tolist()
     return bool(doubt <= _CLEAR_CUT * total)
 
 
 def _highest(early: PrequentialRate) -> float:
-    """Return how many labels are wrong at most; 1 where errors are not blind, so that an unknown number does not show.
+    """Return the upper bound of the noise rate; 1 unless the noise is symmetric, since other errors may not show.
 
-    A shift between classes that is taken out is not told from classes that are taken for each other.
+    A correction for a shift between classes also hides errors between similar classes, so the bound is 1 then too.
     """
     is_known = early.is_blind and not bool(early.bias.any())
     return max(early.high, early.middle + early.most_confused) if is_known else 1.0

@@ -1,4 +1,4 @@
-"""What the noise models of labels have to explain: scores, labels, and what is known of the rate before training."""
+"""Input of the label noise models: scores, labels, and noise rates estimated before the labels were learned."""
 
 from __future__ import annotations
 
@@ -13,37 +13,36 @@ from lightning_unlearn.functional.prequential import PrequentialRate
 from lightning_unlearn.functional.symmetric_noise import SymmetricNoiseFit, fit_symmetric_noise, fit_with_and_without
 from lightning_unlearn.utilities.reduce import Reduce
 
-# The last pass and the second half of training stand in place of the mean over all of it as far as nothing is
-# memorized: where the network predicts the given labels of the training samples more often than those of validation
-# samples, by the first, altogether; by the second, not at all.
+# The last pass and the second half of training replace the mean over all of training as long as nothing is memorized.
+# The criterion is the gap between training and validation accuracy: fully up to the first value, not at all from the
+# second on.
 NO_GAP, _WIDE_GAP = 0.05, 0.2
 
-# How much of the right labels a network predicted in an early epoch, from 0, as by chance, to 1, all of them, in
-# logarithms. Up to the first, of its best guess only what natural confusion does not explain counts, since what is not
-# learned looks wrong; from the second on, all of it.
+# How much the network had learned in an early epoch, in logarithms: 0 for chance level, 1 if it predicted all right
+# labels. Up to the first value only the lower bound of the noise rate counts, since labels that are not learned look
+# wrong. From the second value on the whole estimate counts.
 _HARDLY, _WELL = 0.5, 0.75
 
-# How many times as many of the labels one of two that have not seen them predicts at least, for it to be asked too: .47
+# Of two out-of-sample estimates, the one that predicts fewer labels is dropped below this fraction of the other: .47
 # was that of a network of twelve neurons under 20 classes, which had called 27 clean labels wrong; others are .52 to 1.
 _AS_MUCH = 0.5
 
 
 @dataclass(frozen=True, eq=False)
 class LabelHistory:
-    """What a network said of one rank's samples, in logits of the C classes that occur among the given labels.
+    """Logits of one rank's samples during training, for the C classes that occur among the given labels.
 
     Args:
-        phases: (n, P, C), means over the parts of training, NaN where a sample was not drawn; P is 1 or more.
-        last: (n, C), of a pass in eval mode after it.
-        label: (n,) int64.
-        weight: (n,), 0 for a row that does not count; of k copies of a sample each has 1 / k.
-        early: of the earliest epoch that tells; None if none was kept.
-        gap: share of the training samples whose given label is predicted, less that of validation samples; None
-            where there are none.
-        left_out: the rate by leave-one-out scores of features that training has not changed; None without any.
-        left_out_logits: (n, C) of them; None where not all samples have some.
-        favored: (C,) in nats less their mean, how much oftener than its share a sampler drew each class; None if
-            samples were drawn alike.
+        phases: (n, P, C), mean logits over each of P >= 1 parts of training, NaN where a sample was not drawn.
+        last: (n, C), logits of an evaluation pass after it.
+        label: (n,) int64, given labels.
+        weight: (n,), 0 for a row that does not count, 1 / k for each of k copies of a sample.
+        early: noise rate from the earliest epoch that allows an estimate; None if none was kept.
+        gap: accuracy on the given training labels minus validation accuracy; None without validation samples.
+        left_out: noise rate from leave-one-out scores of features that training has not changed; None without any.
+        left_out_logits: (n, C), leave-one-out logits; None if some samples have none.
+        favored: (C,), centered log-ratio, in nats, of how often a sampler drew each class to its share; None for
+            uniform sampling.
     """
 
     phases: Tensor
@@ -59,17 +58,17 @@ class LabelHistory:
 
 @dataclass(frozen=True, eq=False)
 class LabelEvidence:
-    """What every hypothesis has to explain: scores and labels, and how often these are wrong by what has not seen them.
+    """Scores, labels and out-of-sample noise rate: the common input of all noise models.
 
     Args:
-        score: (n, C), what ranks, as of a network that is trained on samples drawn alike.
-        is_left_out: whether leave-one-out logits are in it.
-        fit: of blind errors to it.
-        shift: (C,), what was added to logits for that.
-        label: (n,).
+        score: (n, C), class scores that rank the samples, corrected for class weights and non-uniform sampling.
+        is_left_out: whether the scores include leave-one-out logits.
+        fit: symmetric noise fitted to the scores.
+        shift: (C,), the correction that was added to the logits.
+        label: (n,) int64, given labels.
         weight: (n,) float64.
-        early: what is told by evidence that has not seen the labels.
-        z: how sure it is that blind errors are there.
+        early: noise rate from evidence that has not seen the labels.
+        z: significance of symmetric noise, in standard deviations.
         is_sampled: whether some classes were drawn more often than others.
         reduce: sums over the ranks.
     """
@@ -87,39 +86,39 @@ class LabelEvidence:
 
 
 def label_evidence(history: LabelHistory, reduce: Reduce) -> tuple[LabelEvidence, Tensor]:
-    """Return what a history tells, and the mean over training (n, C)."""
+    """Return the evidence of a history, and its mean logits over training (n, C)."""
     y, w = history.label, history.weight.double()
     mean, seen = _evidence(history)
     shift = _bias(history).to(mean)
     shifted = seen + shift
     score, fit, z = _fitted(history, shifted, reduce)
     early = _unseen(history, fit.rate - 1.96 * fit.std_error, reduce)
-    # What the next epoch has not confirmed had not been learned yet, and is still in the mean.
+    # An early estimate that the next epoch does not confirm is too early: the mean then counts as well.
     if early is not None:
         z = early.z_score if early.is_confirmed else max(z, early.z_score)
     return LabelEvidence(score, score is not shifted, fit, shift, y, w, early, z, _is_sampled(history), reduce), mean
 
 
 def finite_phases(history: LabelHistory, mean: Tensor) -> Tensor:
-    """Return the phases (n, P, C), with the mean over training (n, C) for phases in which a sample was not drawn."""
+    """Fill phases (n, P, C) in which a sample was not drawn with its mean over training (n, C)."""
     return torch.where(history.phases.isfinite(), history.phases, mean.unsqueeze(1))
 
 
 def _is_sampled(history: LabelHistory) -> bool:
     """Return whether some classes were drawn more often than others.
 
-    Samples that are drawn again and again are memorized first, and what is like them looks wrong: of suspects under a
-    balanced sampler .52 to .96 were, where .85 were expected.
+    Samples that are drawn repeatedly are memorized first, and samples similar to them look wrong: under a balanced
+    sampler .52 to .96 of the suspects were wrong, where .85 were expected.
     """
     return history.favored is not None and bool(history.favored.any())
 
 
 def _unseen(history: LabelHistory, least: float, reduce: Reduce) -> PrequentialRate | None:
-    """Return what is told by evidence that has not seen the labels: as much as the one shows that shows more.
+    """Combine the noise rates from evidence that has not seen the labels; the larger estimate counts.
 
     Args:
-        history: of this rank's samples.
-        least: lower end of the rate that the scores show.
+        history: logits and labels of this rank's samples.
+        least: lower bound of the rate according to the scores.
         reduce: sums over the ranks.
     """
     given = history.weight.new_zeros(history.last.shape[1], dtype=torch.float64)
@@ -127,11 +126,11 @@ def _unseen(history: LabelHistory, least: float, reduce: Reduce) -> PrequentialR
     early, left_out = (_as_far_as_learned(one, given, least) for one in (history.early, history.left_out))
     told = [one for one in (early, left_out) if one is not None and one.is_settled]
     predicted = [_predicted(one.skill, given) for one in told]
-    # What knows far less of the classes than the other takes for wrong what it has not learned.
+    # An estimate that knows far less of the classes than the other mistakes labels it has not learned for wrong ones.
     told = [one for one, share in zip(told, predicted, strict=True) if share >= _AS_MUCH * max(predicted)]
     if not told:
         return None
-    # What leaves the sample out is not of a network that still learns.
+    # Leave-one-out estimates need no confirmation, as their features do not change any more.
     sure = [one for one in told if one.is_confirmed or one is left_out]
     return replace(
         told[0],
@@ -146,12 +145,12 @@ def _unseen(history: LabelHistory, least: float, reduce: Reduce) -> PrequentialR
 
 
 def _as_far_as_learned(told: PrequentialRate | None, given: Tensor, least: float) -> PrequentialRate | None:
-    """Reduce the rate to what a network that predicts so many labels can tell.
+    """Reduce the rate by how little of the labels the network had learned.
 
     Args:
-        told: of an early epoch.
-        given: (C,) how many samples are called each class.
-        least: rate that the scores show in any case.
+        told: noise rate of an early epoch.
+        given: (C,), number of samples labeled as each class.
+        least: lower bound of the rate according to the scores.
     """
     if told is None:
         return None
@@ -160,7 +159,7 @@ def _as_far_as_learned(told: PrequentialRate | None, given: Tensor, least: float
     share = min(max((known - _HARDLY) / (_WELL - _HARDLY), 0.0), 1.0)
     lowest = max(told.low, min(least, told.middle))
     middle = lowest + share * (told.middle - lowest)
-    # What is not counted may be wrong labels all the same: the upper end stays.
+    # Labels that are not counted may still be wrong, so the upper bound stays.
     return replace(
         told,
         middle=middle,
@@ -170,13 +169,13 @@ def _as_far_as_learned(told: PrequentialRate | None, given: Tensor, least: float
 
 
 def _predicted(skill: float, given: Tensor) -> float:
-    """Return the share of the labels that is predicted, where it is ``skill`` of what the largest class leaves."""
+    """Return the accuracy for a ``skill``: the share above that of always predicting the largest class."""
     largest = (given.max() / given.sum().clamp(min=1e-9)).item()
     return largest + skill * (1 - largest)
 
 
 def _evidence(history: LabelHistory) -> tuple[Tensor, Tensor]:
-    """Return (n, C) each: the mean over training, and what ranks."""
+    """Return (n, C) each: the mean logits over training, and the scores that rank the samples."""
     mean = history.phases.nanmean(dim=1)
     mean = torch.where(mean.isfinite(), mean, history.last)
     share = 0.0
@@ -190,7 +189,7 @@ def _evidence(history: LabelHistory) -> tuple[Tensor, Tensor]:
 
 
 def _fitted(history: LabelHistory, score: Tensor, reduce: Reduce) -> tuple[Tensor, SymmetricNoiseFit, float]:
-    """Return what ranks, with leave-one-out logits where they know more, and how blind errors explain the labels."""
+    """Return the scores, with leave-one-out logits where these are better, the symmetric noise fit, and its z."""
     y, w = history.label, history.weight.double()
     fit, z = fit_with_and_without(score, y, w, reduce=reduce)
     share = left_out_share(history.left_out, history.early, z)
@@ -202,7 +201,7 @@ def _fitted(history: LabelHistory, score: Tensor, reduce: Reduce) -> tuple[Tenso
 
 
 def _bias(history: LabelHistory) -> Tensor:
-    """Return (C,) what is added to the logits so that they are those of a network trained on samples drawn alike."""
+    """Return (C,), the correction of logits for class weights and non-uniform sampling."""
     bias = history.last.new_zeros(history.last.shape[1], dtype=torch.float64)
     if history.early is not None:
         bias = bias + history.early.bias.to(bias)

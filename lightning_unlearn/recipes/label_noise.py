@@ -1,4 +1,4 @@
-"""Which given labels are wrong, how many, and how sure that is: from what a network said in the course of training."""
+"""Estimate which given labels are wrong, how many, and how significant that is, from logits during training."""
 
 from __future__ import annotations
 
@@ -41,21 +41,21 @@ Status = Literal["found", "weak", "none", "unknown"]
 
 @dataclass(frozen=True, eq=False)
 class LabelNoise:
-    """What is found. All but the first three is the same on every rank.
+    """Estimated label noise. All fields but the first three are the same on every rank.
 
     Args:
-        wrong: (n,) float64, probability that the given label is wrong; it ranks.
-        suggested: (n,) int64, the likeliest other class.
+        wrong: (n,) float64, probability that the given label is wrong; also the ranking.
+        suggested: (n,) int64, the most probable other class.
         suggested_share: (n,) float64, its probability among the other classes.
-        status: ``"found"``: suspects may be acted upon; ``"weak"``: they are named only, as little speaks for them,
-            or a sampler draws some classes more often; ``"none"``: no sign; ``"unknown"``: the network has learned too
-            little.
-        objection: why nothing can be told; empty if it can.
-        rate: of wrong labels; a lower bound for errors that are not blind.
-        interval: of it, at 95 %; the upper end is 1 where errors are not known to fall on any class alike.
-        z: how sure it is that labels are wrong.
-        structured: the classes that go by another's name; None if none does.
-        transition: (C, C), row k the probabilities of what a sample of class k is called; None where errors are blind.
+        status: ``"found"``: suspects may be acted on; ``"weak"``: suspects are only listed, because the evidence is
+            weak or a sampler draws some classes more often; ``"none"``: no evidence of wrong labels; ``"unknown"``: the
+            network has learned too little.
+        objection: reason why no estimate is possible; empty if one is.
+        rate: share of wrong labels; a lower bound unless the noise is symmetric.
+        interval: 95 % interval of the rate; the upper end is 1 unless the noise is known to be symmetric.
+        z: significance of wrong labels, in standard deviations.
+        structured: noise model of systematically mislabeled classes; None if there are none.
+        transition: (C, C), row k the probabilities of the given label for true class k; None for symmetric noise.
     """
 
     wrong: Tensor
@@ -71,14 +71,14 @@ class LabelNoise:
 
 
 def find_label_noise(history: LabelHistory, *, reduce: Reduce = no_reduce) -> LabelNoise:
-    """Find the labels that are wrong.
+    """Estimate which labels are wrong.
 
-    Four hypotheses are asked, and the first that is shown explains the labels: some classes go by another's name; any
-    class may be called by any name, as latent classes that are told well apart show; errors are blind, but more in one
-    true class than in another; errors that are blind, or fall on classes that are taken for each other.
+    Four noise models are tried in this order, and the first with sufficient evidence is used: (1) some classes are
+    systematically labeled as another class; (2) a full transition matrix, if latent classes separate well; (3)
+    symmetric noise with a rate for each true class; (4) symmetric noise with errors between similar classes.
 
     Args:
-        history: of this rank's samples.
+        history: logits and labels of this rank's samples.
         reduce: sums over the ranks.
     """
     evidence, mean = label_evidence(history, reduce)
@@ -97,7 +97,7 @@ def find_label_noise(history: LabelHistory, *, reduce: Reduce = no_reduce) -> La
         found = None if matrix is None else by_matrix(matrix, evidence)
     if found is None:
         found = by_blind_errors(evidence) if shares is None else shares[0]
-    # Habits are told from what is hard by an early epoch, or by the most confident samples.
+    # Only an early epoch or the most confident samples tell systematic mislabeling from confusion of similar classes.
     is_open = evidence.is_sampled or (named is not None and evidence.early is None and not is_shown)
     can_judge = judged_labels(*_given_and_said(mean + evidence.shift, evidence.label, evidence.weight, reduce))
     objection = "" if bool(can_judge.any()) else NOT_KNOWN
@@ -121,7 +121,7 @@ def _label_noise(
         status=status,
         objection=objection,
         rate=found.rate,
-        # What does not show, or is memorized first, may be any number.
+        # Wrong labels that do not show, or were memorized first, have no upper bound.
         interval=found.interval if is_shown and not evidence.is_sampled else (found.interval[0], 1.0),
         z=found.z,
         structured=named.noise if named else None,
@@ -132,12 +132,13 @@ def _label_noise(
 def _is_habit(
     named: NamedClasses, shares: tuple[Explanation, float] | None, evidence: LabelEvidence, history: LabelHistory
 ) -> bool:
-    """Return whether a class goes by another's name, not by any, and is not one that the network was slow to learn.
+    """Return whether classes are systematically mislabeled, as opposed to randomly labeled or slowly learned.
 
-    In the first part of training such a class is taken for one like it, as if it went by that name. All of training
-    shows a habit as well, but where labels are memorized: where more are predicted than are right.
+    Early in training, a slowly learned class is confused with a similar one, as if it were labeled as that class.
+    Systematic mislabeling also shows in all of training, except if labels are memorized, that is, if more labels are
+    predicted than are right.
     """
-    # A class that goes by any other name seems to go by some of them.
+    # A class with random labels also appears to be labeled as a few particular classes.
     if shares is not None and shares[1] > named.gain / 2:
         return False
     _, rate = wrong_labels(named.posterior(evidence.label), evidence)
@@ -147,16 +148,16 @@ def _is_habit(
 
 
 def _is_memorized(rate: float, evidence: LabelEvidence, history: LabelHistory) -> bool:
-    """Return whether more of the labels are predicted than are right, and clearly more than of validation labels."""
+    """Return whether more labels are predicted than are right, and clearly more than on the validation set."""
     right = (history.last.argmax(1) == evidence.label).double()
     number, hit = evidence.reduce(torch.stack([evidence.weight.sum(), evidence.weight @ right])).tolist()
     return bool(hit >= (1 - rate) * number) and (history.gap is None or history.gap > NO_GAP)
 
 
 def _was_seen_early(rate: float, early: PrequentialRate, evidence: LabelEvidence) -> bool:
-    """Return whether so many labels as go by another class's name were not what the network said in an early epoch.
+    """Return whether the network disagreed with at least this share of the labels in an early epoch.
 
-    A class goes by its own name more often, so the network learns that first.
+    Most samples of a class have the right label, so the network learns the right label first.
     """
     zeros = evidence.weight.new_zeros(evidence.score.shape[1])
     given = evidence.reduce(zeros.index_add(0, evidence.label, evidence.weight))
@@ -166,7 +167,7 @@ def _was_seen_early(rate: float, early: PrequentialRate, evidence: LabelEvidence
 
 
 def _given_and_said(mean: Tensor, label: Tensor, weight: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor]:
-    """Return (C,) each: how many samples are called each class, and of how many it is predicted."""
+    """Return (C,) each: the number of samples labeled as each class, and the number predicted as it."""
     zeros = weight.new_zeros(mean.shape[1])
     given, said = reduce(torch.stack([zeros.index_add(0, of, weight) for of in (label, mean.argmax(1))]))
     return given, said

@@ -1,4 +1,4 @@
-"""True classes behind the given labels, in what a network said of them: which go by another's name, and how often."""
+"""Estimate which classes are systematically labeled as another class, and how often, from the network's logits."""
 
 from __future__ import annotations
 
@@ -27,60 +27,61 @@ from lightning_unlearn.utilities.chunks import softmax
 from lightning_unlearn.utilities.reduce import Reduce
 
 MOST_CLASSES = 128
-"""Up to which true classes are looked for behind the given ones."""
+"""Largest number of classes for which latent classes are fitted."""
 
-# Samples of a class for every class: with fewer, latent classes take what is confused for names.
+# Samples per entry of the transition matrix. With fewer, latent classes mistake confusion for wrong labels.
 _LEAST_EACH = 2
 
 MEMORIZED = 0.9
-"""Share of the given labels that the last pass predicts, from which on it says nothing of classes."""
+"""Share of the given labels predicted in the last pass, from which on that pass is left out of the fit."""
 
-# Latent classes beside the network's own logits: whether classes go by other names is told best by scores that are
-# mostly the network's, which are hardly ever wrong of clean data; which samples do, by the latent classes.
+# Weights of latent classes and the network's logits. Scores that are mostly the network's detect best whether a class
+# is mislabeled, with hardly any false alarm on clean data. Latent classes locate the samples best.
 _LIKELIHOOD, _LOGITS, _POSTERIOR_LOGITS, _SHARPEN = 0.15, 1.5, 0.15, 4.0
 
-# Where two classes go by each other's names, latent ones alone are too sure which: .63 to .84 of the suspects are wrong
+# Where labels of two classes are swapped, latent classes alone are overconfident: .63 to .84 of the suspects are wrong
 # where .85 are expected, with these logits .75 to .94 (a residual network, seeds 1 to 3, and a table, seed 1).
 _POSTERIOR_LOGITS_OF_PAIRS = 0.5
 
-# Likelihoods of Gaussians in many correlated coordinates are too sure of themselves where a matrix is fitted to them.
+# Gaussian likelihoods in many correlated coordinates are overconfident, which biases a matrix fitted to them.
 _LARGEST_SCALE = 0.7
 
-# How far the scale is moved to the one that makes the labels likeliest. On convolutional networks (seed 1) the rate is
-# .21 and .31 then for 20 % symmetric and 40 % human errors; at 1 it would be .16 and .23, at 0 .29 and .41.
+# Step from the largest scale (0) to the maximum-likelihood one (1), in logarithms. On convolutional networks (seed 1)
+# the estimated rate is .21 and .31 for 20 % symmetric and 40 % human errors; at 1 it would be .16 and .23, at 0 .29
+# and .41.
 _FITTED = 2 / 3
 
-# Nats, at least and for each sample, by which the fitted scale must make the labels likelier than the largest one.
+# Least gain of the fitted scale over the largest one in log-likelihood: in nats, and in nats per sample.
 _BETTER, _BETTER_EACH = 10.0, 0.005
 
-# Nats, for each class and at least, that wrong labels must explain beyond the uncertainty of likelihoods that are less
-# sure of themselves: clean data of a recurrent and an attention network gain -4 to 1, noise 100 and more.
+# Least gain of wrong labels over rescaled likelihoods: in nats per class, and in nats. Clean data of a recurrent and an
+# attention network gain -4 to 1, noise 100 and more.
 _GAIN_EACH, _LEAST_GAIN = 1.0, 4.5
 
 UNEXPLAINED = 1.5
-"""How many times as often as uncertainty explains of the average sample the most confident quarter disagrees."""
+"""Least ratio of the disagreement on the most confident quarter to the mean uncertainty that indicates wrong labels."""
 
-# From which on a thousand samples and more need no other sign, and a shorter window may be less sure.
+# Ratio that suffices for 1000 samples or more without other evidence, and that a less certain, shorter window needs.
 _STRIKING = 3.0
 
-# A shorter window shows so many times as much, and is at most so many times as uncertain.
+# To be preferred, a shorter window needs this multiple of the ratio, at no more than this multiple of the uncertainty.
 _CLEARER, _LESS_SURE = 1.25, 1.5
 
 MANY = 1000
-"""Samples of which blind errors show."""
+"""Number of samples from which on symmetric noise can be detected."""
 
 _SIGN = 2.0  # standard deviations
 
 
 @dataclass(frozen=True, eq=False)
 class LatentWindow:
-    """A part of training and what latent classes make of it.
+    """Latent classes fitted to a part of training.
 
     Args:
-        parts: (n, C) each, that the classes were fitted to together.
-        logits: (n, C), their mean.
-        likelihood: (n, C), the log-likelihood of each latent class.
-        transition: (C, C), how they are called.
+        parts: logits (n, C) of consecutive parts of the window, to which the classes were fitted jointly.
+        logits: (n, C), mean logits over the window.
+        likelihood: (n, C), log-likelihood of each latent class.
+        transition: (C, C), row k the probabilities of the given label for latent class k.
     """
 
     parts: Sequence[Tensor]
@@ -92,16 +93,17 @@ class LatentWindow:
 def latent_windows(
     phases: Tensor, last: Tensor, label: Tensor, weight: Tensor, reduce: Reduce
 ) -> tuple[LatentWindow, ...]:
-    """Return all of training, its first half, and its first phase, which is the least memorized.
-
-    None where there are too many classes.
+    """Return windows over all of training, its first half, and its first phase, which is the least memorized.
 
     Args:
-        phases: (n, P, C), finite.
-        last: (n, C).
-        label: (n,) int64.
-        weight: (n,).
+        phases: (n, P, C), finite mean logits of each part of training.
+        last: (n, C), logits of the last pass.
+        label: (n,) int64, given labels.
+        weight: (n,), 0 for a row that does not count.
         reduce: sums over the ranks.
+
+    Returns:
+        the windows, longest first; empty with too many classes or too few samples.
     """
     w, right, classes = weight.double(), (last.argmax(1) == label).double(), last.shape[1]
     hit, number = reduce(torch.stack([w @ right, w.sum()])).tolist()
@@ -132,13 +134,13 @@ def _latent_classes(parts: Sequence[Tensor], label: Tensor, weight: Tensor, redu
 
 @dataclass(frozen=True, eq=False)
 class NamedClasses:
-    """Classes some of which go by another's name.
+    """Noise model in which some classes are systematically labeled as another class.
 
     Args:
-        score: (n, C) of the latent classes.
-        noise: how they are called.
-        gain: in nats, over blind errors.
-        lasts: whether all of training shows as much, and not its first part alone.
+        score: (n, C), scores of the true classes.
+        noise: the fitted transition matrix with its temperature and bias.
+        gain: log-likelihood gain over symmetric noise, in nats.
+        lasts: whether the evidence of all of training shows it too, and not only that of its first part.
     """
 
     score: Tensor
@@ -154,14 +156,17 @@ class NamedClasses:
 def named_classes(
     windows: Sequence[LatentWindow], shift: Tensor, label: Tensor, weight: Tensor, reduce: Reduce
 ) -> NamedClasses | None:
-    """Return which classes go by another's name, in the window in which more shows; None if none does.
+    """Return the noise model of systematically mislabeled classes, from the window with the largest gain.
 
     Args:
-        windows: of :func:`latent_windows`.
-        shift: (C,), what is added to logits.
-        label: (n,) int64.
-        weight: (n,).
+        windows: as returned by :func:`latent_windows`.
+        shift: (C,), correction to add to logits.
+        label: (n,) int64, given labels.
+        weight: (n,), 0 for a row that does not count.
         reduce: sums over the ranks.
+
+    Returns:
+        None if no class is systematically mislabeled.
     """
     y, w, best, lasts = label, weight.double(), None, False
     for window in dict.fromkeys((*windows[-1:], *windows[:1])):
@@ -169,7 +174,7 @@ def named_classes(
         if is_shown and (best is None or gain > best[1]):
             best = window, gain
         lasts |= window is windows[0] and is_most
-    # The first part of training confuses what is hard to tell for longer than all of it.
+    # Swapped labels are sought in all of training, as its first part still confuses similar classes.
     pairs = _pairs(windows[0], shift, y, w, reduce) if windows else None
     if pairs is not None and (best is None or pairs[1] > best[1]):
         best, lasts, candidate = (windows[0], pairs[1]), True, pairs[0].transition
@@ -188,7 +193,7 @@ def named_classes(
 def _pairs(
     window: LatentWindow, shift: Tensor, label: Tensor, weight: Tensor, reduce: Reduce
 ) -> tuple[StructuredNoise, float] | None:
-    """Return the classes that go by each other's names, and nats that this gains over blind errors."""
+    """Return the noise model of pairs of classes with swapped labels, and its gain over symmetric noise in nats."""
     if len(window.transition) == 2:
         return None
     score = _LIKELIHOOD * window.likelihood + _LOGITS * (window.logits + shift).double()
@@ -199,7 +204,7 @@ def _pairs(
 def _gain_of_names(
     window: LatentWindow, shift: Tensor, label: Tensor, weight: Tensor, reduce: Reduce
 ) -> tuple[float, bool, bool]:
-    """Return nats that names gain over blind errors, whether that shows each of them, and whether it shows any."""
+    """Return the gain over symmetric noise in nats, whether it suffices for every entry, and whether for any."""
     candidate = window.transition
     if len(candidate) == 2 or not bool((candidate.clone().fill_diagonal_(0) >= MIN_ENTRY).any()):
         return 0.0, False, False
@@ -214,20 +219,20 @@ def _gain_of_names(
 
 @dataclass(frozen=True, eq=False)
 class TransitionNoise:
-    """Labels that a full transition matrix of latent classes explains, and uncertainty does not.
+    """Noise model with a full transition matrix of latent classes, compared with the classifier's uncertainty.
 
-    Without wrong labels a classifier disagrees with them on the average sample as often as it expects to, and on its
-    most confident quarter far less.
+    With correct labels a classifier disagrees with them as often as its mean uncertainty predicts, and far less often
+    on its most confident quarter.
 
     Args:
-        window: that it is of.
-        score: (n, C) of the true classes.
-        transition: (C, C), row k the probabilities of what a sample of class k is called.
-        rate: of wrong labels.
-        uncertainty: share of the true classes that the latent classes expect to get wrong without the given label.
-        confident: share of the most confident quarter that disagrees.
-        z: how sure it is that more samples disagree than 1.5 times the uncertainty, in standard deviations.
-        is_named: whether each class goes by its own name most often.
+        window: the part of training to which it was fitted.
+        score: (n, C), scores of the true classes.
+        transition: (C, C), row k the probabilities of the given label for true class k.
+        rate: share of wrong labels.
+        uncertainty: expected error rate of the latent classes without the given label.
+        confident: share of the most confident quarter whose prediction differs from the given label.
+        z: significance of more disagreement than 1.5 times the uncertainty, in standard deviations.
+        is_named: whether each class is most often labeled as itself.
     """
 
     window: LatentWindow
@@ -245,17 +250,18 @@ class TransitionNoise:
 
     @property
     def unexplained(self) -> float:
-        """How many times as often the most confident disagree as uncertainty explains of the average sample."""
+        """Ratio of the disagreement on the most confident quarter to the mean uncertainty; 0 without ``is_named``."""
         return self.confident / max(self.uncertainty, 1e-9) if self.is_named else 0.0
 
     def is_shown(self, samples: float, z: float) -> bool:
-        """Return whether there are wrong labels.
+        """Return whether the model shows wrong labels.
 
-        A network that has hardly learned may be confident and wrong. But of many samples there is another sign then.
+        A network that has hardly learned may be confident and wrong. With many samples, other evidence of wrong labels
+        or a larger ratio is therefore required.
 
         Args:
-            samples: how many there are.
-            z: how sure it is otherwise that labels are wrong.
+            samples: their number over all ranks.
+            z: significance of wrong labels from the other evidence, in standard deviations.
         """
         return self.unexplained > (UNEXPLAINED if samples < MANY or z >= _SIGN else _STRIKING)
 
@@ -263,18 +269,21 @@ class TransitionNoise:
 def transition_noise(
     windows: Sequence[LatentWindow], shift: Tensor, label: Tensor, weight: Tensor, reduce: Reduce
 ) -> TransitionNoise | None:
-    """Return how latent classes are labeled, in the window that shows wrong labels most clearly; None without windows.
+    """Return the full transition matrix from the window that shows wrong labels most clearly.
 
-    What was half memorized in the end speaks for wrong labels as if they were right; what was hardly learned yet is
-    unsure of everything. Of several windows of clean data some look suspicious by chance, so a shorter one must be far
+    Late in training, partly memorized wrong labels look right. Early in training, the network is uncertain of
+    everything. Among several windows of clean data some look suspicious by chance, so a shorter window must be far
     clearer than a longer one.
 
     Args:
-        windows: of :func:`latent_windows`.
-        shift: (C,), what is added to logits.
-        label: (n,) int64.
-        weight: (n,).
+        windows: as returned by :func:`latent_windows`.
+        shift: (C,), correction to add to logits.
+        label: (n,) int64, given labels.
+        weight: (n,), 0 for a row that does not count.
         reduce: sums over the ranks.
+
+    Returns:
+        None if there are no windows.
     """
     best = longest = None
     for window in windows:
@@ -316,7 +325,7 @@ def _transition_noise(
 
 
 def _scaled(window: LatentWindow, scale: float, label: Tensor, weight: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor]:
-    """Return the transition matrix at a scale of the likelihoods, and the probability (n,) that each label is wrong."""
+    """Return the transition matrix for scaled log-likelihoods, and the probability (n,) that each label is wrong."""
     likelihood = scale * window.likelihood
     transition = fit_transition(likelihood, label, weight, window.transition, reduce=reduce)
     posterior = given_posterior(likelihood, label, transition)
@@ -326,24 +335,27 @@ def _scaled(window: LatentWindow, scale: float, label: Tensor, weight: Tensor, r
 def as_sure_as_labels_show(
     noise: TransitionNoise, label: Tensor, weight: Tensor, is_needed: bool, reduce: Reduce
 ) -> TransitionNoise | None:
-    """Return the same, as sure of the true classes as the given labels show; None if uncertainty alone explains these.
+    """Recalibrate the latent classes on the given labels and refit the transition matrix.
 
-    The scale that makes the labels likeliest takes wrong labels on samples that are hard to tell, as people make
-    them, for uncertainty; the largest one takes uncertainty for wrong labels. Hence two thirds of the way to the first,
-    in logarithms.
+    The maximum-likelihood scale mistakes wrong labels of ambiguous samples, such as human errors, for uncertainty. The
+    largest scale mistakes uncertainty for wrong labels. The scale used lies two thirds of the way from the largest to
+    the maximum-likelihood one, in logarithms.
 
     Args:
-        noise: of :func:`transition_noise`.
-        label: (n,) int64.
-        weight: (n,).
-        is_needed: whether errors must explain the labels. Scores that hold some of the given labels, as memorized ones
-            do, explain these without errors.
+        noise: as returned by :func:`transition_noise`.
+        label: (n,) int64, given labels.
+        weight: (n,), 0 for a row that does not count.
+        is_needed: return None if uncertainty alone explains the labels. Set to False for memorized labels: scores that
+            contain them explain them without errors.
         reduce: sums over the ranks.
+
+    Returns:
+        the recalibrated noise model, or None as described for ``is_needed``.
     """
     window, w = noise.window, weight.double()
     fitted = fit_likelihood_scale(window.likelihood, label, w, window.transition, largest=_LARGEST_SCALE, reduce=reduce)
     number = reduce(w.sum().reshape(1)).item()
-    # Where all samples are told equally well, any scale explains the labels.
+    # If all samples are equally easy, any scale explains the labels.
     if fitted.gain - fitted.gain_at_largest < max(_BETTER, _BETTER_EACH * number):
         return noise
     if fitted.gain < max(_LEAST_GAIN, _GAIN_EACH * len(noise.transition)):
@@ -355,7 +367,7 @@ def as_sure_as_labels_show(
 
 
 def _binomial_z(share: float, expected: float, number: float) -> float:
-    """Return how surely a share is above the expected one, in standard deviations."""
+    """Return the significance of a share above the expected one, in standard deviations."""
     p, q = min(max(share, 1e-9), 1 - 1e-9), min(max(expected, 1e-9), 1 - 1e-9)
     if p <= q:
         return 0.0

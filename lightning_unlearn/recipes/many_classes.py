@@ -1,6 +1,6 @@
-"""Which given labels are wrong where more classes occur than have coordinates: by soft margins.
+"""Estimate which labels are wrong from soft margins, for more classes than have coordinates.
 
-Blind errors are found, which fall on any class alike; classes that go by another's name are not looked for.
+The noise model is symmetric noise. Systematic mislabeling of one class as another is not detected.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from lightning_unlearn.recipes.evidence import Evidence
 from lightning_unlearn.recipes.label_noise import NOT_KNOWN
 from lightning_unlearn.utilities.reduce import Reduce
 
-# A part of training counts if its steps predicted so large a share of what is predicted of validation samples, or,
-# without these, of what those of the best part did: a network that still learns knows the most in the end.
+# A part of training counts if the accuracy of its steps is at least the first fraction of validation accuracy or,
+# without validation, the second fraction of that of the best part. Parts in which the network still learned are left
+# out.
 _AS_MUCH, _KNOWING = 0.9, 0.5
 
-# So far apart, training and validation accuracy say that labels are memorized, and the last pass does not count.
+# Gap between training and validation accuracy from which on labels count as memorized, and the last pass is left out.
 _GAP = 0.2
 
 _SHIFTED = (
@@ -45,11 +46,11 @@ _TWO_SIDED = 1.96
 
 
 def judge_many(evidence: Evidence, margins: Tensor, reduce: Reduce) -> RecipeResult:
-    """Return the probability that the given label is right.
+    """Estimate p(clean) from soft margins.
 
     Args:
-        evidence: of this rank's share.
-        margins: (n, P, K), its soft margins.
+        evidence: of this rank's samples.
+        margins: (n, P, K), their soft margins in each part of training.
         reduce: sums over the ranks.
     """
     w = evidence.weight.double()
@@ -63,7 +64,7 @@ def judge_many(evidence: Evidence, margins: Tensor, reduce: Reduce) -> RecipeRes
     wrong, noise = _blind_errors(parts, curve, w, classes, early, reduce)
     can_judge = judged_labels(given, said)
     is_known = bool(can_judge.any())
-    # Where nothing can be told, nothing is suspect, and the order stays.
+    # Without an estimate no sample is suspect, but the ranking is kept.
     clean = (1 - torch.where(can_judge[evidence.label], wrong, NO_DOUBT * wrong)).float()
     note = f"labels: {classes} classes, so only symmetric noise is estimated"
     return RecipeResult(
@@ -79,7 +80,7 @@ def judge_many(evidence: Evidence, margins: Tensor, reduce: Reduce) -> RecipeRes
 
 
 def _early(evidence: Evidence, given: Tensor) -> tuple[PrequentialRate | None, bool, bool]:
-    """Return an early epoch that tells, and whether class weights, or a sampler, shifted the classes there."""
+    """Return the noise rate of an early epoch, and whether class weights, and a sampler, shifted its outputs."""
     out_of_sample = evidence.out_of_sample
     if out_of_sample is None or out_of_sample.early is None:
         return None, False, False
@@ -98,7 +99,7 @@ def _weak_if(weighted: bool, sampled: bool, noise: NoiseEstimate) -> NoiseEstima
 
 
 def _memorized(accuracy: float, evidence: Evidence) -> tuple[str, ...]:
-    """Return what to say where labels are memorized; empty if they are not, or that is not known."""
+    """Return a note if labels are memorized; empty if they are not, or if that is unknown."""
     validation = evidence.out_of_sample.accuracy if evidence.out_of_sample else None
     if validation is None or accuracy - validation < _GAP:
         return ()
@@ -109,7 +110,7 @@ def _memorized(accuracy: float, evidence: Evidence) -> tuple[str, ...]:
 def _parts(
     margins: Tensor, evidence: Evidence, classes: int, reduce: Reduce, *, with_last: bool
 ) -> tuple[list[Tensor], AveragedCurve]:
-    """Return the parts (n, K) of training that count, all alike, and the curve of their average."""
+    """Return the parts (n, K) of training that count, with equal weights, and the curve of their average."""
     *phases, last = margins.unbind(dim=1)
     weight, validation = evidence.weight.double(), evidence.out_of_sample.accuracy if evidence.out_of_sample else None
     if phases:
@@ -129,13 +130,13 @@ def _blind_errors(
     early: PrequentialRate | None,
     reduce: Reduce,
 ) -> tuple[Tensor, NoiseEstimate]:
-    """Return (n,) probability that each label is wrong, and how many are."""
+    """Return the probability (n,) that each label is wrong, and the noise estimate."""
     rows = torch.cat(parts, dim=1)
     fit, z = fit_with_and_without(rows, weight, classes, curve=curve, reduce=reduce)
     rate, z = (max(fit.rate, early.middle), max(z, early.z_score)) if early else (fit.rate, z)
     at_least = replace(fit, blind=max(fit.blind, _LEAST_RATE))
     wrong = with_mean(wrong_probability(at_least, rows, curve), weight, max(rate, _LEAST_RATE), reduce=reduce)
-    # Which leaves the less likely classes out, and ranks better where classes are easily confused.
+    # The margin to the strongest rival ranks better for similar classes, because it ignores improbable ones.
     strongest = torch.stack([part[:, -1] for part in parts]).mean(dim=0)
     wrong = in_order_of(-strongest, wrong, weight, reduce=reduce)
     number = reduce(weight.sum().reshape(1)).item()
@@ -143,12 +144,12 @@ def _blind_errors(
 
 
 def _interval(fit: SymmetricNoiseFit, early: PrequentialRate | None, rate: float) -> tuple[float, float]:
-    """Drop the upper end, as it is not tested whether classes are taken for each other."""
+    """Return the interval of the rate; its upper end is 1, since errors between similar classes are not estimated."""
     return (max(0.0, fit.rate - _TWO_SIDED * fit.std_error) if early is None else min(early.low, rate)), 1.0
 
 
 def _matrix(occurs: Tensor, rate: float) -> Tensor | None:
-    """Return the transition of errors that fall on all classes alike; None for more outputs than it can hold."""
+    """Return the transition matrix (C, C) of symmetric noise; None if there are too many outputs for a matrix."""
     if len(occurs) > MOST_NAMES:
         return None
     there = occurs.float()

@@ -1,8 +1,8 @@
-"""Evidence of samples that have a dataset index: each lies on one rank, the index modulo the number of ranks.
+"""Evidence of samples with a dataset index, sharded over ranks: the owner of a sample is its index modulo world size.
 
-A rank of several notes what its own training steps show, of whichever samples they drew. When an epoch ends, the ranks
-hand over what they have noted, each sample to the rank that owns it, so that no rank holds more than its share. The
-passes need no such exchange: a rank passes over the samples that it owns.
+During an epoch each rank records the rows of its own training steps. At the end of the epoch the ranks exchange these
+rows, each sending them to the owners of the samples, so that no rank stores more than its share. Evaluation passes need
+no exchange, since each rank iterates over the samples that it owns.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from torch import Tensor
 from lightning_unlearn.evidence.rank_share import Ranks, is_too_large, shared_out
 from lightning_unlearn.evidence.training_dynamics import TrainingDynamics
 
-# Rows that a rank hands over at a time.
+# Rows that a rank sends in one exchange.
 _AT_A_TIME = 16_384
-# Samples with two labels that are named.
+# Rows with conflicting labels that each rank reports.
 _MOST_NAMED = 8
 _SHORT = 2**31
-# Instead of evidence that is not in a checkpoint.
+# Placeholder for evidence that is left out of a checkpoint.
 _PART = {"is_part": True}
 _SCALE = 255  # of positions
 
 
 class _Noted(NamedTuple):
-    """Of some rows of training steps: the finite ones with what is kept of them, and all of them with their labels."""
+    """Rows of training steps: indices and evidence of the finite rows, indices and labels of all rows."""
 
     finite: Tensor
     kept: Tensor
@@ -36,26 +36,26 @@ class _Noted(NamedTuple):
 
 
 class IndexedEvidence:
-    """Where the evidence of each sample of a data set lies, and what a rank has noted of an epoch for the owners.
+    """Map samples to their owners, and buffer the rows of an epoch until they are exchanged.
 
-    Sample i is number ``i // R`` on rank ``i mod R``; of several labels, it has as many rows.
+    With R ranks, sample i is number ``i // R`` on rank ``i mod R``. A multi-label sample has one row per label.
 
     Attributes:
-        ranks: of the fit; None outside of one, and after an exception.
-        total: N, the samples of all ranks.
-        positions: (n,) uint8, how much of the epoch had passed when each of this rank's samples was drawn last, from 1
-            to 255, 0 of one that was not drawn; None where that is not asked for.
+        ranks: the ranks of the running fit; None outside of a fit, and after an exception.
+        total: N, number of samples over all ranks.
+        positions: (n,) uint8, the position in the epoch at which each of this rank's samples was last drawn, from 1
+            to 255, 0 if it was not drawn; None if positions are not recorded.
     """
 
     def __init__(self) -> None:
         self.reset()
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy has nothing of the fit.
+        # A copy must not hold objects of the running fit.
         return {**self.__dict__, "ranks": None}
 
     def reset(self) -> None:
-        """Forget an earlier fit."""
+        """Discard everything from an earlier fit."""
         self.ranks: Ranks | None = None
         self.total = self._rows_per_sample = 0
         self.positions: Tensor | None = None
@@ -63,17 +63,17 @@ class IndexedEvidence:
         self.drop()
 
     def drop(self) -> None:
-        """Forget what was noted since the last exchange."""
+        """Discard the rows recorded since the last exchange."""
         self._noted: list[_Noted] = []
         self._places: list[tuple[Tensor, int]] = []
 
     def start(self, ranks: Ranks, total: int, rows_per_sample: int) -> None:
-        """Take of what the evidence is.
+        """Set the size of the evidence.
 
         Args:
-            ranks: of the fit.
-            total: N.
-            rows_per_sample: L.
+            ranks: the ranks of the fit.
+            total: N, number of samples over all ranks.
+            rows_per_sample: L, number of labels per sample.
         """
         self.ranks, self.total, self._rows_per_sample = ranks, total, rows_per_sample
 
@@ -82,7 +82,7 @@ class IndexedEvidence:
         """Return the ranks.
 
         Raises:
-            RuntimeError: where there are none.
+            RuntimeError: outside of a fit.
         """
         if self.ranks is None:
             raise RuntimeError("No evidence is being gathered; this is an error in lightning_unlearn.")
@@ -90,16 +90,16 @@ class IndexedEvidence:
 
     @property
     def is_shared(self) -> bool:
-        """Return whether there are other ranks that own samples."""
+        """Return whether samples are distributed over several ranks."""
         return self.ranks is not None and self.ranks.number > 1
 
     @property
     def rows(self) -> int:
-        """Return how many rows this rank's own samples have, as many as on every other; some only pad."""
+        """Return the number of rows of this rank's samples, padded to the same number on every rank."""
         return shared_out(self.total, self.in_use.number) * self._rows_per_sample
 
     def local(self, index: Tensor) -> Tensor:
-        """Return (n,) int64, the row on its owner of each row, by its number among those of all ranks."""
+        """Map global row numbers (n,) to row numbers on their owners, (n,) int64."""
         per_sample, number = self._rows_per_sample, self.in_use.number
         if number == 1:
             return index
@@ -109,18 +109,18 @@ class IndexedEvidence:
         return index // self._rows_per_sample % self.in_use.number
 
     def own_rows(self) -> Tensor:
-        """Return (n,) int64, the numbers of this rank's rows among those of all ranks; -1 for one that only pads."""
+        """Return (n,) int64, the global row numbers of this rank's rows; -1 for padding."""
         ranks, per_sample = self.in_use, self._rows_per_sample
         index = torch.arange(ranks.rank, ranks.rank + self.rows // per_sample * ranks.number, ranks.number)
         rows = (index.unsqueeze(1) * per_sample + torch.arange(per_sample)).flatten()
         return rows.where(rows < self.total * per_sample, -1)
 
     def place(self, index: Tensor, position: float) -> None:
-        """Note how much of the epoch had passed when samples were drawn.
+        """Record the position in the epoch at which samples were drawn.
 
         Args:
-            index: (B,) int64, of samples.
-            position: in [0, 1).
+            index: (B,) int64, dataset indices.
+            position: fraction of the epoch, in [0, 1).
         """
         if self.positions is None:
             return
@@ -131,10 +131,10 @@ class IndexedEvidence:
             self.positions[index] = place
 
     def probe(self, index: Tensor, label: Tensor) -> None:
-        """Note labels that are known before the first step; those of steps are compared with them.
+        """Record labels that are known before the first step, to compare labels of training steps with them.
 
         Args:
-            index: (n,) int64, of rows, on every rank the same.
+            index: (n,) int64, global row numbers, the same on every rank.
             label: (n,) int64.
         """
         own = self._owner(index) == self.in_use.rank
@@ -142,11 +142,11 @@ class IndexedEvidence:
         self._probed = rows, label[own][order]
 
     def note(self, trajectory: TrainingDynamics, index: Tensor, logits: Tensor, label: Tensor) -> None:
-        """Note rows of training steps.
+        """Record rows of a training step.
 
         Args:
-            trajectory: of this rank's own samples.
-            index: (B,) int64, the rows by their number among those of all ranks.
+            trajectory: evidence of this rank's own samples.
+            index: (B,) int64, global row numbers.
             logits: (B, C).
             label: (B,) int64.
         """
@@ -159,18 +159,18 @@ class IndexedEvidence:
         self._noted.append(_Noted(of_kept, kept, every, self._short(label.cpu())))
 
     def _short(self, index: Tensor) -> Tensor:
-        """Return the same numbers in four bytes each, where these can hold the number of a row."""
+        """Convert row numbers to int32 if all of them fit."""
         return index.int() if self.total * self._rows_per_sample < _SHORT else index
 
     def hand_over(self, trajectory: TrainingDynamics) -> Tensor:
-        """Bring what was noted to the owners of the samples. Every rank must call it, once an epoch.
+        """Send the recorded rows to the owners of their samples. Every rank must call it, once per epoch.
 
         Args:
-            trajectory: of this rank's own samples; takes it as not merged yet.
+            trajectory: evidence of this rank's own samples; receives the rows as not yet merged.
 
         Returns:
-            (k,) int64, the same on every rank, rows that have come with another label than the one known before, at
-            most 8 of each rank.
+            (k,) int64, global row numbers whose label differs from the one known before, at most 8 per rank; the same
+            on every rank.
         """
         ranks, differ = self.in_use, [torch.zeros(0, dtype=torch.int64)]
         if ranks.number == 1:
@@ -178,7 +178,7 @@ class IndexedEvidence:
         turns = list(self._turns())
         turns += [[]] * (ranks.most(len(turns)) - len(turns))
         places, self._noted, self._places = self._places, [], []
-        # From the last on, so that what has been handed over does not stay in memory.
+        # Pop from the end, so that sent rows are freed.
         while turns:
             differ += [
                 self._take(trajectory, part) for part in ranks.exchange(self._parts(turns.pop(), trajectory.row_width))
@@ -188,7 +188,7 @@ class IndexedEvidence:
         return self._of_all_ranks(torch.cat(differ)[:_MOST_NAMED])
 
     def _turns(self) -> Iterator[list[_Noted]]:
-        """Yield what was noted, in portions of about equal size."""
+        """Yield the recorded rows in portions of about equal size."""
         turn: list[_Noted] = []
         rows = 0
         for noted in self._noted:
@@ -201,7 +201,7 @@ class IndexedEvidence:
             yield turn
 
     def _parts(self, turn: list[_Noted], width: int) -> list[_Noted]:
-        """Return for each rank what is its own."""
+        """Split a portion of rows by owner, one part per rank."""
         none = torch.zeros(0, dtype=torch.int32)
         empty = _Noted(none, torch.zeros(0, width), none, none)
         finite, kept, index, label = (torch.cat(column) for column in zip(empty, *turn, strict=True))
@@ -213,7 +213,7 @@ class IndexedEvidence:
         return parts
 
     def _take(self, trajectory: TrainingDynamics, part: _Noted) -> Tensor:
-        """Take what a rank has seen of this rank's own samples, and return the rows with another label than known."""
+        """Add rows received from a rank, and return the global row numbers with a conflicting label."""
         trajectory.add(self.local(part.finite.long()), part.kept)
         index, label = part.every.long(), part.label.long()
         rows = self.local(index)
@@ -225,7 +225,7 @@ class IndexedEvidence:
         return index[(known >= 0) & (known != label)]
 
     def _hand_over_places(self, places: list[tuple[Tensor, int]], positions: Tensor) -> None:
-        """Bring to the owners when their samples were drawn; of one that two ranks drew, the later time counts."""
+        """Send positions to the owners of the samples; if several ranks drew a sample, the last position counts."""
         ranks = self.in_use
         none = torch.zeros(0, dtype=torch.int32)
         index = torch.cat([none, *(at for at, _ in places)])
@@ -244,7 +244,7 @@ class IndexedEvidence:
         return named[named > 0] - 1
 
     def known_labels(self, trajectory: TrainingDynamics) -> Tensor:
-        """Return (N L,) int64, the label of every row as far as it is known, -1 for others. Every rank must call it."""
+        """Return (N L,) int64, the label of every row, -1 where it is unknown. Every rank must call it."""
         if not self.is_shared:
             return trajectory.label
         rows = self.own_rows()
@@ -253,10 +253,10 @@ class IndexedEvidence:
         return self.in_use.reduce(known) - 1
 
     def state_dict(self, trajectory: TrainingDynamics) -> dict[str, Any]:
-        """Return the trajectory of all samples, in their order, on rank 0; elsewhere that it is not there.
+        """Return the evidence of all samples, in their order, on rank 0, and a placeholder on other ranks.
 
-        During a fit every rank must call it, as all do where Lightning writes a checkpoint. Outside of one, and after
-        an exception, a rank of several has a part alone, which is of no use: nothing is kept of it. Nor is it where
+        During a fit every rank must call it, as all do when Lightning writes a checkpoint. With several ranks, a
+        placeholder is also returned outside of a fit and after an exception, when a rank has only its own part, and if
         rank 0 would have to gather more than 4 GiB.
         """
         ranks = self.ranks
@@ -270,7 +270,7 @@ class IndexedEvidence:
         return dict(_PART) if ranks.rank else {**mine, **self._joined(found)}
 
     def _joined(self, parts: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Return what all ranks have, in the order of the samples."""
+        """Interleave the parts of all ranks in the order of the samples."""
         per_sample, rows = self._rows_per_sample, self.total * self._rows_per_sample
 
         def joined(name: str, dim: int) -> Tensor:

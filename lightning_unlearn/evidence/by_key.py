@@ -1,9 +1,8 @@
-"""Evidence of samples that are known by a key: what each rank saw of them goes to the one rank that owns the key.
+"""Evidence of samples that are identified by a key, sharded over ranks by the hash of the key.
 
-A rank notes what its own training steps show, by key. When an epoch ends, the ranks hand over what they have noted,
-each key to the rank that its hash says; there lies all that is known of the sample, and nowhere else. What has the
-length of the whole training set is made once, with the partition: its keys in ascending order, whose places are its
-rows.
+During an epoch each rank records the rows of its own training steps by key. At the end of the epoch the ranks exchange
+these rows, each sending them to the owner of the key, which alone stores the evidence of the sample. Only the partition
+has the length of the whole training set: its rows are all keys in ascending order.
 """
 
 from __future__ import annotations
@@ -24,22 +23,22 @@ from lightning_unlearn.functional.attribution import label_margin
 from lightning_unlearn.functional.identity import mixed
 from lightning_unlearn.functional.soft_margin import rivals_of
 
-# Samples that a rank hands over at a time.
+# Samples that a rank sends in one exchange.
 _AT_A_TIME = 65_536
 _SCALE = 254  # of positions, which are whole numbers from 1 to 255
 
 
 @dataclass(frozen=True)
 class EpochOfKeys:
-    """What the keys of an epoch were, the same on every rank.
+    """Statistics of the keys of an epoch. All fields but ``example`` are the same on every rank.
 
     Args:
-        rows: that were read.
-        distinct: how many keys they have.
-        again: how many of these had come in an earlier epoch.
-        before: how many keys had come before the epoch.
-        relabeled: rows that have another label than their key had before.
-        example: of these, in words; empty on a rank that has seen none.
+        rows: number of rows that were read.
+        distinct: number of distinct keys in them.
+        again: number of these keys that had occurred in an earlier epoch.
+        before: number of keys known before the epoch.
+        relabeled: number of rows whose label differs from the known label of their key.
+        example: description of one such row; empty on a rank that has seen none.
     """
 
     rows: int
@@ -51,10 +50,14 @@ class EpochOfKeys:
 
 
 class KeyedEvidence:
-    """The keys that this rank owns, and what it has noted of an epoch for their owners.
+    """Hold the keys that this rank owns, and buffer the rows of an epoch until they are exchanged.
 
-    ``layer`` is where the evidence was taken, in words; ``positions`` (n,) uint8 how much of the last epoch had passed
-    when each of its own samples was drawn last, from 1 to 255, 0 of one that was not drawn.
+    Attributes:
+        layer: description of the layer from which the evidence was read.
+        latest: (R, 4), values of the latest training step of each row, see :func:`_of_step`; empty if all classes have
+            coordinates.
+        positions: (n,) uint8, the position in the last epoch at which each of this rank's samples was last drawn, from
+            1 to 255, 0 if it was not drawn.
     """
 
     def __init__(self) -> None:
@@ -62,16 +65,15 @@ class KeyedEvidence:
         self.reset()
 
     def reset(self) -> None:
-        """Forget all samples."""
+        """Discard all samples."""
         self._own: dict[Any, int] = {}
-        # (R, 4), see :func:`_of_step`; of few classes it is empty.
         self.latest = torch.zeros(0, 4)
         self._parts: list[dict[str, Any]] = []
         self._epochs = 0
         self.drop()
 
     def drop(self) -> None:
-        """Forget what was noted since the last exchange."""
+        """Discard the rows recorded since the last exchange."""
         self._slots: dict[Any, int] = {}
         self._noted: list[tuple[Tensor, Tensor]] = []
         self._labels: list[tuple[Tensor, Tensor]] = []
@@ -85,19 +87,19 @@ class KeyedEvidence:
 
     @property
     def epochs(self) -> int:
-        """Of how many epochs there is evidence."""
+        """Number of epochs of which there is evidence."""
         return self._epochs
 
     def slots(self, keys: Sequence[Key]) -> Tensor:
-        """Return (B,) int64, by which number each key of a batch is noted in this epoch."""
+        """Return (B,) int64, the numbers that identify the keys of a batch within this epoch."""
         return torch.tensor([self._slots.setdefault(key, len(self._slots)) for key in keys], dtype=torch.int64)
 
     def note(self, trajectory: TrainingDynamics, index: Tensor, logits: Tensor, label: Tensor) -> None:
-        """Note rows of training steps.
+        """Record rows of a training step.
 
         Args:
-            trajectory: knows what is kept of a row.
-            index: (B,) int64, the rows of samples by their number in this epoch.
+            trajectory: computes the evidence to keep of each row.
+            index: (B,) int64, row numbers within this epoch.
             logits: (B, C).
             label: (B,) int64.
         """
@@ -108,16 +110,16 @@ class KeyedEvidence:
             self._latest.append((index, _of_step(trajectory, logits.float(), label).cpu()))
 
     def place(self, slots: Tensor, position: float) -> None:
-        """Note in which batch of the epoch samples were drawn."""
+        """Record in which batch of the epoch samples were drawn."""
         self._places.append((slots, position))
 
     def labels(self, count: int | None = None) -> tuple[Tensor, int, str]:
-        """Return the label of each row of this epoch, (count,); how many differ from one before; and one, in words."""
+        """Return the labels (count,) of this epoch's rows, the number of conflicting ones, and one as an example."""
         if count is None:
             count = max((int(index.max()) + 1 for index, _ in self._labels if len(index)), default=0)
         label, differ, example = torch.full((count,), -1), 0, ""
         for index, found in self._labels:
-            # One of several rows of the same key stays.
+            # For several rows with the same key, keep the first label.
             known = label[index]
             label[index] = found.where(known < 0, known)
             other = (label[index] != found).nonzero().flatten()
@@ -130,12 +132,12 @@ class KeyedEvidence:
         return label, differ, example
 
     def hand_over(self, trajectory: TrainingDynamics, rows: int, ranks: Ranks) -> EpochOfKeys:
-        """Bring what was noted to the owners of the keys. Every rank must call it, once an epoch.
+        """Send the recorded rows to the owners of their keys. Every rank must call it, once per epoch.
 
         Args:
-            trajectory: takes what is of this rank's own samples, as not merged yet.
-            rows: of each sample.
-            ranks: of the fit.
+            trajectory: evidence of this rank's own samples; receives the rows as not yet merged.
+            rows: number of rows per sample.
+            ranks: the ranks of the fit.
         """
         count, before = len(self._slots), len(self._own)
         fresh = torch.zeros(count * rows, trajectory.row_width)
@@ -170,7 +172,7 @@ class KeyedEvidence:
         return EpochOfKeys(rows_read, distinct, again, known, relabeled, example)
 
     def _positions(self, count: int) -> Tensor:
-        """Return (count,) uint8, how much of the epoch had passed when each was drawn last."""
+        """Return (count,) uint8, the position in the epoch at which each sample was last drawn."""
         found = torch.ones(count, dtype=torch.uint8)
         batches = max((position for _, position in self._places), default=0) + 1
         for slots, position in self._places:
@@ -187,7 +189,7 @@ class KeyedEvidence:
         latest: Tensor,
         position: Tensor,
     ) -> tuple[int, str]:
-        """Take what a rank has seen of samples that are this rank's own; see :meth:`labels`."""
+        """Add rows received from a rank; return the number of conflicting labels and an example, as :meth:`labels`."""
         if not keys:
             return 0, ""
         number = torch.tensor([self._own.setdefault(key, len(self._own)) for key in keys])
@@ -208,14 +210,15 @@ class KeyedEvidence:
         return len(other), example
 
     def padded(self, trajectory: TrainingDynamics, rows: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
-        """Return this rank's own samples, padded to as many as on every other: (n,) int64, and (n,) 0 for padding.
-
-        Every rank must call it.
+        """Pad this rank's samples to the same number on every rank. Every rank must call it.
 
         Args:
-            trajectory: of its own samples; gets one of which nothing is known where there is none.
-            rows: of each sample.
-            ranks: of the fit.
+            trajectory: evidence of this rank's samples; an empty sample is added if there is none.
+            rows: number of rows per sample.
+            ranks: the ranks of the fit.
+
+        Returns:
+            sample numbers (n,) int64, and weights (n,) float32, 0 for padding.
         """
         own, most = len(self._own), ranks.most(len(self._own))
         if not own and most:
@@ -225,12 +228,12 @@ class KeyedEvidence:
         return padded.clamp(max=max(own - 1, 0)), (padded < own).float()
 
     def share(self, trajectory: TrainingDynamics, rows: int, ranks: Ranks) -> tuple[RankShare, tuple[Any, ...]]:
-        """Return this rank's own samples, and the keys of all in ascending order. Every rank must call it.
+        """Return this rank's samples, and the keys of all ranks in ascending order. Every rank must call it.
 
         Args:
-            trajectory: of its own samples.
-            rows: of each sample.
-            ranks: of the fit.
+            trajectory: evidence of this rank's samples.
+            rows: number of rows per sample.
+            ranks: the ranks of the fit.
         """
         local, weight = self.padded(trajectory, rows, ranks)
         of_ranks = ranks.exchange([list(self._own)] * ranks.number)
@@ -238,19 +241,20 @@ class KeyedEvidence:
         order = torch.tensor(sorted(range(len(keys)), key=keys.__getitem__), dtype=torch.int64)
         index = order.argsort()
         first = sum(map(len, of_ranks[: ranks.rank]))
-        # A rank that owns none pads with a sample of others, of which it has no evidence.
+        # A rank that owns no sample pads with one of another rank, with a weight of 0.
         placed = index[first + local] if self._own else torch.zeros_like(local)
         share = RankShare(placed, weight, local, len(keys))
         return share, tuple(keys[at] for at in order.tolist())
 
     def state_dict(self, trajectory: TrainingDynamics | None, ranks: Ranks | None) -> dict[str, Any]:
-        """Tensors and primitives: of all ranks on rank 0, each of which must call it; without ``ranks`` its own part.
+        """Return the state as tensors and primitives: of all ranks on rank 0, or of this rank without ``ranks``.
 
-        Where rank 0 would have to gather more than 4 GiB, keys not counted, nothing of the samples.
+        With ``ranks`` every rank must call it. The evidence is left out if rank 0 would have to gather more than 4 GiB,
+        not counting keys.
 
         Args:
-            trajectory: of its own samples.
-            ranks: of a fit that is running.
+            trajectory: evidence of this rank's samples.
+            ranks: the ranks of a running fit.
         """
         mine: dict[str, Any] = {
             "keys": list(self._own),
@@ -265,10 +269,10 @@ class KeyedEvidence:
         return {"layer": self.layer, "epochs": self._epochs, "whole": whole, "parts": [one for one in parts if one]}
 
     def load_state_dict(self, state: dict[str, Any], ranks: Ranks) -> TrainingDynamics | None:
-        """Take this rank's own part of what :meth:`state_dict` returned on any number of ranks.
+        """Load this rank's part of a state that :meth:`state_dict` returned with any number of ranks.
 
         Returns:
-            its trajectory; None where nothing was gathered.
+            the evidence of this rank's samples; None if the state holds none.
         """
         self.reset()
         self.layer, self._epochs = state["layer"], state["epochs"]
@@ -293,23 +297,24 @@ class KeyedEvidence:
 
 
 def _rows_of(samples: Tensor, rows: int) -> Tensor:
-    """Return (n L,) int64, where the L rows of each sample lie."""
+    """Return (n L,) int64, the row numbers of the L rows of each sample."""
     return (samples.unsqueeze(1) * rows + torch.arange(rows)).flatten()
 
 
 def last_seen(
     trajectory: TrainingDynamics, rows: Tensor, index: Tensor, latest: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """Return what a pass would have shown last, from the last part of training in which each sample was drawn.
+    """Compute the results of an evaluation pass from the last part of training in which each sample was drawn.
 
     Args:
-        trajectory: of training steps.
-        rows: (n,) int64.
-        index: (n,) int64, their numbers among those of all ranks.
-        latest: (R, 4), what the latest step showed of each row, where more classes occur than have coordinates.
+        trajectory: evidence of training steps.
+        rows: (n,) int64, row numbers on this rank.
+        index: (n,) int64, global row numbers.
+        latest: (R, 4), values of the latest training step of each row (:func:`_of_step`), if more classes occur than
+            have coordinates.
 
     Returns:
-        by the names of :meth:`ScoringPass.run <lightning_unlearn.evidence.eval_pass.ScoringPass.run>`.
+        tensors with the names of :meth:`ScoringPass.run <lightning_unlearn.evidence.eval_pass.ScoringPass.run>`.
     """
     label = trajectory.label[rows]
     given = label.clamp(min=0)
@@ -332,14 +337,14 @@ def last_seen(
 
 
 def _of_step(trajectory: TrainingDynamics, logits: Tensor, label: Tensor) -> Tensor:
-    """(B, 4): the strongest other class, its probability among the others, the margin and the loss of the label."""
+    """Return (B, 4): strongest other class, its probability among the others, label margin, and cross-entropy."""
     rival, share = rivals_of(logits, label, trajectory.classes)
     loss = cross_entropy(logits, label, reduction="none")
     return torch.stack([rival.float(), share, label_margin(logits, label), loss], dim=1)
 
 
 def _latest(phases: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
-    """Return (n, r), of the last phase in which each was drawn; NaN where in none."""
+    """Return (n, r), the values of the last phase in which each row was drawn; NaN if it never was."""
     last = torch.full(shape, torch.nan)
     for phase in phases:
         last = torch.where(phase.isfinite(), phase, last)

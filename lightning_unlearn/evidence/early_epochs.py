@@ -1,4 +1,4 @@
-"""What the training steps of the first epochs say of the labels before the network has learned them."""
+"""Noise rate from the training steps of the first epochs, before the network has learned the labels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lightning_unlearn.recipes.classes import is_exact, with_coordinates
 from lightning_unlearn.utilities.reduce import Reduce
 
 MOST_EPOCHS = 6
-"""In which a network that still learns fast is waited for."""
+"""Number of epochs within which the network must have stopped learning fast."""
 
 _SCALE = 255  # of positions
 _FEWEST = 2  # classes
@@ -30,11 +30,13 @@ _MOST_DRAWS = 1e4  # of a sample in an epoch, on average
 
 
 class EarlyEpochs:
-    """The noise rate by the earliest epoch in which the network no longer learns fast, as far as the next confirms it.
+    """Estimate the noise rate in the earliest epoch in which the network no longer learns fast.
+
+    The estimate is confirmed by that of the next epoch.
 
     Attributes:
-        rate: by the epochs that were looked at; None before the first.
-        drawn: (C,) float64, how often samples of each class were drawn in it.
+        rate: estimate from the epochs so far; None before the first.
+        drawn: (C,) float64, number of draws of samples of each class in the epoch.
     """
 
     def __init__(self) -> None:
@@ -42,7 +44,7 @@ class EarlyEpochs:
         self.drawn: Tensor | None = None
 
     def is_due(self, epoch: int) -> bool:
-        """Return whether to look at the ``epoch``-th, counted from 1."""
+        """Return whether an estimate from this epoch, counted from 1, is needed."""
         return epoch <= MOST_EPOCHS and not (self.rate is not None and self.rate.is_confirmed)
 
     def look(
@@ -54,15 +56,15 @@ class EarlyEpochs:
         device: torch.device,
         reduce: Reduce,
     ) -> None:
-        """Look at an epoch before its evidence is merged. Every rank must call it.
+        """Update the estimate with an epoch whose evidence is not yet merged. Every rank must call it.
 
         Args:
-            trajectory: with what was observed in this epoch.
-            positions: (N,) uint8, how much of the epoch had passed when each sample was drawn last, from 1 to 255; 0 of
-                one that was not drawn.
-            batches: how many the epoch has.
-            share: (n,) rows of the trajectory, as many on every rank, and (n,) 0 for one that only pads.
-            device: where to compute.
+            trajectory: evidence, including the rows observed in this epoch.
+            positions: (N,) uint8, the position in the epoch at which each sample was last drawn, from 1 to 255; 0 if it
+                was not drawn.
+            batches: number of batches in the epoch.
+            share: rows of the trajectory (n,), the same number on every rank, and their weights (n,), 0 for padding.
+            device: device to compute on.
             reduce: sums over the ranks.
         """
         index, weight = share
@@ -108,9 +110,9 @@ class EarlyEpochs:
         device: torch.device,
         reduce: Reduce,
     ) -> None:
-        """Look at an epoch of many classes, which are compared by soft margins (n, K)."""
+        """Update the estimate from soft margins (n, K), for more classes than have coordinates."""
         position, counts = of_rows
-        # Where most outputs are named by no label, these are left out from the next epoch on.
+        # If most outputs occur as no label, they are excluded from the next epoch on, so wait for it.
         few = 2 * int((drawn > 0).sum()) < trajectory.num_rivals
         expected = trajectory.expected(reduce)
         if few or not _is_whole(position[counts], parts, reduce):
@@ -129,14 +131,14 @@ class EarlyEpochs:
         self.rate, self.drawn = following(self.rate, found), drawn
 
     def state_dict(self) -> dict[str, Any] | None:
-        """Return the state as plain numbers; None if no epoch was looked at."""
+        """Return the state as plain numbers; None before the first estimate."""
         if self.rate is None or self.drawn is None:
             return None
         return {**asdict(self.rate), "bias": self.rate.bias.tolist(), "drawn": self.drawn.tolist()}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any] | None) -> EarlyEpochs:
-        """Make it from what :meth:`state_dict` returned."""
+        """Create an instance from the state that :meth:`state_dict` returned."""
         early = cls()
         if state is not None:
             numbers = dict(state)
@@ -147,10 +149,14 @@ class EarlyEpochs:
 
 
 def held_by_class(seen: Tensor, drawn: Tensor) -> Tensor:
-    """Return (C,) how many samples each class has, seen or not, by how many were drawn how often.
+    """Estimate the number of samples of each class, (C,), from the numbers of distinct samples and of draws.
 
-    Of n samples that are drawn d times at random, with replacement, n (1 - exp(-d / n)) are seen. Where none is drawn
-    twice, it is as many as are seen.
+    Of n samples drawn d times at random, with replacement, n (1 - exp(-d / n)) are seen. If no sample is drawn twice,
+    the number of distinct samples is returned.
+
+    Args:
+        seen: (C,), number of distinct samples drawn.
+        drawn: (C,), number of draws.
     """
     part = seen / drawn.clamp(min=1)
     low, high = torch.zeros_like(part), torch.full_like(part, _MOST_DRAWS)
@@ -162,6 +168,6 @@ def held_by_class(seen: Tensor, drawn: Tensor) -> Tensor:
 
 
 def _is_whole(position: Tensor, parts: int, reduce: Reduce) -> bool:
-    """Return whether something was drawn in each part of the epoch, as where it was not resumed in the middle."""
+    """Return whether each part of the epoch has draws, which is not so after resuming within the epoch."""
     held = torch.bincount((position * parts).long().clamp(0, parts - 1), minlength=parts)
     return bool((reduce(held.double()) > 0).all())

@@ -1,4 +1,4 @@
-"""The features that training has not changed, and what they say of the labels, each sample left out in turn."""
+"""Leave-one-out evidence from features that training has not changed."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from lightning_unlearn.trainer.progress import rank_zero_info
 from lightning_unlearn.utilities.reduce import Reduce, reduce_together
 
 MOST_FEATURES = 4096
-"""More than these are not looked at."""
+"""Largest number of features; wider layers are not used."""
 
 MOST_NUMBERS = 2**26
-"""That a rank keeps of them, a quarter of a gigabyte: of more samples every second, third, ... is taken."""
+"""Largest number of values stored per rank, a quarter of a gigabyte; beyond it, every second, third, ... sample is
+used."""
 
-# Samples that tell whether features have changed, and by how much of their size they may differ for rounding's sake.
+# Number of samples used to check whether features have changed, and the relative difference allowed for rounding.
 _ROWS = 4
 _SAME = 1e-4
 
@@ -32,15 +33,15 @@ _FEWEST = 2  # classes
 
 
 class FrozenFeatures:
-    """What the first layer that is trained takes, if that stays the same in the course of the fit.
+    """Input of the first trained layer, if it does not change during the fit.
 
-    So it is with a frozen backbone, and of a network that is trained from its first layer on with its inputs. Whether
-    it has stayed the same is not concluded from what is to be trained, but seen: a few samples are kept, and what the
-    layer took of them when the fit began. Statistics of batch norms are put back for that: what frozen layers make
-    of the inputs, without the labels, may have changed them.
+    This is the output of a frozen backbone, or the network's input if all layers are trained. Whether it has changed is
+    measured, not inferred from ``requires_grad``: the features of a few samples are stored at the start of the fit and
+    compared later. Batch norm statistics are restored for the comparison, since training changes them even in frozen
+    layers, but without using labels.
 
     Attributes:
-        point: the input of the layer; None where there are no such features.
+        point: the input of the layer; None if there are no such features.
     """
 
     def __init__(self) -> None:
@@ -53,18 +54,18 @@ class FrozenFeatures:
         self._every = 1
 
     def start(self, fit: FitContext, trace: ForwardTrace, first: IndexedBatch) -> None:
-        """Look at the features when a fit begins or resumes. Every rank must call it.
+        """Find and store the features when a fit starts or resumes. Every rank must call it.
 
         Args:
-            fit: that is running.
-            trace: of a forward pass over the first batch.
-            first: that batch.
+            fit: the running fit.
+            trace: trace of a forward pass over the first batch.
+            first: the first batch.
         """
         if self._x is not None:
             return
         samples = len(first.index)
         if self._values is None:
-            # What an earlier part of the fit has changed is not known.
+            # For a fit resumed without stored features, it is unknown what has changed before.
             self.point = None if fit.step else _first_trained(trace, fit, samples)
         if self.point is None:
             return
@@ -93,7 +94,7 @@ class FrozenFeatures:
             self.point = None
 
     def _look(self, fit: FitContext) -> Tensor | None:
-        """Return what the layer takes of the samples that were kept, under the statistics that were kept."""
+        """Return the features of the stored samples, with the stored batch norm statistics; None if that fails."""
         if self.point is None:
             return None
         with fit.isolated_eval(), torch.no_grad(), record_activation(fit.model, self.point) as take:
@@ -102,7 +103,7 @@ class FrozenFeatures:
             try:
                 fit.output(self._x)
                 return take().float().cpu()
-            except Exception:  # as of a model of a fixed batch size; the fit does not depend on it
+            except Exception:  # for example a fixed batch size; these features are optional
                 return None
 
     def _are_the_same(self, fit: FitContext) -> bool:
@@ -113,11 +114,11 @@ class FrozenFeatures:
         return fit.agree(same, of_all=True)
 
     def hold(self, fit: FitContext, total: int) -> bool:
-        """Return whether the features are as at the start of the fit, so a pass may take them. Every rank must call it.
+        """Return whether the features are unchanged, so that a pass may collect them. Every rank must call it.
 
         Args:
-            fit: that is running.
-            total: N.
+            fit: the running fit.
+            total: N, number of samples over all ranks.
         """
         self._parts, self._seen = [], 0
         if self.point is None or self._x is None or self._values is None:
@@ -133,22 +134,22 @@ class FrozenFeatures:
         return True
 
     def take(self, values: Tensor) -> None:
-        """Take the features (B, D) of a batch of the pass."""
+        """Store the features (B, D) of a batch of the pass."""
         self._parts.append(values[-self._seen % self._every :: self._every].float().cpu())
         self._seen += len(values)
 
     def added_to(self, evidence: Evidence, reduce: Reduce) -> Evidence:
-        """Return the evidence, with what the pass has shown, where that tells; it is then forgotten.
+        """Add leave-one-out scores to the evidence if they are usable, and discard the stored features.
 
         Args:
-            evidence: of all samples of the pass, with what else is known of labels that were not learned.
+            evidence: evidence of all samples of the pass, including out-of-sample evidence.
             reduce: sums over the ranks.
         """
         out_of_sample = evidence.out_of_sample
         if out_of_sample is None or not self._parts:
             return evidence
         if evidence.soft_margins is not None:
-            # Of so many classes a score for each would take too much memory.
+            # With this many classes, one score per class would take too much memory.
             self._parts = []
             return evidence
         found = self._left_out(evidence, reduce)
@@ -178,7 +179,7 @@ class FrozenFeatures:
         )
 
     def _left_out(self, evidence: Evidence, reduce: Reduce) -> tuple[PrequentialRate, Tensor | None] | None:
-        """Return the rate, and of all samples, if all were taken, the scores in the coordinates of the evidence."""
+        """Return the noise rate, and scores in the evidence's coordinates if the features of all samples are stored."""
         label, weight = (value[:: self._every] for value in (evidence.label, evidence.weight))
         features, self._parts = torch.cat(self._parts).to(label.device), []
         finite = features.isfinite().all(dim=1)
@@ -197,7 +198,7 @@ class FrozenFeatures:
         return replace(rate, bias=bias.cpu()), scores
 
     def state_dict(self) -> dict[str, Any] | None:
-        """Return the state as tensors and primitives; None where there is nothing to compare."""
+        """Return the state as tensors and primitives; None if no features are stored."""
         if self.point is None or self._values is None:
             return None
         return {
@@ -208,7 +209,7 @@ class FrozenFeatures:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any] | None) -> FrozenFeatures:
-        """Make it from what :meth:`state_dict` returned."""
+        """Create an instance from the state that :meth:`state_dict` returned."""
         features = cls()
         if state is not None:
             features.point = LayerPoint(*state["point"])
@@ -218,7 +219,7 @@ class FrozenFeatures:
 
 
 def _first_trained(trace: ForwardTrace, fit: FitContext, samples: int) -> LayerPoint | None:
-    """Return the input of the first layer that an optimizer trains, if that is one row of features for each sample."""
+    """Return the input of the first layer that an optimizer trains, if it has shape (B, D); else None."""
     groups = [group for optimizer in fit.optimizers for group in optimizer.param_groups]
     trained = {parameter for group in groups for parameter in group["params"] if parameter.requires_grad}
     call = next((one for one in trace.calls if not trained.isdisjoint(one.module.parameters(recurse=False))), None)
@@ -230,7 +231,7 @@ def _first_trained(trace: ForwardTrace, fit: FitContext, samples: int) -> LayerP
 
 
 def _statistics(model: nn.Module) -> dict[str, Tensor]:
-    """Return what batch norms have learned of their inputs in training."""
+    """Return the running statistics of all batch norms, by name."""
     norms = [(name, one) for name, one in named_layers(model).items() if isinstance(one, BATCH_NORM)]
     found = {f"{name}.{of}": getattr(module, of) for name, module in norms for of in ("running_mean", "running_var")}
     return {name: value for name, value in found.items() if value is not None}

@@ -1,9 +1,9 @@
-"""Which field of a batch the loss follows: seen in the gradient that the first training steps send to the logits.
+"""Detect the batch field that the loss uses as labels, from the gradient at the logits in the first training steps.
 
-Whatever the loss is, it raises the logit of the class that it is given: of cross-entropy with weights or smoothing,
-focal or squared error it is the one with the most negative gradient, of binary cross-entropy the sign tells. So the
-field of the batch whose classes these are is what the loss goes by. Where samples are mixed it is one of two fields'
-for every row, so a field that a good share of the rows agrees with is not ruled out.
+Any classification loss raises the logit of the given class. For cross-entropy with weights or smoothing, focal loss and
+squared error this is the logit with the most negative gradient; for binary cross-entropy the sign of the gradient gives
+the class. The field with the same classes is the one the loss uses. If samples are mixed, the class of each row comes
+from one of two fields, so a field that agrees with many rows is not ruled out.
 """
 
 from __future__ import annotations
@@ -20,33 +20,34 @@ from lightning_unlearn.data.batch import Path, has_rows, how_to_split, leaves_of
 from lightning_unlearn.data.task_format import TaskFormat
 from lightning_unlearn.utilities.reduce import Reduce
 
-# So many steps are looked at, at most, until it is clear what the loss follows.
+# Largest number of steps to inspect.
 MOST_STEPS = 16
-# A field is followed rather than another if so many more rows agree with it alone, and so many times as many.
+# A field is preferred to another if at least this many rows agree with it alone, and this many times as many as with
+# the other alone.
 _FEWEST = 4
 _TIMES = 3
-# A field is followed if more rows agree with it than by chance, by so many standard deviations; if of so many rows no
-# more do, it is not.
+# The loss follows a field if more rows than by chance agree with it, by this many standard deviations. If it does not
+# after this many rows, it follows another one.
 _SURELY = 4.0
 _ENOUGH = 64
-# Rows of classes that come again, and the share of them whose gradient says the same other class again, from which on
-# the loss counts as following the labels under other numbers.
+# Least number of repeated labels, and the share of them with the same raised class, from which on the loss counts as
+# using renumbered labels.
 _AGAIN = 12
 _ALWAYS = 0.95
 
-# Fields that are looked at, at most; the same number on every rank, whatever it was given.
+# Largest number of fields to compare. Sums over ranks need the same size on every rank.
 _MOST_FIELDS = 16
 
-_LABEL: Path = ()  # what batch_to_xy has made, which is no field
+_LABEL: Path = ()  # labels returned by batch_to_xy, which are not a field
 
 
 def agreement(value: Any, gradient: Tensor, task_format: TaskFormat) -> Tensor:
-    """Return (B,) bool, rows whose logit the loss raises where a field says so.
+    """Return (B,) bool, whether the loss raises the logit of the class in a field.
 
     Args:
-        value: the field: class indices, or a row with a number for each output.
-        gradient: (B, K), of the loss at the output.
-        task_format: knows the task.
+        value: the field: class indices (B,), or a number for each output (B, K).
+        gradient: (B, K), gradient of the loss at the output.
+        task_format: determines the task.
     """
     columns = gradient.shape[1]
     if columns == 1:
@@ -62,13 +63,15 @@ def agreement(value: Any, gradient: Tensor, task_format: TaskFormat) -> Tensor:
 
 
 class LabelWatch:
-    """Looks at the first training steps of a fit, until it is clear which field the loss follows.
+    """Inspect the first training steps of a fit until it is clear which field the loss follows.
 
-    The head's output is looked at, and the gradient that reaches it; nothing of the fit is changed. ``is_watching``
-    tells whether it goes on.
+    It reads the head's output and the gradient at it, and changes nothing in the fit.
 
     Args:
-        task_format: what was taken for the labels.
+        task_format: contains the field currently assumed to hold the labels.
+
+    Attributes:
+        is_watching: whether steps are still inspected.
     """
 
     def __init__(self, task_format: TaskFormat) -> None:
@@ -77,11 +80,11 @@ class LabelWatch:
         self.detach()
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy looks at nothing.
+        # A copy does not watch the fit.
         return vars(LabelWatch(self._reading))
 
     def detach(self) -> None:
-        """Stop looking. May be called at any time, and again."""
+        """Stop watching. May be called at any time and repeatedly."""
         self._head_watch.end()
         self._head: str | None = None
         self._module: nn.Module | None = None
@@ -94,11 +97,11 @@ class LabelWatch:
         self._steps = 0
 
     def start(self, model: nn.Module, head: str | None) -> None:
-        """Start at the next step.
+        """Start watching at the next step.
 
         Args:
-            model: the user's.
-            head: dotted path of the module that makes the logits; None if there is none.
+            model: the user's model.
+            head: dotted path of the module that returns the logits; None if there is none.
         """
         self.detach()
         self._head = head
@@ -107,10 +110,10 @@ class LabelWatch:
         self.is_watching = head is not None or self._reading.is_open
 
     def start_batch(self, batch: Any) -> None:
-        """Note what the step is given. Call in ``on_train_batch_start``.
+        """Record the batch of a step. Call in ``on_train_batch_start``.
 
         Raises:
-            TypeError: where more than one field may hold the labels, and there is no head to tell.
+            TypeError: if more than one field may hold the labels and there is no head.
         """
         if not self.is_watching:
             return
@@ -121,7 +124,7 @@ class LabelWatch:
         try:
             label = self._reading.split(batch)[1]
             rows = len(label)
-        except Exception:  # the reader of training steps says so
+        except Exception:  # reported by TrainStepReader
             return
         own = self._reading.layout.label if self._reading.layout is not None else _LABEL
         fields = {path: value.clone() for path, value in leaves_of(batch) if has_rows(value, rows)}
@@ -131,17 +134,17 @@ class LabelWatch:
         self._head_watch.start(self._module, Step(range(rows), label, self._reading.num_outputs))
 
     def end_batch(self, reduce: Reduce, *, trained: bool = True) -> Path | None:
-        """Return what the step has shown. Call after its backward pass and before the weights change; every rank must.
+        """Evaluate the step. Every rank must call it after the backward pass, before the weights change.
 
         Args:
             reduce: sums over the ranks.
             trained: whether there was a backward pass.
 
         Returns:
-            another field that the loss follows; None as long as there is none.
+            the path of another field, if the loss clearly follows that one; else None.
 
         Raises:
-            TypeError: where the loss follows no field, or which of several is not clear.
+            TypeError: if the loss follows no field, or if it is unclear which one it follows.
         """
         if not self.is_watching or not self._pending:
             return None
@@ -185,12 +188,12 @@ class LabelWatch:
         judged = largest.isfinite() & (largest > 0)
         own = self._values[0]
         if own is not None and own.ndim == 1 and not own.is_floating_point():
-            judged &= own >= 0  # of a label that is ignored, a mask of the user's may make anything
+            judged &= own >= 0  # the gradient of an ignored label depends on the user's mask
         agree = gradient.new_zeros(_MOST_FIELDS, len(gradient), dtype=torch.float64)
         for at, value in enumerate(self._values):
             agree[at] = (self._agrees(value, gradient) & judged).double()
         alone = agree @ (1 - agree).T
-        # On the diagonal, how many agree at all.
+        # The diagonal counts all rows that agree with a field.
         both = alone - torch.diag(alone.diagonal()) + torch.diag(agree.sum(dim=1))
         return _numbers(both, float(judged.sum()), 0.0, float(self._is_renamed(own, gradient, judged)))
 
@@ -198,15 +201,15 @@ class LabelWatch:
         try:
             if value is not None and not value.is_complex():
                 found = agreement(value.to(gradient.device), gradient, self._reading)
-                # Of a single sample, features may look like labels of several.
+                # With a single sample, features may look like the labels of several samples.
                 if found.shape == (len(gradient),):
                     return found
-        except (ValueError, RuntimeError):  # of a form that no label has
+        except (ValueError, RuntimeError):  # the shape or type is not that of labels
             pass
         return torch.zeros(len(gradient), dtype=torch.bool, device=gradient.device)
 
     def _is_renamed(self, value: Tensor | None, gradient: Tensor, judged: Tensor) -> bool:
-        """Return whether the loss raises other classes than the labels, but always the same one for a label."""
+        """Return whether the loss raises a class other than the label, and always the same one for each label."""
         if value is None or value.is_floating_point() or value.numel() != len(gradient):
             return False
         raised_class = (gradient < 0).long().flatten() if gradient.shape[1] == 1 else gradient.argmin(dim=1)
@@ -246,20 +249,20 @@ class LabelWatch:
 
 
 def _numbers(agree: Tensor, rows: float, blind: float, renamed: float) -> Tensor:
-    """Return what a step has shown, as one vector, to be summed over steps and ranks.
+    """Pack the counts of a step into one vector, to be summed over steps and ranks.
 
     Args:
-        agree: (F, F), rows that agree with field i and not with j; on the diagonal those that agree with i.
-        rows: that can be judged.
-        blind: 1 where nothing can be read of the step.
-        renamed: 1 where the gradient says another class, the same one for every label.
+        agree: (F, F), number of rows that agree with field i but not j; on the diagonal, all that agree with i.
+        rows: number of rows with a usable gradient.
+        blind: 1 if no gradient of the step can be read.
+        renamed: 1 if the loss raises another class, the same one for every label.
     """
     return torch.cat([agree.flatten().double().cpu(), torch.tensor([rows, blind, renamed], dtype=torch.float64)])
 
 
 @dataclass(frozen=True, eq=False)
 class _Sums:
-    """What some steps have shown on all ranks; field 0 is what was taken for the labels."""
+    """Counts summed over steps and ranks; field 0 is the one assumed to hold the labels."""
 
     numbers: Tensor
 
@@ -280,11 +283,11 @@ class _Sums:
         return bool(self.numbers[-1] > 0)
 
     def share(self) -> float:
-        """Count the rows that agree with what was taken for the labels."""
+        """Return the fraction of rows that agree with the assumed labels."""
         return float(self.agree[0, 0]) / max(self.rows, 1)
 
     def is_followed(self, classes: int) -> bool:
-        """Return whether more rows than by chance agree with what was taken for the labels."""
+        """Return whether significantly more rows than by chance agree with the assumed labels."""
         expected = self.rows / classes
         deviation = (expected * (1 - 1 / classes)) ** 0.5
         return self.rows > 0 and float(self.agree[0, 0]) - expected >= _SURELY * deviation
@@ -294,14 +297,14 @@ class _Sums:
         return alone >= _FEWEST and alone >= _TIMES * against
 
     def other(self) -> int | None:
-        """Return the field that is clearly followed instead of the one taken, and rather than any other."""
+        """Return the number of a field that the loss clearly follows instead of the assumed one; None without one."""
         better = [at for at in range(1, _MOST_FIELDS) if self._is_ahead(at, 0)]
         best = [at for at in better if not any(self._is_ahead(rival, at) for rival in better)]
-        # One that most rows agree with: two that are each right now and then are both none.
+        # Most rows must agree with it: of two fields that are each right sometimes, neither is the label.
         return next((at for at in best if self.agree[at, at] > self.rows / 2), None)
 
     def is_ahead_of_all(self) -> bool:
-        """Return whether every other field says the same, or is clearly followed less."""
+        """Return whether every other field is equal to the assumed labels, or clearly agrees with fewer rows."""
         return all(
             self._is_ahead(0, at) or float(self.agree[0, at]) == float(self.agree[at, 0]) == 0
             for at in range(1, _MOST_FIELDS)

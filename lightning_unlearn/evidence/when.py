@@ -1,9 +1,8 @@
-"""When the partition is computed: after so many epochs, after a share of them, or as soon as the evidence has peaked.
+"""When to compute the partition: after a number or fraction of epochs, or as soon as the evidence has peaked.
 
-Evidence ranks wrong labels best between two moments: when the ranking no longer changes much from one epoch to the
-next, and when the network begins to memorize. Neither needs a pass over data of its own: the first is read off the
-evidence, the second off how often training steps and the fit's own validation agree with the labels
-(``benchmarks/results/at-epoch-cpu.md``).
+Evidence ranks wrong labels best after the ranking has stopped changing much from epoch to epoch, and before the network
+begins to memorize. Neither criterion needs a pass of its own. The first uses the evidence; the second compares the
+accuracy of training steps with that of the fit's own validation (``benchmarks/results/at-epoch-cpu.md``).
 """
 
 from __future__ import annotations
@@ -28,33 +27,33 @@ from lightning_unlearn.utilities.reduce import Reduce
 AtEpoch = int | float | Literal["auto"]
 
 EARLIEST = 2
-"""Epochs before which ``"auto"`` draws nothing: in the first, most of what a network says is not learned yet."""
+"""Number of epochs before which ``"auto"`` does not act, since the network has learned too little."""
 
 LATEST = 2 / 3
-"""Of the epochs, steps or time that the Trainer allows, after which ``"auto"`` waits no longer for what follows it."""
+"""Fraction of the Trainer's epochs, steps or time after which ``"auto"`` acts, to leave time for fine-tuning."""
 
 SETTLED = 0.997
-"""Rank correlation of the evidence with that of an epoch before, from which on the ranking has settled."""
+"""Rank correlation with the evidence of the previous epoch from which on the ranking has settled."""
 
 MEMORIZED = 0.06
-"""How much more often training steps may agree with the labels than validation does, beside two standard errors."""
+"""Largest gap between training and validation accuracy without memorization, in addition to two standard errors."""
 
 PATIENCE = 3
-"""Validations in which a monitored metric may stand still, where validation accuracy cannot be read."""
+"""Number of validations without improvement of a monitored metric, if validation accuracy cannot be read."""
 
-# Validation samples: of fewer the accuracy says too little.
+# Least number of validation samples for a useful accuracy.
 _FEWEST = 200
 _ERRORS = 2.0
-# Samples whose order is compared where several ranks own some; of one process's own all are.
+# Largest number of samples whose ranking is compared with several ranks; a single process compares all.
 _COMPARED = 65_536
 _ROUNDING = 1e-9
 
 
 def check_at_epoch(value: Any) -> AtEpoch:
-    """Return a number of epochs, a share of them, or ``"auto"``.
+    """Return ``at_epoch`` as a number of epochs, a fraction of ``max_epochs``, or ``"auto"``.
 
     Raises:
-        ValueError: naming the three.
+        ValueError: for anything else.
 
     Example:
         >>> check_at_epoch(20.0), check_at_epoch(0.5), check_at_epoch("auto")
@@ -75,14 +74,14 @@ def check_at_epoch(value: Any) -> AtEpoch:
 
 @dataclass(frozen=True)
 class EpochNote:
-    """What one epoch showed, the same on every rank; NaN for what is not known.
+    """Measurements of one epoch, the same on every rank; NaN if unknown.
 
     Args:
-        agreement: share of the given labels that its training steps predicted.
-        similarity: rank correlation of the evidence so far with that before this epoch.
-        accuracy: on validation samples, their labels as given.
-        samples: how many these are.
-        metric: that a callback monitors, the larger the better.
+        agreement: accuracy of the training steps on the given labels.
+        similarity: rank correlation of the evidence before and after this epoch.
+        accuracy: validation accuracy on the given labels.
+        samples: number of validation samples.
+        metric: metric that a callback monitors, with its sign such that larger is better.
     """
 
     agreement: float = math.nan
@@ -93,16 +92,16 @@ class EpochNote:
 
 
 class PartitionTime:
-    """After how many epochs the partition is computed.
+    """Decide after how many epochs the partition is computed.
 
     Args:
-        asked: see :func:`check_at_epoch`.
+        asked: ``at_epoch`` as set by the user, see :func:`check_at_epoch`.
 
     Attributes:
-        epoch: it is computed when so many are complete; None as long as that is open.
-        why: it was found to be time, in words; empty where it was asked for.
-        is_stopped: whether EarlyStopping has ended training where the last epoch ended.
-        may_be_last: whether it may be computed when training ends.
+        epoch: number of complete epochs after which it is computed; None while undecided.
+        why: reason for the decision; empty if the user set the epoch.
+        is_stopped: whether EarlyStopping ended training at the end of the last epoch.
+        may_be_last: whether the partition may be computed when training ends.
     """
 
     def __init__(self, asked: Any) -> None:
@@ -110,7 +109,7 @@ class PartitionTime:
         self.reset()
 
     def reset(self) -> None:
-        """Forget an earlier fit."""
+        """Discard everything from an earlier fit."""
         self.epoch = self.asked if isinstance(self.asked, int) else None
         self.why = ""
         self.is_stopped = False
@@ -119,7 +118,7 @@ class PartitionTime:
         self.forget()
 
     def forget(self) -> None:
-        """Forget what was noted, as it cannot be trusted."""
+        """Discard the measurements, which are no longer valid."""
         self._notes: dict[int, EpochNote] = {}
 
     def __str__(self) -> str:
@@ -132,24 +131,24 @@ class PartitionTime:
 
     @property
     def is_open(self) -> bool:
-        """Whether it is still looked for."""
+        """Whether the epoch is still undecided."""
         return self.asked == "auto" and self.epoch is None
 
     @property
     def best_accuracy(self) -> float | None:
-        """The best of the validations so far; None where none could be read."""
+        """Best validation accuracy so far; None if none could be read."""
         return max((one.accuracy for one in self._notes.values() if one.samples), default=None)
 
     def plan(self, limits: TrainingLimits, *, may_be_last: bool) -> None:
-        """Look at the Trainer's limits, when the fit is set up.
+        """Check ``at_epoch`` against the Trainer's limits when the fit is set up.
 
         Args:
-            limits: of the fit.
-            may_be_last: whether nothing is to follow the partition, so that training may end with it. ``"auto"`` waits
-                for the end then, where the network still learns: what it shows of a sample gets better as long.
+            limits: the Trainer's limits.
+            may_be_last: whether training may end with the partition because nothing follows it. ``"auto"`` may then
+                wait until the end of training, since evidence improves as long as the network learns.
 
         Raises:
-            MisconfigurationException: for a share of a number that is not known, or where no epoch is left.
+            MisconfigurationException: for a fraction without ``max_epochs``, or if no epoch is left after it.
         """
         max_epochs, self.may_be_last = limits.max_epochs, may_be_last
         if limits.is_trial or self.asked == "auto":
@@ -170,13 +169,13 @@ class PartitionTime:
             )
 
     def is_due(self, epoch: int) -> bool:
-        """Return whether it is time when ``epoch`` epochs are complete."""
+        """Return whether the partition is due after ``epoch`` complete epochs."""
         return self.epoch is not None and epoch >= self.epoch
 
     def phase(self, epoch: int) -> tuple[int, int]:
         """Return the part of training that the ``epoch``-th epoch belongs to, and the epochs per part (0: any number).
 
-        Where the end is open, parts are of 1 epoch, then of 2, 4, ...: whenever all are full, pairs are joined.
+        While the epoch is undecided, parts have 1 epoch, then 2, 4, ...: when all parts are full, pairs are merged.
         """
         if self.asked != "auto":
             return (epoch - 1) * PHASES // max(self.epoch or epoch, epoch), 0
@@ -186,18 +185,18 @@ class PartitionTime:
         return (epoch - 1) // width, width
 
     def note(self, epoch: int, **shown: float) -> None:
-        """Take what the ``epoch``-th epoch showed, by the names of :class:`EpochNote`."""
+        """Record measurements of the ``epoch``-th epoch, named as in :class:`EpochNote`."""
         self._notes[epoch] = replace(self._notes.get(epoch, EpochNote()), **shown)
 
     @contextmanager
     def noting(self, epoch: int, trajectory: TrainingDynamics, ranks: Ranks, *, of_steps: bool) -> Iterator[None]:
-        """Note what the evidence of an epoch shows, while it is merged inside. Every rank must enter.
+        """Record measurements of an epoch, whose evidence is merged in the context. Every rank must enter it.
 
         Args:
             epoch: counted from 1.
-            trajectory: into which it is merged.
-            ranks: of the fit.
-            of_steps: whether it is of training steps, and not of a pass after them.
+            trajectory: the evidence that is merged.
+            ranks: the ranks of the fit.
+            of_steps: whether the evidence comes from training steps, not from an evaluation pass.
         """
         if not self.is_open:
             yield
@@ -211,12 +210,12 @@ class PartitionTime:
             self.note(epoch, agreement=right / total)
 
     def decide(self, limits: TrainingLimits, *, is_settled: bool, is_stopped: bool, reduce: Reduce) -> None:
-        """Look whether it is time, once at the start of each epoch. Every rank must call it.
+        """Decide whether the partition is due, at the start of each epoch. Every rank must call it.
 
         Args:
-            limits: of the fit, as far as it has come.
-            is_settled: whether the noise rate has been read off an early epoch, or is not to be.
-            is_stopped: whether, to this rank, EarlyStopping has ended training.
+            limits: the Trainer's limits and progress.
+            is_settled: whether the noise rate of an early epoch is known, or not needed.
+            is_stopped: whether EarlyStopping has ended training, as seen by this rank.
             reduce: sums over the ranks.
         """
         epoch = limits.epoch
@@ -225,7 +224,7 @@ class PartitionTime:
         self._looked_at, why = epoch, ""
         if self.is_open and epoch >= EARLIEST:
             why = (self._peaked(epoch) if is_settled else "") or self._late(limits, epoch)
-        # Together, as ranks may have noted something else: one has given up reading before the others.
+        # Decide jointly: ranks may have recorded different measurements if one stopped reading before the others.
         stopped, is_time = (reduce(torch.tensor([is_stopped, bool(why)]).double()) > 0).tolist()
         self.is_stopped = stopped
         if self.is_due(epoch):
@@ -236,7 +235,7 @@ class PartitionTime:
             self.decide_now(epoch, why or "another rank meets one of the criteria")
 
     def decide_now(self, epoch: int, why: str) -> None:
-        """Decide on ``epoch``, whatever was asked."""
+        """Set ``epoch``, regardless of the user's setting."""
         self.epoch, self.why = epoch, why
 
     def _late(self, limits: TrainingLimits, epoch: int) -> str:
@@ -250,7 +249,7 @@ class PartitionTime:
         return "two thirds of training are complete" if is_late else ""
 
     def _peaked(self, epoch: int) -> str:
-        """Return why the evidence has peaked, in words; empty if it has not, as far as is known."""
+        """Return the reason why the evidence has peaked; empty if there is none."""
         notes = {at: one for at, one in sorted(self._notes.items()) if at <= epoch}
         noted = notes.get(epoch, EpochNote())
         measured = [one.accuracy for one in notes.values() if one.samples >= _FEWEST]
@@ -270,7 +269,7 @@ class PartitionTime:
         return "the ranking of the samples hardly changes any more" if similar and similar[-1] >= SETTLED else ""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as plain numbers and texts."""
+        """Return the state as plain numbers and strings."""
         return {
             "asked": self.asked,
             "epoch": self.epoch,
@@ -279,7 +278,7 @@ class PartitionTime:
         }
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        """Take over what was noted, and what was found; None is of an older version."""
+        """Load measurements and decision; None if the checkpoint is from an older version."""
         if state is None:
             return
         self._notes = {int(epoch): EpochNote(**noted) for epoch, noted in state["notes"].items()}
@@ -288,15 +287,15 @@ class PartitionTime:
 
 
 def _known(noted: EpochNote) -> dict[str, float]:
-    """Return what is known; NaN would not equal itself in checkpoints that are compared."""
+    """Return the known measurements. NaN is left out, since it would make equal checkpoints compare as different."""
     return {name: value for name, value in asdict(noted).items() if not math.isnan(value)}
 
 
 def _of_all_ranks(before: Tensor, after: Tensor, count: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """Return the two margins of the samples seen before, of all ranks. Every rank must call it.
+    """Gather both margins of the samples seen before from all ranks. Every rank must call it.
 
-    Where several ranks own so many that they would have to be sent around, of every second, third, ... of them, which
-    tells the rank correlation to within some hundred thousandths.
+    With several ranks and many samples, only every second, third, ... sample is used, which gives the rank correlation
+    to within some hundred thousandths.
     """
     if ranks.number > 1:
         each, most = ranks.most(len(count)), _COMPARED // ranks.number
@@ -309,7 +308,7 @@ def _of_all_ranks(before: Tensor, after: Tensor, count: Tensor, ranks: Ranks) ->
 
 
 def similarity(before: Tensor, after: Tensor) -> float:
-    """Return the rank correlation (Spearman's) of two scores (n,) of the same samples; NaN of fewer than two.
+    """Return Spearman's rank correlation of two scores (n,) of the same samples; NaN for fewer than two samples.
 
     Example:
         >>> similarity(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.1, 0.2, 9.0]))

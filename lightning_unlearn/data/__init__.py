@@ -1,1 +1,1 @@
-"""Dataset index <-> batch row, and what batches, outputs and labels mean."""
+"""Mapping between dataset indices and batch rows; format of batches, outputs and labels."""

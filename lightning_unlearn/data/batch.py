@@ -1,4 +1,4 @@
-"""Where the input and the labels of a batch are, and how ``forward`` is called with the input."""
+"""Split batches into input and labels, and call ``forward`` with the input."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 LABEL_NAMES = ("labels", "label", "targets", "target", "y")
-"""Where labels lie in a batch with names, the first that is there."""
+"""Field names of labels, in order of precedence."""
 
 Path = tuple[str | int, ...]
-"""Where a field lies in a batch: keys, names of attributes, positions."""
+"""Path to a field of a batch: keys, attribute names, positions."""
 
-# How deep labels are looked for.
+# Depth up to which labels are searched.
 _DEEPEST = 3
 _MOST_SHOWN = 300
 
 
 def split_batch(batch: Any) -> tuple[Any, Tensor]:
-    """Return the input and the labels of a batch of a common kind.
+    """Split a batch with a common layout into input and labels.
 
     Args:
         batch: ``(x, y)``; ``(x1, x2, ..., y)``, several inputs; or a mapping, dataclass or named tuple that holds the
@@ -59,15 +59,15 @@ def split_batch(batch: Any) -> tuple[Any, Tensor]:
 
 
 def call_forward(module: nn.Module, x: Any) -> Any:
-    """Call a model on the input that :func:`split_batch`, a :class:`Layout` or a function of the user's has found.
+    """Call a model on an input returned by :func:`split_batch`, a :class:`Layout` or ``batch_to_xy``.
 
-    A dict goes to the parameters of ``forward`` by name, what ``forward`` does not name is left out; where it takes one
-    argument of another name, it gets the only value, or the whole dict.
+    A dict is passed by keyword, without the entries that ``forward`` does not accept. If ``forward`` takes a single
+    argument with another name, it gets the only value, or the whole dict.
 
     Args:
         module: the model.
-        x: a tensor, a tuple of positional arguments, or a dict. A named tuple, such as a PackedSequence, is one
-            argument where ``forward`` takes one.
+        x: a tensor, a tuple of positional arguments, or a dict. A named tuple, such as a PackedSequence, is passed as
+            one argument if ``forward`` takes one.
 
     Raises:
         TypeError: if ``forward`` takes other arguments; the message names them.
@@ -96,7 +96,7 @@ def call_forward(module: nn.Module, x: Any) -> Any:
 
 def signature_of(module: nn.Module) -> inspect.Signature:
     """Return the signature of ``forward``."""
-    # Of a compiled module the one inside: the wrapper's forward takes anything.
+    # Unwrap compiled modules, whose forward accepts any arguments.
     return inspect.signature(getattr(module, "_orig_mod", module).forward)
 
 
@@ -132,10 +132,10 @@ def leaves_of(batch: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 
 
 def field_at(batch: Any, path: Path) -> Any:
-    """Return what lies there.
+    """Return the field of a batch at a path.
 
     Raises:
-        KeyError, IndexError, AttributeError, TypeError: if there is nothing.
+        KeyError, IndexError, AttributeError, TypeError: if there is no such field.
     """
     for key in path:
         batch = getattr(batch, key) if isinstance(key, str) and not isinstance(batch, Mapping) else batch[key]
@@ -143,7 +143,7 @@ def field_at(batch: Any, path: Path) -> Any:
 
 
 def shown_path(path: Path, batch: Any = None) -> str:
-    """Return a field as one would write it in code; of a batch that is given, attributes with a dot.
+    """Format a path as Python code; with the batch, attributes are written with a dot.
 
     Example:
         >>> shown_path(("meta", 0))
@@ -158,12 +158,12 @@ def shown_path(path: Path, batch: Any = None) -> str:
 
 
 def how_to_split(batch: Any, label: Path | None = None, y: str | None = None) -> str:
-    """Return the line to write for a batch that is not understood.
+    """Return the advice for error messages: a ``batch_to_xy`` that fits the batch.
 
     Args:
         batch: as the loader delivers it.
-        label: where the labels lie, if that is known.
-        y: what to write for them instead.
+        label: path of the labels, if known.
+        y: text to write for the labels instead.
     """
     fields = dict(leaves_of(batch))
     if label is None:
@@ -189,7 +189,7 @@ def children_of(value: Any) -> list[tuple[str | int, Any]]:
 
 
 def named_values(batch: Any) -> dict[Any, Any] | None:
-    """Return what a dict, named tuple or dataclass holds, by name; None for anything else."""
+    """Return the values of a dict, named tuple or dataclass by name; None for anything else."""
     if isinstance(batch, Mapping):
         return dict(batch)
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
@@ -198,5 +198,5 @@ def named_values(batch: Any) -> dict[Any, Any] | None:
 
 
 def has_rows(value: Any, size: int) -> bool:
-    """Return whether a field has a number, or a row of numbers, for each sample."""
+    """Return whether a field has a number, or a row of numbers, per sample."""
     return isinstance(value, Tensor) and 0 < value.ndim <= 2 and value.size(0) == size

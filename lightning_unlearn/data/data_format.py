@@ -1,4 +1,4 @@
-"""How a user's data are read, as the user sets it."""
+"""User settings for the format of batches, outputs and labels."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ class DataFormat:
             ``(labels, text, offsets)``, are detected.
         logits_from: function from the output of ``forward`` to logits. By default the output itself, its ``logits``, or
             the first element of a tuple.
-        sample_key: what samples are known by, where they have no dataset index: an IterableDataset, a stream, a sampler
-            with its own logic, several train loaders. The name of a field of a training batch (``"__key__"``; with dots
-            for a field within another, as of one of several loaders: ``"images.key"``), or a function from the batch,
-            as the loader delivers it, to the keys: an integer or a text for each row. Each sample needs a key of its
-            own, the same in every epoch.
+        sample_key: key that identifies a sample, if it has no dataset index: for an IterableDataset, a stream, a custom
+            sampler, or several train loaders. The name of a field of a training batch (``"__key__"``; with dots for
+            nested fields, for example of one of several loaders: ``"images.key"``), or a function from the batch, as
+            the loader delivers it, to the keys: an integer or string per row. A key must be unique to its sample and
+            the same in every epoch.
         verify: compare the content of 16 training samples with the checkpoint or the ``review`` file, and refuse to
             continue if more than a quarter differ. Skipped under random augmentation. Number and labels are always
             compared.
 
     Raises:
-        ValueError: for an argument out of range, or that is no function.
+        ValueError: for an invalid value, or if a function is expected and something else is given.
 
     Example:
         >>> DataFormat(task="binary").ignore_index
@@ -86,10 +86,10 @@ class DataFormat:
 
 
 def make_data_format(data: DataFormat | Mapping[str, Any] | None) -> DataFormat:
-    """Return the format that a user gave: as an object, as a mapping of its fields, or None for the defaults.
+    """Convert a user's argument, an object, a mapping of its fields, or None for the defaults, to a DataFormat.
 
     Raises:
-        TypeError: for anything else, or a field that does not exist.
+        TypeError: for anything else, or an unknown field.
         ValueError: see :class:`DataFormat`.
 
     Example:
@@ -114,7 +114,7 @@ def make_data_format(data: DataFormat | Mapping[str, Any] | None) -> DataFormat:
 
 
 def _checked_ignore_index(value: Any) -> float | None:
-    """Return the value as labels are compared with it: a whole number as int, since a float may not hold it."""
+    """Return the value to compare labels with: whole numbers as int, since a float may not represent them exactly."""
     found = plain(value)
     if found is None or (isinstance(found, float) and math.isnan(found)):
         return found

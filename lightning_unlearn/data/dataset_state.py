@@ -1,4 +1,4 @@
-"""What reading a data set in the main process leaves in it: taken out again where worker processes do the reading."""
+"""Undo what reading a dataset in the main process changes in it, if worker processes are to read it."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-# Containers, such as one of open files by path, are put back up to this many items.
+# Largest container, for example a dict of open files by path, that is restored.
 _MOST_ITEMS = 10_000
-# How deep objects and containers in a data set are looked into, and how many of them.
+# Largest depth and number of objects and containers in a dataset that are inspected.
 _DEPTH, _MOST_OBJECTS = 3, 1_000
 
 
 @contextmanager
 def unopened(loader: DataLoader[Any]) -> Iterator[None]:
-    """Restore what a loader's data set makes of itself with the first item that is read, where it has workers.
+    """Restore attributes that a loader's dataset sets when its first item is read, if the loader has workers.
 
-    A data set may open its file (HDF5, LMDB, a zip archive) then, so that each worker has its own. One that the main
-    process opens would be shared by the workers that are forked later, and cannot be sent to those that are spawned.
-    Without workers nothing is put back, since the main process reads on.
+    A dataset may open its file (HDF5, LMDB, a zip archive) lazily, so that each worker has its own handle. A handle
+    opened in the main process would be shared by workers forked later, and cannot be pickled for spawned ones. Without
+    workers nothing is restored, since the main process continues to read.
 
     Args:
-        loader: whose data set, and data sets within it, are read inside.
+        loader: loader whose dataset, and datasets nested in it, are read in the context.
     """
     if loader.num_workers == 0:
         yield
@@ -38,17 +38,17 @@ def unopened(loader: DataLoader[Any]) -> Iterator[None]:
 
 
 class _Found:
-    """Attributes of data sets, of objects that came with them, and items of containers, as they were found."""
+    """Original attributes of datasets and of the objects in them, and original items of containers."""
 
     def __init__(self) -> None:
         self.restores: list[Callable[[], None]] = []
-        # What has been noted; held, so that no other object gets its id.
+        # Recorded objects by id. The reference keeps an id from being reused.
         self._known: dict[int, Any] = {}
-        # Objects of other packages, such as images and tables, look after themselves.
+        # Packages of the datasets. Objects of other packages, such as images and tables, are not inspected.
         self._packages: set[str] = set()
 
     def note(self, value: Any, depth: int) -> None:
-        """Note a value, and what is in it."""
+        """Record a value and its contents."""
         if depth < 0 or id(value) in self._known or len(self._known) >= _MOST_OBJECTS:
             return
         if isinstance(value, Dataset) or not self._packages:
@@ -71,9 +71,9 @@ def _package(value: Any) -> str:
 
 
 def _put_back(into: Any, before: dict[Any, Any]) -> None:
-    """Make attributes or items what they were, if one was made that was none, as where something was opened."""
+    """Restore attributes or items if one was added, or set where it was None, for example an opened file."""
     if isinstance(into, list):
-        # Of the items that there were: what notes which samples are read goes on.
+        # Restore original items only, so that a dataset's own log of the samples read is kept.
         into[: len(before)] = [
             None if value is None else now for value, now in zip(before.values(), into, strict=False)
         ]

@@ -1,4 +1,4 @@
-"""What a data set holds, in a few bytes: to notice that a fit is resumed, or a partition used, on another one."""
+"""Fingerprint of a dataset, to detect that a fit is resumed, or a partition used, with different data."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from lightning_unlearn.data.dataset_state import unopened
 
 SAMPLED = 16
 _DIGITS = 8
-# Of each item, in a mark: enough to tell data sets apart, of which several items differ.
+# Hex digits per item in a short fingerprint: enough, since several items of different datasets differ.
 _DIGITS_OF_MARK = 2
 _MARK = re.compile(r"n(\d+)-((?:[0-9a-f]{2})*)")
-# Content that still varies rarely, after two equal readings of all items, must not look like other data.
+# Items that vary rarely may be equal in two readings. They must not count as different data later.
 MOST_CHANGED = 0.25
 
 
@@ -39,14 +39,14 @@ def sampled_indices(total: int) -> Tensor:
 
 
 def fingerprint(loader: DataLoader[Any]) -> str:
-    """Return the length of a loader's data set, and a hash of each of 16 items as ``__getitem__`` returns them.
+    """Return the length of a loader's dataset, and a hash of each of 16 items as ``__getitem__`` returns them.
 
-    They are read twice, after other seeds of the global random states: where they differ, as under random augmentation,
-    the fingerprint is the length alone. Where the loader gives its workers an initialization of the user's, they are
-    read in such a worker. Seeds the global random states; put them back.
+    Items are read twice, with different seeds of the global random states. If they differ, for example under random
+    augmentation, the fingerprint is the length alone. If the loader has a ``worker_init_fn``, items are read in a
+    worker. The caller must restore the global random states.
 
     Args:
-        loader: of a map-style data set with a length.
+        loader: loader of a map-style dataset with a length.
 
     Example:
         >>> fingerprint(DataLoader([(torch.rand(2), k) for k in range(10)])).split(":")[0]
@@ -58,10 +58,10 @@ def fingerprint(loader: DataLoader[Any]) -> str:
 
 
 def fingerprint_of_keys(keys: Sequence[Any]) -> str:
-    """Return the fingerprint of samples known by key: their number, and a hash of 16 of their keys.
+    """Return the fingerprint of samples identified by key: their number, and a hash of each of 16 keys.
 
     Args:
-        keys: N, in ascending order.
+        keys: N keys in ascending order.
     """
     return f"{len(keys)}:{''.join(digest(keys[at]) for at in sampled_indices(len(keys)).tolist())}"
 
@@ -72,9 +72,9 @@ def varies(fingerprint: str) -> bool:
 
 
 def share_changed(before: str, now: str) -> float:
-    """Return the share of the sampled items whose content differs between two fingerprints, in [0, 1].
+    """Return the fraction of the sampled items whose content differs between two fingerprints, in [0, 1].
 
-    It is 0 where that cannot be told (random augmentation, no fingerprint) and 1 for another length.
+    It is 0 if unknown (random augmentation, no fingerprint) and 1 for different lengths.
 
     Example:
         >>> share_changed("20:0000000011111111", "20:0000000022222222"), share_changed("20:00000000", "20:")
@@ -86,10 +86,10 @@ def share_changed(before: str, now: str) -> float:
 
 
 def check_fingerprint(before: str, now: str) -> None:
-    """Refuse other data than before: another length, or more than a quarter of the sampled items.
+    """Check that the data are the same as before.
 
     Raises:
-        ValueError: saying what to do.
+        ValueError: if the length, or more than a quarter of the sampled items, differ.
     """
     share = share_changed(before, now)
     if share > MOST_CHANGED:
@@ -101,7 +101,7 @@ def check_fingerprint(before: str, now: str) -> None:
 
 
 def short_fingerprint(fingerprint: str) -> str:
-    """Return a fingerprint in one short word that no spreadsheet takes for a number, a time or a formula.
+    """Shorten a fingerprint to a word that spreadsheets do not convert to a number, time or formula.
 
     Example:
         >>> short_fingerprint("20:00aaaaaa11bbbbbb"), short_fingerprint("20:"), short_fingerprint("")
@@ -114,14 +114,14 @@ def short_fingerprint(fingerprint: str) -> str:
 
 
 def is_short_fingerprint(text: str) -> bool:
-    """Return whether a text is one that :func:`short_fingerprint` returns."""
+    """Return whether a string has the form that :func:`short_fingerprint` returns."""
     return text == "" or _MARK.fullmatch(text) is not None
 
 
 def fraction_changed(mark: str, fingerprint: str) -> float:
-    """Return the share of the sampled items whose content differs between a mark and a fingerprint, in [0, 1].
+    """Return the fraction of the sampled items that differ between a short and a full fingerprint, in [0, 1].
 
-    As :func:`share_changed`; more than a quarter is another data set.
+    See :func:`share_changed`; more than a quarter means a different dataset.
 
     Example:
         >>> (
@@ -161,32 +161,32 @@ def _read(loader: DataLoader[Any], index: Tensor, seed: int) -> list[str]:
             "multiprocessing_context": loader.multiprocessing_context,
             "timeout": loader.timeout,
         }
-    # Not a copy of the user's, which may do more than iterate.
+    # A new loader, since iterating a copy of the user's subclass may have side effects.
     items: Any = DataLoader(loader.dataset, batch_size=SAMPLED, sampler=index.tolist(), collate_fn=_digests, **own)
     with unopened(loader) if not own else nullcontext():
         return [digest for digests in items for digest in digests]
 
 
 def _digests(items: Sequence[Any]) -> list[str]:
-    """Stand in for the collate function; a function of the module, since workers may have to pickle it."""
+    """Collate items to their hashes; defined at module level so that workers can pickle it."""
     return [digest(item) for item in items]
 
 
 def digest(item: Any) -> str:
-    """Return a hash of what an item holds: tensors, arrays, images, numbers, texts, and what holds them."""
+    """Return a hash of an item's content: tensors, arrays, images, numbers, strings, and containers of these."""
     found = blake2b(digest_size=_DIGITS // 2)
     for part in _content(item):
-        # With its length, so that no two items run together to the same bytes.
+        # With its length, so that different items do not concatenate to the same bytes.
         found.update(len(part).to_bytes(8, "little") + part)
     return found.hexdigest()
 
 
 def _content(item: Any) -> Iterator[bytes]:
-    """Yield the bytes of an item: tensors, arrays, images, numbers, strings and what holds them; else the class."""
+    """Yield the bytes of an item: of tensors, arrays, images, numbers, strings and containers; else the class name."""
     if isinstance(item, Tensor):
         item = _as_array(item)
     elif isinstance(item, str) and "\n" not in item and PurePath(item).is_absolute():
-        # The folder may be another on each machine, or in each job.
+        # The folder may differ between machines and jobs.
         item = PurePath(item).name
     parts = _parts_of(item)
     if parts is not None:
@@ -196,7 +196,7 @@ def _content(item: Any) -> Iterator[bytes]:
     elif item is None or isinstance(item, (bool, int, float, complex, str, bytes)):
         yield repr(item).encode()
     elif callable(getattr(item, "tobytes", None)):
-        # Arrays and numbers of numpy, and images of PIL.
+        # NumPy arrays and scalars, and PIL images.
         yield " ".join(str(getattr(item, name, "")) for name in ("dtype", "shape", "mode", "size")).encode()
         yield item.tobytes()
     else:
@@ -204,7 +204,7 @@ def _content(item: Any) -> Iterator[bytes]:
 
 
 def _parts_of(item: Any) -> list[Any] | None:
-    """Return what an item holds; None where it is one thing."""
+    """Return the parts of an item; None if it is not a container."""
     if isinstance(item, Mapping):
         return [part for pair in item.items() for part in pair]
     if isinstance(item, (list, tuple)):
@@ -217,7 +217,7 @@ def _parts_of(item: Any) -> list[Any] | None:
 
 
 def _as_array(tensor: Tensor) -> Any:
-    """Return a tensor as a NumPy array, bit for bit (bytes where NumPy lacks the type); of a sparse one the class."""
+    """Return a tensor as a NumPy array, bit for bit (bytes if NumPy lacks the dtype); the class for a sparse tensor."""
     if tensor.layout != torch.strided or tensor.is_nested or tensor.device.type == "meta":
         return type(tensor)
     plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()

@@ -1,4 +1,4 @@
-"""Which dataset indices the batches of a loader have, remembered while it is iterated."""
+"""Track the dataset indices of a loader's batches while it is iterated."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing_extensions import override
 
 
 class HandedOut:
-    """Batches of indices, and how many of them a loader has asked for.
+    """Batches of indices, and how many of them a loader has drawn.
 
     Args:
         batches: lists of dataset indices.
@@ -26,7 +26,7 @@ class HandedOut:
     def __init__(self, batches: Iterable[list[int]]) -> None:
         self.batches = list(batches)
         self.handed = 0
-        # Subclasses that keep one iterator for ever put a sampler of batches there, and count them.
+        # Subclasses that keep one iterator forever put a sampler of batches there, and count them.
         self.sampler = self.batches
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -39,15 +39,15 @@ class HandedOut:
 
 
 class TrackedBatchSampler(BatchSampler):
-    """Yields what the user's batch sampler yields, and remembers which indices it has handed to a DataLoader.
+    """Wrap the user's batch sampler, and remember which indices a DataLoader has drawn from it.
 
-    In everything else it is the user's own: attributes are read and set there, and ``isinstance`` sees its class.
-    Iterating makes a :class:`TrackedBatchIterator`, so that what somebody else draws is not mixed up with the training
-    epoch. A DataLoader asks for batches ahead of delivering them but delivers in the same order (unless it has workers
-    and ``in_order=False``), so the k-th batch delivered is the k-th that its iteration has drawn.
+    The wrapper behaves like the user's sampler: attributes are read from and set on it, and ``isinstance`` sees its
+    class. Each iteration has its own :class:`TrackedBatchIterator`, so that other iterations do not interfere with the
+    training epoch. A DataLoader draws batches ahead but delivers them in the same order (unless it has workers and
+    ``in_order=False``), so the k-th batch delivered is the k-th that its iteration has drawn.
 
     Args:
-        batches: the user's batch sampler, or whatever iterable of batches stands in for one.
+        batches: the user's batch sampler, or any iterable of batches used as one.
 
     Example:
         >>> batches = TrackedBatchSampler(BatchSampler(range(5), batch_size=2, drop_last=False))
@@ -59,7 +59,7 @@ class TrackedBatchSampler(BatchSampler):
     """
 
     def __init__(self, batches: Any) -> None:
-        # Not super().__init__: there is no sampler here, and setting an attribute sets the user's.
+        # super().__init__ is not called: it needs a sampler, and would set attributes on the user's.
         self.__dict__["_inner"] = batches
         self.__dict__["_remembers"] = True
 
@@ -78,7 +78,7 @@ class TrackedBatchSampler(BatchSampler):
         return len(self._inner)
 
     def __getattr__(self, name: str) -> Any:
-        # While a copy is being made there is nothing to ask yet.
+        # While a copy is being made, _inner does not exist yet.
         if name == "_inner" or (name.startswith("__") and name.endswith("__")):
             raise AttributeError(name)
         return getattr(self._inner, name)
@@ -88,33 +88,34 @@ class TrackedBatchSampler(BatchSampler):
         setattr(self._inner, name, value)
 
     def __copy__(self) -> Any:
-        # The user's own: who makes a copy to change it must not change what the fit draws from.
+        # Copy the user's sampler, so that changes to the copy do not affect the fit.
         return copy.copy(self._inner)
 
     @override
     def __reduce__(self) -> Any:
-        # By name, since pickle would look at __class__.
+        # Name the class explicitly, since pickle would use __class__, the user's.
         return TrackedBatchSampler, (self._inner,)
 
     @property
     def remembers(self) -> bool:
-        """Whether batches are still remembered."""
+        """Whether batches are still tracked."""
         return bool(self.__dict__["_remembers"])
 
     def release(self) -> Any:
-        """Return the user's batch sampler; iterations under way go on, but remember nothing more."""
+        """Stop tracking and return the user's batch sampler; running iterations continue untracked."""
         self.__dict__["_remembers"] = False
         return self._inner
 
 
 class TrackedBatchIterator(Iterator[Any]):
-    """One iteration over the batches, which keeps every batch until a later one is asked for.
+    """One iteration over the batches, which keeps each batch until a later one is requested.
 
     Args:
-        owner: whose iteration it is.
-        batches: the iterator of the user's batch sampler.
+        owner: the tracked batch sampler.
+        batches: iterator of the user's batch sampler.
 
-    ``count`` is how many batches it has drawn.
+    Attributes:
+        count: number of batches drawn.
     """
 
     def __init__(self, owner: TrackedBatchSampler, batches: Iterator[Any]) -> None:
@@ -122,24 +123,24 @@ class TrackedBatchIterator(Iterator[Any]):
         self._batches: Any = batches
         self.count = 0
         self._kept: deque[Any] = deque()
-        self._first = 0  # the position of what has been kept longest
+        self._first = 0  # position of the oldest batch kept
 
     @override
     def __next__(self) -> Any:
         batch = next(self._batches)
         self.count += 1
         if self._owner.remembers:
-            # A copy: who yields a list may fill it again.
+            # A copy, since a sampler may reuse the list it yields.
             self._kept.append(tuple(batch) if isinstance(batch, list) else batch)
         else:
             self._kept.clear()
         return batch
 
     def drawn(self, position: int) -> Tensor | None:
-        """Return the dataset indices of a batch, (B,) int64, or None if it is not known or not made of integers.
+        """Return the dataset indices of a batch, (B,) int64; None if unknown or not integers.
 
         Args:
-            position: counted from 0; positions before it are forgotten.
+            position: counted from 0; earlier batches are dropped.
         """
         return as_indices(self.batch(position))
 
@@ -152,7 +153,7 @@ class TrackedBatchIterator(Iterator[Any]):
 
 
 class _StatefulIteration(TrackedBatchIterator):
-    """Of a batch sampler that can be resumed, as torchdata's: what it saves and loads is its own iterator's."""
+    """Iteration of a resumable batch sampler, such as torchdata's; saves and loads the state of its iterator."""
 
     def state_dict(self) -> Any:
         return self._batches.state_dict()
@@ -162,9 +163,9 @@ class _StatefulIteration(TrackedBatchIterator):
 
 
 def as_indices(batch: Any) -> Tensor | None:
-    """Return dataset indices (B,) int64 of what a batch sampler drew; None where it is not made of integers."""
+    """Convert a batch drawn by a batch sampler to dataset indices (B,) int64; None if they are not integers."""
     try:
-        # By way of numpy, which reads Python's integers several times faster.
+        # NumPy converts Python integers several times faster.
         index = torch.as_tensor(np.asarray(batch))
     except (TypeError, ValueError, RuntimeError):
         return None
@@ -173,20 +174,20 @@ def as_indices(batch: Any) -> Tensor | None:
 
 
 def track_indices(loader: DataLoader[Any]) -> None:
-    """Have the loader remember its batches from its next iteration on; see :func:`delivered_indices`."""
+    """Track the loader's batches from its next iteration on; see :func:`delivered_indices`."""
     if not isinstance(loader.batch_sampler, TrackedBatchSampler):
         _put_batch_sampler(loader, TrackedBatchSampler(loader.batch_sampler))
 
 
 def untrack_indices(loader: DataLoader[Any]) -> None:
-    """Give the loader the user's batch sampler again; an iteration under way is not disturbed."""
+    """Restore the user's batch sampler in the loader; a running iteration is not affected."""
     batches = loader.batch_sampler
     if isinstance(batches, TrackedBatchSampler):
         _put_batch_sampler(loader, batches.release())
 
 
 def _put_batch_sampler(loader: DataLoader[Any], batches: Any) -> None:
-    # DataLoader forbids to set it.
+    # DataLoader forbids setting it as an attribute.
     loader.__dict__["batch_sampler"] = batches
     # Persistent workers belong to an iterator that is started again, not made again, and has its own reference.
     iterator = getattr(loader, "_iterator", None)
@@ -195,7 +196,7 @@ def _put_batch_sampler(loader: DataLoader[Any], batches: Any) -> None:
 
 
 def is_torchs_iterator(iterator: Any) -> bool:
-    """Return whether an iterator tells :func:`delivered_indices` what it draws."""
+    """Return whether :func:`delivered_indices` can read this iterator."""
     return hasattr(iterator, "_sampler_iter")
 
 
@@ -203,18 +204,19 @@ def delivered_indices(iterator: Any, waiting: int = 0) -> Tensor | None:
     """Return the dataset indices of the batch that a loader's iterator delivered last, in the order of its rows.
 
     Args:
-        iterator: of a DataLoader; torch's ``_sampler_iter`` and ``_num_yielded`` are read, which have no public twin.
-        waiting: how many batches, delivered later, to leave out.
+        iterator: of a DataLoader; reads torch's private ``_sampler_iter`` and ``_num_yielded``, for which there is no
+            public equivalent.
+        waiting: number of later batches to skip, which are prefetched but not yet used.
 
     Returns:
-        (B,) int64, or None where that is not known: the loader does not remember its batches, its iteration is older
-        than that, or it is not torch's own.
+        (B,) int64; None if unknown, because the loader is not tracked, its iteration started before tracking, or the
+        iterator is not torch's own.
     """
     return as_indices(last_batch_indices(iterator, waiting))
 
 
 def last_batch_indices(iterator: Any, waiting: int = 0) -> Any:
-    """Return what :func:`delivered_indices` makes indices of, for who does so later; None where that is not known."""
+    """Return the batch as drawn, which :func:`delivered_indices` converts to indices; None if unknown."""
     iteration = getattr(iterator, "_sampler_iter", None)
     if isinstance(iteration, itertools.islice):
         # As torchdata resumes what keeps no state of its own; it has no attribute for what it cuts.

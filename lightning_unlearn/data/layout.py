@@ -1,4 +1,4 @@
-"""In which layouts the input and the labels may lie in a batch."""
+"""Possible layouts of input and labels in a batch."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from lightning_unlearn.data.batch import (
 
 @dataclass(frozen=True)
 class Layout:
-    """Which field of a batch holds the labels, and what ``forward`` is called with.
+    """Field of a batch that holds the labels, and the arguments of ``forward``.
 
     Args:
-        label: where the labels lie.
-        convention: how ``forward`` is called. ``"fields"``: with some fields, each an argument (a dict alone goes by
-            name); ``"one"``: with the one field as it is; ``"names"``: with what ``forward`` names, also of dicts
-            within the batch; ``"rest"``: with all but the labels as one argument; ``"batch"``: with the whole batch.
-        fields: those of ``"fields"`` and ``"one"``.
+        label: path of the labels.
+        convention: how ``forward`` is called. ``"fields"``: some fields, each as an argument (a single dict by
+            keyword); ``"one"``: one field, unchanged; ``"names"``: the fields that ``forward`` accepts by name, also
+            from nested dicts; ``"rest"``: all but the labels as one argument; ``"batch"``: the whole batch.
+        fields: fields for ``"fields"`` and ``"one"``.
     """
 
     label: Path
@@ -47,7 +47,7 @@ class Layout:
         return True
 
     def split(self, batch: Any) -> tuple[Any, Any]:
-        """Return what :func:`call_forward` takes, and the labels."""
+        """Return the input for :func:`call_forward`, and the labels."""
         label = field_at(batch, self.label)
         if self.convention == "batch":
             return (batch,), label
@@ -61,7 +61,7 @@ class Layout:
         return (rest if named_values(batch) is not None else tuple(rest.values()),), label
 
     def describe(self) -> str:
-        """Return how ``forward`` is called, as one would write it."""
+        """Return the call of ``forward`` as Python code."""
         if self.convention == "batch":
             return "forward(batch)"
         if self.convention in ("fields", "one"):
@@ -71,18 +71,18 @@ class Layout:
 
 
 def layouts_of(batch: Any, size: int, module: nn.Module, label: Path | None = None) -> Iterator[Layout]:
-    """Yield the layouts that a batch may have, the usual ones first.
+    """Yield the possible layouts of a batch, common ones first.
 
     Args:
         batch: as the loader delivers it.
         size: B, the number of samples.
-        module: whose ``forward`` is to be called.
-        label: where the labels lie, if that is known.
+        module: the module to call.
+        label: path of the labels, if known.
     """
     seen = set()
     labels = list(label_fields(batch, size)) if label is None else [label]
     usual = [one for path in labels for one in _usual_layouts(batch, path, list(signature_of(module).parameters))]
-    # What has other fields besides is read so where nothing else fits.
+    # Last resort: pass the first field only, and ignore the others.
     for layout in usual + [Layout(path, "fields", _inputs(batch, path)[:1]) for path in labels]:
         if layout not in seen and (layout.fields or layout.convention not in ("fields", "one")):
             seen.add(layout)
@@ -115,10 +115,10 @@ def _usual_layouts(batch: Any, label: Path, parameters: list[str]) -> Iterator[L
 
 
 def label_fields(batch: Any, size: int) -> Iterator[Path]:
-    """Yield the paths at which labels may lie, the usual places first.
+    """Yield the possible paths of the labels, common ones first.
 
-    Of a batch with names that is under a usual one, further in if need be; else the last tensor with a row for each
-    sample, then a usual name in a dict within, then the others from the last to the first.
+    In a batch with names, labels are fields with a common name, nested if necessary. In other batches the order is: the
+    last tensor with a row per sample, a field with a common name in a nested dict, the others from last to first.
 
     Args:
         batch: as the loader delivers it.
@@ -131,7 +131,7 @@ def label_fields(batch: Any, size: int) -> Iterator[Path]:
         return
     children = children_of(batch)
     places = [key for key, value in children if has_rows(value, size)]
-    # With one field before it, at least, that may be the input.
+    # At least one field must precede the labels, since it may be the input.
     last = [key for key in places[-1:] if key != children[0][0]]
     is_last = last and last[0] == children[-1][0]
     yield from ((key,) for key in last if is_last)
@@ -141,7 +141,7 @@ def label_fields(batch: Any, size: int) -> Iterator[Path]:
 
 
 def is_given(batch: Any, layout: Layout, module: nn.Module) -> bool:
-    """Return whether the labels are clear: under the one usual name, or after all that ``forward`` needs."""
+    """Return whether the labels are unambiguous: a single common name, or a field after all that ``forward`` needs."""
     if isinstance(layout.label[-1], str):
         names = [path for path, _ in leaves_of(batch) if path[-1] in LABEL_NAMES]
         return names == [layout.label]
@@ -153,7 +153,7 @@ def is_given(batch: Any, layout: Layout, module: nn.Module) -> bool:
 
 
 def _may_be_input(value: Any) -> bool:
-    """Return whether a field is more than a path or a name, or a list of such."""
+    """Return whether a field may be input, that is, not a string or a list of strings."""
     if isinstance(value, (list, tuple)) and not isinstance(value, PackedSequence):
         return len(value) > 0 and all(_may_be_input(inner) for inner in value)
     if isinstance(value, Mapping):
@@ -162,7 +162,7 @@ def _may_be_input(value: Any) -> bool:
 
 
 def called(layout: Layout | None, x: Any) -> str:
-    """Return how ``forward`` was called, for a message."""
+    """Return the call of ``forward`` for an error message."""
     return layout.describe() if layout is not None else f"forward(x), x being {_kind(x)}"
 
 

@@ -1,4 +1,4 @@
-"""Dataset index <-> batch row: the pass in index order, and which indices a batch of training has."""
+"""Checks of loaders, and iteration over a dataset in index order."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _AT_THE_START = {"next_iter_state": None, "_initial_iter_for_state_dict": False}
 
 
 def check_loader(loaders: Any, of: str = "training") -> DataLoader[Any]:
-    """Return the one train loader, if samples can be told apart by their index.
+    """Return the single loader, if its samples can be identified by dataset index.
 
     Args:
-        loaders: what the fit draws from.
+        loaders: the loaders of the fit.
         of: ``"training"`` or ``"validation"``.
 
     Raises:
         TypeError: if it is not one DataLoader over a map-style dataset with a length.
-        ValueError: if it holds fewer than 10 samples, or does no batching of its own.
+        ValueError: if it has fewer than 10 samples, or does not batch.
     """
     dataset = getattr(loaders, "dataset", loaders)
     if isinstance(dataset, IterableDataset):
@@ -62,7 +62,7 @@ def check_loader(loaders: Any, of: str = "training") -> DataLoader[Any]:
 
 
 def _instead_of(loaders: Any) -> str:
-    """Return what to do with the rest of what was given as the train loader."""
+    """Return the advice for a train loader that is not supported."""
     if isinstance(loaders, (Mapping, list, tuple)):
         return (
             ", and draw from the others in training_step (`next(self.others)`, with `self.others ="
@@ -93,16 +93,16 @@ def shard_indices(total: int, rank: int, world_size: int) -> tuple[Tensor, Tenso
 
 
 def batch_size(loader: DataLoader[Any]) -> int:
-    """Return samples per batch; of a batch sampler that does not say, as many as its first batch has.
+    """Return the batch size; without such an attribute, the length of the batch sampler's first batch.
 
-    Asking it draws from the global random state.
+    Drawing that batch may use the global random state.
     """
     stated = _stated_batch_size(loader)
     return len(next(iter(loader.batch_sampler or [[0]]))) if stated is None else stated
 
 
 def batch_count(loader: DataLoader[Any], samples: int) -> int | None:
-    """Return how many batches ``samples`` are; None where only drawing one would tell how large they are."""
+    """Return the number of batches for ``samples``; None if the batch size is known only by drawing a batch."""
     stated = _stated_batch_size(loader)
     return None if stated is None else math.ceil(samples / stated)
 
@@ -113,9 +113,9 @@ def _stated_batch_size(loader: DataLoader[Any]) -> int | None:
 
 
 def detached_copy(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """Return a copy that delivers in the order drawn, and whose iterations, and their workers, are its own."""
+    """Return a copy that delivers in the order drawn, with its own iterators and workers."""
     other = copy.copy(loader)
-    # Not through __init__, which a subclass may have changed; DataLoader refuses to have these set as attributes.
+    # Not through __init__, which a subclass may have changed. DataLoader forbids setting these as attributes.
     other.__dict__.update(persistent_workers=False, in_order=True, _iterator=None)
     # What torchdata's StatefulDataLoader is to go on from is for the user's iteration.
     other.__dict__.update({name: value for name, value in _AT_THE_START.items() if name in other.__dict__})
@@ -133,13 +133,13 @@ def iterate_indices(
     """Yield (indices, batch) of the given samples in the given order, through the loader's own workers and transforms.
 
     Args:
-        loader: the user's; left as it is.
+        loader: the user's loader, which is not changed.
         index: (n,) int64, dataset indices.
         probing: only the first batch is wanted, so load it without worker processes, or, where each of them is
             initialized by a function of the user's, with one.
-        size: samples per batch; by default as many as the loader's have.
-        absent: takes the indices of items that are None, which a collate function leaves out or replaces. Another item
-            of the batch stands in for each, so that the others keep their rows. Without it, batches are as they come.
+        size: batch size; by default the loader's.
+        absent: receives the indices of items that are None, which a collate function may drop or replace. Each is
+            replaced by another item of the batch, so that the others keep their rows. By default batches are unchanged.
 
     Yields:
         the dataset indices of a batch, (B,) int64, and the batch.
@@ -176,18 +176,18 @@ def iterate_indices(
 
 
 class _WithStandIns(NamedTuple):
-    """A batch some of whose items were None, and where; a named tuple, of which torch can pin the memory."""
+    """A batch with replaced items, and their positions; a named tuple, since torch can pin its memory."""
 
     batch: Any
     places: list[int]
 
 
 class _StandingIn:
-    """A collate function that never sees None.
+    """Wrap a collate function, and replace items that are None.
 
     Args:
-        collate: the user's.
-        dataset: the user's, to look for an item where a batch has none.
+        collate: the user's collate function.
+        dataset: the user's dataset, the source of a replacement if all items of a batch are None.
     """
 
     def __init__(self, collate: Any, dataset: Any) -> None:
@@ -204,16 +204,16 @@ class _StandingIn:
 
 
 def _iterates_as_torchs(loader: DataLoader[Any]) -> bool:
-    """Return whether batches come as the collate function makes them."""
+    """Return whether the loader iterates as torch's, so that batches are what the collate function returns."""
     definer = next(base for base in type(loader).__mro__ if "__iter__" in vars(base))
     return definer is DataLoader or definer.__module__.startswith("torchdata.")
 
 
 def check_iterates_in_order(loader: DataLoader[Any]) -> None:
-    """Try three batches with a subclass that iterates in its own way.
+    """Check a subclass with its own ``__iter__`` on three batches.
 
     Raises:
-        TypeError: if it does not deliver them one for one.
+        TypeError: if it does not deliver the batches drawn, one for one.
     """
     if type(loader).__iter__ is DataLoader.__iter__:
         return

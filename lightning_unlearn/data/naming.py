@@ -1,4 +1,4 @@
-"""What a data set calls its classes and where its samples lie, as far as it says so."""
+"""Class names and file paths of a dataset."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _FILE_COLUMNS = ("file", "path", "file_name", "filename", "file_path", "filepath
 
 
 def class_names_in(dataset: Any, classes: int | None = None) -> list[str]:
-    """Return the names of the classes, by label; empty where a data set does not have one for each.
+    """Return the class names by label; empty if the dataset does not have a name for each class.
 
-    They are its ``classes`` or ``class_names`` (torchvision's data sets), or those of the label column (Hugging Face
-    features); also within Subset and ConcatDataset.
+    Names are read from ``classes`` or ``class_names`` (torchvision's datasets), or from the features of the label
+    column (Hugging Face), also of datasets within Subset and ConcatDataset.
 
     Args:
-        dataset: of a loader.
-        classes: how many there are, if that is known.
+        dataset: the dataset of a loader.
+        classes: number of classes, if known.
 
     Example:
         >>> from types import SimpleNamespace as Folder
@@ -38,11 +38,11 @@ def class_names_in(dataset: Any, classes: int | None = None) -> list[str]:
 
 
 def _inner(dataset: Any) -> Iterator[Any]:
-    """Yield a data set, and what it is made of, as far down as all of it is one."""
+    """Yield a dataset and the datasets that it wraps."""
     while dataset is not None:
         yield dataset
         parts = getattr(dataset, "datasets", None)
-        # Parts with other classes have other labels too.
+        # If parts have different classes, their labels differ in meaning too.
         if isinstance(parts, (list, tuple)) and len({tuple(class_names_in(part)) for part in parts}) == 1:
             dataset = parts[0]
         else:
@@ -50,7 +50,7 @@ def _inner(dataset: Any) -> Iterator[Any]:
 
 
 def _feature_names(dataset: Any) -> Any:
-    """Return those of a Hugging Face ``ClassLabel``, or of a list of them where a sample has several."""
+    """Return the names of a Hugging Face ``ClassLabel``, or of a list of them for several labels per sample."""
     features = getattr(dataset, "features", None)
     if not isinstance(features, Mapping):
         return None
@@ -64,10 +64,10 @@ def _feature_names(dataset: Any) -> Any:
 
 
 def files_in(dataset: Any) -> list[str]:
-    """Return the path of each sample's file, by index; empty where a data set does not list them.
+    """Return the file path of each sample, by index; empty if the dataset does not list them.
 
-    They are its ``samples`` (ImageFolder), ``files`` or ``paths``, or a column of paths (Hugging Face); also within
-    Subset and ConcatDataset.
+    Paths are read from ``samples`` (ImageFolder), ``files`` or ``paths``, or from a column of paths (Hugging Face),
+    also of datasets within Subset and ConcatDataset.
 
     Example:
         >>> from types import SimpleNamespace as Folder
@@ -77,7 +77,7 @@ def files_in(dataset: Any) -> list[str]:
     """
     try:
         return _files(dataset, len(dataset) if hasattr(dataset, "__len__") else None)
-    except Exception:  # of a user's class; names are a help
+    except Exception:  # raised by a user's class; names are optional
         return []
 
 
@@ -103,7 +103,7 @@ def _path(one: Any) -> str:
 
 
 def _column(dataset: Any) -> list[str]:
-    """Return a Hugging Face column of paths, of which nothing is decoded."""
+    """Return a Hugging Face column of paths, without decoding files."""
     features = getattr(dataset, "features", None)
     if not isinstance(features, Mapping):
         return []

@@ -1,8 +1,7 @@
-"""Whether the rows of a batch are the samples whose indices were drawn, in that order: seen, and not assumed.
+"""Verify that the rows of a batch are the samples whose indices were drawn, in that order.
 
-The same samples are fetched twice, in two orders, and some of them alone. What belongs to an index must be the same
-each time: a collate function, a batch fetch, a transfer hook or a loader that reorders, drops, repeats or adds rows
-gives an index another sample's row.
+The same samples are fetched twice, in two orders, and some of them alone. The row of an index must be the same each
+time. It is not if a collate function, a batch fetch, a transfer hook or a loader reorders, drops, repeats or adds rows.
 """
 
 from __future__ import annotations
@@ -20,19 +19,19 @@ from lightning_unlearn.data.batch import children_of
 from lightning_unlearn.data.fingerprint import digest
 
 MOST_SAMPLES = 64
-"""How many samples are looked at, in batches of the loader's size."""
+"""Number of samples to compare, in batches of the loader's size."""
 ALONE = 8
-"""How many of them are fetched alone, too."""
+"""Number of samples that are also fetched alone."""
 _LEAST_SAMPLES = 16
 
 
 def sample_batches(total: int, batch_size: int, attempt: int = 0) -> list[Tensor]:
-    """Return batches (B,) int64 of dataset indices, spread over the data set and in no order.
+    """Return batches (B,) int64 of dataset indices, spread over the dataset and unsorted.
 
     Args:
-        total: N.
-        batch_size: of the loader.
-        attempt: another number takes other samples.
+        total: N, length of the dataset.
+        batch_size: batch size of the loader.
+        attempt: selects different samples for each number.
 
     Example:
         >>> [batch.tolist() for batch in sample_batches(1000, 4)][0]
@@ -55,12 +54,12 @@ def shuffled(batches: Sequence[Tensor]) -> list[Tensor]:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """What some batches hold, row by row.
+    """Content of some batches, row by row.
 
     Args:
         index: (M,) int64, the dataset index drawn for each row.
         label: (M, L) int64, the class labels of each row.
-        columns: of every part of the input that has a value for each row, the hashes of these.
+        columns: hashes of the rows, for every part of the input that has a value for each row.
     """
 
     index: Tensor
@@ -73,7 +72,7 @@ class Rows:
 
 
 def joined(batches: Sequence[Rows]) -> Rows:
-    """Return the rows of several batches, with the parts of the input that all of them have."""
+    """Concatenate the rows of several batches, with the parts of the input that all of them have."""
     shared = set.intersection(*(set(batch.columns) for batch in batches))
     return Rows(
         torch.cat([batch.index for batch in batches]),
@@ -86,7 +85,7 @@ def row_hashes(x: Any, num_rows: int) -> dict[str, list[str]]:
     """Return the hashes of the rows of every tensor, array or list within an input that has a value for each row.
 
     Args:
-        x: a tensor, or what holds tensors, arrays and lists.
+        x: a tensor, or a container of tensors, arrays and lists.
         num_rows: B.
 
     Example:
@@ -109,7 +108,7 @@ def _row_hashes(x: Any, num_rows: int, path: str) -> Iterator[tuple[str, list[st
 
 
 def _has_rows(x: Any, num_rows: int) -> bool:
-    """Return whether something has a value for each row of a batch."""
+    """Return whether a value is a tensor, array or list with an entry for each row of a batch."""
     if isinstance(x, (Tensor, np.ndarray)):
         return x.ndim > 0 and len(x) == num_rows
     if not isinstance(x, (list, tuple)) or len(x) != num_rows:
@@ -123,7 +122,7 @@ def _length(x: Any) -> int:
 
 
 def lengths(x: Any) -> set[int]:
-    """Return how many values the tensors within something have.
+    """Return the lengths of all tensors in a container.
 
     Example:
         >>> lengths((torch.zeros(3, 2), {"y": torch.zeros(3), "scale": torch.tensor(1.0)}))
@@ -139,11 +138,11 @@ class Comparison:
     """Two readings of the same samples in different orders.
 
     Args:
-        labels: how many rows have another label than their index had in the other reading.
-        moved: in how many rows a part of the input is what another index had in the other reading, where no part of the
-            input stays with its index.
-        tells: whether the input, or else the labels, differ from row to row and stay with their index.
-        kept: the parts of the input that do; none under random augmentation.
+        labels: number of rows whose label differs from that of the same index in the other reading.
+        moved: number of rows in which a part of the input equals that of another index in the other reading, if no part
+            of the input stays with its index.
+        tells: whether the input, or else the labels, differ between rows and stay with their index.
+        kept: the parts of the input for which that holds; none under random augmentation.
     """
 
     labels: int
@@ -153,10 +152,10 @@ class Comparison:
 
 
 def compare(one: Rows, other: Rows) -> Comparison:
-    """Compare by dataset index.
+    """Compare two readings by dataset index.
 
-    A part of the input proves something only if its rows differ. Parts that go by their place in the batch, as position
-    numbers do, or differ altogether, as under random augmentation, prove nothing.
+    A part of the input is conclusive only if its rows differ. Parts that depend on the position in the batch, such as
+    position numbers, or that always differ, as under random augmentation, are not.
 
     Example:
         >>> label, index = torch.zeros(3, 1, dtype=torch.int64), torch.tensor([7, 8, 9])
@@ -174,7 +173,7 @@ def compare(one: Rows, other: Rows) -> Comparison:
 
 
 def _compare_part(one: Rows, other: Rows, name: str) -> int | None:
-    """Return how many rows of a part are what another index had; None where it proves nothing."""
+    """Return the number of rows of a part that equal those of another index; None if it is inconclusive."""
     first, second = one.columns[name], other.columns[name]
     if len(set(first)) == 1 and len(set(second)) == 1 and first[0] == second[0]:
         return None
@@ -186,11 +185,11 @@ def _compare_part(one: Rows, other: Rows, name: str) -> int | None:
 
 
 class ItemByItem:
-    """A data set asked for one item after the other, each of which draws the same random augmentation every time.
+    """Wrap a dataset to fetch items one by one, each with the same random augmentation every time.
 
     Args:
-        dataset: the user's, which it is in all else.
-        seeded: False to let items draw as they do.
+        dataset: the user's dataset, to which all other attributes are forwarded.
+        seeded: False to leave the random augmentation unchanged.
     """
 
     def __init__(self, dataset: Any, *, seeded: bool = True) -> None:
@@ -209,7 +208,7 @@ class ItemByItem:
         return len(self._inner)
 
     def __getattr__(self, name: str) -> Any:
-        # Not the user's way of fetching a whole batch.
+        # Hide the user's __getitems__, which fetches whole batches.
         if name in ("_inner", "_seeded") or (name.startswith("__") and name.endswith("__")):
             raise AttributeError(name)
         return getattr(self._inner, name)

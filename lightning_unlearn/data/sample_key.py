@@ -1,4 +1,4 @@
-"""Which samples the rows of a training batch are, where they have no dataset index: by a key that travels with them."""
+"""Identify the rows of a training batch by a key in the batch, for samples without a dataset index."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from lightning_unlearn.utilities.calls import called, check_function
 from lightning_unlearn.utilities.checks import check_text, reason_of, shown
 
 Key = int | str
-"""What a sample is known by."""
+"""Key that identifies a sample."""
 SampleKey = str | Callable[[Any], Any]
-"""Where keys are in a batch: a name, with dots between the names of fields within fields; or a function to them."""
+"""Keys in a batch: a field name, with dots for nested fields, or a function from the batch to its keys."""
 
 _LEAST, _MOST = -(2**63), 2**63 - 1
 _ADVICE = "set sample_key to a field with an integer or a text for each sample, or to a function that returns these"
 
 
 def check_sample_key(value: Any) -> SampleKey | None:
-    """Return a name of a field, a function from a batch to keys, or None.
+    """Check that a value is a field name, a function from a batch to keys, or None.
 
     Raises:
         ValueError: for anything else.
@@ -41,10 +41,10 @@ def check_sample_key(value: Any) -> SampleKey | None:
 
 
 class KeyReader:
-    """Reads the keys of the rows of batches, as the loader delivers them.
+    """Read the keys of the rows of batches as the loader delivers them.
 
     Args:
-        sample_key: where they are.
+        sample_key: field name or function, see :data:`SampleKey`.
 
     Example:
         >>> reader = KeyReader("__key__")
@@ -57,7 +57,7 @@ class KeyReader:
         self._kind: type[Any] | None = None
 
     def container(self, batch: Any) -> Path:
-        """Return the path in a batch to the fields of the samples, beside their key; () for the whole batch."""
+        """Return the path in a batch to the container of the key and the other fields; () for the whole batch."""
         return self._path_in(batch)[:-1]
 
     def _path_in(self, batch: Any) -> Path:
@@ -69,18 +69,18 @@ class KeyReader:
             return (self.sample_key,)
         path: list[str | int] = []
         for part in self.sample_key.split("."):
-            # Of several loaders in a list.
+            # Several loaders in a list: the name is a position.
             is_place = part.isdigit() and isinstance(batch, (list, tuple)) and not hasattr(batch, "_fields")
             path.append(int(part) if is_place else part)
             batch = field_at(batch, (path[-1],))
         return tuple(path)
 
     def read(self, batch: Any) -> list[Any]:
-        """Return the keys of a batch, B integers or B texts.
+        """Return the keys of a batch, B integers or B strings.
 
         Raises:
-            TypeError: where there are none, or something else; where they are of another kind than before.
-            ValueError: for a key that is missing.
+            TypeError: if there are no keys, or keys of another type, or of another type than before.
+            ValueError: if a key is missing.
         """
         keys = _listed(self._found(batch), self._said)
         kinds = {type(key) for key in keys}
@@ -125,7 +125,7 @@ def _kind(value: Any) -> str:
 
 
 def _listed(found: Any, said: str) -> list[Any]:
-    """Return what was found, as a list of Python's integers or texts."""
+    """Convert keys to a list of Python integers or strings."""
     if isinstance(found, Tensor):
         whole = not (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool)
         keys = found.tolist() if found.ndim == 1 and whole else None
@@ -159,7 +159,7 @@ def _one(key: Any, row: int, said: str) -> Key:
 
 
 def owners_of(keys: Sequence[Key], ranks: int) -> Tensor:
-    """Return (n,) int64, the rank that keeps the evidence of each key: the same in every process and machine.
+    """Return (n,) int64, the rank that stores the evidence of each key; the same in every process and machine.
 
     Example:
         >>> owners_of(["a", "b", "c", "d"], 2), owners_of([7], 1)
@@ -167,5 +167,5 @@ def owners_of(keys: Sequence[Key], ranks: int) -> Tensor:
     """
     if ranks == 1:
         return torch.zeros(len(keys), dtype=torch.int64)
-    # Not hash(), which differs from process to process.
+    # Not hash(), which differs between processes.
     return torch.tensor([zlib.crc32(str(key).encode("utf-8", "surrogatepass")) % ranks for key in keys])

@@ -1,4 +1,4 @@
-"""How a loader draws the indices of an epoch, read off its sampler, and the same way of drawing from fewer of them."""
+"""Description of how a sampler draws the indices of an epoch, to draw from a subset in the same way."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from torch.utils.data.distributed import DistributedSampler
 _TORCHDATA = "torchdata.stateful_dataloader.sampler"
 
 SamplingMode = Literal["evenly", "with replacement", "without replacement"]
-"""``"evenly"``: each index as often as its weight says; else by lot, one draw after the other."""
+"""``"evenly"``: each index in proportion to its weight; otherwise random, one draw after the other."""
 
 
 @dataclass(frozen=True, eq=False)
 class SamplingScheme:
-    """How the indices of an epoch are drawn.
+    """Describe how the indices of an epoch are drawn.
 
     Args:
-        index: (M,) int64, the dataset indices to draw from; one that is there twice is drawn twice as often.
-        weight: (M,) float64, not negative; the chances of an index are in proportion to it.
-        number: how many are drawn in an epoch, by all ranks together.
-        mode: of drawing. ``"without replacement"`` is that of a WeightedRandomSampler: by lot, none twice.
-        shuffle: whether their order is random; where not, it is that of ``index``.
-        drop_last: whether what does not divide by the number of ranks is left out, not filled up with repeats.
-        seed: of the order, where the sampler has one of its own.
+        index: (M,) int64, the dataset indices to draw from; an index listed twice is drawn twice as often.
+        weight: (M,) float64, not negative; the probability of an index is proportional to it.
+        number: number of draws in an epoch, over all ranks.
+        mode: how to draw. ``"without replacement"`` is that of a WeightedRandomSampler: random, none twice.
+        shuffle: whether the order is random; if not, it is that of ``index``.
+        drop_last: whether to drop the remainder of a division by the number of ranks, instead of adding repeats.
+        seed: seed of the order, if the sampler has its own.
 
     Example:
         >>> scheme = evenly(torch.tensor([3, 5, 8]))
@@ -44,7 +44,7 @@ class SamplingScheme:
     seed: int | None = None
 
     def draw(self, generator: torch.Generator) -> Tensor:
-        """Return the indices of one epoch, (number,) int64; where they are not drawn by lot, in the order of ``index``.
+        """Return the indices of one epoch, (number,) int64; unless random, in the order of ``index``.
 
         Args:
             generator: source of randomness, on the CPU.
@@ -61,18 +61,18 @@ class SamplingScheme:
         return self.index[systematic_sample(self.weight, self.number, generator).sort().values]
 
     def restricted_to(self, index: Tensor, probability: Tensor | None = None, *, at_least: int = 1) -> SamplingScheme:
-        """Draw in the same way from some of the indices, each as often as before.
+        """Return a scheme that draws some of the indices, each as often as before.
 
-        So the number of draws shrinks with what is left out: it is rounded down where indices are drawn evenly, so that
-        none comes oftener than before, else to the nearest.
+        The number of draws shrinks accordingly. It is rounded down if indices are drawn evenly, so that none is drawn
+        more often than before, else to the nearest integer.
 
         Args:
-            index: (K,) int64, what to keep.
-            probability: (K,) in [0, 1], by which the weights are multiplied; None for 1.
-            at_least: where an index may come again, draw so many, for a batch to be filled; but no more than before.
+            index: (K,) int64, indices to keep.
+            probability: (K,) in [0, 1], factor of the weights; None for 1.
+            at_least: least number of draws, to fill a batch, if an index may repeat; never more than before.
 
         Returns:
-            what draws nothing (``number`` is 0) where no weight is left.
+            the scheme; it draws nothing (``number`` is 0) if no weight is left.
         """
         size = 1 + int(torch.cat([self.index, index]).max()) if len(self.index) else 0
         kept = torch.zeros(size, dtype=torch.float64)
@@ -96,23 +96,23 @@ class SamplingScheme:
 
 
 def evenly(index: Tensor, *, shuffle: bool = True, number: int | None = None) -> SamplingScheme:
-    """Draw each index once, or ``number`` in all, each equally often as far as that goes.
+    """Return a scheme that draws each index once, or ``number`` indices, each as equally often as possible.
 
     Args:
-        index: (M,) int64.
-        shuffle: whether in random order.
-        number: of draws in an epoch; by default M.
+        index: (M,) int64, dataset indices.
+        shuffle: whether the order is random.
+        number: number of draws in an epoch; by default M.
     """
     weight = torch.ones(len(index), dtype=torch.float64)
     return SamplingScheme(index, weight, len(index) if number is None else number, shuffle=shuffle)
 
 
 def scheme_of(sampler: Any, *, ranks: int = 1) -> SamplingScheme | None:
-    """Return how a sampler of torch's draws; None for one that means something of its own, which cannot be looked into.
+    """Return the scheme of one of torch's samplers; None for a custom sampler, whose logic is unknown.
 
     Args:
-        sampler: a sampler, or a list of indices. A subclass that draws as its base does is read like it.
-        ranks: how many processes draw ``num_samples`` each, where that is not the number for all of them together.
+        sampler: a sampler, or a list of indices. A subclass that draws like its base class is accepted.
+        ranks: number of processes, if each draws ``num_samples`` of its own.
 
     Example:
         >>> scheme = scheme_of(WeightedRandomSampler([0.0, 1.0, 3.0], num_samples=8))
@@ -140,7 +140,7 @@ def scheme_of(sampler: Any, *, ranks: int = 1) -> SamplingScheme | None:
 
 
 def _of_indices(indices: Any, *, shuffle: bool = True) -> SamplingScheme | None:
-    """Return the scheme of indices listed one by one; None where they are keys, or counted from the end."""
+    """Return the scheme for a list of indices; None if they are keys or negative."""
     try:
         index = torch.as_tensor(list(indices), dtype=torch.int64)
     except (TypeError, ValueError, RuntimeError):
@@ -164,14 +164,14 @@ def _by_lot(index: Tensor, weight: Tensor, number: int, replacement: bool, ranks
 
 
 def systematic_sample(weight: Tensor, number: int, generator: torch.Generator) -> Tensor:
-    """Draw each item as often as its weight says on average, in any one draw at most one time more or less.
+    """Draw each item as often as its weight on average, with less than one draw more or less in any sample.
 
-    Systematic sampling in random order (Madow 1949): the weights, laid end to end, are a ruler, and every unit of it is
-    hit once. So the expected loss over the draws is the loss weighted with the weights.
+    Systematic sampling in random order (Madow 1949): the weights are laid end to end, and one point is drawn in every
+    unit interval. The expected loss over the draws is therefore the weighted loss.
 
     Args:
-        weight: (K,), not negative, one of them positive; scaled so that their sum is ``number``.
-        number: of draws.
+        weight: (K,), not negative, at least one positive; scaled so that their sum is ``number``.
+        number: number of draws.
         generator: source of randomness, on the CPU.
 
     Returns:

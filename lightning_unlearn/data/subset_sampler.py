@@ -1,4 +1,4 @@
-"""A sampler that draws from some of the samples in the way of the user's, and loaders narrowed to them."""
+"""Sampler that draws from a subset like the user's sampler, and its exchange in the loader."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from lightning_unlearn.data.sampling_scheme import SamplingScheme, scheme_of
 
 
 class CleanSubsetSampler(DistributedSampler[int]):
-    """Draws indices in a given way, split over the ranks; the order is a function of seed and epoch.
+    """Draw indices by a scheme, split over the ranks. The order depends only on seed and epoch.
 
     Args:
-        scheme: which indices are drawn in an epoch, and how many.
+        scheme: which indices are drawn in an epoch, and how often.
         num_replicas: number of ranks.
-        rank: of this process.
-        seed: the same on every rank; that of the drawing, where it has one, comes first.
-        leave_no_single: with a batch size: leave out one index of the epoch where the last batch would hold but one,
-            on which batch norm cannot be trained. The size of the subset is not the user's choice.
-        at_most: with a number: no more indices than that are drawn in an epoch, of all ranks together.
+        rank: rank of this process.
+        seed: the same on every rank; the scheme's own seed takes precedence.
+        leave_no_single: the batch size; drop one index of the epoch if the last batch would hold a single sample, on
+            which batch norm cannot be trained. The user did not choose the size of the subset.
+        at_most: largest number of indices drawn in an epoch, over all ranks.
 
-    ``is_single`` says whether a batch of one cannot be left out, since it is a rank's only one.
+    Attributes:
+        is_single: whether a batch of a single sample cannot be avoided, because it is a rank's only one.
 
     Example:
         >>> from lightning_unlearn.data.sampling_scheme import evenly
@@ -57,7 +58,7 @@ class CleanSubsetSampler(DistributedSampler[int]):
             seed=seed if scheme.seed is None else scheme.seed,
             drop_last=scheme.drop_last,
         )
-        # Of fewer indices than ranks none is left where the last ones are dropped; torch counts below zero.
+        # With fewer indices than ranks and drop_last, torch computes a negative number.
         self.num_samples = max(0, self.num_samples)
 
         size = leave_no_single or 1
@@ -71,26 +72,26 @@ class CleanSubsetSampler(DistributedSampler[int]):
         return self.count
 
     def __iter__(self) -> Iterator[int]:
-        # The same on every rank, each of which takes its share of it.
+        # The same draw on every rank, each of which takes its share.
         drawn = self.scheme.draw(torch.Generator().manual_seed(self.seed + self.epoch)).tolist()
         return (drawn[position] for position in itertools.islice(super().__iter__(), self.count))
 
 
 def check_sampler(loader: DataLoader[Any], sampler: Any, *, ranks: int = 1) -> SamplingScheme:
-    """Return how the user's sampler draws.
+    """Return the scheme of the user's sampler.
 
     Args:
-        loader: the user's, for the message.
-        sampler: what its batch sampler draws from.
+        loader: the user's loader, for the error message.
+        sampler: the sampler of its batch sampler.
         ranks: see :func:`scheme_of`.
 
     Raises:
-        TypeError: for a sampler that means something of its own, which a draw from a subset would lose.
+        TypeError: for a custom sampler, whose logic would be lost when drawing from a subset.
     """
     scheme = sampler.scheme if type(sampler) is CleanSubsetSampler else scheme_of(sampler, ranks=ranks)
     if scheme is not None:
         return scheme
-    # By __class__, as a TrackedBatchSampler goes by the user's.
+    # __class__ and not type(), since a TrackedBatchSampler reports the user's class.
     batches = loader.batch_sampler.__class__.__name__
     found = type(sampler).__name__ if sampler is not None else f"{batches} without .sampler"
     if isinstance(sampler, (list, tuple)) or hasattr(sampler, "indices"):
@@ -106,10 +107,10 @@ def check_sampler(loader: DataLoader[Any], sampler: Any, *, ranks: int = 1) -> S
 def batch_sampler_error(loader: DataLoader[Any]) -> str:
     """Return why the loader's batch sampler cannot draw and count the batches of a subset; empty if it can.
 
-    Draws from the global random state where the batch sampler is not torch's own.
+    Uses the global random state if the batch sampler is not torch's own.
     """
     batches: Any = loader.batch_sampler
-    # Its class and not its type: while training steps are read, it is the user's with a memory.
+    # __class__ and not type(): while indices are tracked, it is a TrackedBatchSampler.
     kind = batches.__class__
     has_size = isinstance(getattr(batches, "batch_size", None), int)
     if not (has_size and hasattr(batches, "drop_last") and hasattr(kind, "__len__")):
@@ -121,7 +122,7 @@ def batch_sampler_error(loader: DataLoader[Any]) -> str:
     plain = kind.__iter__ is BatchSampler.__iter__ and kind.__len__ is BatchSampler.__len__
     if plain and not hasattr(kind, "sampler"):
         return ""
-    # Whether it draws what its sampler gives it, seen on a copy that is given one batch of samples and one more.
+    # Check on a copy, with one batch of samples and one more, that it draws only what its sampler yields.
     few = list(range(batch_size(loader) + 1))
     try:
         trial = copy.copy(batches)
@@ -148,43 +149,44 @@ def batch_sampler_error(loader: DataLoader[Any]) -> str:
 
 
 class SamplerSwap:
-    """Loaders whose samplers were replaced, and what to put back.
+    """Replace samplers of loaders, and restore them.
 
-    The loader object stays the user's own: its workers, collate function and subclass are untouched.
+    The loader remains the user's object: its workers, collate function and class are not changed.
     """
 
     def __init__(self) -> None:
         self._replaced: list[tuple[DataLoader[Any], Any, Any]] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy has borrowed nothing.
+        # A copy has replaced nothing.
         return {"_replaced": []}
 
     def narrow(
         self, loader: DataLoader[Any], sampler: CleanSubsetSampler, *, remembers: bool = False
     ) -> DataLoader[Any]:
-        """Let the loader draw from ``sampler``, and remember its batches if asked to."""
+        """Let the loader draw from ``sampler``, and track its batches if requested."""
         batch_sampler: Any = loader.batch_sampler
         if all(loader is not known for known, _, _ in self._replaced):
             self._replaced.append((loader, batch_sampler.sampler, loader.sampler))
         batch_sampler.sampler = sampler
-        # DataLoader forbids to set it; Lightning looks here to see that the sampler is distributed already.
+        # DataLoader forbids setting it as an attribute. Lightning reads it to detect a distributed sampler.
         loader.__dict__["sampler"] = sampler
         if remembers:
             track_indices(loader)
         return loader
 
     def samplers_of(self, loader: DataLoader[Any]) -> tuple[Any, Any]:
-        """Return what the user's batch sampler draws from (None if it does not say), and ``loader.sampler``.
+        """Return the user's samplers, even while they are replaced.
 
-        The user's, also while they are replaced.
+        Returns:
+            the sampler of the batch sampler (None without such an attribute), and ``loader.sampler``.
         """
         replaced = (samplers for known, *samplers in self._replaced if known is loader)
         drawn_from, own = next(replaced, (getattr(loader.batch_sampler, "sampler", None), loader.sampler))
         return drawn_from, own
 
     def restore(self) -> None:
-        """Restore the users' samplers."""
+        """Restore the user's samplers."""
         while self._replaced:
             loader, batch_sampler_sampler, sampler = self._replaced.pop()
             untrack_indices(loader)

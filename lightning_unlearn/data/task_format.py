@@ -1,4 +1,4 @@
-"""What a batch, a model's output and a label mean: where the input and the labels are, and which classes they name."""
+"""Convert batches, outputs and labels of any supported task to rows of class logits and class labels."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from lightning_unlearn.data.data_format import DataFormat, Task
 from lightning_unlearn.data.layout import Layout
 
 IGNORED = -1
-"""What a label is that is to be ignored."""
+"""Class label of a row without a label."""
 
 _ILLEGAL = -2
-# Rounding of a row of probabilities that is a single class, in any floating-point precision.
+# Tolerance for one-hot rows, in any floating-point precision.
 _ROUNDING = 1e-3
 
 
@@ -32,22 +32,22 @@ def extract_logits(output: Any) -> Any:
 
 
 class TaskFormat:
-    """Reads batches, outputs and labels; what a :class:`DataFormat` leaves open is inferred from the first batch.
+    """Read batches, outputs and labels; what a :class:`DataFormat` does not set is inferred from the first batch.
 
-    **Rows.** Everything downstream sees rows of class logits (U, C) with class labels (U,). Of a multi-class task they
-    are the samples; a binary task's one logit z becomes those of two classes, -z/2 and z/2, whose softmax is its
-    sigmoid; of a multi-label task each label of each sample is such a binary row, sample by sample: U = B L.
+    **Rows.** Everything downstream sees rows of class logits (U, C) with class labels (U,). In a multi-class task rows
+    are samples. In a binary task the single logit z becomes the logits -z/2 and z/2 of two classes, whose softmax is
+    the sigmoid of z. In a multi-label task each label of each sample is such a binary row, sample by sample: U = B L.
 
     Args:
-        data: what the user has set; the defaults if left out.
+        data: the user's settings; the defaults if omitted.
 
     Attributes:
         data: as given.
-        num_outputs: K, the columns that ``forward`` returns; 0 before the first batch.
-        layout: where input and labels are in a batch, once detected.
-        label_at: where the labels are, once detected.
-        rivals: other fields that could be the labels.
-        is_open: whether these are as likely.
+        num_outputs: K, number of columns that ``forward`` returns; 0 before the first batch.
+        layout: layout of input and labels in a batch, once detected.
+        label_at: path of the labels, once detected.
+        rivals: paths of other fields that could be the labels.
+        is_open: whether one of these is as likely.
     """
 
     def __init__(self, data: DataFormat | None = None) -> None:
@@ -55,7 +55,7 @@ class TaskFormat:
         self.forget()
 
     def forget(self) -> None:
-        """Forget what was inferred from an earlier model's first batch."""
+        """Discard what was inferred from an earlier model's first batch."""
         self._task: Task = "auto"
         self.num_outputs = 0
         self.layout: Layout | None = None
@@ -64,7 +64,7 @@ class TaskFormat:
         self.is_open = False
 
     def split(self, batch: Any) -> tuple[Any, Any]:
-        """Return input and labels of a batch: as ``batch_to_xy`` says, as inferred, or as ``split_batch`` does."""
+        """Split a batch into input and labels, with ``batch_to_xy``, the inferred layout, or ``split_batch``."""
         if self.data.batch_to_xy is not None:
             return self.data.batch_to_xy(batch)
         if self.layout is not None and self.layout.fits(batch):
@@ -73,7 +73,7 @@ class TaskFormat:
 
     @property
     def label_field(self) -> Path | None:
-        """Where in a batch the labels are; None before the first batch, or where ``batch_to_xy`` says."""
+        """Path of the labels in a batch; None before the first batch, or with ``batch_to_xy``."""
         return self.label_at if self.layout is None else self.layout.label
 
     @property
@@ -89,7 +89,7 @@ class TaskFormat:
 
     @property
     def settled(self) -> dict[str, Any]:
-        """What the first batch has settled, as primitives."""
+        """Settings inferred from the first batch, as primitives."""
         layout = self.layout
         found = None if layout is None else [list(layout.label), layout.convention, list(layout.fields)]
         return {"task": self._task, "outputs": self.num_outputs, "layout": found}
@@ -102,12 +102,12 @@ class TaskFormat:
 
     @property
     def num_classes(self) -> int:
-        """C, the number of classes of a row."""
+        """Number of classes of a row, C."""
         return self.num_outputs if self.task == "multiclass" else 2
 
     @property
     def rows_per_sample(self) -> int:
-        """1, or for a multi-label task the number of labels."""
+        """Number of rows per sample: 1, or the number of labels in a multi-label task."""
         return self.num_outputs if self.task == "multilabel" else 1
 
     def output(self, model: nn.Module, x: Any) -> Tensor:
@@ -136,7 +136,7 @@ class TaskFormat:
             label: as the batch holds it.
 
         Raises:
-            ValueError: if the task asked for does not fit.
+            ValueError: if the data do not fit the task that the user has set.
         """
         if self._task != "auto":
             return
@@ -151,7 +151,7 @@ class TaskFormat:
         self._task, self.num_outputs = task, outputs
 
     def alike(self, output: Tensor, label: Any) -> TaskFormat:
-        """Return another reading with the same settings, settled by another first batch; see :meth:`infer_task`."""
+        """Return a TaskFormat with the same settings, inferred from another first batch; see :meth:`infer_task`."""
         other = TaskFormat(replace(self.data, batch_to_xy=None, logits_from=None))
         other.infer_task(output, label)
         return other
@@ -163,14 +163,14 @@ class TaskFormat:
             return "multiclass"
         known = label[~self._is_ignored(label)]
         bits = bool(((known == 0) | (known == 1)).all())
-        # A row with no or several ones, or with ignored entries, is not that of a class.
+        # A row with no or several ones, or with ignored entries, is not one-hot.
         return "multilabel" if bits and bool((label.sum(dim=1) != 1).any()) else "multiclass"
 
     def logits(self, output: Tensor) -> Tensor:
         """Return rows (U, C) of class logits.
 
         Args:
-            output: (B, K), or (B,) of a binary task.
+            output: (B, K), or (B,) in a binary task.
         """
         if self.task == "multiclass":
             return output
@@ -192,21 +192,21 @@ class TaskFormat:
         return (index.unsqueeze(1) * count + torch.arange(count, device=index.device)).flatten()
 
     def repeat_per_row(self, values: Tensor) -> Tensor:
-        """Return (U,), a value (B,) for each sample repeated for each of its rows."""
+        """Repeat the values (B,) of samples for each of their rows, (U,)."""
         return values if self.rows_per_sample == 1 else values.repeat_interleave(self.rows_per_sample, dim=0)
 
     def classes(self, label: Any, num_samples: int) -> Tensor:
-        """Return the class labels of rows, without looking at values, so that no accelerator is waited for.
+        """Return the class labels of rows without checking values, which would synchronize with the accelerator.
 
         Args:
             label: as the batch holds it.
             num_samples: B.
 
         Returns:
-            (U,) int64: ``IGNORED`` for none, and below it for what is no label.
+            (U,) int64: ``IGNORED`` for no label, and smaller numbers for invalid ones.
 
         Raises:
-            ValueError: if they have not the right shape or type.
+            ValueError: for a wrong shape or type.
         """
         if not _is_dense(label) or label.is_complex():
             raise ValueError(f"Expected a dense tensor of labels, but got {_kind(label)}{_CONVERT}")
@@ -222,10 +222,10 @@ class TaskFormat:
         return self._bits(label.flatten())
 
     def classes_of_batches(self, batches: Sequence[tuple[Any, int]]) -> Tensor:
-        """Return the class labels of the rows of several batches, in one go where they are alike.
+        """Return the class labels of the rows of several batches, concatenated first if their shapes allow it.
 
         Args:
-            batches: of each, its labels and B; at least one.
+            batches: labels and B of each batch; at least one batch.
 
         Returns:
             as :meth:`classes`.
@@ -271,11 +271,11 @@ class TaskFormat:
             return torch.zeros_like(label, dtype=torch.bool)
         if math.isnan(self.data.ignore_index):
             return label.isnan()
-        # Not as bytes, in which -100 is 156.
+        # Not as uint8, in which -100 is 156.
         return (label if label.is_floating_point() else label.long()) == self.data.ignore_index
 
     def labels(self, label: Any, num_samples: int, first_index: int = 0) -> Tensor:
-        """Return the class labels of rows, each of which names a class or is ignored.
+        """Return the class labels of rows, after checking that each is a class or ignored.
 
         Args:
             label: as the batch holds it.
@@ -283,10 +283,10 @@ class TaskFormat:
             first_index: dataset index of the first sample, for the message.
 
         Returns:
-            (U,) int64 in [0, C), ``IGNORED`` for none.
+            (U,) int64 in [0, C), ``IGNORED`` for no label.
 
         Raises:
-            ValueError: if a label names no class.
+            ValueError: if a label is not a class.
         """
         found = self.classes(label, num_samples)
         illegal = (found == _ILLEGAL).nonzero().flatten()
@@ -319,11 +319,11 @@ class TaskFormat:
         )
 
     def replaced(self, label: Tensor, new: Tensor) -> Tensor:
-        """Return a batch's labels, in the form they have, with other classes in their place.
+        """Replace classes in a batch's labels, keeping their form.
 
         Args:
             label: as the batch holds it.
-            new: (U,) int64, -1 where the given one stays.
+            new: (U,) int64, the new classes; -1 to keep the given one.
         """
         new = new.to(label.device)
         if self.task == "multiclass" and label.ndim == 2 and label.shape[1] == self.num_outputs:

@@ -253,7 +253,7 @@ class PartitionConsumer(UnlearnCallback):
         """Return what this callback did to which samples or neurons.
 
         Args:
-            partition: the one that was acted upon.
+            partition: the one that was acted on.
         """
         return {}
 

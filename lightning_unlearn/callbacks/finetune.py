@@ -108,7 +108,7 @@ class CleanSubsetFinetuneCallback(PartitionConsumer):
         """Which samples are trained on, how often, and under which labels.
 
         Raises:
-            RuntimeError: before there is one, saying when there will be, or if the partition was not acted upon.
+            RuntimeError: before there is one, saying when there will be, or if the partition was not acted on.
         """
         state = self._finetuning.state
         if state.training_subset is None:

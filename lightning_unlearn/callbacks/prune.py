@@ -125,7 +125,7 @@ class SensitivityPruneCallback(PartitionConsumer):
         In a dry run, which would be kept.
 
         Raises:
-            RuntimeError: before there are any, saying when there will be, or if the partition was not acted upon.
+            RuntimeError: before there are any, saying when there will be, or if the partition was not acted on.
         """
         if not self._state.masks:
             if self._state.epoch >= 0:
@@ -209,7 +209,7 @@ class SensitivityPruneCallback(PartitionConsumer):
     def get_mask(self, trainer: Trainer, pl_module: LightningModule) -> NeuronMask | None:
         """Return the (first) mask, made now if it is due; None if it is not due or nothing is pruned.
 
-        Every partition of the fit is acted upon once. What was pruned stays so, and counts in ``amount``.
+        Every partition of the fit is acted on once. What was pruned stays so, and counts in ``amount``.
         """
         partition = self.source.get_partition(trainer, pl_module)
         # What a dry run has proposed is still to be done in a fit that acts.

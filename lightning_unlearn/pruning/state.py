@@ -18,13 +18,13 @@ from lightning_unlearn.results.provenance import copied
 
 @dataclass(frozen=True, eq=False)
 class PruneState:
-    """Layers, masks and what is said of them; replaced as a whole when a partition is acted upon.
+    """Layers, masks and what is said of them; replaced as a whole when a partition is acted on.
 
     Args:
         sites: the layers, in the order in which ``forward`` calls them.
         masks: of each layer, once there are any.
         live: of each layer, how many neurons were live when it was first pruned: what ``amount`` is a share of.
-        epoch: of the partition that was acted upon last; -1 before the first.
+        epoch: of the partition that was acted on last; -1 before the first.
         is_proposal: whether the masks say what would be pruned, in a dry run, and nothing is.
         note: what the guard found.
     """
@@ -38,7 +38,7 @@ class PruneState:
 
     @property
     def holds(self) -> bool:
-        """Whether masks have been acted upon, and not only proposed."""
+        """Whether masks have been acted on, and not only proposed."""
         return bool(self.masks) and not self.is_proposal
 
     @property

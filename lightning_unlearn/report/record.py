@@ -27,7 +27,7 @@ class RunRecord:
     """A fit, as its report needs it. All but the results is JSON.
 
     Args:
-        partition: the last one that was acted upon, or the one that was not.
+        partition: the last one that was acted on, or the one that was not.
         masks: of pruned neurons, one for each layer.
         gallery: what is shown of a sample (see :class:`~lightning_unlearn.report.samples.SampleView`), by its index in
             the data set.

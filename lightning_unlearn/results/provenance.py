@@ -59,7 +59,7 @@ def provenance(
     """Return all of it as primitives.
 
     Args:
-        partition: the one that was acted upon last.
+        partition: the one that was acted on last.
         fits: a :func:`fit_record` of each.
         rounds: every computation of the partition.
         review: what a person has decided; None where nobody has.

@@ -9,7 +9,7 @@ from lightning_unlearn.utilities.checks import shown
 
 
 class PartitionStatus(str, Enum):
-    """What may be done with a partition; all but ``OK`` is not acted upon, and ``Partition.warning`` says why."""
+    """What may be done with a partition; all but ``OK`` is not acted on, and ``Partition.warning`` says why."""
 
     OK = "ok"
     """Some samples are suspect, and every class keeps clean ones."""

@@ -1,4 +1,4 @@
-"""Where our callbacks stand among the Trainer's."""
+"""Order of our callbacks among the Trainer's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def callbacks_of(trainer: Trainer) -> list[Any]:
-    """Return the Trainer's callbacks, an attribute that it sets without declaring it."""
+    """Return the Trainer's callbacks, an attribute without a type declaration."""
     return list(getattr(trainer, "callbacks", []))
 
 
@@ -25,9 +25,9 @@ def _put_callbacks(fit: RunningFit, callbacks: list[Any]) -> None:
 
 
 def move_before_progress_bars(fit: RunningFit, callback: Any) -> None:
-    """Let a callback run before the progress bars, which read the number of batches when an epoch starts.
+    """Move a callback before the progress bars, which read the number of batches at the start of an epoch.
 
-    The hook loop that is running goes on over the old list, so the list is replaced and not changed.
+    The list is replaced and not modified, since Lightning's hook loop is iterating over the old one.
     """
     callbacks = callbacks_of(fit.trainer)
     here = callbacks.index(callback)
@@ -39,7 +39,7 @@ def move_before_progress_bars(fit: RunningFit, callback: Any) -> None:
 
 
 def move_behind_averages(fit: RunningFit, callback: Any) -> None:
-    """Let a callback run after those that average weights, which put the average in the model's place in the end."""
+    """Move a callback behind those that average weights, which replace the model's weights at the end."""
     callbacks = callbacks_of(fit.trainer)
     last = max((i for i, other in enumerate(callbacks) if averages_weights(other)), default=-1)
     here = callbacks.index(callback)
@@ -49,7 +49,7 @@ def move_behind_averages(fit: RunningFit, callback: Any) -> None:
 
 
 def restore_order(fit: RunningFit) -> None:
-    """Put the callbacks in the order in which the user gave them, unless others have come or gone."""
+    """Restore the user's callback order, unless callbacks were added or removed."""
     given, now = fit.memory.callbacks, callbacks_of(fit.trainer)
     fit.memory.callbacks = None
     if given is not None and sorted(map(id, given)) == sorted(map(id, now)):

@@ -1,4 +1,4 @@
-"""What a step needs of a running fit: its batches in index order, and the logits of the user's module."""
+"""Context of a fit for the steps of the method: batches in index order, and logits of the user's module."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lightning_unlearn.trainer.protocols import PartitionSource, keyed_of
 from lightning_unlearn.trainer.row_counts import check_batch, check_number
 from lightning_unlearn.trainer.running_fit import RunningFit
 
-# Samples whose inputs are hashed: of these many, 720 MB on every rank.
+# Largest number of samples whose inputs are hashed, which takes 720 MB on every rank.
 _MOST_HASHED = 10_000_000
 
 
@@ -33,8 +33,8 @@ class IndexedBatch:
         index: (B,) int64 on the CPU.
         weight: (B,) float32 on the batch's device, 0 for padding.
         x: the model's input.
-        label: (U,) int64, class labels of the batch's rows, -1 for one that is to be ignored; the rows are the samples,
-            but in a multi-label task (see :class:`~lightning_unlearn.data.task_format.TaskFormat`).
+        label: (U,) int64, class labels of the batch's rows, -1 for ignored ones; rows are samples except in a
+            multi-label task (see :class:`~lightning_unlearn.data.task_format.TaskFormat`).
     """
 
     index: Tensor
@@ -45,10 +45,10 @@ class IndexedBatch:
 
 @dataclass(frozen=True, eq=False)
 class FitContext(RunningFit):
-    """A fit with a partition, as a step sees it: one object, made when it is set up and dropped when it has ended.
+    """Context of a fit with a partition: one object, created in setup and dropped when the fit has ended.
 
     Args:
-        source: the callback that publishes the partition, which knows how batches, outputs and labels are read.
+        source: the callback that publishes the partition and holds the task format.
     """
 
     source: PartitionSource
@@ -60,7 +60,7 @@ class FitContext(RunningFit):
 
     @property
     def keyed(self) -> Any:
-        """Reads the keys of training batches, a ``KeyedBatches``; None where samples have a dataset index."""
+        """Reader of the keys of training batches, a ``KeyedBatches``; None if samples have a dataset index."""
         return keyed_of(self.source)
 
     @property
@@ -70,7 +70,7 @@ class FitContext(RunningFit):
 
     @property
     def hashes_inputs(self) -> bool:
-        """Whether a callback shows samples, with those of the same input beside them; of not too many samples."""
+        """Whether inputs are hashed, because a callback shows samples with their duplicates; not for large datasets."""
         return self.total <= _MOST_HASHED and any(
             getattr(callback, "shows_samples", False) for callback in self.callbacks
         )
@@ -120,9 +120,9 @@ def shared_context(
 
 
 def probe(fit: FitContext) -> tuple[ForwardTrace, IndexedBatch]:
-    """Return one forward pass over the first samples, to fail before hours of training and to see what calls what.
+    """Run a forward pass over the first samples, to trace the layers and to fail before hours of training.
 
-    Of samples that are known by a key, over those of the training batch in hand.
+    If samples are identified by a key, the pass uses the current training batch.
     """
     if fit.keyed is not None:
         return _probe_in_hand(fit)
@@ -160,7 +160,7 @@ def _probe_in_hand(fit: FitContext) -> tuple[ForwardTrace, IndexedBatch]:
 
 
 def without(absent: set[int], indices: Tensor, task_format: TaskFormat, label: Tensor) -> Tensor:
-    """Return the labels (U,) of a batch, those of samples that are not there to be ignored."""
+    """Return the labels (U,) of a batch, with those of absent samples set to ignored."""
     gone = ~_is_there(absent, indices)
     return label.masked_fill(task_format.repeat_per_row(gone).to(label.device), IGNORED) if gone.any() else label
 
@@ -173,18 +173,18 @@ def _is_there(absent: set[int], indices: Tensor) -> Tensor:
 def in_index_order(
     fit: FitContext, loader: DataLoader[Any], title: str, absent: set[int] | None = None
 ) -> Iterator[IndexedBatch]:
-    """Yield this rank's shard of a loader's data set in index order. Use inside ``isolated_eval``.
+    """Yield this rank's shard of a loader's dataset in index order. Use inside ``isolated_eval``.
 
-    A sample that the data set gives as None has a weight of 0 and no label.
+    A sample that is None in the dataset has a weight of 0 and no label.
 
     Args:
-        fit: that is running.
-        loader: of samples that have an index.
-        title: of the line in the progress bar.
-        absent: takes the indices of such samples; those that it holds already count as such.
+        fit: the running fit.
+        loader: a loader whose samples have a dataset index.
+        title: title of the progress bar.
+        absent: receives the indices of such samples; indices that it already holds are treated likewise.
 
     Yields:
-        batches, as many on every rank.
+        batches, the same number on every rank.
     """
     task_format = fit.task_format
     index, weight = fit.shard(len(loader.dataset))  # type: ignore[arg-type]  # its length has been checked

@@ -1,4 +1,4 @@
-"""Whether training has diverged, on any rank."""
+"""Detection of diverged training, on any rank."""
 
 from __future__ import annotations
 
@@ -18,11 +18,9 @@ ADVICE = "use a smaller learning rate or gradient_clip_val, and resume from an e
 
 
 def not_finite(fit: RunningFit) -> str:
-    """Name the first weights, or statistics of a norm, that are NaN or infinite; empty where all are finite.
+    """Return the name of the first non-finite weight or norm statistic on any rank; empty if all are finite.
 
-    Of all ranks. Other buffers may hold infinity, as masks of attention do.
-
-    Every rank must call it.
+    Other buffers are not checked, since they may hold infinity, for example attention masks. Every rank must call it.
     """
     weights = ((f"the weights of '{name}'", weight) for name, weight in fit.model.named_parameters())
     here = next((words for words, value in (*weights, *_statistics(fit.model)) if not _is_finite(value)), "")
@@ -47,13 +45,13 @@ def _is_finite(weight: Tensor) -> bool:
 
 
 class LossWatch:
-    """Whether the loss of an epoch's steps was finite, without waiting for the device at any of them."""
+    """Track whether the losses of an epoch were finite, without synchronizing with the device in each step."""
 
     def __init__(self) -> None:
         self._total: Tensor | None = None
 
     def add(self, outputs: object) -> None:
-        """Take what Lightning hands to ``on_train_batch_end`` as outputs."""
+        """Add the outputs that Lightning passes to ``on_train_batch_end``."""
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor) and loss.numel() == 1:
             value = loss.detach().float()
@@ -66,24 +64,24 @@ class LossWatch:
         return fit.agree(is_finite, of_all=True)
 
 
-# Of more samples than that, it is not the samples that are broken.
+# Above this fraction of non-finite rows, the cause is the model and not single samples.
 MOST_LEFT_OUT = 0.5
 
 
 def check_rows_left_out(model: nn.Module, left_out: int, total: int, epoch: int, reduce: Reduce) -> str:
-    """Return what to warn of where rows of an epoch were not finite; empty where all were.
+    """Return a warning about non-finite rows of an epoch; empty if there is nothing to warn of.
 
-    A few are what 16-bit training leaves behind while its loss scale settles.
+    A few such rows are normal in 16-bit training while the loss scale settles. Every rank must call it.
 
     Args:
-        model: whose weights are looked at where it was most of the rows.
-        left_out: how many rows of all ranks were not finite.
-        total: of how many.
-        epoch: how many epochs were complete.
-        reduce: sums over the ranks; every rank must call this.
+        model: the model whose weights are checked if most rows were not finite.
+        left_out: number of non-finite rows over all ranks.
+        total: number of rows over all ranks.
+        epoch: number of complete epochs.
+        reduce: sums over the ranks.
 
     Raises:
-        ValueError: where it was most of them and the weights are not finite either, which no further training mends.
+        ValueError: if most rows and some weights are not finite, from which training cannot recover.
     """
     if not left_out:
         return ""
@@ -98,7 +96,7 @@ def check_rows_left_out(model: nn.Module, left_out: int, total: int, epoch: int,
 
 
 def first_not_finite(model: nn.Module) -> str:
-    """Return the name of the first parameter or buffer that holds NaN or infinity; empty where none does."""
+    """Return the name of the first parameter or buffer that holds NaN or infinity; empty if none does."""
     for name, value in (*model.named_parameters(), *model.named_buffers()):
         if value.is_floating_point() and not bool(value.detach().isfinite().all()):
             return name
@@ -106,7 +104,7 @@ def first_not_finite(model: nn.Module) -> str:
 
 
 def too_many_left_out(bad: int, total: int, model_fault: str) -> str:
-    """Return what is wrong where most rows are not finite, and what to do."""
+    """Return the error message for mostly non-finite rows."""
     found = (
         f"Expected finite logits and attributions, but those of {bad:,} of {total:,} training samples are NaN or"
         " infinite"

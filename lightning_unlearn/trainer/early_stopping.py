@@ -1,4 +1,4 @@
-"""EarlyStopping on all the data leads to the partition, and the clean subset gets the epochs that remain."""
+"""Compute the partition when EarlyStopping fires on all data, and train the clean subset for the remaining epochs."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 class EarlyEnd:
-    """Keeps a fit that EarlyStopping ends until the next epoch would start, where the partition is computed.
+    """Delay the end of a fit by EarlyStopping until the start of the next epoch, when the partition is computed.
 
-    EarlyStopping looks at its metric after all other callbacks, at the end of an epoch, and the fit loop ends right
-    after it. In between, ``min_epochs`` is one epoch more.
+    EarlyStopping checks its metric after all other callbacks at the end of an epoch, and the fit loop ends right after
+    it. ``min_epochs`` is raised by one epoch in the meantime.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class EarlyEnd:
         self._is_held = False
 
     def hold(self, trainer: Trainer) -> None:
-        """Do not let the fit end before the next epoch would start. Call in ``on_train_epoch_end``."""
+        """Prevent the fit from ending before the start of the next epoch. Call in ``on_train_epoch_end``."""
         stoppers, epoch = _stoppers(callbacks_of(trainer)), trainer.current_epoch
         # The same on every rank, unlike how often each has waited.
         is_theirs = not trainer.should_stop or any(one.stopped_epoch == epoch for one in stoppers)
@@ -38,7 +38,7 @@ class EarlyEnd:
         trainer.fit_loop.min_epochs = max(self._min_epochs or 0, epoch + 2)
 
     def release(self, trainer: Trainer) -> bool:
-        """Return whether the fit was held, and is to end now. May be called at any time, and again."""
+        """Return whether the fit was held and should end now. May be called at any time and repeatedly."""
         if not self._is_held:
             return False
         trainer.fit_loop.min_epochs = self._min_epochs
@@ -52,7 +52,7 @@ def _stoppers(callbacks: Iterable[Any]) -> list[Any]:
 
 
 def has_fired(fit: RunningFit, epoch: int) -> bool:
-    """Return whether the patience of an EarlyStopping ran out in an epoch, to this rank."""
+    """Return whether the patience of an EarlyStopping ran out in an epoch, on this rank."""
     return any(
         one.stopped_epoch == epoch and one.wait_count >= max(1, one.patience) for one in _stoppers(fit.callbacks)
     )
@@ -68,7 +68,7 @@ def _patience_in_words(stoppers: Iterable[Any]) -> str:
 
 
 def go_on(fit: RunningFit) -> None:
-    """Let the fit go on that EarlyStopping has ended."""
+    """Continue a fit that EarlyStopping has ended."""
     stoppers = _stoppers(fit.callbacks)
     for callback in stoppers:
         callback.wait_count = 0
@@ -80,13 +80,13 @@ def go_on(fit: RunningFit) -> None:
 
 
 def count_anew(fit: RunningFit) -> Callable[[], None]:
-    """Have EarlyStopping count its patience from weights that have just been moved.
+    """Reset the patience and best score of EarlyStopping after the weights have been changed.
 
-    These are worse at first than the best so far, which would end the fit before they are trained. A ModelCheckpoint
-    keeps the best score of the whole fit: what is best is best.
+    Changed weights are worse than the best so far at first, which would end the fit before they are trained. The best
+    score of a ModelCheckpoint is kept, since it is that of the whole fit.
 
     Returns:
-        a function that undoes it.
+        a function that undoes the reset.
     """
     stoppers = _stoppers(fit.callbacks)
     before = [(one, one.best_score, one.wait_count) for one in stoppers]

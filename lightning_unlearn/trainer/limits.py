@@ -1,4 +1,4 @@
-"""How far a fit has come, what ends it, and what is monitored in it."""
+"""Progress, limits and monitored metric of a fit."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from lightning_unlearn.trainer.fit_loop import is_fast_dev_run
 
 @dataclass(frozen=True)
 class TrainingLimits:
-    """How far a fit has come, and what ends it.
+    """Progress and limits of a fit.
 
     Args:
-        epoch: how many epochs are complete.
-        step: how many optimizer steps have been made.
+        epoch: number of complete epochs.
+        step: number of optimizer steps so far.
         max_epochs: None, or less than 0, for any number.
         max_steps: less than 1 for any number.
-        share_of_time: how much of the Trainer's ``max_time`` is over, in [0, 1]; 0 without one.
+        share_of_time: elapsed fraction of the Trainer's ``max_time``, in [0, 1]; 0 without one.
         is_trial: whether the Trainer only runs a few batches (``fast_dev_run``).
     """
 
@@ -34,12 +34,12 @@ class TrainingLimits:
 
     @property
     def remaining_epochs(self) -> int | None:
-        """How many are left, the current one among them; None without a last one."""
+        """Number of remaining epochs, including the current one; None without a limit."""
         return None if self.max_epochs in (None, -1) else self.max_epochs - self.epoch
 
 
 def limits_of(trainer: Trainer) -> TrainingLimits:
-    """Return how far a Trainer has come, and what ends its fit."""
+    """Return the progress and limits of a Trainer's fit."""
     return TrainingLimits(
         trainer.current_epoch,
         trainer.global_step,

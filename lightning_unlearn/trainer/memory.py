@@ -1,4 +1,4 @@
-"""What is known of a fit from one hook to the next."""
+"""State of a fit that is shared between hooks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_unlearn.results.duplicates import InputHashes
 
 @dataclass(eq=False)
 class FitMemory:
-    """What is known of a fit from one hook to the next, and gone with it.
+    """State that hooks of a fit share, dropped when the fit ends.
 
     Args:
         has_begun: whether all callbacks have been set up.

@@ -1,4 +1,4 @@
-"""What is lost where a fit goes on from a checkpoint without a callback that has acted in it."""
+"""Warn if a fit is resumed without a callback that was active in the checkpoint."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ def _has_narrowed(state: dict[str, Any]) -> bool:
     return state.get("training_subset") is not None
 
 
-# Where a callback of this package has acted in a checkpoint and is missing in the resumed fit: how its state tells, and
-# what is lost.
+# For each callback: how its state in a checkpoint shows that it was active, and the consequence of resuming without it.
 _MISSED = {
     "SensitivityPruneCallback": (
         _has_pruned,
@@ -30,11 +29,11 @@ _MISSED = {
 
 
 def warn_of_missing(here: set[str], states: dict[str, Any]) -> None:
-    """Warn if a callback of this package has acted in a checkpoint and is missing in the resumed fit.
+    """Warn if a callback of this package was active in a checkpoint and is missing in the resumed fit.
 
     Args:
-        here: names of those that are.
-        states: of the checkpoint's callbacks, by their names.
+        here: class names of the callbacks in the fit.
+        states: states of the checkpoint's callbacks, by class name.
     """
     for name, (has_acted, consequence) in _MISSED.items():
         if name in states and name not in here and has_acted(states[name]):

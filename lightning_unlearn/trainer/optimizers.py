@@ -1,4 +1,4 @@
-"""The optimizers and schedules of a fit: made anew, put back, and how much of the fit is over."""
+"""Recreate and restore the optimizers and schedules of a fit, and measure its progress."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 def run_configure_optimizers(fit: RunningFit, remaining: int | None) -> None:
-    """Make optimizers and schedule anew, as ``configure_optimizers`` makes them.
+    """Recreate optimizers and schedules with ``configure_optimizers``.
 
     Args:
-        fit: that is running.
-        remaining: epochs, for which a schedule is planned; None for those that the Trainer has.
+        fit: the running fit.
+        remaining: number of epochs for which schedules are planned; None for the Trainer's.
     """
     with planned_epochs(fit.trainer, remaining):
         fit.trainer.strategy.setup_optimizers(fit.trainer)
@@ -39,16 +39,16 @@ def put_schedules(fit: RunningFit, schedules: Sequence[LRScheduler], interval: s
     """Replace the schedules.
 
     Args:
-        fit: that is running.
-        schedules: of the optimizers.
-        interval: ``"epoch"`` or ``"step"``, after each of which they are stepped.
+        fit: the running fit.
+        schedules: schedules of the optimizers.
+        interval: ``"epoch"`` or ``"step"``, how often to step them.
     """
     made = [LRSchedulerConfig(one, interval=interval) for one in schedules]
     fit.trainer.strategy.lr_scheduler_configs = made
 
 
 def keep_optimizers(fit: RunningFit) -> Callable[[], None]:
-    """Return a function that puts the optimizers and schedules back that there are now, with what they remember."""
+    """Return a function that restores the current optimizers and schedules with their states."""
     strategy = fit.trainer.strategy
     optimizers, schedules = strategy.optimizers, strategy.lr_scheduler_configs
     held = [(one, one.state, [dict(group) for group in one.param_groups]) for one in optimizers]
@@ -65,7 +65,7 @@ def keep_optimizers(fit: RunningFit) -> Callable[[], None]:
 
 
 def forget_states(optimizers: Iterable[Optimizer]) -> None:
-    """Have optimizers begin as if they had made no step."""
+    """Reset the states of optimizers to those before the first step."""
     for one in optimizers:
         one.state = _first_state(one)
 
@@ -79,18 +79,18 @@ def _first_state(optimizer: Optimizer) -> Any:
 
 
 def left_out(before: Iterable[Optimizer], now: Iterable[Optimizer]) -> int:
-    """Return how many trained parameters some optimizers have and others lack, as elements of tensors."""
+    """Return the number of elements of trained parameters in the optimizers before that are missing now."""
     held = {id(parameter) for one in now for group in one.param_groups for parameter in group["params"]}
     trained = {id(p): p for one in before for group in one.param_groups for p in group["params"] if p.requires_grad}
     return sum(parameter.numel() for key, parameter in trained.items() if key not in held)
 
 
 def steps_needed(fit: RunningFit, epochs: int) -> int:
-    """Return how many optimizer steps the rest of a fit takes.
+    """Return the number of optimizer steps in the rest of a fit.
 
     Args:
-        fit: with the state of its checkpoint.
-        epochs: that remain, the current one among them.
+        fit: the fit, after its checkpoint was loaded.
+        epochs: number of remaining epochs, including the current one.
     """
     trainer = fit.trainer
     progress = trainer.fit_loop.epoch_loop.batch_progress

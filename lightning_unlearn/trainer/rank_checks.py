@@ -1,4 +1,4 @@
-"""Whether the ranks have the same data."""
+"""Check that all ranks have the same data."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from lightning_unlearn.trainer.context import FitContext
 
 
 def check_same_on_ranks(fit: FitContext, what: str, differs: bool, of: str = "training") -> None:
-    """Refuse ranks whose data differ. Every rank must call it.
+    """Raise an error if the data of ranks differ. Every rank must call it.
 
     Args:
-        fit: that begins.
-        what: is other than on rank 0, for the message.
-        differs: whether it is so on this rank.
+        fit: the fit that is starting.
+        what: what differs from rank 0, for the message.
+        differs: whether it differs on this rank.
         of: ``"training"`` or ``"validation"``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Whether a batch has one row for each sample drawn."""
+"""Check that a batch has one row for each sample drawn."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lightning_unlearn.data.row_order import (
 
 
 def check_number(loader: DataLoader[Any], label: Any, samples: int, may_offer: bool = True) -> None:
-    """Refuse a batch that has not one row for each sample drawn.
+    """Check that a batch has one row for each sample drawn.
 
     Raises:
-        TypeError: saying what to do.
+        TypeError: if it does not.
     """
     try:
         rows = len(label)
@@ -32,11 +32,11 @@ def check_number(loader: DataLoader[Any], label: Any, samples: int, may_offer: b
 
 
 def check_numbers(loader: DataLoader[Any], read: Sequence[tuple[Tensor, Any]]) -> None:
-    """Refuse batches that have not one label for each sample drawn.
+    """Check that batches have one label for each sample drawn.
 
     Args:
-        loader: that has delivered them.
-        read: the dataset indices and the labels of each.
+        loader: the loader that delivered them.
+        read: dataset indices and labels of each batch.
 
     Raises:
         TypeError: as :func:`check_number`.

@@ -1,4 +1,4 @@
-"""A fit that is set up or running, and what is asked of it."""
+"""Access to a fit that is being set up or running."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ _Value = TypeVar("_Value")
 
 @dataclass(frozen=True, eq=False)
 class RunningFit:
-    """A fit that is set up or running, and what is asked of it in place of Lightning's objects.
+    """Interface of a fit that is being set up or running, used in place of Lightning's objects.
 
     Args:
-        trainer: of the fit.
-        pl_module: the user's.
-        memory: what is known from one hook to the next.
+        trainer: the Trainer.
+        pl_module: the user's LightningModule.
+        memory: state shared between hooks.
     """
 
     trainer: Trainer
@@ -55,27 +55,27 @@ class RunningFit:
 
     @property
     def model(self) -> nn.Module:
-        """The user's."""
+        """The user's model."""
         return self.pl_module
 
     @property
     def epoch(self) -> int:
-        """How many epochs are complete."""
+        """Number of complete epochs."""
         return self.trainer.current_epoch
 
     @property
     def step(self) -> int:
-        """How many steps of the optimizers have been made."""
+        """Number of optimizer steps so far."""
         return self.trainer.global_step
 
     @property
     def limits(self) -> TrainingLimits:
-        """How far the fit has come, and what ends it."""
+        """Progress and limits of the fit."""
         return limits_of(self.trainer)
 
     @property
     def batches_per_epoch(self) -> int | float:
-        """Training batches in an epoch."""
+        """Number of training batches in an epoch."""
         return self.trainer.num_training_batches
 
     @property
@@ -85,22 +85,22 @@ class RunningFit:
 
     @property
     def device(self) -> torch.device:
-        """Where to compute."""
+        """Device of the fit."""
         return compute_device(self.trainer)
 
     @property
     def rank(self) -> int:
-        """Of this process, from 0."""
+        """Rank of this process, counted from 0."""
         return self.trainer.global_rank
 
     @property
     def world_size(self) -> int:
-        """How many ranks there are."""
+        """Number of ranks."""
         return self.trainer.world_size
 
     @property
     def is_sharded(self) -> bool:
-        """Whether each rank holds a part of the weights, so that ranks meet in every forward pass."""
+        """Whether weights are sharded, so that every forward pass is a collective operation."""
         return shards_weights(self.trainer)
 
     @property
@@ -110,39 +110,39 @@ class RunningFit:
 
     @property
     def reduce(self) -> Reduce:
-        """Sums over the ranks."""
+        """Function that sums tensors over the ranks."""
         return sum_over_ranks(self.trainer.strategy)
 
     @property
     def exchange(self) -> Exchange:
-        """Hands over what each rank has for each."""
+        """Function that sends a part to each rank and receives one from each."""
         return exchange_over_ranks(self.trainer.strategy.root_device, self.world_size)
 
     def agree(self, decision: bool, *, of_all: bool) -> bool:
-        """Return whether all ranks say so, or any does. Every rank must call it."""
+        """Return whether the decision is True on all ranks, or on any. Every rank must call it."""
         return self.trainer.strategy.reduce_boolean_decision(decision, all=of_all)
 
     def broadcast(self, value: _Value) -> _Value:
-        """Return what rank 0 has. Every rank must call it."""
+        """Return rank 0's value. Every rank must call it."""
         return self.trainer.strategy.broadcast(value)
 
     def on_rank_zero(self, function: Callable[[], _Value]) -> _Value:
-        """Return what a function returns on rank 0, or raises on every rank. Every rank must call it."""
+        """Call a function on rank 0; return its result or raise its error on all ranks. Every rank must call it."""
         return run_on_rank_zero(self.trainer.strategy, function)
 
     @property
     def callbacks(self) -> list[Any]:
-        """All of the Trainer's."""
+        """All callbacks of the Trainer."""
         return callbacks_of(self.trainer)
 
     @property
     def optimizers(self) -> list[Optimizer]:
-        """Of the fit, from its start on."""
+        """Optimizers of the fit, once it has started."""
         return self.trainer.optimizers
 
     @property
     def schedules(self) -> list[Any]:
-        """Of the learning rates, with what Lightning knows of each: ``scheduler``, ``interval``, ``frequency``."""
+        """Learning rate schedules in Lightning's configuration, with ``scheduler``, ``interval`` and ``frequency``."""
         return list(self.trainer.lr_scheduler_configs)
 
     @property
@@ -152,7 +152,7 @@ class RunningFit:
 
     @property
     def steps_own_schedules(self) -> bool:
-        """Whether the module steps schedules in a way of its own (``lr_scheduler_step``), which others may not fit."""
+        """Whether the module overrides ``lr_scheduler_step``, which other schedules may not fit."""
         return has_own(self.pl_module, "lr_scheduler_step")
 
     def rewrap_ddp(self) -> None:
@@ -171,17 +171,17 @@ class RunningFit:
 
     @property
     def scoring_loader(self) -> DataLoader[Any]:
-        """The loader whose data set, transforms and collate function the passes use."""
+        """The loader whose dataset, transforms and collate function evaluation passes use."""
         return scoring_loader(self)
 
     @property
     def offers_scoring_loader(self) -> bool:
-        """Whether the user offers a loader for the passes."""
+        """Whether the user provides a loader for evaluation passes."""
         return offers_scoring_loader(self.trainer)
 
     @property
     def total(self) -> int:
-        """N, the samples of the training set."""
+        """Number of training samples, N."""
         return len(self.train_loader.dataset)  # type: ignore[arg-type]  # its length has been checked
 
     def shard(self, total: int) -> tuple[Tensor, Tensor]:
@@ -190,7 +190,7 @@ class RunningFit:
 
     @property
     def validates(self) -> bool:
-        """Whether the fit validates."""
+        """Whether the fit has validation."""
         return self.trainer.enable_validation
 
     @property
@@ -224,7 +224,7 @@ class RunningFit:
         return users_sampler(self.trainer, loader, drawn_from, own)
 
     def to_device(self, batch: Any) -> Any:
-        """Return a batch as ``training_step`` would get it."""
+        """Convert and transfer a batch as for ``training_step``."""
         return to_device(self.trainer, self.pl_module, batch)
 
     def isolated_eval(self, *, keep: bool = True) -> AbstractContextManager[None]:

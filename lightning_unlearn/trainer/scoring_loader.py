@@ -1,4 +1,4 @@
-"""From which loader the passes draw: the fit's own, or one without augmentation that the user offers for them."""
+"""Loader of evaluation passes: the fit's own, or one without augmentation that the user provides."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def train_loader(trainer: Trainer) -> DataLoader[Any]:
 
 
 def offers_scoring_loader(trainer: Trainer) -> bool:
-    """Return whether the user offers a loader for the passes."""
+    """Return whether the user provides a loader for evaluation passes."""
     return _offer(trainer) is not None
 
 
 def scoring_loader(fit: RunningFit) -> DataLoader[Any]:
-    """Return the loader whose data set, transforms and collate function the passes use.
+    """Return the loader whose dataset, transforms and collate function evaluation passes use.
 
     Raises:
-        MisconfigurationException: if the user's has another number of samples than the train loader.
-        TypeError: if its samples have no index.
+        MisconfigurationException: if the user's loader and the train loader differ in the number of samples.
+        TypeError: if its samples have no dataset index.
     """
     offer, memory = _offer(fit.trainer), fit.memory
     if offer is None:

@@ -1,4 +1,4 @@
-"""Under which of Lightning's strategies the callbacks work, and what they refuse, by name, under some of them."""
+"""Lightning strategies that are supported, and arguments that are refused under some of them."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def shards_weights(trainer: Trainer) -> bool:
 
 
 def check_strategy(trainer: Trainer, who: str) -> None:
-    """Refuse by name a strategy under which weights or samples are laid out in a way that is not handled.
+    """Check that the strategy is supported.
 
     Raises:
-        MisconfigurationException: naming what to use.
+        MisconfigurationException: for a strategy that distributes weights or samples in another way.
     """
     strategy: Any = trainer.strategy
     bases = [base.__name__ for base in type(strategy).__mro__]

@@ -240,6 +240,7 @@ def find_pairs(
     candidate: Tensor,
     base: SymmetricNoiseFit,
     *,
+    least: bool = True,
     reduce: Reduce = no_reduce,
 ) -> tuple[StructuredNoise, float] | None:
     """Find pairs of classes whose labels are swapped.
@@ -252,10 +253,11 @@ def find_pairs(
         weight: (n,), 0 for a row that does not count.
         candidate: (C, C), the transition matrix of the latent classes.
         base: symmetric noise fitted to the same scores.
+        least: whether the gain must suffice; if not, any pair is returned.
         reduce: sums over the ranks.
 
     Returns:
-        the noise model and its gain in nats, the same on every rank; None if the gain is not sufficient.
+        the noise model and its gain in nats, the same on every rank; None if there is no pair, or too small a gain.
     """
     others = candidate.clone().fill_diagonal_(0)
     paired = (others >= MIN_ENTRY) & (others < ONE_WAY * others.T)
@@ -265,7 +267,11 @@ def find_pairs(
     found = fit_structured_noise(*given, pairs=True, reduce=reduce)
     without = fit_structured_noise(*given, reduce=reduce)
     names = 0 if without is None else without.entries
-    if found is None or found.entries <= names or not _by_own_name(found, candidate):
+    if found is None or found.entries <= names:
+        return None
+    if not least:
+        return found, found.log_likelihood - base.log_likelihood
+    if not _by_own_name(found, candidate):
         return None
     total = reduce(weight.double().sum().reshape(1)).item()
     gain = found.log_likelihood - (base if without is None else without).log_likelihood

@@ -43,6 +43,12 @@ _LIKELIHOOD, _LOGITS, _POSTERIOR_LOGITS, _SHARPEN = 0.15, 1.5, 0.15, 4.0
 # where .85 are expected, with these logits .75 to .94 (a residual network, seeds 1 to 3, and a table, seed 1).
 _POSTERIOR_LOGITS_OF_PAIRS = 0.5
 
+# Share of the gain in the first phase of training that swapped labels keep in all of it: .56 to 1 (a residual network,
+# tables). That of similar classes of clean data fades as the network learns to tell them apart: .16 after 5 epochs. But
+# after 3 or 4, ten classes in five similar pairs kept .35 to .64: hence at most half of the classes may be swapped, and
+# training must have three windows, which are four epochs or more.
+_PERSISTS, _WINDOWS_OF_PAIRS = 0.4, 2
+
 # Gaussian likelihoods in many correlated coordinates are overconfident, which biases a matrix fitted to them.
 _LARGEST_SCALE = 0.7
 
@@ -175,9 +181,15 @@ def named_classes(
             best = window, gain
         lasts |= window is windows[0] and is_most
     # Swapped labels are sought in all of training, as its first part still confuses similar classes.
-    pairs = _pairs(windows[0], shift, y, w, reduce) if windows else None
+    pairs = _pairs(windows[0], shift, y, w, reduce) if len(windows) > _WINDOWS_OF_PAIRS else None
+    if pairs is not None:
+        first = _pairs(windows[-1], shift, y, w, reduce, least=False)
+        is_rare = 2 * pairs[0].entries <= len(pairs[0].transition)
+        if not is_rare or first is None or pairs[1] < _PERSISTS * first[1]:
+            pairs = None
     if pairs is not None and (best is None or pairs[1] > best[1]):
-        best, lasts, candidate = (windows[0], pairs[1]), True, pairs[0].transition
+        swapped = pairs[0].transition - pairs[0].transition.min()  # without symmetric noise
+        best, lasts, candidate = (windows[0], pairs[1]), True, swapped
     elif best is not None:
         pairs, candidate = None, best[0].transition
     if best is None:
@@ -191,14 +203,14 @@ def named_classes(
 
 
 def _pairs(
-    window: LatentWindow, shift: Tensor, label: Tensor, weight: Tensor, reduce: Reduce
+    window: LatentWindow, shift: Tensor, label: Tensor, weight: Tensor, reduce: Reduce, *, least: bool = True
 ) -> tuple[StructuredNoise, float] | None:
     """Return the noise model of pairs of classes with swapped labels, and its gain over symmetric noise in nats."""
     if len(window.transition) == 2:
         return None
     score = _LIKELIHOOD * window.likelihood + _LOGITS * (window.logits + shift).double()
     base = fit_symmetric_noise(score, label, weight, biased=True, reduce=reduce)
-    return find_pairs(score, label, weight, window.transition, base, reduce=reduce)
+    return find_pairs(score, label, weight, window.transition, base, least=least, reduce=reduce)
 
 
 def _gain_of_names(

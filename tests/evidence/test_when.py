@@ -191,7 +191,7 @@ def test_by_default_it_works_in_any_fit(said):
     assert auroc(partition.partition.clean_probability, ~data.train.wrong) > 0.95
     assert finetune.first_epoch == partition.partition.epoch
     why = f"The partition is computed after {partition.partition.epoch} epochs: "
-    assert said().index(why) < said().index("training samples begins")
+    assert said().index(why) < said().index("Fine-tuning from epoch")
     assert partition.provenance["fits"][0]["settings"]["AttributionPartitionCallback"]["at_epoch"] == "auto"
 
 

@@ -21,9 +21,10 @@ _SEPARATORS = ",;\t|"
 _NAMED_SEPARATORS = (*_SEPARATORS, ":", "^", "~", "#")
 # One of the first two, and the last.
 _NEEDED = ({"index", "decision"}, {"key", "decision"})
-# A number that pandas has read beside an empty cell is written with a decimal place, which some languages set a comma
-# before. Not "1,000", which may be a thousand.
-_WHOLE = re.compile(r"(\d{1,18})(?:[.,]0)?")
+# A number that pandas has read beside an empty cell is written with a decimal place, before which some languages set a
+# comma: then values are separated by something else. Not "1,000", which may be a thousand.
+_WHOLE = re.compile(r"(\d{1,18})(?:[.]0)?")
+_DECIMAL_COMMA = re.compile(r"(\d{1,18}),0")
 UNKNOWN = -2
 
 
@@ -111,9 +112,18 @@ def check_undecided(path: str | PathLike[str], remedy: str = "write to another p
     """
     target = Path(path).expanduser()
     try:
-        cells = list(_cells(target, _decoded(target.read_bytes())))
-    except (OSError, ValueError, csv.Error):
-        return  # there is none, or it is not a table of to_csv
+        raw = target.read_bytes()
+    except OSError:
+        return  # there is none
+    if not raw.strip():
+        return
+    try:
+        cells = list(_cells(target, _decoded(raw)))
+    except (ValueError, csv.Error) as error:
+        raise ValueError(
+            f"Expected to write a new table, but {target} exists and cannot be read as one ({reason_of(error)}); it may"
+            f" contain decisions: {remedy}."
+        ) from error
     if decided := sum(bool(row.get("decision", "").strip()) for _, row in cells):
         raise ValueError(
             f"Expected to write a new table, but {target} contains {decided:,}"
@@ -125,14 +135,14 @@ def _table(source: Path, found: list[tuple[int, Mapping[str, str]]], place: str 
     """Return the rows in which something is decided."""
     rows, marks = [], {}
     lines: dict[int | str, int] = {}
-    names: dict[int, tuple[str, int]] = {}
+    names = _names(found)
     for line, cells in found:
         # Also of a row in which nothing is decided.
         marks[cells.get("dataset", "")] = line
         row = _row(f"{source}, {place} {line}", line, cells)
         if row is None:
             continue
-        title, known = ("index", row.index) if row.index >= 0 else ("key", row.key)
+        title, known = ("key", row.key) if row.key else ("index", row.index)
         if first := lines.get(known):
             raise ValueError(
                 f"{source}, line {line}: expected each {title} once, but {known} is in line {first} too; delete one."
@@ -141,6 +151,18 @@ def _table(source: Path, found: list[tuple[int, Mapping[str, str]]], place: str 
         _check_names(source, row, cells, names)
         rows.append(row)
     return Table(str(source), _one_mark(f"{source}, {place}", place, marks), tuple(rows), place)
+
+
+def _names(found: list[tuple[int, Mapping[str, str]]]) -> dict[int, tuple[str, int]]:
+    """Return the name of each class and a line that has it, of the rows that were not edited before the others."""
+    names: dict[int, tuple[str, int]] = {}
+    untouched = [pair for pair in found if not pair[1].get("decision", "")]
+    for title, rows in (("given", untouched), ("suggested", untouched), ("given", found)):
+        for line, cells in rows:
+            classes, name = _classes(cells.get(f"{title}_label", "")), cells.get(f"{title}_class", "")
+            if name and classes is not None and len(classes) == 1:
+                names.setdefault(classes[0], (name, line))
+    return names
 
 
 def _decoded(raw: bytes) -> str:
@@ -175,7 +197,17 @@ def _cells(source: Path, text: str) -> Iterator[tuple[int, Mapping[str, str]]]:
     if twice := [title for title in titles if title and titles.count(title) > 1]:
         raise ValueError(f"{source}, line {skipped + 1}: expected each title once, but {twice[0]!r} is there twice.")
     for row in reader:
-        cells = dict(zip(titles, (cell.strip() for cell in row), strict=False))
+        values = [cell.strip() for cell in row]
+        if more := [value for value in values[len(titles) :] if value]:
+            raise ValueError(
+                f"{source}, line {reader.line_num}: expected {len(titles)} cells, one for each title, but {more[0]!r} comes"
+                " after the last one; move it to its column, or quote the cell that contains a separator."
+            )
+        if separator != ",":
+            values = [
+                _DECIMAL_COMMA.sub(r"\1.0", value) if _DECIMAL_COMMA.fullmatch(value) else value for value in values
+            ]
+        cells = dict(zip(titles, values, strict=False))
         if any(cells.values()):
             yield reader.line_num, cells
 

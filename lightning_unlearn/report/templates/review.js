@@ -274,7 +274,10 @@ function reviewing(data, gallery, called, pages) {
 
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("input, select, textarea, audio")) return;
+    // A key acts on what is enlarged or has the focus, which after undo need not be the sample that was undone.
+    const card = event.target.closest(".card"), at = large ?? (card ? samples.get(Number(card.dataset.index)) : null);
     const inside = dialog.open || gallery.contains(event.target);
+    if (at) current = at;
     if (event.key.toLowerCase() === "u") { takeBack(); event.preventDefault(); }
     else if (inside && current) act(event, current);
     // From anywhere on the page, an arrow to the side leads into the gallery.

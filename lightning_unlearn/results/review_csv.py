@@ -24,7 +24,7 @@ _NEEDED = ({"index", "decision"}, {"key", "decision"})
 # A number that pandas has read beside an empty cell is written with a decimal place, before which some languages set a
 # comma: then values are separated by something else. Not "1,000", which may be a thousand.
 _WHOLE = re.compile(r"(\d{1,18})(?:[.]0)?")
-_DECIMAL_COMMA = re.compile(r"(\d{1,18}),0")
+_DECIMAL_COMMA = re.compile(r"^(\d{1,18}),0$")
 UNKNOWN = -2
 
 
@@ -197,19 +197,22 @@ def _cells(source: Path, text: str) -> Iterator[tuple[int, Mapping[str, str]]]:
     if twice := [title for title in titles if title and titles.count(title) > 1]:
         raise ValueError(f"{source}, line {skipped + 1}: expected each title once, but {twice[0]!r} is there twice.")
     for row in reader:
-        values = [cell.strip() for cell in row]
-        if more := [value for value in values[len(titles) :] if value]:
-            raise ValueError(
-                f"{source}, line {reader.line_num}: expected {len(titles)} cells, one for each title, but {more[0]!r} comes"
-                " after the last one; move it to its column, or quote the cell that contains a separator."
-            )
-        if separator != ",":
-            values = [
-                _DECIMAL_COMMA.sub(r"\1.0", value) if _DECIMAL_COMMA.fullmatch(value) else value for value in values
-            ]
-        cells = dict(zip(titles, values, strict=False))
+        cells = dict(
+            zip(titles, _values(row, len(titles), separator, f"{source}, line {reader.line_num}"), strict=False)
+        )
         if any(cells.values()):
             yield reader.line_num, cells
+
+
+def _values(row: list[str], titles: int, separator: str, where: str) -> list[str]:
+    """Return the cells of a row, and refuse those without a title."""
+    values = [cell.strip() for cell in row]
+    if more := [value for value in values[titles:] if value]:
+        raise ValueError(
+            f"{where}: expected {titles} cells, one for each title, but {more[0]!r} comes after the last one; move it"
+            " to its column, or quote the cell that contains a separator."
+        )
+    return values if separator == "," else [_DECIMAL_COMMA.sub(r"\1.0", value) for value in values]
 
 
 def _row(where: str, line: int, cells: Mapping[str, str]) -> Row | None:

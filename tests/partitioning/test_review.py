@@ -209,7 +209,7 @@ def test_other_decisions_than_those_of_a_partition_that_is_drawn_are_refused(dat
     run(data, folder=tmp_path / "without")
     with pytest.raises(ValueError, match=r"before the partition is computed, but .* with other decisions \(.*edited"):
         run(data, review=reviewed["all"], ckpt_path=tmp_path / "with" / "epoch=1.ckpt")
-    with pytest.raises(ValueError, match="partition of the checkpoint was computed without decisions. Resume from"):
+    with pytest.raises(ValueError, match="partition of the checkpoint was computed without decisions"):
         run(data, review=reviewed["confirmed"], ckpt_path=tmp_path / "without" / "epoch=1.ckpt")
     partition, _, _, _ = run(data, review=reviewed["edited"], ckpt_path=tmp_path / "without" / "epoch=0.ckpt")
     assert partition.partition.is_clean[of(reviewed["wanted"], KEEP)].all()

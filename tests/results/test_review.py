@@ -9,7 +9,7 @@ import torch
 
 from lightning_unlearn.results.labels import DROP, KEEP, RELABEL, UNDECIDED
 from lightning_unlearn.results.review import Review, validate_review
-from lightning_unlearn.results.review_csv import read_review
+from lightning_unlearn.results.review_csv import check_undecided, read_review
 from tests.callbacks.published import make_partition
 
 FINGERPRINT = "6:" + "".join(f"{k:02x}abcdef" for k in range(6))
@@ -249,3 +249,41 @@ def test_a_table_with_wrong_bytes_is_read_or_refused_with_its_name(tmp_path):
             said.append(str(error))
     assert len(said) > 100
     assert all("suspects.csv" in message for message in said)
+
+
+@pytest.mark.parametrize("edited", ["frog", "nosuch"])
+def test_a_class_name_that_was_edited_without_its_number_is_refused(edited, tmp_path):
+    titles = [*TITLES, "given_class", "suggested_class"]
+    rows = [["1", "0", "2", "", MARK, "cat", "bird"], ["2", "3", "0", "relabel", MARK, "frog", edited]]
+    with pytest.raises(ValueError, match="expected suggested_class to be 'cat', the name of class 0 in line 2"):
+        read_review(written(tmp_path, table(rows, titles)))
+
+
+def test_a_decision_beyond_the_titles_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="line 2: expected 5 cells, one for each title, but 'drop' comes after"):
+        read_review(written(tmp_path, table([["1", "0", "2", "", MARK, "drop"]])))
+
+
+def test_two_labels_separated_by_a_comma_are_not_one_with_a_decimal_place(tmp_path):
+    row = [["4", "1", "3,0", "relabel", MARK]]
+    with pytest.raises(ValueError, match="numbers separated by spaces"):
+        read_review(written(tmp_path, table(row)))
+    (found,) = read_review(written(tmp_path, table(row, delimiter=";"))).rows
+    assert found.new == (3,)
+
+
+def test_a_stream_is_decided_by_keys_whatever_the_row_numbers(tmp_path):
+    titles = ["index", "key", "decision"]
+    rows = [["3", "a", "drop"], ["3", "b", "keep"]]
+    assert [row.key for row in read_review(written(tmp_path, table(rows, titles))).rows] == ["a", "b"]
+    with pytest.raises(ValueError, match="expected each key once, but a is in line 2 too"):
+        read_review(written(tmp_path, table([["3", "a", "drop"], ["5", "a", "keep"]], titles)))
+
+
+@pytest.mark.parametrize(
+    "content", ["Reviewed by Ann,,\n" + table(), b"PK\x03\x04", "index,index,decision\n1,1,drop\n"]
+)
+def test_nothing_is_written_over_a_file_that_cannot_be_read(content, tmp_path):
+    path = written(tmp_path, content)
+    with pytest.raises(ValueError, match="exists and cannot be read as one"):
+        check_undecided(path)

@@ -141,8 +141,8 @@ class Recipe:
 
     Args:
         name: the name in configurations and messages.
-        function: takes this rank's :class:`Evidence` and the function that sums over ranks, and returns a
-            :class:`RecipeResult`.
+        function: takes this rank's :class:`~lightning_unlearn.recipes.evidence.Evidence` and the function that sums
+            over ranks, and returns a :class:`RecipeResult`.
         needs_neuron_attribution: compute the per-neuron attributions ``Evidence.neuron_attribution``.
         needs_input_statistics: compute ``Evidence.input_statistics``, activation statistics of an early layer.
         needs_out_of_sample: collect ``Evidence.out_of_sample``, an early epoch and the validation accuracy.

@@ -85,7 +85,7 @@ class ValidationWatch:
             logits = self._reading.logits(output.float())
             label = self._reading.classes(self._label, len(output)).to(logits.device)
             has_label = label >= 0
-            ids = torch.where(has_label, label, 0).double()
+            ids = torch.where(has_label, label, 0)
             right = logits.argmax(dim=1) == label
             counts = torch.stack([right.sum(), has_label.sum(), ids.sum(), ids.square().sum()])
         except Exception:

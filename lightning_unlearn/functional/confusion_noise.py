@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.functional.lbfgs import minimize
-from lightning_unlearn.functional.symmetric_noise import SymmetricNoiseFit, fit_symmetric_noise
+from lightning_unlearn.functional.symmetric_noise import SymmetricNoiseFit, centered, fit_symmetric_noise
 from lightning_unlearn.utilities.chunks import row_slices
 from lightning_unlearn.utilities.reduce import Reduce, no_reduce
 
@@ -65,8 +65,7 @@ class _Likelihood:
         two, of_scale, of_bias, counts = self.parts(sums)
         for rows in row_slices(len(self.label), classes, self.score.device):
             y, w, group = self.label[rows], self.weight[rows], self.group[rows]
-            scaled = self.score[rows].double()
-            scaled = (scaled - scaled.mean(1, keepdim=True)) * scale[group].unsqueeze(1)
+            scaled = centered(self.score[rows]) * scale[group].unsqueeze(1)
             prior = (scaled + bias).softmax(1)
             joint = prior * names[y]
             likelihood = joint.sum(1, keepdim=True).clamp(min=1e-300)
@@ -163,8 +162,7 @@ def _matrix_scaled(
     A penalty of half the squared distance keeps the map near the temperatures of ``start``.
     """
     classes = score.shape[1]
-    centered = score.double() - score.double().mean(1, keepdim=True)
-    x = centered * start.scale[group].unsqueeze(1)
+    x = centered(score) * start.scale[group].unsqueeze(1)
     none = torch.eye(classes, dtype=torch.float64, device=score.device)
     total = reduce(weight.sum().reshape(1)).item()
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.functional.confusion_noise import asks_of_confusion, confusion_rate
-from lightning_unlearn.functional.symmetric_noise import SymmetricNoiseFit, fit_symmetric_noise, z_score
+from lightning_unlearn.functional.symmetric_noise import SymmetricNoiseFit, centered, fit_symmetric_noise, z_score
 from lightning_unlearn.utilities.chunks import thinning
 from lightning_unlearn.utilities.reduce import Reduce, no_reduce
 
@@ -216,11 +216,11 @@ def _skill_and_shift(
     fit: SymmetricNoiseFit, logits: Tensor, label: Tensor, weight: Tensor, group: Tensor, share: Tensor, reduce: Reduce
 ) -> tuple[float, float]:
     """Return what is predicted beside the largest class, and how far class shares are from the labels'."""
-    centered = logits.double() - logits.double().mean(dim=1, keepdim=True)
-    scaled = fit.scale[group].unsqueeze(1) * centered
+    plain = centered(logits)
+    scaled = fit.scale[group].unsqueeze(1) * plain
     right = ((scaled + fit.bias).argmax(1) == label).double()
     # As it is, and at its temperature: a network that is unsure yet, or too sure, looks biased in one of them.
-    said = torch.stack([weight @ scores.softmax(1) for scores in (centered, scaled)])
+    said = torch.stack([weight @ scores.softmax(1) for scores in (plain, scaled)])
     sums = reduce(torch.cat([torch.stack([weight @ right, weight.sum()]), said.flatten()]))
     hit, total = sums[:2].tolist()
     largest, total = share.max().item(), max(total, 1e-9)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.functional.lbfgs import minimize
-from lightning_unlearn.functional.symmetric_noise import SymmetricNoiseFit, fit_symmetric_noise
+from lightning_unlearn.functional.symmetric_noise import SymmetricNoiseFit, centered, fit_symmetric_noise
 from lightning_unlearn.utilities.chunks import row_slices, thinning
 from lightning_unlearn.utilities.reduce import Reduce, no_reduce
 
@@ -83,7 +83,7 @@ class StructuredNoise:
 
     def posterior(self, score: Tensor, label: Tensor) -> Tensor:
         """Return the log-probability of each true class given scores and label, (n, C) float64."""
-        p = (self.scale * (score.double() - score.double().mean(1, keepdim=True)) + self.bias).log_softmax(1)
+        p = (self.scale * centered(score) + self.bias).log_softmax(1)
         return (p + self.transition.clamp(min=1e-300).log().T[label]).log_softmax(1)
 
 
@@ -131,8 +131,7 @@ def _fit(
             with torch.enable_grad():
                 free = at.clone().requires_grad_()
                 scale, bias, names = parts(free)
-                scaled = score[rows].double()
-                p = (scale * (scaled - scaled.mean(1, keepdim=True)) + bias).softmax(1)
+                p = (scale * centered(score[rows]) + bias).softmax(1)
                 loss = -(weight[rows] * (p * names.T[label[rows]]).sum(1).clamp(min=1e-300).log()).sum()
                 sums += torch.cat([loss.detach().reshape(1), *torch.autograd.grad(loss, [free])])
         sums = reduce(sums)
@@ -218,19 +217,30 @@ def fit_structured_noise(
         the same on every rank; None if no entry remains, or if there are too many.
     """
     weight = weight.double()
-    others = candidate.clone().fill_diagonal_(0)
-    large = others >= MIN_ENTRY
-    one_way = large & (others >= ONE_WAY * others.T)
-    paired = large & large.T & ~one_way & ~one_way.T if pairs else torch.zeros_like(large)
+    one_way, paired = _large_entries(candidate)
+    paired &= pairs
     entries = (one_way | paired).nonzero()
     while 0 < len(entries) <= MOST_ENTRIES_PER_CLASS * len(candidate):
         found, size = _fit(score, label, weight, entries, base, reduce)
-        kept = torch.zeros_like(large).index_put((entries[:, 0], entries[:, 1]), size >= MIN_ENTRY)
+        kept = torch.zeros_like(paired).index_put((entries[:, 0], entries[:, 1]), size >= MIN_ENTRY)
         kept &= ~paired | kept.T  # one direction alone of a pair indicates similar classes
         if kept.sum() == len(entries):
             return found
         entries = kept.nonzero()
     return None
+
+
+def _large_entries(candidate: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (C, C) bool each: large entries without a counterpart, and those of two classes labeled as each other."""
+    others = candidate.clone().fill_diagonal_(0)
+    large = others >= MIN_ENTRY
+    one_way = large & (others >= ONE_WAY * others.T)
+    return one_way, large & large.T & ~one_way & ~one_way.T
+
+
+def has_pairs(candidate: Tensor) -> bool:
+    """Return whether a transition matrix (C, C) has two classes labeled as each other."""
+    return bool(_large_entries(candidate)[1].any())
 
 
 def find_pairs(
@@ -240,9 +250,8 @@ def find_pairs(
     candidate: Tensor,
     base: SymmetricNoiseFit,
     *,
-    least: bool = True,
     reduce: Reduce = no_reduce,
-) -> tuple[StructuredNoise, float] | None:
+) -> tuple[StructuredNoise, float, bool] | None:
     """Find pairs of classes whose labels are swapped.
 
     Similar classes are not confused where the network is certain. Swapped labels are as frequent there as elsewhere.
@@ -253,30 +262,21 @@ def find_pairs(
         weight: (n,), 0 for a row that does not count.
         candidate: (C, C), the transition matrix of the latent classes.
         base: symmetric noise fitted to the same scores.
-        least: whether the gain must suffice; if not, any pair is returned.
         reduce: sums over the ranks.
 
     Returns:
-        the noise model and its gain in nats, the same on every rank; None if there is no pair, or too small a gain.
+        the noise model, its gain in nats, and whether the pairs gain enough, the same on every rank; None if there is
+        no pair.
     """
-    others = candidate.clone().fill_diagonal_(0)
-    paired = (others >= MIN_ENTRY) & (others < ONE_WAY * others.T)
-    if not bool((paired & paired.T).any()):
-        return None
     given = (score, label, weight, candidate, base)
     found = fit_structured_noise(*given, pairs=True, reduce=reduce)
     without = fit_structured_noise(*given, reduce=reduce)
-    names = 0 if without is None else without.entries
-    if found is None or found.entries <= names:
-        return None
-    if not least:
-        return found, found.log_likelihood - base.log_likelihood
-    if not _by_own_name(found, candidate):
+    if found is None or found.entries <= (0 if without is None else without.entries):
         return None
     total = reduce(weight.double().sum().reshape(1)).item()
-    gain = found.log_likelihood - (base if without is None else without).log_likelihood
-    is_enough = gain >= max(MIN_GAIN, MIN_GAIN_OF_PAIRS_PER_SAMPLE * total)
-    return (found, found.log_likelihood - base.log_likelihood) if is_enough else None
+    of_pairs = found.log_likelihood - (base if without is None else without).log_likelihood
+    is_enough = of_pairs >= max(MIN_GAIN, MIN_GAIN_OF_PAIRS_PER_SAMPLE * total)
+    return found, found.log_likelihood - base.log_likelihood, is_enough and _by_own_name(found, candidate)
 
 
 def find_class_noise(

@@ -65,7 +65,7 @@ class SymmetricNoiseFit:
         """
         parts = []
         for rows in row_slices(len(label), score.shape[1], score.device):
-            scaled = _centered(score[rows]) * (self.scale[0] if group is None else self.scale[group[rows]].unsqueeze(1))
+            scaled = centered(score[rows]) * (self.scale[0] if group is None else self.scale[group[rows]].unsqueeze(1))
             z, y = scaled + self.bias, label[rows].unsqueeze(1)
             unclear = softmax(NATURAL * z).gather(1, y).squeeze(1) if self.unclear else 0.0
             clear = softmax(z).gather(1, y).squeeze(1)
@@ -134,7 +134,7 @@ class _Likelihood:
         self.total = self.reduce(self.weight.sum().reshape(1)).item()
         self.slices = row_slices(len(self.label), self.num_classes, self.score.device)
         # What is looked at in one piece is centered once, in place of every time.
-        self.centered = _centered(self.score) if len(self.slices) == 1 else None
+        self.centered = centered(self.score) if len(self.slices) == 1 else None
 
     def shares(self, mixture: Tensor) -> list[float]:
         """Return the shares of clear samples, of blind labels, and of samples less clear than they look."""
@@ -143,8 +143,8 @@ class _Likelihood:
     def rows(self, rows: slice, log_scale: Tensor, bias: Tensor, shares: list[float]) -> tuple[Tensor, ...]:
         """Return, for some rows, the log-probability of the label and its derivatives in the logits and log-weights."""
         clear_share, blind, unclear_share = shares
-        centered = _centered(self.score[rows]) if self.centered is None else self.centered
-        scaled = centered * log_scale.exp()[self.group[rows]].unsqueeze(1)
+        scores = centered(self.score[rows]) if self.centered is None else self.centered
+        scaled = scores * log_scale.exp()[self.group[rows]].unsqueeze(1)
         z, y = scaled + bias, self.label[rows].unsqueeze(1)
         soft = softmax(NATURAL * z) if self.unclear else None
         gradient = softmax(z)
@@ -199,7 +199,8 @@ class _Likelihood:
         return blind_error(self.reduce(information).cpu(), shares, unclear=self.unclear)
 
 
-def _centered(score: Tensor) -> Tensor:
+def centered(score: Tensor) -> Tensor:
+    """Return class scores (n, C) as float64, each row less its mean."""
     score = score.double()
     return score - score.mean(dim=1, keepdim=True)
 

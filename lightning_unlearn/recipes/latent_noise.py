@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -19,9 +20,10 @@ from lightning_unlearn.functional.structured_noise import (
     find_pairs,
     find_structured_noise,
     fit_structured_noise,
+    has_pairs,
     least_gain,
 )
-from lightning_unlearn.functional.symmetric_noise import fit_symmetric_noise
+from lightning_unlearn.functional.symmetric_noise import SymmetricNoiseFit, fit_symmetric_noise
 from lightning_unlearn.functional.transition import fit_transition, given_posterior, log_odds_of
 from lightning_unlearn.utilities.chunks import softmax
 from lightning_unlearn.utilities.reduce import Reduce
@@ -94,6 +96,9 @@ class LatentWindow:
     logits: Tensor
     likelihood: Tensor
     transition: Tensor
+
+
+_Scored = Callable[[LatentWindow], tuple[Tensor, SymmetricNoiseFit]]
 
 
 def latent_windows(
@@ -174,54 +179,76 @@ def named_classes(
     Returns:
         None if no class is systematically mislabeled.
     """
+    if not windows or len(windows[0].transition) == 2:
+        return None
     y, w, best, lasts = label, weight.double(), None, False
-    for window in dict.fromkeys((*windows[-1:], *windows[:1])):
-        gain, is_shown, is_most = _gain_of_names(window, shift, y, w, reduce)
+
+    @cache
+    def scored(window: LatentWindow) -> tuple[Tensor, SymmetricNoiseFit]:
+        return _scored(window, _LOGITS, shift, y, w, reduce)
+
+    for window in dict.fromkeys((windows[-1], windows[0])):
+        gain, is_shown, is_most = _gain_of_names(window, scored, y, w, reduce)
         if is_shown and (best is None or gain > best[1]):
             best = window, gain
         lasts |= window is windows[0] and is_most
-    # Swapped labels are sought in all of training, as its first part still confuses similar classes.
-    pairs = _pairs(windows[0], shift, y, w, reduce) if len(windows) > _WINDOWS_OF_PAIRS else None
-    if pairs is not None:
-        first = _pairs(windows[-1], shift, y, w, reduce, least=False)
-        is_rare = 2 * pairs[0].entries <= len(pairs[0].transition)
-        if not is_rare or first is None or pairs[1] < _PERSISTS * first[1]:
-            pairs = None
-    if pairs is not None and (best is None or pairs[1] > best[1]):
-        swapped = pairs[0].transition - pairs[0].transition.min()  # without symmetric noise
-        best, lasts, candidate = (windows[0], pairs[1]), True, swapped
+    swapped = _swapped(windows, scored, y, w, reduce)
+    if swapped is not None and (best is None or swapped[1] > best[1]):
+        best, lasts = (windows[0], swapped[1]), True
+        candidate = swapped[0].transition - swapped[0].transition.min()  # without symmetric noise
     elif best is not None:
-        pairs, candidate = None, best[0].transition
-    if best is None:
+        swapped, candidate = None, best[0].transition
+    else:
         return None
     window, gain = best
-    share = _POSTERIOR_LOGITS if pairs is None else _POSTERIOR_LOGITS_OF_PAIRS
-    score = _LIKELIHOOD * window.likelihood + share * (window.logits + shift).double()
-    base = fit_symmetric_noise(score, y, w, biased=True, reduce=reduce)
-    noise = fit_structured_noise(score, y, w, candidate, base, pairs=pairs is not None, reduce=reduce)
+    of_logits = _POSTERIOR_LOGITS if swapped is None else _POSTERIOR_LOGITS_OF_PAIRS
+    score, base = _scored(window, of_logits, shift, y, w, reduce)
+    noise = fit_structured_noise(score, y, w, candidate, base, pairs=swapped is not None, reduce=reduce)
     return None if noise is None else NamedClasses(score, noise, gain, lasts)
 
 
-def _pairs(
-    window: LatentWindow, shift: Tensor, label: Tensor, weight: Tensor, reduce: Reduce, *, least: bool = True
+def _scored(
+    window: LatentWindow, of_logits: float, shift: Tensor, label: Tensor, weight: Tensor, reduce: Reduce
+) -> tuple[Tensor, SymmetricNoiseFit]:
+    """Return (n, C) scores of latent classes and network, and symmetric noise fitted to them."""
+    score = _LIKELIHOOD * window.likelihood + of_logits * (window.logits + shift).double()
+    return score, fit_symmetric_noise(score, label, weight, biased=True, reduce=reduce)
+
+
+def _swapped(
+    windows: Sequence[LatentWindow], scored: _Scored, label: Tensor, weight: Tensor, reduce: Reduce
 ) -> tuple[StructuredNoise, float] | None:
-    """Return the noise model of pairs of classes with swapped labels, and its gain over symmetric noise in nats."""
-    if len(window.transition) == 2:
+    """Return the noise model of pairs of classes with swapped labels, and its gain over symmetric noise in nats.
+
+    It is sought in all of training, as the first part still confuses similar classes, and must persist from there.
+    """
+    if len(windows) <= _WINDOWS_OF_PAIRS:
         return None
-    score = _LIKELIHOOD * window.likelihood + _LOGITS * (window.logits + shift).double()
-    base = fit_symmetric_noise(score, label, weight, biased=True, reduce=reduce)
-    return find_pairs(score, label, weight, window.transition, base, least=least, reduce=reduce)
+
+    def pairs(window: LatentWindow) -> tuple[StructuredNoise, float, bool] | None:
+        if not has_pairs(window.transition):
+            return None
+        score, base = scored(window)
+        return find_pairs(score, label, weight, window.transition, base, reduce=reduce)
+
+    found = pairs(windows[0])
+    if found is None:
+        return None
+    noise, gain, is_shown = found
+    if not is_shown or 2 * noise.entries > len(noise.transition):
+        return None
+    first = pairs(windows[-1])
+    return None if first is None or gain < _PERSISTS * first[1] else (noise, gain)
 
 
 def _gain_of_names(
-    window: LatentWindow, shift: Tensor, label: Tensor, weight: Tensor, reduce: Reduce
+    window: LatentWindow, scored: _Scored, label: Tensor, weight: Tensor, reduce: Reduce
 ) -> tuple[float, bool, bool]:
     """Return the gain over symmetric noise in nats, whether it suffices for every entry, and whether for any."""
     candidate = window.transition
-    if len(candidate) == 2 or not bool((candidate.clone().fill_diagonal_(0) >= MIN_ENTRY).any()):
+    if not bool((candidate.clone().fill_diagonal_(0) >= MIN_ENTRY).any()):
         return 0.0, False, False
-    score = _LIKELIHOOD * window.likelihood + _LOGITS * (window.logits + shift).double()
-    base = fit_symmetric_noise(score, label, weight, biased=True, reduce=reduce)
+    score, base = scored(window)
     found = find_structured_noise(score, label, weight, candidate, base, reduce=reduce)
     if found is None:
         return 0.0, False, False

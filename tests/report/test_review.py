@@ -87,6 +87,19 @@ def downloaded(page, folder, press=lambda page: page.click("#download")):
     return file, list(csv.DictReader(io.StringIO(text[1:], newline="")))
 
 
+@pytest.mark.parametrize("enlarged", [False, True])
+def test_after_undo_of_a_hidden_sample_a_key_acts_on_what_is_shown(page, enlarged):
+    press_all(page, ["ArrowRight", "d"])
+    page.run("location.hash = 'class=3'")
+    time.sleep(0.2)
+    press_all(page, ["ArrowRight", "ArrowRight", *(["Enter"] if enlarged else [])])
+    at = page.run("document.querySelectorAll('.card')[1].dataset.index")
+    press_all(page, ["u", "k"])
+    page.press("Escape")
+    assert progress(page) == "1 of 60 decided"
+    assert pressed(page, int(at)) == ["keep"]
+
+
 def test_keys_decide_go_on_and_take_back(page):
     assert progress(page) == "0 of 60 decided"
     assert page.run("document.getElementById('undo').disabled")
